@@ -1,0 +1,523 @@
+//! What this machine allows at most: the same work as the hot path, with nothing around it.
+//!
+//! Two probes, and neither shares a line with the engine:
+//!
+//! - [`engine_limit`]: one producer thread, one ring, one thread that archives, checksums and
+//!   commits records into a prefaulted file mapping. No key table, no state, no histogram, no clock
+//!   per event.
+//! - [`disk_limit`]: the same bytes into a prefaulted mapping with an `fdatasync` every 4 MiB.
+//!
+//! A record is 96 bytes:
+//!
+//! ```text
+//!  0        4        8            16           24       26               48                    96
+//!  ├────────┼────────┼────────────┼────────────┼────────┼────────────────┼─────────────────────┤
+//!  │ length │ CRC-32C│ time (ns)  │ key        │ type   │ zero           │ archived event      │
+//!  └────────┴────────┴────────────┴────────────┴────────┴────────────────┴─────────────────────┘
+//!  stored last       └──────────────────────── the CRC covers ──────────────────────────────────┘
+//! ```
+
+use std::fs::{self, File, OpenOptions};
+use std::path::Path;
+use std::sync::Barrier;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::thread;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context as _, Result, anyhow, ensure};
+use core_affinity::CoreId;
+use memmap2::{Advice, MmapMut, MmapOptions};
+use rkyv::rancor::Failure;
+use rkyv::ser::allocator::SubAllocator;
+use rkyv::ser::writer::Buffer;
+use rkyv::{Archive, Archived, Serialize};
+use rtrb::chunks::ChunkError;
+use rtrb::{Consumer, Producer, RingBuffer};
+
+const HEADER_BYTES: usize = 48;
+const BODY_BYTES: usize = 48;
+const RECORD_BYTES: usize = HEADER_BYTES + BODY_BYTES;
+const MAPPING_BYTES_MAX: u64 = 256 << 20;
+const SYNC_BYTES: usize = 4 << 20;
+/// Records filled before the first of them is checksummed: a CRC that reads what was stored a
+/// moment ago waits for the store. One at a time runs at three quarters of the speed.
+const GROUP: usize = 4;
+const KEYS: u64 = 10_000;
+const SPINS_BEFORE_YIELD: u32 = 1 << 10;
+
+const _: () = assert!(size_of::<Archived<ProbeEvent>>() == BODY_BYTES);
+const _: () = assert!(size_of::<Slot>() == 64, "one ring slot is one cache line");
+
+/// What [`engine_limit`] runs with.
+#[derive(Clone, Debug)]
+pub(crate) struct LimitConfig {
+    /// How many events go through.
+    pub(crate) events: u64,
+    /// Slots of the ring; at least one batch.
+    pub(crate) ring_capacity: usize,
+    /// The most events that either side moves between two looks at the other side.
+    pub(crate) batch: usize,
+    /// Where the mapped file lives while the probe runs.
+    pub(crate) dir: std::path::PathBuf,
+    /// The core of the producer and the core of the writer.
+    pub(crate) pin: Option<(usize, usize)>,
+}
+
+/// What a disk takes when it has to keep every 4 MiB before the next.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct DiskLimit {
+    /// Median over the passes that overwrite blocks written before.
+    pub(crate) recycled_bytes_per_second: f64,
+    /// The one pass over blocks that were only allocated.
+    pub(crate) new_bytes_per_second: f64,
+}
+
+/// A game's events in the size the load generator publishes.
+#[derive(Archive, Serialize, Clone, Copy, Debug)]
+enum ProbeEvent {
+    Moved {
+        x: f64,
+        y: f64,
+        heading: f64,
+        zone: u64,
+        tick: u64,
+    },
+    Attacked {
+        target: u64,
+        damage: u64,
+        x: f64,
+        y: f64,
+        tick: u64,
+    },
+    LevelledUp {
+        experience: u64,
+        level: u64,
+        points: u64,
+        tick: u64,
+    },
+}
+
+impl ProbeEvent {
+    #[inline]
+    fn nth(n: u64) -> Self {
+        let x = (n & 0xffff) as f64;
+        match n % 8 {
+            0..=4 => Self::Moved {
+                x,
+                y: 2.0,
+                heading: 0.5,
+                zone: n >> 8,
+                tick: n,
+            },
+            5 | 6 => Self::Attacked {
+                target: n ^ 1,
+                damage: n & 0xff,
+                x,
+                y: 2.0,
+                tick: n,
+            },
+            _ => Self::LevelledUp {
+                experience: n,
+                level: n & 127,
+                points: 3,
+                tick: n,
+            },
+        }
+    }
+
+    #[inline]
+    const fn type_id(&self) -> u16 {
+        match self {
+            Self::Moved { .. } => 1,
+            Self::Attacked { .. } => 2,
+            Self::LevelledUp { .. } => 3,
+        }
+    }
+}
+
+/// One event on its way through the ring.
+#[derive(Clone, Copy, Debug)]
+#[repr(align(64))]
+struct Slot {
+    key: u64,
+    event: ProbeEvent,
+}
+
+/// Events per second of the bare loop: ring, archive, checksum, commit.
+///
+/// # Errors
+///
+/// Impossible settings, a core that does not exist, or a directory that cannot hold the mapping
+/// (256 MiB at most).
+pub(crate) fn engine_limit(config: &LimitConfig) -> Result<f64> {
+    ensure!(
+        config.events > 0,
+        "the limit probe needs at least one event"
+    );
+    ensure!(config.batch > 0, "a batch holds at least one event");
+    ensure!(
+        config.ring_capacity >= config.batch,
+        "a ring of {} slots cannot take a batch of {}",
+        config.ring_capacity,
+        config.batch
+    );
+    let cores = config
+        .pin
+        .map(|(producer, writer)| Ok::<_, anyhow::Error>((core(producer)?, core(writer)?)));
+    let (producer_core, writer_core) = cores.transpose()?.unzip();
+
+    let bytes = config
+        .events
+        .saturating_mul(RECORD_BYTES as u64)
+        .min(MAPPING_BYTES_MAX) as usize;
+    let mut mapping = Mapping::create(&config.dir, bytes - bytes % RECORD_BYTES)?;
+    mapping.prefault(0, mapping.map.len())?;
+
+    let (mut lane, mut ring) = RingBuffer::new(config.ring_capacity);
+    let start = Barrier::new(2);
+    let elapsed = thread::scope(|scope| -> Result<Duration> {
+        let producer = scope.spawn(|| -> Result<()> {
+            let pinned = pin(producer_core);
+            start.wait();
+            // An unpinned run is still a run: the other side must not wait for ever.
+            produce(&mut lane, config.events, config.batch);
+            pinned
+        });
+        let writer = scope.spawn(|| -> Result<Duration> {
+            let pinned = pin(writer_core);
+            start.wait();
+            let started = Instant::now();
+            write(&mut ring, &mut mapping.map, config.events, config.batch);
+            let elapsed = started.elapsed();
+            pinned.map(|()| elapsed)
+        });
+        producer
+            .join()
+            .map_err(|_| anyhow!("the probe's producer panicked"))??;
+        writer
+            .join()
+            .map_err(|_| anyhow!("the probe's writer panicked"))?
+    })?;
+    Ok(config.events as f64 / elapsed.as_secs_f64())
+}
+
+/// Fills the ring in chunks of `batch`: one release store a chunk.
+fn produce(lane: &mut Producer<Slot>, events: u64, batch: usize) {
+    let mut next = 0_u64;
+    while next < events {
+        let want = (events - next).min(batch as u64) as usize;
+        let mut spins = 0;
+        let chunk = loop {
+            match lane.write_chunk_uninit(want) {
+                Ok(chunk) => break chunk,
+                Err(ChunkError::TooFewSlots(_)) => relax(&mut spins),
+            }
+        };
+        let slots = (next..).map(|n| Slot {
+            key: key(n),
+            event: ProbeEvent::nth(n),
+        });
+        next += chunk.fill_from_iter(slots) as u64;
+    }
+}
+
+/// Spreads the keys like a hash does, without a division.
+#[inline]
+fn key(n: u64) -> u64 {
+    let hash = n.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    ((hash >> 32) * KEYS) >> 32
+}
+
+/// Turns slots into committed records, round and round through the mapping.
+fn write(ring: &mut Consumer<Slot>, mapping: &mut [u8], events: u64, batch: usize) {
+    let (records, rest) = mapping.as_chunks_mut::<RECORD_BYTES>();
+    assert!(rest.is_empty() && !records.is_empty());
+    let mut at = 0;
+    let mut written = 0;
+    let mut spins = 0;
+    while written < events {
+        let chunk = match ring.read_chunk(batch) {
+            Ok(chunk) => chunk,
+            Err(ChunkError::TooFewSlots(0)) => {
+                relax(&mut spins);
+                continue;
+            }
+            Err(ChunkError::TooFewSlots(some)) => match ring.read_chunk(some) {
+                Ok(chunk) => chunk,
+                Err(_) => unreachable!("only this thread takes slots"),
+            },
+        };
+        spins = 0;
+        let time_ns = now_ns();
+        let (first, second) = chunk.as_slices();
+        for mut slots in [first, second] {
+            while !slots.is_empty() {
+                let n = slots.len().min(records.len() - at);
+                let (now, later) = slots.split_at(n);
+                for (slots, records) in now.chunks(GROUP).zip(records[at..at + n].chunks_mut(GROUP))
+                {
+                    for (slot, record) in slots.iter().zip(&mut *records) {
+                        fill(slot, time_ns, record);
+                    }
+                    for record in records {
+                        commit(record);
+                    }
+                }
+                at = if at + n == records.len() { 0 } else { at + n };
+                slots = later;
+            }
+        }
+        written += chunk.len() as u64;
+        chunk.commit_all();
+    }
+}
+
+/// Everything of a record but its first eight bytes.
+#[inline(always)]
+fn fill(slot: &Slot, time_ns: u64, record: &mut [u8; RECORD_BYTES]) {
+    record[8..16].copy_from_slice(&time_ns.to_le_bytes());
+    record[16..24].copy_from_slice(&slot.key.to_le_bytes());
+    record[24..32].copy_from_slice(&u64::from(slot.event.type_id()).to_le_bytes());
+    record[32..48].fill(0);
+    let body = Buffer::from(&mut record[HEADER_BYTES..]);
+    let archived = rkyv::api::low::to_bytes_in_with_alloc::<_, _, Failure>(
+        &slot.event,
+        body,
+        SubAllocator::empty(),
+    );
+    assert!(archived.is_ok_and(|body| body.len() == BODY_BYTES));
+}
+
+/// The checksum, and the length word last.
+#[inline(always)]
+fn commit(record: &mut [u8; RECORD_BYTES]) {
+    let crc = crc32c::crc32c(&record[8..]);
+    record[4..8].copy_from_slice(&crc.to_le_bytes());
+    // SAFETY: the pointer is to the record's first four bytes, exclusively borrowed and 4-aligned
+    // (a record is a multiple of 96 bytes into a page-aligned mapping).
+    let length = unsafe { AtomicU32::from_ptr(record.as_mut_ptr().cast()) };
+    // Release: whoever sees the length sees the record. Nobody reads here; the engine pays for it,
+    // so the probe does.
+    length.store((RECORD_BYTES as u32).to_le(), Ordering::Release);
+}
+
+/// Bytes per second that `dir` keeps when every 4 MiB is synced before the next is written.
+///
+/// The first pass goes over blocks that were only allocated, the further ones over the same blocks
+/// again, until `bytes_total` are written or `seconds_max` have passed; at least one sync of each
+/// kind is measured. Page faults are taken ahead of the clock, as a preparing thread would.
+///
+/// # Errors
+///
+/// A directory that cannot hold the file (a quarter of the bytes, 256 MiB at most), or a failed
+/// sync.
+pub(crate) fn disk_limit(dir: &Path, bytes_total: u64, seconds_max: f64) -> Result<DiskLimit> {
+    ensure!(seconds_max > 0.0, "the disk probe needs time");
+    let steps = (bytes_total / 4).min(MAPPING_BYTES_MAX) as usize / SYNC_BYTES;
+    let mut mapping = Mapping::create(dir, steps.max(1) * SYNC_BYTES)?;
+    let started = Instant::now();
+    let until = |share: f64| started + Duration::from_secs_f64(seconds_max * share);
+
+    let new = synced_pass(&mut mapping, usize::MAX, until(0.5))?;
+    let mut bytes = new.bytes as u64;
+    let mut recycled = Vec::new();
+    loop {
+        let pass = synced_pass(&mut mapping, new.bytes, until(1.0))?;
+        bytes += pass.bytes as u64;
+        // A pass that time cut short says less than a whole one; alone it must do.
+        if pass.bytes == new.bytes || recycled.is_empty() {
+            recycled.push(pass.bytes_per_second());
+        }
+        if bytes >= bytes_total || Instant::now() >= until(1.0) {
+            break;
+        }
+    }
+    recycled.sort_unstable_by(f64::total_cmp);
+    Ok(DiskLimit {
+        recycled_bytes_per_second: recycled[recycled.len() / 2],
+        new_bytes_per_second: new.bytes_per_second(),
+    })
+}
+
+struct Pass {
+    bytes: usize,
+    elapsed: Duration,
+}
+
+impl Pass {
+    fn bytes_per_second(&self) -> f64 {
+        self.bytes as f64 / self.elapsed.as_secs_f64()
+    }
+}
+
+/// Writes and syncs 4 MiB at a time from the start of the mapping; at least one step.
+fn synced_pass(mapping: &mut Mapping, bytes_max: usize, until: Instant) -> Result<Pass> {
+    let bytes = mapping.map.len().min(bytes_max);
+    let mut pass = Pass {
+        bytes: 0,
+        elapsed: Duration::ZERO,
+    };
+    let mut record = [0_u8; RECORD_BYTES];
+    while pass.bytes < bytes && (pass.bytes == 0 || Instant::now() < until) {
+        // Only this step: a prefaulted page is a dirty page, and a sync writes all of them.
+        mapping.prefault(pass.bytes, SYNC_BYTES)?;
+        let started = Instant::now();
+        for (n, to) in mapping.map[pass.bytes..][..SYNC_BYTES]
+            .chunks_mut(RECORD_BYTES)
+            .enumerate()
+        {
+            record[..8].copy_from_slice(&(n as u64).to_le_bytes());
+            to.copy_from_slice(&record[..to.len()]);
+        }
+        mapping
+            .file
+            .sync_data()
+            .context("fdatasync in the disk probe")?;
+        pass.elapsed += started.elapsed();
+        pass.bytes += SYNC_BYTES;
+    }
+    Ok(pass)
+}
+
+/// A file of real blocks, mapped; removed when the probe is over.
+struct Mapping {
+    map: MmapMut,
+    file: File,
+    path: std::path::PathBuf,
+}
+
+impl Mapping {
+    fn create(dir: &Path, bytes: usize) -> Result<Self> {
+        static COUNT: AtomicU64 = AtomicU64::new(0);
+        let count = COUNT.fetch_add(1, Ordering::Relaxed);
+        let path = dir.join(format!("limit-{}-{count}.probe", std::process::id()));
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create_new(true)
+            .open(&path)
+            .with_context(|| format!("creating {}", path.display()))?;
+        let mapped = Self::map(&file, bytes)
+            .with_context(|| format!("mapping {bytes} bytes of {}", path.display()));
+        match mapped {
+            Ok(map) => Ok(Self { map, file, path }),
+            Err(error) => {
+                fs::remove_file(&path).with_context(|| format!("removing {}", path.display()))?;
+                Err(error)
+            }
+        }
+    }
+
+    fn map(file: &File, bytes: usize) -> Result<MmapMut> {
+        // Blocks first: a store through a sparse mapping on a full disk would be SIGBUS.
+        rustix::fs::fallocate(file, rustix::fs::FallocateFlags::empty(), 0, bytes as u64)?;
+        // SAFETY: the file is new, this process made it under a name of its own, and nobody
+        // truncates it.
+        let map = unsafe { MmapOptions::new().len(bytes).map_mut(file) }?;
+        // Advice: small pages serve as well, only the faults cost more.
+        if let Err(error) = map.advise(Advice::HugePage) {
+            ensure!(error.kind() == std::io::ErrorKind::InvalidInput, error);
+        }
+        Ok(map)
+    }
+
+    fn prefault(&self, at: usize, bytes: usize) -> Result<()> {
+        self.map
+            .advise_range(Advice::PopulateWrite, at, bytes)
+            .context("prefaulting (MADV_POPULATE_WRITE, Linux 5.14)")
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        if let Err(error) = fs::remove_file(&self.path) {
+            eprintln!(
+                "the probe's file {} stays behind: {error}",
+                self.path.display()
+            );
+        }
+    }
+}
+
+fn core(id: usize) -> Result<CoreId> {
+    let cores = core_affinity::get_core_ids().unwrap_or_default();
+    let found = cores.iter().copied().find(|core| core.id == id);
+    found.with_context(|| {
+        format!(
+            "no core {id}: this process may run on {:?}",
+            cores.iter().map(|c| c.id).collect::<Vec<_>>()
+        )
+    })
+}
+
+fn pin(core: Option<CoreId>) -> Result<()> {
+    core.is_none_or(core_affinity::set_for_current)
+        .then_some(())
+        .with_context(|| format!("pinning to {core:?}"))
+}
+
+#[inline]
+fn relax(spins: &mut u32) {
+    *spins += 1;
+    if *spins < SPINS_BEFORE_YIELD {
+        std::hint::spin_loop();
+    } else {
+        *spins = 0;
+        thread::yield_now();
+    }
+}
+
+fn now_ns() -> u64 {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |since| since.as_nanos() as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_record_is_committed_and_its_checksum_covers_key_and_event() {
+        let events = 1_000;
+        let (mut lane, mut ring) = RingBuffer::new(64);
+        let mut map = MmapMut::map_anon(events as usize * RECORD_BYTES).expect("memory");
+        let bytes = &mut map[..];
+        thread::scope(|scope| {
+            scope.spawn(|| produce(&mut lane, events, 48));
+            write(&mut ring, bytes, events, 48);
+        });
+        for (n, record) in (0..).zip(bytes.as_chunks::<RECORD_BYTES>().0) {
+            assert_eq!(record[..4], (RECORD_BYTES as u32).to_le_bytes());
+            assert_eq!(record[4..8], crc32c::crc32c(&record[8..]).to_le_bytes());
+            assert_eq!(record[16..24], key(n).to_le_bytes());
+            assert_eq!(record[24..26], ProbeEvent::nth(n).type_id().to_le_bytes());
+        }
+    }
+
+    #[test]
+    fn the_probes_measure_something_and_leave_nothing_behind() {
+        let dir = std::env::temp_dir().join(format!("limit-test-{}", std::process::id()));
+        fs::create_dir_all(&dir).expect("a directory");
+        let config = |ring_capacity, pin| LimitConfig {
+            events: 10_000,
+            ring_capacity,
+            batch: 64,
+            dir: dir.clone(),
+            pin,
+        };
+        assert!(engine_limit(&config(256, None)).expect("a rate") > 0.0);
+        assert!(
+            engine_limit(&config(32, None)).is_err(),
+            "a batch larger than the ring"
+        );
+        assert!(
+            engine_limit(&config(256, Some((0, 1 << 20)))).is_err(),
+            "no such core"
+        );
+        let disk = disk_limit(&dir, 16 << 20, 5.0).expect("rates");
+        assert!(disk.recycled_bytes_per_second > 0.0 && disk.new_bytes_per_second > 0.0);
+        // Fails when a probe's file is still there.
+        fs::remove_dir(&dir).expect("an empty directory");
+    }
+}

@@ -1,0 +1,243 @@
+//! Configuration: parsed once. `Config` → [`Config::validate`] → [`Checked`]; nothing else takes `Config`.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use crate::error::ConfigError;
+
+/// When an event counts as durable.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Durability {
+    /// Left to the operating system: survives a kill of the process, not a power cut.
+    /// Nothing is acknowledged as durable except by `flush` and `shutdown`.
+    OsCache,
+    /// Synced at this interval while there is something to sync.
+    Periodic(Duration),
+    /// A syncer runs continuously: it syncs whatever has been appended as soon as the last sync returned.
+    #[default]
+    GroupCommit,
+}
+
+/// What a thread does when it finds nothing to do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Wait {
+    /// Never gives the core away. Lowest latency; needs a core for itself.
+    BusySpin,
+    /// Spins for a while, then yields the core, and never sleeps.
+    SpinYield,
+    /// Spins, yields, then sleeps until woken: an idle engine costs nothing.
+    Park,
+}
+
+/// Which cores the shards' threads are pinned to.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub enum Pin {
+    /// Shard `i` to the `i`-th allowed core, wrapping around. Not pinned when there are
+    /// fewer cores than shards plus one producer.
+    #[default]
+    Auto,
+    /// Leave it to the scheduler.
+    None,
+    /// These core ids, shard by shard, wrapping around. An id that is not allowed is a warning, and that shard runs unpinned.
+    Cores(Vec<usize>),
+}
+
+/// What the log keeps. A segment is freed when either bound is passed; freed segments become spares and are written again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Retention {
+    /// Keep at most this many bytes of whole segments per shard.
+    pub bytes_max: Option<u64>,
+    /// Keep nothing older than this (by the segment's newest append).
+    pub age_max: Option<Duration>,
+}
+
+/// How an engine is set up. Start from [`Config::new`]; everything has a default.
+///
+/// ```
+/// # use corelane::{Config, Durability};
+/// let config = Config::new("data").shards(2).durability(Durability::OsCache);
+/// assert!(config.validate().is_ok());
+/// assert!(Config::new("data").shards(0).validate().is_err());
+/// ```
+#[derive(Debug, Clone)]
+pub struct Config {
+    checked: Checked,
+    wait: Option<Wait>,
+}
+
+/// A configuration that holds: every value in range.
+#[derive(Debug, Clone)]
+pub struct Checked {
+    pub(crate) dir: PathBuf,
+    pub(crate) shards: u16,
+    pub(crate) durability: Durability,
+    pub(crate) wait: Wait,
+    pub(crate) pin: Pin,
+    pub(crate) ring_capacity: usize,
+    pub(crate) batch_max: usize,
+    pub(crate) segment_bytes: u64,
+    pub(crate) spares_max: usize,
+    pub(crate) retention: Retention,
+    pub(crate) event_bytes_max: usize,
+    pub(crate) keys_expected: usize,
+    pub(crate) latency: bool,
+}
+
+impl Checked {
+    /// Where the store lives.
+    #[must_use]
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// The number of shards.
+    #[must_use]
+    pub fn shards(&self) -> u16 {
+        self.shards
+    }
+
+    /// The wait strategy in force: what was asked for, or what the number of cores suggests.
+    #[must_use]
+    pub fn wait(&self) -> Wait {
+        self.wait
+    }
+
+    /// The durability mode.
+    #[must_use]
+    pub fn durability(&self) -> Durability {
+        self.durability
+    }
+}
+
+macro_rules! setters {
+    ($($(#[$doc:meta])* $name:ident: $kind:ty),+ $(,)?) => {
+        $($(#[$doc])*
+        #[must_use]
+        pub fn $name(mut self, $name: $kind) -> Self {
+            self.checked.$name = $name;
+            self
+        })+
+    };
+}
+
+impl Config {
+    /// A store in `dir` with one shard and `GroupCommit`.
+    pub fn new(dir: impl Into<PathBuf>) -> Self {
+        Self {
+            checked: Checked {
+                dir: dir.into(),
+                shards: 1,
+                durability: Durability::default(),
+                wait: Wait::Park,
+                pin: Pin::Auto,
+                ring_capacity: 8192,
+                batch_max: 256,
+                segment_bytes: 256 << 20,
+                spares_max: 2,
+                retention: Retention::default(),
+                event_bytes_max: 64 << 10,
+                keys_expected: 10_000,
+                latency: true,
+            },
+            wait: None,
+        }
+    }
+
+    setters! {
+        /// Number of shards, 1..=1024. Fixed when the store is created. Several may share a core.
+        shards: u16,
+        /// When an event counts as durable. Default: `GroupCommit`.
+        durability: Durability,
+        /// Which cores the shards are pinned to. Default: `Auto`.
+        pin: Pin,
+        /// Slots of one lane, a power of two in 2..=2²⁴. Default: 8192.
+        ring_capacity: usize,
+        /// Events a shard takes from one lane in one go, 1..=65,536. Default: 256.
+        batch_max: usize,
+        /// Bytes of one segment, a power of two in 64 KiB..=16 GiB. Fixed when the store is created. Default: 256 MiB.
+        segment_bytes: u64,
+        /// Freed segments kept per shard to be written again, 0..=1024. Default: 2.
+        spares_max: usize,
+        /// What the log keeps. Default: everything.
+        retention: Retention,
+        /// Largest archive of one event in bytes, 16..=16 MiB and at most a quarter of a segment. Default: 64 KiB
+        /// (or that quarter).
+        event_bytes_max: usize,
+        /// Keys one shard makes room for at the start, up to 2³⁰. It grows when needed. Default: 10,000.
+        keys_expected: usize,
+        /// Whether latency histograms are kept. Default: true.
+        latency: bool,
+    }
+
+    /// What idle threads do. Default: `Park` when shards plus one producer fill the cores, else `SpinYield`.
+    #[must_use]
+    pub fn wait(mut self, wait: Wait) -> Self {
+        self.wait = Some(wait);
+        self
+    }
+
+    /// Checks every value against its range.
+    ///
+    /// # Errors
+    /// The first value that cannot be used.
+    pub fn validate(mut self) -> Result<Checked, ConfigError> {
+        let c = &mut self.checked;
+        c.event_bytes_max = match c.event_bytes_max {
+            // The default shrinks with small segments; what was asked for is checked below.
+            bytes if bytes == 64 << 10 => bytes.min((c.segment_bytes / 4) as usize),
+            bytes => bytes,
+        };
+        in_range("shards", u64::from(c.shards), 1, 1024)?;
+        power_of_two("ring_capacity", c.ring_capacity as u64, 2, 1 << 24)?;
+        in_range("batch_max", c.batch_max as u64, 1, 65_536)?;
+        power_of_two("segment_bytes", c.segment_bytes, 64 << 10, 16 << 30)?;
+        in_range("spares_max", c.spares_max as u64, 0, 1024)?;
+        in_range("event_bytes_max", c.event_bytes_max as u64, 16, (16 << 20).min(c.segment_bytes / 4))?;
+        in_range("keys_expected", c.keys_expected as u64, 0, 1 << 30)?;
+        if let Durability::Periodic(every) = c.durability {
+            let ms = u64::try_from(every.as_millis()).unwrap_or(u64::MAX);
+            in_range("periodic_sync_ms", ms, 1, 3_600_000)?;
+        }
+        if let Some(bytes) = c.retention.bytes_max {
+            in_range("retention_bytes_max", bytes, c.segment_bytes.saturating_mul(2), u64::MAX)?;
+        }
+        let cores = crate::sync::cores();
+        c.wait = self.wait.unwrap_or(if usize::from(c.shards) + 1 >= cores { Wait::Park } else { Wait::SpinYield });
+        Ok(self.checked)
+    }
+}
+
+fn in_range(name: &'static str, value: u64, min: u64, max: u64) -> Result<(), ConfigError> {
+    if (min..=max).contains(&value) { Ok(()) } else { Err(ConfigError::OutOfRange { name, value, min, max }) }
+}
+
+fn power_of_two(name: &'static str, value: u64, min: u64, max: u64) -> Result<(), ConfigError> {
+    in_range(name, value, min, max)?;
+    if value.is_power_of_two() { Ok(()) } else { Err(ConfigError::NotPowerOfTwo { name, value }) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_limit_is_checked() {
+        let bad = [
+            Config::new("d").shards(0),
+            Config::new("d").shards(1025),
+            Config::new("d").ring_capacity(1000),
+            Config::new("d").ring_capacity(1),
+            Config::new("d").batch_max(0),
+            Config::new("d").segment_bytes(1000),
+            Config::new("d").segment_bytes(65 << 10),
+            Config::new("d").event_bytes_max(8),
+            Config::new("d").segment_bytes(64 << 10).event_bytes_max(32 << 10),
+            Config::new("d").durability(Durability::Periodic(Duration::ZERO)),
+            Config::new("d").retention(Retention { bytes_max: Some(1), age_max: None }),
+        ];
+        for config in bad {
+            assert!(config.clone().validate().is_err(), "{config:?}");
+        }
+        assert!(Config::new("d").segment_bytes(64 << 10).validate().is_ok());
+    }
+}

@@ -1,0 +1,891 @@
+//! The generic JSON event, and JSON in and out at the edges.
+//!
+//! Every line has one outer shape: `event_type`, `timestamp` (ms since 1970), `user_id` (a number or a text),
+//! `correlation_id`, `payload`. A written line adds where the event stands: `event_id`, `shard`, `offset`,
+//! `sequence`, `version`; reading takes such a line back in. [`Envelope`] carries any payload as the JSON text it came in;
+//! [`from_json`] and [`to_json`] do the same for events that are Rust enums.
+//!
+//! Invariant: a written line is one line, and holds no control character that a terminal would act on.
+//!
+//! ```
+//! use corelane::envelope::Envelope;
+//!
+//! let line = r#"{"event_type":"player.move","timestamp":1280526901009,"user_id":42,"payload":{"x":133.96}}"#;
+//! let event = Envelope::from_json(line)?;
+//! assert_eq!(event.payload(), r#"{"x":133.96}"#);
+//! # Ok::<(), corelane::envelope::JsonError>(())
+//! ```
+
+use std::borrow::Cow;
+use std::fmt;
+use std::io;
+
+use rkyv::rancor::Error as RkyvError;
+use serde::de::{DeserializeOwned, IgnoredAny, MapAccess, Visitor};
+use serde_json::value::RawValue;
+
+use crate::event::{Correlation, Encode, Event, EventType, EventTypeId, Key, Meta, Time};
+
+/// Latest timestamp in ms that a [`Time`] can hold (in the year 2554).
+const TIMESTAMP_MS_MAX: u64 = u64::MAX / 1_000_000;
+
+/// Why a line of JSON is not an event.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum JsonError {
+    /// The text is not JSON.
+    #[error("not JSON: {why}")]
+    NotJson {
+        /// What the parser said, with line and column.
+        why: String,
+    },
+    /// The text is JSON, but no object.
+    #[error("an event is a JSON object")]
+    NotAnObject,
+    /// A field that every event has is not there.
+    #[error("the field {field} is missing")]
+    MissingField {
+        /// Its name.
+        field: &'static str,
+    },
+    /// A field stands there twice.
+    #[error("the field {field} stands there twice")]
+    DuplicateField {
+        /// Its name.
+        field: &'static str,
+    },
+    /// A field has a value of another type.
+    #[error("the field {field} is not {expected}")]
+    WrongType {
+        /// Its name.
+        field: &'static str,
+        /// What it should be.
+        expected: &'static str,
+    },
+    /// The timestamp is no whole number of milliseconds from 1970 up to the year 2554.
+    #[error("the timestamp {found} is not a whole number of milliseconds in 0..={TIMESTAMP_MS_MAX}")]
+    Timestamp {
+        /// What stands there.
+        found: String,
+    },
+    /// A field at the top level that no event has.
+    #[error("unknown field {field:?}")]
+    UnknownField {
+        /// Its name.
+        field: String,
+    },
+    /// The event type and its payload do not fit the Rust type asked for.
+    #[error("event_type and payload do not fit: {why}")]
+    Payload {
+        /// What the deserialiser said.
+        why: String,
+    },
+}
+
+/// A user id as it stood in the JSON.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, rkyv::Archive, rkyv::Serialize, rkyv::Deserialize)]
+#[rkyv(derive(Debug))]
+pub enum UserId {
+    /// A number; it is the key.
+    Number(u64),
+    /// A text; its xxh3 is the key.
+    Text(String),
+}
+
+impl UserId {
+    /// The key of this user.
+    #[must_use]
+    pub fn key(&self) -> Key {
+        match self {
+            Self::Number(id) => Key::new(*id),
+            Self::Text(text) => Key::of(text),
+        }
+    }
+}
+
+impl From<u64> for UserId {
+    fn from(id: u64) -> Self {
+        Self::Number(id)
+    }
+}
+
+impl From<&str> for UserId {
+    fn from(text: &str) -> Self {
+        Self::Text(text.to_owned())
+    }
+}
+
+/// An event of any kind, with its payload as JSON text, byte for byte as it came in.
+#[derive(Debug, Clone, PartialEq, Eq, rkyv::Archive, rkyv::Serialize, rkyv::Deserialize)]
+#[rkyv(derive(Debug))]
+pub struct Envelope {
+    event_type: String,
+    timestamp_ms: Option<u64>,
+    user_id: UserId,
+    correlation_id: Option<String>,
+    source_event_id: Option<String>,
+    payload: String,
+}
+
+impl Event for Envelope {
+    const TYPES: &'static [EventType] = &[EventType::new(1, "envelope", 1)];
+
+    fn event_type(&self) -> EventTypeId {
+        Self::TYPES[0].id
+    }
+
+    fn time(&self) -> Option<Time> {
+        self.timestamp_ms.map(Time::unix_ms)
+    }
+
+    fn correlation(&self) -> Correlation {
+        self.correlation_id.as_deref().map_or(Correlation(0), Correlation::of)
+    }
+}
+
+impl Envelope {
+    /// An event without timestamp and correlation.
+    ///
+    /// # Errors
+    /// [`JsonError::NotJson`] when `payload` is not exactly one JSON value.
+    pub fn new(event_type: impl Into<String>, user_id: impl Into<UserId>, payload: &str) -> Result<Self, JsonError> {
+        let payload: &RawValue = serde_json::from_str(payload).map_err(|error| not_json(&error))?;
+        Ok(Self {
+            event_type: event_type.into(),
+            timestamp_ms: None,
+            user_id: user_id.into(),
+            correlation_id: None,
+            source_event_id: None,
+            payload: payload.get().to_owned(),
+        })
+    }
+
+    /// Gives it a time of its own, in ms since 1970.
+    ///
+    /// # Errors
+    /// [`JsonError::Timestamp`] beyond the year 2554.
+    pub fn at_ms(mut self, timestamp_ms: u64) -> Result<Self, JsonError> {
+        if timestamp_ms > TIMESTAMP_MS_MAX {
+            return Err(JsonError::Timestamp { found: timestamp_ms.to_string() });
+        }
+        self.timestamp_ms = Some(timestamp_ms);
+        Ok(self)
+    }
+
+    /// Ties it to other events of the same cause.
+    #[must_use]
+    pub fn correlated(mut self, correlation_id: impl Into<String>) -> Self {
+        self.correlation_id = Some(correlation_id.into());
+        self
+    }
+
+    /// Reads one line.
+    ///
+    /// `event_id` is kept as the source's id, since the id here is where the record will lie. The fields that a dump adds
+    /// (`shard`, `offset`, `sequence`, `version`, `source_event_id`) are accepted, and an `event_id`
+    /// that only says that place again is not taken for a source's id: a dump of a loaded dump is the same.
+    /// `null` in an optional field is as if it were not there.
+    ///
+    /// # Errors
+    /// The first thing that makes the line no event.
+    pub fn from_json(line: &str) -> Result<Self, JsonError> {
+        let slots = Slots::parse(line)?;
+        Ok(Self {
+            event_type: string("event_type", required("event_type", slots.get(EVENT_TYPE))?)?.into_owned(),
+            timestamp_ms: slots.timestamp_ms()?,
+            user_id: slots.user_id()?,
+            correlation_id: optional_string("correlation_id", slots.get(CORRELATION_ID))?,
+            source_event_id: slots.source_event_id()?,
+            payload: required("payload", slots.get(PAYLOAD))?.get().to_owned(),
+        })
+    }
+
+    /// What kind of event, in the source's words.
+    #[must_use]
+    pub fn event_type(&self) -> &str {
+        &self.event_type
+    }
+
+    /// Its own time, in ms since 1970.
+    #[must_use]
+    pub fn timestamp_ms(&self) -> Option<u64> {
+        self.timestamp_ms
+    }
+
+    /// Whose event it is.
+    #[must_use]
+    pub fn user_id(&self) -> &UserId {
+        &self.user_id
+    }
+
+    /// The key to publish it under.
+    #[must_use]
+    pub fn key(&self) -> Key {
+        self.user_id.key()
+    }
+
+    /// What ties it to other events.
+    #[must_use]
+    pub fn correlation_id(&self) -> Option<&str> {
+        self.correlation_id.as_deref()
+    }
+
+    /// The id that its source gave it.
+    #[must_use]
+    pub fn source_event_id(&self) -> Option<&str> {
+        self.source_event_id.as_deref()
+    }
+
+    /// The payload: the JSON text as it came in.
+    #[must_use]
+    pub fn payload(&self) -> &str {
+        &self.payload
+    }
+}
+
+impl ArchivedEnvelope {
+    /// Reads an archive in place, after checking every byte of it. `bytes` begin at a multiple of 16.
+    ///
+    /// # Errors
+    /// What the validator found wrong.
+    pub fn access(bytes: &[u8]) -> Result<&Self, RkyvError> {
+        <Envelope as Encode>::access(bytes)
+    }
+
+    /// What kind of event, in the source's words.
+    #[must_use]
+    pub fn event_type(&self) -> &str {
+        &self.event_type
+    }
+
+    /// Its own time, in ms since 1970.
+    #[must_use]
+    pub fn timestamp_ms(&self) -> Option<u64> {
+        self.timestamp_ms.as_ref().map(|ms| ms.to_native())
+    }
+
+    /// Whose event it is.
+    #[must_use]
+    pub fn user_id(&self) -> &ArchivedUserId {
+        &self.user_id
+    }
+
+    /// What ties it to other events.
+    #[must_use]
+    pub fn correlation_id(&self) -> Option<&str> {
+        self.correlation_id.as_deref()
+    }
+
+    /// The id that its source gave it.
+    #[must_use]
+    pub fn source_event_id(&self) -> Option<&str> {
+        self.source_event_id.as_deref()
+    }
+
+    /// The payload: the JSON text as it came in.
+    #[must_use]
+    pub fn payload(&self) -> &str {
+        &self.payload
+    }
+}
+
+/// A typed event that was read from JSON, with what the outer shape says of it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Incoming<E> {
+    /// The event.
+    pub event: E,
+    /// Whose event it is.
+    pub user_id: UserId,
+    /// Its own time.
+    pub time: Option<Time>,
+    /// What ties it to other events: a text's hash, or a number as [`to_json`] writes it; 0 where there is none.
+    pub correlation: Correlation,
+    /// The id that its source gave it.
+    pub source_event_id: Option<String>,
+}
+
+impl<E> Incoming<E> {
+    /// The key to publish it under.
+    #[must_use]
+    pub fn key(&self) -> Key {
+        self.user_id.key()
+    }
+}
+
+/// Reads one line whose event is a Rust type: an enum with `#[serde(tag = "event_type", content = "payload")]`.
+///
+/// The outer shape is that of [`Envelope::from_json`]. A variant without content needs no `payload`.
+///
+/// # Errors
+/// The first thing that makes the line no event of this type.
+///
+/// ```
+/// use corelane::Key;
+/// use corelane::envelope::from_json;
+///
+/// #[derive(Debug, PartialEq, serde::Deserialize)]
+/// #[serde(tag = "event_type", content = "payload")]
+/// enum GameEvent {
+///     #[serde(rename = "player.levelup")]
+///     LevelledUp { new_level: u32 },
+/// }
+///
+/// let line = r#"{"event_type":"player.levelup","user_id":42,"payload":{"new_level":7}}"#;
+/// let incoming = from_json::<GameEvent>(line)?;
+/// assert_eq!((incoming.key(), incoming.event), (Key::new(42), GameEvent::LevelledUp { new_level: 7 }));
+/// # Ok::<(), corelane::envelope::JsonError>(())
+/// ```
+pub fn from_json<E: DeserializeOwned>(line: &str) -> Result<Incoming<E>, JsonError> {
+    let slots = Slots::parse(line)?;
+    let event_type = required("event_type", slots.get(EVENT_TYPE))?;
+    string("event_type", event_type)?;
+    // Only these two fields, so that a type may deny unknown ones; and the tag first, so that
+    // the payload is parsed straight into the variant.
+    let event = match slots.get(PAYLOAD) {
+        Some(payload) => format!(r#"{{"event_type":{event_type},"payload":{payload}}}"#),
+        None => format!(r#"{{"event_type":{event_type}}}"#),
+    };
+    let event = serde_json::from_str(&event).map_err(|error| match slots.get(PAYLOAD) {
+        // Line and column would be those of the text made above.
+        Some(_) => JsonError::Payload { why: without_place(&error) },
+        None => JsonError::MissingField { field: "payload" },
+    })?;
+    let correlation = match slots.get(CORRELATION_ID) {
+        Some(raw) if raw.get().starts_with(|c: char| c.is_ascii_digit()) => {
+            Correlation(raw.get().parse().map_err(|_| JsonError::WrongType {
+                field: "correlation_id",
+                expected: "a string or a non-negative integer",
+            })?)
+        }
+        raw => optional_string("correlation_id", raw)?.map_or(Correlation(0), |text| Correlation::of(&text)),
+    };
+    Ok(Incoming {
+        event,
+        user_id: slots.user_id()?,
+        time: slots.timestamp_ms()?.map(Time::unix_ms),
+        correlation,
+        source_event_id: slots.source_event_id()?,
+    })
+}
+
+/// Writes an [`Envelope`] as one line.
+///
+/// # Errors
+/// What `out` says.
+pub fn write_envelope(out: &mut impl io::Write, meta: &Meta, event: &ArchivedEnvelope) -> io::Result<()> {
+    let user = match event.user_id() {
+        ArchivedUserId::Number(id) => User::Number(id.to_native()),
+        ArchivedUserId::Text(text) => User::Text(text),
+    };
+    let correlation = event.correlation_id().map(Cause::Text);
+    let line = Outer { event_type: event.event_type(), user, correlation, source_event_id: event.source_event_id() };
+    line.write(out, meta, |out| write_raw(out, event.payload()))
+}
+
+/// Writes an event of a serde enum (see [`from_json`]) as one line. The log keeps a typed event's key and
+/// correlation as numbers, so numbers is what they come out as.
+///
+/// # Errors
+/// What `out` says; `InvalidData` when the type does not serialise to `event_type` and `payload`.
+pub fn to_json<E: serde::Serialize>(out: &mut impl io::Write, meta: &Meta, event: &E) -> io::Result<()> {
+    let invalid = |error: JsonError| io::Error::new(io::ErrorKind::InvalidData, error);
+    let text = serde_json::to_string(event).map_err(|error| invalid(not_json(&error)))?;
+    let slots = Slots::parse(&text).map_err(invalid)?;
+    let event_type = required("event_type", slots.get(EVENT_TYPE)).and_then(|raw| string("event_type", raw)).map_err(invalid)?;
+    let payload = slots.get(PAYLOAD).map_or("null", RawValue::get);
+    Outer::typed(&event_type, meta).write(out, meta, |out| write_raw(out, payload))
+}
+
+/// Writes an event whose Rust type is not known here: its archive as hex, in `payload.archive`.
+///
+/// # Errors
+/// What `out` says.
+pub fn write_opaque(out: &mut impl io::Write, meta: &Meta, type_name: &str, archive: &[u8]) -> io::Result<()> {
+    const DIGITS: &[u8; 16] = b"0123456789abcdef";
+    Outer::typed(type_name, meta).write(out, meta, |out| {
+        out.write_all(br#"{"archive":""#)?;
+        for chunk in archive.chunks(64) {
+            let mut hex = [0; 128];
+            for (pair, byte) in hex.chunks_exact_mut(2).zip(chunk) {
+                pair.copy_from_slice(&[DIGITS[usize::from(byte >> 4)], DIGITS[usize::from(byte & 15)]]);
+            }
+            out.write_all(&hex[..2 * chunk.len()])?;
+        }
+        out.write_all(br#""}"#)
+    })
+}
+
+/// The outer shape of a line to be written.
+struct Outer<'a> {
+    event_type: &'a str,
+    user: User<'a>,
+    correlation: Option<Cause<'a>>,
+    source_event_id: Option<&'a str>,
+}
+
+enum User<'a> {
+    Number(u64),
+    Text(&'a str),
+}
+
+enum Cause<'a> {
+    Number(u64),
+    Text(&'a str),
+}
+
+impl<'a> Outer<'a> {
+    fn typed(event_type: &'a str, meta: &Meta) -> Self {
+        let correlation = Some(meta.correlation.get()).filter(|&id| id != 0).map(Cause::Number);
+        Self { event_type, user: User::Number(meta.key.get()), correlation, source_event_id: None }
+    }
+
+    fn write<W: io::Write>(&self, out: &mut W, meta: &Meta, payload: impl FnOnce(&mut W) -> io::Result<()>) -> io::Result<()> {
+        out.write_all(br#"{"event_type":"#)?;
+        write_string(out, self.event_type)?;
+        write!(out, r#","timestamp":{},"user_id":"#, meta.time.as_ms())?;
+        match self.user {
+            User::Number(id) => write!(out, "{id}")?,
+            User::Text(text) => write_string(out, text)?,
+        }
+        match self.correlation {
+            Some(Cause::Number(id)) => write!(out, r#","correlation_id":{id}"#)?,
+            Some(Cause::Text(text)) => {
+                out.write_all(br#","correlation_id":"#)?;
+                write_string(out, text)?;
+            }
+            None => {}
+        }
+        out.write_all(br#","payload":"#)?;
+        payload(out)?;
+        let Meta { shard, offset, sequence, version, .. } = meta;
+        write!(
+            out,
+            r#","event_id":"{shard}-{offset}","shard":{shard},"offset":{offset},"sequence":{sequence},"version":{version}"#
+        )?;
+        if let Some(id) = self.source_event_id {
+            out.write_all(br#","source_event_id":"#)?;
+            write_string(out, id)?;
+        }
+        out.write_all(b"}\n")
+    }
+}
+
+/// Writes a text as a JSON string.
+fn write_string(out: &mut impl io::Write, text: &str) -> io::Result<()> {
+    out.write_all(b"\"")?;
+    write_escaped(out, text, |byte| match byte {
+        b'"' => Some(Escape::Text(r#"\""#)),
+        b'\\' => Some(Escape::Text(r"\\")),
+        b'\n' => Some(Escape::Text(r"\n")),
+        b'\r' => Some(Escape::Text(r"\r")),
+        b'\t' => Some(Escape::Text(r"\t")),
+        0..0x20 => Some(Escape::Code),
+        _ => None,
+    })?;
+    out.write_all(b"\"")
+}
+
+/// Writes JSON text as it stands, but for what would break the line or reach a terminal.
+fn write_raw(out: &mut impl io::Write, json: &str) -> io::Result<()> {
+    write_escaped(out, json, |byte| match byte {
+        b'\t' => None,
+        // In valid JSON these stand between tokens only.
+        b'\n' | b'\r' => Some(Escape::Text(" ")),
+        0..0x20 => Some(Escape::Code),
+        _ => None,
+    })
+}
+
+enum Escape {
+    Text(&'static str),
+    Code,
+}
+
+/// Writes `text`; what `escape` names is replaced, and so are DEL and U+0080 to U+009F.
+fn write_escaped(out: &mut impl io::Write, text: &str, escape: impl Fn(u8) -> Option<Escape>) -> io::Result<()> {
+    let bytes = text.as_bytes();
+    let mut written = 0;
+    let mut at = 0;
+    while at < bytes.len() {
+        // In UTF-8, U+0080 to U+009F are C2 80 to C2 9F, and C2 is never a continuation byte.
+        let (escaped, code, len) = match (bytes[at], bytes.get(at + 1)) {
+            (0x7f, _) => (Some(Escape::Code), 0x7f, 1),
+            (0xc2, Some(&low @ 0x80..=0x9f)) => (Some(Escape::Code), low, 2),
+            (byte, _) => (escape(byte), byte, 1),
+        };
+        if let Some(escaped) = escaped {
+            out.write_all(&bytes[written..at])?;
+            match escaped {
+                Escape::Text(text) => out.write_all(text.as_bytes())?,
+                Escape::Code => write!(out, r"\u{code:04x}")?,
+            }
+            written = at + len;
+        }
+        at += len;
+    }
+    out.write_all(&bytes[written..])
+}
+
+const FIELDS: [&str; 11] = [
+    "event_type",
+    "timestamp",
+    "user_id",
+    "correlation_id",
+    "payload",
+    "event_id",
+    "shard",
+    "offset",
+    "sequence",
+    "version",
+    "source_event_id",
+];
+const EVENT_TYPE: usize = 0;
+const TIMESTAMP: usize = 1;
+const USER_ID: usize = 2;
+const CORRELATION_ID: usize = 3;
+const PAYLOAD: usize = 4;
+const EVENT_ID: usize = 5;
+const SHARD: usize = 6;
+const OFFSET: usize = 7;
+const SOURCE_EVENT_ID: usize = 10;
+
+/// The top level of a line: the text of each known field, in the order of [`FIELDS`].
+struct Slots<'a> {
+    values: [Option<&'a RawValue>; FIELDS.len()],
+    // Kept until the whole line is known to be JSON, since that is the more basic error.
+    problem: Option<JsonError>,
+}
+
+impl<'a> Slots<'a> {
+    fn parse(line: &'a str) -> Result<Self, JsonError> {
+        let slots: Slots<'a> = serde_json::from_str(line).map_err(|error| match error.classify() {
+            serde_json::error::Category::Data => JsonError::NotAnObject,
+            _ => not_json(&error),
+        })?;
+        match slots.problem {
+            Some(problem) => Err(problem),
+            None => Ok(slots),
+        }
+    }
+
+    fn get(&self, field: usize) -> Option<&'a RawValue> {
+        self.values[field]
+    }
+
+    fn timestamp_ms(&self) -> Result<Option<u64>, JsonError> {
+        let Some(raw) = present(self.get(TIMESTAMP)) else { return Ok(None) };
+        match raw.get().parse() {
+            Ok(ms) if ms <= TIMESTAMP_MS_MAX => Ok(Some(ms)),
+            _ => Err(JsonError::Timestamp { found: raw.get().to_owned() }),
+        }
+    }
+
+    fn user_id(&self) -> Result<UserId, JsonError> {
+        let raw = required("user_id", self.get(USER_ID))?;
+        if raw.get().starts_with('"') {
+            return Ok(UserId::Text(string("user_id", raw)?.into_owned()));
+        }
+        raw.get()
+            .parse()
+            .map(UserId::Number)
+            .map_err(|_| JsonError::WrongType { field: "user_id", expected: "a string or a non-negative integer below 2^64" })
+    }
+
+    fn source_event_id(&self) -> Result<Option<String>, JsonError> {
+        let source = optional_string("source_event_id", self.get(SOURCE_EVENT_ID))?;
+        let id = optional_string("event_id", self.get(EVENT_ID))?;
+        let place = self.get(SHARD).zip(self.get(OFFSET)).map(|(shard, offset)| format!("{shard}-{offset}"));
+        Ok(source.or_else(|| id.filter(|id| place.as_ref() != Some(id))))
+    }
+}
+
+impl<'de: 'a, 'a> serde::Deserialize<'de> for Slots<'a> {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Top;
+        impl<'de> Visitor<'de> for Top {
+            type Value = Slots<'de>;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a JSON object")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Slots<'de>, A::Error> {
+                let mut slots = Slots { values: [None; FIELDS.len()], problem: None };
+                while let Some(name) = map.next_key::<FieldName>()? {
+                    let problem = match name {
+                        FieldName::Known(field) => {
+                            let before = slots.values[field].replace(map.next_value()?);
+                            before.map(|_| JsonError::DuplicateField { field: FIELDS[field] })
+                        }
+                        FieldName::Unknown(field) => {
+                            map.next_value::<IgnoredAny>()?;
+                            Some(JsonError::UnknownField { field })
+                        }
+                    };
+                    slots.problem = slots.problem.or(problem);
+                }
+                Ok(slots)
+            }
+        }
+        deserializer.deserialize_map(Top)
+    }
+}
+
+enum FieldName {
+    Known(usize),
+    Unknown(String),
+}
+
+impl<'de> serde::Deserialize<'de> for FieldName {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Name;
+        impl Visitor<'_> for Name {
+            type Value = FieldName;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a field name")
+            }
+
+            fn visit_str<R>(self, name: &str) -> Result<FieldName, R> {
+                Ok(match FIELDS.iter().position(|field| *field == name) {
+                    Some(field) => FieldName::Known(field),
+                    None => FieldName::Unknown(name.to_owned()),
+                })
+            }
+        }
+        deserializer.deserialize_identifier(Name)
+    }
+}
+
+/// `null` counts as absent.
+fn present(raw: Option<&RawValue>) -> Option<&RawValue> {
+    raw.filter(|raw| raw.get() != "null")
+}
+
+fn required<'a>(field: &'static str, raw: Option<&'a RawValue>) -> Result<&'a RawValue, JsonError> {
+    raw.ok_or(JsonError::MissingField { field })
+}
+
+fn string<'a>(field: &'static str, raw: &'a RawValue) -> Result<Cow<'a, str>, JsonError> {
+    // A text without escapes is borrowed; one with them is built anew.
+    let text = raw.get();
+    if let Some(inner) = text.strip_prefix('"').and_then(|text| text.strip_suffix('"'))
+        && !inner.contains('\\')
+    {
+        return Ok(Cow::Borrowed(inner));
+    }
+    let expected = if text.starts_with('"') { "a string of valid Unicode" } else { "a string" };
+    serde_json::from_str(text).map(Cow::Owned).map_err(|_| JsonError::WrongType { field, expected })
+}
+
+fn optional_string(field: &'static str, raw: Option<&RawValue>) -> Result<Option<String>, JsonError> {
+    present(raw).map(|raw| string(field, raw).map(Cow::into_owned)).transpose()
+}
+
+fn not_json(error: &serde_json::Error) -> JsonError {
+    JsonError::NotJson { why: error.to_string() }
+}
+
+fn without_place(error: &serde_json::Error) -> String {
+    let text = error.to_string();
+    let place = format!(" at line {} column {}", error.line(), error.column());
+    text.strip_suffix(&place).map_or(text.clone(), str::to_owned)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::event::{Offset, Scratch, Sequence, ShardId, Version};
+    use proptest::prelude::*;
+    use rkyv::util::AlignedVec;
+
+    fn meta(event: &Envelope) -> Meta {
+        Meta {
+            shard: ShardId(3),
+            offset: Offset(4096),
+            sequence: Sequence(7),
+            key: event.key(),
+            version: Version(2),
+            time: event.time().unwrap_or(Time::unix_ms(5)),
+            event_type: EventTypeId(1),
+            schema_version: 1,
+            correlation: event.correlation(),
+            previous: None,
+        }
+    }
+
+    fn archive(event: &Envelope) -> AlignedVec<16> {
+        let mut bytes = AlignedVec::new();
+        bytes.resize(1 << 16, 0);
+        let len = event.encode(&mut bytes, &mut Scratch::new(1 << 16)).expect("fits");
+        bytes.resize(len, 0);
+        bytes
+    }
+
+    fn written(event: &Envelope) -> String {
+        let bytes = archive(event);
+        let mut out = Vec::new();
+        write_envelope(&mut out, &meta(event), ArchivedEnvelope::access(&bytes).expect("valid")).expect("a Vec takes all");
+        String::from_utf8(out).expect("JSON is UTF-8")
+    }
+
+    #[test]
+    fn a_line_comes_out_as_it_stood_with_its_place_behind() {
+        let line = r#"{"event_type":"player.move","timestamp":1280526901009,"user_id":3997542709,"correlation_id":"sc2-da41","payload":{"x":133.96,"e":1e3,"s":"é\u0041"}}"#;
+        let event = Envelope::from_json(line).expect("a good line");
+        assert_eq!(event.key(), Key::new(3_997_542_709));
+        assert_eq!(event.time(), Some(Time::unix_ms(1_280_526_901_009)));
+        assert_eq!(event.correlation(), Correlation::of("sc2-da41"));
+        let place = r#","event_id":"3-4096","shard":3,"offset":4096,"sequence":7,"version":2}"#;
+        assert_eq!(written(&event), format!("{}{place}\n", &line[..line.len() - 1]));
+    }
+
+    #[test]
+    fn a_dump_of_a_dump_is_the_same() {
+        for line in [
+            r#"{"event_type":"a","user_id":"alice","payload":null}"#,
+            r#"{"payload":[],"event_id":"uuid-1","user_id":"alice","event_type":"a","timestamp":null,"correlation_id":null}"#,
+        ] {
+            let once = written(&Envelope::from_json(line).expect("a good line"));
+            let again = written(&Envelope::from_json(&once).expect("a dump reads back"));
+            assert_eq!(once, again);
+        }
+        let kept = Envelope::from_json(r#"{"event_type":"a","event_id":"uuid-1","user_id":1,"payload":1}"#).expect("a good line");
+        assert_eq!(kept.source_event_id(), Some("uuid-1"));
+        assert!(written(&kept).ends_with("\"source_event_id\":\"uuid-1\"}\n"));
+    }
+
+    #[test]
+    fn what_is_wrong_with_a_line_is_named() {
+        let missing = |field| JsonError::MissingField { field };
+        let cases = [
+            (r#"{"user_id":1,"payload":1}"#, missing("event_type")),
+            (r#"{"event_type":"a","payload":1}"#, missing("user_id")),
+            (r#"{"event_type":"a","user_id":1}"#, missing("payload")),
+            (r#"{"event_type":7,"user_id":1,"payload":1}"#, JsonError::WrongType { field: "event_type", expected: "a string" }),
+            (
+                r#"{"event_type":"a","user_id":-1,"payload":1}"#,
+                JsonError::WrongType { field: "user_id", expected: "a string or a non-negative integer below 2^64" },
+            ),
+            (
+                r#"{"event_type":"a","user_id":1,"correlation_id":[],"payload":1}"#,
+                JsonError::WrongType { field: "correlation_id", expected: "a string" },
+            ),
+            (
+                r#"{"event_type":"\ud800","user_id":1,"payload":1}"#,
+                JsonError::WrongType { field: "event_type", expected: "a string of valid Unicode" },
+            ),
+            (r#"{"event_type":"a","user_id":1,"payload":1,"colour":2}"#, JsonError::UnknownField { field: "colour".into() }),
+            (r#"{"event_type":"a","user_id":1,"user_id":2,"payload":1}"#, JsonError::DuplicateField { field: "user_id" }),
+            ("[]", JsonError::NotAnObject),
+            ("7", JsonError::NotAnObject),
+        ];
+        for (line, error) in cases {
+            assert_eq!(Envelope::from_json(line), Err(error), "{line}");
+        }
+        for found in ["-1", "1.5", "1e3", "\"1\"", "18446744073710", "99999999999999999999"] {
+            let line = format!(r#"{{"event_type":"a","timestamp":{found},"user_id":1,"payload":1}}"#);
+            assert_eq!(Envelope::from_json(&line), Err(JsonError::Timestamp { found: found.into() }));
+        }
+        for line in ["", "{", "{\"event_type\":\"a\",\"colour\":", "nonsense", "{} {}"] {
+            assert!(matches!(Envelope::from_json(line), Err(JsonError::NotJson { .. })), "{line}");
+        }
+        assert!(Envelope::new("a", 1, "{").is_err());
+    }
+
+    #[test]
+    fn no_control_character_and_no_second_line_comes_out() {
+        let payload = "{\n\"del\":\"\u{7f}\",\r\"c1\":\"\u{9b}31m\u{80}\u{9f}\",\"ok\":\"\u{a0}é\"}";
+        let event = Envelope::new("a\u{1b}[2J\u{85}\"\\\n", "u\u{7f}\u{9d}", payload).expect("JSON");
+        let line = written(&event);
+        assert!(!line.trim_end_matches('\n').chars().any(char::is_control), "{line:?}");
+        let again = Envelope::from_json(&line).expect("still JSON");
+        assert_eq!(again.event_type(), event.event_type());
+        assert_eq!(again.user_id(), event.user_id());
+        let value = |text: &str| serde_json::from_str::<serde_json::Value>(text).expect("JSON");
+        assert_eq!(value(again.payload()), value(payload));
+    }
+
+    #[derive(Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+    #[serde(tag = "event_type", content = "payload", deny_unknown_fields)]
+    enum Typed {
+        #[serde(rename = "player.levelup")]
+        LevelledUp { new_level: u32 },
+        Left,
+    }
+
+    #[test]
+    fn typed_events_have_the_same_outer_shape() {
+        let line = r#"{"timestamp":9,"payload":{"new_level":7},"user_id":42,"correlation_id":"m","event_type":"player.levelup"}"#;
+        let incoming = from_json::<Typed>(line).expect("a good line");
+        assert_eq!(incoming.event, Typed::LevelledUp { new_level: 7 });
+        assert_eq!((incoming.key(), incoming.time, incoming.correlation), (Key::new(42), Some(Time::unix_ms(9)), Correlation::of("m")));
+        for event in [incoming.event, Typed::Left] {
+            let meta = Meta {
+                key: Key::new(42),
+                correlation: Correlation::of("m"),
+                ..meta(&Envelope::new("a", 1, "1").expect("JSON"))
+            };
+            let mut out = Vec::new();
+            to_json(&mut out, &meta, &event).expect("a Vec takes all");
+            let again = from_json::<Typed>(std::str::from_utf8(&out).expect("UTF-8")).expect("reads back");
+            assert_eq!((again.event, again.correlation, again.user_id), (event, meta.correlation, UserId::Number(42)));
+        }
+        let wrong = r#"{"event_type":"player.levelup","user_id":1,"payload":{"new_level":"x"}}"#;
+        assert!(matches!(from_json::<Typed>(wrong), Err(JsonError::Payload { .. })));
+        let bare = r#"{"event_type":"player.levelup","user_id":1}"#;
+        assert_eq!(from_json::<Typed>(bare), Err(JsonError::MissingField { field: "payload" }));
+        assert!(from_json::<Typed>(r#"{"event_type":"Left","user_id":1}"#).is_ok());
+        assert!(to_json(&mut Vec::new(), &meta(&Envelope::new("a", 1, "1").expect("JSON")), &7).is_err());
+    }
+
+    #[test]
+    fn an_opaque_event_shows_its_archive() {
+        let mut out = Vec::new();
+        let archive: Vec<u8> = (0..=255).collect();
+        write_opaque(&mut out, &meta(&Envelope::new("a", 1, "1").expect("JSON")), "moved", &archive).expect("a Vec takes all");
+        let value: serde_json::Value = serde_json::from_slice(&out).expect("JSON");
+        let hex = value["payload"]["archive"].as_str().expect("a string");
+        assert_eq!((hex.len(), &hex[..8], &hex[508..]), (512, "00010203", "feff"));
+    }
+
+    fn user() -> impl Strategy<Value = UserId> {
+        prop_oneof![any::<u64>().prop_map(UserId::Number), any::<String>().prop_map(UserId::Text)]
+    }
+
+    fn payload() -> impl Strategy<Value = String> {
+        let text = any::<String>().prop_map(|text| serde_json::to_string(&text).expect("a string is JSON"));
+        prop_oneof![text, Just("-0.00e-7".to_owned()), Just("[ 1 ,\t{} ]".to_owned()), Just("null".to_owned())]
+    }
+
+    proptest! {
+        #[test]
+        fn any_envelope_survives_archive_and_line(
+            event_type in any::<String>(),
+            user_id in user(),
+            timestamp_ms in 0..=TIMESTAMP_MS_MAX,
+            correlation_id in any::<Option<String>>(),
+            payload in payload(),
+        ) {
+            let mut event = Envelope::new(event_type, 0, &payload).expect("JSON").at_ms(timestamp_ms).expect("in range");
+            event.user_id = user_id;
+            event.correlation_id = correlation_id;
+            let bytes = archive(&event);
+            let archived = ArchivedEnvelope::access(&bytes).expect("valid");
+            prop_assert_eq!(&crate::event::deserialize::<Envelope>(archived).expect("valid"), &event);
+            let line = written(&event);
+            prop_assert!(!line.trim_end_matches('\n').chars().any(|c| c.is_control() && c != '\t'));
+            let again = Envelope::from_json(&line).expect("a dump reads back");
+            let value = |text: &str| serde_json::from_str::<serde_json::Value>(text).expect("JSON");
+            prop_assert_eq!(value(again.payload()), value(&payload));
+            event.payload = again.payload.clone();
+            prop_assert_eq!(again, event);
+        }
+
+        #[test]
+        fn no_text_makes_the_reader_panic(text in ".{0,64}") {
+            let _seen = Envelope::from_json(&text).is_ok();
+            let _seen = ArchivedEnvelope::access(&archive(&Envelope::new(text, 1, "1").expect("JSON"))[16..]).is_ok();
+        }
+    }
+}

@@ -1,0 +1,325 @@
+//! One error enum per family of operations. Errors carry facts, not sentences to parse.
+
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use crate::event::{EventTypeId, Offset, ShardId};
+
+/// A configuration that cannot be used, found by [`crate::Config::validate`].
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum ConfigError {
+    /// A value lies outside what the engine supports.
+    #[error("{name} is {value}, but must lie in {min}..={max}")]
+    OutOfRange {
+        /// The setting.
+        name: &'static str,
+        /// What was given.
+        value: u64,
+        /// Smallest allowed.
+        min: u64,
+        /// Largest allowed.
+        max: u64,
+    },
+    /// A value must be a power of two.
+    #[error("{name} is {value}, but must be a power of two")]
+    NotPowerOfTwo {
+        /// The setting.
+        name: &'static str,
+        /// What was given.
+        value: u64,
+    },
+    /// An event type is declared twice, or with id 0.
+    #[error("event type id {id} is declared twice")]
+    DuplicateEventType {
+        /// The id.
+        id: EventTypeId,
+    },
+}
+
+/// Why a store could not be opened. Nothing was changed unless the variant says so.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum OpenError {
+    /// The configuration is invalid.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// Another process (or another engine of this one) has the store open.
+    #[error("the store at {} is open elsewhere", dir.display())]
+    Locked {
+        /// The store.
+        dir: PathBuf,
+    },
+    /// The store has another number of shards; it is fixed when a store is created.
+    #[error("the store has {stored} shards, not {asked}; `corelane reshard` will move a store to another count")]
+    ShardCount {
+        /// In the manifest.
+        stored: u16,
+        /// In the configuration.
+        asked: u16,
+    },
+    /// The store has another segment size; it is fixed when a store is created.
+    #[error("the store has segments of {stored} bytes, not {asked}")]
+    SegmentBytes {
+        /// In the manifest.
+        stored: u64,
+        /// In the configuration.
+        asked: u64,
+    },
+    /// A file is of a format version this build does not know. It is left untouched.
+    #[error("{} has format version {found}; this build reads up to {known}", path.display())]
+    UnknownFormat {
+        /// The file.
+        path: PathBuf,
+        /// Version found.
+        found: u32,
+        /// Newest version known.
+        known: u32,
+    },
+    /// A file was written with other archive settings (byte order, alignment, pointer width).
+    #[error("{} was written with another archive format ({found:#010x}, this build has {known:#010x})", path.display())]
+    ArchiveFormat {
+        /// The file.
+        path: PathBuf,
+        /// Fingerprint found.
+        found: u32,
+        /// Fingerprint of this build.
+        known: u32,
+    },
+    /// A file in the store is not what its name says.
+    #[error("{}: {why}", path.display())]
+    ForeignFile {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        why: &'static str,
+    },
+    /// The log holds an event type (or a schema version of one) that this program cannot read.
+    #[error("shard {shard} holds event type {event_type} ({name}) of schema version {schema_version}, which this program does not declare")]
+    UnknownEventType {
+        /// Where.
+        shard: ShardId,
+        /// The id in the record.
+        event_type: EventTypeId,
+        /// Its name, as the manifest has it.
+        name: String,
+        /// The version in the record.
+        schema_version: u16,
+    },
+    /// The program declares a type under an id that the store knows by another name.
+    #[error("event type {event_type} is \"{stored}\" in the store, but \"{declared}\" in the program")]
+    EventTypeRenamed {
+        /// The id.
+        event_type: EventTypeId,
+        /// Name in the manifest.
+        stored: String,
+        /// Name in the program.
+        declared: String,
+    },
+    /// Bytes that had been durable are damaged. Nothing is skipped.
+    #[error(transparent)]
+    Corruption(#[from] Corruption),
+    /// The file system refused.
+    #[error("{action} {}: {source}", path.display())]
+    Io {
+        /// What was being done.
+        action: &'static str,
+        /// To which file.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+}
+
+/// Damage in the middle of a log: bytes that were once durable and no longer hold.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("shard {shard}, segment {segment}, offset {offset}: {why}")]
+pub struct Corruption {
+    /// The shard.
+    pub shard: ShardId,
+    /// The segment's number.
+    pub segment: u64,
+    /// Where the damage begins.
+    pub offset: Offset,
+    /// What does not hold.
+    pub why: &'static str,
+}
+
+/// Why a shard stopped. It is final for this engine: open the store again.
+#[derive(Debug, Clone, thiserror::Error)]
+#[error("shard {shard} failed: {cause}")]
+pub struct ShardFailure {
+    /// The shard.
+    pub shard: ShardId,
+    /// Why.
+    pub cause: FailureCause,
+}
+
+/// The cause of a [`ShardFailure`].
+#[derive(Debug, Clone, thiserror::Error)]
+#[non_exhaustive]
+pub enum FailureCause {
+    /// Syncing the log failed. What the device holds is unknown, so nothing later is acknowledged.
+    #[error("sync of the log: {0}")]
+    Sync(Arc<io::Error>),
+    /// The log could not be written or extended (other than for lack of space).
+    #[error("{action}: {source}")]
+    Storage {
+        /// What was being done.
+        action: &'static str,
+        /// What the system said.
+        source: Arc<io::Error>,
+    },
+    /// An inline handler with the halt policy returned an error.
+    #[error("handler {handler} at offset {offset}: {error}")]
+    Handler {
+        /// The handler's name.
+        handler: String,
+        /// The event.
+        offset: Offset,
+        /// What it said.
+        error: String,
+    },
+    /// Code on the shard's thread panicked.
+    #[error("panic: {0}")]
+    Panic(String),
+    /// An event did not fit after it had been accepted: its archive is larger than it promised.
+    #[error("an accepted event of key {key} does not fit into {bytes_max} bytes")]
+    EventTooLarge {
+        /// Whose event.
+        key: u64,
+        /// The limit.
+        bytes_max: usize,
+    },
+}
+
+/// A publish that was refused. The event comes back, with the reason.
+#[derive(thiserror::Error)]
+#[non_exhaustive]
+pub enum Rejected<E> {
+    /// The lane is full (or stayed full until the deadline).
+    #[error("the lane is full")]
+    Full(E),
+    /// The lane is full because the disk is; the shard goes on when space returns.
+    #[error("the lane is full and the disk has no space for a new segment")]
+    StorageFull(E),
+    /// The engine is shutting down or gone.
+    #[error("the engine is closed")]
+    Closed(E),
+    /// The key's shard failed.
+    #[error("{1}")]
+    ShardFailed(E, ShardFailure),
+    /// The archive would exceed `event_bytes_max`.
+    #[error("the event is larger than {bytes_max} bytes")]
+    TooLarge {
+        /// The event.
+        event: E,
+        /// The configured limit.
+        bytes_max: usize,
+    },
+}
+
+impl<E> Rejected<E> {
+    /// Takes the event back.
+    pub fn into_event(self) -> E {
+        match self {
+            Self::Full(e) | Self::StorageFull(e) | Self::Closed(e) | Self::ShardFailed(e, _) => e,
+            Self::TooLarge { event, .. } => event,
+        }
+    }
+
+    /// The reason alone.
+    pub fn reason(&self) -> RejectedReason {
+        match self {
+            Self::Full(_) => RejectedReason::Full,
+            Self::StorageFull(_) => RejectedReason::StorageFull,
+            Self::Closed(_) => RejectedReason::Closed,
+            Self::ShardFailed(_, failure) => RejectedReason::ShardFailed(failure.clone()),
+            Self::TooLarge { bytes_max, .. } => RejectedReason::TooLarge { bytes_max: *bytes_max },
+        }
+    }
+}
+
+// Not derived: an event need not be Debug for its rejection to be.
+impl<E> std::fmt::Debug for Rejected<E> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Rejected({:?})", self.reason())
+    }
+}
+
+/// Why a publish was refused, without the event.
+#[derive(Debug, Clone, thiserror::Error)]
+#[non_exhaustive]
+pub enum RejectedReason {
+    /// The lane is full.
+    #[error("the lane is full")]
+    Full,
+    /// The lane is full because the disk is.
+    #[error("the lane is full and the disk has no space for a new segment")]
+    StorageFull,
+    /// The engine is shutting down or gone.
+    #[error("the engine is closed")]
+    Closed,
+    /// The key's shard failed.
+    #[error(transparent)]
+    ShardFailed(ShardFailure),
+    /// The archive would exceed `event_bytes_max`.
+    #[error("the event is larger than {bytes_max} bytes")]
+    TooLarge {
+        /// The configured limit.
+        bytes_max: usize,
+    },
+}
+
+/// Why waiting for a receipt, a flush or a shutdown ended without success.
+#[derive(Debug, Clone, thiserror::Error)]
+#[non_exhaustive]
+pub enum WaitError {
+    /// The shard failed before the event got there. Whether it is on disk is unknown.
+    #[error(transparent)]
+    ShardFailed(#[from] ShardFailure),
+    /// The deadline passed; the event may still get there.
+    #[error("the deadline passed")]
+    TimedOut,
+    /// The durability mode never syncs by itself; call `flush`.
+    #[error("durability mode OsCache acknowledges nothing as durable without flush()")]
+    NeverDurable,
+}
+
+/// Why a read of the log ended.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ReadError {
+    /// The place asked for was freed by retention.
+    #[error("shard {shard}: offset {asked} is gone; the earliest is {earliest}")]
+    BeyondRetention {
+        /// The shard.
+        shard: ShardId,
+        /// What was asked for.
+        asked: Offset,
+        /// The earliest offset still held.
+        earliest: Offset,
+    },
+    /// The offset is not the beginning of a record.
+    #[error("shard {shard}: no record begins at offset {offset}")]
+    NotARecord {
+        /// The shard.
+        shard: ShardId,
+        /// What was asked for.
+        offset: Offset,
+    },
+    /// The bytes do not hold.
+    #[error(transparent)]
+    Corruption(#[from] Corruption),
+    /// The file system refused.
+    #[error("{action} {}: {source}", path.display())]
+    Io {
+        /// What was being done.
+        action: &'static str,
+        /// To which file.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+}

@@ -1,0 +1,334 @@
+//! What an event is, and the words for where it stands.
+//!
+//! Leaf module: positions are newtypes, events are data. Nothing here knows how an event travels.
+
+use std::fmt;
+use std::str::FromStr;
+
+use rkyv::api::low::{LowDeserializer, LowSerializer, LowValidator};
+use rkyv::bytecheck::CheckBytes;
+use rkyv::rancor::Error as RkyvError;
+use rkyv::ser::allocator::SubAllocator;
+use rkyv::ser::writer::Buffer;
+use rkyv::{Archive, Deserialize, Serialize};
+
+macro_rules! position {
+    ($(#[$doc:meta])* $name:ident($inner:ty)) => {
+        $(#[$doc])*
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+        pub struct $name(pub $inner);
+
+        impl $name {
+            /// Wraps a raw value.
+            #[must_use]
+            pub const fn new(value: $inner) -> Self {
+                Self(value)
+            }
+
+            /// The raw value.
+            #[must_use]
+            pub const fn get(self) -> $inner {
+                self.0
+            }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                fmt::Display::fmt(&self.0, f)
+            }
+        }
+    };
+}
+
+position!(
+    /// A shard's number, from 0.
+    ShardId(u16)
+);
+position!(
+    /// A byte position in one shard's log. It grows for ever and is never used twice.
+    Offset(u64)
+);
+position!(
+    /// A shard's count of events: the first event of a shard has sequence 0.
+    Sequence(u64)
+);
+position!(
+    /// A key's count of events: the first event of a key has version 1. At most 2⁴⁸ − 1.
+    Version(u64)
+);
+position!(
+    /// The stable number of an event type. 0 is the log's own and never a user's.
+    EventTypeId(u16)
+);
+position!(
+    /// Ties events of one cause together; 0 means none.
+    Correlation(u64)
+);
+position!(
+    /// Nanoseconds since 1970-01-01 UTC.
+    Time(u64)
+);
+
+impl Time {
+    /// A time given in milliseconds since 1970 (saturating in the year 2554).
+    #[must_use]
+    pub const fn unix_ms(ms: u64) -> Self {
+        Self(ms.saturating_mul(1_000_000))
+    }
+
+    /// Whole milliseconds since 1970.
+    #[must_use]
+    pub const fn as_ms(self) -> u64 {
+        self.0 / 1_000_000
+    }
+}
+
+impl Correlation {
+    /// The correlation of a text id: its xxh3 (an id that hashes to 0 becomes 1, since 0 means none).
+    #[must_use]
+    pub fn of(text: &str) -> Self {
+        Self(xxhash_rust::xxh3::xxh3_64(text.as_bytes()).max(1))
+    }
+}
+
+/// Whose event it is: a user id. Events of one key keep their order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+pub struct Key(pub u64);
+
+impl Key {
+    /// A numeric user id.
+    #[must_use]
+    pub const fn new(id: u64) -> Self {
+        Self(id)
+    }
+
+    /// A text user id, through xxh3 (64 bits).
+    #[must_use]
+    pub fn of(text: &str) -> Self {
+        Self(xxhash_rust::xxh3::xxh3_64(text.as_bytes()))
+    }
+
+    /// The raw id.
+    #[must_use]
+    pub const fn get(self) -> u64 {
+        self.0
+    }
+
+    /// splitmix64's finaliser: the hash that routes and that the key table uses. Frozen for ever.
+    #[must_use]
+    pub const fn hash(self) -> u64 {
+        let mut z = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    /// The shard this key belongs to among `shards`: multiply-high of the hash. Frozen for ever.
+    #[must_use]
+    pub const fn shard(self, shards: u16) -> ShardId {
+        ShardId(((self.hash() as u128 * shards as u128) >> 64) as u16)
+    }
+}
+
+impl fmt::Display for Key {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(&self.0, f)
+    }
+}
+
+/// The unique name of an event, derived from where it lies: `shard-offset`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct EventId {
+    /// The shard that holds the event.
+    pub shard: ShardId,
+    /// Where in that shard's log its record begins.
+    pub offset: Offset,
+}
+
+impl fmt::Display for EventId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}-{}", self.shard, self.offset)
+    }
+}
+
+impl FromStr for EventId {
+    type Err = std::num::ParseIntError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let (shard, offset) = text.split_once('-').unwrap_or((text, ""));
+        Ok(Self { shard: ShardId(shard.parse()?), offset: Offset(offset.parse()?) })
+    }
+}
+
+/// One kind of event: a stable number, a stable name and the version of its layout.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct EventType {
+    /// Stable for ever; never 0.
+    pub id: EventTypeId,
+    /// Stable for ever; what people and JSON see.
+    pub name: &'static str,
+    /// Version of the archived layout of this type.
+    pub schema_version: u16,
+}
+
+impl EventType {
+    /// Describes a type. Fails to compile (in a const) or panics when `id` is 0.
+    #[must_use]
+    pub const fn new(id: u16, name: &'static str, schema_version: u16) -> Self {
+        assert!(id != 0, "event type id 0 belongs to the log itself");
+        Self { id: EventTypeId(id), name, schema_version }
+    }
+}
+
+/// An event that corelane carries: an rkyv type with stable type ids. Normally an enum whose
+/// variants are the event types.
+///
+/// ```
+/// use corelane::{Event, EventType, EventTypeId};
+/// use rkyv::{Archive, Deserialize, Serialize};
+///
+/// #[derive(Archive, Serialize, Deserialize)]
+/// enum GameEvent { Moved { x: f32, y: f32 }, LevelledUp { level: u32 } }
+///
+/// impl Event for GameEvent {
+///     const TYPES: &'static [EventType] =
+///         &[EventType::new(1, "player_moved", 1), EventType::new(2, "player_levelled_up", 1)];
+///     fn event_type(&self) -> EventTypeId {
+///         match self {
+///             GameEvent::Moved { .. } => EventTypeId(1),
+///             GameEvent::LevelledUp { .. } => EventTypeId(2),
+///         }
+///     }
+/// }
+/// ```
+pub trait Event: Encode + Send + 'static {
+    /// Every type this enum can carry. Ids and names are data: stable for ever.
+    const TYPES: &'static [EventType];
+
+    /// Which of [`Event::TYPES`] this one is.
+    fn event_type(&self) -> EventTypeId;
+
+    /// The time the event itself carries; `None` means its publish time.
+    fn time(&self) -> Option<Time> {
+        None
+    }
+
+    /// The correlation the event itself carries.
+    fn correlation(&self) -> Correlation {
+        Correlation(0)
+    }
+}
+
+/// How an event becomes bytes and is read in place. Implemented for every fitting rkyv type;
+/// nobody implements it by hand.
+pub trait Encode: Archive<Archived: Send> + Sized {
+    /// Archives `self` into `out`, with `scratch` for unsized parts. Returns the exact length,
+    /// or `None` when it does not fit.
+    fn encode(&self, out: &mut [u8], scratch: &mut Scratch) -> Option<usize>;
+
+    /// Reads an archive in place after checking every byte of it (bytecheck).
+    ///
+    /// # Errors
+    /// What the validator found wrong.
+    fn access(bytes: &[u8]) -> Result<&Self::Archived, RkyvError>;
+}
+
+impl<T> Encode for T
+where
+    T: for<'a> Serialize<LowSerializer<Buffer<'a>, SubAllocator<'a>, RkyvError>>,
+    T: Archive<Archived: Send + for<'a> CheckBytes<LowValidator<'a, RkyvError>>>,
+{
+    #[inline]
+    fn encode(&self, out: &mut [u8], scratch: &mut Scratch) -> Option<usize> {
+        let allocator = SubAllocator::new(&mut scratch.0);
+        rkyv::api::low::to_bytes_in_with_alloc::<_, _, RkyvError>(self, Buffer::from(out), allocator)
+            .ok()
+            .map(|written| written.len())
+    }
+
+    #[inline]
+    fn access(bytes: &[u8]) -> Result<&Self::Archived, RkyvError> {
+        rkyv::api::low::access::<Self::Archived, RkyvError>(bytes)
+    }
+}
+
+/// An archived event turned back into an owned one.
+///
+/// # Errors
+/// What rkyv could not rebuild.
+pub fn deserialize<E>(archived: &E::Archived) -> Result<E, RkyvError>
+where
+    E: Archive<Archived: Deserialize<E, LowDeserializer<RkyvError>>>,
+{
+    rkyv::api::low::deserialize::<E, RkyvError>(archived)
+}
+
+/// Scratch memory for one thread's encoding; allocated once.
+#[derive(Debug)]
+pub struct Scratch(Box<[std::mem::MaybeUninit<u8>]>);
+
+impl Scratch {
+    /// Scratch of `bytes` bytes: what unsized parts of one event need while it is archived.
+    #[must_use]
+    pub fn new(bytes: usize) -> Self {
+        Self(vec![std::mem::MaybeUninit::uninit(); bytes].into_boxed_slice())
+    }
+}
+
+/// What the log knows of an event besides its body.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Meta {
+    /// The shard that owns the key.
+    pub shard: ShardId,
+    /// Where the record begins.
+    pub offset: Offset,
+    /// The event's number in its shard.
+    pub sequence: Sequence,
+    /// Whose event it is.
+    pub key: Key,
+    /// The event's number in its key.
+    pub version: Version,
+    /// The event's own time or, where it carries none, its publish time.
+    pub time: Time,
+    /// Which type.
+    pub event_type: EventTypeId,
+    /// Version of the type's layout.
+    pub schema_version: u16,
+    /// Ties events of one cause together.
+    pub correlation: Correlation,
+    /// The key's previous record, if it has one.
+    pub previous: Option<Offset>,
+}
+
+impl Meta {
+    /// The event's unique id.
+    #[must_use]
+    pub const fn id(&self) -> EventId {
+        EventId { shard: self.shard, offset: self.offset }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn routing_is_frozen() {
+        let golden = [(0u64, 0xe220a8397b1dcdaf_u64), (1, 0x910a2dec89025cc1), (42, 0xbdd732262feb6e95)];
+        for (key, hash) in golden {
+            assert_eq!(Key(key).hash(), hash, "splitmix64({key})");
+        }
+        let shards: Vec<u16> = (0..12).map(|key| Key(key).shard(4).0).collect();
+        assert_eq!(shards, [3, 2, 2, 0, 1, 1, 2, 1, 2, 2, 0, 1], "keys 0..12 over 4 shards");
+        assert_eq!(Key::of("alice"), Key::of("alice"));
+        assert_eq!(Key(u64::MAX).shard(1), ShardId(0));
+    }
+
+    #[test]
+    fn an_event_id_reads_back_as_written() {
+        let id = EventId { shard: ShardId(3), offset: Offset(4096) };
+        assert_eq!(id.to_string(), "3-4096");
+        assert_eq!("3-4096".parse::<EventId>().ok(), Some(id));
+        assert!("3".parse::<EventId>().is_err());
+    }
+}

@@ -1,0 +1,314 @@
+//! The bytes of a segment header and of a record. Pure functions; `FORMAT.md` draws the same tables.
+//!
+//! ```text
+//! record   0 length u32 (stored last: the commit; 0 = end)   4 crc u32
+//!          8 time u64   16 key u64   24 back-link/16 u48 | type u16
+//!         32 correlation u64   40 version u48 | schema version u16   48 body, zero-padded to 16
+//! ```
+
+use crate::event::{Correlation, Event, EventTypeId, Key, Offset, ShardId, Time, Version};
+
+/// Bytes of a segment header: one page.
+pub(crate) const HEADER_BYTES: usize = 4096;
+/// Bytes of a record header.
+pub(crate) const RECORD_HEADER_BYTES: usize = 48;
+/// No record is longer than this: the header and the largest archive a configuration may allow.
+pub(crate) const RECORD_BYTES_MAX: usize = RECORD_HEADER_BYTES + (16 << 20);
+/// Records begin at multiples of this.
+pub(crate) const ALIGN: usize = 16;
+/// The format this build writes, and the newest it reads.
+pub(crate) const FORMAT_VERSION: u32 = 1;
+/// The type id of the log's own marks: no event, no body; `key` is a position that had been synced.
+pub(crate) const MARK: EventTypeId = EventTypeId(0);
+
+const SEGMENT_MAGIC: [u8; 8] = *b"corelseg";
+const BYTE_ORDER: u32 = 0x0102_0304;
+const HEADER_CRC_AT: usize = 76;
+const LOW_48: u64 = (1 << 48) - 1;
+
+const _: () = assert!(RECORD_HEADER_BYTES % ALIGN == 0 && HEADER_BYTES % ALIGN == 0);
+
+/// What makes archives of two builds compatible: rkyv's pointer width and byte order, as this build has them.
+pub(crate) fn archive_fingerprint() -> u32 {
+    let pointer_bytes = size_of::<rkyv::primitive::ArchivedUsize>() as u8;
+    let one = rkyv::rend::u32_le::from_native(1);
+    let little = u8::from(size_of_val(&one) == 4 && cfg!(target_endian = "little"));
+    let aligned = align_of::<rkyv::primitive::ArchivedU64>() as u8;
+    crc32c::crc32c(&[b'r', b'k', 8, pointer_bytes, little, aligned])
+}
+
+/// What makes two programs' events the same: ids, names and schema versions.
+pub(crate) fn schema_fingerprint<E: Event>() -> u32 {
+    E::TYPES.iter().fold(0, |crc, t| {
+        let crc = crc32c::crc32c_append(crc, &t.id.0.to_le_bytes());
+        let crc = crc32c::crc32c_append(crc, &t.schema_version.to_le_bytes());
+        crc32c::crc32c_append(crc, t.name.as_bytes())
+    })
+}
+
+/// Rounds a record's exact length up to where the next one begins.
+#[inline]
+pub(crate) const fn padded(len: usize) -> usize {
+    (len + ALIGN - 1) & !(ALIGN - 1)
+}
+
+pub(crate) fn u16_at(bytes: &[u8], at: usize) -> u16 {
+    let mut raw = [0; 2];
+    raw.copy_from_slice(&bytes[at..at + 2]);
+    u16::from_le_bytes(raw)
+}
+
+#[inline]
+pub(crate) fn u32_at(bytes: &[u8], at: usize) -> u32 {
+    let mut raw = [0; 4];
+    raw.copy_from_slice(&bytes[at..at + 4]);
+    u32::from_le_bytes(raw)
+}
+
+#[inline]
+pub(crate) fn u64_at(bytes: &[u8], at: usize) -> u64 {
+    let mut raw = [0; 8];
+    raw.copy_from_slice(&bytes[at..at + 8]);
+    u64::from_le_bytes(raw)
+}
+
+/// The head of a segment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct SegmentHeader {
+    pub(crate) schema: u32,
+    pub(crate) shard: ShardId,
+    pub(crate) index: u64,
+    pub(crate) segment_bytes: u64,
+    pub(crate) first_offset: Offset,
+    pub(crate) first_sequence: u64,
+    pub(crate) created: Time,
+    pub(crate) salt: u32,
+}
+
+/// Why a page is not the header it should be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum HeaderError {
+    /// All zero: prepared and never used.
+    Blank,
+    /// Of a format this build does not know.
+    Version(u32),
+    /// Of another archive format.
+    Archive(u32),
+    /// Something else.
+    Damaged(&'static str),
+}
+
+impl SegmentHeader {
+    pub(crate) fn encode(&self, page: &mut [u8]) {
+        assert!(page.len() >= HEADER_BYTES);
+        page[..HEADER_BYTES].fill(0);
+        page[0..8].copy_from_slice(&SEGMENT_MAGIC);
+        page[8..12].copy_from_slice(&FORMAT_VERSION.to_le_bytes());
+        page[12..16].copy_from_slice(&BYTE_ORDER.to_le_bytes());
+        page[16..20].copy_from_slice(&archive_fingerprint().to_le_bytes());
+        page[20..24].copy_from_slice(&self.schema.to_le_bytes());
+        page[24..26].copy_from_slice(&self.shard.0.to_le_bytes());
+        page[32..40].copy_from_slice(&self.index.to_le_bytes());
+        page[40..48].copy_from_slice(&self.segment_bytes.to_le_bytes());
+        page[48..56].copy_from_slice(&self.first_offset.0.to_le_bytes());
+        page[56..64].copy_from_slice(&self.first_sequence.to_le_bytes());
+        page[64..72].copy_from_slice(&self.created.0.to_le_bytes());
+        page[72..76].copy_from_slice(&self.salt.to_le_bytes());
+        let crc = crc32c::crc32c(&page[..HEADER_CRC_AT]);
+        page[HEADER_CRC_AT..HEADER_CRC_AT + 4].copy_from_slice(&crc.to_le_bytes());
+    }
+
+    pub(crate) fn decode(page: &[u8]) -> Result<Self, HeaderError> {
+        if page.len() < HEADER_BYTES {
+            return Err(HeaderError::Damaged("the segment is shorter than its header"));
+        }
+        if page[..HEADER_BYTES].iter().all(|&byte| byte == 0) {
+            return Err(HeaderError::Blank);
+        }
+        if page[0..8] != SEGMENT_MAGIC {
+            return Err(HeaderError::Damaged("not a segment: wrong magic"));
+        }
+        let version = u32_at(page, 8);
+        let crc_holds = crc32c::crc32c(&page[..HEADER_CRC_AT]) == u32_at(page, HEADER_CRC_AT);
+        // A newer format may keep its check sum elsewhere, so its version is believed as it stands;
+        // damage to the version of a known format shows in the check sum of that format.
+        if version != FORMAT_VERSION && !crc_holds_with_version(page, FORMAT_VERSION) {
+            return Err(HeaderError::Version(version));
+        }
+        if !crc_holds {
+            return Err(HeaderError::Damaged("the segment header's CRC does not hold"));
+        }
+        if u32_at(page, 12) != BYTE_ORDER {
+            return Err(HeaderError::Damaged("the segment header's byte order mark does not hold"));
+        }
+        if u32_at(page, 16) != archive_fingerprint() {
+            return Err(HeaderError::Archive(u32_at(page, 16)));
+        }
+        if page[HEADER_CRC_AT + 4..HEADER_BYTES].iter().any(|&byte| byte != 0) {
+            return Err(HeaderError::Damaged("unused bytes of the segment header are not zero"));
+        }
+        Ok(Self {
+            schema: u32_at(page, 20),
+            shard: ShardId(u16_at(page, 24)),
+            index: u64_at(page, 32),
+            segment_bytes: u64_at(page, 40),
+            first_offset: Offset(u64_at(page, 48)),
+            first_sequence: u64_at(page, 56),
+            created: Time(u64_at(page, 64)),
+            salt: u32_at(page, 72),
+        })
+    }
+}
+
+/// Whether the check sum would hold if the version field said `version`.
+fn crc_holds_with_version(page: &[u8], version: u32) -> bool {
+    let crc = crc32c::crc32c(&page[..8]);
+    let crc = crc32c::crc32c_append(crc, &version.to_le_bytes());
+    crc32c::crc32c_append(crc, &page[12..HEADER_CRC_AT]) == u32_at(page, HEADER_CRC_AT)
+}
+
+/// The header of a record, without length and CRC.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct RecordHeader {
+    pub(crate) time: Time,
+    pub(crate) key: Key,
+    /// 0: the key has no previous record.
+    pub(crate) previous: Offset,
+    pub(crate) event_type: EventTypeId,
+    pub(crate) correlation: Correlation,
+    pub(crate) version: Version,
+    pub(crate) schema_version: u16,
+}
+
+impl RecordHeader {
+    /// Writes everything but the length word, CRC included, around a body of `len - 48` bytes that
+    /// already stands behind the header. `record` reaches to the padded end.
+    #[inline]
+    pub(crate) fn seal(&self, record: &mut [u8], len: usize, salt: u32) {
+        debug_assert!(self.version.0 <= LOW_48 && self.previous.0 % ALIGN as u64 == 0);
+        let link = (self.previous.0 / ALIGN as u64) & LOW_48 | u64::from(self.event_type.0) << 48;
+        let version = self.version.0 & LOW_48 | u64::from(self.schema_version) << 48;
+        let head = &mut record[..RECORD_HEADER_BYTES];
+        head[8..16].copy_from_slice(&self.time.0.to_le_bytes());
+        head[16..24].copy_from_slice(&self.key.0.to_le_bytes());
+        head[24..32].copy_from_slice(&link.to_le_bytes());
+        head[32..40].copy_from_slice(&self.correlation.0.to_le_bytes());
+        head[40..48].copy_from_slice(&version.to_le_bytes());
+        let end = padded(len);
+        record[len..end].fill(0);
+        let crc = crc32c::crc32c_append(salt, &record[8..len]);
+        record[4..8].copy_from_slice(&crc.to_le_bytes());
+    }
+
+    /// Reads a header; whether it holds is for [`record_len`] to say.
+    #[inline]
+    pub(crate) fn decode(record: &[u8]) -> Self {
+        let link = u64_at(record, 24);
+        let version = u64_at(record, 40);
+        Self {
+            time: Time(u64_at(record, 8)),
+            key: Key(u64_at(record, 16)),
+            previous: Offset((link & LOW_48) * ALIGN as u64),
+            event_type: EventTypeId((link >> 48) as u16),
+            correlation: Correlation(u64_at(record, 32)),
+            version: Version(version & LOW_48),
+            schema_version: (version >> 48) as u16,
+        }
+    }
+}
+
+/// What stands at a place where a record may begin.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Found {
+    /// A whole record of this exact length.
+    Record(usize),
+    /// The end: a zero length word, or no room for a header.
+    End,
+    /// Neither.
+    Damaged(&'static str),
+}
+
+/// Looks at the bytes from a record's beginning to the end of its segment, CRC checked.
+#[inline]
+pub(crate) fn record_at(tail: &[u8], salt: u32) -> Found {
+    if tail.len() < RECORD_HEADER_BYTES {
+        return Found::End;
+    }
+    let len = u32_at(tail, 0) as usize;
+    if len == 0 {
+        return Found::End;
+    }
+    if !(RECORD_HEADER_BYTES..=RECORD_BYTES_MAX).contains(&len) || padded(len) > tail.len() {
+        return Found::Damaged("a record's length is out of range");
+    }
+    if crc32c::crc32c_append(salt, &tail[8..len]) != u32_at(tail, 4) {
+        return Found::Damaged("a record's CRC does not hold");
+    }
+    if tail[len..padded(len)].iter().any(|&byte| byte != 0) {
+        return Found::Damaged("the padding of a record is not zero");
+    }
+    Found::Record(len)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn header() -> RecordHeader {
+        RecordHeader {
+            time: Time(1),
+            key: Key(2),
+            previous: Offset(4096),
+            event_type: EventTypeId(3),
+            correlation: Correlation(4),
+            version: Version(5),
+            schema_version: 6,
+        }
+    }
+
+    #[test]
+    fn a_record_reads_back_as_written() {
+        let mut bytes = [0xff_u8; 96];
+        bytes[48..53].copy_from_slice(b"hello");
+        header().seal(&mut bytes, 53, 9);
+        bytes[0..4].copy_from_slice(&53_u32.to_le_bytes());
+        assert_eq!(record_at(&bytes, 9), Found::Record(53));
+        assert_eq!(RecordHeader::decode(&bytes), header());
+        assert!(matches!(record_at(&bytes, 10), Found::Damaged(_)), "another salt must not replay");
+    }
+
+    #[test]
+    fn every_flipped_bit_of_a_record_shows() {
+        let mut bytes = [0_u8; 64];
+        bytes[48..53].copy_from_slice(b"hello");
+        header().seal(&mut bytes, 53, 9);
+        bytes[0..4].copy_from_slice(&53_u32.to_le_bytes());
+        for bit in 0..64 * 8 {
+            bytes[bit / 8] ^= 1 << (bit % 8);
+            assert_ne!(record_at(&bytes, 9), Found::Record(53), "bit {bit}");
+            bytes[bit / 8] ^= 1 << (bit % 8);
+        }
+    }
+
+    #[test]
+    fn every_flipped_bit_of_a_segment_header_shows() {
+        let head = SegmentHeader {
+            schema: 1,
+            shard: ShardId(2),
+            index: 3,
+            segment_bytes: 65536,
+            first_offset: Offset(3 * 65536 + 4096),
+            first_sequence: 4,
+            created: Time(5),
+            salt: 6,
+        };
+        let mut page = vec![0; HEADER_BYTES];
+        head.encode(&mut page);
+        assert_eq!(SegmentHeader::decode(&page), Ok(head));
+        for bit in 0..HEADER_BYTES * 8 {
+            page[bit / 8] ^= 1 << (bit % 8);
+            assert!(SegmentHeader::decode(&page).is_err(), "bit {bit}");
+            page[bit / 8] ^= 1 << (bit % 8);
+        }
+    }
+}

@@ -1,0 +1,295 @@
+//! The keeper prepares segments ahead of need, prefaults them, and applies retention. One thread per
+//! engine, so that no shard ever waits for the file system.
+//!
+//! Everything it changes in a shard's folder is durable before anyone relies on it: a segment's file and
+//! the span that names it before the segment is handed over, the span without it before it is reused.
+
+use std::collections::hash_map::RandomState;
+use std::hash::{BuildHasher, Hasher};
+use std::io;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use crate::clock::wall_now;
+use crate::config::{Durability, Retention, Wait};
+use crate::error::FailureCause;
+use crate::event::Offset;
+use crate::log::format::HEADER_BYTES;
+use crate::log::manifest::Span;
+use crate::log::mmap::{Memory, WriteHalf};
+use crate::log::segment::{Segment, ShardLog};
+use crate::log::storage::Storage;
+use crate::log::writer::{Prepared, PreparedQueue};
+use crate::metrics::Counters;
+use crate::sync::{Arc, AtomicBool, Idle, Ordering, Signal};
+
+/// Requests to the keeper.
+#[derive(Debug)]
+pub(crate) struct KeeperRequests {
+    /// Wakes it.
+    pub(crate) signal: Signal,
+    /// The engine ends.
+    pub(crate) ending: AtomicBool,
+}
+
+/// How far ahead of the writer pages are made present.
+const PREFAULT_BYTES: usize = 64 << 20;
+/// How much of that is done before looking at the other shards.
+const PREFAULT_STEP_BYTES: usize = 4 << 20;
+/// How long after a failed attempt for lack of space the next is made.
+const RETRY: Duration = Duration::from_millis(100);
+/// How often age is looked at.
+const AGE_CHECK: Duration = Duration::from_secs(1);
+
+/// What the keeper knows of one shard.
+#[derive(Debug)]
+pub(crate) struct Kept {
+    pub(crate) log: Arc<ShardLog>,
+    pub(crate) prepared: std::sync::Arc<PreparedQueue>,
+    pub(crate) counters: std::sync::Arc<Counters>,
+    /// Wakes the shard when a segment is ready.
+    pub(crate) shard_signal: std::sync::Arc<Signal>,
+    pub(crate) span: Span,
+    /// Index of the next segment to prepare.
+    pub(crate) next_index: u64,
+    pub(crate) spares: Vec<(PathBuf, Option<Memory>)>,
+    pub(crate) spare_number: u64,
+    /// Freed, but somebody may still be reading them.
+    pub(crate) retiring: Vec<(PathBuf, std::sync::Arc<Memory>)>,
+    /// Segment and position up to which pages are present.
+    pub(crate) prefaulted: (u64, usize),
+    pub(crate) retry_at: Option<Instant>,
+}
+
+/// The keeper of an engine.
+#[derive(Debug)]
+pub(crate) struct Keeper {
+    pub(crate) shards: Vec<Kept>,
+    pub(crate) storage: std::sync::Arc<dyn Storage>,
+    pub(crate) requests: std::sync::Arc<KeeperRequests>,
+    pub(crate) durability: Durability,
+    pub(crate) retention: Retention,
+    pub(crate) spares_max: usize,
+}
+
+impl Keeper {
+    /// Runs until the engine ends.
+    pub(crate) fn run(mut self) {
+        let mut idle = Idle::new(Wait::Park);
+        while !self.requests.ending.load(Ordering::SeqCst) {
+            if self.step() {
+                idle.reset();
+                continue;
+            }
+            let now = Instant::now();
+            let retry = self.shards.iter().filter_map(|kept| kept.retry_at).min();
+            let reading = self.shards.iter().any(|kept| !kept.retiring.is_empty()).then(|| now + RETRY);
+            let age = self.retention.age_max.map(|_| now + AGE_CHECK);
+            let deadline = [retry, reading, age].into_iter().flatten().min();
+            let (shards, requests) = (&self.shards, &self.requests);
+            idle.step(&requests.signal, deadline, || requests.ending.load(Ordering::SeqCst) || shards.iter().any(Kept::wants_work));
+        }
+    }
+
+    /// A bounded piece of work for every shard. Whether there was any.
+    pub(crate) fn step(&mut self) -> bool {
+        let mut worked = false;
+        for i in 0..self.shards.len() {
+            if self.shards[i].log.failure().is_some() {
+                continue;
+            }
+            match self.step_shard(i) {
+                Ok(did) => worked |= did,
+                Err((_, error)) if error.kind() == io::ErrorKind::StorageFull || error.kind() == io::ErrorKind::QuotaExceeded => {
+                    let kept = &mut self.shards[i];
+                    if !kept.log.storage_full.swap(true, Ordering::SeqCst) {
+                        tracing::error!(shard = kept.log.shard.0, %error, "no space for a new segment; publishers wait until there is");
+                    }
+                    kept.retry_at = Some(Instant::now() + RETRY);
+                }
+                Err((action, source)) => {
+                    let kept = &self.shards[i];
+                    kept.log.fail(FailureCause::Storage { action, source: std::sync::Arc::new(source) });
+                    kept.shard_signal.notify();
+                }
+            }
+        }
+        worked
+    }
+
+    fn step_shard(&mut self, i: usize) -> Result<bool, (&'static str, io::Error)> {
+        // Freeing first: what is freed can be written again at once.
+        let freed = self.retain(i).map_err(|error| ("freeing a segment", error))?;
+        let prepared = self.prepare(i).map_err(|error| ("preparing a segment", error))?;
+        let prefaulted = self.prefault(i).map_err(|error| ("prefaulting a segment", error))?;
+        Ok(freed || prepared || prefaulted)
+    }
+
+    /// Prepares the next segment if none is waiting.
+    fn prepare(&mut self, i: usize) -> io::Result<bool> {
+        let kept = &mut self.shards[i];
+        if kept.prepared.is_full() || kept.retry_at.is_some_and(|at| Instant::now() < at) {
+            return Ok(false);
+        }
+        kept.retry_at = None;
+        let index = kept.next_index;
+        let path = kept.log.segment_path(index);
+        let memory = match kept.spares.pop() {
+            Some((spare, memory)) => {
+                let memory = match memory {
+                    Some(memory) => memory,
+                    None => self.storage.open_segment(&spare, true)?,
+                };
+                if memory.len() as u64 != kept.log.segment_bytes {
+                    self.storage.remove(&spare)?;
+                    return Ok(true);
+                }
+                // Blank before it gets its name: under that name nothing of its old life may be read.
+                let mut half = WriteHalf::new(memory, 0);
+                half.tail()[..HEADER_BYTES].fill(0);
+                let memory = half.into_memory();
+                self.storage.sync(&memory, 0..HEADER_BYTES)?;
+                self.storage.rename(&spare, &path)?;
+                memory
+            }
+            None => {
+                let fresh = kept.log.dir.join(FRESH);
+                if self.storage.list(&kept.log.dir)?.iter().any(|name| name == FRESH) {
+                    self.storage.remove(&fresh)?;
+                }
+                let memory = self.storage.create_segment(&fresh, kept.log.segment_bytes)?;
+                self.storage.rename(&fresh, &path)?;
+                memory
+            }
+        };
+        self.storage.sync_dir(&kept.log.dir)?;
+        let span = Span { last: index, ..kept.span };
+        span.save(&*self.storage, &kept.log.dir)?;
+        kept.span = span;
+        if self.durability != Durability::GroupCommit
+            && let Err(error) = memory.advise_huge()
+        {
+            tracing::debug!(%error, "no huge pages here");
+        }
+        // The first is wanted now; for later ones there is time.
+        let ahead = if kept.log.segments_len() == 0 { PREFAULT_STEP_BYTES } else { PREFAULT_BYTES };
+        memory.prefault(0..ahead.min(memory.len()))?;
+        kept.next_index += 1;
+        if kept.prepared.push(Prepared { index, salt: fresh_salt(index), memory }).is_err() {
+            unreachable!("only the keeper prepares, and there was room");
+        }
+        kept.log.storage_full.store(false, Ordering::SeqCst);
+        kept.shard_signal.notify();
+        Ok(true)
+    }
+
+    /// Makes pages present ahead of the writer.
+    fn prefault(&mut self, i: usize) -> io::Result<bool> {
+        let kept = &mut self.shards[i];
+        let appended = kept.log.appended.get();
+        let index = kept.log.segment_of(Offset(appended));
+        let Some(segment) = kept.log.segment(index) else { return Ok(false) };
+        let written = (appended - index * kept.log.segment_bytes) as usize;
+        if kept.prefaulted.0 != index {
+            kept.prefaulted = (index, 0);
+        }
+        let from = kept.prefaulted.1.max(written);
+        let to = (written + PREFAULT_BYTES).min(segment.memory.len());
+        // In whole steps, so that a slow writer does not make the keeper work for every page.
+        if from >= to || (to - from < PREFAULT_STEP_BYTES && to != segment.memory.len()) {
+            return Ok(false);
+        }
+        let to = to.min(from + PREFAULT_STEP_BYTES);
+        segment.memory.prefault(from..to)?;
+        kept.prefaulted.1 = to;
+        Ok(true)
+    }
+
+    /// Frees the oldest segment if it is beyond what is to be kept, and reuses what nobody reads any more.
+    fn retain(&mut self, i: usize) -> io::Result<bool> {
+        let mut worked = self.reuse_retired(i)?;
+        let kept = &mut self.shards[i];
+        let Some((oldest, next)) = kept.log.oldest_two() else { return Ok(worked) };
+        let over_bytes = self.retention.bytes_max.is_some_and(|max| kept.log.segments_len() as u64 * kept.log.segment_bytes > max);
+        let over_age = match self.retention.age_max {
+            Some(max) => newest_time(&next).is_some_and(|begun| wall_now().0.saturating_sub(begun) > u64::try_from(max.as_nanos()).unwrap_or(u64::MAX)),
+            None => false,
+        };
+        let durable = self.durability == Durability::OsCache || kept.log.durable.get() >= kept.log.first_offset(next.index).0;
+        if (over_bytes || over_age) && durable {
+            // The span first: after a crash in between, the file is surplus, not missing.
+            let span = Span { first: next.index, ..kept.span };
+            span.save(&*self.storage, &kept.log.dir)?;
+            kept.span = span;
+            drop((oldest, next));
+            if let Some(freed) = kept.log.pop_oldest() {
+                kept.retiring.push((kept.log.segment_path(freed.index), freed.memory));
+                kept.counters.segments_freed.add(1);
+            }
+            worked = true;
+            self.reuse_retired(i)?;
+        }
+        Ok(worked)
+    }
+
+    fn reuse_retired(&mut self, i: usize) -> io::Result<bool> {
+        let kept = &mut self.shards[i];
+        let mut worked = false;
+        for (path, memory) in std::mem::take(&mut kept.retiring) {
+            match std::sync::Arc::try_unwrap(memory) {
+                Err(held) => kept.retiring.push((path, held)),
+                Ok(memory) if kept.spares.len() < self.spares_max => {
+                    let spare = kept.log.dir.join(format!("spare-{:06}.seg", kept.spare_number));
+                    kept.spare_number += 1;
+                    self.storage.rename(&path, &spare)?;
+                    self.storage.sync_dir(&kept.log.dir)?;
+                    kept.spares.push((spare, Some(memory)));
+                    worked = true;
+                }
+                Ok(_) => {
+                    self.storage.remove(&path)?;
+                    self.storage.sync_dir(&kept.log.dir)?;
+                    worked = true;
+                }
+            }
+        }
+        Ok(worked)
+    }
+}
+
+/// Where a new segment is made before it gets its name.
+pub(crate) const FRESH: &str = "fresh.tmp";
+
+impl Kept {
+    /// Takes in files that recovery found and nobody needs: to be written again.
+    pub(crate) fn with_leftovers(mut self, unused: Vec<PathBuf>, spares: Vec<PathBuf>) -> Self {
+        let number = |path: &PathBuf| path.file_stem()?.to_str()?.strip_prefix("spare-")?.parse::<u64>().ok();
+        self.spare_number = spares.iter().filter_map(number).max().map_or(0, |highest| highest + 1);
+        self.spares = spares.into_iter().chain(unused).map(|path| (path, None)).collect();
+        self
+    }
+
+    /// Looked at before sleeping.
+    fn wants_work(&self) -> bool {
+        self.log.failure().is_none() && !self.prepared.is_full() && self.retry_at.is_none()
+    }
+}
+
+/// When a segment was begun, which is when the one before it got its newest record.
+fn newest_time(segment: &Segment) -> Option<u64> {
+    let page = segment.memory.read(0, HEADER_BYTES)?;
+    crate::log::format::SegmentHeader::decode(page).ok().map(|header| header.created.0)
+}
+
+/// A salt that no earlier life of the file had: random per process, different per segment.
+fn fresh_salt(index: u64) -> u32 {
+    let mut hasher = RandomState::new().build_hasher();
+    hasher.write_u64(index);
+    hasher.write_u64(wall_now().0);
+    (hasher.finish() as u32).max(1)
+}
+
+/// Whether a file of this name waits to be written again.
+pub(crate) fn is_spare(name: &str) -> bool {
+    name.starts_with("spare-") && name.ends_with(".seg")
+}

@@ -1,0 +1,214 @@
+//! The store's manifest (what is fixed when a store is created, and the event types it has seen) and
+//! each shard's span (which segments must exist). Small binary files with a CRC; see `FORMAT.md`.
+
+use std::path::{Path, PathBuf};
+
+use crate::error::{ConfigError, OpenError};
+use crate::event::{Event, EventTypeId, ShardId};
+use crate::log::format::{FORMAT_VERSION, archive_fingerprint, u16_at, u32_at, u64_at};
+use crate::log::storage::{Storage, replace};
+
+const MANIFEST_MAGIC: [u8; 8] = *b"corelman";
+const SPAN_MAGIC: [u8; 8] = *b"corelspn";
+/// The manifest's file name.
+pub(crate) const MANIFEST: &str = "manifest";
+/// The span's file name.
+pub(crate) const SPAN: &str = "span";
+const MANIFEST_FIXED_BYTES: usize = 40;
+const SPAN_BYTES: usize = 32;
+
+/// What a store is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Manifest {
+    pub(crate) shards: u16,
+    pub(crate) segment_bytes: u64,
+    /// Every event type ever declared for the store: id, newest schema version, name.
+    pub(crate) types: Vec<StoredType>,
+}
+
+/// An event type as the manifest has it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct StoredType {
+    pub(crate) id: EventTypeId,
+    pub(crate) schema_version: u16,
+    pub(crate) name: String,
+}
+
+impl Manifest {
+    pub(crate) fn encode(&self) -> Vec<u8> {
+        let mut out = Vec::new();
+        out.extend(MANIFEST_MAGIC);
+        out.extend(FORMAT_VERSION.to_le_bytes());
+        out.extend(archive_fingerprint().to_le_bytes());
+        out.extend(self.shards.to_le_bytes());
+        out.extend([0; 6]);
+        out.extend(self.segment_bytes.to_le_bytes());
+        out.extend((self.types.len() as u32).to_le_bytes());
+        out.extend([0; 4]);
+        debug_assert_eq!(out.len(), MANIFEST_FIXED_BYTES);
+        for t in &self.types {
+            out.extend(t.id.0.to_le_bytes());
+            out.extend(t.schema_version.to_le_bytes());
+            out.extend((t.name.len() as u16).to_le_bytes());
+            out.extend(t.name.as_bytes());
+        }
+        let crc = crc32c::crc32c(&out);
+        out.extend(crc.to_le_bytes());
+        out
+    }
+
+    pub(crate) fn decode(path: &Path, bytes: &[u8]) -> Result<Self, OpenError> {
+        let foreign = |why| OpenError::ForeignFile { path: path.to_owned(), why };
+        let body = checked(path, bytes, MANIFEST_MAGIC, MANIFEST_FIXED_BYTES)?;
+        let archive = u32_at(body, 12);
+        if archive != archive_fingerprint() {
+            return Err(OpenError::ArchiveFormat { path: path.to_owned(), found: archive, known: archive_fingerprint() });
+        }
+        let mut types = Vec::new();
+        let mut rest = &body[MANIFEST_FIXED_BYTES..];
+        for _ in 0..u32_at(body, 32) {
+            if rest.len() < 6 || rest.len() < 6 + usize::from(u16_at(rest, 4)) {
+                return Err(foreign("the manifest's type list is cut short"));
+            }
+            let (name, after) = rest[6..].split_at(usize::from(u16_at(rest, 4)));
+            let name = std::str::from_utf8(name).map_err(|_| foreign("a type name in the manifest is not UTF-8"))?;
+            types.push(StoredType { id: EventTypeId(u16_at(rest, 0)), schema_version: u16_at(rest, 2), name: name.to_owned() });
+            rest = after;
+        }
+        Ok(Self { shards: u16_at(body, 16), segment_bytes: u64_at(body, 24), types })
+    }
+
+    /// The store's manifest, or `None` where there is no store yet.
+    pub(crate) fn load(storage: &dyn Storage, dir: &Path) -> Result<Option<Self>, OpenError> {
+        let path = dir.join(MANIFEST);
+        match storage.read(&path) {
+            Ok(bytes) => Self::decode(&path, &bytes).map(Some),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Err(source) => Err(OpenError::Io { action: "reading", path, source }),
+        }
+    }
+
+    pub(crate) fn save(&self, storage: &dyn Storage, dir: &Path) -> Result<(), OpenError> {
+        replace(storage, dir, MANIFEST, &self.encode())
+            .map_err(|source| OpenError::Io { action: "writing", path: dir.join(MANIFEST), source })
+    }
+
+    /// Takes in the types a program declares. `true` when something is new and the manifest must be saved.
+    pub(crate) fn declare<E: Event>(&mut self) -> Result<bool, OpenError> {
+        let mut changed = false;
+        for (i, declared) in E::TYPES.iter().enumerate() {
+            if declared.id.0 == 0 || E::TYPES[..i].iter().any(|t| t.id == declared.id) {
+                return Err(ConfigError::DuplicateEventType { id: declared.id }.into());
+            }
+            match self.types.iter_mut().find(|t| t.id == declared.id) {
+                Some(stored) if stored.name != declared.name => {
+                    return Err(OpenError::EventTypeRenamed {
+                        event_type: declared.id,
+                        stored: stored.name.clone(),
+                        declared: declared.name.to_owned(),
+                    });
+                }
+                Some(stored) => {
+                    changed |= stored.schema_version < declared.schema_version;
+                    stored.schema_version = stored.schema_version.max(declared.schema_version);
+                }
+                None => {
+                    changed = true;
+                    self.types.push(StoredType {
+                        id: declared.id,
+                        schema_version: declared.schema_version,
+                        name: declared.name.to_owned(),
+                    });
+                }
+            }
+        }
+        Ok(changed)
+    }
+
+    /// A type's name, or `?` for one the manifest does not know.
+    pub(crate) fn type_name(&self, id: EventTypeId) -> &str {
+        self.types.iter().find(|t| t.id == id).map_or("?", |t| &t.name)
+    }
+}
+
+/// Which segments of a shard must exist: `first..=last` (the last may not have been used yet).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Span {
+    pub(crate) first: u64,
+    pub(crate) last: u64,
+}
+
+impl Span {
+    pub(crate) fn encode(&self) -> Vec<u8> {
+        let mut out = Vec::new();
+        out.extend(SPAN_MAGIC);
+        out.extend(FORMAT_VERSION.to_le_bytes());
+        out.extend(self.first.to_le_bytes());
+        out.extend(self.last.to_le_bytes());
+        let crc = crc32c::crc32c(&out);
+        out.extend(crc.to_le_bytes());
+        debug_assert_eq!(out.len(), SPAN_BYTES);
+        out
+    }
+
+    pub(crate) fn decode(path: &Path, bytes: &[u8]) -> Result<Self, OpenError> {
+        let body = checked(path, bytes, SPAN_MAGIC, SPAN_BYTES - 4)?;
+        let span = Self { first: u64_at(body, 12), last: u64_at(body, 20) };
+        if span.first > span.last {
+            return Err(OpenError::ForeignFile { path: path.to_owned(), why: "the span ends before it begins" });
+        }
+        Ok(span)
+    }
+
+    pub(crate) fn load(storage: &dyn Storage, shard_dir: &Path) -> Result<Option<Self>, OpenError> {
+        let path = shard_dir.join(SPAN);
+        match storage.read(&path) {
+            Ok(bytes) => Self::decode(&path, &bytes).map(Some),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Err(source) => Err(OpenError::Io { action: "reading", path, source }),
+        }
+    }
+
+    pub(crate) fn save(&self, storage: &dyn Storage, shard_dir: &Path) -> std::io::Result<()> {
+        replace(storage, shard_dir, SPAN, &self.encode())
+    }
+}
+
+/// Checks magic, version and CRC; returns the content without its CRC.
+fn checked<'a>(path: &Path, bytes: &'a [u8], magic: [u8; 8], bytes_min: usize) -> Result<&'a [u8], OpenError> {
+    let foreign = |why| OpenError::ForeignFile { path: path.to_owned(), why };
+    if bytes.len() < bytes_min + 4 {
+        return Err(foreign("the file is cut short"));
+    }
+    if bytes[..8] != magic {
+        return Err(foreign("wrong magic"));
+    }
+    let (body, crc) = bytes.split_at(bytes.len() - 4);
+    let version = u32_at(body, 8);
+    if crc32c::crc32c(body) == u32_at(crc, 0) {
+        if version == FORMAT_VERSION {
+            return Ok(body);
+        }
+        return Err(OpenError::UnknownFormat { path: path.to_owned(), found: version, known: FORMAT_VERSION });
+    }
+    Err(foreign("its CRC does not hold"))
+}
+
+/// The folder of one shard.
+pub(crate) fn shard_dir(dir: &Path, shard: ShardId) -> PathBuf {
+    dir.join(format!("shard-{:04}", shard.0))
+}
+
+/// The name of segment `index`.
+pub(crate) fn segment_name(index: u64) -> String {
+    format!("{index:012}.seg")
+}
+
+/// The number of a segment's file name, if it is one.
+pub(crate) fn segment_index(name: &str) -> Option<u64> {
+    let digits = name.strip_suffix(".seg")?;
+    if digits.len() != 12 || !digits.bytes().all(|b| b.is_ascii_digit()) {
+        return None;
+    }
+    digits.parse().ok()
+}

@@ -1,0 +1,282 @@
+//! Memory of a segment: a mapped file, or plain memory where a test plays the disk.
+//!
+//! One writer: the holder of the [`WriteHalf`]. It writes only at and above its own position; readers
+//! get only bytes below `committed`, which never exceeds that position. So no byte is ever written
+//! while somebody may look at it, and that is what every unsafe block here rests on.
+//!
+//! Besides, it rests on the store's lock file: no other process writes these files, and nobody shortens them.
+
+use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU32;
+
+use crate::event::Encode;
+use crate::sync::{Ordering, Watermark};
+
+/// The whole of a segment's memory.
+#[derive(Debug)]
+pub(crate) struct Memory {
+    base: NonNull<u8>,
+    bytes: usize,
+    /// Readers may see what lies below.
+    committed: Watermark,
+    /// At and above this, every record was written by this process.
+    written_from: usize,
+    backing: Backing,
+}
+
+#[derive(Debug)]
+enum Backing {
+    /// Kept for its unmapping when dropped; `_file` for whoever wants to know what is mapped.
+    File { _map: memmap2::MmapRaw },
+    Heap(Arc<Heap>),
+}
+
+// SAFETY: the pointer is to memory that `backing` owns and that any thread may access; who may
+// access which bytes when is settled by `committed` and the uniqueness of `WriteHalf`.
+unsafe impl Send for Memory {}
+// SAFETY: as for Send: shared access reads only below `committed`.
+unsafe impl Sync for Memory {}
+
+impl Memory {
+    /// Maps a whole file, to be written if `writable`. Everything is readable until a writer takes it.
+    pub(crate) fn map(file: &File, writable: bool) -> io::Result<Self> {
+        let options = memmap2::MmapOptions::new();
+        let map = if writable { options.map_raw(file)? } else { options.map_raw_read_only(file)? };
+        let bytes = map.len();
+        let base = NonNull::new(map.as_mut_ptr()).ok_or_else(|| io::Error::other("mapped at address 0"))?;
+        Ok(Self { base, bytes, committed: Watermark::new(bytes as u64), written_from: bytes, backing: Backing::File { _map: map } })
+    }
+
+    /// Memory that a test's storage keeps as a file's live content.
+    pub(crate) fn heap(heap: Arc<Heap>) -> Self {
+        let (base, bytes) = (heap.base, heap.layout.size());
+        Self { base, bytes, committed: Watermark::new(bytes as u64), written_from: bytes, backing: Backing::Heap(heap) }
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.bytes
+    }
+
+    /// The heap behind it, if a test plays the disk.
+    pub(crate) fn heap_backing(&self) -> Option<&Arc<Heap>> {
+        match &self.backing {
+            Backing::Heap(heap) => Some(heap),
+            Backing::File { .. } => None,
+        }
+    }
+
+    /// The committed position, in bytes from the segment's beginning.
+    pub(crate) fn committed(&self) -> usize {
+        self.committed.get() as usize
+    }
+
+    /// Bytes `[at, at + len)`, or `None` where they are not (yet) committed.
+    #[inline]
+    pub(crate) fn read(&self, at: usize, len: usize) -> Option<&[u8]> {
+        let end = at.checked_add(len)?;
+        if end > self.committed() {
+            return None;
+        }
+        // SAFETY: at + len <= committed <= bytes, so the place lies in the memory.
+        let start = unsafe { self.base.add(at) };
+        // SAFETY: bytes below `committed` are initialised and are not written while `self` lives.
+        Some(unsafe { std::slice::from_raw_parts(start.as_ptr(), len) })
+    }
+
+    /// Whether this process wrote what stands at `at`, so that it needs no checking.
+    #[inline]
+    pub(crate) fn is_own(&self, at: usize) -> bool {
+        at >= self.written_from
+    }
+
+    /// The event archived in `[at, at + len)`. What this process wrote is taken as it is; other bytes
+    /// are checked (their CRC is the caller's business). `E` must be the type the engine carries.
+    #[inline]
+    pub(crate) fn archived<E: Encode>(&self, at: usize, len: usize) -> Option<&E::Archived> {
+        let bytes = self.read(at, len)?;
+        if !self.is_own(at) {
+            return E::access(bytes).ok();
+        }
+        // SAFETY: this process wrote these bytes by archiving an `E` here (one engine carries one
+        // type, and readers of its memory are made by it alone); records are 16-aligned.
+        Some(unsafe { rkyv::access_unchecked::<E::Archived>(bytes) })
+    }
+
+    /// Syncs `range` to the device; `Ok` means what fdatasync's success means, for that range.
+    pub(crate) fn sync(&self, range: Range<usize>) -> io::Result<()> {
+        if let Backing::Heap(_) = &self.backing {
+            return Err(io::Error::other("plain memory is synced by the storage that owns it"));
+        }
+        let page = rustix::param::page_size();
+        let start = range.start / page * page;
+        let end = range.end.next_multiple_of(page).min(self.bytes);
+        // SAFETY: start <= end <= bytes: the place lies in the memory.
+        let at = unsafe { self.base.add(start) };
+        // SAFETY: the range is mapped for as long as `self` lives, and msync changes no byte.
+        unsafe { rustix::mm::msync(at.as_ptr().cast(), end - start, rustix::mm::MsyncFlags::SYNC) }?;
+        Ok(())
+    }
+
+    /// Makes the pages of `range` present and writable, so that storing into them does not fault.
+    /// May wait for the device; not for the shard's thread.
+    pub(crate) fn prefault(&self, range: Range<usize>) -> io::Result<()> {
+        self.advise(range, rustix::mm::Advice::LinuxPopulateWrite)
+    }
+
+    /// Asks for huge pages: six times cheaper to prefault, but synced in units of 2 MiB.
+    pub(crate) fn advise_huge(&self) -> io::Result<()> {
+        self.advise(0..self.bytes, rustix::mm::Advice::LinuxHugepage)
+    }
+
+    /// Says that the whole is about to be read once, front to back.
+    pub(crate) fn advise_sequential(&self) -> io::Result<()> {
+        self.advise(0..self.bytes, rustix::mm::Advice::Sequential)
+    }
+
+    fn advise(&self, range: Range<usize>, advice: rustix::mm::Advice) -> io::Result<()> {
+        if matches!(self.backing, Backing::Heap(_)) || range.is_empty() {
+            return Ok(());
+        }
+        let page = rustix::param::page_size();
+        let start = range.start / page * page;
+        let end = range.end.next_multiple_of(page).min(self.bytes);
+        // SAFETY: start <= end <= bytes: the place lies in the memory.
+        let at = unsafe { self.base.add(start) };
+        // SAFETY: none of the advices used here changes the content of a shared file mapping.
+        unsafe { rustix::mm::madvise(at.as_ptr().cast(), end - start, advice) }?;
+        Ok(())
+    }
+}
+
+/// The one writer of a segment's memory.
+#[derive(Debug)]
+pub(crate) struct WriteHalf {
+    memory: Arc<Memory>,
+    at: usize,
+}
+
+impl WriteHalf {
+    /// Takes the memory, whose sole owner the caller is, for writing at `at` and above.
+    pub(crate) fn new(mut memory: Memory, at: usize) -> Self {
+        assert!(at <= memory.bytes, "a writer beyond the end");
+        memory.committed = Watermark::new(at as u64);
+        memory.written_from = at;
+        Self { memory: Arc::new(memory), at }
+    }
+
+    /// Gives the memory back, readable as a whole. Only for who has not shared it.
+    pub(crate) fn into_memory(self) -> Memory {
+        let mut memory = Arc::try_unwrap(self.memory).expect("the memory was not shared");
+        memory.committed = Watermark::new(memory.bytes as u64);
+        memory.written_from = memory.bytes;
+        memory
+    }
+
+    pub(crate) fn memory(&self) -> &Arc<Memory> {
+        &self.memory
+    }
+
+    /// Where the next byte goes.
+    #[inline]
+    pub(crate) fn at(&self) -> usize {
+        self.at
+    }
+
+    /// Everything at and above the position.
+    #[inline]
+    pub(crate) fn tail(&mut self) -> &mut [u8] {
+        // SAFETY: at <= bytes, checked whenever it moves.
+        let start = unsafe { self.memory.base.add(self.at) };
+        // SAFETY: [at, bytes) lies in the memory, at or above `committed`, so no reader has it, and
+        // `&mut self` makes this the only writer.
+        unsafe { std::slice::from_raw_parts_mut(start.as_ptr(), self.memory.bytes - self.at) }
+    }
+
+    /// Commits the record that begins at the position: ends the log behind it, stores its length
+    /// word last, and moves the position by `advance` (a multiple of 16). Readers of this process
+    /// see it after `publish`.
+    #[inline]
+    pub(crate) fn commit_record(&mut self, len: u32, advance: usize) {
+        let tail = self.tail();
+        assert!(advance <= tail.len(), "a record beyond the end");
+        if let Some(end) = tail.get_mut(advance..advance + 4) {
+            end.fill(0);
+        }
+        let word = tail.as_mut_ptr().cast::<u32>();
+        // SAFETY: the position is 16-aligned (segments begin on pages, records are padded) and 4
+        // bytes lie in the tail, which this writer alone has.
+        let word = unsafe { AtomicU32::from_ptr(word) };
+        // Release: pairs with whoever reads the length word first in another process.
+        word.store(len.to_le(), Ordering::Release);
+        self.at += advance;
+    }
+
+    /// Moves past bytes written through `tail` (the segment header).
+    pub(crate) fn skip(&mut self, bytes: usize) {
+        assert!(bytes <= self.memory.bytes - self.at, "a writer beyond the end");
+        self.at += bytes;
+    }
+
+    /// Lets readers see everything below the position.
+    #[inline]
+    pub(crate) fn publish(&self) {
+        self.memory.committed.publish(self.at as u64);
+    }
+}
+
+/// Page-aligned plain memory: the live content of a file in a test's storage.
+pub(crate) struct Heap {
+    base: NonNull<u8>,
+    layout: Layout,
+    /// What has been synced.
+    pub(crate) durable: crate::sync::Mutex<Vec<u8>>,
+}
+
+// SAFETY: plain owned memory; who may touch which byte is settled by `Memory`.
+unsafe impl Send for Heap {}
+// SAFETY: as for Send.
+unsafe impl Sync for Heap {}
+
+impl std::fmt::Debug for Heap {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Heap").field("bytes", &self.layout.size()).finish_non_exhaustive()
+    }
+}
+
+impl Heap {
+    /// A file whose durable and live content is `content`.
+    pub(crate) fn new(content: Vec<u8>) -> Self {
+        assert!(!content.is_empty(), "an empty segment");
+        let layout = Layout::from_size_align(content.len(), 4096).expect("a segment's size is a valid layout");
+        // SAFETY: the layout is not empty.
+        let base = unsafe { alloc_zeroed(layout) };
+        let Some(base) = NonNull::new(base) else { handle_alloc_error(layout) };
+        // SAFETY: both are of `content.len()` bytes, and freshly allocated memory overlaps nothing.
+        unsafe { std::ptr::copy_nonoverlapping(content.as_ptr(), base.as_ptr(), content.len()) };
+        Self { base, layout, durable: crate::sync::Mutex::new(content) }
+    }
+
+    /// Makes exactly `range` of the live content durable. The caller syncs only committed bytes.
+    pub(crate) fn sync(&self, range: Range<usize>) {
+        let end = range.end.min(self.layout.size());
+        let mut durable = crate::sync::lock(&self.durable);
+        for at in range.start..end {
+            // SAFETY: at < size.
+            let byte = unsafe { self.base.add(at) };
+            // SAFETY: in bounds and initialised; committed bytes are written by nobody.
+            durable[at] = unsafe { byte.as_ptr().read_volatile() };
+        }
+    }
+}
+
+impl Drop for Heap {
+    fn drop(&mut self) {
+        // SAFETY: allocated in `new` with this layout, and dropped once.
+        unsafe { dealloc(self.base.as_ptr(), self.layout) };
+    }
+}

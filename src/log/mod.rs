@@ -1,0 +1,16 @@
+//! The log: one directory of fixed-size segments per shard. `FORMAT.md` is the specification.
+//!
+//! One writer: the owning shard. Bytes below the `appended` watermark never change while anyone
+//! can see them; bytes below `durable` have been synced.
+
+pub(crate) mod format;
+pub(crate) mod keeper;
+pub(crate) mod manifest;
+pub(crate) mod mmap;
+pub(crate) mod reader;
+pub(crate) mod recovery;
+pub mod scan;
+pub(crate) mod segment;
+pub(crate) mod storage;
+pub(crate) mod syncer;
+pub(crate) mod writer;

@@ -1,0 +1,179 @@
+//! Reads a shard's log in place, also while the shard writes. Any thread; sees what is `appended`.
+
+use std::marker::PhantomData;
+
+use crate::error::{Corruption, ReadError};
+use crate::event::{Event, Meta, Offset, Sequence};
+use crate::log::format::{Found, HEADER_BYTES, MARK, RECORD_HEADER_BYTES, RecordHeader, padded, record_at, u32_at};
+use crate::log::segment::{Segment, ShardLog};
+use crate::sync::Arc;
+
+/// One event in place: borrowed from the segment it lies in.
+pub struct Record<'a, E: Event> {
+    /// What the log knows of it.
+    pub meta: Meta,
+    /// The archived event.
+    pub event: &'a E::Archived,
+}
+
+impl<E: Event> std::fmt::Debug for Record<'_, E> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Record").field("meta", &self.meta).finish_non_exhaustive()
+    }
+}
+
+/// A position in one shard's log that moves over its events.
+///
+/// While it lives, the segment it stands in is not written again, so keep readers short-lived or moving.
+pub struct Reader<E: Event> {
+    log: Arc<ShardLog>,
+    segment: Option<Segment>,
+    at: Offset,
+    sequence: u64,
+    event: PhantomData<fn() -> E>,
+}
+
+impl<E: Event> std::fmt::Debug for Reader<E> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Reader").field("shard", &self.log.shard).field("at", &self.at).finish_non_exhaustive()
+    }
+}
+
+/// What lies at the reader's position.
+enum Step {
+    Event { at: usize, len: usize, header: RecordHeader },
+    Mark(usize),
+    NextSegment,
+}
+
+impl<E: Event> Reader<E> {
+    /// At the earliest event still held.
+    pub(crate) fn earliest(log: Arc<ShardLog>) -> Self {
+        let at = log.earliest();
+        Self { log, segment: None, at, sequence: 0, event: PhantomData }
+    }
+
+    /// At the record that begins at `offset` (or at the end of the log).
+    pub(crate) fn at(log: Arc<ShardLog>, offset: Offset) -> Result<Self, ReadError> {
+        let earliest = log.earliest();
+        let shard = log.shard;
+        if offset < earliest {
+            return Err(ReadError::BeyondRetention { shard, asked: offset, earliest });
+        }
+        let start = log.first_offset(log.segment_of(offset));
+        let mut reader = Self { log, segment: None, at: start, sequence: 0, event: PhantomData };
+        // The sequence is not stored with a record, so it is counted from the segment's beginning.
+        while reader.at < offset {
+            match reader.step()? {
+                Some(Step::Event { len, .. }) => {
+                    reader.at.0 += padded(len) as u64;
+                    reader.sequence += 1;
+                }
+                Some(Step::Mark(len)) => reader.at.0 += padded(len) as u64,
+                Some(Step::NextSegment) | None => return Err(ReadError::NotARecord { shard, offset }),
+            }
+        }
+        if reader.at == offset { Ok(reader) } else { Err(ReadError::NotARecord { shard, offset }) }
+    }
+
+    /// Where the next event will be read.
+    #[must_use]
+    pub fn offset(&self) -> Offset {
+        self.at
+    }
+
+    /// The next event, or `None` at the end of what is appended; call again later for more.
+    ///
+    /// # Errors
+    /// `BeyondRetention` when the position was freed, `Corruption` when bytes that come from before
+    /// this process do not hold. The position stays.
+    #[expect(clippy::should_implement_trait, reason = "lends from the reader, which Iterator cannot")]
+    pub fn next(&mut self) -> Result<Option<Record<'_, E>>, ReadError> {
+        let (at, len, header) = loop {
+            match self.step()? {
+                None => return Ok(None),
+                Some(Step::Event { at, len, header }) => break (at, len, header),
+                Some(Step::Mark(len)) => self.at.0 += padded(len) as u64,
+                Some(Step::NextSegment) => {
+                    self.at = self.log.first_offset(self.log.segment_of(self.at) + 1);
+                    self.segment = None;
+                }
+            }
+        };
+        let meta = Meta {
+            shard: self.log.shard,
+            offset: self.at,
+            sequence: Sequence(self.sequence),
+            key: header.key,
+            version: header.version,
+            time: header.time,
+            event_type: header.event_type,
+            schema_version: header.schema_version,
+            correlation: header.correlation,
+            previous: (header.previous.0 != 0).then_some(header.previous),
+        };
+        let damage = self.corruption("an archive is not valid");
+        let memory = self.segment.as_ref().map(|segment| &segment.memory);
+        let event = memory.and_then(|memory| memory.archived::<E>(at + RECORD_HEADER_BYTES, len - RECORD_HEADER_BYTES)).ok_or(damage)?;
+        self.at.0 += padded(len) as u64;
+        self.sequence += 1;
+        Ok(Some(Record { meta, event }))
+    }
+
+    /// Looks at the position without moving it.
+    #[inline]
+    fn step(&mut self) -> Result<Option<Step>, ReadError> {
+        // The watermark first: whatever lies below it is complete, whichever segment it is in.
+        let appended = self.log.appended.get();
+        if self.at.0 >= appended {
+            return Ok(None);
+        }
+        if self.segment.is_none() {
+            self.enter()?;
+        }
+        let Some(segment) = &self.segment else { return Ok(None) };
+        let base = segment.index * self.log.segment_bytes;
+        let at = (self.at.0 - base) as usize;
+        // In the segment being written only bytes below the watermark may be looked at.
+        let end = (appended - base).min(self.log.segment_bytes) as usize;
+        let Some(tail) = segment.memory.read(at, end.min(segment.memory.committed()).saturating_sub(at)) else { return Ok(Some(Step::NextSegment)) };
+        if tail.len() < RECORD_HEADER_BYTES {
+            return Ok(Some(Step::NextSegment));
+        }
+        let len = if segment.memory.is_own(at) {
+            u32_at(tail, 0) as usize
+        } else {
+            match record_at(tail, segment.salt) {
+                Found::Record(len) => len,
+                Found::End => 0,
+                Found::Damaged(why) => return Err(self.corruption(why).into()),
+            }
+        };
+        if len == 0 {
+            return Ok(Some(Step::NextSegment));
+        }
+        let header = RecordHeader::decode(tail);
+        if header.event_type == MARK {
+            return Ok(Some(Step::Mark(len)));
+        }
+        Ok(Some(Step::Event { at, len, header }))
+    }
+
+    #[cold]
+    fn enter(&mut self) -> Result<(), ReadError> {
+        let index = self.log.segment_of(self.at);
+        let Some(segment) = self.log.segment(index) else {
+            return Err(ReadError::BeyondRetention { shard: self.log.shard, asked: self.at, earliest: self.log.earliest() });
+        };
+        debug_assert!(self.at.0 >= segment.index * self.log.segment_bytes + HEADER_BYTES as u64);
+        if self.at == self.log.first_offset(index) {
+            self.sequence = segment.first_sequence;
+        }
+        self.segment = Some(segment);
+        Ok(())
+    }
+
+    fn corruption(&self, why: &'static str) -> Corruption {
+        Corruption { shard: self.log.shard, segment: self.log.segment_of(self.at), offset: self.at, why }
+    }
+}

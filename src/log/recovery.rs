@@ -1,0 +1,392 @@
+//! Opening a shard's log: what is whole is kept, a torn tail is set aside and cut, damage to what had been
+//! durable is an error, and nothing else is touched.
+//!
+//! How the two are told apart: the log carries marks that say up to where it had been synced when they were
+//! written. Bytes that do not hold, below any mark that does, were durable once: that is damage. Bytes that do
+//! not hold above every mark were never promised to anyone: that is a tail torn by a power cut.
+
+use std::collections::VecDeque;
+use std::path::{Path, PathBuf};
+
+use crate::error::{Corruption, OpenError};
+use crate::event::{Key, Offset, ShardId, Version};
+use crate::keys::KeyTable;
+use crate::log::format::{ALIGN, Found, HEADER_BYTES, HeaderError, MARK, RECORD_BYTES_MAX, RECORD_HEADER_BYTES, RecordHeader, SegmentHeader, padded, record_at, u32_at};
+use crate::log::keeper::is_spare;
+use crate::log::manifest::{Manifest, Span, segment_index};
+use crate::log::mmap::{Memory, WriteHalf};
+use crate::log::segment::Segment;
+use crate::log::storage::{Storage, replace};
+use crate::log::writer::Resume;
+
+/// What opening a store found.
+#[derive(Debug, Clone, Default)]
+#[non_exhaustive]
+pub struct RecoveryReport {
+    /// Shard by shard.
+    pub shards: Vec<ShardRecovery>,
+    /// How long it took, in ns.
+    pub duration_ns: u64,
+}
+
+impl RecoveryReport {
+    /// Events found in all shards.
+    #[must_use]
+    pub fn events(&self) -> u64 {
+        self.shards.iter().map(|shard| shard.events).sum()
+    }
+}
+
+/// What opening one shard found.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct ShardRecovery {
+    /// The shard.
+    pub shard: ShardId,
+    /// Events held (retention may have freed earlier ones).
+    pub events: u64,
+    /// Segments that hold records.
+    pub segments: usize,
+    /// Keys seen.
+    pub keys: usize,
+    /// Where the next record will be written.
+    pub end: Offset,
+    /// A tail that was torn: cut at `end`, its bytes kept.
+    pub torn_tail: Option<TornTail>,
+}
+
+/// A tail that did not hold and had never been durable.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct TornTail {
+    /// Where it began.
+    pub offset: Offset,
+    /// Bytes set aside.
+    pub bytes: u64,
+    /// The file that has them.
+    pub quarantined: PathBuf,
+    /// What did not hold.
+    pub why: &'static str,
+}
+
+/// A shard's log as found, ready to be written.
+#[derive(Debug)]
+pub(crate) struct Recovered {
+    pub(crate) report: ShardRecovery,
+    pub(crate) segments: VecDeque<Segment>,
+    pub(crate) resume: Resume,
+    pub(crate) keys: KeyTable,
+    pub(crate) span: Span,
+    /// Prepared and never begun: to be blanked and prepared again.
+    pub(crate) unused: Vec<PathBuf>,
+    pub(crate) spares: Vec<PathBuf>,
+}
+
+/// What to open.
+pub(crate) struct Opening<'a> {
+    pub(crate) storage: &'a dyn Storage,
+    pub(crate) dir: &'a Path,
+    pub(crate) quarantine: &'a Path,
+    pub(crate) shard: ShardId,
+    pub(crate) manifest: &'a Manifest,
+    pub(crate) keys_expected: usize,
+    /// Whether this program can read a (type id, schema version).
+    pub(crate) known: &'a (dyn Fn(u16, u16) -> bool + Sync),
+}
+
+/// How far a scan came and what it met there.
+struct Scan {
+    sequence: u64,
+    durable: u64,
+    keys: KeyTable,
+    events: u64,
+}
+
+/// Where a segment's records end.
+struct End {
+    at: usize,
+    damaged: Option<&'static str>,
+}
+
+impl Opening<'_> {
+    pub(crate) fn recover(&self) -> Result<Recovered, OpenError> {
+        let mut names = self.names()?;
+        let span = match Span::load(self.storage, self.dir)? {
+            Some(span) => Some(span),
+            None if names.segments.is_empty() => None,
+            None => return Err(OpenError::ForeignFile { path: self.dir.join(crate::log::manifest::SPAN), why: "there are segments, but the file that says which is missing" }),
+        };
+        let mut scan = Scan { sequence: 0, durable: 0, keys: KeyTable::new(self.keys_expected), events: 0 };
+        let Some(span) = span else {
+            return Ok(self.blank(names.spares, scan.keys));
+        };
+        // Surplus: freed before a crash, or prepared and not yet in the span. Written again, never read.
+        let (held, surplus): (Vec<u64>, Vec<u64>) = names.segments.iter().partition(|&&index| (span.first..=span.last).contains(&index));
+        let mut unused: Vec<PathBuf> = surplus.iter().map(|&index| self.path(index)).collect();
+        if let Some(missing) = (span.first..=span.last).zip(held.iter().copied().chain(std::iter::repeat(u64::MAX))).find(|(want, have)| want != have) {
+            return Err(self.corruption(missing.0, 0, "a segment is missing").into());
+        }
+
+        let mut segments = VecDeque::new();
+        let mut tail: Option<(Segment, End)> = None;
+        for index in span.first..=span.last {
+            let memory = self.open(index)?;
+            let header = match self.header(index, &memory)? {
+                Some(header) => header,
+                None => {
+                    unused.push(self.path(index));
+                    continue;
+                }
+            };
+            if let Some(blank) = unused.iter().find(|path| **path != self.path(index) && segment_index_of(path).is_some_and(|i| (span.first..index).contains(&i))) {
+                let blank = segment_index_of(blank).unwrap_or(index);
+                return Err(self.corruption(blank, 0, "a blank segment lies before one in use").into());
+            }
+            if let Some((before, end)) = tail.take() {
+                self.check_sealed(&before, &end, &header, &scan)?;
+                segments.push_back(before);
+            } else {
+                scan.sequence = header.first_sequence;
+            }
+            let end = self.scan(index, &memory, header.salt, &mut scan)?;
+            tail = Some((Segment { index, first_sequence: header.first_sequence, salt: header.salt, memory: std::sync::Arc::new(memory) }, end));
+        }
+
+        let Some((last, end)) = tail else {
+            let mut blank = self.blank(std::mem::take(&mut names.spares), scan.keys);
+            blank.unused = unused;
+            blank.span = span;
+            blank.resume.next_index = span.first;
+            return Ok(blank);
+        };
+        let Segment { index, first_sequence, salt, memory } = last;
+        let (at, torn) = self.settle_tail(index, salt, &memory, &end, &scan)?;
+        let torn_tail = torn.map(|(until, why)| self.quarantine(index, &memory, at..until, why).map(|tail| (until, tail))).transpose()?;
+        let memory = std::sync::Arc::try_unwrap(memory).expect("recovery alone holds the segment");
+        let mut half = WriteHalf::new(memory, at);
+        if let Some((until, _)) = torn_tail {
+            // Blanked, so that it can never be taken for part of a later log.
+            half.tail()[..until - at].fill(0);
+            self.storage.sync(half.memory(), at..until).map_err(|source| OpenError::Io { action: "cutting", path: self.path(index), source })?;
+        }
+        let torn_tail = torn_tail.map(|(_, tail)| tail);
+        let last = Segment { index, first_sequence, salt, memory: std::sync::Arc::clone(half.memory()) };
+        segments.push_back(last.clone());
+        let end = Offset(index * self.manifest.segment_bytes + at as u64);
+        let report = ShardRecovery { shard: self.shard, events: scan.events, segments: segments.len(), keys: scan.keys.len(), end, torn_tail };
+        Ok(Recovered {
+            report,
+            segments,
+            resume: Resume { segment: Some((last, half)), next_index: index + 1, sequence: scan.sequence },
+            keys: scan.keys,
+            span,
+            unused,
+            spares: names.spares,
+        })
+    }
+
+    /// A log without records.
+    fn blank(&self, spares: Vec<PathBuf>, keys: KeyTable) -> Recovered {
+        let report = ShardRecovery { shard: self.shard, events: 0, segments: 0, keys: 0, end: Offset(HEADER_BYTES as u64), torn_tail: None };
+        Recovered {
+            report,
+            segments: VecDeque::new(),
+            resume: Resume { segment: None, next_index: 0, sequence: 0 },
+            keys,
+            span: Span { first: 0, last: 0 },
+            unused: Vec::new(),
+            spares,
+        }
+    }
+
+    fn names(&self) -> Result<Names, OpenError> {
+        let mut names = Names::default();
+        for name in self.storage.list(self.dir).map_err(|source| OpenError::Io { action: "listing", path: self.dir.to_owned(), source })? {
+            if let Some(index) = segment_index(&name) {
+                names.segments.push(index);
+            } else if is_spare(&name) {
+                names.spares.push(self.dir.join(name));
+            } else if name.ends_with(".seg") {
+                return Err(OpenError::ForeignFile { path: self.dir.join(name), why: "not the name of a segment" });
+            }
+        }
+        Ok(names)
+    }
+
+    fn path(&self, index: u64) -> PathBuf {
+        self.dir.join(crate::log::manifest::segment_name(index))
+    }
+
+    /// Maps a segment and syncs it: after a killed process its newest bytes may be in the system's cache
+    /// only, and what recovery builds on must not vanish later.
+    fn open(&self, index: u64) -> Result<Memory, OpenError> {
+        let io = |action| move |source| OpenError::Io { action, path: self.path(index), source };
+        let memory = self.storage.open_segment(&self.path(index), true).map_err(io("opening"))?;
+        self.storage.sync(&memory, 0..memory.len()).map_err(io("syncing"))?;
+        if memory.len() as u64 != self.manifest.segment_bytes {
+            return Err(self.corruption(index, memory.len(), "the segment is not as long as the manifest says").into());
+        }
+        Ok(memory)
+    }
+
+    /// The segment's header; `None` for one that was prepared and never begun.
+    fn header(&self, index: u64, memory: &Memory) -> Result<Option<SegmentHeader>, OpenError> {
+        let page = memory.read(0, HEADER_BYTES.min(memory.len())).unwrap_or_default();
+        let header = match SegmentHeader::decode(page) {
+            Ok(header) => header,
+            Err(HeaderError::Blank) => return Ok(None),
+            Err(HeaderError::Version(found)) => {
+                return Err(OpenError::UnknownFormat { path: self.path(index), found, known: crate::log::format::FORMAT_VERSION });
+            }
+            Err(HeaderError::Archive(found)) => {
+                return Err(OpenError::ArchiveFormat { path: self.path(index), found, known: crate::log::format::archive_fingerprint() });
+            }
+            Err(HeaderError::Damaged(why)) => return Err(self.corruption(index, 0, why).into()),
+        };
+        if header.shard != self.shard || header.index != index || header.segment_bytes != self.manifest.segment_bytes {
+            return Err(OpenError::ForeignFile { path: self.path(index), why: "the segment belongs to another place" });
+        }
+        Ok(Some(header))
+    }
+
+    /// Goes over a segment's records from the front until one does not hold or none follows.
+    fn scan(&self, index: u64, memory: &Memory, salt: u32, scan: &mut Scan) -> Result<End, OpenError> {
+        let whole = memory.read(0, memory.len()).unwrap_or_default();
+        if let Err(error) = memory.advise_sequential() {
+            tracing::debug!(%error, "no read-ahead advice");
+        }
+        let base = index * self.manifest.segment_bytes;
+        let mut at = HEADER_BYTES;
+        // Keys are looked up a little behind the reading, so that their slots have time to arrive.
+        let mut ahead: [(Key, Version, Offset); LOOK_AHEAD] = [(Key(0), Version(0), Offset(0)); LOOK_AHEAD];
+        let mut seen = 0_usize;
+        let end = loop {
+            let len = match record_at(&whole[at..], salt) {
+                Found::Record(len) => len,
+                Found::End => break End { at, damaged: None },
+                Found::Damaged(why) => break End { at, damaged: Some(why) },
+            };
+            let header = RecordHeader::decode(&whole[at..]);
+            let offset = Offset(base + at as u64);
+            if header.event_type == MARK {
+                scan.durable = scan.durable.max(header.key.0);
+            } else {
+                if !(self.known)(header.event_type.0, header.schema_version) {
+                    return Err(OpenError::UnknownEventType {
+                        shard: self.shard,
+                        event_type: header.event_type,
+                        name: self.manifest.type_name(header.event_type).to_owned(),
+                        schema_version: header.schema_version,
+                    });
+                }
+                let place = &mut ahead[seen % LOOK_AHEAD];
+                let due = std::mem::replace(place, (header.key, header.version, offset));
+                scan.keys.prefetch(header.key.hash());
+                if seen >= LOOK_AHEAD {
+                    scan.keys.entry(due.0, due.0.hash()).set(due.1, due.2);
+                }
+                seen += 1;
+                scan.sequence += 1;
+                scan.events += 1;
+            }
+            at += padded(len);
+        };
+        for i in seen.saturating_sub(LOOK_AHEAD)..seen {
+            let (key, version, offset) = ahead[i % LOOK_AHEAD];
+            scan.keys.entry(key, key.hash()).set(version, offset);
+        }
+        Ok(end)
+    }
+
+    /// A segment that has a successor must end cleanly, and the successor must go on where it ended.
+    fn check_sealed(&self, segment: &Segment, end: &End, next: &SegmentHeader, scan: &Scan) -> Result<(), OpenError> {
+        if let Some(why) = end.damaged {
+            return Err(self.corruption(segment.index, end.at, why).into());
+        }
+        if next.first_sequence != scan.sequence {
+            return Err(self.corruption(segment.index, end.at, "the next segment's first sequence does not follow").into());
+        }
+        Ok(())
+    }
+
+    /// Decides what the end of the last segment is. Returns where to go on writing and, for a torn tail, up
+    /// to where it reaches and why it is one.
+    fn settle_tail(&self, index: u64, salt: u32, memory: &Memory, end: &End, scan: &Scan) -> Result<(usize, Option<(usize, &'static str)>), OpenError> {
+        let whole = memory.read(0, memory.len()).unwrap_or_default();
+        // Whatever still holds behind the end: it tells how far the log once was, and how far it was durable.
+        let beyond = self.later_records(whole, end.at, salt);
+        let durable = scan.durable.max(beyond.durable);
+        let why = end.damaged.unwrap_or("the log ends before records that hold");
+        if durable > index * self.manifest.segment_bytes + end.at as u64 {
+            return Err(self.corruption(index, end.at, why).into());
+        }
+        if end.damaged.is_none() && beyond.end == end.at {
+            return Ok((end.at, None));
+        }
+        // At least the record that does not hold: as far as its own length says, or a page.
+        let claimed = whole.get(end.at..end.at + 4).map_or(0, |word| u32_at(word, 0) as usize);
+        let until = beyond.end.max(end.at + claimed.clamp(4096, RECORD_BYTES_MAX)).min(whole.len());
+        Ok((end.at, Some((until, why))))
+    }
+
+    /// Looks for records that hold at any 16-byte step behind `from`. Old contents of a recycled segment do
+    /// not hold: their salt was another.
+    fn later_records(&self, whole: &[u8], from: usize, salt: u32) -> Beyond {
+        let mut found = Beyond { end: from, durable: 0 };
+        let mut at = from;
+        while at + RECORD_HEADER_BYTES <= whole.len() {
+            let header = RecordHeader::decode(&whole[at..]);
+            let mark = header.event_type == MARK;
+            // Most places are not even the beginning of a header; a look at it spares the check sum.
+            let likely = if mark { u32_at(whole, at) as usize == RECORD_HEADER_BYTES } else { (self.known)(header.event_type.0, header.schema_version) };
+            match if likely { record_at(&whole[at..], salt) } else { Found::End } {
+                Found::Record(len) => {
+                    if mark {
+                        found.durable = found.durable.max(header.key.0);
+                    }
+                    at += padded(len);
+                    found.end = at;
+                }
+                Found::End | Found::Damaged(_) => at += ALIGN,
+            }
+        }
+        found
+    }
+
+    fn quarantine(&self, index: u64, memory: &Memory, range: std::ops::Range<usize>, why: &'static str) -> Result<TornTail, OpenError> {
+        let offset = Offset(index * self.manifest.segment_bytes + range.start as u64);
+        let bytes = memory.read(range.start, range.len()).unwrap_or_default();
+        let name = format!("shard-{:04}-offset-{offset}.torn", self.shard.0);
+        let path = self.quarantine.join(&name);
+        self.storage
+            .create_dir(self.quarantine)
+            .and_then(|()| replace(self.storage, self.quarantine, &name, bytes))
+            .map_err(|source| OpenError::Io { action: "quarantining", path: path.clone(), source })?;
+        tracing::warn!(shard = self.shard.0, %offset, why, "a torn tail was cut");
+        Ok(TornTail { offset, bytes: bytes.len() as u64, quarantined: path, why })
+    }
+
+    fn corruption(&self, segment: u64, at: usize, why: &'static str) -> Corruption {
+        Corruption { shard: self.shard, segment, offset: Offset(segment * self.manifest.segment_bytes + at as u64), why }
+    }
+}
+
+/// Records read before their keys are looked up.
+const LOOK_AHEAD: usize = 16;
+
+#[derive(Default)]
+struct Names {
+    segments: Vec<u64>,
+    spares: Vec<PathBuf>,
+}
+
+fn segment_index_of(path: &Path) -> Option<u64> {
+    path.file_name().and_then(|name| name.to_str()).and_then(segment_index)
+}
+
+struct Beyond {
+    /// End of the last record that holds, or where the search began.
+    end: usize,
+    /// The furthest mark among them.
+    durable: u64,
+}

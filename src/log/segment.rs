@@ -1,0 +1,131 @@
+//! The segments of one shard as every thread of this process sees them: the list, the watermarks,
+//! and the first failure.
+//!
+//! Writers: the shard moves `appended` and adds segments; the syncer moves `durable`; the keeper takes
+//! segments off the front. Readers hold an `Arc` of a segment's memory, and a segment that is held is never written again.
+
+use std::collections::VecDeque;
+use std::path::PathBuf;
+use std::sync::OnceLock;
+
+use crate::error::{FailureCause, ShardFailure};
+use crate::event::{Offset, ShardId};
+use crate::log::format::HEADER_BYTES;
+use crate::log::manifest::segment_name;
+use crate::log::mmap::Memory;
+use crate::sync::{AtomicBool, AtomicU64, Mutex, Ordering, Watermark, lock};
+
+/// One segment that holds records.
+#[derive(Debug, Clone)]
+pub(crate) struct Segment {
+    pub(crate) index: u64,
+    pub(crate) first_sequence: u64,
+    pub(crate) salt: u32,
+    pub(crate) memory: std::sync::Arc<Memory>,
+}
+
+/// What a shard's log shows to the other threads.
+#[derive(Debug)]
+pub(crate) struct ShardLog {
+    pub(crate) shard: ShardId,
+    pub(crate) dir: PathBuf,
+    pub(crate) segment_bytes: u64,
+    segments: Mutex<VecDeque<Segment>>,
+    /// End of what readers may see.
+    pub(crate) appended: Watermark,
+    /// End of what has been synced.
+    pub(crate) durable: Watermark,
+    /// Events below `appended`.
+    pub(crate) sequence: Watermark,
+    failed: AtomicBool,
+    failure: OnceLock<ShardFailure>,
+    /// The shard wants a segment and the disk has no space for one.
+    pub(crate) storage_full: AtomicBool,
+    /// Wall time of the newest append, unix ns, as of the last turn that appended.
+    pub(crate) appended_at: AtomicU64,
+}
+
+impl ShardLog {
+    pub(crate) fn new(shard: ShardId, dir: PathBuf, segment_bytes: u64, at: Offset, sequence: u64, segments: VecDeque<Segment>) -> Self {
+        Self {
+            shard,
+            dir,
+            segment_bytes,
+            segments: Mutex::new(segments),
+            appended: Watermark::new(at.0),
+            durable: Watermark::new(at.0),
+            sequence: Watermark::new(sequence),
+            failed: AtomicBool::new(false),
+            failure: OnceLock::new(),
+            storage_full: AtomicBool::new(false),
+            appended_at: AtomicU64::new(0),
+        }
+    }
+
+    pub(crate) fn segment_of(&self, offset: Offset) -> u64 {
+        offset.0 / self.segment_bytes
+    }
+
+    /// Where segment `index`'s first record begins.
+    pub(crate) fn first_offset(&self, index: u64) -> Offset {
+        Offset(index * self.segment_bytes + HEADER_BYTES as u64)
+    }
+
+    pub(crate) fn segment_path(&self, index: u64) -> PathBuf {
+        self.dir.join(segment_name(index))
+    }
+
+    /// The segment with this number, if it is held.
+    pub(crate) fn segment(&self, index: u64) -> Option<Segment> {
+        let segments = lock(&self.segments);
+        let first = segments.front()?.index;
+        segments.get(usize::try_from(index.checked_sub(first)?).ok()?).cloned()
+    }
+
+    pub(crate) fn push_segment(&self, segment: Segment) {
+        let mut segments = lock(&self.segments);
+        debug_assert!(segments.back().is_none_or(|last| last.index + 1 == segment.index));
+        segments.push_back(segment);
+    }
+
+    /// Takes the oldest segment off the list, unless it is the only one.
+    pub(crate) fn pop_oldest(&self) -> Option<Segment> {
+        let mut segments = lock(&self.segments);
+        if segments.len() > 1 { segments.pop_front() } else { None }
+    }
+
+    /// The two oldest segments: the candidate for retention and the one that would be the earliest after it.
+    pub(crate) fn oldest_two(&self) -> Option<(Segment, Segment)> {
+        let segments = lock(&self.segments);
+        Some((segments.front()?.clone(), segments.get(1)?.clone()))
+    }
+
+    /// Number of segments held.
+    pub(crate) fn segments_len(&self) -> usize {
+        lock(&self.segments).len()
+    }
+
+    /// The earliest offset still held.
+    pub(crate) fn earliest(&self) -> Offset {
+        match lock(&self.segments).front() {
+            Some(first) => self.first_offset(first.index),
+            None => Offset(self.appended.get()),
+        }
+    }
+
+    /// Makes the shard fail, once: the first cause stays.
+    pub(crate) fn fail(&self, cause: FailureCause) {
+        let failure = ShardFailure { shard: self.shard, cause };
+        tracing::error!(shard = self.shard.0, %failure, "a shard failed");
+        // A second failure is a consequence of the first and says less.
+        if self.failure.set(failure).is_ok() {
+            self.failed.store(true, Ordering::SeqCst);
+        }
+    }
+
+    /// Why the shard failed, if it did.
+    #[inline]
+    pub(crate) fn failure(&self) -> Option<&ShardFailure> {
+        if self.failed.load(Ordering::SeqCst) { self.failure.get() } else { None }
+    }
+}

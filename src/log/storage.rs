@@ -1,0 +1,141 @@
+//! What the log asks of a file system, as a trait: the real one here, its faulty twin in `testing`.
+//!
+//! Every creation, rename and removal is followed by a `sync_dir` of its folder; whoever calls these
+//! functions says when, because a crash between two of them is what recovery is tested with.
+
+use std::fmt::Debug;
+use std::fs::{self, File, OpenOptions, TryLockError};
+use std::io::{self, Write as _};
+use std::ops::Range;
+use std::path::Path;
+
+use rustix::fs::FallocateFlags;
+
+use crate::log::mmap::Memory;
+
+/// A held lock; released when dropped.
+pub(crate) trait Lock: Debug + Send + Sync {}
+
+#[derive(Debug)]
+struct FileLock(#[expect(dead_code, reason = "held for its lock, which ends when it is closed")] File);
+impl Lock for FileLock {}
+
+/// The file system under a store.
+pub(crate) trait Storage: Debug + Send + Sync {
+    /// Creates a folder and its parents; fine if it exists.
+    fn create_dir(&self, dir: &Path) -> io::Result<()>;
+    /// The names in a folder, sorted.
+    fn list(&self, dir: &Path) -> io::Result<Vec<String>>;
+    /// Takes the store's lock; `None` when somebody else holds it.
+    fn lock(&self, path: &Path) -> io::Result<Option<Box<dyn Lock>>>;
+    /// A small file's content.
+    fn read(&self, path: &Path) -> io::Result<Vec<u8>>;
+    /// Creates or replaces a small file and syncs its content (not its folder).
+    fn write(&self, path: &Path, content: &[u8]) -> io::Result<()>;
+    /// Adds to a small file, creating it if need be, and syncs it.
+    fn append(&self, path: &Path, content: &[u8]) -> io::Result<()>;
+    /// Creates a file of `bytes` real blocks and maps it. Leaves no file behind when it fails.
+    fn create_segment(&self, path: &Path, bytes: u64) -> io::Result<Memory>;
+    /// Maps an existing file; to be written: with all its blocks really there.
+    fn open_segment(&self, path: &Path, writable: bool) -> io::Result<Memory>;
+    /// Syncs a range of a mapped file (fdatasync's promise, for the range).
+    fn sync(&self, memory: &Memory, range: Range<usize>) -> io::Result<()>;
+    /// Renames; an existing target is replaced.
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()>;
+    /// Removes a file.
+    fn remove(&self, path: &Path) -> io::Result<()>;
+    /// Makes creations, renames and removals in a folder durable.
+    fn sync_dir(&self, dir: &Path) -> io::Result<()>;
+}
+
+/// The operating system's files.
+#[derive(Debug)]
+pub(crate) struct Files;
+
+impl Storage for Files {
+    fn create_dir(&self, dir: &Path) -> io::Result<()> {
+        fs::create_dir_all(dir)
+    }
+
+    fn list(&self, dir: &Path) -> io::Result<Vec<String>> {
+        let mut names = Vec::new();
+        for entry in fs::read_dir(dir)? {
+            names.push(entry?.file_name().to_string_lossy().into_owned());
+        }
+        names.sort();
+        Ok(names)
+    }
+
+    fn lock(&self, path: &Path) -> io::Result<Option<Box<dyn Lock>>> {
+        let file = OpenOptions::new().create(true).truncate(false).write(true).open(path)?;
+        match file.try_lock() {
+            Ok(()) => Ok(Some(Box::new(FileLock(file)))),
+            Err(TryLockError::WouldBlock) => Ok(None),
+            Err(TryLockError::Error(error)) => Err(error),
+        }
+    }
+
+    fn read(&self, path: &Path) -> io::Result<Vec<u8>> {
+        fs::read(path)
+    }
+
+    fn write(&self, path: &Path, content: &[u8]) -> io::Result<()> {
+        let mut file = File::create(path)?;
+        file.write_all(content)?;
+        file.sync_all()
+    }
+
+    fn append(&self, path: &Path, content: &[u8]) -> io::Result<()> {
+        let mut file = OpenOptions::new().create(true).append(true).open(path)?;
+        file.write_all(content)?;
+        file.sync_all()
+    }
+
+    fn create_segment(&self, path: &Path, bytes: u64) -> io::Result<Memory> {
+        let file = OpenOptions::new().create_new(true).read(true).write(true).open(path)?;
+        let made = rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, bytes)
+            .map_err(io::Error::from)
+            .and_then(|()| file.sync_all())
+            .and_then(|()| Memory::map(&file, true));
+        if made.is_err()
+            && let Err(error) = fs::remove_file(path)
+        {
+            tracing::warn!(path = %path.display(), %error, "an unfinished segment stays behind");
+        }
+        made
+    }
+
+    fn open_segment(&self, path: &Path, writable: bool) -> io::Result<Memory> {
+        let file = OpenOptions::new().read(true).write(writable).open(path)?;
+        let bytes = file.metadata()?.len();
+        if writable {
+            // A copied or restored file may have holes; storing into one could be a SIGBUS on a full disk.
+            rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, bytes)?;
+        }
+        Memory::map(&file, writable)
+    }
+
+    fn sync(&self, memory: &Memory, range: Range<usize>) -> io::Result<()> {
+        memory.sync(range)
+    }
+
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        fs::rename(from, to)
+    }
+
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        fs::remove_file(path)
+    }
+
+    fn sync_dir(&self, dir: &Path) -> io::Result<()> {
+        File::open(dir)?.sync_all()
+    }
+}
+
+/// Replaces a small file so that a crash leaves the old or the new one, whole.
+pub(crate) fn replace(storage: &dyn Storage, dir: &Path, name: &str, content: &[u8]) -> io::Result<()> {
+    let fresh = dir.join(format!("{name}.new"));
+    storage.write(&fresh, content)?;
+    storage.rename(&fresh, &dir.join(name))?;
+    storage.sync_dir(dir)
+}

@@ -1,0 +1,176 @@
+//! Makes what is appended durable. One thread per shard; the only mover of `durable`.
+//!
+//! A failed sync is final: what the device holds is unknown, so the shard is failed, nothing later
+//! is acknowledged, and there is no second try.
+
+use std::time::Instant;
+
+use crate::clock::{Clock, Nanos};
+use crate::config::{Durability, Wait};
+use crate::error::FailureCause;
+use crate::event::Offset;
+use crate::log::segment::ShardLog;
+use crate::log::storage::Storage;
+use crate::metrics::{Counters, Recorder, Stage};
+use crate::producer::LaneRegistry;
+use crate::sync::{Arc, AtomicBool, AtomicU64, Idle, Ordering, Signal};
+
+/// What other threads ask of a syncer.
+#[derive(Debug)]
+pub(crate) struct SyncRequests {
+    /// Wakes the syncer.
+    pub(crate) signal: Signal,
+    /// Everything below this is to be synced whatever the mode says (flush).
+    pub(crate) flush_to: AtomicU64,
+    /// The shard has appended for the last time: sync it and end.
+    pub(crate) ending: AtomicBool,
+}
+
+impl SyncRequests {
+    pub(crate) fn new() -> Self {
+        Self { signal: Signal::new(), flush_to: AtomicU64::new(0), ending: AtomicBool::new(false) }
+    }
+
+    /// Asks for everything below `offset` to be synced.
+    pub(crate) fn flush(&self, offset: u64) {
+        self.flush_to.fetch_max(offset, Ordering::SeqCst);
+        self.signal.notify();
+    }
+}
+
+/// A run of events with one publish time, so that publish→durable can be recorded when they are.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct SyncMark {
+    pub(crate) end: u64,
+    pub(crate) published: Nanos,
+    pub(crate) late: Option<u32>,
+    pub(crate) events: u32,
+}
+
+/// One shard's syncer.
+#[derive(Debug)]
+pub(crate) struct Syncer {
+    pub(crate) log: Arc<ShardLog>,
+    pub(crate) storage: std::sync::Arc<dyn Storage>,
+    pub(crate) requests: std::sync::Arc<SyncRequests>,
+    pub(crate) lanes: std::sync::Arc<LaneRegistry>,
+    pub(crate) durability: Durability,
+    pub(crate) marks: rtrb::Consumer<SyncMark>,
+    pub(crate) recorder: Recorder,
+    pub(crate) counters: std::sync::Arc<Counters>,
+    pub(crate) clock: Clock,
+}
+
+impl Syncer {
+    /// Runs until the shard has ended and everything is synced, or a sync failed.
+    pub(crate) fn run(mut self) {
+        let mut idle = Idle::new(Wait::Park);
+        let mut synced_at = Instant::now();
+        loop {
+            let ending = self.requests.ending.load(Ordering::SeqCst);
+            if self.log.failure().is_some() {
+                break;
+            }
+            let (due, wake_at) = self.due(ending, synced_at);
+            if due {
+                synced_at = Instant::now();
+                if !self.sync() {
+                    break;
+                }
+                idle.reset();
+            } else if ending {
+                break;
+            } else {
+                self.recorder.exchange();
+                let (log, requests, exchange) = (&self.log, &self.requests, self.recorder.exchange_handle());
+                let wanted = |durable: u64| match self.durability {
+                    Durability::GroupCommit => log.appended.get() > durable,
+                    // A wake-up for the interval comes by its deadline.
+                    Durability::Periodic(_) => wake_at.is_none() && log.appended.get() > durable,
+                    Durability::OsCache => false,
+                };
+                idle.step(&requests.signal, wake_at, || {
+                    let durable = log.durable.get();
+                    wanted(durable)
+                        || requests.flush_to.load(Ordering::SeqCst) > durable
+                        || requests.ending.load(Ordering::SeqCst)
+                        || log.failure().is_some()
+                        || exchange.is_wanted()
+                });
+            }
+        }
+        self.lanes.wake_all();
+    }
+
+    /// Whether to sync now and, if not now but later, when.
+    fn due(&self, ending: bool, synced_at: Instant) -> (bool, Option<Instant>) {
+        let durable = self.log.durable.get();
+        let work = self.log.appended.get() > durable;
+        if !work {
+            return (false, None);
+        }
+        if ending || self.requests.flush_to.load(Ordering::SeqCst) > durable {
+            return (true, None);
+        }
+        match self.durability {
+            Durability::GroupCommit => (true, None),
+            Durability::OsCache => (false, None),
+            Durability::Periodic(every) => {
+                let at = synced_at + every;
+                (Instant::now() >= at, Some(at))
+            }
+        }
+    }
+
+    /// One sync of everything appended. `false` when it failed.
+    fn sync(&mut self) -> bool {
+        // The lanes' counts first: whatever they count lies below the watermark read afterwards.
+        let lanes = self.lanes.appended_counts();
+        let target = self.log.appended.get();
+        let from = self.log.durable.get();
+        let started = self.clock.now();
+        if let Err(error) = self.sync_range(from, target) {
+            self.log.fail(FailureCause::Sync(std::sync::Arc::new(error)));
+            return false;
+        }
+        self.log.durable.publish(target);
+        let now = self.clock.now();
+        self.recorder.record(Stage::Sync, now.saturating_sub(started), 1);
+        self.counters.syncs.add(1);
+        self.counters.synced_bytes.add(target - from);
+        for (lane, count) in lanes {
+            lane.durable_reached(count);
+        }
+        self.lanes.flushed(target);
+        while let Ok(mark) = self.marks.peek() {
+            if mark.end > target {
+                break;
+            }
+            let ns = now.saturating_sub(mark.published);
+            self.recorder.latency(Stage::Durable, Stage::DurableDue, ns, mark.late, u64::from(mark.events));
+            if self.marks.pop().is_err() {
+                break;
+            }
+        }
+        true
+    }
+
+    /// Syncs `[from, to)` segment by segment, front to back, so that a later byte is never durable before an earlier one is acknowledged.
+    fn sync_range(&self, from: u64, to: u64) -> std::io::Result<()> {
+        let (first, last) = (self.log.segment_of(Offset(from)), self.log.segment_of(Offset(to)));
+        for index in first..=last {
+            let Some(segment) = self.log.segment(index) else {
+                // Never begun (the range ends where it would begin), or freed by retention before it
+                // was durable, which happens in OsCache mode alone.
+                continue;
+            };
+            let base = index * self.log.segment_bytes;
+            // A segment's first sync takes its header along.
+            let first_record = self.log.first_offset(index).0;
+            let start = if from <= first_record { 0 } else { (from - base) as usize };
+            let end = (to - base).min(self.log.segment_bytes) as usize;
+            self.storage.sync(&segment.memory, start..end.min(segment.memory.committed()))?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,220 @@
+//! Appends records to a shard's current segment. One writer: the owning shard.
+//!
+//! Nothing here waits: when the current segment is full and the keeper has not handed over the next,
+//! the answer is [`Refused::NeedsSegment`], and the shard tries again in a later turn.
+
+use crossbeam::queue::ArrayQueue;
+
+use crate::event::{Encode, Key, Offset, Scratch, Time, Version};
+use crate::event::Correlation;
+use crate::log::format::{HEADER_BYTES, MARK, RECORD_HEADER_BYTES, RecordHeader, SegmentHeader, padded};
+use crate::log::mmap::{Memory, WriteHalf};
+use crate::log::segment::{Segment, ShardLog};
+use crate::sync::Arc;
+
+/// A segment that is ready to be written: named, allocated, blank-headed and (mostly) prefaulted.
+#[derive(Debug)]
+pub(crate) struct Prepared {
+    pub(crate) index: u64,
+    pub(crate) salt: u32,
+    pub(crate) memory: Memory,
+}
+
+/// Where the keeper leaves what the writer takes.
+pub(crate) type PreparedQueue = ArrayQueue<Prepared>;
+
+/// Why an event was not appended. The log is as before.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Refused {
+    /// There is no segment with room yet.
+    NeedsSegment,
+    /// The archive exceeds the limit.
+    TooLarge {
+        /// The limit.
+        bytes_max: usize,
+    },
+}
+
+/// The position a recovered (or new) log is written at.
+#[derive(Debug)]
+pub(crate) struct Resume {
+    pub(crate) segment: Option<(Segment, WriteHalf)>,
+    pub(crate) next_index: u64,
+    pub(crate) sequence: u64,
+}
+
+/// The one writer of a shard's log.
+#[derive(Debug)]
+pub(crate) struct Writer {
+    log: Arc<ShardLog>,
+    prepared: std::sync::Arc<PreparedQueue>,
+    current: Option<Current>,
+    next_index: u64,
+    /// Sequence of the next event.
+    sequence: u64,
+    schema: u32,
+    event_bytes_max: usize,
+    scratch: Scratch,
+    /// Up to where the last mark said the log was durable, and when it was written.
+    marked: u64,
+    marked_at: u64,
+    rolled: bool,
+}
+
+#[derive(Debug)]
+struct Current {
+    half: WriteHalf,
+    base: u64,
+    salt: u32,
+}
+
+/// At least this long (ns) lies between two marks.
+const MARK_EVERY_NS: u64 = 1_000_000;
+
+impl Writer {
+    pub(crate) fn new(log: Arc<ShardLog>, prepared: std::sync::Arc<PreparedQueue>, resume: Resume, schema: u32, event_bytes_max: usize) -> Self {
+        let marked = log.durable.get();
+        let current = resume.segment.map(|(segment, half)| Current { base: segment.index * log.segment_bytes, salt: segment.salt, half });
+        Self {
+            log,
+            prepared,
+            current,
+            next_index: resume.next_index,
+            sequence: resume.sequence,
+            schema,
+            event_bytes_max,
+            scratch: Scratch::new(4 * event_bytes_max.max(1024)),
+            marked,
+            marked_at: 0,
+            rolled: false,
+        }
+    }
+
+    /// Archives `event` behind `header` into the log. Visible to readers after [`Writer::publish`].
+    #[inline]
+    pub(crate) fn append<E: Encode>(&mut self, header: &RecordHeader, event: &E) -> Result<(Offset, usize), Refused> {
+        if self.current.is_none() {
+            self.roll(header.time)?;
+        }
+        loop {
+            let Some(current) = &mut self.current else { return Err(Refused::NeedsSegment) };
+            let tail = current.half.tail();
+            let room = tail.len().saturating_sub(RECORD_HEADER_BYTES).min(self.event_bytes_max);
+            let body = tail.get_mut(RECORD_HEADER_BYTES..RECORD_HEADER_BYTES + room);
+            match body.and_then(|body| event.encode(body, &mut self.scratch)) {
+                Some(bytes) => {
+                    let len = RECORD_HEADER_BYTES + bytes;
+                    let advance = padded(len);
+                    header.seal(&mut tail[..advance], len, current.salt);
+                    let offset = Offset(current.base + current.half.at() as u64);
+                    current.half.commit_record(len as u32, advance);
+                    self.sequence += 1;
+                    return Ok((offset, len));
+                }
+                None if room >= self.event_bytes_max => return Err(Refused::TooLarge { bytes_max: self.event_bytes_max }),
+                None => self.roll(header.time)?,
+            }
+        }
+    }
+
+    /// Goes over to the next segment. The old one ends with a zero word or too little room for a header.
+    #[cold]
+    fn roll(&mut self, now: Time) -> Result<(), Refused> {
+        let prepared = self.prepared.pop().ok_or(Refused::NeedsSegment)?;
+        assert_eq!(prepared.index, self.next_index, "the keeper prepares segments in order");
+        if let Some(full) = &self.current {
+            full.half.publish();
+        }
+        let first_offset = self.log.first_offset(prepared.index);
+        let mut half = WriteHalf::new(prepared.memory, 0);
+        let header = SegmentHeader {
+            schema: self.schema,
+            shard: self.log.shard,
+            index: prepared.index,
+            segment_bytes: self.log.segment_bytes,
+            first_offset,
+            first_sequence: self.sequence,
+            created: now,
+            salt: prepared.salt,
+        };
+        let tail = half.tail();
+        header.encode(tail);
+        tail[HEADER_BYTES..HEADER_BYTES + 4].fill(0);
+        half.skip(HEADER_BYTES);
+        half.publish();
+        self.log.push_segment(Segment {
+            index: prepared.index,
+            first_sequence: self.sequence,
+            salt: prepared.salt,
+            memory: std::sync::Arc::clone(half.memory()),
+        });
+        self.current = Some(Current { base: prepared.index * self.log.segment_bytes, salt: prepared.salt, half });
+        self.next_index += 1;
+        self.rolled = true;
+        Ok(())
+    }
+
+    /// Notes in the log itself up to where it had been synced: the evidence by which recovery tells
+    /// damage to durable bytes from a tail that never was. Written at most once a millisecond.
+    #[inline]
+    pub(crate) fn mark(&mut self, now: u64, time: Time) {
+        if now.saturating_sub(self.marked_at) >= MARK_EVERY_NS && self.log.durable.get() > self.marked {
+            self.mark_now(time);
+            self.marked_at = now;
+        }
+    }
+
+    /// Writes a mark if anything was synced since the last; `false` where there is no room for it.
+    #[cold]
+    pub(crate) fn mark_now(&mut self, time: Time) -> bool {
+        let durable = self.log.durable.get();
+        let Some(current) = &mut self.current else { return false };
+        let tail = current.half.tail();
+        if tail.len() < RECORD_HEADER_BYTES || durable <= self.marked {
+            return false;
+        }
+        let header = RecordHeader {
+            time,
+            key: Key(durable),
+            previous: Offset(0),
+            event_type: MARK,
+            correlation: Correlation(0),
+            version: Version(0),
+            schema_version: 0,
+        };
+        header.seal(&mut tail[..RECORD_HEADER_BYTES], RECORD_HEADER_BYTES, current.salt);
+        current.half.commit_record(RECORD_HEADER_BYTES as u32, RECORD_HEADER_BYTES);
+        self.marked = durable;
+        true
+    }
+
+    /// Lets readers and the syncer see everything appended so far.
+    #[inline]
+    pub(crate) fn publish(&mut self) -> u64 {
+        let Some(current) = &self.current else { return self.log.appended.get() };
+        current.half.publish();
+        let end = current.base + current.half.at() as u64;
+        self.log.sequence.publish(self.sequence);
+        self.log.appended.publish(end);
+        end
+    }
+
+    /// Whether a segment was begun since this was last asked.
+    #[inline]
+    pub(crate) fn take_rolled(&mut self) -> bool {
+        std::mem::take(&mut self.rolled)
+    }
+
+    /// Sequence of the next event.
+    #[inline]
+    pub(crate) fn sequence(&self) -> u64 {
+        self.sequence
+    }
+
+    /// Bytes `[offset, offset + len)` of a record in the current segment, as this writer appended them.
+    #[inline]
+    pub(crate) fn current_memory(&self) -> Option<(u64, &std::sync::Arc<Memory>)> {
+        self.current.as_ref().map(|current| (current.base, current.half.memory()))
+    }
+}
+

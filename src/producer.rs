@@ -1,0 +1,637 @@
+//! The way in: key → shard → lane, with backpressure, and receipts on the way out.
+//!
+//! One [`Producer`] is one thread's own lanes, one per shard. [`crate::SharedProducer`] is for those who
+//! cannot have their own.
+
+use std::future::Future;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
+
+use crate::clock::{Clock, Nanos};
+use crate::config::{Durability, Wait};
+use crate::error::{Rejected, RejectedReason, WaitError};
+use crate::event::{Event, Key, Scratch, ShardId, Time};
+use crate::log::segment::ShardLog;
+use crate::ring::{NOT_DUE, Slot, free_slots, push_chunk};
+use crate::sync::{Arc, AtomicBool, AtomicU64, Gate, Idle, Mutex, Ordering, Signal, Waiters, Watermark, lock, thread_waker};
+
+/// What the two ends of a lane share besides the ring.
+#[derive(Debug)]
+pub(crate) struct LaneShared {
+    pub(crate) log: Arc<ShardLog>,
+    /// Whether this engine ever syncs by itself.
+    syncs: bool,
+    pub(crate) gate: Gate,
+    /// Wakes the producer when there is room again.
+    pub(crate) space: Signal,
+    /// Events accepted. Written by the producer's side.
+    pub(crate) published: AtomicU64,
+    /// Of those, how many are appended. Written by the shard.
+    appended: Watermark,
+    /// Of those, how many are durable. Written by the syncer.
+    durable: Watermark,
+    waiting_appended: Waiters,
+    waiting_durable: Waiters,
+    /// The producer is gone and its ring is empty.
+    retired: AtomicBool,
+}
+
+impl LaneShared {
+    pub(crate) fn new(log: Arc<ShardLog>, durability: Durability) -> Self {
+        Self {
+            log,
+            syncs: durability != Durability::OsCache,
+            gate: Gate::new(),
+            space: Signal::new(),
+            published: AtomicU64::new(0),
+            appended: Watermark::new(0),
+            durable: Watermark::new(0),
+            waiting_appended: Waiters::new(),
+            waiting_durable: Waiters::new(),
+            retired: AtomicBool::new(false),
+        }
+    }
+
+    /// The shard has appended `count` events of this lane in all; the log's watermark is already published.
+    #[inline]
+    pub(crate) fn appended_reached(&self, count: u64) {
+        self.appended.publish(count);
+        self.waiting_appended.reached(count);
+    }
+
+    /// The first `count` events of this lane are durable.
+    pub(crate) fn durable_reached(&self, count: u64) {
+        self.durable.publish(count);
+        self.waiting_durable.reached(count);
+    }
+
+    /// Registers for the `count`-th event of this lane to be appended.
+    pub(crate) fn register_appended(&self, count: u64, waker: &std::task::Waker) {
+        self.waiting_appended.register(count, waker);
+    }
+
+    /// Registers for the next event of this lane that is appended.
+    pub(crate) fn register_any(&self, waker: &std::task::Waker) {
+        self.waiting_appended.register(self.appended.get() + 1, waker);
+    }
+
+    pub(crate) fn appended_count(&self) -> u64 {
+        self.appended.get()
+    }
+
+    /// The shard has taken the last event of a lane whose producer is gone.
+    pub(crate) fn retire(&self) {
+        self.retired.store(true, Ordering::Release);
+    }
+
+    fn wake_all(&self) {
+        self.space.notify();
+        self.waiting_appended.reached(u64::MAX);
+        self.waiting_durable.reached(u64::MAX);
+    }
+}
+
+/// The lanes of one shard, for whoever is not the shard. Locked when lanes come and go and once a sync; never per event.
+#[derive(Debug, Default)]
+pub(crate) struct LaneRegistry {
+    lanes: Mutex<Vec<Arc<LaneShared>>>,
+    waiting_flush: Flush,
+    /// Events of lanes that are no longer listed.
+    retired_events: AtomicU64,
+}
+
+#[derive(Debug)]
+struct Flush(Waiters);
+
+impl Default for Flush {
+    fn default() -> Self {
+        Self(Waiters::new())
+    }
+}
+
+impl LaneRegistry {
+    pub(crate) fn register(&self, lane: &Arc<LaneShared>) {
+        lock(&self.lanes).push(Arc::clone(lane));
+    }
+
+    /// Every lane with the number of its events that are appended. Forgets lanes nobody can ask about any more.
+    pub(crate) fn appended_counts(&self) -> Vec<(Arc<LaneShared>, u64)> {
+        let mut lanes = lock(&self.lanes);
+        lanes.retain(|lane| {
+            let over = lane.retired.load(Ordering::Acquire) && lane.durable.get() == lane.appended.get();
+            if over {
+                self.retired_events.fetch_add(lane.appended.get(), Ordering::Relaxed);
+            }
+            !over
+        });
+        lanes.iter().map(|lane| (Arc::clone(lane), lane.appended.get())).collect()
+    }
+
+    /// Events of lanes that came and went.
+    pub(crate) fn retired_events(&self) -> u64 {
+        self.retired_events.load(Ordering::Relaxed)
+    }
+
+    /// A copy of the list.
+    pub(crate) fn all(&self) -> Vec<Arc<LaneShared>> {
+        lock(&self.lanes).clone()
+    }
+
+    /// Everything below `offset` is durable.
+    pub(crate) fn flushed(&self, offset: u64) {
+        self.waiting_flush.0.reached(offset);
+    }
+
+    pub(crate) fn waiting_flush(&self) -> &Waiters {
+        &self.waiting_flush.0
+    }
+
+    /// Makes everyone who waits look again (after a failure or at the end).
+    pub(crate) fn wake_all(&self) {
+        self.all().iter().for_each(|lane| lane.wake_all());
+        self.waiting_flush.0.reached(u64::MAX);
+    }
+}
+
+/// What a producer needs of a shard.
+#[derive(Debug)]
+pub(crate) struct ShardDoor {
+    pub(crate) log: Arc<ShardLog>,
+    /// Wakes the shard.
+    pub(crate) signal: std::sync::Arc<Signal>,
+    /// The engine no longer takes events.
+    pub(crate) closing: AtomicBool,
+    pub(crate) lanes: std::sync::Arc<LaneRegistry>,
+}
+
+impl ShardDoor {
+    /// Why this shard takes nothing (more) now.
+    pub(crate) fn refusal<E>(&self, event: E) -> Rejected<E> {
+        match self.log.failure() {
+            Some(failure) => Rejected::ShardFailed(event, failure.clone()),
+            None => Rejected::Closed(event),
+        }
+    }
+
+    pub(crate) fn full<E>(&self, event: E) -> Rejected<E> {
+        if self.log.storage_full.load(Ordering::Relaxed) { Rejected::StorageFull(event) } else { Rejected::Full(event) }
+    }
+}
+
+/// Why a batch stopped early: its reason, and how many of its events were accepted before.
+#[derive(Debug, Clone, thiserror::Error)]
+#[error("after {accepted} events: {reason}")]
+pub struct BatchRejected {
+    /// Events of this batch that were accepted; they are no longer in the vector.
+    pub accepted: usize,
+    /// Why the first one left in the vector was refused.
+    pub reason: RejectedReason,
+}
+
+/// How long a publish may wait for room.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Patience {
+    None,
+    Until(Instant),
+    Forever,
+}
+
+impl Patience {
+    pub(crate) fn deadline(self) -> Option<Instant> {
+        match self {
+            Self::Until(at) => Some(at),
+            Self::None | Self::Forever => None,
+        }
+    }
+
+    pub(crate) fn is_over(self) -> bool {
+        match self {
+            Self::None => true,
+            Self::Until(at) => Instant::now() >= at,
+            Self::Forever => false,
+        }
+    }
+}
+
+struct Lane<E> {
+    ring: rtrb::Producer<Slot<E>>,
+    shared: Arc<LaneShared>,
+    door: std::sync::Arc<ShardDoor>,
+    published: u64,
+    /// Where a batch for several shards is sorted; empty between calls.
+    staged: Vec<Slot<E>>,
+}
+
+/// One thread's way into the engine: an SPSC lane to every shard. Events of one key published here
+/// are appended in publish order. Made by [`crate::Engine::producer`], and may outlive the engine's shutdown (it then refuses).
+pub struct Producer<E: Event> {
+    lanes: Vec<Lane<E>>,
+    clock: Clock,
+    wait: Wait,
+    bounds: Bounds,
+}
+
+impl<E: Event> std::fmt::Debug for Producer<E> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Producer").field("shards", &self.lanes.len()).finish_non_exhaustive()
+    }
+}
+
+/// Finds out, before an event is accepted, whether it will fit.
+#[derive(Debug)]
+pub(crate) struct Bounds {
+    bytes_max: usize,
+    trial: Option<(Box<[u8]>, Scratch)>,
+}
+
+impl Bounds {
+    pub(crate) fn new<E: Event>(bytes_max: usize) -> Self {
+        // A type without drop glue owns nothing outside itself, so its archive has one size and needs no trial.
+        if std::mem::needs_drop::<E>() { Self::with_trial(bytes_max) } else { Self { bytes_max, trial: None } }
+    }
+
+    /// For who keeps no trial memory: checks one event.
+    pub(crate) fn check_once<E: Event>(event: E, bytes_max: usize) -> Result<E, Rejected<E>> {
+        if !std::mem::needs_drop::<E>() && size_of::<E::Archived>() <= bytes_max {
+            return Ok(event);
+        }
+        thread_local! {
+            // Kept between events of one thread; grows to the largest limit in use.
+            static TRIAL: std::cell::RefCell<Bounds> = const { std::cell::RefCell::new(Bounds { bytes_max: 0, trial: None }) };
+        }
+        TRIAL.with_borrow_mut(|bounds| {
+            if bounds.bytes_max != bytes_max {
+                *bounds = Bounds::with_trial(bytes_max);
+            }
+            bounds.check(event)
+        })
+    }
+
+    fn with_trial(bytes_max: usize) -> Self {
+        Self { bytes_max, trial: Some((vec![0; bytes_max + 16].into_boxed_slice(), Scratch::new(4 * bytes_max.max(1024)))) }
+    }
+
+    /// How many events from the front fit.
+    #[inline]
+    fn fitting<E: Event>(&mut self, events: &[(Key, E)]) -> usize {
+        match &mut self.trial {
+            None if size_of::<E::Archived>() <= self.bytes_max => events.len(),
+            None => 0,
+            Some((out, scratch)) => {
+                let skip = out.as_ptr().align_offset(16);
+                let unfit = |(_, event): &(Key, E)| event.encode(&mut out[skip..skip + self.bytes_max], scratch).is_none();
+                events.iter().position(unfit).unwrap_or(events.len())
+            }
+        }
+    }
+
+    #[inline]
+    pub(crate) fn check<E: Event>(&mut self, event: E) -> Result<E, Rejected<E>> {
+        let fits = match &mut self.trial {
+            None => size_of::<E::Archived>() <= self.bytes_max,
+            Some((out, scratch)) => {
+                // The log archives at 16-aligned places, so the trial must too.
+                let skip = out.as_ptr().align_offset(16);
+                event.encode(&mut out[skip..skip + self.bytes_max], scratch).is_some()
+            }
+        };
+        if fits { Ok(event) } else { Err(Rejected::TooLarge { event, bytes_max: self.bytes_max }) }
+    }
+}
+
+impl<E: Event> Producer<E> {
+    pub(crate) fn new(lanes: Vec<(rtrb::Producer<Slot<E>>, Arc<LaneShared>, std::sync::Arc<ShardDoor>)>, clock: Clock, wait: Wait, event_bytes_max: usize) -> Self {
+        let lanes = lanes.into_iter().map(|(ring, shared, door)| Lane { ring, shared, door, published: 0, staged: Vec::new() }).collect();
+        Self { lanes, clock, wait, bounds: Bounds::new::<E>(event_bytes_max) }
+    }
+
+    /// Publishes an event, waiting for room as the wait strategy says.
+    ///
+    /// # Errors
+    /// The event and why it was refused: the engine is closed, the shard failed, the event is too large.
+    #[inline]
+    pub fn publish(&mut self, key: Key, event: E) -> Result<Receipt, Rejected<E>> {
+        let published = self.clock.now();
+        self.send(key, event, published, NOT_DUE, Patience::Forever)
+    }
+
+    /// Publishes an event if there is room for it now.
+    ///
+    /// # Errors
+    /// As [`Producer::publish`], and `Full` (or `StorageFull`).
+    #[inline]
+    pub fn try_publish(&mut self, key: Key, event: E) -> Result<Receipt, Rejected<E>> {
+        let published = self.clock.now();
+        self.send(key, event, published, NOT_DUE, Patience::None)
+    }
+
+    /// Publishes an event, waiting for room until `deadline`.
+    ///
+    /// # Errors
+    /// As [`Producer::try_publish`].
+    pub fn publish_until(&mut self, key: Key, event: E, deadline: Instant) -> Result<Receipt, Rejected<E>> {
+        let published = self.clock.now();
+        self.send(key, event, published, NOT_DUE, Patience::Until(deadline))
+    }
+
+    /// Publishes an event that should have been published `late` ago, as an open-loop load does: the `*Due` histograms
+    /// then count from when it was due, so that a stall of the engine is not forgotten (no coordinated omission).
+    ///
+    /// # Errors
+    /// As [`Producer::publish`].
+    pub fn publish_due(&mut self, key: Key, event: E, late: Duration) -> Result<Receipt, Rejected<E>> {
+        let late = u32::try_from(late.as_nanos()).unwrap_or(NOT_DUE - 1).min(NOT_DUE - 1);
+        let published = self.clock.now();
+        self.send(key, event, published, late, Patience::Forever)
+    }
+
+    #[inline]
+    fn send(&mut self, key: Key, event: E, published: Nanos, late: u32, patience: Patience) -> Result<Receipt, Rejected<E>> {
+        let event = self.bounds.check(event)?;
+        let shard = key.shard(self.lanes.len() as u16);
+        let wait = self.wait;
+        let lane = &mut self.lanes[usize::from(shard.0)];
+        let mut slot = Slot { key, published, late, event };
+        let mut idle = Idle::new(wait);
+        loop {
+            let Some(inside) = lane.shared.gate.enter() else { return Err(lane.door.refusal(slot.event)) };
+            match lane.ring.push(slot) {
+                Ok(()) => {
+                    lane.published += 1;
+                    lane.shared.published.store(lane.published, Ordering::Relaxed);
+                    drop(inside);
+                    lane.door.signal.notify();
+                    return Ok(lane.receipt());
+                }
+                Err(rtrb::PushError::Full(back)) => slot = back,
+            }
+            drop(inside);
+            if patience.is_over() {
+                return Err(lane.door.full(slot.event));
+            }
+            lane.await_room(&mut idle, patience);
+        }
+    }
+
+    /// Publishes events in order, waiting for room. Slots are claimed and made visible in chunks. What was
+    /// accepted is taken out of `events`; after an error the rest stays, every key's events in order.
+    ///
+    /// # Errors
+    /// How many were accepted, and why the next was not.
+    pub fn publish_batch(&mut self, events: &mut Vec<(Key, E)>) -> Result<(), BatchRejected> {
+        self.batch(events, Patience::Forever)
+    }
+
+    /// As [`Producer::publish_batch`], without waiting.
+    ///
+    /// # Errors
+    /// As [`Producer::publish_batch`], and `Full` (or `StorageFull`).
+    pub fn try_publish_batch(&mut self, events: &mut Vec<(Key, E)>) -> Result<(), BatchRejected> {
+        self.batch(events, Patience::None)
+    }
+
+    /// As [`Producer::publish_batch`], waiting for room until `deadline`.
+    ///
+    /// # Errors
+    /// As [`Producer::try_publish_batch`].
+    pub fn publish_batch_until(&mut self, events: &mut Vec<(Key, E)>, deadline: Instant) -> Result<(), BatchRejected> {
+        self.batch(events, Patience::Until(deadline))
+    }
+
+    fn batch(&mut self, events: &mut Vec<(Key, E)>, patience: Patience) -> Result<(), BatchRejected> {
+        let total = events.len();
+        let published = self.clock.now();
+        let mut refused = None;
+        let fitting = self.bounds.fitting(events);
+        if fitting < total {
+            refused = Some(RejectedReason::TooLarge { bytes_max: self.bounds.bytes_max });
+        }
+        let slot = |(key, event)| Slot { key, published, late: NOT_DUE, event };
+        if let [lane] = &mut self.lanes[..] {
+            if let Err(reason) = lane.push_all(events, fitting, slot, self.wait, patience) {
+                refused = Some(reason);
+            }
+        } else {
+            let shards = self.lanes.len() as u16;
+            for event in events.drain(..fitting) {
+                self.lanes[usize::from(event.0.shard(shards).0)].staged.push(slot(event));
+            }
+            let mut rest = Vec::new();
+            for lane in &mut self.lanes {
+                let mut staged = std::mem::take(&mut lane.staged);
+                let count = staged.len();
+                if let Err(reason) = lane.push_all(&mut staged, count, |slot| slot, self.wait, patience) {
+                    refused.get_or_insert(reason);
+                    rest.extend(staged.drain(..).map(|slot| (slot.key, slot.event)));
+                }
+                lane.staged = staged;
+            }
+            events.splice(..0, rest);
+        }
+        match refused {
+            None => Ok(()),
+            Some(reason) => Err(BatchRejected { accepted: total - events.len(), reason }),
+        }
+    }
+
+    /// A receipt per shard for everything published here so far.
+    #[must_use]
+    pub fn receipts(&self) -> Vec<Receipt> {
+        self.lanes.iter().map(Lane::receipt).collect()
+    }
+
+    /// Events accepted by this producer so far.
+    #[must_use]
+    pub fn published(&self) -> u64 {
+        self.lanes.iter().map(|lane| lane.published).sum()
+    }
+}
+
+impl<E> Lane<E> {
+    /// Moves everything in `source` into the ring, in order, in chunks that become visible at once.
+    /// What was not accepted stays in `source`.
+    fn push_all<T>(&mut self, source: &mut Vec<T>, count: usize, slot: impl Fn(T) -> Slot<E>, wait: Wait, patience: Patience) -> Result<(), RejectedReason> {
+        let mut left = count;
+        let mut idle = Idle::new(wait);
+        while left > 0 {
+            let Some(inside) = self.shared.gate.enter() else { return Err(self.door.refusal(()).reason()) };
+            let room = free_slots(&self.ring, left);
+            if room > 0 {
+                let pushed = push_chunk(&mut self.ring, room, source.drain(..room).map(&slot));
+                debug_assert_eq!(pushed, room);
+                left -= pushed;
+                self.published += pushed as u64;
+                self.shared.published.store(self.published, Ordering::Relaxed);
+                drop(inside);
+                self.door.signal.notify();
+                idle.reset();
+            } else if patience.is_over() {
+                return Err(self.door.full(()).reason());
+            } else {
+                drop(inside);
+                self.await_room(&mut idle, patience);
+            }
+        }
+        Ok(())
+    }
+
+    #[inline]
+    fn receipt(&self) -> Receipt {
+        Receipt { lane: Arc::clone(&self.shared), ticket: self.published }
+    }
+
+    #[cold]
+    fn await_room(&mut self, idle: &mut Idle, patience: Patience) {
+        let Lane { ring, shared, door, .. } = self;
+        idle.step(&shared.space, patience.deadline(), || ring.slots() > 0 || shared.gate.is_closed() || door.log.failure().is_some());
+    }
+}
+
+impl<E> Drop for Lane<E> {
+    fn drop(&mut self) {
+        // The shard notices an abandoned lane only when it looks. (The ring's own end is dropped after this
+        // and the shard may look too early; it looks again before it sleeps the next time.)
+        self.door.signal.notify();
+    }
+}
+
+/// Proof that an event was accepted, and the way to learn when it is appended and durable.
+///
+/// It is (lane, ticket): the lane counts, so no event costs anything to track.
+#[derive(Debug, Clone)]
+pub struct Receipt {
+    lane: Arc<LaneShared>,
+    ticket: u64,
+}
+
+impl Receipt {
+    pub(crate) fn new(lane: Arc<LaneShared>, ticket: u64) -> Self {
+        Self { lane, ticket }
+    }
+
+    /// The shard that got the event.
+    #[must_use]
+    pub fn shard(&self) -> ShardId {
+        self.lane.log.shard
+    }
+
+    /// Whether the event is in the log, visible to readers.
+    #[must_use]
+    pub fn is_appended(&self) -> bool {
+        self.lane.appended.get() >= self.ticket
+    }
+
+    /// Whether the event is synced.
+    #[must_use]
+    pub fn is_durable(&self) -> bool {
+        self.lane.durable.get() >= self.ticket
+    }
+
+    /// Waits (`.wait()`, `.wait_until()` or `.await`) until the event is in the log.
+    #[must_use]
+    pub fn appended(&self) -> Pending {
+        Pending { receipt: self.clone(), durable: false }
+    }
+
+    /// Waits (`.wait()`, `.wait_until()` or `.await`) until the event is synced.
+    #[must_use]
+    pub fn durable(&self) -> Pending {
+        Pending { receipt: self.clone(), durable: true }
+    }
+}
+
+/// Something a receipt is waiting for. A future of any runtime, or a blocking wait.
+#[derive(Debug)]
+#[must_use = "nothing waits until `.wait()` or `.await`"]
+pub struct Pending {
+    receipt: Receipt,
+    durable: bool,
+}
+
+impl Pending {
+    /// The outcome, if it is known.
+    fn outcome(&self) -> Option<Result<(), WaitError>> {
+        let lane = &self.receipt.lane;
+        // The failure first: what is reached before it is seen counts as reached.
+        let failure = lane.log.failure();
+        let reached = if self.durable { self.receipt.is_durable() } else { self.receipt.is_appended() };
+        if reached {
+            return Some(Ok(()));
+        }
+        if let Some(failure) = failure {
+            return Some(Err(failure.clone().into()));
+        }
+        (self.durable && !lane.syncs).then_some(Err(WaitError::NeverDurable))
+    }
+
+    fn register(&self, waker: &std::task::Waker) {
+        let lane = &self.receipt.lane;
+        let waiters = if self.durable { &lane.waiting_durable } else { &lane.waiting_appended };
+        waiters.register(self.receipt.ticket, waker);
+    }
+
+    /// Blocks the thread until it is so.
+    ///
+    /// # Errors
+    /// `ShardFailed`, promptly when the shard fails; `NeverDurable` in `OsCache` mode.
+    pub fn wait(&self) -> Result<(), WaitError> {
+        self.block(None)
+    }
+
+    /// Blocks the thread until it is so, or `deadline`.
+    ///
+    /// # Errors
+    /// As [`Pending::wait`], and `TimedOut`.
+    pub fn wait_until(&self, deadline: Instant) -> Result<(), WaitError> {
+        self.block(Some(deadline))
+    }
+
+    fn block(&self, deadline: Option<Instant>) -> Result<(), WaitError> {
+        for _ in 0..64 {
+            if let Some(outcome) = self.outcome() {
+                return outcome;
+            }
+            std::hint::spin_loop();
+        }
+        block_until(deadline, |waker| self.register(waker), || self.outcome())
+    }
+}
+
+/// Blocks until there is an outcome or the deadline has passed.
+pub(crate) fn block_until<T>(deadline: Option<Instant>, register: impl Fn(&std::task::Waker), outcome: impl Fn() -> Option<Result<T, WaitError>>) -> Result<T, WaitError> {
+    let waker = thread_waker();
+    loop {
+        register(&waker);
+        if let Some(outcome) = outcome() {
+            return outcome;
+        }
+        match deadline.map(|at| at.saturating_duration_since(Instant::now())) {
+            Some(Duration::ZERO) => return Err(WaitError::TimedOut),
+            Some(left) => crate::sync::thread::park_timeout(left),
+            None => crate::sync::thread::park(),
+        }
+    }
+}
+
+impl Future for Pending {
+    type Output = Result<(), WaitError>;
+
+    fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        if let Some(outcome) = self.outcome() {
+            return Poll::Ready(outcome);
+        }
+        self.register(context.waker());
+        // Once more: it may have become so between the look and the registration.
+        match self.outcome() {
+            Some(outcome) => Poll::Ready(outcome),
+            None => Poll::Pending,
+        }
+    }
+}
+
+/// The wall time at which an event of this publish time happened.
+#[inline]
+pub(crate) fn wall_time(published: Nanos, wall_offset: u64) -> Time {
+    Time(published.wrapping_add(wall_offset))
+}

@@ -1,0 +1,80 @@
+//! A lane: rtrb's ring with what corelane puts into it.
+//!
+//! Two sides, one thread each. Positions below the ring's tail are whole slots; a chunk of them becomes
+//! visible with one release store.
+
+use crate::clock::Nanos;
+use crate::event::Key;
+
+/// One event on its way to a shard.
+#[derive(Debug)]
+pub(crate) struct Slot<E> {
+    pub(crate) key: Key,
+    pub(crate) published: Nanos,
+    /// ns between when it was due and `published`; [`NOT_DUE`] where nothing was due.
+    pub(crate) late: u32,
+    pub(crate) event: E,
+}
+
+/// `late` of an event that is not sent by a schedule.
+pub(crate) const NOT_DUE: u32 = u32::MAX;
+
+impl<E> Slot<E> {
+    /// How late it was published, if it was due at a certain time.
+    #[inline]
+    pub(crate) fn late(&self) -> Option<u32> {
+        (self.late != NOT_DUE).then_some(self.late)
+    }
+}
+
+/// Up to `count` free slots; looks at the other side only when the last look does not suffice.
+#[inline]
+pub(crate) fn free_slots<E>(ring: &rtrb::Producer<Slot<E>>, count: usize) -> usize {
+    if ring.cached_slots() >= count { count } else { ring.slots().min(count) }
+}
+
+/// Moves as many of `events` as fit into the ring, in order, visible at once. Returns how many.
+///
+/// The iterator is asked for exactly as many as are moved; when it panics, those taken from it are lost with it
+/// and nothing of the chunk becomes visible.
+#[inline]
+pub(crate) fn push_chunk<E>(ring: &mut rtrb::Producer<Slot<E>>, count: usize, events: impl Iterator<Item = Slot<E>>) -> usize {
+    let room = free_slots(ring, count);
+    match ring.write_chunk_uninit(room) {
+        Ok(chunk) => chunk.fill_from_iter(events.take(room)),
+        Err(_) => 0,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::VecDeque;
+
+    #[test]
+    fn behaves_like_a_queue() {
+        let (mut tx, mut rx) = rtrb::RingBuffer::<Slot<u64>>::new(8);
+        let mut model = VecDeque::new();
+        let (mut next, mut x) = (0_u64, 7_u64);
+        for _ in 0..10_000 {
+            x = x.wrapping_mul(6364136223846793005).wrapping_add(1);
+            let count = (x >> 60) as usize;
+            if x & 1 == 0 {
+                let first = next;
+                let slots = (first..).map(|i| Slot { key: Key(i), published: 1, late: NOT_DUE, event: i });
+                let pushed = push_chunk(&mut tx, count, slots);
+                assert_eq!(pushed, count.min(8 - model.len()));
+                model.extend(first..first + pushed as u64);
+                next += pushed as u64;
+            } else {
+                let count = count.min(rx.slots());
+                let chunk = rx.read_chunk(count).expect("count slots are there");
+                let (a, b) = chunk.as_slices();
+                for slot in a.iter().chain(b) {
+                    assert_eq!(Some(slot.event), model.pop_front());
+                }
+                chunk.commit_all();
+            }
+        }
+    }
+}

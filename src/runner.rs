@@ -1,0 +1,134 @@
+//! The thread of a shard: pinning, waiting, ending. What the shard does in a turn is not known here.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use crate::clock::wall_now;
+use crate::config::{Pin, Wait};
+use crate::error::FailureCause;
+use crate::event::Event;
+use crate::producer::ShardDoor;
+use crate::shard::{Shard, panic_text};
+use crate::sync::{AtomicBool, Idle, Ordering, thread};
+
+/// Requests to a runner.
+#[derive(Debug, Default)]
+pub(crate) struct RunnerRequests {
+    /// Give up what cannot be appended (the disk is full): the engine is being dropped.
+    pub(crate) abandon: AtomicBool,
+}
+
+/// Runs a shard until the engine closes or the shard fails.
+pub(crate) fn run<E: Event>(mut shard: Shard<E>, door: &ShardDoor, requests: &RunnerRequests, wait: Wait, core: Option<usize>) {
+    if let Some(core) = core {
+        pin_current(core);
+    }
+    // A panic in an event's own code must not take the publishers' answers with it.
+    let outcome = catch_unwind(AssertUnwindSafe(|| turn_until_closed(&mut shard, door, requests, wait)));
+    let cause = match outcome {
+        Ok(Ok(())) => None,
+        Ok(Err(cause)) => Some(cause),
+        Err(panic) => Some(FailureCause::Panic(panic_text(&*panic))),
+    };
+    if let Some(cause) = cause {
+        shard.log.fail(cause);
+    }
+    close_gates(&mut shard);
+    shard.syncer.ending.store(true, Ordering::SeqCst);
+    shard.syncer.signal.notify();
+    door.lanes.wake_all();
+}
+
+fn turn_until_closed<E: Event>(shard: &mut Shard<E>, door: &ShardDoor, requests: &RunnerRequests, wait: Wait) -> Result<(), FailureCause> {
+    let mut idle = Idle::new(wait);
+    while !door.closing.load(Ordering::SeqCst) {
+        if let Some(failure) = shard.log.failure() {
+            return Err(failure.cause.clone());
+        }
+        if shard.turn()? > 0 {
+            idle.reset();
+        } else {
+            idle.step(&door.signal, None, || shard.has_work() || door.closing.load(Ordering::SeqCst) || shard.log.failure().is_some());
+        }
+    }
+    close_gates(shard);
+    // Whatever was accepted is in the lanes now; append all of it.
+    idle.reset();
+    while shard.has_events() {
+        if let Some(failure) = shard.log.failure() {
+            return Err(failure.cause.clone());
+        }
+        if shard.turn()? > 0 {
+            idle.reset();
+        } else if shard.is_stalled() && requests.abandon.load(Ordering::SeqCst) {
+            let full = std::io::Error::from(std::io::ErrorKind::StorageFull);
+            return Err(FailureCause::Storage { action: "appending what was accepted", source: std::sync::Arc::new(full) });
+        } else {
+            idle.step(&door.signal, None, || !shard.is_stalled() && shard.has_events());
+        }
+    }
+    finish(shard, door)
+}
+
+/// Syncs everything, and notes that in the log.
+fn finish<E: Event>(shard: &mut Shard<E>, door: &ShardDoor) -> Result<(), FailureCause> {
+    let end = shard.log.appended.get();
+    shard.syncer.flush(end);
+    let synced = crate::producer::block_until(None, |waker| door.lanes.waiting_flush().register(end, waker), || {
+        let failure = shard.log.failure().map(|failure| Err(failure.clone().into()));
+        if shard.log.durable.get() >= end { Some(Ok(())) } else { failure }
+    });
+    if synced.is_err() {
+        return Err(shard.log.failure().map_or(FailureCause::Panic("the syncer is gone".into()), |failure| failure.cause.clone()));
+    }
+    if shard.writer.mark_now(wall_now()) {
+        shard.writer.publish();
+    }
+    Ok(())
+}
+
+/// Lets nobody publish any more, and waits for those who are about to.
+fn close_gates<E: Event>(shard: &mut Shard<E>) {
+    shard.adopt();
+    let gates = || shard.lanes.iter().map(|lane| &lane.shared).chain([&shard.shared_lane.shared]);
+    gates().for_each(|lane| lane.gate.close());
+    for lane in gates() {
+        // Whoever is inside is between two instructions of a push, never waiting.
+        while !lane.gate.is_empty() {
+            thread::yield_now();
+        }
+        lane.space.notify();
+    }
+}
+
+/// Which core each shard is pinned to.
+pub(crate) fn assign_cores(pin: &Pin, shards: u16) -> Vec<Option<usize>> {
+    let none = vec![None; usize::from(shards)];
+    // Asked before anything is pinned: afterwards a thread sees only its own core.
+    let allowed: Vec<usize> = core_affinity::get_core_ids().unwrap_or_default().into_iter().map(|core| core.id).collect();
+    match pin {
+        Pin::None => none,
+        Pin::Auto if allowed.len() <= usize::from(shards) || allowed.len() < 2 => none,
+        // The last cores, so that the first, where the system does its own work, stays for producers.
+        Pin::Auto => allowed.iter().rev().copied().cycle().take(usize::from(shards)).map(Some).collect(),
+        Pin::Cores(asked) if asked.is_empty() => none,
+        Pin::Cores(asked) => {
+            let checked = |&core: &usize| {
+                let usable = core < CORE_ID_END && allowed.contains(&core);
+                if !usable {
+                    tracing::warn!(core, ?allowed, "not an allowed core; the shard runs unpinned");
+                }
+                usable.then_some(core)
+            };
+            asked.iter().cycle().take(usize::from(shards)).map(checked).collect()
+        }
+    }
+}
+
+/// The affinity call takes ids below this and aborts the process on others.
+const CORE_ID_END: usize = 1024;
+
+fn pin_current(core: usize) {
+    if !core_affinity::set_for_current(core_affinity::CoreId { id: core }) {
+        tracing::warn!(core, "the thread could not be pinned and goes on unpinned");
+    }
+}

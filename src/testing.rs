@@ -1,0 +1,239 @@
+//! A storage that fails on purpose: the faulty twin of the file system, for tests of what survives.
+//!
+//! It keeps what is live (written) apart from what is durable (synced). [`FaultyStorage::crash`] throws
+//! the difference away, as a power cut does; [`FaultyStorage::fail_sync`] makes the n-th sync fail.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use crate::log::mmap::{Heap, Memory};
+use crate::log::storage::{Lock, Storage};
+use crate::sync::{Mutex, lock};
+
+/// A disk in memory. Clones are the same disk.
+#[derive(Debug, Clone, Default)]
+pub struct FaultyStorage(Arc<Mutex<Disk>>);
+
+#[derive(Debug, Default)]
+struct Disk {
+    files: BTreeMap<PathBuf, File>,
+    /// Names as they were when their folder was last synced.
+    durable_names: BTreeMap<PathBuf, File>,
+    locked: bool,
+    syncs: u64,
+    fail_sync_at: Option<u64>,
+    segment_bytes_left: Option<u64>,
+    operations: u64,
+    fail_operation_at: Option<u64>,
+}
+
+#[derive(Debug, Clone)]
+enum File {
+    /// Live content, and what of it is durable.
+    Small(Arc<Mutex<(Vec<u8>, Vec<u8>)>>),
+    Segment(Arc<Heap>),
+}
+
+/// What a power cut leaves of bytes that had not been synced.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Unsynced {
+    /// Nothing.
+    Lost,
+    /// Each 512-byte sector by the toss of a coin, from this seed.
+    Random(u64),
+}
+
+impl FaultyStorage {
+    /// An empty disk.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// A power cut: what was not synced is lost (or, sector by sector, kept at random). The engine that used the disk must be gone.
+    pub fn crash(&self, unsynced: Unsynced) {
+        let mut disk = lock(&self.0);
+        let mut random = match unsynced {
+            Unsynced::Lost => 0,
+            Unsynced::Random(seed) => seed | 1,
+        };
+        let names = std::mem::take(&mut disk.durable_names);
+        disk.files = names.into_iter().map(|(path, file)| (path, file.after_crash(&mut random))).collect();
+        disk.durable_names = disk.files.clone();
+        disk.locked = false;
+    }
+
+    /// Makes the `n`-th sync from now (1 is the next) fail with an I/O error.
+    pub fn fail_sync(&self, n: u64) {
+        let mut disk = lock(&self.0);
+        disk.fail_sync_at = Some(disk.syncs + n);
+    }
+
+    /// Makes the `n`-th operation of any other kind from now fail with an I/O error.
+    pub fn fail_operation(&self, n: u64) {
+        let mut disk = lock(&self.0);
+        disk.fail_operation_at = Some(disk.operations + n);
+    }
+
+    /// Bytes of segments that may still be created before the disk is full; `None` for no limit.
+    pub fn set_space(&self, bytes: Option<u64>) {
+        lock(&self.0).segment_bytes_left = bytes;
+    }
+
+    /// Syncs so far, of segments and files.
+    #[must_use]
+    pub fn syncs(&self) -> u64 {
+        lock(&self.0).syncs
+    }
+
+    fn operation<T>(&self, body: impl FnOnce(&mut Disk) -> io::Result<T>) -> io::Result<T> {
+        let mut disk = lock(&self.0);
+        disk.operations += 1;
+        if disk.fail_operation_at == Some(disk.operations) {
+            return Err(io::Error::other("injected failure of an operation"));
+        }
+        body(&mut disk)
+    }
+}
+
+impl File {
+    fn after_crash(&self, random: &mut u64) -> Self {
+        match self {
+            Self::Small(content) => {
+                let durable = lock(content).1.clone();
+                Self::Small(Arc::new(Mutex::new((durable.clone(), durable))))
+            }
+            Self::Segment(heap) => {
+                let live = Memory::heap(Arc::clone(heap));
+                let mut content = lock(&heap.durable).clone();
+                let live = live.read(0, content.len()).unwrap_or_default();
+                for (sector, written) in content.chunks_mut(512).zip(live.chunks(512)) {
+                    if *random != 0 {
+                        *random ^= *random << 13;
+                        *random ^= *random >> 7;
+                        *random ^= *random << 17;
+                        if *random & 1 == 0 {
+                            sector.copy_from_slice(written);
+                        }
+                    }
+                }
+                Self::Segment(Arc::new(Heap::new(content)))
+            }
+        }
+    }
+}
+
+fn not_found() -> io::Error {
+    io::Error::from(io::ErrorKind::NotFound)
+}
+
+#[derive(Debug)]
+struct Held(FaultyStorage);
+impl Lock for Held {}
+impl Drop for Held {
+    fn drop(&mut self) {
+        lock(&self.0.0).locked = false;
+    }
+}
+
+impl Storage for FaultyStorage {
+    fn create_dir(&self, _dir: &Path) -> io::Result<()> {
+        self.operation(|_| Ok(()))
+    }
+
+    fn list(&self, dir: &Path) -> io::Result<Vec<String>> {
+        self.operation(|disk| {
+            let mut names: Vec<String> = disk
+                .files
+                .keys()
+                .filter_map(|path| path.strip_prefix(dir).ok()?.components().next())
+                .map(|name| name.as_os_str().to_string_lossy().into_owned())
+                .collect();
+            names.dedup();
+            Ok(names)
+        })
+    }
+
+    fn lock(&self, _path: &Path) -> io::Result<Option<Box<dyn Lock>>> {
+        let mut disk = lock(&self.0);
+        if std::mem::replace(&mut disk.locked, true) {
+            return Ok(None);
+        }
+        Ok(Some(Box::new(Held(self.clone()))))
+    }
+
+    fn read(&self, path: &Path) -> io::Result<Vec<u8>> {
+        self.operation(|disk| match disk.files.get(path) {
+            Some(File::Small(content)) => Ok(lock(content).0.clone()),
+            _ => Err(not_found()),
+        })
+    }
+
+    fn write(&self, path: &Path, content: &[u8]) -> io::Result<()> {
+        self.operation(|disk| {
+            disk.files.insert(path.to_owned(), File::Small(Arc::new(Mutex::new((content.to_vec(), content.to_vec())))));
+            Ok(())
+        })
+    }
+
+    fn append(&self, path: &Path, content: &[u8]) -> io::Result<()> {
+        let mut whole = self.read(path).or_else(|error| if error.kind() == io::ErrorKind::NotFound { Ok(Vec::new()) } else { Err(error) })?;
+        whole.extend_from_slice(content);
+        self.write(path, &whole)
+    }
+
+    fn create_segment(&self, path: &Path, bytes: u64) -> io::Result<Memory> {
+        self.operation(|disk| {
+            if let Some(left) = &mut disk.segment_bytes_left {
+                *left = left.checked_sub(bytes).ok_or_else(|| io::Error::from(io::ErrorKind::StorageFull))?;
+            }
+            let heap = Arc::new(Heap::new(vec![0; bytes as usize]));
+            disk.files.insert(path.to_owned(), File::Segment(Arc::clone(&heap)));
+            Ok(Memory::heap(heap))
+        })
+    }
+
+    fn open_segment(&self, path: &Path, _writable: bool) -> io::Result<Memory> {
+        self.operation(|disk| match disk.files.get(path) {
+            Some(File::Segment(heap)) => Ok(Memory::heap(Arc::clone(heap))),
+            _ => Err(not_found()),
+        })
+    }
+
+    fn sync(&self, memory: &Memory, range: Range<usize>) -> io::Result<()> {
+        {
+            let mut disk = lock(&self.0);
+            disk.syncs += 1;
+            if disk.fail_sync_at == Some(disk.syncs) {
+                return Err(io::Error::other("injected failure of a sync"));
+            }
+        }
+        memory.heap_backing().ok_or_else(|| io::Error::other("not a segment of this disk"))?.sync(range);
+        Ok(())
+    }
+
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        self.operation(|disk| {
+            let file = disk.files.remove(from).ok_or_else(not_found)?;
+            disk.files.insert(to.to_owned(), file);
+            Ok(())
+        })
+    }
+
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        self.operation(|disk| disk.files.remove(path).map(drop).ok_or_else(not_found))
+    }
+
+    fn sync_dir(&self, dir: &Path) -> io::Result<()> {
+        self.operation(|disk| {
+            let here = |path: &PathBuf| path.parent() == Some(dir);
+            disk.durable_names.retain(|path, _| !here(path));
+            let live: Vec<_> = disk.files.iter().filter(|(path, _)| here(path)).map(|(path, file)| (path.clone(), file.clone())).collect();
+            disk.durable_names.extend(live);
+            Ok(())
+        })
+    }
+}
