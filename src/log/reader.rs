@@ -4,7 +4,7 @@ use std::marker::PhantomData;
 
 use crate::error::{Corruption, ReadError};
 use crate::event::{Event, Meta, Offset, Sequence};
-use crate::log::format::{Found, HEADER_BYTES, MARK, RECORD_HEADER_BYTES, RecordHeader, padded, record_at, u32_at};
+use crate::log::format::{Found, MARK, RECORD_HEADER_BYTES, RecordHeader, padded, record_at, u32_at};
 use crate::log::segment::{Segment, ShardLog};
 use crate::sync::Arc;
 
@@ -60,7 +60,8 @@ impl<E: Event> Reader<E> {
         if offset < earliest {
             return Err(ReadError::BeyondRetention { shard, asked: offset, earliest });
         }
-        let start = log.first_offset(log.segment_of(offset));
+        // The end of a segment filled to its last byte still belongs to that segment.
+        let start = log.first_offset(log.segment_of(Offset(offset.0.saturating_sub(1))));
         let mut reader = Self { log, segment: None, at: start, sequence: 0, event: PhantomData };
         // The sequence is not stored with a record, so it is counted from the segment's beginning.
         while reader.at < offset {
@@ -95,7 +96,9 @@ impl<E: Event> Reader<E> {
                 Some(Step::Event { at, len, header }) => break (at, len, header),
                 Some(Step::Mark(len)) => self.at.0 += padded(len) as u64,
                 Some(Step::NextSegment) => {
-                    self.at = self.log.first_offset(self.log.segment_of(self.at) + 1);
+                    // From the segment, not from the position: that of a segment filled to its last byte lies in the next.
+                    let next = self.segment.as_ref().map_or(self.log.segment_of(self.at), |segment| segment.index) + 1;
+                    self.at = self.log.first_offset(next);
                     self.segment = None;
                 }
             }
@@ -165,8 +168,8 @@ impl<E: Event> Reader<E> {
         let Some(segment) = self.log.segment(index) else {
             return Err(ReadError::BeyondRetention { shard: self.log.shard, asked: self.at, earliest: self.log.earliest() });
         };
-        debug_assert!(self.at.0 >= segment.index * self.log.segment_bytes + HEADER_BYTES as u64);
-        if self.at == self.log.first_offset(index) {
+        if self.at <= self.log.first_offset(index) {
+            self.at = self.log.first_offset(index);
             self.sequence = segment.first_sequence;
         }
         self.segment = Some(segment);

@@ -484,7 +484,8 @@ impl Records {
     }
 
     /// Looks behind the position, to the end of the segment, for records that hold: behind an end there are none,
-    /// unless the log was torn or damaged. Reads the rest of the segment; the position stays.
+    /// unless the log was torn or damaged. Reads the rest of the segment; the position stays. Where the log has grown
+    /// meanwhile, nothing is reported: [`Records::next`] has more.
     ///
     /// # Errors
     /// What the file system says.
@@ -513,6 +514,11 @@ impl Records {
         }
         self.at = home;
         self.forget_buffer();
+        // A writer commits in order: were it still at work here, the position would be the first to hold.
+        if matches!(self.look_once()?, Look::Record(..)) {
+            let was_durable = self.durable > offset.get();
+            return Ok(Tail { offset, end: offset, events: 0, was_durable });
+        }
         Ok(tail)
     }
 
@@ -1228,6 +1234,9 @@ mod tests {
         assert_eq!(tail.events, 84);
         engine.mark();
         assert!(records.tail().expect("readable").was_durable);
+        let mut early = store.records(ShardId(0));
+        assert!(early.next().expect("a sound log").is_some());
+        assert_eq!(early.tail().expect("readable").events, 0, "what can be read is no tail");
 
         // With a segment behind it, a hole is damage.
         while engine.index < 1 {
