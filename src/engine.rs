@@ -505,6 +505,7 @@ impl<E: Event> Context<'_, E> {
             writer: Writer::new(Arc::clone(&log), prepared, resume, schema_fingerprint::<E>(), config.event_bytes_max),
             log: Arc::clone(&log),
             syncer: std::sync::Arc::clone(&syncer),
+            syncs: config.durability != Durability::OsCache,
             sync_marks: (config.durability != Durability::OsCache && config.latency).then_some(marks_tx),
             keeper: std::sync::Arc::clone(self.keeper),
             handlers: self.factories.iter().map(|make| make(id)).collect(),

@@ -1,6 +1,6 @@
 //! The key table of one shard: per key its version and the head of its chain. One writer: the owning shard.
 //!
-//! 256 open-addressing parts, chosen by the hash's top byte, each at most 3/4 full. A part grows by
+//! 256 open-addressing parts, chosen by the hash's top byte, each at most half full, so that most keys are found at the first look. A part grows by
 //! itself, so the longest pause of a growing table is 1/256 of a rehash. A turn first prefetches the
 //! slots of a whole batch: with a million keys every look-up would otherwise wait for memory.
 
@@ -34,18 +34,16 @@ struct Part {
 /// Versions and chain heads by key.
 #[derive(Debug)]
 pub(crate) struct KeyTable {
-    parts: Box<[Part]>,
+    parts: Box<[Part; PARTS]>,
 }
 
 impl KeyTable {
-    /// A table that holds `keys_expected` keys before any part grows.
+    /// A table that holds about `keys_expected` keys before parts grow.
     pub(crate) fn new(keys_expected: usize) -> Self {
-        // A quarter more than the mean: parts fill unevenly.
         let per_part = keys_expected.div_ceil(PARTS);
-        let per_part = per_part + per_part / 4;
-        let slots = (per_part * 4 / 3 + 1).next_power_of_two().max(SLOTS_MIN);
+        let slots = (per_part * 2 + 1).next_power_of_two().max(SLOTS_MIN);
         let part = || Part { slots: vec![FREE; slots].into_boxed_slice(), used: 0 };
-        Self { parts: (0..PARTS).map(|_| part()).collect() }
+        Self { parts: Box::new(std::array::from_fn(|_| part())) }
     }
 
     /// Asks for the slot of the key with this hash to be brought near.
@@ -59,11 +57,8 @@ impl KeyTable {
     #[inline]
     pub(crate) fn entry(&mut self, key: Key, hash: u64) -> Entry<'_> {
         let part = &mut self.parts[part_of(hash)];
-        let mut at = part.find(key, hash);
-        if part.slots[at].version.0 == 0 && (part.used + 1) * 4 > part.slots.len() * 3 {
-            part.grow();
-            at = part.find(key, hash);
-        }
+        let first = slot_of(hash, part.slots.len());
+        let at = if part.slots[first].key == key && part.slots[first].version.0 != 0 { first } else { part.find_or_make_room(key, hash) };
         Entry { slot: &mut part.slots[at], used: &mut part.used, key }
     }
 
@@ -128,6 +123,17 @@ impl Part {
             }
             at = (at + 1) & mask;
         }
+    }
+
+    /// As `find`, for keys that may be new: where the part would be too full with one more, it grows first.
+    #[inline(never)]
+    fn find_or_make_room(&mut self, key: Key, hash: u64) -> usize {
+        let at = self.find(key, hash);
+        if self.slots[at].version.0 != 0 || (self.used + 1) * 2 <= self.slots.len() {
+            return at;
+        }
+        self.grow();
+        self.find(key, hash)
     }
 
     #[cold]

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 
 use crossbeam::queue::ArrayQueue;
 
-use crate::clock::{Clock, Nanos, wall_now};
+use crate::clock::{Clock, Nanos};
 use crate::error::FailureCause;
 use crate::event::{Event, EventTypeId, Meta, Offset, Sequence, ShardId, Version};
 use crate::handler::{BatchEnd, HandlerError, OnError, Registered};
@@ -47,6 +47,8 @@ pub(crate) struct Shard<E: Event> {
     pub(crate) writer: Writer,
     pub(crate) log: Arc<ShardLog>,
     pub(crate) syncer: std::sync::Arc<SyncRequests>,
+    /// Whether anything is synced by itself.
+    pub(crate) syncs: bool,
     /// `None` where nothing is synced by itself, so that nothing waits to be recorded.
     pub(crate) sync_marks: Option<rtrb::Producer<SyncMark>>,
     pub(crate) keeper: std::sync::Arc<KeeperRequests>,
@@ -104,6 +106,9 @@ struct Run {
     events: u32,
     end: u64,
 }
+
+/// How many events ahead the key table is prefetched: a trip to memory is about this many appends long.
+const PREFETCH_AHEAD: usize = 16;
 
 /// The keeper is told of progress each time this many bytes were appended.
 const KEEPER_STEP_BYTES: u64 = 4 << 20;
@@ -257,10 +262,13 @@ impl<E: Event> Shard<E> {
         // Before the watermarks, so that who has seen an event appended finds it counted.
         self.counters.appended.add(appended as u64);
         self.counters.appended_bytes.add(bytes);
+        let before = self.log.appended.get();
         let end = self.writer.publish();
         reached(&mut self.work);
-        self.syncer.signal.notify();
-        self.log.appended_at.store(wall_now().0, Ordering::Relaxed);
+        // A syncer that is behind looks again by itself; one that was done may be asleep.
+        if self.syncs && self.log.durable.get() >= before {
+            self.syncer.signal.notify();
+        }
         let rolled = self.writer.take_rolled();
         if rolled || end.saturating_sub(self.work.keeper_told_at) >= KEEPER_STEP_BYTES {
             self.counters.segments_begun.add(u64::from(rolled));
@@ -421,15 +429,24 @@ impl Batch<'_> {
     /// Appends slots until one finds no room. Returns how many it appended.
     #[inline]
     fn append<'s, E: Event>(&mut self, slots: impl ExactSizeIterator<Item = &'s Slot<E>> + Clone) -> Result<usize, FailureCause> {
-        // Bring every key's slot near before the first is needed.
-        for slot in slots.clone() {
-            self.keys.prefetch(slot.key.hash());
-        }
         let total = slots.len();
+        // The table's slots of later keys are brought near while earlier events are appended.
+        let mut ahead = slots.clone();
+        let mut hashes = [0; PREFETCH_AHEAD];
+        for (hash, slot) in hashes.iter_mut().zip(ahead.by_ref()) {
+            *hash = slot.key.hash();
+            self.keys.prefetch(*hash);
+        }
+        let mut run = Run { published: 0, late: None, events: 0, end: 0 };
         for (appended, slot) in slots.enumerate() {
+            let place = &mut hashes[appended % PREFETCH_AHEAD];
+            let hash = *place;
+            if let Some(later) = ahead.next() {
+                *place = later.key.hash();
+                self.keys.prefetch(*place);
+            }
             let event_type = slot.event.event_type();
             let schema_version = self.schema_version(event_type);
-            let hash = slot.key.hash();
             let known = self.keys.entry(slot.key, hash);
             let version = Version(known.version().0 + 1);
             let header = RecordHeader {
@@ -441,10 +458,10 @@ impl Batch<'_> {
                 version,
                 schema_version,
             };
-            let sequence = Sequence(self.writer.sequence());
             let (offset, len) = match self.writer.append(&header, &slot.event) {
                 Ok(placed) => placed,
                 Err(refused) => {
+                    self.end_run(run);
                     return match refused {
                         Refused::NeedsSegment => Ok(appended),
                         Refused::TooLarge { bytes_max } => Err(FailureCause::EventTooLarge { key: slot.key.0, bytes_max }),
@@ -454,18 +471,25 @@ impl Batch<'_> {
             known.set(version, offset);
             let end = offset.0 + padded(len) as u64;
             self.bytes += padded(len) as u64;
-            match self.runs.last_mut() {
-                Some(run) if run.published == slot.published && run.late == slot.late() => {
-                    run.events += 1;
-                    run.end = end;
-                }
-                _ => self.runs.push(Run { published: slot.published, late: slot.late(), events: 1, end }),
+            if run.published != slot.published || run.late != slot.late() {
+                self.end_run(run);
+                run = Run { published: slot.published, late: slot.late(), events: 0, end };
             }
+            run.events += 1;
+            run.end = end;
             if let Some(placed) = &mut self.placed {
-                placed.push((meta_of(self.shard, offset, sequence, &header), len));
+                placed.push((meta_of(self.shard, offset, Sequence(self.writer.sequence() - 1), &header), len));
             }
         }
+        self.end_run(run);
         Ok(total)
+    }
+
+    #[inline]
+    fn end_run(&mut self, run: Run) {
+        if run.events > 0 {
+            self.runs.push(run);
+        }
     }
 
     #[inline]

@@ -2,9 +2,8 @@
 //!
 //! It only reads: it takes no lock, changes no byte, and works beside a running engine and on read-only media.
 
-use std::collections::BinaryHeap;
 use std::cmp::Reverse;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BinaryHeap, HashMap};
 use std::fmt;
 use std::fs::File;
 use std::io::{self, BufWriter, ErrorKind, Write};
@@ -14,10 +13,10 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use comfy_table::{CellAlignment, Table, presets};
+use comfy_table::{CellAlignment, Table, TableComponent, presets};
 use corelane::envelope::{self, ArchivedEnvelope, ArchivedUserId, Envelope};
 use corelane::scan::{FileInfo, Lookup, Place, Record, Records, SegmentState, ShardFiles, Store};
-use corelane::{Event, Key, Offset, OpenError, ReadError, ShardId, Time, Version};
+use corelane::{Event, Key, Meta, Offset, OpenError, ReadError, ShardId, Time, Version};
 
 /// Looks at a corelane store. Reads only: no lock, no change, also beside a running engine.
 #[derive(Debug, Parser)]
@@ -227,7 +226,7 @@ impl Summary {
 fn inspect(store: &Store, out: &mut Output) -> Result<Verdict, Failure> {
     let mut verdict = Verdict::Sound;
     let mut types: BTreeMap<(u16, String), Summary> = BTreeMap::new();
-    let mut shards = table(&["shard", "events", "sequence", "offset", "from (UTC)", "to (UTC)", "events/s", "busiest s", "record bytes", "segments", "spares", "spare bytes"], &[4, 5]);
+    let mut shards = table(&["shard", "events", "sequence", "offset", "from (UTC)", "to (UTC)", "rate", "busiest second", "record bytes", "segments", "spares", "spare bytes"], &[4, 5]);
     let mut segments = table(&["shard", "segment", "state", "events", "sequence", "offset", "from (UTC)", "to (UTC)", "used", "file bytes", "allocated"], &[2, 6, 7]);
     for shard in store.shard_ids() {
         let files = store.shard(shard)?;
@@ -269,7 +268,7 @@ struct Scanned {
 
 fn summarise(store: &Store, shard: ShardId, types: &mut BTreeMap<(u16, String), Summary>) -> Result<Scanned, Failure> {
     let mut scanned = Scanned::default();
-    let mut records = store.records(shard);
+    let mut records = store.records(shard).until(store.horizon(shard)?);
     loop {
         match records.next() {
             Ok(Some(record)) => {
@@ -317,7 +316,7 @@ fn tail_message(records: &mut Records) -> Result<Option<String>, Failure> {
 
 fn type_table(store: &Store, types: &BTreeMap<(u16, String), Summary>) -> Table {
     const ROWS_MAX: usize = 200;
-    let mut rows = table(&["type", "id", "schema", "events", "share", "events/s", "bytes/event"], &[0]);
+    let mut rows = table(&["type", "id", "schema", "events", "share", "rate", "bytes/event"], &[0]);
     let all: u64 = types.values().map(|summary| summary.events).sum();
     let mut found: Vec<_> = types.iter().collect();
     found.sort_by_key(|((id, name), summary)| (Reverse(summary.events), *id, name.as_str()));
@@ -415,20 +414,13 @@ impl Problems {
 #[derive(Debug)]
 struct Chains {
     heads: HashMap<Key, (Offset, Version)>,
-    /// Everything from here on was seen; links to before it cannot be followed.
+    /// What lies before was freed or is damaged: links to there cannot be followed.
     seen_from: Offset,
 }
 
 impl Chains {
-    /// Begins anew at a segment: what came before is not known.
-    fn restart(&mut self, at: Offset) {
-        self.heads.clear();
-        self.seen_from = at;
-    }
-
-    fn follow(&mut self, record: &Record<'_>) -> Result<(), String> {
-        let meta = &record.meta;
-        let before = self.heads.insert(meta.key, (meta.offset, meta.version));
+    fn follow(&mut self, meta: &Meta) -> Result<(), String> {
+        let before = self.heads.insert(meta.key, (meta.offset, meta.version)).filter(|(offset, _)| *offset >= self.seen_from);
         let holds = match (before, meta.previous) {
             (Some((offset, version)), previous) => previous == Some(offset) && meta.version.get() == version.get() + 1,
             (None, None) => meta.version.get() == 1,
@@ -437,16 +429,11 @@ impl Chains {
         if holds {
             return Ok(());
         }
-        let link = |offset: Option<Offset>| offset.map_or("none".to_owned(), |offset| offset.to_string());
-        Err(format!(
-            "offset {}: key {} has version {} and a link to {}, but its record before has version {} at {}",
-            meta.offset,
-            meta.key,
-            meta.version,
-            link(meta.previous),
-            before.map_or(0, |(_, version)| version.get()),
-            link(before.map(|(offset, _)| offset)),
-        ))
+        let link = meta.previous.map_or("no link".to_owned(), |offset| format!("a link to {offset}"));
+        let before = before.map_or("there is none before it".to_owned(), |(offset, version)| {
+            format!("the one before it has version {version} and lies at {offset}")
+        });
+        Err(format!("offset {}: the record of key {} has version {} and {link}, but {before}", meta.offset, meta.key, meta.version))
     }
 }
 
@@ -502,30 +489,27 @@ impl fmt::Display for Verified {
 
 fn verify_shard(store: &Store, shard: ShardId, problems: &mut Problems) -> Result<Verified, Failure> {
     let files = store.shard(shard)?;
-    let mut records = store.records(shard);
+    let mut records = store.records(shard).until(store.horizon(shard)?);
     let mut chains = Chains { heads: HashMap::new(), seen_from: Offset(0) };
-    let (mut events, mut first, mut gaps, mut keys_max) = (0, None, 0, 0);
+    let (mut events, mut first, mut gaps) = (0, None, 0);
     loop {
         match records.next() {
             Ok(Some(record)) => {
                 let meta = record.meta;
-                let begun = *first.get_or_insert((meta.offset, meta.sequence.get()));
-                if events == 0 && begun.0.get() >= store.segment_bytes() {
-                    chains.restart(segment_start(store, meta.offset));
+                check_record(store, &record, problems);
+                if first.is_none() {
+                    // Segments before this one were freed.
+                    first = Some((meta.offset, meta.sequence.get()));
+                    chains.seen_from = chains.seen_from.max(segment_start(store, meta.offset));
+                }
+                if let Some(gap) = records.gaps().get(gaps) {
+                    chains.seen_from = gap.until;
+                    gaps += 1;
                 }
                 events += 1;
-                check_record(store, &record, problems);
-                let follows = record_follows(&mut chains, &record);
-                keys_max = keys_max.max(chains.heads.len());
-                if let Err(problem) = follows {
-                    // A gap shows in the reader only now, behind the record.
-                    let lost = records.gaps().get(gaps..).unwrap_or_default().last();
-                    match lost {
-                        Some(gap) => chains.restart(gap.until),
-                        None => problems.add(problem),
-                    }
+                if let Err(problem) = chains.follow(&meta) {
+                    problems.add(problem);
                 }
-                gaps = records.gaps().len();
             }
             Ok(None) => break,
             Err(ReadError::Corruption(corruption)) => {
@@ -533,7 +517,7 @@ fn verify_shard(store: &Store, shard: ShardId, problems: &mut Problems) -> Resul
                 if !records.skip_segment()? {
                     break;
                 }
-                chains.restart(segment_start(store, records.offset()));
+                chains.seen_from = segment_start(store, records.offset());
             }
             Err(error) => return Err(error.into()),
         }
@@ -544,15 +528,11 @@ fn verify_shard(store: &Store, shard: ShardId, problems: &mut Problems) -> Resul
     let (offset, sequence) = first.unwrap_or((records.offset(), records.sequence().get()));
     Ok(Verified {
         events,
-        keys: keys_max,
+        keys: chains.heads.len(),
         segments: files.segments.iter().filter(|segment| matches!(segment.state, SegmentState::Used { .. })).count(),
         range: (offset, records.offset()),
         sequences: (sequence, records.sequence().get()),
     })
-}
-
-fn record_follows(chains: &mut Chains, record: &Record<'_>) -> Result<(), String> {
-    chains.follow(record)
 }
 
 fn segment_start(store: &Store, offset: Offset) -> Offset {
@@ -664,7 +644,7 @@ fn dump(store: &Store, args: DumpArgs, out: &mut Output) -> Result<Verdict, Fail
 fn dump_log(store: &Store, shards: &[ShardId], filter: &Filter, mut left: u64, out: &mut Output) -> Result<Verdict, Failure> {
     let mut verdict = Verdict::Sound;
     for &shard in shards {
-        let mut records = store.records(shard);
+        let mut records = store.records(shard).until(store.horizon(shard)?);
         while left > 0 {
             let Some(record) = records.next()? else {
                 if let Some(message) = tail_message(&mut records)? {
@@ -695,7 +675,7 @@ struct Surveyed {
 
 /// Reads a shard once: whether it is in time order, and where it ends for this dump.
 fn survey(store: &Store, shard: ShardId, verdict: &mut Verdict) -> Result<Surveyed, Failure> {
-    let mut records = store.records(shard);
+    let mut records = store.records(shard).until(store.horizon(shard)?);
     let (mut in_order, mut last) = (true, Time(0));
     while let Some(record) = records.next()? {
         in_order &= last <= record.meta.time;
@@ -715,10 +695,10 @@ fn dump_time(store: &Store, shards: &[ShardId], filter: &Filter, left: u64, out:
     let mut sources = Vec::new();
     for &shard in shards {
         let Surveyed { in_order, end } = survey(store, shard, &mut verdict)?;
-        let records = store.records(shard).buffered(buffer_bytes);
+        let records = store.records(shard).until(end).buffered(buffer_bytes);
         sources.push(match in_order {
-            true => Source::Log { records, end, line: Vec::new() },
-            false => Source::Index(Index::new(store, filter, records, end)?),
+            true => Source::Log { records, line: Vec::new() },
+            false => Source::Index(Index::new(store, filter, records)?),
         });
     }
     let mut heads = BinaryHeap::new();
@@ -746,7 +726,7 @@ type At = (Time, ShardId, Offset);
 /// One shard's wanted events in the order of time.
 enum Source {
     /// The log is in that order already.
-    Log { records: Records, end: Offset, line: Vec<u8> },
+    Log { records: Records, line: Vec<u8> },
     /// Sorted here: 32 bytes per event.
     Index(Index),
 }
@@ -755,12 +735,9 @@ impl Source {
     /// Goes to the next event, whose line is then in [`Source::line`].
     fn advance(&mut self, store: &Store, filter: &Filter) -> Result<Option<At>, Failure> {
         match self {
-            Self::Log { records, end, line } => {
+            Self::Log { records, line } => {
                 line.clear();
                 while let Some(record) = records.next()? {
-                    if record.meta.offset >= *end {
-                        break;
-                    }
                     if filter.write(store, &record, line)? {
                         return Ok(Some((record.meta.time, record.meta.shard, record.meta.offset)));
                     }
@@ -797,12 +774,9 @@ impl Index {
     const BATCH_EVENTS: usize = 16 << 10;
     const BATCH_BYTES: u64 = 8 << 20;
 
-    fn new(store: &Store, filter: &Filter, mut records: Records, end: Offset) -> Result<Self, Failure> {
+    fn new(store: &Store, filter: &Filter, mut records: Records) -> Result<Self, Failure> {
         let mut places = Vec::new();
         while let Some(record) = records.next()? {
-            if record.meta.offset >= end {
-                break;
-            }
             if filter.pick(store, &record)?.is_some() {
                 places.push(record.place());
             }
@@ -861,7 +835,7 @@ impl Index {
 /// A table whose columns are numbers, but for those in `texts`.
 fn table(columns: &[&str], texts: &[usize]) -> Table {
     let mut table = Table::new();
-    table.load_preset(presets::UTF8_HORIZONTAL_ONLY).set_header(columns);
+    table.load_preset(presets::NOTHING).set_style(TableComponent::HeaderLines, '─').set_header(columns);
     for (i, column) in table.column_iter_mut().enumerate() {
         column.set_cell_alignment(if texts.contains(&i) { CellAlignment::Left } else { CellAlignment::Right });
     }
@@ -885,12 +859,14 @@ fn range<T: fmt::Display>(ends: Option<(T, T)>) -> String {
     ends.map_or(String::new(), |(first, last)| format!("{first}..={last}"))
 }
 
+/// A rate in the unit that suits it.
 fn rate(per_second: Option<f64>) -> String {
     match per_second {
         None => String::new(),
-        Some(rate) if rate >= 100.0 => grouped(rate as u64),
-        Some(rate) if rate >= 0.1 => format!("{rate:.1}"),
-        Some(rate) => format!("{rate:.4}"),
+        Some(rate) if rate >= 100.0 => format!("{}/s", grouped(rate as u64)),
+        Some(rate) if rate >= 1.0 => format!("{rate:.1}/s"),
+        Some(rate) if rate * 3600.0 >= 1.0 => format!("{:.1}/h", rate * 3600.0),
+        Some(rate) => format!("{:.2}/day", rate * 86_400.0),
     }
 }
 
@@ -899,7 +875,7 @@ fn grouped(number: u64) -> String {
     let digits = number.to_string();
     let mut shown = String::new();
     for (i, digit) in digits.chars().enumerate() {
-        if i > 0 && (digits.len() - i) % 3 == 0 {
+        if i > 0 && (digits.len() - i).is_multiple_of(3) {
             shown.push(',');
         }
         shown.push(digit);

@@ -181,23 +181,23 @@ pub(crate) struct RecordHeader {
 }
 
 impl RecordHeader {
-    /// Writes everything but the length word, CRC included, around a body of `len - 48` bytes that
-    /// already stands behind the header. `record` reaches to the padded end.
+    /// Writes the fields around a body of `len - 48` bytes that already stands behind the header, with a
+    /// length word of zero: no record yet. `record` reaches to the padded end.
     #[inline]
-    pub(crate) fn seal(&self, record: &mut [u8], len: usize, salt: u32) {
+    pub(crate) fn stage(&self, record: &mut [u8], len: usize) {
         debug_assert!(self.version.0 <= LOW_48 && self.previous.0 % ALIGN as u64 == 0);
         let link = (self.previous.0 / ALIGN as u64) & LOW_48 | u64::from(self.event_type.0) << 48;
         let version = self.version.0 & LOW_48 | u64::from(self.schema_version) << 48;
+        if len < record.len() {
+            record[len..].fill(0);
+        }
         let head = &mut record[..RECORD_HEADER_BYTES];
+        head[0..4].fill(0);
         head[8..16].copy_from_slice(&self.time.0.to_le_bytes());
         head[16..24].copy_from_slice(&self.key.0.to_le_bytes());
         head[24..32].copy_from_slice(&link.to_le_bytes());
         head[32..40].copy_from_slice(&self.correlation.0.to_le_bytes());
         head[40..48].copy_from_slice(&version.to_le_bytes());
-        let end = padded(len);
-        record[len..end].fill(0);
-        let crc = crc32c::crc32c_append(salt, &record[8..len]);
-        record[4..8].copy_from_slice(&crc.to_le_bytes());
     }
 
     /// Reads a header; whether it holds is for [`record_len`] to say.
@@ -215,6 +215,13 @@ impl RecordHeader {
             schema_version: (version >> 48) as u16,
         }
     }
+}
+
+/// Writes the CRC of a staged record of this exact length. Only its length word is missing then.
+#[inline]
+pub(crate) fn seal(record: &mut [u8], len: usize, salt: u32) {
+    let crc = crc32c::crc32c_append(salt, &record[8..len]);
+    record[4..8].copy_from_slice(&crc.to_le_bytes());
 }
 
 /// What stands at a place where a record may begin.
@@ -270,7 +277,8 @@ mod tests {
     fn a_record_reads_back_as_written() {
         let mut bytes = [0xff_u8; 96];
         bytes[48..53].copy_from_slice(b"hello");
-        header().seal(&mut bytes, 53, 9);
+        header().stage(&mut bytes[..64], 53);
+        seal(&mut bytes, 53, 9);
         bytes[0..4].copy_from_slice(&53_u32.to_le_bytes());
         assert_eq!(record_at(&bytes, 9), Found::Record(53));
         assert_eq!(RecordHeader::decode(&bytes), header());
@@ -281,7 +289,8 @@ mod tests {
     fn every_flipped_bit_of_a_record_shows() {
         let mut bytes = [0_u8; 64];
         bytes[48..53].copy_from_slice(b"hello");
-        header().seal(&mut bytes, 53, 9);
+        header().stage(&mut bytes[..64], 53);
+        seal(&mut bytes, 53, 9);
         bytes[0..4].copy_from_slice(&53_u32.to_le_bytes());
         for bit in 0..64 * 8 {
             bytes[bit / 8] ^= 1 << (bit % 8);

@@ -158,6 +158,8 @@ impl Memory {
 pub(crate) struct WriteHalf {
     memory: Arc<Memory>,
     at: usize,
+    /// What `memory.committed` is.
+    published: usize,
 }
 
 impl WriteHalf {
@@ -166,7 +168,7 @@ impl WriteHalf {
         assert!(at <= memory.bytes, "a writer beyond the end");
         memory.committed = Watermark::new(at as u64);
         memory.written_from = at;
-        Self { memory: Arc::new(memory), at }
+        Self { memory: Arc::new(memory), at, published: at }
     }
 
     /// Gives the memory back, readable as a whole. Only for who has not shared it.
@@ -197,26 +199,31 @@ impl WriteHalf {
         unsafe { std::slice::from_raw_parts_mut(start.as_ptr(), self.memory.bytes - self.at) }
     }
 
-    /// Commits the record that begins at the position: ends the log behind it, stores its length
-    /// word last, and moves the position by `advance` (a multiple of 16). Readers of this process
-    /// see it after `publish`.
+    /// The bytes `[from, from + len)` that were written and that no reader may see yet.
     #[inline]
-    pub(crate) fn commit_record(&mut self, len: u32, advance: usize) {
-        let tail = self.tail();
-        assert!(advance <= tail.len(), "a record beyond the end");
-        if let Some(end) = tail.get_mut(advance..advance + 4) {
-            end.fill(0);
-        }
-        let word = tail.as_mut_ptr().cast::<u32>();
-        // SAFETY: the position is 16-aligned (segments begin on pages, records are padded) and 4
-        // bytes lie in the tail, which this writer alone has.
+    pub(crate) fn unpublished(&mut self, from: usize, len: usize) -> &mut [u8] {
+        assert!(from >= self.published && len <= self.at.saturating_sub(from), "only what is written and unpublished");
+        // SAFETY: from <= at <= bytes.
+        let start = unsafe { self.memory.base.add(from) };
+        // SAFETY: [from, from + len) lies in the memory and at or above `committed`, so no reader has
+        // it, and `&mut self` makes this the only writer.
+        unsafe { std::slice::from_raw_parts_mut(start.as_ptr(), len) }
+    }
+
+    /// Stores the length word of the record at `at`, which makes it part of the log for whoever reads
+    /// the file. Readers of this process see it after `publish`.
+    #[inline]
+    pub(crate) fn store_length(&mut self, at: usize, len: u32) {
+        let word = self.unpublished(at, 4).as_mut_ptr().cast::<u32>();
+        assert!(word.is_aligned(), "records begin at 16-byte steps");
+        // SAFETY: aligned, 4 bytes of unpublished memory, which this writer alone has.
         let word = unsafe { AtomicU32::from_ptr(word) };
         // Release: pairs with whoever reads the length word first in another process.
         word.store(len.to_le(), Ordering::Release);
-        self.at += advance;
     }
 
-    /// Moves past bytes written through `tail` (the segment header).
+    /// Moves past bytes written through `tail`.
+    #[inline]
     pub(crate) fn skip(&mut self, bytes: usize) {
         assert!(bytes <= self.memory.bytes - self.at, "a writer beyond the end");
         self.at += bytes;
@@ -224,7 +231,8 @@ impl WriteHalf {
 
     /// Lets readers see everything below the position.
     #[inline]
-    pub(crate) fn publish(&self) {
+    pub(crate) fn publish(&mut self) {
+        self.published = self.at;
         self.memory.committed.publish(self.at as u64);
     }
 }

@@ -164,6 +164,15 @@ impl Store {
         Records::new(self, shard)
     }
 
+    /// The end of a shard's last segment, written or not: an end for reading a log that grows.
+    ///
+    /// # Errors
+    /// What the file system or a damaged span says.
+    pub fn horizon(&self, shard: ShardId) -> Result<Offset, OpenError> {
+        let span = Span::load(&Files, &self.shard_dir(shard))?;
+        Ok(Offset(span.map_or(0, |span| span.last + 1).saturating_mul(self.segment_bytes())))
+    }
+
     /// Reads single records whose places are known.
     #[must_use]
     pub fn lookup(&self) -> Lookup {
@@ -397,6 +406,7 @@ pub struct Records {
     durable: u64,
     /// The log's position when a segment disappeared, until the next is entered.
     lost_at: Option<Offset>,
+    until: Offset,
     gaps: Vec<Gap>,
     buffer: AlignedVec<16>,
     buffer_bytes: usize,
@@ -423,6 +433,7 @@ impl Records {
             continues: false,
             durable: 0,
             lost_at: None,
+            until: Offset(u64::MAX),
             gaps: Vec::new(),
             buffer: AlignedVec::new(),
             buffer_bytes: BUFFER_BYTES,
@@ -434,6 +445,13 @@ impl Records {
     #[must_use]
     pub fn buffered(mut self, bytes: usize) -> Self {
         self.buffer_bytes = bytes.max(4096).next_multiple_of(ALIGN);
+        self
+    }
+
+    /// Ends at `offset`, however far the log goes.
+    #[must_use]
+    pub fn until(mut self, offset: Offset) -> Self {
+        self.until = offset;
         self
     }
 
@@ -544,7 +562,7 @@ impl Records {
     /// Finds the next event, passing marks and ends of segments.
     fn step(&mut self) -> Result<Option<(RecordHeader, usize)>, ReadError> {
         loop {
-            if self.current.is_none() && !self.enter()? {
+            if (self.current.is_none() && !self.enter()?) || self.offset() >= self.until {
                 return Ok(None);
             }
             match self.look()? {
@@ -675,13 +693,12 @@ impl Records {
         if self.continues && self.lost_at.is_none() && current.header.first_sequence != self.sequence {
             return Err(self.corruption("the segment's first sequence is not where the one before it ended").into());
         }
-        if let Some(from) = self.lost_at.take() {
-            self.gaps.push(Gap {
-                shard: self.shard,
-                from,
-                until: current.header.first_offset,
-                events: current.header.first_sequence.saturating_sub(self.sequence),
-            });
+        let events = current.header.first_sequence.saturating_sub(self.sequence);
+        // A segment that was read to its end before it went is no loss.
+        if let Some(from) = self.lost_at.take()
+            && events > 0
+        {
+            self.gaps.push(Gap { shard: self.shard, from, until: current.header.first_offset, events });
         }
         self.sequence = current.header.first_sequence;
         self.at = HEADER_BYTES;
@@ -1149,6 +1166,9 @@ mod tests {
         assert_eq!(drain(&mut records).len(), written - 1, "nothing between the two ends is passed over");
         engine.append(1, b"b");
         assert_eq!(drain(&mut records).len(), 1);
+        let half = store.records(ShardId(0)).until(Offset(SEGMENT_BYTES));
+        assert_eq!(drain(&mut { half }).iter().filter(|(meta, _)| meta.offset.get() >= SEGMENT_BYTES).count(), 0);
+        assert_eq!(store.horizon(ShardId(0)).expect("a span"), Offset(3 * SEGMENT_BYTES));
         assert_eq!(records.tail().expect("readable").events, 0);
     }
 

@@ -13,7 +13,7 @@ use crate::event::{Offset, ShardId};
 use crate::log::format::HEADER_BYTES;
 use crate::log::manifest::segment_name;
 use crate::log::mmap::Memory;
-use crate::sync::{AtomicBool, AtomicU64, Mutex, Ordering, Watermark, lock};
+use crate::sync::{AtomicBool, Mutex, Ordering, Watermark, lock};
 
 /// One segment that holds records.
 #[derive(Debug, Clone)]
@@ -41,8 +41,6 @@ pub(crate) struct ShardLog {
     failure: OnceLock<ShardFailure>,
     /// The shard wants a segment and the disk has no space for one.
     pub(crate) storage_full: AtomicBool,
-    /// Wall time of the newest append, unix ns, as of the last turn that appended.
-    pub(crate) appended_at: AtomicU64,
 }
 
 impl ShardLog {
@@ -58,7 +56,6 @@ impl ShardLog {
             failed: AtomicBool::new(false),
             failure: OnceLock::new(),
             storage_full: AtomicBool::new(false),
-            appended_at: AtomicU64::new(0),
         }
     }
 
