@@ -50,7 +50,7 @@ impl KeyTable {
     #[inline]
     pub(crate) fn prefetch(&self, hash: u64) {
         let part = &self.parts[part_of(hash)];
-        prefetch(&part.slots, slot_of(hash, part.slots.len()));
+        prefetch(&part.slots[slot_of(hash, part.slots.len())]);
     }
 
     /// The place of `key`, which stays as it is until [`Entry::set`].

@@ -11,7 +11,7 @@ use crossbeam::queue::ArrayQueue;
 
 use crate::clock::{Clock, Nanos};
 use crate::error::FailureCause;
-use crate::event::{Event, EventTypeId, Meta, Offset, Sequence, ShardId, Version};
+use crate::event::{Event, Meta, Offset, Sequence, ShardId, Version};
 use crate::handler::{BatchEnd, HandlerError, OnError, Registered};
 use crate::keys::KeyTable;
 use crate::log::format::{RECORD_HEADER_BYTES, RecordHeader, padded};
@@ -426,10 +426,27 @@ impl Batch<'_> {
         self.writer.mark(self.now, time);
     }
 
-    /// Appends slots until one finds no room. Returns how many it appended.
+    /// Appends slots until one finds no room and there is no new segment yet. Returns how many it appended.
     #[inline]
     fn append<'s, E: Event>(&mut self, slots: impl ExactSizeIterator<Item = &'s Slot<E>> + Clone) -> Result<usize, FailureCause> {
         let total = slots.len();
+        let mut appended = 0;
+        loop {
+            let mut rest = slots.clone();
+            if appended > 0 {
+                rest.nth(appended - 1);
+            }
+            appended += self.append_to_segment(rest)?;
+            let wall_time = crate::producer::wall_time(self.now, self.wall_offset);
+            if appended == total || self.writer.roll(wall_time).is_err() {
+                return Ok(appended);
+            }
+        }
+    }
+
+    /// Appends slots until the current segment is full. Returns how many it appended.
+    #[inline]
+    fn append_to_segment<'s, E: Event>(&mut self, slots: impl Iterator<Item = &'s Slot<E>> + Clone) -> Result<usize, FailureCause> {
         // The table's slots of later keys are brought near while earlier events are appended.
         let mut ahead = slots.clone();
         let mut hashes = [0; PREFETCH_AHEAD];
@@ -438,7 +455,10 @@ impl Batch<'_> {
             self.keys.prefetch(*hash);
         }
         let mut run = Run { published: 0, late: None, events: 0, end: 0 };
-        for (appended, slot) in slots.enumerate() {
+        let (mut appended, mut bytes, mut too_large) = (0, 0, None);
+        let mut sequence = self.writer.sequence();
+        let mut appender = self.writer.appender();
+        for slot in slots {
             let place = &mut hashes[appended % PREFETCH_AHEAD];
             let hash = *place;
             if let Some(later) = ahead.next() {
@@ -446,7 +466,6 @@ impl Batch<'_> {
                 self.keys.prefetch(*place);
             }
             let event_type = slot.event.event_type();
-            let schema_version = self.schema_version(event_type);
             let known = self.keys.entry(slot.key, hash);
             let version = Version(known.version().0 + 1);
             let header = RecordHeader {
@@ -456,45 +475,39 @@ impl Batch<'_> {
                 event_type,
                 correlation: slot.event.correlation(),
                 version,
-                schema_version,
+                schema_version: self.schema_versions.get(usize::from(event_type.0)).copied().unwrap_or(0),
             };
-            let (offset, len) = match self.writer.append(&header, &slot.event) {
+            let (offset, len) = match appender.append(&header, &slot.event) {
                 Ok(placed) => placed,
-                Err(refused) => {
-                    self.end_run(run);
-                    return match refused {
-                        Refused::NeedsSegment => Ok(appended),
-                        Refused::TooLarge { bytes_max } => Err(FailureCause::EventTooLarge { key: slot.key.0, bytes_max }),
-                    };
+                Err(Refused::NeedsSegment) => break,
+                Err(Refused::TooLarge { bytes_max }) => {
+                    too_large = Some(FailureCause::EventTooLarge { key: slot.key.0, bytes_max });
+                    break;
                 }
             };
             known.set(version, offset);
-            let end = offset.0 + padded(len) as u64;
-            self.bytes += padded(len) as u64;
             if run.published != slot.published || run.late != slot.late() {
-                self.end_run(run);
-                run = Run { published: slot.published, late: slot.late(), events: 0, end };
+                if run.events > 0 {
+                    self.runs.push(run);
+                }
+                run = Run { published: slot.published, late: slot.late(), events: 0, end: 0 };
             }
             run.events += 1;
-            run.end = end;
+            run.end = offset.0 + padded(len) as u64;
             if let Some(placed) = &mut self.placed {
-                placed.push((meta_of(self.shard, offset, Sequence(self.writer.sequence() - 1), &header), len));
+                placed.push((meta_of(self.shard, offset, Sequence(sequence), &header), len));
             }
+            sequence += 1;
+            appended += 1;
+            bytes += padded(len) as u64;
         }
-        self.end_run(run);
-        Ok(total)
-    }
-
-    #[inline]
-    fn end_run(&mut self, run: Run) {
+        let end = appender.finish();
+        self.writer.advance(end);
         if run.events > 0 {
             self.runs.push(run);
         }
-    }
-
-    #[inline]
-    fn schema_version(&self, event_type: EventTypeId) -> u16 {
-        self.schema_versions.get(usize::from(event_type.0)).copied().unwrap_or(0)
+        self.bytes += bytes;
+        too_large.map_or(Ok(appended), Err)
     }
 }
 

@@ -42,16 +42,22 @@ pub(crate) fn cores() -> usize {
     std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
 }
 
-/// Asks for the cache line of `slice[index]` for writing soon. Does nothing when out of bounds.
+/// Asks for the cache lines of `item` to be brought near.
 #[inline]
-pub(crate) fn prefetch<T>(slice: &[T], index: usize) {
+pub(crate) fn prefetch<T>(item: &T) {
     #[cfg(target_arch = "x86_64")]
-    if let Some(item) = slice.get(index) {
-        // SAFETY: a prefetch reads nothing and faults on nothing; the pointer comes from a live reference.
-        unsafe { std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(std::ptr::from_ref(item).cast()) }
+    {
+        let first = std::ptr::from_ref(item).cast::<i8>();
+        let last = first.wrapping_add(size_of::<T>().saturating_sub(1));
+        // SAFETY: a prefetch reads nothing and faults on nothing, whatever the address.
+        unsafe { std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(first) }
+        if size_of::<T>() > align_of::<T>() {
+            // SAFETY: as above.
+            unsafe { std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(last) }
+        }
     }
     #[cfg(not(target_arch = "x86_64"))]
-    let _ = (slice, index);
+    let _ = item;
 }
 
 /// A position that one thread moves forward and others read. What was written before

@@ -158,8 +158,6 @@ impl Memory {
 pub(crate) struct WriteHalf {
     memory: Arc<Memory>,
     at: usize,
-    /// What `memory.committed` is.
-    published: usize,
 }
 
 impl WriteHalf {
@@ -168,7 +166,7 @@ impl WriteHalf {
         assert!(at <= memory.bytes, "a writer beyond the end");
         memory.committed = Watermark::new(at as u64);
         memory.written_from = at;
-        Self { memory: Arc::new(memory), at, published: at }
+        Self { memory: Arc::new(memory), at }
     }
 
     /// Gives the memory back, readable as a whole. Only for who has not shared it.
@@ -199,29 +197,6 @@ impl WriteHalf {
         unsafe { std::slice::from_raw_parts_mut(start.as_ptr(), self.memory.bytes - self.at) }
     }
 
-    /// The bytes `[from, from + len)` that were written and that no reader may see yet.
-    #[inline]
-    pub(crate) fn unpublished(&mut self, from: usize, len: usize) -> &mut [u8] {
-        assert!(from >= self.published && len <= self.at.saturating_sub(from), "only what is written and unpublished");
-        // SAFETY: from <= at <= bytes.
-        let start = unsafe { self.memory.base.add(from) };
-        // SAFETY: [from, from + len) lies in the memory and at or above `committed`, so no reader has
-        // it, and `&mut self` makes this the only writer.
-        unsafe { std::slice::from_raw_parts_mut(start.as_ptr(), len) }
-    }
-
-    /// Stores the length word of the record at `at`, which makes it part of the log for whoever reads
-    /// the file. Readers of this process see it after `publish`.
-    #[inline]
-    pub(crate) fn store_length(&mut self, at: usize, len: u32) {
-        let word = self.unpublished(at, 4).as_mut_ptr().cast::<u32>();
-        assert!(word.is_aligned(), "records begin at 16-byte steps");
-        // SAFETY: aligned, 4 bytes of unpublished memory, which this writer alone has.
-        let word = unsafe { AtomicU32::from_ptr(word) };
-        // Release: pairs with whoever reads the length word first in another process.
-        word.store(len.to_le(), Ordering::Release);
-    }
-
     /// Moves past bytes written through `tail`.
     #[inline]
     pub(crate) fn skip(&mut self, bytes: usize) {
@@ -231,10 +206,21 @@ impl WriteHalf {
 
     /// Lets readers see everything below the position.
     #[inline]
-    pub(crate) fn publish(&mut self) {
-        self.published = self.at;
+    pub(crate) fn publish(&self) {
         self.memory.committed.publish(self.at as u64);
     }
+}
+
+/// Stores the length word of a complete record, which makes it part of the log for whoever reads the
+/// file. Readers of this process see it after `publish`.
+#[inline]
+pub(crate) fn store_length(record: &mut [u8], len: u32) {
+    let word = record[..4].as_mut_ptr().cast::<u32>();
+    assert!(word.is_aligned(), "records begin at 16-byte steps");
+    // SAFETY: aligned, 4 bytes, borrowed from their one owner.
+    let word = unsafe { AtomicU32::from_ptr(word) };
+    // Release: pairs with whoever reads the length word first in another process.
+    word.store(len.to_le(), Ordering::Release);
 }
 
 /// Page-aligned plain memory: the live content of a file in a test's storage.

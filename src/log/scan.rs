@@ -30,7 +30,7 @@ use rkyv::util::AlignedVec;
 use crate::error::{Corruption, OpenError, ReadError};
 use crate::event::{EventTypeId, Meta, Offset, Sequence, ShardId, Time};
 use crate::log::format::{
-    ALIGN, Found, HEADER_BYTES, HeaderError, MARK, RECORD_HEADER_BYTES, RecordHeader, SegmentHeader, padded, record_at, u32_at,
+    ALIGN, Found, HEADER_BYTES, HeaderError, MARK, RECORD_BYTES_MAX, RECORD_HEADER_BYTES, RecordHeader, SegmentHeader, padded, record_at, u32_at,
 };
 use crate::log::manifest::{MANIFEST, Manifest, Span, segment_index, segment_name, shard_dir};
 use crate::log::storage::Files;
@@ -42,8 +42,6 @@ const BUFFER_BYTES: usize = 1 << 20;
 /// Fresh looks at bytes that do not hold, before they count as damage. A look at a file that is being written can be
 /// torn; the writer needs nanoseconds, so one more look nearly always settles it.
 const LOOKS_MAX: u32 = 5;
-/// No record is longer: a header, and the largest archive that a configuration allows.
-const RECORD_BYTES_MAX: usize = RECORD_HEADER_BYTES + (16 << 20);
 const LOOK_AGAIN: Duration = Duration::from_millis(1);
 
 /// A store, seen from outside.
@@ -509,6 +507,7 @@ impl Records {
     /// What the file system says.
     pub fn tail(&mut self) -> Result<Tail, ReadError> {
         let (home, offset) = (self.at, self.offset());
+        self.forget_buffer();
         let mut tail = Tail { offset, end: offset, events: 0, was_durable: self.durable > offset.get() };
         let room = self.store.segment_bytes() as usize;
         while self.current.is_some() && room - self.at >= RECORD_HEADER_BYTES {
@@ -533,7 +532,9 @@ impl Records {
         self.at = home;
         self.forget_buffer();
         // A writer commits in order: were it still at work here, the position would be the first to hold.
-        if matches!(self.look_once()?, Look::Record(..)) {
+        let has_grown = matches!(self.look_once()?, Look::Record(..));
+        self.forget_buffer();
+        if has_grown {
             let was_durable = self.durable > offset.get();
             return Ok(Tail { offset, end: offset, events: 0, was_durable });
         }
@@ -615,7 +616,7 @@ impl Records {
             return Ok(Look::Damaged("the file is shorter than a segment"));
         }
         let need = padded(u32_at(&self.buffer, self.at - self.buffer_at) as usize);
-        if need > room {
+        if need > room.min(padded(RECORD_BYTES_MAX)) {
             return Ok(Look::Damaged("a record's length is out of range"));
         }
         if have < need && self.fill(need)? < need {
@@ -718,26 +719,37 @@ impl Records {
     /// Goes from an end over to the next segment. `false` at the end of the log; `true`: look again.
     fn leave(&mut self) -> Result<bool, ReadError> {
         let Some(index) = self.index else { return Ok(false) };
-        let next_is_used = matches!(self.open(index + 1)?, Some(Ok(_)));
+        let next = self.open(index + 1)?;
         // After the look at the next segment: what was committed here before the writer went on is seen now.
         if self.has_grown()? {
             return Ok(true);
         }
-        // After the look at the end: it was this segment's own end, and not that of a file written again.
-        if !self.is_still_there()? {
-            self.lose()?;
-            return Ok(true);
-        }
-        if !next_is_used {
-            let Some(span) = self.span()?.filter(|span| span.last > index) else { return Ok(false) };
-            match self.open(index + 1)? {
-                Some(Ok(_)) => return Ok(true),
-                Some(Err(Unusable::Blank)) if !self.used_behind(index + 1, span.last)? => return Ok(false),
-                // Being begun right now, freed, or damaged: `enter` finds out. Either way the writer has left this one.
-                _ => {}
-            }
-            if self.has_grown()? {
+        match next {
+            // Every event up to there was read, even if this file has been written again meanwhile.
+            Some(Ok(next)) if next.header.first_sequence == self.sequence => {}
+            Some(Ok(_)) => {
+                // Told here, where the hole is; the next segment may well be sound.
+                self.explain("the log ends here, but the next segment begins with a later event")?;
                 return Ok(true);
+            }
+            _ => {
+                let Some(span) = self.span()? else { return Ok(false) };
+                if index < span.first {
+                    self.lose(span);
+                    return Ok(true);
+                }
+                if index == span.last {
+                    return Ok(false);
+                }
+                match self.open(index + 1)? {
+                    Some(Ok(_)) => return Ok(true),
+                    Some(Err(Unusable::Blank)) if !self.used_behind(index + 1, span.last)? => return Ok(false),
+                    // Being begun right now, freed, or damaged: `enter` finds out. Either way the writer has left this one.
+                    _ => {}
+                }
+                if self.has_grown()? {
+                    return Ok(true);
+                }
             }
         }
         self.stand_before(index + 1);
@@ -751,36 +763,21 @@ impl Records {
         Ok(!matches!(self.look_once()?, Look::End))
     }
 
-    /// Whether the open file is still the segment it was when it was opened.
-    fn is_still_there(&self) -> Result<bool, ReadError> {
-        let Some(current) = &self.current else { return Ok(false) };
-        let seen = self
-            .store
-            .header(&current.file, self.shard, current.header.index)
-            .map_err(|source| io_error(&current.path, source))?;
-        Ok(seen == Ok(current.header))
-    }
-
     /// Bytes do not hold. If their segment was retired meanwhile, goes on behind a gap; else that is damage.
     fn explain(&mut self, why: &'static str) -> Result<(), ReadError> {
-        let gone = self.index.zip(self.span()?).is_some_and(|(index, span)| index < span.first);
-        if !gone {
-            return Err(self.corruption(why).into());
+        match self.index.zip(self.span()?) {
+            Some((index, span)) if index < span.first => {
+                self.lose(span);
+                Ok(())
+            }
+            _ => Err(self.corruption(why).into()),
         }
-        self.lose()
     }
 
     /// The segment being read is gone: the next is the first that is left.
-    fn lose(&mut self) -> Result<(), ReadError> {
-        let span = self.span()?;
-        match self.index.zip(span) {
-            Some((index, span)) if index < span.first => {
-                self.lost_at.get_or_insert(self.offset());
-                self.stand_before(span.first);
-                Ok(())
-            }
-            _ => Err(self.corruption("the segment's header changed while it was read").into()),
-        }
+    fn lose(&mut self, span: Span) {
+        self.lost_at.get_or_insert(self.offset());
+        self.stand_before(span.first);
     }
 
     /// Whether a segment behind `index` holds records.
@@ -973,6 +970,7 @@ fn file_info(name: String, metadata: &fs::Metadata) -> FileInfo {
 mod tests {
     use super::*;
     use crate::event::{Correlation, Key, Version};
+    use crate::log::format::seal;
     use crate::log::manifest::StoredType;
     use proptest::prelude::*;
     use std::fs::OpenOptions;
@@ -1059,7 +1057,8 @@ mod tests {
                 version: Version(version),
                 schema_version: 1,
             };
-            header.seal(&mut record[..padded(len)], len, self.salt);
+            header.stage(&mut record[..padded(len)], len);
+            seal(&mut record, len, self.salt);
             record[padded(len)..].fill(0);
             let file = self.file(self.index);
             let end = record.len().min(SEGMENT_BYTES as usize - self.at);
@@ -1222,6 +1221,34 @@ mod tests {
     }
 
     #[test]
+    fn the_end_of_a_file_written_again_is_not_taken_for_the_end_of_the_old_segment() {
+        let mut engine = Engine::new();
+        while engine.index < 3 {
+            engine.append(1, &body(96));
+        }
+        let mut records = engine.store().records(ShardId(0)).buffered(4096);
+        // As many as fit into the buffer, so that the next look is at the file.
+        let seen = (4096 / 144) as u64;
+        for _ in 0..seen {
+            assert!(records.next().expect("a sound log").is_some());
+        }
+        let from = records.offset();
+        engine.span.first = 2;
+        let old = engine.path(0);
+        engine.prepare(4, Some(&old));
+        fs::remove_file(engine.path(1)).expect("removed");
+        engine.begin(4);
+        for _ in 0..seen {
+            engine.append(1, &body(96));
+        }
+        assert!(records.next().expect("a sound log").is_some());
+        let per_segment = (SEGMENT_BYTES - 4096) / 144;
+        let gap = Gap { shard: ShardId(0), from, until: Offset(2 * SEGMENT_BYTES + 4096), events: 2 * per_segment - seen };
+        assert_eq!(records.gaps(), [gap]);
+        assert_eq!(drain(&mut records).last().map(|(meta, _)| meta.sequence.get() + 1), Some(engine.sequence));
+    }
+
+    #[test]
     fn damage_is_named_and_the_next_segment_can_still_be_read() {
         let mut engine = Engine::new();
         while engine.index < 2 {
@@ -1262,7 +1289,10 @@ mod tests {
         while engine.index < 1 {
             engine.append(1, &body(40));
         }
-        assert!(matches!(records.next(), Err(ReadError::Corruption(_))));
+        let error = records.next().expect_err("a hole");
+        assert!(matches!(&error, ReadError::Corruption(c) if c.offset == Offset(4096 + 960)), "{error}");
+        assert!(records.skip_segment().expect("a span"));
+        assert!(!drain(&mut records).is_empty());
     }
 
     #[test]

@@ -8,7 +8,7 @@ use crossbeam::queue::ArrayQueue;
 use crate::event::{Encode, Key, Offset, Scratch, Time, Version};
 use crate::event::Correlation;
 use crate::log::format::{HEADER_BYTES, MARK, RECORD_HEADER_BYTES, RecordHeader, SegmentHeader, padded, seal};
-use crate::log::mmap::{Memory, WriteHalf};
+use crate::log::mmap::{Memory, WriteHalf, store_length};
 use crate::log::segment::{Segment, ShardLog};
 use crate::sync::Arc;
 
@@ -67,45 +67,84 @@ struct Current {
     half: WriteHalf,
     base: u64,
     salt: u32,
-    /// Records whose CRC and length word are still to be written: (position, exact length).
-    staged: [(usize, usize); GROUP],
-    staged_len: usize,
 }
 
 /// Records are sealed in groups of this many: a CRC that reads what was stored only just now waits for
 /// the store, and a few records later it does not (a quarter more throughput).
 const GROUP: usize = 4;
 
-impl Current {
-    fn new(half: WriteHalf, base: u64, salt: u32) -> Self {
-        Self { half, base, salt, staged: [(0, 0); GROUP], staged_len: 0 }
+/// The appending of a run of records to one segment. All its state is local to the run: what the
+/// compiler can keep in registers need not be read again after every byte stored.
+pub(crate) struct Appender<'a> {
+    /// What is still free in the segment.
+    tail: &'a mut [u8],
+    /// Offset of the tail's first byte.
+    offset: u64,
+    salt: u32,
+    event_bytes_max: usize,
+    scratch: &'a mut Scratch,
+    /// Records whose CRC and length word are still to be written, with their exact lengths.
+    staged: [(&'a mut [u8], usize); GROUP],
+    staged_len: usize,
+    events: u64,
+}
+
+/// What a run of appends amounts to.
+pub(crate) struct Appended {
+    end: u64,
+    events: u64,
+}
+
+impl<'a> Appender<'a> {
+    /// Archives `event` behind `header`. Returns its offset and exact length.
+    #[inline]
+    pub(crate) fn append<E: Encode>(&mut self, header: &RecordHeader, event: &E) -> Result<(Offset, usize), Refused> {
+        let room = self.tail.len().saturating_sub(RECORD_HEADER_BYTES).min(self.event_bytes_max);
+        let body = self.tail.get_mut(RECORD_HEADER_BYTES..RECORD_HEADER_BYTES + room);
+        match body.and_then(|body| event.encode(body, self.scratch)) {
+            Some(bytes) => {
+                self.events += 1;
+                let len = RECORD_HEADER_BYTES + bytes;
+                Ok((self.stage(header, len), len))
+            }
+            None if room >= self.event_bytes_max => Err(Refused::TooLarge { bytes_max: self.event_bytes_max }),
+            None => Err(Refused::NeedsSegment),
+        }
     }
 
-    /// Completes the record whose body stands behind the position, but for its CRC and length word.
+    /// Completes the record whose body stands at the tail's beginning, but for its CRC and length word.
     #[inline]
-    fn stage(&mut self, header: &RecordHeader, len: usize) {
-        let at = self.half.at();
-        let advance = padded(len);
-        header.stage(&mut self.half.tail()[..advance], len);
-        self.half.skip(advance);
-        self.staged[self.staged_len] = (at, len);
+    fn stage(&mut self, header: &RecordHeader, len: usize) -> Offset {
+        let offset = Offset(self.offset);
+        let (record, tail) = std::mem::take(&mut self.tail).split_at_mut(padded(len));
+        self.tail = tail;
+        self.offset += record.len() as u64;
+        header.stage(record, len);
+        self.staged[self.staged_len] = (record, len);
         self.staged_len += 1;
         if self.staged_len == GROUP {
-            self.seal_staged();
+            self.seal();
         }
+        offset
     }
 
     /// Writes what staged records lack, in order, with an end behind them first.
     #[inline]
-    fn seal_staged(&mut self) {
-        if let Some(end) = self.half.tail().get_mut(..4) {
+    fn seal(&mut self) {
+        if let Some(end) = self.tail.get_mut(..4) {
             end.fill(0);
         }
-        for &(at, len) in &self.staged[..self.staged_len] {
-            seal(self.half.unpublished(at, len), len, self.salt);
-            self.half.store_length(at, len as u32);
+        for (record, len) in &mut self.staged[..self.staged_len] {
+            seal(record, *len, self.salt);
+            store_length(record, *len as u32);
         }
         self.staged_len = 0;
+    }
+
+    /// Ends the run; its outcome is for [`Writer::advance`].
+    pub(crate) fn finish(mut self) -> Appended {
+        self.seal();
+        Appended { end: self.offset, events: self.events }
     }
 }
 
@@ -115,7 +154,7 @@ const MARK_EVERY_NS: u64 = 1_000_000;
 impl Writer {
     pub(crate) fn new(log: Arc<ShardLog>, prepared: std::sync::Arc<PreparedQueue>, resume: Resume, schema: u32, event_bytes_max: usize) -> Self {
         let marked = log.durable.get();
-        let current = resume.segment.map(|(segment, half)| Current::new(half, segment.index * log.segment_bytes, segment.salt));
+        let current = resume.segment.map(|(segment, half)| Current { half, base: segment.index * log.segment_bytes, salt: segment.salt });
         Self {
             log,
             prepared,
@@ -131,38 +170,36 @@ impl Writer {
         }
     }
 
-    /// Archives `event` behind `header` into the log. Visible to readers after [`Writer::publish`].
+    /// To append to the current segment; where there is none, nothing fits.
     #[inline]
-    pub(crate) fn append<E: Encode>(&mut self, header: &RecordHeader, event: &E) -> Result<(Offset, usize), Refused> {
-        if self.current.is_none() {
-            self.roll(header.time)?;
-        }
-        loop {
-            let Some(current) = &mut self.current else { return Err(Refused::NeedsSegment) };
-            let tail = current.half.tail();
-            let room = tail.len().saturating_sub(RECORD_HEADER_BYTES).min(self.event_bytes_max);
-            let body = tail.get_mut(RECORD_HEADER_BYTES..RECORD_HEADER_BYTES + room);
-            match body.and_then(|body| event.encode(body, &mut self.scratch)) {
-                Some(bytes) => {
-                    let len = RECORD_HEADER_BYTES + bytes;
-                    let offset = Offset(current.base + current.half.at() as u64);
-                    current.stage(header, len);
-                    self.sequence += 1;
-                    return Ok((offset, len));
-                }
-                None if room >= self.event_bytes_max => return Err(Refused::TooLarge { bytes_max: self.event_bytes_max }),
-                None => self.roll(header.time)?,
+    pub(crate) fn appender(&mut self) -> Appender<'_> {
+        let (tail, offset, salt) = match &mut self.current {
+            Some(current) => {
+                let offset = current.base + current.half.at() as u64;
+                (current.half.tail(), offset, current.salt)
             }
+            None => (&mut [][..], 0, 0),
+        };
+        let staged = std::array::from_fn(|_| (&mut [][..], 0));
+        Appender { tail, offset, salt, event_bytes_max: self.event_bytes_max, scratch: &mut self.scratch, staged, staged_len: 0, events: 0 }
+    }
+
+    /// Takes over what an appender has written. Visible to readers after [`Writer::publish`].
+    #[inline]
+    pub(crate) fn advance(&mut self, appended: Appended) {
+        if let Some(current) = &mut self.current {
+            let at = current.half.at();
+            current.half.skip((appended.end - current.base) as usize - at);
         }
+        self.sequence += appended.events;
     }
 
     /// Goes over to the next segment. The old one ends with a zero word or too little room for a header.
     #[cold]
-    fn roll(&mut self, now: Time) -> Result<(), Refused> {
+    pub(crate) fn roll(&mut self, now: Time) -> Result<(), Refused> {
         let prepared = self.prepared.pop().ok_or(Refused::NeedsSegment)?;
         assert_eq!(prepared.index, self.next_index, "the keeper prepares segments in order");
         if let Some(full) = &mut self.current {
-            full.seal_staged();
             full.half.publish();
         }
         let first_offset = self.log.first_offset(prepared.index);
@@ -188,7 +225,7 @@ impl Writer {
             salt: prepared.salt,
             memory: std::sync::Arc::clone(half.memory()),
         });
-        self.current = Some(Current::new(half, prepared.index * self.log.segment_bytes, prepared.salt));
+        self.current = Some(Current { half, base: prepared.index * self.log.segment_bytes, salt: prepared.salt });
         self.next_index += 1;
         self.rolled = true;
         Ok(())
@@ -208,9 +245,8 @@ impl Writer {
     #[cold]
     pub(crate) fn mark_now(&mut self, time: Time) -> bool {
         let durable = self.log.durable.get();
-        let Some(current) = &mut self.current else { return false };
-        let tail = current.half.tail();
-        if tail.len() < RECORD_HEADER_BYTES || durable <= self.marked {
+        let room = self.current.as_mut().map_or(0, |current| current.half.tail().len());
+        if room < RECORD_HEADER_BYTES || durable <= self.marked {
             return false;
         }
         let header = RecordHeader {
@@ -222,7 +258,10 @@ impl Writer {
             version: Version(0),
             schema_version: 0,
         };
-        current.stage(&header, RECORD_HEADER_BYTES);
+        let mut appender = self.appender();
+        appender.stage(&header, RECORD_HEADER_BYTES);
+        let mark = appender.finish();
+        self.advance(mark);
         self.marked = durable;
         true
     }
@@ -231,7 +270,6 @@ impl Writer {
     #[inline]
     pub(crate) fn publish(&mut self) -> u64 {
         let Some(current) = &mut self.current else { return self.log.appended.get() };
-        current.seal_staged();
         current.half.publish();
         let end = current.base + current.half.at() as u64;
         self.log.sequence.publish(self.sequence);
