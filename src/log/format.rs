@@ -183,7 +183,7 @@ pub(crate) struct RecordHeader {
 impl RecordHeader {
     /// Writes the fields around a body of `len - 48` bytes that already stands behind the header, with a
     /// length word of zero: no record yet. `record` reaches to the padded end.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn stage(&self, record: &mut [u8], len: usize) {
         debug_assert!(self.version.0 <= LOW_48 && self.previous.0 % ALIGN as u64 == 0);
         let link = (self.previous.0 / ALIGN as u64) & LOW_48 | u64::from(self.event_type.0) << 48;
