@@ -1,80 +1,130 @@
 //! The key table of one shard: per key its version and the head of its chain. One writer: the owning shard.
 //!
-//! 256 open-addressing parts, chosen by the hash's top byte, each at most half full, so that most keys are found at the first look. A part grows by
-//! itself, so the longest pause of a growing table is 1/256 of a rehash. A turn first prefetches the
-//! slots of a whole batch: with a million keys every look-up would otherwise wait for memory.
+//! 64 open-addressing parts, chosen by the hash's low bits, each at most half full. A part grows by
+//! itself, so the longest pause of a growing table is 1/64 of a rehash. A bucket is one cache line of
+//! two slots, so that nearly every key is found in the first line looked at. A turn prefetches the
+//! buckets of later events while it appends earlier ones: with a million keys every look-up would
+//! otherwise wait for memory.
 
 use crate::event::{Key, Offset, Version};
 use crate::sync::prefetch;
 
-const PARTS: usize = 256;
-const SLOTS_MIN: usize = 8;
+const PARTS: usize = 64;
+const PART_BITS: u32 = PARTS.trailing_zeros();
+const BUCKETS_MIN: usize = 4;
 
-/// What a shard knows of a key. Two to a cache line.
+/// What a shard knows of a key.
 #[derive(Debug, Clone, Copy)]
 #[repr(align(32))]
 pub(crate) struct Slot {
     key: Key,
     /// 0: the slot is free.
-    pub(crate) version: Version,
+    version: Version,
     /// The key's newest record.
-    pub(crate) head: Offset,
+    head: Offset,
 }
-
-const _: () = assert!(size_of::<Slot>() == 32);
 
 const FREE: Slot = Slot { key: Key(0), version: Version(0), head: Offset(0) };
 
-#[derive(Debug)]
-struct Part {
-    slots: Box<[Slot]>,
-    used: usize,
-}
+/// One cache line.
+#[derive(Debug, Clone, Copy)]
+#[repr(align(64))]
+struct Bucket([Slot; 2]);
+
+const _: () = assert!(size_of::<Bucket>() == 64);
+
+type Part = Box<[Bucket]>;
 
 /// Versions and chain heads by key.
 #[derive(Debug)]
 pub(crate) struct KeyTable {
     parts: Box<[Part; PARTS]>,
+    used: Box<[usize; PARTS]>,
 }
+
+/// A place in a part: bucket and slot.
+#[derive(Debug, Clone, Copy)]
+struct Place(usize, usize);
 
 impl KeyTable {
     /// A table that holds about `keys_expected` keys before parts grow.
     pub(crate) fn new(keys_expected: usize) -> Self {
-        let per_part = keys_expected.div_ceil(PARTS);
-        let slots = (per_part * 2 + 1).next_power_of_two().max(SLOTS_MIN);
-        let part = || Part { slots: vec![FREE; slots].into_boxed_slice(), used: 0 };
-        Self { parts: Box::new(std::array::from_fn(|_| part())) }
+        // Two slots a bucket and half of them full: a bucket per key.
+        let buckets = (keys_expected.div_ceil(PARTS) + 1).next_power_of_two().max(BUCKETS_MIN);
+        Self { parts: Box::new(std::array::from_fn(|_| vec![Bucket([FREE; 2]); buckets].into())), used: Box::new([0; PARTS]) }
     }
 
-    /// Asks for the slot of the key with this hash to be brought near.
+    /// Asks for the bucket of the key with this hash to be brought near.
     #[inline]
     pub(crate) fn prefetch(&self, hash: u64) {
         let part = &self.parts[part_of(hash)];
-        prefetch(&part.slots[slot_of(hash, part.slots.len())]);
+        prefetch(&part[bucket_of(hash, part.len())]);
     }
 
     /// The place of `key`, which stays as it is until [`Entry::set`].
     #[inline]
     pub(crate) fn entry(&mut self, key: Key, hash: u64) -> Entry<'_> {
-        let part = &mut self.parts[part_of(hash)];
-        let first = slot_of(hash, part.slots.len());
-        let at = if part.slots[first].key == key && part.slots[first].version.0 != 0 { first } else { part.find_or_make_room(key, hash) };
-        Entry { slot: &mut part.slots[at], used: &mut part.used, key }
+        let number = part_of(hash);
+        let part = &self.parts[number];
+        let at = bucket_of(hash, part.len());
+        let [first, second] = &part[at].0;
+        // Without a branch between the two: which it is cannot be foreseen.
+        let is_second = usize::from(first.key != key);
+        let candidate = if is_second == 1 { second } else { first };
+        let place = if candidate.key == key && candidate.version.0 != 0 { Place(at, is_second) } else { self.find_or_make_room(key, hash) };
+        let (part, used) = (&mut self.parts[number], &mut self.used[number]);
+        Entry { slot: &mut part[place.0].0[place.1], used, key }
+    }
+
+    /// Finds keys that are not where they are looked for first, and places for new ones: where the part
+    /// would be too full with one more, it grows first.
+    #[inline(never)]
+    fn find_or_make_room(&mut self, key: Key, hash: u64) -> Place {
+        let number = part_of(hash);
+        let part = &mut self.parts[number];
+        let place = find(part, key, hash);
+        if part[place.0].0[place.1].version.0 != 0 || self.used[number] < part.len() {
+            return place;
+        }
+        grow(part);
+        find(part, key, hash)
     }
 
     /// What is known of `key`.
     #[cfg(test)]
-    #[inline]
-    pub(crate) fn get(&self, key: Key) -> Option<&Slot> {
-        let hash = key.hash();
-        let part = &self.parts[part_of(hash)];
-        let slot = &part.slots[part.find(key, hash)];
-        (slot.version.0 != 0).then_some(slot)
+    pub(crate) fn get(&self, key: Key) -> Option<(Version, Offset)> {
+        let part = &self.parts[part_of(key.hash())];
+        let place = find(part, key, key.hash());
+        let slot = &part[place.0].0[place.1];
+        (slot.version.0 != 0).then_some((slot.version, slot.head))
     }
 
     /// Number of keys.
     pub(crate) fn len(&self) -> usize {
-        self.parts.iter().map(|part| part.used).sum()
+        self.used.iter().sum()
+    }
+}
+
+/// Where `key` is, or the free slot where it belongs. A part is never full, so this ends.
+fn find(part: &Part, key: Key, hash: u64) -> Place {
+    let mut at = bucket_of(hash, part.len());
+    loop {
+        for (i, slot) in part[at].0.iter().enumerate() {
+            if slot.version.0 == 0 || slot.key == key {
+                return Place(at, i);
+            }
+        }
+        at = (at + 1) & (part.len() - 1);
+    }
+}
+
+#[cold]
+fn grow(part: &mut Part) {
+    let bigger: Part = vec![Bucket([FREE; 2]); part.len() * 2].into();
+    let old = std::mem::replace(part, bigger);
+    for slot in old.iter().flat_map(|bucket| &bucket.0).filter(|slot| slot.version.0 != 0) {
+        let place = find(part, slot.key, slot.key.hash());
+        part[place.0].0[place.1] = *slot;
     }
 }
 
@@ -110,53 +160,16 @@ impl Entry<'_> {
     }
 }
 
-impl Part {
-    /// Where `key` is, or the free slot where it belongs. A part is never full, so this ends.
-    #[inline]
-    fn find(&self, key: Key, hash: u64) -> usize {
-        let mask = self.slots.len() - 1;
-        let mut at = slot_of(hash, self.slots.len());
-        loop {
-            let slot = &self.slots[at];
-            if slot.version.0 == 0 || slot.key == key {
-                return at;
-            }
-            at = (at + 1) & mask;
-        }
-    }
-
-    /// As `find`, for keys that may be new: where the part would be too full with one more, it grows first.
-    #[inline(never)]
-    fn find_or_make_room(&mut self, key: Key, hash: u64) -> usize {
-        let at = self.find(key, hash);
-        if self.slots[at].version.0 != 0 || (self.used + 1) * 2 <= self.slots.len() {
-            return at;
-        }
-        self.grow();
-        self.find(key, hash)
-    }
-
-    #[cold]
-    fn grow(&mut self) {
-        let bigger = vec![FREE; self.slots.len() * 2].into_boxed_slice();
-        let old = std::mem::replace(&mut self.slots, bigger);
-        for slot in old.iter().filter(|slot| slot.version.0 != 0) {
-            let at = self.find(slot.key, slot.key.hash());
-            self.slots[at] = *slot;
-        }
-    }
-}
-
-// The shard number takes the hash's top bits by multiply-high, so the part is taken from the lowest
-// and the slot from the middle: independent of both the shard and the part.
+// The shard takes the hash's top bits (by multiply-high), so the part is taken from the lowest and the
+// bucket from those above: independent of each other.
 #[inline]
 fn part_of(hash: u64) -> usize {
-    (hash & 0xff) as usize
+    (hash & (PARTS as u64 - 1)) as usize
 }
 
 #[inline]
-fn slot_of(hash: u64, slots: usize) -> usize {
-    ((hash >> 8) as usize) & (slots - 1)
+fn bucket_of(hash: u64, buckets: usize) -> usize {
+    ((hash >> PART_BITS) as usize) & (buckets - 1)
 }
 
 #[cfg(test)]
@@ -181,8 +194,8 @@ mod tests {
         }
         assert_eq!(table.len(), model.len());
         for (key, (version, head)) in &model {
-            let slot = table.get(*key).expect("every key is found");
-            assert_eq!((slot.version.0, slot.head.0), (*version, *head));
+            let (found_version, found_head) = table.get(*key).expect("every key is found");
+            assert_eq!((found_version.0, found_head.0), (*version, *head));
         }
         assert!(table.get(Key(u64::MAX)).is_none());
     }
