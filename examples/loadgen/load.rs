@@ -149,7 +149,17 @@ impl<E: Traced, F: Feed<E>> Session<E, F> {
             let sent = sent?;
             let published = published() - published_before;
             let began = sent.iter().map(|sent| sent.began).min().context("there is at least one producer")?;
-            let (elapsed, flush) = settle(engine, &before, published, began, synced)?;
+            wait_appended(engine, &before, published)?;
+            let mut elapsed = began.elapsed();
+            if !synced {
+                watch.look();
+            }
+            engine.flush(None).context("syncing what was appended")?;
+            let mut flush = began.elapsed().saturating_sub(elapsed);
+            if synced {
+                (elapsed, flush) = (elapsed + flush, Duration::ZERO);
+                watch.look();
+            }
             let intervals = watch.finish();
             let mut delay = histogram();
             sent.iter().try_for_each(|sent| delay.add(&sent.delay))?;
@@ -177,23 +187,17 @@ fn watch_over<E: Traced>(watch: &mut Watch<'_, E>, phase: &Phase, control: &Cont
     }
 }
 
-/// Waits until everything published is appended and synced: the time until then, and of the closing sync.
-fn settle<E: Traced>(engine: &Engine<E>, before: &Metrics, published: u64, began: Instant, synced: bool) -> Result<(Duration, Duration)> {
-    let appended_before: u64 = before.shards.iter().map(|shard| shard.appended).sum();
-    loop {
-        let shards = engine.shard_metrics();
-        if shards.iter().map(|shard| shard.appended).sum::<u64>() - appended_before >= published {
-            break;
-        }
+/// Waits until everything published since `before` is appended.
+fn wait_appended<E: Traced>(engine: &Engine<E>, before: &Metrics, published: u64) -> Result<()> {
+    let appended = |shards: &[corelane::ShardMetrics]| shards.iter().map(|shard| shard.appended).sum::<u64>();
+    let target = appended(&before.shards) + published;
+    while appended(&engine.shard_metrics()) < target {
         if let Some(failure) = engine.failures().into_iter().next() {
             bail!("a shard failed: {failure}");
         }
         std::thread::sleep(Duration::from_micros(20));
     }
-    let appended = began.elapsed();
-    engine.flush(None).context("syncing what was appended")?;
-    let flushed = began.elapsed();
-    Ok(if synced { (flushed, Duration::ZERO) } else { (appended, flushed - appended) })
+    Ok(())
 }
 
 /// What the clock and the counters of the load generator itself say.

@@ -116,9 +116,8 @@ impl<'a, E: Traced> Watch<'a, E> {
         }
     }
 
-    /// The last look; what was seen.
-    pub(crate) fn finish(mut self) -> Vec<Interval> {
-        self.look();
+    /// What was seen.
+    pub(crate) fn finish(self) -> Vec<Interval> {
         if let Some(bar) = &self.bar {
             bar.finish_and_clear();
         }
