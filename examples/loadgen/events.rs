@@ -1,0 +1,272 @@
+//! What is sent: synthetic game events, padded ones, or the lines of a file, and whose events they are.
+
+use std::str::FromStr;
+
+use corelane::envelope::{ArchivedEnvelope, Envelope};
+use corelane::{Event, EventType, EventTypeId, Key};
+use rand::rngs::SmallRng;
+use rand::{Rng as _, SeedableRng as _};
+use rand_distr::{Distribution as _, Zipf};
+use rkyv::{Archive, Serialize};
+
+use crate::cli::{Args, KeyDist};
+
+/// The archive of a [`GameEvent`], the same as the limit probe's.
+const GAME_EVENT_BYTES: usize = 48;
+const _: () = assert!(size_of::<rkyv::Archived<GameEvent>>() == GAME_EVENT_BYTES);
+/// Of a [`Padded`] event, what is not its filling.
+const PADDED_BYTES: usize = size_of::<rkyv::Archived<Padded>>();
+/// Draws made before the clock starts.
+const DRAWS: usize = 1 << 20;
+const ZIPF_EXPONENT: f64 = 0.99;
+/// A tick is the producer's number and that producer's count of events.
+const TICK_BITS: u32 = 48;
+
+/// An event of a game.
+#[derive(Archive, Serialize, Clone, Copy, Debug)]
+pub(crate) enum GameEvent {
+    Moved { x: f64, y: f64, heading: f64, zone: u64, tick: u64 },
+    Attacked { target: u64, damage: u64, x: f64, y: f64, tick: u64 },
+    LevelledUp { experience: u64, level: u64, points: u64, tick: u64 },
+    PickedUp { item: u64, count: u64, x: f64, y: f64, tick: u64 },
+}
+
+const GAME_TYPES: &[EventType] = &[
+    EventType::new(1, "player_moved", 1),
+    EventType::new(2, "player_attacked", 1),
+    EventType::new(3, "player_levelled_up", 1),
+    EventType::new(4, "item_picked_up", 1),
+];
+
+impl Event for GameEvent {
+    const TYPES: &'static [EventType] = GAME_TYPES;
+
+    #[inline]
+    fn event_type(&self) -> EventTypeId {
+        match self {
+            Self::Moved { .. } => EventTypeId(1),
+            Self::Attacked { .. } => EventTypeId(2),
+            Self::LevelledUp { .. } => EventTypeId(3),
+            Self::PickedUp { .. } => EventTypeId(4),
+        }
+    }
+}
+
+/// An event of any size.
+#[derive(Archive, Serialize, Clone, Debug)]
+pub(crate) struct Padded {
+    tick: u64,
+    filling: Box<[u8]>,
+}
+
+impl Event for Padded {
+    const TYPES: &'static [EventType] = &[EventType::new(1, "padded", 1)];
+
+    fn event_type(&self) -> EventTypeId {
+        EventTypeId(1)
+    }
+}
+
+/// What a replay can check an event by.
+pub(crate) trait Traced: Event {
+    /// A number that says which event this is.
+    fn trace(event: &Self::Archived) -> u64;
+
+    /// Whether one key's event with trace `next` may come after one with `last`.
+    fn may_follow(last: u64, next: u64) -> bool;
+}
+
+fn ticks_in_order(last: u64, next: u64) -> bool {
+    last >> TICK_BITS != next >> TICK_BITS || last < next
+}
+
+impl Traced for GameEvent {
+    fn trace(event: &Self::Archived) -> u64 {
+        match event {
+            ArchivedGameEvent::Moved { tick, .. }
+            | ArchivedGameEvent::Attacked { tick, .. }
+            | ArchivedGameEvent::LevelledUp { tick, .. }
+            | ArchivedGameEvent::PickedUp { tick, .. } => tick.to_native(),
+        }
+    }
+
+    fn may_follow(last: u64, next: u64) -> bool {
+        ticks_in_order(last, next)
+    }
+}
+
+impl Traced for Padded {
+    fn trace(event: &Self::Archived) -> u64 {
+        event.tick.to_native()
+    }
+
+    fn may_follow(last: u64, next: u64) -> bool {
+        ticks_in_order(last, next)
+    }
+}
+
+impl Traced for Envelope {
+    fn trace(event: &ArchivedEnvelope) -> u64 {
+        trace_of(event.event_type(), event.timestamp_ms(), event.correlation_id(), event.payload())
+    }
+
+    fn may_follow(_last: u64, _next: u64) -> bool {
+        true
+    }
+}
+
+/// A hash of what a file says of an event.
+pub(crate) fn trace_of(event_type: &str, timestamp_ms: Option<u64>, correlation: Option<&str>, payload: &str) -> u64 {
+    let mut hash = xxhash_rust::xxh3::xxh3_64(event_type.as_bytes()).wrapping_add(timestamp_ms.unwrap_or(u64::MAX));
+    for text in [correlation.unwrap_or("\0"), payload] {
+        hash = xxhash_rust::xxh3::xxh3_64_with_seed(text.as_bytes(), hash);
+    }
+    hash
+}
+
+/// Weights of the four event types.
+#[derive(Debug, Clone)]
+pub(crate) struct Mix([u32; 4]);
+
+impl FromStr for Mix {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        const NAMES: [&str; 4] = ["move", "attack", "levelup", "pickup"];
+        let mut weights = [0; 4];
+        for part in text.split(',') {
+            let (name, weight) = part.trim().split_once(':').ok_or_else(|| format!("{part:?} is not NAME:WEIGHT"))?;
+            let at = NAMES.iter().position(|known| *known == name).ok_or_else(|| format!("unknown event {name:?}; known are {}", NAMES.join(", ")))?;
+            let weight: u16 = weight.parse().map_err(|_| format!("the weight {weight:?} is not a number in 0..=65535"))?;
+            weights[at] = u32::from(weight);
+        }
+        if weights.iter().sum::<u32>() == 0 { Err("the weights add up to 0".to_owned()) } else { Ok(Self(weights)) }
+    }
+}
+
+impl Mix {
+    fn draw(&self, rng: &mut SmallRng) -> u8 {
+        let mut at = rng.random_range(0..self.0.iter().sum::<u32>());
+        for (kind, weight) in (0..).zip(self.0) {
+            if at < weight {
+                return kind;
+            }
+            at -= weight;
+        }
+        0
+    }
+}
+
+/// Where a producer gets its events.
+pub(crate) trait Feed<E>: Send {
+    /// The next event and whose it is; `None` when there are no more.
+    fn next(&mut self) -> Option<(Key, E)>;
+}
+
+/// Drawn before the clock starts: users and event types, gone through round and round.
+struct Draws {
+    table: Vec<(u32, u8)>,
+    at: usize,
+    /// Added to every drawn user of a uniform spread, another one each round, so that all users come up.
+    shift: u32,
+    stride: u32,
+    users: u32,
+    tick: u64,
+}
+
+impl Draws {
+    fn new(args: &Args, producer: u16) -> Self {
+        let mut rng = SmallRng::seed_from_u64(args.seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ u64::from(producer));
+        let users = args.users as u32;
+        let zipf = Zipf::new(args.users as f64, ZIPF_EXPONENT).ok().filter(|_| args.key_dist == KeyDist::Zipf);
+        let user = |rng: &mut SmallRng| match &zipf {
+            Some(zipf) => (zipf.sample(rng) as u32).clamp(1, users) - 1,
+            None => rng.random_range(0..users),
+        };
+        let table = (0..DRAWS).map(|_| (user(&mut rng), args.mix.draw(&mut rng))).collect();
+        let stride = if zipf.is_some() { 0 } else { rng.random_range(0..users) };
+        Self { table, at: 0, shift: 0, stride, users, tick: u64::from(producer) << TICK_BITS }
+    }
+
+    /// User, event type and tick.
+    #[inline]
+    fn next(&mut self) -> (Key, u8, u64) {
+        let (drawn, kind) = self.table[self.at];
+        let user = u64::from(drawn) + u64::from(self.shift);
+        let user = if user >= u64::from(self.users) { user - u64::from(self.users) } else { user };
+        self.at += 1;
+        if self.at == self.table.len() {
+            self.at = 0;
+            self.shift = ((u64::from(self.shift) + u64::from(self.stride)) % u64::from(self.users)) as u32;
+        }
+        self.tick += 1;
+        (Key::new(user), kind, self.tick)
+    }
+}
+
+/// Game events without end.
+pub(crate) struct Games(Draws);
+
+impl Games {
+    pub(crate) fn new(args: &Args, producer: u16) -> Self {
+        Self(Draws::new(args, producer))
+    }
+}
+
+impl Feed<GameEvent> for Games {
+    #[inline]
+    fn next(&mut self) -> Option<(Key, GameEvent)> {
+        let (key, kind, tick) = self.0.next();
+        let x = (tick & 0xffff) as f64;
+        let event = match kind {
+            0 => GameEvent::Moved { x, y: 2.0, heading: 0.5, zone: tick >> 8, tick },
+            1 => GameEvent::Attacked { target: tick ^ 1, damage: tick & 0xff, x, y: 2.0, tick },
+            2 => GameEvent::LevelledUp { experience: tick, level: tick & 127, points: 3, tick },
+            _ => GameEvent::PickedUp { item: tick & 0xfff, count: 1, x, y: 2.0, tick },
+        };
+        Some((key, event))
+    }
+}
+
+/// Padded events without end.
+pub(crate) struct Paddings {
+    draws: Draws,
+    filling: Box<[u8]>,
+}
+
+impl Paddings {
+    pub(crate) fn new(args: &Args, producer: u16) -> Self {
+        let mut filling = vec![0; args.payload as usize - PADDED_BYTES];
+        SmallRng::seed_from_u64(args.seed).fill(&mut filling[..]);
+        Self { draws: Draws::new(args, producer), filling: filling.into() }
+    }
+}
+
+impl Feed<Padded> for Paddings {
+    fn next(&mut self) -> Option<(Key, Padded)> {
+        let (key, _, tick) = self.draws.next();
+        Some((key, Padded { tick, filling: self.filling.clone() }))
+    }
+}
+
+/// The lines of a file, in order.
+pub(crate) struct Lines(pub(crate) std::vec::IntoIter<(Key, Envelope)>);
+
+impl Feed<Envelope> for Lines {
+    fn next(&mut self) -> Option<(Key, Envelope)> {
+        self.0.next()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_mix_is_read_and_nonsense_refused() {
+        assert_eq!("attack:3,move:1".parse::<Mix>().map(|mix| mix.0), Ok([1, 3, 0, 0]));
+        for bad in ["", "move", "move:0", "jump:1", "move:-1"] {
+            assert!(bad.parse::<Mix>().is_err(), "{bad:?}");
+        }
+    }
+}

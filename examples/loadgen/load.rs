@@ -1,0 +1,367 @@
+//! Drives an engine: one thread per producer, flat out or by intended time, and what was measured meanwhile.
+//!
+//! Everything a producer needs is made before the clock starts. A [`Session`] is one open engine with its
+//! producers; a [`Phase`] is one stretch of load on it (the warm-up, the measurement, one step of a search).
+
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::Barrier;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, anyhow, bail};
+use corelane::{Engine, Key, Metrics, Pin, Producer, Stage};
+use hdrhistogram::Histogram;
+
+use crate::cli::Args;
+use crate::events::{Feed, Traced};
+use crate::watch::{Interval, Watch, jitter};
+
+/// A sleep shorter than this is no sleep: the system wakes late.
+const SLEEP_MIN: Duration = Duration::from_micros(300);
+/// Events sent between two looks at whether to stop.
+const LOOK_EVERY: u64 = 64;
+
+/// A stretch of load.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Phase {
+    pub(crate) events: Option<u64>,
+    pub(crate) duration: Option<Duration>,
+    /// Events per second over all producers, by intended time.
+    pub(crate) rate: Option<f64>,
+    /// What to call it while it runs.
+    pub(crate) name: &'static str,
+}
+
+/// What a phase found. Counts are of this phase alone.
+#[derive(Debug, Clone)]
+pub(crate) struct Measured {
+    pub(crate) published: u64,
+    pub(crate) appended: u64,
+    pub(crate) durable: u64,
+    /// From the first publish until everything was appended, or in a synced mode durable.
+    pub(crate) elapsed: Duration,
+    /// How long the closing sync took, outside `elapsed`, where events are left to the system's cache.
+    pub(crate) flush: Duration,
+    pub(crate) bytes: u64,
+    pub(crate) stages: Vec<Histogram<u64>>,
+    /// Rate: from when an event was due until it was published. Flat out: how long a batch took to be accepted.
+    pub(crate) delay: Histogram<u64>,
+    /// How late the system woke a thread from a sleep of 1 ms.
+    pub(crate) jitter: Histogram<u64>,
+    pub(crate) intervals: Vec<Interval>,
+    pub(crate) backlog_max: u64,
+    /// Events of each shard.
+    pub(crate) shards: Vec<u64>,
+    pub(crate) segment_waits: u64,
+}
+
+impl Measured {
+    pub(crate) fn per_second(&self) -> f64 {
+        self.appended as f64 / self.elapsed.as_secs_f64()
+    }
+
+    pub(crate) fn stage(&self, stage: Stage) -> &Histogram<u64> {
+        &self.stages[stage as usize]
+    }
+}
+
+/// A histogram like the engine's.
+pub(crate) fn histogram() -> Histogram<u64> {
+    Histogram::new_with_bounds(1, 60_000_000_000, 3).expect("the bounds are valid constants")
+}
+
+/// One producer and where it gets its events.
+struct Lane<E: Traced, F> {
+    producer: Producer<E>,
+    feed: F,
+    batch: Vec<(Key, E)>,
+    core: Option<usize>,
+}
+
+/// An open engine with its producers.
+pub(crate) struct Session<E: Traced, F> {
+    pub(crate) engine: Engine<E>,
+    senders: Vec<Lane<E, F>>,
+    batch: usize,
+    /// More threads want to run than there are cores.
+    crowded: bool,
+    synced: bool,
+}
+
+/// What the threads of a phase share.
+struct Control {
+    start: Barrier,
+    stop: AtomicBool,
+}
+
+/// What one producer did.
+struct Sent {
+    began: Instant,
+    delay: Histogram<u64>,
+}
+
+impl<E: Traced, F: Feed<E>> Session<E, F> {
+    /// Opens the store in `dir` and makes a producer for every feed.
+    pub(crate) fn open(args: &Args, dir: PathBuf, feeds: Vec<F>) -> Result<Self> {
+        let cores = producer_cores(args, feeds.len());
+        let engine = Engine::open(args.config(dir)).context("opening the store")?;
+        let batch = args.batch as usize;
+        let sender = |(feed, core)| Lane { producer: engine.producer(), feed, batch: Vec::with_capacity(batch), core };
+        let senders: Vec<_> = feeds.into_iter().zip(cores).map(sender).collect();
+        Ok(Self { engine, senders, batch, crowded: crowded(args), synced: args.synced() })
+    }
+
+    /// Events ever appended to this store, freed ones included.
+    pub(crate) fn earlier(&self) -> Result<u64> {
+        let mut earlier = 0;
+        for recovered in &self.engine.recovery().shards {
+            let mut reader = self.engine.reader(recovered.shard);
+            let first = reader.next().context("reading the first event")?.map_or(0, |record| record.meta.sequence.get());
+            earlier += first + recovered.events;
+        }
+        Ok(earlier)
+    }
+
+    /// Sends, waits until everything is appended and durable, and says what was measured.
+    pub(crate) fn run(&mut self, phase: &Phase) -> Result<Measured> {
+        let before = self.engine.metrics();
+        let control = Control { start: Barrier::new(self.senders.len() + 1), stop: AtomicBool::new(false) };
+        let producers = self.senders.len() as u64;
+        let (batch, crowded, synced, engine) = (self.batch, self.crowded, self.synced, &self.engine);
+        let published = || engine.shard_metrics().iter().map(|shard| shard.published).sum::<u64>();
+        let published_before = published();
+        let (done_tx, done) = channel();
+        std::thread::scope(|scope| {
+            let jitter = scope.spawn(|| jitter(&control.stop));
+            let mut threads = Vec::new();
+            for (i, sender) in (0..).zip(&mut self.senders) {
+                let share = Share::new(phase, i, producers);
+                let (control, done) = (&control, done_tx.clone());
+                threads.push(scope.spawn(move || sender.send(&share, control, batch, crowded, done)));
+            }
+            drop(done_tx);
+            control.start.wait();
+            let mut watch = Watch::new(engine, before.clone(), phase);
+            watch_over(&mut watch, phase, &control, &done);
+            let sent: Result<Vec<Sent>> = threads.into_iter().map(|thread| thread.join().map_err(|_| anyhow!("a producer panicked"))?).collect();
+            control.stop.store(true, Ordering::Relaxed);
+            let sent = sent?;
+            let published = published() - published_before;
+            let began = sent.iter().map(|sent| sent.began).min().context("there is at least one producer")?;
+            wait_appended(engine, &before, published)?;
+            let mut elapsed = began.elapsed();
+            if !synced {
+                watch.look();
+            }
+            engine.flush(None).context("syncing what was appended")?;
+            let mut flush = began.elapsed().saturating_sub(elapsed);
+            if synced {
+                (elapsed, flush) = (elapsed + flush, Duration::ZERO);
+                watch.look();
+            }
+            let intervals = watch.finish();
+            let mut delay = histogram();
+            sent.iter().try_for_each(|sent| delay.add(&sent.delay))?;
+            let jitter = jitter.join().map_err(|_| anyhow!("the jitter thread panicked"))?;
+            Ok(measured(&before, &engine.metrics(), Timing { published, elapsed, flush, delay, jitter, intervals }))
+        })
+    }
+}
+
+/// Looks at the engine from time to time until every producer is done, and stops them when time is up.
+fn watch_over<E: Traced>(watch: &mut Watch<'_, E>, phase: &Phase, control: &Control, done: &Receiver<()>) {
+    let ends = phase.duration.map(|duration| Instant::now() + duration);
+    loop {
+        let next = ends.map_or(watch.due(), |ends| ends.min(watch.due()));
+        match done.recv_timeout(next.saturating_duration_since(Instant::now())) {
+            Ok(()) => {}
+            Err(std::sync::mpsc::RecvTimeoutError::Disconnected) => return,
+            Err(std::sync::mpsc::RecvTimeoutError::Timeout) => {
+                if ends.is_some_and(|ends| Instant::now() >= ends) {
+                    control.stop.store(true, Ordering::Relaxed);
+                }
+                watch.look();
+            }
+        }
+    }
+}
+
+/// Waits until everything published since `before` is appended.
+fn wait_appended<E: Traced>(engine: &Engine<E>, before: &Metrics, published: u64) -> Result<()> {
+    let appended = |shards: &[corelane::ShardMetrics]| shards.iter().map(|shard| shard.appended).sum::<u64>();
+    let target = appended(&before.shards) + published;
+    while appended(&engine.shard_metrics()) < target {
+        if let Some(failure) = engine.failures().into_iter().next() {
+            bail!("a shard failed: {failure}");
+        }
+        std::thread::sleep(Duration::from_micros(20));
+    }
+    Ok(())
+}
+
+/// What the clock and the counters of the load generator itself say.
+struct Timing {
+    published: u64,
+    elapsed: Duration,
+    flush: Duration,
+    delay: Histogram<u64>,
+    jitter: Histogram<u64>,
+    intervals: Vec<Interval>,
+}
+
+fn measured(before: &Metrics, after: &Metrics, timing: Timing) -> Measured {
+    let shards: Vec<u64> = after.shards.iter().zip(&before.shards).map(|(after, before)| after.appended - before.appended).collect();
+    let appended = shards.iter().sum();
+    // What lies below the durable watermark is known by position; the positions agree once everything is synced.
+    let all_durable = after.shards.iter().all(|shard| shard.durable_to >= shard.appended_to);
+    let of = |count: fn(&corelane::ShardMetrics) -> u64| after.shards.iter().map(count).sum::<u64>() - before.shards.iter().map(count).sum::<u64>();
+    Measured {
+        published: timing.published,
+        appended,
+        durable: if all_durable { appended } else { 0 },
+        elapsed: timing.elapsed,
+        flush: timing.flush,
+        bytes: of(|shard| shard.appended_bytes),
+        stages: Stage::ALL.iter().map(|stage| difference(after.histogram(*stage), before.histogram(*stage))).collect(),
+        delay: timing.delay,
+        jitter: timing.jitter,
+        backlog_max: timing.intervals.iter().map(|interval| interval.backlog).max().unwrap_or(0),
+        intervals: timing.intervals,
+        shards,
+        segment_waits: of(|shard| shard.segment_waits),
+    }
+}
+
+/// What was recorded between two snapshots.
+pub(crate) fn difference(after: &Histogram<u64>, before: &Histogram<u64>) -> Histogram<u64> {
+    let mut difference = after.clone();
+    difference.subtract(before).expect("a later snapshot holds all of an earlier one");
+    difference
+}
+
+/// One producer's part of a phase.
+struct Share {
+    events: u64,
+    /// Between two events of this producer, and before its first.
+    pace: Option<(Duration, Duration)>,
+}
+
+impl Share {
+    fn new(phase: &Phase, producer: u64, producers: u64) -> Self {
+        let events = phase.events.map_or(u64::MAX, |events| events / producers + u64::from(producer < events % producers));
+        let pace = phase.rate.map(|rate| {
+            let between = |events: f64| Duration::from_secs_f64(events / rate);
+            (between(producers as f64), between(producer as f64))
+        });
+        Self { events, pace }
+    }
+}
+
+impl<E: Traced, F: Feed<E>> Lane<E, F> {
+    fn send(&mut self, share: &Share, control: &Control, batch: usize, crowded: bool, _done: Sender<()>) -> Result<Sent> {
+        if let Some(id) = self.core {
+            core_affinity::set_for_current(core_affinity::CoreId { id });
+        }
+        let mut delay = histogram();
+        control.start.wait();
+        let began = Instant::now();
+        match share.pace {
+            None => self.flat_out(share.events, batch, &control.stop, &mut delay)?,
+            Some((every, first)) => self.paced(share.events, every, began + first, crowded, &control.stop, &mut delay)?,
+        }
+        Ok(Sent { began, delay })
+    }
+
+    fn flat_out(&mut self, events: u64, batch: usize, stop: &AtomicBool, delay: &mut Histogram<u64>) -> Result<()> {
+        let mut left = events;
+        while left > 0 && !stop.load(Ordering::Relaxed) {
+            let want = left.min(batch as u64) as usize;
+            let feed = &mut self.feed;
+            self.batch.extend(std::iter::from_fn(|| feed.next()).take(want));
+            let got = self.batch.len();
+            if got == 0 {
+                break;
+            }
+            left -= got as u64;
+            let began = Instant::now();
+            self.producer.publish_batch(&mut self.batch).context("publishing")?;
+            delay.saturating_record_n(began.elapsed().as_nanos() as u64, got as u64);
+        }
+        Ok(())
+    }
+
+    /// Open loop: when an event is sent depends on the clock alone, never on how the last one fared.
+    fn paced(&mut self, events: u64, every: Duration, first: Instant, crowded: bool, stop: &AtomicBool, delay: &mut Histogram<u64>) -> Result<()> {
+        let every_ns = every.as_secs_f64() * 1e9;
+        for n in 0..events {
+            if n % LOOK_EVERY == 0 && stop.load(Ordering::Relaxed) {
+                break;
+            }
+            let due = first + Duration::from_nanos((n as f64 * every_ns) as u64);
+            let Some(now) = wait_until(due, crowded, stop) else { break };
+            let Some((key, event)) = self.feed.next() else { break };
+            let late = now - due;
+            if let Err(rejected) = self.producer.publish_due(key, event, late) {
+                bail!("publishing: {}", rejected.reason());
+            }
+            delay.saturating_record(late.as_nanos() as u64);
+        }
+        Ok(())
+    }
+}
+
+/// Waits for a time; returns the time it is then, or `None` when there is nothing to wait for any more.
+#[inline]
+fn wait_until(due: Instant, crowded: bool, stop: &AtomicBool) -> Option<Instant> {
+    let mut now = Instant::now();
+    while now < due {
+        let left = due - now;
+        if left > SLEEP_MIN {
+            if stop.load(Ordering::Relaxed) {
+                return None;
+            }
+            std::thread::sleep((left - SLEEP_MIN / 2).min(Duration::from_millis(100)));
+        } else if crowded {
+            std::thread::yield_now();
+        } else {
+            std::hint::spin_loop();
+        }
+        now = Instant::now();
+    }
+    Some(now)
+}
+
+/// Producers and shards do not all fit.
+pub(crate) fn crowded(args: &Args) -> bool {
+    usize::from(args.producers) + usize::from(args.shards) > core_ids().len()
+}
+
+/// The cores this process may use. Asked on a thread that is not pinned.
+pub(crate) fn core_ids() -> Vec<usize> {
+    core_affinity::get_core_ids().unwrap_or_default().into_iter().map(|core| core.id).collect()
+}
+
+/// The core of each producer: those the shards leave free.
+fn producer_cores(args: &Args, producers: usize) -> Vec<Option<usize>> {
+    let allowed = core_ids();
+    match &args.pin {
+        Pin::Auto if !crowded(args) => allowed.iter().copied().map(Some).take(producers).collect(),
+        Pin::Cores(list) => {
+            let usable = |core: &usize| allowed.contains(core).then_some(*core);
+            let of_producers = list.iter().skip(usize::from(args.shards)).map(usable);
+            of_producers.chain(std::iter::repeat(None)).take(producers).collect()
+        }
+        Pin::Auto | Pin::None => vec![None; producers],
+    }
+}
+
+/// The cores of the first producer and of the first shard, when both are pinned.
+pub(crate) fn first_pair(args: &Args) -> Option<(usize, usize)> {
+    let producer = producer_cores(args, 1).first().copied().flatten()?;
+    let shard = match &args.pin {
+        Pin::Cores(list) => list.first().copied(),
+        _ => core_ids().last().copied(),
+    };
+    shard.map(|shard| (producer, shard))
+}

@@ -1,0 +1,77 @@
+//! The main job: sends millions of events through an engine, measures every stage of their way, and proves
+//! after a restart that nothing was lost.
+//!
+//! ```text
+//! cargo run --release --example loadgen
+//! cargo run --release --example loadgen -- --help
+//! ```
+#![expect(clippy::print_stdout, reason = "a tool's results belong on standard output")]
+
+mod cli;
+mod events;
+mod input;
+mod limit;
+mod load;
+mod machine;
+mod output;
+mod report;
+mod run;
+mod verify;
+mod watch;
+
+use std::process::ExitCode;
+
+use anyhow::{Context as _, Result};
+
+use crate::cli::Args;
+use crate::events::{Games, Paddings};
+use crate::input::Input;
+use crate::machine::Machine;
+use crate::output::Summary;
+use crate::run::{Load, Place, all};
+
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+fn main() -> ExitCode {
+    let args = Args::from_command_line();
+    match start(&args) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Whether everything that was sent was kept.
+fn start(args: &Args) -> Result<bool> {
+    let producers = 0..args.producers;
+    if let Some(path) = &args.input {
+        let input = Input::load(path, args.events)?;
+        eprintln!("{} events loaded in {:.1} s", input.len(), input.loading.as_secs_f64());
+        let histories = input.histories();
+        // A run that time or a smaller number ends early leaves some unsent.
+        let expected = args.duration.is_none().then_some(&histories);
+        return measure(args, &Load { feeds: &|| input.feeds(args.producers), expected }, Some(input.loading));
+    }
+    if args.payload > 48 {
+        return measure(args, &Load { feeds: &|| producers.clone().map(|n| Paddings::new(args, n)).collect(), expected: None }, None);
+    }
+    measure(args, &Load { feeds: &|| producers.clone().map(|n| Games::new(args, n)).collect(), expected: None }, None)
+}
+
+fn measure<E: events::Traced, F: events::Feed<E>>(args: &Args, load: &Load<'_, F>, loading: Option<std::time::Duration>) -> Result<bool> {
+    let machine = {
+        let place = Place::new(args, None)?;
+        Machine::look(&place.dir, load::core_ids().len())
+    };
+    let runs = all::<E, F>(args, load)?;
+    let summary = Summary::new(args, &machine, &runs, loading).context("no run")?;
+    print!("{}", summary.text());
+    if args.json {
+        println!("{}", summary.json());
+    }
+    Ok(summary.is_whole())
+}

@@ -1,0 +1,177 @@
+//! One whole run or several: store, warm-up, measurement, restart and replay, and the limits in between.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, Result};
+use corelane::Durability;
+
+use crate::cli::Args;
+use crate::events::{Feed, Traced};
+use crate::limit::{DiskLimit, LimitConfig, disk_limit, engine_limit};
+use crate::load::{Measured, Phase, Session, first_pair};
+use crate::verify::{ByKey, History, Replay, replay};
+
+const BATCHES: [usize; 4] = [64, 128, 256, 512];
+const CALIBRATION_EVENTS: u64 = 4_000_000;
+const DISK_BYTES_MAX: u64 = 4 << 30;
+const DISK_SECONDS_MAX: f64 = 10.0;
+
+/// One engine, from its opening to its replay, and what the machine allowed at that time.
+#[derive(Debug, Clone)]
+pub(crate) struct Run {
+    pub(crate) measured: Measured,
+    /// Events already in the store, and those of the warm-up.
+    pub(crate) earlier: u64,
+    pub(crate) replay: Option<Replay>,
+    pub(crate) limits: Option<Limits>,
+}
+
+/// What the probes found right before and after a run.
+#[derive(Debug, Clone)]
+pub(crate) struct Limits {
+    pub(crate) batch: usize,
+    pub(crate) events_per_second: f64,
+    pub(crate) disk: Option<DiskLimit>,
+    /// The engine itself with the same load, left to the system's cache.
+    pub(crate) unsynced: Option<f64>,
+}
+
+impl Run {
+    /// Events of this run that the replay found, or that retention had freed.
+    pub(crate) fn replayed(&self) -> Option<u64> {
+        self.replay.as_ref().map(|replay| (replay.events + replay.freed).saturating_sub(self.earlier))
+    }
+
+    /// Nothing lost, nothing doubled, nothing out of order.
+    pub(crate) fn is_whole(&self) -> bool {
+        let Measured { published, appended, durable, .. } = self.measured;
+        published == appended
+            && appended == durable
+            && self.replayed().is_none_or(|replayed| replayed == durable)
+            && self.replay.as_ref().is_none_or(|replay| replay.faults.is_empty())
+    }
+}
+
+/// Everything that a load needs besides its flags.
+pub(crate) struct Load<'a, F> {
+    /// Makes the feeds of one run.
+    pub(crate) feeds: &'a dyn Fn() -> Vec<F>,
+    /// What a replay must find.
+    pub(crate) expected: Option<&'a ByKey<History>>,
+}
+
+/// A folder for a store.
+#[derive(Debug)]
+pub(crate) struct Place {
+    pub(crate) dir: PathBuf,
+    remove: bool,
+}
+
+impl Place {
+    /// The folder asked for, or a fresh one under ./target. `run` tells several apart.
+    pub(crate) fn new(args: &Args, run: Option<u32>) -> Result<Self> {
+        let (dir, is_own) = match &args.data_dir {
+            Some(dir) => (run.map_or_else(|| dir.clone(), |run| dir.join(format!("run-{run}"))), false),
+            None => {
+                let parent = PathBuf::from("target");
+                fs::create_dir_all(&parent).context("creating ./target")?;
+                (tempfile::Builder::new().prefix("loadgen-").tempdir_in(parent)?.keep(), true)
+            }
+        };
+        let is_empty = fs::read_dir(&dir).map_or(true, |mut entries| entries.next().is_none());
+        fs::create_dir_all(&dir).with_context(|| format!("creating {}", dir.display()))?;
+        // What was there before is not ours to remove.
+        Ok(Self { remove: !args.keep && (is_own || is_empty), dir })
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        if self.remove
+            && let Err(error) = fs::remove_dir_all(&self.dir)
+        {
+            eprintln!("{} stays behind: {error}", self.dir.display());
+        }
+    }
+}
+
+/// As many runs as asked for, each with its limits right beside it.
+pub(crate) fn all<E: Traced, F: Feed<E>>(args: &Args, load: &Load<'_, F>) -> Result<Vec<Run>> {
+    let repeats = args.repeats();
+    let mut runs = Vec::new();
+    let mut batch = None;
+    for n in 1..=repeats {
+        if repeats > 1 {
+            eprintln!("run {n} of {repeats}");
+        }
+        let place = Place::new(args, (repeats > 1).then_some(n))?;
+        let limits = if args.limit { Some(limits(args, &place.dir, &mut batch)?) } else { None };
+        let mut run = once(args, &place.dir, load)?;
+        drop(place);
+        run.limits = limits;
+        if args.limit && args.synced() {
+            beside_a_synced_run(args, load, &mut run)?;
+        }
+        runs.push(run);
+    }
+    Ok(runs)
+}
+
+/// One run in `dir`.
+fn once<E: Traced, F: Feed<E>>(args: &Args, dir: &Path, load: &Load<'_, F>) -> Result<Run> {
+    let mut session = Session::<E, F>::open(args, dir.to_owned(), (load.feeds)())?;
+    let mut earlier = session.earlier()?;
+    let fresh = earlier == 0;
+    if args.warmup() > 0 {
+        let phase = Phase { events: Some(args.warmup()), duration: None, rate: None, name: "warm-up" };
+        earlier += session.run(&phase)?.appended;
+    }
+    let rate = (args.rate > 0).then_some(args.rate as f64);
+    let phase = Phase { events: args.events_max(), duration: args.duration, rate, name: "measuring" };
+    let measured = session.run(&phase)?;
+    session.engine.shutdown(None).context("shutting down")?;
+    drop(session);
+    let replay = if args.verifies() { Some(replay::<E>(args.config(dir.to_owned()), fresh, load.expected)?) } else { None };
+    Ok(Run { measured, earlier, replay, limits: None })
+}
+
+/// The bare loop, with the batch that suits it best on this machine.
+fn limits(args: &Args, dir: &Path, batch: &mut Option<usize>) -> Result<Limits> {
+    let config = |batch: usize, events: u64| LimitConfig { events, ring_capacity: args.ring_capacity.max(batch), batch, dir: dir.to_owned(), pin: first_pair(args) };
+    let batch = match *batch {
+        Some(batch) => batch,
+        None => {
+            let rates: Result<Vec<_>> = BATCHES.iter().map(|&batch| Ok((batch, engine_limit(&config(batch, CALIBRATION_EVENTS))?))).collect();
+            let best = rates?.into_iter().max_by(|a, b| a.1.total_cmp(&b.1)).map_or(BATCHES[0], |best| best.0);
+            *batch.insert(best)
+        }
+    };
+    let events = args.events_max().unwrap_or(20_000_000);
+    let events_per_second = engine_limit(&config(batch, events))?;
+    Ok(Limits { batch, events_per_second, disk: None, unsynced: None })
+}
+
+/// The disk with the same bytes, and the engine without its syncs.
+fn beside_a_synced_run<E: Traced, F: Feed<E>>(args: &Args, load: &Load<'_, F>, run: &mut Run) -> Result<()> {
+    let Some(limits) = &mut run.limits else { return Ok(()) };
+    let place = Place::new(&Args { data_dir: None, keep: false, ..args.clone() }, None)?;
+    limits.disk = Some(disk_limit(&place.dir, run.measured.bytes.clamp(64 << 20, DISK_BYTES_MAX), DISK_SECONDS_MAX)?);
+    let retention_bytes = args.retention_bytes.or(Some(args.segment_bytes * 2));
+    let unsynced = Args { durability: Durability::OsCache, no_verify: true, retention_bytes, ..args.clone() };
+    limits.unsynced = Some(once(&unsynced, &place.dir, load)?.measured.per_second());
+    Ok(())
+}
+
+/// The middle one; of an even number the lower.
+pub(crate) fn median(values: impl IntoIterator<Item = f64>) -> Option<f64> {
+    let mut values: Vec<f64> = values.into_iter().collect();
+    values.sort_by(f64::total_cmp);
+    values.get(values.len().saturating_sub(1) / 2).copied()
+}
+
+/// The run of median throughput.
+pub(crate) fn median_run(runs: &[Run]) -> Option<&Run> {
+    let middle = median(runs.iter().map(|run| run.measured.per_second()))?;
+    runs.iter().find(|run| run.measured.per_second() == middle)
+}

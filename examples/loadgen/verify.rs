@@ -1,0 +1,151 @@
+//! Reads a store back after a restart: every event there, once, in its key's order.
+
+use std::collections::HashMap;
+use std::hash::{BuildHasherDefault, Hasher};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result};
+use corelane::{Config, Engine, Key, ShardId};
+
+use crate::events::Traced;
+
+/// Keys are spread well enough by one multiplication.
+#[derive(Default)]
+pub(crate) struct KeyHasher(u64);
+
+impl Hasher for KeyHasher {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        for byte in bytes {
+            self.write_u64(u64::from(*byte));
+        }
+    }
+
+    fn write_u64(&mut self, key: u64) {
+        self.0 = Key::new(self.0 ^ key).hash();
+    }
+}
+
+/// What is known of each key.
+pub(crate) type ByKey<T> = HashMap<u64, T, BuildHasherDefault<KeyHasher>>;
+
+/// All events of a key, in order, in two numbers.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct History {
+    pub(crate) events: u64,
+    pub(crate) digest: u64,
+}
+
+impl History {
+    #[inline]
+    pub(crate) fn add(&mut self, trace: u64) {
+        self.events += 1;
+        self.digest = (self.digest ^ trace).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(23);
+    }
+}
+
+/// What a replay found.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Replay {
+    pub(crate) events: u64,
+    /// Events that retention had freed before the replay.
+    pub(crate) freed: u64,
+    pub(crate) keys: u64,
+    pub(crate) opening: Duration,
+    pub(crate) replaying: Duration,
+    /// What was wrong; the first few.
+    pub(crate) faults: Vec<String>,
+}
+
+const FAULTS_SHOWN: usize = 5;
+
+impl Replay {
+    fn fault(&mut self, what: impl FnOnce() -> String) {
+        if self.faults.len() < FAULTS_SHOWN {
+            self.faults.push(what());
+        }
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Seen {
+    version: u64,
+    last: u64,
+    history: History,
+}
+
+/// Opens the store anew and reads all of it. Where the store began empty (`fresh`) the events' own order is checked
+/// too, and `expected` is what every key must have, where that is known.
+pub(crate) fn replay<E: Traced>(config: Config, fresh: bool, expected: Option<&ByKey<History>>) -> Result<Replay> {
+    let began = Instant::now();
+    let engine = Engine::<E>::open(config).context("reopening the store")?;
+    let mut replay = Replay { opening: began.elapsed(), ..Replay::default() };
+    for torn in engine.recovery().shards.iter().filter_map(|shard| shard.torn_tail.as_ref()) {
+        replay.fault(|| format!("a torn tail after an orderly shutdown: {torn:?}"));
+    }
+    let began = Instant::now();
+    let mut keys = ByKey::default();
+    for shard in 0..engine.config().shards() {
+        replay_shard(&engine, ShardId(shard), fresh, &mut replay, &mut keys)?;
+    }
+    replay.replaying = began.elapsed();
+    replay.keys = keys.len() as u64;
+    if let Some(expected) = expected
+        && fresh
+    {
+        compare(expected, &keys, &mut replay);
+    }
+    engine.shutdown(None).context("closing the store again")?;
+    Ok(replay)
+}
+
+fn replay_shard<E: Traced>(engine: &Engine<E>, shard: ShardId, ordered: bool, replay: &mut Replay, keys: &mut ByKey<Seen>) -> Result<()> {
+    let mut reader = engine.reader(shard);
+    let mut next = None;
+    while let Some(record) = reader.next().context("replaying")? {
+        let meta = &record.meta;
+        let expected = *next.get_or_insert_with(|| {
+            replay.freed += meta.sequence.get();
+            meta.sequence.get()
+        });
+        if meta.sequence.get() != expected {
+            replay.fault(|| format!("shard {shard}: event {} where {expected} was due", meta.sequence));
+        }
+        next = Some(meta.sequence.get() + 1);
+        replay.events += 1;
+        let trace = E::trace(record.event);
+        // The first version of a key is 1, unless retention has freed what came before.
+        let unseen = || Seen { version: if replay.freed > 0 { meta.version.get() - 1 } else { 0 }, last: 0, history: History::default() };
+        let seen = keys.entry(meta.key.get()).or_insert_with(unseen);
+        if meta.version.get() != seen.version + 1 {
+            let was = seen.version;
+            replay.fault(|| format!("key {}: version {} after {was}", meta.key, meta.version));
+        }
+        if ordered && seen.history.events > 0 && !E::may_follow(seen.last, trace) {
+            replay.fault(|| format!("key {}: version {} is out of its producer's order", meta.key, meta.version));
+        }
+        if meta.key.shard(engine.config().shards()) != shard {
+            replay.fault(|| format!("key {} is in shard {shard}, not its own", meta.key));
+        }
+        seen.version = meta.version.get();
+        seen.last = trace;
+        seen.history.add(trace);
+    }
+    Ok(())
+}
+
+fn compare(expected: &ByKey<History>, keys: &ByKey<Seen>, replay: &mut Replay) {
+    for (key, history) in expected {
+        let found = keys.get(key).map(|seen| seen.history);
+        if found != Some(*history) {
+            let found = found.map_or(0, |found| found.events);
+            replay.fault(|| format!("key {key}: {} events were sent and {found} read back, or not the same ones in the same order", history.events));
+        }
+    }
+    if keys.len() > expected.len() {
+        replay.fault(|| format!("{} keys that nobody sent", keys.len() - expected.len()));
+    }
+}

@@ -1,0 +1,153 @@
+//! Watches a run from outside: one line a second, the series for the report, and the system's own hiccups.
+
+use std::io::IsTerminal as _;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use corelane::{Engine, Metrics, Stage};
+use hdrhistogram::Histogram;
+use indicatif::{ProgressBar, ProgressStyle};
+
+use crate::events::Traced;
+use crate::load::{Phase, difference, histogram};
+use crate::report;
+
+/// Between two looks at first, so that a short run has a curve too; one second later on.
+const LOOK_EVERY: Duration = Duration::from_millis(250);
+const QUICK_LOOKS: usize = 40;
+const LINE_EVERY: Duration = Duration::from_secs(1);
+
+/// What happened between two looks.
+#[derive(Debug, Clone)]
+pub(crate) struct Interval {
+    /// Since the start.
+    pub(crate) from: Duration,
+    pub(crate) to: Duration,
+    pub(crate) appended: u64,
+    pub(crate) bytes: u64,
+    pub(crate) synced_bytes: u64,
+    /// Accepted and not yet appended, at the end.
+    pub(crate) backlog: u64,
+    /// Since the engine was opened.
+    pub(crate) segments_begun: u64,
+    pub(crate) segments_freed: u64,
+    /// Of the stages a report shows, in the order of [`Stage::ALL`].
+    pub(crate) stages: Vec<Histogram<u64>>,
+}
+
+impl Interval {
+    pub(crate) fn per_second(&self) -> f64 {
+        self.appended as f64 / (self.to - self.from).as_secs_f64()
+    }
+
+    pub(crate) fn stage(&self, stage: Stage) -> &Histogram<u64> {
+        &self.stages[stage as usize]
+    }
+}
+
+/// The watcher of one phase.
+pub(crate) struct Watch<'a, E: Traced> {
+    engine: &'a Engine<E>,
+    last: Metrics,
+    began: Instant,
+    looked: Instant,
+    printed: Instant,
+    intervals: Vec<Interval>,
+    p99_of: Stage,
+    name: &'static str,
+    total: Option<u64>,
+    done: u64,
+    bar: Option<ProgressBar>,
+}
+
+impl<'a, E: Traced> Watch<'a, E> {
+    pub(crate) fn new(engine: &'a Engine<E>, before: Metrics, phase: &Phase) -> Self {
+        let now = Instant::now();
+        let total = match (phase.events, phase.rate, phase.duration) {
+            (Some(events), _, _) => Some(events),
+            (None, Some(rate), Some(duration)) => Some((rate * duration.as_secs_f64()) as u64),
+            _ => None,
+        };
+        let bar = std::io::stderr().is_terminal().then(|| bar(phase.name, total));
+        let p99_of = if phase.rate.is_some() { Stage::AppendedDue } else { Stage::Appended };
+        Self { engine, last: before, began: now, looked: now, printed: now, intervals: Vec::new(), p99_of, name: phase.name, total, done: 0, bar }
+    }
+
+    /// When to look again.
+    pub(crate) fn due(&self) -> Instant {
+        self.looked + if self.intervals.len() < QUICK_LOOKS { LOOK_EVERY } else { LINE_EVERY }
+    }
+
+    pub(crate) fn look(&mut self) {
+        let now = Instant::now();
+        let metrics = self.engine.metrics();
+        let interval = Interval {
+            from: self.looked - self.began,
+            to: now - self.began,
+            appended: sum(&metrics, &self.last, |shard| shard.appended),
+            bytes: sum(&metrics, &self.last, |shard| shard.appended_bytes),
+            synced_bytes: sum(&metrics, &self.last, |shard| shard.synced_bytes),
+            backlog: metrics.shards.iter().map(|shard| shard.backlog).sum(),
+            segments_begun: metrics.shards.iter().map(|shard| shard.segments_begun).sum(),
+            segments_freed: metrics.shards.iter().map(|shard| shard.segments_freed).sum(),
+            stages: Stage::ALL.iter().map(|stage| difference(metrics.histogram(*stage), self.last.histogram(*stage))).collect(),
+        };
+        self.done += interval.appended;
+        self.say(&interval, now);
+        self.intervals.push(interval);
+        self.last = metrics;
+        self.looked = now;
+    }
+
+    fn say(&mut self, interval: &Interval, now: Instant) {
+        let p99 = interval.stage(self.p99_of).value_at_quantile(0.99);
+        let text = format!("{}, backlog {}, p99 to appended {}", report::rate(interval.per_second()), interval.backlog, report::ns(p99));
+        match &self.bar {
+            Some(bar) => {
+                bar.set_position(self.done);
+                bar.set_message(text);
+            }
+            None if now - self.printed >= LINE_EVERY => {
+                self.printed = now;
+                let share = self.total.map_or(String::new(), |total| format!("{:3.0} % ", 100.0 * self.done as f64 / total as f64));
+                eprintln!("{:>5.1} s  {}  {share}{text}", interval.to.as_secs_f64(), self.name);
+            }
+            None => {}
+        }
+    }
+
+    /// What was seen.
+    pub(crate) fn finish(self) -> Vec<Interval> {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
+        self.intervals
+    }
+}
+
+fn sum(now: &Metrics, last: &Metrics, of: impl Fn(&corelane::ShardMetrics) -> u64) -> u64 {
+    let total = |metrics: &Metrics| metrics.shards.iter().map(&of).sum::<u64>();
+    total(now) - total(last)
+}
+
+fn bar(name: &'static str, total: Option<u64>) -> ProgressBar {
+    let bar = total.map_or_else(ProgressBar::no_length, ProgressBar::new);
+    let shape = if total.is_some() { "{prefix} {wide_bar} {percent:>3} %  {msg}" } else { "{prefix} {elapsed} {spinner}  {msg}" };
+    if let Ok(style) = ProgressStyle::with_template(shape) {
+        bar.set_style(style);
+    }
+    bar.set_prefix(name);
+    bar
+}
+
+/// How much later than asked the system wakes a thread that sleeps for 1 ms.
+pub(crate) fn jitter(stop: &AtomicBool) -> Histogram<u64> {
+    const SLEEP: Duration = Duration::from_millis(1);
+    let mut late = histogram();
+    while !stop.load(Ordering::Relaxed) {
+        let began = Instant::now();
+        std::thread::sleep(SLEEP);
+        late.saturating_record(began.elapsed().saturating_sub(SLEEP).as_nanos() as u64);
+    }
+    late
+}
