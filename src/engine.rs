@@ -118,9 +118,13 @@ impl<E: Event> Engine<E> {
     fn start(config: Checked, factories: &[Factory<E>], storage: std::sync::Arc<dyn Storage>) -> Result<Self, OpenError> {
         let began = Instant::now();
         let lock = lock_store(&*storage, &config)?;
-        let manifest = load_manifest::<E>(&*storage, &config)?;
+        let (manifest, is_extended) = load_manifest::<E>(&*storage, &config)?;
         let quarantine = config.dir.join("quarantine");
         let recovered = recover::<E>(&*storage, &config, &manifest, &quarantine)?;
+        if is_extended {
+            // Only now: a program whose types the log refuses leaves the manifest as it was.
+            manifest.save(&*storage, &config.dir)?;
+        }
         let duration_ns = u64::try_from(began.elapsed().as_nanos()).unwrap_or(u64::MAX);
         let recovery = RecoveryReport { shards: recovered.iter().map(|shard| shard.report.clone()).collect(), duration_ns };
 
@@ -382,15 +386,18 @@ fn lock_store(storage: &dyn Storage, config: &Checked) -> Result<Box<dyn Lock>, 
     }
 }
 
-/// The store's manifest: as it is, extended by types that are new, or written for a new store.
-fn load_manifest<E: Event>(storage: &dyn Storage, config: &Checked) -> Result<Manifest, OpenError> {
+/// The store's manifest: as it is, extended by types that are new (`true`: still to be saved), or written for a new store.
+fn load_manifest<E: Event>(storage: &dyn Storage, config: &Checked) -> Result<(Manifest, bool), OpenError> {
     let dir = &config.dir;
     let stored = Manifest::load(storage, dir)?;
     let is_new = stored.is_none();
     if is_new {
-        let names = storage.list(dir).map_err(|source| OpenError::Io { action: "listing", path: dir.clone(), source })?;
-        if names.iter().any(|name| name.starts_with("shard-")) {
-            return Err(OpenError::ForeignFile { path: dir.join(crate::log::manifest::MANIFEST), why: "there are shards, but the manifest is missing" });
+        let list = |path: &PathBuf| storage.list(path).map_err(|source| OpenError::Io { action: "listing", path: path.clone(), source });
+        for name in list(dir)?.iter().filter(|name| name.starts_with("shard-")) {
+            // Empty folders are what a crash leaves of a store that was being created.
+            if !list(&dir.join(name))?.is_empty() {
+                return Err(OpenError::ForeignFile { path: dir.join(crate::log::manifest::MANIFEST), why: "there are shards, but the manifest is missing" });
+            }
         }
     }
     let mut manifest = stored.unwrap_or(Manifest { shards: config.shards, segment_bytes: config.segment_bytes, types: Vec::new() });
@@ -409,10 +416,10 @@ fn load_manifest<E: Event>(storage: &dyn Storage, config: &Checked) -> Result<Ma
             storage.create_dir(&path).map_err(|source| OpenError::Io { action: "creating", path, source })?;
         }
     }
-    if changed || is_new {
+    if is_new {
         manifest.save(storage, dir)?;
     }
-    Ok(manifest)
+    Ok((manifest, changed && !is_new))
 }
 
 /// Recovers all shards, side by side.
@@ -515,11 +522,13 @@ impl<E: Event> Context<'_, E> {
             counters: std::sync::Arc::clone(&counters),
             work: Work::new(config.batch_max),
         };
+        let shard_signal = std::sync::Arc::clone(&door.signal);
         let syncer_parts = Syncer {
             log,
             storage: std::sync::Arc::clone(self.storage),
             requests: std::sync::Arc::clone(&syncer),
             lanes,
+            shard_signal,
             durability: config.durability,
             marks: marks_rx,
             recorder: sync_recorder,

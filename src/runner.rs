@@ -63,7 +63,9 @@ fn turn_until_closed<E: Event>(shard: &mut Shard<E>, door: &ShardDoor, requests:
             let full = std::io::Error::from(std::io::ErrorKind::StorageFull);
             return Err(FailureCause::Storage { action: "appending what was accepted", source: std::sync::Arc::new(full) });
         } else {
-            idle.step(&door.signal, None, || !shard.is_stalled() && shard.has_events());
+            idle.step(&door.signal, None, || {
+                (!shard.is_stalled() && shard.has_events()) || shard.log.failure().is_some() || requests.abandon.load(Ordering::SeqCst)
+            });
         }
     }
     finish(shard, door)

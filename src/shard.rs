@@ -145,7 +145,7 @@ impl<E: Event> Shard<E> {
 
     /// Whether a turn would find something to do. Looked at before sleeping, so it must see whatever was made visible before a wake-up.
     pub(crate) fn has_work(&self) -> bool {
-        !self.arriving.is_empty() || self.recorder.exchange_handle().is_wanted() || (!self.work.stalled && self.has_events())
+        !self.arriving.is_empty() || self.recorder.exchange_handle().is_wanted() || (!self.is_stalled() && self.has_events())
     }
 
     /// Whether events wait to be appended.
@@ -153,9 +153,10 @@ impl<E: Event> Shard<E> {
         !self.work.taken.is_empty() || !self.shared_lane.queue.is_empty() || self.lanes.iter().any(|lane| !lane.ring.is_empty())
     }
 
-    /// Whether the last turn had to leave events because no segment was ready.
+    /// Whether the last turn had to leave events because no segment was ready, and none is now. Looked at before
+    /// sleeping: the keeper may have handed one over, and notified, between the turn and the sleep.
     pub(crate) fn is_stalled(&self) -> bool {
-        self.work.stalled
+        self.work.stalled && !self.writer.segment_ready()
     }
 
     /// Takes in the lanes of new producers.

@@ -66,6 +66,40 @@ impl FaultyStorage {
         disk.locked = false;
     }
 
+    /// The disk as a power cut at this moment would leave it. The engine on this one goes on and learns nothing of it;
+    /// nothing must be being appended meanwhile.
+    #[must_use]
+    pub fn after_crash(&self, unsynced: Unsynced) -> Self {
+        let (files, durable_names) = {
+            let disk = lock(&self.0);
+            (disk.files.clone(), disk.durable_names.clone())
+        };
+        let copy = Self(Arc::new(Mutex::new(Disk { files, durable_names, ..Disk::default() })));
+        copy.crash(unsynced);
+        copy
+    }
+
+    /// Every file with its live content. Nothing must be being appended meanwhile.
+    #[must_use]
+    pub fn files(&self) -> BTreeMap<PathBuf, Vec<u8>> {
+        let content = |file: &File| match file {
+            File::Small(content) => lock(content).0.clone(),
+            File::Segment(heap) => Memory::heap(Arc::clone(heap)).read(0, heap.len()).unwrap_or_default().to_vec(),
+        };
+        lock(&self.0).files.iter().map(|(path, file)| (path.clone(), content(file))).collect()
+    }
+
+    /// A disk that holds exactly these files, all of them durable. What is called `*.seg` is a segment.
+    #[must_use]
+    pub fn with_files(files: impl IntoIterator<Item = (PathBuf, Vec<u8>)>) -> Self {
+        let file = |path: &Path, content: Vec<u8>| match path.extension() {
+            Some(extension) if extension == "seg" => File::Segment(Arc::new(Heap::new(content))),
+            _ => File::Small(Arc::new(Mutex::new((content.clone(), content)))),
+        };
+        let files: BTreeMap<_, _> = files.into_iter().map(|(path, content)| (path.clone(), file(&path, content))).collect();
+        Self(Arc::new(Mutex::new(Disk { durable_names: files.clone(), files, ..Disk::default() })))
+    }
+
     /// Makes the `n`-th sync from now (1 is the next) fail with an I/O error.
     pub fn fail_sync(&self, n: u64) {
         let mut disk = lock(&self.0);
@@ -109,7 +143,7 @@ impl File {
             Self::Segment(heap) => {
                 let live = Memory::heap(Arc::clone(heap));
                 let mut content = lock(&heap.durable).clone();
-                let live = live.read(0, content.len()).unwrap_or_default();
+                let live = if *random == 0 { &[] } else { live.read(0, content.len()).unwrap_or_default() };
                 for (sector, written) in content.chunks_mut(512).zip(live.chunks(512)) {
                     if *random != 0 {
                         *random ^= *random << 13;

@@ -128,13 +128,19 @@ impl Keeper {
     /// Prepares the next segment if none is waiting.
     fn prepare(&mut self, i: usize) -> io::Result<bool> {
         let kept = &mut self.shards[i];
-        if kept.prepared.is_full() || kept.retry_at.is_some_and(|at| Instant::now() < at) {
+        if kept.retry_at.is_some_and(|at| Instant::now() < at) {
             return Ok(false);
         }
         kept.retry_at = None;
+        if kept.prepared.is_full() {
+            return Ok(false);
+        }
         let index = kept.next_index;
         let path = kept.log.segment_path(index);
-        let memory = match kept.spares.pop() {
+        // A leftover that has the name already comes first: another one renamed to that name would replace it, and
+        // the name would then stand twice, once for the segment being written and once for a spare.
+        let at = kept.spares.iter().position(|(spare, _)| *spare == path).or(kept.spares.len().checked_sub(1));
+        let memory = match at.map(|at| kept.spares.remove(at)) {
             Some((spare, memory)) => {
                 let memory = match memory {
                     Some(memory) => memory,
@@ -162,9 +168,12 @@ impl Keeper {
                 memory
             }
         };
-        self.storage.sync_dir(&kept.log.dir)?;
         let span = Span { last: index, ..kept.span };
-        span.save(&*self.storage, &kept.log.dir)?;
+        if let Err(error) = self.storage.sync_dir(&kept.log.dir).and_then(|()| span.save(&*self.storage, &kept.log.dir)) {
+            // The next attempt goes on with this file: on a full disk there may be no space for another.
+            kept.spares.push((path, Some(memory)));
+            return Err(error);
+        }
         kept.span = span;
         if self.durability != Durability::GroupCommit
             && let Err(error) = memory.advise_huge()

@@ -255,6 +255,10 @@ impl Heap {
         Self { base, layout, durable: crate::sync::Mutex::new(content) }
     }
 
+    pub(crate) fn len(&self) -> usize {
+        self.layout.size()
+    }
+
     /// Makes exactly `range` of the live content durable. The caller syncs only committed bytes.
     pub(crate) fn sync(&self, range: Range<usize>) {
         let end = range.end.min(self.layout.size());

@@ -100,6 +100,8 @@ struct Scan {
     durable: u64,
     keys: KeyTable,
     events: u64,
+    /// Where the last event ends.
+    events_end: u64,
 }
 
 /// Where a segment's records end.
@@ -108,17 +110,27 @@ struct End {
     damaged: Option<&'static str>,
 }
 
+impl End {
+    /// Why the log does not go on from here into the segment with header `next`, if so.
+    fn breaks_before(&self, next: &SegmentHeader, scan: &Scan) -> Option<&'static str> {
+        self.damaged.or((next.first_sequence != scan.sequence).then_some("the next segment's first sequence does not follow"))
+    }
+}
+
 impl Opening<'_> {
     pub(crate) fn recover(&self) -> Result<Recovered, OpenError> {
         let mut names = self.names()?;
         let span = match Span::load(self.storage, self.dir)? {
             Some(span) => Some(span),
-            None if names.segments.is_empty() => None,
+            // Before the span is written for the first time, the first segment may have been prepared.
+            None if self.all_blank(&names.segments)? => None,
             None => return Err(OpenError::ForeignFile { path: self.dir.join(crate::log::manifest::SPAN), why: "there are segments, but the file that says which is missing" }),
         };
-        let mut scan = Scan { sequence: 0, durable: 0, keys: KeyTable::new(self.keys_expected), events: 0 };
+        let mut scan = Scan { sequence: 0, durable: 0, keys: KeyTable::new(self.keys_expected), events: 0, events_end: 0 };
         let Some(span) = span else {
-            return Ok(self.blank(names.spares, scan.keys));
+            let mut blank = self.blank(names.spares, scan.keys, Span { first: 0, last: 0 });
+            blank.unused = names.segments.iter().map(|&index| self.path(index)).collect();
+            return Ok(blank);
         };
         // Surplus: freed before a crash, or prepared and not yet in the span. Written again, never read.
         let (held, surplus): (Vec<u64>, Vec<u64>) = names.segments.iter().partition(|&&index| (span.first..=span.last).contains(&index));
@@ -126,58 +138,94 @@ impl Opening<'_> {
         if let Some(missing) = (span.first..=span.last).zip(held.iter().copied().chain(std::iter::repeat(u64::MAX))).find(|(want, have)| want != have) {
             return Err(self.corruption(missing.0, 0, "a segment is missing").into());
         }
+        let mut opened = Vec::new();
+        for index in span.first..=span.last {
+            let memory = self.open(index)?;
+            let header = self.header(index, &memory)?;
+            opened.push((index, memory, header));
+        }
 
         let mut segments = VecDeque::new();
         let mut tail: Option<(Segment, End)> = None;
-        for index in span.first..=span.last {
-            let memory = self.open(index)?;
-            let header = match self.header(index, &memory)? {
-                Some(header) => header,
-                None => {
-                    unused.push(self.path(index));
-                    continue;
-                }
+        let mut blank = None;
+        // Segments behind the place where the log stops holding.
+        let mut beyond: Vec<(u64, Memory, u32)> = Vec::new();
+        let mut stop = None;
+        for (index, memory, header) in opened {
+            let Some(header) = header else {
+                blank.get_or_insert(index);
+                unused.push(self.path(index));
+                continue;
             };
-            if let Some(blank) = unused.iter().find(|path| **path != self.path(index) && segment_index_of(path).is_some_and(|i| (span.first..index).contains(&i))) {
-                let blank = segment_index_of(blank).unwrap_or(index);
-                return Err(self.corruption(blank, 0, "a blank segment lies before one in use").into());
+            stop = stop.or_else(|| match (blank, &tail) {
+                (Some(blank), _) => Some((blank, 0, "a blank segment lies before one in use")),
+                (None, Some((before, end))) => end.breaks_before(&header, &scan).map(|why| (before.index, end.at, why)),
+                (None, None) => None,
+            });
+            if stop.is_some() {
+                beyond.push((index, memory, header.salt));
+                continue;
             }
-            if let Some((before, end)) = tail.take() {
-                self.check_sealed(&before, &end, &header, &scan)?;
-                segments.push_back(before);
-            } else {
-                scan.sequence = header.first_sequence;
+            match tail.take() {
+                Some((before, _)) => segments.push_back(before),
+                None => scan.sequence = header.first_sequence,
             }
             let end = self.scan(index, &memory, header.salt, &mut scan)?;
             tail = Some((Segment { index, first_sequence: header.first_sequence, salt: header.salt, memory: std::sync::Arc::new(memory) }, end));
         }
+        let mut lost = Vec::new();
+        for (index, memory, salt) in &beyond {
+            let whole = memory.read(0, memory.len()).unwrap_or_default();
+            let found = self.later_records(whole, HEADER_BYTES, *salt);
+            scan.durable = scan.durable.max(found.durable);
+            lost.extend_from_slice(&whole[..found.end]);
+            unused.push(self.path(*index));
+        }
+        if let Some((index, at, why)) = stop
+            && scan.durable > index * self.manifest.segment_bytes + at as u64
+        {
+            return Err(self.corruption(index, at, why).into());
+        }
 
         let Some((last, end)) = tail else {
-            let mut blank = self.blank(std::mem::take(&mut names.spares), scan.keys);
-            blank.unused = unused;
-            blank.span = span;
-            blank.resume.next_index = span.first;
-            return Ok(blank);
+            let mut recovered = self.blank(std::mem::take(&mut names.spares), scan.keys, span);
+            if let Some((index, _, why)) = stop {
+                recovered.report.torn_tail = Some(self.quarantine(Offset(index * self.manifest.segment_bytes), &lost, why)?);
+                self.blank_segments(beyond)?;
+            }
+            recovered.unused = unused;
+            return Ok(recovered);
         };
         let Segment { index, first_sequence, salt, memory } = last;
-        let (at, torn) = self.settle_tail(index, salt, &memory, &end, &scan)?;
-        let torn_tail = torn.map(|(until, why)| self.quarantine(index, &memory, at..until, why).map(|tail| (until, tail))).transpose()?;
+        let (at, mut torn) = self.settle_tail(index, salt, &memory, &end, &scan)?;
+        if let (None, Some((_, _, why))) = (&torn, stop) {
+            torn = Some((at, why));
+        }
+        let mut torn_tail = None;
+        if let Some((until, why)) = torn {
+            let mut bytes = memory.read(at, until - at).unwrap_or_default().to_vec();
+            bytes.append(&mut lost);
+            torn_tail = Some(self.quarantine(Offset(index * self.manifest.segment_bytes + at as u64), &bytes, why)?);
+        }
+        // From the back, so that a crash in between leaves a log that is torn in the same place.
+        self.blank_segments(beyond)?;
         let memory = std::sync::Arc::try_unwrap(memory).expect("recovery alone holds the segment");
         let mut half = WriteHalf::new(memory, at);
-        if let Some((until, _)) = torn_tail {
+        if let Some((until, _)) = torn {
             // Blanked, so that it can never be taken for part of a later log.
             half.tail()[..until - at].fill(0);
             self.storage.sync(half.memory(), at..until).map_err(|source| OpenError::Io { action: "cutting", path: self.path(index), source })?;
         }
-        let torn_tail = torn_tail.map(|(_, tail)| tail);
         let last = Segment { index, first_sequence, salt, memory: std::sync::Arc::clone(half.memory()) };
         segments.push_back(last.clone());
         let end = Offset(index * self.manifest.segment_bytes + at as u64);
+        // Marks alone behind the last event need not be marked again.
+        let marked = if scan.durable >= scan.events_end && torn_tail.is_none() { end.0 } else { scan.durable };
         let report = ShardRecovery { shard: self.shard, events: scan.events, segments: segments.len(), keys: scan.keys.len(), end, torn_tail };
         Ok(Recovered {
             report,
             segments,
-            resume: Resume { segment: Some((last, half)), next_index: index + 1, sequence: scan.sequence },
+            resume: Resume { segment: Some((last, half)), next_index: index + 1, sequence: scan.sequence, marked },
             keys: scan.keys,
             span,
             unused,
@@ -185,15 +233,25 @@ impl Opening<'_> {
         })
     }
 
+    /// Blanks the headers of segments that are not part of the log, the last one first.
+    fn blank_segments(&self, segments: Vec<(u64, Memory, u32)>) -> Result<(), OpenError> {
+        for (index, memory, _) in segments.into_iter().rev() {
+            let mut half = WriteHalf::new(memory, 0);
+            half.tail()[..HEADER_BYTES].fill(0);
+            self.storage.sync(half.memory(), 0..HEADER_BYTES).map_err(|source| OpenError::Io { action: "cutting", path: self.path(index), source })?;
+        }
+        Ok(())
+    }
+
     /// A log without records.
-    fn blank(&self, spares: Vec<PathBuf>, keys: KeyTable) -> Recovered {
+    fn blank(&self, spares: Vec<PathBuf>, keys: KeyTable, span: Span) -> Recovered {
         let report = ShardRecovery { shard: self.shard, events: 0, segments: 0, keys: 0, end: Offset(HEADER_BYTES as u64), torn_tail: None };
         Recovered {
             report,
             segments: VecDeque::new(),
-            resume: Resume { segment: None, next_index: 0, sequence: 0 },
+            resume: Resume { segment: None, next_index: span.first, sequence: 0, marked: 0 },
             keys,
-            span: Span { first: 0, last: 0 },
+            span,
             unused: Vec::new(),
             spares,
         }
@@ -213,6 +271,16 @@ impl Opening<'_> {
         Ok(names)
     }
 
+    /// Whether none of these segments was ever begun.
+    fn all_blank(&self, indices: &[u64]) -> Result<bool, OpenError> {
+        for &index in indices {
+            if self.header(index, &self.open(index)?)?.is_some() {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
     fn path(&self, index: u64) -> PathBuf {
         self.dir.join(crate::log::manifest::segment_name(index))
     }
@@ -221,7 +289,10 @@ impl Opening<'_> {
     /// only, and what recovery builds on must not vanish later.
     fn open(&self, index: u64) -> Result<Memory, OpenError> {
         let io = |action| move |source| OpenError::Io { action, path: self.path(index), source };
-        let memory = self.storage.open_segment(&self.path(index), true).map_err(io("opening"))?;
+        let memory = match self.storage.open_segment(&self.path(index), true) {
+            Err(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => return Err(self.corruption(index, 0, "the segment is empty").into()),
+            opened => opened.map_err(io("opening"))?,
+        };
         self.storage.sync(&memory, 0..memory.len()).map_err(io("syncing"))?;
         if memory.len() as u64 != self.manifest.segment_bytes {
             return Err(self.corruption(index, memory.len(), "the segment is not as long as the manifest says").into());
@@ -290,23 +361,15 @@ impl Opening<'_> {
                 scan.events += 1;
             }
             at += padded(len);
+            if header.event_type != MARK {
+                scan.events_end = base + at as u64;
+            }
         };
         for i in seen.saturating_sub(LOOK_AHEAD)..seen {
             let (key, version, offset) = ahead[i % LOOK_AHEAD];
             scan.keys.entry(key, key.hash()).set(version, offset);
         }
         Ok(end)
-    }
-
-    /// A segment that has a successor must end cleanly, and the successor must go on where it ended.
-    fn check_sealed(&self, segment: &Segment, end: &End, next: &SegmentHeader, scan: &Scan) -> Result<(), OpenError> {
-        if let Some(why) = end.damaged {
-            return Err(self.corruption(segment.index, end.at, why).into());
-        }
-        if next.first_sequence != scan.sequence {
-            return Err(self.corruption(segment.index, end.at, "the next segment's first sequence does not follow").into());
-        }
-        Ok(())
     }
 
     /// Decides what the end of the last segment is. Returns where to go on writing and, for a torn tail, up
@@ -353,9 +416,7 @@ impl Opening<'_> {
         found
     }
 
-    fn quarantine(&self, index: u64, memory: &Memory, range: std::ops::Range<usize>, why: &'static str) -> Result<TornTail, OpenError> {
-        let offset = Offset(index * self.manifest.segment_bytes + range.start as u64);
-        let bytes = memory.read(range.start, range.len()).unwrap_or_default();
+    fn quarantine(&self, offset: Offset, bytes: &[u8], why: &'static str) -> Result<TornTail, OpenError> {
         let name = format!("shard-{:04}-offset-{offset}.torn", self.shard.0);
         let path = self.quarantine.join(&name);
         self.storage
@@ -378,10 +439,6 @@ const LOOK_AHEAD: usize = 16;
 struct Names {
     segments: Vec<u64>,
     spares: Vec<PathBuf>,
-}
-
-fn segment_index_of(path: &Path) -> Option<u64> {
-    path.file_name().and_then(|name| name.to_str()).and_then(segment_index)
 }
 
 struct Beyond {

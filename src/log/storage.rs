@@ -22,7 +22,7 @@ impl Lock for FileLock {}
 
 /// The file system under a store.
 pub(crate) trait Storage: Debug + Send + Sync {
-    /// Creates a folder and its parents; fine if it exists.
+    /// Creates a folder and its parents, durably; fine if it exists.
     fn create_dir(&self, dir: &Path) -> io::Result<()>;
     /// The names in a folder, sorted.
     fn list(&self, dir: &Path) -> io::Result<Vec<String>>;
@@ -54,7 +54,20 @@ pub(crate) struct Files;
 
 impl Storage for Files {
     fn create_dir(&self, dir: &Path) -> io::Result<()> {
-        fs::create_dir_all(dir)
+        if dir.is_dir() {
+            return Ok(());
+        }
+        let parent = match dir.parent() {
+            Some(parent) if parent.as_os_str().is_empty() => Path::new("."),
+            Some(parent) => parent,
+            None => return fs::create_dir(dir),
+        };
+        self.create_dir(parent)?;
+        match fs::create_dir(dir) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists && dir.is_dir() => Ok(()),
+            Err(error) => Err(error),
+            Ok(()) => self.sync_dir(parent),
+        }
     }
 
     fn list(&self, dir: &Path) -> io::Result<Vec<String>> {
@@ -108,6 +121,9 @@ impl Storage for Files {
     fn open_segment(&self, path: &Path, writable: bool) -> io::Result<Memory> {
         let file = OpenOptions::new().read(true).write(writable).open(path)?;
         let bytes = file.metadata()?.len();
+        if bytes == 0 {
+            return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the file is empty"));
+        }
         if writable {
             // A copied or restored file may have holes; storing into one could be a SIGBUS on a full disk.
             rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, bytes)?;

@@ -54,6 +54,8 @@ pub(crate) struct Syncer {
     pub(crate) storage: std::sync::Arc<dyn Storage>,
     pub(crate) requests: std::sync::Arc<SyncRequests>,
     pub(crate) lanes: std::sync::Arc<LaneRegistry>,
+    /// Wakes the shard, which closes its lanes when a sync failed.
+    pub(crate) shard_signal: std::sync::Arc<Signal>,
     pub(crate) durability: Durability,
     pub(crate) marks: rtrb::Consumer<SyncMark>,
     pub(crate) recorder: Recorder,
@@ -99,6 +101,7 @@ impl Syncer {
                 });
             }
         }
+        self.shard_signal.notify();
         self.lanes.wake_all();
     }
 

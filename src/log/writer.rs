@@ -41,6 +41,8 @@ pub(crate) struct Resume {
     pub(crate) segment: Option<(Segment, WriteHalf)>,
     pub(crate) next_index: u64,
     pub(crate) sequence: u64,
+    /// Up to where the log's own marks say it is durable.
+    pub(crate) marked: u64,
 }
 
 /// The one writer of a shard's log.
@@ -156,7 +158,6 @@ const MARK_EVERY_NS: u64 = 1_000_000;
 
 impl Writer {
     pub(crate) fn new(log: Arc<ShardLog>, prepared: std::sync::Arc<PreparedQueue>, resume: Resume, schema: u32, event_bytes_max: usize) -> Self {
-        let marked = log.durable.get();
         let current = resume.segment.map(|(segment, half)| Current { half, base: segment.index * log.segment_bytes, salt: segment.salt });
         Self {
             log,
@@ -167,7 +168,7 @@ impl Writer {
             schema,
             event_bytes_max,
             scratch: Scratch::new(4 * event_bytes_max.max(1024)),
-            marked,
+            marked: resume.marked,
             marked_at: 0,
             rolled: false,
         }
@@ -248,8 +249,8 @@ impl Writer {
     #[cold]
     pub(crate) fn mark_now(&mut self, time: Time) -> bool {
         let durable = self.log.durable.get();
-        let room = self.current.as_mut().map_or(0, |current| current.half.tail().len());
-        if room < RECORD_HEADER_BYTES || durable <= self.marked {
+        let room = self.current.as_mut().map(|current| current.half.tail().len());
+        if durable <= self.marked || room.is_none_or(|room| room < RECORD_HEADER_BYTES && self.roll(time).is_err()) {
             return false;
         }
         let header = RecordHeader {
@@ -278,6 +279,11 @@ impl Writer {
         self.log.sequence.publish(self.sequence);
         self.log.appended.publish(end);
         end
+    }
+
+    /// Whether the keeper has handed over the next segment.
+    pub(crate) fn segment_ready(&self) -> bool {
+        !self.prepared.is_empty()
     }
 
     /// Whether a segment was begun since this was last asked.
