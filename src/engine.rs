@@ -25,12 +25,10 @@ use crate::producer::{LaneRegistry, LaneShared, Producer, ShardDoor, block_until
 use crate::runner::{RunnerRequests, assign_cores, run};
 use crate::shard::{LaneEnd, Shard, Work};
 use crate::shared::{SharedLane, SharedProducer};
-use crate::sync::{Arc, AtomicBool, Mutex, Ordering, Signal, lock, thread};
+use crate::sync::{Arc, Arrivals, AtomicBool, Mutex, Ordering, Signal, lock, thread};
 
 /// Slots for runs of events between a shard and its syncer.
 const SYNC_MARKS: usize = 1 << 16;
-/// New lanes a shard has not yet adopted.
-const ARRIVING: usize = 64;
 
 /// One store, open and running: the shards' threads, their syncers, and the keeper.
 ///
@@ -51,7 +49,7 @@ pub struct Engine<E: Event> {
 /// What the engine keeps of a running shard.
 struct Handle<E> {
     door: std::sync::Arc<ShardDoor>,
-    arriving: std::sync::Arc<ArrayQueue<LaneEnd<E>>>,
+    arriving: std::sync::Arc<Arrivals<LaneEnd<E>>>,
     syncer: std::sync::Arc<SyncRequests>,
     counters: std::sync::Arc<Counters>,
     exchanges: [std::sync::Arc<Exchange>; 2],
@@ -197,20 +195,9 @@ impl<E: Event> Engine<E> {
             let (tx, ring) = rtrb::RingBuffer::new(self.config.ring_capacity);
             let shared = Arc::new(LaneShared::new(Arc::clone(&shard.door.log), self.config.durability));
             shard.door.lanes.register(&shared);
-            let mut end = LaneEnd { ring, shared: Arc::clone(&shared), appended: 0 };
-            // A shard that has ended adopts nothing; its gate must not let anyone in.
-            while let Err(back) = shard.arriving.push(end) {
-                if shard.door.closing.load(Ordering::SeqCst) || shard.door.log.failure().is_some() {
-                    shared.gate.close();
-                    break;
-                }
-                end = back;
-                shard.door.signal.notify();
-                thread::yield_now();
-            }
-            // SeqCst: pairs with the stores before the shard's last look at arriving lanes.
-            if shard.door.closing.load(Ordering::SeqCst) || shard.door.log.failure().is_some() {
-                shared.gate.close();
+            if let Err(end) = shard.arriving.push(LaneEnd { ring, shared: Arc::clone(&shared), appended: 0 }) {
+                // The shard has ended: nobody may be let in.
+                end.shared.gate.close();
             }
             shard.door.signal.notify();
             (tx, shared, std::sync::Arc::clone(&shard.door))
@@ -479,7 +466,7 @@ impl<E: Event> Context<'_, E> {
         let shared_end = Arc::new(LaneShared::new(Arc::clone(&log), config.durability));
         lanes.register(&shared_end);
         let shared = std::sync::Arc::new(SharedLane { queue: ArrayQueue::new(config.ring_capacity), shared: shared_end, door: std::sync::Arc::clone(&door) });
-        let arriving = std::sync::Arc::new(ArrayQueue::new(ARRIVING));
+        let arriving = std::sync::Arc::new(Arrivals::new());
         let syncer = std::sync::Arc::new(SyncRequests::new());
         let counters = std::sync::Arc::new(Counters::default());
         let prepared = std::sync::Arc::new(ArrayQueue::new(1));

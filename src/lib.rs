@@ -2,36 +2,54 @@
 //!
 //! The hot path of a server, as a library: every event of every user goes through it, is ordered per
 //! user, kept durably and handed on, at millions of events per second per core and with nothing lost.
-#![cfg_attr(loom, allow(dead_code, unused_imports, reason = "loom models the protocols, not the engine"))]
+#![cfg_attr(loom, allow(dead_code, unused_imports, reason = "loom builds the protocols without their users"))]
 
-mod clock;
+// Under `--cfg loom` only the protocols between threads are built, for their models.
 mod config;
-mod engine;
-pub mod envelope;
 mod error;
 mod event;
-mod handler;
-mod keys;
-mod log;
-mod metrics;
-mod producer;
-mod ring;
-mod runner;
-mod shard;
-mod shared;
 mod sync;
+
+#[cfg(not(loom))]
+mod clock;
+#[cfg(not(loom))]
+mod engine;
+#[cfg(not(loom))]
+pub mod envelope;
+#[cfg(not(loom))]
+mod handler;
+#[cfg(not(loom))]
+mod keys;
+#[cfg(not(loom))]
+mod log;
+#[cfg(not(loom))]
+mod metrics;
+#[cfg(not(loom))]
+mod producer;
+#[cfg(not(loom))]
+mod ring;
+#[cfg(not(loom))]
+mod runner;
+#[cfg(not(loom))]
+mod shard;
+#[cfg(not(loom))]
+mod shared;
+#[cfg(not(loom))]
 pub mod testing;
 
 pub use config::{Checked, Config, Durability, Pin, Retention, Wait};
-pub use engine::{Builder, Engine};
 pub use error::{ConfigError, Corruption, FailureCause, OpenError, ReadError, Rejected, RejectedReason, ShardFailure, WaitError};
 pub use event::{
     Correlation, Encode, Event, EventId, EventType, EventTypeId, Key, Meta, Offset, Scratch, Sequence, ShardId, Time, Version, deserialize,
 };
-pub use handler::{BatchEnd, Handler, HandlerError, OnError};
-pub use log::reader::{Reader, Record};
-pub use log::recovery::{RecoveryReport, ShardRecovery, TornTail};
-pub use log::scan;
-pub use metrics::{Metrics, ShardMetrics, Stage, write_hgrm, write_hlog};
-pub use producer::{BatchRejected, Pending, Producer, Receipt};
-pub use shared::{SharedProducer, SharedReceipt};
+#[cfg(not(loom))]
+pub use {
+    engine::{Builder, Engine},
+    handler::{BatchEnd, Handler, HandlerError, OnError},
+    log::reader::{Reader, Record},
+    log::recovery::{RecoveryReport, ShardRecovery, TornTail},
+    log::scan,
+    metrics::{Metrics, ShardMetrics, Stage, write_hgrm, write_hlog},
+    producer::{BatchRejected, Pending, Producer, Receipt},
+    shared::{SharedProducer, SharedReceipt},
+};

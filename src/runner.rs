@@ -90,7 +90,7 @@ fn finish<E: Event>(shard: &mut Shard<E>, door: &ShardDoor) -> Result<(), Failur
 
 /// Lets nobody publish any more, and waits for those who are about to.
 fn close_gates<E: Event>(shard: &mut Shard<E>) {
-    shard.adopt();
+    shard.lanes.extend(shard.arriving.close());
     let gates = || shard.lanes.iter().map(|lane| &lane.shared).chain([&shard.shared_lane.shared]);
     gates().for_each(|lane| lane.gate.close());
     for lane in gates() {

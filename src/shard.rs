@@ -7,8 +7,6 @@ use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 
-use crossbeam::queue::ArrayQueue;
-
 use crate::clock::{Clock, Nanos};
 use crate::error::FailureCause;
 use crate::event::{Event, Meta, Offset, Sequence, ShardId, Version};
@@ -24,7 +22,7 @@ use crate::metrics::{Counters, Recorder, Stage};
 use crate::producer::LaneShared;
 use crate::ring::Slot;
 use crate::shared::{SharedLane, SharedSlot};
-use crate::sync::{Arc, Ordering};
+use crate::sync::{Arc, Arrivals, Ordering};
 
 /// The shard's end of a producer's lane.
 #[derive(Debug)]
@@ -40,7 +38,7 @@ pub(crate) struct Shard<E: Event> {
     pub(crate) clock: Clock,
     pub(crate) batch_max: usize,
     /// Lanes of new producers, to be adopted.
-    pub(crate) arriving: std::sync::Arc<ArrayQueue<LaneEnd<E>>>,
+    pub(crate) arriving: std::sync::Arc<Arrivals<LaneEnd<E>>>,
     pub(crate) lanes: Vec<LaneEnd<E>>,
     pub(crate) shared_lane: std::sync::Arc<SharedLane<E>>,
     pub(crate) keys: KeyTable,
@@ -160,9 +158,9 @@ impl<E: Event> Shard<E> {
     }
 
     /// Takes in the lanes of new producers.
-    pub(crate) fn adopt(&mut self) {
-        while let Some(lane) = self.arriving.pop() {
-            self.lanes.push(lane);
+    fn adopt(&mut self) {
+        if !self.arriving.is_empty() {
+            self.lanes.extend(self.arriving.take());
         }
     }
 

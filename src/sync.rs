@@ -205,11 +205,12 @@ impl Idle {
 
 /// Counts who is publishing right now, so that a shard can close and still append whatever was
 /// accepted: close first, wait until nobody is inside, then drain for the last time.
+///
+/// Closedness and count are one word, so that entering and closing have one order.
 #[derive(Debug)]
-pub(crate) struct Gate {
-    closed: AtomicBool,
-    inside: CachePadded<AtomicU32>,
-}
+pub(crate) struct Gate(CachePadded<AtomicU32>);
+
+const CLOSED: u32 = 1 << 31;
 
 /// Somebody is inside the gate.
 #[derive(Debug)]
@@ -217,32 +218,30 @@ pub(crate) struct Inside<'a>(&'a Gate);
 
 impl Gate {
     pub(crate) fn new() -> Self {
-        Self { closed: AtomicBool::new(false), inside: CachePadded::new(AtomicU32::new(0)) }
+        Self(CachePadded::new(AtomicU32::new(0)))
     }
 
     /// `None` once the gate is closed.
     #[inline]
     pub(crate) fn enter(&self) -> Option<Inside<'_>> {
-        // SeqCst: ordered before the load below, against the store and the load in `close`.
-        self.inside.fetch_add(1, Ordering::SeqCst);
+        let before = self.0.fetch_add(1, Ordering::AcqRel);
         let inside = Inside(self);
-        // SeqCst: pairs with the store in `close`: either we see it closed or `close` sees us inside.
-        if self.closed.load(Ordering::SeqCst) { None } else { Some(inside) }
+        if before & CLOSED == 0 { Some(inside) } else { None }
     }
 
     /// Lets nobody in from now on.
     pub(crate) fn close(&self) {
-        self.closed.store(true, Ordering::SeqCst);
+        self.0.fetch_or(CLOSED, Ordering::AcqRel);
     }
 
     pub(crate) fn is_closed(&self) -> bool {
-        self.closed.load(Ordering::SeqCst)
+        self.0.load(Ordering::Acquire) & CLOSED != 0
     }
 
     /// After `close`: whether everything that was accepted is visible.
     pub(crate) fn is_empty(&self) -> bool {
-        // Pairs with the Release in `Inside::drop`.
-        self.inside.load(Ordering::SeqCst) == 0
+        // Acquire: pairs with the Release in `Inside::drop`.
+        self.0.load(Ordering::Acquire) & !CLOSED == 0
     }
 }
 
@@ -250,7 +249,53 @@ impl Drop for Inside<'_> {
     #[inline]
     fn drop(&mut self) {
         // Release: what was pushed inside is visible to who sees the count at 0.
-        self.0.inside.fetch_sub(1, Ordering::Release);
+        self.0.0.fetch_sub(1, Ordering::Release);
+    }
+}
+
+/// Where things are left for one thread to take in, until it closes.
+#[derive(Debug)]
+pub(crate) struct Arrivals<T> {
+    any: AtomicBool,
+    /// `None` once closed.
+    list: Mutex<Option<Vec<T>>>,
+}
+
+impl<T> Arrivals<T> {
+    pub(crate) fn new() -> Self {
+        Self { any: AtomicBool::new(false), list: Mutex::new(Some(Vec::new())) }
+    }
+
+    /// Leaves `item`, or returns it when closed. The caller wakes the taker afterwards.
+    pub(crate) fn push(&self, item: T) -> Result<(), T> {
+        match &mut *lock(&self.list) {
+            Some(list) => {
+                list.push(item);
+                // Release: pairs with the Acquire in `is_empty`.
+                self.any.store(true, Ordering::Release);
+                Ok(())
+            }
+            None => Err(item),
+        }
+    }
+
+    #[inline]
+    pub(crate) fn is_empty(&self) -> bool {
+        !self.any.load(Ordering::Acquire)
+    }
+
+    /// Takes what has arrived.
+    pub(crate) fn take(&self) -> Vec<T> {
+        let mut list = lock(&self.list);
+        self.any.store(false, Ordering::Release);
+        list.as_mut().map(std::mem::take).unwrap_or_default()
+    }
+
+    /// Takes what has arrived, and lets nothing more arrive.
+    pub(crate) fn close(&self) -> Vec<T> {
+        let mut list = lock(&self.list);
+        self.any.store(false, Ordering::Release);
+        list.take().unwrap_or_default()
     }
 }
 
@@ -376,6 +421,26 @@ mod models {
             }
             let drained = shared.1.load(Ordering::Relaxed);
             assert_eq!(drained, producer.join().unwrap(), "accepted == drained");
+        });
+    }
+
+    /// A lane that is registered while the shard closes is closed by one of the two, and never both adopted and forgotten.
+    #[test]
+    fn loom_a_lane_registered_while_closing_is_closed_by_somebody() {
+        loom::model(|| {
+            let arrivals = Arc::new(Arrivals::<Arc<Gate>>::new());
+            let lane = Arc::new(Gate::new());
+            let (other, registered) = (Arc::clone(&arrivals), Arc::clone(&lane));
+            let registrar = thread::spawn(move || {
+                if let Err(lane) = other.push(registered) {
+                    lane.close();
+                }
+            });
+            let mut adopted = if arrivals.is_empty() { Vec::new() } else { arrivals.take() };
+            adopted.extend(arrivals.close());
+            adopted.iter().for_each(|lane| lane.close());
+            registrar.join().unwrap();
+            assert!(lane.is_closed(), "nobody closed the lane");
         });
     }
 
