@@ -112,17 +112,6 @@ impl<E: Traced, F: Feed<E>> Session<E, F> {
         Ok(Self { engine, senders, batch, crowded: crowded(args), synced: args.synced() })
     }
 
-    /// Events ever appended to this store, freed ones included.
-    pub(crate) fn earlier(&self) -> Result<u64> {
-        let mut earlier = 0;
-        for recovered in &self.engine.recovery().shards {
-            let mut reader = self.engine.reader(recovered.shard);
-            let first = reader.next().context("reading the first event")?.map_or(0, |record| record.meta.sequence.get());
-            earlier += first + recovered.events;
-        }
-        Ok(earlier)
-    }
-
     /// Sends, waits until everything is appended and durable, and says what was measured.
     pub(crate) fn run(&mut self, phase: &Phase) -> Result<Measured> {
         let before = self.engine.metrics();

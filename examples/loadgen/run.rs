@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
-use corelane::Durability;
+use corelane::{Durability, Engine};
 
 use crate::cli::Args;
 use crate::events::{Feed, Traced};
@@ -66,6 +66,8 @@ pub(crate) struct Load<'a, F> {
 pub(crate) struct Place {
     pub(crate) dir: PathBuf,
     remove: bool,
+    /// The folder made to hold several.
+    parent: Option<PathBuf>,
 }
 
 impl Place {
@@ -79,10 +81,11 @@ impl Place {
                 (tempfile::Builder::new().prefix("loadgen-").tempdir_in(parent)?.keep(), true)
             }
         };
-        let is_empty = fs::read_dir(&dir).map_or(true, |mut entries| entries.next().is_none());
-        fs::create_dir_all(&dir).with_context(|| format!("creating {}", dir.display()))?;
         // What was there before is not ours to remove.
-        Ok(Self { remove: !args.keep && (is_own || is_empty), dir })
+        let remove = !args.keep && (is_own || is_empty(&dir));
+        let parent = args.data_dir.clone().filter(|parent| remove && run.is_some() && is_empty(parent));
+        fs::create_dir_all(&dir).with_context(|| format!("creating {}", dir.display()))?;
+        Ok(Self { dir, remove, parent })
     }
 }
 
@@ -92,6 +95,11 @@ impl Drop for Place {
             && let Err(error) = fs::remove_dir_all(&self.dir)
         {
             eprintln!("{} stays behind: {error}", self.dir.display());
+        }
+        if let Some(parent) = &self.parent
+            && let Err(error) = fs::remove_dir(parent)
+        {
+            eprintln!("{} stays behind: {error}", parent.display());
         }
     }
 }
@@ -120,9 +128,9 @@ pub(crate) fn all<E: Traced, F: Feed<E>>(args: &Args, load: &Load<'_, F>) -> Res
 
 /// One run in `dir`.
 fn once<E: Traced, F: Feed<E>>(args: &Args, dir: &Path, load: &Load<'_, F>) -> Result<Run> {
-    let mut session = Session::<E, F>::open(args, dir.to_owned(), (load.feeds)())?;
-    let mut earlier = session.earlier()?;
+    let mut earlier = events_before::<E>(args, dir)?;
     let fresh = earlier == 0;
+    let mut session = Session::<E, F>::open(args, dir.to_owned(), (load.feeds)())?;
     if args.warmup() > 0 {
         let phase = Phase { events: Some(args.warmup()), duration: None, rate: None, name: "warm-up" };
         earlier += session.run(&phase)?.appended;
@@ -132,8 +140,28 @@ fn once<E: Traced, F: Feed<E>>(args: &Args, dir: &Path, load: &Load<'_, F>) -> R
     let measured = session.run(&phase)?;
     session.engine.shutdown(None).context("shutting down")?;
     drop(session);
-    let replay = if args.verifies() { Some(replay::<E>(args.config(dir.to_owned()), fresh, load.expected)?) } else { None };
+    let replay = if args.verifies() { Some(replay::<E>(args.config_keeping_all(dir.to_owned()), fresh, load.expected)?) } else { None };
     Ok(Run { measured, earlier, replay, limits: None })
+}
+
+/// Events ever appended to the store in `dir`, those that retention has freed included.
+pub(crate) fn events_before<E: Traced>(args: &Args, dir: &Path) -> Result<u64> {
+    if is_empty(dir) {
+        return Ok(0);
+    }
+    let engine = Engine::<E>::open(args.config_keeping_all(dir.to_owned())).context("opening the store")?;
+    let mut events = 0;
+    for recovered in &engine.recovery().shards {
+        let mut reader = engine.reader(recovered.shard);
+        let freed = reader.next().context("reading the first event")?.map_or(0, |record| record.meta.sequence.get());
+        events += freed + recovered.events;
+    }
+    engine.shutdown(None).context("closing the store")?;
+    Ok(events)
+}
+
+fn is_empty(dir: &Path) -> bool {
+    fs::read_dir(dir).map_or(true, |mut entries| entries.next().is_none())
 }
 
 /// The bare loop, with the batch that suits it best on this machine.
