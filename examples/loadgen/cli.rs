@@ -192,9 +192,14 @@ impl Args {
         self.repeat.unwrap_or(if self.limit { REPEATS_LIMIT } else { 1 })
     }
 
-    /// The most events of the measured phase; `None` when only time ends it.
+    /// The most events of the measured phase; `None` when time or the end of the input ends it.
     pub(crate) fn events_max(&self) -> Option<u64> {
-        self.events.or(if self.duration.is_some() || self.input.is_some() { None } else { Some(EVENTS) })
+        match (&self.input, self.events, self.duration) {
+            // The input is cut to --events where it is read; its producers' shares are not equal.
+            (Some(_), _, _) | (None, None, Some(_)) => None,
+            (None, Some(events), _) => Some(events),
+            (None, None, None) => Some(EVENTS),
+        }
     }
 
     pub(crate) fn warmup(&self) -> u64 {

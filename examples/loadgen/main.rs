@@ -51,6 +51,7 @@ fn main() -> ExitCode {
 
 /// Whether everything that was sent was kept.
 fn start(args: &Args) -> Result<bool> {
+    run::remove_leftovers();
     let producers = 0..args.producers;
     if let Some(path) = &args.input {
         let input = Input::load(path, args.events)?;
@@ -68,14 +69,13 @@ fn start(args: &Args) -> Result<bool> {
 
 fn measure<E: events::Traced, F: events::Feed<E>>(args: &Args, load: &Load<'_, F>, loading: Option<std::time::Duration>) -> Result<bool> {
     let machine = {
-        let place = Place::new(args, None)?;
+        let place = Place::new(&Args { keep: false, ..args.clone() }, None)?;
         Machine::look(&place.dir, load::core_ids().len())
     };
     let (args, runs, found) = if args.find_max {
         let found = find_max::<E, F>(args, load)?;
         // What is shown is the run at that rate.
-        let rate = found.best.unwrap_or(found.steps.first().map_or(0.0, |step| step.offered)) as u64;
-        (&Args { rate, ..args.clone() }, vec![found.run.clone()], Some(found))
+        (&Args { rate: found.shown as u64, ..args.clone() }, vec![found.run.clone()], Some(found))
     } else {
         (args, all::<E, F>(args, load)?, None)
     };
@@ -86,9 +86,6 @@ fn measure<E: events::Traced, F: events::Feed<E>>(args: &Args, load: &Load<'_, F
         print!("{}", found.text(args));
     }
     print!("{}", summary.text());
-    if let Some(dir) = args.data_dir.as_ref().filter(|_| args.keep) {
-        println!("store: {}", dir.display());
-    }
     if let Some(dir) = &args.out {
         save(dir, &summary, &json, found.as_ref().map_or(&[], |found| &found.steps))?;
         println!("report: {}", dir.join("report.html").display());

@@ -46,7 +46,7 @@ impl<'a> Summary<'a> {
         let mut warnings = Vec::new();
         if crowded(self.args) {
             let threads = usize::from(self.args.producers) + usize::from(self.args.shards);
-            warnings.push(format!("{threads} producers and shards share {} cores: latencies include waiting for a core.", self.machine.cores));
+            warnings.push(format!("{threads} threads of producers and shards share {} cores: latencies include waiting for a core.", self.machine.cores));
         }
         if cfg!(debug_assertions) {
             warnings.push("Built without optimisation: use cargo run --release --example loadgen.".to_owned());

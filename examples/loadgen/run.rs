@@ -61,6 +61,28 @@ pub(crate) struct Load<'a, F> {
     pub(crate) expected: Option<&'a ByKey<History>>,
 }
 
+/// Where stores go that nobody gave a place, and how their names begin.
+const TARGET: &str = "target";
+const PREFIX: &str = "loadgen-";
+
+/// Removes the stores of runs that were ended before they could do it themselves.
+pub(crate) fn remove_leftovers() {
+    let entries = fs::read_dir(TARGET).into_iter().flatten().flatten();
+    for dir in entries.map(|entry| entry.path()).filter(|dir| is_leftover(dir)) {
+        if let Err(error) = fs::remove_dir_all(&dir) {
+            eprintln!("{} stays behind: {error}", dir.display());
+        }
+    }
+}
+
+/// Its process is gone (here) and nobody (elsewhere) holds its lock.
+fn is_leftover(dir: &Path) -> bool {
+    let name = dir.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+    let process = name.strip_prefix(PREFIX).and_then(|rest| rest.split_once('-')?.0.parse::<u32>().ok());
+    let is_gone = process.is_some_and(|process| !Path::new(&format!("/proc/{process}")).exists());
+    is_gone && fs::File::open(dir.join("lock")).is_ok_and(|lock| lock.try_lock().is_ok())
+}
+
 /// A folder for a store.
 #[derive(Debug)]
 pub(crate) struct Place {
@@ -76,9 +98,9 @@ impl Place {
         let (dir, is_own) = match &args.data_dir {
             Some(dir) => (run.map_or_else(|| dir.clone(), |run| dir.join(format!("run-{run}"))), false),
             None => {
-                let parent = PathBuf::from("target");
-                fs::create_dir_all(&parent).context("creating ./target")?;
-                (tempfile::Builder::new().prefix("loadgen-").tempdir_in(parent)?.keep(), true)
+                fs::create_dir_all(TARGET).context("creating ./target")?;
+                let prefix = if args.keep { format!("{PREFIX}kept-") } else { format!("{PREFIX}{}-", std::process::id()) };
+                (tempfile::Builder::new().prefix(&prefix).tempdir_in(TARGET)?.keep(), true)
             }
         };
         // What was there before is not ours to remove.
@@ -91,9 +113,9 @@ impl Place {
 
 impl Drop for Place {
     fn drop(&mut self) {
-        if self.remove
-            && let Err(error) = fs::remove_dir_all(&self.dir)
-        {
+        if !self.remove {
+            eprintln!("the store stays in {}", self.dir.display());
+        } else if let Err(error) = fs::remove_dir_all(&self.dir) {
             eprintln!("{} stays behind: {error}", self.dir.display());
         }
         if let Some(parent) = &self.parent
