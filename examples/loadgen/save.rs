@@ -57,8 +57,8 @@ fn seconds(intervals: &[Interval], stages: &[(String, Stage)]) -> Vec<(String, f
         let length = second.last().map_or(from, |last| last.to.as_secs_f64()) - from;
         for (name, stage) in stages {
             let mut sum = histogram();
-            for interval in second {
-                sum.add(interval.stage(*stage)).expect("histograms of equal bounds add");
+            for measured in second.iter().filter_map(|interval| interval.stage(*stage)) {
+                sum.add(measured).expect("histograms of equal bounds add");
             }
             out.push((name.clone(), from, length, sum));
         }
@@ -73,9 +73,9 @@ fn csv(intervals: &[Interval], corrected: bool) -> String {
     for interval in intervals {
         let bytes_per_second = interval.bytes as f64 / (interval.to - interval.from).as_secs_f64();
         out += &format!("{:.3},{:.0},{bytes_per_second:.0},{}", interval.to.as_secs_f64(), interval.per_second(), interval.backlog);
-        for stage in [append, durable].map(|stage| interval.stage(stage)) {
-            let value = |value: u64| if stage.is_empty() { String::new() } else { value.to_string() };
-            out += &format!(",{},{},{}", value(stage.value_at_quantile(0.5)), value(stage.value_at_quantile(0.99)), value(stage.max()));
+        for stage in [append, durable].map(|stage| interval.stage(stage).filter(|stage| !stage.is_empty())) {
+            let value = |of: fn(&Histogram<u64>) -> u64| stage.map_or(String::new(), |stage| of(stage).to_string());
+            out += &format!(",{},{},{}", value(|h| h.value_at_quantile(0.5)), value(|h| h.value_at_quantile(0.99)), value(Histogram::max));
         }
         out += &format!(",{},{}\n", interval.segments_begun, interval.segments_freed);
     }
@@ -86,10 +86,12 @@ fn report(summary: &Summary<'_>, steps: &[Step]) -> Report {
     let (args, measured) = (summary.args, &summary.run.measured);
     let durability = args.durability_name();
     let p99_of = if args.rate > 0 { Stage::AppendedDue } else { Stage::Appended };
-    let tick = |interval: &Interval| Tick {
+    // Histograms are read less often than counters; one stands for all intervals that it spans.
+    let p99_from = |rest: &[Interval]| rest.iter().find_map(|interval| interval.stage(p99_of)).map_or(0, |stage| stage.value_at_quantile(0.99));
+    let tick = |(n, interval): (usize, &Interval)| Tick {
         seconds: interval.to.as_secs_f64(),
         events_per_second: interval.per_second(),
-        p99_ns: interval.stage(p99_of).value_at_quantile(0.99),
+        p99_ns: p99_from(&measured.intervals[n..]),
         backlog: interval.backlog,
     };
     let point = |step: &Step| LoadPoint { offered: step.offered, achieved: step.achieved, p50_ns: step.p50_ns, p99_ns: step.p99_ns };
@@ -101,7 +103,7 @@ fn report(summary: &Summary<'_>, steps: &[Step]) -> Report {
         headline: headline(summary),
         warnings: summary.warnings(),
         stages: shown(summary).iter().map(|(name, stage)| report_stage(name, measured.stage(*stage), &durability)).collect(),
-        timeseries: measured.intervals.iter().map(tick).collect(),
+        timeseries: measured.intervals.iter().enumerate().map(tick).collect(),
         shards: (0..).zip(measured.shards.iter().copied()).collect(),
         load: steps.iter().map(point).collect(),
         integrity: summary.counts().into_iter().map(|(name, count)| (name.to_owned(), count)).collect(),
