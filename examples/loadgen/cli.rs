@@ -169,8 +169,13 @@ impl Args {
         }
     }
 
+    /// The same with nothing freed, to read what is there.
+    pub(crate) fn config_keeping_all(&self, dir: PathBuf) -> Config {
+        self.config(dir).retention(Retention::default())
+    }
+
     fn retention(&self) -> Option<u64> {
-        let recycle = self.limit && self.synced();
+        let recycle = self.find_max || self.limit && self.synced();
         self.retention_bytes.or(recycle.then_some(self.segment_bytes.saturating_mul(SEGMENTS_KEPT)))
     }
 
@@ -187,9 +192,14 @@ impl Args {
         self.repeat.unwrap_or(if self.limit { REPEATS_LIMIT } else { 1 })
     }
 
-    /// The most events of the measured phase; `None` when only time ends it.
+    /// The most events of the measured phase; `None` when time or the end of the input ends it.
     pub(crate) fn events_max(&self) -> Option<u64> {
-        self.events.or(if self.duration.is_some() || self.input.is_some() { None } else { Some(EVENTS) })
+        match (&self.input, self.events, self.duration) {
+            // The input is cut to --events where it is read; its producers' shares are not equal.
+            (Some(_), _, _) | (None, None, Some(_)) => None,
+            (None, Some(events), _) => Some(events),
+            (None, None, None) => Some(EVENTS),
+        }
     }
 
     pub(crate) fn warmup(&self) -> u64 {
@@ -218,7 +228,7 @@ fn scaled(text: &str, factor: u64, suffixes: &str) -> Result<u64, String> {
     };
     let number: f64 = digits.parse().map_err(|_| format!("{digits:?} is not a number"))?;
     let value = number * (factor as f64).powi(power as i32);
-    if value >= 0.0 && value < 9e18 && value.fract() == 0.0 { Ok(value as u64) } else { Err("not a whole number in range".to_owned()) }
+    if (0.0..9e18).contains(&value) && value.fract() == 0.0 { Ok(value as u64) } else { Err("not a whole number in range".to_owned()) }
 }
 
 fn count(text: &str) -> Result<u64, String> {

@@ -112,17 +112,6 @@ impl<E: Traced, F: Feed<E>> Session<E, F> {
         Ok(Self { engine, senders, batch, crowded: crowded(args), synced: args.synced() })
     }
 
-    /// Events ever appended to this store, freed ones included.
-    pub(crate) fn earlier(&self) -> Result<u64> {
-        let mut earlier = 0;
-        for recovered in &self.engine.recovery().shards {
-            let mut reader = self.engine.reader(recovered.shard);
-            let first = reader.next().context("reading the first event")?.map_or(0, |record| record.meta.sequence.get());
-            earlier += first + recovered.events;
-        }
-        Ok(earlier)
-    }
-
     /// Sends, waits until everything is appended and durable, and says what was measured.
     pub(crate) fn run(&mut self, phase: &Phase) -> Result<Measured> {
         let before = self.engine.metrics();
@@ -142,7 +131,7 @@ impl<E: Traced, F: Feed<E>> Session<E, F> {
             }
             drop(done_tx);
             control.start.wait();
-            let mut watch = Watch::new(engine, before.clone(), phase);
+            let mut watch = Watch::new(engine, before.clone(), synced, phase);
             watch_over(&mut watch, phase, &control, &done);
             let sent: Result<Vec<Sent>> = threads.into_iter().map(|thread| thread.join().map_err(|_| anyhow!("a producer panicked"))?).collect();
             control.stop.store(true, Ordering::Relaxed);
@@ -151,16 +140,12 @@ impl<E: Traced, F: Feed<E>> Session<E, F> {
             let began = sent.iter().map(|sent| sent.began).min().context("there is at least one producer")?;
             wait_appended(engine, &before, published)?;
             let mut elapsed = began.elapsed();
-            if !synced {
-                watch.look();
-            }
-            engine.flush(None).context("syncing what was appended")?;
-            let mut flush = began.elapsed().saturating_sub(elapsed);
             if synced {
-                (elapsed, flush) = (elapsed + flush, Duration::ZERO);
-                watch.look();
+                flush(engine)?;
+                elapsed = began.elapsed();
             }
             let intervals = watch.finish();
+            let flush = if synced { Duration::ZERO } else { flush(engine)? };
             let mut delay = histogram();
             sent.iter().try_for_each(|sent| delay.add(&sent.delay))?;
             let jitter = jitter.join().map_err(|_| anyhow!("the jitter thread panicked"))?;
@@ -198,6 +183,13 @@ fn wait_appended<E: Traced>(engine: &Engine<E>, before: &Metrics, published: u64
         std::thread::sleep(Duration::from_micros(20));
     }
     Ok(())
+}
+
+/// Makes everything durable; how long that took.
+fn flush<E: Traced>(engine: &Engine<E>) -> Result<Duration> {
+    let began = Instant::now();
+    engine.flush(None).context("syncing what was appended")?;
+    Ok(began.elapsed())
 }
 
 /// What the clock and the counters of the load generator itself say.

@@ -16,6 +16,8 @@ mod machine;
 mod output;
 mod report;
 mod run;
+mod save;
+mod search;
 mod verify;
 mod watch;
 
@@ -29,6 +31,8 @@ use crate::input::Input;
 use crate::machine::Machine;
 use crate::output::Summary;
 use crate::run::{Load, Place, all};
+use crate::save::save;
+use crate::search::find_max;
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -47,6 +51,7 @@ fn main() -> ExitCode {
 
 /// Whether everything that was sent was kept.
 fn start(args: &Args) -> Result<bool> {
+    run::remove_leftovers();
     let producers = 0..args.producers;
     if let Some(path) = &args.input {
         let input = Input::load(path, args.events)?;
@@ -64,14 +69,29 @@ fn start(args: &Args) -> Result<bool> {
 
 fn measure<E: events::Traced, F: events::Feed<E>>(args: &Args, load: &Load<'_, F>, loading: Option<std::time::Duration>) -> Result<bool> {
     let machine = {
-        let place = Place::new(args, None)?;
+        let place = Place::new(&Args { keep: false, ..args.clone() }, None)?;
         Machine::look(&place.dir, load::core_ids().len())
     };
-    let runs = all::<E, F>(args, load)?;
+    let (args, runs, found) = if args.find_max {
+        let found = find_max::<E, F>(args, load)?;
+        // What is shown is the run at that rate.
+        (&Args { rate: found.shown as u64, ..args.clone() }, vec![found.run.clone()], Some(found))
+    } else {
+        (args, all::<E, F>(args, load)?, None)
+    };
     let summary = Summary::new(args, &machine, &runs, loading).context("no run")?;
+    let mut json = summary.json();
+    if let Some(found) = &found {
+        json["find_max"] = found.json(args);
+        print!("{}", found.text(args));
+    }
     print!("{}", summary.text());
+    if let Some(dir) = &args.out {
+        save(dir, &summary, &json, found.as_ref().map_or(&[], |found| &found.steps))?;
+        println!("report: {}", dir.join("report.html").display());
+    }
     if args.json {
-        println!("{}", summary.json());
+        println!("{json}");
     }
     Ok(summary.is_whole())
 }

@@ -46,7 +46,7 @@ impl<'a> Summary<'a> {
         let mut warnings = Vec::new();
         if crowded(self.args) {
             let threads = usize::from(self.args.producers) + usize::from(self.args.shards);
-            warnings.push(format!("{threads} producers and shards share {} cores: latencies include waiting for a core.", self.machine.cores));
+            warnings.push(format!("{threads} threads of producers and shards share {} cores: latencies include waiting for a core.", self.machine.cores));
         }
         if cfg!(debug_assertions) {
             warnings.push("Built without optimisation: use cargo run --release --example loadgen.".to_owned());
@@ -121,10 +121,15 @@ impl<'a> Summary<'a> {
         out
     }
 
-    fn integrity(&self) -> String {
+    /// The same events, counted at every station.
+    pub(crate) fn counts(&self) -> Vec<(&'static str, u64)> {
         let Measured { published, appended, durable, .. } = self.run.measured;
         let mut counts = vec![("published", published), ("appended", appended), ("durable", durable)];
         counts.extend(self.run.replayed().map(|replayed| ("replayed", replayed)));
+        counts
+    }
+
+    fn integrity(&self) -> String {
         let mut out = String::new();
         if let Some(replay) = &self.run.replay {
             let rate = report::rate(replay.events as f64 / replay.replaying.as_secs_f64());
@@ -141,8 +146,8 @@ impl<'a> Summary<'a> {
                 out += &format!("{:>11}  {fault}\n", "✗");
             }
         }
-        let names: Vec<_> = counts.iter().map(|(name, _)| *name).collect();
-        let verdict = if self.is_whole() { format!("= {} ✓", grouped(published)) } else { "✗".to_owned() };
+        let names: Vec<_> = self.counts().into_iter().map(|(name, _)| name).collect();
+        let verdict = if self.is_whole() { format!("= {} ✓", grouped(self.run.measured.published)) } else { "✗".to_owned() };
         out + &format!("\n{} {verdict}\n", names.join(" = "))
     }
 
@@ -168,7 +173,7 @@ impl<'a> Summary<'a> {
         out
     }
 
-    fn limit_ratio(&self) -> Option<f64> {
+    pub(crate) fn limit_ratio(&self) -> Option<f64> {
         median(self.runs.iter().filter_map(|run| Some(run.measured.per_second() / run.limits.as_ref()?.events_per_second)))
     }
 

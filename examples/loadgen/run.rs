@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
-use corelane::Durability;
+use corelane::{Durability, Engine};
 
 use crate::cli::Args;
 use crate::events::{Feed, Traced};
@@ -61,11 +61,35 @@ pub(crate) struct Load<'a, F> {
     pub(crate) expected: Option<&'a ByKey<History>>,
 }
 
+/// Where stores go that nobody gave a place, and how their names begin.
+const TARGET: &str = "target";
+const PREFIX: &str = "loadgen-";
+
+/// Removes the stores of runs that were ended before they could do it themselves.
+pub(crate) fn remove_leftovers() {
+    let entries = fs::read_dir(TARGET).into_iter().flatten().flatten();
+    for dir in entries.map(|entry| entry.path()).filter(|dir| is_leftover(dir)) {
+        if let Err(error) = fs::remove_dir_all(&dir) {
+            eprintln!("{} stays behind: {error}", dir.display());
+        }
+    }
+}
+
+/// Its process is gone (here) and nobody (elsewhere) holds its lock.
+fn is_leftover(dir: &Path) -> bool {
+    let name = dir.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+    let process = name.strip_prefix(PREFIX).and_then(|rest| rest.split_once('-')?.0.parse::<u32>().ok());
+    let is_gone = process.is_some_and(|process| !Path::new(&format!("/proc/{process}")).exists());
+    is_gone && fs::File::open(dir.join("lock")).is_ok_and(|lock| lock.try_lock().is_ok())
+}
+
 /// A folder for a store.
 #[derive(Debug)]
 pub(crate) struct Place {
     pub(crate) dir: PathBuf,
     remove: bool,
+    /// The folder made to hold several.
+    parent: Option<PathBuf>,
 }
 
 impl Place {
@@ -74,24 +98,30 @@ impl Place {
         let (dir, is_own) = match &args.data_dir {
             Some(dir) => (run.map_or_else(|| dir.clone(), |run| dir.join(format!("run-{run}"))), false),
             None => {
-                let parent = PathBuf::from("target");
-                fs::create_dir_all(&parent).context("creating ./target")?;
-                (tempfile::Builder::new().prefix("loadgen-").tempdir_in(parent)?.keep(), true)
+                fs::create_dir_all(TARGET).context("creating ./target")?;
+                let prefix = if args.keep { format!("{PREFIX}kept-") } else { format!("{PREFIX}{}-", std::process::id()) };
+                (tempfile::Builder::new().prefix(&prefix).tempdir_in(TARGET)?.keep(), true)
             }
         };
-        let is_empty = fs::read_dir(&dir).map_or(true, |mut entries| entries.next().is_none());
-        fs::create_dir_all(&dir).with_context(|| format!("creating {}", dir.display()))?;
         // What was there before is not ours to remove.
-        Ok(Self { remove: !args.keep && (is_own || is_empty), dir })
+        let remove = !args.keep && (is_own || is_empty(&dir));
+        let parent = args.data_dir.clone().filter(|parent| remove && run.is_some() && is_empty(parent));
+        fs::create_dir_all(&dir).with_context(|| format!("creating {}", dir.display()))?;
+        Ok(Self { dir, remove, parent })
     }
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
-        if self.remove
-            && let Err(error) = fs::remove_dir_all(&self.dir)
-        {
+        if !self.remove {
+            eprintln!("the store stays in {}", self.dir.display());
+        } else if let Err(error) = fs::remove_dir_all(&self.dir) {
             eprintln!("{} stays behind: {error}", self.dir.display());
+        }
+        if let Some(parent) = &self.parent
+            && let Err(error) = fs::remove_dir(parent)
+        {
+            eprintln!("{} stays behind: {error}", parent.display());
         }
     }
 }
@@ -120,9 +150,9 @@ pub(crate) fn all<E: Traced, F: Feed<E>>(args: &Args, load: &Load<'_, F>) -> Res
 
 /// One run in `dir`.
 fn once<E: Traced, F: Feed<E>>(args: &Args, dir: &Path, load: &Load<'_, F>) -> Result<Run> {
-    let mut session = Session::<E, F>::open(args, dir.to_owned(), (load.feeds)())?;
-    let mut earlier = session.earlier()?;
+    let mut earlier = events_before::<E>(args, dir)?;
     let fresh = earlier == 0;
+    let mut session = Session::<E, F>::open(args, dir.to_owned(), (load.feeds)())?;
     if args.warmup() > 0 {
         let phase = Phase { events: Some(args.warmup()), duration: None, rate: None, name: "warm-up" };
         earlier += session.run(&phase)?.appended;
@@ -132,8 +162,28 @@ fn once<E: Traced, F: Feed<E>>(args: &Args, dir: &Path, load: &Load<'_, F>) -> R
     let measured = session.run(&phase)?;
     session.engine.shutdown(None).context("shutting down")?;
     drop(session);
-    let replay = if args.verifies() { Some(replay::<E>(args.config(dir.to_owned()), fresh, load.expected)?) } else { None };
+    let replay = if args.verifies() { Some(replay::<E>(args.config_keeping_all(dir.to_owned()), fresh, load.expected)?) } else { None };
     Ok(Run { measured, earlier, replay, limits: None })
+}
+
+/// Events ever appended to the store in `dir`, those that retention has freed included.
+pub(crate) fn events_before<E: Traced>(args: &Args, dir: &Path) -> Result<u64> {
+    if is_empty(dir) {
+        return Ok(0);
+    }
+    let engine = Engine::<E>::open(args.config_keeping_all(dir.to_owned())).context("opening the store")?;
+    let mut events = 0;
+    for recovered in &engine.recovery().shards {
+        let mut reader = engine.reader(recovered.shard);
+        let freed = reader.next().context("reading the first event")?.map_or(0, |record| record.meta.sequence.get());
+        events += freed + recovered.events;
+    }
+    engine.shutdown(None).context("closing the store")?;
+    Ok(events)
+}
+
+fn is_empty(dir: &Path) -> bool {
+    fs::read_dir(dir).map_or(true, |mut entries| entries.next().is_none())
 }
 
 /// The bare loop, with the batch that suits it best on this machine.

@@ -4,7 +4,7 @@ use std::io::IsTerminal as _;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use corelane::{Engine, Metrics, Stage};
+use corelane::{Engine, Metrics, ShardMetrics, Stage};
 use hdrhistogram::Histogram;
 use indicatif::{ProgressBar, ProgressStyle};
 
@@ -31,8 +31,8 @@ pub(crate) struct Interval {
     /// Since the engine was opened.
     pub(crate) segments_begun: u64,
     pub(crate) segments_freed: u64,
-    /// Of the stages a report shows, in the order of [`Stage::ALL`].
-    pub(crate) stages: Vec<Histogram<u64>>,
+    /// In the order of [`Stage::ALL`], since the last interval that has any; empty where only counters were read.
+    stages: Vec<Histogram<u64>>,
 }
 
 impl Interval {
@@ -40,20 +40,24 @@ impl Interval {
         self.appended as f64 / (self.to - self.from).as_secs_f64()
     }
 
-    pub(crate) fn stage(&self, stage: Stage) -> &Histogram<u64> {
-        &self.stages[stage as usize]
+    pub(crate) fn stage(&self, stage: Stage) -> Option<&Histogram<u64>> {
+        self.stages.get(stage as usize)
     }
 }
 
 /// The watcher of one phase.
 pub(crate) struct Watch<'a, E: Traced> {
     engine: &'a Engine<E>,
-    last: Metrics,
+    /// When the histograms were last read, and what they were.
+    last: (Instant, Metrics),
+    counters: Vec<ShardMetrics>,
     began: Instant,
     looked: Instant,
     printed: Instant,
     intervals: Vec<Interval>,
     p99_of: Stage,
+    p99_ns: u64,
+    synced: bool,
     name: &'static str,
     total: Option<u64>,
     done: u64,
@@ -61,7 +65,7 @@ pub(crate) struct Watch<'a, E: Traced> {
 }
 
 impl<'a, E: Traced> Watch<'a, E> {
-    pub(crate) fn new(engine: &'a Engine<E>, before: Metrics, phase: &Phase) -> Self {
+    pub(crate) fn new(engine: &'a Engine<E>, before: Metrics, synced: bool, phase: &Phase) -> Self {
         let now = Instant::now();
         let total = match (phase.events, phase.rate, phase.duration) {
             (Some(events), _, _) => Some(events),
@@ -70,7 +74,22 @@ impl<'a, E: Traced> Watch<'a, E> {
         };
         let bar = std::io::stderr().is_terminal().then(|| bar(phase.name, total));
         let p99_of = if phase.rate.is_some() { Stage::AppendedDue } else { Stage::Appended };
-        Self { engine, last: before, began: now, looked: now, printed: now, intervals: Vec::new(), p99_of, name: phase.name, total, done: 0, bar }
+        Self {
+            engine,
+            counters: before.shards.clone(),
+            last: (now, before),
+            began: now,
+            looked: now,
+            printed: now,
+            intervals: Vec::new(),
+            p99_of,
+            p99_ns: 0,
+            synced,
+            name: phase.name,
+            total,
+            done: 0,
+            bar,
+        }
     }
 
     /// When to look again.
@@ -80,28 +99,44 @@ impl<'a, E: Traced> Watch<'a, E> {
 
     pub(crate) fn look(&mut self) {
         let now = Instant::now();
+        // A syncer hands its histograms over between two syncs; waiting for that takes a core from the run.
+        let stages = if !self.synced || now - self.last.0 >= LINE_EVERY { self.histograms(now) } else { Vec::new() };
+        self.interval(now, stages);
+    }
+
+    fn histograms(&mut self, now: Instant) -> Vec<Histogram<u64>> {
         let metrics = self.engine.metrics();
+        let since = |stage: &Stage| difference(metrics.histogram(*stage), self.last.1.histogram(*stage));
+        let stages: Vec<_> = Stage::ALL.iter().map(since).collect();
+        self.p99_ns = stages[self.p99_of as usize].value_at_quantile(0.99);
+        self.last = (now, metrics);
+        stages
+    }
+
+    fn interval(&mut self, now: Instant, stages: Vec<Histogram<u64>>) {
+        let counters = self.engine.shard_metrics();
+        let total = |of: fn(&ShardMetrics) -> u64| counters.iter().map(of).sum::<u64>();
+        let since = |of: fn(&ShardMetrics) -> u64| total(of) - self.counters.iter().map(of).sum::<u64>();
         let interval = Interval {
             from: self.looked - self.began,
             to: now - self.began,
-            appended: sum(&metrics, &self.last, |shard| shard.appended),
-            bytes: sum(&metrics, &self.last, |shard| shard.appended_bytes),
-            synced_bytes: sum(&metrics, &self.last, |shard| shard.synced_bytes),
-            backlog: metrics.shards.iter().map(|shard| shard.backlog).sum(),
-            segments_begun: metrics.shards.iter().map(|shard| shard.segments_begun).sum(),
-            segments_freed: metrics.shards.iter().map(|shard| shard.segments_freed).sum(),
-            stages: Stage::ALL.iter().map(|stage| difference(metrics.histogram(*stage), self.last.histogram(*stage))).collect(),
+            appended: since(|shard| shard.appended),
+            bytes: since(|shard| shard.appended_bytes),
+            synced_bytes: since(|shard| shard.synced_bytes),
+            backlog: total(|shard| shard.backlog),
+            segments_begun: total(|shard| shard.segments_begun),
+            segments_freed: total(|shard| shard.segments_freed),
+            stages,
         };
         self.done += interval.appended;
         self.say(&interval, now);
         self.intervals.push(interval);
-        self.last = metrics;
+        self.counters = counters;
         self.looked = now;
     }
 
     fn say(&mut self, interval: &Interval, now: Instant) {
-        let p99 = interval.stage(self.p99_of).value_at_quantile(0.99);
-        let text = format!("{}, backlog {}, p99 to appended {}", report::rate(interval.per_second()), interval.backlog, report::ns(p99));
+        let text = format!("{}, backlog {}, p99 to appended {}", report::rate(interval.per_second()), interval.backlog, report::ns(self.p99_ns));
         match &self.bar {
             Some(bar) => {
                 bar.set_position(self.done);
@@ -116,18 +151,16 @@ impl<'a, E: Traced> Watch<'a, E> {
         }
     }
 
-    /// What was seen.
-    pub(crate) fn finish(self) -> Vec<Interval> {
+    /// The last look, at everything; what was seen.
+    pub(crate) fn finish(mut self) -> Vec<Interval> {
+        let now = Instant::now();
+        let stages = self.histograms(now);
+        self.interval(now, stages);
         if let Some(bar) = &self.bar {
             bar.finish_and_clear();
         }
         self.intervals
     }
-}
-
-fn sum(now: &Metrics, last: &Metrics, of: impl Fn(&corelane::ShardMetrics) -> u64) -> u64 {
-    let total = |metrics: &Metrics| metrics.shards.iter().map(&of).sum::<u64>();
-    total(now) - total(last)
 }
 
 fn bar(name: &'static str, total: Option<u64>) -> ProgressBar {
