@@ -3,6 +3,7 @@
 use std::fs::{self, File};
 use std::io::{BufWriter, Write as _};
 use std::path::Path;
+use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use corelane::{Stage, write_hgrm, write_hlog};
@@ -17,6 +18,9 @@ use crate::watch::Interval;
 
 /// Seconds of one interval of the `.hlog`.
 const INTERVAL_SECONDS: f64 = 1.0;
+
+/// A shorter interval, such as the last of a run, says little and would be a spike or a dip in a plot.
+const TICK_MIN: Duration = Duration::from_millis(50);
 
 /// Writes every file of a report into `dir`.
 pub(crate) fn save(dir: &Path, summary: &Summary<'_>, json: &Value, steps: &[Step]) -> Result<()> {
@@ -103,7 +107,7 @@ fn report(summary: &Summary<'_>, steps: &[Step]) -> Report {
         headline: headline(summary),
         warnings: summary.warnings(),
         stages: shown(summary).iter().map(|(name, stage)| report_stage(name, measured.stage(*stage), &durability)).collect(),
-        timeseries: measured.intervals.iter().enumerate().map(tick).collect(),
+        timeseries: measured.intervals.iter().enumerate().filter(|(n, interval)| *n == 0 || interval.to - interval.from >= TICK_MIN).map(tick).collect(),
         shards: (0..).zip(measured.shards.iter().copied()).collect(),
         load: steps.iter().map(point).collect(),
         integrity: summary.counts().into_iter().map(|(name, count)| (name.to_owned(), count)).collect(),

@@ -149,3 +149,39 @@ fn compare(expected: &ByKey<History>, keys: &ByKey<Seen>, replay: &mut Replay) {
         replay.fault(|| format!("{} keys that nobody sent", keys.len() - expected.len()));
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use corelane::envelope::Envelope;
+
+    use super::*;
+
+    fn event(user: u64, payload: &str) -> (Key, Envelope) {
+        (Key::new(user), Envelope::new("test", user, payload).expect("JSON"))
+    }
+
+    fn history(payloads: &[&str]) -> History {
+        let mut history = History::default();
+        payloads.iter().for_each(|payload| history.add(crate::events::trace_of("test", None, None, payload)));
+        history
+    }
+
+    #[test]
+    fn a_missing_a_foreign_and_a_swapped_event_are_faults() {
+        let dir = tempfile::tempdir().expect("a folder");
+        let config = || Config::new(dir.path()).segment_bytes(1 << 20);
+        let engine = Engine::open(config()).expect("opens");
+        let mut events = vec![event(1, "1"), event(2, "2"), event(1, "3")];
+        engine.producer().publish_batch(&mut events).expect("publishes");
+        engine.shutdown(None).expect("shuts down");
+        drop(engine);
+        let faults = |expected: &[(u64, History)]| {
+            let expected = expected.iter().copied().collect();
+            replay::<Envelope>(config(), true, Some(&expected)).expect("replays").faults.len()
+        };
+        assert_eq!(faults(&[(1, history(&["1", "3"])), (2, history(&["2"]))]), 0);
+        assert_eq!(faults(&[(1, history(&["1", "3", "4"])), (2, history(&["2"]))]), 1, "one is missing");
+        assert_eq!(faults(&[(1, history(&["1", "3"]))]), 1, "a key that nobody sent");
+        assert_eq!(faults(&[(1, history(&["3", "1"])), (2, history(&["2"]))]), 1, "another order");
+    }
+}
