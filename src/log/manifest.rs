@@ -212,3 +212,32 @@ pub(crate) fn segment_index(name: &str) -> Option<u64> {
     }
     digits.parse().ok()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::log::format::tests::assert_golden;
+
+    #[test]
+    fn manifest_is_frozen() {
+        let manifest = Manifest {
+            shards: 12,
+            segment_bytes: 256 << 20,
+            types: vec![
+                StoredType { id: EventTypeId(1), schema_version: 2, name: "player_moved".into() },
+                StoredType { id: EventTypeId(300), schema_version: 1, name: "größe".into() },
+            ],
+        };
+        let bytes = manifest.encode();
+        assert_golden("manifest.bin", &bytes);
+        assert_eq!(Manifest::decode(Path::new("manifest"), &bytes).expect("decodes"), manifest);
+    }
+
+    #[test]
+    fn span_is_frozen() {
+        let span = Span { first: 3, last: 0x0102_0304_0506 };
+        let bytes = span.encode();
+        assert_golden("span.bin", &bytes);
+        assert_eq!(Span::decode(Path::new("span"), &bytes).expect("decodes"), span);
+    }
+}

@@ -263,12 +263,12 @@ impl Heap {
     pub(crate) fn sync(&self, range: Range<usize>) {
         let end = range.end.min(self.layout.size());
         let mut durable = crate::sync::lock(&self.durable);
-        for at in range.start..end {
-            // SAFETY: at < size.
-            let byte = unsafe { self.base.add(at) };
-            // SAFETY: in bounds and initialised; committed bytes are written by nobody.
-            durable[at] = unsafe { byte.as_ptr().read_volatile() };
-        }
+        let start = range.start.min(end);
+        // SAFETY: start <= size.
+        let from = unsafe { self.base.add(start) };
+        // SAFETY: [start, end) is in bounds and initialised; committed bytes are written by nobody.
+        let live = unsafe { std::slice::from_raw_parts(from.as_ptr(), end - start) };
+        durable[start..end].copy_from_slice(live);
     }
 }
 
