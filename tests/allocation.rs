@@ -66,7 +66,9 @@ fn publish(producer: &mut corelane::Producer<Step>, batch: &mut Vec<(Key, Step)>
 fn allocations(durability: Durability, events: u64) -> u64 {
     let dir = tempfile::tempdir().unwrap();
     let keep = Retention { bytes_max: Some(16 << 20), age_max: None };
-    let engine = Engine::<Step>::open(Config::new(dir.path()).segment_bytes(4 << 20).durability(durability).retention(keep)).unwrap();
+    let engine =
+        Engine::<Step>::open(Config::new(dir.path()).segment_bytes(4 << 20).durability(durability).retention(keep))
+            .unwrap();
     let mut producer = engine.producer();
     let mut batch = Vec::with_capacity(256);
     publish(&mut producer, &mut batch, 100_000);

@@ -117,7 +117,11 @@ fn a_small_ext4_fills_and_goes_on() {
     let dir = tempfile::tempdir().unwrap();
     let (image, at) = (dir.path().join("image"), dir.path().join("mnt"));
     std::fs::create_dir(&at).unwrap();
-    let made = sh(&format!("truncate -s 8M {0} && mkfs.ext4 -q -m 0 {0} && mount -o loop {0} {1}", image.display(), at.display()));
+    let made = sh(&format!(
+        "truncate -s 8M {0} && mkfs.ext4 -q -m 0 {0} && mount -o loop {0} {1}",
+        image.display(),
+        at.display()
+    ));
     if !made {
         eprintln!("skipped: no loop mount of ext4 here");
         return;

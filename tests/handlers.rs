@@ -9,7 +9,10 @@ use std::time::Instant;
 
 use common::{Note, numbers, open_on, os_cache, small, soon};
 use corelane::testing::FaultyStorage;
-use corelane::{BatchEnd, Engine, Event, EventType, EventTypeId, FailureCause, Handler, HandlerError, Key, Meta, OnError, ReadError, Rejected, ShardId, WaitError};
+use corelane::{
+    BatchEnd, Engine, Event, EventType, EventTypeId, FailureCause, Handler, HandlerError, Key, Meta, OnError,
+    ReadError, Rejected, ShardId, WaitError,
+};
 use rkyv::{Archive, Deserialize, Serialize};
 
 /// Notes what it sees; errs at 5 and panics at 7.
@@ -149,7 +152,9 @@ fn hostile_archives_behind_a_crc_that_holds_are_typed_errors() {
     let open = |disk: &FaultyStorage| Engine::<Rich>::builder(os_cache("/s")).faulty_storage(disk).open();
     let engine = open(&storage).unwrap();
     let mut producer = engine.producer();
-    producer.publish(Key(1), Rich::List(vec!["a string that lies outside".into(), "and another of them".into()])).unwrap();
+    producer
+        .publish(Key(1), Rich::List(vec!["a string that lies outside".into(), "and another of them".into()]))
+        .unwrap();
     producer.publish(Key(1), Rich::Text("a text that lies outside".into())).unwrap();
     producer.publish(Key(1), Rich::Flag(true, 'x')).unwrap();
     engine.shutdown(soon()).unwrap();

@@ -106,15 +106,23 @@ fn a_killed_process_loses_nothing_it_acknowledged() {
         std::thread::sleep(Duration::from_micros(random.random_range(100..30_000)));
         child.kill().unwrap();
         let output = child.wait_with_output().unwrap();
-        assert!(output.status.code().is_none(), "round {round}: the child ended by itself: {}", String::from_utf8_lossy(&output.stderr));
+        assert!(
+            output.status.code().is_none(),
+            "round {round}: the child ended by itself: {}",
+            String::from_utf8_lossy(&output.stderr)
+        );
 
-        let engine = Engine::<Note>::open(config(&store)).unwrap_or_else(|error| panic!("seed {seed}, round {round}: {error}"));
+        let engine =
+            Engine::<Note>::open(config(&store)).unwrap_or_else(|error| panic!("seed {seed}, round {round}: {error}"));
         let found = counts(&engine);
         let pairs = std::fs::read(&acked).unwrap();
         for pair in pairs.chunks_exact(16) {
             let key = u64::from_le_bytes(pair[..8].try_into().unwrap());
             let n = u64::from_le_bytes(pair[8..].try_into().unwrap());
-            assert!(found.get(&key).is_some_and(|count| *count > n), "seed {seed}, round {round}: event {n} of key {key} was acknowledged and is gone");
+            assert!(
+                found.get(&key).is_some_and(|count| *count > n),
+                "seed {seed}, round {round}: event {n} of key {key} was acknowledged and is gone"
+            );
         }
         events += found.values().sum::<u64>();
         acknowledged += pairs.len() / 16;

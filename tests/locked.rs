@@ -82,7 +82,10 @@ fn a_read_only_store_is_an_error_and_not_a_panic() {
         assert!(mount(&["-o", "remount,ro"], dir.path()));
         let before = tree(&store);
         let error = Engine::<Note>::open(os_cache(&store)).expect_err("read-only");
-        assert!(matches!(&error, OpenError::Io { source, .. } if source.kind() == std::io::ErrorKind::ReadOnlyFilesystem), "{error}");
+        assert!(
+            matches!(&error, OpenError::Io { source, .. } if source.kind() == std::io::ErrorKind::ReadOnlyFilesystem),
+            "{error}"
+        );
         assert!(tree(&store) == before);
         let error = Engine::<Note>::open(os_cache(dir.path().join("new"))).expect_err("read-only");
         assert!(matches!(error, OpenError::Io { .. }), "{error}");

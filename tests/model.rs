@@ -81,7 +81,10 @@ impl Model {
                         assert_eq!(held.version, before.version + 1, "versions of key {key}");
                         assert_eq!(held.previous, Some(before.offset), "back-link of key {key}");
                     }
-                    None => assert!(freed || held.version == 1 && held.previous.is_none(), "the first of key {key}: {held:?}"),
+                    None => assert!(
+                        freed || held.version == 1 && held.previous.is_none(),
+                        "the first of key {key}: {held:?}"
+                    ),
                 }
             }
         }
@@ -133,7 +136,11 @@ fn run(steps: &[Step], durability: Durability, retention: Retention) {
 }
 
 fn cases() -> ProptestConfig {
-    ProptestConfig { cases: env_number("CORELANE_MODEL_CASES", 24) as u32, failure_persistence: None, ..ProptestConfig::default() }
+    ProptestConfig {
+        cases: env_number("CORELANE_MODEL_CASES", 24) as u32,
+        failure_persistence: None,
+        ..ProptestConfig::default()
+    }
 }
 
 proptest! {

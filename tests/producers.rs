@@ -102,7 +102,10 @@ fn an_oversized_event_comes_back_at_the_limit_and_not_below() {
     let too_large = Note::sized(2, 1024 - 15);
     producer.publish(Key(1), fits.clone()).unwrap();
     shared.publish(Key(1), fits.clone()).unwrap();
-    for rejected in [producer.publish(Key(1), too_large.clone()).unwrap_err(), shared.publish(Key(1), too_large.clone()).unwrap_err()] {
+    for rejected in [
+        producer.publish(Key(1), too_large.clone()).unwrap_err(),
+        shared.publish(Key(1), too_large.clone()).unwrap_err(),
+    ] {
         assert!(matches!(rejected.reason(), RejectedReason::TooLarge { bytes_max: 1024 }));
         assert_eq!(rejected.into_event(), too_large, "the event comes back");
     }
@@ -149,7 +152,10 @@ fn after_shutdown_everything_is_refused_and_nothing_accepted_is_lost() {
     let receipts = producer.receipts();
     engine.shutdown(soon()).unwrap();
     engine.shutdown(None).unwrap();
-    assert!(receipts.iter().all(|receipt| receipt.is_appended() && receipt.is_durable()), "shutdown syncs, in OsCache mode too");
+    assert!(
+        receipts.iter().all(|receipt| receipt.is_appended() && receipt.is_durable()),
+        "shutdown syncs, in OsCache mode too"
+    );
     assert!(matches!(producer.publish(Key(1), Note::new(7)), Err(Rejected::Closed(event)) if event.n == 7));
     assert!(matches!(producer.try_publish(Key(1), Note::new(7)), Err(Rejected::Closed(_))));
     assert!(matches!(shared.publish(Key(1), Note::new(7)), Err(Rejected::Closed(_))));
@@ -157,7 +163,10 @@ fn after_shutdown_everything_is_refused_and_nothing_accepted_is_lost() {
     let rejected = producer.publish_batch(&mut batch).unwrap_err();
     assert!(matches!(rejected.reason, RejectedReason::Closed));
     assert_eq!((rejected.accepted, batch.len()), (0, 2));
-    assert!(matches!(engine.producer().publish(Key(1), Note::new(7)), Err(Rejected::Closed(_))), "a producer made too late");
+    assert!(
+        matches!(engine.producer().publish(Key(1), Note::new(7)), Err(Rejected::Closed(_))),
+        "a producer made too late"
+    );
     engine.flush(soon()).unwrap();
     drop(engine);
     assert!(matches!(producer.publish(Key(1), Note::new(7)), Err(Rejected::Closed(_))), "it outlives the engine");
@@ -199,7 +208,9 @@ fn shutdown_while_many_publish_keeps_exactly_what_was_accepted() {
             let others: Vec<_> = (2..4)
                 .map(|t| {
                     let shared = shared.clone();
-                    scope.spawn(move || (0..u64::MAX).take_while(|n| shared.publish(Key(t), Note::new(*n)).is_ok()).count())
+                    scope.spawn(move || {
+                        (0..u64::MAX).take_while(|n| shared.publish(Key(t), Note::new(*n)).is_ok()).count()
+                    })
                 })
                 .collect();
             std::thread::sleep(Duration::from_millis(10));
@@ -208,7 +219,8 @@ fn shutdown_while_many_publish_keeps_exactly_what_was_accepted() {
         });
         for (key, count) in accepted.iter().enumerate() {
             let shard = Key(key as u64).shard(2).0;
-            let found: Vec<u64> = read_shard(&engine, shard).iter().filter(|held| held.key == key as u64).map(|held| held.n).collect();
+            let found: Vec<u64> =
+                read_shard(&engine, shard).iter().filter(|held| held.key == key as u64).map(|held| held.n).collect();
             assert_eq!(found, (0..*count as u64).collect::<Vec<_>>(), "key {key}");
         }
     }
@@ -263,7 +275,10 @@ fn a_shared_producer_keeps_the_order_of_every_thread() {
     });
     let all = read_shard(&engine, 0);
     for t in 0..6 {
-        assert_eq!(all.iter().filter(|held| held.key == t).map(|held| held.n).collect::<Vec<_>>(), (0..=200).collect::<Vec<_>>());
+        assert_eq!(
+            all.iter().filter(|held| held.key == t).map(|held| held.n).collect::<Vec<_>>(),
+            (0..=200).collect::<Vec<_>>()
+        );
     }
 }
 
@@ -288,7 +303,10 @@ fn a_receipt_can_be_awaited_without_any_runtime() {
     assert!(first.as_mut().poll(&mut Context::from_waker(&wakers[0])).is_pending());
     assert!(second.as_mut().poll(&mut Context::from_waker(&wakers[1])).is_pending());
     let began = Instant::now();
-    assert!(matches!(receipt.durable().wait_until(Instant::now() + Duration::from_millis(50)), Err(WaitError::TimedOut)));
+    assert!(matches!(
+        receipt.durable().wait_until(Instant::now() + Duration::from_millis(50)),
+        Err(WaitError::TimedOut)
+    ));
     assert!(began.elapsed() >= Duration::from_millis(50));
     assert_eq!(durable.0.load(Ordering::SeqCst), 0);
     storage.set_space(None);

@@ -69,7 +69,10 @@ fn patch_small(path: &Path, change: impl FnOnce(&mut [u8])) {
 fn a_missing_segment_is_corruption() {
     for index in 0..3 {
         let error = refused(|dir| std::fs::remove_file(segment_path(dir, index)).unwrap());
-        assert!(matches!(&error, OpenError::Corruption(at) if at.segment == index && at.why.contains("missing")), "{error}");
+        assert!(
+            matches!(&error, OpenError::Corruption(at) if at.segment == index && at.why.contains("missing")),
+            "{error}"
+        );
     }
 }
 
@@ -107,7 +110,9 @@ fn a_segment_of_another_shard_or_place_is_foreign() {
         std::fs::copy(dir.join("shard-0001/000000000000.seg"), segment_path(dir, 0)).unwrap();
     });
     assert!(matches!(error, OpenError::ForeignFile { .. }), "{error}");
-    let error = refused(|dir| patch_header(&segment_path(dir, 0), |page| page[40..48].copy_from_slice(&(1_u64 << 20).to_le_bytes())));
+    let error = refused(|dir| {
+        patch_header(&segment_path(dir, 0), |page| page[40..48].copy_from_slice(&(1_u64 << 20).to_le_bytes()))
+    });
     assert!(matches!(error, OpenError::ForeignFile { .. }), "{error}");
     let error = refused(|dir| patch(&segment_path(dir, 0), |bytes| bytes[..8].copy_from_slice(b"notaseg!")));
     assert!(matches!(error, OpenError::Corruption(_)), "{error}");
@@ -225,7 +230,10 @@ other_schema!(More, EventType::new(1, "note", 1), EventType::new(2, "other", 1))
 #[test]
 fn event_types_the_program_cannot_read_are_refused() {
     let error = refused_as::<Renamed>(|_| (), 2);
-    assert!(matches!(&error, OpenError::EventTypeRenamed { stored, declared, .. } if stored == "note" && declared == "memo"), "{error}");
+    assert!(
+        matches!(&error, OpenError::EventTypeRenamed { stored, declared, .. } if stored == "note" && declared == "memo"),
+        "{error}"
+    );
     let error = refused_as::<Newer>(|_| (), 2);
     assert!(matches!(&error, OpenError::UnknownEventType { schema_version: 1, name, .. } if name == "note"), "{error}");
     let error = refused_as::<Other>(|_| (), 2);

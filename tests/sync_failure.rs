@@ -54,7 +54,10 @@ fn everybody_is_told(engine: &Engine<Note>, all_durable: bool, what: &str) {
     }
     // Where everything accepted was durable before, that is what a flush says.
     let flushed = engine.flush(soon());
-    assert!(matches!(flushed, Err(WaitError::ShardFailed(_))) || flushed.is_ok() && accepted == 0 && all_durable, "{what}: {flushed:?}");
+    assert!(
+        matches!(flushed, Err(WaitError::ShardFailed(_))) || flushed.is_ok() && accepted == 0 && all_durable,
+        "{what}: {flushed:?}"
+    );
     assert!(matches!(engine.shutdown(soon()), Err(WaitError::ShardFailed(_))), "{what}");
     assert!(began.elapsed() < PROMPT, "{what}: told after {:?}", began.elapsed());
 }
@@ -129,7 +132,13 @@ fn a_failed_operation_at_any_time_is_a_typed_error_and_loses_nothing_acknowledge
             Err(corelane::OpenError::Io { .. }) => refused_open += 1,
             Err(error) => panic!("{what}: {error}"),
         }
-        after_power_cut(&storage, if n % 2 == 0 { Unsynced::Lost } else { Unsynced::Random(n) }, durable, accepted + 3, &what);
+        after_power_cut(
+            &storage,
+            if n % 2 == 0 { Unsynced::Lost } else { Unsynced::Random(n) },
+            durable,
+            accepted + 3,
+            &what,
+        );
     }
     assert!(refused_open > 3 && failed > 3, "{refused_open} {failed}");
 }
@@ -170,7 +179,8 @@ fn publishers_that_wait_for_room_are_told_of_a_failed_sync() {
 fn a_group_commit_publisher_waiting_on_a_full_disk_is_told_of_a_failed_sync() {
     let storage = FaultyStorage::new();
     storage.set_space(Some(2 * common::SEGMENT));
-    let engine = open_on(&storage, small("/s").durability(corelane::Durability::Periodic(Duration::from_millis(400)))).unwrap();
+    let engine =
+        open_on(&storage, small("/s").durability(corelane::Durability::Periodic(Duration::from_millis(400)))).unwrap();
     storage.fail_sync(2);
     let began = Instant::now();
     let mut producer = engine.producer();

@@ -25,7 +25,14 @@ fn torn_store() -> (std::collections::BTreeMap<std::path::PathBuf, Vec<u8>>, [us
     (storage.files(), [offsets[5], offsets[6], offsets[7]], end)
 }
 
-fn check(how: &str, at: usize, bytes: &[u8], files: &std::collections::BTreeMap<std::path::PathBuf, Vec<u8>>, last: [usize; 3], end: usize) {
+fn check(
+    how: &str,
+    at: usize,
+    bytes: &[u8],
+    files: &std::collections::BTreeMap<std::path::PathBuf, Vec<u8>>,
+    last: [usize; 3],
+    end: usize,
+) {
     let segment = Path::new("/s/shard-0000/000000000000.seg");
     let mut files = files.clone();
     let before = files[segment].clone();
@@ -46,7 +53,10 @@ fn check(how: &str, at: usize, bytes: &[u8], files: &std::collections::BTreeMap<
             let kept = &disk.files()[&tail.quarantined];
             assert_eq!(kept.len() as u64, tail.bytes);
             assert_eq!(kept[..], bytes[cut..cut + kept.len()], "{how} at {at}: the quarantined bytes");
-            assert!(bytes[cut + kept.len()..].iter().all(|&byte| byte == 0) , "{how} at {at}: nothing is left behind the cut");
+            assert!(
+                bytes[cut + kept.len()..].iter().all(|&byte| byte == 0),
+                "{how} at {at}: nothing is left behind the cut"
+            );
         }
         None => assert!(bytes[cut..].iter().all(|&byte| byte == 0) || !changed, "{how} at {at}: cut without a report"),
     }
@@ -156,7 +166,9 @@ fn a_power_cut_before_anything_of_two_segments_was_synced_costs_only_what_was_no
         }
         engine.shutdown(soon()).unwrap();
     }
-    assert!(disk.files().keys().filter(|path| path.extension().is_some_and(|extension| extension == "seg")).count() >= 8);
+    assert!(
+        disk.files().keys().filter(|path| path.extension().is_some_and(|extension| extension == "seg")).count() >= 8
+    );
     assert_eq!(PAGE as u64 * 16, SEGMENT);
 }
 
@@ -179,7 +191,11 @@ fn a_recycled_segment_never_replays_its_old_records() {
         let after = open_on(&disk, config()).unwrap_or_else(|error| panic!("round {round}: {error}"));
         let found = numbers(&after);
         let first = found.first().copied().unwrap_or(published);
-        assert_eq!(found, (first..published).collect::<Vec<_>>(), "round {round}: old records came back, or new ones are gone");
+        assert_eq!(
+            found,
+            (first..published).collect::<Vec<_>>(),
+            "round {round}: old records came back, or new ones are gone"
+        );
     }
     assert!(engine.metrics().shards[0].segments_freed > 10, "segments were recycled");
 }

@@ -102,7 +102,13 @@ pub(crate) fn replay<E: Traced>(config: Config, fresh: bool, expected: Option<&B
     Ok(replay)
 }
 
-fn replay_shard<E: Traced>(engine: &Engine<E>, shard: ShardId, ordered: bool, replay: &mut Replay, keys: &mut ByKey<Seen>) -> Result<()> {
+fn replay_shard<E: Traced>(
+    engine: &Engine<E>,
+    shard: ShardId,
+    ordered: bool,
+    replay: &mut Replay,
+    keys: &mut ByKey<Seen>,
+) -> Result<()> {
     let mut reader = engine.reader(shard);
     let mut next = None;
     while let Some(record) = reader.next().context("replaying")? {
@@ -118,7 +124,11 @@ fn replay_shard<E: Traced>(engine: &Engine<E>, shard: ShardId, ordered: bool, re
         replay.events += 1;
         let trace = E::trace(record.event);
         // The first version of a key is 1, unless retention has freed what came before.
-        let unseen = || Seen { version: if replay.freed > 0 { meta.version.get() - 1 } else { 0 }, last: 0, history: History::default() };
+        let unseen = || Seen {
+            version: if replay.freed > 0 { meta.version.get() - 1 } else { 0 },
+            last: 0,
+            history: History::default(),
+        };
         let seen = keys.entry(meta.key.get()).or_insert_with(unseen);
         if meta.version.get() != seen.version + 1 {
             let was = seen.version;
@@ -142,7 +152,12 @@ fn compare(expected: &ByKey<History>, keys: &ByKey<Seen>, replay: &mut Replay) {
         let found = keys.get(key).map(|seen| seen.history);
         if found != Some(*history) {
             let found = found.map_or(0, |found| found.events);
-            replay.fault(|| format!("key {key}: {} events were sent and {found} read back, or not the same ones in the same order", history.events));
+            replay.fault(|| {
+                format!(
+                    "key {key}: {} events were sent and {found} read back, or not the same ones in the same order",
+                    history.events
+                )
+            });
         }
     }
     if keys.len() > expected.len() {

@@ -26,7 +26,7 @@ const BYTE_ORDER: u32 = 0x0102_0304;
 const HEADER_CRC_AT: usize = 76;
 const LOW_48: u64 = (1 << 48) - 1;
 
-const _: () = assert!(RECORD_HEADER_BYTES % ALIGN == 0 && HEADER_BYTES % ALIGN == 0);
+const _: () = assert!(RECORD_HEADER_BYTES.is_multiple_of(ALIGN) && HEADER_BYTES.is_multiple_of(ALIGN));
 
 /// What makes archives of two builds compatible: rkyv's pointer width and byte order, as this build has them.
 pub(crate) fn archive_fingerprint() -> u32 {
@@ -185,7 +185,7 @@ impl RecordHeader {
     /// length word of zero: no record yet. `record` reaches to the padded end.
     #[inline(always)]
     pub(crate) fn stage(&self, record: &mut [u8], len: usize) {
-        debug_assert!(self.version.0 <= LOW_48 && self.previous.0 % ALIGN as u64 == 0);
+        debug_assert!(self.version.0 <= LOW_48 && self.previous.0.is_multiple_of(ALIGN as u64));
         let link = (self.previous.0 / ALIGN as u64) & LOW_48 | u64::from(self.event_type.0) << 48;
         let version = self.version.0 & LOW_48 | u64::from(self.schema_version) << 48;
         if len < record.len() {

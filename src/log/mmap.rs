@@ -32,7 +32,9 @@ pub(crate) struct Memory {
 #[derive(Debug)]
 enum Backing {
     /// Kept for its unmapping when dropped; `_file` for whoever wants to know what is mapped.
-    File { _map: memmap2::MmapRaw },
+    File {
+        _map: memmap2::MmapRaw,
+    },
     Heap(Arc<Heap>),
 }
 
@@ -49,7 +51,13 @@ impl Memory {
         let map = if writable { options.map_raw(file)? } else { options.map_raw_read_only(file)? };
         let bytes = map.len();
         let base = NonNull::new(map.as_mut_ptr()).ok_or_else(|| io::Error::other("mapped at address 0"))?;
-        Ok(Self { base, bytes, committed: Watermark::new(bytes as u64), written_from: bytes, backing: Backing::File { _map: map } })
+        Ok(Self {
+            base,
+            bytes,
+            committed: Watermark::new(bytes as u64),
+            written_from: bytes,
+            backing: Backing::File { _map: map },
+        })
     }
 
     /// Memory that a test's storage keeps as a file's live content.

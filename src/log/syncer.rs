@@ -177,7 +177,11 @@ impl Syncer {
             let committed = segment.memory.committed();
             // A segment that is left takes the zero word behind its last record along: in a recycled segment
             // old bytes would stand there after a power cut, and the log would seem damaged before the next one.
-            let end = if index < last { (committed + END_WORD_BYTES).min(segment.memory.len()) } else { ((to - base) as usize).min(committed) };
+            let end = if index < last {
+                (committed + END_WORD_BYTES).min(segment.memory.len())
+            } else {
+                ((to - base) as usize).min(committed)
+            };
             self.storage.sync(&segment.memory, start..end.max(start))?;
         }
         Ok(())
