@@ -50,7 +50,8 @@ fn what_is_published_is_durable_and_there_after_a_restart() {
             let mut producer = engine.producer();
             let mut last = None;
             for n in 0..5_000_u64 {
-                let event = if n % 3 == 0 { Ping::Named { name: format!("name {n}") } } else { Ping::Numbered { n } };
+                let event =
+                    if n.is_multiple_of(3) { Ping::Named { name: format!("name {n}") } } else { Ping::Numbered { n } };
                 last = Some(producer.publish(Key::new(n % 100), event).expect("accepted"));
             }
             let last = last.expect("published");
@@ -78,7 +79,7 @@ fn what_is_published_is_durable_and_there_after_a_restart() {
                 let n = key + 100 * i as u64;
                 assert_eq!(*version, i as u64 + 1);
                 let expected =
-                    if n % 3 == 0 { Ping::Named { name: format!("name {n}") } } else { Ping::Numbered { n } };
+                    if n.is_multiple_of(3) { Ping::Named { name: format!("name {n}") } } else { Ping::Numbered { n } };
                 assert_eq!(*event, expected, "publish order of key {key}");
             }
         }
