@@ -58,7 +58,11 @@ fn an_error_or_panic_under_halt_stops_the_shard_with_the_cause() {
         if at > 0 {
             assert_eq!(*seen.lock().unwrap(), (0..at).collect::<Vec<_>>(), "nothing after the event that failed");
         }
-        assert!(matches!(engine.flush(soon()), Err(WaitError::ShardFailed(_))));
+        match engine.flush(soon()) {
+            Err(WaitError::ShardFailed(_)) => (),
+            // All that was accepted may have been durable before.
+            outcome => assert!(outcome.is_ok() && numbers(&engine).len() as u64 == producer.published(), "{outcome:?}"),
+        }
         assert!(matches!(engine.shutdown(soon()), Err(WaitError::ShardFailed(_))));
         drop(engine);
         // The event is in the log: only its handling failed.
