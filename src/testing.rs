@@ -46,6 +46,16 @@ pub enum Unsynced {
     Random(u64),
 }
 
+impl Unsynced {
+    /// 0 where nothing survives.
+    fn seed(self) -> u64 {
+        match self {
+            Self::Lost => 0,
+            Self::Random(seed) => seed | 1,
+        }
+    }
+}
+
 impl FaultyStorage {
     /// An empty disk.
     #[must_use]
@@ -56,10 +66,7 @@ impl FaultyStorage {
     /// A power cut: what was not synced is lost (or, sector by sector, kept at random). The engine that used the disk must be gone.
     pub fn crash(&self, unsynced: Unsynced) {
         let mut disk = lock(&self.0);
-        let mut random = match unsynced {
-            Unsynced::Lost => 0,
-            Unsynced::Random(seed) => seed | 1,
-        };
+        let mut random = unsynced.seed();
         let names = std::mem::take(&mut disk.durable_names);
         disk.files = names.into_iter().map(|(path, file)| (path, file.after_crash(&mut random))).collect();
         disk.durable_names = disk.files.clone();
@@ -70,13 +77,12 @@ impl FaultyStorage {
     /// nothing must be being appended meanwhile.
     #[must_use]
     pub fn after_crash(&self, unsynced: Unsynced) -> Self {
-        let (files, durable_names) = {
-            let disk = lock(&self.0);
-            (disk.files.clone(), disk.durable_names.clone())
-        };
-        let copy = Self(Arc::new(Mutex::new(Disk { files, durable_names, ..Disk::default() })));
-        copy.crash(unsynced);
-        copy
+        // Under the lock to the end: the keeper of the running engine renames and blanks segments all the time.
+        let disk = lock(&self.0);
+        let mut random = unsynced.seed();
+        let files: BTreeMap<_, _> =
+            disk.durable_names.iter().map(|(path, file)| (path.clone(), file.after_crash(&mut random))).collect();
+        Self(Arc::new(Mutex::new(Disk { durable_names: files.clone(), files, ..Disk::default() })))
     }
 
     /// Every file with its live content. Nothing must be being appended meanwhile.
@@ -241,12 +247,11 @@ impl Storage for FaultyStorage {
     }
 
     fn sync(&self, memory: &Memory, range: Range<usize>) -> io::Result<()> {
-        {
-            let mut disk = lock(&self.0);
-            disk.syncs += 1;
-            if disk.fail_sync_at == Some(disk.syncs) {
-                return Err(io::Error::other("injected failure of a sync"));
-            }
+        // Locked to the end, so that a power cut comes before or after it.
+        let mut disk = lock(&self.0);
+        disk.syncs += 1;
+        if disk.fail_sync_at == Some(disk.syncs) {
+            return Err(io::Error::other("injected failure of a sync"));
         }
         memory.heap_backing().ok_or_else(|| io::Error::other("not a segment of this disk"))?.sync(range);
         Ok(())

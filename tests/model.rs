@@ -52,12 +52,30 @@ impl Model {
         self.durable = [self.events[0].len(), self.events[1].len()];
     }
 
+    /// Retention may have freed all that was durable; then only the next event's sequence tells where the log goes on.
+    fn probe_empty_shards(&mut self, engine: &Engine<Note>, producer: &mut corelane::Producer<Note>) {
+        for shard in 0..SHARDS {
+            let i = usize::from(shard);
+            let before = self.events[i].len();
+            if before == 0 || !read_shard(engine, shard).is_empty() {
+                continue;
+            }
+            let key = (0..6).find(|key| Key(*key).shard(SHARDS).0 == shard).unwrap();
+            producer.publish(Key(key), self.add(key, 0)).unwrap();
+            engine.flush(soon()).unwrap();
+            let sequence = read_shard(engine, shard)[0].sequence as usize;
+            assert!((self.durable[i]..=before).contains(&sequence), "shard {shard} goes on at {sequence}");
+            let event = self.events[i].pop().unwrap();
+            self.events[i].truncate(sequence);
+            self.events[i].push(event);
+        }
+    }
+
     /// After a power cut the log may end anywhere behind what was durable.
     fn cut(&mut self, engine: &Engine<Note>) {
         for shard in 0..SHARDS {
             let i = usize::from(shard);
             let found = read_shard(engine, shard).last().map_or(0, |last| last.sequence as usize + 1);
-            let found = found.max(if read_shard(engine, shard).is_empty() { 0 } else { found });
             assert!(found >= self.durable[i], "shard {shard}: {found} of {} durable events", self.durable[i]);
             assert!(found <= self.events[i].len(), "shard {shard}: invented events");
             self.events[i].truncate(found);
@@ -126,8 +144,11 @@ fn run(steps: &[Step], durability: Durability, retention: Retention) {
                 producer.receipts().iter().for_each(|receipt| receipt.appended().wait().unwrap());
                 storage = storage.after_crash(seed.map_or(Unsynced::Lost, Unsynced::Random));
                 engine = open_on(&storage, config()).unwrap();
-                model.cut(&engine);
                 producer = engine.producer();
+                if freed {
+                    model.probe_empty_shards(&engine, &mut producer);
+                }
+                model.cut(&engine);
             }
         }
     }
