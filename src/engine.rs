@@ -57,7 +57,10 @@ struct Handle<E> {
 
 impl<E: Event> std::fmt::Debug for Engine<E> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Engine").field("dir", &self.config.dir).field("shards", &self.shards.len()).finish_non_exhaustive()
+        f.debug_struct("Engine")
+            .field("dir", &self.config.dir)
+            .field("shards", &self.shards.len())
+            .finish_non_exhaustive()
     }
 }
 
@@ -70,16 +73,28 @@ pub struct Builder<E: Event> {
 
 impl<E: Event> std::fmt::Debug for Builder<E> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Builder").field("config", &self.config).field("handlers", &self.handlers.len()).finish_non_exhaustive()
+        f.debug_struct("Builder")
+            .field("config", &self.config)
+            .field("handlers", &self.handlers.len())
+            .finish_non_exhaustive()
     }
 }
 
 impl<E: Event> Builder<E> {
     /// Adds an inline handler: `make` is called once per shard, when the engine opens. Handlers run in the order added.
     #[must_use]
-    pub fn handler<H: Handler<E> + 'static>(mut self, name: &str, on_error: OnError, make: impl Fn(ShardId) -> H + 'static) -> Self {
+    pub fn handler<H: Handler<E> + 'static>(
+        mut self,
+        name: &str,
+        on_error: OnError,
+        make: impl Fn(ShardId) -> H + 'static,
+    ) -> Self {
         let name = name.to_owned();
-        self.handlers.push(Box::new(move |shard| Registered { name: name.clone(), on_error, handler: Box::new(make(shard)) }));
+        self.handlers.push(Box::new(move |shard| Registered {
+            name: name.clone(),
+            on_error,
+            handler: Box::new(make(shard)),
+        }));
         self
     }
 
@@ -113,7 +128,11 @@ impl<E: Event> Engine<E> {
         Builder { config, handlers: Vec::new(), storage: std::sync::Arc::new(Files) }
     }
 
-    fn start(config: Checked, factories: &[Factory<E>], storage: std::sync::Arc<dyn Storage>) -> Result<Self, OpenError> {
+    fn start(
+        config: Checked,
+        factories: &[Factory<E>],
+        storage: std::sync::Arc<dyn Storage>,
+    ) -> Result<Self, OpenError> {
         let began = Instant::now();
         let lock = lock_store(&*storage, &config)?;
         let (manifest, is_extended) = load_manifest::<E>(&*storage, &config)?;
@@ -124,13 +143,21 @@ impl<E: Event> Engine<E> {
             manifest.save(&*storage, &config.dir)?;
         }
         let duration_ns = u64::try_from(began.elapsed().as_nanos()).unwrap_or(u64::MAX);
-        let recovery = RecoveryReport { shards: recovered.iter().map(|shard| shard.report.clone()).collect(), duration_ns };
+        let recovery =
+            RecoveryReport { shards: recovered.iter().map(|shard| shard.report.clone()).collect(), duration_ns };
 
         let clock = Clock::new();
         let keeper = std::sync::Arc::new(KeeperRequests { signal: Signal::new(), ending: AtomicBool::new(false) });
         let runner = std::sync::Arc::new(RunnerRequests::default());
         let cores = assign_cores(&config.pin, config.shards);
-        let context = Context { config: &config, storage: &storage, clock: &clock, keeper: &keeper, quarantine: &quarantine, factories };
+        let context = Context {
+            config: &config,
+            storage: &storage,
+            clock: &clock,
+            keeper: &keeper,
+            quarantine: &quarantine,
+            factories,
+        };
         let (mut handles, mut kept, mut shared, mut parts) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         for (i, recovered) in recovered.into_iter().enumerate() {
             let built = context.build(ShardId(i as u16), recovered);
@@ -162,7 +189,8 @@ impl<E: Event> Engine<E> {
         engine.spawn("corelane-keeper".into(), move || keeper_parts.run())?;
         for (i, (shard, syncer)) in parts.into_iter().enumerate() {
             engine.spawn(format!("corelane-sync-{i}"), move || syncer.run())?;
-            let (door, requests) = (std::sync::Arc::clone(&engine.shards[i].door), std::sync::Arc::clone(&engine.runner));
+            let (door, requests) =
+                (std::sync::Arc::clone(&engine.shards[i].door), std::sync::Arc::clone(&engine.runner));
             let (wait, core) = (engine.config.wait, cores[i]);
             engine.spawn(format!("corelane-shard-{i}"), move || run(shard, &door, &requests, wait, core))?;
         }
@@ -171,7 +199,11 @@ impl<E: Event> Engine<E> {
 
     fn spawn(&self, name: String, body: impl FnOnce() + Send + 'static) -> Result<(), OpenError> {
         let thread = std::thread::Builder::new().name(name).spawn(body);
-        let thread = thread.map_err(|source| OpenError::Io { action: "starting a thread for", path: self.config.dir.clone(), source })?;
+        let thread = thread.map_err(|source| OpenError::Io {
+            action: "starting a thread for",
+            path: self.config.dir.clone(),
+            source,
+        })?;
         lock(&self.threads).push(thread);
         Ok(())
     }
@@ -208,7 +240,12 @@ impl<E: Event> Engine<E> {
     /// A way in that any number of threads may clone and share.
     #[must_use]
     pub fn shared_producer(&self) -> SharedProducer<E> {
-        SharedProducer::new(std::sync::Arc::clone(&self.shared_lanes), self.clock.clone(), self.config.wait, self.config.event_bytes_max)
+        SharedProducer::new(
+            std::sync::Arc::clone(&self.shared_lanes),
+            self.clock.clone(),
+            self.config.wait,
+            self.config.event_bytes_max,
+        )
     }
 
     /// Reads a shard's log from the earliest event held.
@@ -236,10 +273,22 @@ impl<E: Event> Engine<E> {
     /// # Errors
     /// `ShardFailed`; `TimedOut` at `deadline`.
     pub fn flush(&self, deadline: Option<Instant>) -> Result<(), WaitError> {
-        let accepted: Vec<_> = self.shards.iter().map(|shard| shard.door.lanes.all().into_iter().map(|lane| {
-            let published = lane.published.load(Ordering::SeqCst);
-            (lane, published)
-        }).collect::<Vec<_>>()).collect();
+        let accepted: Vec<_> = self
+            .shards
+            .iter()
+            .map(|shard| {
+                shard
+                    .door
+                    .lanes
+                    .all()
+                    .into_iter()
+                    .map(|lane| {
+                        let published = lane.published.load(Ordering::SeqCst);
+                        (lane, published)
+                    })
+                    .collect::<Vec<_>>()
+            })
+            .collect();
         for (shard, lanes) in self.shards.iter().zip(accepted) {
             let failed = || shard.door.log.failure().map(|failure| Err(failure.clone().into()));
             for (lane, published) in lanes {
@@ -379,15 +428,21 @@ fn load_manifest<E: Event>(storage: &dyn Storage, config: &Checked) -> Result<(M
     let stored = Manifest::load(storage, dir)?;
     let is_new = stored.is_none();
     if is_new {
-        let list = |path: &PathBuf| storage.list(path).map_err(|source| OpenError::Io { action: "listing", path: path.clone(), source });
+        let list = |path: &PathBuf| {
+            storage.list(path).map_err(|source| OpenError::Io { action: "listing", path: path.clone(), source })
+        };
         for name in list(dir)?.iter().filter(|name| name.starts_with("shard-")) {
             // Empty folders are what a crash leaves of a store that was being created.
             if !list(&dir.join(name))?.is_empty() {
-                return Err(OpenError::ForeignFile { path: dir.join(crate::log::manifest::MANIFEST), why: "there are shards, but the manifest is missing" });
+                return Err(OpenError::ForeignFile {
+                    path: dir.join(crate::log::manifest::MANIFEST),
+                    why: "there are shards, but the manifest is missing",
+                });
             }
         }
     }
-    let mut manifest = stored.unwrap_or(Manifest { shards: config.shards, segment_bytes: config.segment_bytes, types: Vec::new() });
+    let mut manifest =
+        stored.unwrap_or(Manifest { shards: config.shards, segment_bytes: config.segment_bytes, types: Vec::new() });
     if manifest.shards != config.shards {
         return Err(OpenError::ShardCount { stored: manifest.shards, asked: config.shards });
     }
@@ -410,7 +465,12 @@ fn load_manifest<E: Event>(storage: &dyn Storage, config: &Checked) -> Result<(M
 }
 
 /// Recovers all shards, side by side.
-fn recover<E: Event>(storage: &dyn Storage, config: &Checked, manifest: &Manifest, quarantine: &std::path::Path) -> Result<Vec<Recovered>, OpenError> {
+fn recover<E: Event>(
+    storage: &dyn Storage,
+    config: &Checked,
+    manifest: &Manifest,
+    quarantine: &std::path::Path,
+) -> Result<Vec<Recovered>, OpenError> {
     let known = |id: u16, schema: u16| E::TYPES.iter().any(|t| t.id.0 == id && t.schema_version == schema);
     let threads = crate::sync::cores().min(usize::from(config.shards));
     let next = std::sync::atomic::AtomicUsize::new(0);
@@ -424,7 +484,15 @@ fn recover<E: Event>(storage: &dyn Storage, config: &Checked, manifest: &Manifes
                         break;
                     }
                     let dir = shard_dir(&config.dir, ShardId(i as u16));
-                    let opening = Opening { storage, dir: &dir, quarantine, shard: ShardId(i as u16), manifest, keys_expected: config.keys_expected, known: &known };
+                    let opening = Opening {
+                        storage,
+                        dir: &dir,
+                        quarantine,
+                        shard: ShardId(i as u16),
+                        manifest,
+                        keys_expected: config.keys_expected,
+                        known: &known,
+                    };
                     let result = opening.recover();
                     lock(&results).push_back((i, result));
                 }
@@ -462,17 +530,36 @@ impl<E: Event> Context<'_, E> {
         let log = Arc::new(ShardLog::new(id, dir, config.segment_bytes, report.end, resume.sequence, segments));
         let signal = std::sync::Arc::new(Signal::new());
         let lanes = std::sync::Arc::new(LaneRegistry::default());
-        let door = std::sync::Arc::new(ShardDoor { log: Arc::clone(&log), signal: std::sync::Arc::clone(&signal), closing: AtomicBool::new(false), lanes: std::sync::Arc::clone(&lanes) });
+        let door = std::sync::Arc::new(ShardDoor {
+            log: Arc::clone(&log),
+            signal: std::sync::Arc::clone(&signal),
+            closing: AtomicBool::new(false),
+            lanes: std::sync::Arc::clone(&lanes),
+        });
         let shared_end = Arc::new(LaneShared::new(Arc::clone(&log), config.durability));
         lanes.register(&shared_end);
-        let shared = std::sync::Arc::new(SharedLane { queue: ArrayQueue::new(config.ring_capacity), shared: shared_end, door: std::sync::Arc::clone(&door) });
+        let shared = std::sync::Arc::new(SharedLane {
+            queue: ArrayQueue::new(config.ring_capacity),
+            shared: shared_end,
+            door: std::sync::Arc::clone(&door),
+        });
         let arriving = std::sync::Arc::new(Arrivals::new());
         let syncer = std::sync::Arc::new(SyncRequests::new());
         let counters = std::sync::Arc::new(Counters::default());
         let prepared = std::sync::Arc::new(ArrayQueue::new(1));
-        let turn_stages = [Stage::Ring, Stage::Appended, Stage::Handled, Stage::RingDue, Stage::AppendedDue, Stage::HandledDue, Stage::Turn, Stage::Batch];
+        let turn_stages = [
+            Stage::Ring,
+            Stage::Appended,
+            Stage::Handled,
+            Stage::RingDue,
+            Stage::AppendedDue,
+            Stage::HandledDue,
+            Stage::Turn,
+            Stage::Batch,
+        ];
         let (recorder, turn_exchange) = Recorder::new(&turn_stages, config.latency);
-        let (sync_recorder, sync_exchange) = Recorder::new(&[Stage::Durable, Stage::DurableDue, Stage::Sync], config.latency);
+        let (sync_recorder, sync_exchange) =
+            Recorder::new(&[Stage::Durable, Stage::DurableDue, Stage::Sync], config.latency);
         let (marks_tx, marks_rx) = rtrb::RingBuffer::<SyncMark>::new(SYNC_MARKS);
         let kept = Kept {
             log: Arc::clone(&log),

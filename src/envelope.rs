@@ -391,7 +391,8 @@ pub fn to_json<E: serde::Serialize>(out: &mut impl io::Write, meta: &Meta, event
     let invalid = |error: JsonError| io::Error::new(io::ErrorKind::InvalidData, error);
     let text = serde_json::to_string(event).map_err(|error| invalid(not_json(&error)))?;
     let slots = Slots::parse(&text).map_err(invalid)?;
-    let event_type = required("event_type", slots.get(EVENT_TYPE)).and_then(|raw| string("event_type", raw)).map_err(invalid)?;
+    let event_type =
+        required("event_type", slots.get(EVENT_TYPE)).and_then(|raw| string("event_type", raw)).map_err(invalid)?;
     let payload = slots.get(PAYLOAD).map_or("null", RawValue::get);
     Outer::typed(&event_type, meta).write(out, meta, |out| write_raw(out, payload))
 }
@@ -439,7 +440,12 @@ impl<'a> Outer<'a> {
         Self { event_type, user: User::Number(meta.key.get()), correlation, source_event_id: None }
     }
 
-    fn write<W: io::Write>(&self, out: &mut W, meta: &Meta, payload: impl FnOnce(&mut W) -> io::Result<()>) -> io::Result<()> {
+    fn write<W: io::Write>(
+        &self,
+        out: &mut W,
+        meta: &Meta,
+        payload: impl FnOnce(&mut W) -> io::Result<()>,
+    ) -> io::Result<()> {
         out.write_all(br#"{"event_type":"#)?;
         write_string(out, self.event_type)?;
         write!(out, r#","timestamp":{},"user_id":"#, meta.time.as_ms())?;
@@ -585,10 +591,10 @@ impl<'a> Slots<'a> {
         if raw.get().starts_with('"') {
             return Ok(UserId::Text(string("user_id", raw)?.into_owned()));
         }
-        raw.get()
-            .parse()
-            .map(UserId::Number)
-            .map_err(|_| JsonError::WrongType { field: "user_id", expected: "a string or a non-negative integer below 2^64" })
+        raw.get().parse().map(UserId::Number).map_err(|_| JsonError::WrongType {
+            field: "user_id",
+            expected: "a string or a non-negative integer below 2^64",
+        })
     }
 
     fn source_event_id(&self) -> Result<Option<String>, JsonError> {
@@ -725,7 +731,8 @@ mod tests {
     fn written(event: &Envelope) -> String {
         let bytes = archive(event);
         let mut out = Vec::new();
-        write_envelope(&mut out, &meta(event), ArchivedEnvelope::access(&bytes).expect("valid")).expect("a Vec takes all");
+        write_envelope(&mut out, &meta(event), ArchivedEnvelope::access(&bytes).expect("valid"))
+            .expect("a Vec takes all");
         String::from_utf8(out).expect("JSON is UTF-8")
     }
 
@@ -750,7 +757,8 @@ mod tests {
             let again = written(&Envelope::from_json(&once).expect("a dump reads back"));
             assert_eq!(once, again);
         }
-        let kept = Envelope::from_json(r#"{"event_type":"a","event_id":"uuid-1","user_id":1,"payload":1}"#).expect("a good line");
+        let kept = Envelope::from_json(r#"{"event_type":"a","event_id":"uuid-1","user_id":1,"payload":1}"#)
+            .expect("a good line");
         assert_eq!(kept.source_event_id(), Some("uuid-1"));
         assert!(written(&kept).ends_with("\"source_event_id\":\"uuid-1\"}\n"));
     }
@@ -762,7 +770,10 @@ mod tests {
             (r#"{"user_id":1,"payload":1}"#, missing("event_type")),
             (r#"{"event_type":"a","payload":1}"#, missing("user_id")),
             (r#"{"event_type":"a","user_id":1}"#, missing("payload")),
-            (r#"{"event_type":7,"user_id":1,"payload":1}"#, JsonError::WrongType { field: "event_type", expected: "a string" }),
+            (
+                r#"{"event_type":7,"user_id":1,"payload":1}"#,
+                JsonError::WrongType { field: "event_type", expected: "a string" },
+            ),
             (
                 r#"{"event_type":"a","user_id":-1,"payload":1}"#,
                 JsonError::WrongType { field: "user_id", expected: "a string or a non-negative integer below 2^64" },
@@ -775,8 +786,14 @@ mod tests {
                 r#"{"event_type":"\ud800","user_id":1,"payload":1}"#,
                 JsonError::WrongType { field: "event_type", expected: "a string of valid Unicode" },
             ),
-            (r#"{"event_type":"a","user_id":1,"payload":1,"colour":2}"#, JsonError::UnknownField { field: "colour".into() }),
-            (r#"{"event_type":"a","user_id":1,"user_id":2,"payload":1}"#, JsonError::DuplicateField { field: "user_id" }),
+            (
+                r#"{"event_type":"a","user_id":1,"payload":1,"colour":2}"#,
+                JsonError::UnknownField { field: "colour".into() },
+            ),
+            (
+                r#"{"event_type":"a","user_id":1,"user_id":2,"payload":1}"#,
+                JsonError::DuplicateField { field: "user_id" },
+            ),
             ("[]", JsonError::NotAnObject),
             ("7", JsonError::NotAnObject),
         ];
@@ -810,7 +827,9 @@ mod tests {
     #[serde(tag = "event_type", content = "payload", deny_unknown_fields)]
     enum Typed {
         #[serde(rename = "player.levelup")]
-        LevelledUp { new_level: u32 },
+        LevelledUp {
+            new_level: u32,
+        },
         Left,
     }
 
@@ -819,7 +838,10 @@ mod tests {
         let line = r#"{"timestamp":9,"payload":{"new_level":7},"user_id":42,"correlation_id":"m","event_type":"player.levelup"}"#;
         let incoming = from_json::<Typed>(line).expect("a good line");
         assert_eq!(incoming.event, Typed::LevelledUp { new_level: 7 });
-        assert_eq!((incoming.key(), incoming.time, incoming.correlation), (Key::new(42), Some(Time::unix_ms(9)), Correlation::of("m")));
+        assert_eq!(
+            (incoming.key(), incoming.time, incoming.correlation),
+            (Key::new(42), Some(Time::unix_ms(9)), Correlation::of("m"))
+        );
         for event in [incoming.event, Typed::Left] {
             let meta = Meta {
                 key: Key::new(42),
@@ -843,7 +865,8 @@ mod tests {
     fn an_opaque_event_shows_its_archive() {
         let mut out = Vec::new();
         let archive: Vec<u8> = (0..=255).collect();
-        write_opaque(&mut out, &meta(&Envelope::new("a", 1, "1").expect("JSON")), "moved", &archive).expect("a Vec takes all");
+        write_opaque(&mut out, &meta(&Envelope::new("a", 1, "1").expect("JSON")), "moved", &archive)
+            .expect("a Vec takes all");
         let value: serde_json::Value = serde_json::from_slice(&out).expect("JSON");
         let hex = value["payload"]["archive"].as_str().expect("a string");
         assert_eq!((hex.len(), &hex[..8], &hex[508..]), (512, "00010203", "feff"));

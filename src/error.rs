@@ -96,7 +96,9 @@ pub enum OpenError {
         why: &'static str,
     },
     /// The log holds an event type (or a schema version of one) that this program cannot read.
-    #[error("shard {shard} holds event type {event_type} ({name}) of schema version {schema_version}, which this program does not declare")]
+    #[error(
+        "shard {shard} holds event type {event_type} ({name}) of schema version {schema_version}, which this program does not declare"
+    )]
     UnknownEventType {
         /// Where.
         shard: ShardId,

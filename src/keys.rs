@@ -51,7 +51,10 @@ impl KeyTable {
     pub(crate) fn new(keys_expected: usize) -> Self {
         // Two slots a bucket and half of them full: a bucket per key.
         let buckets = (keys_expected.div_ceil(PARTS) + 1).next_power_of_two().max(BUCKETS_MIN);
-        Self { parts: Box::new(std::array::from_fn(|_| vec![Bucket([FREE; 2]); buckets].into())), used: Box::new([0; PARTS]) }
+        Self {
+            parts: Box::new(std::array::from_fn(|_| vec![Bucket([FREE; 2]); buckets].into())),
+            used: Box::new([0; PARTS]),
+        }
     }
 
     /// Asks for the bucket of the key with this hash to be brought near.
@@ -71,7 +74,11 @@ impl KeyTable {
         // Without a branch between the two: which it is cannot be foreseen.
         let is_second = usize::from(first.key != key);
         let candidate = if is_second == 1 { second } else { first };
-        let place = if candidate.key == key && candidate.version.0 != 0 { Place(at, is_second) } else { self.find_or_make_room(key, hash) };
+        let place = if candidate.key == key && candidate.version.0 != 0 {
+            Place(at, is_second)
+        } else {
+            self.find_or_make_room(key, hash)
+        };
         let (part, used) = (&mut self.parts[number], &mut self.used[number]);
         Entry { slot: &mut part[place.0].0[place.1], used, key }
     }

@@ -38,9 +38,12 @@ mod shared;
 pub mod testing;
 
 pub use config::{Checked, Config, Durability, Pin, Retention, Wait};
-pub use error::{ConfigError, Corruption, FailureCause, OpenError, ReadError, Rejected, RejectedReason, ShardFailure, WaitError};
+pub use error::{
+    ConfigError, Corruption, FailureCause, OpenError, ReadError, Rejected, RejectedReason, ShardFailure, WaitError,
+};
 pub use event::{
-    Correlation, Encode, Event, EventId, EventType, EventTypeId, Key, Meta, Offset, Scratch, Sequence, ShardId, Time, Version, deserialize,
+    Correlation, Encode, Event, EventId, EventType, EventTypeId, Key, Meta, Offset, Scratch, Sequence, ShardId, Time,
+    Version, deserialize,
 };
 #[cfg(not(loom))]
 pub use {

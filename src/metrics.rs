@@ -8,8 +8,8 @@ use std::fmt::Write as _;
 use std::io;
 
 use hdrhistogram::Histogram;
-use hdrhistogram::serialization::interval_log::{IntervalLogWriterBuilder, Tag};
 use hdrhistogram::serialization::V2DeflateSerializer;
+use hdrhistogram::serialization::interval_log::{IntervalLogWriterBuilder, Tag};
 
 use crate::error::ShardFailure;
 use crate::event::{Offset, ShardId};
@@ -144,7 +144,10 @@ impl Recorder {
             closed: AtomicBool::new(false),
             slot: Mutex::new(Box::new(Histograms::new(stages))),
         });
-        (Self { active: Box::new(Histograms::new(stages)), exchange: std::sync::Arc::clone(&exchange), enabled }, exchange)
+        (
+            Self { active: Box::new(Histograms::new(stages)), exchange: std::sync::Arc::clone(&exchange), enabled },
+            exchange,
+        )
     }
 
     /// Records `count` events at `value`.
@@ -298,6 +301,8 @@ impl Counter {
     }
 }
 
+type Gauge = (&'static str, fn(&ShardMetrics) -> u64);
+
 /// All figures of an engine at one moment.
 #[derive(Debug, Clone)]
 pub struct Metrics {
@@ -327,10 +332,13 @@ impl Metrics {
             let suffix = if *name == "keys" { "" } else { "_total" };
             line(&mut out, format_args!("# TYPE corelane_{name}{suffix} {kind}"));
             for shard in &self.shards {
-                line(&mut out, format_args!("corelane_{name}{suffix}{{shard=\"{}\"}} {}", shard.shard, shard.counters()[i].1));
+                line(
+                    &mut out,
+                    format_args!("corelane_{name}{suffix}{{shard=\"{}\"}} {}", shard.shard, shard.counters()[i].1),
+                );
             }
         }
-        let gauges: [(&str, fn(&ShardMetrics) -> u64); 6] = [
+        let gauges: [Gauge; 6] = [
             ("backlog", |s| s.backlog),
             ("appended_offset", |s| s.appended_to.0),
             ("durable_offset", |s| s.durable_to.0),
@@ -388,7 +396,13 @@ pub fn write_hgrm(histogram: &Histogram<u64>, out: &mut impl io::Write) -> io::R
     writeln!(out, "{:>12} {:>14} {:>10} {:>14}\n", "Value", "Percentile", "TotalCount", "1/(1-Percentile)")?;
     for step in histogram.iter_quantiles(5) {
         let quantile = step.quantile();
-        write!(out, "{:>12.3} {:>2.12} {:>10}", step.value_iterated_to() as f64 / 1e3, quantile, step.count_since_last_iteration_total(histogram))?;
+        write!(
+            out,
+            "{:>12.3} {:>2.12} {:>10}",
+            step.value_iterated_to() as f64 / 1e3,
+            quantile,
+            step.count_since_last_iteration_total(histogram)
+        )?;
         if quantile < 1.0 { writeln!(out, " {:>14.2}", 1.0 / (1.0 - quantile))? } else { writeln!(out)? }
     }
     writeln!(out, "#[Mean    = {:>12.3}, StdDeviation   = {:>12.3}]", histogram.mean() / 1e3, histogram.stdev() / 1e3)?;
@@ -443,7 +457,7 @@ impl Totals {
             // An owner that is stuck (in a handler, in a sync) keeps its figures for the next time.
             let patience = std::time::Instant::now() + std::time::Duration::from_millis(200);
             while exchange.is_wanted() && std::time::Instant::now() < patience {
-                crate::sync::thread::yield_now();
+                crate::sync::nap(std::time::Duration::from_micros(50));
             }
         }
         lock(&exchange.slot).merge_into(&mut self.0);

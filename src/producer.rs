@@ -14,7 +14,9 @@ use crate::error::{Rejected, RejectedReason, WaitError};
 use crate::event::{Event, Key, Scratch, ShardId, Time};
 use crate::log::segment::ShardLog;
 use crate::ring::{NOT_DUE, Slot, free_slots, push_chunk};
-use crate::sync::{Arc, AtomicBool, AtomicU64, Gate, Idle, Mutex, Ordering, Signal, Waiters, Watermark, lock, thread_waker};
+use crate::sync::{
+    Arc, AtomicBool, AtomicU64, Gate, Idle, Inside, Mutex, Ordering, Signal, Waiters, Watermark, lock, thread_waker,
+};
 
 /// What the two ends of a lane share besides the ring.
 #[derive(Debug)]
@@ -51,6 +53,13 @@ impl LaneShared {
             waiting_durable: Waiters::new(),
             retired: AtomicBool::new(false),
         }
+    }
+
+    /// Lets a publisher in, unless the lane is closed or its shard has failed. A failure closes lanes only when
+    /// the shard's thread sees it, and until then nobody must be let in either.
+    #[inline]
+    pub(crate) fn enter(&self) -> Option<Inside<'_>> {
+        if self.log.failure().is_some() { None } else { self.gate.enter() }
     }
 
     /// The shard has appended `count` events of this lane in all; the log's watermark is already published.
@@ -223,6 +232,9 @@ struct Lane<E> {
     staged: Vec<Slot<E>>,
 }
 
+/// What a lane's producing end is made of.
+pub(crate) type LaneParts<E> = (rtrb::Producer<Slot<E>>, Arc<LaneShared>, std::sync::Arc<ShardDoor>);
+
 /// One thread's way into the engine: an SPSC lane to every shard. Events of one key published here
 /// are appended in publish order. Made by [`crate::Engine::producer`], and may outlive the engine's shutdown (it then refuses).
 pub struct Producer<E: Event> {
@@ -269,7 +281,10 @@ impl Bounds {
     }
 
     fn with_trial(bytes_max: usize) -> Self {
-        Self { bytes_max, trial: Some((vec![0; bytes_max + 16].into_boxed_slice(), Scratch::new(4 * bytes_max.max(1024)))) }
+        Self {
+            bytes_max,
+            trial: Some((vec![0; bytes_max + 16].into_boxed_slice(), Scratch::new(4 * bytes_max.max(1024)))),
+        }
     }
 
     /// How many events from the front fit.
@@ -280,7 +295,8 @@ impl Bounds {
             None => 0,
             Some((out, scratch)) => {
                 let skip = out.as_ptr().align_offset(16);
-                let unfit = |(_, event): &(Key, E)| event.encode(&mut out[skip..skip + self.bytes_max], scratch).is_none();
+                let unfit =
+                    |(_, event): &(Key, E)| event.encode(&mut out[skip..skip + self.bytes_max], scratch).is_none();
                 events.iter().position(unfit).unwrap_or(events.len())
             }
         }
@@ -301,8 +317,11 @@ impl Bounds {
 }
 
 impl<E: Event> Producer<E> {
-    pub(crate) fn new(lanes: Vec<(rtrb::Producer<Slot<E>>, Arc<LaneShared>, std::sync::Arc<ShardDoor>)>, clock: Clock, wait: Wait, event_bytes_max: usize) -> Self {
-        let lanes = lanes.into_iter().map(|(ring, shared, door)| Lane { ring, shared, door, published: 0, staged: Vec::new() }).collect();
+    pub(crate) fn new(lanes: Vec<LaneParts<E>>, clock: Clock, wait: Wait, event_bytes_max: usize) -> Self {
+        let lanes = lanes
+            .into_iter()
+            .map(|(ring, shared, door)| Lane { ring, shared, door, published: 0, staged: Vec::new() })
+            .collect();
         Self { lanes, clock, wait, bounds: Bounds::new::<E>(event_bytes_max) }
     }
 
@@ -347,7 +366,14 @@ impl<E: Event> Producer<E> {
     }
 
     #[inline]
-    fn send(&mut self, key: Key, event: E, published: Nanos, late: u32, patience: Patience) -> Result<Receipt, Rejected<E>> {
+    fn send(
+        &mut self,
+        key: Key,
+        event: E,
+        published: Nanos,
+        late: u32,
+        patience: Patience,
+    ) -> Result<Receipt, Rejected<E>> {
         let event = self.bounds.check(event)?;
         let shard = key.shard(self.lanes.len() as u16);
         let wait = self.wait;
@@ -355,7 +381,7 @@ impl<E: Event> Producer<E> {
         let mut slot = Slot { key, published, late, event };
         let mut idle = Idle::new(wait);
         loop {
-            let Some(inside) = lane.shared.gate.enter() else { return Err(lane.door.refusal(slot.event)) };
+            let Some(inside) = lane.shared.enter() else { return Err(lane.door.refusal(slot.event)) };
             match lane.ring.push(slot) {
                 Ok(()) => {
                     lane.published += 1;
@@ -451,11 +477,18 @@ impl<E: Event> Producer<E> {
 impl<E> Lane<E> {
     /// Moves everything in `source` into the ring, in order, in chunks that become visible at once.
     /// What was not accepted stays in `source`.
-    fn push_all<T>(&mut self, source: &mut Vec<T>, count: usize, slot: impl Fn(T) -> Slot<E>, wait: Wait, patience: Patience) -> Result<(), RejectedReason> {
+    fn push_all<T>(
+        &mut self,
+        source: &mut Vec<T>,
+        count: usize,
+        slot: impl Fn(T) -> Slot<E>,
+        wait: Wait,
+        patience: Patience,
+    ) -> Result<(), RejectedReason> {
         let mut left = count;
         let mut idle = Idle::new(wait);
         while left > 0 {
-            let Some(inside) = self.shared.gate.enter() else { return Err(self.door.refusal(()).reason()) };
+            let Some(inside) = self.shared.enter() else { return Err(self.door.refusal(()).reason()) };
             let room = free_slots(&self.ring, left);
             if room > 0 {
                 let pushed = push_chunk(&mut self.ring, room, source.drain(..room).map(&slot));
@@ -484,7 +517,9 @@ impl<E> Lane<E> {
     #[cold]
     fn await_room(&mut self, idle: &mut Idle, patience: Patience) {
         let Lane { ring, shared, door, .. } = self;
-        idle.step(&shared.space, patience.deadline(), || ring.slots() > 0 || shared.gate.is_closed() || door.log.failure().is_some());
+        idle.step(&shared.space, patience.deadline(), || {
+            ring.slots() > 0 || shared.gate.is_closed() || door.log.failure().is_some()
+        });
     }
 }
 
@@ -529,13 +564,11 @@ impl Receipt {
     }
 
     /// Waits (`.wait()`, `.wait_until()` or `.await`) until the event is in the log.
-    #[must_use]
     pub fn appended(&self) -> Pending {
         Pending { receipt: self.clone(), durable: false }
     }
 
     /// Waits (`.wait()`, `.wait_until()` or `.await`) until the event is synced.
-    #[must_use]
     pub fn durable(&self) -> Pending {
         Pending { receipt: self.clone(), durable: true }
     }
@@ -599,7 +632,11 @@ impl Pending {
 }
 
 /// Blocks until there is an outcome or the deadline has passed.
-pub(crate) fn block_until<T>(deadline: Option<Instant>, register: impl Fn(&std::task::Waker), outcome: impl Fn() -> Option<Result<T, WaitError>>) -> Result<T, WaitError> {
+pub(crate) fn block_until<T>(
+    deadline: Option<Instant>,
+    register: impl Fn(&std::task::Waker),
+    outcome: impl Fn() -> Option<Result<T, WaitError>>,
+) -> Result<T, WaitError> {
     let waker = thread_waker();
     loop {
         register(&waker);

@@ -38,7 +38,11 @@ pub(crate) fn free_slots<E>(ring: &rtrb::Producer<Slot<E>>, count: usize) -> usi
 /// The iterator is asked for exactly as many as are moved; when it panics, those taken from it are lost with it
 /// and nothing of the chunk becomes visible.
 #[inline]
-pub(crate) fn push_chunk<E>(ring: &mut rtrb::Producer<Slot<E>>, count: usize, events: impl Iterator<Item = Slot<E>>) -> usize {
+pub(crate) fn push_chunk<E>(
+    ring: &mut rtrb::Producer<Slot<E>>,
+    count: usize,
+    events: impl Iterator<Item = Slot<E>>,
+) -> usize {
     let room = free_slots(ring, count);
     match ring.write_chunk_uninit(room) {
         Ok(chunk) => chunk.fill_from_iter(events.take(room)),

@@ -18,7 +18,13 @@ pub(crate) struct RunnerRequests {
 }
 
 /// Runs a shard until the engine closes or the shard fails.
-pub(crate) fn run<E: Event>(mut shard: Shard<E>, door: &ShardDoor, requests: &RunnerRequests, wait: Wait, core: Option<usize>) {
+pub(crate) fn run<E: Event>(
+    mut shard: Shard<E>,
+    door: &ShardDoor,
+    requests: &RunnerRequests,
+    wait: Wait,
+    core: Option<usize>,
+) {
     if let Some(core) = core {
         pin_current(core);
     }
@@ -38,7 +44,12 @@ pub(crate) fn run<E: Event>(mut shard: Shard<E>, door: &ShardDoor, requests: &Ru
     door.lanes.wake_all();
 }
 
-fn turn_until_closed<E: Event>(shard: &mut Shard<E>, door: &ShardDoor, requests: &RunnerRequests, wait: Wait) -> Result<(), FailureCause> {
+fn turn_until_closed<E: Event>(
+    shard: &mut Shard<E>,
+    door: &ShardDoor,
+    requests: &RunnerRequests,
+    wait: Wait,
+) -> Result<(), FailureCause> {
     let mut idle = Idle::new(wait);
     while !door.closing.load(Ordering::SeqCst) {
         if let Some(failure) = shard.log.failure() {
@@ -47,7 +58,9 @@ fn turn_until_closed<E: Event>(shard: &mut Shard<E>, door: &ShardDoor, requests:
         if shard.turn()? > 0 {
             idle.reset();
         } else {
-            idle.step(&door.signal, None, || shard.has_work() || door.closing.load(Ordering::SeqCst) || shard.log.failure().is_some());
+            idle.step(&door.signal, None, || {
+                shard.has_work() || door.closing.load(Ordering::SeqCst) || shard.log.failure().is_some()
+            });
         }
     }
     close_gates(shard);
@@ -61,10 +74,15 @@ fn turn_until_closed<E: Event>(shard: &mut Shard<E>, door: &ShardDoor, requests:
             idle.reset();
         } else if shard.is_stalled() && requests.abandon.load(Ordering::SeqCst) {
             let full = std::io::Error::from(std::io::ErrorKind::StorageFull);
-            return Err(FailureCause::Storage { action: "appending what was accepted", source: std::sync::Arc::new(full) });
+            return Err(FailureCause::Storage {
+                action: "appending what was accepted",
+                source: std::sync::Arc::new(full),
+            });
         } else {
             idle.step(&door.signal, None, || {
-                (!shard.is_stalled() && shard.has_events()) || shard.log.failure().is_some() || requests.abandon.load(Ordering::SeqCst)
+                (!shard.is_stalled() && shard.has_events())
+                    || shard.log.failure().is_some()
+                    || requests.abandon.load(Ordering::SeqCst)
             });
         }
     }
@@ -75,12 +93,19 @@ fn turn_until_closed<E: Event>(shard: &mut Shard<E>, door: &ShardDoor, requests:
 fn finish<E: Event>(shard: &mut Shard<E>, door: &ShardDoor) -> Result<(), FailureCause> {
     let end = shard.log.appended.get();
     shard.syncer.flush(end);
-    let synced = crate::producer::block_until(None, |waker| door.lanes.waiting_flush().register(end, waker), || {
-        let failure = shard.log.failure().map(|failure| Err(failure.clone().into()));
-        if shard.log.durable.get() >= end { Some(Ok(())) } else { failure }
-    });
+    let synced = crate::producer::block_until(
+        None,
+        |waker| door.lanes.waiting_flush().register(end, waker),
+        || {
+            let failure = shard.log.failure().map(|failure| Err(failure.clone().into()));
+            if shard.log.durable.get() >= end { Some(Ok(())) } else { failure }
+        },
+    );
     if synced.is_err() {
-        return Err(shard.log.failure().map_or(FailureCause::Panic("the syncer is gone".into()), |failure| failure.cause.clone()));
+        return Err(shard
+            .log
+            .failure()
+            .map_or(FailureCause::Panic("the syncer is gone".into()), |failure| failure.cause.clone()));
     }
     if shard.writer.mark_now(wall_now()) {
         shard.writer.publish();
@@ -106,7 +131,8 @@ fn close_gates<E: Event>(shard: &mut Shard<E>) {
 pub(crate) fn assign_cores(pin: &Pin, shards: u16) -> Vec<Option<usize>> {
     let none = vec![None; usize::from(shards)];
     // Asked before anything is pinned: afterwards a thread sees only its own core.
-    let allowed: Vec<usize> = core_affinity::get_core_ids().unwrap_or_default().into_iter().map(|core| core.id).collect();
+    let allowed: Vec<usize> =
+        core_affinity::get_core_ids().unwrap_or_default().into_iter().map(|core| core.id).collect();
     match pin {
         Pin::None => none,
         Pin::Auto if allowed.len() <= usize::from(shards) || allowed.len() < 2 => none,

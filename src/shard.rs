@@ -143,12 +143,16 @@ impl<E: Event> Shard<E> {
 
     /// Whether a turn would find something to do. Looked at before sleeping, so it must see whatever was made visible before a wake-up.
     pub(crate) fn has_work(&self) -> bool {
-        !self.arriving.is_empty() || self.recorder.exchange_handle().is_wanted() || (!self.is_stalled() && self.has_events())
+        !self.arriving.is_empty()
+            || self.recorder.exchange_handle().is_wanted()
+            || (!self.is_stalled() && self.has_events())
     }
 
     /// Whether events wait to be appended.
     pub(crate) fn has_events(&self) -> bool {
-        !self.work.taken.is_empty() || !self.shared_lane.queue.is_empty() || self.lanes.iter().any(|lane| !lane.ring.is_empty())
+        !self.work.taken.is_empty()
+            || !self.shared_lane.queue.is_empty()
+            || self.lanes.iter().any(|lane| !lane.ring.is_empty())
     }
 
     /// Whether the last turn had to leave events because no segment was ready, and none is now. Looked at before
@@ -254,7 +258,14 @@ impl<E: Event> Shard<E> {
 
     /// Everything after the appending: watermarks, then who waits, then handlers, then figures.
     #[inline]
-    fn publish(&mut self, now: Nanos, appended: usize, bytes: u64, queue_depth: usize, reached: impl FnOnce(&mut Work<E>)) -> Result<(), FailureCause> {
+    fn publish(
+        &mut self,
+        now: Nanos,
+        appended: usize,
+        bytes: u64,
+        queue_depth: usize,
+        reached: impl FnOnce(&mut Work<E>),
+    ) -> Result<(), FailureCause> {
         if appended == 0 {
             return Ok(());
         }
@@ -287,8 +298,20 @@ impl<E: Event> Shard<E> {
         for run in &self.work.runs {
             let (late, events) = (run.late, u64::from(run.events));
             self.recorder.latency(Stage::Ring, Stage::RingDue, now.saturating_sub(run.published), late, events);
-            self.recorder.latency(Stage::Appended, Stage::AppendedDue, visible.saturating_sub(run.published), late, events);
-            self.recorder.latency(Stage::Handled, Stage::HandledDue, handled.saturating_sub(run.published), late, events);
+            self.recorder.latency(
+                Stage::Appended,
+                Stage::AppendedDue,
+                visible.saturating_sub(run.published),
+                late,
+                events,
+            );
+            self.recorder.latency(
+                Stage::Handled,
+                Stage::HandledDue,
+                handled.saturating_sub(run.published),
+                late,
+                events,
+            );
         }
         self.tell_syncer();
         self.work.runs.clear();
@@ -347,15 +370,24 @@ impl<E: Event> Shard<E> {
         outcome
     }
 
-    fn run_handler(&self, registered: &mut Registered<E>, placed: &[(Meta, usize)], end: &BatchEnd) -> Result<(), FailureCause> {
+    fn run_handler(
+        &self,
+        registered: &mut Registered<E>,
+        placed: &[(Meta, usize)],
+        end: &BatchEnd,
+    ) -> Result<(), FailureCause> {
         let mut next = 0;
         while next < placed.len() {
             // One catch per batch, not per event; `next` says where it stopped.
             let outcome = catch_unwind(AssertUnwindSafe(|| -> Result<(), HandlerError> {
                 while let Some((meta, len)) = placed.get(next) {
-                    let Some(memory) = self.memory_of(meta.offset) else { return Err("the event's segment is gone".into()) };
+                    let Some(memory) = self.memory_of(meta.offset) else {
+                        return Err("the event's segment is gone".into());
+                    };
                     let at = (meta.offset.0 % self.log.segment_bytes) as usize + RECORD_HEADER_BYTES;
-                    let Some(event) = memory.archived::<E>(at, len - RECORD_HEADER_BYTES) else { return Err("the archive is not valid".into()) };
+                    let Some(event) = memory.archived::<E>(at, len - RECORD_HEADER_BYTES) else {
+                        return Err("the archive is not valid".into());
+                    };
                     registered.handler.on_event(event, meta)?;
                     next += 1;
                 }
@@ -378,9 +410,20 @@ impl<E: Event> Shard<E> {
     }
 
     #[cold]
-    fn on_handler_error(&self, registered: &Registered<E>, meta: Option<&Meta>, error: String) -> Result<(), FailureCause> {
+    fn on_handler_error(
+        &self,
+        registered: &Registered<E>,
+        meta: Option<&Meta>,
+        error: String,
+    ) -> Result<(), FailureCause> {
         let offset = meta.map_or(Offset(self.log.appended.get()), |meta| meta.offset);
-        tracing::warn!(handler = registered.name, shard = self.id.0, offset = offset.0, error, "an inline handler failed");
+        tracing::warn!(
+            handler = registered.name,
+            shard = self.id.0,
+            offset = offset.0,
+            error,
+            "an inline handler failed"
+        );
         match registered.on_error {
             OnError::Halt => Err(FailureCause::Handler { handler: registered.name.clone(), offset, error }),
             OnError::Quarantine => {
@@ -391,7 +434,10 @@ impl<E: Event> Shard<E> {
                 self.storage
                     .create_dir(&self.quarantine)
                     .and_then(|()| self.storage.append(&file, format!("{line}\n").as_bytes()))
-                    .map_err(|source| FailureCause::Storage { action: "noting a quarantined event", source: std::sync::Arc::new(source) })
+                    .map_err(|source| FailureCause::Storage {
+                        action: "noting a quarantined event",
+                        source: std::sync::Arc::new(source),
+                    })
             }
         }
     }
@@ -427,7 +473,10 @@ impl Batch<'_> {
 
     /// Appends slots until one finds no room and there is no new segment yet. Returns how many it appended.
     #[inline]
-    fn append<'s, E: Event>(&mut self, slots: impl ExactSizeIterator<Item = &'s Slot<E>> + Clone) -> Result<usize, FailureCause> {
+    fn append<'s, E: Event>(
+        &mut self,
+        slots: impl ExactSizeIterator<Item = &'s Slot<E>> + Clone,
+    ) -> Result<usize, FailureCause> {
         let total = slots.len();
         let mut appended = 0;
         loop {
@@ -445,7 +494,10 @@ impl Batch<'_> {
 
     /// Appends slots until the current segment is full. Returns how many it appended.
     #[inline]
-    fn append_to_segment<'s, E: Event>(&mut self, slots: impl Iterator<Item = &'s Slot<E>> + Clone) -> Result<usize, FailureCause> {
+    fn append_to_segment<'s, E: Event>(
+        &mut self,
+        slots: impl Iterator<Item = &'s Slot<E>> + Clone,
+    ) -> Result<usize, FailureCause> {
         // The table's slots of later keys are brought near while earlier events are appended.
         let mut ahead = slots.clone();
         let mut hashes = [0; PREFETCH_AHEAD];
@@ -455,9 +507,9 @@ impl Batch<'_> {
         }
         let mut run = Run { published: 0, late: None, events: 0, end: 0 };
         let (mut appended, mut bytes, mut too_large) = (0, 0, None);
-        let mut sequence = self.writer.sequence();
+        let first_sequence = self.writer.sequence();
         let mut appender = self.writer.appender();
-        for slot in slots {
+        for (slot, sequence) in slots.zip(first_sequence..) {
             let place = &mut hashes[appended % PREFETCH_AHEAD];
             let hash = *place;
             if let Some(later) = ahead.next() {
@@ -496,7 +548,6 @@ impl Batch<'_> {
             if let Some(placed) = &mut self.placed {
                 placed.push((meta_of(self.shard, offset, Sequence(sequence), &header), len));
             }
-            sequence += 1;
             appended += 1;
             bytes += padded(len) as u64;
         }

@@ -40,7 +40,12 @@ pub struct SharedProducer<E: Event> {
 
 impl<E: Event> Clone for SharedProducer<E> {
     fn clone(&self) -> Self {
-        Self { lanes: std::sync::Arc::clone(&self.lanes), clock: self.clock.clone(), wait: self.wait, event_bytes_max: self.event_bytes_max }
+        Self {
+            lanes: std::sync::Arc::clone(&self.lanes),
+            clock: self.clock.clone(),
+            wait: self.wait,
+            event_bytes_max: self.event_bytes_max,
+        }
     }
 }
 
@@ -51,7 +56,12 @@ impl<E: Event> std::fmt::Debug for SharedProducer<E> {
 }
 
 impl<E: Event> SharedProducer<E> {
-    pub(crate) fn new(lanes: std::sync::Arc<[std::sync::Arc<SharedLane<E>>]>, clock: Clock, wait: Wait, event_bytes_max: usize) -> Self {
+    pub(crate) fn new(
+        lanes: std::sync::Arc<[std::sync::Arc<SharedLane<E>>]>,
+        clock: Clock,
+        wait: Wait,
+        event_bytes_max: usize,
+    ) -> Self {
         Self { lanes, clock, wait, event_bytes_max }
     }
 
@@ -90,13 +100,19 @@ impl<E: Event> SharedProducer<E> {
         Ok(SharedReceipt { lane: Arc::clone(&lane.shared), ticket })
     }
 
-    fn send(&self, key: Key, event: E, ticket: Option<std::sync::Arc<AtomicU64>>, patience: Patience) -> Result<&SharedLane<E>, Rejected<E>> {
+    fn send(
+        &self,
+        key: Key,
+        event: E,
+        ticket: Option<std::sync::Arc<AtomicU64>>,
+        patience: Patience,
+    ) -> Result<&SharedLane<E>, Rejected<E>> {
         let event = Bounds::check_once(event, self.event_bytes_max)?;
         let lane = &*self.lanes[usize::from(key.shard(self.lanes.len() as u16).0)];
         let mut slot = SharedSlot { slot: Slot { key, published: self.clock.now(), late: NOT_DUE, event }, ticket };
         let mut idle = Idle::new(self.wait);
         loop {
-            let Some(inside) = lane.shared.gate.enter() else { return Err(lane.door.refusal(slot.slot.event)) };
+            let Some(inside) = lane.shared.enter() else { return Err(lane.door.refusal(slot.slot.event)) };
             match lane.queue.push(slot) {
                 Ok(()) => {
                     lane.shared.published.fetch_add(1, Ordering::Relaxed);
@@ -142,10 +158,14 @@ impl SharedReceipt {
     /// # Errors
     /// `ShardFailed` when the shard fails before.
     pub fn wait_appended(&self) -> Result<Receipt, crate::error::WaitError> {
-        let receipt = crate::producer::block_until(None, |waker| self.lane.register_any(waker), || match self.receipt() {
-            Some(receipt) => Some(Ok(receipt)),
-            None => self.lane.log.failure().map(|failure| Err(failure.clone().into())),
-        })?;
+        let receipt = crate::producer::block_until(
+            None,
+            |waker| self.lane.register_any(waker),
+            || match self.receipt() {
+                Some(receipt) => Some(Ok(receipt)),
+                None => self.lane.log.failure().map(|failure| Err(failure.clone().into())),
+            },
+        )?;
         receipt.appended().wait()?;
         Ok(receipt)
     }

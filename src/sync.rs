@@ -164,6 +164,11 @@ const YIELDS: u32 = 32;
 /// How long who cannot be woken sleeps between two looks.
 const NAP: Duration = Duration::from_micros(100);
 
+/// Sleeps; for cold paths that poll.
+pub(crate) fn nap(time: Duration) {
+    std::thread::sleep(time);
+}
+
 impl Idle {
     pub(crate) fn new(wait: Wait) -> Self {
         Self { wait, rounds: 0 }
@@ -182,7 +187,7 @@ impl Idle {
             _ if self.rounds <= SPINS => std::hint::spin_loop(),
             Wait::Park if self.rounds > SPINS + YIELDS => {
                 let left = deadline.map_or(NAP, |at| at.saturating_duration_since(Instant::now()).min(NAP));
-                std::thread::sleep(left);
+                nap(left);
             }
             Wait::SpinYield | Wait::Park => thread::yield_now(),
         }

@@ -96,7 +96,8 @@ impl FaultyStorage {
             Some(extension) if extension == "seg" => File::Segment(Arc::new(Heap::new(content))),
             _ => File::Small(Arc::new(Mutex::new((content.clone(), content)))),
         };
-        let files: BTreeMap<_, _> = files.into_iter().map(|(path, content)| (path.clone(), file(&path, content))).collect();
+        let files: BTreeMap<_, _> =
+            files.into_iter().map(|(path, content)| (path.clone(), file(&path, content))).collect();
         Self(Arc::new(Mutex::new(Disk { durable_names: files.clone(), files, ..Disk::default() })))
     }
 
@@ -214,7 +215,9 @@ impl Storage for FaultyStorage {
     }
 
     fn append(&self, path: &Path, content: &[u8]) -> io::Result<()> {
-        let mut whole = self.read(path).or_else(|error| if error.kind() == io::ErrorKind::NotFound { Ok(Vec::new()) } else { Err(error) })?;
+        let mut whole = self
+            .read(path)
+            .or_else(|error| if error.kind() == io::ErrorKind::NotFound { Ok(Vec::new()) } else { Err(error) })?;
         whole.extend_from_slice(content);
         self.write(path, &whole)
     }
@@ -265,7 +268,12 @@ impl Storage for FaultyStorage {
         self.operation(|disk| {
             let here = |path: &PathBuf| path.parent() == Some(dir);
             disk.durable_names.retain(|path, _| !here(path));
-            let live: Vec<_> = disk.files.iter().filter(|(path, _)| here(path)).map(|(path, file)| (path.clone(), file.clone())).collect();
+            let live: Vec<_> = disk
+                .files
+                .iter()
+                .filter(|(path, _)| here(path))
+                .map(|(path, file)| (path.clone(), file.clone()))
+                .collect();
             disk.durable_names.extend(live);
             Ok(())
         })

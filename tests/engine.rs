@@ -50,7 +50,8 @@ fn what_is_published_is_durable_and_there_after_a_restart() {
             let mut producer = engine.producer();
             let mut last = None;
             for n in 0..5_000_u64 {
-                let event = if n % 3 == 0 { Ping::Named { name: format!("name {n}") } } else { Ping::Numbered { n } };
+                let event =
+                    if n.is_multiple_of(3) { Ping::Named { name: format!("name {n}") } } else { Ping::Numbered { n } };
                 last = Some(producer.publish(Key::new(n % 100), event).expect("accepted"));
             }
             let last = last.expect("published");
@@ -77,13 +78,17 @@ fn what_is_published_is_durable_and_there_after_a_restart() {
             for (i, (_, version, event)) in of_key.iter().enumerate() {
                 let n = key + 100 * i as u64;
                 assert_eq!(*version, i as u64 + 1);
-                let expected = if n % 3 == 0 { Ping::Named { name: format!("name {n}") } } else { Ping::Numbered { n } };
+                let expected =
+                    if n.is_multiple_of(3) { Ping::Named { name: format!("name {n}") } } else { Ping::Numbered { n } };
                 assert_eq!(*event, expected, "publish order of key {key}");
             }
         }
         let mut producer = engine.producer();
         producer.publish(Key::new(1), Ping::Numbered { n: 1 }).expect("goes on");
         engine.flush(soon()).expect("flushes");
-        assert_eq!(read_all(&engine, 2).iter().filter(|(k, _, _)| *k == 1).map(|(_, version, _)| *version).max(), Some(51));
+        assert_eq!(
+            read_all(&engine, 2).iter().filter(|(k, _, _)| *k == 1).map(|(_, version, _)| *version).max(),
+            Some(51)
+        );
     }
 }

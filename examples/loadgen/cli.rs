@@ -152,7 +152,11 @@ impl Args {
 
     /// The engine's configuration with its store in `dir`.
     pub(crate) fn config(&self, dir: PathBuf) -> Config {
-        let keys = self.expected_keys.unwrap_or(if self.input.is_some() { 10_000 } else { self.users / u64::from(self.shards) });
+        let keys = self.expected_keys.unwrap_or(if self.input.is_some() {
+            10_000
+        } else {
+            self.users / u64::from(self.shards)
+        });
         let config = Config::new(dir)
             .shards(self.shards)
             .durability(self.durability)
@@ -224,11 +228,20 @@ fn scaled(text: &str, factor: u64, suffixes: &str) -> Result<u64, String> {
     let suffix = text[digits.len()..].to_ascii_lowercase();
     let power = match suffix.as_str() {
         "" => 0,
-        suffix => 1 + suffixes.find(suffix).filter(|_| suffix.len() == 1).ok_or_else(|| format!("unknown suffix {suffix:?}"))?,
+        suffix => {
+            1 + suffixes
+                .find(suffix)
+                .filter(|_| suffix.len() == 1)
+                .ok_or_else(|| format!("unknown suffix {suffix:?}"))?
+        }
     };
     let number: f64 = digits.parse().map_err(|_| format!("{digits:?} is not a number"))?;
     let value = number * (factor as f64).powi(power as i32);
-    if (0.0..9e18).contains(&value) && value.fract() == 0.0 { Ok(value as u64) } else { Err("not a whole number in range".to_owned()) }
+    if (0.0..9e18).contains(&value) && value.fract() == 0.0 {
+        Ok(value as u64)
+    } else {
+        Err("not a whole number in range".to_owned())
+    }
 }
 
 fn count(text: &str) -> Result<u64, String> {

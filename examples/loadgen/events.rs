@@ -136,8 +136,12 @@ impl FromStr for Mix {
         let mut weights = [0; 4];
         for part in text.split(',') {
             let (name, weight) = part.trim().split_once(':').ok_or_else(|| format!("{part:?} is not NAME:WEIGHT"))?;
-            let at = NAMES.iter().position(|known| *known == name).ok_or_else(|| format!("unknown event {name:?}; known are {}", NAMES.join(", ")))?;
-            let weight: u16 = weight.parse().map_err(|_| format!("the weight {weight:?} is not a number in 0..=65535"))?;
+            let at = NAMES
+                .iter()
+                .position(|known| *known == name)
+                .ok_or_else(|| format!("unknown event {name:?}; known are {}", NAMES.join(", ")))?;
+            let weight: u16 =
+                weight.parse().map_err(|_| format!("the weight {weight:?} is not a number in 0..=65535"))?;
             weights[at] = u32::from(weight);
         }
         if weights.iter().sum::<u32>() == 0 { Err("the weights add up to 0".to_owned()) } else { Ok(Self(weights)) }

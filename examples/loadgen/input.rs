@@ -25,7 +25,8 @@ impl Input {
         let began = Instant::now();
         let file = File::open(path).with_context(|| format!("opening {}", path.display()))?;
         let mut file = BufReader::new(file);
-        let is_gzip = file.fill_buf().with_context(|| format!("reading {}", path.display()))?.starts_with(&[0x1f, 0x8b]);
+        let is_gzip =
+            file.fill_buf().with_context(|| format!("reading {}", path.display()))?.starts_with(&[0x1f, 0x8b]);
         let text: Box<dyn Read> = if is_gzip { Box::new(MultiGzDecoder::new(file)) } else { Box::new(file) };
         let most = events_max.map_or(usize::MAX, |most| most as usize);
         let mut events = Vec::new();
@@ -56,7 +57,6 @@ impl Input {
         }
         shares.into_iter().map(|share| Lines(share.into_iter())).collect()
     }
-
 
     /// What a replay must find of every user.
     pub(crate) fn histories(&self) -> ByKey<History> {

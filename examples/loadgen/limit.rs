@@ -75,26 +75,9 @@ pub(crate) struct DiskLimit {
 /// A game's events in the size the load generator publishes.
 #[derive(Archive, Serialize, Clone, Copy, Debug)]
 enum ProbeEvent {
-    Moved {
-        x: f64,
-        y: f64,
-        heading: f64,
-        zone: u64,
-        tick: u64,
-    },
-    Attacked {
-        target: u64,
-        damage: u64,
-        x: f64,
-        y: f64,
-        tick: u64,
-    },
-    LevelledUp {
-        experience: u64,
-        level: u64,
-        points: u64,
-        tick: u64,
-    },
+    Moved { x: f64, y: f64, heading: f64, zone: u64, tick: u64 },
+    Attacked { target: u64, damage: u64, x: f64, y: f64, tick: u64 },
+    LevelledUp { experience: u64, level: u64, points: u64, tick: u64 },
 }
 
 impl ProbeEvent {
@@ -102,26 +85,9 @@ impl ProbeEvent {
     fn nth(n: u64) -> Self {
         let x = (n & 0xffff) as f64;
         match n % 8 {
-            0..=4 => Self::Moved {
-                x,
-                y: 2.0,
-                heading: 0.5,
-                zone: n >> 8,
-                tick: n,
-            },
-            5 | 6 => Self::Attacked {
-                target: n ^ 1,
-                damage: n & 0xff,
-                x,
-                y: 2.0,
-                tick: n,
-            },
-            _ => Self::LevelledUp {
-                experience: n,
-                level: n & 127,
-                points: 3,
-                tick: n,
-            },
+            0..=4 => Self::Moved { x, y: 2.0, heading: 0.5, zone: n >> 8, tick: n },
+            5 | 6 => Self::Attacked { target: n ^ 1, damage: n & 0xff, x, y: 2.0, tick: n },
+            _ => Self::LevelledUp { experience: n, level: n & 127, points: 3, tick: n },
         }
     }
 
@@ -150,10 +116,7 @@ struct Slot {
 /// Impossible settings, a core that does not exist, or a directory that cannot hold the mapping
 /// (256 MiB at most).
 pub(crate) fn engine_limit(config: &LimitConfig) -> Result<f64> {
-    ensure!(
-        config.events > 0,
-        "the limit probe needs at least one event"
-    );
+    ensure!(config.events > 0, "the limit probe needs at least one event");
     ensure!(config.batch > 0, "a batch holds at least one event");
     ensure!(
         config.ring_capacity >= config.batch,
@@ -161,15 +124,10 @@ pub(crate) fn engine_limit(config: &LimitConfig) -> Result<f64> {
         config.ring_capacity,
         config.batch
     );
-    let cores = config
-        .pin
-        .map(|(producer, writer)| Ok::<_, anyhow::Error>((core(producer)?, core(writer)?)));
+    let cores = config.pin.map(|(producer, writer)| Ok::<_, anyhow::Error>((core(producer)?, core(writer)?)));
     let (producer_core, writer_core) = cores.transpose()?.unzip();
 
-    let bytes = config
-        .events
-        .saturating_mul(RECORD_BYTES as u64)
-        .min(MAPPING_BYTES_MAX) as usize;
+    let bytes = config.events.saturating_mul(RECORD_BYTES as u64).min(MAPPING_BYTES_MAX) as usize;
     let mut mapping = Mapping::create(&config.dir, bytes - bytes % RECORD_BYTES)?;
     mapping.prefault(0, mapping.map.len())?;
 
@@ -191,12 +149,8 @@ pub(crate) fn engine_limit(config: &LimitConfig) -> Result<f64> {
             let elapsed = started.elapsed();
             pinned.map(|()| elapsed)
         });
-        producer
-            .join()
-            .map_err(|_| anyhow!("the probe's producer panicked"))??;
-        writer
-            .join()
-            .map_err(|_| anyhow!("the probe's writer panicked"))?
+        producer.join().map_err(|_| anyhow!("the probe's producer panicked"))??;
+        writer.join().map_err(|_| anyhow!("the probe's writer panicked"))?
     })?;
     Ok(config.events as f64 / elapsed.as_secs_f64())
 }
@@ -213,10 +167,7 @@ fn produce(lane: &mut Producer<Slot>, events: u64, batch: usize) {
                 Err(ChunkError::TooFewSlots(_)) => relax(&mut spins),
             }
         };
-        let slots = (next..).map(|n| Slot {
-            key: key(n),
-            event: ProbeEvent::nth(n),
-        });
+        let slots = (next..).map(|n| Slot { key: key(n), event: ProbeEvent::nth(n) });
         next += chunk.fill_from_iter(slots) as u64;
     }
 }
@@ -254,8 +205,7 @@ fn write(ring: &mut Consumer<Slot>, mapping: &mut [u8], events: u64, batch: usiz
             while !slots.is_empty() {
                 let n = slots.len().min(records.len() - at);
                 let (now, later) = slots.split_at(n);
-                for (slots, records) in now.chunks(GROUP).zip(records[at..at + n].chunks_mut(GROUP))
-                {
+                for (slots, records) in now.chunks(GROUP).zip(records[at..at + n].chunks_mut(GROUP)) {
                     for (slot, record) in slots.iter().zip(&mut *records) {
                         fill(slot, time_ns, record);
                     }
@@ -280,11 +230,7 @@ fn fill(slot: &Slot, time_ns: u64, record: &mut [u8; RECORD_BYTES]) {
     record[24..32].copy_from_slice(&u64::from(slot.event.type_id()).to_le_bytes());
     record[32..48].fill(0);
     let body = Buffer::from(&mut record[HEADER_BYTES..]);
-    let archived = rkyv::api::low::to_bytes_in_with_alloc::<_, _, Failure>(
-        &slot.event,
-        body,
-        SubAllocator::empty(),
-    );
+    let archived = rkyv::api::low::to_bytes_in_with_alloc::<_, _, Failure>(&slot.event, body, SubAllocator::empty());
     assert!(archived.is_ok_and(|body| body.len() == BODY_BYTES));
 }
 
@@ -353,26 +299,17 @@ impl Pass {
 /// Writes and syncs 4 MiB at a time from the start of the mapping; at least one step.
 fn synced_pass(mapping: &mut Mapping, bytes_max: usize, until: Instant) -> Result<Pass> {
     let bytes = mapping.map.len().min(bytes_max);
-    let mut pass = Pass {
-        bytes: 0,
-        elapsed: Duration::ZERO,
-    };
+    let mut pass = Pass { bytes: 0, elapsed: Duration::ZERO };
     let mut record = [0_u8; RECORD_BYTES];
     while pass.bytes < bytes && (pass.bytes == 0 || Instant::now() < until) {
         // Only this step: a prefaulted page is a dirty page, and a sync writes all of them.
         mapping.prefault(pass.bytes, SYNC_BYTES)?;
         let started = Instant::now();
-        for (n, to) in mapping.map[pass.bytes..][..SYNC_BYTES]
-            .chunks_mut(RECORD_BYTES)
-            .enumerate()
-        {
+        for (n, to) in mapping.map[pass.bytes..][..SYNC_BYTES].chunks_mut(RECORD_BYTES).enumerate() {
             record[..8].copy_from_slice(&(n as u64).to_le_bytes());
             to.copy_from_slice(&record[..to.len()]);
         }
-        mapping
-            .file
-            .sync_data()
-            .context("fdatasync in the disk probe")?;
+        mapping.file.sync_data().context("fdatasync in the disk probe")?;
         pass.elapsed += started.elapsed();
         pass.bytes += SYNC_BYTES;
     }
@@ -397,8 +334,7 @@ impl Mapping {
             .create_new(true)
             .open(&path)
             .with_context(|| format!("creating {}", path.display()))?;
-        let mapped = Self::map(&file, bytes)
-            .with_context(|| format!("mapping {bytes} bytes of {}", path.display()));
+        let mapped = Self::map(&file, bytes).with_context(|| format!("mapping {bytes} bytes of {}", path.display()));
         match mapped {
             Ok(map) => Ok(Self { map, file, path }),
             Err(error) => {
@@ -422,19 +358,14 @@ impl Mapping {
     }
 
     fn prefault(&self, at: usize, bytes: usize) -> Result<()> {
-        self.map
-            .advise_range(Advice::PopulateWrite, at, bytes)
-            .context("prefaulting (MADV_POPULATE_WRITE, Linux 5.14)")
+        self.map.advise_range(Advice::PopulateWrite, at, bytes).context("prefaulting (MADV_POPULATE_WRITE, Linux 5.14)")
     }
 }
 
 impl Drop for Mapping {
     fn drop(&mut self) {
         if let Err(error) = fs::remove_file(&self.path) {
-            eprintln!(
-                "the probe's file {} stays behind: {error}",
-                self.path.display()
-            );
+            eprintln!("the probe's file {} stays behind: {error}", self.path.display());
         }
     }
 }
@@ -443,17 +374,12 @@ fn core(id: usize) -> Result<CoreId> {
     let cores = core_affinity::get_core_ids().unwrap_or_default();
     let found = cores.iter().copied().find(|core| core.id == id);
     found.with_context(|| {
-        format!(
-            "no core {id}: this process may run on {:?}",
-            cores.iter().map(|c| c.id).collect::<Vec<_>>()
-        )
+        format!("no core {id}: this process may run on {:?}", cores.iter().map(|c| c.id).collect::<Vec<_>>())
     })
 }
 
 fn pin(core: Option<CoreId>) -> Result<()> {
-    core.is_none_or(core_affinity::set_for_current)
-        .then_some(())
-        .with_context(|| format!("pinning to {core:?}"))
+    core.is_none_or(core_affinity::set_for_current).then_some(()).with_context(|| format!("pinning to {core:?}"))
 }
 
 #[inline]
@@ -468,9 +394,7 @@ fn relax(spins: &mut u32) {
 }
 
 fn now_ns() -> u64 {
-    SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .map_or(0, |since| since.as_nanos() as u64)
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_nanos() as u64)
 }
 
 #[cfg(test)]
@@ -499,22 +423,11 @@ mod tests {
     fn the_probes_measure_something_and_leave_nothing_behind() {
         let dir = std::env::temp_dir().join(format!("limit-test-{}", std::process::id()));
         fs::create_dir_all(&dir).expect("a directory");
-        let config = |ring_capacity, pin| LimitConfig {
-            events: 10_000,
-            ring_capacity,
-            batch: 64,
-            dir: dir.clone(),
-            pin,
-        };
+        let config =
+            |ring_capacity, pin| LimitConfig { events: 10_000, ring_capacity, batch: 64, dir: dir.clone(), pin };
         assert!(engine_limit(&config(256, None)).expect("a rate") > 0.0);
-        assert!(
-            engine_limit(&config(32, None)).is_err(),
-            "a batch larger than the ring"
-        );
-        assert!(
-            engine_limit(&config(256, Some((0, 1 << 20)))).is_err(),
-            "no such core"
-        );
+        assert!(engine_limit(&config(32, None)).is_err(), "a batch larger than the ring");
+        assert!(engine_limit(&config(256, Some((0, 1 << 20)))).is_err(), "no such core");
         let disk = disk_limit(&dir, 16 << 20, 5.0).expect("rates");
         assert!(disk.recycled_bytes_per_second > 0.0 && disk.new_bytes_per_second > 0.0);
         // Fails when a probe's file is still there.

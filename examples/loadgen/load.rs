@@ -4,9 +4,9 @@
 //! producers; a [`Phase`] is one stretch of load on it (the warm-up, the measurement, one step of a search).
 
 use std::path::PathBuf;
+use std::sync::Barrier;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::Barrier;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow, bail};
@@ -133,7 +133,8 @@ impl<E: Traced, F: Feed<E>> Session<E, F> {
             control.start.wait();
             let mut watch = Watch::new(engine, before.clone(), synced, phase);
             watch_over(&mut watch, phase, &control, &done);
-            let sent: Result<Vec<Sent>> = threads.into_iter().map(|thread| thread.join().map_err(|_| anyhow!("a producer panicked"))?).collect();
+            let sent: Result<Vec<Sent>> =
+                threads.into_iter().map(|thread| thread.join().map_err(|_| anyhow!("a producer panicked"))?).collect();
             control.stop.store(true, Ordering::Relaxed);
             let sent = sent?;
             let published = published() - published_before;
@@ -203,11 +204,14 @@ struct Timing {
 }
 
 fn measured(before: &Metrics, after: &Metrics, timing: Timing) -> Measured {
-    let shards: Vec<u64> = after.shards.iter().zip(&before.shards).map(|(after, before)| after.appended - before.appended).collect();
+    let shards: Vec<u64> =
+        after.shards.iter().zip(&before.shards).map(|(after, before)| after.appended - before.appended).collect();
     let appended = shards.iter().sum();
     // What lies below the durable watermark is known by position; the positions agree once everything is synced.
     let all_durable = after.shards.iter().all(|shard| shard.durable_to >= shard.appended_to);
-    let of = |count: fn(&corelane::ShardMetrics) -> u64| after.shards.iter().map(count).sum::<u64>() - before.shards.iter().map(count).sum::<u64>();
+    let of = |count: fn(&corelane::ShardMetrics) -> u64| {
+        after.shards.iter().map(count).sum::<u64>() - before.shards.iter().map(count).sum::<u64>()
+    };
     Measured {
         published: timing.published,
         appended,
@@ -241,7 +245,8 @@ struct Share {
 
 impl Share {
     fn new(phase: &Phase, producer: u64, producers: u64) -> Self {
-        let events = phase.events.map_or(u64::MAX, |events| events / producers + u64::from(producer < events % producers));
+        let events =
+            phase.events.map_or(u64::MAX, |events| events / producers + u64::from(producer < events % producers));
         let pace = phase.rate.map(|rate| {
             let between = |events: f64| Duration::from_secs_f64(events / rate);
             (between(producers as f64), between(producer as f64))
@@ -251,7 +256,14 @@ impl Share {
 }
 
 impl<E: Traced, F: Feed<E>> Lane<E, F> {
-    fn send(&mut self, share: &Share, control: &Control, batch: usize, crowded: bool, _done: Sender<()>) -> Result<Sent> {
+    fn send(
+        &mut self,
+        share: &Share,
+        control: &Control,
+        batch: usize,
+        crowded: bool,
+        _done: Sender<()>,
+    ) -> Result<Sent> {
         if let Some(id) = self.core {
             core_affinity::set_for_current(core_affinity::CoreId { id });
         }
@@ -260,7 +272,9 @@ impl<E: Traced, F: Feed<E>> Lane<E, F> {
         let began = Instant::now();
         match share.pace {
             None => self.flat_out(share.events, batch, &control.stop, &mut delay)?,
-            Some((every, first)) => self.paced(share.events, every, began + first, crowded, &control.stop, &mut delay)?,
+            Some((every, first)) => {
+                self.paced(share.events, every, began + first, crowded, &control.stop, &mut delay)?
+            }
         }
         Ok(Sent { began, delay })
     }
@@ -284,7 +298,15 @@ impl<E: Traced, F: Feed<E>> Lane<E, F> {
     }
 
     /// Open loop: when an event is sent depends on the clock alone, never on how the last one fared.
-    fn paced(&mut self, events: u64, every: Duration, first: Instant, crowded: bool, stop: &AtomicBool, delay: &mut Histogram<u64>) -> Result<()> {
+    fn paced(
+        &mut self,
+        events: u64,
+        every: Duration,
+        first: Instant,
+        crowded: bool,
+        stop: &AtomicBool,
+        delay: &mut Histogram<u64>,
+    ) -> Result<()> {
         let every_ns = every.as_secs_f64() * 1e9;
         for n in 0..events {
             if n % LOOK_EVERY == 0 && stop.load(Ordering::Relaxed) {

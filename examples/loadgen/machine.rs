@@ -32,7 +32,8 @@ fn cpu() -> String {
 }
 
 fn kernel() -> String {
-    fs::read_to_string("/proc/sys/kernel/osrelease").map_or_else(|_| unknown(), |release| format!("Linux {}", release.trim()))
+    fs::read_to_string("/proc/sys/kernel/osrelease")
+        .map_or_else(|_| unknown(), |release| format!("Linux {}", release.trim()))
 }
 
 /// Type and device of the mount that holds `dir`.

@@ -62,12 +62,20 @@ fn start(args: &Args) -> Result<bool> {
         return measure(args, &Load { feeds: &|| input.feeds(args.producers), expected }, Some(input.loading));
     }
     if args.payload > 48 {
-        return measure(args, &Load { feeds: &|| producers.clone().map(|n| Paddings::new(args, n)).collect(), expected: None }, None);
+        return measure(
+            args,
+            &Load { feeds: &|| producers.clone().map(|n| Paddings::new(args, n)).collect(), expected: None },
+            None,
+        );
     }
     measure(args, &Load { feeds: &|| producers.clone().map(|n| Games::new(args, n)).collect(), expected: None }, None)
 }
 
-fn measure<E: events::Traced, F: events::Feed<E>>(args: &Args, load: &Load<'_, F>, loading: Option<std::time::Duration>) -> Result<bool> {
+fn measure<E: events::Traced, F: events::Feed<E>>(
+    args: &Args,
+    load: &Load<'_, F>,
+    loading: Option<std::time::Duration>,
+) -> Result<bool> {
     let machine = {
         let place = Place::new(&Args { keep: false, ..args.clone() }, None)?;
         Machine::look(&place.dir, load::core_ids().len())

@@ -33,7 +33,12 @@ pub(crate) struct Summary<'a> {
 }
 
 impl<'a> Summary<'a> {
-    pub(crate) fn new(args: &'a Args, machine: &'a Machine, runs: &'a [Run], loading: Option<std::time::Duration>) -> Option<Self> {
+    pub(crate) fn new(
+        args: &'a Args,
+        machine: &'a Machine,
+        runs: &'a [Run],
+        loading: Option<std::time::Duration>,
+    ) -> Option<Self> {
         Some(Self { args, machine, runs, run: median_run(runs)?, loading })
     }
 
@@ -46,14 +51,18 @@ impl<'a> Summary<'a> {
         let mut warnings = Vec::new();
         if crowded(self.args) {
             let threads = usize::from(self.args.producers) + usize::from(self.args.shards);
-            warnings.push(format!("{threads} threads of producers and shards share {} cores: latencies include waiting for a core.", self.machine.cores));
+            warnings.push(format!(
+                "{threads} threads of producers and shards share {} cores: latencies include waiting for a core.",
+                self.machine.cores
+            ));
         }
         if cfg!(debug_assertions) {
             warnings.push("Built without optimisation: use cargo run --release --example loadgen.".to_owned());
         }
         let waits = self.run.measured.segment_waits;
         if waits > 0 {
-            warnings.push(format!("{waits} waits for the next segment to be prepared: the disk was slower than the load."));
+            warnings
+                .push(format!("{waits} waits for the next segment to be prepared: the disk was slower than the load."));
         }
         warnings
     }
@@ -62,10 +71,22 @@ impl<'a> Summary<'a> {
     pub(crate) fn facts(&self) -> Vec<(&'static str, String)> {
         let Args { producers, shards, batch, ring_capacity, seed, .. } = self.args;
         let events = match &self.args.input {
-            Some(path) => format!("{} (loaded in {:.1} s)", path.display(), self.loading.unwrap_or_default().as_secs_f64()),
-            None => format!("{} users, {:?} spread, {} bytes, seed {seed}", grouped(self.args.users), self.args.key_dist, self.args.payload).to_lowercase(),
+            Some(path) => {
+                format!("{} (loaded in {:.1} s)", path.display(), self.loading.unwrap_or_default().as_secs_f64())
+            }
+            None => format!(
+                "{} users, {:?} spread, {} bytes, seed {seed}",
+                grouped(self.args.users),
+                self.args.key_dist,
+                self.args.payload
+            )
+            .to_lowercase(),
         };
-        let sending = if self.args.rate > 0 { format!("{} offered by intended time", report::rate(self.args.rate as f64)) } else { format!("flat out in batches of {batch}") };
+        let sending = if self.args.rate > 0 {
+            format!("{} offered by intended time", report::rate(self.args.rate as f64))
+        } else {
+            format!("flat out in batches of {batch}")
+        };
         let mut facts = vec![
             ("durability", durability_text(self.args)),
             ("load", format!("{producers} producers, {shards} shards, lanes of {ring_capacity}, {sending}")),
@@ -76,7 +97,10 @@ impl<'a> Summary<'a> {
             ("commit", self.machine.commit.clone()),
         ];
         if self.runs.len() > 1 {
-            facts.push(("runs", format!("{}; the figures are those of the median run, ratios are medians", self.runs.len())));
+            facts.push((
+                "runs",
+                format!("{}; the figures are those of the median run, ratios are medians", self.runs.len()),
+            ));
         }
         facts
     }
@@ -101,7 +125,11 @@ impl<'a> Summary<'a> {
             self.args.durability_name(),
         );
         if !measured.flush.is_zero() {
-            out += &format!("{:>11}  {:.2} s for the sync at the end, not in the throughput\n", "", measured.flush.as_secs_f64());
+            out += &format!(
+                "{:>11}  {:.2} s for the sync at the end, not in the throughput\n",
+                "",
+                measured.flush.as_secs_f64()
+            );
         }
         out += &self.limits_text();
         out += &stage_table(self.args, measured);
@@ -114,9 +142,18 @@ impl<'a> Summary<'a> {
         let what = if self.args.rate > 0 { "due → published" } else { "batch accepted" };
         let mut out = row(what, &measured.delay);
         out += &row("1 ms sleep late", &measured.jitter);
-        out += &format!("\n{:>11}  at most {} events, seen between publish and append\n", "backlog", grouped(measured.backlog_max));
+        out += &format!(
+            "\n{:>11}  at most {} events, seen between publish and append\n",
+            "backlog",
+            grouped(measured.backlog_max)
+        );
         let total = measured.appended.max(1) as f64;
-        let shares: Vec<_> = measured.shards.iter().enumerate().map(|(i, events)| format!("{i}: {:.1} %", 100.0 * *events as f64 / total)).collect();
+        let shares: Vec<_> = measured
+            .shards
+            .iter()
+            .enumerate()
+            .map(|(i, events)| format!("{i}: {:.1} %", 100.0 * *events as f64 / total))
+            .collect();
         out += &format!("{:>11}  {}\n", "shards", shares.join("  "));
         out
     }
@@ -134,31 +171,52 @@ impl<'a> Summary<'a> {
         if let Some(replay) = &self.run.replay {
             let rate = report::rate(replay.events as f64 / replay.replaying.as_secs_f64());
             let (keys, opening) = (grouped(replay.keys), replay.opening.as_secs_f64());
-            out += &format!("{:>11}  reopened in {opening:.2} s; {} events of {keys} keys replayed and checked at {rate}\n", "restart", grouped(replay.events));
+            out += &format!(
+                "{:>11}  reopened in {opening:.2} s; {} events of {keys} keys replayed and checked at {rate}\n",
+                "restart",
+                grouped(replay.events)
+            );
             if replay.freed > 0 {
-                out += &format!("{:>11}  {} events had been freed by retention; replayed counts them\n", "", grouped(replay.freed));
+                out += &format!(
+                    "{:>11}  {} events had been freed by retention; replayed counts them\n",
+                    "",
+                    grouped(replay.freed)
+                );
             }
         }
         for (n, run) in (1..).zip(self.runs).filter(|(_, run)| !run.is_whole()) {
             let Measured { published, appended, durable, .. } = run.measured;
-            out += &format!("{:>11}  run {n}: published {published}, appended {appended}, durable {durable}, replayed {:?}\n", "✗", run.replayed());
+            out += &format!(
+                "{:>11}  run {n}: published {published}, appended {appended}, durable {durable}, replayed {:?}\n",
+                "✗",
+                run.replayed()
+            );
             for fault in run.replay.iter().flat_map(|replay| &replay.faults) {
                 out += &format!("{:>11}  {fault}\n", "✗");
             }
         }
         let names: Vec<_> = self.counts().into_iter().map(|(name, _)| name).collect();
-        let verdict = if self.is_whole() { format!("= {} ✓", grouped(self.run.measured.published)) } else { "✗".to_owned() };
+        let verdict =
+            if self.is_whole() { format!("= {} ✓", grouped(self.run.measured.published)) } else { "✗".to_owned() };
         out + &format!("\n{} {verdict}\n", names.join(" = "))
     }
 
     fn limits_text(&self) -> String {
         let Some(limit) = self.limit_ratio() else { return String::new() };
-        let rate = median(self.runs.iter().filter_map(|run| Some(run.limits.as_ref()?.events_per_second))).unwrap_or(f64::NAN);
+        let rate =
+            median(self.runs.iter().filter_map(|run| Some(run.limits.as_ref()?.events_per_second))).unwrap_or(f64::NAN);
         let batch = self.run.limits.as_ref().map_or(0, |limits| limits.batch);
-        let mut out = format!("{:>11}  {} for the bare loop (batches of {batch}); engine ÷ limit = {limit:.3}\n", "limit", report::rate(rate));
+        let mut out = format!(
+            "{:>11}  {} for the bare loop (batches of {batch}); engine ÷ limit = {limit:.3}\n",
+            "limit",
+            report::rate(rate)
+        );
         let Some((disk_recycled, disk_new)) = self.disk() else { return out };
         let bytes = |name: &str, engine: Option<f64>, disk: f64| {
-            let engine = engine.map_or_else(|| "not reached".to_owned(), |engine| format!("{}/s, ÷ disk = {:.3}", byte_size(engine), engine / disk));
+            let engine = engine.map_or_else(
+                || "not reached".to_owned(),
+                |engine| format!("{}/s, ÷ disk = {:.3}", byte_size(engine), engine / disk),
+            );
             format!("{:>11}  {name} blocks: disk {}/s; engine {engine}\n", "disk", byte_size(disk))
         };
         let passes = self.passes();
@@ -174,13 +232,18 @@ impl<'a> Summary<'a> {
     }
 
     pub(crate) fn limit_ratio(&self) -> Option<f64> {
-        median(self.runs.iter().filter_map(|run| Some(run.measured.per_second() / run.limits.as_ref()?.events_per_second)))
+        median(
+            self.runs.iter().filter_map(|run| Some(run.measured.per_second() / run.limits.as_ref()?.events_per_second)),
+        )
     }
 
     /// Recycled and new blocks, bytes per second.
     fn disk(&self) -> Option<(f64, f64)> {
         let disks = || self.runs.iter().filter_map(|run| run.limits.as_ref()?.disk);
-        Some((median(disks().map(|disk| disk.recycled_bytes_per_second))?, median(disks().map(|disk| disk.new_bytes_per_second))?))
+        Some((
+            median(disks().map(|disk| disk.recycled_bytes_per_second))?,
+            median(disks().map(|disk| disk.new_bytes_per_second))?,
+        ))
     }
 
     fn unsynced(&self) -> Option<f64> {
@@ -194,7 +257,10 @@ impl<'a> Summary<'a> {
     /// What the engine synced per second over what the disk takes, run by run; on recycled blocks where it got to them.
     fn disk_ratio(&self) -> Option<f64> {
         median(self.runs.iter().zip(self.passes()).filter_map(|(run, (_, recycled))| {
-            Some(recycled.unwrap_or(bytes_per_second(&run.measured)) / run.limits.as_ref()?.disk?.recycled_bytes_per_second)
+            Some(
+                recycled.unwrap_or(bytes_per_second(&run.measured))
+                    / run.limits.as_ref()?.disk?.recycled_bytes_per_second,
+            )
         }))
     }
 
@@ -258,9 +324,13 @@ impl<'a> Summary<'a> {
     fn add_limits(&self, object: &mut Value) {
         let Some(ratio) = self.limit_ratio() else { return };
         object["limit_ratio"] = json!(ratio);
-        object["limit_events_per_second"] = json!(median(self.runs.iter().filter_map(|run| Some(run.limits.as_ref()?.events_per_second))));
-        object["events_per_second_by_run"] = json!(self.runs.iter().map(|run| run.measured.per_second()).collect::<Vec<_>>());
-        object["limit_events_per_second_by_run"] = json!(self.runs.iter().map(|run| run.limits.as_ref().map(|limits| limits.events_per_second)).collect::<Vec<_>>());
+        object["limit_events_per_second"] =
+            json!(median(self.runs.iter().filter_map(|run| Some(run.limits.as_ref()?.events_per_second))));
+        object["events_per_second_by_run"] =
+            json!(self.runs.iter().map(|run| run.measured.per_second()).collect::<Vec<_>>());
+        object["limit_events_per_second_by_run"] = json!(
+            self.runs.iter().map(|run| run.limits.as_ref().map(|limits| limits.events_per_second)).collect::<Vec<_>>()
+        );
         let Some((recycled, new)) = self.disk() else { return };
         let passes = self.passes();
         object["disk_bytes_per_second"] = json!(recycled);
@@ -293,14 +363,17 @@ fn passes(intervals: &[Interval], shards: u16) -> (Option<f64>, Option<f64>) {
 }
 
 fn latencies(measured: &Measured, corrected: bool) -> Value {
-    let stage = |(name, _, plain, due): (&str, &str, Stage, Stage)| (name.to_owned(), quantiles(measured.stage(if corrected { due } else { plain })));
+    let stage = |(name, _, plain, due): (&str, &str, Stage, Stage)| {
+        (name.to_owned(), quantiles(measured.stage(if corrected { due } else { plain })))
+    };
     Value::Object(STAGES.into_iter().map(stage).collect())
 }
 
 /// Nothing measured is null, not 0.
 fn quantiles(histogram: &Histogram<u64>) -> Value {
     let known = |value: u64| if histogram.is_empty() { Value::Null } else { json!(value) };
-    let mut object: serde_json::Map<_, _> = QUANTILES.iter().map(|(name, q)| ((*name).to_owned(), known(histogram.value_at_quantile(*q)))).collect();
+    let mut object: serde_json::Map<_, _> =
+        QUANTILES.iter().map(|(name, q)| ((*name).to_owned(), known(histogram.value_at_quantile(*q)))).collect();
     object.insert("max".to_owned(), known(histogram.max()));
     object.insert("count".to_owned(), json!(histogram.len()));
     Value::Object(object)
@@ -319,7 +392,8 @@ fn stage_table(args: &Args, measured: &Measured) -> String {
         out += &row(name, measured.stage(plain));
     }
     if args.rate > 0 {
-        out += &format!("{:>24}  from due: corrected, a stall counts for all it delays; from publish: uncorrected\n", "");
+        out +=
+            &format!("{:>24}  from due: corrected, a stall counts for all it delays; from publish: uncorrected\n", "");
     }
     out
 }

@@ -81,11 +81,8 @@ pub(crate) struct LoadPoint {
 /// The whole report as one HTML document.
 pub(crate) fn html(report: &Report) -> String {
     let title = escape(&report.title);
-    let warnings: String = report
-        .warnings
-        .iter()
-        .map(|text| format!("<p role=\"note\">{}</p>", escape(text)))
-        .collect();
+    let warnings: String =
+        report.warnings.iter().map(|text| format!("<p role=\"note\">{}</p>", escape(text))).collect();
     let plots = [
         percentiles(&report.stages),
         throughput(&report.timeseries),
@@ -105,11 +102,7 @@ pub(crate) fn html(report: &Report) -> String {
         &integrity(&report.integrity),
         &wrap("<div class=\"plots\">", &plots.concat(), "</div>"),
         &stage_table(&report.stages),
-        &wrap(
-            "<section><h2>Conditions</h2><dl class=\"facts\">",
-            &pairs(&report.facts),
-            "</dl></section>",
-        ),
+        &wrap("<section><h2>Conditions</h2><dl class=\"facts\">", &pairs(&report.facts), "</dl></section>"),
         "</main></body></html>\n",
     ]
     .concat()
@@ -169,23 +162,13 @@ fn escape(text: &str) -> String {
 
 /// Nothing around nothing.
 fn wrap(open: &str, inner: &str, close: &str) -> String {
-    if inner.is_empty() {
-        String::new()
-    } else {
-        [open, inner, close].concat()
-    }
+    if inner.is_empty() { String::new() } else { [open, inner, close].concat() }
 }
 
 fn pairs(pairs: &[(String, String)]) -> String {
     pairs
         .iter()
-        .map(|(name, value)| {
-            format!(
-                "<div><dt>{}</dt><dd>{}</dd></div>",
-                escape(name),
-                escape(value)
-            )
-        })
+        .map(|(name, value)| format!("<div><dt>{}</dt><dd>{}</dd></div>", escape(name), escape(value)))
         .collect()
 }
 
@@ -193,17 +176,11 @@ fn integrity(counts: &[(String, u64)]) -> String {
     let Some(&(_, first)) = counts.first() else {
         return String::new();
     };
-    let cells: Vec<_> = counts
-        .iter()
-        .map(|(name, n)| (name.clone(), grouped(*n)))
-        .collect();
+    let cells: Vec<_> = counts.iter().map(|(name, n)| (name.clone(), grouped(*n))).collect();
     let least = counts.iter().map(|(_, n)| *n).min().unwrap_or(first);
     let most = counts.iter().map(|(_, n)| *n).max().unwrap_or(first);
     let (class, verdict) = match most - least {
-        0 => (
-            "good",
-            "✓ All counts agree: nothing lost, nothing doubled.".to_owned(),
-        ),
+        0 => ("good", "✓ All counts agree: nothing lost, nothing doubled.".to_owned()),
         gap => ("bad", format!("✗ The counts differ by {}.", grouped(gap))),
     };
     format!(
@@ -224,9 +201,7 @@ fn stage_table(stages: &[Stage]) -> String {
         })
         .collect();
     let heads = ["p50", "p90", "p99", "p99.9", "p99.99", "max", "events"];
-    let heads = heads
-        .map(|head| format!("<th scope=\"col\">{head}</th>"))
-        .concat();
+    let heads = heads.map(|head| format!("<th scope=\"col\">{head}</th>")).concat();
     wrap(
         &format!(
             "<section><h2>Stages</h2><div class=\"scroll\" tabindex=\"0\" role=\"region\" aria-label=\"Latency by stage\">\
@@ -263,73 +238,36 @@ impl Axis {
     /// Where a value lies, from 0 to 1.
     fn at(&self, value: f64) -> f64 {
         let scale = |v: f64| {
-            if self.log {
-                v.max(f64::MIN_POSITIVE).log10()
-            } else {
-                v
-            }
+            if self.log { v.max(f64::MIN_POSITIVE).log10() } else { v }
         };
         ((scale(value) - scale(self.low)) / (scale(self.high) - scale(self.low))).clamp(0.0, 1.0)
     }
 
     /// From zero in steps of 1, 2 or 5.
     fn linear(most: f64, label: &'static str, unit: impl Fn(f64) -> String) -> Self {
-        let most = if most.is_finite() && most > 0.0 {
-            most
-        } else {
-            1.0
-        };
+        let most = if most.is_finite() && most > 0.0 { most } else { 1.0 };
         let magnitude = 10_f64.powf((most / 4.0).log10().floor());
-        let step = [1.0, 2.0, 5.0, 10.0]
-            .map(|n| n * magnitude)
-            .into_iter()
-            .find(|step| most / step <= 4.5);
+        let step = [1.0, 2.0, 5.0, 10.0].map(|n| n * magnitude).into_iter().find(|step| most / step <= 4.5);
         let step = step.unwrap_or(10.0 * magnitude);
         let steps = (most / step).ceil().max(1.0);
-        let ticks = (0..=steps as u32)
-            .map(|n| f64::from(n) * step)
-            .map(|v| (v, unit(v)))
-            .collect();
-        Self {
-            low: 0.0,
-            high: steps * step,
-            log: false,
-            ticks,
-            label,
-        }
+        let ticks = (0..=steps as u32).map(|n| f64::from(n) * step).map(|v| (v, unit(v))).collect();
+        Self { low: 0.0, high: steps * step, log: false, ticks, label }
     }
 
     /// Nanoseconds in whole decades.
     fn decades(values: impl Iterator<Item = u64>, label: &'static str) -> Self {
-        let (least, most) = values.fold((u64::MAX, 1), |(least, most), v| {
-            (least.min(v.max(1)), most.max(v))
-        });
+        let (least, most) = values.fold((u64::MAX, 1), |(least, most), v| (least.min(v.max(1)), most.max(v)));
         let low = least.min(most).ilog10();
         let high = (most as f64).log10().ceil().max(f64::from(low) + 1.0) as u32;
-        let ticks = (low..=high)
-            .map(|n| 10_f64.powi(n as i32))
-            .map(|v| (v, short(ns(v as u64))))
-            .collect();
-        Self {
-            low: 10_f64.powi(low as i32),
-            high: 10_f64.powi(high as i32),
-            log: true,
-            ticks,
-            label,
-        }
+        let ticks = (low..=high).map(|n| 10_f64.powi(n as i32)).map(|v| (v, short(ns(v as u64)))).collect();
+        Self { low: 10_f64.powi(low as i32), high: 10_f64.powi(high as i32), log: true, ticks, label }
     }
 
     /// 1/(1−p): every further nine takes the same room.
     fn nines(most: f64) -> Self {
         let high = most.clamp(1e4, 1e5);
         let ticks = [50.0, 90.0, 99.0, 99.9, 99.99].map(|p| (rarity(p), format!("{p} %")));
-        Self {
-            low: 1.0,
-            high,
-            log: true,
-            ticks: ticks.to_vec(),
-            label: "percentile",
-        }
+        Self { low: 1.0, high, log: true, ticks: ticks.to_vec(), label: "percentile" }
     }
 }
 
@@ -340,11 +278,7 @@ fn rarity(percentile: f64) -> f64 {
 
 /// `10.0 µs` as `10 µs`, and nothing needs no unit: ticks are round.
 fn short(text: String) -> String {
-    if text.starts_with("0 ") {
-        "0".to_owned()
-    } else {
-        text.replace(".0 ", " ")
-    }
+    if text.starts_with("0 ") { "0".to_owned() } else { text.replace(".0 ", " ") }
 }
 
 /// One line of a plot.
@@ -365,11 +299,7 @@ fn plot(title: &str, note: &str, x: &Axis, y: &Axis, series: &[Series]) -> Strin
     for (value, text) in &y.ticks {
         let at = py(*value);
         body += &format!("<path class=\"grid\" d=\"M{LEFT} {at:.1}H{right}\"/>");
-        body += &format!(
-            "<text class=\"y\" x=\"{:.1}\" y=\"{:.1}\">{text}</text>",
-            LEFT - 7.0,
-            at + 4.0
-        );
+        body += &format!("<text class=\"y\" x=\"{:.1}\" y=\"{:.1}\">{text}</text>", LEFT - 7.0, at + 4.0);
     }
     for (value, text) in &x.ticks {
         let at = px(*value);
@@ -380,40 +310,21 @@ fn plot(title: &str, note: &str, x: &Axis, y: &Axis, series: &[Series]) -> Strin
     }
     body += &format!("<path class=\"axis\" d=\"M{LEFT} {base}H{right}\"/>");
     let middle = f64::midpoint(LEFT, right);
-    body += &format!(
-        "<text class=\"label\" x=\"{middle}\" y=\"{}\">{}</text>",
-        HEIGHT - 6.0,
-        x.label
-    );
+    body += &format!("<text class=\"label\" x=\"{middle}\" y=\"{}\">{}</text>", HEIGHT - 6.0, x.label);
     for (n, line) in series.iter().enumerate() {
         let colour = n % COLOURS;
         let points: Vec<_> = line.points.iter().map(|&(a, b)| (px(a), py(b))).collect();
-        let path: String = points
-            .iter()
-            .map(|(a, b)| format!("{a:.1} {b:.1} "))
-            .collect();
+        let path: String = points.iter().map(|(a, b)| format!("{a:.1} {b:.1} ")).collect();
         if let (true, Some(first), Some(last)) = (line.area, points.first(), points.last()) {
-            body += &format!(
-                "<path class=\"area c{colour}\" d=\"M{:.1} {base}L{path}L{:.1} {base}Z\"/>",
-                first.0, last.0
-            );
+            body +=
+                &format!("<path class=\"area c{colour}\" d=\"M{:.1} {base}L{path}L{:.1} {base}Z\"/>", first.0, last.0);
         }
-        body += &wrap(
-            &format!("<path class=\"line c{colour}\" d=\"M"),
-            path.trim_end(),
-            "\"/>",
-        );
+        body += &wrap(&format!("<path class=\"line c{colour}\" d=\"M"), path.trim_end(), "\"/>");
         // A line of one point is invisible.
         let lone: &[&str] = if points.len() == 1 { &["full"] } else { &[] };
-        let dots = if line.dots.is_empty() {
-            lone
-        } else {
-            &line.dots
-        };
+        let dots = if line.dots.is_empty() { lone } else { &line.dots };
         for ((a, b), class) in points.iter().zip(dots) {
-            body += &format!(
-                "<circle class=\"{class} c{colour}\" cx=\"{a:.1}\" cy=\"{b:.1}\" r=\"3\"/>"
-            );
+            body += &format!("<circle class=\"{class} c{colour}\" cx=\"{a:.1}\" cy=\"{b:.1}\" r=\"3\"/>");
         }
     }
     let keys: String = series
@@ -421,15 +332,13 @@ fn plot(title: &str, note: &str, x: &Axis, y: &Axis, series: &[Series]) -> Strin
         .enumerate()
         .map(|(n, line)| {
             let colour = n % COLOURS;
-            let swatch = format!("<svg viewBox=\"0 0 22 8\" aria-hidden=\"true\"><path class=\"line c{colour}\" d=\"M1 4H21\"/></svg>");
+            let swatch = format!(
+                "<svg viewBox=\"0 0 22 8\" aria-hidden=\"true\"><path class=\"line c{colour}\" d=\"M1 4H21\"/></svg>"
+            );
             format!("<li>{swatch}{}</li>", escape(&line.name))
         })
         .collect();
-    let legend = if series.len() > 1 {
-        wrap("<ul class=\"legend\">", &keys, "</ul>")
-    } else {
-        String::new()
-    };
+    let legend = if series.len() > 1 { wrap("<ul class=\"legend\">", &keys, "</ul>") } else { String::new() };
     figure(title, note, &legend, HEIGHT, &body)
 }
 
@@ -441,23 +350,13 @@ fn figure(title: &str, note: &str, legend: &str, height: f64, body: &str) -> Str
 }
 
 fn percentiles(stages: &[Stage]) -> String {
-    let curves: Vec<_> = stages
-        .iter()
-        .filter(|stage| stage.count > 0)
-        .map(|stage| (stage, curve(stage)))
-        .collect();
+    let curves: Vec<_> = stages.iter().filter(|stage| stage.count > 0).map(|stage| (stage, curve(stage))).collect();
     if curves.is_empty() {
         return String::new();
     }
-    let finite = curves
-        .iter()
-        .flat_map(|(_, curve)| curve)
-        .filter(|(p, _)| *p < 100.0);
+    let finite = curves.iter().flat_map(|(_, curve)| curve).filter(|(p, _)| *p < 100.0);
     let x = Axis::nines(finite.map(|(p, _)| rarity(*p)).fold(1e4, f64::max));
-    let y = Axis::decades(
-        curves.iter().flat_map(|(_, curve)| curve).map(|(_, v)| *v),
-        "",
-    );
+    let y = Axis::decades(curves.iter().flat_map(|(_, curve)| curve).map(|(_, v)| *v), "");
     let series: Vec<_> = curves
         .iter()
         .map(|(stage, curve)| Series {
@@ -480,48 +379,25 @@ fn percentiles(stages: &[Stage]) -> String {
 }
 
 fn curve(stage: &Stage) -> Vec<(f64, u64)> {
-    let usable = stage
-        .curve
-        .iter()
-        .copied()
-        .filter(|(p, _)| (0.0..=100.0).contains(p));
+    let usable = stage.curve.iter().copied().filter(|(p, _)| (0.0..=100.0).contains(p));
     let curve: Vec<_> = usable.collect();
     if !curve.is_empty() {
         return curve;
     }
-    let Stage {
-        p50,
-        p90,
-        p99,
-        p999,
-        p9999,
-        max,
-        ..
-    } = *stage;
-    vec![
-        (50.0, p50),
-        (90.0, p90),
-        (99.0, p99),
-        (99.9, p999),
-        (99.99, p9999),
-        (100.0, max),
-    ]
+    let Stage { p50, p90, p99, p999, p9999, max, .. } = *stage;
+    vec![(50.0, p50), (90.0, p90), (99.0, p99), (99.9, p999), (99.99, p9999), (100.0, max)]
 }
 
 /// Few enough points to draw: means of rates, maxima of what must not hide.
 fn thinned(ticks: &[Tick]) -> Vec<Tick> {
-    let ticks: Vec<_> = ticks
-        .iter()
-        .copied()
-        .filter(|tick| tick.seconds.is_finite() && tick.events_per_second.is_finite())
-        .collect();
+    let ticks: Vec<_> =
+        ticks.iter().copied().filter(|tick| tick.seconds.is_finite() && tick.events_per_second.is_finite()).collect();
     let several = ticks.len().div_ceil(POINTS_MAX).max(1);
     ticks
         .chunks(several)
         .map(|chunk| Tick {
             seconds: chunk[chunk.len() - 1].seconds,
-            events_per_second: chunk.iter().map(|tick| tick.events_per_second).sum::<f64>()
-                / chunk.len() as f64,
+            events_per_second: chunk.iter().map(|tick| tick.events_per_second).sum::<f64>() / chunk.len() as f64,
             p99_ns: chunk.iter().map(|tick| tick.p99_ns).max().unwrap_or(0),
             backlog: chunk.iter().map(|tick| tick.backlog).max().unwrap_or(0),
         })
@@ -529,38 +405,16 @@ fn thinned(ticks: &[Tick]) -> Vec<Tick> {
 }
 
 /// One value of every interval over time.
-fn over_time(
-    title: &str,
-    note: &str,
-    y: &Axis,
-    ticks: &[Tick],
-    value: impl Fn(&Tick) -> f64,
-) -> String {
+fn over_time(title: &str, note: &str, y: &Axis, ticks: &[Tick], value: impl Fn(&Tick) -> f64) -> String {
     let last = ticks.iter().map(|tick| tick.seconds).fold(0.0, f64::max);
-    let mut x = Axis::linear(last, "seconds", |v| {
-        format!("{}", (v * 1000.0).round() / 1000.0)
-    });
+    let mut x = Axis::linear(last, "seconds", |v| format!("{}", (v * 1000.0).round() / 1000.0));
     if last > 0.0 {
         // Time ends where the run ends.
         x.high = last;
         x.ticks.retain(|(value, _)| *value <= last);
     }
-    let points = ticks
-        .iter()
-        .map(|tick| (tick.seconds, value(tick)))
-        .collect();
-    plot(
-        title,
-        note,
-        &x,
-        y,
-        &[Series {
-            name: title.to_owned(),
-            points,
-            area: true,
-            dots: Vec::new(),
-        }],
-    )
+    let points = ticks.iter().map(|tick| (tick.seconds, value(tick))).collect();
+    plot(title, note, &x, y, &[Series { name: title.to_owned(), points, area: true, dots: Vec::new() }])
 }
 
 fn throughput(ticks: &[Tick]) -> String {
@@ -573,9 +427,7 @@ fn throughput(ticks: &[Tick]) -> String {
     let mean = rates().sum::<f64>() / ticks.len() as f64;
     let least = rates().fold(f64::INFINITY, f64::min);
     let note = format!("Mean {}, slowest interval {}.", rate(mean), rate(least));
-    over_time("Throughput over time", &note, &y, &ticks, |tick| {
-        tick.events_per_second
-    })
+    over_time("Throughput over time", &note, &y, &ticks, |tick| tick.events_per_second)
 }
 
 fn p99(ticks: &[Tick]) -> String {
@@ -586,13 +438,7 @@ fn p99(ticks: &[Tick]) -> String {
         return String::new();
     }
     let note = format!("Worst interval {}.", ns(worst));
-    over_time(
-        "p99 over time",
-        &note,
-        &Axis::decades(values(), ""),
-        &ticks,
-        |tick| tick.p99_ns as f64,
-    )
+    over_time("p99 over time", &note, &Axis::decades(values(), ""), &ticks, |tick| tick.p99_ns as f64)
 }
 
 fn backlog(ticks: &[Tick]) -> String {
@@ -603,9 +449,7 @@ fn backlog(ticks: &[Tick]) -> String {
     }
     let y = Axis::linear(most as f64, "", |v| short(scaled(v, &["", "k", "M", "G"])));
     let note = format!("At most {} events on their way.", grouped(most));
-    over_time("Backlog over time", &note, &y, &ticks, |tick| {
-        tick.backlog as f64
-    })
+    over_time("Backlog over time", &note, &y, &ticks, |tick| tick.backlog as f64)
 }
 
 fn latency_by_load(load: &[LoadPoint]) -> String {
@@ -614,39 +458,21 @@ fn latency_by_load(load: &[LoadPoint]) -> String {
         return String::new();
     }
     load.sort_unstable_by(|a, b| a.offered.total_cmp(&b.offered));
-    let x = Axis::linear(load[load.len() - 1].offered, "offered load", |v| {
-        short(rate(v))
-    });
+    let x = Axis::linear(load[load.len() - 1].offered, "offered load", |v| short(rate(v)));
     let y = Axis::decades(load.iter().flat_map(|at| [at.p50_ns, at.p99_ns]), "");
     let kept = |at: &LoadPoint| at.achieved >= KEPT * at.offered;
     let line = |name: &str, value: fn(&LoadPoint) -> u64| Series {
         name: name.to_owned(),
-        points: load
-            .iter()
-            .map(|at| (at.offered, value(at) as f64))
-            .collect(),
+        points: load.iter().map(|at| (at.offered, value(at) as f64)).collect(),
         area: false,
-        dots: load
-            .iter()
-            .map(|at| if kept(at) { "full" } else { "hollow" })
-            .collect(),
+        dots: load.iter().map(|at| if kept(at) { "full" } else { "hollow" }).collect(),
     };
     let most = load.iter().take_while(|at| kept(at)).last();
     let note = match most {
-        Some(at) => format!(
-            "Kept up to {}, there p99 {}. Hollow: did not keep up.",
-            rate(at.offered),
-            ns(at.p99_ns)
-        ),
+        Some(at) => format!("Kept up to {}, there p99 {}. Hollow: did not keep up.", rate(at.offered), ns(at.p99_ns)),
         None => "Kept up with none of the loads.".to_owned(),
     };
-    plot(
-        "Latency by offered load",
-        &note,
-        &x,
-        &y,
-        &[line("p50", |at| at.p50_ns), line("p99", |at| at.p99_ns)],
-    )
+    plot("Latency by offered load", &note, &x, &y, &[line("p50", |at| at.p50_ns), line("p99", |at| at.p99_ns)])
 }
 
 fn shards(shards: &[(u16, u64)]) -> String {
@@ -656,11 +482,7 @@ fn shards(shards: &[(u16, u64)]) -> String {
         return String::new();
     }
     let sum: u64 = shards.iter().map(|(_, events)| *events).sum();
-    let digits = shards
-        .iter()
-        .map(|(shard, _)| shard.to_string().len())
-        .max()
-        .unwrap_or(1);
+    let digits = shards.iter().map(|(shard, _)| shard.to_string().len()).max().unwrap_or(1);
     let from = 48.0 + 7.0 * digits as f64;
     let room = WIDTH - from - 8.0 - 7.0 * grouped(most).len() as f64;
     let mut body = String::new();
@@ -668,28 +490,14 @@ fn shards(shards: &[(u16, u64)]) -> String {
         let top = n as f64 * ROW + 4.0;
         let width = (*events as f64 / most as f64 * room).max(1.0);
         let text = top + 13.0;
-        body += &format!(
-            "<text class=\"y\" x=\"{}\" y=\"{text}\">shard {shard}</text>",
-            from - 7.0
-        );
-        body += &format!(
-            "<rect class=\"bar c0\" x=\"{from}\" y=\"{top}\" width=\"{width:.1}\" height=\"18\" rx=\"2\"/>"
-        );
-        body += &format!(
-            "<text class=\"x\" x=\"{:.1}\" y=\"{text}\">{}</text>",
-            from + width + 8.0,
-            grouped(*events)
-        );
+        body += &format!("<text class=\"y\" x=\"{}\" y=\"{text}\">shard {shard}</text>", from - 7.0);
+        body +=
+            &format!("<rect class=\"bar c0\" x=\"{from}\" y=\"{top}\" width=\"{width:.1}\" height=\"18\" rx=\"2\"/>");
+        body += &format!("<text class=\"x\" x=\"{:.1}\" y=\"{text}\">{}</text>", from + width + 8.0, grouped(*events));
     }
     let mean = sum as f64 / shards.len() as f64;
     let note = format!("The fullest took {:.2} times the mean.", most as f64 / mean);
-    figure(
-        "Events by shard",
-        &note,
-        "",
-        shards.len() as f64 * ROW + 4.0,
-        &body,
-    )
+    figure("Events by shard", &note, "", shards.len() as f64 * ROW + 4.0, &body)
 }
 
 const STYLE: &str = "
@@ -760,38 +568,19 @@ mod tests {
             p999: p50 * 50,
             p9999: p50 * 300,
             max: p50 * 900,
-            curve: vec![
-                (0.0, p50 / 2),
-                (50.0, p50),
-                (99.0, p50 * 9),
-                (99.999, p50 * 800),
-                (100.0, p50 * 900),
-            ],
+            curve: vec![(0.0, p50 / 2), (50.0, p50), (99.0, p50 * 9), (99.999, p50 * 800), (100.0, p50 * 900)],
         };
         Report {
             title: "a run".into(),
             facts: vec![("cpu".into(), "some".into())],
             headline: vec![("rate".into(), rate(1.2e7))],
             warnings: vec!["noisy".into()],
-            stages: vec![
-                stage("publish → appended", 900),
-                stage("publish → durable", 400_000),
-            ],
+            stages: vec![stage("publish → appended", 900), stage("publish → durable", 400_000)],
             timeseries: (1..=5000)
-                .map(|n| Tick {
-                    seconds: f64::from(n),
-                    events_per_second: 1e6,
-                    p99_ns: 1000,
-                    backlog: 5,
-                })
+                .map(|n| Tick { seconds: f64::from(n), events_per_second: 1e6, p99_ns: 1000, backlog: 5 })
                 .collect(),
             shards: vec![(0, 10), (1, 12)],
-            load: vec![LoadPoint {
-                offered: 1e6,
-                achieved: 1e6,
-                p50_ns: 1000,
-                p99_ns: 9000,
-            }],
+            load: vec![LoadPoint { offered: 1e6, achieved: 1e6, p50_ns: 1000, p99_ns: 9000 }],
             integrity: vec![("published".into(), 22), ("durable".into(), 22)],
         }
     }
@@ -851,31 +640,11 @@ mod tests {
 
     #[test]
     fn degenerate_numbers_draw_no_impossible_coordinates() {
-        let tick = |seconds, events_per_second| Tick {
-            seconds,
-            events_per_second,
-            p99_ns: u64::MAX,
-            backlog: 0,
-        };
-        let load = |offered| LoadPoint {
-            offered,
-            achieved: f64::NAN,
-            p50_ns: 0,
-            p99_ns: u64::MAX,
-        };
+        let tick = |seconds, events_per_second| Tick { seconds, events_per_second, p99_ns: u64::MAX, backlog: 0 };
+        let load = |offered| LoadPoint { offered, achieved: f64::NAN, p50_ns: 0, p99_ns: u64::MAX };
         let report = Report {
-            stages: vec![
-                Stage::default(),
-                Stage {
-                    count: 1,
-                    ..Stage::default()
-                },
-            ],
-            timeseries: vec![
-                tick(0.0, 0.0),
-                tick(f64::NAN, 1.0),
-                tick(1.0, f64::INFINITY),
-            ],
+            stages: vec![Stage::default(), Stage { count: 1, ..Stage::default() }],
+            timeseries: vec![tick(0.0, 0.0), tick(f64::NAN, 1.0), tick(1.0, f64::INFINITY)],
             shards: vec![(0, 0), (1, 1)],
             load: vec![load(0.0), load(f64::NAN)],
             ..Report::default()
@@ -890,21 +659,10 @@ mod tests {
     #[test]
     fn everything_measured_is_drawn_without_outside_resources() {
         let html = html(&full());
-        for title in [
-            "Latency by percentile",
-            "Throughput over time",
-            "p99 over time",
-            "Backlog over time",
-        ] {
+        for title in ["Latency by percentile", "Throughput over time", "p99 over time", "Backlog over time"] {
             assert!(html.contains(title), "{title}");
         }
-        for title in [
-            "Latency by offered load",
-            "Events by shard",
-            "Stages",
-            "Integrity",
-            "Conditions",
-        ] {
+        for title in ["Latency by offered load", "Events by shard", "Stages", "Integrity", "Conditions"] {
             assert!(html.contains(title), "{title}");
         }
         assert!(!html.contains("http") && !html.contains("src="));

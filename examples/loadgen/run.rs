@@ -99,7 +99,8 @@ impl Place {
             Some(dir) => (run.map_or_else(|| dir.clone(), |run| dir.join(format!("run-{run}"))), false),
             None => {
                 fs::create_dir_all(TARGET).context("creating ./target")?;
-                let prefix = if args.keep { format!("{PREFIX}kept-") } else { format!("{PREFIX}{}-", std::process::id()) };
+                let prefix =
+                    if args.keep { format!("{PREFIX}kept-") } else { format!("{PREFIX}{}-", std::process::id()) };
                 (tempfile::Builder::new().prefix(&prefix).tempdir_in(TARGET)?.keep(), true)
             }
         };
@@ -162,7 +163,11 @@ fn once<E: Traced, F: Feed<E>>(args: &Args, dir: &Path, load: &Load<'_, F>) -> R
     let measured = session.run(&phase)?;
     session.engine.shutdown(None).context("shutting down")?;
     drop(session);
-    let replay = if args.verifies() { Some(replay::<E>(args.config_keeping_all(dir.to_owned()), fresh, load.expected)?) } else { None };
+    let replay = if args.verifies() {
+        Some(replay::<E>(args.config_keeping_all(dir.to_owned()), fresh, load.expected)?)
+    } else {
+        None
+    };
     Ok(Run { measured, earlier, replay, limits: None })
 }
 
@@ -188,11 +193,18 @@ fn is_empty(dir: &Path) -> bool {
 
 /// The bare loop, with the batch that suits it best on this machine.
 fn limits(args: &Args, dir: &Path, batch: &mut Option<usize>) -> Result<Limits> {
-    let config = |batch: usize, events: u64| LimitConfig { events, ring_capacity: args.ring_capacity.max(batch), batch, dir: dir.to_owned(), pin: first_pair(args) };
+    let config = |batch: usize, events: u64| LimitConfig {
+        events,
+        ring_capacity: args.ring_capacity.max(batch),
+        batch,
+        dir: dir.to_owned(),
+        pin: first_pair(args),
+    };
     let batch = match *batch {
         Some(batch) => batch,
         None => {
-            let rates: Result<Vec<_>> = BATCHES.iter().map(|&batch| Ok((batch, engine_limit(&config(batch, CALIBRATION_EVENTS))?))).collect();
+            let rates: Result<Vec<_>> =
+                BATCHES.iter().map(|&batch| Ok((batch, engine_limit(&config(batch, CALIBRATION_EVENTS))?))).collect();
             let best = rates?.into_iter().max_by(|a, b| a.1.total_cmp(&b.1)).map_or(BATCHES[0], |best| best.0);
             *batch.insert(best)
         }

@@ -3,6 +3,7 @@
 use std::fs::{self, File};
 use std::io::{BufWriter, Write as _};
 use std::path::Path;
+use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use corelane::{Stage, write_hgrm, write_hlog};
@@ -18,20 +19,29 @@ use crate::watch::Interval;
 /// Seconds of one interval of the `.hlog`.
 const INTERVAL_SECONDS: f64 = 1.0;
 
+/// A shorter interval, such as the last of a run, says little and would be a spike or a dip in a plot.
+const TICK_MIN: Duration = Duration::from_millis(50);
+
 /// Writes every file of a report into `dir`.
 pub(crate) fn save(dir: &Path, summary: &Summary<'_>, json: &Value, steps: &[Step]) -> Result<()> {
     fs::create_dir_all(dir).with_context(|| format!("creating {}", dir.display()))?;
-    let put = |name: &str, content: &[u8]| fs::write(dir.join(name), content).with_context(|| format!("writing {name}"));
+    let put =
+        |name: &str, content: &[u8]| fs::write(dir.join(name), content).with_context(|| format!("writing {name}"));
     put("summary.json", &serde_json::to_vec_pretty(json)?)?;
     put("timeseries.csv", csv(&summary.run.measured.intervals, summary.args.rate > 0).as_bytes())?;
     put("report.html", report::html(&report(summary, steps)).as_bytes())?;
     for (name, stage) in shown(summary) {
-        let mut out = BufWriter::new(File::create(dir.join(format!("{name}.hgrm"))).with_context(|| format!("creating {name}.hgrm"))?);
-        write_hgrm(summary.run.measured.stage(stage), &mut out).and_then(|()| out.flush()).with_context(|| format!("writing {name}.hgrm"))?;
+        let mut out = BufWriter::new(
+            File::create(dir.join(format!("{name}.hgrm"))).with_context(|| format!("creating {name}.hgrm"))?,
+        );
+        write_hgrm(summary.run.measured.stage(stage), &mut out)
+            .and_then(|()| out.flush())
+            .with_context(|| format!("writing {name}.hgrm"))?;
     }
     let mut out = BufWriter::new(File::create(dir.join("latency.hlog")).context("creating latency.hlog")?);
     let intervals = seconds(&summary.run.measured.intervals, &shown(summary));
-    let intervals: Vec<_> = intervals.iter().map(|(name, from, length, stage)| (name.as_str(), *from, *length, stage.clone())).collect();
+    let intervals: Vec<_> =
+        intervals.iter().map(|(name, from, length, stage)| (name.as_str(), *from, *length, stage.clone())).collect();
     write_hlog(&intervals, &mut out).and_then(|()| out.flush()).context("writing latency.hlog")
 }
 
@@ -68,14 +78,27 @@ fn seconds(intervals: &[Interval], stages: &[(String, Stage)]) -> Vec<(String, f
 }
 
 fn csv(intervals: &[Interval], corrected: bool) -> String {
-    let (append, durable) = if corrected { (Stage::AppendedDue, Stage::DurableDue) } else { (Stage::Appended, Stage::Durable) };
-    let mut out = String::from("seconds,events_per_second,bytes_per_second,backlog,append_p50_ns,append_p99_ns,append_max_ns,durable_p50_ns,durable_p99_ns,durable_max_ns,segments_begun,segments_freed\n");
+    let (append, durable) =
+        if corrected { (Stage::AppendedDue, Stage::DurableDue) } else { (Stage::Appended, Stage::Durable) };
+    let mut out = String::from(
+        "seconds,events_per_second,bytes_per_second,backlog,append_p50_ns,append_p99_ns,append_max_ns,durable_p50_ns,durable_p99_ns,durable_max_ns,segments_begun,segments_freed\n",
+    );
     for interval in intervals {
         let bytes_per_second = interval.bytes as f64 / (interval.to - interval.from).as_secs_f64();
-        out += &format!("{:.3},{:.0},{bytes_per_second:.0},{}", interval.to.as_secs_f64(), interval.per_second(), interval.backlog);
+        out += &format!(
+            "{:.3},{:.0},{bytes_per_second:.0},{}",
+            interval.to.as_secs_f64(),
+            interval.per_second(),
+            interval.backlog
+        );
         for stage in [append, durable].map(|stage| interval.stage(stage).filter(|stage| !stage.is_empty())) {
             let value = |of: fn(&Histogram<u64>) -> u64| stage.map_or(String::new(), |stage| of(stage).to_string());
-            out += &format!(",{},{},{}", value(|h| h.value_at_quantile(0.5)), value(|h| h.value_at_quantile(0.99)), value(Histogram::max));
+            out += &format!(
+                ",{},{},{}",
+                value(|h| h.value_at_quantile(0.5)),
+                value(|h| h.value_at_quantile(0.99)),
+                value(Histogram::max)
+            );
         }
         out += &format!(",{},{}\n", interval.segments_begun, interval.segments_freed);
     }
@@ -87,14 +110,21 @@ fn report(summary: &Summary<'_>, steps: &[Step]) -> Report {
     let durability = args.durability_name();
     let p99_of = if args.rate > 0 { Stage::AppendedDue } else { Stage::Appended };
     // Histograms are read less often than counters; one stands for all intervals that it spans.
-    let p99_from = |rest: &[Interval]| rest.iter().find_map(|interval| interval.stage(p99_of)).map_or(0, |stage| stage.value_at_quantile(0.99));
+    let p99_from = |rest: &[Interval]| {
+        rest.iter().find_map(|interval| interval.stage(p99_of)).map_or(0, |stage| stage.value_at_quantile(0.99))
+    };
     let tick = |(n, interval): (usize, &Interval)| Tick {
         seconds: interval.to.as_secs_f64(),
         events_per_second: interval.per_second(),
         p99_ns: p99_from(&measured.intervals[n..]),
         backlog: interval.backlog,
     };
-    let point = |step: &Step| LoadPoint { offered: step.offered, achieved: step.achieved, p50_ns: step.p50_ns, p99_ns: step.p99_ns };
+    let point = |step: &Step| LoadPoint {
+        offered: step.offered,
+        achieved: step.achieved,
+        p50_ns: step.p50_ns,
+        p99_ns: step.p99_ns,
+    };
     let mut facts: Vec<_> = summary.facts().into_iter().map(|(name, value)| (name.to_owned(), value)).collect();
     facts.push(("command".to_owned(), std::env::args().skip(1).collect::<Vec<_>>().join(" ")));
     Report {
@@ -102,8 +132,17 @@ fn report(summary: &Summary<'_>, steps: &[Step]) -> Report {
         facts,
         headline: headline(summary),
         warnings: summary.warnings(),
-        stages: shown(summary).iter().map(|(name, stage)| report_stage(name, measured.stage(*stage), &durability)).collect(),
-        timeseries: measured.intervals.iter().enumerate().map(tick).collect(),
+        stages: shown(summary)
+            .iter()
+            .map(|(name, stage)| report_stage(name, measured.stage(*stage), &durability))
+            .collect(),
+        timeseries: measured
+            .intervals
+            .iter()
+            .enumerate()
+            .filter(|(n, interval)| *n == 0 || interval.to - interval.from >= TICK_MIN)
+            .map(tick)
+            .collect(),
         shards: (0..).zip(measured.shards.iter().copied()).collect(),
         load: steps.iter().map(point).collect(),
         integrity: summary.counts().into_iter().map(|(name, count)| (name.to_owned(), count)).collect(),
@@ -113,7 +152,11 @@ fn report(summary: &Summary<'_>, steps: &[Step]) -> Report {
 fn headline(summary: &Summary<'_>) -> Vec<(String, String)> {
     let (args, measured) = (summary.args, &summary.run.measured);
     let durability = args.durability_name();
-    let (to, plain, due) = if args.synced() { ("durable", Stage::Durable, Stage::DurableDue) } else { ("appended", Stage::Appended, Stage::AppendedDue) };
+    let (to, plain, due) = if args.synced() {
+        ("durable", Stage::Durable, Stage::DurableDue)
+    } else {
+        ("appended", Stage::Appended, Stage::AppendedDue)
+    };
     let (from, stage) = if args.rate > 0 { ("due", due) } else { ("publish", plain) };
     let stage = measured.stage(stage);
     let bytes_per_second = measured.bytes as f64 / measured.elapsed.as_secs_f64();
@@ -123,7 +166,8 @@ fn headline(summary: &Summary<'_>) -> Vec<(String, String)> {
         (format!("{from} → {to} p50, {durability}"), report::ns(stage.value_at_quantile(0.5))),
         (format!("{from} → {to} p99, {durability}"), report::ns(stage.value_at_quantile(0.99))),
     ];
-    headline.extend(summary.limit_ratio().map(|ratio| (format!("engine ÷ limit, {durability}"), format!("{ratio:.3}"))));
+    headline
+        .extend(summary.limit_ratio().map(|ratio| (format!("engine ÷ limit, {durability}"), format!("{ratio:.3}"))));
     headline
 }
 

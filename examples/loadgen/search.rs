@@ -112,14 +112,21 @@ pub(crate) fn find_max<E: Traced, F: Feed<E>>(args: &Args, load: &Load<'_, F>) -
     let session = Session::<E, F>::open(args, place.dir.clone(), (load.feeds)())?;
     let mut search = Search { args, session, steps: Vec::new(), shown: None, appended: 0 };
     if args.warmup() > 0 {
-        earlier += search.session.run(&Phase { events: Some(args.warmup()), duration: None, rate: None, name: "warm-up" })?.appended;
+        earlier += search
+            .session
+            .run(&Phase { events: Some(args.warmup()), duration: None, rate: None, name: "warm-up" })?
+            .appended;
     }
     let best = search.climb()?;
     let Search { session, mut steps, shown, appended, .. } = search;
     session.engine.shutdown(None).context("shutting down")?;
     drop(session);
     let (shown, measured) = shown.context("no rate was tried")?;
-    let replay = if args.verifies() { Some(replay::<E>(args.config_keeping_all(place.dir.clone()), fresh, load.expected)?) } else { None };
+    let replay = if args.verifies() {
+        Some(replay::<E>(args.config_keeping_all(place.dir.clone()), fresh, load.expected)?)
+    } else {
+        None
+    };
     steps.sort_by(|a, b| a.offered.total_cmp(&b.offered));
     let run = Run { earlier: earlier + appended - measured.appended, measured, replay, limits: None };
     Ok(Found { steps, best, shown, run })
@@ -128,21 +135,40 @@ pub(crate) fn find_max<E: Traced, F: Feed<E>>(args: &Args, load: &Load<'_, F>) -
 fn line(step: &Step) -> String {
     let verdict = if step.held { "held" } else { "not held" };
     let (offered, achieved) = (report::rate(step.offered), report::rate(step.achieved));
-    format!("{offered:>11} {achieved:>11} {:>11} {:>11} {:>11}  {verdict}", report::ns(step.p50_ns), report::ns(step.p99_ns), report::ns(step.jitter_p99_ns))
+    format!(
+        "{offered:>11} {achieved:>11} {:>11} {:>11} {:>11}  {verdict}",
+        report::ns(step.p50_ns),
+        report::ns(step.p99_ns),
+        report::ns(step.jitter_p99_ns)
+    )
 }
 
 impl Found {
     /// The table for people.
     pub(crate) fn text(&self, args: &Args) -> String {
         let to = if args.synced() { "durable" } else { "appended" };
-        let mut out = format!("due → {to} [{}]\n{:>11} {:>11} {:>11} {:>11} {:>11}\n", args.durability_name(), "offered", "achieved", "p50", "p99", "system p99");
+        let mut out = format!(
+            "due → {to} [{}]\n{:>11} {:>11} {:>11} {:>11} {:>11}\n",
+            args.durability_name(),
+            "offered",
+            "achieved",
+            "p50",
+            "p99",
+            "system p99"
+        );
         for step in &self.steps {
             out += &line(step);
             out.push('\n');
         }
         let limit = report::ns(args.p99_max.as_nanos() as u64);
         match self.best {
-            Some(best) => out + &format!("\nhighest rate held with p99 ≤ {limit}: {} [{}]\n\n", report::rate(best), args.durability_name()),
+            Some(best) => {
+                out + &format!(
+                    "\nhighest rate held with p99 ≤ {limit}: {} [{}]\n\n",
+                    report::rate(best),
+                    args.durability_name()
+                )
+            }
             None => out + &format!("\nno rate held p99 ≤ {limit}; below: the first rate tried\n\n"),
         }
     }

@@ -102,7 +102,13 @@ pub(crate) fn replay<E: Traced>(config: Config, fresh: bool, expected: Option<&B
     Ok(replay)
 }
 
-fn replay_shard<E: Traced>(engine: &Engine<E>, shard: ShardId, ordered: bool, replay: &mut Replay, keys: &mut ByKey<Seen>) -> Result<()> {
+fn replay_shard<E: Traced>(
+    engine: &Engine<E>,
+    shard: ShardId,
+    ordered: bool,
+    replay: &mut Replay,
+    keys: &mut ByKey<Seen>,
+) -> Result<()> {
     let mut reader = engine.reader(shard);
     let mut next = None;
     while let Some(record) = reader.next().context("replaying")? {
@@ -118,7 +124,11 @@ fn replay_shard<E: Traced>(engine: &Engine<E>, shard: ShardId, ordered: bool, re
         replay.events += 1;
         let trace = E::trace(record.event);
         // The first version of a key is 1, unless retention has freed what came before.
-        let unseen = || Seen { version: if replay.freed > 0 { meta.version.get() - 1 } else { 0 }, last: 0, history: History::default() };
+        let unseen = || Seen {
+            version: if replay.freed > 0 { meta.version.get() - 1 } else { 0 },
+            last: 0,
+            history: History::default(),
+        };
         let seen = keys.entry(meta.key.get()).or_insert_with(unseen);
         if meta.version.get() != seen.version + 1 {
             let was = seen.version;
@@ -142,10 +152,51 @@ fn compare(expected: &ByKey<History>, keys: &ByKey<Seen>, replay: &mut Replay) {
         let found = keys.get(key).map(|seen| seen.history);
         if found != Some(*history) {
             let found = found.map_or(0, |found| found.events);
-            replay.fault(|| format!("key {key}: {} events were sent and {found} read back, or not the same ones in the same order", history.events));
+            replay.fault(|| {
+                format!(
+                    "key {key}: {} events were sent and {found} read back, or not the same ones in the same order",
+                    history.events
+                )
+            });
         }
     }
     if keys.len() > expected.len() {
         replay.fault(|| format!("{} keys that nobody sent", keys.len() - expected.len()));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use corelane::envelope::Envelope;
+
+    use super::*;
+
+    fn event(user: u64, payload: &str) -> (Key, Envelope) {
+        (Key::new(user), Envelope::new("test", user, payload).expect("JSON"))
+    }
+
+    fn history(payloads: &[&str]) -> History {
+        let mut history = History::default();
+        payloads.iter().for_each(|payload| history.add(crate::events::trace_of("test", None, None, payload)));
+        history
+    }
+
+    #[test]
+    fn a_missing_a_foreign_and_a_swapped_event_are_faults() {
+        let dir = tempfile::tempdir().expect("a folder");
+        let config = || Config::new(dir.path()).segment_bytes(1 << 20);
+        let engine = Engine::open(config()).expect("opens");
+        let mut events = vec![event(1, "1"), event(2, "2"), event(1, "3")];
+        engine.producer().publish_batch(&mut events).expect("publishes");
+        engine.shutdown(None).expect("shuts down");
+        drop(engine);
+        let faults = |expected: &[(u64, History)]| {
+            let expected = expected.iter().copied().collect();
+            replay::<Envelope>(config(), true, Some(&expected)).expect("replays").faults.len()
+        };
+        assert_eq!(faults(&[(1, history(&["1", "3"])), (2, history(&["2"]))]), 0);
+        assert_eq!(faults(&[(1, history(&["1", "3", "4"])), (2, history(&["2"]))]), 1, "one is missing");
+        assert_eq!(faults(&[(1, history(&["1", "3"]))]), 1, "a key that nobody sent");
+        assert_eq!(faults(&[(1, history(&["3", "1"])), (2, history(&["2"]))]), 1, "another order");
     }
 }

@@ -136,7 +136,12 @@ impl<'a, E: Traced> Watch<'a, E> {
     }
 
     fn say(&mut self, interval: &Interval, now: Instant) {
-        let text = format!("{}, backlog {}, p99 to appended {}", report::rate(interval.per_second()), interval.backlog, report::ns(self.p99_ns));
+        let text = format!(
+            "{}, backlog {}, p99 to appended {}",
+            report::rate(interval.per_second()),
+            interval.backlog,
+            report::ns(self.p99_ns)
+        );
         match &self.bar {
             Some(bar) => {
                 bar.set_position(self.done);
@@ -144,7 +149,9 @@ impl<'a, E: Traced> Watch<'a, E> {
             }
             None if now - self.printed >= LINE_EVERY => {
                 self.printed = now;
-                let share = self.total.map_or(String::new(), |total| format!("{:3.0} % ", 100.0 * self.done as f64 / total as f64));
+                let share = self
+                    .total
+                    .map_or(String::new(), |total| format!("{:3.0} % ", 100.0 * self.done as f64 / total as f64));
                 eprintln!("{:>5.1} s  {}  {share}{text}", interval.to.as_secs_f64(), self.name);
             }
             None => {}
@@ -165,7 +172,11 @@ impl<'a, E: Traced> Watch<'a, E> {
 
 fn bar(name: &'static str, total: Option<u64>) -> ProgressBar {
     let bar = total.map_or_else(ProgressBar::no_length, ProgressBar::new);
-    let shape = if total.is_some() { "{prefix} {wide_bar} {percent:>3} %  {msg}" } else { "{prefix} {elapsed} {spinner}  {msg}" };
+    let shape = if total.is_some() {
+        "{prefix} {wide_bar} {percent:>3} %  {msg}"
+    } else {
+        "{prefix} {elapsed} {spinner}  {msg}"
+    };
     if let Ok(style) = ProgressStyle::with_template(shape) {
         bar.set_style(style);
     }

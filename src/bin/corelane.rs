@@ -110,7 +110,9 @@ impl fmt::Display for Failure {
             Self::Output(error) => write!(f, "writing the output: {error}"),
             Self::Open(error) => error.fmt(f),
             Self::Read(error) => error.fmt(f),
-            Self::Archive(shard, offset) => write!(f, "shard {shard}, offset {offset}: the event's archive does not hold"),
+            Self::Archive(shard, offset) => {
+                write!(f, "shard {shard}, offset {offset}: the event's archive does not hold")
+            }
         }
     }
 }
@@ -169,7 +171,9 @@ fn run(command: Command, mut out: Output) -> Result<Verdict, Failure> {
     let done = match command {
         Command::Inspect { dir } => Store::open(dir).map_err(Failure::from).and_then(|store| inspect(&store, &mut out)),
         Command::Verify { dir } => Store::open(dir).map_err(Failure::from).and_then(|store| verify(&store, &mut out)),
-        Command::Dump(args) => Store::open(&args.dir).map_err(Failure::from).and_then(|store| dump(&store, args, &mut out)),
+        Command::Dump(args) => {
+            Store::open(&args.dir).map_err(Failure::from).and_then(|store| dump(&store, args, &mut out))
+        }
     };
     // What was found before a failure is written all the same.
     out.flush()?;
@@ -226,8 +230,39 @@ impl Summary {
 fn inspect(store: &Store, out: &mut Output) -> Result<Verdict, Failure> {
     let mut verdict = Verdict::Sound;
     let mut types: BTreeMap<(u16, String), Summary> = BTreeMap::new();
-    let mut shards = table(&["shard", "events", "sequence", "offset", "from (UTC)", "to (UTC)", "rate", "busiest second", "record bytes", "segments", "spares", "spare bytes"], &[4, 5]);
-    let mut segments = table(&["shard", "segment", "state", "events", "sequence", "offset", "from (UTC)", "to (UTC)", "used", "file bytes", "allocated"], &[2, 6, 7]);
+    let mut shards = table(
+        &[
+            "shard",
+            "events",
+            "sequence",
+            "offset",
+            "from (UTC)",
+            "to (UTC)",
+            "rate",
+            "busiest second",
+            "record bytes",
+            "segments",
+            "spares",
+            "spare bytes",
+        ],
+        &[4, 5],
+    );
+    let mut segments = table(
+        &[
+            "shard",
+            "segment",
+            "state",
+            "events",
+            "sequence",
+            "offset",
+            "from (UTC)",
+            "to (UTC)",
+            "used",
+            "file bytes",
+            "allocated",
+        ],
+        &[2, 6, 7],
+    );
     for shard in store.shard_ids() {
         let files = store.shard(shard)?;
         let scanned = summarise(store, shard, &mut types)?;
@@ -309,9 +344,16 @@ fn tail_message(records: &mut Records) -> Result<Option<String>, Failure> {
     if tail.events == 0 && !tail.was_durable {
         return Ok(None);
     }
-    let kind = if tail.was_durable { "damage: what follows had been synced" } else { "a torn tail: opening the store cuts it" };
+    let kind = if tail.was_durable {
+        "damage: what follows had been synced"
+    } else {
+        "a torn tail: opening the store cuts it"
+    };
     let events = tail.events;
-    Ok(Some(format!("the log ends at offset {}, but {events} events that hold follow up to {} ({kind})", tail.offset, tail.end)))
+    Ok(Some(format!(
+        "the log ends at offset {}, but {events} events that hold follow up to {} ({kind})",
+        tail.offset, tail.end
+    )))
 }
 
 fn type_table(store: &Store, types: &BTreeMap<(u16, String), Summary>) -> Table {
@@ -340,7 +382,12 @@ fn type_table(store: &Store, types: &BTreeMap<(u16, String), Summary>) -> Table 
         rows.add_row([format!("… and {} more", found.len() - ROWS_MAX)]);
     }
     for declared in store.event_types().filter(|t| !types.keys().any(|(id, _)| *id == t.id.get())) {
-        rows.add_row([printable(declared.name), declared.id.to_string(), declared.schema_version.to_string(), "0".to_owned()]);
+        rows.add_row([
+            printable(declared.name),
+            declared.id.to_string(),
+            declared.schema_version.to_string(),
+            "0".to_owned(),
+        ]);
     }
     rows
 }
@@ -420,7 +467,8 @@ struct Chains {
 
 impl Chains {
     fn follow(&mut self, meta: &Meta) -> Result<(), String> {
-        let before = self.heads.insert(meta.key, (meta.offset, meta.version)).filter(|(offset, _)| *offset >= self.seen_from);
+        let before =
+            self.heads.insert(meta.key, (meta.offset, meta.version)).filter(|(offset, _)| *offset >= self.seen_from);
         let holds = match (before, meta.previous) {
             (Some((offset, version)), previous) => previous == Some(offset) && meta.version.get() == version.get() + 1,
             (None, None) => meta.version.get() == 1,
@@ -433,7 +481,10 @@ impl Chains {
         let before = before.map_or("there is none before it".to_owned(), |(offset, version)| {
             format!("the one before it has version {version} and lies at {offset}")
         });
-        Err(format!("offset {}: the record of key {} has version {} and {link}, but {before}", meta.offset, meta.key, meta.version))
+        Err(format!(
+            "offset {}: the record of key {} has version {} and {link}, but {before}",
+            meta.offset, meta.key, meta.version
+        ))
     }
 }
 
@@ -549,7 +600,10 @@ fn check_record(store: &Store, record: &Record<'_>, problems: &mut Problems) {
     match store.event_types().find(|t| t.id == meta.event_type) {
         None => problems.add(format!("offset {}: event type {} is not in the manifest", meta.offset, meta.event_type)),
         Some(known) if meta.schema_version > known.schema_version => {
-            problems.add(format!("offset {}: schema version {} is newer than the manifest's", meta.offset, meta.schema_version));
+            problems.add(format!(
+                "offset {}: schema version {} is newer than the manifest's",
+                meta.offset, meta.schema_version
+            ));
         }
         Some(_) => {}
     }
@@ -620,7 +674,10 @@ fn dump(store: &Store, args: DumpArgs, out: &mut Output) -> Result<Verdict, Fail
     let key = args.key.map(Key::new).or(args.user.as_deref().map(Key::of));
     let shards = match (args.shard, key) {
         (Some(shard), _) if shard >= store.shards() => {
-            return Err(Failure::Usage(format!("the store has shards 0 to {}, not {shard}", store.shards().saturating_sub(1))));
+            return Err(Failure::Usage(format!(
+                "the store has shards 0 to {}, not {shard}",
+                store.shards().saturating_sub(1)
+            )));
         }
         (Some(shard), _) => vec![ShardId(shard)],
         // All of a key's events are in one shard.
@@ -641,7 +698,13 @@ fn dump(store: &Store, args: DumpArgs, out: &mut Output) -> Result<Verdict, Fail
     }
 }
 
-fn dump_log(store: &Store, shards: &[ShardId], filter: &Filter, mut left: u64, out: &mut Output) -> Result<Verdict, Failure> {
+fn dump_log(
+    store: &Store,
+    shards: &[ShardId],
+    filter: &Filter,
+    mut left: u64,
+    out: &mut Output,
+) -> Result<Verdict, Failure> {
     let mut verdict = Verdict::Sound;
     for &shard in shards {
         let mut records = store.records(shard).until(store.horizon(shard)?);
@@ -663,7 +726,9 @@ fn dump_log(store: &Store, shards: &[ShardId], filter: &Filter, mut left: u64, o
 fn warn_of_gaps(records: &Records) {
     for gap in records.gaps() {
         let (shard, from, until, events) = (gap.shard, gap.from, gap.until, gap.events);
-        warn(&format!("shard {shard}: retention freed {events} events from offset {from} to {until} before they were read"));
+        warn(&format!(
+            "shard {shard}: retention freed {events} events from offset {from} to {until} before they were read"
+        ));
     }
 }
 
@@ -688,7 +753,13 @@ fn survey(store: &Store, shard: ShardId, verdict: &mut Verdict) -> Result<Survey
     Ok(Surveyed { in_order, end: records.offset() })
 }
 
-fn dump_time(store: &Store, shards: &[ShardId], filter: &Filter, left: u64, out: &mut Output) -> Result<Verdict, Failure> {
+fn dump_time(
+    store: &Store,
+    shards: &[ShardId],
+    filter: &Filter,
+    left: u64,
+    out: &mut Output,
+) -> Result<Verdict, Failure> {
     let mut verdict = Verdict::Sound;
     // 64 MiB for all, however many there are.
     let buffer_bytes = ((64 << 20) / shards.len().max(1)).clamp(64 << 10, 1 << 20);
@@ -713,7 +784,9 @@ fn dump_time(store: &Store, shards: &[ShardId], filter: &Filter, left: u64, out:
     for source in &sources {
         match source {
             Source::Log { records, .. } => warn_of_gaps(records),
-            Source::Index(index) if index.lost > 0 => warn(&format!("retention freed {} events before they were read", index.lost)),
+            Source::Index(index) if index.lost > 0 => {
+                warn(&format!("retention freed {} events before they were read", index.lost))
+            }
             Source::Index(_) => {}
         }
     }

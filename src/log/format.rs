@@ -26,7 +26,7 @@ const BYTE_ORDER: u32 = 0x0102_0304;
 const HEADER_CRC_AT: usize = 76;
 const LOW_48: u64 = (1 << 48) - 1;
 
-const _: () = assert!(RECORD_HEADER_BYTES % ALIGN == 0 && HEADER_BYTES % ALIGN == 0);
+const _: () = assert!(RECORD_HEADER_BYTES.is_multiple_of(ALIGN) && HEADER_BYTES.is_multiple_of(ALIGN));
 
 /// What makes archives of two builds compatible: rkyv's pointer width and byte order, as this build has them.
 pub(crate) fn archive_fingerprint() -> u32 {
@@ -185,7 +185,7 @@ impl RecordHeader {
     /// length word of zero: no record yet. `record` reaches to the padded end.
     #[inline(always)]
     pub(crate) fn stage(&self, record: &mut [u8], len: usize) {
-        debug_assert!(self.version.0 <= LOW_48 && self.previous.0 % ALIGN as u64 == 0);
+        debug_assert!(self.version.0 <= LOW_48 && self.previous.0.is_multiple_of(ALIGN as u64));
         let link = (self.previous.0 / ALIGN as u64) & LOW_48 | u64::from(self.event_type.0) << 48;
         let version = self.version.0 & LOW_48 | u64::from(self.schema_version) << 48;
         if len < record.len() {
@@ -258,7 +258,7 @@ pub(crate) fn record_at(tail: &[u8], salt: u32) -> Found {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
 
     fn header() -> RecordHeader {
@@ -319,5 +319,77 @@ mod tests {
             assert!(SegmentHeader::decode(&page).is_err(), "bit {bit}");
             page[bit / 8] ^= 1 << (bit % 8);
         }
+    }
+
+    /// Compares with a golden file; `CORELANE_GOLDEN=write` renews it, which a change of format alone may need.
+    pub(crate) fn assert_golden(name: &str, bytes: &[u8]) {
+        let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name);
+        if std::env::var("CORELANE_GOLDEN").is_ok_and(|what| what == "write") {
+            std::fs::write(&path, bytes).expect("written");
+        }
+        let golden = std::fs::read(&path).expect("the golden file is there");
+        assert!(golden == bytes, "{name}: these bytes are frozen:\n{golden:02x?}\nbut this build writes\n{bytes:02x?}");
+    }
+
+    fn sealed(header: &RecordHeader, body: &[u8]) -> Vec<u8> {
+        let len = RECORD_HEADER_BYTES + body.len();
+        let mut bytes = vec![0xff; padded(len)];
+        bytes[RECORD_HEADER_BYTES..len].copy_from_slice(body);
+        header.stage(&mut bytes, len);
+        seal(&mut bytes, len, 0x0bad_cafe);
+        bytes[0..4].copy_from_slice(&(len as u32).to_le_bytes());
+        bytes
+    }
+
+    #[test]
+    fn segment_header_is_frozen() {
+        let head = SegmentHeader {
+            schema: 0x1122_3344,
+            shard: ShardId(0x0506),
+            index: 7,
+            segment_bytes: 256 << 20,
+            first_offset: Offset(7 * (256 << 20) + 4096),
+            first_sequence: 0x0102_0304_0506_0708,
+            created: Time(1_700_000_000_000_000_000),
+            salt: 0x0bad_cafe,
+        };
+        let mut page = vec![0xff; HEADER_BYTES];
+        head.encode(&mut page);
+        assert_golden("segment-header.bin", &page);
+        assert_eq!(SegmentHeader::decode(&page), Ok(head));
+    }
+
+    #[test]
+    fn record_and_mark_are_frozen() {
+        let event = RecordHeader {
+            time: Time(1_700_000_000_123_456_789),
+            key: Key(0xfedc_ba98_7654_3210),
+            previous: Offset(0x0012_3456_7890),
+            event_type: EventTypeId(0x0102),
+            correlation: Correlation(0x1111_2222_3333_4444),
+            version: Version(0x0000_aabb_ccdd_eeff),
+            schema_version: 0x0304,
+        };
+        let bytes = sealed(&event, b"an archive of 21 byte");
+        assert_golden("record.bin", &bytes);
+        assert_eq!(record_at(&bytes, 0x0bad_cafe), Found::Record(69));
+        assert_eq!(RecordHeader::decode(&bytes), event);
+        let mark = RecordHeader {
+            time: Time(1_700_000_000_123_456_789),
+            key: Key(0x0012_3456_7890),
+            previous: Offset(0),
+            event_type: MARK,
+            correlation: Correlation(0),
+            version: Version(0),
+            schema_version: 0,
+        };
+        let bytes = sealed(&mark, b"");
+        assert_golden("mark.bin", &bytes);
+        assert_eq!(record_at(&bytes, 0x0bad_cafe), Found::Record(48));
+    }
+
+    #[test]
+    fn fingerprints_are_frozen() {
+        assert_golden("archive-fingerprint.bin", &archive_fingerprint().to_le_bytes());
     }
 }

@@ -87,7 +87,9 @@ impl Keeper {
             let age = self.retention.age_max.map(|_| now + AGE_CHECK);
             let deadline = [retry, reading, age].into_iter().flatten().min();
             let (shards, requests) = (&self.shards, &self.requests);
-            idle.step(&requests.signal, deadline, || requests.ending.load(Ordering::SeqCst) || shards.iter().any(Kept::wants_work));
+            idle.step(&requests.signal, deadline, || {
+                requests.ending.load(Ordering::SeqCst) || shards.iter().any(Kept::wants_work)
+            });
         }
     }
 
@@ -100,7 +102,9 @@ impl Keeper {
             }
             match self.step_shard(i) {
                 Ok(did) => worked |= did,
-                Err((_, error)) if error.kind() == io::ErrorKind::StorageFull || error.kind() == io::ErrorKind::QuotaExceeded => {
+                Err((_, error))
+                    if error.kind() == io::ErrorKind::StorageFull || error.kind() == io::ErrorKind::QuotaExceeded =>
+                {
                     let kept = &mut self.shards[i];
                     if !kept.log.storage_full.swap(true, Ordering::SeqCst) {
                         tracing::error!(shard = kept.log.shard.0, %error, "no space for a new segment; publishers wait until there is");
@@ -169,7 +173,8 @@ impl Keeper {
             }
         };
         let span = Span { last: index, ..kept.span };
-        if let Err(error) = self.storage.sync_dir(&kept.log.dir).and_then(|()| span.save(&*self.storage, &kept.log.dir)) {
+        if let Err(error) = self.storage.sync_dir(&kept.log.dir).and_then(|()| span.save(&*self.storage, &kept.log.dir))
+        {
             // The next attempt goes on with this file: on a full disk there may be no space for another.
             kept.spares.push((path, Some(memory)));
             return Err(error);
@@ -219,12 +224,16 @@ impl Keeper {
         let mut worked = self.reuse_retired(i)?;
         let kept = &mut self.shards[i];
         let Some((oldest, next)) = kept.log.oldest_two() else { return Ok(worked) };
-        let over_bytes = self.retention.bytes_max.is_some_and(|max| kept.log.segments_len() as u64 * kept.log.segment_bytes > max);
+        let over_bytes =
+            self.retention.bytes_max.is_some_and(|max| kept.log.segments_len() as u64 * kept.log.segment_bytes > max);
         let over_age = match self.retention.age_max {
-            Some(max) => newest_time(&next).is_some_and(|begun| wall_now().0.saturating_sub(begun) > u64::try_from(max.as_nanos()).unwrap_or(u64::MAX)),
+            Some(max) => newest_time(&next).is_some_and(|begun| {
+                wall_now().0.saturating_sub(begun) > u64::try_from(max.as_nanos()).unwrap_or(u64::MAX)
+            }),
             None => false,
         };
-        let durable = self.durability == Durability::OsCache || kept.log.durable.get() >= kept.log.first_offset(next.index).0;
+        let durable =
+            self.durability == Durability::OsCache || kept.log.durable.get() >= kept.log.first_offset(next.index).0;
         if (over_bytes || over_age) && durable {
             // The span first: after a crash in between, the file is surplus, not missing.
             let span = Span { first: next.index, ..kept.span };

@@ -62,7 +62,11 @@ impl Manifest {
         let body = checked(path, bytes, MANIFEST_MAGIC, MANIFEST_FIXED_BYTES)?;
         let archive = u32_at(body, 12);
         if archive != archive_fingerprint() {
-            return Err(OpenError::ArchiveFormat { path: path.to_owned(), found: archive, known: archive_fingerprint() });
+            return Err(OpenError::ArchiveFormat {
+                path: path.to_owned(),
+                found: archive,
+                known: archive_fingerprint(),
+            });
         }
         let mut types = Vec::new();
         let mut rest = &body[MANIFEST_FIXED_BYTES..];
@@ -72,7 +76,11 @@ impl Manifest {
             }
             let (name, after) = rest[6..].split_at(usize::from(u16_at(rest, 4)));
             let name = std::str::from_utf8(name).map_err(|_| foreign("a type name in the manifest is not UTF-8"))?;
-            types.push(StoredType { id: EventTypeId(u16_at(rest, 0)), schema_version: u16_at(rest, 2), name: name.to_owned() });
+            types.push(StoredType {
+                id: EventTypeId(u16_at(rest, 0)),
+                schema_version: u16_at(rest, 2),
+                name: name.to_owned(),
+            });
             rest = after;
         }
         Ok(Self { shards: u16_at(body, 16), segment_bytes: u64_at(body, 24), types })
@@ -89,8 +97,11 @@ impl Manifest {
     }
 
     pub(crate) fn save(&self, storage: &dyn Storage, dir: &Path) -> Result<(), OpenError> {
-        replace(storage, dir, MANIFEST, &self.encode())
-            .map_err(|source| OpenError::Io { action: "writing", path: dir.join(MANIFEST), source })
+        replace(storage, dir, MANIFEST, &self.encode()).map_err(|source| OpenError::Io {
+            action: "writing",
+            path: dir.join(MANIFEST),
+            source,
+        })
     }
 
     /// Takes in the types a program declares. `true` when something is new and the manifest must be saved.
@@ -211,4 +222,33 @@ pub(crate) fn segment_index(name: &str) -> Option<u64> {
         return None;
     }
     digits.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::log::format::tests::assert_golden;
+
+    #[test]
+    fn manifest_is_frozen() {
+        let manifest = Manifest {
+            shards: 12,
+            segment_bytes: 256 << 20,
+            types: vec![
+                StoredType { id: EventTypeId(1), schema_version: 2, name: "player_moved".into() },
+                StoredType { id: EventTypeId(300), schema_version: 1, name: "größe".into() },
+            ],
+        };
+        let bytes = manifest.encode();
+        assert_golden("manifest.bin", &bytes);
+        assert_eq!(Manifest::decode(Path::new("manifest"), &bytes).expect("decodes"), manifest);
+    }
+
+    #[test]
+    fn span_is_frozen() {
+        let span = Span { first: 3, last: 0x0102_0304_0506 };
+        let bytes = span.encode();
+        assert_golden("span.bin", &bytes);
+        assert_eq!(Span::decode(Path::new("span"), &bytes).expect("decodes"), span);
+    }
 }

@@ -32,7 +32,9 @@ pub(crate) struct Memory {
 #[derive(Debug)]
 enum Backing {
     /// Kept for its unmapping when dropped; `_file` for whoever wants to know what is mapped.
-    File { _map: memmap2::MmapRaw },
+    File {
+        _map: memmap2::MmapRaw,
+    },
     Heap(Arc<Heap>),
 }
 
@@ -49,7 +51,13 @@ impl Memory {
         let map = if writable { options.map_raw(file)? } else { options.map_raw_read_only(file)? };
         let bytes = map.len();
         let base = NonNull::new(map.as_mut_ptr()).ok_or_else(|| io::Error::other("mapped at address 0"))?;
-        Ok(Self { base, bytes, committed: Watermark::new(bytes as u64), written_from: bytes, backing: Backing::File { _map: map } })
+        Ok(Self {
+            base,
+            bytes,
+            committed: Watermark::new(bytes as u64),
+            written_from: bytes,
+            backing: Backing::File { _map: map },
+        })
     }
 
     /// Memory that a test's storage keeps as a file's live content.
@@ -263,12 +271,12 @@ impl Heap {
     pub(crate) fn sync(&self, range: Range<usize>) {
         let end = range.end.min(self.layout.size());
         let mut durable = crate::sync::lock(&self.durable);
-        for at in range.start..end {
-            // SAFETY: at < size.
-            let byte = unsafe { self.base.add(at) };
-            // SAFETY: in bounds and initialised; committed bytes are written by nobody.
-            durable[at] = unsafe { byte.as_ptr().read_volatile() };
-        }
+        let start = range.start.min(end);
+        // SAFETY: start <= size.
+        let from = unsafe { self.base.add(start) };
+        // SAFETY: [start, end) is in bounds and initialised; committed bytes are written by nobody.
+        let live = unsafe { std::slice::from_raw_parts(from.as_ptr(), end - start) };
+        durable[start..end].copy_from_slice(live);
     }
 }
 

@@ -117,7 +117,9 @@ impl<E: Event> Reader<E> {
         };
         let damage = self.corruption("an archive is not valid");
         let memory = self.segment.as_ref().map(|segment| &segment.memory);
-        let event = memory.and_then(|memory| memory.archived::<E>(at + RECORD_HEADER_BYTES, len - RECORD_HEADER_BYTES)).ok_or(damage)?;
+        let event = memory
+            .and_then(|memory| memory.archived::<E>(at + RECORD_HEADER_BYTES, len - RECORD_HEADER_BYTES))
+            .ok_or(damage)?;
         self.at.0 += padded(len) as u64;
         self.sequence += 1;
         Ok(Some(Record { meta, event }))
@@ -139,7 +141,9 @@ impl<E: Event> Reader<E> {
         let at = (self.at.0 - base) as usize;
         // In the segment being written only bytes below the watermark may be looked at.
         let end = (appended - base).min(self.log.segment_bytes) as usize;
-        let Some(tail) = segment.memory.read(at, end.min(segment.memory.committed()).saturating_sub(at)) else { return Ok(Some(Step::NextSegment)) };
+        let Some(tail) = segment.memory.read(at, end.min(segment.memory.committed()).saturating_sub(at)) else {
+            return Ok(Some(Step::NextSegment));
+        };
         if tail.len() < RECORD_HEADER_BYTES {
             return Ok(Some(Step::NextSegment));
         }
@@ -166,7 +170,11 @@ impl<E: Event> Reader<E> {
     fn enter(&mut self) -> Result<(), ReadError> {
         let index = self.log.segment_of(self.at);
         let Some(segment) = self.log.segment(index) else {
-            return Err(ReadError::BeyondRetention { shard: self.log.shard, asked: self.at, earliest: self.log.earliest() });
+            return Err(ReadError::BeyondRetention {
+                shard: self.log.shard,
+                asked: self.at,
+                earliest: self.log.earliest(),
+            });
         };
         if self.at <= self.log.first_offset(index) {
             self.at = self.log.first_offset(index);

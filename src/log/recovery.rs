@@ -11,7 +11,10 @@ use std::path::{Path, PathBuf};
 use crate::error::{Corruption, OpenError};
 use crate::event::{Key, Offset, ShardId, Version};
 use crate::keys::KeyTable;
-use crate::log::format::{ALIGN, Found, HEADER_BYTES, HeaderError, MARK, RECORD_BYTES_MAX, RECORD_HEADER_BYTES, RecordHeader, SegmentHeader, padded, record_at, u32_at};
+use crate::log::format::{
+    ALIGN, Found, HEADER_BYTES, HeaderError, MARK, RECORD_BYTES_MAX, RECORD_HEADER_BYTES, RecordHeader, SegmentHeader,
+    padded, record_at, u32_at,
+};
 use crate::log::keeper::is_spare;
 use crate::log::manifest::{Manifest, Span, segment_index};
 use crate::log::mmap::{Memory, WriteHalf};
@@ -104,6 +107,9 @@ struct Scan {
     events_end: u64,
 }
 
+/// Up to where a torn tail reaches, and what does not hold.
+type Torn = (usize, &'static str);
+
 /// Where a segment's records end.
 struct End {
     at: usize,
@@ -113,7 +119,8 @@ struct End {
 impl End {
     /// Why the log does not go on from here into the segment with header `next`, if so.
     fn breaks_before(&self, next: &SegmentHeader, scan: &Scan) -> Option<&'static str> {
-        self.damaged.or((next.first_sequence != scan.sequence).then_some("the next segment's first sequence does not follow"))
+        self.damaged
+            .or((next.first_sequence != scan.sequence).then_some("the next segment's first sequence does not follow"))
     }
 }
 
@@ -124,18 +131,28 @@ impl Opening<'_> {
             Some(span) => Some(span),
             // Before the span is written for the first time, the first segment may have been prepared.
             None if self.all_blank(&names.segments)? => None,
-            None => return Err(OpenError::ForeignFile { path: self.dir.join(crate::log::manifest::SPAN), why: "there are segments, but the file that says which is missing" }),
+            None => {
+                return Err(OpenError::ForeignFile {
+                    path: self.dir.join(crate::log::manifest::SPAN),
+                    why: "there are segments, but the file that says which is missing",
+                });
+            }
         };
-        let mut scan = Scan { sequence: 0, durable: 0, keys: KeyTable::new(self.keys_expected), events: 0, events_end: 0 };
+        let mut scan =
+            Scan { sequence: 0, durable: 0, keys: KeyTable::new(self.keys_expected), events: 0, events_end: 0 };
         let Some(span) = span else {
             let mut blank = self.blank(names.spares, scan.keys, Span { first: 0, last: 0 });
             blank.unused = names.segments.iter().map(|&index| self.path(index)).collect();
             return Ok(blank);
         };
         // Surplus: freed before a crash, or prepared and not yet in the span. Written again, never read.
-        let (held, surplus): (Vec<u64>, Vec<u64>) = names.segments.iter().partition(|&&index| (span.first..=span.last).contains(&index));
+        let (held, surplus): (Vec<u64>, Vec<u64>) =
+            names.segments.iter().partition(|&&index| (span.first..=span.last).contains(&index));
         let mut unused: Vec<PathBuf> = surplus.iter().map(|&index| self.path(index)).collect();
-        if let Some(missing) = (span.first..=span.last).zip(held.iter().copied().chain(std::iter::repeat(u64::MAX))).find(|(want, have)| want != have) {
+        if let Some(missing) = (span.first..=span.last)
+            .zip(held.iter().copied().chain(std::iter::repeat(u64::MAX)))
+            .find(|(want, have)| want != have)
+        {
             return Err(self.corruption(missing.0, 0, "a segment is missing").into());
         }
         let mut opened = Vec::new();
@@ -171,7 +188,15 @@ impl Opening<'_> {
                 None => scan.sequence = header.first_sequence,
             }
             let end = self.scan(index, &memory, header.salt, &mut scan)?;
-            tail = Some((Segment { index, first_sequence: header.first_sequence, salt: header.salt, memory: std::sync::Arc::new(memory) }, end));
+            tail = Some((
+                Segment {
+                    index,
+                    first_sequence: header.first_sequence,
+                    salt: header.salt,
+                    memory: std::sync::Arc::new(memory),
+                },
+                end,
+            ));
         }
         let mut lost = Vec::new();
         for (index, memory, salt) in &beyond {
@@ -190,7 +215,8 @@ impl Opening<'_> {
         let Some((last, end)) = tail else {
             let mut recovered = self.blank(std::mem::take(&mut names.spares), scan.keys, span);
             if let Some((index, _, why)) = stop {
-                recovered.report.torn_tail = Some(self.quarantine(Offset(index * self.manifest.segment_bytes), &lost, why)?);
+                recovered.report.torn_tail =
+                    Some(self.quarantine(Offset(index * self.manifest.segment_bytes), &lost, why)?);
                 self.blank_segments(beyond)?;
             }
             recovered.unused = unused;
@@ -214,14 +240,25 @@ impl Opening<'_> {
         if let Some((until, _)) = torn {
             // Blanked, so that it can never be taken for part of a later log.
             half.tail()[..until - at].fill(0);
-            self.storage.sync(half.memory(), at..until).map_err(|source| OpenError::Io { action: "cutting", path: self.path(index), source })?;
+            self.storage.sync(half.memory(), at..until).map_err(|source| OpenError::Io {
+                action: "cutting",
+                path: self.path(index),
+                source,
+            })?;
         }
         let last = Segment { index, first_sequence, salt, memory: std::sync::Arc::clone(half.memory()) };
         segments.push_back(last.clone());
         let end = Offset(index * self.manifest.segment_bytes + at as u64);
         // Marks alone behind the last event need not be marked again.
         let marked = if scan.durable >= scan.events_end && torn_tail.is_none() { end.0 } else { scan.durable };
-        let report = ShardRecovery { shard: self.shard, events: scan.events, segments: segments.len(), keys: scan.keys.len(), end, torn_tail };
+        let report = ShardRecovery {
+            shard: self.shard,
+            events: scan.events,
+            segments: segments.len(),
+            keys: scan.keys.len(),
+            end,
+            torn_tail,
+        };
         Ok(Recovered {
             report,
             segments,
@@ -238,14 +275,25 @@ impl Opening<'_> {
         for (index, memory, _) in segments.into_iter().rev() {
             let mut half = WriteHalf::new(memory, 0);
             half.tail()[..HEADER_BYTES].fill(0);
-            self.storage.sync(half.memory(), 0..HEADER_BYTES).map_err(|source| OpenError::Io { action: "cutting", path: self.path(index), source })?;
+            self.storage.sync(half.memory(), 0..HEADER_BYTES).map_err(|source| OpenError::Io {
+                action: "cutting",
+                path: self.path(index),
+                source,
+            })?;
         }
         Ok(())
     }
 
     /// A log without records.
     fn blank(&self, spares: Vec<PathBuf>, keys: KeyTable, span: Span) -> Recovered {
-        let report = ShardRecovery { shard: self.shard, events: 0, segments: 0, keys: 0, end: Offset(HEADER_BYTES as u64), torn_tail: None };
+        let report = ShardRecovery {
+            shard: self.shard,
+            events: 0,
+            segments: 0,
+            keys: 0,
+            end: Offset(HEADER_BYTES as u64),
+            torn_tail: None,
+        };
         Recovered {
             report,
             segments: VecDeque::new(),
@@ -259,7 +307,11 @@ impl Opening<'_> {
 
     fn names(&self) -> Result<Names, OpenError> {
         let mut names = Names::default();
-        for name in self.storage.list(self.dir).map_err(|source| OpenError::Io { action: "listing", path: self.dir.to_owned(), source })? {
+        for name in self.storage.list(self.dir).map_err(|source| OpenError::Io {
+            action: "listing",
+            path: self.dir.to_owned(),
+            source,
+        })? {
             if let Some(index) = segment_index(&name) {
                 names.segments.push(index);
             } else if is_spare(&name) {
@@ -290,7 +342,9 @@ impl Opening<'_> {
     fn open(&self, index: u64) -> Result<Memory, OpenError> {
         let io = |action| move |source| OpenError::Io { action, path: self.path(index), source };
         let memory = match self.storage.open_segment(&self.path(index), true) {
-            Err(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => return Err(self.corruption(index, 0, "the segment is empty").into()),
+            Err(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => {
+                return Err(self.corruption(index, 0, "the segment is empty").into());
+            }
             opened => opened.map_err(io("opening"))?,
         };
         self.storage.sync(&memory, 0..memory.len()).map_err(io("syncing"))?;
@@ -307,10 +361,18 @@ impl Opening<'_> {
             Ok(header) => header,
             Err(HeaderError::Blank) => return Ok(None),
             Err(HeaderError::Version(found)) => {
-                return Err(OpenError::UnknownFormat { path: self.path(index), found, known: crate::log::format::FORMAT_VERSION });
+                return Err(OpenError::UnknownFormat {
+                    path: self.path(index),
+                    found,
+                    known: crate::log::format::FORMAT_VERSION,
+                });
             }
             Err(HeaderError::Archive(found)) => {
-                return Err(OpenError::ArchiveFormat { path: self.path(index), found, known: crate::log::format::archive_fingerprint() });
+                return Err(OpenError::ArchiveFormat {
+                    path: self.path(index),
+                    found,
+                    known: crate::log::format::archive_fingerprint(),
+                });
             }
             Err(HeaderError::Damaged(why)) => return Err(self.corruption(index, 0, why).into()),
         };
@@ -374,7 +436,14 @@ impl Opening<'_> {
 
     /// Decides what the end of the last segment is. Returns where to go on writing and, for a torn tail, up
     /// to where it reaches and why it is one.
-    fn settle_tail(&self, index: u64, salt: u32, memory: &Memory, end: &End, scan: &Scan) -> Result<(usize, Option<(usize, &'static str)>), OpenError> {
+    fn settle_tail(
+        &self,
+        index: u64,
+        salt: u32,
+        memory: &Memory,
+        end: &End,
+        scan: &Scan,
+    ) -> Result<(usize, Option<Torn>), OpenError> {
         let whole = memory.read(0, memory.len()).unwrap_or_default();
         // Whatever still holds behind the end: it tells how far the log once was, and how far it was durable.
         let beyond = self.later_records(whole, end.at, salt);
@@ -401,7 +470,11 @@ impl Opening<'_> {
             let header = RecordHeader::decode(&whole[at..]);
             let mark = header.event_type == MARK;
             // Most places are not even the beginning of a header; a look at it spares the check sum.
-            let likely = if mark { u32_at(whole, at) as usize == RECORD_HEADER_BYTES } else { (self.known)(header.event_type.0, header.schema_version) };
+            let likely = if mark {
+                u32_at(whole, at) as usize == RECORD_HEADER_BYTES
+            } else {
+                (self.known)(header.event_type.0, header.schema_version)
+            };
             match if likely { record_at(&whole[at..], salt) } else { Found::End } {
                 Found::Record(len) => {
                     if mark {
@@ -428,7 +501,12 @@ impl Opening<'_> {
     }
 
     fn corruption(&self, segment: u64, at: usize, why: &'static str) -> Corruption {
-        Corruption { shard: self.shard, segment, offset: Offset(segment * self.manifest.segment_bytes + at as u64), why }
+        Corruption {
+            shard: self.shard,
+            segment,
+            offset: Offset(segment * self.manifest.segment_bytes + at as u64),
+            why,
+        }
     }
 }
 

@@ -30,7 +30,8 @@ use rkyv::util::AlignedVec;
 use crate::error::{Corruption, OpenError, ReadError};
 use crate::event::{EventTypeId, Meta, Offset, Sequence, ShardId, Time};
 use crate::log::format::{
-    ALIGN, Found, HEADER_BYTES, HeaderError, MARK, RECORD_BYTES_MAX, RECORD_HEADER_BYTES, RecordHeader, SegmentHeader, padded, record_at, u32_at,
+    ALIGN, Found, HEADER_BYTES, HeaderError, MARK, RECORD_BYTES_MAX, RECORD_HEADER_BYTES, RecordHeader, SegmentHeader,
+    padded, record_at, u32_at,
 };
 use crate::log::manifest::{MANIFEST, Manifest, Span, segment_index, segment_name, shard_dir};
 use crate::log::storage::Files;
@@ -129,13 +130,20 @@ impl Store {
     pub fn shard(&self, shard: ShardId) -> Result<ShardFiles, OpenError> {
         let dir = self.shard_dir(shard);
         let span = Span::load(&Files, &dir)?;
-        let mut files = ShardFiles { shard, span: span.map(|span| (span.first, span.last)), segments: Vec::new(), others: Vec::new() };
+        let mut files = ShardFiles {
+            shard,
+            span: span.map(|span| (span.first, span.last)),
+            segments: Vec::new(),
+            others: Vec::new(),
+        };
         let listed = match list(&dir) {
             Err(error) if error.kind() == ErrorKind::NotFound && span.is_none() => return Ok(files),
             listed => listed.map_err(|source| OpenError::Io { action: "listing", path: dir.clone(), source })?,
         };
         for file in listed {
-            match segment_index(&file.name).filter(|index| span.is_some_and(|span| (span.first..=span.last).contains(index))) {
+            match segment_index(&file.name)
+                .filter(|index| span.is_some_and(|span| (span.first..=span.last).contains(index)))
+            {
                 Some(index) => {
                     let state = self.segment_state(shard, index)?;
                     files.segments.push(SegmentInfo { index, state, file });
@@ -149,7 +157,10 @@ impl Store {
                 let at = (index - span.first) as usize;
                 if files.segments.get(at).is_none_or(|segment| segment.index != index) {
                     let file = FileInfo { name: segment_name(index), bytes: 0, allocated_bytes: 0 };
-                    files.segments.insert(at.min(files.segments.len()), SegmentInfo { index, state: SegmentState::Missing, file });
+                    files.segments.insert(
+                        at.min(files.segments.len()),
+                        SegmentInfo { index, state: SegmentState::Missing, file },
+                    );
                 }
             }
         }
@@ -492,7 +503,8 @@ impl Records {
     /// What the file system or a damaged span says.
     pub fn skip_segment(&mut self) -> Result<bool, ReadError> {
         let span = self.span()?;
-        let Some(next) = self.index.map(|index| index + 1).filter(|next| span.is_some_and(|span| *next <= span.last)) else {
+        let Some(next) = self.index.map(|index| index + 1).filter(|next| span.is_some_and(|span| *next <= span.last))
+        else {
             return Ok(false);
         };
         self.stand_before(next);
@@ -647,7 +659,8 @@ impl Records {
         let room = self.store.segment_bytes() as usize - self.at;
         self.buffer.resize(self.buffer_bytes.max(need).min(room), 0);
         self.buffer_at = self.at;
-        let read = read_up_to(&current.file, &mut self.buffer, self.at as u64).map_err(|source| io_error(&current.path, source))?;
+        let read = read_up_to(&current.file, &mut self.buffer, self.at as u64)
+            .map_err(|source| io_error(&current.path, source))?;
         self.buffer.resize(read, 0);
         Ok(read)
     }
@@ -675,7 +688,9 @@ impl Records {
                 }
                 Some(Err(Unusable::Blank)) => {
                     if self.used_behind(index, span.last)? && self.span()?.is_some_and(|now| now.first <= index) {
-                        return Err(self.corruption("the segment's header is blank, but a later segment is written").into());
+                        return Err(self
+                            .corruption("the segment's header is blank, but a later segment is written")
+                            .into());
                     }
                     return Ok(false);
                 }
@@ -847,7 +862,9 @@ impl Lookup {
             None => return Err(self.gone(place)),
         };
         let start = match self.window_at {
-            Some((shard, segment, from)) if (shard, segment) == (place.shard, index) && from <= at && end <= from + self.window.len() => {
+            Some((shard, segment, from))
+                if (shard, segment) == (place.shard, index) && from <= at && end <= from + self.window.len() =>
+            {
                 at - from
             }
             _ => {
@@ -867,7 +884,9 @@ impl Lookup {
     fn move_window(&mut self, shard: ShardId, index: u64, at: usize, end: usize) -> Result<(), ReadError> {
         // Far jumps read only what they need; a step forward promises more steps forward.
         let near = self.window_at.is_some_and(|(was_shard, was_index, from)| {
-            (was_shard, was_index) == (shard, index) && from <= at && at <= from + self.window.len() + Self::WINDOW_BYTES
+            (was_shard, was_index) == (shard, index)
+                && from <= at
+                && at <= from + self.window.len() + Self::WINDOW_BYTES
         });
         let room = self.store.segment_bytes() as usize - at;
         let wanted = if near { Self::WINDOW_BYTES.max(end - at).min(room) } else { end - at };
@@ -994,7 +1013,15 @@ mod tests {
             let types = vec![StoredType { id: EventTypeId(1), schema_version: 1, name: "moved".into() }];
             Manifest { shards: 1, segment_bytes: SEGMENT_BYTES, types }.save(&Files, dir.path()).expect("saved");
             fs::create_dir(shard_dir(dir.path(), ShardId(0))).expect("made");
-            Self { dir, index: 0, span: Span { first: 0, last: 0 }, at: 0, salt: 0, sequence: 0, chains: HashMap::new() }
+            Self {
+                dir,
+                index: 0,
+                span: Span { first: 0, last: 0 },
+                at: 0,
+                salt: 0,
+                sequence: 0,
+                chains: HashMap::new(),
+            }
         }
 
         fn store(&self) -> Store {
@@ -1243,7 +1270,8 @@ mod tests {
         }
         assert!(records.next().expect("a sound log").is_some());
         let per_segment = (SEGMENT_BYTES - 4096) / 144;
-        let gap = Gap { shard: ShardId(0), from, until: Offset(2 * SEGMENT_BYTES + 4096), events: 2 * per_segment - seen };
+        let gap =
+            Gap { shard: ShardId(0), from, until: Offset(2 * SEGMENT_BYTES + 4096), events: 2 * per_segment - seen };
         assert_eq!(records.gaps(), [gap]);
         assert_eq!(drain(&mut records).last().map(|(meta, _)| meta.sequence.get() + 1), Some(engine.sequence));
     }
@@ -1325,7 +1353,10 @@ mod tests {
         fs::remove_file(engine.path(1)).expect("removed");
         assert_eq!(last_error(&store).map(|c| c.segment), Some(1));
         let states: Vec<_> = store.shard(ShardId(0)).expect("listed").segments.into_iter().map(|s| s.state).collect();
-        assert!(matches!(states[..], [SegmentState::Used { .. }, SegmentState::Missing, SegmentState::Used { .. }]), "{states:?}");
+        assert!(
+            matches!(states[..], [SegmentState::Used { .. }, SegmentState::Missing, SegmentState::Used { .. }]),
+            "{states:?}"
+        );
         engine.file(0).set_len(5000).expect("cut short");
         assert_eq!(last_error(&store).map(|c| c.segment), Some(0));
     }

@@ -44,7 +44,14 @@ pub(crate) struct ShardLog {
 }
 
 impl ShardLog {
-    pub(crate) fn new(shard: ShardId, dir: PathBuf, segment_bytes: u64, at: Offset, sequence: u64, segments: VecDeque<Segment>) -> Self {
+    pub(crate) fn new(
+        shard: ShardId,
+        dir: PathBuf,
+        segment_bytes: u64,
+        at: Offset,
+        sequence: u64,
+        segments: VecDeque<Segment>,
+    ) -> Self {
         Self {
             shard,
             dir,

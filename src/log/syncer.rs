@@ -15,6 +15,9 @@ use crate::metrics::{Counters, Recorder, Stage};
 use crate::producer::LaneRegistry;
 use crate::sync::{Arc, AtomicBool, AtomicU64, Idle, Ordering, Signal};
 
+/// Bytes of the word that ends a segment's records.
+const END_WORD_BYTES: usize = 4;
+
 /// What other threads ask of a syncer.
 #[derive(Debug)]
 pub(crate) struct SyncRequests {
@@ -171,8 +174,15 @@ impl Syncer {
             // A segment's first sync takes its header along.
             let first_record = self.log.first_offset(index).0;
             let start = if from <= first_record { 0 } else { (from - base) as usize };
-            let end = (to - base).min(self.log.segment_bytes) as usize;
-            self.storage.sync(&segment.memory, start..end.min(segment.memory.committed()))?;
+            let committed = segment.memory.committed();
+            // A segment that is left takes the zero word behind its last record along: in a recycled segment
+            // old bytes would stand there after a power cut, and the log would seem damaged before the next one.
+            let end = if index < last {
+                (committed + END_WORD_BYTES).min(segment.memory.len())
+            } else {
+                ((to - base) as usize).min(committed)
+            };
+            self.storage.sync(&segment.memory, start..end.max(start))?;
         }
         Ok(())
     }

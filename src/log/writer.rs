@@ -5,8 +5,8 @@
 
 use crossbeam::queue::ArrayQueue;
 
-use crate::event::{Encode, Key, Offset, Scratch, Time, Version};
 use crate::event::Correlation;
+use crate::event::{Encode, Key, Offset, Scratch, Time, Version};
 use crate::log::format::{HEADER_BYTES, MARK, RECORD_HEADER_BYTES, RecordHeader, SegmentHeader, padded, seal};
 use crate::log::mmap::{Memory, WriteHalf, store_length};
 use crate::log::segment::{Segment, ShardLog};
@@ -157,8 +157,18 @@ impl<'a> Appender<'a> {
 const MARK_EVERY_NS: u64 = 1_000_000;
 
 impl Writer {
-    pub(crate) fn new(log: Arc<ShardLog>, prepared: std::sync::Arc<PreparedQueue>, resume: Resume, schema: u32, event_bytes_max: usize) -> Self {
-        let current = resume.segment.map(|(segment, half)| Current { half, base: segment.index * log.segment_bytes, salt: segment.salt });
+    pub(crate) fn new(
+        log: Arc<ShardLog>,
+        prepared: std::sync::Arc<PreparedQueue>,
+        resume: Resume,
+        schema: u32,
+        event_bytes_max: usize,
+    ) -> Self {
+        let current = resume.segment.map(|(segment, half)| Current {
+            half,
+            base: segment.index * log.segment_bytes,
+            salt: segment.salt,
+        });
         Self {
             log,
             prepared,
@@ -185,7 +195,16 @@ impl Writer {
             None => (&mut [][..], 0, 0),
         };
         let staged = std::array::from_fn(|_| (&mut [][..], 0));
-        Appender { tail, offset, salt, event_bytes_max: self.event_bytes_max, scratch: &mut self.scratch, staged, staged_len: 0, events: 0 }
+        Appender {
+            tail,
+            offset,
+            salt,
+            event_bytes_max: self.event_bytes_max,
+            scratch: &mut self.scratch,
+            staged,
+            staged_len: 0,
+            events: 0,
+        }
     }
 
     /// Takes over what an appender has written. Visible to readers after [`Writer::publish`].
@@ -304,4 +323,3 @@ impl Writer {
         self.current.as_ref().map(|current| (current.base, current.half.memory()))
     }
 }
-

@@ -1,0 +1,24 @@
+# The recipes CI runs, and the longer ones it does not.
+
+test:
+    cargo test
+
+lint:
+    cargo fmt --check
+    cargo clippy --all-targets --all-features -- -D warnings
+    RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --all-features
+
+# The protocols between threads, every interleaving.
+loom:
+    RUSTFLAGS="--cfg loom" cargo test --release --no-default-features --lib --target-dir target/loom loom_
+
+# kill -9 at random points; CI runs 500.
+kill rounds="500":
+    CORELANE_KILL_ROUNDS={{rounds}} cargo test --release --test kill -- --nocapture
+
+# Counted instructions per event against the committed limit.
+instructions:
+    perf/callgrind.sh
+
+ci:
+    .ci/run

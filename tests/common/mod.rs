@@ -1,0 +1,132 @@
+//! What the fault tests share: a plain event, small stores, and the whole of a log as a list.
+#![allow(dead_code, clippy::unwrap_used, reason = "every test binary uses a part of this; a test may unwrap")]
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use corelane::testing::FaultyStorage;
+use corelane::{Config, Durability, Engine, Event, EventType, EventTypeId, OpenError, Pin, ShardId};
+use rkyv::{Archive, Deserialize, Serialize};
+
+/// The bytes of a segment in these tests.
+pub(crate) const SEGMENT: u64 = 64 << 10;
+/// The page of a segment's header.
+pub(crate) const PAGE: usize = 4096;
+
+/// An event of any size.
+#[derive(Archive, Serialize, Deserialize, Debug, Clone, PartialEq)]
+pub(crate) struct Note {
+    pub(crate) n: u64,
+    pub(crate) text: String,
+}
+
+impl Note {
+    pub(crate) fn new(n: u64) -> Self {
+        Self { n, text: String::new() }
+    }
+
+    pub(crate) fn sized(n: u64, bytes: usize) -> Self {
+        Self { n, text: "x".repeat(bytes) }
+    }
+}
+
+impl Event for Note {
+    const TYPES: &'static [EventType] = &[EventType::new(1, "note", 1)];
+    fn event_type(&self) -> EventTypeId {
+        EventTypeId(1)
+    }
+}
+
+/// An event as the log has it.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Held {
+    pub(crate) key: u64,
+    pub(crate) version: u64,
+    pub(crate) n: u64,
+    pub(crate) bytes: usize,
+    pub(crate) offset: u64,
+    pub(crate) sequence: u64,
+    pub(crate) previous: Option<u64>,
+}
+
+pub(crate) fn soon() -> Option<Instant> {
+    Some(Instant::now() + Duration::from_secs(20))
+}
+
+/// A small store: 64 KiB segments, small rings, no histograms, no pinning.
+pub(crate) fn small(dir: impl Into<PathBuf>) -> Config {
+    Config::new(dir).segment_bytes(SEGMENT).ring_capacity(64).keys_expected(16).latency(false).pin(Pin::None)
+}
+
+pub(crate) fn os_cache(dir: impl Into<PathBuf>) -> Config {
+    small(dir).durability(Durability::OsCache)
+}
+
+pub(crate) fn open_on(storage: &FaultyStorage, config: Config) -> Result<Engine<Note>, OpenError> {
+    Engine::<Note>::builder(config).faulty_storage(storage).open()
+}
+
+/// Everything in one shard's log, sequences checked.
+pub(crate) fn read_shard(engine: &Engine<Note>, shard: u16) -> Vec<Held> {
+    let mut reader = engine.reader(ShardId(shard));
+    let mut all: Vec<Held> = Vec::new();
+    while let Some(record) = reader.next().expect("the log reads") {
+        let meta = record.meta;
+        if let Some(last) = all.last() {
+            assert_eq!(meta.sequence.0, last.sequence + 1, "sequences have no holes");
+        }
+        all.push(Held {
+            key: meta.key.0,
+            version: meta.version.0,
+            n: record.event.n.to_native(),
+            bytes: record.event.text.len(),
+            offset: meta.offset.0,
+            sequence: meta.sequence.0,
+            previous: meta.previous.map(|offset| offset.0),
+        });
+    }
+    all
+}
+
+/// The numbers in the order of shard 0's log.
+pub(crate) fn numbers(engine: &Engine<Note>) -> Vec<u64> {
+    read_shard(engine, 0).iter().map(|held| held.n).collect()
+}
+
+/// Every file below `dir` with its content. The lock file, whose content means nothing, is left out.
+pub(crate) fn tree(dir: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
+    let mut files = BTreeMap::new();
+    let mut folders = vec![dir.to_owned()];
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(&folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                folders.push(path);
+            } else if path.file_name().unwrap() != "lock" {
+                let content = std::fs::read(&path).unwrap();
+                files.insert(path, content);
+            }
+        }
+    }
+    files
+}
+
+/// Copies a store.
+pub(crate) fn copy(from: &Path, to: &Path) {
+    for (path, content) in tree(from) {
+        let target = to.join(path.strip_prefix(from).unwrap());
+        std::fs::create_dir_all(target.parent().unwrap()).unwrap();
+        std::fs::write(target, content).unwrap();
+    }
+}
+
+/// The first segment of shard 0.
+pub(crate) fn segment_path(dir: &Path, index: u64) -> PathBuf {
+    dir.join("shard-0000").join(format!("{index:012}.seg"))
+}
+
+/// A number from the environment.
+pub(crate) fn env_number(name: &str, default: u64) -> u64 {
+    std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(default)
+}

@@ -1,0 +1,172 @@
+//! The rules of the house, run as a test.
+#![expect(clippy::unwrap_used, reason = "a test may unwrap")]
+
+use std::path::{Path, PathBuf};
+
+/// Every source file of the library with its path below `src/`.
+fn sources() -> Vec<(String, String)> {
+    let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let mut files = Vec::new();
+    let mut folders: Vec<PathBuf> = vec![src.clone()];
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                folders.push(path);
+            } else if path.extension().is_some_and(|extension| extension == "rs") {
+                let name = path.strip_prefix(&src).unwrap().to_str().unwrap().to_owned();
+                files.push((name, std::fs::read_to_string(&path).unwrap()));
+            }
+        }
+    }
+    assert!(files.len() > 15, "the sources were found");
+    files.sort();
+    files
+}
+
+/// The code of a file: without comments, and without its unit tests at the end.
+fn code(text: &str) -> impl Iterator<Item = (usize, &str)> {
+    let end = text.find("\n#[cfg(test)]\nmod ").or_else(|| text.find("\n#[cfg(all(test")).unwrap_or(text.len());
+    text[..end]
+        .lines()
+        .enumerate()
+        .map(|(i, line)| (i + 1, line.split("//").next().unwrap_or(line)))
+        .filter(|(_, line)| !line.trim().is_empty())
+}
+
+/// Modules that a file names through `crate::`.
+fn uses(text: &str) -> Vec<(usize, String)> {
+    let mut found = Vec::new();
+    for (at, line) in code(text) {
+        for part in line.split("crate::").skip(1) {
+            let module: String = part.chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect();
+            found.push((at, module));
+        }
+    }
+    found
+}
+
+/// What each module may know of (DESIGN §10): itself, the leaves, and these.
+fn may_use(file: &str) -> Option<&'static [&'static str]> {
+    Some(match file {
+        "lib.rs" | "engine.rs" => return None,
+        "event.rs" | "error.rs" => &["event", "Config"],
+        "clock.rs" => &["event"],
+        "config.rs" => &["error", "sync"],
+        "sync.rs" => &["config"],
+        "metrics.rs" => &["event", "error", "sync", "clock"],
+        "handler.rs" => &["event", "error"],
+        "keys.rs" => &["event", "sync"],
+        "ring.rs" => &["event", "clock"],
+        "producer.rs" => {
+            &["event", "error", "config", "sync", "clock", "ring", "log", "shared", "SharedProducer", "Engine"]
+        }
+        "shared.rs" => &["event", "error", "config", "sync", "clock", "ring", "producer", "Producer"],
+        "shard.rs" => &[
+            "event", "error", "config", "sync", "clock", "ring", "producer", "shared", "handler", "keys", "log",
+            "metrics",
+        ],
+        "runner.rs" => &["event", "error", "config", "sync", "clock", "producer", "shard"],
+        "envelope.rs" => &["event", "error"],
+        // The faulty twin stands beside the log's storage.
+        "testing.rs" => &["log", "sync"],
+        // Only the syncer tells lanes how far they are durable.
+        "log/syncer.rs" => &["event", "error", "config", "sync", "clock", "metrics", "log", "producer"],
+        "log/recovery.rs" => &["event", "error", "sync", "log", "keys"],
+        _ if file.starts_with("log/") => &["event", "error", "config", "sync", "clock", "metrics", "log"],
+        _ if file.starts_with("bin/") => &[],
+        _ => panic!("{file}: a new module; say in tests/tidy.rs what it may know of"),
+    })
+}
+
+#[test]
+fn dependencies_point_one_way() {
+    let mut wrong = Vec::new();
+    for (file, text) in sources() {
+        let Some(allowed) = may_use(&file) else { continue };
+        for (line, module) in uses(&text) {
+            if !allowed.contains(&module.as_str()) {
+                wrong.push(format!("src/{file}:{line} knows of {module}"));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn unsafe_stays_where_it_is_argued() {
+    let places = ["log/mmap.rs", "ring.rs", "sync.rs"];
+    for (file, text) in sources() {
+        if places.contains(&file.as_str()) {
+            continue;
+        }
+        for (line, code) in code(&text) {
+            let words = code.split(|c: char| !c.is_alphanumeric() && c != '_');
+            assert!(
+                words.into_iter().all(|word| word != "unsafe"),
+                "src/{file}:{line}: unsafe belongs into {places:?}"
+            );
+        }
+    }
+}
+
+#[test]
+fn atomics_and_threads_come_through_sync() {
+    // Exceptions, and why:
+    let excepted = [
+        ("sync.rs", "", "the importer"),
+        ("log/mmap.rs", "std::sync::atomic", "an atomic view of mapped bytes, which loom cannot model"),
+        ("engine.rs", "std::sync::atomic", "counts shards to recover, inside one scope"),
+        ("log/scan.rs", "std::thread", "a sleep of a tool that reads files; no thread of the engine runs it"),
+        ("engine.rs", "std::thread", "named threads and a sleep; loom models the protocols, not the engine"),
+    ];
+    for (file, text) in sources() {
+        for (line, code) in code(&text) {
+            for what in ["std::sync::atomic", "std::sync::Mutex", "std::sync::RwLock", "std::thread", "core::sync"] {
+                if code.contains(what) && !file.starts_with("bin/") {
+                    let is_excepted =
+                        excepted.iter().any(|(at, which, _)| *at == file && (which.is_empty() || *which == what));
+                    assert!(is_excepted, "src/{file}:{line}: {what} comes through crate::sync");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn time_is_read_in_one_place() {
+    for (file, text) in sources() {
+        for (line, code) in code(&text) {
+            assert!(
+                file == "clock.rs" || !code.contains("SystemTime::now"),
+                "src/{file}:{line}: wall time is read by clock.rs"
+            );
+        }
+    }
+}
+
+#[test]
+fn files_stay_readable() {
+    // Ratchet: these are longer than they should be and may only shrink.
+    let ratchet = [("log/scan.rs", 1410), ("bin/corelane.rs", 1010), ("envelope.rs", 950)];
+    for (file, text) in sources() {
+        let lines = text.lines().count();
+        let max = ratchet.iter().find(|(name, _)| *name == file).map_or(700, |(_, max)| *max);
+        assert!(lines <= max, "src/{file} has {lines} lines, more than {max}");
+        for (line, code) in code(&text) {
+            assert!(!code.contains("todo!(") && !code.contains("unimplemented!("), "src/{file}:{line}: unfinished");
+            assert!(line > 1 || text.starts_with("//!"), "src/{file}: opens with its job");
+        }
+    }
+}
+
+#[test]
+fn errors_are_not_dropped_unseen() {
+    for (file, text) in sources() {
+        for (line, code) in code(&text) {
+            let code = code.trim_start();
+            let dropped = code.strip_prefix("let _ = ").is_some_and(|what| what.find('(').is_some_and(|at| at > 0));
+            assert!(!dropped, "src/{file}:{line}: a result dropped unseen");
+        }
+    }
+}
