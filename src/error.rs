@@ -183,6 +183,14 @@ pub enum FailureCause {
         /// What it said.
         error: String,
     },
+    /// An event named a type that its `TYPES` do not declare. It was not appended: nobody could read it again.
+    #[error("an event of key {key} is of type {event_type}, which its TYPES do not declare")]
+    UndeclaredType {
+        /// Whose event.
+        key: u64,
+        /// What `event_type()` returned.
+        event_type: EventTypeId,
+    },
     /// Code on the shard's thread panicked.
     #[error("panic: {0}")]
     Panic(String),

@@ -121,20 +121,28 @@ impl Default for Flush {
 
 impl LaneRegistry {
     pub(crate) fn register(&self, lane: &Arc<LaneShared>) {
-        lock(&self.lanes).push(Arc::clone(lane));
+        let mut lanes = lock(&self.lanes);
+        self.forget_retired(&mut lanes);
+        lanes.push(Arc::clone(lane));
     }
 
     /// Every lane with the number of its events that are appended. Forgets lanes nobody can ask about any more.
     pub(crate) fn appended_counts(&self) -> Vec<(Arc<LaneShared>, u64)> {
         let mut lanes = lock(&self.lanes);
+        self.forget_retired(&mut lanes);
+        lanes.iter().map(|lane| (Arc::clone(lane), lane.appended.get())).collect()
+    }
+
+    fn forget_retired(&self, lanes: &mut Vec<Arc<LaneShared>>) {
         lanes.retain(|lane| {
-            let over = lane.retired.load(Ordering::Acquire) && lane.durable.get() == lane.appended.get();
+            // Where nobody holds a receipt any more, nobody can ask whether the rest is durable.
+            let settled = lane.durable.get() == lane.appended.get() || Arc::strong_count(lane) == 1;
+            let over = lane.retired.load(Ordering::Acquire) && settled;
             if over {
                 self.retired_events.fetch_add(lane.appended.get(), Ordering::Relaxed);
             }
             !over
         });
-        lanes.iter().map(|lane| (Arc::clone(lane), lane.appended.get())).collect()
     }
 
     /// Events of lanes that came and went.

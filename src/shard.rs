@@ -70,7 +70,7 @@ pub(crate) struct Work<E> {
     /// Events taken out of the shared queue and not yet appended.
     taken: Vec<SharedSlot<E>>,
     /// Schema version by event type id, for ids below its length.
-    schema_versions: Vec<u16>,
+    schema_versions: Vec<Option<u16>>,
     appended_count_shared: u64,
     lane_next: usize,
     keeper_told_at: u64,
@@ -79,9 +79,9 @@ pub(crate) struct Work<E> {
 
 impl<E: Event> Work<E> {
     pub(crate) fn new(batch_max: usize) -> Self {
-        let mut schema_versions = vec![0; E::TYPES.iter().map(|t| usize::from(t.id.0) + 1).max().unwrap_or(0)];
+        let mut schema_versions = vec![None; E::TYPES.iter().map(|t| usize::from(t.id.0) + 1).max().unwrap_or(0)];
         for t in E::TYPES {
-            schema_versions[usize::from(t.id.0)] = t.schema_version;
+            schema_versions[usize::from(t.id.0)] = Some(t.schema_version);
         }
         Self {
             runs: Vec::with_capacity(batch_max),
@@ -456,7 +456,7 @@ struct Batch<'a> {
     keys: &'a mut KeyTable,
     runs: &'a mut Vec<Run>,
     placed: Option<&'a mut Vec<(Meta, usize)>>,
-    schema_versions: &'a [u16],
+    schema_versions: &'a [Option<u16>],
     shard: ShardId,
     now: Nanos,
     wall_offset: u64,
@@ -506,7 +506,7 @@ impl Batch<'_> {
             self.keys.prefetch(*hash);
         }
         let mut run = Run { published: 0, late: None, events: 0, end: 0 };
-        let (mut appended, mut bytes, mut too_large) = (0, 0, None);
+        let (mut appended, mut bytes, mut refused) = (0, 0, None);
         let first_sequence = self.writer.sequence();
         let mut appender = self.writer.appender();
         for (slot, sequence) in slots.zip(first_sequence..) {
@@ -517,6 +517,10 @@ impl Batch<'_> {
                 self.keys.prefetch(*place);
             }
             let event_type = slot.event.event_type();
+            let Some(&Some(schema_version)) = self.schema_versions.get(usize::from(event_type.0)) else {
+                refused = Some(FailureCause::UndeclaredType { key: slot.key.0, event_type });
+                break;
+            };
             let known = self.keys.entry(slot.key, hash);
             let version = Version(known.version().0 + 1);
             let header = RecordHeader {
@@ -526,13 +530,13 @@ impl Batch<'_> {
                 event_type,
                 correlation: slot.event.correlation(),
                 version,
-                schema_version: self.schema_versions.get(usize::from(event_type.0)).copied().unwrap_or(0),
+                schema_version,
             };
             let (offset, len) = match appender.append(&header, &slot.event) {
                 Ok(placed) => placed,
                 Err(Refused::NeedsSegment) => break,
                 Err(Refused::TooLarge { bytes_max }) => {
-                    too_large = Some(FailureCause::EventTooLarge { key: slot.key.0, bytes_max });
+                    refused = Some(FailureCause::EventTooLarge { key: slot.key.0, bytes_max });
                     break;
                 }
             };
@@ -557,7 +561,7 @@ impl Batch<'_> {
             self.runs.push(run);
         }
         self.bytes += bytes;
-        too_large.map_or(Ok(appended), Err)
+        refused.map_or(Ok(appended), Err)
     }
 }
 

@@ -7,6 +7,7 @@
 //! ```
 
 use crate::event::{Correlation, Event, EventTypeId, Key, Offset, ShardId, Time, Version};
+use crate::sync::{Ordering, compiler_fence};
 
 /// Bytes of a segment header: one page.
 pub(crate) const HEADER_BYTES: usize = 4096;
@@ -102,7 +103,6 @@ impl SegmentHeader {
     pub(crate) fn encode(&self, page: &mut [u8]) {
         assert!(page.len() >= HEADER_BYTES);
         page[..HEADER_BYTES].fill(0);
-        page[0..8].copy_from_slice(&SEGMENT_MAGIC);
         page[8..12].copy_from_slice(&FORMAT_VERSION.to_le_bytes());
         page[12..16].copy_from_slice(&BYTE_ORDER.to_le_bytes());
         page[16..20].copy_from_slice(&archive_fingerprint().to_le_bytes());
@@ -114,15 +114,19 @@ impl SegmentHeader {
         page[56..64].copy_from_slice(&self.first_sequence.to_le_bytes());
         page[64..72].copy_from_slice(&self.created.0.to_le_bytes());
         page[72..76].copy_from_slice(&self.salt.to_le_bytes());
-        let crc = crc32c::crc32c(&page[..HEADER_CRC_AT]);
+        let crc = crc32c::crc32c_append(crc32c::crc32c(&SEGMENT_MAGIC), &page[8..HEADER_CRC_AT]);
         page[HEADER_CRC_AT..HEADER_CRC_AT + 4].copy_from_slice(&crc.to_le_bytes());
+        // The magic last: a process killed on the way leaves a page that still counts as blank.
+        compiler_fence(Ordering::Release);
+        page[0..8].copy_from_slice(&SEGMENT_MAGIC);
     }
 
     pub(crate) fn decode(page: &[u8]) -> Result<Self, HeaderError> {
         if page.len() < HEADER_BYTES {
             return Err(HeaderError::Damaged("the segment is shorter than its header"));
         }
-        if page[..HEADER_BYTES].iter().all(|&byte| byte == 0) {
+        // No magic yet: never begun, or killed while it was.
+        if page[..8].iter().all(|&byte| byte == 0) {
             return Err(HeaderError::Blank);
         }
         if page[0..8] != SEGMENT_MAGIC {

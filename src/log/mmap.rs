@@ -133,7 +133,11 @@ impl Memory {
     /// Makes the pages of `range` present and writable, so that storing into them does not fault.
     /// May wait for the device; not for the shard's thread.
     pub(crate) fn prefault(&self, range: Range<usize>) -> io::Result<()> {
-        self.advise(range, rustix::mm::Advice::LinuxPopulateWrite)
+        match self.advise(range, rustix::mm::Advice::LinuxPopulateWrite) {
+            // Before Linux 5.14 there is no such advice; the shard's first stores then fault.
+            Err(error) if error.kind() == io::ErrorKind::InvalidInput => Ok(()),
+            done => done,
+        }
     }
 
     /// Asks for huge pages: six times cheaper to prefault, but synced in units of 2 MiB.

@@ -155,6 +155,15 @@ impl Opening<'_> {
         {
             return Err(self.corruption(missing.0, 0, "a segment is missing").into());
         }
+        for &index in surplus.iter().filter(|&&index| index > span.last) {
+            // The span is written before a segment is handed over, so one beyond it was never begun.
+            if self.header(index, &self.open(index)?)?.is_some() {
+                return Err(OpenError::ForeignFile {
+                    path: self.path(index),
+                    why: "a segment in use lies beyond the span: the span is older than the log",
+                });
+            }
+        }
         let mut opened = Vec::new();
         for index in span.first..=span.last {
             let memory = self.open(index)?;

@@ -238,8 +238,9 @@ impl Writer {
             salt: prepared.salt,
         };
         let tail = half.tail();
-        header.encode(tail);
+        // The end before the head: whoever sees the segment begun finds it ended.
         tail[HEADER_BYTES..HEADER_BYTES + 4].fill(0);
+        header.encode(tail);
         half.skip(HEADER_BYTES);
         half.publish();
         self.log.push_segment(Segment {
