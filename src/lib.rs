@@ -4,6 +4,9 @@
 //! user, kept durably and handed on, at millions of events per second per core and with nothing lost.
 #![cfg_attr(loom, allow(dead_code, unused_imports, reason = "loom models the protocols, not the engine"))]
 
+#[cfg(all(feature = "bench-support", not(loom)))]
+#[doc(hidden)]
+pub mod bench_support;
 mod clock;
 mod config;
 mod engine;
