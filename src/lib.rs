@@ -10,6 +10,9 @@ mod error;
 mod event;
 mod sync;
 
+#[cfg(all(feature = "bench-support", not(loom)))]
+#[doc(hidden)]
+pub mod bench_support;
 #[cfg(not(loom))]
 mod clock;
 #[cfg(not(loom))]
@@ -56,3 +59,8 @@ pub use {
     producer::{BatchRejected, Pending, Producer, Receipt},
     shared::{SharedProducer, SharedReceipt},
 };
+
+/// The README's quick start is compiled and run with the other examples.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

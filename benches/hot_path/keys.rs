@@ -1,0 +1,52 @@
+//! The key table, as a turn uses it: buckets asked for 16 events ahead, then found and changed.
+
+use std::hint::black_box;
+
+use corelane::bench_support::Keys;
+use corelane::{Key, Offset};
+use criterion::{BenchmarkId, Criterion, Throughput};
+use rand::rngs::SmallRng;
+use rand::{Rng as _, SeedableRng as _};
+
+const EVENTS: usize = 4096;
+/// Drawn once and gone through round and round: enough that a million keys never become a few.
+const DRAWS: usize = 1 << 20;
+/// As in the shard.
+const AHEAD: usize = 16;
+
+pub(crate) fn benches(c: &mut Criterion) {
+    let mut group = c.benchmark_group("keys");
+    group.throughput(Throughput::Elements(EVENTS as u64));
+    for (name, users) in [("1k", 1_000), ("100k", 100_000), ("1M", 1_000_000)] {
+        let mut table = Keys::new(users);
+        for user in 0..users as u64 {
+            table.append(Key::new(user), Key::new(user).hash(), Offset(1));
+        }
+        let mut random = SmallRng::seed_from_u64(0x5eed);
+        let draws: Vec<Key> = (0..DRAWS).map(|_| Key::new(random.random_range(0..users as u64))).collect();
+        let mut rounds = draws.chunks_exact(EVENTS).cycle();
+        group.bench_function(BenchmarkId::new("append", name), |b| {
+            b.iter(|| {
+                let keys = rounds.next().unwrap_or(&draws);
+                let mut hashes = [0; AHEAD];
+                for (hash, key) in hashes.iter_mut().zip(keys) {
+                    *hash = key.hash();
+                    table.prefetch(*hash);
+                }
+                let mut ahead = keys[AHEAD..].iter();
+                let mut sum = 0;
+                for (i, key) in keys.iter().enumerate() {
+                    let place = &mut hashes[i % AHEAD];
+                    let hash = *place;
+                    if let Some(later) = ahead.next() {
+                        *place = later.hash();
+                        table.prefetch(*place);
+                    }
+                    sum += table.append(*key, hash, Offset(i as u64)).0.get();
+                }
+                black_box(sum)
+            });
+        });
+    }
+    group.finish();
+}

@@ -1,0 +1,33 @@
+//! What each part of an event's way costs, alone and together.
+//!
+//! ```text
+//! cargo bench --features bench-support                     everything; reports in target/criterion/report
+//! cargo bench --features bench-support -- keys             the key table only
+//! cargo bench --features bench-support -- --quick          a first look
+//! ```
+//!
+//! All use one 48-byte event, so that figures of parts can be added up. `perf/README.md` says how to compare.
+
+mod append;
+mod codec;
+mod end_to_end;
+mod game;
+mod keys;
+mod replay;
+mod ring;
+
+use criterion::{criterion_group, criterion_main};
+
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+criterion_group!(
+    benches,
+    codec::benches,
+    ring::benches,
+    keys::benches,
+    append::benches,
+    replay::benches,
+    end_to_end::benches
+);
+criterion_main!(benches);

@@ -1,0 +1,38 @@
+//! A reader from the earliest event to the end: over a live store (bytes this process wrote, taken as they
+//! are) and over a recovered one (every CRC and every archive checked).
+
+use corelane::{Config, Durability, Engine, ShardId};
+use criterion::{Criterion, Throughput};
+
+use crate::game::{GameEvent, events, tick};
+
+const EVENTS: usize = 1 << 20;
+
+pub(crate) fn benches(c: &mut Criterion) {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let open =
+        || Engine::<GameEvent>::open(Config::new(dir.path()).durability(Durability::OsCache)).expect("the store opens");
+    let mut group = c.benchmark_group("replay");
+    group.sample_size(10).throughput(Throughput::Elements(EVENTS as u64));
+    let engine = open();
+    let mut producer = engine.producer();
+    producer.publish_batch(&mut events(EVENTS)).expect("accepted");
+    engine.flush(None).expect("flushed");
+    group.bench_function("live", |b| b.iter(|| replay(&engine)));
+    drop(producer);
+    engine.shutdown(None).expect("shut down");
+    drop(engine);
+    let engine = open();
+    group.bench_function("recovered", |b| b.iter(|| replay(&engine)));
+    group.finish();
+}
+
+fn replay(engine: &Engine<GameEvent>) {
+    let mut reader = engine.reader(ShardId(0));
+    let (mut count, mut sum) = (0, 0);
+    while let Some(record) = reader.next().expect("the log reads") {
+        count += 1;
+        sum += tick(record.event);
+    }
+    assert_eq!((count, sum), (EVENTS, (0..EVENTS as u64).sum()));
+}

@@ -1,0 +1,103 @@
+//! The hot path and little else, for tools that count or sample instructions: one producer, one shard,
+//! 48-byte events of 10,000 users, `OsCache`. `perf/callgrind.sh` runs it.
+//!
+//! ```text
+//! cargo run --release --example hotpath -- 1000000
+//! ```
+//!
+//! The same events in the same batches every time: the ring is filled, and the next events are not made
+//! before all of it is appended. So no full ring is waited for, and the shard finds whole batches.
+
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use corelane::{Config, Durability, Engine, Event, EventType, EventTypeId, Key, Pin, Producer, Wait};
+use rkyv::{Archive, Serialize};
+
+const USERS: u64 = 10_000;
+const SEED: u64 = 0x5eed;
+/// Events of one `publish_batch`, and of one batch of the shard.
+const BATCH: usize = 256;
+/// Events between two waits. Large, so that looking for events where there are none is rare.
+const ROUND: usize = 1 << 16;
+
+#[derive(Archive, Serialize, Clone, Copy, Debug)]
+enum GameEvent {
+    Moved { x: f64, y: f64, heading: f64, zone: u64, tick: u64 },
+    Attacked { target: u64, damage: u64, x: f64, y: f64, tick: u64 },
+}
+
+const _: () = assert!(size_of::<rkyv::Archived<GameEvent>>() == 48);
+
+impl Event for GameEvent {
+    const TYPES: &'static [EventType] =
+        &[EventType::new(1, "player_moved", 1), EventType::new(2, "player_attacked", 1)];
+
+    #[inline]
+    fn event_type(&self) -> EventTypeId {
+        match self {
+            Self::Moved { .. } => EventTypeId(1),
+            Self::Attacked { .. } => EventTypeId(2),
+        }
+    }
+}
+
+fn main() -> Result<()> {
+    let events: u64 =
+        std::env::args().nth(1).context("usage: hotpath EVENTS")?.parse().context("EVENTS is a number")?;
+    let dir = tempfile::tempdir()?;
+    let config = Config::new(dir.path())
+        .durability(Durability::OsCache)
+        .wait(Wait::Park)
+        .pin(Pin::None)
+        .ring_capacity(ROUND)
+        .batch_max(BATCH);
+    let engine = Engine::<GameEvent>::open(config)?;
+    let mut producer = engine.producer();
+    let (mut made, mut random, mut batch) = (0, SEED, Vec::with_capacity(BATCH));
+    while made < events {
+        for _ in 0..ROUND / BATCH {
+            while batch.len() < BATCH && made < events {
+                batch.push(draw(&mut random, made));
+                made += 1;
+            }
+            publish_batch_counted(&mut producer, &mut batch)?;
+        }
+        await_appended(&engine, &producer)?;
+    }
+    drop(producer);
+    engine.shutdown(None)?;
+    ensure!(
+        engine.shard_metrics().iter().map(|shard| shard.appended).sum::<u64>() == events,
+        "not every event was appended"
+    );
+    Ok(())
+}
+
+/// The next event and whose it is (a linear congruential generator's high bits).
+fn draw(random: &mut u64, tick: u64) -> (Key, GameEvent) {
+    *random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+    let (user, x) = ((*random >> 33) % USERS, (tick & 0xffff) as f64);
+    let event = if *random >> 63 == 0 {
+        GameEvent::Moved { x, y: 2.0, heading: 0.5, zone: tick >> 8, tick }
+    } else {
+        GameEvent::Attacked { target: user ^ 1, damage: tick & 0xff, x, y: 2.0, tick }
+    };
+    (Key::new(user), event)
+}
+
+/// A function of its own, so that the counting can be switched on for it by name.
+#[inline(never)]
+fn publish_batch_counted(producer: &mut Producer<GameEvent>, batch: &mut Vec<(Key, GameEvent)>) -> Result<()> {
+    producer.publish_batch(batch).map_err(Into::into)
+}
+
+/// Looks now and then; a waiter of its own would be work of the shard that no event has.
+fn await_appended(engine: &Engine<GameEvent>, producer: &Producer<GameEvent>) -> Result<()> {
+    while !producer.receipts().iter().all(corelane::Receipt::is_appended) {
+        ensure!(engine.failures().is_empty(), "the shard failed: {:?}", engine.failures());
+        thread::sleep(Duration::from_millis(1));
+    }
+    Ok(())
+}
