@@ -3,8 +3,8 @@
 
 use std::path::{Path, PathBuf};
 
-/// Every source file of the library with its path below `src/`.
-fn sources() -> Vec<(String, String)> {
+/// Every source file with its path below `src/`.
+fn files() -> Vec<(String, String)> {
     let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
     let mut files = Vec::new();
     let mut folders: Vec<PathBuf> = vec![src.clone()];
@@ -22,6 +22,11 @@ fn sources() -> Vec<(String, String)> {
     assert!(files.len() > 15, "the sources were found");
     files.sort();
     files
+}
+
+/// The source files that are no unit tests.
+fn sources() -> Vec<(String, String)> {
+    files().into_iter().filter(|(name, _)| !name.ends_with("/tests.rs")).collect()
 }
 
 /// The code of a file: without comments, and without its unit tests at the end.
@@ -68,7 +73,7 @@ fn may_use(file: &str) -> Option<&'static [&'static str]> {
             "metrics",
         ],
         "runner.rs" => &["event", "error", "config", "sync", "clock", "producer", "shard"],
-        "envelope.rs" => &["event", "error"],
+        "envelope/mod.rs" => &["event", "error"],
         // The faulty twin stands beside the log's storage.
         "testing.rs" => &["log", "sync"],
         // Only the syncer tells lanes how far they are durable.
@@ -118,7 +123,8 @@ fn atomics_and_threads_come_through_sync() {
         ("sync.rs", "", "the importer"),
         ("log/mmap.rs", "std::sync::atomic", "an atomic view of mapped bytes, which loom cannot model"),
         ("engine.rs", "std::sync::atomic", "counts shards to recover, inside one scope"),
-        ("log/scan.rs", "std::thread", "a sleep of a tool that reads files; no thread of the engine runs it"),
+        ("log/scan/mod.rs", "std::thread", "a sleep of a tool that reads files; no thread of the engine runs it"),
+        ("log/scan/records.rs", "std::thread", "likewise"),
         ("engine.rs", "std::thread", "named threads and a sleep; loom models the protocols, not the engine"),
     ];
     for (file, text) in sources() {
@@ -149,8 +155,8 @@ fn time_is_read_in_one_place() {
 #[test]
 fn files_stay_readable() {
     // Ratchet: these are longer than they should be and may only shrink.
-    let ratchet = [("log/scan.rs", 1440), ("bin/corelane.rs", 1010), ("envelope.rs", 950)];
-    for (file, text) in sources() {
+    let ratchet = [("envelope/mod.rs", 702)];
+    for (file, text) in files() {
         let lines = text.lines().count();
         let max = ratchet.iter().find(|(name, _)| *name == file).map_or(700, |(_, max)| *max);
         assert!(lines <= max, "src/{file} has {lines} lines, more than {max}");

@@ -1,0 +1,291 @@
+//! `dump`: writes events as JSON lines, in the order of the log or of time.
+
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
+use std::io::Write;
+use std::ops::Range;
+
+use corelane::envelope::{self, ArchivedEnvelope, ArchivedUserId};
+use corelane::scan::{Lookup, Place, Record, Records, Store};
+use corelane::{Key, Offset, ReadError, ShardId, Time};
+
+use super::{DumpArgs, Failure, Order, Output, Verdict, envelope_in, tail_message, warn};
+
+/// Which events are wanted.
+#[derive(Debug)]
+struct Filter {
+    key: Option<Key>,
+    user: Option<String>,
+    event_type: Option<String>,
+    from_ms: u64,
+    until_ms: u64,
+}
+
+impl Filter {
+    /// Writes the record's line if it is wanted.
+    fn write(&self, store: &Store, record: &Record<'_>, out: &mut impl Write) -> Result<bool, Failure> {
+        let Some(event) = self.pick(store, record)? else { return Ok(false) };
+        match event {
+            Some(event) => envelope::write_envelope(out, &record.meta, event)?,
+            None => {
+                let name = store.type_name(record.meta.event_type).unwrap_or("?");
+                envelope::write_opaque(out, &record.meta, name, record.body)?;
+            }
+        }
+        Ok(true)
+    }
+
+    /// The event as far as it can be read, if it is wanted.
+    fn pick<'a>(&self, store: &Store, record: &Record<'a>) -> Result<Option<Option<&'a ArchivedEnvelope>>, Failure> {
+        let meta = &record.meta;
+        let ms = meta.time.as_ms();
+        if self.key.is_some_and(|key| key != meta.key) || ms < self.from_ms || ms > self.until_ms {
+            return Ok(None);
+        }
+        let event = envelope_in(store, record)?;
+        let named = |wanted: &str| {
+            event.is_some_and(|event| event.event_type() == wanted)
+                || store.type_name(meta.event_type) == Some(wanted)
+                || wanted.parse() == Ok(meta.event_type.get())
+        };
+        // Two texts, or a text and a number, can have one key.
+        let of_user = |wanted: &str| {
+            event.is_none_or(|event| matches!(event.user_id(), ArchivedUserId::Text(text) if text.as_str() == wanted))
+        };
+        let wanted = self.event_type.as_deref().is_none_or(named) && self.user.as_deref().is_none_or(of_user);
+        Ok(wanted.then_some(event))
+    }
+}
+
+pub(super) fn dump(store: &Store, args: DumpArgs, out: &mut Output) -> Result<Verdict, Failure> {
+    let key = args.key.map(Key::new).or(args.user.as_deref().map(Key::of));
+    let shards = match (args.shard, key) {
+        (Some(shard), _) if shard >= store.shards() => {
+            return Err(Failure::Usage(format!(
+                "the store has shards 0 to {}, not {shard}",
+                store.shards().saturating_sub(1)
+            )));
+        }
+        (Some(shard), _) => vec![ShardId(shard)],
+        // All of a key's events are in one shard.
+        (None, Some(key)) => vec![key.shard(store.shards())],
+        (None, None) => store.shard_ids().collect(),
+    };
+    let filter = Filter {
+        key,
+        user: args.user,
+        event_type: args.event_type,
+        from_ms: args.from.unwrap_or(0),
+        until_ms: args.until.unwrap_or(u64::MAX),
+    };
+    let left = args.limit.unwrap_or(u64::MAX);
+    match args.order {
+        Order::Log => dump_log(store, &shards, &filter, left, out),
+        Order::Time => dump_time(store, &shards, &filter, left, out),
+    }
+}
+
+fn dump_log(
+    store: &Store,
+    shards: &[ShardId],
+    filter: &Filter,
+    mut left: u64,
+    out: &mut Output,
+) -> Result<Verdict, Failure> {
+    let mut verdict = Verdict::Sound;
+    for &shard in shards {
+        let mut records = store.records(shard).until(store.horizon(shard)?);
+        while left > 0 {
+            let Some(record) = records.next()? else {
+                if let Some(message) = tail_message(&mut records)? {
+                    warn(&format!("shard {shard}: {message}"));
+                    verdict = Verdict::Damaged;
+                }
+                break;
+            };
+            left -= u64::from(filter.write(store, &record, out)?);
+        }
+        warn_of_gaps(&records);
+    }
+    Ok(verdict)
+}
+
+fn warn_of_gaps(records: &Records) {
+    for gap in records.gaps() {
+        let (shard, from, until, events) = (gap.shard, gap.from, gap.until, gap.events);
+        warn(&format!(
+            "shard {shard}: retention freed {events} events from offset {from} to {until} before they were read"
+        ));
+    }
+}
+
+/// What a first look at a shard tells.
+struct Surveyed {
+    in_order: bool,
+    end: Offset,
+}
+
+/// Reads a shard once: whether it is in time order, and where it ends for this dump.
+fn survey(store: &Store, shard: ShardId, verdict: &mut Verdict) -> Result<Surveyed, Failure> {
+    let mut records = store.records(shard).until(store.horizon(shard)?);
+    let (mut in_order, mut last) = (true, Time(0));
+    while let Some(record) = records.next()? {
+        in_order &= last <= record.meta.time;
+        last = record.meta.time;
+    }
+    if let Some(message) = tail_message(&mut records)? {
+        warn(&format!("shard {shard}: {message}"));
+        *verdict = Verdict::Damaged;
+    }
+    Ok(Surveyed { in_order, end: records.offset() })
+}
+
+fn dump_time(
+    store: &Store,
+    shards: &[ShardId],
+    filter: &Filter,
+    left: u64,
+    out: &mut Output,
+) -> Result<Verdict, Failure> {
+    let mut verdict = Verdict::Sound;
+    // 64 MiB for all, however many there are.
+    let buffer_bytes = ((64 << 20) / shards.len().max(1)).clamp(64 << 10, 1 << 20);
+    let mut sources = Vec::new();
+    for &shard in shards {
+        let Surveyed { in_order, end } = survey(store, shard, &mut verdict)?;
+        let records = store.records(shard).until(end).buffered(buffer_bytes);
+        sources.push(match in_order {
+            true => Source::Log { records, line: Vec::new() },
+            false => Source::Index(Index::new(store, filter, records)?),
+        });
+    }
+    let mut heads = BinaryHeap::new();
+    for (i, source) in sources.iter_mut().enumerate() {
+        heads.extend(source.advance(store, filter)?.map(|at| Reverse((at, i))));
+    }
+    for _ in 0..left {
+        let Some(Reverse((_, i))) = heads.pop() else { break };
+        out.write_all(sources[i].line())?;
+        heads.extend(sources[i].advance(store, filter)?.map(|at| Reverse((at, i))));
+    }
+    for source in &sources {
+        match source {
+            Source::Log { records, .. } => warn_of_gaps(records),
+            Source::Index(index) if index.lost > 0 => {
+                warn(&format!("retention freed {} events before they were read", index.lost))
+            }
+            Source::Index(_) => {}
+        }
+    }
+    Ok(verdict)
+}
+
+/// Where an event stands in the order of time.
+type At = (Time, ShardId, Offset);
+
+/// One shard's wanted events in the order of time.
+enum Source {
+    /// The log is in that order already.
+    Log { records: Records, line: Vec<u8> },
+    /// Sorted here: 32 bytes per event.
+    Index(Index),
+}
+
+impl Source {
+    /// Goes to the next event, whose line is then in [`Source::line`].
+    fn advance(&mut self, store: &Store, filter: &Filter) -> Result<Option<At>, Failure> {
+        match self {
+            Self::Log { records, line } => {
+                line.clear();
+                while let Some(record) = records.next()? {
+                    if filter.write(store, &record, line)? {
+                        return Ok(Some((record.meta.time, record.meta.shard, record.meta.offset)));
+                    }
+                }
+                Ok(None)
+            }
+            Self::Index(index) => index.advance(store, filter),
+        }
+    }
+
+    fn line(&self) -> &[u8] {
+        match self {
+            Self::Log { line, .. } => line,
+            Self::Index(index) => &index.lines[index.line.clone()],
+        }
+    }
+}
+
+/// A shard's wanted events sorted by time, fetched batch by batch in the order of the log.
+struct Index {
+    places: Vec<Place>,
+    /// The next place to be given out.
+    next: usize,
+    /// The batch that was fetched last: its places, and where the line of each is in `lines`.
+    batch: Range<usize>,
+    ranges: Vec<Range<usize>>,
+    lines: Vec<u8>,
+    line: Range<usize>,
+    lookup: Lookup,
+    lost: u64,
+}
+
+impl Index {
+    const BATCH_EVENTS: usize = 16 << 10;
+    const BATCH_BYTES: u64 = 8 << 20;
+
+    fn new(store: &Store, filter: &Filter, mut records: Records) -> Result<Self, Failure> {
+        let mut places = Vec::new();
+        while let Some(record) = records.next()? {
+            if filter.pick(store, &record)?.is_some() {
+                places.push(record.place());
+            }
+        }
+        warn_of_gaps(&records);
+        places.sort_unstable();
+        let lookup = store.lookup();
+        Ok(Self { places, next: 0, batch: 0..0, ranges: Vec::new(), lines: Vec::new(), line: 0..0, lookup, lost: 0 })
+    }
+
+    fn advance(&mut self, store: &Store, filter: &Filter) -> Result<Option<At>, Failure> {
+        while let Some(place) = self.places.get(self.next).copied() {
+            if !self.batch.contains(&self.next) {
+                self.fetch(store, filter)?;
+            }
+            self.line = self.ranges[self.next - self.batch.start].clone();
+            self.next += 1;
+            if !self.line.is_empty() {
+                return Ok(Some((place.time, place.shard, place.offset)));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Fetches the next places, reading forward through the log.
+    fn fetch(&mut self, store: &Store, filter: &Filter) -> Result<(), Failure> {
+        let (mut end, mut bytes) = (self.next, 0);
+        while end < self.places.len() && end - self.next < Self::BATCH_EVENTS && bytes < Self::BATCH_BYTES {
+            bytes += u64::from(self.places[end].record_bytes);
+            end += 1;
+        }
+        self.batch = self.next..end;
+        let places = &self.places[self.batch.clone()];
+        let mut by_offset: Vec<usize> = (0..places.len()).collect();
+        by_offset.sort_unstable_by_key(|&i| (places[i].shard, places[i].offset));
+        self.lines.clear();
+        self.ranges.clear();
+        self.ranges.resize(places.len(), 0..0);
+        for i in by_offset {
+            let start = self.lines.len();
+            match self.lookup.get(&places[i]) {
+                Ok(record) => {
+                    filter.write(store, &record, &mut self.lines)?;
+                }
+                Err(ReadError::BeyondRetention { .. }) => self.lost += 1,
+                Err(error) => return Err(error.into()),
+            }
+            self.ranges[i] = start..self.lines.len();
+        }
+        Ok(())
+    }
+}

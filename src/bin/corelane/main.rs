@@ -1,0 +1,237 @@
+//! The operator's tool: looks at a store, checks it, and writes its events as JSON lines.
+//!
+//! It only reads: it takes no lock, changes no byte, and works beside a running engine and on read-only media.
+
+mod dump;
+mod inspect;
+mod verify;
+
+use std::fmt;
+use std::fs::File;
+use std::io::{self, BufWriter, ErrorKind, Write as _};
+use std::os::fd::AsFd as _;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use corelane::envelope::{ArchivedEnvelope, Envelope};
+use corelane::scan::{Record, Records, Store};
+use corelane::{Event as _, Offset, OpenError, ReadError, ShardId};
+
+/// Looks at a corelane store. Reads only: no lock, no change, also beside a running engine.
+#[derive(Debug, Parser)]
+#[command(version, about, after_help = "Exit status: 0 ok, 1 damage, 2 wrong usage or an I/O error.")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Shows what a store holds: event types and their rates, shards, segments, spares, quarantine.
+    Inspect {
+        /// The store.
+        dir: PathBuf,
+    },
+    /// Checks every check sum, sequence and link of a store.
+    ///
+    /// A torn tail (bytes that do not hold at the very end, as a power cut leaves them) is reported as such and
+    /// counts as damage here, although opening the store cuts it and goes on.
+    Verify {
+        /// The store.
+        dir: PathBuf,
+    },
+    /// Writes events as JSON lines.
+    Dump(DumpArgs),
+}
+
+#[derive(Debug, Args)]
+struct DumpArgs {
+    /// The store.
+    dir: PathBuf,
+    /// `log`: shard by shard, as they were appended. `time`: over all shards by time, then shard, then offset.
+    #[arg(long, value_enum, default_value_t = Order::Log)]
+    order: Order,
+    /// Only this key.
+    #[arg(long, conflicts_with = "user")]
+    key: Option<u64>,
+    /// Only this user, whose id is a text.
+    #[arg(long)]
+    user: Option<String>,
+    /// Only this event type: a name (for generic events their own `event_type`) or a number of the manifest.
+    #[arg(long = "type", value_name = "NAME|ID")]
+    event_type: Option<String>,
+    /// Only events at or after this time, in ms since 1970.
+    #[arg(long, value_name = "MS")]
+    from: Option<u64>,
+    /// Only events at or before this time, in ms since 1970.
+    #[arg(long, value_name = "MS")]
+    until: Option<u64>,
+    /// Only this shard.
+    #[arg(long)]
+    shard: Option<u16>,
+    /// At most so many events.
+    #[arg(long)]
+    limit: Option<u64>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Order {
+    Log,
+    Time,
+}
+
+/// Why a command ended early.
+#[derive(Debug)]
+enum Failure {
+    Usage(String),
+    Output(io::Error),
+    Open(OpenError),
+    Read(ReadError),
+    /// An event whose archive does not hold, although its check sum does.
+    Archive(ShardId, Offset),
+}
+
+impl Failure {
+    fn exit_status(&self) -> u8 {
+        match self {
+            Self::Archive(..) => 1,
+            Self::Open(OpenError::Corruption(_) | OpenError::ForeignFile { .. }) => 1,
+            Self::Read(ReadError::Corruption(_) | ReadError::NotARecord { .. }) => 1,
+            Self::Usage(_) | Self::Output(_) | Self::Open(_) | Self::Read(_) => 2,
+        }
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Usage(why) => f.write_str(why),
+            Self::Output(error) => write!(f, "writing the output: {error}"),
+            Self::Open(error) => error.fmt(f),
+            Self::Read(error) => error.fmt(f),
+            Self::Archive(shard, offset) => {
+                write!(f, "shard {shard}, offset {offset}: the event's archive does not hold")
+            }
+        }
+    }
+}
+
+impl From<io::Error> for Failure {
+    fn from(error: io::Error) -> Self {
+        Self::Output(error)
+    }
+}
+
+impl From<OpenError> for Failure {
+    fn from(error: OpenError) -> Self {
+        Self::Open(error)
+    }
+}
+
+impl From<ReadError> for Failure {
+    fn from(error: ReadError) -> Self {
+        Self::Read(error)
+    }
+}
+
+/// Whether everything that was looked at holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Verdict {
+    Sound,
+    Damaged,
+}
+
+type Output = BufWriter<File>;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    match stdout().map_err(Failure::from).and_then(|out| run(cli.command, out)) {
+        Ok(Verdict::Sound) => ExitCode::SUCCESS,
+        Ok(Verdict::Damaged) => ExitCode::from(1),
+        // Whoever reads has enough, as `head` does.
+        Err(Failure::Output(error)) if error.kind() == ErrorKind::BrokenPipe => ExitCode::SUCCESS,
+        Err(failure) => {
+            warn(&failure);
+            ExitCode::from(failure.exit_status())
+        }
+    }
+}
+
+/// The standard output without the line buffer that std puts before it.
+fn stdout() -> io::Result<Output> {
+    Ok(BufWriter::with_capacity(256 << 10, io::stdout().as_fd().try_clone_to_owned()?.into()))
+}
+
+fn warn(message: &dyn fmt::Display) {
+    eprintln!("corelane: {message}");
+}
+
+fn run(command: Command, mut out: Output) -> Result<Verdict, Failure> {
+    let done = match command {
+        Command::Inspect { dir } => {
+            Store::open(dir).map_err(Failure::from).and_then(|store| inspect::inspect(&store, &mut out))
+        }
+        Command::Verify { dir } => {
+            Store::open(dir).map_err(Failure::from).and_then(|store| verify::verify(&store, &mut out))
+        }
+        Command::Dump(args) => {
+            Store::open(&args.dir).map_err(Failure::from).and_then(|store| dump::dump(&store, args, &mut out))
+        }
+    };
+    // What was found before a failure is written all the same.
+    out.flush()?;
+    done
+}
+
+/// The generic event, where that is what a record holds.
+fn envelope_in<'a>(store: &Store, record: &Record<'a>) -> Result<Option<&'a ArchivedEnvelope>, Failure> {
+    let known = Envelope::TYPES[0];
+    let meta = &record.meta;
+    if meta.schema_version != known.schema_version || store.type_name(meta.event_type) != Some(known.name) {
+        return Ok(None);
+    }
+    ArchivedEnvelope::access(record.body).map(Some).map_err(|_| Failure::Archive(meta.shard, meta.offset))
+}
+
+/// What is wrong with the end of a log, if anything is.
+fn tail_message(records: &mut Records) -> Result<Option<String>, Failure> {
+    let tail = records.tail()?;
+    if tail.events == 0 && !tail.was_durable {
+        return Ok(None);
+    }
+    let kind = if tail.was_durable {
+        "damage: what follows had been synced"
+    } else {
+        "a torn tail: opening the store cuts it"
+    };
+    let events = tail.events;
+    Ok(Some(format!(
+        "the log ends at offset {}, but {events} events that hold follow up to {} ({kind})",
+        tail.offset, tail.end
+    )))
+}
+
+/// 1234567 as 1,234,567.
+fn grouped(number: u64) -> String {
+    let digits = number.to_string();
+    let mut shown = String::new();
+    for (i, digit) in digits.chars().enumerate() {
+        if i > 0 && (digits.len() - i).is_multiple_of(3) {
+            shown.push(',');
+        }
+        shown.push(digit);
+    }
+    shown
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        use clap::CommandFactory as _;
+        Cli::command().debug_assert();
+    }
+}

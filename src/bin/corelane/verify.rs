@@ -1,0 +1,193 @@
+//! `verify`: checks every check sum, sequence and link of a store.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::io::Write as _;
+
+use corelane::scan::{Record, Records, SegmentState, Store};
+use corelane::{Key, Meta, Offset, ReadError, ShardId, Version};
+
+use super::{Failure, Output, Verdict, envelope_in, grouped, tail_message};
+
+/// What is wrong with one shard: all are counted, the first are shown.
+#[derive(Debug, Default)]
+struct Problems {
+    found: u64,
+    shown: Vec<String>,
+}
+
+impl Problems {
+    const SHOWN_MAX: usize = 20;
+
+    fn add(&mut self, problem: String) {
+        self.found += 1;
+        if self.shown.len() < Self::SHOWN_MAX {
+            self.shown.push(problem);
+        }
+    }
+}
+
+/// Follows every key's chain of back-links through one shard.
+#[derive(Debug)]
+struct Chains {
+    heads: HashMap<Key, (Offset, Version)>,
+    /// What lies before was freed or is damaged: links to there cannot be followed.
+    seen_from: Offset,
+}
+
+impl Chains {
+    fn follow(&mut self, meta: &Meta) -> Result<(), String> {
+        let before =
+            self.heads.insert(meta.key, (meta.offset, meta.version)).filter(|(offset, _)| *offset >= self.seen_from);
+        let holds = match (before, meta.previous) {
+            (Some((offset, version)), previous) => previous == Some(offset) && meta.version.get() == version.get() + 1,
+            (None, None) => meta.version.get() == 1,
+            (None, Some(previous)) => previous < self.seen_from && meta.version.get() > 1,
+        };
+        if holds {
+            return Ok(());
+        }
+        let link = meta.previous.map_or("no link".to_owned(), |offset| format!("a link to {offset}"));
+        let before = before.map_or("there is none before it".to_owned(), |(offset, version)| {
+            format!("the one before it has version {version} and lies at {offset}")
+        });
+        Err(format!(
+            "offset {}: the record of key {} has version {} and {link}, but {before}",
+            meta.offset, meta.key, meta.version
+        ))
+    }
+}
+
+pub(super) fn verify(store: &Store, out: &mut Output) -> Result<Verdict, Failure> {
+    let (mut events, mut problems) = (0, 0);
+    for shard in store.shard_ids() {
+        let mut found = Problems::default();
+        let line = match verify_shard(store, shard, &mut found) {
+            Ok(checked) => {
+                events += checked.events;
+                checked.to_string()
+            }
+            // One shard's damaged span says nothing of the others.
+            Err(failure) if failure.exit_status() == 1 => {
+                found.add(failure.to_string());
+                "not readable".to_owned()
+            }
+            Err(failure) => return Err(failure),
+        };
+        let verdict = if found.found == 0 { "ok".to_owned() } else { format!("{} PROBLEMS", grouped(found.found)) };
+        writeln!(out, "shard {shard}: {line}: {verdict}")?;
+        for problem in &found.shown {
+            writeln!(out, "  {problem}")?;
+        }
+        if found.found > found.shown.len() as u64 {
+            writeln!(out, "  … and {} more", found.found - found.shown.len() as u64)?;
+        }
+        out.flush()?;
+        problems += found.found;
+    }
+    let verdict = if problems == 0 { "ok".to_owned() } else { format!("{} PROBLEMS", grouped(problems)) };
+    writeln!(out, "{} events in {} shards: {verdict}", grouped(events), store.shards())?;
+    Ok(if problems == 0 { Verdict::Sound } else { Verdict::Damaged })
+}
+
+/// What a shard turned out to hold.
+#[derive(Debug)]
+struct Verified {
+    events: u64,
+    keys: usize,
+    segments: usize,
+    range: (Offset, Offset),
+    sequences: (u64, u64),
+}
+
+impl fmt::Display for Verified {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { events, keys, segments, range, sequences } = self;
+        write!(f, "{} events of {} keys in {segments} segments", grouped(*events), grouped(*keys as u64))?;
+        write!(f, ", offsets {}..{}, sequences {}..{}", range.0, range.1, sequences.0, sequences.1)
+    }
+}
+
+fn verify_shard(store: &Store, shard: ShardId, problems: &mut Problems) -> Result<Verified, Failure> {
+    let files = store.shard(shard)?;
+    let mut records = store.records(shard).until(store.horizon(shard)?);
+    let mut chains = Chains { heads: HashMap::new(), seen_from: Offset(0) };
+    let (mut events, mut first, mut gaps) = (0, None, 0);
+    loop {
+        match records.next() {
+            Ok(Some(record)) => {
+                let meta = record.meta;
+                check_record(store, &record, problems);
+                if first.is_none() {
+                    // Segments before this one were freed.
+                    first = Some((meta.offset, meta.sequence.get()));
+                    chains.seen_from = chains.seen_from.max(segment_start(store, meta.offset));
+                }
+                if let Some(gap) = records.gaps().get(gaps) {
+                    chains.seen_from = gap.until;
+                    gaps += 1;
+                }
+                events += 1;
+                if let Err(problem) = chains.follow(&meta) {
+                    problems.add(problem);
+                }
+            }
+            Ok(None) => break,
+            Err(ReadError::Corruption(corruption)) => {
+                problems.add(format!("{corruption}{}", tail_note(&mut records)?));
+                if !records.skip_segment()? {
+                    break;
+                }
+                chains.seen_from = segment_start(store, records.offset());
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
+    if let Some(message) = tail_message(&mut records)? {
+        problems.add(message);
+    }
+    let (offset, sequence) = first.unwrap_or((records.offset(), records.sequence().get()));
+    Ok(Verified {
+        events,
+        keys: chains.heads.len(),
+        segments: files.segments.iter().filter(|segment| matches!(segment.state, SegmentState::Used { .. })).count(),
+        range: (offset, records.offset()),
+        sequences: (sequence, records.sequence().get()),
+    })
+}
+
+fn segment_start(store: &Store, offset: Offset) -> Offset {
+    Offset(offset.get() / store.segment_bytes() * store.segment_bytes())
+}
+
+/// What a record's own check sum cannot show.
+fn check_record(store: &Store, record: &Record<'_>, problems: &mut Problems) {
+    let meta = &record.meta;
+    let owner = meta.key.shard(store.shards());
+    if owner != meta.shard {
+        problems.add(format!("offset {}: key {} belongs to shard {owner}", meta.offset, meta.key));
+    }
+    match store.event_types().find(|t| t.id == meta.event_type) {
+        None => problems.add(format!("offset {}: event type {} is not in the manifest", meta.offset, meta.event_type)),
+        Some(known) if meta.schema_version > known.schema_version => {
+            problems.add(format!(
+                "offset {}: schema version {} is newer than the manifest's",
+                meta.offset, meta.schema_version
+            ));
+        }
+        Some(_) => {}
+    }
+    if let Err(failure) = envelope_in(store, record) {
+        problems.add(failure.to_string());
+    }
+}
+
+/// What follows behind damage: it tells whether this is a tail that opening the store would cut.
+fn tail_note(records: &mut Records) -> Result<String, Failure> {
+    let tail = records.tail()?;
+    Ok(match (tail.events, tail.was_durable) {
+        (events, true) => format!(" (had been synced; {events} events that hold follow in this segment)"),
+        (0, false) => " (nothing that holds follows in this segment)".to_owned(),
+        (events, false) => format!(" ({events} events that hold follow in this segment)"),
+    })
+}

@@ -1,0 +1,141 @@
+//! Reads single records whose places are known.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io::ErrorKind;
+
+use rkyv::util::AlignedVec;
+
+use super::records::{Record, meta};
+use super::{Store, io_error, read_up_to};
+use crate::error::ReadError;
+use crate::event::{Offset, Sequence, ShardId, Time};
+use crate::log::format::{
+    ALIGN, Found, HEADER_BYTES, RECORD_HEADER_BYTES, RecordHeader, SegmentHeader, padded, record_at,
+};
+use crate::log::manifest::{Span, segment_name};
+use crate::log::storage::Files;
+
+/// Where a record lies, and what it takes to read it by itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Place {
+    /// The event's time.
+    pub time: Time,
+    /// The shard.
+    pub shard: ShardId,
+    /// Where the record begins.
+    pub offset: Offset,
+    /// The event's number in its shard (the log does not store it with the record).
+    pub sequence: Sequence,
+    /// Bytes of the record, without its padding.
+    pub record_bytes: u32,
+}
+
+const _: () = assert!(size_of::<Place>() == 32, "an index holds one per event");
+
+/// Reads single records by their [`Place`]; cheapest where the places ascend.
+#[derive(Debug)]
+pub struct Lookup {
+    store: Store,
+    open: HashMap<(ShardId, u64), (File, SegmentHeader)>,
+    window: AlignedVec<16>,
+    /// Shard, segment and position of the window's first byte.
+    window_at: Option<(ShardId, u64, usize)>,
+}
+
+impl Lookup {
+    /// Bytes read ahead while places ascend closely.
+    const WINDOW_BYTES: usize = 256 << 10;
+    /// Open files kept.
+    const OPEN_MAX: usize = 256;
+
+    pub(super) fn new(store: &Store) -> Self {
+        Self { store: store.clone(), open: HashMap::new(), window: AlignedVec::new(), window_at: None }
+    }
+
+    /// The record at `place`.
+    ///
+    /// # Errors
+    /// `BeyondRetention` when it was freed meanwhile, `NotARecord` when no such record is there, `Io`.
+    pub fn get(&mut self, place: &Place) -> Result<Record<'_>, ReadError> {
+        let segment_bytes = self.store.segment_bytes();
+        let (index, at) = (place.offset.get() / segment_bytes, (place.offset.get() % segment_bytes) as usize);
+        let len = place.record_bytes as usize;
+        let end = at + padded(len);
+        if at % ALIGN != 0 || at < HEADER_BYTES || len < RECORD_HEADER_BYTES || end as u64 > segment_bytes {
+            return Err(ReadError::NotARecord { shard: place.shard, offset: place.offset });
+        }
+        let salt = match self.salt(place.shard, index)? {
+            Some(salt) => salt,
+            None => return Err(self.gone(place)),
+        };
+        let start = match self.window_at {
+            Some((shard, segment, from))
+                if (shard, segment) == (place.shard, index) && from <= at && end <= from + self.window.len() =>
+            {
+                at - from
+            }
+            _ => {
+                self.move_window(place.shard, index, at, end)?;
+                0
+            }
+        };
+        let tail = self.window.get(start..start + padded(len)).unwrap_or_default();
+        if record_at(tail, salt) != Found::Record(len) {
+            return Err(self.gone(place));
+        }
+        let header = RecordHeader::decode(tail);
+        let body = &self.window[start + RECORD_HEADER_BYTES..start + len];
+        Ok(Record { meta: meta(&header, place.shard, place.offset, place.sequence), body })
+    }
+
+    fn move_window(&mut self, shard: ShardId, index: u64, at: usize, end: usize) -> Result<(), ReadError> {
+        // Far jumps read only what they need; a step forward promises more steps forward.
+        let near = self.window_at.is_some_and(|(was_shard, was_index, from)| {
+            (was_shard, was_index) == (shard, index)
+                && from <= at
+                && at <= from + self.window.len() + Self::WINDOW_BYTES
+        });
+        let room = self.store.segment_bytes() as usize - at;
+        let wanted = if near { Self::WINDOW_BYTES.max(end - at).min(room) } else { end - at };
+        self.window.resize(wanted, 0);
+        self.window_at = Some((shard, index, at));
+        let Some((file, _)) = self.open.get(&(shard, index)) else { return Ok(()) };
+        let read = read_up_to(file, &mut self.window, at as u64)
+            .map_err(|source| io_error(&self.store.shard_dir(shard).join(segment_name(index)), source))?;
+        self.window.resize(read, 0);
+        Ok(())
+    }
+
+    fn salt(&mut self, shard: ShardId, index: u64) -> Result<Option<u32>, ReadError> {
+        if let Some((_, header)) = self.open.get(&(shard, index)) {
+            return Ok(Some(header.salt));
+        }
+        let path = self.store.shard_dir(shard).join(segment_name(index));
+        let file = match File::open(&path) {
+            Ok(file) => file,
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+            Err(source) => return Err(io_error(&path, source)),
+        };
+        let Ok(header) = self.store.header(&file, shard, index).map_err(|source| io_error(&path, source))? else {
+            return Ok(None);
+        };
+        if self.open.len() >= Self::OPEN_MAX {
+            self.open.clear();
+        }
+        self.open.insert((shard, index), (file, header));
+        Ok(Some(header.salt))
+    }
+
+    fn gone(&mut self, place: &Place) -> ReadError {
+        self.window_at = None;
+        let shard = place.shard;
+        match Span::load(&Files, &self.store.shard_dir(shard)) {
+            Ok(Some(span)) if place.offset.get() / self.store.segment_bytes() < span.first => {
+                let earliest = Offset(span.first * self.store.segment_bytes() + HEADER_BYTES as u64);
+                ReadError::BeyondRetention { shard, asked: place.offset, earliest }
+            }
+            _ => ReadError::NotARecord { shard, offset: place.offset },
+        }
+    }
+}

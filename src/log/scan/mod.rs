@@ -1,0 +1,365 @@
+//! Reads a store from outside its engine: another process, also while the store is written, also
+//! where nothing may be written. Takes no lock and changes no byte.
+//!
+//! One writer: the engine, elsewhere. It stores a zero length word behind a record before it commits the record's own, so
+//! a length word that is not zero means a whole record. What this reader must add: its buffer may be older than the
+//! file, so an end is believed only after a second look, taken after the look at the next segment; and the file may
+//! have been retired and written again, so bytes that do not hold are damage only if their segment is still in the span.
+//!
+//! ```no_run
+//! use corelane::scan::Store;
+//! use corelane::ShardId;
+//!
+//! let store = Store::open("data")?;
+//! let mut records = store.records(ShardId(0));
+//! while let Some(record) = records.next()? {
+//!     println!("{} {} {}", record.meta.id(), record.meta.key, record.body.len());
+//! }
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+
+mod lookup;
+mod records;
+#[cfg(test)]
+mod tests;
+
+use std::fs::{self, File};
+use std::io::{self, ErrorKind};
+use std::os::unix::fs::{FileExt as _, MetadataExt as _};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use crate::error::{OpenError, ReadError};
+use crate::event::{EventTypeId, Offset, Sequence, ShardId, Time};
+use crate::log::format::{HEADER_BYTES, HeaderError, SegmentHeader};
+use crate::log::manifest::{MANIFEST, Manifest, Span, segment_index, segment_name, shard_dir};
+use crate::log::storage::Files;
+
+pub use lookup::{Lookup, Place};
+pub use records::{Gap, Record, Records, Tail};
+
+/// Where recovery keeps what it cut.
+const QUARANTINE: &str = "quarantine";
+/// Fresh looks at bytes that do not hold, before they count as damage. A look at a file that is being written can be
+/// torn; the writer needs nanoseconds, so one more look nearly always settles it.
+const LOOKS_MAX: u32 = 5;
+const LOOK_AGAIN: Duration = Duration::from_millis(1);
+
+/// A store, seen from outside.
+#[derive(Debug, Clone)]
+pub struct Store {
+    dir: PathBuf,
+    manifest: Manifest,
+}
+
+/// An event type that the store has seen declared.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TypeInfo<'a> {
+    /// Its stable number.
+    pub id: EventTypeId,
+    /// The newest version of its layout.
+    pub schema_version: u16,
+    /// Its stable name.
+    pub name: &'a str,
+}
+
+impl Store {
+    /// Looks at the store in `dir`, which may be open elsewhere and may be read-only.
+    ///
+    /// # Errors
+    /// `Io` where there is no manifest, `UnknownFormat`, `ArchiveFormat` and `ForeignFile` where it (or
+    /// a shard's span) is not of this build's format.
+    pub fn open(dir: impl Into<PathBuf>) -> Result<Self, OpenError> {
+        let dir = dir.into();
+        let manifest = Manifest::load(&Files, &dir)?.ok_or_else(|| OpenError::Io {
+            action: "reading",
+            path: dir.join(MANIFEST),
+            source: ErrorKind::NotFound.into(),
+        })?;
+        let store = Self { dir, manifest };
+        for shard in store.shard_ids() {
+            Span::load(&Files, &store.shard_dir(shard))?;
+        }
+        Ok(store)
+    }
+
+    /// Where the store lies.
+    #[must_use]
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// The number of shards.
+    #[must_use]
+    pub fn shards(&self) -> u16 {
+        self.manifest.shards
+    }
+
+    /// Every shard.
+    pub fn shard_ids(&self) -> impl Iterator<Item = ShardId> + use<> {
+        (0..self.manifest.shards).map(ShardId)
+    }
+
+    /// Bytes of one segment.
+    #[must_use]
+    pub fn segment_bytes(&self) -> u64 {
+        self.manifest.segment_bytes
+    }
+
+    /// The event types that the store has seen declared.
+    pub fn event_types(&self) -> impl Iterator<Item = TypeInfo<'_>> {
+        self.manifest.types.iter().map(|t| TypeInfo { id: t.id, schema_version: t.schema_version, name: &t.name })
+    }
+
+    /// The name of an event type, if the store knows it.
+    #[must_use]
+    pub fn type_name(&self, id: EventTypeId) -> Option<&str> {
+        self.manifest.types.iter().find(|t| t.id == id).map(|t| t.name.as_str())
+    }
+
+    /// The folder of one shard.
+    #[must_use]
+    pub fn shard_dir(&self, shard: ShardId) -> PathBuf {
+        shard_dir(&self.dir, shard)
+    }
+
+    /// The files of one shard as they are now.
+    ///
+    /// # Errors
+    /// What the file system or a damaged span says. A damaged segment is an entry of the list, not an error.
+    pub fn shard(&self, shard: ShardId) -> Result<ShardFiles, OpenError> {
+        let dir = self.shard_dir(shard);
+        let span = Span::load(&Files, &dir)?;
+        let mut files = ShardFiles {
+            shard,
+            span: span.map(|span| (span.first, span.last)),
+            segments: Vec::new(),
+            others: Vec::new(),
+        };
+        let listed = match list(&dir) {
+            Err(error) if error.kind() == ErrorKind::NotFound && span.is_none() => return Ok(files),
+            listed => listed.map_err(|source| OpenError::Io { action: "listing", path: dir.clone(), source })?,
+        };
+        for file in listed {
+            match segment_index(&file.name)
+                .filter(|index| span.is_some_and(|span| (span.first..=span.last).contains(index)))
+            {
+                Some(index) => {
+                    let state = self.segment_state(shard, index)?;
+                    files.segments.push(SegmentInfo { index, state, file });
+                }
+                None => files.others.push(file),
+            }
+        }
+        if let Some(span) = span {
+            // A reasonable bound: a damaged span is refused above, so this is the number of segments.
+            for index in span.first..=span.last {
+                let at = (index - span.first) as usize;
+                if files.segments.get(at).is_none_or(|segment| segment.index != index) {
+                    let file = FileInfo { name: segment_name(index), bytes: 0, allocated_bytes: 0 };
+                    files.segments.insert(
+                        at.min(files.segments.len()),
+                        SegmentInfo { index, state: SegmentState::Missing, file },
+                    );
+                }
+            }
+        }
+        Ok(files)
+    }
+
+    /// The records of one shard, from the earliest.
+    #[must_use]
+    pub fn records(&self, shard: ShardId) -> Records {
+        Records::new(self, shard)
+    }
+
+    /// The end of a shard's last segment, written or not: an end for reading a log that grows.
+    ///
+    /// # Errors
+    /// What the file system or a damaged span says.
+    pub fn horizon(&self, shard: ShardId) -> Result<Offset, OpenError> {
+        let span = Span::load(&Files, &self.shard_dir(shard))?;
+        Ok(Offset(span.map_or(0, |span| span.last + 1).saturating_mul(self.segment_bytes())))
+    }
+
+    /// Reads single records whose places are known.
+    #[must_use]
+    pub fn lookup(&self) -> Lookup {
+        Lookup::new(self)
+    }
+
+    /// Tails that recovery found torn, cut off and kept.
+    ///
+    /// # Errors
+    /// What the file system says.
+    pub fn quarantine(&self) -> Result<Vec<FileInfo>, OpenError> {
+        let path = self.dir.join(QUARANTINE);
+        match list(&path) {
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(Vec::new()),
+            listed => listed.map_err(|source| OpenError::Io { action: "listing", path, source }),
+        }
+    }
+
+    fn segment_state(&self, shard: ShardId, index: u64) -> Result<SegmentState, OpenError> {
+        let path = self.shard_dir(shard).join(segment_name(index));
+        let io = |source| OpenError::Io { action: "reading", path: path.clone(), source };
+        let file = match File::open(&path) {
+            Ok(file) => file,
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(SegmentState::Missing),
+            Err(error) => return Err(io(error)),
+        };
+        let bytes = file.metadata().map_err(io)?.len();
+        Ok(match self.header(&file, shard, index).map_err(io)? {
+            Ok(_) if bytes != self.segment_bytes() => SegmentState::Damaged("the file is not as long as a segment is"),
+            Ok(header) => SegmentState::Used {
+                first_offset: header.first_offset,
+                first_sequence: Sequence(header.first_sequence),
+                created: header.created,
+                schema: header.schema,
+            },
+            Err(Unusable::Blank) => SegmentState::Blank,
+            Err(Unusable::Damaged(why)) => SegmentState::Damaged(why),
+        })
+    }
+
+    /// The header of segment `index`, if that is what the file holds.
+    fn header(&self, file: &File, shard: ShardId, index: u64) -> io::Result<Result<SegmentHeader, Unusable>> {
+        let mut page = [0; HEADER_BYTES];
+        let mut looks = 0;
+        loop {
+            let read = read_up_to(file, &mut page, 0)?;
+            let seen = self.expected_header(&page[..read], shard, index);
+            looks += 1;
+            if !matches!(seen, Err(Unusable::Damaged(_))) || looks == LOOKS_MAX {
+                return Ok(seen);
+            }
+            std::thread::sleep(LOOK_AGAIN);
+        }
+    }
+
+    fn expected_header(&self, page: &[u8], shard: ShardId, index: u64) -> Result<SegmentHeader, Unusable> {
+        let header = SegmentHeader::decode(page).map_err(|error| match error {
+            HeaderError::Blank => Unusable::Blank,
+            HeaderError::Version(_) => Unusable::Damaged("the segment is of a format version this build does not know"),
+            HeaderError::Archive(_) => Unusable::Damaged("the segment was written with another archive format"),
+            HeaderError::Damaged(why) => Unusable::Damaged(why),
+        })?;
+        let first_offset = Offset(index.wrapping_mul(self.segment_bytes()).wrapping_add(HEADER_BYTES as u64));
+        if header.index != index || header.first_offset != first_offset {
+            return Err(Unusable::Damaged("the segment's header is that of another segment"));
+        }
+        if header.shard != shard {
+            return Err(Unusable::Damaged("the segment's header is that of another shard"));
+        }
+        if header.segment_bytes != self.segment_bytes() {
+            return Err(Unusable::Damaged("the segment's header tells another segment size"));
+        }
+        Ok(header)
+    }
+}
+
+/// Why a file holds no records of its segment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Unusable {
+    Blank,
+    Damaged(&'static str),
+}
+
+/// The files of one shard.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct ShardFiles {
+    /// The shard.
+    pub shard: ShardId,
+    /// First and last of the segments that must exist; `None` where nothing was ever written.
+    pub span: Option<(u64, u64)>,
+    /// The segments of the span, in order.
+    pub segments: Vec<SegmentInfo>,
+    /// Everything else in the folder: spares (`spare-…`), surplus segments, small files.
+    pub others: Vec<FileInfo>,
+}
+
+/// One segment of a shard.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct SegmentInfo {
+    /// Its number.
+    pub index: u64,
+    /// What it is.
+    pub state: SegmentState,
+    /// Its file.
+    pub file: FileInfo,
+}
+
+/// What a segment's file is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum SegmentState {
+    /// It holds records, or is about to.
+    Used {
+        /// Where its first record begins.
+        first_offset: Offset,
+        /// The sequence of its first event.
+        first_sequence: Sequence,
+        /// When it was begun.
+        created: Time,
+        /// Fingerprint of the event types of the program that began it.
+        schema: u32,
+    },
+    /// Prepared, and not yet written.
+    Blank,
+    /// Its header does not hold.
+    Damaged(&'static str),
+    /// In the span, but not there.
+    Missing,
+}
+
+/// A file of a store.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct FileInfo {
+    /// Its name in its folder.
+    pub name: String,
+    /// Its length.
+    pub bytes: u64,
+    /// What it takes on the disk.
+    pub allocated_bytes: u64,
+}
+
+/// Fills as much of `buffer` as the file has from `at` on.
+fn read_up_to(file: &File, buffer: &mut [u8], at: u64) -> io::Result<usize> {
+    let mut read = 0;
+    while read < buffer.len() {
+        match file.read_at(&mut buffer[read..], at + read as u64) {
+            Ok(0) => break,
+            Ok(bytes) => read += bytes,
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(read)
+}
+
+fn io_error(path: &Path, source: io::Error) -> ReadError {
+    ReadError::Io { action: "reading", path: path.to_owned(), source }
+}
+
+/// Every file in a folder, sorted by name.
+fn list(dir: &Path) -> io::Result<Vec<FileInfo>> {
+    let mut files = Vec::new();
+    for entry in fs::read_dir(dir)? {
+        let entry = entry?;
+        // A file can go while the folder is read; then it is not there.
+        let Ok(metadata) = entry.metadata() else { continue };
+        if metadata.is_file() {
+            files.push(file_info(entry.file_name().to_string_lossy().into_owned(), &metadata));
+        }
+    }
+    files.sort_by(|a, b| a.name.cmp(&b.name));
+    Ok(files)
+}
+
+fn file_info(name: String, metadata: &fs::Metadata) -> FileInfo {
+    // POSIX counts blocks of 512 bytes, whatever the file system's own are.
+    FileInfo { name, bytes: metadata.len(), allocated_bytes: metadata.blocks() * 512 }
+}

@@ -1,0 +1,439 @@
+//! Plays an engine that writes, retires and damages files, and reads them meanwhile.
+
+use std::collections::HashMap;
+use std::fs::OpenOptions;
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::event::{Correlation, Key, Meta, Version};
+use crate::log::format::{ALIGN, MARK, RECORD_HEADER_BYTES, RecordHeader, padded, seal};
+use crate::log::manifest::StoredType;
+
+const SEGMENT_BYTES: u64 = 64 << 10;
+
+/// Plays the engine: writes a shard's files in the order in which it does.
+struct Engine {
+    dir: tempfile::TempDir,
+    index: u64,
+    span: Span,
+    at: usize,
+    salt: u32,
+    sequence: u64,
+    chains: HashMap<u64, (u64, u64)>,
+}
+
+impl Engine {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().expect("a folder");
+        let types = vec![StoredType { id: EventTypeId(1), schema_version: 1, name: "moved".into() }];
+        Manifest { shards: 1, segment_bytes: SEGMENT_BYTES, types }.save(&Files, dir.path()).expect("saved");
+        fs::create_dir(shard_dir(dir.path(), ShardId(0))).expect("made");
+        Self { dir, index: 0, span: Span { first: 0, last: 0 }, at: 0, salt: 0, sequence: 0, chains: HashMap::new() }
+    }
+
+    fn store(&self) -> Store {
+        Store::open(self.dir.path()).expect("a store")
+    }
+
+    fn path(&self, index: u64) -> PathBuf {
+        shard_dir(self.dir.path(), ShardId(0)).join(segment_name(index))
+    }
+
+    fn file(&self, index: u64) -> File {
+        OpenOptions::new().read(true).write(true).open(self.path(index)).expect("a segment")
+    }
+
+    fn save_span(&self) {
+        self.span.save(&Files, &shard_dir(self.dir.path(), ShardId(0))).expect("saved");
+    }
+
+    /// Prepares a blank segment, from an old one if there is `old`.
+    fn prepare(&mut self, index: u64, old: Option<&Path>) {
+        match old {
+            Some(old) => {
+                let file = OpenOptions::new().write(true).open(old).expect("an old segment");
+                file.write_all_at(&[0; HEADER_BYTES], 0).expect("blanked");
+                fs::rename(old, self.path(index)).expect("renamed");
+            }
+            None => File::create_new(self.path(index)).and_then(|file| file.set_len(SEGMENT_BYTES)).expect("made"),
+        }
+        self.span.last = index;
+        self.save_span();
+    }
+
+    fn begin(&mut self, index: u64) {
+        (self.index, self.at, self.salt) = (index, HEADER_BYTES, 7 + index as u32);
+        let header = SegmentHeader {
+            schema: 1,
+            shard: ShardId(0),
+            index,
+            segment_bytes: SEGMENT_BYTES,
+            first_offset: Offset(index * SEGMENT_BYTES + HEADER_BYTES as u64),
+            first_sequence: self.sequence,
+            created: Time(1),
+            salt: self.salt,
+        };
+        let mut page = vec![0; HEADER_BYTES + 4];
+        header.encode(&mut page);
+        self.file(index).write_all_at(&page, 0).expect("written");
+    }
+
+    fn put(&mut self, event_type: EventTypeId, key: u64, previous: u64, version: u64, body: &[u8]) -> u64 {
+        let len = RECORD_HEADER_BYTES + body.len();
+        let mut record = vec![0xee; padded(len) + 4];
+        record[RECORD_HEADER_BYTES..len].copy_from_slice(body);
+        let header = RecordHeader {
+            time: Time(key),
+            key: Key(key),
+            previous: Offset(previous),
+            event_type,
+            correlation: Correlation(0),
+            version: Version(version),
+            schema_version: 1,
+        };
+        header.stage(&mut record[..padded(len)], len);
+        seal(&mut record, len, self.salt);
+        record[padded(len)..].fill(0);
+        let file = self.file(self.index);
+        let end = record.len().min(SEGMENT_BYTES as usize - self.at);
+        file.write_all_at(&record[4..end], self.at as u64 + 4).expect("written");
+        file.write_all_at(&(len as u32).to_le_bytes(), self.at as u64).expect("committed");
+        let offset = self.index * SEGMENT_BYTES + self.at as u64;
+        self.at += padded(len);
+        offset
+    }
+
+    fn append(&mut self, key: u64, body: &[u8]) {
+        if self.at == 0 {
+            self.prepare(0, None);
+            self.begin(0);
+        }
+        if self.at + padded(RECORD_HEADER_BYTES + body.len()) > SEGMENT_BYTES as usize {
+            let next = self.index + 1;
+            if self.span.last < next {
+                self.prepare(next, None);
+            }
+            self.begin(next);
+        }
+        let (previous, version) = self.chains.get(&key).copied().unwrap_or((0, 0));
+        let offset = self.put(EventTypeId(1), key, previous, version + 1, body);
+        self.chains.insert(key, (offset, version + 1));
+        self.sequence += 1;
+    }
+
+    fn mark(&mut self) {
+        if self.at + RECORD_HEADER_BYTES <= SEGMENT_BYTES as usize {
+            let durable = self.index * SEGMENT_BYTES + self.at as u64;
+            self.put(MARK, durable, 0, 0, &[]);
+        }
+    }
+}
+
+fn body(i: u64) -> Vec<u8> {
+    (0..i % 97).map(|byte| (byte ^ i) as u8).collect()
+}
+
+fn drain(records: &mut Records) -> Vec<(Meta, Vec<u8>)> {
+    let mut all = Vec::new();
+    while let Some(record) = records.next().expect("a sound log") {
+        assert_eq!(record.body.as_ptr() as usize % ALIGN, 0, "bodies are aligned");
+        all.push((record.meta, record.body.to_vec()));
+    }
+    all
+}
+
+#[test]
+fn everything_written_is_read_over_segments_and_marks() {
+    let mut engine = Engine::new();
+    for i in 0..3000 {
+        engine.append(i % 10, &body(i));
+        if i % 7 == 0 {
+            engine.mark();
+        }
+    }
+    let store = engine.store();
+    let all = drain(&mut store.records(ShardId(0)).buffered(4096));
+    assert_eq!(all.len(), 3000);
+    for (i, (meta, bytes)) in (0..).zip(&all) {
+        assert_eq!((meta.sequence.get(), meta.key.get(), meta.version.get()), (i, i % 10, i / 10 + 1));
+        assert_eq!(bytes, &body(i));
+    }
+    assert_eq!(drain(&mut store.records(ShardId(0))), all, "whatever the buffer");
+    let files = store.shard(ShardId(0)).expect("listed");
+    assert_eq!(files.segments.len() as u64, engine.index + 1);
+    assert!(files.segments.iter().all(|segment| matches!(segment.state, SegmentState::Used { .. })));
+
+    let mut places = Vec::new();
+    let mut records = store.records(ShardId(0));
+    while let Some(record) = records.next().expect("a sound log") {
+        places.push(record.place());
+    }
+    let mut lookup = store.lookup();
+    for step in [1, 7, 1999] {
+        for i in 0..3000 {
+            let i = i * step % 3000;
+            let record = lookup.get(&places[i]).expect("still there");
+            assert_eq!((record.meta, record.body.to_vec()), all[i]);
+        }
+    }
+    let wrong = Place { offset: Offset(places[5].offset.get() + 16), ..places[5] };
+    assert!(matches!(lookup.get(&wrong), Err(ReadError::NotARecord { .. })));
+}
+
+#[test]
+fn an_end_is_looked_at_again_before_the_reader_goes_on() {
+    let mut engine = Engine::new();
+    engine.append(1, b"a");
+    let store = engine.store();
+    let mut records = store.records(ShardId(0));
+    assert_eq!(drain(&mut records).len(), 1);
+    // The reader's buffer holds the old end; meanwhile this segment is filled and the next one begun.
+    let mut written = 1;
+    while engine.index < 2 {
+        engine.append(1, &body(96));
+        written += 1;
+        if written % 100 == 0 {
+            engine.mark();
+        }
+    }
+    assert_eq!(drain(&mut records).len(), written - 1, "nothing between the two ends is passed over");
+    engine.append(1, b"b");
+    assert_eq!(drain(&mut records).len(), 1);
+    let half = store.records(ShardId(0)).until(Offset(SEGMENT_BYTES));
+    assert_eq!(drain(&mut { half }).iter().filter(|(meta, _)| meta.offset.get() >= SEGMENT_BYTES).count(), 0);
+    assert_eq!(store.horizon(ShardId(0)).expect("a span"), Offset(3 * SEGMENT_BYTES));
+    assert_eq!(records.tail().expect("readable").events, 0);
+}
+
+#[test]
+fn what_retention_takes_from_under_the_reader_is_a_gap() {
+    let mut engine = Engine::new();
+    while engine.index < 3 {
+        engine.append(1, &body(96));
+    }
+    let store = engine.store();
+    for reuse in [false, true] {
+        let mut records = store.records(ShardId(0)).buffered(4096);
+        let start = records.next().expect("a sound log").expect("a record").meta.sequence.get();
+        let seen = 20;
+        for _ in 1..seen {
+            assert!(records.next().expect("a sound log").is_some());
+        }
+        let from = records.offset();
+        let first = engine.span.first;
+        // Two go; the file being read is written again under a new name.
+        engine.span.first = first + 2;
+        engine.save_span();
+        for index in first..first + 2 {
+            let old = engine.path(index);
+            if reuse {
+                let next = engine.span.last + 1;
+                engine.prepare(next, Some(&old));
+                while engine.index < next {
+                    engine.append(1, &body(96));
+                }
+            } else {
+                fs::remove_file(&old).expect("removed");
+            }
+        }
+        let rest = drain(&mut records);
+        assert_eq!(rest.last().map(|(meta, _)| meta.sequence.get() + 1), Some(engine.sequence));
+        let [gap] = records.gaps() else { panic!("one gap, not {:?}", records.gaps()) };
+        assert!(gap.from >= from && gap.until == Offset(engine.span.first * SEGMENT_BYTES + 4096), "{gap:?}");
+        let mut next = start + seen;
+        for (meta, _) in &rest {
+            if meta.offset == gap.until {
+                next += gap.events;
+            }
+            assert_eq!(meta.sequence.get(), next, "what is not in the gap is read");
+            next += 1;
+        }
+        while engine.index < engine.span.first + 3 {
+            engine.append(1, &body(96));
+        }
+    }
+}
+
+#[test]
+fn the_end_of_a_file_written_again_is_not_taken_for_the_end_of_the_old_segment() {
+    let mut engine = Engine::new();
+    while engine.index < 3 {
+        engine.append(1, &body(96));
+    }
+    let mut records = engine.store().records(ShardId(0)).buffered(4096);
+    // As many as fit into the buffer, so that the next look is at the file.
+    let seen = (4096 / 144) as u64;
+    for _ in 0..seen {
+        assert!(records.next().expect("a sound log").is_some());
+    }
+    let from = records.offset();
+    engine.span.first = 2;
+    let old = engine.path(0);
+    engine.prepare(4, Some(&old));
+    fs::remove_file(engine.path(1)).expect("removed");
+    engine.begin(4);
+    for _ in 0..seen {
+        engine.append(1, &body(96));
+    }
+    assert!(records.next().expect("a sound log").is_some());
+    let per_segment = (SEGMENT_BYTES - 4096) / 144;
+    let gap = Gap { shard: ShardId(0), from, until: Offset(2 * SEGMENT_BYTES + 4096), events: 2 * per_segment - seen };
+    assert_eq!(records.gaps(), [gap]);
+    assert_eq!(drain(&mut records).last().map(|(meta, _)| meta.sequence.get() + 1), Some(engine.sequence));
+}
+
+#[test]
+fn damage_is_named_and_the_next_segment_can_still_be_read() {
+    let mut engine = Engine::new();
+    while engine.index < 2 {
+        engine.append(1, &body(96));
+    }
+    engine.file(0).write_all_at(b"x", HEADER_BYTES as u64 + 60).expect("damaged");
+    let store = engine.store();
+    let mut records = store.records(ShardId(0));
+    let error = records.next().expect_err("damage");
+    assert!(matches!(&error, ReadError::Corruption(c) if c.segment == 0 && c.offset == Offset(4096)), "{error}");
+    assert!(records.next().is_err(), "the position stays");
+    assert!(records.skip_segment().expect("a span"));
+    assert!(!drain(&mut records).is_empty());
+    assert!(!records.skip_segment().expect("a span"));
+}
+
+#[test]
+fn a_hole_in_the_log_does_not_pass_for_its_end() {
+    let mut engine = Engine::new();
+    for i in 0..100 {
+        engine.append(i, &body(40));
+    }
+    let end = engine.at as u64;
+    engine.file(0).write_all_at(&[0; 512], HEADER_BYTES as u64 + 960).expect("zeroed");
+    let store = engine.store();
+    let mut records = store.records(ShardId(0));
+    assert_eq!(drain(&mut records).len(), 10);
+    let tail = records.tail().expect("readable");
+    assert_eq!((tail.offset, tail.end, tail.was_durable), (Offset(4096 + 960), Offset(end), false));
+    assert_eq!(tail.events, 84);
+    engine.mark();
+    assert!(records.tail().expect("readable").was_durable);
+    let mut early = store.records(ShardId(0));
+    assert!(early.next().expect("a sound log").is_some());
+    assert_eq!(early.tail().expect("readable").events, 0, "what can be read is no tail");
+
+    // With a segment behind it, a hole is damage.
+    while engine.index < 1 {
+        engine.append(1, &body(40));
+    }
+    let error = records.next().expect_err("a hole");
+    assert!(matches!(&error, ReadError::Corruption(c) if c.offset == Offset(4096 + 960)), "{error}");
+    assert!(records.skip_segment().expect("a span"));
+    assert!(!drain(&mut records).is_empty());
+}
+
+#[test]
+fn damaged_and_missing_segments_are_not_an_end() {
+    let mut engine = Engine::new();
+    while engine.index < 2 {
+        engine.append(1, &body(96));
+    }
+    let store = engine.store();
+    let last_error = |store: &Store| {
+        let mut records = store.records(ShardId(0));
+        loop {
+            match records.next() {
+                Ok(Some(_)) => {}
+                Ok(None) => return None,
+                Err(ReadError::Corruption(corruption)) => return Some(corruption),
+                Err(error) => panic!("{error}"),
+            }
+        }
+    };
+    assert_eq!(last_error(&store), None);
+    engine.file(2).write_all_at(b"x", 50).expect("damaged");
+    assert_eq!(last_error(&store).map(|c| c.segment), Some(2));
+    engine.file(2).write_all_at(&[0; HEADER_BYTES], 0).expect("blanked");
+    assert_eq!(last_error(&store), None, "prepared and never begun");
+    engine.file(1).write_all_at(&[0; HEADER_BYTES], 0).expect("blanked");
+    assert_eq!(last_error(&store), None);
+    engine.begin(2);
+    assert_eq!(last_error(&store).map(|c| c.segment), Some(1), "blank before one in use");
+    fs::remove_file(engine.path(1)).expect("removed");
+    assert_eq!(last_error(&store).map(|c| c.segment), Some(1));
+    let states: Vec<_> = store.shard(ShardId(0)).expect("listed").segments.into_iter().map(|s| s.state).collect();
+    assert!(
+        matches!(states[..], [SegmentState::Used { .. }, SegmentState::Missing, SegmentState::Used { .. }]),
+        "{states:?}"
+    );
+    engine.file(0).set_len(5000).expect("cut short");
+    assert_eq!(last_error(&store).map(|c| c.segment), Some(0));
+}
+
+#[test]
+fn a_store_without_records_is_empty_and_a_folder_without_manifest_is_none() {
+    let mut engine = Engine::new();
+    let store = engine.store();
+    assert!(store.records(ShardId(0)).next().expect("empty").is_none());
+    engine.prepare(0, None);
+    let mut records = store.records(ShardId(0));
+    assert!(records.next().expect("empty").is_none());
+    assert_eq!(records.tail().expect("nothing").events, 0);
+    engine.begin(0);
+    assert!(records.next().expect("empty").is_none());
+    engine.append(1, b"a");
+    assert!(records.next().expect("one").is_some());
+    assert!(matches!(Store::open(engine.dir.path().join("none")), Err(OpenError::Io { .. })));
+}
+
+#[test]
+fn a_reader_follows_a_writer() {
+    let mut engine = Engine::new();
+    engine.append(1, b"a");
+    let store = engine.store();
+    const EVENTS: u64 = 20_000;
+    let writer = std::thread::spawn(move || {
+        for i in 1..EVENTS {
+            engine.append(i % 5, &body(i));
+        }
+        engine
+    });
+    let mut records = store.records(ShardId(0)).buffered(8192);
+    let mut next = 0;
+    while next < EVENTS {
+        match records.next().expect("a sound log") {
+            Some(record) => {
+                assert_eq!(record.meta.sequence.get(), next);
+                assert!(next == 0 || record.body == body(next));
+                next += 1;
+            }
+            None => std::thread::yield_now(),
+        }
+    }
+    drop(writer.join().expect("a writer"));
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+    #[test]
+    fn no_flipped_bit_goes_unseen(at in 0_u64..14_000, bit in 0_u8..8) {
+        let mut engine = Engine::new();
+        for i in 0..100 {
+            engine.append(i, &body(96));
+        }
+        let end = engine.at as u64;
+        let at = at.min(end - 1);
+        let file = engine.file(0);
+        let mut byte = [0];
+        file.read_exact_at(&mut byte, at).expect("in the file");
+        file.write_all_at(&[byte[0] ^ (1_u8 << bit)], at).expect("flipped");
+        let mut records = engine.store().records(ShardId(0));
+        let mut seen = 0;
+        let damaged = loop {
+            match records.next() {
+                Ok(Some(_)) => seen += 1,
+                Ok(None) => break records.tail().expect("readable").events > 0,
+                Err(_) => break true,
+            }
+        };
+        prop_assert!(damaged, "byte {} of {}, {} seen", at, end, seen);
+    }
+}
