@@ -550,7 +550,7 @@ impl Batch<'_> {
             run.events += 1;
             run.end = offset.0 + padded(len) as u64;
             if let Some(placed) = &mut self.placed {
-                placed.push((meta_of(self.shard, offset, Sequence(sequence), &header), len));
+                placed.push((header.meta(self.shard, offset, Sequence(sequence)), len));
             }
             appended += 1;
             bytes += padded(len) as u64;
@@ -562,23 +562,6 @@ impl Batch<'_> {
         }
         self.bytes += bytes;
         refused.map_or(Ok(appended), Err)
-    }
-}
-
-/// What handlers and readers are told of a record.
-#[inline]
-pub(crate) fn meta_of(shard: ShardId, offset: Offset, sequence: Sequence, header: &RecordHeader) -> Meta {
-    Meta {
-        shard,
-        offset,
-        sequence,
-        key: header.key,
-        version: header.version,
-        time: header.time,
-        event_type: header.event_type,
-        schema_version: header.schema_version,
-        correlation: header.correlation,
-        previous: (header.previous.0 != 0).then_some(header.previous),
     }
 }
 

@@ -6,7 +6,7 @@
 //!         32 correlation u64   40 version u48 | schema version u16   48 body, zero-padded to 16
 //! ```
 
-use crate::event::{Correlation, Event, EventTypeId, Key, Offset, ShardId, Time, Version};
+use crate::event::{Correlation, Event, EventTypeId, Key, Meta, Offset, Sequence, ShardId, Time, Version};
 use crate::sync::{Ordering, compiler_fence};
 
 /// Bytes of a segment header: one page.
@@ -202,6 +202,23 @@ impl RecordHeader {
         head[24..32].copy_from_slice(&link.to_le_bytes());
         head[32..40].copy_from_slice(&self.correlation.0.to_le_bytes());
         head[40..48].copy_from_slice(&version.to_le_bytes());
+    }
+
+    /// What readers and handlers are told of the record at `offset`.
+    #[inline]
+    pub(crate) fn meta(&self, shard: ShardId, offset: Offset, sequence: Sequence) -> Meta {
+        Meta {
+            shard,
+            offset,
+            sequence,
+            key: self.key,
+            version: self.version,
+            time: self.time,
+            event_type: self.event_type,
+            schema_version: self.schema_version,
+            correlation: self.correlation,
+            previous: (self.previous.0 != 0).then_some(self.previous),
+        }
     }
 
     /// Reads a header; whether it holds is for [`record_len`] to say.

@@ -103,18 +103,7 @@ impl<E: Event> Reader<E> {
                 }
             }
         };
-        let meta = Meta {
-            shard: self.log.shard,
-            offset: self.at,
-            sequence: Sequence(self.sequence),
-            key: header.key,
-            version: header.version,
-            time: header.time,
-            event_type: header.event_type,
-            schema_version: header.schema_version,
-            correlation: header.correlation,
-            previous: (header.previous.0 != 0).then_some(header.previous),
-        };
+        let meta = header.meta(self.log.shard, self.at, Sequence(self.sequence));
         let damage = self.corruption("an archive is not valid");
         let memory = self.segment.as_ref().map(|segment| &segment.memory);
         let event = memory

@@ -6,7 +6,7 @@ use std::io::ErrorKind;
 
 use rkyv::util::AlignedVec;
 
-use super::records::{Record, meta};
+use super::records::Record;
 use super::{Store, io_error, read_up_to};
 use crate::error::ReadError;
 use crate::event::{Offset, Sequence, ShardId, Time};
@@ -86,7 +86,7 @@ impl Lookup {
         }
         let header = RecordHeader::decode(tail);
         let body = &self.window[start + RECORD_HEADER_BYTES..start + len];
-        Ok(Record { meta: meta(&header, place.shard, place.offset, place.sequence), body })
+        Ok(Record { meta: header.meta(place.shard, place.offset, place.sequence), body })
     }
 
     fn move_window(&mut self, shard: ShardId, index: u64, at: usize, end: usize) -> Result<(), ReadError> {

@@ -166,7 +166,7 @@ impl Records {
     pub fn next(&mut self) -> Result<Option<Record<'_>>, ReadError> {
         let Some((header, len)) = self.step()? else { return Ok(None) };
         let start = self.at - self.buffer_at;
-        let meta = meta(&header, self.shard, self.offset(), Sequence(self.sequence));
+        let meta = header.meta(self.shard, self.offset(), Sequence(self.sequence));
         self.at += padded(len);
         self.sequence += 1;
         Ok(Some(Record { meta, body: &self.buffer[start + RECORD_HEADER_BYTES..start + len] }))
@@ -502,20 +502,5 @@ impl Records {
 
     fn corruption(&self, why: &'static str) -> Corruption {
         Corruption { shard: self.shard, segment: self.index.unwrap_or(0), offset: self.offset(), why }
-    }
-}
-
-pub(super) fn meta(header: &RecordHeader, shard: ShardId, offset: Offset, sequence: Sequence) -> Meta {
-    Meta {
-        shard,
-        offset,
-        sequence,
-        key: header.key,
-        version: header.version,
-        time: header.time,
-        event_type: header.event_type,
-        schema_version: header.schema_version,
-        correlation: header.correlation,
-        previous: Some(header.previous).filter(|previous| previous.get() != 0),
     }
 }
