@@ -43,7 +43,8 @@ pub struct Engine<E: Event> {
     totals: Mutex<Totals>,
     threads: Mutex<Vec<thread::JoinHandle<()>>>,
     runner: std::sync::Arc<RunnerRequests>,
-    _lock: Box<dyn Lock>,
+    /// Shared with readers: while one lives, its segments are nobody else's to write.
+    lock: std::sync::Arc<dyn Lock>,
 }
 
 /// What the engine keeps of a running shard.
@@ -183,7 +184,7 @@ impl<E: Event> Engine<E> {
             totals: Mutex::new(Totals::new()),
             threads: Mutex::new(Vec::new()),
             runner,
-            _lock: lock,
+            lock: lock.into(),
             config,
         };
         engine.spawn("corelane-keeper".into(), move || keeper_parts.run())?;
@@ -254,7 +255,7 @@ impl<E: Event> Engine<E> {
     /// When the store has no such shard.
     #[must_use]
     pub fn reader(&self, shard: ShardId) -> Reader<E> {
-        Reader::earliest(Arc::clone(&self.shards[usize::from(shard.0)].door.log))
+        Reader::earliest(Arc::clone(&self.shards[usize::from(shard.0)].door.log), std::sync::Arc::clone(&self.lock))
     }
 
     /// Reads a shard's log from the record that begins at `offset`.
@@ -265,7 +266,7 @@ impl<E: Event> Engine<E> {
     /// # Panics
     /// When the store has no such shard.
     pub fn reader_at(&self, shard: ShardId, offset: Offset) -> Result<Reader<E>, ReadError> {
-        Reader::at(Arc::clone(&self.shards[usize::from(shard.0)].door.log), offset)
+        Reader::at(Arc::clone(&self.shards[usize::from(shard.0)].door.log), offset, std::sync::Arc::clone(&self.lock))
     }
 
     /// Waits until everything accepted before this call is appended and durable, in every mode.

@@ -267,3 +267,26 @@ fn what_a_kill_leaves_of_a_store_being_created_opens() {
     engine.shutdown(soon()).unwrap();
     assert_eq!(numbers(&engine), [5]);
 }
+
+#[test]
+fn a_segment_in_use_whose_header_lost_its_magic_is_corruption() {
+    // The third is prepared and not yet in use.
+    for index in 0..2 {
+        let error = refused(|dir| {
+            patch(&segment_path(dir, index), |bytes| {
+                assert_eq!(&bytes[..8], b"corelseg", "segment {index} is in use");
+                bytes[..8].fill(0);
+            });
+        });
+        assert!(matches!(&error, OpenError::Corruption(at) if at.why.contains("magic")), "segment {index}: {error}");
+    }
+}
+
+#[test]
+fn a_segment_in_use_beyond_the_span_is_refused() {
+    let error = refused(|dir| {
+        let span = dir.join("shard-0000/span");
+        patch_small(&span, |bytes| bytes[20..28].copy_from_slice(&0_u64.to_le_bytes()));
+    });
+    assert!(matches!(&error, OpenError::ForeignFile { why, .. } if why.contains("beyond the span")), "{error}");
+}

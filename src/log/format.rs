@@ -121,12 +121,21 @@ impl SegmentHeader {
         page[0..8].copy_from_slice(&SEGMENT_MAGIC);
     }
 
-    pub(crate) fn decode(page: &[u8]) -> Result<Self, HeaderError> {
+    /// Reads the header from a segment's first bytes: its page and, to tell a lost magic from a blank page, the
+    /// first record's length word.
+    pub(crate) fn decode(bytes: &[u8]) -> Result<Self, HeaderError> {
+        let page = bytes;
         if page.len() < HEADER_BYTES {
             return Err(HeaderError::Damaged("the segment is shorter than its header"));
         }
-        // No magic yet: never begun, or killed while it was.
+        // No magic: never begun, or killed while it was. But a page that lacks nothing else, before a record,
+        // was in use: the end is written before the page, so the place of the first record was zero then.
         if page[..8].iter().all(|&byte| byte == 0) {
+            let first = bytes.get(HEADER_BYTES..HEADER_BYTES + 4).is_some_and(|word| word != [0; 4]);
+            let crc = crc32c::crc32c_append(crc32c::crc32c(&SEGMENT_MAGIC), &page[8..HEADER_CRC_AT]);
+            if first && crc == u32_at(page, HEADER_CRC_AT) {
+                return Err(HeaderError::Damaged("the segment header has lost its magic"));
+            }
             return Err(HeaderError::Blank);
         }
         if page[0..8] != SEGMENT_MAGIC {

@@ -6,6 +6,7 @@ use crate::error::{Corruption, ReadError};
 use crate::event::{Event, Meta, Offset, Sequence};
 use crate::log::format::{Found, MARK, RECORD_HEADER_BYTES, RecordHeader, padded, record_at, u32_at};
 use crate::log::segment::{Segment, ShardLog};
+use crate::log::storage::Lock;
 use crate::sync::Arc;
 
 /// One event in place: borrowed from the segment it lies in.
@@ -24,13 +25,17 @@ impl<E: Event> std::fmt::Debug for Record<'_, E> {
 
 /// A position in one shard's log that moves over its events.
 ///
-/// While it lives, the segment it stands in is not written again, so keep readers short-lived or moving.
+/// While it lives, the segment it stands in is not written again, so keep readers short-lived or moving. It also
+/// keeps the store locked: until it is dropped, opening the store again is [`crate::OpenError::Locked`].
 pub struct Reader<E: Event> {
     log: Arc<ShardLog>,
     segment: Option<Segment>,
     at: Offset,
     sequence: u64,
     event: PhantomData<fn() -> E>,
+    /// The store's lock. A reader trusts what this process wrote, so while it lives no other engine may open
+    /// the store and write its segments again, also when its own engine is gone.
+    _lock: std::sync::Arc<dyn Lock>,
 }
 
 impl<E: Event> std::fmt::Debug for Reader<E> {
@@ -48,13 +53,13 @@ enum Step {
 
 impl<E: Event> Reader<E> {
     /// At the earliest event still held.
-    pub(crate) fn earliest(log: Arc<ShardLog>) -> Self {
+    pub(crate) fn earliest(log: Arc<ShardLog>, lock: std::sync::Arc<dyn Lock>) -> Self {
         let at = log.earliest();
-        Self { log, segment: None, at, sequence: 0, event: PhantomData }
+        Self { log, segment: None, at, sequence: 0, event: PhantomData, _lock: lock }
     }
 
     /// At the record that begins at `offset` (or at the end of the log).
-    pub(crate) fn at(log: Arc<ShardLog>, offset: Offset) -> Result<Self, ReadError> {
+    pub(crate) fn at(log: Arc<ShardLog>, offset: Offset, lock: std::sync::Arc<dyn Lock>) -> Result<Self, ReadError> {
         let earliest = log.earliest();
         let shard = log.shard;
         if offset < earliest {
@@ -62,7 +67,7 @@ impl<E: Event> Reader<E> {
         }
         // The end of a segment filled to its last byte still belongs to that segment.
         let start = log.first_offset(log.segment_of(Offset(offset.0.saturating_sub(1))));
-        let mut reader = Self { log, segment: None, at: start, sequence: 0, event: PhantomData };
+        let mut reader = Self { log, segment: None, at: start, sequence: 0, event: PhantomData, _lock: lock };
         // The sequence is not stored with a record, so it is counted from the segment's beginning.
         while reader.at < offset {
             match reader.step()? {

@@ -365,7 +365,7 @@ impl Opening<'_> {
 
     /// The segment's header; `None` for one that was prepared and never begun.
     fn header(&self, index: u64, memory: &Memory) -> Result<Option<SegmentHeader>, OpenError> {
-        let page = memory.read(0, HEADER_BYTES.min(memory.len())).unwrap_or_default();
+        let page = memory.read(0, (HEADER_BYTES + 4).min(memory.len())).unwrap_or_default();
         let header = match SegmentHeader::decode(page) {
             Ok(header) => header,
             Err(HeaderError::Blank) => return Ok(None),
@@ -413,6 +413,11 @@ impl Opening<'_> {
             if header.event_type == MARK {
                 scan.durable = scan.durable.max(header.key.0);
             } else {
+                if header.version.0 == 0 {
+                    return Err(self
+                        .corruption(index, at, "an event without a version behind a CRC that holds")
+                        .into());
+                }
                 if !(self.known)(header.event_type.0, header.schema_version) {
                     return Err(OpenError::UnknownEventType {
                         shard: self.shard,

@@ -139,7 +139,6 @@ impl Syncer {
             self.log.fail(FailureCause::Sync(std::sync::Arc::new(error)));
             return false;
         }
-        self.log.durable.publish(target);
         let now = self.clock.now();
         self.recorder.record(Stage::Sync, now.saturating_sub(started), 1);
         self.counters.syncs.add(1);
@@ -147,6 +146,8 @@ impl Syncer {
         for (lane, count) in lanes {
             lane.durable_reached(count);
         }
+        // After the lanes: who has seen the log durable finds the receipts of what it covers durable too.
+        self.log.durable.publish(target);
         self.lanes.flushed(target);
         while let Ok(mark) = self.marks.peek() {
             if mark.end > target {

@@ -224,7 +224,7 @@ impl Store {
 
     /// The header of segment `index`, if that is what the file holds.
     fn header(&self, file: &File, shard: ShardId, index: u64) -> io::Result<Result<SegmentHeader, Unusable>> {
-        let mut page = [0; HEADER_BYTES];
+        let mut page = [0; HEADER_BYTES + 4];
         let mut looks = 0;
         loop {
             let read = read_up_to(file, &mut page, 0)?;
