@@ -85,6 +85,11 @@ impl LaneShared {
         self.waiting_appended.register(self.appended.get() + 1, waker);
     }
 
+    #[cfg(test)]
+    pub(crate) fn durable_count(&self) -> u64 {
+        self.durable.get()
+    }
+
     pub(crate) fn appended_count(&self) -> u64 {
         self.appended.get()
     }
@@ -131,6 +136,11 @@ impl LaneRegistry {
         let mut lanes = lock(&self.lanes);
         self.forget_retired(&mut lanes);
         lanes.iter().map(|lane| (Arc::clone(lane), lane.appended.get())).collect()
+    }
+
+    /// Whether a lane counts events as appended and not as durable.
+    pub(crate) fn is_behind(&self) -> bool {
+        lock(&self.lanes).iter().any(|lane| lane.durable.get() < lane.appended.get())
     }
 
     fn forget_retired(&self, lanes: &mut Vec<Arc<LaneShared>>) {

@@ -319,3 +319,16 @@ fn a_receipt_can_be_awaited_without_any_runtime() {
     assert!(matches!(first.as_mut().poll(&mut Context::from_waker(&wakers[0])), Poll::Ready(Ok(()))));
     assert!(matches!(second.as_mut().poll(&mut Context::from_waker(&wakers[1])), Poll::Ready(Ok(()))));
 }
+
+#[test]
+fn every_event_waited_for_alone_becomes_durable() {
+    // Nothing follows an event until it is durable, so nothing later can make up for a wake-up that was missed.
+    let storage = FaultyStorage::new();
+    let engine = open_on(&storage, small("/s").segment_bytes(4 << 20)).unwrap();
+    let mut producer = engine.producer();
+    for n in 0..common::env_number("CORELANE_ALONE", 20_000) {
+        let receipt = producer.publish(Key(n % 3), Note::new(n)).unwrap();
+        receipt.durable().wait_until(soon().unwrap()).unwrap_or_else(|error| panic!("event {n}: {error}"));
+    }
+    engine.shutdown(soon()).unwrap();
+}

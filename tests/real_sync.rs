@@ -3,6 +3,7 @@
 //! The storage twin of the other tests stands in for the disk, so it cannot see whether the real one is
 //! ever asked. Here a child process is traced: its `msync` calls are counted, or made to fail.
 #![expect(clippy::unwrap_used, reason = "a test may unwrap")]
+#![expect(clippy::print_stdout, reason = "a child answers its parent, and a skip says so")]
 
 mod common;
 

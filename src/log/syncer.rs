@@ -12,7 +12,7 @@ use crate::event::Offset;
 use crate::log::segment::ShardLog;
 use crate::log::storage::Storage;
 use crate::metrics::{Counters, Recorder, Stage};
-use crate::producer::LaneRegistry;
+use crate::producer::{LaneRegistry, LaneShared};
 use crate::sync::{Arc, AtomicBool, AtomicU64, Idle, Ordering, Signal};
 
 /// Bytes of the word that ends a segment's records.
@@ -83,29 +83,69 @@ impl Syncer {
                     break;
                 }
                 idle.reset();
-            } else if ending {
-                break;
             } else {
+                self.settle();
+                if ending {
+                    break;
+                }
                 self.recorder.exchange();
-                let (log, requests, exchange) = (&self.log, &self.requests, self.recorder.exchange_handle());
-                let wanted = |durable: u64| match self.durability {
-                    Durability::GroupCommit => log.appended.get() > durable,
-                    // A wake-up for the interval comes by its deadline.
-                    Durability::Periodic(_) => wake_at.is_none() && log.appended.get() > durable,
-                    Durability::OsCache => false,
-                };
-                idle.step(&requests.signal, wake_at, || {
-                    let durable = log.durable.get();
-                    wanted(durable)
-                        || requests.flush_to.load(Ordering::SeqCst) > durable
-                        || requests.ending.load(Ordering::SeqCst)
-                        || log.failure().is_some()
-                        || exchange.is_wanted()
-                });
+                idle.step(&self.requests.signal, wake_at, || self.has_work(wake_at));
             }
         }
         self.shard_signal.notify();
         self.lanes.wake_all();
+    }
+
+    /// Looked at before sleeping, so it must see whatever was made visible before a wake-up.
+    fn has_work(&self, wake_at: Option<Instant>) -> bool {
+        let durable = self.log.durable.get();
+        let appended = self.log.appended.get();
+        let due = match self.durability {
+            Durability::GroupCommit => appended > durable,
+            // A wake-up for the interval comes by its deadline.
+            Durability::Periodic(_) => wake_at.is_none() && appended > durable,
+            Durability::OsCache => false,
+        };
+        due || self.requests.flush_to.load(Ordering::SeqCst) > durable
+            || self.requests.ending.load(Ordering::SeqCst)
+            || self.log.failure().is_some()
+            || self.recorder.exchange_handle().is_wanted()
+            || (appended <= durable && self.lanes.is_behind())
+    }
+
+    /// Tells lanes of what was synced before the shard had counted it for them: between publishing the
+    /// log's watermark and a lane's count, a sync may come in that covers an event no lane yet counts.
+    fn settle(&mut self) {
+        if !self.lanes.is_behind() {
+            return;
+        }
+        // The lanes' counts first, as in `sync`.
+        let lanes = self.lanes.appended_counts();
+        let durable = self.log.durable.get();
+        if self.log.appended.get() <= durable {
+            self.reached(lanes, durable);
+        }
+    }
+
+    /// Everything below `durable` is synced, and with it the counted events of `lanes`.
+    fn reached(&mut self, lanes: Vec<(Arc<LaneShared>, u64)>, durable: u64) {
+        for (lane, count) in lanes {
+            lane.durable_reached(count);
+        }
+        // After the lanes: who has seen the log durable finds the receipts of what it covers durable too.
+        self.log.durable.publish(durable);
+        self.lanes.flushed(durable);
+        let now = self.clock.now();
+        while let Ok(mark) = self.marks.peek() {
+            if mark.end > durable {
+                break;
+            }
+            let ns = now.saturating_sub(mark.published);
+            self.recorder.latency(Stage::Durable, Stage::DurableDue, ns, mark.late, u64::from(mark.events));
+            if self.marks.pop().is_err() {
+                break;
+            }
+        }
     }
 
     /// Whether to sync now and, if not now but later, when.
@@ -139,26 +179,10 @@ impl Syncer {
             self.log.fail(FailureCause::Sync(std::sync::Arc::new(error)));
             return false;
         }
-        let now = self.clock.now();
-        self.recorder.record(Stage::Sync, now.saturating_sub(started), 1);
+        self.recorder.record(Stage::Sync, self.clock.now().saturating_sub(started), 1);
         self.counters.syncs.add(1);
         self.counters.synced_bytes.add(target - from);
-        for (lane, count) in lanes {
-            lane.durable_reached(count);
-        }
-        // After the lanes: who has seen the log durable finds the receipts of what it covers durable too.
-        self.log.durable.publish(target);
-        self.lanes.flushed(target);
-        while let Ok(mark) = self.marks.peek() {
-            if mark.end > target {
-                break;
-            }
-            let ns = now.saturating_sub(mark.published);
-            self.recorder.latency(Stage::Durable, Stage::DurableDue, ns, mark.late, u64::from(mark.events));
-            if self.marks.pop().is_err() {
-                break;
-            }
-        }
+        self.reached(lanes, target);
         true
     }
 
@@ -186,5 +210,50 @@ impl Syncer {
             self.storage.sync(&segment.memory, start..end.max(start))?;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::event::ShardId;
+    use crate::testing::FaultyStorage;
+    use std::collections::VecDeque;
+
+    #[test]
+    fn an_event_synced_before_its_lane_counted_it_is_settled() {
+        for durability in [Durability::GroupCommit, Durability::Periodic(std::time::Duration::from_secs(1))] {
+            let log = Arc::new(ShardLog::new(ShardId(0), "/s".into(), 1 << 16, Offset(4096), 0, VecDeque::new()));
+            let lanes = std::sync::Arc::new(LaneRegistry::default());
+            let lane = Arc::new(LaneShared::new(Arc::clone(&log), durability));
+            lanes.register(&lane);
+            let (recorder, _exchange) = Recorder::new(&[], false);
+            let mut syncer = Syncer {
+                log: Arc::clone(&log),
+                storage: std::sync::Arc::new(FaultyStorage::new()),
+                requests: std::sync::Arc::new(SyncRequests::new()),
+                lanes,
+                shard_signal: std::sync::Arc::new(Signal::new()),
+                durability,
+                marks: rtrb::RingBuffer::new(2).1,
+                recorder,
+                counters: std::sync::Arc::default(),
+                clock: Clock::new(),
+            };
+            // The shard publishes the log's watermark, the syncer runs, and only then the shard counts for the lane.
+            log.appended.publish(5000);
+            assert!(syncer.sync());
+            lane.appended_reached(1);
+            assert_eq!((log.durable.get(), lane.durable_count()), (5000, 0));
+            assert!(syncer.has_work(None), "the syncer must not sleep over it");
+            syncer.settle();
+            assert_eq!(lane.durable_count(), 1);
+            assert!(!syncer.has_work(None), "and then it may");
+            // What is appended and not synced is nothing to settle.
+            log.appended.publish(6000);
+            lane.appended_reached(2);
+            syncer.settle();
+            assert_eq!(lane.durable_count(), 1);
+        }
     }
 }
