@@ -9,7 +9,7 @@ use std::sync::Arc as StdArc;
 use crossbeam::queue::ArrayQueue;
 
 use crate::event::{Correlation, Event, Key, Offset, Scratch, ShardId, Time, Version};
-use crate::keys::KeyTable;
+use crate::keys::{self, KeyTable};
 use crate::log::format::{ALIGN, RecordHeader, padded, schema_fingerprint};
 use crate::log::mmap::{Heap, Memory, WriteHalf};
 use crate::log::segment::ShardLog;
@@ -51,6 +51,10 @@ impl<E> Ring<E> {
     }
 }
 
+/// Where a key is looked for first.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Spot(keys::Spot);
+
 /// A shard's key table.
 #[derive(Debug)]
 pub struct Keys(KeyTable);
@@ -62,16 +66,16 @@ impl Keys {
         Self(KeyTable::new(keys_expected))
     }
 
-    /// Asks for the key with this hash to be brought near.
+    /// Asks for the place of this key to be brought near.
     #[inline]
-    pub fn prefetch(&self, hash: u64) {
-        self.0.prefetch(hash);
+    pub fn prefetch(&self, key: Key) -> Spot {
+        Spot(self.0.spot(key))
     }
 
     /// What the table does for one event: finds the key, counts its version, moves its chain's head.
     #[inline]
-    pub fn append(&mut self, key: Key, hash: u64, head: Offset) -> (Version, Offset) {
-        let known = self.0.entry(key, hash);
+    pub fn append(&mut self, key: Key, spot: Spot, head: Offset) -> (Version, Offset) {
+        let known = self.0.entry(key, spot.0);
         let (version, previous) = (Version(known.version().0 + 1), known.head());
         known.set(version, head);
         (version, previous)
@@ -199,12 +203,12 @@ impl<E: Event> LogWriter<E> {
                 schema_version: 1,
             };
             match appender.append(&header, event) {
-                Ok((_, len)) => self.left = self.left.saturating_sub(padded(len) as u64),
+                Ok(len) => self.left = self.left.saturating_sub(padded(len) as u64),
                 Err(Refused::NeedsSegment | Refused::TooLarge { .. }) => panic!("room was not made"),
             }
         }
         let appended = appender.finish();
-        self.writer.advance(appended);
+        self.writer.advance(appended, events.len() as u64);
         Offset(self.writer.publish())
     }
 }

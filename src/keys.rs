@@ -42,6 +42,13 @@ pub(crate) struct KeyTable {
     used: Box<[usize; PARTS]>,
 }
 
+/// The bucket in which a key is looked for first.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Spot {
+    part: u32,
+    bucket: u32,
+}
+
 /// A place in a part: bucket and slot.
 #[derive(Debug, Clone, Copy)]
 struct Place(usize, usize);
@@ -57,27 +64,30 @@ impl KeyTable {
         }
     }
 
-    /// Asks for the bucket of the key with this hash to be brought near.
+    /// Where `key` is looked for first, asked for to be brought near.
     #[inline]
-    pub(crate) fn prefetch(&self, hash: u64) {
-        let part = &self.parts[part_of(hash)];
-        prefetch(&part[bucket_of(hash, part.len())]);
-    }
-
-    /// The place of `key`, which stays as it is until [`Entry::set`].
-    #[inline]
-    pub(crate) fn entry(&mut self, key: Key, hash: u64) -> Entry<'_> {
+    pub(crate) fn spot(&self, key: Key) -> Spot {
+        let hash = key.hash();
         let number = part_of(hash);
         let part = &self.parts[number];
-        let at = bucket_of(hash, part.len());
-        let [first, second] = &part[at].0;
+        let bucket = bucket_of(hash, part.len());
+        prefetch(&part[bucket]);
+        Spot { part: number as u32, bucket: bucket as u32 }
+    }
+
+    /// The place of `key`, which stays as it is until [`Entry::set`]. `spot` is what [`KeyTable::spot`] said of it;
+    /// when its part has grown since, the key is found all the same.
+    #[inline]
+    pub(crate) fn entry(&mut self, key: Key, spot: Spot) -> Entry<'_> {
+        let (number, at) = (spot.part as usize % PARTS, spot.bucket as usize);
+        let [first, second] = &self.parts[number][at].0;
         // Without a branch between the two: which it is cannot be foreseen.
         let is_second = usize::from(first.key != key);
         let candidate = if is_second == 1 { second } else { first };
         let place = if candidate.key == key && candidate.version.0 != 0 {
             Place(at, is_second)
         } else {
-            self.find_or_make_room(key, hash)
+            self.find_or_make_room(key)
         };
         let (part, used) = (&mut self.parts[number], &mut self.used[number]);
         Entry { slot: &mut part[place.0].0[place.1], used, key }
@@ -86,7 +96,8 @@ impl KeyTable {
     /// Finds keys that are not where they are looked for first, and places for new ones: where the part
     /// would be too full with one more, it grows first.
     #[inline(never)]
-    fn find_or_make_room(&mut self, key: Key, hash: u64) -> Place {
+    fn find_or_make_room(&mut self, key: Key) -> Place {
+        let hash = key.hash();
         let number = part_of(hash);
         let part = &mut self.parts[number];
         let place = find(part, key, hash);
@@ -193,7 +204,8 @@ mod tests {
             x = x.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
             // Key 0 is a key like any other.
             let key = Key((x >> 33) % 50_000);
-            let entry = table.entry(key, key.hash());
+            let spot = table.spot(key);
+            let entry = table.entry(key, spot);
             let expected = model.entry(key).or_insert((0_u64, 0_u64));
             assert_eq!((entry.version().0, entry.head().0), *expected);
             *expected = (expected.0 + 1, round);

@@ -19,14 +19,6 @@ pub(crate) struct Slot<E> {
 /// `late` of an event that is not sent by a schedule.
 pub(crate) const NOT_DUE: u32 = u32::MAX;
 
-impl<E> Slot<E> {
-    /// How late it was published, if it was due at a certain time.
-    #[inline]
-    pub(crate) fn late(&self) -> Option<u32> {
-        (self.late != NOT_DUE).then_some(self.late)
-    }
-}
-
 /// Up to `count` free slots; looks at the other side only when the last look does not suffice.
 #[inline]
 pub(crate) fn free_slots<E>(ring: &rtrb::Producer<Slot<E>>, count: usize) -> usize {

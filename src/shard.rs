@@ -11,8 +11,8 @@ use crate::clock::{Clock, Nanos};
 use crate::error::FailureCause;
 use crate::event::{Event, Meta, Offset, Sequence, ShardId, Version};
 use crate::handler::{BatchEnd, HandlerError, OnError, Registered};
-use crate::keys::KeyTable;
-use crate::log::format::{RECORD_HEADER_BYTES, RecordHeader, padded};
+use crate::keys::{KeyTable, Spot};
+use crate::log::format::{RECORD_HEADER_BYTES, RecordHeader};
 use crate::log::keeper::KeeperRequests;
 use crate::log::segment::ShardLog;
 use crate::log::storage::Storage;
@@ -20,7 +20,7 @@ use crate::log::syncer::{SyncMark, SyncRequests};
 use crate::log::writer::{Refused, Writer};
 use crate::metrics::{Counters, Recorder, Stage};
 use crate::producer::LaneShared;
-use crate::ring::Slot;
+use crate::ring::{NOT_DUE, Slot};
 use crate::shared::{SharedLane, SharedSlot};
 use crate::sync::{Arc, Arrivals, Ordering};
 
@@ -103,6 +103,23 @@ struct Run {
     late: Option<u32>,
     events: u32,
     end: u64,
+}
+
+/// A run of which the end is not known yet.
+#[derive(Debug, Clone, Copy)]
+struct RunBegun {
+    published: Nanos,
+    late: u32,
+    first: usize,
+}
+
+impl RunBegun {
+    /// The run without event number `next`, whose record begins at `end`; nothing if that leaves none.
+    fn until(&self, next: usize, end: Offset) -> Option<Run> {
+        let late = (self.late != NOT_DUE).then_some(self.late);
+        let run = Run { published: self.published, late, events: (next - self.first) as u32, end: end.0 };
+        (run.events > 0).then_some(run)
+    }
 }
 
 /// How many events ahead the key table is prefetched: a trip to memory is about this many appends long.
@@ -500,28 +517,32 @@ impl Batch<'_> {
     ) -> Result<usize, FailureCause> {
         // The table's slots of later keys are brought near while earlier events are appended.
         let mut ahead = slots.clone();
-        let mut hashes = [0; PREFETCH_AHEAD];
-        for (hash, slot) in hashes.iter_mut().zip(ahead.by_ref()) {
-            *hash = slot.key.hash();
-            self.keys.prefetch(*hash);
+        let mut spots = [Spot::default(); PREFETCH_AHEAD];
+        for (spot, slot) in spots.iter_mut().zip(ahead.by_ref()) {
+            *spot = self.keys.spot(slot.key);
         }
-        let mut run = Run { published: 0, late: None, events: 0, end: 0 };
-        let (mut appended, mut bytes, mut refused) = (0, 0, None);
         let first_sequence = self.writer.sequence();
         let mut appender = self.writer.appender();
-        for (slot, sequence) in slots.zip(first_sequence..) {
-            let place = &mut hashes[appended % PREFETCH_AHEAD];
-            let hash = *place;
+        let begun = appender.offset().0;
+        let mut run = RunBegun { published: 0, late: NOT_DUE, first: 0 };
+        let (mut appended, mut refused) = (0, None);
+        for slot in slots {
+            let place = &mut spots[appended % PREFETCH_AHEAD];
+            let spot = *place;
             if let Some(later) = ahead.next() {
-                *place = later.key.hash();
-                self.keys.prefetch(*place);
+                *place = self.keys.spot(later.key);
             }
             let event_type = slot.event.event_type();
             let Some(&Some(schema_version)) = self.schema_versions.get(usize::from(event_type.0)) else {
                 refused = Some(FailureCause::UndeclaredType { key: slot.key.0, event_type });
                 break;
             };
-            let known = self.keys.entry(slot.key, hash);
+            let offset = appender.offset();
+            if run.published != slot.published || run.late != slot.late {
+                self.runs.extend(run.until(appended, offset));
+                run = RunBegun { published: slot.published, late: slot.late, first: appended };
+            }
+            let known = self.keys.entry(slot.key, spot);
             let version = Version(known.version().0 + 1);
             let header = RecordHeader {
                 time: slot.event.time().unwrap_or_else(|| crate::producer::wall_time(slot.published, self.wall_offset)),
@@ -532,8 +553,8 @@ impl Batch<'_> {
                 version,
                 schema_version,
             };
-            let (offset, len) = match appender.append(&header, &slot.event) {
-                Ok(placed) => placed,
+            let len = match appender.append(&header, &slot.event) {
+                Ok(len) => len,
                 Err(Refused::NeedsSegment) => break,
                 Err(Refused::TooLarge { bytes_max }) => {
                     refused = Some(FailureCause::EventTooLarge { key: slot.key.0, bytes_max });
@@ -541,26 +562,15 @@ impl Batch<'_> {
                 }
             };
             known.set(version, offset);
-            if run.published != slot.published || run.late != slot.late() {
-                if run.events > 0 {
-                    self.runs.push(run);
-                }
-                run = Run { published: slot.published, late: slot.late(), events: 0, end: 0 };
-            }
-            run.events += 1;
-            run.end = offset.0 + padded(len) as u64;
             if let Some(placed) = &mut self.placed {
-                placed.push((header.meta(self.shard, offset, Sequence(sequence)), len));
+                placed.push((header.meta(self.shard, offset, Sequence(first_sequence + appended as u64)), len));
             }
             appended += 1;
-            bytes += padded(len) as u64;
         }
         let end = appender.finish();
-        self.writer.advance(end);
-        if run.events > 0 {
-            self.runs.push(run);
-        }
-        self.bytes += bytes;
+        self.runs.extend(run.until(appended, end));
+        self.bytes += end.0 - begun;
+        self.writer.advance(end, appended as u64);
         refused.map_or(Ok(appended), Err)
     }
 }

@@ -15,6 +15,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU32;
 
 use crate::event::Encode;
+use crate::log::crc;
 use crate::sync::{Ordering, Watermark};
 
 /// The whole of a segment's memory.
@@ -31,7 +32,7 @@ pub(crate) struct Memory {
 
 #[derive(Debug)]
 enum Backing {
-    /// Kept for its unmapping when dropped; `_file` for whoever wants to know what is mapped.
+    /// Kept for its unmapping when dropped.
     File {
         _map: memmap2::MmapRaw,
     },
@@ -233,6 +234,28 @@ pub(crate) fn store_length(record: &mut [u8], len: u32) {
     let word = unsafe { AtomicU32::from_ptr(word) };
     // Release: pairs with whoever reads the length word first in another process.
     word.store(len.to_le(), Ordering::Release);
+}
+
+/// CRC-32C of one input, begun with `seed`. (In this file for the sake of the fence around unsafe code.)
+#[inline]
+pub(crate) fn crc32c(seed: u32, input: &[u8]) -> u32 {
+    #[cfg(target_arch = "x86_64")]
+    if std::arch::is_x86_feature_detected!("sse4.2") {
+        // SAFETY: the processor has what the function is compiled for.
+        return unsafe { crc::one(seed, input) };
+    }
+    crc32c::crc32c_append(seed, input)
+}
+
+/// CRC-32C of several inputs, each begun with `seed`.
+#[inline]
+pub(crate) fn crc32c_lanes(seed: u32, inputs: [&[u8]; crc::LANES]) -> [u32; crc::LANES] {
+    #[cfg(target_arch = "x86_64")]
+    if std::arch::is_x86_feature_detected!("sse4.2") {
+        // SAFETY: the processor has what the function is compiled for.
+        return unsafe { crc::four(seed, inputs) };
+    }
+    inputs.map(|input| crc32c::crc32c_append(seed, input))
 }
 
 /// Page-aligned plain memory: the live content of a file in a test's storage.

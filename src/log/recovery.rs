@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use crate::error::{Corruption, OpenError};
 use crate::event::{Key, Offset, ShardId, Version};
-use crate::keys::KeyTable;
+use crate::keys::{KeyTable, Spot};
 use crate::log::format::{
     ALIGN, Found, HEADER_BYTES, HeaderError, MARK, RECORD_BYTES_MAX, RECORD_HEADER_BYTES, RecordHeader, SegmentHeader,
     padded, record_at, u32_at,
@@ -400,7 +400,7 @@ impl Opening<'_> {
         let base = index * self.manifest.segment_bytes;
         let mut at = HEADER_BYTES;
         // Keys are looked up a little behind the reading, so that their slots have time to arrive.
-        let mut ahead: [(Key, Version, Offset); LOOK_AHEAD] = [(Key(0), Version(0), Offset(0)); LOOK_AHEAD];
+        let mut ahead = [(Key(0), Spot::default(), Version(0), Offset(0)); LOOK_AHEAD];
         let mut seen = 0_usize;
         let end = loop {
             let len = match record_at(&whole[at..], salt) {
@@ -427,10 +427,10 @@ impl Opening<'_> {
                     });
                 }
                 let place = &mut ahead[seen % LOOK_AHEAD];
-                let due = std::mem::replace(place, (header.key, header.version, offset));
-                scan.keys.prefetch(header.key.hash());
+                let spot = scan.keys.spot(header.key);
+                let (key, spot, version, offset) = std::mem::replace(place, (header.key, spot, header.version, offset));
                 if seen >= LOOK_AHEAD {
-                    scan.keys.entry(due.0, due.0.hash()).set(due.1, due.2);
+                    scan.keys.entry(key, spot).set(version, offset);
                 }
                 seen += 1;
                 scan.sequence += 1;
@@ -442,8 +442,8 @@ impl Opening<'_> {
             }
         };
         for i in seen.saturating_sub(LOOK_AHEAD)..seen {
-            let (key, version, offset) = ahead[i % LOOK_AHEAD];
-            scan.keys.entry(key, key.hash()).set(version, offset);
+            let (key, spot, version, offset) = ahead[i % LOOK_AHEAD];
+            scan.keys.entry(key, spot).set(version, offset);
         }
         Ok(end)
     }

@@ -5,10 +5,10 @@
 
 use crossbeam::queue::ArrayQueue;
 
-use crate::event::Correlation;
-use crate::event::{Encode, Key, Offset, Scratch, Time, Version};
-use crate::log::format::{HEADER_BYTES, MARK, RECORD_HEADER_BYTES, RecordHeader, SegmentHeader, padded, seal};
-use crate::log::mmap::{Memory, WriteHalf, store_length};
+use crate::event::{Correlation, Encode, Key, Offset, Scratch, Time, Version};
+use crate::log::crc::LANES;
+use crate::log::format::{HEADER_BYTES, MARK, RECORD_HEADER_BYTES, RecordHeader, SegmentHeader, padded, seal, summed};
+use crate::log::mmap::{Memory, WriteHalf, crc32c, crc32c_lanes, store_length};
 use crate::log::segment::{Segment, ShardLog};
 use crate::sync::Arc;
 
@@ -71,85 +71,104 @@ struct Current {
     salt: u32,
 }
 
-/// Records are sealed in groups of this many: a CRC that reads what was stored only just now waits for
-/// the store, and a few records later it does not (a quarter more throughput).
-const GROUP: usize = 4;
+/// Records are sealed in groups of this many: their sums are computed side by side, and a CRC that reads what
+/// was stored only just now would wait for the store.
+const GROUP: usize = LANES;
 
 /// The appending of a run of records to one segment. All its state is local to the run: what the
 /// compiler can keep in registers need not be read again after every byte stored.
 pub(crate) struct Appender<'a> {
-    /// What is still free in the segment.
-    tail: &'a mut [u8],
-    /// Offset of the tail's first byte.
-    offset: u64,
+    /// The segment from the first staged record on.
+    open: &'a mut [u8],
+    /// Where in it the next record begins.
+    at: usize,
+    /// Offset of its first byte.
+    base: u64,
     salt: u32,
     event_bytes_max: usize,
     scratch: &'a mut Scratch,
-    /// Records whose CRC and length word are still to be written, with their exact lengths.
-    staged: [(&'a mut [u8], usize); GROUP],
+    /// Exact lengths of the records that still lack CRC and length word.
+    staged: [usize; GROUP],
     staged_len: usize,
-    events: u64,
-}
-
-/// What a run of appends amounts to.
-pub(crate) struct Appended {
-    end: u64,
-    events: u64,
 }
 
 impl<'a> Appender<'a> {
-    /// Archives `event` behind `header`. Returns its offset and exact length.
+    /// Where the next record begins.
+    #[inline(always)]
+    pub(crate) fn offset(&self) -> Offset {
+        Offset(self.base + self.at as u64)
+    }
+
+    /// Archives `event` behind `header`. Returns the record's exact length.
     ///
     /// Always inlined, so that the header never takes the way over memory: its 2-byte fields, stored and then
     /// loaded as one word, would wait until every store before them has reached the cache (a third of all time).
     #[inline(always)]
-    pub(crate) fn append<E: Encode>(&mut self, header: &RecordHeader, event: &E) -> Result<(Offset, usize), Refused> {
-        let room = self.tail.len().saturating_sub(RECORD_HEADER_BYTES).min(self.event_bytes_max);
-        let body = self.tail.get_mut(RECORD_HEADER_BYTES..RECORD_HEADER_BYTES + room);
+    pub(crate) fn append<E: Encode>(&mut self, header: &RecordHeader, event: &E) -> Result<usize, Refused> {
+        let room = self.open.len().saturating_sub(self.at + RECORD_HEADER_BYTES).min(self.event_bytes_max);
+        let body = self.open.get_mut(self.at + RECORD_HEADER_BYTES..).and_then(|body| body.get_mut(..room));
         match body.and_then(|body| event.encode(body, self.scratch)) {
             Some(bytes) => {
-                self.events += 1;
                 let len = RECORD_HEADER_BYTES + bytes;
-                Ok((self.stage(header, len), len))
+                self.stage(header, len);
+                Ok(len)
             }
-            None if room >= self.event_bytes_max => Err(Refused::TooLarge { bytes_max: self.event_bytes_max }),
+            None if room == self.event_bytes_max => Err(Refused::TooLarge { bytes_max: room }),
             None => Err(Refused::NeedsSegment),
         }
     }
 
-    /// Completes the record whose body stands at the tail's beginning, but for its CRC and length word.
+    /// Completes the record whose body stands at its place, but for its CRC and length word.
     #[inline(always)]
-    fn stage(&mut self, header: &RecordHeader, len: usize) -> Offset {
-        let offset = Offset(self.offset);
-        let (record, tail) = std::mem::take(&mut self.tail).split_at_mut(padded(len));
-        self.tail = tail;
-        self.offset += record.len() as u64;
-        header.stage(record, len);
-        self.staged[self.staged_len] = (record, len);
+    fn stage(&mut self, header: &RecordHeader, len: usize) {
+        let end = self.at + padded(len);
+        header.stage(&mut self.open[self.at..end], len);
+        self.at = end;
+        self.staged[self.staged_len] = len;
         self.staged_len += 1;
         if self.staged_len == GROUP {
             self.seal();
         }
-        offset
     }
 
     /// Writes what staged records lack, in order, with an end behind them first.
     #[inline]
     fn seal(&mut self) {
-        if let Some(end) = self.tail.get_mut(..4) {
+        let (group, tail) = std::mem::take(&mut self.open).split_at_mut(self.at);
+        self.open = tail;
+        self.base += self.at as u64;
+        self.at = 0;
+        if let Some(end) = self.open.get_mut(..4) {
             end.fill(0);
         }
-        for (record, len) in &mut self.staged[..self.staged_len] {
-            seal(record, *len, self.salt);
-            store_length(record, *len as u32);
+        if self.staged_len == GROUP {
+            let [a_len, b_len, c_len, d_len] = self.staged;
+            let (a, rest) = group.split_at_mut(padded(a_len));
+            let (b, rest) = rest.split_at_mut(padded(b_len));
+            let (c, d) = rest.split_at_mut(padded(c_len));
+            let inputs = [summed(a, a_len), summed(b, b_len), summed(c, c_len), summed(d, d_len)];
+            let crcs = crc32c_lanes(self.salt, inputs);
+            for ((record, len), crc) in [a, b, c, d].into_iter().zip(self.staged).zip(crcs) {
+                seal(record, crc);
+                store_length(record, len as u32);
+            }
+        } else {
+            let mut rest = group;
+            for &len in &self.staged[..self.staged_len] {
+                let (record, behind) = rest.split_at_mut(padded(len));
+                let crc = crc32c(self.salt, summed(record, len));
+                seal(record, crc);
+                store_length(record, len as u32);
+                rest = behind;
+            }
         }
         self.staged_len = 0;
     }
 
-    /// Ends the run; its outcome is for [`Writer::advance`].
-    pub(crate) fn finish(mut self) -> Appended {
+    /// Ends the run: everything below the position returned, which is for [`Writer::advance`], is whole.
+    pub(crate) fn finish(mut self) -> Offset {
         self.seal();
-        Appended { end: self.offset, events: self.events }
+        self.offset()
     }
 }
 
@@ -187,34 +206,34 @@ impl Writer {
     /// To append to the current segment; where there is none, nothing fits.
     #[inline]
     pub(crate) fn appender(&mut self) -> Appender<'_> {
-        let (tail, offset, salt) = match &mut self.current {
+        let (open, base, salt) = match &mut self.current {
             Some(current) => {
-                let offset = current.base + current.half.at() as u64;
-                (current.half.tail(), offset, current.salt)
+                let base = current.base + current.half.at() as u64;
+                (current.half.tail(), base, current.salt)
             }
             None => (&mut [][..], 0, 0),
         };
-        let staged = std::array::from_fn(|_| (&mut [][..], 0));
         Appender {
-            tail,
-            offset,
+            open,
+            at: 0,
+            base,
             salt,
             event_bytes_max: self.event_bytes_max,
             scratch: &mut self.scratch,
-            staged,
+            staged: [0; GROUP],
             staged_len: 0,
-            events: 0,
         }
     }
 
-    /// Takes over what an appender has written. Visible to readers after [`Writer::publish`].
+    /// Takes over what an appender has written: `events` events, and everything below `end`. Visible to readers
+    /// after [`Writer::publish`].
     #[inline]
-    pub(crate) fn advance(&mut self, appended: Appended) {
+    pub(crate) fn advance(&mut self, end: Offset, events: u64) {
         if let Some(current) = &mut self.current {
             let at = current.half.at();
-            current.half.skip((appended.end - current.base) as usize - at);
+            current.half.skip((end.0 - current.base) as usize - at);
         }
-        self.sequence += appended.events;
+        self.sequence += events;
     }
 
     /// Goes over to the next segment. The old one ends with a zero word or too little room for a header.
@@ -284,8 +303,8 @@ impl Writer {
         };
         let mut appender = self.appender();
         appender.stage(&header, RECORD_HEADER_BYTES);
-        let mark = appender.finish();
-        self.advance(mark);
+        let end = appender.finish();
+        self.advance(end, 0);
         self.marked = durable;
         true
     }
@@ -318,7 +337,7 @@ impl Writer {
         self.sequence
     }
 
-    /// Bytes `[offset, offset + len)` of a record in the current segment, as this writer appended them.
+    /// The current segment's first offset and its memory.
     #[inline]
     pub(crate) fn current_memory(&self) -> Option<(u64, &std::sync::Arc<Memory>)> {
         self.current.as_ref().map(|current| (current.base, current.half.memory()))
