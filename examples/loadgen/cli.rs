@@ -11,6 +11,7 @@ use crate::events::Mix;
 
 const EVENTS: u64 = 20_000_000;
 const WARMUP: u64 = 2_000_000;
+const RECORD_HEADER_BYTES: u64 = 48;
 const REPEATS_LIMIT: u32 = 5;
 /// Segments that `--limit` keeps in a synced mode, so that the run gets to recycled blocks.
 const SEGMENTS_KEPT: u64 = 2;
@@ -40,7 +41,8 @@ pub(crate) struct Args {
     /// How long --find-max tries one rate
     #[arg(long, default_value = "3s", value_parser = time, requires = "find_max")]
     pub(crate) step: Duration,
-    /// Events sent before measuring, flat out; in no figure [default: 2M, at most --events; 0 with --input]
+    /// Events sent before measuring, flat out; in no figure [default: 2M, or with retention
+    /// until every segment was written once, at most --events; 0 with --input]
     #[arg(long, value_parser = count, conflicts_with = "input")]
     pub(crate) warmup: Option<u64>,
     /// Producer threads
@@ -206,9 +208,15 @@ impl Args {
         }
     }
 
+    /// Where segments are written again, all of them are written once first: what is kept, the one being freed and
+    /// the one being prepared.
     pub(crate) fn warmup(&self) -> u64 {
-        let most = self.events_max().unwrap_or(WARMUP);
-        if self.input.is_some() { 0 } else { self.warmup.unwrap_or(WARMUP.min(most)) }
+        let round = |kept: u64| {
+            let records = (kept + 2 * self.segment_bytes) / (RECORD_HEADER_BYTES + u64::from(self.payload));
+            records.div_ceil(1_000_000) * 1_000_000 * u64::from(self.shards)
+        };
+        let default = || self.retention().map_or(WARMUP, round).min(self.events_max().unwrap_or(u64::MAX));
+        if self.input.is_some() { 0 } else { self.warmup.unwrap_or_else(default) }
     }
 
     /// The durability mode in words, for every number.

@@ -39,8 +39,9 @@ const BODY_BYTES: usize = 48;
 const RECORD_BYTES: usize = HEADER_BYTES + BODY_BYTES;
 const MAPPING_BYTES_MAX: u64 = 256 << 20;
 const SYNC_BYTES: usize = 4 << 20;
-/// Records filled before the first of them is checksummed: a CRC that reads what was stored a
-/// moment ago waits for the store. One at a time runs at three quarters of the speed.
+/// Records filled before the first of them is checksummed, side by side: a CRC that reads what was
+/// stored a moment ago waits for the store, and one alone waits for itself. One at a time runs at half
+/// the speed.
 const GROUP: usize = 4;
 const KEYS: u64 = 10_000;
 const SPINS_BEFORE_YIELD: u32 = 1 << 10;
@@ -209,9 +210,7 @@ fn write(ring: &mut Consumer<Slot>, mapping: &mut [u8], events: u64, batch: usiz
                     for (slot, record) in slots.iter().zip(&mut *records) {
                         fill(slot, time_ns, record);
                     }
-                    for record in records {
-                        commit(record);
-                    }
+                    commit_group(records);
                 }
                 at = if at + n == records.len() { 0 } else { at + n };
                 slots = later;
@@ -234,10 +233,43 @@ fn fill(slot: &Slot, time_ns: u64, record: &mut [u8; RECORD_BYTES]) {
     assert!(archived.is_ok_and(|body| body.len() == BODY_BYTES));
 }
 
+/// The checksums, and the length words last.
+#[inline(always)]
+fn commit_group(records: &mut [[u8; RECORD_BYTES]]) {
+    #[cfg(target_arch = "x86_64")]
+    if let [a, b, c, d] = &*records
+        && std::arch::is_x86_feature_detected!("sse4.2")
+    {
+        // SAFETY: the processor has the instruction.
+        let crcs = unsafe { checksums([a, b, c, d]) };
+        records.iter_mut().zip(crcs).for_each(|(record, crc)| commit(record, crc));
+        return;
+    }
+    for record in records {
+        commit(record, crc32c::crc32c(&record[8..]));
+    }
+}
+
+/// Four checksums side by side: one alone waits two of three cycles for its own last word.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "sse4.2")]
+#[inline]
+fn checksums([a, b, c, d]: [&[u8; RECORD_BYTES]; GROUP]) -> [u32; GROUP] {
+    use std::arch::x86_64::_mm_crc32_u64 as step;
+    let (a, b, c, d) = (a.as_chunks::<8>().0, b.as_chunks::<8>().0, c.as_chunks::<8>().0, d.as_chunks::<8>().0);
+    let [mut of_a, mut of_b, mut of_c, mut of_d] = [u64::from(u32::MAX); GROUP];
+    for word in 1..RECORD_BYTES / 8 {
+        of_a = step(of_a, u64::from_le_bytes(a[word]));
+        of_b = step(of_b, u64::from_le_bytes(b[word]));
+        of_c = step(of_c, u64::from_le_bytes(c[word]));
+        of_d = step(of_d, u64::from_le_bytes(d[word]));
+    }
+    [!of_a as u32, !of_b as u32, !of_c as u32, !of_d as u32]
+}
+
 /// The checksum, and the length word last.
 #[inline(always)]
-fn commit(record: &mut [u8; RECORD_BYTES]) {
-    let crc = crc32c::crc32c(&record[8..]);
+fn commit(record: &mut [u8; RECORD_BYTES], crc: u32) {
     record[4..8].copy_from_slice(&crc.to_le_bytes());
     // SAFETY: the pointer is to the record's first four bytes, exclusively borrowed and 4-aligned
     // (a record is a multiple of 96 bytes into a page-aligned mapping).

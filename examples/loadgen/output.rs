@@ -251,7 +251,12 @@ impl<'a> Summary<'a> {
     }
 
     fn passes(&self) -> Vec<(Option<f64>, Option<f64>)> {
-        self.runs.iter().map(|run| passes(&run.measured.intervals, self.args.shards)).collect()
+        let of = |measured: &Measured| passes(&measured.intervals, self.args.shards);
+        let both = |run: &Run| {
+            let (new, recycled) = of(&run.measured);
+            (new.or_else(|| of(run.warmup.as_ref()?).0), recycled)
+        };
+        self.runs.iter().map(both).collect()
     }
 
     /// What the engine synced per second over what the disk takes, run by run; on recycled blocks where it got to them.

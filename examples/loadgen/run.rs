@@ -20,6 +20,8 @@ const DISK_SECONDS_MAX: f64 = 10.0;
 /// One engine, from its opening to its replay, and what the machine allowed at that time.
 #[derive(Debug, Clone)]
 pub(crate) struct Run {
+    /// Over new blocks, if the store was empty.
+    pub(crate) warmup: Option<Measured>,
     pub(crate) measured: Measured,
     /// Events already in the store, and those of the warm-up.
     pub(crate) earlier: u64,
@@ -154,9 +156,12 @@ fn once<E: Traced, F: Feed<E>>(args: &Args, dir: &Path, load: &Load<'_, F>) -> R
     let mut earlier = events_before::<E>(args, dir)?;
     let fresh = earlier == 0;
     let mut session = Session::<E, F>::open(args, dir.to_owned(), (load.feeds)())?;
+    let mut warmup = None;
     if args.warmup() > 0 {
         let phase = Phase { events: Some(args.warmup()), duration: None, rate: None, name: "warm-up" };
-        earlier += session.run(&phase)?.appended;
+        let measured = session.run(&phase)?;
+        earlier += measured.appended;
+        warmup = Some(measured);
     }
     let rate = (args.rate > 0).then_some(args.rate as f64);
     let phase = Phase { events: args.events_max(), duration: args.duration, rate, name: "measuring" };
@@ -168,7 +173,7 @@ fn once<E: Traced, F: Feed<E>>(args: &Args, dir: &Path, load: &Load<'_, F>) -> R
     } else {
         None
     };
-    Ok(Run { measured, earlier, replay, limits: None })
+    Ok(Run { warmup, measured, earlier, replay, limits: None })
 }
 
 /// Events ever appended to the store in `dir`, those that retention has freed included.

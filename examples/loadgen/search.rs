@@ -128,7 +128,7 @@ pub(crate) fn find_max<E: Traced, F: Feed<E>>(args: &Args, load: &Load<'_, F>) -
         None
     };
     steps.sort_by(|a, b| a.offered.total_cmp(&b.offered));
-    let run = Run { earlier: earlier + appended - measured.appended, measured, replay, limits: None };
+    let run = Run { warmup: None, earlier: earlier + appended - measured.appended, measured, replay, limits: None };
     Ok(Found { steps, best, shown, run })
 }
 
