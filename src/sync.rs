@@ -156,6 +156,8 @@ fn park(_timeout: Option<Duration>) {
 pub(crate) struct Idle {
     wait: Wait,
     rounds: u32,
+    /// Spins since the last yield, however much work came in between.
+    spins: u32,
 }
 
 /// Spinning rounds before the first yield, and yields before the first sleep. Where sleeping is
@@ -172,7 +174,7 @@ pub(crate) fn nap(time: Duration) {
 
 impl Idle {
     pub(crate) fn new(wait: Wait) -> Self {
-        Self { wait, rounds: 0 }
+        Self { wait, rounds: 0, spins: 0 }
     }
 
     #[inline]
@@ -197,9 +199,15 @@ impl Idle {
     /// One step of idling on `signal`, at most until `deadline`.
     pub(crate) fn step(&mut self, signal: &Signal, deadline: Option<Instant>, has_work: impl FnOnce() -> bool) {
         self.rounds = self.rounds.saturating_add(1);
+        self.spins = self.spins.saturating_add(1);
         match self.wait {
             Wait::BusySpin => std::hint::spin_loop(),
-            _ if self.rounds <= SPINS => std::hint::spin_loop(),
+            _ if self.rounds <= SPINS && self.spins <= SPINS => std::hint::spin_loop(),
+            // An event each microsecond would never let the spinning end, nor the syncer have this core.
+            _ if self.rounds <= SPINS => {
+                self.spins = 0;
+                thread::yield_now();
+            }
             Wait::SpinYield => thread::yield_now(),
             Wait::Park if self.rounds <= SPINS + YIELDS => thread::yield_now(),
             Wait::Park => {

@@ -239,6 +239,14 @@ impl Storage for FaultyStorage {
         })
     }
 
+    /// Leaves the old content, which is the harder case.
+    fn zero(&self, path: &Path) -> io::Result<()> {
+        self.operation(|disk| match disk.files.contains_key(path) {
+            true => Ok(()),
+            false => Err(io::ErrorKind::NotFound.into()),
+        })
+    }
+
     fn open_segment(&self, path: &Path, _writable: bool) -> io::Result<Memory> {
         self.operation(|disk| match disk.files.get(path) {
             Some(File::Segment(heap)) => Ok(Memory::heap(Arc::clone(heap))),

@@ -109,7 +109,7 @@ impl<E: Traced, F: Feed<E>> Session<E, F> {
         let batch = args.batch as usize;
         let sender = |(feed, core)| Lane { producer: engine.producer(), feed, batch: Vec::with_capacity(batch), core };
         let senders: Vec<_> = feeds.into_iter().zip(cores).map(sender).collect();
-        Ok(Self { engine, senders, batch, crowded: crowded(args), synced: args.synced() })
+        Ok(Self { engine, senders, batch, crowded: crowded(args) || args.synced(), synced: args.synced() })
     }
 
     /// Sends, waits until everything is appended and durable, and says what was measured.

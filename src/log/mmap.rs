@@ -146,6 +146,11 @@ impl Memory {
         self.advise(0..self.bytes, rustix::mm::Advice::LinuxHugepage)
     }
 
+    /// Asks for pages of the smallest size: no read-ahead, which would bring larger ones.
+    pub(crate) fn advise_small(&self) -> io::Result<()> {
+        self.advise(0..self.bytes, rustix::mm::Advice::Random)
+    }
+
     /// Says that the whole is about to be read once, front to back.
     pub(crate) fn advise_sequential(&self) -> io::Result<()> {
         self.advise(0..self.bytes, rustix::mm::Advice::Sequential)

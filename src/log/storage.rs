@@ -7,6 +7,7 @@ use std::fmt::Debug;
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Write as _};
 use std::ops::Range;
+use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 
 use rustix::fs::FallocateFlags;
@@ -36,6 +37,8 @@ pub(crate) trait Storage: Debug + Send + Sync {
     fn append(&self, path: &Path, content: &[u8]) -> io::Result<()>;
     /// Creates a file of `bytes` real blocks and maps it. Leaves no file behind when it fails.
     fn create_segment(&self, path: &Path, bytes: u64) -> io::Result<Memory>;
+    /// Fills a file that nobody uses with zeros, so that its content is present in pages of [`SMALL_PAGE_BYTES`].
+    fn zero(&self, path: &Path) -> io::Result<()>;
     /// Maps an existing file; to be written: with all its blocks really there.
     fn open_segment(&self, path: &Path, writable: bool) -> io::Result<Memory>;
     /// Syncs a range of a mapped file (fdatasync's promise, for the range).
@@ -47,6 +50,10 @@ pub(crate) trait Storage: Debug + Send + Sync {
     /// Makes creations, renames and removals in a folder durable.
     fn sync_dir(&self, dir: &Path) -> io::Result<()>;
 }
+
+/// What becomes dirty, and is written by a sync, as a whole. Smaller costs more instructions a byte, larger more bytes
+/// a sync (docs/decisions/0006).
+const SMALL_PAGE_BYTES: usize = 32 << 10;
 
 /// The operating system's files.
 #[derive(Debug)]
@@ -116,6 +123,17 @@ impl Storage for Files {
             tracing::warn!(path = %path.display(), %error, "an unfinished segment stays behind");
         }
         made
+    }
+
+    fn zero(&self, path: &Path) -> io::Result<()> {
+        let file = OpenOptions::new().write(true).open(path)?;
+        let bytes = file.metadata()?.len();
+        // ext4 caches what one call writes in one page of that size, if nothing is cached there yet.
+        let zeros = [0; SMALL_PAGE_BYTES];
+        for at in (0..bytes).step_by(SMALL_PAGE_BYTES) {
+            file.write_all_at(&zeros[..zeros.len().min((bytes - at) as usize)], at)?;
+        }
+        Ok(())
     }
 
     fn open_segment(&self, path: &Path, writable: bool) -> io::Result<Memory> {

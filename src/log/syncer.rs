@@ -3,7 +3,7 @@
 //! A failed sync is final: what the device holds is unknown, so the shard is failed, nothing later
 //! is acknowledged, and there is no second try.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::clock::{Clock, Nanos};
 use crate::config::{Durability, Wait};
@@ -66,6 +66,15 @@ pub(crate) struct Syncer {
     pub(crate) clock: Clock,
 }
 
+/// In `GroupCommit`, syncs begin at least this far apart. More of them wait no less: each wakes the device, flushes
+/// other cores' address translations and takes a core from producers and shards.
+const SYNC_EVERY: Duration = Duration::from_micros(750);
+
+/// Due now, or when.
+fn due_at(at: Instant) -> (bool, Option<Instant>) {
+    (Instant::now() >= at, Some(at))
+}
+
 impl Syncer {
     /// Runs until the shard has ended and everything is synced, or a sync failed.
     pub(crate) fn run(mut self) {
@@ -101,9 +110,8 @@ impl Syncer {
         let durable = self.log.durable.get();
         let appended = self.log.appended.get();
         let due = match self.durability {
-            Durability::GroupCommit => appended > durable,
             // A wake-up for the interval comes by its deadline.
-            Durability::Periodic(_) => wake_at.is_none() && appended > durable,
+            Durability::GroupCommit | Durability::Periodic(_) => wake_at.is_none() && appended > durable,
             Durability::OsCache => false,
         };
         due || self.requests.flush_to.load(Ordering::SeqCst) > durable
@@ -159,12 +167,9 @@ impl Syncer {
             return (true, None);
         }
         match self.durability {
-            Durability::GroupCommit => (true, None),
             Durability::OsCache => (false, None),
-            Durability::Periodic(every) => {
-                let at = synced_at + every;
-                (Instant::now() >= at, Some(at))
-            }
+            Durability::GroupCommit => due_at(synced_at + SYNC_EVERY),
+            Durability::Periodic(every) => due_at(synced_at + every),
         }
     }
 
@@ -222,7 +227,7 @@ mod tests {
 
     #[test]
     fn an_event_synced_before_its_lane_counted_it_is_settled() {
-        for durability in [Durability::GroupCommit, Durability::Periodic(std::time::Duration::from_secs(1))] {
+        for durability in [Durability::GroupCommit, Durability::Periodic(Duration::from_secs(1))] {
             let log = Arc::new(ShardLog::new(ShardId(0), "/s".into(), 1 << 16, Offset(4096), 0, VecDeque::new()));
             let lanes = std::sync::Arc::new(LaneRegistry::default());
             let lane = Arc::new(LaneShared::new(Arc::clone(&log), durability));
