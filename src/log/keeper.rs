@@ -144,7 +144,7 @@ impl Keeper {
         // A leftover that has the name already comes first: another one renamed to that name would replace it, and
         // the name would then stand twice, once for the segment being written and once for a spare.
         let at = kept.spares.iter().position(|(spare, _)| *spare == path).or(kept.spares.len().checked_sub(1));
-        let memory = match at.map(|at| kept.spares.remove(at)) {
+        let mut memory = match at.map(|at| kept.spares.remove(at)) {
             Some((spare, memory)) => {
                 let memory = match memory {
                     Some(memory) => memory,

@@ -27,6 +27,8 @@ pub(crate) struct Memory {
     committed: Watermark,
     /// At and above this, every record was written by this process.
     written_from: usize,
+    /// Mapped page by page rather than in large ones.
+    small_pages: bool,
     backing: Backing,
 }
 
@@ -57,6 +59,7 @@ impl Memory {
             bytes,
             committed: Watermark::new(bytes as u64),
             written_from: bytes,
+            small_pages: false,
             backing: Backing::File { _map: map },
         })
     }
@@ -64,7 +67,14 @@ impl Memory {
     /// Memory that a test's storage keeps as a file's live content.
     pub(crate) fn heap(heap: Arc<Heap>) -> Self {
         let (base, bytes) = (heap.base, heap.layout.size());
-        Self { base, bytes, committed: Watermark::new(bytes as u64), written_from: bytes, backing: Backing::Heap(heap) }
+        Self {
+            base,
+            bytes,
+            committed: Watermark::new(bytes as u64),
+            written_from: bytes,
+            small_pages: false,
+            backing: Backing::Heap(heap),
+        }
     }
 
     pub(crate) fn len(&self) -> usize {
@@ -124,6 +134,12 @@ impl Memory {
         let page = rustix::param::page_size();
         let start = range.start / page * page;
         let end = range.end.next_multiple_of(page).min(self.bytes);
+        if self.small_pages {
+            // Whole pages below the end are not written any more. Taken out of the address space all at once they need
+            // one flush of the other cores' translations; the sync would make one for every page it cleans. Whoever
+            // reads them finds them again in the system's cache.
+            self.advise(start..range.end / page * page, rustix::mm::Advice::LinuxDontNeed)?;
+        }
         // SAFETY: start <= end <= bytes: the place lies in the memory.
         let at = unsafe { self.base.add(start) };
         // SAFETY: the range is mapped for as long as `self` lives, and msync changes no byte.
@@ -147,7 +163,8 @@ impl Memory {
     }
 
     /// Asks for pages of the smallest size: no read-ahead, which would bring larger ones.
-    pub(crate) fn advise_small(&self) -> io::Result<()> {
+    pub(crate) fn advise_small(&mut self) -> io::Result<()> {
+        self.small_pages = true;
         self.advise(0..self.bytes, rustix::mm::Advice::Random)
     }
 
@@ -165,7 +182,8 @@ impl Memory {
         let end = range.end.next_multiple_of(page).min(self.bytes);
         // SAFETY: start <= end <= bytes: the place lies in the memory.
         let at = unsafe { self.base.add(start) };
-        // SAFETY: none of the advices used here changes the content of a shared file mapping.
+        // SAFETY: none of the advices used here changes the content of a shared file mapping (`DontNeed` would that of
+        // a private one, which `map_raw` never makes).
         unsafe { rustix::mm::madvise(at.as_ptr().cast(), end - start, advice) }?;
         Ok(())
     }
