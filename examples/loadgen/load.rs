@@ -84,9 +84,11 @@ pub(crate) struct Session<E: Traced, F> {
     pub(crate) engine: Engine<E>,
     senders: Vec<Lane<E, F>>,
     batch: usize,
-    /// More threads want to run than there are cores.
+    /// More threads want to run than there are cores: producers, shards or a syncer.
     crowded: bool,
     synced: bool,
+    /// The run's report shows every interval.
+    keep: bool,
 }
 
 /// What the threads of a phase share.
@@ -109,7 +111,14 @@ impl<E: Traced, F: Feed<E>> Session<E, F> {
         let batch = args.batch as usize;
         let sender = |(feed, core)| Lane { producer: engine.producer(), feed, batch: Vec::with_capacity(batch), core };
         let senders: Vec<_> = feeds.into_iter().zip(cores).map(sender).collect();
-        Ok(Self { engine, senders, batch, crowded: crowded(args) || args.synced(), synced: args.synced() })
+        Ok(Self {
+            engine,
+            senders,
+            batch,
+            crowded: crowded(args) || args.synced(),
+            synced: args.synced(),
+            keep: args.out.is_some(),
+        })
     }
 
     /// Sends, waits until everything is appended and durable, and says what was measured.
@@ -117,7 +126,8 @@ impl<E: Traced, F: Feed<E>> Session<E, F> {
         let before = self.engine.metrics();
         let control = Control { start: Barrier::new(self.senders.len() + 1), stop: AtomicBool::new(false) };
         let producers = self.senders.len() as u64;
-        let (batch, crowded, synced, engine) = (self.batch, self.crowded, self.synced, &self.engine);
+        let (batch, crowded, synced, keep) = (self.batch, self.crowded, self.synced, self.keep);
+        let engine = &self.engine;
         let published = || engine.shard_metrics().iter().map(|shard| shard.published).sum::<u64>();
         let published_before = published();
         let (done_tx, done) = channel();
@@ -131,7 +141,7 @@ impl<E: Traced, F: Feed<E>> Session<E, F> {
             }
             drop(done_tx);
             control.start.wait();
-            let mut watch = Watch::new(engine, before.clone(), synced, phase);
+            let mut watch = Watch::new(engine, before.clone(), synced, keep, phase);
             watch_over(&mut watch, phase, &control, &done);
             let sent: Result<Vec<Sent>> =
                 threads.into_iter().map(|thread| thread.join().map_err(|_| anyhow!("a producer panicked"))?).collect();

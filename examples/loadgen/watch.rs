@@ -31,7 +31,8 @@ pub(crate) struct Interval {
     /// Since the engine was opened.
     pub(crate) segments_begun: u64,
     pub(crate) segments_freed: u64,
-    /// In the order of [`Stage::ALL`], since the last interval that has any; empty where only counters were read.
+    /// In the order of [`Stage::ALL`], since the last interval that has any; empty where only counters were read, or nobody
+    /// wants them afterwards.
     stages: Vec<Histogram<u64>>,
 }
 
@@ -58,6 +59,8 @@ pub(crate) struct Watch<'a, E: Traced> {
     p99_of: Stage,
     p99_ns: u64,
     synced: bool,
+    /// Every interval's histograms are wanted afterwards: 2 MB each.
+    keep: bool,
     name: &'static str,
     total: Option<u64>,
     done: u64,
@@ -65,7 +68,7 @@ pub(crate) struct Watch<'a, E: Traced> {
 }
 
 impl<'a, E: Traced> Watch<'a, E> {
-    pub(crate) fn new(engine: &'a Engine<E>, before: Metrics, synced: bool, phase: &Phase) -> Self {
+    pub(crate) fn new(engine: &'a Engine<E>, before: Metrics, synced: bool, keep: bool, phase: &Phase) -> Self {
         let now = Instant::now();
         let total = match (phase.events, phase.rate, phase.duration) {
             (Some(events), _, _) => Some(events),
@@ -85,6 +88,7 @@ impl<'a, E: Traced> Watch<'a, E> {
             p99_of,
             p99_ns: 0,
             synced,
+            keep,
             name: phase.name,
             total,
             done: 0,
@@ -110,7 +114,7 @@ impl<'a, E: Traced> Watch<'a, E> {
         let stages: Vec<_> = Stage::ALL.iter().map(since).collect();
         self.p99_ns = stages[self.p99_of as usize].value_at_quantile(0.99);
         self.last = (now, metrics);
-        stages
+        if self.keep { stages } else { Vec::new() }
     }
 
     fn interval(&mut self, now: Instant, stages: Vec<Histogram<u64>>) {
