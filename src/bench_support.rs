@@ -8,8 +8,8 @@ use std::sync::Arc as StdArc;
 
 use crossbeam::queue::ArrayQueue;
 
-use crate::event::{Correlation, Event, Key, Offset, Scratch, ShardId, Time, Version};
-use crate::keys::{self, KeyTable};
+use crate::event::{Correlation, Event, Key, KeyHash, Offset, Scratch, ShardId, Time, Version};
+use crate::keys::KeyTable;
 use crate::log::format::{ALIGN, RecordHeader, padded, schema_fingerprint};
 use crate::log::mmap::{Heap, Memory, WriteHalf};
 use crate::log::segment::ShardLog;
@@ -36,7 +36,7 @@ impl<E> Ring<E> {
     /// Pushes up to `count` events as one chunk. Returns how many.
     #[inline]
     pub fn push(&mut self, count: usize, events: impl Iterator<Item = (Key, E)>) -> usize {
-        push_chunk(&mut self.tx, count, events.map(|(key, event)| Slot { key, published: 1, late: NOT_DUE, event }))
+        push_chunk(&mut self.tx, count, events.map(|(key, event)| Slot::new(key, 1, NOT_DUE, event)))
     }
 
     /// Shows up to `count` events to `see` and lets go of them, as one chunk. Returns how many.
@@ -51,10 +51,6 @@ impl<E> Ring<E> {
     }
 }
 
-/// Where a key is looked for first.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct Spot(keys::Spot);
-
 /// A shard's key table.
 #[derive(Debug)]
 pub struct Keys(KeyTable);
@@ -68,14 +64,14 @@ impl Keys {
 
     /// Asks for the place of this key to be brought near.
     #[inline]
-    pub fn prefetch(&self, key: Key) -> Spot {
-        Spot(self.0.spot(key))
+    pub fn prefetch(&self, key: Key) {
+        self.0.prefetch(KeyHash::of(key));
     }
 
     /// What the table does for one event: finds the key, counts its version, moves its chain's head.
     #[inline]
-    pub fn append(&mut self, key: Key, spot: Spot, head: Offset) -> (Version, Offset) {
-        let known = self.0.entry(key, spot.0);
+    pub fn append(&mut self, key: Key, head: Offset) -> (Version, Offset) {
+        let known = self.0.entry(key, KeyHash::of(key));
         let (version, previous) = (Version(known.version().0 + 1), known.head());
         known.set(version, head);
         (version, previous)

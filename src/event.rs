@@ -130,6 +130,17 @@ impl Key {
     }
 }
 
+/// The low half of a key's hash, as a shard's key table uses it: made once, by who publishes.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct KeyHash(pub(crate) u32);
+
+impl KeyHash {
+    #[inline]
+    pub(crate) fn of(key: Key) -> Self {
+        Self(key.hash() as u32)
+    }
+}
+
 impl fmt::Display for Key {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         fmt::Display::fmt(&self.0, f)

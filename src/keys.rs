@@ -6,7 +6,7 @@
 //! buckets of later events while it appends earlier ones: with a million keys every look-up would
 //! otherwise wait for memory.
 
-use crate::event::{Key, Offset, Version};
+use crate::event::{Key, KeyHash, Offset, Version};
 use crate::sync::prefetch;
 
 const PARTS: usize = 64;
@@ -42,13 +42,6 @@ pub(crate) struct KeyTable {
     used: Box<[usize; PARTS]>,
 }
 
-/// The bucket in which a key is looked for first.
-#[derive(Debug, Clone, Copy, Default)]
-pub(crate) struct Spot {
-    part: u32,
-    bucket: u32,
-}
-
 /// A place in a part: bucket and slot.
 #[derive(Debug, Clone, Copy)]
 struct Place(usize, usize);
@@ -64,30 +57,27 @@ impl KeyTable {
         }
     }
 
-    /// Where `key` is looked for first, asked for to be brought near.
+    /// Asks for the bucket of the key with this hash to be brought near.
     #[inline]
-    pub(crate) fn spot(&self, key: Key) -> Spot {
-        let hash = key.hash();
-        let number = part_of(hash);
-        let part = &self.parts[number];
-        let bucket = bucket_of(hash, part.len());
-        prefetch(&part[bucket]);
-        Spot { part: number as u32, bucket: bucket as u32 }
+    pub(crate) fn prefetch(&self, hash: KeyHash) {
+        let part = &self.parts[part_of(hash)];
+        prefetch(&part[bucket_of(hash, part.len())]);
     }
 
-    /// The place of `key`, which stays as it is until [`Entry::set`]. `spot` is what [`KeyTable::spot`] said of it;
-    /// when its part has grown since, the key is found all the same.
+    /// The place of `key`, which stays as it is until [`Entry::set`].
     #[inline]
-    pub(crate) fn entry(&mut self, key: Key, spot: Spot) -> Entry<'_> {
-        let (number, at) = (spot.part as usize % PARTS, spot.bucket as usize);
-        let [first, second] = &self.parts[number][at].0;
+    pub(crate) fn entry(&mut self, key: Key, hash: KeyHash) -> Entry<'_> {
+        let number = part_of(hash);
+        let part = &self.parts[number];
+        let at = bucket_of(hash, part.len());
+        let [first, second] = &part[at].0;
         // Without a branch between the two: which it is cannot be foreseen.
         let is_second = usize::from(first.key != key);
         let candidate = if is_second == 1 { second } else { first };
         let place = if candidate.key == key && candidate.version.0 != 0 {
             Place(at, is_second)
         } else {
-            self.find_or_make_room(key)
+            self.find_or_make_room(key, hash)
         };
         let (part, used) = (&mut self.parts[number], &mut self.used[number]);
         Entry { slot: &mut part[place.0].0[place.1], used, key }
@@ -96,8 +86,7 @@ impl KeyTable {
     /// Finds keys that are not where they are looked for first, and places for new ones: where the part
     /// would be too full with one more, it grows first.
     #[inline(never)]
-    fn find_or_make_room(&mut self, key: Key) -> Place {
-        let hash = key.hash();
+    fn find_or_make_room(&mut self, key: Key, hash: KeyHash) -> Place {
         let number = part_of(hash);
         let part = &mut self.parts[number];
         let place = find(part, key, hash);
@@ -111,8 +100,9 @@ impl KeyTable {
     /// What is known of `key`.
     #[cfg(test)]
     pub(crate) fn get(&self, key: Key) -> Option<(Version, Offset)> {
-        let part = &self.parts[part_of(key.hash())];
-        let place = find(part, key, key.hash());
+        let hash = KeyHash::of(key);
+        let part = &self.parts[part_of(hash)];
+        let place = find(part, key, hash);
         let slot = &part[place.0].0[place.1];
         (slot.version.0 != 0).then_some((slot.version, slot.head))
     }
@@ -124,7 +114,7 @@ impl KeyTable {
 }
 
 /// Where `key` is, or the free slot where it belongs. A part is never full, so this ends.
-fn find(part: &Part, key: Key, hash: u64) -> Place {
+fn find(part: &Part, key: Key, hash: KeyHash) -> Place {
     let mut at = bucket_of(hash, part.len());
     loop {
         for (i, slot) in part[at].0.iter().enumerate() {
@@ -141,7 +131,7 @@ fn grow(part: &mut Part) {
     let bigger: Part = vec![Bucket([FREE; 2]); part.len() * 2].into();
     let old = std::mem::replace(part, bigger);
     for slot in old.iter().flat_map(|bucket| &bucket.0).filter(|slot| slot.version.0 != 0) {
-        let place = find(part, slot.key, slot.key.hash());
+        let place = find(part, slot.key, KeyHash::of(slot.key));
         part[place.0].0[place.1] = *slot;
     }
 }
@@ -178,16 +168,16 @@ impl Entry<'_> {
     }
 }
 
-// The shard takes the hash's top bits (by multiply-high), so the part is taken from the lowest and the
-// bucket from those above: independent of each other.
+// The shard takes the hash's top bits (by multiply-high), the table its low half: the part the lowest of them and
+// the bucket those above, all independent of each other. That is enough for 2²⁶ buckets a part.
 #[inline]
-fn part_of(hash: u64) -> usize {
-    (hash & (PARTS as u64 - 1)) as usize
+fn part_of(hash: KeyHash) -> usize {
+    hash.0 as usize % PARTS
 }
 
 #[inline]
-fn bucket_of(hash: u64, buckets: usize) -> usize {
-    ((hash >> PART_BITS) as usize) & (buckets - 1)
+fn bucket_of(hash: KeyHash, buckets: usize) -> usize {
+    (hash.0 >> PART_BITS) as usize & (buckets - 1)
 }
 
 #[cfg(test)]
@@ -204,8 +194,7 @@ mod tests {
             x = x.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
             // Key 0 is a key like any other.
             let key = Key((x >> 33) % 50_000);
-            let spot = table.spot(key);
-            let entry = table.entry(key, spot);
+            let entry = table.entry(key, KeyHash::of(key));
             let expected = model.entry(key).or_insert((0_u64, 0_u64));
             assert_eq!((entry.version().0, entry.head().0), *expected);
             *expected = (expected.0 + 1, round);

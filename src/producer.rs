@@ -396,7 +396,7 @@ impl<E: Event> Producer<E> {
         let shard = key.shard(self.lanes.len() as u16);
         let wait = self.wait;
         let lane = &mut self.lanes[usize::from(shard.0)];
-        let mut slot = Slot { key, published, late, event };
+        let mut slot = Slot::new(key, published, late, event);
         let mut idle = Idle::new(wait);
         loop {
             let Some(inside) = lane.shared.enter() else { return Err(lane.door.refusal(slot.event)) };
@@ -451,7 +451,7 @@ impl<E: Event> Producer<E> {
         if fitting < total {
             refused = Some(RejectedReason::TooLarge { bytes_max: self.bounds.bytes_max });
         }
-        let slot = |(key, event)| Slot { key, published, late: NOT_DUE, event };
+        let slot = |(key, event)| Slot::new(key, published, NOT_DUE, event);
         if let [lane] = &mut self.lanes[..] {
             if let Err(reason) = lane.push_all(events, fitting, slot, self.wait, patience) {
                 refused = Some(reason);

@@ -4,7 +4,7 @@
 //! visible with one release store.
 
 use crate::clock::Nanos;
-use crate::event::Key;
+use crate::event::{Key, KeyHash};
 
 /// One event on its way to a shard.
 #[derive(Debug)]
@@ -13,7 +13,16 @@ pub(crate) struct Slot<E> {
     pub(crate) published: Nanos,
     /// ns between when it was due and `published`; [`NOT_DUE`] where nothing was due.
     pub(crate) late: u32,
+    /// The key's hash, for the shard's key table.
+    pub(crate) hash: KeyHash,
     pub(crate) event: E,
+}
+
+impl<E> Slot<E> {
+    #[inline]
+    pub(crate) fn new(key: Key, published: Nanos, late: u32, event: E) -> Self {
+        Self { key, published, late, hash: KeyHash::of(key), event }
+    }
 }
 
 /// `late` of an event that is not sent by a schedule.
@@ -57,7 +66,7 @@ mod tests {
             let count = (x >> 60) as usize;
             if x & 1 == 0 {
                 let first = next;
-                let slots = (first..).map(|i| Slot { key: Key(i), published: 1, late: NOT_DUE, event: i });
+                let slots = (first..).map(|i| Slot::new(Key(i), 1, NOT_DUE, i));
                 let pushed = push_chunk(&mut tx, count, slots);
                 assert_eq!(pushed, count.min(8 - model.len()));
                 model.extend(first..first + pushed as u64);

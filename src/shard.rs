@@ -11,7 +11,7 @@ use crate::clock::{Clock, Nanos};
 use crate::error::FailureCause;
 use crate::event::{Event, Meta, Offset, Sequence, ShardId, Version};
 use crate::handler::{BatchEnd, HandlerError, OnError, Registered};
-use crate::keys::{KeyTable, Spot};
+use crate::keys::KeyTable;
 use crate::log::format::{RECORD_HEADER_BYTES, RecordHeader};
 use crate::log::keeper::KeeperRequests;
 use crate::log::segment::ShardLog;
@@ -517,20 +517,15 @@ impl Batch<'_> {
     ) -> Result<usize, FailureCause> {
         // The table's slots of later keys are brought near while earlier events are appended.
         let mut ahead = slots.clone();
-        let mut spots = [Spot::default(); PREFETCH_AHEAD];
-        for (spot, slot) in spots.iter_mut().zip(ahead.by_ref()) {
-            *spot = self.keys.spot(slot.key);
-        }
+        ahead.by_ref().take(PREFETCH_AHEAD).for_each(|slot| self.keys.prefetch(slot.hash));
         let first_sequence = self.writer.sequence();
         let mut appender = self.writer.appender();
         let begun = appender.offset().0;
         let mut run = RunBegun { published: 0, late: NOT_DUE, first: 0 };
         let (mut appended, mut refused) = (0, None);
         for slot in slots {
-            let place = &mut spots[appended % PREFETCH_AHEAD];
-            let spot = *place;
             if let Some(later) = ahead.next() {
-                *place = self.keys.spot(later.key);
+                self.keys.prefetch(later.hash);
             }
             let event_type = slot.event.event_type();
             let Some(&Some(schema_version)) = self.schema_versions.get(usize::from(event_type.0)) else {
@@ -542,7 +537,7 @@ impl Batch<'_> {
                 self.runs.extend(run.until(appended, offset));
                 run = RunBegun { published: slot.published, late: slot.late, first: appended };
             }
-            let known = self.keys.entry(slot.key, spot);
+            let known = self.keys.entry(slot.key, slot.hash);
             let version = Version(known.version().0 + 1);
             let header = RecordHeader {
                 time: slot.event.time().unwrap_or_else(|| crate::producer::wall_time(slot.published, self.wall_offset)),

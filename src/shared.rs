@@ -109,7 +109,7 @@ impl<E: Event> SharedProducer<E> {
     ) -> Result<&SharedLane<E>, Rejected<E>> {
         let event = Bounds::check_once(event, self.event_bytes_max)?;
         let lane = &*self.lanes[usize::from(key.shard(self.lanes.len() as u16).0)];
-        let mut slot = SharedSlot { slot: Slot { key, published: self.clock.now(), late: NOT_DUE, event }, ticket };
+        let mut slot = SharedSlot { slot: Slot::new(key, self.clock.now(), NOT_DUE, event), ticket };
         let mut idle = Idle::new(self.wait);
         loop {
             let Some(inside) = lane.shared.enter() else { return Err(lane.door.refusal(slot.slot.event)) };

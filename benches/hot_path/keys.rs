@@ -2,7 +2,7 @@
 
 use std::hint::black_box;
 
-use corelane::bench_support::{Keys, Spot};
+use corelane::bench_support::Keys;
 use corelane::{Key, Offset};
 use criterion::{BenchmarkId, Criterion, Throughput};
 use rand::rngs::SmallRng;
@@ -20,8 +20,7 @@ pub(crate) fn benches(c: &mut Criterion) {
     for (name, users) in [("1k", 1_000), ("100k", 100_000), ("1M", 1_000_000)] {
         let mut table = Keys::new(users);
         for user in 0..users as u64 {
-            let spot = table.prefetch(Key::new(user));
-            table.append(Key::new(user), spot, Offset(1));
+            table.append(Key::new(user), Offset(1));
         }
         let mut random = SmallRng::seed_from_u64(0x5eed);
         let draws: Vec<Key> = (0..DRAWS).map(|_| Key::new(random.random_range(0..users as u64))).collect();
@@ -29,19 +28,14 @@ pub(crate) fn benches(c: &mut Criterion) {
         group.bench_function(BenchmarkId::new("append", name), |b| {
             b.iter(|| {
                 let keys = rounds.next().unwrap_or(&draws);
-                let mut spots = [Spot::default(); AHEAD];
-                for (spot, key) in spots.iter_mut().zip(keys) {
-                    *spot = table.prefetch(*key);
-                }
+                keys[..AHEAD].iter().for_each(|key| table.prefetch(*key));
                 let mut ahead = keys[AHEAD..].iter();
                 let mut sum = 0;
                 for (i, key) in keys.iter().enumerate() {
-                    let place = &mut spots[i % AHEAD];
-                    let spot = *place;
                     if let Some(later) = ahead.next() {
-                        *place = table.prefetch(*later);
+                        table.prefetch(*later);
                     }
-                    sum += table.append(*key, spot, Offset(i as u64)).0.get();
+                    sum += table.append(*key, Offset(i as u64)).0.get();
                 }
                 black_box(sum)
             });

@@ -17,19 +17,23 @@ const LONG_BYTES: usize = 1024;
 #[target_feature(enable = "sse4.2")]
 pub(crate) fn four(seed: u32, [a, b, c, d]: [&[u8]; LANES]) -> [u32; LANES] {
     // Written out: a closure would not be compiled for the instruction.
-    let common = a.len().min(b.len()).min(c.len()).min(d.len()) / 8 * 8;
-    let ((a, a_rest), (b, b_rest)) = (a.split_at(common), b.split_at(common));
-    let ((c, c_rest), (d, d_rest)) = (c.split_at(common), d.split_at(common));
-    let words = a.as_chunks().0.iter().zip(b.as_chunks().0).zip(c.as_chunks().0).zip(d.as_chunks().0);
+    let common = a.len().min(b.len()).min(c.len()).min(d.len()) / 8;
+    let (a_words, b_words) = (&a.as_chunks().0[..common], &b.as_chunks().0[..common]);
+    let (c_words, d_words) = (&c.as_chunks().0[..common], &d.as_chunks().0[..common]);
     let start = u64::from(!seed);
     let [mut sum_a, mut sum_b, mut sum_c, mut sum_d] = [start; LANES];
-    for (((a, b), c), d) in words {
-        sum_a = step(sum_a, a);
-        sum_b = step(sum_b, b);
-        sum_c = step(sum_c, c);
-        sum_d = step(sum_d, d);
+    for word in 0..common {
+        sum_a = step(sum_a, &a_words[word]);
+        sum_b = step(sum_b, &b_words[word]);
+        sum_c = step(sum_c, &c_words[word]);
+        sum_d = step(sum_d, &d_words[word]);
     }
-    [finish(sum_a, a_rest), finish(sum_b, b_rest), finish(sum_c, c_rest), finish(sum_d, d_rest)]
+    let done = common * 8;
+    if a.len() | b.len() | c.len() | d.len() == done {
+        // Four of one length, and nothing left over: most often.
+        return [!(sum_a as u32), !(sum_b as u32), !(sum_c as u32), !(sum_d as u32)];
+    }
+    [finish(sum_a, &a[done..]), finish(sum_b, &b[done..]), finish(sum_c, &c[done..]), finish(sum_d, &d[done..])]
 }
 
 /// The sum of one input, begun with `seed`. For a processor that has the instruction.
@@ -50,10 +54,6 @@ fn step(sum: u64, word: &[u8; 8]) -> u64 {
 #[target_feature(enable = "sse4.2")]
 #[inline]
 fn finish(mut sum: u64, input: &[u8]) -> u32 {
-    // Most often nothing is left.
-    if input.is_empty() {
-        return !(sum as u32);
-    }
     let (words, bytes) = input.as_chunks::<8>();
     for word in words {
         sum = step(sum, word);

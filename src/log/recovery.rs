@@ -9,8 +9,8 @@ use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Corruption, OpenError};
-use crate::event::{Key, Offset, ShardId, Version};
-use crate::keys::{KeyTable, Spot};
+use crate::event::{Key, KeyHash, Offset, ShardId, Version};
+use crate::keys::KeyTable;
 use crate::log::format::{
     ALIGN, Found, HEADER_BYTES, HeaderError, MARK, RECORD_BYTES_MAX, RECORD_HEADER_BYTES, RecordHeader, SegmentHeader,
     padded, record_at, u32_at,
@@ -400,7 +400,7 @@ impl Opening<'_> {
         let base = index * self.manifest.segment_bytes;
         let mut at = HEADER_BYTES;
         // Keys are looked up a little behind the reading, so that their slots have time to arrive.
-        let mut ahead = [(Key(0), Spot::default(), Version(0), Offset(0)); LOOK_AHEAD];
+        let mut ahead = [(Key(0), KeyHash(0), Version(0), Offset(0)); LOOK_AHEAD];
         let mut seen = 0_usize;
         let end = loop {
             let len = match record_at(&whole[at..], salt) {
@@ -427,10 +427,11 @@ impl Opening<'_> {
                     });
                 }
                 let place = &mut ahead[seen % LOOK_AHEAD];
-                let spot = scan.keys.spot(header.key);
-                let (key, spot, version, offset) = std::mem::replace(place, (header.key, spot, header.version, offset));
+                let hash = KeyHash::of(header.key);
+                scan.keys.prefetch(hash);
+                let (key, hash, version, offset) = std::mem::replace(place, (header.key, hash, header.version, offset));
                 if seen >= LOOK_AHEAD {
-                    scan.keys.entry(key, spot).set(version, offset);
+                    scan.keys.entry(key, hash).set(version, offset);
                 }
                 seen += 1;
                 scan.sequence += 1;
@@ -442,8 +443,8 @@ impl Opening<'_> {
             }
         };
         for i in seen.saturating_sub(LOOK_AHEAD)..seen {
-            let (key, spot, version, offset) = ahead[i % LOOK_AHEAD];
-            scan.keys.entry(key, spot).set(version, offset);
+            let (key, hash, version, offset) = ahead[i % LOOK_AHEAD];
+            scan.keys.entry(key, hash).set(version, offset);
         }
         Ok(end)
     }
