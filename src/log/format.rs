@@ -248,16 +248,18 @@ impl RecordHeader {
     }
 }
 
-/// The bytes of a record of this exact length that its CRC covers, from the segment's salt on.
-#[inline]
-pub(crate) fn summed(record: &[u8], len: usize) -> &[u8] {
-    &record[8..len]
+/// Takes a staged record of this exact length apart: the length word and CRC, which are still to be written, and the
+/// bytes that the CRC covers.
+#[inline(always)]
+pub(crate) fn open(record: &mut [u8], len: usize) -> (&mut [u8; 8], &[u8]) {
+    let (start, rest) = record.split_first_chunk_mut().expect("a record is longer than its first two words");
+    (start, &rest[..len - 8])
 }
 
 /// Writes the CRC of a staged record. Only its length word is missing then.
-#[inline]
-pub(crate) fn seal(record: &mut [u8], crc: u32) {
-    record[4..8].copy_from_slice(&crc.to_le_bytes());
+#[inline(always)]
+pub(crate) fn seal(start: &mut [u8; 8], crc: u32) {
+    start[4..].copy_from_slice(&crc.to_le_bytes());
 }
 
 /// What stands at a place where a record may begin.
@@ -284,7 +286,7 @@ pub(crate) fn record_at(tail: &[u8], salt: u32) -> Found {
     if !(RECORD_HEADER_BYTES..=RECORD_BYTES_MAX).contains(&len) || padded(len) > tail.len() {
         return Found::Damaged("a record's length is out of range");
     }
-    if crc32c(salt, summed(tail, len)) != u32_at(tail, 4) {
+    if crc32c(salt, &tail[8..len]) != u32_at(tail, 4) {
         return Found::Damaged("a record's CRC does not hold");
     }
     if tail[len..padded(len)].iter().any(|&byte| byte != 0) {
@@ -314,8 +316,8 @@ pub(crate) mod tests {
         let mut bytes = [0xff_u8; 96];
         bytes[48..53].copy_from_slice(b"hello");
         header().stage(&mut bytes[..64], 53);
-        let crc = crc32c(9, summed(&bytes, 53));
-        seal(&mut bytes, crc);
+        let (start, summed) = open(&mut bytes, 53);
+        seal(start, crc32c(9, summed));
         bytes[0..4].copy_from_slice(&53_u32.to_le_bytes());
         assert_eq!(record_at(&bytes, 9), Found::Record(53));
         assert_eq!(RecordHeader::decode(&bytes), header());
@@ -327,8 +329,8 @@ pub(crate) mod tests {
         let mut bytes = [0_u8; 64];
         bytes[48..53].copy_from_slice(b"hello");
         header().stage(&mut bytes[..64], 53);
-        let crc = crc32c(9, summed(&bytes, 53));
-        seal(&mut bytes, crc);
+        let (start, summed) = open(&mut bytes, 53);
+        seal(start, crc32c(9, summed));
         bytes[0..4].copy_from_slice(&53_u32.to_le_bytes());
         for bit in 0..64 * 8 {
             bytes[bit / 8] ^= 1 << (bit % 8);
@@ -374,8 +376,8 @@ pub(crate) mod tests {
         let mut bytes = vec![0xff; padded(len)];
         bytes[RECORD_HEADER_BYTES..len].copy_from_slice(body);
         header.stage(&mut bytes, len);
-        let crc = crc32c(0x0bad_cafe, summed(&bytes, len));
-        seal(&mut bytes, crc);
+        let (start, summed) = open(&mut bytes, len);
+        seal(start, crc32c(0x0bad_cafe, summed));
         bytes[0..4].copy_from_slice(&(len as u32).to_le_bytes());
         bytes
     }

@@ -250,10 +250,10 @@ impl WriteHalf {
 /// Stores the length word of a complete record, which makes it part of the log for whoever reads the
 /// file. Readers of this process see it after `publish`.
 #[inline]
-pub(crate) fn store_length(record: &mut [u8], len: u32) {
-    let word = record[..4].as_mut_ptr().cast::<u32>();
+pub(crate) fn store_length(start: &mut [u8; 8], len: u32) {
+    let word = start.as_mut_ptr().cast::<u32>();
     assert!(word.is_aligned(), "records begin at 16-byte steps");
-    // SAFETY: aligned, 4 bytes, borrowed from their one owner.
+    // SAFETY: aligned, the first 4 of 8 bytes, borrowed from their one owner.
     let word = unsafe { AtomicU32::from_ptr(word) };
     // Release: pairs with whoever reads the length word first in another process.
     word.store(len.to_le(), Ordering::Release);

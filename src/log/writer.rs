@@ -7,7 +7,7 @@ use crossbeam::queue::ArrayQueue;
 
 use crate::event::{Correlation, Encode, Key, Offset, Scratch, Time, Version};
 use crate::log::crc::LANES;
-use crate::log::format::{HEADER_BYTES, MARK, RECORD_HEADER_BYTES, RecordHeader, SegmentHeader, padded, seal, summed};
+use crate::log::format::{HEADER_BYTES, MARK, RECORD_HEADER_BYTES, RecordHeader, SegmentHeader, open, padded, seal};
 use crate::log::mmap::{Memory, WriteHalf, crc32c, crc32c_lanes, store_length};
 use crate::log::segment::{Segment, ShardLog};
 use crate::sync::Arc;
@@ -146,19 +146,19 @@ impl<'a> Appender<'a> {
             let (a, rest) = group.split_at_mut(padded(a_len));
             let (b, rest) = rest.split_at_mut(padded(b_len));
             let (c, d) = rest.split_at_mut(padded(c_len));
-            let inputs = [summed(a, a_len), summed(b, b_len), summed(c, c_len), summed(d, d_len)];
-            let crcs = crc32c_lanes(self.salt, inputs);
-            for ((record, len), crc) in [a, b, c, d].into_iter().zip(self.staged).zip(crcs) {
-                seal(record, crc);
-                store_length(record, len as u32);
-            }
+            let ((a, a_summed), (b, b_summed)) = (open(a, a_len), open(b, b_len));
+            let ((c, c_summed), (d, d_summed)) = (open(c, c_len), open(d, d_len));
+            let [a_crc, b_crc, c_crc, d_crc] = crc32c_lanes(self.salt, [a_summed, b_summed, c_summed, d_summed]);
+            commit(a, a_len, a_crc);
+            commit(b, b_len, b_crc);
+            commit(c, c_len, c_crc);
+            commit(d, d_len, d_crc);
         } else {
             let mut rest = group;
             for &len in &self.staged[..self.staged_len] {
                 let (record, behind) = rest.split_at_mut(padded(len));
-                let crc = crc32c(self.salt, summed(record, len));
-                seal(record, crc);
-                store_length(record, len as u32);
+                let (start, summed) = open(record, len);
+                commit(start, len, crc32c(self.salt, summed));
                 rest = behind;
             }
         }
@@ -170,6 +170,13 @@ impl<'a> Appender<'a> {
         self.seal();
         self.offset()
     }
+}
+
+/// Makes a record part of the log.
+#[inline(always)]
+fn commit(start: &mut [u8; 8], len: usize, crc: u32) {
+    seal(start, crc);
+    store_length(start, len as u32);
 }
 
 /// At least this long (ns) lies between two marks.

@@ -7,7 +7,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::event::{Correlation, Key, Meta, Version};
-use crate::log::format::{ALIGN, MARK, RECORD_HEADER_BYTES, RecordHeader, padded, seal, summed};
+use crate::log::format::{ALIGN, MARK, RECORD_HEADER_BYTES, RecordHeader, open, padded, seal};
 use crate::log::manifest::StoredType;
 
 const SEGMENT_BYTES: u64 = 64 << 10;
@@ -93,8 +93,8 @@ impl Engine {
             schema_version: 1,
         };
         header.stage(&mut record[..padded(len)], len);
-        let crc = crate::log::mmap::crc32c(self.salt, summed(&record, len));
-        seal(&mut record, crc);
+        let (start, summed) = open(&mut record, len);
+        seal(start, crate::log::mmap::crc32c(self.salt, summed));
         record[padded(len)..].fill(0);
         let file = self.file(self.index);
         let end = record.len().min(SEGMENT_BYTES as usize - self.at);
