@@ -90,5 +90,5 @@ fn nothing_is_allocated_per_event() {
     assert!(os_cache < 1_000 + events / 1_000, "{os_cache} allocations for {events} events");
     let group = allocations(Durability::GroupCommit, events);
     eprintln!("GroupCommit: {group} allocations for {events} events");
-    assert!(group < events / 20, "{group} allocations for {events} events");
+    assert!(group < 1_000 + events / 200, "{group} allocations for {events} events");
 }

@@ -15,6 +15,7 @@ use hdrhistogram::Histogram;
 
 use crate::cli::Args;
 use crate::events::{Feed, Traced};
+use crate::machine::resident;
 use crate::watch::{Interval, Watch, jitter};
 
 /// A sleep shorter than this is no sleep: the system wakes late.
@@ -54,6 +55,8 @@ pub(crate) struct Measured {
     /// Events of each shard.
     pub(crate) shards: Vec<u64>,
     pub(crate) segment_waits: u64,
+    /// Bytes in memory when it began and when it ended: the process's own, and those of mapped files.
+    pub(crate) memory: Option<[(u64, u64); 2]>,
 }
 
 impl Measured {
@@ -124,6 +127,7 @@ impl<E: Traced, F: Feed<E>> Session<E, F> {
     /// Sends, waits until everything is appended and durable, and says what was measured.
     pub(crate) fn run(&mut self, phase: &Phase) -> Result<Measured> {
         let before = self.engine.metrics();
+        let memory_before = resident();
         let control = Control { start: Barrier::new(self.senders.len() + 1), stop: AtomicBool::new(false) };
         let producers = self.senders.len() as u64;
         let (batch, crowded, synced, keep) = (self.batch, self.crowded, self.synced, self.keep);
@@ -160,7 +164,9 @@ impl<E: Traced, F: Feed<E>> Session<E, F> {
             let mut delay = histogram();
             sent.iter().try_for_each(|sent| delay.add(&sent.delay))?;
             let jitter = jitter.join().map_err(|_| anyhow!("the jitter thread panicked"))?;
-            Ok(measured(&before, &engine.metrics(), Timing { published, elapsed, flush, delay, jitter, intervals }))
+            let memory = memory_before.zip(resident()).map(|(before, after)| [before, after]);
+            let timing = Timing { published, elapsed, flush, delay, jitter, intervals, memory };
+            Ok(measured(&before, &engine.metrics(), timing))
         })
     }
 }
@@ -211,6 +217,7 @@ struct Timing {
     delay: Histogram<u64>,
     jitter: Histogram<u64>,
     intervals: Vec<Interval>,
+    memory: Option<[(u64, u64); 2]>,
 }
 
 fn measured(before: &Metrics, after: &Metrics, timing: Timing) -> Measured {
@@ -236,6 +243,7 @@ fn measured(before: &Metrics, after: &Metrics, timing: Timing) -> Measured {
         intervals: timing.intervals,
         shards,
         segment_waits: of(|shard| shard.segment_waits),
+        memory: timing.memory,
     }
 }
 

@@ -58,3 +58,13 @@ fn commit() -> String {
     let clean = git(&["status", "--porcelain", "--untracked-files=no"]).is_some_and(|changes| changes.is_empty());
     if clean { commit } else { format!("{commit} with local changes") }
 }
+
+/// Bytes of this process that are in memory: its own, and those of mapped files. `None` where the system does not say.
+pub(crate) fn resident() -> Option<(u64, u64)> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let of = |name: &str| {
+        let line = status.lines().find_map(|line| line.strip_prefix(name))?;
+        Some(line.trim().strip_suffix(" kB")?.parse::<u64>().ok()? * 1024)
+    };
+    Some((of("RssAnon:")?, of("RssFile:")?))
+}

@@ -147,6 +147,15 @@ impl<'a> Summary<'a> {
             "backlog",
             grouped(measured.backlog_max)
         );
+        if let Some([(own_before, mapped_before), (own, mapped)]) = measured.memory {
+            let grown = |before: u64, after: u64| format!("{} → {}", byte_size(before as f64), byte_size(after as f64));
+            out += &format!(
+                "{:>11}  {} of its own, {} of the log, from beginning to end\n",
+                "memory",
+                grown(own_before, own),
+                grown(mapped_before, mapped)
+            );
+        }
         let total = measured.appended.max(1) as f64;
         let shares: Vec<_> = measured
             .shards
@@ -287,6 +296,10 @@ impl<'a> Summary<'a> {
             "events_per_second": measured.per_second(),
             "seconds": measured.elapsed.as_secs_f64(),
             "bytes": measured.bytes,
+            "memory_bytes": measured.memory.map(|[before, after]| json!({
+                "own": [before.0, after.0],
+                "mapped": [before.1, after.1],
+            })),
             "bytes_per_second": bytes_per_second(measured),
             "durability": args.durability_name(),
             "shards": args.shards,

@@ -124,7 +124,7 @@ impl Syncer {
     /// Tells lanes of what was synced before the shard had counted it for them: between publishing the
     /// log's watermark and a lane's count, a sync may come in that covers an event no lane yet counts.
     fn settle(&mut self) {
-        if !self.lanes.is_behind() {
+        if self.log.appended.get() > self.log.durable.get() || !self.lanes.is_behind() {
             return;
         }
         // The lanes' counts first, as in `sync`.
