@@ -16,6 +16,7 @@ use crate::report;
 const LOOK_EVERY: Duration = Duration::from_millis(250);
 const QUICK_LOOKS: usize = 40;
 const LINE_EVERY: Duration = Duration::from_secs(1);
+const SYNCED_HISTOGRAMS_EVERY: Duration = Duration::from_secs(5);
 
 /// What happened between two looks.
 #[derive(Debug, Clone)]
@@ -103,8 +104,10 @@ impl<'a, E: Traced> Watch<'a, E> {
 
     pub(crate) fn look(&mut self) {
         let now = Instant::now();
-        // A syncer hands its histograms over between two syncs; waiting for that takes a core from the run.
-        let stages = if !self.synced || now - self.last.0 >= LINE_EVERY { self.histograms(now) } else { Vec::new() };
+        // A syncer hands its histograms over between two syncs; waiting for that, and adding them up, takes a core
+        // from the run for some milliseconds.
+        let every = if self.keep { LINE_EVERY } else { SYNCED_HISTOGRAMS_EVERY };
+        let stages = if !self.synced || now - self.last.0 >= every { self.histograms(now) } else { Vec::new() };
         self.interval(now, stages);
     }
 

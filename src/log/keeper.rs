@@ -7,7 +7,7 @@
 use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hasher};
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use crate::clock::wall_now;
@@ -141,6 +141,9 @@ impl Keeper {
         }
         let index = kept.next_index;
         let path = kept.log.segment_path(index);
+        // Where syncs follow each other and are small, a segment is brought into the cache in small pages before it is
+        // used: a sync of 100 KB wrote 1.7 MB in pages as large as the system makes them by itself.
+        let small_pages = self.durability == Durability::GroupCommit;
         // A leftover that has the name already comes first: another one renamed to that name would replace it, and
         // the name would then stand twice, once for the segment being written and once for a spare.
         let at = kept.spares.iter().position(|(spare, _)| *spare == path).or(kept.spares.len().checked_sub(1));
@@ -150,7 +153,9 @@ impl Keeper {
                     Some(memory) => memory,
                     // Of an earlier process.
                     None => {
-                        small_pages(&*self.storage, self.durability, &spare)?;
+                        if small_pages {
+                            self.storage.zero(&spare)?;
+                        }
                         self.storage.open_segment(&spare, true)?
                     }
                 };
@@ -172,7 +177,9 @@ impl Keeper {
                     self.storage.remove(&fresh)?;
                 }
                 let memory = self.storage.create_segment(&fresh, kept.log.segment_bytes)?;
-                small_pages(&*self.storage, self.durability, &fresh)?;
+                if small_pages {
+                    self.storage.zero(&fresh)?;
+                }
                 self.storage.rename(&fresh, &path)?;
                 memory
             }
@@ -185,10 +192,7 @@ impl Keeper {
             return Err(error);
         }
         kept.span = span;
-        let advised = match self.durability {
-            Durability::GroupCommit => memory.advise_small(),
-            Durability::Periodic(_) | Durability::OsCache => memory.advise_huge(),
-        };
+        let advised = if small_pages { memory.advise_small() } else { memory.advise_huge() };
         if let Err(error) = advised {
             tracing::debug!(%error, "no advice on page sizes here");
         }
@@ -280,12 +284,6 @@ impl Keeper {
         }
         Ok(worked)
     }
-}
-
-/// Where syncs follow each other and are small, a segment is brought into the cache in small pages before it is
-/// used: a sync of 100 KB wrote 1.7 MB in pages as large as the system makes them by itself.
-fn small_pages(storage: &dyn Storage, durability: Durability, path: &Path) -> io::Result<()> {
-    if durability == Durability::GroupCommit { storage.zero(path) } else { Ok(()) }
 }
 
 /// Where a new segment is made before it gets its name.

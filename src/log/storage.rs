@@ -37,7 +37,8 @@ pub(crate) trait Storage: Debug + Send + Sync {
     fn append(&self, path: &Path, content: &[u8]) -> io::Result<()>;
     /// Creates a file of `bytes` real blocks and maps it. Leaves no file behind when it fails.
     fn create_segment(&self, path: &Path, bytes: u64) -> io::Result<Memory>;
-    /// Fills a file that nobody uses with zeros, so that its content is present in pages of [`SMALL_PAGE_BYTES`].
+    /// Fills a file that nobody uses with zeros, so that its content is present in pages of [`SMALL_PAGE_BYTES`], and
+    /// lets them reach the disk step by step.
     fn zero(&self, path: &Path) -> io::Result<()>;
     /// Maps an existing file; to be written: with all its blocks really there.
     fn open_segment(&self, path: &Path, writable: bool) -> io::Result<Memory>;
@@ -54,6 +55,9 @@ pub(crate) trait Storage: Debug + Send + Sync {
 /// What becomes dirty, and is written by a sync, as a whole. Smaller costs more instructions a byte, larger more bytes
 /// a sync (docs/decisions/0006).
 const SMALL_PAGE_BYTES: usize = 32 << 10;
+
+/// How much a sync may find before it in the disk's queue.
+const ZERO_STEP_BYTES: u64 = 4 << 20;
 
 /// The operating system's files.
 #[derive(Debug)]
@@ -130,10 +134,14 @@ impl Storage for Files {
         let bytes = file.metadata()?.len();
         // ext4 caches what one call writes in one page of that size, if nothing is cached there yet.
         let zeros = [0; SMALL_PAGE_BYTES];
-        for at in (0..bytes).step_by(SMALL_PAGE_BYTES) {
+        for at in (0..bytes).step_by(zeros.len()) {
             file.write_all_at(&zeros[..zeros.len().min((bytes - at) as usize)], at)?;
+            // Left to the system, all of it would be written at some time between two syncs that somebody waits for.
+            if (at + zeros.len() as u64).is_multiple_of(ZERO_STEP_BYTES) {
+                file.sync_data()?;
+            }
         }
-        Ok(())
+        file.sync_data()
     }
 
     fn open_segment(&self, path: &Path, writable: bool) -> io::Result<Memory> {

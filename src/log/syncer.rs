@@ -68,7 +68,7 @@ pub(crate) struct Syncer {
 
 /// In `GroupCommit`, syncs begin at least this far apart. More of them wait no less: each wakes the device, flushes
 /// other cores' address translations and takes a core from producers and shards.
-const SYNC_EVERY: Duration = Duration::from_micros(750);
+const SYNC_EVERY: Duration = Duration::from_micros(900);
 
 /// Due now, or when.
 fn due_at(at: Instant) -> (bool, Option<Instant>) {
