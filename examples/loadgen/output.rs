@@ -26,7 +26,7 @@ pub(crate) struct Summary<'a> {
     pub(crate) args: &'a Args,
     pub(crate) machine: &'a Machine,
     pub(crate) runs: &'a [Run],
-    /// The run of median throughput.
+    /// The middle one.
     pub(crate) run: &'a Run,
     /// How long the input took to load, if there was one.
     pub(crate) loading: Option<std::time::Duration>,
@@ -39,7 +39,7 @@ impl<'a> Summary<'a> {
         runs: &'a [Run],
         loading: Option<std::time::Duration>,
     ) -> Option<Self> {
-        Some(Self { args, machine, runs, run: median_run(runs)?, loading })
+        Some(Self { args, machine, runs, run: median_run(args, runs)?, loading })
     }
 
     /// Every run kept every event.
@@ -99,7 +99,11 @@ impl<'a> Summary<'a> {
         if self.runs.len() > 1 {
             facts.push((
                 "runs",
-                format!("{}; the figures are those of the median run, ratios are medians", self.runs.len()),
+                format!(
+                    "{}; the figures are those of the run of median {}, ratios are medians",
+                    self.runs.len(),
+                    if self.args.rate > 0 { "p99" } else { "throughput" }
+                ),
             ));
         }
         facts

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
-use corelane::{Durability, Engine};
+use corelane::{Durability, Engine, Stage};
 
 use crate::cli::Args;
 use crate::events::{Feed, Traced};
@@ -237,8 +237,13 @@ pub(crate) fn median(values: impl IntoIterator<Item = f64>) -> Option<f64> {
     values.get(values.len().saturating_sub(1) / 2).copied()
 }
 
-/// The run of median throughput.
-pub(crate) fn median_run(runs: &[Run]) -> Option<&Run> {
-    let middle = median(runs.iter().map(|run| run.measured.per_second()))?;
-    runs.iter().find(|run| run.measured.per_second() == middle)
+/// The middle run: by throughput or, where that is given, by the p99 of the last stage that is measured.
+pub(crate) fn median_run<'a>(args: &Args, runs: &'a [Run]) -> Option<&'a Run> {
+    let last = if args.synced() { Stage::DurableDue } else { Stage::AppendedDue };
+    let measure = |run: &Run| match args.rate {
+        0 => run.measured.per_second(),
+        _ => run.measured.stage(last).value_at_quantile(0.99) as f64,
+    };
+    let middle = median(runs.iter().map(measure))?;
+    runs.iter().find(|run| measure(run) == middle)
 }
