@@ -14,7 +14,7 @@ use crate::clock::wall_now;
 use crate::config::{Durability, Retention, Wait};
 use crate::error::FailureCause;
 use crate::event::Offset;
-use crate::log::format::HEADER_BYTES;
+use crate::log::format::{HEADER_BYTES, encode_prepared};
 use crate::log::manifest::Span;
 use crate::log::mmap::{Memory, WriteHalf};
 use crate::log::segment::{Segment, ShardLog};
@@ -147,6 +147,7 @@ impl Keeper {
         // A leftover that has the name already comes first: another one renamed to that name would replace it, and
         // the name would then stand twice, once for the segment being written and once for a spare.
         let at = kept.spares.iter().position(|(spare, _)| *spare == path).or(kept.spares.len().checked_sub(1));
+        let salt = fresh_salt(index);
         let mut memory = match at.map(|at| kept.spares.remove(at)) {
             Some((spare, memory)) => {
                 let memory = match memory {
@@ -163,11 +164,7 @@ impl Keeper {
                     self.storage.remove(&spare)?;
                     return Ok(true);
                 }
-                // Blank before it gets its name: under that name nothing of its old life may be read.
-                let mut half = WriteHalf::new(memory, 0);
-                half.tail()[..HEADER_BYTES].fill(0);
-                let memory = half.into_memory();
-                self.storage.sync(&memory, 0..HEADER_BYTES)?;
+                let memory = blank(&*self.storage, memory, salt)?;
                 self.storage.rename(&spare, &path)?;
                 memory
             }
@@ -180,6 +177,7 @@ impl Keeper {
                 if small_pages {
                     self.storage.zero(&fresh)?;
                 }
+                let memory = blank(&*self.storage, memory, salt)?;
                 self.storage.rename(&fresh, &path)?;
                 memory
             }
@@ -200,7 +198,7 @@ impl Keeper {
         let ahead = if kept.log.segments_len() == 0 { PREFAULT_STEP_BYTES } else { PREFAULT_BYTES };
         memory.prefault(0..ahead.min(memory.len()))?;
         kept.next_index += 1;
-        if kept.prepared.push(Prepared { index, salt: fresh_salt(index), memory }).is_err() {
+        if kept.prepared.push(Prepared { index, salt, memory }).is_err() {
             unreachable!("only the keeper prepares, and there was room");
         }
         kept.log.storage_full.store(false, Ordering::SeqCst);
@@ -304,6 +302,15 @@ impl Kept {
     }
 }
 
+/// Makes a segment blank before it gets its name: under that name nothing of an old life may be read.
+fn blank(storage: &dyn Storage, memory: Memory, salt: u32) -> io::Result<Memory> {
+    let mut half = WriteHalf::new(memory, 0);
+    encode_prepared(salt, half.tail());
+    let memory = half.into_memory();
+    storage.sync(&memory, 0..HEADER_BYTES)?;
+    Ok(memory)
+}
+
 /// When a segment was begun, which is when the one before it got its newest record.
 fn newest_time(segment: &Segment) -> Option<u64> {
     let page = segment.memory.read(0, HEADER_BYTES)?;
@@ -311,7 +318,7 @@ fn newest_time(segment: &Segment) -> Option<u64> {
 }
 
 /// A salt that no earlier life of the file had: random per process, different per segment.
-fn fresh_salt(index: u64) -> u32 {
+pub(crate) fn fresh_salt(index: u64) -> u32 {
     let mut hasher = RandomState::new().build_hasher();
     hasher.write_u64(index);
     hasher.write_u64(wall_now().0);

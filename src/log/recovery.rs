@@ -13,9 +13,9 @@ use crate::event::{Key, KeyHash, Offset, ShardId, Version};
 use crate::keys::KeyTable;
 use crate::log::format::{
     ALIGN, Found, HEADER_BYTES, HeaderError, MARK, RECORD_BYTES_MAX, RECORD_HEADER_BYTES, RecordHeader, SegmentHeader,
-    padded, record_at, u32_at,
+    encode_prepared, padded, record_at, u32_at,
 };
-use crate::log::keeper::is_spare;
+use crate::log::keeper::{fresh_salt, is_spare};
 use crate::log::manifest::{Manifest, Span, segment_index};
 use crate::log::mmap::{Memory, WriteHalf};
 use crate::log::segment::Segment;
@@ -283,7 +283,7 @@ impl Opening<'_> {
     fn blank_segments(&self, segments: Vec<(u64, Memory, u32)>) -> Result<(), OpenError> {
         for (index, memory, _) in segments.into_iter().rev() {
             let mut half = WriteHalf::new(memory, 0);
-            half.tail()[..HEADER_BYTES].fill(0);
+            encode_prepared(fresh_salt(index), half.tail());
             self.storage.sync(half.memory(), 0..HEADER_BYTES).map_err(|source| OpenError::Io {
                 action: "cutting",
                 path: self.path(index),
