@@ -212,7 +212,11 @@ fn a_crash_at_any_point_of_preparing_a_segment_is_no_corruption() {
             producer.publish(Key(1), Note::sized(i, 3000)).unwrap().appended().wait().unwrap();
         }
         // Half of the time a sync, half of the time something else is where the shard ends.
-        if n % 2 == 0 { storage.fail_operation(n / 2 + 1) } else { storage.fail_sync(n / 2 + 1) }
+        if n % 2 == 0 {
+            storage.fail_operation(n / 2 + 1)
+        } else {
+            storage.fail_sync(n / 2 + 1)
+        }
         for i in 60..200 {
             let Ok(receipt) = producer.publish(Key(1), Note::sized(i, 3000)) else { break };
             if receipt.appended().wait().is_err() {

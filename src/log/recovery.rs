@@ -15,7 +15,7 @@ use crate::log::format::{
     ALIGN, Found, HEADER_BYTES, HeaderError, MARK, RECORD_BYTES_MAX, RECORD_HEADER_BYTES, RecordHeader, SegmentHeader,
     encode_prepared, padded, record_at, u32_at,
 };
-use crate::log::keeper::{fresh_salt, is_spare};
+use crate::log::keeper::{fresh_salt, spare_number};
 use crate::log::manifest::{Manifest, Span, segment_index};
 use crate::log::mmap::{Memory, WriteHalf};
 use crate::log::segment::Segment;
@@ -323,7 +323,7 @@ impl Opening<'_> {
         })? {
             if let Some(index) = segment_index(&name) {
                 names.segments.push(index);
-            } else if is_spare(&name) {
+            } else if spare_number(&name).is_some() {
                 names.spares.push(self.dir.join(name));
             } else if name.ends_with(".seg") {
                 return Err(OpenError::ForeignFile { path: self.dir.join(name), why: "not the name of a segment" });
