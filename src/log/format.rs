@@ -27,6 +27,8 @@ const SEGMENT_MAGIC: [u8; 8] = *b"corelseg";
 const BYTE_ORDER: u32 = 0x0102_0304;
 const HEADER_CRC_AT: usize = 76;
 const LOW_48: u64 = (1 << 48) - 1;
+/// No record begins here or beyond: a back-link holds 48 bits of 16-byte steps.
+pub(crate) const OFFSETS_END: u64 = (LOW_48 + 1) * ALIGN as u64;
 
 const _: () = assert!(RECORD_HEADER_BYTES.is_multiple_of(ALIGN) && HEADER_BYTES.is_multiple_of(ALIGN));
 
@@ -232,6 +234,7 @@ impl RecordHeader {
     #[inline(always)]
     pub(crate) fn stage(&self, record: &mut [u8], len: usize) {
         debug_assert!(self.version.0 <= LOW_48 && self.previous.0.is_multiple_of(ALIGN as u64));
+        debug_assert!(self.previous.0 < OFFSETS_END);
         let link = (self.previous.0 / ALIGN as u64) & LOW_48 | u64::from(self.event_type.0) << 48;
         let version = self.version.0 & LOW_48 | u64::from(self.schema_version) << 48;
         if len < record.len() {
