@@ -509,12 +509,21 @@ impl Opening<'_> {
     }
 
     fn quarantine(&self, offset: Offset, bytes: &[u8], why: &'static str) -> Result<TornTail, OpenError> {
-        let name = format!("shard-{:04}-offset-{offset}.torn", self.shard.0);
-        let path = self.quarantine.join(&name);
-        self.storage
+        let plain = format!("shard-{:04}-offset-{offset}", self.shard.0);
+        let io = |path: &Path, source| OpenError::Io { action: "quarantining", path: path.to_owned(), source };
+        let taken = self
+            .storage
             .create_dir(self.quarantine)
-            .and_then(|()| replace(self.storage, self.quarantine, &name, bytes))
-            .map_err(|source| OpenError::Io { action: "quarantining", path: path.clone(), source })?;
+            .and_then(|()| self.storage.list(self.quarantine))
+            .map_err(|source| io(self.quarantine, source))?;
+        // What an earlier opening kept stays: the same place can be torn again.
+        let (mut name, mut n) = (format!("{plain}.torn"), 1_u64);
+        while taken.contains(&name) {
+            n += 1;
+            name = format!("{plain}-{n}.torn");
+        }
+        let path = self.quarantine.join(&name);
+        replace(self.storage, self.quarantine, &name, bytes).map_err(|source| io(&path, source))?;
         tracing::warn!(shard = self.shard.0, %offset, why, "a torn tail was cut");
         Ok(TornTail { offset, bytes: bytes.len() as u64, quarantined: path, why })
     }
