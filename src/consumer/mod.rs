@@ -1,0 +1,16 @@
+//! What services that hang off the log are made of: order, retry, health, and the place of every key.
+//!
+//! Each part is plain data with one owner: no thread, no clock, no I/O, no shard. Time is an argument, always
+//! the time passed since one fixed moment on a monotonic clock; randomness is seeded.
+//!
+//! | part | question it answers |
+//! |---|---|
+//! | [`RetryPolicy`] | An attempt failed: when is the next, if any? |
+//! | [`Health`] | Does this service work, and may it be called now? |
+
+mod health;
+mod retry;
+
+pub use health::report::HealthReport;
+pub use health::{Admission, Cause, Health, HealthChange, HealthPolicy, HealthStatus, Pass};
+pub use retry::{AfterFailure, JitterRng, Retry, RetryPolicy};
