@@ -12,6 +12,7 @@ mod append;
 mod codec;
 mod end_to_end;
 mod game;
+mod gate;
 mod keys;
 mod replay;
 mod ring;
@@ -28,6 +29,7 @@ criterion_group!(
     keys::benches,
     append::benches,
     replay::benches,
-    end_to_end::benches
+    end_to_end::benches,
+    gate::benches
 );
 criterion_main!(benches);

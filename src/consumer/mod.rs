@@ -6,11 +6,16 @@
 //! | part | question it answers |
 //! |---|---|
 //! | [`RetryPolicy`] | An attempt failed: when is the next, if any? |
+//! | [`SequenceGate`] | Input came out of order: what is its order, and what is missing? |
 //! | [`Health`] | Does this service work, and may it be called now? |
 
 mod health;
 mod retry;
+mod sequence_gate;
 
 pub use health::report::HealthReport;
 pub use health::{Admission, Cause, Health, HealthChange, HealthPolicy, HealthStatus, Pass};
 pub use retry::{AfterFailure, JitterRng, Retry, RetryPolicy};
+pub use sequence_gate::SequenceGate;
+pub use sequence_gate::answer::{GateStatistics, Offered, Refused, Released, StartRefused};
+pub use sequence_gate::policy::{GatePolicy, GateStart};
