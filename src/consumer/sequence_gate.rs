@@ -218,21 +218,14 @@ impl<P: Eq + Hash + Clone, T> SequenceGate<P, T> {
     }
 
     fn next_ready(&mut self) -> Option<Released<P, T>> {
-        loop {
-            let partition = self.ready.front()?;
-            let popped = self.partitions.get_mut(partition).and_then(|known| {
-                let popped = known.pop_ready();
-                known.is_ready = popped.is_some();
-                popped
-            });
-            let Some((sequence, item)) = popped else {
-                self.ready.pop_front();
-                continue;
-            };
-            self.statistics.waiting -= 1;
-            self.statistics.reordered += 1;
-            return Some(Released::Item { partition: partition.clone(), sequence, item });
-        }
+        let partition = self.ready.front()?;
+        let known = self.partitions.get_mut(partition).expect("what is listed is known");
+        let (sequence, item) = known.pop_ready().expect("what is listed is ready");
+        known.is_ready = known.has_ready();
+        let partition = if known.is_ready { partition.clone() } else { self.ready.pop_front()? };
+        self.statistics.waiting -= 1;
+        self.statistics.reordered += 1;
+        Some(Released::Item { partition, sequence, item })
     }
 
     /// When [`SequenceGate::next`] may have something without a further offer; `None` when not before one. It may be
