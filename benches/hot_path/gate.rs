@@ -24,16 +24,18 @@ pub(crate) fn benches(c: &mut Criterion) {
     group.bench_function(BenchmarkId::new("in_order", "1 partition"), |b| b.iter(|| run(&in_order, &events)));
 
     // Every user counts for itself; the users come as they like.
-    let mut sequences = vec![0; USERS as usize];
-    let mut numbered = |_| {
-        let user = random.random_range(0..USERS);
-        sequences[user as usize] += 1;
-        (user, sequences[user as usize] - 1)
+    let mut numbered = |users: u64| -> Vec<(u64, u64)> {
+        let mut sequences = vec![0; users as usize];
+        let mut next = |user: u64| {
+            sequences[user as usize] += 1;
+            (user, sequences[user as usize] - 1)
+        };
+        (0..ITEMS).map(|_| next(random.random_range(0..users))).collect()
     };
-    let many: Vec<(u64, u64)> = (0..ITEMS).map(&mut numbered).collect();
+    let (few, many) = (numbered(8), numbered(USERS));
     group.bench_function(BenchmarkId::new("in_order", "10k partitions"), |b| b.iter(|| run(&many, &events)));
 
-    for (name, input) in [("1 partition", in_order), ("10k partitions", many)] {
+    for (name, input) in [("1 partition", in_order), ("8 partitions", few)] {
         let mut shuffled = input;
         shuffled.chunks_mut(WINDOW).for_each(|block| block.shuffle(&mut random));
         group.bench_function(BenchmarkId::new("shuffled_within_64", name), |b| b.iter(|| run(&shuffled, &events)));

@@ -5,16 +5,22 @@
 //!
 //! | part | question it answers |
 //! |---|---|
+//! | [`Lanes`] | What may run now so that every key keeps its order, and how far is all of it done? |
 //! | [`RetryPolicy`] | An attempt failed: when is the next, if any? |
 //! | [`SequenceGate`] | Input came out of order: what is its order, and what is missing? |
 //! | [`Health`] | Does this service work, and may it be called now? |
 
 mod health;
+mod lanes;
 mod retry;
 mod sequence_gate;
 
 pub use health::report::HealthReport;
 pub use health::{Admission, Cause, Health, HealthChange, HealthPolicy, HealthStatus, Pass};
+pub use lanes::Lanes;
+pub use lanes::answer::{
+    KeyState, LaneStatistics, LanesPolicy, NotParked, OfferRefused, RecordKind, Run, ToRecord, Verdict,
+};
 pub use retry::{AfterFailure, JitterRng, Retry, RetryPolicy};
 pub use sequence_gate::SequenceGate;
 pub use sequence_gate::answer::{GateStatistics, Offered, Refused, Released, StartRefused};
