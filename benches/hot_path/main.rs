@@ -14,6 +14,7 @@ mod end_to_end;
 mod game;
 mod gate;
 mod keys;
+mod lanes;
 mod replay;
 mod ring;
 
@@ -30,6 +31,7 @@ criterion_group!(
     append::benches,
     replay::benches,
     end_to_end::benches,
-    gate::benches
+    gate::benches,
+    lanes::benches
 );
 criterion_main!(benches);

@@ -13,6 +13,7 @@
 
 use std::time::Duration;
 
+use super::whole_ms;
 use crate::config::in_range;
 use crate::error::ConfigError;
 
@@ -52,17 +53,6 @@ impl Default for HealthPolicy {
     }
 }
 
-macro_rules! setters {
-    ($($(#[$doc:meta])* $name:ident: $kind:ty),+ $(,)?) => {
-        $($(#[$doc])*
-        #[must_use]
-        pub fn $name(mut self, $name: $kind) -> Self {
-            self.$name = $name;
-            self
-        })+
-    };
-}
-
 impl HealthPolicy {
     setters! {
         /// So many failures in a row make the service unhealthy, 1..=1,000,000. Default: 5.
@@ -87,17 +77,13 @@ impl HealthPolicy {
     fn check(&self) -> Result<(), ConfigError> {
         in_range("health_consecutive_max", self.consecutive_max.into(), 1, 1_000_000)?;
         in_range("health_failure_percent_max", self.failure_percent_max.into(), 0, 100)?;
-        in_range("health_window_ms", ms(self.window), PARTS as u64, HOUR_MS)?;
+        in_range("health_window_ms", whole_ms(self.window), PARTS as u64, HOUR_MS)?;
         in_range("health_samples_min", self.samples_min.into(), 1, 1_000_000)?;
-        in_range("health_pause_ms", ms(self.pause), 1, HOUR_MS)?;
-        in_range("health_pause_max_ms", ms(self.pause_max), ms(self.pause), HOUR_MS)?;
-        in_range("health_probe_wait_max_ms", ms(self.probe_wait_max), 1, HOUR_MS)?;
+        in_range("health_pause_ms", whole_ms(self.pause), 1, HOUR_MS)?;
+        in_range("health_pause_max_ms", whole_ms(self.pause_max), whole_ms(self.pause), HOUR_MS)?;
+        in_range("health_probe_wait_max_ms", whole_ms(self.probe_wait_max), 1, HOUR_MS)?;
         in_range("health_probes", self.probes.into(), 1, 1000)
     }
-}
-
-fn ms(duration: Duration) -> u64 {
-    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
 
 /// Leave for one call; its outcome goes to [`Health::succeeded`] or [`Health::failed`].

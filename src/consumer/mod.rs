@@ -5,10 +5,24 @@
 //!
 //! | part | question it answers |
 //! |---|---|
+//! | [`SequenceGate`] | Input came out of order: what is its order, and what is missing? |
 //! | [`Lanes`] | What may run now so that every key keeps its order, and how far is all of it done? |
 //! | [`RetryPolicy`] | An attempt failed: when is the next, if any? |
-//! | [`SequenceGate`] | Input came out of order: what is its order, and what is missing? |
 //! | [`Health`] | Does this service work, and may it be called now? |
+
+use std::time::Duration;
+
+/// Builders' methods, one per field. Above the modules that use it.
+macro_rules! setters {
+    ($($(#[$doc:meta])* $name:ident: $kind:ty),+ $(,)?) => {
+        $($(#[$doc])*
+        #[must_use]
+        pub fn $name(mut self, $name: $kind) -> Self {
+            self.$name = $name;
+            self
+        })+
+    };
+}
 
 mod health;
 mod lanes;
@@ -25,3 +39,8 @@ pub use retry::{AfterFailure, JitterRng, Retry, RetryPolicy};
 pub use sequence_gate::SequenceGate;
 pub use sequence_gate::answer::{GateStatistics, Offered, Refused, Released, StartRefused};
 pub use sequence_gate::policy::{GatePolicy, GateStart};
+
+/// Whole milliseconds, for checks of ranges.
+fn whole_ms(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}

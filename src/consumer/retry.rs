@@ -4,6 +4,7 @@
 
 use std::time::Duration;
 
+use super::whole_ms;
 use crate::config::in_range;
 use crate::error::ConfigError;
 use crate::event::Key;
@@ -94,8 +95,8 @@ impl Retry {
         const DAY_MS: u64 = 24 * 3_600_000;
         let RetryPolicy { growth, attempts_max, base, cap, jitter: (low, high) } = self.0;
         in_range("retry_attempts", u64::from(attempts_max), 1, u64::from(u32::MAX))?;
-        in_range("retry_base_ms", ms(base), 1, DAY_MS)?;
-        in_range("retry_cap_ms", ms(cap), ms(base), DAY_MS)?;
+        in_range("retry_base_ms", whole_ms(base), 1, DAY_MS)?;
+        in_range("retry_cap_ms", whole_ms(cap), whole_ms(base), DAY_MS)?;
         if let Growth::Exponential(factor) = growth {
             in_range("retry_factor_thousandths", thousandths(factor), 1000, 100_000)?;
         }
@@ -103,10 +104,6 @@ impl Retry {
         in_range("retry_jitter_low_thousandths", thousandths(low), 0, thousandths(high))?;
         Ok(self.0)
     }
-}
-
-fn ms(duration: Duration) -> u64 {
-    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
 
 /// Rounded up, and out of every range where it is negative or no number.
@@ -149,8 +146,8 @@ pub enum AfterFailure {
 impl RetryPolicy {
     /// What follows the `failures`-th failure of an event (1 is the first). Draws once from `rng` where there is a retry.
     ///
-    /// The delay is drawn evenly from delay × jitter; where that reaches over the cap, from what of it lies below. So no delay exceeds the cap, and delays at the cap do not
-    /// all become equal.
+    /// The delay is drawn evenly from what of delay × jitter lies below the cap. So none exceeds the cap, and those at
+    /// the cap do not all become equal.
     ///
     /// # Panics
     /// When `failures` is 0.
@@ -286,7 +283,7 @@ mod tests {
         let mut rng = JitterRng::seeded(3);
         let mut delays: Vec<u64> = (0..1000)
             .map(|_| match policy.after(1000, &mut rng) {
-                AfterFailure::RetryIn(delay) => ms(delay),
+                AfterFailure::RetryIn(delay) => whole_ms(delay),
                 AfterFailure::GiveUp => panic!("attempts are left"),
             })
             .collect();
@@ -319,7 +316,7 @@ mod tests {
                 let drawn = policy.after(failures, &mut JitterRng::seeded(seed));
                 prop_assert_eq!(drawn, policy.after(failures, &mut JitterRng::seeded(seed)));
                 let AfterFailure::RetryIn(drawn) = drawn else { panic!("attempts are left") };
-                // 2 ns: what the way through f64 may cost at a day.
+                // What the way through f64 may cost at a day.
                 let slack = Duration::from_nanos(100);
                 prop_assert!(drawn <= policy.cap && drawn <= delay.mul_f64(high) + slack);
                 prop_assert!(drawn + slack >= delay.mul_f64(low).min(policy.cap));

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use super::super::whole_ms;
 use crate::config::in_range;
 use crate::error::ConfigError;
 use crate::event::{Key, Offset};
@@ -21,17 +22,6 @@ impl Default for LanesPolicy {
     }
 }
 
-macro_rules! setters {
-    ($($(#[$doc:meta])* $name:ident: $kind:ty),+ $(,)?) => {
-        $($(#[$doc])*
-        #[must_use]
-        pub fn $name(mut self, $name: $kind) -> Self {
-            self.$name = $name;
-            self
-        })+
-    };
-}
-
 impl LanesPolicy {
     setters! {
         /// Keys of which an event runs at once, 1..=65,536. Default: 1.
@@ -46,11 +36,10 @@ impl LanesPolicy {
     }
 
     pub(super) fn check(&self) -> Result<(), ConfigError> {
-        let wait_ms = u64::try_from(self.gap_wait_max.as_millis()).unwrap_or(u64::MAX);
         in_range("lanes_concurrency", self.concurrency as u64, 1, 65_536)?;
         in_range("lanes_unfinished_max", self.unfinished_max as u64, 1, 1 << 30)?;
         in_range("lanes_keys_max", self.keys_max as u64, 1, 1 << 30)?;
-        in_range("lanes_gap_wait_max_ms", wait_ms, 0, 24 * 3_600_000)
+        in_range("lanes_gap_wait_max_ms", whole_ms(self.gap_wait_max), 0, 24 * 3_600_000)
     }
 }
 

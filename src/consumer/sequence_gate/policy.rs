@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use super::super::whole_ms;
 use crate::config::in_range;
 use crate::error::ConfigError;
 
@@ -40,17 +41,6 @@ impl Default for GatePolicy {
     }
 }
 
-macro_rules! setters {
-    ($($(#[$doc:meta])* $name:ident: $kind:ty),+ $(,)?) => {
-        $($(#[$doc])*
-        #[must_use]
-        pub fn $name(mut self, $name: $kind) -> Self {
-            self.$name = $name;
-            self
-        })+
-    };
-}
-
 impl GatePolicy {
     setters! {
         /// Where a partition starts. Default: at 0.
@@ -74,8 +64,7 @@ impl GatePolicy {
     }
 
     pub(super) fn check(&self) -> Result<(), ConfigError> {
-        let wait_ms = u64::try_from(self.gap_wait_max.as_millis()).unwrap_or(u64::MAX);
-        in_range("gate_gap_wait_max_ms", wait_ms, 0, 24 * 3_600_000)?;
+        in_range("gate_gap_wait_max_ms", whole_ms(self.gap_wait_max), 0, 24 * 3_600_000)?;
         in_range("gate_early_max_per_partition", self.early_max_per_partition as u64, 1, 1 << 30)?;
         in_range("gate_early_max", self.early_max as u64, 1, 1 << 30)?;
         in_range("gate_ahead_max", self.ahead_max, 1, u64::MAX)?;
