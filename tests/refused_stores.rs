@@ -283,6 +283,20 @@ fn a_segment_in_use_whose_header_lost_its_magic_is_corruption() {
 }
 
 #[test]
+fn a_segment_in_use_whose_header_page_is_gone_is_corruption() {
+    // The magic and more, all that is used of the page, all of it; in the newest segment in use as well.
+    for bytes in [9, 72, 76, 80, 512, 4096] {
+        for index in 0..2 {
+            let error = refused(|dir| patch(&segment_path(dir, index), |content| content[..bytes].fill(0)));
+            assert!(
+                matches!(&error, OpenError::Corruption(at) if at.segment == index && at.why.contains("magic")),
+                "{bytes} bytes of segment {index}: {error}"
+            );
+        }
+    }
+}
+
+#[test]
 fn a_segment_in_use_beyond_the_span_is_refused() {
     let error = refused(|dir| {
         let span = dir.join("shard-0000/span");

@@ -199,3 +199,42 @@ fn a_recycled_segment_never_replays_its_old_records() {
     }
     assert!(engine.metrics().shards[0].segments_freed > 10, "segments were recycled");
 }
+
+#[test]
+fn a_crash_at_any_point_of_preparing_a_segment_is_no_corruption() {
+    let retention = corelane::Retention { bytes_max: Some(2 * SEGMENT), age_max: None };
+    for n in 1..=env_number("CORELANE_PREPARING_CRASHES", 60) {
+        let storage = FaultyStorage::new();
+        let engine = open_on(&storage, os_cache("/s").retention(retention).spares_max(1)).unwrap();
+        let mut producer = engine.producer();
+        // Past the first segments, so that they are freed and written again.
+        for i in 0..60 {
+            producer.publish(Key(1), Note::sized(i, 3000)).unwrap().appended().wait().unwrap();
+        }
+        // Half of the time a sync, half of the time something else is where the shard ends.
+        if n % 2 == 0 {
+            storage.fail_operation(n / 2 + 1)
+        } else {
+            storage.fail_sync(n / 2 + 1)
+        }
+        for i in 60..200 {
+            let Ok(receipt) = producer.publish(Key(1), Note::sized(i, 3000)) else { break };
+            if receipt.appended().wait().is_err() {
+                break;
+            }
+        }
+        drop((producer, engine));
+        let cut = storage.after_crash(Unsynced::Random(n * 7919));
+        let killed = FaultyStorage::with_files(storage.files());
+        for (how, disk) in [("killed", killed), ("power cut", cut)] {
+            let engine = open_on(&disk, os_cache("/s")).unwrap_or_else(|error| panic!("{how}, {n}: {error}"));
+            let mut producer = engine.producer();
+            let found = numbers(&engine).len();
+            for i in 0..60 {
+                producer.publish(Key(1), Note::sized(i, 3000)).unwrap();
+            }
+            engine.shutdown(soon()).unwrap();
+            assert_eq!(numbers(&engine).len(), found + 60, "{how}, {n}");
+        }
+    }
+}

@@ -90,7 +90,7 @@ pub(crate) struct SegmentHeader {
 /// Why a page is not the header it should be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum HeaderError {
-    /// All zero: prepared and never used.
+    /// Prepared and never used.
     Blank,
     /// Of a format this build does not know.
     Version(u32),
@@ -100,9 +100,27 @@ pub(crate) enum HeaderError {
     Damaged(&'static str),
 }
 
+/// Writes the page of a segment that is prepared and not begun: its salt, and a check sum over what stands there. So a
+/// page that was lost is never taken for one that was not written yet. One sector changes: it is there or it is not.
+pub(crate) fn encode_prepared(salt: u32, page: &mut [u8]) {
+    assert!(page.len() >= HEADER_BYTES && salt != 0);
+    page[..HEADER_BYTES].fill(0);
+    page[72..76].copy_from_slice(&salt.to_le_bytes());
+    let crc = crc32c::crc32c(&page[..HEADER_CRC_AT]);
+    page[HEADER_CRC_AT..HEADER_CRC_AT + 4].copy_from_slice(&crc.to_le_bytes());
+}
+
+/// Whether a page without magic is what [`encode_prepared`] wrote.
+fn is_prepared(page: &[u8]) -> bool {
+    crc32c::crc32c(&page[..HEADER_CRC_AT]) == u32_at(page, HEADER_CRC_AT)
+        && page[..72].iter().chain(&page[HEADER_CRC_AT + 4..HEADER_BYTES]).all(|&byte| byte == 0)
+}
+
 impl SegmentHeader {
     pub(crate) fn encode(&self, page: &mut [u8]) {
         assert!(page.len() >= HEADER_BYTES);
+        // What the caller wrote behind the page comes first: a page half written, before a record, counts as damage.
+        compiler_fence(Ordering::Release);
         page[..HEADER_BYTES].fill(0);
         page[8..12].copy_from_slice(&FORMAT_VERSION.to_le_bytes());
         page[12..16].copy_from_slice(&BYTE_ORDER.to_le_bytes());
@@ -129,12 +147,12 @@ impl SegmentHeader {
         if page.len() < HEADER_BYTES {
             return Err(HeaderError::Damaged("the segment is shorter than its header"));
         }
-        // No magic: never begun, or killed while it was. But a page that lacks nothing else, before a record,
-        // was in use: the end is written before the page, so the place of the first record was zero then.
+        // No magic: never begun, or killed while it was. The end is written before the page, so the place of the first
+        // record was zero then. (A prepared page may stand before one: a power cut took the header and left the record,
+        // and neither was durable.)
         if page[..8].iter().all(|&byte| byte == 0) {
             let first = bytes.get(HEADER_BYTES..HEADER_BYTES + 4).is_some_and(|word| word != [0; 4]);
-            let crc = crc32c::crc32c_append(crc32c::crc32c(&SEGMENT_MAGIC), &page[8..HEADER_CRC_AT]);
-            if first && crc == u32_at(page, HEADER_CRC_AT) {
+            if first && !is_prepared(page) {
                 return Err(HeaderError::Damaged("the segment header has lost its magic"));
             }
             return Err(HeaderError::Blank);

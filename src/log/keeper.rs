@@ -7,14 +7,14 @@
 use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hasher};
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use crate::clock::wall_now;
 use crate::config::{Durability, Retention, Wait};
 use crate::error::FailureCause;
 use crate::event::Offset;
-use crate::log::format::HEADER_BYTES;
+use crate::log::format::{HEADER_BYTES, encode_prepared};
 use crate::log::manifest::Span;
 use crate::log::mmap::{Memory, WriteHalf};
 use crate::log::segment::{Segment, ShardLog};
@@ -102,9 +102,7 @@ impl Keeper {
             }
             match self.step_shard(i) {
                 Ok(did) => worked |= did,
-                Err((_, error))
-                    if error.kind() == io::ErrorKind::StorageFull || error.kind() == io::ErrorKind::QuotaExceeded =>
-                {
+                Err((_, error)) if is_full(&error) => {
                     let kept = &mut self.shards[i];
                     if !kept.log.storage_full.swap(true, Ordering::SeqCst) {
                         tracing::error!(shard = kept.log.shard.0, %error, "no space for a new segment; publishers wait until there is");
@@ -126,7 +124,8 @@ impl Keeper {
         let freed = self.retain(i).map_err(|error| ("freeing a segment", error))?;
         let prepared = self.prepare(i).map_err(|error| ("preparing a segment", error))?;
         let prefaulted = self.prefault(i).map_err(|error| ("prefaulting a segment", error))?;
-        Ok(freed || prepared || prefaulted)
+        let trimmed = self.trim(i).map_err(|error| ("removing a spare", error))?;
+        Ok(freed || prepared || prefaulted || trimmed)
     }
 
     /// Prepares the next segment if none is waiting.
@@ -147,27 +146,29 @@ impl Keeper {
         // A leftover that has the name already comes first: another one renamed to that name would replace it, and
         // the name would then stand twice, once for the segment being written and once for a spare.
         let at = kept.spares.iter().position(|(spare, _)| *spare == path).or(kept.spares.len().checked_sub(1));
+        let salt = fresh_salt(index);
         let mut memory = match at.map(|at| kept.spares.remove(at)) {
             Some((spare, memory)) => {
-                let memory = match memory {
-                    Some(memory) => memory,
+                let usable = match memory {
+                    Some(memory) => Ok(memory),
                     // Of an earlier process.
-                    None => {
-                        if small_pages {
-                            self.storage.zero(&spare)?;
+                    None => reopen(&*self.storage, &spare, kept.log.segment_bytes, small_pages),
+                };
+                let memory = match usable {
+                    Ok(memory) => memory,
+                    Err(error) if is_full(&error) => {
+                        kept.spares.push((spare, None));
+                        return Err(error);
+                    }
+                    Err(error) => {
+                        tracing::warn!(path = %spare.display(), %error, "not a file that can be written again; removed");
+                        if let Err(error) = self.storage.remove(&spare) {
+                            tracing::warn!(path = %spare.display(), %error, "nor can it be removed; it stays");
                         }
-                        self.storage.open_segment(&spare, true)?
+                        return Ok(true);
                     }
                 };
-                if memory.len() as u64 != kept.log.segment_bytes {
-                    self.storage.remove(&spare)?;
-                    return Ok(true);
-                }
-                // Blank before it gets its name: under that name nothing of its old life may be read.
-                let mut half = WriteHalf::new(memory, 0);
-                half.tail()[..HEADER_BYTES].fill(0);
-                let memory = half.into_memory();
-                self.storage.sync(&memory, 0..HEADER_BYTES)?;
+                let memory = blank(&*self.storage, memory, salt)?;
                 self.storage.rename(&spare, &path)?;
                 memory
             }
@@ -180,6 +181,7 @@ impl Keeper {
                 if small_pages {
                     self.storage.zero(&fresh)?;
                 }
+                let memory = blank(&*self.storage, memory, salt)?;
                 self.storage.rename(&fresh, &path)?;
                 memory
             }
@@ -200,7 +202,7 @@ impl Keeper {
         let ahead = if kept.log.segments_len() == 0 { PREFAULT_STEP_BYTES } else { PREFAULT_BYTES };
         memory.prefault(0..ahead.min(memory.len()))?;
         kept.next_index += 1;
-        if kept.prepared.push(Prepared { index, salt: fresh_salt(index), memory }).is_err() {
+        if kept.prepared.push(Prepared { index, salt, memory }).is_err() {
             unreachable!("only the keeper prepares, and there was room");
         }
         kept.log.storage_full.store(false, Ordering::SeqCst);
@@ -261,6 +263,21 @@ impl Keeper {
         Ok(worked)
     }
 
+    /// Removes one file too many of those that recovery found.
+    fn trim(&mut self, i: usize) -> io::Result<bool> {
+        let kept = &mut self.shards[i];
+        // Not before a segment has been prepared: until then one of them may be the next, or be in the span.
+        if kept.spares.len() <= self.spares_max || !kept.prepared.is_full() {
+            return Ok(false);
+        }
+        let (path, _) = kept.spares.remove(0);
+        match self.storage.remove(&path) {
+            Err(error) => tracing::warn!(path = %path.display(), %error, "a spare too many cannot be removed"),
+            Ok(()) => self.storage.sync_dir(&kept.log.dir)?,
+        }
+        Ok(true)
+    }
+
     fn reuse_retired(&mut self, i: usize) -> io::Result<bool> {
         let kept = &mut self.shards[i];
         let mut worked = false;
@@ -292,7 +309,7 @@ pub(crate) const FRESH: &str = "fresh.tmp";
 impl Kept {
     /// Takes in files that recovery found and nobody needs: to be written again.
     pub(crate) fn with_leftovers(mut self, unused: Vec<PathBuf>, spares: Vec<PathBuf>) -> Self {
-        let number = |path: &PathBuf| path.file_stem()?.to_str()?.strip_prefix("spare-")?.parse::<u64>().ok();
+        let number = |path: &PathBuf| spare_number(path.file_name()?.to_str()?);
         self.spare_number = spares.iter().filter_map(number).max().map_or(0, |highest| highest + 1);
         self.spares = spares.into_iter().chain(unused).map(|path| (path, None)).collect();
         self
@@ -304,6 +321,31 @@ impl Kept {
     }
 }
 
+/// Makes a segment blank before it gets its name: under that name nothing of an old life may be read.
+fn blank(storage: &dyn Storage, memory: Memory, salt: u32) -> io::Result<Memory> {
+    let mut half = WriteHalf::new(memory, 0);
+    encode_prepared(salt, half.tail());
+    let memory = half.into_memory();
+    storage.sync(&memory, 0..HEADER_BYTES)?;
+    Ok(memory)
+}
+
+/// Maps a leftover of an earlier process, to be written again.
+fn reopen(storage: &dyn Storage, path: &Path, segment_bytes: u64, small_pages: bool) -> io::Result<Memory> {
+    let memory = storage.open_segment(path, true)?;
+    if memory.len() as u64 != segment_bytes {
+        return Err(io::Error::new(io::ErrorKind::InvalidData, "the file is not as long as a segment is"));
+    }
+    if small_pages {
+        storage.zero(path)?;
+    }
+    Ok(memory)
+}
+
+fn is_full(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+}
+
 /// When a segment was begun, which is when the one before it got its newest record.
 fn newest_time(segment: &Segment) -> Option<u64> {
     let page = segment.memory.read(0, HEADER_BYTES)?;
@@ -311,14 +353,33 @@ fn newest_time(segment: &Segment) -> Option<u64> {
 }
 
 /// A salt that no earlier life of the file had: random per process, different per segment.
-fn fresh_salt(index: u64) -> u32 {
+pub(crate) fn fresh_salt(index: u64) -> u32 {
     let mut hasher = RandomState::new().build_hasher();
     hasher.write_u64(index);
     hasher.write_u64(wall_now().0);
     (hasher.finish() as u32).max(1)
 }
 
-/// Whether a file of this name waits to be written again.
-pub(crate) fn is_spare(name: &str) -> bool {
-    name.starts_with("spare-") && name.ends_with(".seg")
+/// The number of a file that waits to be written again, if the name is that of one.
+pub(crate) fn spare_number(name: &str) -> Option<u64> {
+    let digits = name.strip_prefix("spare-")?.strip_suffix(".seg")?;
+    if !digits.bytes().all(|b| b.is_ascii_digit()) {
+        return None;
+    }
+    digits.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_spare_is_named_by_digits_alone() {
+        assert_eq!(spare_number("spare-000007.seg"), Some(7));
+        assert_eq!(spare_number("spare-1234567.seg"), Some(1_234_567));
+        for name in ["spare-.seg", "spare-+7.seg", "spare-7.tmp", "spare-backup.seg", "spare-99999999999999999999.seg"]
+        {
+            assert_eq!(spare_number(name), None, "{name}");
+        }
+    }
 }

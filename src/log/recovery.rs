@@ -13,9 +13,9 @@ use crate::event::{Key, KeyHash, Offset, ShardId, Version};
 use crate::keys::KeyTable;
 use crate::log::format::{
     ALIGN, Found, HEADER_BYTES, HeaderError, MARK, RECORD_BYTES_MAX, RECORD_HEADER_BYTES, RecordHeader, SegmentHeader,
-    padded, record_at, u32_at,
+    encode_prepared, padded, record_at, u32_at,
 };
-use crate::log::keeper::is_spare;
+use crate::log::keeper::{fresh_salt, spare_number};
 use crate::log::manifest::{Manifest, Span, segment_index};
 use crate::log::mmap::{Memory, WriteHalf};
 use crate::log::segment::Segment;
@@ -283,7 +283,7 @@ impl Opening<'_> {
     fn blank_segments(&self, segments: Vec<(u64, Memory, u32)>) -> Result<(), OpenError> {
         for (index, memory, _) in segments.into_iter().rev() {
             let mut half = WriteHalf::new(memory, 0);
-            half.tail()[..HEADER_BYTES].fill(0);
+            encode_prepared(fresh_salt(index), half.tail());
             self.storage.sync(half.memory(), 0..HEADER_BYTES).map_err(|source| OpenError::Io {
                 action: "cutting",
                 path: self.path(index),
@@ -323,7 +323,7 @@ impl Opening<'_> {
         })? {
             if let Some(index) = segment_index(&name) {
                 names.segments.push(index);
-            } else if is_spare(&name) {
+            } else if spare_number(&name).is_some() {
                 names.spares.push(self.dir.join(name));
             } else if name.ends_with(".seg") {
                 return Err(OpenError::ForeignFile { path: self.dir.join(name), why: "not the name of a segment" });

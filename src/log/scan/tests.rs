@@ -353,8 +353,12 @@ fn damaged_and_missing_segments_are_not_an_end() {
     engine.file(2).write_all_at(b"x", 50).expect("damaged");
     assert_eq!(last_error(&store).map(|c| c.segment), Some(2));
     engine.file(2).write_all_at(&[0; HEADER_BYTES], 0).expect("blanked");
+    assert_eq!(last_error(&store).map(|c| c.segment), Some(2), "no header before a record");
+    let mut prepared = [0; HEADER_BYTES];
+    crate::log::format::encode_prepared(7, &mut prepared);
+    engine.file(2).write_all_at(&prepared, 0).expect("blanked");
     assert_eq!(last_error(&store), None, "prepared and never begun");
-    engine.file(1).write_all_at(&[0; HEADER_BYTES], 0).expect("blanked");
+    engine.file(1).write_all_at(&prepared, 0).expect("blanked");
     assert_eq!(last_error(&store), None);
     engine.begin(2);
     assert_eq!(last_error(&store).map(|c| c.segment), Some(1), "blank before one in use");
