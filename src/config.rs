@@ -63,6 +63,7 @@ pub struct Retention {
 pub struct Config {
     checked: Checked,
     wait: Option<Wait>,
+    event_bytes_max: Option<usize>,
 }
 
 /// A configuration that holds: every value in range.
@@ -135,11 +136,12 @@ impl Config {
                 segment_bytes: 256 << 20,
                 spares_max: 2,
                 retention: Retention::default(),
-                event_bytes_max: 64 << 10,
+                event_bytes_max: EVENT_BYTES_MAX_DEFAULT,
                 keys_expected: 10_000,
                 latency: true,
             },
             wait: None,
+            event_bytes_max: None,
         }
     }
 
@@ -160,9 +162,6 @@ impl Config {
         spares_max: usize,
         /// What the log keeps. Default: everything.
         retention: Retention,
-        /// Largest archive of one event in bytes, 16..=16 MiB and at most a quarter of a segment. Default: 64 KiB
-        /// (or that quarter).
-        event_bytes_max: usize,
         /// Keys one shard makes room for at the start, up to 2³⁰. It grows when needed. Default: 10,000.
         keys_expected: usize,
         /// Whether latency histograms are kept. Default: true.
@@ -176,17 +175,22 @@ impl Config {
         self
     }
 
+    /// Largest archive of one event in bytes, 16..=16 MiB and at most a quarter of a segment. Default: 64 KiB
+    /// (or that quarter).
+    #[must_use]
+    pub fn event_bytes_max(mut self, event_bytes_max: usize) -> Self {
+        self.event_bytes_max = Some(event_bytes_max);
+        self
+    }
+
     /// Checks every value against its range.
     ///
     /// # Errors
     /// The first value that cannot be used.
     pub fn validate(mut self) -> Result<Checked, ConfigError> {
         let c = &mut self.checked;
-        c.event_bytes_max = match c.event_bytes_max {
-            // The default shrinks with small segments; what was asked for is checked below.
-            bytes if bytes == 64 << 10 => bytes.min((c.segment_bytes / 4) as usize),
-            bytes => bytes,
-        };
+        // The default shrinks with small segments; what was asked for is refused instead.
+        c.event_bytes_max = self.event_bytes_max.unwrap_or(EVENT_BYTES_MAX_DEFAULT.min((c.segment_bytes / 4) as usize));
         in_range("shards", u64::from(c.shards), 1, 1024)?;
         power_of_two("ring_capacity", c.ring_capacity as u64, 2, 1 << 24)?;
         in_range("batch_max", c.batch_max as u64, 1, 65_536)?;
@@ -206,6 +210,8 @@ impl Config {
         Ok(self.checked)
     }
 }
+
+const EVENT_BYTES_MAX_DEFAULT: usize = 64 << 10;
 
 pub(crate) fn in_range(name: &'static str, value: u64, min: u64, max: u64) -> Result<(), ConfigError> {
     if (min..=max).contains(&value) { Ok(()) } else { Err(ConfigError::OutOfRange { name, value, min, max }) }
@@ -232,6 +238,9 @@ mod tests {
             Config::new("d").segment_bytes(65 << 10),
             Config::new("d").event_bytes_max(8),
             Config::new("d").segment_bytes(64 << 10).event_bytes_max(32 << 10),
+            // The default's value, but asked for.
+            Config::new("d").segment_bytes(64 << 10).event_bytes_max(64 << 10),
+            Config::new("d").event_bytes_max(64 << 10).segment_bytes(128 << 10),
             Config::new("d").durability(Durability::Periodic(Duration::ZERO)),
             Config::new("d").retention(Retention { bytes_max: Some(1), age_max: None }),
         ];

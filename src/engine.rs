@@ -25,7 +25,7 @@ use crate::producer::{LaneRegistry, LaneShared, Producer, ShardDoor, block_until
 use crate::runner::{RunnerRequests, assign_cores, run};
 use crate::shard::{LaneEnd, Shard, Work};
 use crate::shared::{SharedLane, SharedProducer};
-use crate::sync::{Arc, Arrivals, AtomicBool, Mutex, Ordering, Signal, lock, thread};
+use crate::sync::{Arc, Arrivals, AtomicBool, Mutex, Ordering, Signal, lock, lock_until, thread};
 
 /// Slots for runs of events between a shard and its syncer.
 const SYNC_MARKS: usize = 1 << 16;
@@ -70,6 +70,7 @@ pub struct Builder<E: Event> {
     config: Config,
     handlers: Vec<Factory<E>>,
     storage: std::sync::Arc<dyn Storage>,
+    threads_max: usize,
 }
 
 impl<E: Event> std::fmt::Debug for Builder<E> {
@@ -106,12 +107,19 @@ impl<E: Event> Builder<E> {
         self
     }
 
+    /// Plays a system that starts this many threads and no more, for tests.
+    #[must_use]
+    pub fn threads_max(mut self, threads_max: usize) -> Self {
+        self.threads_max = threads_max;
+        self
+    }
+
     /// Opens the store, recovering what is there, and starts the engine.
     ///
     /// # Errors
     /// Why it could not be opened.
     pub fn open(self) -> Result<Engine<E>, OpenError> {
-        Engine::start(self.config.validate()?, &self.handlers, self.storage)
+        Engine::start(self.config.validate()?, &self.handlers, self.storage, Threads { left: self.threads_max })
     }
 }
 
@@ -126,19 +134,20 @@ impl<E: Event> Engine<E> {
 
     /// To add inline handlers before opening.
     pub fn builder(config: Config) -> Builder<E> {
-        Builder { config, handlers: Vec::new(), storage: std::sync::Arc::new(Files) }
+        Builder { config, handlers: Vec::new(), storage: std::sync::Arc::new(Files), threads_max: usize::MAX }
     }
 
     fn start(
         config: Checked,
         factories: &[Factory<E>],
         storage: std::sync::Arc<dyn Storage>,
+        mut threads: Threads,
     ) -> Result<Self, OpenError> {
         let began = Instant::now();
         let lock = lock_store(&*storage, &config)?;
         let (manifest, is_extended) = load_manifest::<E>(&*storage, &config)?;
         let quarantine = config.dir.join("quarantine");
-        let recovered = recover::<E>(&*storage, &config, &manifest, &quarantine)?;
+        let recovered = recover::<E>(&*storage, &config, &manifest, &quarantine, &mut threads)?;
         if is_extended {
             // Only now: a program whose types the log refuses leaves the manifest as it was.
             manifest.save(&*storage, &config.dir)?;
@@ -187,19 +196,38 @@ impl<E: Event> Engine<E> {
             lock: lock.into(),
             config,
         };
-        engine.spawn("corelane-keeper".into(), move || keeper_parts.run())?;
+        engine.spawn(&mut threads, "corelane-keeper".into(), move || keeper_parts.run())?;
         for (i, (shard, syncer)) in parts.into_iter().enumerate() {
-            engine.spawn(format!("corelane-sync-{i}"), move || syncer.run())?;
-            let (door, requests) =
-                (std::sync::Arc::clone(&engine.shards[i].door), std::sync::Arc::clone(&engine.runner));
-            let (wait, core) = (engine.config.wait, cores[i]);
-            engine.spawn(format!("corelane-shard-{i}"), move || run(shard, &door, &requests, wait, core))?;
+            engine.spawn_shard(&mut threads, i, cores[i], shard, syncer).inspect_err(|_| {
+                // A syncer ends when its shard says so, and this one has none.
+                engine.shards[i].syncer.ending.store(true, Ordering::SeqCst);
+                engine.shards[i].syncer.signal.notify();
+            })?;
         }
         Ok(engine)
     }
 
-    fn spawn(&self, name: String, body: impl FnOnce() + Send + 'static) -> Result<(), OpenError> {
-        let thread = std::thread::Builder::new().name(name).spawn(body);
+    fn spawn_shard(
+        &self,
+        threads: &mut Threads,
+        i: usize,
+        core: Option<usize>,
+        shard: Shard<E>,
+        syncer: Syncer,
+    ) -> Result<(), OpenError> {
+        self.spawn(threads, format!("corelane-sync-{i}"), move || syncer.run())?;
+        let (door, requests) = (std::sync::Arc::clone(&self.shards[i].door), std::sync::Arc::clone(&self.runner));
+        let wait = self.config.wait;
+        self.spawn(threads, format!("corelane-shard-{i}"), move || run(shard, &door, &requests, wait, core))
+    }
+
+    fn spawn(
+        &self,
+        threads: &mut Threads,
+        name: String,
+        body: impl FnOnce() + Send + 'static,
+    ) -> Result<(), OpenError> {
+        let thread = threads.named(name).and_then(|thread| thread.spawn(body));
         let thread = thread.map_err(|source| OpenError::Io {
             action: "starting a thread for",
             path: self.config.dir.clone(),
@@ -269,10 +297,11 @@ impl<E: Event> Engine<E> {
         Reader::at(Arc::clone(&self.shards[usize::from(shard.0)].door.log), offset, std::sync::Arc::clone(&self.lock))
     }
 
-    /// Waits until everything accepted before this call is appended and durable, in every mode.
+    /// Waits until everything accepted before this call is appended and durable, in every mode. Where a shard fails, the
+    /// others are still flushed.
     ///
     /// # Errors
-    /// `ShardFailed`; `TimedOut` at `deadline`.
+    /// `ShardFailed`, of the first shard that failed; `TimedOut` at `deadline`.
     pub fn flush(&self, deadline: Option<Instant>) -> Result<(), WaitError> {
         let accepted: Vec<_> = self
             .shards
@@ -290,18 +319,19 @@ impl<E: Event> Engine<E> {
                     .collect::<Vec<_>>()
             })
             .collect();
+        // What is appended already can be synced while a slower shard is waited for.
+        self.shards.iter().for_each(|shard| shard.syncer.flush(shard.door.log.appended.get()));
+        let mut outcome = Ok(());
         for (shard, lanes) in self.shards.iter().zip(accepted) {
-            let failed = || shard.door.log.failure().map(|failure| Err(failure.clone().into()));
-            for (lane, published) in lanes {
-                let reached = || if lane.appended_count() >= published { Some(Ok(())) } else { failed() };
-                block_until(deadline, |waker| lane.register_appended(published, waker), reached)?;
+            // To the last shard, whatever becomes of one. A failure says more than a deadline.
+            match flush_shard(shard, lanes, deadline) {
+                Err(failed @ WaitError::ShardFailed(_)) if !matches!(outcome, Err(WaitError::ShardFailed(_))) => {
+                    outcome = Err(failed);
+                }
+                flushed => outcome = outcome.and(flushed),
             }
-            let end = shard.door.log.appended.get();
-            shard.syncer.flush(end);
-            let reached = || if shard.door.log.durable.get() >= end { Some(Ok(())) } else { failed() };
-            block_until(deadline, |waker| shard.door.lanes.waiting_flush().register(end, waker), reached)?;
         }
-        Ok(())
+        outcome
     }
 
     /// All counters and histograms at this moment.
@@ -340,7 +370,8 @@ impl<E: Event> Engine<E> {
             shard.door.closing.store(true, Ordering::SeqCst);
             shard.door.signal.notify();
         }
-        let mut threads = lock(&self.threads);
+        // Another caller may hold the list for as long as it waits.
+        let Some(mut threads) = lock_until(&self.threads, deadline) else { return Err(WaitError::TimedOut) };
         // The keeper, which was started first, goes last: the shards may need segments to the end.
         while threads.len() > 1 {
             if !join_until(&mut threads, deadline) {
@@ -358,6 +389,35 @@ impl<E: Event> Engine<E> {
             Some(failure) => Err(failure.into()),
             None => Ok(()),
         }
+    }
+}
+
+/// Waits until so many events of each of a shard's lanes are appended and durable.
+fn flush_shard<E>(
+    shard: &Handle<E>,
+    lanes: Vec<(Arc<LaneShared>, u64)>,
+    deadline: Option<Instant>,
+) -> Result<(), WaitError> {
+    let failed = || shard.door.log.failure().map(|failure| Err(failure.clone().into()));
+    for (lane, published) in lanes {
+        let reached = || if lane.is_appended(published) { Some(Ok(())) } else { failed() };
+        block_until(deadline, |waker| lane.register_appended(published, waker), reached)?;
+    }
+    let end = shard.door.log.appended.get();
+    shard.syncer.flush(end);
+    let reached = || if shard.door.log.durable.get() >= end { Some(Ok(())) } else { failed() };
+    block_until(deadline, |waker| shard.door.lanes.waiting_flush().register(end, waker), reached)
+}
+
+/// How many threads the system will still start; as many as it can, outside of tests.
+struct Threads {
+    left: usize,
+}
+
+impl Threads {
+    fn named(&mut self, name: String) -> std::io::Result<std::thread::Builder> {
+        self.left = self.left.checked_sub(1).ok_or(std::io::ErrorKind::WouldBlock)?;
+        Ok(std::thread::Builder::new().name(name))
     }
 }
 
@@ -471,34 +531,40 @@ fn recover<E: Event>(
     config: &Checked,
     manifest: &Manifest,
     quarantine: &std::path::Path,
+    threads: &mut Threads,
 ) -> Result<Vec<Recovered>, OpenError> {
     let known = |id: u16, schema: u16| E::TYPES.iter().any(|t| t.id.0 == id && t.schema_version == schema);
-    let threads = crate::sync::cores().min(usize::from(config.shards));
+    let helpers = crate::sync::cores().min(usize::from(config.shards)) - 1;
     let next = std::sync::atomic::AtomicUsize::new(0);
     let results: Mutex<VecDeque<(usize, Result<Recovered, OpenError>)>> = Mutex::new(VecDeque::new());
-    std::thread::scope(|scope| {
-        for _ in 0..threads {
-            scope.spawn(|| {
-                loop {
-                    let i = next.fetch_add(1, Ordering::Relaxed);
-                    if i >= usize::from(config.shards) {
-                        break;
-                    }
-                    let dir = shard_dir(&config.dir, ShardId(i as u16));
-                    let opening = Opening {
-                        storage,
-                        dir: &dir,
-                        quarantine,
-                        shard: ShardId(i as u16),
-                        manifest,
-                        keys_expected: config.keys_expected,
-                        known: &known,
-                    };
-                    let result = opening.recover();
-                    lock(&results).push_back((i, result));
-                }
-            });
+    let work = || {
+        loop {
+            let i = next.fetch_add(1, Ordering::Relaxed);
+            if i >= usize::from(config.shards) {
+                break;
+            }
+            let dir = shard_dir(&config.dir, ShardId(i as u16));
+            let opening = Opening {
+                storage,
+                dir: &dir,
+                quarantine,
+                shard: ShardId(i as u16),
+                manifest,
+                keys_expected: config.keys_expected,
+                known: &known,
+            };
+            let result = opening.recover();
+            lock(&results).push_back((i, result));
         }
+    };
+    std::thread::scope(|scope| {
+        for i in 0..helpers {
+            let helper = threads.named(format!("corelane-open-{i}"));
+            if let Err(error) = helper.and_then(|helper| helper.spawn_scoped(scope, work)) {
+                tracing::warn!(%error, "no thread to help opening the shards; it takes longer");
+            }
+        }
+        work();
     });
     let mut results: Vec<_> = std::mem::take(&mut *lock(&results)).into();
     results.sort_by_key(|(i, _)| *i);

@@ -36,6 +36,26 @@ pub enum ConfigError {
         /// The id.
         id: EventTypeId,
     },
+    /// Two event types have one name.
+    #[error("event types {first} and {second} are both called \"{name}\"")]
+    DuplicateEventName {
+        /// The name.
+        name: String,
+        /// The type declared first.
+        first: EventTypeId,
+        /// The other.
+        second: EventTypeId,
+    },
+    /// An event type's name is longer than a manifest can hold.
+    #[error("the name of event type {id} has {bytes} bytes, more than {bytes_max}")]
+    EventNameTooLong {
+        /// The id.
+        id: EventTypeId,
+        /// Its length.
+        bytes: usize,
+        /// The limit.
+        bytes_max: usize,
+    },
 }
 
 /// Why a store could not be opened. Nothing was changed unless the variant says so.
@@ -119,6 +139,16 @@ pub enum OpenError {
         /// Name in the program.
         declared: String,
     },
+    /// The program declares a name that the store knows under another id.
+    #[error("\"{name}\" is event type {stored} in the store, but {declared} in the program")]
+    EventTypeRenumbered {
+        /// The name.
+        name: String,
+        /// Id in the manifest.
+        stored: EventTypeId,
+        /// Id in the program.
+        declared: EventTypeId,
+    },
     /// Bytes that had been durable are damaged. Nothing is skipped.
     #[error(transparent)]
     Corruption(#[from] Corruption),
@@ -190,6 +220,12 @@ pub enum FailureCause {
         key: u64,
         /// What `event_type()` returned.
         event_type: EventTypeId,
+    },
+    /// The log has come to the last offset that a record's link to its predecessor can name (4 PiB).
+    #[error("the log ends at offset {end}: no further segment can be numbered")]
+    OffsetsExhausted {
+        /// Where the last segment ends.
+        end: Offset,
     },
     /// Code on the shard's thread panicked.
     #[error("panic: {0}")]

@@ -15,7 +15,8 @@ use crate::event::{Event, Key, Scratch, ShardId, Time};
 use crate::log::segment::ShardLog;
 use crate::ring::{NOT_DUE, Slot, free_slots, push_chunk};
 use crate::sync::{
-    Arc, AtomicBool, AtomicU64, Gate, Idle, Inside, Mutex, Ordering, Signal, Waiters, Watermark, lock, thread_waker,
+    Arc, AtomicBool, AtomicU64, Gate, Idle, Inside, Mutex, Ordering, Patience, Signal, Waiters, Watermark, lock,
+    thread_waker,
 };
 
 /// What the two ends of a lane share besides the ring.
@@ -27,7 +28,7 @@ pub(crate) struct LaneShared {
     pub(crate) gate: Gate,
     /// Wakes the producer when there is room again.
     pub(crate) space: Signal,
-    /// Events accepted. Written by the producer's side.
+    /// Events accepted; in a shared lane also those being pushed, which may yet be refused. Written by producers.
     pub(crate) published: AtomicU64,
     /// Of those, how many are appended. Written by the shard.
     appended: Watermark,
@@ -78,6 +79,18 @@ impl LaneShared {
     /// Registers for the `count`-th event of this lane to be appended.
     pub(crate) fn register_appended(&self, count: u64, waker: &std::task::Waker) {
         self.waiting_appended.register(count, waker);
+    }
+
+    /// Whether everything among the first `published` events that was not refused is appended.
+    pub(crate) fn is_appended(&self, published: u64) -> bool {
+        let appended = self.appended.get();
+        appended >= published || appended >= self.published.load(Ordering::SeqCst)
+    }
+
+    /// Takes back the count of an event that was refused. Who waits for it must look again.
+    pub(crate) fn unpublish(&self) {
+        self.published.fetch_sub(1, Ordering::SeqCst);
+        self.waiting_appended.reached(u64::MAX);
     }
 
     /// Registers for the next event of this lane that is appended.
@@ -214,31 +227,6 @@ pub struct BatchRejected {
     pub accepted: usize,
     /// Why the first one left in the vector was refused.
     pub reason: RejectedReason,
-}
-
-/// How long a publish may wait for room.
-#[derive(Debug, Clone, Copy)]
-pub(crate) enum Patience {
-    None,
-    Until(Instant),
-    Forever,
-}
-
-impl Patience {
-    pub(crate) fn deadline(self) -> Option<Instant> {
-        match self {
-            Self::Until(at) => Some(at),
-            Self::None | Self::Forever => None,
-        }
-    }
-
-    pub(crate) fn is_over(self) -> bool {
-        match self {
-            Self::None => true,
-            Self::Until(at) => Instant::now() >= at,
-            Self::Forever => false,
-        }
-    }
 }
 
 struct Lane<E> {

@@ -10,9 +10,9 @@ use crate::clock::Clock;
 use crate::config::Wait;
 use crate::error::Rejected;
 use crate::event::{Event, Key};
-use crate::producer::{Bounds, LaneShared, Patience, Receipt, ShardDoor};
+use crate::producer::{Bounds, LaneShared, Receipt, ShardDoor};
 use crate::ring::{NOT_DUE, Slot};
-use crate::sync::{Arc, AtomicU64, Idle, Ordering};
+use crate::sync::{Arc, AtomicU64, Idle, Ordering, Patience};
 
 /// One event in a shared queue: its slot, and where to write its ticket if somebody asked for a receipt.
 #[derive(Debug)]
@@ -113,15 +113,17 @@ impl<E: Event> SharedProducer<E> {
         let mut idle = Idle::new(self.wait);
         loop {
             let Some(inside) = lane.shared.enter() else { return Err(lane.door.refusal(slot.slot.event)) };
+            // Counted before it can be seen: whoever counts then counts every event that is in the queue before its own.
+            lane.shared.published.fetch_add(1, Ordering::SeqCst);
             match lane.queue.push(slot) {
                 Ok(()) => {
-                    lane.shared.published.fetch_add(1, Ordering::Relaxed);
                     drop(inside);
                     lane.door.signal.notify();
                     return Ok(lane);
                 }
                 Err(back) => slot = back,
             }
+            lane.shared.unpublish();
             drop(inside);
             if patience.is_over() {
                 return Err(lane.door.full(slot.slot.event));

@@ -38,6 +38,20 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> loom::sync::MutexGuard<'_, T> {
     mutex.lock().expect("loom mutexes do not poison")
 }
 
+/// As [`lock`], giving up at the deadline.
+#[cfg(not(loom))]
+pub(crate) fn lock_until<T>(mutex: &Mutex<T>, deadline: Option<Instant>) -> Option<std::sync::MutexGuard<'_, T>> {
+    let Some(deadline) = deadline else { return Some(lock(mutex)) };
+    loop {
+        match mutex.try_lock() {
+            Ok(held) => return Some(held),
+            Err(std::sync::TryLockError::Poisoned(held)) => return Some(held.into_inner()),
+            Err(std::sync::TryLockError::WouldBlock) if Instant::now() >= deadline => return None,
+            Err(std::sync::TryLockError::WouldBlock) => nap(Duration::from_millis(1)),
+        }
+    }
+}
+
 /// Cores this process may use (cgroup- and affinity-aware), at least 1.
 pub(crate) fn cores() -> usize {
     std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
@@ -170,6 +184,31 @@ const NAP: Duration = Duration::from_micros(100);
 /// Sleeps; for cold paths that poll.
 pub(crate) fn nap(time: Duration) {
     std::thread::sleep(time);
+}
+
+/// How long a publish may wait for room.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Patience {
+    None,
+    Until(Instant),
+    Forever,
+}
+
+impl Patience {
+    pub(crate) fn deadline(self) -> Option<Instant> {
+        match self {
+            Self::Until(at) => Some(at),
+            Self::None | Self::Forever => None,
+        }
+    }
+
+    pub(crate) fn is_over(self) -> bool {
+        match self {
+            Self::None => true,
+            Self::Until(at) => Instant::now() >= at,
+            Self::Forever => false,
+        }
+    }
 }
 
 impl Idle {

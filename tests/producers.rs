@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::{Context, Poll, Wake, Waker};
 use std::time::{Duration, Instant};
 
-use common::{Note, numbers, open_on, os_cache, read_shard, small, soon};
+use common::{Note, env_number, numbers, open_on, os_cache, read_shard, small, soon};
 use corelane::testing::FaultyStorage;
 use corelane::{Engine, Event, EventType, EventTypeId, Key, Rejected, RejectedReason, WaitError};
 use rkyv::{Archive, Deserialize, Serialize};
@@ -331,4 +331,36 @@ fn every_event_waited_for_alone_becomes_durable() {
         receipt.durable().wait_until(soon().unwrap()).unwrap_or_else(|error| panic!("event {n}: {error}"));
     }
     engine.shutdown(soon()).unwrap();
+}
+
+#[test]
+fn a_flush_covers_what_its_own_thread_published_through_a_shared_producer() {
+    // A ring of two: refusals, whose counts are taken back, are everywhere.
+    for ring in [2, 64] {
+        let storage = FaultyStorage::new();
+        let engine = open_on(&storage, os_cache("/s").ring_capacity(ring)).unwrap();
+        let producer = engine.shared_producer();
+        std::thread::scope(|scope| {
+            for thread in 0..4_u64 {
+                let (engine, producer) = (&engine, producer.clone());
+                scope.spawn(move || {
+                    for n in 0..env_number("CORELANE_FLUSHES", 300) {
+                        let receipt = loop {
+                            if n % 2 == 0 {
+                                break producer.publish_with_receipt(Key(thread), Note::new(n)).unwrap();
+                            }
+                            if producer.try_publish(Key(thread), Note::new(n)).is_ok() {
+                                break producer.publish_with_receipt(Key(thread), Note::new(n)).unwrap();
+                            }
+                        };
+                        engine.flush(soon()).expect("flushed");
+                        let receipt = receipt.receipt().expect("appended");
+                        assert!(receipt.is_appended() && receipt.is_durable(), "event {n} of thread {thread}");
+                    }
+                });
+            }
+        });
+        let metrics = engine.metrics();
+        assert_eq!(metrics.shards[0].published, metrics.shards[0].appended, "refusals are not counted");
+    }
 }

@@ -6,7 +6,7 @@ mod common;
 use std::path::{Path, PathBuf};
 
 use common::{Note, numbers, os_cache, segment_path, small, soon, tree};
-use corelane::{Engine, Event, EventType, EventTypeId, Key, OpenError};
+use corelane::{ConfigError, Engine, Event, EventType, EventTypeId, Key, OpenError};
 use rkyv::{Archive, Deserialize, Serialize};
 
 /// A cleanly closed store of three segments and two shards.
@@ -211,6 +211,12 @@ fn another_shard_count_or_segment_size_is_refused() {
     assert!(tree(&path) == before);
 }
 
+/// One byte more than a name may have.
+const LONG_NAME: &str = match std::str::from_utf8(&[b'n'; 65_536]) {
+    Ok(name) => name,
+    Err(_) => "",
+};
+
 macro_rules! other_schema {
     ($name:ident, $($types:expr),+) => {
         #[derive(Archive, Serialize, Deserialize, Debug)]
@@ -225,6 +231,10 @@ other_schema!(Renamed, EventType::new(1, "memo", 1));
 other_schema!(Newer, EventType::new(1, "note", 2));
 other_schema!(Other, EventType::new(2, "other", 1));
 other_schema!(Twice, EventType::new(3, "three", 1), EventType::new(3, "drei", 1));
+other_schema!(OneName, EventType::new(1, "note", 1), EventType::new(3, "same", 1), EventType::new(4, "same", 1));
+other_schema!(LongName, EventType::new(1, "note", 1), EventType::new(3, LONG_NAME, 1));
+other_schema!(LongestName, EventType::new(1, "note", 1), EventType::new(3, LONG_NAME.split_at(1).1, 1));
+other_schema!(Moved, EventType::new(7, "note", 1));
 other_schema!(More, EventType::new(1, "note", 1), EventType::new(2, "other", 1));
 
 #[test]
@@ -240,6 +250,27 @@ fn event_types_the_program_cannot_read_are_refused() {
     assert!(matches!(&error, OpenError::UnknownEventType { event_type: EventTypeId(1), .. }), "{error}");
     let error = refused_as::<Twice>(|_| (), 2);
     assert!(matches!(error, OpenError::Config(_)), "{error}");
+}
+
+#[test]
+fn event_types_that_names_cannot_tell_apart_are_refused() {
+    let error = refused_as::<OneName>(|_| (), 2);
+    assert!(
+        matches!(&error, OpenError::Config(ConfigError::DuplicateEventName { name, .. }) if name == "same"),
+        "{error}"
+    );
+    let error = refused_as::<LongName>(|_| (), 2);
+    let OpenError::Config(ConfigError::EventNameTooLong { bytes, bytes_max, .. }) = error else { panic!("{error}") };
+    assert_eq!((bytes, bytes_max), (65_536, 65_535));
+    let error = refused_as::<Moved>(|_| (), 2);
+    let OpenError::EventTypeRenumbered { stored, declared, .. } = error else { panic!("{error}") };
+    assert_eq!((stored, declared), (EventTypeId(1), EventTypeId(7)));
+    // Nor is a new store made for them.
+    let dir = tempfile::tempdir().unwrap();
+    let error = Engine::<OneName>::open(small(dir.path())).expect_err("opened");
+    assert!(matches!(error, OpenError::Config(_)), "{error}");
+    drop(Engine::<LongestName>::open(small(dir.path())).unwrap());
+    drop(Engine::<LongestName>::open(small(dir.path())).unwrap());
 }
 
 #[test]

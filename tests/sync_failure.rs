@@ -200,13 +200,55 @@ fn a_group_commit_publisher_waiting_on_a_full_disk_is_told_of_a_failed_sync() {
     assert!(began.elapsed() < Duration::from_secs(5));
 }
 
+/// Waits until nobody has synced anything for a while.
+fn settle(storage: &FaultyStorage) {
+    let mut syncs = storage.syncs();
+    loop {
+        std::thread::sleep(Duration::from_millis(50));
+        if std::mem::replace(&mut syncs, storage.syncs()) == storage.syncs() {
+            break;
+        }
+    }
+}
+
+#[test]
+fn a_flush_goes_on_to_the_shards_that_have_not_failed() {
+    let storage = FaultyStorage::new();
+    let engine = open_on(&storage, small("/s").shards(3).durability(corelane::Durability::OsCache)).unwrap();
+    let key_of = |shard: u16| (0..).map(Key).find(|key| key.shard(3).0 == shard).unwrap();
+    let mut producer = engine.producer();
+    for shard in 0..3 {
+        producer.publish(key_of(shard), Note::new(0)).unwrap().appended().wait().unwrap();
+    }
+    settle(&storage);
+    storage.fail_sync(1);
+    let lost = engine.flush(soon());
+    let Err(WaitError::ShardFailed(failure)) = lost else { panic!("{lost:?}") };
+    assert_eq!(engine.failures().len(), 1);
+    // Everything of the others is durable when it returns, whichever of the three failed.
+    for shard in engine.metrics().shards {
+        assert_eq!(shard.durable_to >= shard.appended_to, shard.shard != failure.shard, "{shard:?}");
+    }
+    // And again, with the failed one in front of them.
+    let receipts: Vec<_> =
+        (0..3).filter(|&n| n != failure.shard.0).map(|n| producer.publish(key_of(n), Note::new(1)).unwrap()).collect();
+    assert!(matches!(engine.flush(soon()), Err(WaitError::ShardFailed(_))));
+    assert!(receipts.iter().all(corelane::Receipt::is_durable));
+}
+
 #[test]
 fn a_shard_that_fails_leaves_the_others_running() {
     let storage = FaultyStorage::new();
     let engine = open_on(&storage, small("/s").shards(4)).unwrap();
-    storage.fail_sync(1);
     let mut producer = engine.producer();
     let key_of = |shard: u16| (0..).map(Key).find(|key| key.shard(4).0 == shard).unwrap();
+    settle(&storage);
+    for shard in 0..4 {
+        producer.publish(key_of(shard), Note::new(1000)).unwrap().durable().wait().unwrap();
+    }
+    // The keeper syncs the segments that it prepares.
+    settle(&storage);
+    storage.fail_sync(1);
     let first = producer.publish(key_of(2), Note::new(1)).unwrap();
     assert!(matches!(first.durable().wait(), Err(WaitError::ShardFailed(failure)) if failure.shard.0 == 2));
     for shard in [0, 1, 3] {
@@ -214,7 +256,7 @@ fn a_shard_that_fails_leaves_the_others_running() {
             producer.publish(key_of(shard), Note::new(n)).unwrap();
         }
         producer.publish(key_of(shard), Note::new(200)).unwrap().durable().wait_until(soon().unwrap()).unwrap();
-        assert_eq!(read_shard(&engine, shard).len(), 201);
+        assert_eq!(read_shard(&engine, shard).len(), 202);
     }
     assert_eq!(engine.failures().len(), 1);
     assert!(matches!(engine.shutdown(soon()), Err(WaitError::ShardFailed(_))));

@@ -238,3 +238,25 @@ fn a_crash_at_any_point_of_preparing_a_segment_is_no_corruption() {
         }
     }
 }
+
+#[test]
+fn a_tail_torn_again_at_the_same_place_does_not_replace_the_first() {
+    let segment = Path::new("/s/shard-0000/000000000000.seg");
+    let (mut files, last, _) = torn_store();
+    let mut kept = Vec::new();
+    for n in 0..3 {
+        // A byte of the record's key: from the second time on, of the mark that stands there.
+        files.get_mut(segment).unwrap()[last[2] + 20] ^= 1;
+        let disk = FaultyStorage::with_files(files);
+        let engine = open_on(&disk, os_cache("/s")).unwrap();
+        let tail = engine.recovery().shards[0].torn_tail.clone().unwrap();
+        assert_eq!(tail.offset.0 as usize, last[2]);
+        kept.push((tail.quarantined.clone(), disk.files()[&tail.quarantined].clone()));
+        engine.producer().publish(Key(1), Note::sized(100 + n, 30)).unwrap().appended().wait().unwrap();
+        files = disk.files();
+    }
+    for (i, (path, content)) in kept.iter().enumerate() {
+        assert!(files[path] == *content, "{} is as it was kept", path.display());
+        assert!(kept[..i].iter().all(|(other, others)| other != path && others != content));
+    }
+}

@@ -27,16 +27,32 @@ const SEGMENT_MAGIC: [u8; 8] = *b"corelseg";
 const BYTE_ORDER: u32 = 0x0102_0304;
 const HEADER_CRC_AT: usize = 76;
 const LOW_48: u64 = (1 << 48) - 1;
+/// No record begins here or beyond: a back-link holds 48 bits of 16-byte steps.
+pub(crate) const OFFSETS_END: u64 = (LOW_48 + 1) * ALIGN as u64;
 
 const _: () = assert!(RECORD_HEADER_BYTES.is_multiple_of(ALIGN) && HEADER_BYTES.is_multiple_of(ALIGN));
 
-/// What makes archives of two builds compatible: rkyv's pointer width and byte order, as this build has them.
+/// What makes archives of two builds compatible: rkyv's pointer width, byte order and alignment, as this build has them.
 pub(crate) fn archive_fingerprint() -> u32 {
     let pointer_bytes = size_of::<rkyv::primitive::ArchivedUsize>() as u8;
-    let one = rkyv::rend::u32_le::from_native(1);
-    let little = u8::from(size_of_val(&one) == 4 && cfg!(target_endian = "little"));
     let aligned = align_of::<rkyv::primitive::ArchivedU64>() as u8;
-    crc32c::crc32c(&[b'r', b'k', 8, pointer_bytes, little, aligned])
+    fingerprint(pointer_bytes, archived_one(), aligned)
+}
+
+/// What rkyv stores for 1. Its byte order is a feature of the build, whatever the machine's is.
+fn archived_one() -> [u8; 4] {
+    let mut one = rkyv::util::Align([0; 4]);
+    let stored = rkyv::api::low::to_bytes_in_with_alloc::<_, _, rkyv::rancor::Failure>(
+        &1_u32,
+        rkyv::ser::writer::Buffer::from(&mut *one),
+        rkyv::ser::allocator::SubAllocator::empty(),
+    );
+    assert!(stored.is_ok_and(|stored| stored.len() == 4), "a u32 takes four bytes");
+    *one
+}
+
+fn fingerprint(pointer_bytes: u8, one: [u8; 4], aligned: u8) -> u32 {
+    crc32c::crc32c(&[b'r', b'k', 8, pointer_bytes, u8::from(one == 1_u32.to_le_bytes()), aligned])
 }
 
 /// What makes two programs' events the same: ids, names and schema versions.
@@ -218,6 +234,7 @@ impl RecordHeader {
     #[inline(always)]
     pub(crate) fn stage(&self, record: &mut [u8], len: usize) {
         debug_assert!(self.version.0 <= LOW_48 && self.previous.0.is_multiple_of(ALIGN as u64));
+        debug_assert!(self.previous.0 < OFFSETS_END);
         let link = (self.previous.0 / ALIGN as u64) & LOW_48 | u64::from(self.event_type.0) << 48;
         let version = self.version.0 & LOW_48 | u64::from(self.schema_version) << 48;
         if len < record.len() {
@@ -449,6 +466,12 @@ pub(crate) mod tests {
 
     #[test]
     fn fingerprints_are_frozen() {
-        assert_golden("archive-fingerprint.bin", &archive_fingerprint().to_le_bytes());
+        let little = fingerprint(4, 1_u32.to_le_bytes(), 8);
+        assert_golden("archive-fingerprint.bin", &little.to_le_bytes());
+        let big = fingerprint(4, 1_u32.to_be_bytes(), 8);
+        let unaligned = fingerprint(4, 1_u32.to_le_bytes(), 1);
+        let wide = fingerprint(8, 1_u32.to_le_bytes(), 8);
+        assert!([big, unaligned, wide].iter().all(|&other| other != little));
+        assert_eq!(archive_fingerprint(), if archived_one() == [0, 0, 0, 1] { big } else { little });
     }
 }

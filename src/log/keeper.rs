@@ -14,7 +14,7 @@ use crate::clock::wall_now;
 use crate::config::{Durability, Retention, Wait};
 use crate::error::FailureCause;
 use crate::event::Offset;
-use crate::log::format::{HEADER_BYTES, encode_prepared};
+use crate::log::format::{HEADER_BYTES, OFFSETS_END, encode_prepared};
 use crate::log::manifest::Span;
 use crate::log::mmap::{Memory, WriteHalf};
 use crate::log::segment::{Segment, ShardLog};
@@ -139,6 +139,12 @@ impl Keeper {
             return Ok(false);
         }
         let index = kept.next_index;
+        // Wanted as soon as the last one is begun, so a segment's length before a link could wrap.
+        if index >= OFFSETS_END / kept.log.segment_bytes {
+            kept.log.fail(FailureCause::OffsetsExhausted { end: Offset(OFFSETS_END) });
+            kept.shard_signal.notify();
+            return Ok(false);
+        }
         let path = kept.log.segment_path(index);
         // Where syncs follow each other and are small, a segment is brought into the cache in small pages before it is
         // used: a sync of 100 KB wrote 1.7 MB in pages as large as the system makes them by itself.

@@ -16,6 +16,8 @@ pub(crate) const MANIFEST: &str = "manifest";
 pub(crate) const SPAN: &str = "span";
 const MANIFEST_FIXED_BYTES: usize = 40;
 const SPAN_BYTES: usize = 32;
+/// A name's length is stored in two bytes.
+const NAME_BYTES_MAX: usize = u16::MAX as usize;
 
 /// What a store is.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -110,6 +112,18 @@ impl Manifest {
         for (i, declared) in E::TYPES.iter().enumerate() {
             if declared.id.0 == 0 || E::TYPES[..i].iter().any(|t| t.id == declared.id) {
                 return Err(ConfigError::DuplicateEventType { id: declared.id }.into());
+            }
+            if let Some(first) = E::TYPES[..i].iter().find(|t| t.name == declared.name) {
+                let (name, first, second) = (declared.name.to_owned(), first.id, declared.id);
+                return Err(ConfigError::DuplicateEventName { name, first, second }.into());
+            }
+            if declared.name.len() > NAME_BYTES_MAX {
+                let (id, bytes) = (declared.id, declared.name.len());
+                return Err(ConfigError::EventNameTooLong { id, bytes, bytes_max: NAME_BYTES_MAX }.into());
+            }
+            if let Some(stored) = self.types.iter().find(|t| t.name == declared.name && t.id != declared.id) {
+                let (name, stored) = (declared.name.to_owned(), stored.id);
+                return Err(OpenError::EventTypeRenumbered { name, stored, declared: declared.id });
             }
             match self.types.iter_mut().find(|t| t.id == declared.id) {
                 Some(stored) if stored.name != declared.name => {

@@ -12,8 +12,8 @@ use crate::error::{Corruption, OpenError};
 use crate::event::{Key, KeyHash, Offset, ShardId, Version};
 use crate::keys::KeyTable;
 use crate::log::format::{
-    ALIGN, Found, HEADER_BYTES, HeaderError, MARK, RECORD_BYTES_MAX, RECORD_HEADER_BYTES, RecordHeader, SegmentHeader,
-    encode_prepared, padded, record_at, u32_at,
+    ALIGN, Found, HEADER_BYTES, HeaderError, MARK, OFFSETS_END, RECORD_BYTES_MAX, RECORD_HEADER_BYTES, RecordHeader,
+    SegmentHeader, encode_prepared, padded, record_at, u32_at,
 };
 use crate::log::keeper::{fresh_salt, spare_number};
 use crate::log::manifest::{Manifest, Span, segment_index};
@@ -154,6 +154,10 @@ impl Opening<'_> {
             .find(|(want, have)| want != have)
         {
             return Err(self.corruption(missing.0, 0, "a segment is missing").into());
+        }
+        if span.last >= OFFSETS_END / self.manifest.segment_bytes {
+            let path = self.dir.join(crate::log::manifest::SPAN);
+            return Err(OpenError::ForeignFile { path, why: "the span lies beyond the last offset" });
         }
         for &index in surplus.iter().filter(|&&index| index > span.last) {
             // The span is written before a segment is handed over, so one beyond it was never begun.
@@ -300,7 +304,7 @@ impl Opening<'_> {
             events: 0,
             segments: 0,
             keys: 0,
-            end: Offset(HEADER_BYTES as u64),
+            end: Offset(span.first * self.manifest.segment_bytes + HEADER_BYTES as u64),
             torn_tail: None,
         };
         Recovered {
@@ -505,12 +509,21 @@ impl Opening<'_> {
     }
 
     fn quarantine(&self, offset: Offset, bytes: &[u8], why: &'static str) -> Result<TornTail, OpenError> {
-        let name = format!("shard-{:04}-offset-{offset}.torn", self.shard.0);
-        let path = self.quarantine.join(&name);
-        self.storage
+        let plain = format!("shard-{:04}-offset-{offset}", self.shard.0);
+        let io = |path: &Path, source| OpenError::Io { action: "quarantining", path: path.to_owned(), source };
+        let taken = self
+            .storage
             .create_dir(self.quarantine)
-            .and_then(|()| replace(self.storage, self.quarantine, &name, bytes))
-            .map_err(|source| OpenError::Io { action: "quarantining", path: path.clone(), source })?;
+            .and_then(|()| self.storage.list(self.quarantine))
+            .map_err(|source| io(self.quarantine, source))?;
+        // What an earlier opening kept stays: the same place can be torn again.
+        let (mut name, mut n) = (format!("{plain}.torn"), 1_u64);
+        while taken.contains(&name) {
+            n += 1;
+            name = format!("{plain}-{n}.torn");
+        }
+        let path = self.quarantine.join(&name);
+        replace(self.storage, self.quarantine, &name, bytes).map_err(|source| io(&path, source))?;
         tracing::warn!(shard = self.shard.0, %offset, why, "a torn tail was cut");
         Ok(TornTail { offset, bytes: bytes.len() as u64, quarantined: path, why })
     }

@@ -1,0 +1,65 @@
+//! Threads that cannot be started, and callers that wait for the engine's threads.
+#![expect(clippy::unwrap_used, reason = "a test may unwrap")]
+
+mod common;
+
+use std::time::{Duration, Instant};
+
+use common::{Note, numbers, os_cache, small, soon};
+use corelane::testing::FaultyStorage;
+use corelane::{Engine, Key, OpenError, WaitError};
+
+#[test]
+fn a_thread_that_cannot_be_started_is_an_error_and_a_clean_end() {
+    let (shards, mut opened) = (3, 0);
+    for threads in 0..=12 {
+        let storage = FaultyStorage::new();
+        let (done, ended) = std::sync::mpsc::channel();
+        let disk = storage.clone();
+        // On a thread of its own, so that a hang is a failure.
+        std::thread::spawn(move || {
+            let builder = Engine::<Note>::builder(small("/s").shards(shards)).faulty_storage(&disk);
+            let outcome = builder.threads_max(threads).open().map(drop);
+            done.send(outcome).unwrap();
+        });
+        match ended.recv_timeout(Duration::from_secs(8)).unwrap_or_else(|_| panic!("{threads} threads: it hangs")) {
+            Ok(()) => opened += 1,
+            Err(OpenError::Io { action, .. }) => assert!(action.contains("thread"), "{threads}: {action}"),
+            Err(other) => panic!("{threads}: {other}"),
+        }
+        // The lock is free, and the store as good as before.
+        let engine = Engine::<Note>::builder(small("/s").shards(shards)).faulty_storage(&storage).open().unwrap();
+        engine.producer().publish(Key(1), Note::new(7)).unwrap();
+        engine.shutdown(soon()).unwrap();
+    }
+    assert!((1..=6).contains(&opened), "{opened}: the keeper, two for each shard, and helpers of the opening");
+}
+
+#[test]
+fn a_shutdown_keeps_its_deadline_while_another_one_waits() {
+    let storage = FaultyStorage::new();
+    storage.set_space(Some(2 * common::SEGMENT));
+    let engine = Engine::<Note>::builder(os_cache("/s")).faulty_storage(&storage).open().unwrap();
+    let mut producer = engine.producer();
+    let mut accepted = 0;
+    while producer
+        .publish_until(Key(1), Note::sized(accepted, 3000), Instant::now() + Duration::from_millis(200))
+        .is_ok()
+    {
+        accepted += 1;
+    }
+    std::thread::scope(|scope| {
+        // The disk is full, so nothing that was accepted can be appended, and this waits.
+        let patient = scope.spawn(|| engine.shutdown(None));
+        std::thread::sleep(Duration::from_millis(100));
+        let began = Instant::now();
+        let outcome = engine.shutdown(Some(began + Duration::from_millis(200)));
+        assert!(matches!(outcome, Err(WaitError::TimedOut)), "{outcome:?}");
+        let took = began.elapsed();
+        storage.set_space(None);
+        assert!(took < Duration::from_secs(2), "{took:?}");
+        patient.join().unwrap().unwrap();
+    });
+    engine.shutdown(soon()).unwrap();
+    assert_eq!(numbers(&engine).len() as u64, accepted);
+}
