@@ -1,7 +1,8 @@
-//! The only reader of time.
+//! The only reader of wall time, and of the time by which events are stamped and latencies measured. (Deadlines of
+//! waits are `Instant`s, read where somebody waits.)
 //!
 //! Latencies are monotonic nanoseconds from the time-stamp counter; what is written into records
-//! is wall time, derived from the same reading through an offset that a shard renews every turn,
+//! is wall time, derived from the same reading through an offset that a shard renews every batch,
 //! so a leap of the wall clock never bends a latency.
 
 use std::time::{SystemTime, UNIX_EPOCH};

@@ -7,7 +7,7 @@ use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 
-use crate::clock::{Clock, Nanos};
+use crate::clock::{Clock, Nanos, wall_now};
 use crate::error::FailureCause;
 use crate::event::{Event, Meta, Offset, Sequence, ShardId, Version};
 use crate::handler::{BatchEnd, HandlerError, OnError, Registered};
@@ -153,6 +153,10 @@ impl<E: Event> Shard<E> {
             self.recorder.record(Stage::Turn, self.clock.now() - began, 1);
         } else {
             self.retire_lanes();
+            if self.writer.wants_idle_mark() {
+                // Not published, so that it wants no sync of its own: a mark that is lost costs nothing but its news.
+                self.writer.mark_now(wall_now());
+            }
         }
         self.recorder.exchange();
         Ok(work)
@@ -162,6 +166,7 @@ impl<E: Event> Shard<E> {
     pub(crate) fn has_work(&self) -> bool {
         !self.arriving.is_empty()
             || self.recorder.exchange_handle().is_wanted()
+            || self.writer.wants_idle_mark()
             || (!self.is_stalled() && self.has_events())
     }
 

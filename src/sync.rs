@@ -1,5 +1,6 @@
-//! The only importer of atomics and threads, so that one switch (`--cfg loom`) puts every
-//! protocol between threads under a model checker.
+//! The importer of atomics and threads for every protocol between threads, so that one switch (`--cfg loom`) puts
+//! them under a model checker. What loom cannot or need not see goes round it (an atomic view of mapped bytes, the
+//! starting of threads, a sleep): `tests/tidy.rs` has the list.
 //!
 //! What is here: [`Watermark`] (a published position), [`Signal`] (sleep without losing a wake-up),
 //! [`Gate`] (closing without losing an accepted event) and [`Waiters`] (receipts being waited for).

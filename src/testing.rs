@@ -8,6 +8,7 @@ use std::io;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::log::mmap::{Heap, Memory};
 use crate::log::storage::{Lock, Storage};
@@ -28,6 +29,7 @@ struct Disk {
     segment_bytes_left: Option<u64>,
     operations: u64,
     fail_operation_at: Option<u64>,
+    held: bool,
 }
 
 #[derive(Debug, Clone)]
@@ -124,6 +126,23 @@ impl FaultyStorage {
         lock(&self.0).segment_bytes_left = bytes;
     }
 
+    /// From now on every operation and sync waits, as on a disk that hangs, until this is taken back.
+    pub fn hold(&self, held: bool) {
+        lock(&self.0).held = held;
+    }
+
+    /// The disk, once it is not held.
+    fn answering(&self) -> impl std::ops::DerefMut<Target = Disk> {
+        loop {
+            let disk = lock(&self.0);
+            if !disk.held {
+                return disk;
+            }
+            drop(disk);
+            crate::sync::nap(Duration::from_millis(1));
+        }
+    }
+
     /// Syncs so far, of segments and files.
     #[must_use]
     pub fn syncs(&self) -> u64 {
@@ -131,7 +150,7 @@ impl FaultyStorage {
     }
 
     fn operation<T>(&self, body: impl FnOnce(&mut Disk) -> io::Result<T>) -> io::Result<T> {
-        let mut disk = lock(&self.0);
+        let mut disk = self.answering();
         disk.operations += 1;
         if disk.fail_operation_at == Some(disk.operations) {
             return Err(io::Error::other("injected failure of an operation"));
@@ -256,7 +275,7 @@ impl Storage for FaultyStorage {
 
     fn sync(&self, memory: &Memory, range: Range<usize>) -> io::Result<()> {
         // Locked to the end, so that a power cut comes before or after it.
-        let mut disk = lock(&self.0);
+        let mut disk = self.answering();
         disk.syncs += 1;
         if disk.fail_sync_at == Some(disk.syncs) {
             return Err(io::Error::other("injected failure of a sync"));

@@ -57,7 +57,7 @@ pub(crate) struct Syncer {
     pub(crate) storage: std::sync::Arc<dyn Storage>,
     pub(crate) requests: std::sync::Arc<SyncRequests>,
     pub(crate) lanes: std::sync::Arc<LaneRegistry>,
-    /// Wakes the shard, which closes its lanes when a sync failed.
+    /// Wakes the shard, which closes its lanes when a sync failed, and marks the log when one has caught up.
     pub(crate) shard_signal: std::sync::Arc<Signal>,
     pub(crate) durability: Durability,
     pub(crate) marks: rtrb::Consumer<SyncMark>,
@@ -143,6 +143,8 @@ impl Syncer {
         // After the lanes: who has seen the log durable finds the receipts of what it covers durable too.
         self.log.durable.publish(durable);
         self.lanes.flushed(durable);
+        // A shard at rest notes it in the log.
+        self.shard_signal.notify();
         let now = self.clock.now();
         while let Ok(mark) = self.marks.peek() {
             if mark.end > durable {

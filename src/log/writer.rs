@@ -60,6 +60,8 @@ pub(crate) struct Writer {
     /// Up to where the last mark said the log was durable, and when it was written.
     marked: u64,
     marked_at: u64,
+    /// Where the last event ends; only marks lie behind.
+    events_end: u64,
     rolled: bool,
 }
 
@@ -190,6 +192,7 @@ impl Writer {
         schema: u32,
         event_bytes_max: usize,
     ) -> Self {
+        let events_end = if resume.segment.is_some() { log.appended.get() } else { 0 };
         let current = resume.segment.map(|(segment, half)| Current {
             half,
             base: segment.index * log.segment_bytes,
@@ -206,6 +209,7 @@ impl Writer {
             scratch: Scratch::new(4 * event_bytes_max.max(1024)),
             marked: resume.marked,
             marked_at: 0,
+            events_end,
             rolled: false,
         }
     }
@@ -241,6 +245,9 @@ impl Writer {
             current.half.skip((end.0 - current.base) as usize - at);
         }
         self.sequence += events;
+        if events > 0 {
+            self.events_end = end.0;
+        }
     }
 
     /// Goes over to the next segment. The old one ends with a zero word or too little room for a header.
@@ -285,18 +292,32 @@ impl Writer {
     /// damage to durable bytes from a tail that never was. Written at most once a millisecond.
     #[inline]
     pub(crate) fn mark(&mut self, now: u64, time: Time) {
-        if now.saturating_sub(self.marked_at) >= MARK_EVERY_NS && self.log.durable.get() > self.marked {
+        if now.saturating_sub(self.marked_at) >= MARK_EVERY_NS && self.has_news() {
             self.mark_now(time);
             self.marked_at = now;
         }
     }
 
-    /// Writes a mark if anything was synced since the last; `false` where there is no room for it.
+    /// Whether an event, or a part of one, was synced that no mark tells of.
+    fn has_news(&self) -> bool {
+        self.log.durable.get().min(self.events_end) > self.marked
+    }
+
+    /// Whether everything is synced and the log does not say so, though there is room. Looked at by a shard that has
+    /// nothing else to do; true once for each time it comes to rest.
+    #[inline]
+    pub(crate) fn wants_idle_mark(&self) -> bool {
+        let room = || self.current.as_ref().map_or(0, |current| current.half.memory().len() - current.half.at());
+        self.events_end > self.marked && self.log.durable.get() >= self.events_end && room() >= RECORD_HEADER_BYTES
+    }
+
+    /// Writes a mark if any event was synced since the last; `false` where there is no room for it. It becomes visible,
+    /// and is synced, together with what is published next.
     #[cold]
     pub(crate) fn mark_now(&mut self, time: Time) -> bool {
         let durable = self.log.durable.get();
         let room = self.current.as_mut().map(|current| current.half.tail().len());
-        if durable <= self.marked || room.is_none_or(|room| room < RECORD_HEADER_BYTES && self.roll(time).is_err()) {
+        if !self.has_news() || room.is_none_or(|room| room < RECORD_HEADER_BYTES && self.roll(time).is_err()) {
             return false;
         }
         let header = RecordHeader {
