@@ -213,7 +213,7 @@ impl Config {
 
 const EVENT_BYTES_MAX_DEFAULT: usize = 64 << 10;
 
-fn in_range(name: &'static str, value: u64, min: u64, max: u64) -> Result<(), ConfigError> {
+pub(crate) fn in_range(name: &'static str, value: u64, min: u64, max: u64) -> Result<(), ConfigError> {
     if (min..=max).contains(&value) { Ok(()) } else { Err(ConfigError::OutOfRange { name, value, min, max }) }
 }
 

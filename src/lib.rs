@@ -16,6 +16,8 @@ pub mod bench_support;
 #[cfg(not(loom))]
 mod clock;
 #[cfg(not(loom))]
+pub mod consumer;
+#[cfg(not(loom))]
 mod engine;
 #[cfg(not(loom))]
 pub mod envelope;

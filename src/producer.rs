@@ -93,12 +93,16 @@ impl LaneShared {
         self.waiting_appended.reached(u64::MAX);
     }
 
+    /// Registers for the `count`-th event of this lane to be durable.
+    pub(crate) fn register_durable(&self, count: u64, waker: &std::task::Waker) {
+        self.waiting_durable.register(count, waker);
+    }
+
     /// Registers for the next event of this lane that is appended.
     pub(crate) fn register_any(&self, waker: &std::task::Waker) {
         self.waiting_appended.register(self.appended.get() + 1, waker);
     }
 
-    #[cfg(test)]
     pub(crate) fn durable_count(&self) -> u64 {
         self.durable.get()
     }

@@ -12,7 +12,9 @@ mod append;
 mod codec;
 mod end_to_end;
 mod game;
+mod gate;
 mod keys;
+mod lanes;
 mod replay;
 mod ring;
 
@@ -28,6 +30,8 @@ criterion_group!(
     keys::benches,
     append::benches,
     replay::benches,
-    end_to_end::benches
+    end_to_end::benches,
+    gate::benches,
+    lanes::benches
 );
 criterion_main!(benches);

@@ -1,0 +1,46 @@
+//! What services that hang off the log are made of: order, retry, health, and the place of every key.
+//!
+//! Each part is plain data with one owner: no thread, no clock, no I/O, no shard. Time is an argument, always
+//! the time passed since one fixed moment on a monotonic clock; randomness is seeded.
+//!
+//! | part | question it answers |
+//! |---|---|
+//! | [`SequenceGate`] | Input came out of order: what is its order, and what is missing? |
+//! | [`Lanes`] | What may run now so that every key keeps its order, and how far is all of it done? |
+//! | [`RetryPolicy`] | An attempt failed: when is the next, if any? |
+//! | [`Health`] | Does this service work, and may it be called now? |
+
+use std::time::Duration;
+
+/// Builders' methods, one per field. Above the modules that use it.
+macro_rules! setters {
+    ($($(#[$doc:meta])* $name:ident: $kind:ty),+ $(,)?) => {
+        $($(#[$doc])*
+        #[must_use]
+        pub fn $name(mut self, $name: $kind) -> Self {
+            self.$name = $name;
+            self
+        })+
+    };
+}
+
+mod health;
+mod lanes;
+mod retry;
+mod sequence_gate;
+
+pub use health::report::HealthReport;
+pub use health::{Admission, Cause, Health, HealthChange, HealthPolicy, HealthStatus, Pass};
+pub use lanes::Lanes;
+pub use lanes::answer::{
+    KeyState, LaneStatistics, LanesPolicy, NotParked, OfferRefused, RecordKind, Run, ToRecord, Verdict,
+};
+pub use retry::{AfterFailure, JitterRng, Retry, RetryPolicy};
+pub use sequence_gate::SequenceGate;
+pub use sequence_gate::answer::{GateStatistics, Offered, Refused, Released, StartRefused};
+pub use sequence_gate::policy::{GatePolicy, GateStart};
+
+/// Whole milliseconds, for checks of ranges.
+fn whole_ms(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
