@@ -436,6 +436,20 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn prepared_page_is_frozen_and_blank() {
+        let mut page = vec![0xff; HEADER_BYTES + 4];
+        encode_prepared(0x0bad_cafe, &mut page);
+        assert_golden("prepared-page.bin", &page[..HEADER_BYTES]);
+        // Whatever stands behind it.
+        assert_eq!(SegmentHeader::decode(&page), Err(HeaderError::Blank));
+        for bit in 64..HEADER_BYTES * 8 {
+            page[bit / 8] ^= 1 << (bit % 8);
+            assert!(matches!(SegmentHeader::decode(&page), Err(HeaderError::Damaged(_))), "bit {bit} before a record");
+            page[bit / 8] ^= 1 << (bit % 8);
+        }
+    }
+
+    #[test]
     fn record_and_mark_are_frozen() {
         let event = RecordHeader {
             time: Time(1_700_000_000_123_456_789),
