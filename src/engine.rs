@@ -10,6 +10,7 @@ use crate::clock::Clock;
 use crate::config::{Checked, Config, Durability};
 use crate::error::{OpenError, ReadError, ShardFailure, WaitError};
 use crate::event::{Event, Offset, ShardId};
+use crate::flush::flush_shard;
 use crate::handler::{Factory, Handler, OnError, Registered};
 use crate::log::format::schema_fingerprint;
 use crate::log::keeper::{Keeper, KeeperRequests, Kept};
@@ -21,7 +22,7 @@ use crate::log::storage::{Files, Lock, Storage};
 use crate::log::syncer::{SyncMark, SyncRequests, Syncer};
 use crate::log::writer::Writer;
 use crate::metrics::{Counters, Exchange, Metrics, Recorder, ShardMetrics, Stage, Totals};
-use crate::producer::{LaneRegistry, LaneShared, Producer, ShardDoor, block_until};
+use crate::producer::{LaneRegistry, LaneShared, Producer, ShardDoor};
 use crate::runner::{RunnerRequests, assign_cores, run};
 use crate::shard::{LaneEnd, Shard, Work};
 use crate::shared::{SharedLane, SharedProducer};
@@ -324,7 +325,7 @@ impl<E: Event> Engine<E> {
         let mut outcome = Ok(());
         for (shard, lanes) in self.shards.iter().zip(accepted) {
             // To the last shard, whatever becomes of one. A failure says more than a deadline.
-            match flush_shard(shard, lanes, deadline) {
+            match flush_shard(&shard.door, &shard.syncer, lanes, deadline) {
                 Err(failed @ WaitError::ShardFailed(_)) if !matches!(outcome, Err(WaitError::ShardFailed(_))) => {
                     outcome = Err(failed);
                 }
@@ -390,47 +391,6 @@ impl<E: Event> Engine<E> {
             None => Ok(()),
         }
     }
-}
-
-/// How long a flush waits for a lane to be told, before it asks again.
-const SETTLE_EVERY: Duration = Duration::from_millis(1);
-
-/// Waits until so many events of each of a shard's lanes are appended and durable.
-fn flush_shard<E>(
-    shard: &Handle<E>,
-    lanes: Vec<(Arc<LaneShared>, u64)>,
-    deadline: Option<Instant>,
-) -> Result<(), WaitError> {
-    let failed = || shard.door.log.failure().map(|failure| Err(failure.clone().into()));
-    let mut counted = Vec::with_capacity(lanes.len());
-    for (lane, published) in lanes {
-        let reached = || if lane.is_appended(published) { Some(Ok(())) } else { failed() };
-        block_until(deadline, |waker| lane.register_appended(published, waker), reached)?;
-        counted.push((lane.appended_count(), lane));
-    }
-    let end = shard.door.log.appended.get();
-    shard.syncer.flush(end);
-    let reached = || if shard.door.log.durable.get() >= end { Some(Ok(())) } else { failed() };
-    block_until(deadline, |waker| shard.door.lanes.waiting_flush().register(end, waker), reached)?;
-    for (count, lane) in counted {
-        // A sync may have covered an event before its lane counted it; the next one tells the lane. Asked for again and
-        // again: the one under way may have looked at the lanes too early as well.
-        while lane.durable_count() < count {
-            shard.syncer.flush(shard.door.log.durable.get() + 1);
-            let soon = Instant::now() + SETTLE_EVERY;
-            let reached = || if lane.durable_count() >= count { Some(Ok(())) } else { failed() };
-            let settled = block_until(
-                Some(deadline.map_or(soon, |deadline| deadline.min(soon))),
-                |waker| lane.register_durable(count, waker),
-                reached,
-            );
-            match settled {
-                Err(WaitError::TimedOut) if deadline.is_none_or(|deadline| Instant::now() < deadline) => {}
-                settled => settled?,
-            }
-        }
-    }
-    Ok(())
 }
 
 /// How many threads the system will still start; as many as it can, outside of tests.

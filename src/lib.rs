@@ -22,6 +22,8 @@ mod engine;
 #[cfg(not(loom))]
 pub mod envelope;
 #[cfg(not(loom))]
+mod flush;
+#[cfg(not(loom))]
 mod handler;
 #[cfg(not(loom))]
 mod keys;

@@ -72,6 +72,7 @@ fn may_use(file: &str) -> Option<&'static [&'static str]> {
             "event", "error", "config", "sync", "clock", "ring", "producer", "shared", "handler", "keys", "log",
             "metrics",
         ],
+        "flush.rs" => &["error", "sync", "log", "producer"],
         "runner.rs" => &["event", "error", "config", "sync", "clock", "producer", "shard"],
         "envelope/mod.rs" => &["event", "error"],
         // Reads the log, never a shard; none of these parts needs even the log.
