@@ -31,10 +31,11 @@ pub(crate) fn flush_shard(
     let reached = || if door.log.durable.get() >= end { Some(Ok(())) } else { failed() };
     block_until(deadline, |waker| door.lanes.waiting_flush().register(end, waker), reached)?;
     for (count, lane) in counted {
-        // A sync may have covered an event before its lane counted it; the next one tells the lane. Asked for again and
-        // again: the one under way may have looked at the lanes too early as well.
+        // A sync may have covered an event before its lane counted it; the next one tells the lane, or the syncer where
+        // nothing is left to sync. Asked for again and again: the one under way may have looked at the lanes too early
+        // as well. Never beyond what is appended: a syncer that waits for that could not sleep.
         while lane.durable_count() < count {
-            syncer.flush(door.log.durable.get() + 1);
+            syncer.flush(door.log.appended.get());
             let soon = Instant::now() + SETTLE_EVERY;
             let reached = || if lane.durable_count() >= count { Some(Ok(())) } else { failed() };
             let settled = block_until(

@@ -114,7 +114,7 @@ impl Syncer {
             Durability::GroupCommit | Durability::Periodic(_) => wake_at.is_none() && appended > durable,
             Durability::OsCache => false,
         };
-        due || self.requests.flush_to.load(Ordering::SeqCst) > durable
+        due || (appended > durable && self.requests.flush_to.load(Ordering::SeqCst) > durable)
             || self.requests.ending.load(Ordering::SeqCst)
             || self.log.failure().is_some()
             || self.recorder.exchange_handle().is_wanted()
@@ -256,6 +256,8 @@ mod tests {
             syncer.settle();
             assert_eq!(lane.durable_count(), 1);
             assert!(!syncer.has_work(None), "and then it may");
+            syncer.requests.flush(5001);
+            assert!(!syncer.has_work(None), "also where more is asked for than there is");
             // What is appended and not synced is nothing to settle.
             log.appended.publish(6000);
             lane.appended_reached(2);
