@@ -3,8 +3,6 @@
 //! The processor's instruction takes 8 bytes each cycle but answers after three, so one record alone waits most
 //! of the time. Four side by side do not. Long inputs go to the crate, which splits them likewise.
 
-#![cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "the kernels are for one architecture"))]
-
 /// Records whose sums are computed side by side.
 pub(crate) const LANES: usize = 4;
 
