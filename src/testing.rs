@@ -259,7 +259,7 @@ impl Storage for FaultyStorage {
     }
 
     /// Leaves the old content, which is the harder case.
-    fn zero(&self, path: &Path) -> io::Result<()> {
+    fn zero(&self, path: &Path, _from: u64) -> io::Result<()> {
         self.operation(|disk| match disk.files.contains_key(path) {
             true => Ok(()),
             false => Err(io::ErrorKind::NotFound.into()),

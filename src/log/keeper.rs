@@ -185,7 +185,7 @@ impl Keeper {
                 }
                 let memory = self.storage.create_segment(&fresh, kept.log.segment_bytes)?;
                 if small_pages {
-                    self.storage.zero(&fresh)?;
+                    self.storage.zero(&fresh, HEADER_BYTES as u64)?;
                 }
                 let memory = blank(&*self.storage, memory, salt)?;
                 self.storage.rename(&fresh, &path)?;
@@ -343,7 +343,9 @@ fn reopen(storage: &dyn Storage, path: &Path, segment_bytes: u64, small_pages: b
         return Err(io::Error::new(io::ErrorKind::InvalidData, "the file is not as long as a segment is"));
     }
     if small_pages {
-        storage.zero(path)?;
+        // A file that was prepared and not begun has the name of a segment. Its page must go on saying so: before the
+        // first bytes of an old life, a page of zeros would be damage, and a power cut may leave just that.
+        storage.zero(path, HEADER_BYTES as u64)?;
     }
     Ok(memory)
 }

@@ -37,9 +37,9 @@ pub(crate) trait Storage: Debug + Send + Sync {
     fn append(&self, path: &Path, content: &[u8]) -> io::Result<()>;
     /// Creates a file of `bytes` real blocks and maps it. Leaves no file behind when it fails.
     fn create_segment(&self, path: &Path, bytes: u64) -> io::Result<Memory>;
-    /// Fills a file that nobody uses with zeros, so that its content is present in pages of [`SMALL_PAGE_BYTES`], and
-    /// lets them reach the disk step by step.
-    fn zero(&self, path: &Path) -> io::Result<()>;
+    /// Fills a file that nobody uses with zeros from `from` on, so that its content is present in pages of
+    /// [`SMALL_PAGE_BYTES`], and lets them reach the disk step by step.
+    fn zero(&self, path: &Path, from: u64) -> io::Result<()>;
     /// Maps an existing file; to be written: with all its blocks really there.
     fn open_segment(&self, path: &Path, writable: bool) -> io::Result<Memory>;
     /// Syncs a range of a mapped file (fdatasync's promise, for the range).
@@ -54,7 +54,7 @@ pub(crate) trait Storage: Debug + Send + Sync {
 
 /// What becomes dirty, and is written by a sync, as a whole. Smaller costs more instructions a byte, larger more bytes
 /// a sync (docs/decisions/0006).
-const SMALL_PAGE_BYTES: usize = 32 << 10;
+const SMALL_PAGE_BYTES: u64 = 32 << 10;
 
 /// How much a sync may find before it in the disk's queue.
 const ZERO_STEP_BYTES: u64 = 4 << 20;
@@ -129,17 +129,20 @@ impl Storage for Files {
         made
     }
 
-    fn zero(&self, path: &Path) -> io::Result<()> {
+    fn zero(&self, path: &Path, from: u64) -> io::Result<()> {
         let file = OpenOptions::new().write(true).open(path)?;
         let bytes = file.metadata()?.len();
-        // ext4 caches what one call writes in one page of that size, if nothing is cached there yet.
-        let zeros = [0; SMALL_PAGE_BYTES];
-        for at in (0..bytes).step_by(zeros.len()) {
-            file.write_all_at(&zeros[..zeros.len().min((bytes - at) as usize)], at)?;
+        let zeros = [0; SMALL_PAGE_BYTES as usize];
+        let mut at = from;
+        while at < bytes {
+            // ext4 caches what one call writes in one page of that size, if nothing is cached there yet.
+            let end = (at + 1).next_multiple_of(SMALL_PAGE_BYTES).min(bytes);
+            file.write_all_at(&zeros[..(end - at) as usize], at)?;
             // Left to the system, all of it would be written at some time between two syncs that somebody waits for.
-            if (at + zeros.len() as u64).is_multiple_of(ZERO_STEP_BYTES) {
+            if end.is_multiple_of(ZERO_STEP_BYTES) {
                 file.sync_data()?;
             }
+            at = end;
         }
         file.sync_data()
     }
@@ -180,4 +183,26 @@ pub(crate) fn replace(storage: &dyn Storage, dir: &Path, name: &str, content: &[
     storage.write(&fresh, content)?;
     storage.rename(&fresh, &dir.join(name))?;
     storage.sync_dir(dir)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn zeroing_leaves_what_lies_before_it_and_nothing_behind() {
+        let dir = tempfile::tempdir().expect("a folder");
+        let path = dir.path().join("segment");
+        for bytes in [1, 4096, 4097, 32 << 10, 100_000] {
+            for from in [0, 1, 4096] {
+                fs::write(&path, vec![0xff; bytes]).expect("written");
+                Files.zero(&path, from).expect("zeroed");
+                let kept = bytes.min(from as usize);
+                let found = fs::read(&path).expect("read");
+                assert_eq!(found.len(), bytes);
+                assert!(found[..kept].iter().all(|&byte| byte == 0xff), "{bytes} bytes from {from}");
+                assert!(found[kept..].iter().all(|&byte| byte == 0), "{bytes} bytes from {from}");
+            }
+        }
+    }
 }

@@ -227,26 +227,45 @@ mod tests {
     use crate::testing::FaultyStorage;
     use std::collections::VecDeque;
 
+    /// A syncer of an empty shard, and a lane that it tells.
+    fn syncer(durability: Durability) -> (Syncer, Arc<LaneShared>) {
+        let log = Arc::new(ShardLog::new(ShardId(0), "/s".into(), 1 << 16, Offset(4096), 0, VecDeque::new()));
+        let lanes = std::sync::Arc::new(LaneRegistry::default());
+        let lane = Arc::new(LaneShared::new(Arc::clone(&log), durability));
+        lanes.register(&lane);
+        let syncer = Syncer {
+            log,
+            storage: std::sync::Arc::new(FaultyStorage::new()),
+            requests: std::sync::Arc::new(SyncRequests::new()),
+            lanes,
+            shard_signal: std::sync::Arc::new(Signal::new()),
+            durability,
+            marks: rtrb::RingBuffer::new(2).1,
+            recorder: Recorder::new(&[], false).0,
+            counters: std::sync::Arc::default(),
+            clock: Clock::new(),
+        };
+        (syncer, lane)
+    }
+
+    #[test]
+    fn group_commit_syncs_apart_but_at_once_after_a_pause_or_when_asked() {
+        let (syncer, _lane) = syncer(Durability::GroupCommit);
+        let later = Instant::now() + Duration::from_secs(60);
+        assert_eq!(syncer.due(false, later), (false, None), "nothing to sync");
+        syncer.log.appended.publish(5000);
+        assert_eq!(syncer.due(false, later), (false, Some(later + SYNC_EVERY)), "too soon after the last");
+        assert!(syncer.due(false, Instant::now() - SYNC_EVERY).0, "a lone event after a pause");
+        assert!(syncer.due(true, later).0, "the shard has ended");
+        syncer.requests.flush(5000);
+        assert!(syncer.due(false, later).0, "a flush");
+    }
+
     #[test]
     fn an_event_synced_before_its_lane_counted_it_is_settled() {
         for durability in [Durability::GroupCommit, Durability::Periodic(Duration::from_secs(1))] {
-            let log = Arc::new(ShardLog::new(ShardId(0), "/s".into(), 1 << 16, Offset(4096), 0, VecDeque::new()));
-            let lanes = std::sync::Arc::new(LaneRegistry::default());
-            let lane = Arc::new(LaneShared::new(Arc::clone(&log), durability));
-            lanes.register(&lane);
-            let (recorder, _exchange) = Recorder::new(&[], false);
-            let mut syncer = Syncer {
-                log: Arc::clone(&log),
-                storage: std::sync::Arc::new(FaultyStorage::new()),
-                requests: std::sync::Arc::new(SyncRequests::new()),
-                lanes,
-                shard_signal: std::sync::Arc::new(Signal::new()),
-                durability,
-                marks: rtrb::RingBuffer::new(2).1,
-                recorder,
-                counters: std::sync::Arc::default(),
-                clock: Clock::new(),
-            };
+            let (mut syncer, lane) = syncer(durability);
+            let log = Arc::clone(&syncer.log);
             // The shard publishes the log's watermark, the syncer runs, and only then the shard counts for the lane.
             log.appended.publish(5000);
             assert!(syncer.sync());
