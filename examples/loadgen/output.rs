@@ -1,11 +1,11 @@
 //! What a run says for itself: tables for people, one line of JSON for scripts.
 
-use corelane::Stage;
+use corelane::{Pin, Stage};
 use hdrhistogram::Histogram;
 use serde_json::{Value, json};
 
 use crate::cli::Args;
-use crate::load::{Measured, crowded};
+use crate::load::{Measured, core_ids, crowded};
 use crate::machine::Machine;
 use crate::report;
 use crate::run::{Run, median, median_run};
@@ -49,6 +49,13 @@ impl<'a> Summary<'a> {
 
     pub(crate) fn warnings(&self) -> Vec<String> {
         let mut warnings = Vec::new();
+        if let Pin::Cores(asked) = &self.args.pin {
+            let allowed = core_ids();
+            let refused: Vec<_> = asked.iter().filter(|core| !allowed.contains(core)).collect();
+            if !refused.is_empty() {
+                warnings.push(format!("cores {refused:?} are not among {allowed:?}: their threads ran unpinned."));
+            }
+        }
         if crowded(self.args) {
             let threads = usize::from(self.args.producers) + usize::from(self.args.shards);
             warnings.push(format!(
