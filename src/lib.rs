@@ -10,6 +10,8 @@ mod error;
 mod event;
 mod sync;
 
+#[cfg(not(loom))]
+mod aggregate;
 #[cfg(all(feature = "bench-support", not(loom)))]
 #[doc(hidden)]
 pub mod bench_support;
@@ -43,6 +45,8 @@ mod shard;
 mod shared;
 #[cfg(not(loom))]
 pub mod testing;
+#[cfg(not(loom))]
+pub mod view;
 
 pub use config::{Checked, Config, Durability, Pin, Retention, Wait};
 pub use error::{
@@ -54,6 +58,7 @@ pub use event::{
 };
 #[cfg(not(loom))]
 pub use {
+    aggregate::{Aggregate, Emit, Stateless, Stored},
     engine::{Builder, Engine},
     handler::{BatchEnd, Handler, HandlerError, OnError},
     log::reader::{Reader, Record},
