@@ -12,7 +12,7 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use corelane::{Config, Durability, Engine, Event, EventType, EventTypeId, Key, Pin, Producer, Wait};
+use corelane::{Config, Durability, Event, EventLog, EventType, EventTypeId, Key, Pin, Producer, Wait};
 use rkyv::{Archive, Serialize};
 
 const USERS: u64 = 10_000;
@@ -53,7 +53,7 @@ fn main() -> Result<()> {
         .pin(Pin::None)
         .ring_capacity(ROUND)
         .batch_max(BATCH);
-    let engine = Engine::<GameEvent>::open(config)?;
+    let engine = EventLog::<GameEvent>::open(config)?;
     let mut producer = engine.producer();
     let (mut made, mut random, mut batch) = (0, SEED, Vec::with_capacity(BATCH));
     while made < events {
@@ -94,7 +94,7 @@ fn publish_batch_counted(producer: &mut Producer<GameEvent>, batch: &mut Vec<(Ke
 }
 
 /// Looks now and then; a waiter of its own would be work of the shard that no event has.
-fn await_appended(engine: &Engine<GameEvent>, producer: &Producer<GameEvent>) -> Result<()> {
+fn await_appended(engine: &EventLog<GameEvent>, producer: &Producer<GameEvent>) -> Result<()> {
     while !producer.receipts().iter().all(corelane::Receipt::is_appended) {
         ensure!(engine.failures().is_empty(), "the shard failed: {:?}", engine.failures());
         thread::sleep(Duration::from_millis(1));

@@ -62,14 +62,14 @@ twice=$(count $((2 * EVENTS)))
 # A function that was renamed, or inlined into its caller, would silently count as nothing.
 per_event() { awk -v a="$1" -v b="$2" -v n=$EVENTS 'BEGIN { printf "%.1f", (b - a) / n }'; }
 declare -A part
-for name in 'Shard<E>::turn' publish_batch_counted; do
+for name in 'Shard<A>::turn' publish_batch_counted; do
     a=$(inclusive $EVENTS "$name") b=$(inclusive $((2 * EVENTS)) "$name")
     [ -n "$a" ] && [ -n "$b" ] || fail "$name is not in the profile: inlined or renamed? Give it #[inline(never)]"
     part[$name]=$(per_event "$a" "$b")
 done
 total=$(per_event "$once" "$twice")
 
-echo "instructions per event: $total (shard's turn ${part['Shard<E>::turn']}, publish_batch ${part[publish_batch_counted]})"
+echo "instructions per event: $total (shard's turn ${part['Shard<A>::turn']}, publish_batch ${part[publish_batch_counted]})"
 echo "measured with: $(rustc --version), $(valgrind --version), profile $PROFILE, OsCache, 1 producer, 1 shard, 48-byte events, 10,000 users"
 
 if [ $top = 1 ]; then

@@ -87,7 +87,7 @@ pub trait Aggregate: Default + Stored {
     /// What somebody wants to happen.
     type Command: Send + 'static;
     /// Why a command is not carried out.
-    type Rejection: Stored;
+    type Rejection: Stored + fmt::Debug;
 
     /// Version of the archived layout of `Self`. Count it up when the layout, or what `evolve` makes of old events, changes:
     /// snapshots of other versions are then passed over, and what they saved is folded again from the log.
@@ -165,13 +165,13 @@ pub struct Emit<E> {
 
 impl<E> Emit<E> {
     pub(crate) fn new() -> Self {
-        Self {
-            events: Vec::new(),
-            key: Key(0),
-            version: Version(0),
-            now: Time(0),
-            correlation: Correlation(0),
-        }
+        Self { events: Vec::new(), key: Key(0), version: Version(0), now: Time(0), correlation: Correlation(0) }
+    }
+
+    /// Begins a decision.
+    pub(crate) fn begin(&mut self, key: Key, version: Version, now: Time) {
+        self.events.clear();
+        (self.key, self.version, self.now, self.correlation) = (key, version, now, Correlation(0));
     }
 
     /// Adds an event. All events of one command are appended together, in this order, after the decision has been made.

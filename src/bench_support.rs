@@ -53,7 +53,7 @@ impl<E> Ring<E> {
 
 /// A shard's key table.
 #[derive(Debug)]
-pub struct Keys(KeyTable);
+pub struct Keys(KeyTable<()>);
 
 impl Keys {
     /// A table with room for this many keys.
@@ -197,8 +197,9 @@ impl<E: Event> LogWriter<E> {
                 correlation: Correlation(0),
                 version: Version(1),
                 schema_version: 1,
+                more: false,
             };
-            match appender.append(&header, event) {
+            match appender.append(&header, event, |_| ()) {
                 Ok(len) => self.left = self.left.saturating_sub(padded(len) as u64),
                 Err(Refused::NeedsSegment | Refused::TooLarge { .. }) => panic!("room was not made"),
             }

@@ -81,6 +81,7 @@ pub struct Checked {
     pub(crate) retention: Retention,
     pub(crate) event_bytes_max: usize,
     pub(crate) keys_expected: usize,
+    pub(crate) outcomes_kept: usize,
     pub(crate) latency: bool,
 }
 
@@ -138,6 +139,7 @@ impl Config {
                 retention: Retention::default(),
                 event_bytes_max: EVENT_BYTES_MAX_DEFAULT,
                 keys_expected: 10_000,
+                outcomes_kept: 16,
                 latency: true,
             },
             wait: None,
@@ -164,6 +166,9 @@ impl Config {
         retention: Retention,
         /// Keys one shard makes room for at the start, up to 2³⁰. It grows when needed. Default: 10,000.
         keys_expected: usize,
+        /// How many commands with idempotency keys are remembered per key, 0..=1024: a repeat of one of the newest so many is
+        /// answered as the first was. Default: 16.
+        outcomes_kept: usize,
         /// Whether latency histograms are kept. Default: true.
         latency: bool,
     }
@@ -197,6 +202,7 @@ impl Config {
         power_of_two("segment_bytes", c.segment_bytes, 64 << 10, 16 << 30)?;
         in_range("spares_max", c.spares_max as u64, 0, 1024)?;
         in_range("event_bytes_max", c.event_bytes_max as u64, 16, (16 << 20).min(c.segment_bytes / 4))?;
+        in_range("outcomes_kept", c.outcomes_kept as u64, 0, 1024)?;
         in_range("keys_expected", c.keys_expected as u64, 0, 1 << 30)?;
         if let Durability::Periodic(every) = c.durability {
             let ms = u64::try_from(every.as_millis()).unwrap_or(u64::MAX);

@@ -1,45 +1,48 @@
 //! The composition root: opens a store, starts its threads, stops them. The only module that knows all.
 
-use std::collections::VecDeque;
-use std::path::PathBuf;
+mod build;
+mod open;
+mod queries;
+mod threads;
+
 use std::time::{Duration, Instant};
 
-use crossbeam::queue::ArrayQueue;
-
+use crate::aggregate::{Aggregate, Stateless};
 use crate::clock::Clock;
-use crate::config::{Checked, Config, Durability};
+use crate::command::{Client, ClientEnd, ClientLane, Question};
+use crate::config::{Checked, Config};
 use crate::error::{OpenError, ReadError, ShardFailure, WaitError};
-use crate::event::{Event, Offset, ShardId};
+use crate::event::{Offset, ShardId};
 use crate::flush::flush_shard;
 use crate::handler::{Factory, Handler, OnError, Registered};
-use crate::log::format::schema_fingerprint;
-use crate::log::keeper::{Keeper, KeeperRequests, Kept};
-use crate::log::manifest::{Manifest, shard_dir};
+use crate::log::keeper::{Keeper, KeeperRequests};
 use crate::log::reader::Reader;
-use crate::log::recovery::{Opening, Recovered, RecoveryReport};
-use crate::log::segment::ShardLog;
+use crate::log::recovery::RecoveryReport;
 use crate::log::storage::{Files, Lock, Storage};
-use crate::log::syncer::{SyncMark, SyncRequests, Syncer};
-use crate::log::writer::Writer;
-use crate::metrics::{Counters, Exchange, Metrics, Recorder, ShardMetrics, Stage, Totals};
-use crate::producer::{LaneRegistry, LaneShared, Producer, ShardDoor};
+use crate::log::syncer::{SyncRequests, Syncer};
+use crate::metrics::{Counters, Exchange, Metrics, ShardMetrics, Totals};
+use crate::producer::{LaneShared, Producer, ShardDoor};
 use crate::runner::{RunnerRequests, assign_cores, run};
-use crate::shard::{LaneEnd, Shard, Work};
+use crate::shard::{LaneEnd, Shard};
 use crate::shared::{SharedLane, SharedProducer};
 use crate::sync::{Arc, Arrivals, AtomicBool, Mutex, Ordering, Signal, lock, lock_until, thread};
+use crate::view::View;
+use build::Context;
+use open::{load_manifest, lock_store, recover};
+use threads::{Threads, join_until};
 
-/// Slots for runs of events between a shard and its syncer.
-const SYNC_MARKS: usize = 1 << 16;
+/// An engine that carries events and keeps no states.
+pub type EventLog<E> = Engine<Stateless<E>>;
 
 /// One store, open and running: the shards' threads, their syncers, and the keeper.
 ///
 /// Dropping it shuts it down, giving up after ten seconds on what a full disk keeps from being appended.
-pub struct Engine<E: Event> {
+pub struct Engine<A: Aggregate> {
     config: Checked,
     clock: Clock,
     recovery: RecoveryReport,
-    shards: Vec<Handle<E>>,
-    shared_lanes: std::sync::Arc<[std::sync::Arc<SharedLane<E>>]>,
+    shards: Vec<Handle<A>>,
+    shared_lanes: std::sync::Arc<[std::sync::Arc<SharedLane<A::Event>>]>,
     keeper: std::sync::Arc<KeeperRequests>,
     totals: Mutex<Totals>,
     threads: Mutex<Vec<thread::JoinHandle<()>>>,
@@ -49,15 +52,17 @@ pub struct Engine<E: Event> {
 }
 
 /// What the engine keeps of a running shard.
-struct Handle<E> {
+struct Handle<A: Aggregate> {
     door: std::sync::Arc<ShardDoor>,
-    arriving: std::sync::Arc<Arrivals<LaneEnd<E>>>,
+    arriving: std::sync::Arc<Arrivals<LaneEnd<A::Event>>>,
+    arriving_clients: std::sync::Arc<Arrivals<ClientEnd<A>>>,
+    questions: std::sync::Arc<Arrivals<Question<A>>>,
     syncer: std::sync::Arc<SyncRequests>,
     counters: std::sync::Arc<Counters>,
     exchanges: [std::sync::Arc<Exchange>; 2],
 }
 
-impl<E: Event> std::fmt::Debug for Engine<E> {
+impl<A: Aggregate> std::fmt::Debug for Engine<A> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Engine")
             .field("dir", &self.config.dir)
@@ -66,27 +71,29 @@ impl<E: Event> std::fmt::Debug for Engine<E> {
     }
 }
 
-/// An engine about to be opened, with its inline handlers.
-pub struct Builder<E: Event> {
+/// An engine about to be opened, with its inline handlers and views.
+pub struct Builder<A: Aggregate> {
     config: Config,
-    handlers: Vec<Factory<E>>,
+    handlers: Vec<Factory<A::Event>>,
+    views: Vec<Box<dyn View<A>>>,
     storage: std::sync::Arc<dyn Storage>,
     threads_max: usize,
 }
 
-impl<E: Event> std::fmt::Debug for Builder<E> {
+impl<A: Aggregate> std::fmt::Debug for Builder<A> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Builder")
             .field("config", &self.config)
             .field("handlers", &self.handlers.len())
+            .field("views", &self.views.len())
             .finish_non_exhaustive()
     }
 }
 
-impl<E: Event> Builder<E> {
+impl<A: Aggregate> Builder<A> {
     /// Adds an inline handler: `make` is called once per shard, when the engine opens. Handlers run in the order added.
     #[must_use]
-    pub fn handler<H: Handler<E> + 'static>(
+    pub fn handler<H: Handler<A::Event> + 'static>(
         mut self,
         name: &str,
         on_error: OnError,
@@ -98,6 +105,13 @@ impl<E: Event> Builder<E> {
             on_error,
             handler: Box::new(make(shard)),
         }));
+        self
+    }
+
+    /// Adds a view. It is filled from the states when the engine opens, and kept up to date from then on.
+    #[must_use]
+    pub fn view(mut self, view: &(impl View<A> + Clone + 'static)) -> Self {
+        self.views.push(Box::new(view.clone()));
         self
     }
 
@@ -119,12 +133,13 @@ impl<E: Event> Builder<E> {
     ///
     /// # Errors
     /// Why it could not be opened.
-    pub fn open(self) -> Result<Engine<E>, OpenError> {
-        Engine::start(self.config.validate()?, &self.handlers, self.storage, Threads { left: self.threads_max })
+    pub fn open(self) -> Result<Engine<A>, OpenError> {
+        let Self { config, handlers, views, storage, threads_max } = self;
+        Engine::start(config.validate()?, &handlers, &views, storage, Threads { left: threads_max })
     }
 }
 
-impl<E: Event> Engine<E> {
+impl<A: Aggregate> Engine<A> {
     /// Opens (or creates) the store that `config` names. `recovery()` says what was found.
     ///
     /// # Errors
@@ -133,22 +148,29 @@ impl<E: Event> Engine<E> {
         Self::builder(config).open()
     }
 
-    /// To add inline handlers before opening.
-    pub fn builder(config: Config) -> Builder<E> {
-        Builder { config, handlers: Vec::new(), storage: std::sync::Arc::new(Files), threads_max: usize::MAX }
+    /// To add inline handlers and views before opening.
+    pub fn builder(config: Config) -> Builder<A> {
+        Builder {
+            config,
+            handlers: Vec::new(),
+            views: Vec::new(),
+            storage: std::sync::Arc::new(Files),
+            threads_max: usize::MAX,
+        }
     }
 
     fn start(
         config: Checked,
-        factories: &[Factory<E>],
+        factories: &[Factory<A::Event>],
+        views: &[Box<dyn View<A>>],
         storage: std::sync::Arc<dyn Storage>,
         mut threads: Threads,
     ) -> Result<Self, OpenError> {
         let began = Instant::now();
         let lock = lock_store(&*storage, &config)?;
-        let (manifest, is_extended) = load_manifest::<E>(&*storage, &config)?;
+        let (manifest, is_extended) = load_manifest::<A::Event>(&*storage, &config)?;
         let quarantine = config.dir.join("quarantine");
-        let recovered = recover::<E>(&*storage, &config, &manifest, &quarantine, &mut threads)?;
+        let recovered = recover::<A>(&*storage, &config, &manifest, &quarantine, &mut threads)?;
         if is_extended {
             // Only now: a program whose types the log refuses leaves the manifest as it was.
             manifest.save(&*storage, &config.dir)?;
@@ -168,6 +190,7 @@ impl<E: Event> Engine<E> {
             keeper: &keeper,
             quarantine: &quarantine,
             factories,
+            views,
         };
         let (mut handles, mut kept, mut shared, mut parts) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         for (i, recovered) in recovered.into_iter().enumerate() {
@@ -213,7 +236,7 @@ impl<E: Event> Engine<E> {
         threads: &mut Threads,
         i: usize,
         core: Option<usize>,
-        shard: Shard<E>,
+        shard: Shard<A>,
         syncer: Syncer,
     ) -> Result<(), OpenError> {
         self.spawn(threads, format!("corelane-sync-{i}"), move || syncer.run())?;
@@ -252,7 +275,7 @@ impl<E: Event> Engine<E> {
 
     /// A way in for one thread: a lane to every shard. Any number, at any time; dropping it ends its lanes.
     #[must_use]
-    pub fn producer(&self) -> Producer<E> {
+    pub fn producer(&self) -> Producer<A::Event> {
         let lanes = self.shards.iter().map(|shard| {
             let (tx, ring) = rtrb::RingBuffer::new(self.config.ring_capacity);
             let shared = Arc::new(LaneShared::new(Arc::clone(&shard.door.log), self.config.durability));
@@ -269,7 +292,7 @@ impl<E: Event> Engine<E> {
 
     /// A way in that any number of threads may clone and share.
     #[must_use]
-    pub fn shared_producer(&self) -> SharedProducer<E> {
+    pub fn shared_producer(&self) -> SharedProducer<A::Event> {
         SharedProducer::new(
             std::sync::Arc::clone(&self.shared_lanes),
             self.clock.clone(),
@@ -278,12 +301,31 @@ impl<E: Event> Engine<E> {
         )
     }
 
+    /// A way to give commands for one thread: a lane to every shard, and one back. Any number, at any time.
+    #[must_use]
+    pub fn client(&self) -> Client<A> {
+        let lanes = self.shards.iter().map(|shard| {
+            let (orders_tx, orders) = rtrb::RingBuffer::new(self.config.ring_capacity);
+            let (answers, answers_rx) = rtrb::RingBuffer::new(self.config.ring_capacity);
+            let shared = Arc::new(LaneShared::of_commands(Arc::clone(&shard.door.log), self.config.durability));
+            shard.door.lanes.register(&shared);
+            let end = ClientEnd { orders, answers, shared: Arc::clone(&shared), answered: 0 };
+            if let Err(end) = shard.arriving_clients.push(end) {
+                // The shard has ended: nobody may be let in.
+                end.shared.gate.close();
+            }
+            shard.door.signal.notify();
+            ClientLane::new(orders_tx, answers_rx, shared, std::sync::Arc::clone(&shard.door))
+        });
+        Client::new(lanes.collect(), self.clock.clone(), self.config.wait)
+    }
+
     /// Reads a shard's log from the earliest event held.
     ///
     /// # Panics
     /// When the store has no such shard.
     #[must_use]
-    pub fn reader(&self, shard: ShardId) -> Reader<E> {
+    pub fn reader(&self, shard: ShardId) -> Reader<A::Event> {
         Reader::earliest(Arc::clone(&self.shards[usize::from(shard.0)].door.log), std::sync::Arc::clone(&self.lock))
     }
 
@@ -294,7 +336,7 @@ impl<E: Event> Engine<E> {
     ///
     /// # Panics
     /// When the store has no such shard.
-    pub fn reader_at(&self, shard: ShardId, offset: Offset) -> Result<Reader<E>, ReadError> {
+    pub fn reader_at(&self, shard: ShardId, offset: Offset) -> Result<Reader<A::Event>, ReadError> {
         Reader::at(Arc::clone(&self.shards[usize::from(shard.0)].door.log), offset, std::sync::Arc::clone(&self.lock))
     }
 
@@ -393,38 +435,7 @@ impl<E: Event> Engine<E> {
     }
 }
 
-/// How many threads the system will still start; as many as it can, outside of tests.
-struct Threads {
-    left: usize,
-}
-
-impl Threads {
-    fn named(&mut self, name: String) -> std::io::Result<std::thread::Builder> {
-        self.left = self.left.checked_sub(1).ok_or(std::io::ErrorKind::WouldBlock)?;
-        Ok(std::thread::Builder::new().name(name))
-    }
-}
-
-/// Joins the last thread of the list, or gives up at the deadline.
-fn join_until(threads: &mut Vec<thread::JoinHandle<()>>, deadline: Option<Instant>) -> bool {
-    let Some(last) = threads.last() else { return true };
-    while let Some(deadline) = deadline
-        && !last.is_finished()
-    {
-        if Instant::now() >= deadline {
-            return false;
-        }
-        std::thread::sleep(Duration::from_millis(1));
-    }
-    if let Some(last) = threads.pop()
-        && last.join().is_err()
-    {
-        tracing::error!("a thread of the engine panicked outside a turn");
-    }
-    true
-}
-
-impl<E: Event> Drop for Engine<E> {
+impl<A: Aggregate> Drop for Engine<A> {
     fn drop(&mut self) {
         // Ten seconds for a disk that is full now; then what cannot be appended is given up, and said so.
         if let Err(WaitError::TimedOut) = self.shutdown(Some(Instant::now() + Duration::from_secs(10))) {
@@ -437,12 +448,12 @@ impl<E: Event> Drop for Engine<E> {
     }
 }
 
-fn shard_metrics<E>(id: ShardId, shard: &Handle<E>) -> ShardMetrics {
+fn shard_metrics<A: Aggregate>(id: ShardId, shard: &Handle<A>) -> ShardMetrics {
     let log = &shard.door.log;
     let mut metrics = ShardMetrics::of(id, &shard.counters);
     let (mut published, mut appended) = (shard.door.lanes.retired_events(), 0);
     appended += published;
-    for lane in shard.door.lanes.all() {
+    for lane in shard.door.lanes.all().iter().filter(|lane| !lane.is_of_commands()) {
         appended += lane.appended_count();
         published += lane.published.load(Ordering::Relaxed);
     }
@@ -454,213 +465,4 @@ fn shard_metrics<E>(id: ShardId, shard: &Handle<E>) -> ShardMetrics {
     metrics.storage_full = log.storage_full.load(Ordering::Relaxed);
     metrics.failure = log.failure().cloned();
     metrics
-}
-
-fn lock_store(storage: &dyn Storage, config: &Checked) -> Result<Box<dyn Lock>, OpenError> {
-    let dir = &config.dir;
-    let io = |action, path: PathBuf| move |source| OpenError::Io { action, path, source };
-    storage.create_dir(dir).map_err(io("creating", dir.clone()))?;
-    let path = dir.join("lock");
-    match storage.lock(&path).map_err(io("locking", path.clone()))? {
-        Some(lock) => Ok(lock),
-        None => Err(OpenError::Locked { dir: dir.clone() }),
-    }
-}
-
-/// The store's manifest: as it is, extended by types that are new (`true`: still to be saved), or written for a new store.
-fn load_manifest<E: Event>(storage: &dyn Storage, config: &Checked) -> Result<(Manifest, bool), OpenError> {
-    let dir = &config.dir;
-    let stored = Manifest::load(storage, dir)?;
-    let is_new = stored.is_none();
-    if is_new {
-        let list = |path: &PathBuf| {
-            storage.list(path).map_err(|source| OpenError::Io { action: "listing", path: path.clone(), source })
-        };
-        for name in list(dir)?.iter().filter(|name| name.starts_with("shard-")) {
-            // Empty folders are what a crash leaves of a store that was being created.
-            if !list(&dir.join(name))?.is_empty() {
-                return Err(OpenError::ForeignFile {
-                    path: dir.join(crate::log::manifest::MANIFEST),
-                    why: "there are shards, but the manifest is missing",
-                });
-            }
-        }
-    }
-    let mut manifest =
-        stored.unwrap_or(Manifest { shards: config.shards, segment_bytes: config.segment_bytes, types: Vec::new() });
-    if manifest.shards != config.shards {
-        return Err(OpenError::ShardCount { stored: manifest.shards, asked: config.shards });
-    }
-    if manifest.segment_bytes != config.segment_bytes {
-        return Err(OpenError::SegmentBytes { stored: manifest.segment_bytes, asked: config.segment_bytes });
-    }
-    let changed = manifest.declare::<E>()?;
-    if is_new {
-        // Folders before the manifest that promises them. A crash in between leaves empty folders, which
-        // the next attempt must accept.
-        for shard in 0..config.shards {
-            let path = shard_dir(dir, ShardId(shard));
-            storage.create_dir(&path).map_err(|source| OpenError::Io { action: "creating", path, source })?;
-        }
-    }
-    if is_new {
-        manifest.save(storage, dir)?;
-    }
-    Ok((manifest, changed && !is_new))
-}
-
-/// Recovers all shards, side by side.
-fn recover<E: Event>(
-    storage: &dyn Storage,
-    config: &Checked,
-    manifest: &Manifest,
-    quarantine: &std::path::Path,
-    threads: &mut Threads,
-) -> Result<Vec<Recovered>, OpenError> {
-    let known = |id: u16, schema: u16| E::TYPES.iter().any(|t| t.id.0 == id && t.schema_version == schema);
-    let helpers = crate::sync::cores().min(usize::from(config.shards)) - 1;
-    let next = std::sync::atomic::AtomicUsize::new(0);
-    let results: Mutex<VecDeque<(usize, Result<Recovered, OpenError>)>> = Mutex::new(VecDeque::new());
-    let work = || {
-        loop {
-            let i = next.fetch_add(1, Ordering::Relaxed);
-            if i >= usize::from(config.shards) {
-                break;
-            }
-            let dir = shard_dir(&config.dir, ShardId(i as u16));
-            let opening = Opening {
-                storage,
-                dir: &dir,
-                quarantine,
-                shard: ShardId(i as u16),
-                manifest,
-                keys_expected: config.keys_expected,
-                known: &known,
-            };
-            let result = opening.recover();
-            lock(&results).push_back((i, result));
-        }
-    };
-    std::thread::scope(|scope| {
-        for i in 0..helpers {
-            let helper = threads.named(format!("corelane-open-{i}"));
-            if let Err(error) = helper.and_then(|helper| helper.spawn_scoped(scope, work)) {
-                tracing::warn!(%error, "no thread to help opening the shards; it takes longer");
-            }
-        }
-        work();
-    });
-    let mut results: Vec<_> = std::mem::take(&mut *lock(&results)).into();
-    results.sort_by_key(|(i, _)| *i);
-    results.into_iter().map(|(_, result)| result).collect()
-}
-
-/// What every shard is built from.
-struct Context<'a, E: Event> {
-    config: &'a Checked,
-    storage: &'a std::sync::Arc<dyn Storage>,
-    clock: &'a Clock,
-    keeper: &'a std::sync::Arc<KeeperRequests>,
-    quarantine: &'a std::path::Path,
-    factories: &'a [Factory<E>],
-}
-
-struct Built<E: Event> {
-    handle: Handle<E>,
-    kept: Kept,
-    shared: std::sync::Arc<SharedLane<E>>,
-    shard: Shard<E>,
-    syncer: Syncer,
-}
-
-impl<E: Event> Context<'_, E> {
-    fn build(&self, id: ShardId, recovered: Recovered) -> Built<E> {
-        let config = self.config;
-        let Recovered { report, segments, resume, keys, span, unused, spares } = recovered;
-        let dir = shard_dir(&config.dir, id);
-        let log = Arc::new(ShardLog::new(id, dir, config.segment_bytes, report.end, resume.sequence, segments));
-        let signal = std::sync::Arc::new(Signal::new());
-        let lanes = std::sync::Arc::new(LaneRegistry::default());
-        let door = std::sync::Arc::new(ShardDoor {
-            log: Arc::clone(&log),
-            signal: std::sync::Arc::clone(&signal),
-            closing: AtomicBool::new(false),
-            lanes: std::sync::Arc::clone(&lanes),
-        });
-        let shared_end = Arc::new(LaneShared::new(Arc::clone(&log), config.durability));
-        lanes.register(&shared_end);
-        let shared = std::sync::Arc::new(SharedLane {
-            queue: ArrayQueue::new(config.ring_capacity),
-            shared: shared_end,
-            door: std::sync::Arc::clone(&door),
-        });
-        let arriving = std::sync::Arc::new(Arrivals::new());
-        let syncer = std::sync::Arc::new(SyncRequests::new());
-        let counters = std::sync::Arc::new(Counters::default());
-        let prepared = std::sync::Arc::new(ArrayQueue::new(1));
-        let turn_stages = [
-            Stage::Ring,
-            Stage::Appended,
-            Stage::Handled,
-            Stage::RingDue,
-            Stage::AppendedDue,
-            Stage::HandledDue,
-            Stage::Turn,
-            Stage::Batch,
-        ];
-        let (recorder, turn_exchange) = Recorder::new(&turn_stages, config.latency);
-        let (sync_recorder, sync_exchange) =
-            Recorder::new(&[Stage::Durable, Stage::DurableDue, Stage::Sync], config.latency);
-        let (marks_tx, marks_rx) = rtrb::RingBuffer::<SyncMark>::new(SYNC_MARKS);
-        let kept = Kept {
-            log: Arc::clone(&log),
-            prepared: std::sync::Arc::clone(&prepared),
-            counters: std::sync::Arc::clone(&counters),
-            shard_signal: std::sync::Arc::clone(&signal),
-            next_index: resume.next_index,
-            span,
-            spare_number: 0,
-            spares: Vec::new(),
-            retiring: Vec::new(),
-            prefaulted: (u64::MAX, 0),
-            retry_at: None,
-        }
-        .with_leftovers(unused, spares);
-        let shard = Shard {
-            id,
-            clock: self.clock.clone(),
-            batch_max: config.batch_max,
-            arriving: std::sync::Arc::clone(&arriving),
-            lanes: Vec::new(),
-            shared_lane: std::sync::Arc::clone(&shared),
-            keys,
-            writer: Writer::new(Arc::clone(&log), prepared, resume, schema_fingerprint::<E>(), config.event_bytes_max),
-            log: Arc::clone(&log),
-            syncer: std::sync::Arc::clone(&syncer),
-            syncs: config.durability != Durability::OsCache,
-            sync_marks: (config.durability != Durability::OsCache && config.latency).then_some(marks_tx),
-            keeper: std::sync::Arc::clone(self.keeper),
-            handlers: self.factories.iter().map(|make| make(id)).collect(),
-            storage: std::sync::Arc::clone(self.storage),
-            quarantine: self.quarantine.to_owned(),
-            recorder,
-            counters: std::sync::Arc::clone(&counters),
-            work: Work::new(config.batch_max),
-        };
-        let shard_signal = std::sync::Arc::clone(&door.signal);
-        let syncer_parts = Syncer {
-            log,
-            storage: std::sync::Arc::clone(self.storage),
-            requests: std::sync::Arc::clone(&syncer),
-            lanes,
-            shard_signal,
-            durability: config.durability,
-            marks: marks_rx,
-            recorder: sync_recorder,
-            counters: std::sync::Arc::clone(&counters),
-            clock: self.clock.clone(),
-        };
-        let handle = Handle { door, arriving, syncer, counters, exchanges: [turn_exchange, sync_exchange] };
-        Built { handle, kept, shared, shard, syncer: syncer_parts }
-    }
 }

@@ -275,6 +275,17 @@ impl<E> Rejected<E> {
         }
     }
 
+    /// The same refusal of something else.
+    pub(crate) fn map<T>(self, change: impl FnOnce(E) -> T) -> Rejected<T> {
+        match self {
+            Self::Full(e) => Rejected::Full(change(e)),
+            Self::StorageFull(e) => Rejected::StorageFull(change(e)),
+            Self::Closed(e) => Rejected::Closed(change(e)),
+            Self::ShardFailed(e, failure) => Rejected::ShardFailed(change(e), failure),
+            Self::TooLarge { event, bytes_max } => Rejected::TooLarge { event: change(event), bytes_max },
+        }
+    }
+
     /// The reason alone.
     pub fn reason(&self) -> RejectedReason {
         match self {
@@ -328,6 +339,9 @@ pub enum WaitError {
     /// The deadline passed; the event may still get there.
     #[error("the deadline passed")]
     TimedOut,
+    /// The engine is closed, or the question itself panicked.
+    #[error("the engine is closed")]
+    Closed,
     /// The durability mode never syncs by itself; call `flush`.
     #[error("durability mode OsCache acknowledges nothing as durable without flush()")]
     NeverDurable,

@@ -53,7 +53,7 @@ position!(
     Sequence(u64)
 );
 position!(
-    /// A key's count of events: the first event of a key has version 1. At most 2⁴⁸ − 1.
+    /// A key's count of events: the first event of a key has version 1. At most 2⁴⁷ − 1.
     Version(u64)
 );
 position!(
@@ -191,6 +191,72 @@ impl EventType {
     }
 }
 
+/// Makes an event of today from the archive of an older layout of its type.
+///
+/// ```
+/// use corelane::{Stored, Upcaster};
+/// # use corelane::{Event, EventType, EventTypeId};
+/// use rkyv::{Archive, Deserialize, Serialize};
+///
+/// /// As the program was when schema version 1 was current; kept for reading.
+/// #[derive(Archive, Serialize, Deserialize, Clone)]
+/// enum GameEventV1 { Moved { x: i32, y: i32 } }
+///
+/// #[derive(Archive, Serialize, Deserialize, Clone, PartialEq, Debug)]
+/// enum GameEvent { Moved { x: f64, y: f64 } }
+///
+/// impl Event for GameEvent {
+///     const TYPES: &'static [EventType] = &[EventType::new(1, "player_moved", 2)];
+///     const UPCASTERS: &'static [Upcaster<Self>] = &[Upcaster::new(1, 1, |archive| {
+///         let GameEventV1::Moved { x, y } = GameEventV1::decode(archive)?;
+///         Ok(GameEvent::Moved { x: x.into(), y: y.into() })
+///     })];
+/// #     fn event_type(&self) -> EventTypeId { EventTypeId(1) }
+/// }
+/// ```
+#[derive(Debug)]
+pub struct Upcaster<E> {
+    /// The type.
+    pub event_type: EventTypeId,
+    /// The older schema version that it reads.
+    pub schema_version: u16,
+    /// From the archive's bytes, which begin at a multiple of 16, to an event of today. It must be deterministic.
+    pub upcast: fn(&[u8]) -> Result<E, RkyvError>,
+}
+
+impl<E> Upcaster<E> {
+    /// Reads records of this type and schema version with `upcast`.
+    #[must_use]
+    pub const fn new(event_type: u16, schema_version: u16, upcast: fn(&[u8]) -> Result<E, RkyvError>) -> Self {
+        Self { event_type: EventTypeId(event_type), schema_version, upcast }
+    }
+}
+
+/// The schema versions that are current, by event type.
+#[derive(Debug, Clone)]
+pub(crate) struct Schemas(Box<[Option<u16>]>);
+
+impl Schemas {
+    pub(crate) fn of<E: Event>() -> Self {
+        let mut versions = vec![None; E::TYPES.iter().map(|t| usize::from(t.id.0) + 1).max().unwrap_or(0)];
+        for t in E::TYPES {
+            versions[usize::from(t.id.0)] = Some(t.schema_version);
+        }
+        Self(versions.into())
+    }
+
+    /// The current version of a type; `None` where the program does not declare it.
+    #[inline]
+    pub(crate) fn current(&self, event_type: EventTypeId) -> Option<u16> {
+        self.0.get(usize::from(event_type.0)).copied().flatten()
+    }
+}
+
+/// The upcaster for records of this kind, if there is one.
+pub(crate) fn upcaster<E: Event>(event_type: EventTypeId, schema_version: u16) -> Option<&'static Upcaster<E>> {
+    E::UPCASTERS.iter().find(|u| u.event_type == event_type && u.schema_version == schema_version)
+}
+
 /// An event that corelane carries: an rkyv type with stable type ids. Normally an enum whose
 /// variants are the event types.
 ///
@@ -215,6 +281,10 @@ impl EventType {
 pub trait Event: Encode + Send + 'static {
     /// Every type this enum can carry. Ids and names are data: stable for ever.
     const TYPES: &'static [EventType];
+
+    /// How events that were written under older layouts are read: one for each (type, schema version) that a store may
+    /// still hold. A store that holds another is refused when it is opened.
+    const UPCASTERS: &'static [Upcaster<Self>] = &[];
 
     /// Which of [`Event::TYPES`] this one is.
     fn event_type(&self) -> EventTypeId;

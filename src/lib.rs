@@ -18,6 +18,8 @@ pub mod bench_support;
 #[cfg(not(loom))]
 mod clock;
 #[cfg(not(loom))]
+mod command;
+#[cfg(not(loom))]
 pub mod consumer;
 #[cfg(not(loom))]
 mod engine;
@@ -35,6 +37,8 @@ mod log;
 mod metrics;
 #[cfg(not(loom))]
 mod producer;
+#[cfg(not(loom))]
+mod promise;
 #[cfg(not(loom))]
 mod ring;
 #[cfg(not(loom))]
@@ -54,12 +58,13 @@ pub use error::{
 };
 pub use event::{
     Correlation, Encode, Event, EventId, EventType, EventTypeId, Key, Meta, Offset, Scratch, Sequence, ShardId, Time,
-    Version, deserialize,
+    Upcaster, Version, deserialize,
 };
 #[cfg(not(loom))]
 pub use {
     aggregate::{Aggregate, Emit, Stateless, Stored},
-    engine::{Builder, Engine},
+    command::{Answer, Client, CommandError, ExpectedVersion, Outcome, Sending, Ticket},
+    engine::{Builder, Engine, EventLog},
     handler::{BatchEnd, Handler, HandlerError, OnError},
     log::reader::{Reader, Record},
     log::recovery::{RecoveryReport, ShardRecovery, TornTail},

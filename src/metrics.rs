@@ -262,6 +262,12 @@ counters! {
     appended_bytes,
     /// Turns that found work.
     turns,
+    /// Commands answered.
+    commands,
+    /// Of those, how many were refused, for whatever reason.
+    rejected,
+    /// Of those, how many were repeats of an earlier one and did nothing.
+    repeated,
     /// Events that every inline handler has had.
     handled,
     /// Events an inline handler failed on and quarantined.

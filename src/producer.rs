@@ -38,6 +38,8 @@ pub(crate) struct LaneShared {
     waiting_durable: Waiters,
     /// The producer is gone and its ring is empty.
     retired: AtomicBool,
+    /// It carries commands: what it counts are no events.
+    of_commands: bool,
 }
 
 impl LaneShared {
@@ -53,7 +55,17 @@ impl LaneShared {
             waiting_appended: Waiters::new(),
             waiting_durable: Waiters::new(),
             retired: AtomicBool::new(false),
+            of_commands: false,
         }
+    }
+
+    /// A lane that carries commands.
+    pub(crate) fn of_commands(log: Arc<ShardLog>, durability: Durability) -> Self {
+        Self { of_commands: true, ..Self::new(log, durability) }
+    }
+
+    pub(crate) fn is_of_commands(&self) -> bool {
+        self.of_commands
     }
 
     /// Lets a publisher in, unless the lane is closed or its shard has failed. A failure closes lanes only when
@@ -165,7 +177,7 @@ impl LaneRegistry {
             // Where nobody holds a receipt any more, nobody can ask whether the rest is durable.
             let settled = lane.durable.get() == lane.appended.get() || Arc::strong_count(lane) == 1;
             let over = lane.retired.load(Ordering::Acquire) && settled;
-            if over {
+            if over && !lane.of_commands {
                 self.retired_events.fetch_add(lane.appended.get(), Ordering::Relaxed);
             }
             !over

@@ -2,10 +2,10 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
+use crate::aggregate::Aggregate;
 use crate::clock::wall_now;
 use crate::config::{Pin, Wait};
 use crate::error::FailureCause;
-use crate::event::Event;
 use crate::producer::ShardDoor;
 use crate::shard::{Shard, panic_text};
 use crate::sync::{AtomicBool, Idle, Ordering, thread};
@@ -18,8 +18,8 @@ pub(crate) struct RunnerRequests {
 }
 
 /// Runs a shard until the engine closes or the shard fails.
-pub(crate) fn run<E: Event>(
-    mut shard: Shard<E>,
+pub(crate) fn run<A: Aggregate>(
+    mut shard: Shard<A>,
     door: &ShardDoor,
     requests: &RunnerRequests,
     wait: Wait,
@@ -44,8 +44,8 @@ pub(crate) fn run<E: Event>(
     door.lanes.wake_all();
 }
 
-fn turn_until_closed<E: Event>(
-    shard: &mut Shard<E>,
+fn turn_until_closed<A: Aggregate>(
+    shard: &mut Shard<A>,
     door: &ShardDoor,
     requests: &RunnerRequests,
     wait: Wait,
@@ -90,7 +90,7 @@ fn turn_until_closed<E: Event>(
 }
 
 /// Syncs everything, and notes that in the log.
-fn finish<E: Event>(shard: &mut Shard<E>, door: &ShardDoor) -> Result<(), FailureCause> {
+fn finish<A: Aggregate>(shard: &mut Shard<A>, door: &ShardDoor) -> Result<(), FailureCause> {
     let end = shard.log.appended.get();
     shard.syncer.flush(end);
     let synced = crate::producer::block_until(
@@ -114,9 +114,13 @@ fn finish<E: Event>(shard: &mut Shard<E>, door: &ShardDoor) -> Result<(), Failur
 }
 
 /// Lets nobody publish any more, and waits for those who are about to.
-fn close_gates<E: Event>(shard: &mut Shard<E>) {
+fn close_gates<A: Aggregate>(shard: &mut Shard<A>) {
     shard.lanes.extend(shard.arriving.close());
-    let gates = || shard.lanes.iter().map(|lane| &lane.shared).chain([&shard.shared_lane.shared]);
+    shard.clients.extend(shard.arriving_clients.close());
+    // Who still asks is told by its promise.
+    drop(shard.questions.close());
+    let lanes = || shard.lanes.iter().map(|lane| &lane.shared);
+    let gates = || lanes().chain(shard.clients.iter().map(|client| &client.shared)).chain([&shard.shared_lane.shared]);
     gates().for_each(|lane| lane.gate.close());
     for lane in gates() {
         // Whoever is inside is between two instructions of a push, never waiting.

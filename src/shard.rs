@@ -1,28 +1,35 @@
 //! One shard: takes events out of its lanes and makes them part of the log. `turn()` is bounded, never
 //! waits, and returns the work done; the runner owns the thread and the waiting.
 //!
-//! One writer: this shard alone writes its log and its key table.
+//! One writer: this shard alone writes its log, its key table and the states in it.
+
+mod batch;
+mod commands;
+mod handling;
 
 use std::any::Any;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 
+use crate::aggregate::{Aggregate, Emit};
 use crate::clock::{Clock, Nanos, wall_now};
+use crate::command::{ClientEnd, Outcomes, Question};
 use crate::error::FailureCause;
-use crate::event::{Event, Meta, Offset, Sequence, ShardId, Version};
-use crate::handler::{BatchEnd, HandlerError, OnError, Registered};
+use crate::event::{Meta, Schemas, Sequence, ShardId};
+use crate::handler::Registered;
 use crate::keys::KeyTable;
-use crate::log::format::{RECORD_HEADER_BYTES, RecordHeader};
 use crate::log::keeper::KeeperRequests;
 use crate::log::segment::ShardLog;
 use crate::log::storage::Storage;
 use crate::log::syncer::{SyncMark, SyncRequests};
-use crate::log::writer::{Refused, Writer};
+use crate::log::writer::Writer;
 use crate::metrics::{Counters, Recorder, Stage};
-use crate::producer::LaneShared;
-use crate::ring::{NOT_DUE, Slot};
+use crate::producer::{LaneShared, wall_time};
+use crate::ring::Slot;
 use crate::shared::{SharedLane, SharedSlot};
 use crate::sync::{Arc, Arrivals, Ordering};
+use crate::view::{Position, ViewWriter};
+use batch::{Run, batch};
+use commands::{Answered, Held};
 
 /// The shard's end of a producer's lane.
 #[derive(Debug)]
@@ -33,15 +40,23 @@ pub(crate) struct LaneEnd<E> {
 }
 
 /// Everything a shard works with.
-pub(crate) struct Shard<E: Event> {
+pub(crate) struct Shard<A: Aggregate> {
     pub(crate) id: ShardId,
     pub(crate) clock: Clock,
     pub(crate) batch_max: usize,
     /// Lanes of new producers, to be adopted.
-    pub(crate) arriving: std::sync::Arc<Arrivals<LaneEnd<E>>>,
-    pub(crate) lanes: Vec<LaneEnd<E>>,
-    pub(crate) shared_lane: std::sync::Arc<SharedLane<E>>,
-    pub(crate) keys: KeyTable,
+    pub(crate) arriving: std::sync::Arc<Arrivals<LaneEnd<A::Event>>>,
+    pub(crate) lanes: Vec<LaneEnd<A::Event>>,
+    pub(crate) shared_lane: std::sync::Arc<SharedLane<A::Event>>,
+    /// Lanes of new clients, to be adopted.
+    pub(crate) arriving_clients: std::sync::Arc<Arrivals<ClientEnd<A>>>,
+    pub(crate) clients: Vec<ClientEnd<A>>,
+    /// Who wants to look at states.
+    pub(crate) questions: std::sync::Arc<Arrivals<Question<A>>>,
+    pub(crate) keys: KeyTable<A>,
+    /// What became of commands with idempotency keys.
+    pub(crate) outcomes: Outcomes<A::Rejection>,
+    pub(crate) views: Vec<Box<dyn ViewWriter<A>>>,
     pub(crate) writer: Writer,
     pub(crate) log: Arc<ShardLog>,
     pub(crate) syncer: std::sync::Arc<SyncRequests>,
@@ -50,17 +65,16 @@ pub(crate) struct Shard<E: Event> {
     /// `None` where nothing is synced by itself, so that nothing waits to be recorded.
     pub(crate) sync_marks: Option<rtrb::Producer<SyncMark>>,
     pub(crate) keeper: std::sync::Arc<KeeperRequests>,
-    pub(crate) handlers: Vec<Registered<E>>,
+    pub(crate) handlers: Vec<Registered<A::Event>>,
     pub(crate) storage: std::sync::Arc<dyn Storage>,
     pub(crate) quarantine: PathBuf,
     pub(crate) recorder: Recorder,
     pub(crate) counters: std::sync::Arc<Counters>,
-    pub(crate) work: Work<E>,
+    pub(crate) work: Work<A>,
 }
 
 /// Memory a turn reuses.
-#[derive(Debug)]
-pub(crate) struct Work<E> {
+pub(crate) struct Work<A: Aggregate> {
     /// Runs of events of this batch with one publish time.
     runs: Vec<Run>,
     /// Where this batch's events lie; filled for handlers only.
@@ -68,78 +82,60 @@ pub(crate) struct Work<E> {
     /// A run that the syncer has not been told of, for lack of room.
     unmarked: Option<SyncMark>,
     /// Events taken out of the shared queue and not yet appended.
-    taken: Vec<SharedSlot<E>>,
-    /// Schema version by event type id, for ids below its length.
-    schema_versions: Vec<Option<u16>>,
+    taken: Vec<SharedSlot<A::Event>>,
+    /// Where decisions put their events.
+    emit: Emit<A::Event>,
+    /// A decision that no segment has room for yet. Nothing else is appended before it.
+    held: Option<Held<A>>,
+    /// Answers of this batch, not yet sent.
+    answers: Vec<Answered<A>>,
+    schemas: Schemas,
     appended_count_shared: u64,
     lane_next: usize,
+    client_next: usize,
     keeper_told_at: u64,
     stalled: bool,
 }
 
-impl<E: Event> Work<E> {
+impl<A: Aggregate> Work<A> {
     pub(crate) fn new(batch_max: usize) -> Self {
-        let mut schema_versions = vec![None; E::TYPES.iter().map(|t| usize::from(t.id.0) + 1).max().unwrap_or(0)];
-        for t in E::TYPES {
-            schema_versions[usize::from(t.id.0)] = Some(t.schema_version);
-        }
         Self {
             runs: Vec::with_capacity(batch_max),
             placed: Vec::with_capacity(batch_max),
             unmarked: None,
             taken: Vec::with_capacity(batch_max),
-            schema_versions,
+            emit: Emit::new(),
+            held: None,
+            answers: Vec::with_capacity(batch_max),
+            schemas: Schemas::of::<A::Event>(),
             appended_count_shared: 0,
             lane_next: 0,
+            client_next: 0,
             keeper_told_at: 0,
             stalled: false,
         }
     }
 }
 
-#[derive(Debug, Clone, Copy)]
-struct Run {
-    published: Nanos,
-    late: Option<u32>,
-    events: u32,
-    end: u64,
-}
-
-/// A run of which the end is not known yet.
-#[derive(Debug, Clone, Copy)]
-struct RunBegun {
-    published: Nanos,
-    late: u32,
-    first: usize,
-}
-
-impl RunBegun {
-    /// The run without event number `next`, whose record begins at `end`; nothing if that leaves none.
-    fn until(&self, next: usize, end: Offset) -> Option<Run> {
-        let late = (self.late != NOT_DUE).then_some(self.late);
-        let run = Run { published: self.published, late, events: (next - self.first) as u32, end: end.0 };
-        (run.events > 0).then_some(run)
-    }
-}
-
-/// How many events ahead the key table is prefetched: a trip to memory is about this many appends long.
-const PREFETCH_AHEAD: usize = 16;
-
 /// The keeper is told of progress each time this many bytes were appended.
 const KEEPER_STEP_BYTES: u64 = 4 << 20;
 
-impl<E: Event> std::fmt::Debug for Shard<E> {
+impl<A: Aggregate> std::fmt::Debug for Shard<A> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Shard").field("id", &self.id).field("lanes", &self.lanes.len()).finish_non_exhaustive()
     }
 }
 
-impl<E: Event> Shard<E> {
-    /// One batch from every lane. Returns the number of events appended.
+impl<A: Aggregate> Shard<A> {
+    /// One batch from every lane. Returns how much there was to do.
     pub(crate) fn turn(&mut self) -> Result<usize, FailureCause> {
         self.adopt();
         let began = self.clock.now();
         self.work.stalled = false;
+        if self.work.held.is_some() && !self.append_held()? {
+            // What was decided rests on the state as it is now: nothing may come in between.
+            return Ok(0);
+        }
         let mut work = 0;
         // Round robin, so that with little room left no lane is always first.
         let lanes = self.lanes.len();
@@ -148,6 +144,12 @@ impl<E: Event> Shard<E> {
         }
         self.work.lane_next = self.work.lane_next.wrapping_add(1);
         work += self.drain_shared()?;
+        let clients = self.clients.len();
+        for i in 0..clients {
+            work += self.drain_client((self.work.client_next + i) % clients)?;
+        }
+        self.work.client_next = self.work.client_next.wrapping_add(1);
+        work += self.answer_questions();
         if work > 0 {
             self.counters.turns.add(1);
             self.recorder.record(Stage::Turn, self.clock.now() - began, 1);
@@ -165,6 +167,8 @@ impl<E: Event> Shard<E> {
     /// Whether a turn would find something to do. Looked at before sleeping, so it must see whatever was made visible before a wake-up.
     pub(crate) fn has_work(&self) -> bool {
         !self.arriving.is_empty()
+            || !self.arriving_clients.is_empty()
+            || !self.questions.is_empty()
             || self.recorder.exchange_handle().is_wanted()
             || self.writer.wants_idle_mark()
             || (!self.is_stalled() && self.has_events())
@@ -173,8 +177,10 @@ impl<E: Event> Shard<E> {
     /// Whether events wait to be appended.
     pub(crate) fn has_events(&self) -> bool {
         !self.work.taken.is_empty()
+            || self.work.held.is_some()
             || !self.shared_lane.queue.is_empty()
             || self.lanes.iter().any(|lane| !lane.ring.is_empty())
+            || self.clients.iter().any(|client| !client.orders.is_empty())
     }
 
     /// Whether the last turn had to leave events because no segment was ready, and none is now. Looked at before
@@ -188,6 +194,9 @@ impl<E: Event> Shard<E> {
         if !self.arriving.is_empty() {
             self.lanes.extend(self.arriving.take());
         }
+        if !self.arriving_clients.is_empty() {
+            self.clients.extend(self.arriving_clients.take());
+        }
     }
 
     /// Lets go of lanes whose producers are gone and that are empty.
@@ -197,6 +206,13 @@ impl<E: Event> Shard<E> {
             let over = lane.ring.is_abandoned() && lane.ring.is_empty();
             if over {
                 lane.shared.retire();
+            }
+            !over
+        });
+        self.clients.retain(|client| {
+            let over = client.orders.is_abandoned() && client.orders.is_empty();
+            if over {
+                client.shared.retire();
             }
             !over
         });
@@ -210,18 +226,7 @@ impl<E: Event> Shard<E> {
             return Ok(0);
         }
         let Ok(chunk) = lane.ring.read_chunk(ready) else { return Ok(0) };
-        let mut batch = Batch {
-            writer: &mut self.writer,
-            keys: &mut self.keys,
-            runs: &mut self.work.runs,
-            placed: if self.handlers.is_empty() { None } else { Some(&mut self.work.placed) },
-            schema_versions: &self.work.schema_versions,
-            shard: self.id,
-            now: self.clock.now(),
-            wall_offset: self.clock.wall_offset(),
-            bytes: 0,
-        };
-        batch.mark();
+        let mut batch = batch!(self);
         let (now, (front, back)) = (batch.now, chunk.as_slices());
         let mut appended = batch.append(front.iter())?;
         if appended == front.len() {
@@ -245,18 +250,7 @@ impl<E: Event> Shard<E> {
         if self.work.taken.is_empty() {
             return Ok(0);
         }
-        let mut batch = Batch {
-            writer: &mut self.writer,
-            keys: &mut self.keys,
-            runs: &mut self.work.runs,
-            placed: if self.handlers.is_empty() { None } else { Some(&mut self.work.placed) },
-            schema_versions: &self.work.schema_versions,
-            shard: self.id,
-            now: self.clock.now(),
-            wall_offset: self.clock.wall_offset(),
-            bytes: 0,
-        };
-        batch.mark();
+        let mut batch = batch!(self);
         let now = batch.now;
         let appended = batch.append(self.work.taken.iter().map(|taken| &taken.slot))?;
         let bytes = batch.bytes;
@@ -278,7 +272,7 @@ impl<E: Event> Shard<E> {
         Ok(appended)
     }
 
-    /// Everything after the appending: watermarks, then who waits, then handlers, then figures.
+    /// Everything after the appending: views and watermarks, then who waits, then handlers, then figures.
     #[inline]
     fn publish(
         &mut self,
@@ -286,15 +280,21 @@ impl<E: Event> Shard<E> {
         appended: usize,
         bytes: u64,
         queue_depth: usize,
-        reached: impl FnOnce(&mut Work<E>),
+        reached: impl FnOnce(&mut Work<A>),
     ) -> Result<(), FailureCause> {
-        if appended == 0 {
+        if bytes == 0 {
+            reached(&mut self.work);
             return Ok(());
         }
         // Before the watermarks, so that who has seen an event appended finds it counted.
         self.counters.appended.add(appended as u64);
         self.counters.appended_bytes.add(bytes);
         let before = self.log.appended.get();
+        if !self.views.is_empty() {
+            // Before the watermark: who has seen an event appended finds it in the views.
+            let (sequence, time) = (Sequence(self.writer.sequence()), wall_time(now, self.clock.wall_offset()));
+            self.views.iter_mut().for_each(|view| view.publish(Position { sequence, time }));
+        }
         let end = self.writer.publish();
         reached(&mut self.work);
         // A syncer that is behind looks again by itself; one that was done may be asleep.
@@ -315,6 +315,9 @@ impl<E: Event> Shard<E> {
             self.clock.now()
         };
         self.counters.handled.add(appended as u64);
+        if appended == 0 {
+            return Ok(());
+        }
         self.counters.keys.set(self.keys.len() as u64);
         self.recorder.record(Stage::Batch, appended as u64, 1);
         for run in &self.work.runs {
@@ -378,200 +381,6 @@ impl<E: Event> Shard<E> {
         {
             self.work.unmarked = Some(mark);
         }
-    }
-
-    /// Runs every inline handler over this batch.
-    fn handle(&mut self, queue_depth: usize) -> Result<(), FailureCause> {
-        let placed = std::mem::take(&mut self.work.placed);
-        let end = BatchEnd { shard: self.id, events: placed.len(), queue_depth };
-        let mut handlers = std::mem::take(&mut self.handlers);
-        let outcome = handlers.iter_mut().try_for_each(|handler| self.run_handler(handler, &placed, &end));
-        self.handlers = handlers;
-        self.work.placed = placed;
-        self.work.placed.clear();
-        outcome
-    }
-
-    fn run_handler(
-        &self,
-        registered: &mut Registered<E>,
-        placed: &[(Meta, usize)],
-        end: &BatchEnd,
-    ) -> Result<(), FailureCause> {
-        let mut next = 0;
-        while next < placed.len() {
-            // One catch per batch, not per event; `next` says where it stopped.
-            let outcome = catch_unwind(AssertUnwindSafe(|| -> Result<(), HandlerError> {
-                while let Some((meta, len)) = placed.get(next) {
-                    let Some(memory) = self.memory_of(meta.offset) else {
-                        return Err("the event's segment is gone".into());
-                    };
-                    let at = (meta.offset.0 % self.log.segment_bytes) as usize + RECORD_HEADER_BYTES;
-                    let Some(event) = memory.archived::<E>(at, len - RECORD_HEADER_BYTES) else {
-                        return Err("the archive is not valid".into());
-                    };
-                    registered.handler.on_event(event, meta)?;
-                    next += 1;
-                }
-                Ok(())
-            }));
-            let error = match outcome {
-                Ok(Ok(())) => continue,
-                Ok(Err(error)) => error.to_string(),
-                Err(panic) => format!("panic: {}", panic_text(&*panic)),
-            };
-            self.on_handler_error(registered, Some(&placed[next].0), error)?;
-            next += 1;
-        }
-        let error = match catch_unwind(AssertUnwindSafe(|| registered.handler.on_batch_end(end))) {
-            Ok(Ok(())) => return Ok(()),
-            Ok(Err(error)) => error.to_string(),
-            Err(panic) => format!("panic: {}", panic_text(&*panic)),
-        };
-        self.on_handler_error(registered, None, error)
-    }
-
-    #[cold]
-    fn on_handler_error(
-        &self,
-        registered: &Registered<E>,
-        meta: Option<&Meta>,
-        error: String,
-    ) -> Result<(), FailureCause> {
-        let offset = meta.map_or(Offset(self.log.appended.get()), |meta| meta.offset);
-        tracing::warn!(
-            handler = registered.name,
-            shard = self.id.0,
-            offset = offset.0,
-            error,
-            "an inline handler failed"
-        );
-        match registered.on_error {
-            OnError::Halt => Err(FailureCause::Handler { handler: registered.name.clone(), offset, error }),
-            OnError::Quarantine => {
-                self.counters.quarantined.add(1);
-                let event_id = meta.map(|meta| meta.id().to_string());
-                let line = serde_json::json!({ "handler": registered.name, "event_id": event_id, "shard": self.id.0, "offset": offset.0, "error": error });
-                let file = self.quarantine.join("handlers.jsonl");
-                self.storage
-                    .create_dir(&self.quarantine)
-                    .and_then(|()| self.storage.append(&file, format!("{line}\n").as_bytes()))
-                    .map_err(|source| FailureCause::Storage {
-                        action: "noting a quarantined event",
-                        source: std::sync::Arc::new(source),
-                    })
-            }
-        }
-    }
-
-    fn memory_of(&self, offset: Offset) -> Option<std::sync::Arc<crate::log::mmap::Memory>> {
-        match self.writer.current_memory() {
-            Some((base, memory)) if offset.0 >= base => Some(std::sync::Arc::clone(memory)),
-            _ => self.log.segment(self.log.segment_of(offset)).map(|segment| segment.memory),
-        }
-    }
-}
-
-/// The appending of one batch: what it touches and nothing else.
-struct Batch<'a> {
-    writer: &'a mut Writer,
-    keys: &'a mut KeyTable,
-    runs: &'a mut Vec<Run>,
-    placed: Option<&'a mut Vec<(Meta, usize)>>,
-    schema_versions: &'a [Option<u16>],
-    shard: ShardId,
-    now: Nanos,
-    wall_offset: u64,
-    bytes: u64,
-}
-
-impl Batch<'_> {
-    /// Notes in the log how far it had been synced.
-    #[inline]
-    fn mark(&mut self) {
-        let time = crate::producer::wall_time(self.now, self.wall_offset);
-        self.writer.mark(self.now, time);
-    }
-
-    /// Appends slots until one finds no room and there is no new segment yet. Returns how many it appended.
-    #[inline]
-    fn append<'s, E: Event>(
-        &mut self,
-        slots: impl ExactSizeIterator<Item = &'s Slot<E>> + Clone,
-    ) -> Result<usize, FailureCause> {
-        let total = slots.len();
-        let mut appended = 0;
-        loop {
-            let mut rest = slots.clone();
-            if appended > 0 {
-                rest.nth(appended - 1);
-            }
-            appended += self.append_to_segment(rest)?;
-            let wall_time = crate::producer::wall_time(self.now, self.wall_offset);
-            if appended == total || self.writer.roll(wall_time).is_err() {
-                return Ok(appended);
-            }
-        }
-    }
-
-    /// Appends slots until the current segment is full. Returns how many it appended.
-    #[inline]
-    fn append_to_segment<'s, E: Event>(
-        &mut self,
-        slots: impl Iterator<Item = &'s Slot<E>> + Clone,
-    ) -> Result<usize, FailureCause> {
-        // The table's slots of later keys are brought near while earlier events are appended.
-        let mut ahead = slots.clone();
-        ahead.by_ref().take(PREFETCH_AHEAD).for_each(|slot| self.keys.prefetch(slot.hash));
-        let first_sequence = self.writer.sequence();
-        let mut appender = self.writer.appender();
-        let begun = appender.offset().0;
-        let mut run = RunBegun { published: 0, late: NOT_DUE, first: 0 };
-        let (mut appended, mut refused) = (0, None);
-        for slot in slots {
-            if let Some(later) = ahead.next() {
-                self.keys.prefetch(later.hash);
-            }
-            let event_type = slot.event.event_type();
-            let Some(&Some(schema_version)) = self.schema_versions.get(usize::from(event_type.0)) else {
-                refused = Some(FailureCause::UndeclaredType { key: slot.key.0, event_type });
-                break;
-            };
-            let offset = appender.offset();
-            if run.published != slot.published || run.late != slot.late {
-                self.runs.extend(run.until(appended, offset));
-                run = RunBegun { published: slot.published, late: slot.late, first: appended };
-            }
-            let known = self.keys.entry(slot.key, slot.hash);
-            let version = Version(known.version().0 + 1);
-            let header = RecordHeader {
-                time: slot.event.time().unwrap_or_else(|| crate::producer::wall_time(slot.published, self.wall_offset)),
-                key: slot.key,
-                previous: known.head(),
-                event_type,
-                correlation: slot.event.correlation(),
-                version,
-                schema_version,
-            };
-            let len = match appender.append(&header, &slot.event) {
-                Ok(len) => len,
-                Err(Refused::NeedsSegment) => break,
-                Err(Refused::TooLarge { bytes_max }) => {
-                    refused = Some(FailureCause::EventTooLarge { key: slot.key.0, bytes_max });
-                    break;
-                }
-            };
-            known.set(version, offset);
-            if let Some(placed) = &mut self.placed {
-                placed.push((header.meta(self.shard, offset, Sequence(first_sequence + appended as u64)), len));
-            }
-            appended += 1;
-        }
-        let end = appender.finish();
-        self.runs.extend(run.until(appended, end));
-        self.bytes += end.0 - begun;
-        self.writer.advance(end, appended as u64);
-        refused.map_or(Ok(appended), Err)
     }
 }
 

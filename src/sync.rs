@@ -222,6 +222,18 @@ impl Idle {
         self.rounds = 0;
     }
 
+    /// One spin or yield; `false` where the strategy says to sleep instead.
+    pub(crate) fn awake(&mut self) -> bool {
+        self.rounds = self.rounds.saturating_add(1);
+        match self.wait {
+            Wait::BusySpin => std::hint::spin_loop(),
+            _ if self.rounds <= SPINS => std::hint::spin_loop(),
+            Wait::Park if self.rounds > SPINS + YIELDS => return false,
+            Wait::SpinYield | Wait::Park => thread::yield_now(),
+        }
+        true
+    }
+
     /// One step of idling where nobody will wake us: spins, yields, then naps.
     pub(crate) fn poll(&mut self, deadline: Option<Instant>) {
         self.rounds = self.rounds.saturating_add(1);

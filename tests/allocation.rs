@@ -7,7 +7,7 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use common::soon;
-use corelane::{Config, Durability, Engine, Event, EventType, EventTypeId, Key, Retention};
+use corelane::{Config, Durability, Event, EventLog, EventType, EventTypeId, Key, Retention};
 use rkyv::{Archive, Deserialize, Serialize};
 
 struct Counting;
@@ -67,7 +67,7 @@ fn allocations(durability: Durability, events: u64) -> u64 {
     let dir = tempfile::tempdir().unwrap();
     let keep = Retention { bytes_max: Some(16 << 20), age_max: None };
     let engine =
-        Engine::<Step>::open(Config::new(dir.path()).segment_bytes(4 << 20).durability(durability).retention(keep))
+        EventLog::<Step>::open(Config::new(dir.path()).segment_bytes(4 << 20).durability(durability).retention(keep))
             .unwrap();
     let mut producer = engine.producer();
     let mut batch = Vec::with_capacity(256);

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use corelane::{Config, Durability, Engine, Event, EventType, EventTypeId, Key, ShardId, WaitError};
+use corelane::{Config, Durability, Event, EventLog, EventType, EventTypeId, Key, ShardId, WaitError};
 use rkyv::{Archive, Deserialize, Serialize};
 
 #[derive(Archive, Serialize, Deserialize, Debug, Clone, PartialEq)]
@@ -25,7 +25,7 @@ fn soon() -> Option<Instant> {
     Some(Instant::now() + Duration::from_secs(30))
 }
 
-fn read_all(engine: &Engine<Ping>, shards: u16) -> Vec<(u64, u64, Ping)> {
+fn read_all(engine: &EventLog<Ping>, shards: u16) -> Vec<(u64, u64, Ping)> {
     let mut all = Vec::new();
     for shard in 0..shards {
         let mut reader = engine.reader(ShardId(shard));
@@ -46,7 +46,7 @@ fn what_is_published_is_durable_and_there_after_a_restart() {
         let dir = tempfile::tempdir().expect("a temporary folder");
         let config = || Config::new(dir.path()).shards(2).segment_bytes(64 << 10).durability(durability);
         {
-            let engine = Engine::<Ping>::open(config()).expect("opens");
+            let engine = EventLog::<Ping>::open(config()).expect("opens");
             let mut producer = engine.producer();
             let mut last = None;
             for n in 0..5_000_u64 {
@@ -69,7 +69,7 @@ fn what_is_published_is_durable_and_there_after_a_restart() {
             engine.shutdown(soon()).expect("shuts down");
             engine.shutdown(soon()).expect("twice");
         }
-        let engine = Engine::<Ping>::open(config()).expect("opens again");
+        let engine = EventLog::<Ping>::open(config()).expect("opens again");
         assert_eq!(engine.recovery().events(), 5_000);
         let all = read_all(&engine, 2);
         for key in 0..100 {

@@ -9,10 +9,10 @@ use std::time::{Duration, Instant};
 
 use common::{Note, numbers, open_on, os_cache, small, soon};
 use corelane::testing::FaultyStorage;
-use corelane::{Durability, Engine, Key, Rejected};
+use corelane::{Durability, EventLog, Key, Rejected};
 
 /// Publishes until refused for good; returns how many were accepted.
-fn fill(engine: &Engine<Note>, from: u64) -> u64 {
+fn fill(engine: &EventLog<Note>, from: u64) -> u64 {
     let mut producer = engine.producer();
     let mut n = from;
     loop {
@@ -79,14 +79,14 @@ fn sh(script: &str) -> bool {
 fn on_real_disk(dir: &Path, durability: Durability) {
     let (store, ballast) = (dir.join("store"), dir.join("ballast"));
     let config = || small(&store).durability(durability);
-    let engine = Engine::<Note>::open(config()).unwrap();
+    let engine = EventLog::<Note>::open(config()).unwrap();
     std::fs::write(&ballast, vec![1; 1 << 20]).unwrap();
     let accepted = fill(&engine, 0);
     let appended = numbers(&engine).len() as u64;
     assert!(appended > 0);
     // Gives up what was accepted and finds no place, and says so; what was appended stays.
     drop(engine);
-    let engine = Engine::<Note>::open(config()).unwrap();
+    let engine = EventLog::<Note>::open(config()).unwrap();
     let kept = numbers(&engine).len() as u64;
     assert!(kept >= appended && kept <= accepted, "{appended} <= {kept} <= {accepted}");
     let accepted = fill(&engine, kept);
@@ -95,7 +95,7 @@ fn on_real_disk(dir: &Path, durability: Durability) {
     assert_eq!(numbers(&engine), (0..accepted).collect::<Vec<_>>());
     engine.shutdown(soon()).unwrap();
     drop(engine);
-    let engine = Engine::<Note>::open(config()).unwrap();
+    let engine = EventLog::<Note>::open(config()).unwrap();
     assert_eq!(numbers(&engine), (0..accepted).collect::<Vec<_>>());
 }
 

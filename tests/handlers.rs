@@ -10,7 +10,7 @@ use std::time::Instant;
 use common::{Note, numbers, open_on, os_cache, small, soon};
 use corelane::testing::FaultyStorage;
 use corelane::{
-    BatchEnd, Engine, Event, EventType, EventTypeId, FailureCause, Handler, HandlerError, Key, Meta, OnError,
+    BatchEnd, Event, EventLog, EventType, EventTypeId, FailureCause, Handler, HandlerError, Key, Meta, OnError,
     ReadError, Rejected, ShardId, WaitError,
 };
 use rkyv::{Archive, Deserialize, Serialize};
@@ -34,10 +34,10 @@ impl Handler<Note> for Fussy {
     }
 }
 
-fn engine(storage: &FaultyStorage, on_error: OnError, faults: u64) -> (Engine<Note>, Arc<Mutex<Vec<u64>>>) {
+fn engine(storage: &FaultyStorage, on_error: OnError, faults: u64) -> (EventLog<Note>, Arc<Mutex<Vec<u64>>>) {
     let seen = Arc::new(Mutex::new(Vec::new()));
     let theirs = Arc::clone(&seen);
-    let builder = Engine::<Note>::builder(small("/s")).faulty_storage(storage);
+    let builder = EventLog::<Note>::builder(small("/s")).faulty_storage(storage);
     let engine = builder.handler("fussy", on_error, move |_| Fussy(Arc::clone(&theirs), faults)).open().unwrap();
     (engine, seen)
 }
@@ -110,7 +110,7 @@ impl Event for Trap {
 #[test]
 fn an_event_that_panics_on_the_shards_thread_fails_that_shard_alone() {
     let storage = FaultyStorage::new();
-    let engine = Engine::<Trap>::builder(small("/s").shards(2)).faulty_storage(&storage).open().unwrap();
+    let engine = EventLog::<Trap>::builder(small("/s").shards(2)).faulty_storage(&storage).open().unwrap();
     let key_of = |shard: u16| (0..).map(Key).find(|key| key.shard(2).0 == shard).unwrap();
     let mut producer = engine.producer();
     let before = producer.publish(key_of(0), Trap(1)).unwrap();
@@ -153,7 +153,7 @@ fn forge(disk: &FaultyStorage, change: impl FnOnce(&mut [u8])) -> FaultyStorage 
 #[test]
 fn hostile_archives_behind_a_crc_that_holds_are_typed_errors() {
     let storage = FaultyStorage::new();
-    let open = |disk: &FaultyStorage| Engine::<Rich>::builder(os_cache("/s")).faulty_storage(disk).open();
+    let open = |disk: &FaultyStorage| EventLog::<Rich>::builder(os_cache("/s")).faulty_storage(disk).open();
     let engine = open(&storage).unwrap();
     let mut producer = engine.producer();
     producer

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use common::{Note, SEGMENT, numbers, open_on, os_cache, small, soon};
 use corelane::testing::FaultyStorage;
 use corelane::{
-    Durability, Engine, Event, EventType, EventTypeId, FailureCause, Handler, HandlerError, Key, Meta, OnError,
+    Durability, Event, EventLog, EventType, EventTypeId, FailureCause, Handler, HandlerError, Key, Meta, OnError,
     Rejected, RejectedReason, ShardId, WaitError,
 };
 use rkyv::rancor::{Fallible, Source};
@@ -65,7 +65,7 @@ fn a_lane_without_room_refuses_at_once_or_at_the_deadline_and_goes_on() {
     let storage = FaultyStorage::new();
     let gate = Arc::new(Mutex::new(()));
     let theirs = Arc::clone(&gate);
-    let builder = Engine::<Note>::builder(os_cache("/s").ring_capacity(8)).faulty_storage(&storage);
+    let builder = EventLog::<Note>::builder(os_cache("/s").ring_capacity(8)).faulty_storage(&storage);
     let engine = builder.handler("slow", OnError::Halt, move |_| Slow(Arc::clone(&theirs))).open().unwrap();
     let (mut producer, shared) = (engine.producer(), engine.shared_producer());
     let held = gate.lock().unwrap();
@@ -151,7 +151,7 @@ impl Event for Text {
 #[test]
 fn an_event_that_grows_after_it_was_accepted_fails_its_shard_and_leaves_the_log_whole() {
     let storage = FaultyStorage::new();
-    let open = || Engine::<Text>::builder(small("/s").event_bytes_max(1024)).faulty_storage(&storage).open().unwrap();
+    let open = || EventLog::<Text>::builder(small("/s").event_bytes_max(1024)).faulty_storage(&storage).open().unwrap();
     let engine = open();
     let mut producer = engine.producer();
     producer.publish(Key(1), Text::Plain("before".into())).unwrap().durable().wait().unwrap();

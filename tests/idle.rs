@@ -6,7 +6,7 @@ mod common;
 use std::time::{Duration, Instant};
 
 use common::{Note, small, soon};
-use corelane::{Durability, Engine, Key, Retention, Wait};
+use corelane::{Durability, EventLog, Key, Retention, Wait};
 
 /// Time on a processor of all threads of this process that live, in ns.
 fn busy_ns() -> u64 {
@@ -27,7 +27,7 @@ fn an_idle_engine_that_parks_uses_less_than_a_hundredth_of_a_core() {
         let dir = tempfile::tempdir().unwrap();
         let retention = Retention { bytes_max: Some(1 << 20), age_max: Some(Duration::from_secs(3600)) };
         let config = small(dir.path()).shards(2).durability(durability).wait(Wait::Park).retention(retention);
-        let engine = Engine::<Note>::open(config).unwrap();
+        let engine = EventLog::<Note>::open(config).unwrap();
         let (mut producer, shared) = (engine.producer(), engine.shared_producer());
         for n in 0..1000 {
             producer.publish(Key(n), Note::sized(n, 100)).unwrap();

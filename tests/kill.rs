@@ -12,7 +12,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use common::{Note, env_number, read_shard, small};
-use corelane::{Config, Engine, Key, Receipt, Retention};
+use corelane::{Config, EventLog, Key, Receipt, Retention};
 use rand::{Rng, SeedableRng};
 
 const KEYS: u64 = 40;
@@ -23,7 +23,7 @@ fn config(dir: &Path) -> Config {
 }
 
 /// Per key, how many events the log holds; checks that they are 0, 1, 2, … with the right text.
-fn counts(engine: &Engine<Note>) -> HashMap<u64, u64> {
+fn counts(engine: &EventLog<Note>) -> HashMap<u64, u64> {
     let mut counts = HashMap::new();
     for shard in 0..SHARDS {
         for held in read_shard(engine, shard) {
@@ -43,7 +43,7 @@ fn counts(engine: &Engine<Note>) -> HashMap<u64, u64> {
 fn child_that_publishes() {
     let Some(dir) = std::env::var_os("CORELANE_TEST_DIR") else { return };
     let mut acked = OpenOptions::new().append(true).open(std::env::var_os("CORELANE_TEST_ACKED").unwrap()).unwrap();
-    let engine = Engine::<Note>::open(config(Path::new(&dir))).unwrap();
+    let engine = EventLog::<Note>::open(config(Path::new(&dir))).unwrap();
     let mut next = counts(&engine);
     let mut producer = engine.producer();
     let mut waiting: [VecDeque<(Receipt, u64, u64)>; SHARDS as usize] = Default::default();
@@ -112,8 +112,8 @@ fn a_killed_process_loses_nothing_it_acknowledged() {
             String::from_utf8_lossy(&output.stderr)
         );
 
-        let engine =
-            Engine::<Note>::open(config(&store)).unwrap_or_else(|error| panic!("seed {seed}, round {round}: {error}"));
+        let engine = EventLog::<Note>::open(config(&store))
+            .unwrap_or_else(|error| panic!("seed {seed}, round {round}: {error}"));
         let found = counts(&engine);
         let pairs = std::fs::read(&acked).unwrap();
         for pair in pairs.chunks_exact(16) {

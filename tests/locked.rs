@@ -7,10 +7,10 @@ use std::path::Path;
 use std::process::Command;
 
 use common::{Note, os_cache, small, soon, tree};
-use corelane::{Engine, Key, OpenError};
+use corelane::{EventLog, Key, OpenError};
 
-fn running(dir: &Path) -> Engine<Note> {
-    let engine = Engine::<Note>::open(small(dir)).unwrap();
+fn running(dir: &Path) -> EventLog<Note> {
+    let engine = EventLog::<Note>::open(small(dir)).unwrap();
     let mut producer = engine.producer();
     producer.publish(Key(1), Note::new(1)).unwrap();
     engine.flush(soon()).unwrap();
@@ -31,13 +31,13 @@ fn a_second_engine_of_the_process_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     let engine = running(dir.path());
     let before = tree(dir.path());
-    let error = Engine::<Note>::open(small(dir.path())).expect_err("locked");
+    let error = EventLog::<Note>::open(small(dir.path())).expect_err("locked");
     assert!(matches!(&error, OpenError::Locked { dir: locked } if locked == dir.path()), "{error}");
     assert!(tree(dir.path()) == before, "no byte changed");
     engine.shutdown(soon()).unwrap();
-    assert!(matches!(Engine::<Note>::open(small(dir.path())), Err(OpenError::Locked { .. })), "held until dropped");
+    assert!(matches!(EventLog::<Note>::open(small(dir.path())), Err(OpenError::Locked { .. })), "held until dropped");
     drop(engine);
-    Engine::<Note>::open(small(dir.path())).unwrap();
+    EventLog::<Note>::open(small(dir.path())).unwrap();
 }
 
 #[test]
@@ -60,7 +60,7 @@ fn a_second_process_is_refused() {
 #[test]
 fn child_that_opens() {
     let Some(dir) = std::env::var_os("CORELANE_TEST_DIR") else { return };
-    assert!(matches!(Engine::<Note>::open(small(dir)), Err(OpenError::Locked { .. })));
+    assert!(matches!(EventLog::<Note>::open(small(dir)), Err(OpenError::Locked { .. })));
     eprintln!("locked, as it should be");
 }
 
@@ -78,16 +78,16 @@ fn a_read_only_store_is_an_error_and_not_a_panic() {
     }
     let outcome = std::panic::catch_unwind(|| {
         let store = dir.path().join("store");
-        drop(Engine::<Note>::open(os_cache(&store)).unwrap());
+        drop(EventLog::<Note>::open(os_cache(&store)).unwrap());
         assert!(mount(&["-o", "remount,ro"], dir.path()));
         let before = tree(&store);
-        let error = Engine::<Note>::open(os_cache(&store)).expect_err("read-only");
+        let error = EventLog::<Note>::open(os_cache(&store)).expect_err("read-only");
         assert!(
             matches!(&error, OpenError::Io { source, .. } if source.kind() == std::io::ErrorKind::ReadOnlyFilesystem),
             "{error}"
         );
         assert!(tree(&store) == before);
-        let error = Engine::<Note>::open(os_cache(dir.path().join("new"))).expect_err("read-only");
+        let error = EventLog::<Note>::open(os_cache(dir.path().join("new"))).expect_err("read-only");
         assert!(matches!(error, OpenError::Io { .. }), "{error}");
     });
     Command::new("umount").arg(dir.path()).status().unwrap();

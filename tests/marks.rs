@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use common::{Note, numbers, open_on, read_shard, small, soon};
 use corelane::testing::FaultyStorage;
-use corelane::{Durability, Engine, Key, OpenError};
+use corelane::{Durability, EventLog, Key, OpenError};
 
 const SEGMENT: &str = "/s/shard-0000/000000000000.seg";
 
@@ -25,7 +25,7 @@ fn records(bytes: &[u8], mut at: usize) -> Vec<(usize, u16)> {
     }
 }
 
-fn last_event(engine: &Engine<Note>) -> usize {
+fn last_event(engine: &EventLog<Note>) -> usize {
     read_shard(engine, 0).last().unwrap().offset as usize
 }
 

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use common::{Note, env_number, soon};
-use corelane::{Config, Durability, Engine, Key, Pin, Retention};
+use corelane::{Config, Durability, EventLog, Key, Pin, Retention};
 
 struct Weighing;
 static HELD_BYTES: AtomicU64 = AtomicU64::new(0);
@@ -43,7 +43,7 @@ fn mappings() -> usize {
 }
 
 /// Publishes for a while from every kind of producer; some come and go.
-fn run(engine: &Engine<Note>, time: Duration) {
+fn run(engine: &EventLog<Note>, time: Duration) {
     let (began, mut n) = (Instant::now(), 0);
     let shared = engine.shared_producer();
     while began.elapsed() < time {
@@ -67,7 +67,7 @@ fn memory_does_not_grow_over_time_with_retention() {
         let dir = tempfile::tempdir().unwrap();
         let retention = Retention { bytes_max: Some(4 << 20), age_max: None };
         let config = Config::new(dir.path()).segment_bytes(1 << 20).event_bytes_max(1024).pin(Pin::None);
-        let engine = Engine::<Note>::open(config.durability(durability).retention(retention)).unwrap();
+        let engine = EventLog::<Note>::open(config.durability(durability).retention(retention)).unwrap();
         run(&engine, Duration::from_secs(1));
         let freed = engine.metrics().shards[0].segments_freed;
         let (held, resident) = (HELD_BYTES.load(Ordering::Relaxed), resident_kib());

@@ -8,7 +8,7 @@ use std::collections::HashMap;
 
 use common::{Held, Note, env_number, open_on, read_shard, small, soon};
 use corelane::testing::{FaultyStorage, Unsynced};
-use corelane::{Config, Durability, Engine, Key, Retention};
+use corelane::{Config, Durability, EventLog, Key, Retention};
 use proptest::prelude::*;
 
 const SHARDS: u16 = 2;
@@ -53,7 +53,7 @@ impl Model {
     }
 
     /// Retention may have freed all that was durable; then only the next event's sequence tells where the log goes on.
-    fn probe_empty_shards(&mut self, engine: &Engine<Note>, producer: &mut corelane::Producer<Note>) {
+    fn probe_empty_shards(&mut self, engine: &EventLog<Note>, producer: &mut corelane::Producer<Note>) {
         for shard in 0..SHARDS {
             let i = usize::from(shard);
             let before = self.events[i].len();
@@ -72,7 +72,7 @@ impl Model {
     }
 
     /// After a power cut the log may end anywhere behind what was durable.
-    fn cut(&mut self, engine: &Engine<Note>) {
+    fn cut(&mut self, engine: &EventLog<Note>) {
         for shard in 0..SHARDS {
             let i = usize::from(shard);
             let found = read_shard(engine, shard).last().map_or(0, |last| last.sequence as usize + 1);
@@ -83,7 +83,7 @@ impl Model {
         self.all_durable();
     }
 
-    fn check(&self, engine: &Engine<Note>, freed: bool) {
+    fn check(&self, engine: &EventLog<Note>, freed: bool) {
         for shard in 0..SHARDS {
             let expected = &self.events[usize::from(shard)];
             let found = read_shard(engine, shard);

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use common::{Note, env_number, numbers, open_on, os_cache, read_shard, small, soon};
 use corelane::testing::FaultyStorage;
-use corelane::{Engine, Event, EventType, EventTypeId, Key, Rejected, RejectedReason, WaitError};
+use corelane::{Event, EventLog, EventType, EventTypeId, Key, Rejected, RejectedReason, WaitError};
 use rkyv::{Archive, Deserialize, Serialize};
 
 #[test]
@@ -79,7 +79,7 @@ impl Event for Treacherous {
 #[test]
 fn an_event_that_panics_while_it_is_checked_harms_only_its_own_thread() {
     let storage = FaultyStorage::new();
-    let engine = Engine::<Treacherous>::builder(small("/s")).faulty_storage(&storage).open().unwrap();
+    let engine = EventLog::<Treacherous>::builder(small("/s")).faulty_storage(&storage).open().unwrap();
     let mut producer = engine.producer();
     let event = |fuse| (Key(1), Treacherous { fuse, text: "t".into() });
     let mut batch = vec![event(1), event(13), event(3)];
@@ -131,7 +131,7 @@ impl Event for Block {
 #[test]
 fn an_oversized_plain_event_comes_back_too() {
     let storage = FaultyStorage::new();
-    let engine = Engine::<Block>::builder(small("/s").event_bytes_max(255)).faulty_storage(&storage).open().unwrap();
+    let engine = EventLog::<Block>::builder(small("/s").event_bytes_max(255)).faulty_storage(&storage).open().unwrap();
     let mut producer = engine.producer();
     assert!(matches!(producer.publish(Key(1), Block([1; 32])), Err(Rejected::TooLarge { .. })));
     assert!(matches!(engine.shared_producer().publish(Key(1), Block([1; 32])), Err(Rejected::TooLarge { .. })));

@@ -6,7 +6,7 @@ mod common;
 use common::{Note, SEGMENT, numbers, os_cache, small, soon};
 use corelane::testing::FaultyStorage;
 use corelane::{
-    Engine, Event, EventType, EventTypeId, FailureCause, Key, Offset, OpenError, ReadError, Retention, ShardId,
+    Event, EventLog, EventType, EventTypeId, FailureCause, Key, Offset, OpenError, ReadError, Retention, ShardId,
     WaitError,
 };
 use rkyv::{Archive, Deserialize, Serialize};
@@ -14,21 +14,21 @@ use rkyv::{Archive, Deserialize, Serialize};
 #[test]
 fn a_store_stays_locked_while_a_reader_of_a_gone_engine_lives() {
     let dir = tempfile::tempdir().unwrap();
-    let engine = Engine::<Note>::open(small(dir.path())).unwrap();
+    let engine = EventLog::<Note>::open(small(dir.path())).unwrap();
     engine.producer().publish(Key(1), Note::new(1)).unwrap();
     engine.flush(soon()).unwrap();
     let mut reader = engine.reader(ShardId(0));
     drop(engine);
-    assert!(matches!(Engine::<Note>::open(small(dir.path())), Err(OpenError::Locked { .. })));
+    assert!(matches!(EventLog::<Note>::open(small(dir.path())), Err(OpenError::Locked { .. })));
     assert_eq!(reader.next().unwrap().unwrap().event.n.to_native(), 1, "what it stands in is still there");
     drop(reader);
-    assert_eq!(numbers(&Engine::<Note>::open(small(dir.path())).unwrap()), [1]);
+    assert_eq!(numbers(&EventLog::<Note>::open(small(dir.path())).unwrap()), [1]);
 }
 
 #[test]
 fn an_offset_inside_a_record_is_not_a_record_and_the_end_is_one() {
     let dir = tempfile::tempdir().unwrap();
-    let engine = Engine::<Note>::open(small(dir.path())).unwrap();
+    let engine = EventLog::<Note>::open(small(dir.path())).unwrap();
     let mut producer = engine.producer();
     (0..3).for_each(|n| drop(producer.publish(Key(1), Note::new(n)).unwrap()));
     engine.flush(soon()).unwrap();
@@ -51,7 +51,7 @@ fn an_offset_inside_a_record_is_not_a_record_and_the_end_is_one() {
 fn what_retention_freed_is_beyond_retention() {
     let dir = tempfile::tempdir().unwrap();
     let keep = Retention { bytes_max: Some(2 * SEGMENT), age_max: None };
-    let engine = Engine::<Note>::open(os_cache(dir.path()).retention(keep)).unwrap();
+    let engine = EventLog::<Note>::open(os_cache(dir.path()).retention(keep)).unwrap();
     let mut producer = engine.producer();
     let waited = std::time::Instant::now();
     let mut n = 0;
@@ -85,7 +85,7 @@ impl Event for Undeclared {
 fn an_undeclared_type_fails_the_shard_and_the_store_opens_again() {
     for id in [0, 2, 7, u16::MAX] {
         let storage = FaultyStorage::new();
-        let open = || Engine::<Undeclared>::builder(small("/s")).faulty_storage(&storage).open();
+        let open = || EventLog::<Undeclared>::builder(small("/s")).faulty_storage(&storage).open();
         let engine = open().unwrap();
         let mut producer = engine.producer();
         producer.publish(Key(1), Undeclared { id: 1 }).unwrap().durable().wait_until(soon().unwrap()).unwrap();

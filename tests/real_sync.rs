@@ -11,7 +11,7 @@ use std::path::Path;
 use std::process::Command;
 
 use common::{Note, numbers, os_cache, small, soon};
-use corelane::{Engine, Key, Rejected, WaitError};
+use corelane::{EventLog, Key, Rejected, WaitError};
 
 const DIR: &str = "CORELANE_REAL_SYNC_DIR";
 const EVENTS: u64 = 20;
@@ -21,7 +21,7 @@ const EVENTS: u64 = 20;
 fn child_that_waits_for_every_event() {
     let Ok(dir) = std::env::var(DIR) else { return };
     let mut acknowledged = 0;
-    if let Ok(engine) = Engine::<Note>::open(small(&dir)) {
+    if let Ok(engine) = EventLog::<Note>::open(small(&dir)) {
         let mut producer = engine.producer();
         for n in 0..EVENTS {
             match producer.publish(Key(1), Note::new(n)) {
@@ -82,7 +82,7 @@ fn a_sync_that_the_kernel_fails_acknowledges_nothing_more_and_loses_nothing() {
         let Some((acknowledged, trace)) = traced(dir.path(), Some(&format!("error=EIO:when={n}"))) else { return };
         assert!(trace.contains("(INJECTED)"), "sync {n} was made to fail");
         assert!(acknowledged < EVENTS && acknowledged < n, "sync {n} failed, {acknowledged} acknowledged");
-        let engine = Engine::<Note>::open(os_cache(dir.path().join("store"))).unwrap();
+        let engine = EventLog::<Note>::open(os_cache(dir.path().join("store"))).unwrap();
         let found = numbers(&engine);
         assert!(found.len() as u64 >= acknowledged, "sync {n}: {} of {acknowledged}", found.len());
         assert_eq!(found, (0..found.len() as u64).collect::<Vec<_>>(), "sync {n}: nothing invented");

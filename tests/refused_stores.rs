@@ -6,14 +6,14 @@ mod common;
 use std::path::{Path, PathBuf};
 
 use common::{Note, numbers, os_cache, segment_path, small, soon, tree};
-use corelane::{ConfigError, Engine, Event, EventType, EventTypeId, Key, OpenError};
+use corelane::{ConfigError, Event, EventLog, EventType, EventTypeId, Key, OpenError};
 use rkyv::{Archive, Deserialize, Serialize};
 
 /// A cleanly closed store of three segments and two shards.
 fn store() -> (tempfile::TempDir, PathBuf) {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("store");
-    let engine = Engine::<Note>::open(small(&path).shards(2)).unwrap();
+    let engine = EventLog::<Note>::open(small(&path).shards(2)).unwrap();
     let mut producer = engine.producer();
     for n in 0..100 {
         producer.publish(Key(n % 9), Note::sized(n, 2500)).unwrap();
@@ -29,7 +29,7 @@ fn refused_as<E: Event>(damage: impl FnOnce(&Path), shards: u16) -> OpenError {
     let (_dir, path) = store();
     damage(&path);
     let before = tree(&path);
-    let error = Engine::<E>::open(small(&path).shards(shards)).expect_err("a damaged store opened");
+    let error = EventLog::<E>::open(small(&path).shards(shards)).expect_err("a damaged store opened");
     let after = tree(&path);
     assert_eq!(before.keys().collect::<Vec<_>>(), after.keys().collect::<Vec<_>>(), "{error}: files came or went");
     assert!(before == after, "{error}: bytes changed");
@@ -194,7 +194,7 @@ fn a_stray_segment_name_is_foreign_and_other_strays_are_left_alone() {
     let (_dir, path) = store();
     std::fs::write(path.join("notes.txt"), b"hello").unwrap();
     std::fs::write(path.join("shard-0000/notes.txt"), b"hello").unwrap();
-    let engine = Engine::<Note>::open(small(&path).shards(2)).unwrap();
+    let engine = EventLog::<Note>::open(small(&path).shards(2)).unwrap();
     assert_eq!(engine.recovery().events(), 100);
     drop(engine);
     assert_eq!(std::fs::read(path.join("shard-0000/notes.txt")).unwrap(), b"hello");
@@ -206,7 +206,7 @@ fn another_shard_count_or_segment_size_is_refused() {
     assert!(matches!(error, OpenError::ShardCount { stored: 2, asked: 3 }), "{error}");
     let (_dir, path) = store();
     let before = tree(&path);
-    let error = Engine::<Note>::open(small(&path).shards(2).segment_bytes(128 << 10)).expect_err("another size");
+    let error = EventLog::<Note>::open(small(&path).shards(2).segment_bytes(128 << 10)).expect_err("another size");
     assert!(matches!(error, OpenError::SegmentBytes { stored: 65_536, asked: 131_072 }), "{error}");
     assert!(tree(&path) == before);
 }
@@ -267,17 +267,17 @@ fn event_types_that_names_cannot_tell_apart_are_refused() {
     assert_eq!((stored, declared), (EventTypeId(1), EventTypeId(7)));
     // Nor is a new store made for them.
     let dir = tempfile::tempdir().unwrap();
-    let error = Engine::<OneName>::open(small(dir.path())).expect_err("opened");
+    let error = EventLog::<OneName>::open(small(dir.path())).expect_err("opened");
     assert!(matches!(error, OpenError::Config(_)), "{error}");
-    drop(Engine::<LongestName>::open(small(dir.path())).unwrap());
-    drop(Engine::<LongestName>::open(small(dir.path())).unwrap());
+    drop(EventLog::<LongestName>::open(small(dir.path())).unwrap());
+    drop(EventLog::<LongestName>::open(small(dir.path())).unwrap());
 }
 
 #[test]
 fn a_program_with_more_types_opens_and_is_remembered() {
     let (_dir, path) = store();
-    drop(Engine::<More>::open(small(&path).shards(2)).unwrap());
-    let engine = Engine::<Note>::open(small(&path).shards(2)).unwrap();
+    drop(EventLog::<More>::open(small(&path).shards(2)).unwrap());
+    let engine = EventLog::<Note>::open(small(&path).shards(2)).unwrap();
     assert_eq!(engine.recovery().events(), 100);
 }
 
@@ -286,14 +286,14 @@ fn what_a_kill_leaves_of_a_store_being_created_opens() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("folders");
     std::fs::create_dir_all(path.join("shard-0000")).unwrap();
-    drop(Engine::<Note>::open(os_cache(&path)).unwrap());
+    drop(EventLog::<Note>::open(os_cache(&path)).unwrap());
     // Prepared and named, but not yet in a span.
     let path = dir.path().join("segment");
-    drop(Engine::<Note>::open(os_cache(&path)).unwrap());
+    drop(EventLog::<Note>::open(os_cache(&path)).unwrap());
     std::fs::write(segment_path(&path, 0), vec![0; 65_536]).unwrap();
     std::fs::remove_file(path.join("shard-0000/span")).ok();
     std::fs::write(path.join("shard-0000/fresh.tmp"), vec![1; 100]).unwrap();
-    let engine = Engine::<Note>::open(os_cache(&path)).unwrap();
+    let engine = EventLog::<Note>::open(os_cache(&path)).unwrap();
     engine.producer().publish(Key(1), Note::new(5)).unwrap();
     engine.shutdown(soon()).unwrap();
     assert_eq!(numbers(&engine), [5]);

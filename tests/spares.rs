@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use common::{Note, SEGMENT, numbers, os_cache, small, soon};
-use corelane::{Config, Engine, Key, Retention};
+use corelane::{Config, EventLog, Key, Retention};
 
 fn spares(store: &Path) -> Vec<PathBuf> {
     let mut found: Vec<_> = std::fs::read_dir(store.join("shard-0000"))
@@ -23,11 +23,11 @@ fn spares(store: &Path) -> Vec<PathBuf> {
 fn use_with(files: &[(&str, usize)], config: impl Fn(&Path) -> Config) {
     let dir = tempfile::tempdir().unwrap();
     let store = dir.path().join("store");
-    drop(Engine::<Note>::open(config(&store)).unwrap());
+    drop(EventLog::<Note>::open(config(&store)).unwrap());
     for (name, bytes) in files {
         std::fs::write(store.join("shard-0000").join(name), vec![7; *bytes]).unwrap();
     }
-    let engine = Engine::<Note>::open(config(&store)).unwrap();
+    let engine = EventLog::<Note>::open(config(&store)).unwrap();
     let mut producer = engine.producer();
     for n in 0..100 {
         producer.publish(Key(n), Note::sized(n, 3000)).unwrap();
@@ -51,9 +51,9 @@ fn an_empty_or_wrongly_sized_spare_is_removed() {
 #[test]
 fn a_folder_under_the_name_of_a_spare_is_left_alone() {
     let dir = tempfile::tempdir().unwrap();
-    drop(Engine::<Note>::open(small(dir.path())).unwrap());
+    drop(EventLog::<Note>::open(small(dir.path())).unwrap());
     std::fs::create_dir(dir.path().join("shard-0000/spare-000000.seg")).unwrap();
-    let engine = Engine::<Note>::open(small(dir.path())).unwrap();
+    let engine = EventLog::<Note>::open(small(dir.path())).unwrap();
     engine.producer().publish(Key(1), Note::new(1)).unwrap();
     engine.shutdown(soon()).unwrap();
     assert_eq!(spares(dir.path()).len(), 1);
@@ -66,11 +66,11 @@ fn spares_beyond_the_limit_are_removed_after_the_start() {
         let retention = Retention { bytes_max: Some(2 * SEGMENT), age_max: None };
         os_cache(dir.path()).retention(retention).spares_max(spares)
     };
-    drop(Engine::<Note>::open(config(8)).unwrap());
+    drop(EventLog::<Note>::open(config(8)).unwrap());
     for n in 0..8 {
         std::fs::write(dir.path().join(format!("shard-0000/spare-{n:06}.seg")), vec![0; SEGMENT as usize]).unwrap();
     }
-    let engine = Engine::<Note>::open(config(2)).unwrap();
+    let engine = EventLog::<Note>::open(config(2)).unwrap();
     let deadline = Instant::now() + Duration::from_secs(20);
     while spares(dir.path()).len() > 2 {
         assert!(Instant::now() < deadline, "{:?}", spares(dir.path()));
@@ -83,12 +83,12 @@ fn spares_beyond_the_limit_are_removed_after_the_start() {
     engine.shutdown(soon()).unwrap();
     assert!(spares(dir.path()).len() <= 2);
     drop((producer, engine));
-    let engine = Engine::<Note>::open(config(0)).unwrap();
+    let engine = EventLog::<Note>::open(config(0)).unwrap();
     let deadline = Instant::now() + Duration::from_secs(20);
     while !spares(dir.path()).is_empty() {
         assert!(Instant::now() < deadline, "{:?}", spares(dir.path()));
         std::thread::sleep(Duration::from_millis(5));
     }
     drop(engine);
-    Engine::<Note>::open(config(0)).unwrap();
+    EventLog::<Note>::open(config(0)).unwrap();
 }

@@ -8,13 +8,13 @@ use std::time::{Duration, Instant};
 
 use common::{Note, env_number, numbers, open_on, read_shard, small, soon};
 use corelane::testing::{FaultyStorage, Unsynced};
-use corelane::{Engine, FailureCause, Key, Rejected, WaitError};
+use corelane::{EventLog, FailureCause, Key, Rejected, WaitError};
 
 /// How soon everybody must know.
 const PROMPT: Duration = Duration::from_secs(2);
 
 /// Publishes one by one until something fails. Returns (acknowledged as durable, accepted).
-fn publish_until_failure(engine: &Engine<Note>, from: u64, events: u64) -> (u64, u64) {
+fn publish_until_failure(engine: &EventLog<Note>, from: u64, events: u64) -> (u64, u64) {
     let mut producer = engine.producer();
     let (mut durable, mut accepted) = (from, from);
     for n in from..from + events {
@@ -43,7 +43,7 @@ fn publish_until_failure(engine: &Engine<Note>, from: u64, events: u64) -> (u64,
 
 /// After the failure, everything says so at once. Returns how many were accepted until the shard's thread had closed
 /// its lanes; none of those is acknowledged.
-fn everybody_is_told(engine: &Engine<Note>, durable: u64, before: u64, what: &str) -> u64 {
+fn everybody_is_told(engine: &EventLog<Note>, durable: u64, before: u64, what: &str) -> u64 {
     let began = Instant::now();
     let mut producer = engine.producer();
     let mut accepted = before;

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use common::{Note, numbers, os_cache, small, soon};
 use corelane::testing::FaultyStorage;
-use corelane::{Engine, Key, OpenError, WaitError};
+use corelane::{EventLog, Key, OpenError, WaitError};
 
 #[test]
 fn a_thread_that_cannot_be_started_is_an_error_and_a_clean_end() {
@@ -18,7 +18,7 @@ fn a_thread_that_cannot_be_started_is_an_error_and_a_clean_end() {
         let disk = storage.clone();
         // On a thread of its own, so that a hang is a failure.
         std::thread::spawn(move || {
-            let builder = Engine::<Note>::builder(small("/s").shards(shards)).faulty_storage(&disk);
+            let builder = EventLog::<Note>::builder(small("/s").shards(shards)).faulty_storage(&disk);
             let outcome = builder.threads_max(threads).open().map(drop);
             done.send(outcome).unwrap();
         });
@@ -28,7 +28,7 @@ fn a_thread_that_cannot_be_started_is_an_error_and_a_clean_end() {
             Err(other) => panic!("{threads}: {other}"),
         }
         // The lock is free, and the store as good as before.
-        let engine = Engine::<Note>::builder(small("/s").shards(shards)).faulty_storage(&storage).open().unwrap();
+        let engine = EventLog::<Note>::builder(small("/s").shards(shards)).faulty_storage(&storage).open().unwrap();
         engine.producer().publish(Key(1), Note::new(7)).unwrap();
         engine.shutdown(soon()).unwrap();
     }
@@ -39,7 +39,7 @@ fn a_thread_that_cannot_be_started_is_an_error_and_a_clean_end() {
 fn a_shutdown_keeps_its_deadline_while_another_one_waits() {
     let storage = FaultyStorage::new();
     storage.set_space(Some(2 * common::SEGMENT));
-    let engine = Engine::<Note>::builder(os_cache("/s")).faulty_storage(&storage).open().unwrap();
+    let engine = EventLog::<Note>::builder(os_cache("/s")).faulty_storage(&storage).open().unwrap();
     let mut producer = engine.producer();
     let mut accepted = 0;
     while producer

@@ -5,7 +5,7 @@ mod common;
 
 use common::{Note, PAGE, SEGMENT, env_number, numbers, open_on, os_cache, read_shard, small, soon};
 use corelane::testing::{FaultyStorage, Unsynced};
-use corelane::{Durability, Engine, Key};
+use corelane::{Durability, EventLog, Key};
 use std::path::Path;
 
 const EVENTS: u64 = 8;
@@ -94,7 +94,7 @@ fn a_tail_torn_at_every_byte_of_the_last_three_records_is_cut_there() {
 #[test]
 fn the_same_on_real_files() {
     let dir = tempfile::tempdir().unwrap();
-    let engine = Engine::<Note>::open(os_cache(dir.path().join("a"))).unwrap();
+    let engine = EventLog::<Note>::open(os_cache(dir.path().join("a"))).unwrap();
     let mut producer = engine.producer();
     for n in 0..EVENTS {
         producer.publish(Key(n % 3), Note::sized(n, 20)).unwrap().appended().wait().unwrap();
@@ -107,7 +107,7 @@ fn the_same_on_real_files() {
     let mut bytes = std::fs::read(&segment).unwrap();
     bytes[last + 50] ^= 1;
     std::fs::write(&segment, &bytes).unwrap();
-    let engine = Engine::<Note>::open(os_cache(&torn)).unwrap();
+    let engine = EventLog::<Note>::open(os_cache(&torn)).unwrap();
     assert_eq!(numbers(&engine), (0..7).collect::<Vec<_>>());
     let tail = engine.recovery().shards[0].torn_tail.clone().unwrap();
     assert_eq!(tail.offset.0 as usize, last);

@@ -1,7 +1,7 @@
 //! A whole engine: one producer's batches through lane, shard, key table and log, latency histograms on.
 //! The durability mode is part of the name; a figure without it says nothing.
 
-use corelane::{Config, Durability, Engine, Receipt, Retention};
+use corelane::{Config, Durability, EventLog, Receipt, Retention};
 use criterion::{BenchmarkId, Criterion, Throughput};
 
 use crate::game::{GameEvent, events};
@@ -19,7 +19,7 @@ pub(crate) fn benches(c: &mut Criterion) {
         // Freed segments are written again, so that the disk does not fill.
         let retention = Retention { bytes_max: Some(4 * SEGMENT_BYTES), age_max: None };
         let config = Config::new(dir.path()).durability(durability).segment_bytes(SEGMENT_BYTES).retention(retention);
-        let engine = Engine::<GameEvent>::open(config).expect("the store opens");
+        let engine = EventLog::<GameEvent>::open(config).expect("the store opens");
         let mut producer = engine.producer();
         let mut batch = Vec::with_capacity(BATCH);
         let mut run = |wait: &dyn Fn(Receipt)| {

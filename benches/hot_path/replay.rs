@@ -1,7 +1,7 @@
 //! A reader from the earliest event to the end: over a live store (bytes this process wrote, taken as they
 //! are) and over a recovered one (every CRC and every archive checked).
 
-use corelane::{Config, Durability, Engine, ShardId};
+use corelane::{Config, Durability, EventLog, ShardId};
 use criterion::{Criterion, Throughput};
 
 use crate::game::{GameEvent, events, tick};
@@ -10,8 +10,9 @@ const EVENTS: usize = 1 << 20;
 
 pub(crate) fn benches(c: &mut Criterion) {
     let dir = tempfile::tempdir().expect("a temporary folder");
-    let open =
-        || Engine::<GameEvent>::open(Config::new(dir.path()).durability(Durability::OsCache)).expect("the store opens");
+    let open = || {
+        EventLog::<GameEvent>::open(Config::new(dir.path()).durability(Durability::OsCache)).expect("the store opens")
+    };
     let mut group = c.benchmark_group("replay");
     group.sample_size(10).throughput(Throughput::Elements(EVENTS as u64));
     let engine = open();
@@ -27,7 +28,7 @@ pub(crate) fn benches(c: &mut Criterion) {
     group.finish();
 }
 
-fn replay(engine: &Engine<GameEvent>) {
+fn replay(engine: &EventLog<GameEvent>) {
     let mut reader = engine.reader(ShardId(0));
     let (mut count, mut sum) = (0, 0);
     while let Some(record) = reader.next().expect("the log reads") {

@@ -10,7 +10,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow, bail};
-use corelane::{Engine, Key, Metrics, Pin, Producer, Stage};
+use corelane::{EventLog, Key, Metrics, Pin, Producer, Stage};
 use hdrhistogram::Histogram;
 
 use crate::cli::Args;
@@ -84,7 +84,7 @@ struct Lane<E: Traced, F> {
 
 /// An open engine with its producers.
 pub(crate) struct Session<E: Traced, F> {
-    pub(crate) engine: Engine<E>,
+    pub(crate) engine: EventLog<E>,
     senders: Vec<Lane<E, F>>,
     batch: usize,
     /// More threads want to run than there are cores: producers, shards or a syncer.
@@ -110,7 +110,7 @@ impl<E: Traced, F: Feed<E>> Session<E, F> {
     /// Opens the store in `dir` and makes a producer for every feed.
     pub(crate) fn open(args: &Args, dir: PathBuf, feeds: Vec<F>) -> Result<Self> {
         let cores = producer_cores(args, feeds.len());
-        let engine = Engine::open(args.config(dir)).context("opening the store")?;
+        let engine = EventLog::open(args.config(dir)).context("opening the store")?;
         let batch = args.batch as usize;
         let sender = |(feed, core)| Lane { producer: engine.producer(), feed, batch: Vec::with_capacity(batch), core };
         let senders: Vec<_> = feeds.into_iter().zip(cores).map(sender).collect();
@@ -190,7 +190,7 @@ fn watch_over<E: Traced>(watch: &mut Watch<'_, E>, phase: &Phase, control: &Cont
 }
 
 /// Waits until everything published since `before` is appended.
-fn wait_appended<E: Traced>(engine: &Engine<E>, before: &Metrics, published: u64) -> Result<()> {
+fn wait_appended<E: Traced>(engine: &EventLog<E>, before: &Metrics, published: u64) -> Result<()> {
     let appended = |shards: &[corelane::ShardMetrics]| shards.iter().map(|shard| shard.appended).sum::<u64>();
     let target = appended(&before.shards) + published;
     while appended(&engine.shard_metrics()) < target {
@@ -203,7 +203,7 @@ fn wait_appended<E: Traced>(engine: &Engine<E>, before: &Metrics, published: u64
 }
 
 /// Makes everything durable; how long that took.
-fn flush<E: Traced>(engine: &Engine<E>) -> Result<Duration> {
+fn flush<E: Traced>(engine: &EventLog<E>) -> Result<Duration> {
     let began = Instant::now();
     engine.flush(None).context("syncing what was appended")?;
     Ok(began.elapsed())

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
-use corelane::{Durability, Engine, Stage};
+use corelane::{Durability, EventLog, Stage};
 
 use crate::cli::Args;
 use crate::events::{Feed, Traced};
@@ -181,7 +181,7 @@ pub(crate) fn events_before<E: Traced>(args: &Args, dir: &Path) -> Result<u64> {
     if is_empty(dir) {
         return Ok(0);
     }
-    let engine = Engine::<E>::open(args.config_keeping_all(dir.to_owned())).context("opening the store")?;
+    let engine = EventLog::<E>::open(args.config_keeping_all(dir.to_owned())).context("opening the store")?;
     let mut events = 0;
     for recovered in &engine.recovery().shards {
         let mut reader = engine.reader(recovered.shard);

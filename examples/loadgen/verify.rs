@@ -5,7 +5,7 @@ use std::hash::{BuildHasherDefault, Hasher};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
-use corelane::{Config, Engine, Key, ShardId};
+use corelane::{Config, EventLog, Key, ShardId};
 
 use crate::events::Traced;
 
@@ -81,7 +81,7 @@ struct Seen {
 /// too, and `expected` is what every key must have, where that is known.
 pub(crate) fn replay<E: Traced>(config: Config, fresh: bool, expected: Option<&ByKey<History>>) -> Result<Replay> {
     let began = Instant::now();
-    let engine = Engine::<E>::open(config).context("reopening the store")?;
+    let engine = EventLog::<E>::open(config).context("reopening the store")?;
     let mut replay = Replay { opening: began.elapsed(), ..Replay::default() };
     for torn in engine.recovery().shards.iter().filter_map(|shard| shard.torn_tail.as_ref()) {
         replay.fault(|| format!("a torn tail after an orderly shutdown: {torn:?}"));
@@ -103,7 +103,7 @@ pub(crate) fn replay<E: Traced>(config: Config, fresh: bool, expected: Option<&B
 }
 
 fn replay_shard<E: Traced>(
-    engine: &Engine<E>,
+    engine: &EventLog<E>,
     shard: ShardId,
     ordered: bool,
     replay: &mut Replay,
@@ -185,7 +185,7 @@ mod tests {
     fn a_missing_a_foreign_and_a_swapped_event_are_faults() {
         let dir = tempfile::tempdir().expect("a folder");
         let config = || Config::new(dir.path()).segment_bytes(1 << 20);
-        let engine = Engine::open(config()).expect("opens");
+        let engine = EventLog::open(config()).expect("opens");
         let mut events = vec![event(1, "1"), event(2, "2"), event(1, "3")];
         engine.producer().publish_batch(&mut events).expect("publishes");
         engine.shutdown(None).expect("shuts down");

@@ -4,7 +4,7 @@ use std::io::IsTerminal as _;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use corelane::{Engine, Metrics, ShardMetrics, Stage};
+use corelane::{EventLog, Metrics, ShardMetrics, Stage};
 use hdrhistogram::Histogram;
 use indicatif::{ProgressBar, ProgressStyle};
 
@@ -49,7 +49,7 @@ impl Interval {
 
 /// The watcher of one phase.
 pub(crate) struct Watch<'a, E: Traced> {
-    engine: &'a Engine<E>,
+    engine: &'a EventLog<E>,
     /// When the histograms were last read, and what they were.
     last: (Instant, Metrics),
     counters: Vec<ShardMetrics>,
@@ -69,7 +69,7 @@ pub(crate) struct Watch<'a, E: Traced> {
 }
 
 impl<'a, E: Traced> Watch<'a, E> {
-    pub(crate) fn new(engine: &'a Engine<E>, before: Metrics, synced: bool, keep: bool, phase: &Phase) -> Self {
+    pub(crate) fn new(engine: &'a EventLog<E>, before: Metrics, synced: bool, keep: bool, phase: &Phase) -> Self {
         let now = Instant::now();
         let total = match (phase.events, phase.rate, phase.duration) {
             (Some(events), _, _) => Some(events),

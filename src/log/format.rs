@@ -3,7 +3,7 @@
 //! ```text
 //! record   0 length u32 (stored last: the commit; 0 = end)   4 crc u32
 //!          8 time u64   16 key u64   24 back-link/16 u48 | type u16
-//!         32 correlation u64   40 version u48 | schema version u16   48 body, zero-padded to 16
+//!         32 correlation u64   40 version u47, more u1 | schema version u16   48 body, zero-padded to 16
 //! ```
 
 use crate::event::{Correlation, Event, EventTypeId, Key, Meta, Offset, Sequence, ShardId, Time, Version};
@@ -20,13 +20,21 @@ pub(crate) const RECORD_BYTES_MAX: usize = RECORD_HEADER_BYTES + (16 << 20);
 pub(crate) const ALIGN: usize = 16;
 /// The format this build writes, and the newest it reads.
 pub(crate) const FORMAT_VERSION: u32 = 1;
-/// The type id of the log's own marks: no event, no body; `key` is a position that had been synced.
-pub(crate) const MARK: EventTypeId = EventTypeId(0);
+/// The type id of the log's own records, told apart by their schema version.
+const OWN: EventTypeId = EventTypeId(0);
+/// A mark: no event, no body; `key` is a position that had been synced.
+const OWN_MARK: u16 = 0;
+/// What became of a command that carried an idempotency key (in `correlation`): the key's version after it, and in the
+/// back-link how many events it had. The body is the archive of the rejection, if it was rejected.
+const OWN_OUTCOME: u16 = 1;
 
 const SEGMENT_MAGIC: [u8; 8] = *b"corelseg";
 const BYTE_ORDER: u32 = 0x0102_0304;
 const HEADER_CRC_AT: usize = 76;
 const LOW_48: u64 = (1 << 48) - 1;
+const LOW_47: u64 = (1 << 47) - 1;
+/// In the word of the version: the next record belongs to the same command, and one is nothing without the other.
+const MORE: u64 = 1 << 47;
 /// No record begins here or beyond: a back-link holds 48 bits of 16-byte steps.
 pub(crate) const OFFSETS_END: u64 = (LOW_48 + 1) * ALIGN as u64;
 
@@ -226,17 +234,71 @@ pub(crate) struct RecordHeader {
     pub(crate) correlation: Correlation,
     pub(crate) version: Version,
     pub(crate) schema_version: u16,
+    /// The next record belongs to the same command: both hold or neither does.
+    pub(crate) more: bool,
 }
 
 impl RecordHeader {
+    /// A mark: everything below `durable` had been synced.
+    pub(crate) fn mark(durable: u64, time: Time) -> Self {
+        Self {
+            time,
+            key: Key(durable),
+            previous: Offset(0),
+            event_type: OWN,
+            correlation: Correlation(0),
+            version: Version(0),
+            schema_version: OWN_MARK,
+            more: false,
+        }
+    }
+
+    /// What became of a command of `key` under an idempotency key.
+    pub(crate) fn outcome(key: Key, idempotency: u64, version: Version, events: u32, time: Time) -> Self {
+        Self {
+            time,
+            key,
+            previous: Offset(u64::from(events) * ALIGN as u64),
+            event_type: OWN,
+            correlation: Correlation(idempotency),
+            version,
+            schema_version: OWN_OUTCOME,
+            more: false,
+        }
+    }
+
+    /// Whether the record is the log's own and no event.
+    #[inline]
+    pub(crate) fn is_own(&self) -> bool {
+        self.event_type == OWN
+    }
+
+    /// Whether this is a mark: `key` is then a position.
+    #[inline]
+    pub(crate) fn is_mark(&self) -> bool {
+        self.event_type == OWN && self.schema_version == OWN_MARK
+    }
+
+    /// Whether this tells what became of a command.
+    #[inline]
+    pub(crate) fn is_outcome(&self) -> bool {
+        self.event_type == OWN && self.schema_version == OWN_OUTCOME
+    }
+
+    /// How many events the command of an outcome had.
+    pub(crate) fn outcome_events(&self) -> u32 {
+        (self.previous.0 / ALIGN as u64) as u32
+    }
+
     /// Writes the fields around a body of `len - 48` bytes that already stands behind the header, with a
     /// length word of zero: no record yet. `record` reaches to the padded end.
     #[inline(always)]
     pub(crate) fn stage(&self, record: &mut [u8], len: usize) {
-        debug_assert!(self.version.0 <= LOW_48 && self.previous.0.is_multiple_of(ALIGN as u64));
+        debug_assert!(self.version.0 <= LOW_47 && self.previous.0.is_multiple_of(ALIGN as u64));
         debug_assert!(self.previous.0 < OFFSETS_END);
         let link = (self.previous.0 / ALIGN as u64) & LOW_48 | u64::from(self.event_type.0) << 48;
-        let version = self.version.0 & LOW_48 | u64::from(self.schema_version) << 48;
+        let more = if self.more { MORE } else { 0 };
+        let version = self.version.0 & LOW_47 | more | u64::from(self.schema_version) << 48;
         if len < record.len() {
             record[len..].fill(0);
         }
@@ -277,8 +339,9 @@ impl RecordHeader {
             previous: Offset((link & LOW_48) * ALIGN as u64),
             event_type: EventTypeId((link >> 48) as u16),
             correlation: Correlation(u64_at(record, 32)),
-            version: Version(version & LOW_48),
+            version: Version(version & LOW_47),
             schema_version: (version >> 48) as u16,
+            more: version & MORE != 0,
         }
     }
 }
@@ -343,6 +406,7 @@ pub(crate) mod tests {
             correlation: Correlation(4),
             version: Version(5),
             schema_version: 6,
+            more: true,
         }
     }
 
@@ -457,25 +521,24 @@ pub(crate) mod tests {
             previous: Offset(0x0012_3456_7890),
             event_type: EventTypeId(0x0102),
             correlation: Correlation(0x1111_2222_3333_4444),
-            version: Version(0x0000_aabb_ccdd_eeff),
+            version: Version(0x0000_2abb_ccdd_eeff),
             schema_version: 0x0304,
+            more: true,
         };
         let bytes = sealed(&event, b"an archive of 21 byte");
         assert_golden("record.bin", &bytes);
         assert_eq!(record_at(&bytes, 0x0bad_cafe), Found::Record(69));
         assert_eq!(RecordHeader::decode(&bytes), event);
-        let mark = RecordHeader {
-            time: Time(1_700_000_000_123_456_789),
-            key: Key(0x0012_3456_7890),
-            previous: Offset(0),
-            event_type: MARK,
-            correlation: Correlation(0),
-            version: Version(0),
-            schema_version: 0,
-        };
+        let mark = RecordHeader::mark(0x0012_3456_7890, Time(1_700_000_000_123_456_789));
         let bytes = sealed(&mark, b"");
         assert_golden("mark.bin", &bytes);
         assert_eq!(record_at(&bytes, 0x0bad_cafe), Found::Record(48));
+        let outcome =
+            RecordHeader::outcome(Key(42), 0x5555_6666_7777_8888, Version(7), 3, Time(1_700_000_000_123_456_789));
+        let bytes = sealed(&outcome, b"why it was refused");
+        assert_golden("outcome.bin", &bytes);
+        let read = RecordHeader::decode(&bytes);
+        assert!(read == outcome && read.is_outcome() && !read.is_mark() && read.outcome_events() == 3);
     }
 
     #[test]

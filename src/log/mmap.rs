@@ -14,8 +14,9 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU32;
 
-use crate::event::Encode;
+use crate::event::{Encode, Scratch};
 use crate::log::crc;
+use crate::log::format::ALIGN;
 use crate::sync::{Ordering, Watermark};
 
 /// The whole of a segment's memory.
@@ -245,6 +246,21 @@ impl WriteHalf {
     pub(crate) fn publish(&self) {
         self.memory.committed.publish(self.at as u64);
     }
+}
+
+/// Archives `event` at the beginning of `out`, which lies at a multiple of 16. Returns the archive's length and the event as
+/// it now stands there, or `None` when it does not fit.
+#[inline(always)]
+pub(crate) fn archive<'a, E: Encode>(
+    event: &E,
+    out: &'a mut [u8],
+    scratch: &mut Scratch,
+) -> Option<(usize, &'a E::Archived)> {
+    assert!(out.as_ptr().addr().is_multiple_of(ALIGN), "archives begin at 16-byte steps");
+    let len = event.encode(out, scratch)?;
+    // SAFETY: these bytes are the archive of an `E`, written just now, with its root at their end; they begin at a
+    // multiple of 16, as rkyv took it that they do.
+    Some((len, unsafe { rkyv::access_unchecked::<E::Archived>(&out[..len]) }))
 }
 
 /// Stores the length word of a complete record, which makes it part of the log for whoever reads the

@@ -4,7 +4,8 @@ use std::marker::PhantomData;
 
 use crate::error::{Corruption, ReadError};
 use crate::event::{Event, Meta, Offset, Sequence};
-use crate::log::format::{Found, MARK, RECORD_HEADER_BYTES, RecordHeader, padded, record_at, u32_at};
+use crate::log::fold::Access;
+use crate::log::format::{Found, RECORD_HEADER_BYTES, RecordHeader, padded, record_at, u32_at};
 use crate::log::segment::{Segment, ShardLog};
 use crate::log::storage::Lock;
 use crate::sync::Arc;
@@ -32,6 +33,7 @@ pub struct Reader<E: Event> {
     segment: Option<Segment>,
     at: Offset,
     sequence: u64,
+    access: Access,
     event: PhantomData<fn() -> E>,
     /// The store's lock. A reader trusts what this process wrote, so while it lives no other engine may open
     /// the store and write its segments again, also when its own engine is gone.
@@ -46,8 +48,13 @@ impl<E: Event> std::fmt::Debug for Reader<E> {
 
 /// What lies at the reader's position.
 enum Step {
-    Event { at: usize, len: usize, header: RecordHeader },
-    Mark(usize),
+    Event {
+        at: usize,
+        len: usize,
+        header: RecordHeader,
+    },
+    /// A record of the log's own.
+    Own(usize),
     NextSegment,
 }
 
@@ -55,7 +62,7 @@ impl<E: Event> Reader<E> {
     /// At the earliest event still held.
     pub(crate) fn earliest(log: Arc<ShardLog>, lock: std::sync::Arc<dyn Lock>) -> Self {
         let at = log.earliest();
-        Self { log, segment: None, at, sequence: 0, event: PhantomData, _lock: lock }
+        Self { log, segment: None, at, sequence: 0, access: Access::new::<E>(), event: PhantomData, _lock: lock }
     }
 
     /// At the record that begins at `offset` (or at the end of the log).
@@ -67,7 +74,7 @@ impl<E: Event> Reader<E> {
         }
         // The end of a segment filled to its last byte still belongs to that segment.
         let start = log.first_offset(log.segment_of(Offset(offset.0.saturating_sub(1))));
-        let mut reader = Self { log, segment: None, at: start, sequence: 0, event: PhantomData, _lock: lock };
+        let mut reader = Self { at: start, ..Self::earliest(log, lock) };
         // The sequence is not stored with a record, so it is counted from the segment's beginning.
         while reader.at < offset {
             match reader.step()? {
@@ -75,7 +82,7 @@ impl<E: Event> Reader<E> {
                     reader.at.0 += padded(len) as u64;
                     reader.sequence += 1;
                 }
-                Some(Step::Mark(len)) => reader.at.0 += padded(len) as u64,
+                Some(Step::Own(len)) => reader.at.0 += padded(len) as u64,
                 Some(Step::NextSegment) | None => return Err(ReadError::NotARecord { shard, offset }),
             }
         }
@@ -99,7 +106,7 @@ impl<E: Event> Reader<E> {
             match self.step()? {
                 None => return Ok(None),
                 Some(Step::Event { at, len, header }) => break (at, len, header),
-                Some(Step::Mark(len)) => self.at.0 += padded(len) as u64,
+                Some(Step::Own(len)) => self.at.0 += padded(len) as u64,
                 Some(Step::NextSegment) => {
                     // From the segment, not from the position: that of a segment filled to its last byte lies in the next.
                     let next = self.segment.as_ref().map_or(self.log.segment_of(self.at), |segment| segment.index) + 1;
@@ -111,9 +118,7 @@ impl<E: Event> Reader<E> {
         let meta = header.meta(self.log.shard, self.at, Sequence(self.sequence));
         let damage = self.corruption("an archive is not valid");
         let memory = self.segment.as_ref().map(|segment| &segment.memory);
-        let event = memory
-            .and_then(|memory| memory.archived::<E>(at + RECORD_HEADER_BYTES, len - RECORD_HEADER_BYTES))
-            .ok_or(damage)?;
+        let event = memory.and_then(|memory| self.access.event::<E>(memory, at, len, &header)).ok_or(damage)?;
         self.at.0 += padded(len) as u64;
         self.sequence += 1;
         Ok(Some(Record { meta, event }))
@@ -154,8 +159,8 @@ impl<E: Event> Reader<E> {
             return Ok(Some(Step::NextSegment));
         }
         let header = RecordHeader::decode(tail);
-        if header.event_type == MARK {
-            return Ok(Some(Step::Mark(len)));
+        if header.is_own() {
+            return Ok(Some(Step::Own(len)));
         }
         Ok(Some(Step::Event { at, len, header }))
     }

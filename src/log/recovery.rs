@@ -8,11 +8,12 @@
 use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
 
+use crate::aggregate::Aggregate;
 use crate::error::{Corruption, OpenError};
-use crate::event::{Key, KeyHash, Offset, ShardId, Version};
-use crate::keys::KeyTable;
+use crate::event::{Offset, ShardId};
+use crate::log::fold::{Folder, Unreadable};
 use crate::log::format::{
-    ALIGN, Found, HEADER_BYTES, HeaderError, MARK, OFFSETS_END, RECORD_BYTES_MAX, RECORD_HEADER_BYTES, RecordHeader,
+    ALIGN, Found, HEADER_BYTES, HeaderError, OFFSETS_END, RECORD_BYTES_MAX, RECORD_HEADER_BYTES, RecordHeader,
     SegmentHeader, encode_prepared, padded, record_at, u32_at,
 };
 use crate::log::keeper::{fresh_salt, spare_number};
@@ -73,12 +74,12 @@ pub struct TornTail {
 }
 
 /// A shard's log as found, ready to be written.
-#[derive(Debug)]
-pub(crate) struct Recovered {
+pub(crate) struct Recovered<A: Aggregate> {
     pub(crate) report: ShardRecovery,
     pub(crate) segments: VecDeque<Segment>,
     pub(crate) resume: Resume,
-    pub(crate) keys: KeyTable,
+    /// The keys' states and the outcomes of commands.
+    pub(crate) folder: Folder<A>,
     pub(crate) span: Span,
     /// Prepared and never begun: to be blanked and prepared again.
     pub(crate) unused: Vec<PathBuf>,
@@ -93,17 +94,18 @@ pub(crate) struct Opening<'a> {
     pub(crate) shard: ShardId,
     pub(crate) manifest: &'a Manifest,
     pub(crate) keys_expected: usize,
+    pub(crate) outcomes_kept: usize,
     /// Whether this program can read a (type id, schema version).
     pub(crate) known: &'a (dyn Fn(u16, u16) -> bool + Sync),
 }
 
 /// How far a scan came and what it met there.
-struct Scan {
-    sequence: u64,
+struct Scan<A: Aggregate> {
+    folder: Folder<A>,
     durable: u64,
-    keys: KeyTable,
-    events: u64,
-    /// Where the last event ends.
+    /// Sequence of the first event held.
+    first_sequence: u64,
+    /// Where the last record ends that is no mark.
     events_end: u64,
 }
 
@@ -118,14 +120,14 @@ struct End {
 
 impl End {
     /// Why the log does not go on from here into the segment with header `next`, if so.
-    fn breaks_before(&self, next: &SegmentHeader, scan: &Scan) -> Option<&'static str> {
+    fn breaks_before(&self, next: &SegmentHeader, sequence: u64) -> Option<&'static str> {
         self.damaged
-            .or((next.first_sequence != scan.sequence).then_some("the next segment's first sequence does not follow"))
+            .or((next.first_sequence != sequence).then_some("the next segment's first sequence does not follow"))
     }
 }
 
 impl Opening<'_> {
-    pub(crate) fn recover(&self) -> Result<Recovered, OpenError> {
+    pub(crate) fn recover<A: Aggregate>(&self) -> Result<Recovered<A>, OpenError> {
         let mut names = self.names()?;
         let span = match Span::load(self.storage, self.dir)? {
             Some(span) => Some(span),
@@ -138,10 +140,10 @@ impl Opening<'_> {
                 });
             }
         };
-        let mut scan =
-            Scan { sequence: 0, durable: 0, keys: KeyTable::new(self.keys_expected), events: 0, events_end: 0 };
+        let folder = Folder::<A>::new(self.shard, self.keys_expected, self.outcomes_kept);
+        let mut scan = Scan { folder, durable: 0, first_sequence: 0, events_end: 0 };
         let Some(span) = span else {
-            let mut blank = self.blank(names.spares, scan.keys, Span { first: 0, last: 0 });
+            let mut blank = self.blank(names.spares, scan.folder, Span { first: 0, last: 0 });
             blank.unused = names.segments.iter().map(|&index| self.path(index)).collect();
             return Ok(blank);
         };
@@ -189,7 +191,9 @@ impl Opening<'_> {
             };
             stop = stop.or_else(|| match (blank, &tail) {
                 (Some(blank), _) => Some((blank, 0, "a blank segment lies before one in use")),
-                (None, Some((before, end))) => end.breaks_before(&header, &scan).map(|why| (before.index, end.at, why)),
+                (None, Some((before, end))) => {
+                    end.breaks_before(&header, scan.folder.sequence).map(|why| (before.index, end.at, why))
+                }
                 (None, None) => None,
             });
             if stop.is_some() {
@@ -198,7 +202,10 @@ impl Opening<'_> {
             }
             match tail.take() {
                 Some((before, _)) => segments.push_back(before),
-                None => scan.sequence = header.first_sequence,
+                None => {
+                    scan.first_sequence = header.first_sequence;
+                    scan.folder.sequence = header.first_sequence;
+                }
             }
             let end = self.scan(index, &memory, header.salt, &mut scan)?;
             tail = Some((
@@ -226,7 +233,7 @@ impl Opening<'_> {
         }
 
         let Some((last, end)) = tail else {
-            let mut recovered = self.blank(std::mem::take(&mut names.spares), scan.keys, span);
+            let mut recovered = self.blank(std::mem::take(&mut names.spares), scan.folder, span);
             if let Some((index, _, why)) = stop {
                 recovered.report.torn_tail =
                     Some(self.quarantine(Offset(index * self.manifest.segment_bytes), &lost, why)?);
@@ -236,7 +243,7 @@ impl Opening<'_> {
             return Ok(recovered);
         };
         let Segment { index, first_sequence, salt, memory } = last;
-        let (at, mut torn) = self.settle_tail(index, salt, &memory, &end, &scan)?;
+        let (at, mut torn) = self.settle_tail(index, salt, &memory, &end, scan.durable)?;
         if let (None, Some((_, _, why))) = (&torn, stop) {
             torn = Some((at, why));
         }
@@ -266,17 +273,22 @@ impl Opening<'_> {
         let marked = if scan.durable >= scan.events_end && torn_tail.is_none() { end.0 } else { scan.durable };
         let report = ShardRecovery {
             shard: self.shard,
-            events: scan.events,
+            events: scan.folder.sequence - scan.first_sequence,
             segments: segments.len(),
-            keys: scan.keys.len(),
+            keys: scan.folder.keys.len(),
             end,
             torn_tail,
         };
         Ok(Recovered {
             report,
             segments,
-            resume: Resume { segment: Some((last, half)), next_index: index + 1, sequence: scan.sequence, marked },
-            keys: scan.keys,
+            resume: Resume {
+                segment: Some((last, half)),
+                next_index: index + 1,
+                sequence: scan.folder.sequence,
+                marked,
+            },
+            folder: scan.folder,
             span,
             unused,
             spares: names.spares,
@@ -298,7 +310,7 @@ impl Opening<'_> {
     }
 
     /// A log without records.
-    fn blank(&self, spares: Vec<PathBuf>, keys: KeyTable, span: Span) -> Recovered {
+    fn blank<A: Aggregate>(&self, spares: Vec<PathBuf>, folder: Folder<A>, span: Span) -> Recovered<A> {
         let report = ShardRecovery {
             shard: self.shard,
             events: 0,
@@ -311,7 +323,7 @@ impl Opening<'_> {
             report,
             segments: VecDeque::new(),
             resume: Resume { segment: None, next_index: span.first, sequence: 0, marked: 0 },
-            keys,
+            folder,
             span,
             unused: Vec::new(),
             spares,
@@ -396,16 +408,14 @@ impl Opening<'_> {
     }
 
     /// Goes over a segment's records from the front until one does not hold or none follows.
-    fn scan(&self, index: u64, memory: &Memory, salt: u32, scan: &mut Scan) -> Result<End, OpenError> {
+    fn scan<A: Aggregate>(&self, index: u64, memory: &Memory, salt: u32, scan: &mut Scan<A>) -> Result<End, OpenError> {
         let whole = memory.read(0, memory.len()).unwrap_or_default();
         if let Err(error) = memory.advise_sequential() {
             tracing::debug!(%error, "no read-ahead advice");
         }
         let base = index * self.manifest.segment_bytes;
         let mut at = HEADER_BYTES;
-        // Keys are looked up a little behind the reading, so that their slots have time to arrive.
-        let mut ahead = [(Key(0), KeyHash(0), Version(0), Offset(0)); LOOK_AHEAD];
-        let mut seen = 0_usize;
+        let unreadable = |(offset, why): Unreadable| self.corruption(index, (offset.0 - base) as usize, why);
         let end = loop {
             let len = match record_at(&whole[at..], salt) {
                 Found::Record(len) => len,
@@ -413,44 +423,52 @@ impl Opening<'_> {
                 Found::Damaged(why) => break End { at, damaged: Some(why) },
             };
             let header = RecordHeader::decode(&whole[at..]);
-            let offset = Offset(base + at as u64);
-            if header.event_type == MARK {
+            if header.is_mark() {
                 scan.durable = scan.durable.max(header.key.0);
             } else {
-                if header.version.0 == 0 {
-                    return Err(self
-                        .corruption(index, at, "an event without a version behind a CRC that holds")
-                        .into());
-                }
-                if !(self.known)(header.event_type.0, header.schema_version) {
-                    return Err(OpenError::UnknownEventType {
-                        shard: self.shard,
-                        event_type: header.event_type,
-                        name: self.manifest.type_name(header.event_type).to_owned(),
-                        schema_version: header.schema_version,
-                    });
-                }
-                let place = &mut ahead[seen % LOOK_AHEAD];
-                let hash = KeyHash::of(header.key);
-                scan.keys.prefetch(hash);
-                let (key, hash, version, offset) = std::mem::replace(place, (header.key, hash, header.version, offset));
-                if seen >= LOOK_AHEAD {
-                    scan.keys.entry(key, hash).set(version, offset);
-                }
-                seen += 1;
-                scan.sequence += 1;
-                scan.events += 1;
+                self.check(index, at, &header)?;
+                scan.folder.record(memory, at, len, &header, Offset(base + at as u64)).map_err(unreadable)?;
             }
             at += padded(len);
-            if header.event_type != MARK {
+            if !header.is_mark() {
                 scan.events_end = base + at as u64;
             }
         };
-        for i in seen.saturating_sub(LOOK_AHEAD)..seen {
-            let (key, hash, version, offset) = ahead[i % LOOK_AHEAD];
-            scan.keys.entry(key, hash).set(version, offset);
+        scan.folder.settle(memory).map_err(unreadable)?;
+        match scan.folder.open_group() {
+            None => Ok(end),
+            // A command is one: where its last record is missing, the others do not count either.
+            Some(begun) => {
+                scan.folder.forget_group();
+                let damaged = Some(end.damaged.unwrap_or("a command's last records are missing"));
+                Ok(End { at: (begun.0 - base) as usize, damaged })
+            }
         }
-        Ok(end)
+    }
+
+    /// Whether this program can read such a record.
+    #[inline]
+    fn check(&self, index: u64, at: usize, header: &RecordHeader) -> Result<(), OpenError> {
+        if header.is_own() {
+            return match header.is_outcome() {
+                true => Ok(()),
+                false => {
+                    Err(self.corruption(index, at, "a record of the log's own that this build does not know").into())
+                }
+            };
+        }
+        if header.version.0 == 0 {
+            return Err(self.corruption(index, at, "an event without a version behind a CRC that holds").into());
+        }
+        if !(self.known)(header.event_type.0, header.schema_version) {
+            return Err(OpenError::UnknownEventType {
+                shard: self.shard,
+                event_type: header.event_type,
+                name: self.manifest.type_name(header.event_type).to_owned(),
+                schema_version: header.schema_version,
+            });
+        }
+        Ok(())
     }
 
     /// Decides what the end of the last segment is. Returns where to go on writing and, for a torn tail, up
@@ -461,12 +479,12 @@ impl Opening<'_> {
         salt: u32,
         memory: &Memory,
         end: &End,
-        scan: &Scan,
+        durable: u64,
     ) -> Result<(usize, Option<Torn>), OpenError> {
         let whole = memory.read(0, memory.len()).unwrap_or_default();
         // Whatever still holds behind the end: it tells how far the log once was, and how far it was durable.
         let beyond = self.later_records(whole, end.at, salt);
-        let durable = scan.durable.max(beyond.durable);
+        let durable = durable.max(beyond.durable);
         let why = end.damaged.unwrap_or("the log ends before records that hold");
         if durable > index * self.manifest.segment_bytes + end.at as u64 {
             return Err(self.corruption(index, end.at, why).into());
@@ -487,10 +505,12 @@ impl Opening<'_> {
         let mut at = from;
         while at + RECORD_HEADER_BYTES <= whole.len() {
             let header = RecordHeader::decode(&whole[at..]);
-            let mark = header.event_type == MARK;
+            let mark = header.is_mark();
             // Most places are not even the beginning of a header; a look at it spares the check sum.
             let likely = if mark {
                 u32_at(whole, at) as usize == RECORD_HEADER_BYTES
+            } else if header.is_own() {
+                header.is_outcome()
             } else {
                 (self.known)(header.event_type.0, header.schema_version)
             };
@@ -537,9 +557,6 @@ impl Opening<'_> {
         }
     }
 }
-
-/// Records read before their keys are looked up.
-const LOOK_AHEAD: usize = 16;
 
 #[derive(Default)]
 struct Names {

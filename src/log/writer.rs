@@ -5,10 +5,10 @@
 
 use crossbeam::queue::ArrayQueue;
 
-use crate::event::{Correlation, Encode, Key, Offset, Scratch, Time, Version};
+use crate::event::{Encode, Offset, Scratch, Time};
 use crate::log::crc::LANES;
-use crate::log::format::{HEADER_BYTES, MARK, RECORD_HEADER_BYTES, RecordHeader, SegmentHeader, open, padded, seal};
-use crate::log::mmap::{Memory, WriteHalf, crc32c, crc32c_lanes, store_length};
+use crate::log::format::{ALIGN, HEADER_BYTES, RECORD_HEADER_BYTES, RecordHeader, SegmentHeader, open, padded, seal};
+use crate::log::mmap::{Memory, WriteHalf, archive, crc32c, crc32c_lanes, store_length};
 use crate::log::segment::{Segment, ShardLog};
 use crate::sync::Arc;
 
@@ -57,10 +57,12 @@ pub(crate) struct Writer {
     schema: u32,
     event_bytes_max: usize,
     scratch: Scratch,
+    /// Where archives are made to see how long they are.
+    trial: Option<Box<[u8]>>,
     /// Up to where the last mark said the log was durable, and when it was written.
     marked: u64,
     marked_at: u64,
-    /// Where the last event ends; only marks lie behind.
+    /// Where the last record ends that is no mark.
     events_end: u64,
     rolled: bool,
 }
@@ -101,16 +103,23 @@ impl<'a> Appender<'a> {
         Offset(self.base + self.at as u64)
     }
 
-    /// Archives `event` behind `header`. Returns the record's exact length.
+    /// Archives `event` behind `header`, and shows it to `seen` where it lies; it is then sure to become part of the log,
+    /// unless `seen` panics. Returns the record's exact length.
     ///
     /// Always inlined, so that the header never takes the way over memory: its 2-byte fields, stored and then
     /// loaded as one word, would wait until every store before them has reached the cache (a third of all time).
     #[inline(always)]
-    pub(crate) fn append<E: Encode>(&mut self, header: &RecordHeader, event: &E) -> Result<usize, Refused> {
+    pub(crate) fn append<E: Encode>(
+        &mut self,
+        header: &RecordHeader,
+        event: &E,
+        seen: impl FnOnce(&E::Archived),
+    ) -> Result<usize, Refused> {
         let room = self.open.len().saturating_sub(self.at + RECORD_HEADER_BYTES).min(self.event_bytes_max);
         let body = self.open.get_mut(self.at + RECORD_HEADER_BYTES..).and_then(|body| body.get_mut(..room));
-        match body.and_then(|body| event.encode(body, self.scratch)) {
-            Some(bytes) => {
+        match body.and_then(|body| archive(event, body, self.scratch)) {
+            Some((bytes, archived)) => {
+                seen(archived);
                 let len = RECORD_HEADER_BYTES + bytes;
                 self.stage(header, len);
                 Ok(len)
@@ -118,6 +127,15 @@ impl<'a> Appender<'a> {
             None if room == self.event_bytes_max => Err(Refused::TooLarge { bytes_max: room }),
             None => Err(Refused::NeedsSegment),
         }
+    }
+
+    /// Appends a record without a body.
+    pub(crate) fn append_empty(&mut self, header: &RecordHeader) -> Result<usize, Refused> {
+        if self.open.len().saturating_sub(self.at) < RECORD_HEADER_BYTES {
+            return Err(Refused::NeedsSegment);
+        }
+        self.stage(header, RECORD_HEADER_BYTES);
+        Ok(RECORD_HEADER_BYTES)
     }
 
     /// Completes the record whose body stands at its place, but for its CRC and length word.
@@ -207,6 +225,7 @@ impl Writer {
             schema,
             event_bytes_max,
             scratch: Scratch::new(4 * event_bytes_max.max(1024)),
+            trial: None,
             marked: resume.marked,
             marked_at: 0,
             events_end,
@@ -236,7 +255,7 @@ impl Writer {
         }
     }
 
-    /// Takes over what an appender has written: `events` events, and everything below `end`. Visible to readers
+    /// Takes over what an appender has written: `events` events, and everything below `end`, the log's own records included. Visible to readers
     /// after [`Writer::publish`].
     #[inline]
     pub(crate) fn advance(&mut self, end: Offset, events: u64) {
@@ -245,9 +264,7 @@ impl Writer {
             current.half.skip((end.0 - current.base) as usize - at);
         }
         self.sequence += events;
-        if events > 0 {
-            self.events_end = end.0;
-        }
+        self.events_end = end.0;
     }
 
     /// Goes over to the next segment. The old one ends with a zero word or too little room for a header.
@@ -320,19 +337,13 @@ impl Writer {
         if !self.has_news() || room.is_none_or(|room| room < RECORD_HEADER_BYTES && self.roll(time).is_err()) {
             return false;
         }
-        let header = RecordHeader {
-            time,
-            key: Key(durable),
-            previous: Offset(0),
-            event_type: MARK,
-            correlation: Correlation(0),
-            version: Version(0),
-            schema_version: 0,
-        };
         let mut appender = self.appender();
-        appender.stage(&header, RECORD_HEADER_BYTES);
+        appender.stage(&RecordHeader::mark(durable, time), RECORD_HEADER_BYTES);
         let end = appender.finish();
+        let events_end = self.events_end;
         self.advance(end, 0);
+        // A mark tells of what lies before it, and nothing has to tell of a mark.
+        self.events_end = events_end;
         self.marked = durable;
         true
     }
@@ -346,6 +357,28 @@ impl Writer {
         self.log.sequence.publish(self.sequence);
         self.log.appended.publish(end);
         end
+    }
+
+    /// Bytes left in the current segment.
+    pub(crate) fn room(&mut self) -> usize {
+        self.current.as_mut().map_or(0, |current| current.half.tail().len())
+    }
+
+    /// Bytes of records that a new segment holds.
+    pub(crate) fn room_of_a_segment(&self) -> usize {
+        self.log.segment_bytes as usize - HEADER_BYTES
+    }
+
+    /// Largest archive of one event.
+    pub(crate) fn event_bytes_max(&self) -> usize {
+        self.event_bytes_max
+    }
+
+    /// How long the archive of `event` is; `usize::MAX` where it is longer than an event may be.
+    pub(crate) fn measure<E: Encode>(&mut self, event: &E) -> usize {
+        let trial = self.trial.get_or_insert_with(|| vec![0; self.event_bytes_max + ALIGN].into());
+        let skip = trial.as_ptr().align_offset(ALIGN);
+        event.encode(&mut trial[skip..skip + self.event_bytes_max], &mut self.scratch).unwrap_or(usize::MAX)
     }
 
     /// Whether the keeper has handed over the next segment.

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use corelane::testing::FaultyStorage;
-use corelane::{Config, Durability, Engine, Event, EventType, EventTypeId, OpenError, Pin, ShardId};
+use corelane::{Config, Durability, Event, EventLog, EventType, EventTypeId, OpenError, Pin, ShardId};
 use rkyv::{Archive, Deserialize, Serialize};
 
 /// The bytes of a segment in these tests.
@@ -63,12 +63,12 @@ pub(crate) fn os_cache(dir: impl Into<PathBuf>) -> Config {
     small(dir).durability(Durability::OsCache)
 }
 
-pub(crate) fn open_on(storage: &FaultyStorage, config: Config) -> Result<Engine<Note>, OpenError> {
-    Engine::<Note>::builder(config).faulty_storage(storage).open()
+pub(crate) fn open_on(storage: &FaultyStorage, config: Config) -> Result<EventLog<Note>, OpenError> {
+    EventLog::<Note>::builder(config).faulty_storage(storage).open()
 }
 
 /// Everything in one shard's log, sequences checked.
-pub(crate) fn read_shard(engine: &Engine<Note>, shard: u16) -> Vec<Held> {
+pub(crate) fn read_shard(engine: &EventLog<Note>, shard: u16) -> Vec<Held> {
     let mut reader = engine.reader(ShardId(shard));
     let mut all: Vec<Held> = Vec::new();
     while let Some(record) = reader.next().expect("the log reads") {
@@ -90,7 +90,7 @@ pub(crate) fn read_shard(engine: &Engine<Note>, shard: u16) -> Vec<Held> {
 }
 
 /// The numbers in the order of shard 0's log.
-pub(crate) fn numbers(engine: &Engine<Note>) -> Vec<u64> {
+pub(crate) fn numbers(engine: &EventLog<Note>) -> Vec<u64> {
     read_shard(engine, 0).iter().map(|held| held.n).collect()
 }
 

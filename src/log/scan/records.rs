@@ -10,8 +10,8 @@ use super::{LOOK_AGAIN, LOOKS_MAX, Place, Store, Unusable, io_error, read_up_to}
 use crate::error::{Corruption, OpenError, ReadError};
 use crate::event::{Meta, Offset, Sequence, ShardId};
 use crate::log::format::{
-    ALIGN, Found, HEADER_BYTES, MARK, RECORD_BYTES_MAX, RECORD_HEADER_BYTES, RecordHeader, SegmentHeader, padded,
-    record_at, u32_at,
+    ALIGN, Found, HEADER_BYTES, RECORD_BYTES_MAX, RECORD_HEADER_BYTES, RecordHeader, SegmentHeader, padded, record_at,
+    u32_at,
 };
 use crate::log::manifest::{Span, segment_name};
 use crate::log::storage::Files;
@@ -206,9 +206,9 @@ impl Records {
             let seen = if self.makes_sense() { self.look_once()? } else { Look::End };
             match seen {
                 Look::Record(header, len) => {
-                    if header.event_type == MARK {
+                    if header.is_mark() {
                         tail.was_durable |= header.key.get() > offset.get();
-                    } else {
+                    } else if !header.is_own() {
                         tail.events += 1;
                     }
                     self.at += padded(len);
@@ -237,7 +237,10 @@ impl Records {
             return false;
         }
         let header = RecordHeader::decode(record);
-        if header.event_type == MARK {
+        if header.is_outcome() {
+            return header.key.shard(self.store.shards()) == self.shard;
+        }
+        if header.is_own() {
             return len == RECORD_HEADER_BYTES && header.key.get() <= self.offset().get();
         }
         let first = header.previous.get() == 0;
@@ -255,13 +258,14 @@ impl Records {
                 return Ok(None);
             }
             match self.look()? {
-                Look::Record(header, len) if header.event_type == MARK => {
+                Look::Record(header, len) if header.is_mark() => {
                     if header.key.get() > self.offset().get() {
                         return Err(self.corruption("a mark tells of bytes behind itself").into());
                     }
                     self.durable = self.durable.max(header.key.get());
                     self.at += padded(len);
                 }
+                Look::Record(header, len) if header.is_own() => self.at += padded(len),
                 Look::Record(header, len) => return Ok(Some((header, len))),
                 Look::End => {
                     if !self.leave()? {

@@ -7,7 +7,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::event::{Correlation, Key, Meta, Version};
-use crate::log::format::{ALIGN, MARK, RECORD_HEADER_BYTES, RecordHeader, open, padded, seal};
+use crate::log::format::{ALIGN, RECORD_HEADER_BYTES, RecordHeader, open, padded, seal};
 use crate::log::manifest::StoredType;
 
 const SEGMENT_BYTES: u64 = 64 << 10;
@@ -90,7 +90,8 @@ impl Engine {
             event_type,
             correlation: Correlation(0),
             version: Version(version),
-            schema_version: 1,
+            schema_version: u16::from(event_type.0 != 0),
+            more: false,
         };
         header.stage(&mut record[..padded(len)], len);
         let (start, summed) = open(&mut record, len);
@@ -126,7 +127,7 @@ impl Engine {
     fn mark(&mut self) {
         if self.at + RECORD_HEADER_BYTES <= SEGMENT_BYTES as usize {
             let durable = self.index * SEGMENT_BYTES + self.at as u64;
-            self.put(MARK, durable, 0, 0, &[]);
+            self.put(EventTypeId(0), durable, 0, 0, &[]);
         }
     }
 }

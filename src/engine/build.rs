@@ -1,0 +1,175 @@
+//! A shard and everything around it, put together from what recovery found.
+
+use crossbeam::queue::ArrayQueue;
+
+use super::Handle;
+use crate::aggregate::Aggregate;
+use crate::clock::{Clock, wall_now};
+use crate::config::{Checked, Durability};
+use crate::event::{Sequence, ShardId};
+use crate::handler::Factory;
+use crate::keys::KeyTable;
+use crate::log::fold::Folder;
+use crate::log::format::schema_fingerprint;
+use crate::log::keeper::{KeeperRequests, Kept};
+use crate::log::manifest::shard_dir;
+use crate::log::recovery::Recovered;
+use crate::log::segment::ShardLog;
+use crate::log::storage::Storage;
+use crate::log::syncer::{SyncMark, SyncRequests, Syncer};
+use crate::log::writer::Writer;
+use crate::metrics::{Counters, Recorder, Stage};
+use crate::producer::{LaneRegistry, LaneShared, ShardDoor};
+use crate::shard::{Shard, Work};
+use crate::shared::SharedLane;
+use crate::sync::{Arc, Arrivals, AtomicBool, Signal};
+use crate::view::{Place, Position, View, ViewWriter};
+
+/// Slots for runs of events between a shard and its syncer.
+const SYNC_MARKS: usize = 1 << 16;
+
+/// What every shard is built from.
+pub(super) struct Context<'a, A: Aggregate> {
+    pub(super) config: &'a Checked,
+    pub(super) storage: &'a std::sync::Arc<dyn Storage>,
+    pub(super) clock: &'a Clock,
+    pub(super) keeper: &'a std::sync::Arc<KeeperRequests>,
+    pub(super) quarantine: &'a std::path::Path,
+    pub(super) factories: &'a [Factory<A::Event>],
+    pub(super) views: &'a [Box<dyn View<A>>],
+}
+
+pub(super) struct Built<A: Aggregate> {
+    pub(super) handle: Handle<A>,
+    pub(super) kept: Kept,
+    pub(super) shared: std::sync::Arc<SharedLane<A::Event>>,
+    pub(super) shard: Shard<A>,
+    pub(super) syncer: Syncer,
+}
+
+impl<A: Aggregate> Context<'_, A> {
+    pub(super) fn build(&self, id: ShardId, recovered: Recovered<A>) -> Built<A> {
+        let config = self.config;
+        let Recovered { report, segments, resume, folder, span, unused, spares } = recovered;
+        let Folder { keys, outcomes, .. } = folder;
+        let dir = shard_dir(&config.dir, id);
+        let log = Arc::new(ShardLog::new(id, dir, config.segment_bytes, report.end, resume.sequence, segments));
+        let signal = std::sync::Arc::new(Signal::new());
+        let lanes = std::sync::Arc::new(LaneRegistry::default());
+        let door = std::sync::Arc::new(ShardDoor {
+            log: Arc::clone(&log),
+            signal: std::sync::Arc::clone(&signal),
+            closing: AtomicBool::new(false),
+            lanes: std::sync::Arc::clone(&lanes),
+        });
+        let shared_end = Arc::new(LaneShared::new(Arc::clone(&log), config.durability));
+        lanes.register(&shared_end);
+        let shared = std::sync::Arc::new(SharedLane {
+            queue: ArrayQueue::new(config.ring_capacity),
+            shared: shared_end,
+            door: std::sync::Arc::clone(&door),
+        });
+        let arriving = std::sync::Arc::new(Arrivals::new());
+        let arriving_clients = std::sync::Arc::new(Arrivals::new());
+        let questions = std::sync::Arc::new(Arrivals::new());
+        let views = self.views(id, &keys, Sequence(resume.sequence));
+        let syncer = std::sync::Arc::new(SyncRequests::new());
+        let counters = std::sync::Arc::new(Counters::default());
+        let prepared = std::sync::Arc::new(ArrayQueue::new(1));
+        let turn_stages = [
+            Stage::Ring,
+            Stage::Appended,
+            Stage::Handled,
+            Stage::RingDue,
+            Stage::AppendedDue,
+            Stage::HandledDue,
+            Stage::Turn,
+            Stage::Batch,
+        ];
+        let (recorder, turn_exchange) = Recorder::new(&turn_stages, config.latency);
+        let (sync_recorder, sync_exchange) =
+            Recorder::new(&[Stage::Durable, Stage::DurableDue, Stage::Sync], config.latency);
+        let (marks_tx, marks_rx) = rtrb::RingBuffer::<SyncMark>::new(SYNC_MARKS);
+        let kept = Kept {
+            log: Arc::clone(&log),
+            prepared: std::sync::Arc::clone(&prepared),
+            counters: std::sync::Arc::clone(&counters),
+            shard_signal: std::sync::Arc::clone(&signal),
+            next_index: resume.next_index,
+            span,
+            spare_number: 0,
+            spares: Vec::new(),
+            retiring: Vec::new(),
+            prefaulted: (u64::MAX, 0),
+            retry_at: None,
+        }
+        .with_leftovers(unused, spares);
+        let shard = Shard {
+            id,
+            clock: self.clock.clone(),
+            batch_max: config.batch_max,
+            arriving: std::sync::Arc::clone(&arriving),
+            lanes: Vec::new(),
+            shared_lane: std::sync::Arc::clone(&shared),
+            arriving_clients: std::sync::Arc::clone(&arriving_clients),
+            clients: Vec::new(),
+            questions: std::sync::Arc::clone(&questions),
+            keys,
+            outcomes,
+            views,
+            writer: Writer::new(
+                Arc::clone(&log),
+                prepared,
+                resume,
+                schema_fingerprint::<A::Event>(),
+                config.event_bytes_max,
+            ),
+            log: Arc::clone(&log),
+            syncer: std::sync::Arc::clone(&syncer),
+            syncs: config.durability != Durability::OsCache,
+            sync_marks: (config.durability != Durability::OsCache && config.latency).then_some(marks_tx),
+            keeper: std::sync::Arc::clone(self.keeper),
+            handlers: self.factories.iter().map(|make| make(id)).collect(),
+            storage: std::sync::Arc::clone(self.storage),
+            quarantine: self.quarantine.to_owned(),
+            recorder,
+            counters: std::sync::Arc::clone(&counters),
+            work: Work::new(config.batch_max),
+        };
+        let shard_signal = std::sync::Arc::clone(&door.signal);
+        let syncer_parts = Syncer {
+            log,
+            storage: std::sync::Arc::clone(self.storage),
+            requests: std::sync::Arc::clone(&syncer),
+            lanes,
+            shard_signal,
+            durability: config.durability,
+            marks: marks_rx,
+            recorder: sync_recorder,
+            counters: std::sync::Arc::clone(&counters),
+            clock: self.clock.clone(),
+        };
+        let handle = Handle {
+            door,
+            arriving,
+            arriving_clients,
+            questions,
+            syncer,
+            counters,
+            exchanges: [turn_exchange, sync_exchange],
+        };
+        Built { handle, kept, shared, shard, syncer: syncer_parts }
+    }
+
+    /// This shard's parts of all views, filled with the states that there are.
+    fn views(&self, id: ShardId, keys: &KeyTable<A>, sequence: Sequence) -> Vec<Box<dyn ViewWriter<A>>> {
+        let config = self.config;
+        let place = Place::new(id, config.shards, config.keys_expected.max(keys.len()));
+        let mut writers: Vec<_> = self.views.iter().map(|view| view.writer(&place)).collect();
+        for writer in &mut writers {
+            keys.iter().for_each(|slot| writer.load(slot.key, &slot.state));
+            writer.publish(Position { sequence, time: wall_now() });
+        }
+        writers
+    }
+}

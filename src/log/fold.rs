@@ -1,0 +1,203 @@
+//! Events read back from a log: one of them where it lies, and all of them folded into the table of states.
+//!
+//! One writer: whoever recovers the shard. The same `evolve` that ran when the events were appended runs again here.
+
+use rkyv::util::AlignedVec;
+
+use crate::aggregate::{Aggregate, Stored};
+use crate::command::{Outcomes, Remembered};
+use crate::event::{Event, KeyHash, Offset, Schemas, Scratch, Sequence, ShardId, upcaster};
+use crate::keys::KeyTable;
+use crate::log::format::{ALIGN, RECORD_HEADER_BYTES, RecordHeader};
+use crate::log::mmap::Memory;
+
+/// Reads events in place, and those of older layouts through their upcasters.
+#[derive(Debug)]
+pub(crate) struct Access {
+    schemas: Schemas,
+    upcasted: AlignedVec<ALIGN>,
+    /// Made when it is first needed.
+    scratch: Option<Scratch>,
+}
+
+/// An upcasted event's first buffer, and its largest.
+const UPCAST_BYTES_MIN: usize = 4 << 10;
+const UPCAST_BYTES_MAX: usize = 16 << 20;
+
+impl Access {
+    pub(crate) fn new<E: Event>() -> Self {
+        Self { schemas: Schemas::of::<E>(), upcasted: AlignedVec::new(), scratch: None }
+    }
+
+    /// The event of the record that begins at `at` and has this exact length and header; its CRC holds, or this process
+    /// wrote it. `None` where the archive is not valid.
+    #[inline]
+    pub(crate) fn event<'a, E: Event>(
+        &'a mut self,
+        memory: &'a Memory,
+        at: usize,
+        len: usize,
+        header: &RecordHeader,
+    ) -> Option<&'a E::Archived> {
+        let (at, len) = (at + RECORD_HEADER_BYTES, len.checked_sub(RECORD_HEADER_BYTES)?);
+        if self.schemas.current(header.event_type) == Some(header.schema_version) {
+            return memory.archived::<E>(at, len);
+        }
+        self.upcast::<E>(memory.read(at, len)?, header)
+    }
+
+    #[cold]
+    fn upcast<E: Event>(&mut self, archive: &[u8], header: &RecordHeader) -> Option<&E::Archived> {
+        let event = (upcaster::<E>(header.event_type, header.schema_version)?.upcast)(archive).ok()?;
+        let scratch = self.scratch.get_or_insert_with(|| Scratch::new(4 * UPCAST_BYTES_MAX.min(1 << 20)));
+        let mut bytes = self.upcasted.len().max(UPCAST_BYTES_MIN);
+        let len = loop {
+            self.upcasted.resize(bytes, 0);
+            match event.encode(&mut self.upcasted, scratch) {
+                Some(len) => break len,
+                None if bytes >= UPCAST_BYTES_MAX => return None,
+                None => bytes *= 2,
+            }
+        };
+        E::access(&self.upcasted[..len]).ok()
+    }
+}
+
+/// A record that is to be folded.
+#[derive(Debug, Clone, Copy)]
+struct Pending {
+    header: RecordHeader,
+    hash: KeyHash,
+    offset: Offset,
+    sequence: Sequence,
+    at: usize,
+    len: usize,
+}
+
+/// Records read before their keys are looked up.
+const LOOK_AHEAD: usize = 16;
+
+/// Folds records, in the order of the log, into a table.
+pub(crate) struct Folder<A: Aggregate> {
+    pub(crate) keys: KeyTable<A>,
+    pub(crate) outcomes: Outcomes<A::Rejection>,
+    shard: ShardId,
+    access: Access,
+    /// The records of a command of which the last is not seen yet. They count only together.
+    group: Vec<Pending>,
+    ahead: [Option<Pending>; LOOK_AHEAD],
+    next: usize,
+    /// Sequence of the next event.
+    pub(crate) sequence: u64,
+}
+
+/// What does not hold at an offset.
+pub(crate) type Unreadable = (Offset, &'static str);
+
+impl<A: Aggregate> Folder<A> {
+    pub(crate) fn new(shard: ShardId, keys_expected: usize, outcomes_kept: usize) -> Self {
+        Self {
+            keys: KeyTable::new(keys_expected),
+            outcomes: Outcomes::new(outcomes_kept),
+            shard,
+            access: Access::new::<A::Event>(),
+            group: Vec::new(),
+            ahead: [None; LOOK_AHEAD],
+            next: 0,
+            sequence: 0,
+        }
+    }
+
+    /// Whether a command has been begun whose last record is not seen yet, and where.
+    pub(crate) fn open_group(&self) -> Option<Offset> {
+        self.group.first().map(|first| first.offset)
+    }
+
+    /// Gives up a command that is not whole.
+    pub(crate) fn forget_group(&mut self) {
+        self.group.clear();
+    }
+
+    /// Takes in the record at `at` in `memory`: an event or an outcome. Its CRC holds.
+    #[inline]
+    pub(crate) fn record(
+        &mut self,
+        memory: &Memory,
+        at: usize,
+        len: usize,
+        header: &RecordHeader,
+        offset: Offset,
+    ) -> Result<(), Unreadable> {
+        let pending =
+            Pending { header: *header, hash: KeyHash::of(header.key), offset, sequence: Sequence(0), at, len };
+        if !header.more && self.group.is_empty() {
+            return self.take(memory, pending);
+        }
+        self.group.push(pending);
+        if header.more {
+            return Ok(());
+        }
+        let mut group = std::mem::take(&mut self.group);
+        let taken = group.drain(..).try_for_each(|pending| self.take(memory, pending));
+        self.group = group;
+        taken
+    }
+
+    #[inline]
+    fn take(&mut self, memory: &Memory, mut pending: Pending) -> Result<(), Unreadable> {
+        if pending.header.is_outcome() {
+            return self.outcome(memory, &pending);
+        }
+        pending.sequence = Sequence(self.sequence);
+        self.sequence += 1;
+        // Looked up a little behind the reading, so that the key's slot has time to arrive.
+        self.keys.prefetch(pending.hash);
+        let due = self.ahead[self.next].replace(pending);
+        self.next = (self.next + 1) % LOOK_AHEAD;
+        due.map_or(Ok(()), |due| self.fold(memory, &due))
+    }
+
+    /// Folds what is still waiting; to be called before another segment's memory comes.
+    pub(crate) fn settle(&mut self, memory: &Memory) -> Result<(), Unreadable> {
+        for _ in 0..LOOK_AHEAD {
+            if let Some(due) = self.ahead[self.next].take() {
+                self.fold(memory, &due)?;
+            }
+            self.next = (self.next + 1) % LOOK_AHEAD;
+        }
+        Ok(())
+    }
+
+    #[inline]
+    fn fold(&mut self, memory: &Memory, due: &Pending) -> Result<(), Unreadable> {
+        let Pending { header, hash, offset, sequence, at, len } = due;
+        let mut known = self.keys.entry(header.key, *hash);
+        if header.version <= known.version() {
+            // A checkpoint has it already.
+            return Ok(());
+        }
+        if size_of::<A>() > 0 {
+            let event = self.access.event::<A::Event>(memory, *at, *len, header);
+            let event = event.ok_or((*offset, "an archive is not valid behind a CRC that holds"))?;
+            known.state().evolve(event, &header.meta(self.shard, *offset, *sequence));
+        }
+        known.set(header.version, *offset, header.time);
+        Ok(())
+    }
+
+    #[cold]
+    fn outcome(&mut self, memory: &Memory, pending: &Pending) -> Result<(), Unreadable> {
+        let Pending { header, offset, at, len, .. } = pending;
+        let body = memory.read(at + RECORD_HEADER_BYTES, len - RECORD_HEADER_BYTES).unwrap_or_default();
+        let outcome = if body.is_empty() {
+            Remembered::Done { version: header.version, events: header.outcome_events() }
+        } else {
+            let rejection = A::Rejection::decode(body);
+            Remembered::Rejected(rejection.map_err(|_| (*offset, "the rejection of a command is not valid"))?)
+        };
+        if self.outcomes.find(header.key, header.correlation.0).is_none() {
+            self.outcomes.remember(header.key, header.correlation.0, outcome);
+        }
+        Ok(())
+    }
+}

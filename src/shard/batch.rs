@@ -1,0 +1,198 @@
+//! The appending of one batch: every event gets its version and its place, becomes a record, and changes its key's state.
+
+use crate::aggregate::Aggregate;
+use crate::clock::Nanos;
+use crate::error::FailureCause;
+use crate::event::{Event as _, Meta, Offset, Schemas, Sequence, ShardId, Time, Version};
+use crate::keys::{Entry, KeyTable};
+use crate::log::format::RecordHeader;
+use crate::log::writer::{Appender, Refused, Writer};
+use crate::producer::wall_time;
+use crate::ring::{NOT_DUE, Slot};
+use crate::view::ViewWriter;
+
+/// Events of one batch with one publish time.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Run {
+    pub(super) published: Nanos,
+    pub(super) late: Option<u32>,
+    pub(super) events: u32,
+    pub(super) end: u64,
+}
+
+/// A run of which the end is not known yet.
+#[derive(Debug, Clone, Copy)]
+struct RunBegun {
+    published: Nanos,
+    late: u32,
+    first: usize,
+}
+
+impl RunBegun {
+    /// The run without event number `next`, whose record begins at `end`; nothing if that leaves none.
+    fn until(&self, next: usize, end: Offset) -> Option<Run> {
+        let late = (self.late != NOT_DUE).then_some(self.late);
+        let run = Run { published: self.published, late, events: (next - self.first) as u32, end: end.0 };
+        (run.events > 0).then_some(run)
+    }
+}
+
+/// How many events ahead the key table is prefetched: a trip to memory is about this many appends long.
+const PREFETCH_AHEAD: usize = 16;
+
+/// What the appending of a batch touches, and nothing else.
+pub(super) struct Batch<'a, A: Aggregate> {
+    pub(super) writer: &'a mut Writer,
+    pub(super) keys: &'a mut KeyTable<A>,
+    pub(super) views: &'a mut [Box<dyn ViewWriter<A>>],
+    pub(super) runs: &'a mut Vec<Run>,
+    /// Where the events lie; for handlers only.
+    pub(super) placed: Option<&'a mut Vec<(Meta, usize)>>,
+    pub(super) schemas: &'a Schemas,
+    pub(super) shard: ShardId,
+    pub(super) now: Nanos,
+    pub(super) wall_offset: u64,
+    pub(super) bytes: u64,
+}
+
+/// Begins a batch of a shard. (A macro, because a function would borrow the whole of the shard, with the lanes that the
+/// batch comes from.)
+macro_rules! batch {
+    ($shard:expr) => {{
+        let mut batch = crate::shard::batch::Batch {
+            writer: &mut $shard.writer,
+            keys: &mut $shard.keys,
+            views: &mut $shard.views,
+            runs: &mut $shard.work.runs,
+            placed: if $shard.handlers.is_empty() { None } else { Some(&mut $shard.work.placed) },
+            schemas: &$shard.work.schemas,
+            shard: $shard.id,
+            now: $shard.clock.now(),
+            wall_offset: $shard.clock.wall_offset(),
+            bytes: 0,
+        };
+        batch.mark();
+        batch
+    }};
+}
+pub(super) use batch;
+
+impl<A: Aggregate> Batch<'_, A> {
+    /// When this batch is appended.
+    pub(super) fn time(&self) -> Time {
+        wall_time(self.now, self.wall_offset)
+    }
+
+    /// Notes in the log how far it had been synced.
+    #[inline]
+    pub(super) fn mark(&mut self) {
+        let time = self.time();
+        self.writer.mark(self.now, time);
+    }
+
+    /// Appends slots until one finds no room and there is no new segment yet. Returns how many it appended.
+    #[inline]
+    pub(super) fn append<'s>(
+        &mut self,
+        slots: impl ExactSizeIterator<Item = &'s Slot<A::Event>> + Clone,
+    ) -> Result<usize, FailureCause> {
+        let total = slots.len();
+        let mut appended = 0;
+        loop {
+            let mut rest = slots.clone();
+            if appended > 0 {
+                rest.nth(appended - 1);
+            }
+            appended += self.append_to_segment(rest)?;
+            let time = self.time();
+            if appended == total || self.writer.roll(time).is_err() {
+                return Ok(appended);
+            }
+        }
+    }
+
+    /// Appends slots until the current segment is full. Returns how many it appended.
+    #[inline]
+    fn append_to_segment<'s>(
+        &mut self,
+        slots: impl Iterator<Item = &'s Slot<A::Event>> + Clone,
+    ) -> Result<usize, FailureCause> {
+        // The table's slots of later keys are brought near while earlier events are appended.
+        let mut ahead = slots.clone();
+        ahead.by_ref().take(PREFETCH_AHEAD).for_each(|slot| self.keys.prefetch(slot.hash));
+        let first_sequence = self.writer.sequence();
+        let mut appender = self.writer.appender();
+        let begun = appender.offset().0;
+        let mut run = RunBegun { published: 0, late: NOT_DUE, first: 0 };
+        let (mut appended, mut refused) = (0, None);
+        for slot in slots {
+            if let Some(later) = ahead.next() {
+                self.keys.prefetch(later.hash);
+            }
+            let event_type = slot.event.event_type();
+            let Some(schema_version) = self.schemas.current(event_type) else {
+                refused = Some(FailureCause::UndeclaredType { key: slot.key.0, event_type });
+                break;
+            };
+            let offset = appender.offset();
+            if run.published != slot.published || run.late != slot.late {
+                self.runs.extend(run.until(appended, offset));
+                run = RunBegun { published: slot.published, late: slot.late, first: appended };
+            }
+            let mut known = self.keys.entry(slot.key, slot.hash);
+            let header = RecordHeader {
+                time: slot.event.time().unwrap_or_else(|| wall_time(slot.published, self.wall_offset)),
+                key: slot.key,
+                previous: known.head(),
+                event_type,
+                correlation: slot.event.correlation(),
+                version: Version(known.version().0 + 1),
+                schema_version,
+                more: false,
+            };
+            let meta = || header.meta(self.shard, offset, Sequence(first_sequence + appended as u64));
+            let len = match record(&mut appender, &header, &slot.event, meta, &mut known, self.views) {
+                Ok(len) => len,
+                Err(Refused::NeedsSegment) => break,
+                Err(Refused::TooLarge { bytes_max }) => {
+                    refused = Some(FailureCause::EventTooLarge { key: slot.key.0, bytes_max });
+                    break;
+                }
+            };
+            if let Some(placed) = &mut self.placed {
+                placed.push((meta(), len));
+            }
+            appended += 1;
+        }
+        let end = appender.finish();
+        self.runs.extend(run.until(appended, end));
+        self.bytes += end.0 - begun;
+        self.writer.advance(end, appended as u64);
+        refused.map_or(Ok(appended), Err)
+    }
+}
+
+/// Appends one event, changes its key's state by it, and lets the views see that. Returns the record's exact length.
+#[inline(always)]
+pub(super) fn record<A: Aggregate>(
+    appender: &mut Appender<'_>,
+    header: &RecordHeader,
+    event: &A::Event,
+    meta: impl Fn() -> Meta,
+    known: &mut Entry<'_, A>,
+    views: &mut [Box<dyn ViewWriter<A>>],
+) -> Result<usize, Refused> {
+    let offset = appender.offset();
+    let len = appender.append(header, event, |archived| {
+        if size_of::<A>() == 0 && views.is_empty() {
+            return;
+        }
+        let (state, meta) = (known.state(), meta());
+        state.evolve(archived, &meta);
+        for view in views {
+            view.changed(meta.key, state, &meta);
+        }
+    })?;
+    known.set(header.version, offset, header.time);
+    Ok(len)
+}

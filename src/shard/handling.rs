@@ -1,0 +1,103 @@
+//! The inline handlers of one shard over one batch, and what becomes of their errors.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use super::{Shard, panic_text};
+use crate::aggregate::Aggregate;
+use crate::error::FailureCause;
+use crate::event::{Meta, Offset};
+use crate::handler::{BatchEnd, HandlerError, OnError, Registered};
+use crate::log::format::RECORD_HEADER_BYTES;
+
+impl<A: Aggregate> Shard<A> {
+    /// Runs every inline handler over this batch.
+    pub(super) fn handle(&mut self, queue_depth: usize) -> Result<(), FailureCause> {
+        let placed = std::mem::take(&mut self.work.placed);
+        let end = BatchEnd { shard: self.id, events: placed.len(), queue_depth };
+        let mut handlers = std::mem::take(&mut self.handlers);
+        let outcome = handlers.iter_mut().try_for_each(|handler| self.run_handler(handler, &placed, &end));
+        self.handlers = handlers;
+        self.work.placed = placed;
+        self.work.placed.clear();
+        outcome
+    }
+
+    fn run_handler(
+        &self,
+        registered: &mut Registered<A::Event>,
+        placed: &[(Meta, usize)],
+        end: &BatchEnd,
+    ) -> Result<(), FailureCause> {
+        let mut next = 0;
+        while next < placed.len() {
+            // One catch per batch, not per event; `next` says where it stopped.
+            let outcome = catch_unwind(AssertUnwindSafe(|| -> Result<(), HandlerError> {
+                while let Some((meta, len)) = placed.get(next) {
+                    let Some(memory) = self.memory_of(meta.offset) else {
+                        return Err("the event's segment is gone".into());
+                    };
+                    let at = (meta.offset.0 % self.log.segment_bytes) as usize + RECORD_HEADER_BYTES;
+                    let Some(event) = memory.archived::<A::Event>(at, len - RECORD_HEADER_BYTES) else {
+                        return Err("the archive is not valid".into());
+                    };
+                    registered.handler.on_event(event, meta)?;
+                    next += 1;
+                }
+                Ok(())
+            }));
+            let error = match outcome {
+                Ok(Ok(())) => continue,
+                Ok(Err(error)) => error.to_string(),
+                Err(panic) => format!("panic: {}", panic_text(&*panic)),
+            };
+            self.on_handler_error(registered, Some(&placed[next].0), error)?;
+            next += 1;
+        }
+        let error = match catch_unwind(AssertUnwindSafe(|| registered.handler.on_batch_end(end))) {
+            Ok(Ok(())) => return Ok(()),
+            Ok(Err(error)) => error.to_string(),
+            Err(panic) => format!("panic: {}", panic_text(&*panic)),
+        };
+        self.on_handler_error(registered, None, error)
+    }
+
+    #[cold]
+    fn on_handler_error(
+        &self,
+        registered: &Registered<A::Event>,
+        meta: Option<&Meta>,
+        error: String,
+    ) -> Result<(), FailureCause> {
+        let offset = meta.map_or(Offset(self.log.appended.get()), |meta| meta.offset);
+        tracing::warn!(
+            handler = registered.name,
+            shard = self.id.0,
+            offset = offset.0,
+            error,
+            "an inline handler failed"
+        );
+        match registered.on_error {
+            OnError::Halt => Err(FailureCause::Handler { handler: registered.name.clone(), offset, error }),
+            OnError::Quarantine => {
+                self.counters.quarantined.add(1);
+                let event_id = meta.map(|meta| meta.id().to_string());
+                let line = serde_json::json!({ "handler": registered.name, "event_id": event_id, "shard": self.id.0, "offset": offset.0, "error": error });
+                let file = self.quarantine.join("handlers.jsonl");
+                self.storage
+                    .create_dir(&self.quarantine)
+                    .and_then(|()| self.storage.append(&file, format!("{line}\n").as_bytes()))
+                    .map_err(|source| FailureCause::Storage {
+                        action: "noting a quarantined event",
+                        source: std::sync::Arc::new(source),
+                    })
+            }
+        }
+    }
+
+    fn memory_of(&self, offset: Offset) -> Option<std::sync::Arc<crate::log::mmap::Memory>> {
+        match self.writer.current_memory() {
+            Some((base, memory)) if offset.0 >= base => Some(std::sync::Arc::clone(memory)),
+            _ => self.log.segment(self.log.segment_of(offset)).map(|segment| segment.memory),
+        }
+    }
+}
