@@ -21,6 +21,7 @@ use crate::log::segment::{Segment, ShardLog};
 use crate::log::storage::Storage;
 use crate::log::writer::{Prepared, PreparedQueue};
 use crate::metrics::Counters;
+use crate::snapshot::taker::CheckpointRequests;
 use crate::sync::{Arc, AtomicBool, Idle, Ordering, Signal};
 
 /// Requests to the keeper.
@@ -56,6 +57,8 @@ pub(crate) struct Kept {
     pub(crate) spare_number: u64,
     /// Freed, but somebody may still be reading them.
     pub(crate) retiring: Vec<(PathBuf, std::sync::Arc<Memory>)>,
+    /// Up to where the states are saved; nothing above is freed.
+    pub(crate) checkpoints: Arc<CheckpointRequests>,
     /// Segment and position up to which pages are present.
     pub(crate) prefaulted: (u64, usize),
     pub(crate) retry_at: Option<Instant>,
@@ -253,19 +256,29 @@ impl Keeper {
         };
         let durable =
             self.durability == Durability::OsCache || kept.log.durable.get() >= kept.log.first_offset(next.index).0;
-        if (over_bytes || over_age) && durable {
-            // The span first: after a crash in between, the file is surplus, not missing.
-            let span = Span { first: next.index, ..kept.span };
-            span.save(&*self.storage, &kept.log.dir)?;
-            kept.span = span;
-            drop((oldest, next));
-            if let Some(freed) = kept.log.pop_oldest() {
-                kept.retiring.push((kept.log.segment_path(freed.index), freed.memory));
-                kept.counters.segments_freed.add(1);
-            }
-            worked = true;
-            self.reuse_retired(i)?;
+        if !((over_bytes || over_age) && durable) {
+            return Ok(worked);
         }
+        // What the freed events had made of their keys must not go with them.
+        let freed_to = kept.log.first_offset(next.index).0;
+        if kept.checkpoints.covered() < freed_to {
+            if kept.checkpoints.begun() < freed_to {
+                kept.checkpoints.ask();
+                kept.shard_signal.notify();
+            }
+            return Ok(worked);
+        }
+        // The span first: after a crash in between, the file is surplus, not missing.
+        let span = Span { first: next.index, ..kept.span };
+        span.save(&*self.storage, &kept.log.dir)?;
+        kept.span = span;
+        drop((oldest, next));
+        if let Some(freed) = kept.log.pop_oldest() {
+            kept.retiring.push((kept.log.segment_path(freed.index), freed.memory));
+            kept.counters.segments_freed.add(1);
+        }
+        worked = true;
+        self.reuse_retired(i)?;
         Ok(worked)
     }
 
