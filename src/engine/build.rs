@@ -30,8 +30,8 @@ use crate::view::{Place, Position, View, ViewWriter};
 
 /// Slots for runs of events between a shard and its syncer.
 const SYNC_MARKS: usize = 1 << 16;
-/// Slots for chunks of saved states between a shard and the snapshotter, and back.
-const SNAPSHOT_CHUNKS: usize = 64;
+/// Chunks of saved states that go between a shard and the snapshotter: 512 KiB.
+const SNAPSHOT_CHUNKS: usize = 8;
 
 /// What every shard is built from.
 pub(super) struct Context<'a, A: Aggregate> {
@@ -100,8 +100,9 @@ impl<A: Aggregate> Context<'_, A> {
         let (marks_tx, marks_rx) = rtrb::RingBuffer::<SyncMark>::new(SYNC_MARKS);
         let checkpoints = Arc::new(CheckpointRequests::new());
         checkpoints.covered.store(saved.covered.0, Ordering::Release);
-        let (messages_tx, messages) = rtrb::RingBuffer::<Message>::new(SNAPSHOT_CHUNKS);
-        let (used, used_rx) = rtrb::RingBuffer::<Chunk>::new(SNAPSHOT_CHUNKS);
+        let (messages_tx, messages) = rtrb::RingBuffer::<Message>::new(2 * SNAPSHOT_CHUNKS);
+        let (mut used, used_rx) = rtrb::RingBuffer::<Chunk>::new(SNAPSHOT_CHUNKS);
+        while used.push(Chunk::new()).is_ok() {}
         let store = std::sync::Arc::new(saved.store);
         let taker = Taker::new::<A>(
             config.snapshot_every,

@@ -136,6 +136,8 @@ impl Opening<'_> {
         let earliest = Span::load(self.storage, self.dir)?.map_or(0, |span| span.first);
         let earliest = Offset(earliest * self.manifest.segment_bytes + HEADER_BYTES as u64);
         let has_lost_the_beginning = earliest.0 > HEADER_BYTES as u64;
+        // A folder that is not there is an error before anything else is looked for in it.
+        self.names()?;
         let mut torn_tail = None;
         let mut found = None;
         let candidates = load::candidates(self.storage, self.dir, self.shard).map_err(io)?;

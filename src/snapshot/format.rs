@@ -260,10 +260,6 @@ impl Chunk {
         (self.used, self.entries) = (0, 0);
     }
 
-    pub(crate) fn is_empty(&self) -> bool {
-        self.used == 0
-    }
-
     /// Whether it should be sent before more is added.
     pub(crate) fn is_full(&self) -> bool {
         self.used > CHUNK_BYTES - CHUNK_BYTES / 4

@@ -116,8 +116,10 @@ impl Snapshotter {
 impl Sources {
     fn take(&mut self, storage: &dyn Storage, message: Message) {
         match message {
-            Message::Snapshots(chunk) => {
-                if let Err(error) = self.snapshots(storage, chunk) {
+            Message::Snapshots(mut chunk) => {
+                let written = self.snapshots(storage, &mut chunk);
+                self.give_back(chunk);
+                if let Err(error) = written {
                     tracing::warn!(shard = self.log.shard.0, %error, "snapshots could not be written; what they saved stays in the log");
                     self.snapshots = None;
                     self.retry_at = Some(Instant::now() + RETRY);
@@ -153,10 +155,9 @@ impl Sources {
         }
     }
 
-    fn snapshots(&mut self, storage: &dyn Storage, mut chunk: Chunk) -> io::Result<()> {
+    fn snapshots(&mut self, storage: &dyn Storage, chunk: &mut Chunk) -> io::Result<()> {
         if self.retry_at.is_some_and(|at| Instant::now() < at) {
             self.requests.skipped.fetch_add(chunk.entries, Ordering::Relaxed);
-            self.give_back(chunk);
             return Ok(());
         }
         let mut writing = match self.snapshots.take().filter(|writing| writing.held.bytes < FILE_BYTES) {
@@ -166,10 +167,9 @@ impl Sources {
                 self.begin(storage, Kind::Snapshots, path, Offset(0), Sequence(0), crate::clock::wall_now())?
             }
         };
-        let saved = writing.append(&mut chunk, self.indexed)?;
+        let saved = writing.append(chunk, self.indexed)?;
         self.store.add(writing.held.clone(), saved);
         self.snapshots = Some(writing);
-        self.give_back(chunk);
         Ok(())
     }
 
@@ -265,9 +265,11 @@ impl Sources {
         self.requests.waiting.reached(settled);
     }
 
-    fn give_back(&mut self, chunk: Chunk) {
-        // Where the shard has enough of them, this one is freed.
-        drop(self.used.push(chunk));
+    fn give_back(&mut self, mut chunk: Chunk) {
+        chunk.clear();
+        if self.used.push(chunk).is_err() {
+            unreachable!("there is a place for every chunk");
+        }
     }
 }
 

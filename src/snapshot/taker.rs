@@ -118,6 +118,8 @@ impl Every {
 /// Buckets of the key table that one turn saves: while there is other work, and while there is none.
 const WALK_BUSY: usize = 64;
 const WALK_IDLE: usize = 1024;
+/// Messages that one step may send.
+const SLOTS_OF_A_STEP: usize = 4;
 /// A chunk with snapshots is sent at the latest so many turns after its first one.
 const TURNS_MAX: u32 = 64;
 
@@ -128,9 +130,10 @@ pub(crate) struct Taker {
     requests: Arc<CheckpointRequests>,
     snapshotter: std::sync::Arc<Signal>,
     messages: rtrb::Producer<Message>,
-    /// Chunks whose content is written.
+    /// Empty chunks: their number is fixed, and so is their memory.
     used: rtrb::Consumer<Chunk>,
-    chunk: Chunk,
+    /// Being filled with snapshots.
+    chunk: Option<Chunk>,
     turns: u32,
     scratch: Scratch,
     walk: Option<Walk>,
@@ -156,7 +159,7 @@ impl Taker {
             snapshotter,
             messages,
             used,
-            chunk: Chunk::new(),
+            chunk: None,
             turns: 0,
             scratch: Scratch::new(1 << 20),
             walk: None,
@@ -174,20 +177,25 @@ impl Taker {
     /// Saves the state of one key.
     #[cold]
     pub(crate) fn take<A: Aggregate>(&mut self, slot: &Slot<A>) {
-        if self.chunk.is_full() {
+        if self.chunk.as_ref().is_some_and(Chunk::is_full) {
             self.send_snapshots();
         }
-        if self.chunk.is_full() || !self.chunk.add(slot, [].iter(), &mut self.scratch) {
+        if self.chunk.is_none() {
+            self.chunk = self.used.pop().ok();
+        }
+        let scratch = &mut self.scratch;
+        if !self.chunk.as_mut().is_some_and(|chunk| !chunk.is_full() && chunk.add(slot, [].iter(), scratch)) {
             self.requests.skipped.fetch_add(1, Ordering::Relaxed);
         }
     }
 
     fn send_snapshots(&mut self) {
-        if !self.messages.is_full() {
-            let chunk = std::mem::replace(&mut self.chunk, fresh(&mut self.used));
+        self.turns = 0;
+        if !self.messages.is_full()
+            && let Some(chunk) = self.chunk.take()
+        {
             self.send(Message::Snapshots(chunk));
         }
-        self.turns = 0;
     }
 
     fn send(&mut self, message: Message) {
@@ -199,7 +207,9 @@ impl Taker {
 
     /// Whether there is something to do although no event comes.
     pub(crate) fn has_work(&self) -> bool {
-        (self.requests.is_wanted() || self.walk.is_some() || !self.chunk.is_empty()) && !self.messages.is_full()
+        let can_walk = !self.used.is_empty() && self.messages.slots() >= SLOTS_OF_A_STEP;
+        ((self.requests.is_wanted() || self.walk.is_some()) && can_walk)
+            || (self.chunk.is_some() && !self.messages.is_full())
     }
 
     /// A bounded piece of work at the end of a turn, when everything appended is published: `appended` is the end of the log
@@ -212,7 +222,7 @@ impl Taker {
         (appended, sequence, time): (Offset, Sequence, Time),
         is_busy: bool,
     ) -> bool {
-        if !self.chunk.is_empty() {
+        if self.chunk.is_some() {
             self.turns += 1;
             if !is_busy || self.turns >= TURNS_MAX {
                 self.send_snapshots();
@@ -233,10 +243,11 @@ impl Taker {
         (appended, sequence, time): (Offset, Sequence, Time),
         is_busy: bool,
     ) -> bool {
-        // Room for what this step may send; otherwise in a later turn.
-        if self.messages.slots() < 4 {
+        // Otherwise in a later turn.
+        if self.messages.slots() < SLOTS_OF_A_STEP {
             return false;
         }
+        let Ok(mut chunk) = self.used.pop() else { return false };
         let mut walk = match self.walk {
             Some(walk) => walk,
             None => {
@@ -244,15 +255,12 @@ impl Taker {
                 self.requests.begun.store(appended.0, Ordering::Release);
                 self.begun_at = appended.0;
                 // What was saved before belongs before it.
-                if !self.chunk.is_empty() {
-                    self.send_snapshots();
-                }
+                self.send_snapshots();
                 self.is_whole = true;
                 self.send(Message::Begin { start: appended, sequence, time });
                 Walk::default()
             }
         };
-        let mut chunk = fresh(&mut self.used);
         let mut next = None;
         let mut left = if is_busy { WALK_BUSY } else { WALK_IDLE };
         while left > 0 && !chunk.is_full() {
@@ -267,24 +275,11 @@ impl Taker {
             left -= count;
         }
         self.walk = next;
-        if !chunk.is_empty() {
-            self.send(Message::Checkpoint(chunk));
-        }
+        self.send(Message::Checkpoint(chunk));
         if self.walk.is_none() {
             self.send(Message::End { log_end: appended, is_whole: self.is_whole });
         }
         true
-    }
-}
-
-/// A chunk to be filled: one that is written, or a new one.
-fn fresh(used: &mut rtrb::Consumer<Chunk>) -> Chunk {
-    match used.pop() {
-        Ok(mut chunk) => {
-            chunk.clear();
-            chunk
-        }
-        Err(_) => Chunk::new(),
     }
 }
 
