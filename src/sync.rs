@@ -217,6 +217,11 @@ impl Idle {
         Self { wait, rounds: 0, spins: 0 }
     }
 
+    /// One that sleeps whenever there is nothing to do.
+    pub(crate) fn sleepy() -> Self {
+        Self { wait: Wait::Park, rounds: SPINS + YIELDS, spins: 0 }
+    }
+
     #[inline]
     pub(crate) fn reset(&mut self) {
         self.rounds = 0;

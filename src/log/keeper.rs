@@ -246,6 +246,7 @@ impl Keeper {
         let mut worked = self.reuse_retired(i)?;
         let kept = &mut self.shards[i];
         let Some((oldest, next)) = kept.log.oldest_two() else { return Ok(worked) };
+        Self::ask_ahead(kept, self.retention.bytes_max);
         let over_bytes =
             self.retention.bytes_max.is_some_and(|max| kept.log.segments_len() as u64 * kept.log.segment_bytes > max);
         let over_age = match self.retention.age_max {
@@ -280,6 +281,20 @@ impl Keeper {
         worked = true;
         self.reuse_retired(i)?;
         Ok(worked)
+    }
+
+    /// Asks for the checkpoint that the next freeing needs when the segment being written is half full: when it is full, what is
+    /// freed can be written again at once, and no new file is needed in between.
+    fn ask_ahead(kept: &Kept, bytes_max: Option<u64>) {
+        let log = &kept.log;
+        let (appended, held) = (log.appended.get(), log.segments_len() as u64);
+        let Some(over) = bytes_max.and_then(|max| (held + 1).checked_sub(max / log.segment_bytes)) else { return };
+        let freed_to = log.earliest().0 + over * log.segment_bytes;
+        let is_half_full = appended % log.segment_bytes >= log.segment_bytes / 2;
+        if over > 0 && is_half_full && kept.checkpoints.begun() < freed_to && appended >= freed_to {
+            kept.checkpoints.ask();
+            kept.shard_signal.notify();
+        }
     }
 
     /// Removes one file too many of those that recovery found.

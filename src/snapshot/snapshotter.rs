@@ -7,7 +7,7 @@ use std::io;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use crate::config::{Durability, Wait};
+use crate::config::Durability;
 use crate::event::{Key, Offset, Sequence, Time};
 use crate::log::keeper::KeeperRequests;
 use crate::log::segment::ShardLog;
@@ -71,11 +71,11 @@ pub(crate) struct Snapshotter {
 impl Snapshotter {
     /// Runs until the engine ends and everything that was sent is written.
     pub(crate) fn run(mut self) {
-        let mut idle = Idle::new(Wait::Park);
+        // Nobody waits for it, so it never spins: the core is for those who are waited for.
+        let mut idle = Idle::sleepy();
         loop {
             let ending = self.requests.ending.load(Ordering::SeqCst);
             if self.step(ending) {
-                idle.reset();
                 continue;
             }
             if ending {
@@ -103,7 +103,7 @@ impl Snapshotter {
             if shard.finishing.is_none()
                 && let Ok(message) = shard.messages.pop()
             {
-                shard.take(&*self.storage, message);
+                shard.take(&*self.storage, message, syncs);
                 // A shard that found the ring full goes on when it is woken.
                 shard.shard_signal.notify();
                 worked = true;
@@ -114,7 +114,7 @@ impl Snapshotter {
 }
 
 impl Sources {
-    fn take(&mut self, storage: &dyn Storage, message: Message) {
+    fn take(&mut self, storage: &dyn Storage, message: Message, syncs: bool) {
         match message {
             Message::Snapshots(mut chunk) => {
                 let written = self.snapshots(storage, &mut chunk);
@@ -147,7 +147,10 @@ impl Sources {
             }
             Message::End { log_end, is_whole } => match self.checkpoint.take() {
                 Some(writing) if is_whole => {
-                    self.syncer.flush(log_end.0);
+                    // Left to the system's cache, the log stays there, and the checkpoint says so.
+                    if syncs {
+                        self.syncer.flush(log_end.0);
+                    }
                     self.finishing = Some((writing, log_end));
                 }
                 _ => self.failed(&io::Error::other("the checkpoint is not whole")),
