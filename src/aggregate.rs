@@ -165,13 +165,7 @@ pub struct Emit<E> {
 
 impl<E> Emit<E> {
     pub(crate) fn new() -> Self {
-        Self {
-            events: Vec::new(),
-            key: Key(0),
-            version: Version(0),
-            now: Time(0),
-            correlation: Correlation(0),
-        }
+        Self { events: Vec::new(), key: Key(0), version: Version(0), now: Time(0), correlation: Correlation(0) }
     }
 
     /// Adds an event. All events of one command are appended together, in this order, after the decision has been made.
