@@ -216,6 +216,7 @@ impl Ranking {
     fn remove(&mut self, rank: Rank) {
         if self.is_above_floor(rank) {
             let at = self.best.partition_point(|better| *better > rank);
+            assert!(self.best.get(at) == Some(&rank), "above the floor is exactly what the list holds");
             self.best.remove(at);
             self.is_news |= at < self.places;
         }

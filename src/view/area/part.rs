@@ -131,7 +131,7 @@ impl Players {
     }
 
     /// Scans the cells, then looks again at who moved meanwhile. `false`: too much did.
-    fn by_cell(&self, circle: &Circle, found: &mut Vec<Found>) -> bool {
+    pub(super) fn by_cell(&self, circle: &Circle, found: &mut Vec<Found>) -> bool {
         let before = found.len();
         let start = self.journal.start();
         let mut moved = Vec::new();
@@ -188,7 +188,7 @@ impl Players {
     }
 
     /// Goes through all players: slow, and sure to end.
-    fn by_player(&self, circle: &Circle, found: &mut Vec<Found>) {
+    pub(super) fn by_player(&self, circle: &Circle, found: &mut Vec<Found>) {
         // Acquire: pairs with the Release in `set_player`.
         let count = self.players_count.load(Ordering::Acquire);
         let players = (0..count).filter_map(|number| self.player(number));
