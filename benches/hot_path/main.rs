@@ -9,6 +9,7 @@
 //! All use one 48-byte event, so that figures of parts can be added up. `perf/README.md` says how to compare.
 
 mod append;
+mod area;
 mod codec;
 mod end_to_end;
 mod game;
@@ -32,6 +33,7 @@ criterion_group!(
     replay::benches,
     end_to_end::benches,
     gate::benches,
-    lanes::benches
+    lanes::benches,
+    area::benches
 );
 criterion_main!(benches);

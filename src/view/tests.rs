@@ -159,14 +159,19 @@ proptest! {
         let mut writers = Shards::open(&view, shards);
         let mut scores = HashMap::new();
         let mut random = SmallRng::seed_from_u64(seed);
-        for step in 0..3_000 {
+        for key in 0..keys {
+            let score = random.random_range(-50..50);
+            writers.change(key, &numbered(score));
+            scores.insert(key, score);
+        }
+        writers.publish(0, Time(0));
+        for step in 0..2_000 {
             // The best fall most often: that is what empties the list.
             let best = view.top(places);
-            let (key, score) = match random.random_range(0..4) {
+            let (key, score) = match random.random_range(0..10) {
                 0 => (random.random_range(0..keys), random.random_range(-50..50)),
                 1 => (random.random_range(0..keys), *[i64::MIN, i64::MAX, 0].get(step % 3).unwrap_or(&0)),
-                _ if best.is_empty() => (0, 0),
-                _ => (best[random.random_range(0..best.len())].key.0, random.random_range(-60..-40)),
+                _ => (best[random.random_range(0..best.len())].key.0, random.random_range(-90..-50)),
             };
             writers.change(key, &numbered(score));
             scores.insert(key, score);
@@ -288,6 +293,8 @@ fn a_second_engine_begins_anew() {
     assert_eq!((reader.get(Key(7)), reader.get(Key(100))), (Ok(None), Ok(Some(1))));
     assert_eq!((top(&board, 5), status.get().total), (vec![(100, 1), (101, 1), (102, 1)], 3));
     assert_eq!(by_id.positions().len(), 2);
+    let _third = by_id.writer(&Place::new(ShardId(0), 3, 0));
+    assert_eq!(by_id.positions().len(), 1, "shards of another count are gone as soon as it is known");
 }
 
 #[test]

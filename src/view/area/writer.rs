@@ -1,6 +1,6 @@
 //! The shard's side of an area: puts players into cells, moves them and takes them out.
 //!
-//! Every change of a player's block is noted first and settled last; what a reader looks at again (the player by
+//! Every way of a player into another block is noted first and settled last; what a reader looks at again (the player by
 //! number) is right before the first block changes.
 
 use super::part::{BLOCK, Players};
@@ -85,9 +85,9 @@ impl<A: Aggregate> Writer<A> {
         self.part.journal.settle();
     }
 
+    /// Not noted: who leaves cannot be met twice, except by coming back, which is noted.
     fn leave(&mut self, number: u32, key: Key) {
         let Some(spot) = self.places[number as usize].take() else { return };
-        self.part.journal.note(number);
         self.part.set_player(number, Found { key, x: f64::NAN, y: f64::NAN });
         self.take_out(spot);
         self.part.journal.settle();
