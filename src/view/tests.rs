@@ -293,6 +293,9 @@ fn a_second_engine_begins_anew() {
     assert_eq!((reader.get(Key(7)), reader.get(Key(100))), (Ok(None), Ok(Some(1))));
     assert_eq!((top(&board, 5), status.get().total), (vec![(100, 1), (101, 1), (102, 1)], 3));
     assert_eq!(by_id.positions().len(), 2);
+    second = views.map(|view| Shards::open(view, 2));
+    second.iter_mut().for_each(|shards| show(shards, 103..104));
+    assert_eq!((reader.get(Key(100)), top(&board, 5), status.get().total), (Ok(None), vec![(103, 1)], 1));
     let _third = by_id.writer(&Place::new(ShardId(0), 3, 0));
     assert_eq!(by_id.positions().len(), 1, "shards of another count are gone as soon as it is known");
 }

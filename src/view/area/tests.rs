@@ -203,6 +203,29 @@ fn who_moves_between_blocks_of_a_crowd_is_found_once() {
     query_while_moving(25.0, Duration::from_millis(1_500));
 }
 
+/// Two cells with a full block each, and one player that takes the only other block from cell to cell with it.
+#[test]
+fn a_block_that_goes_to_another_cell_takes_no_reader_along() {
+    const STAY: u64 = 2 * part::BLOCK as u64;
+    let area = area((0.0, 0.0, 100.0, 100.0), 50.0);
+    let mut shards = Shards::open(&area, 1);
+    (0..=STAY).for_each(|key| shards.change(key, &at(if key % 2 == 0 { 25.0 } else { 75.0 }, 25.0)));
+    let until = Instant::now() + Duration::from_millis(1_500);
+    thread::scope(|scope| {
+        scope.spawn(move || {
+            while Instant::now() < until {
+                (0..1_000).for_each(|_| [75.0, 25.0].iter().for_each(|x| shards.change(STAY, &at(*x, 25.0))));
+            }
+        });
+        let mut found = Vec::new();
+        while Instant::now() < until {
+            area.within_into(50.0, 25.0, 30.0, &mut found);
+            found.sort_unstable_by_key(|found| found.key);
+            assert!(found.iter().map(|found| found.key.0).eq(0..=STAY), "{found:?}");
+        }
+    });
+}
+
 #[test]
 fn a_second_engine_begins_anew() {
     let area = area((0.0, 0.0, 10.0, 10.0), 1.0);
