@@ -1,11 +1,8 @@
 //! By id: one value per key, read from any thread.
 //!
-//! One writer per part: its shard. Values lie in slots that never move, each under a version of its own. The index from
-//! key to slot is levels of open-addressing tables, each twice as large as the one before: new keys go into the newest,
-//! so nothing is ever rehashed and an entry, once written, stays as it is.
+//! One writer per part: its shard. Values lie in slots that never move, each under a version of its own.
 
 use std::fmt;
-use std::sync::OnceLock;
 
 use rkyv::util::AlignedVec;
 
@@ -13,6 +10,7 @@ use crate::aggregate::{Aggregate, Stored};
 use crate::event::{Key, Meta, Scratch, ShardId};
 use crate::sync::{Arc, AtomicU64, Ordering, SeqLock};
 use crate::view::grow::Grow;
+use crate::view::index::Index;
 use crate::view::parts::{Part, Parts, Progress};
 use crate::view::{Place, Position, View, ViewWriter};
 
@@ -97,7 +95,7 @@ impl<A: Aggregate, V: Stored> View<A> for ById<A, V> {
         archive.resize(bytes_max, 0);
         // What rkyv sets aside for the parts of a value is of the size of their pointers, whatever their archives are.
         let scratch = Scratch::new(bytes_max * 4 + 1024);
-        Box::new(Writer { view: Arc::clone(&self.0), part, keys: 0, archive, scratch })
+        Box::new(Writer { view: Arc::clone(&self.0), part, archive, scratch })
     }
 }
 
@@ -198,93 +196,9 @@ impl Chunk {
     }
 }
 
-/// More than the address space holds.
-const LEVELS: usize = 40;
-const FIRST_MIN: usize = 1024;
-
-/// From keys to slots.
-#[derive(Debug)]
-struct Index {
-    levels: [OnceLock<Box<[Entry]>>; LEVELS],
-    /// Entries of the first level, a power of two.
-    first: usize,
-    /// The newest level.
-    newest: AtomicU64,
-}
-
-/// Written once.
-#[derive(Debug)]
-struct Entry {
-    key: AtomicU64,
-    /// 1 + the slot; 0: the entry is free.
-    slot: AtomicU64,
-}
-
-impl Index {
-    fn with_room(keys: usize) -> Self {
-        let first = (keys + keys / 2).next_power_of_two().max(FIRST_MIN);
-        let index = Self { levels: [const { OnceLock::new() }; LEVELS], first, newest: AtomicU64::new(0) };
-        index.level(0);
-        index
-    }
-
-    fn level(&self, number: usize) -> &[Entry] {
-        let free = || Entry { key: AtomicU64::new(0), slot: AtomicU64::new(0) };
-        self.levels[number].get_or_init(|| (0..self.first << number).map(|_| free()).collect())
-    }
-
-    #[inline]
-    fn find(&self, key: Key) -> Option<usize> {
-        // Acquire: pairs with the Release in `add`.
-        let newest = self.newest.load(Ordering::Acquire) as usize;
-        let levels = self.levels[..=newest].iter().rev().filter_map(OnceLock::get);
-        levels.into_iter().find_map(|level| find(level, key).ok())
-    }
-
-    /// Only the one writer calls this, with keys that are not in and a slot that has its value.
-    fn add(&self, key: Key, slot: usize) {
-        let mut newest = self.newest.load(Ordering::Relaxed) as usize;
-        // Before a level there are others of nearly its size; each is left when three quarters full.
-        let before: usize = (0..newest).map(|number| room(self.first << number)).sum();
-        if slot - before >= room(self.first << newest) {
-            newest += 1;
-            self.level(newest);
-            // Release: pairs with the Acquire in `find`: who sees the number sees the level.
-            self.newest.store(newest as u64, Ordering::Release);
-        }
-        let level = self.level(newest);
-        if let Err(free) = find(level, key) {
-            level[free].key.store(key.0, Ordering::Relaxed);
-            // Release: pairs with the Acquire in `find` below: who sees the slot sees the key and the value.
-            level[free].slot.store(slot as u64 + 1, Ordering::Release);
-        }
-    }
-}
-
-/// Keys that a level of so many entries takes.
-fn room(entries: usize) -> usize {
-    entries / 4 * 3
-}
-
-/// The slot of `key` in a level that is never full, or the entry that is free for it.
-#[inline]
-fn find(level: &[Entry], key: Key) -> Result<usize, usize> {
-    let mask = level.len() - 1;
-    let mut at = key.hash() as usize & mask;
-    loop {
-        // Acquire: pairs with the Release in `Index::add`.
-        match level[at].slot.load(Ordering::Acquire) {
-            0 => return Err(at),
-            slot if level[at].key.load(Ordering::Relaxed) == key.0 => return Ok(slot as usize - 1),
-            _ => at = (at + 1) & mask,
-        }
-    }
-}
-
 struct Writer<A, V> {
     view: Arc<Inner<A, V>>,
     part: Arc<Values>,
-    keys: usize,
     archive: AlignedVec<16>,
     scratch: Scratch,
 }
@@ -296,9 +210,9 @@ impl<A: Aggregate, V: Stored> Writer<A, V> {
         if let Some(slot) = self.part.index.find(key) {
             self.part.set(slot, archive);
         } else {
-            self.part.set(self.keys, archive);
-            self.part.index.add(key, self.keys);
-            self.keys += 1;
+            let slot = self.part.index.len();
+            self.part.set(slot, archive);
+            self.part.index.add(key);
         }
     }
 }

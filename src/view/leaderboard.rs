@@ -10,7 +10,7 @@ use std::fmt;
 use crate::aggregate::Aggregate;
 use crate::event::{Key, Meta, ShardId};
 use crate::sync::{Arc, AtomicU64, Ordering, SeqLock};
-use crate::view::numbers::Numbers;
+use crate::view::index::Index;
 use crate::view::parts::{Part, Parts, Progress};
 use crate::view::{Place, Position, View, ViewWriter};
 
@@ -155,9 +155,9 @@ const LIST_MIN: usize = 256;
 /// One shard's scores, and the best of them.
 #[derive(Debug)]
 struct Ranking {
-    numbers: Numbers,
+    numbers: Index,
     /// By number.
-    scores: Vec<i64>,
+    scores: Vec<Rank>,
     /// Best first; at most `best_max`, but twice as long while it is made anew.
     best: Vec<Rank>,
     best_max: usize,
@@ -172,7 +172,7 @@ impl Ranking {
     fn new(places: usize, keys_expected: usize) -> Self {
         let best_max = (places * SPARE).max(LIST_MIN);
         Self {
-            numbers: Numbers::with_room(keys_expected),
+            numbers: Index::with_room(keys_expected),
             scores: Vec::with_capacity(keys_expected),
             best: Vec::with_capacity(best_max * 2),
             best_max,
@@ -187,12 +187,12 @@ impl Ranking {
         let new = Rank { score, key: Reverse(key) };
         let Some(number) = self.numbers.find(key) else {
             self.numbers.add(key);
-            self.scores.push(score);
+            self.scores.push(new);
             return self.insert(new);
         };
-        let old = std::mem::replace(&mut self.scores[number as usize], score);
-        if old != score {
-            self.remove(Rank { score: old, key: Reverse(key) });
+        let old = std::mem::replace(&mut self.scores[number], new);
+        if old != new {
+            self.remove(old);
             self.insert(new);
         }
     }
@@ -243,10 +243,9 @@ impl Ranking {
         self.best.clear();
         self.floor = Some(LOWEST);
         self.is_news = true;
-        for (key, number) in self.numbers.iter() {
-            let rank = Rank { score: self.scores[number as usize], key: Reverse(key) };
-            if self.floor.is_some_and(|floor| rank >= floor) {
-                self.best.push(rank);
+        for rank in &self.scores {
+            if self.floor.is_some_and(|floor| *rank >= floor) {
+                self.best.push(*rank);
             }
             if self.best.len() == self.best_max * 2 {
                 self.best.select_nth_unstable_by_key(self.best_max - 1, |rank| Reverse(*rank));

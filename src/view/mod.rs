@@ -12,8 +12,8 @@
 mod area;
 mod by_id;
 mod grow;
+mod index;
 mod leaderboard;
-mod numbers;
 mod parts;
 mod status;
 

@@ -8,7 +8,7 @@ use std::fmt;
 use crate::aggregate::Aggregate;
 use crate::event::{Key, Meta, Sequence, ShardId, Time};
 use crate::sync::{Arc, AtomicU64, Ordering, SeqLock};
-use crate::view::numbers::Numbers;
+use crate::view::index::Index;
 use crate::view::parts::Parts;
 use crate::view::{Place, Position, View, ViewWriter};
 
@@ -94,7 +94,7 @@ impl<A: Aggregate> ServerStatus<A> {
 impl<A: Aggregate> View<A> for ServerStatus<A> {
     fn writer(&self, place: &Place) -> Box<dyn ViewWriter<A>> {
         let part = self.0.parts.begin(place, Figures::new());
-        let numbers = Numbers::with_room(place.keys_expected);
+        let numbers = Index::with_room(place.keys_expected);
         let presences = Vec::with_capacity(place.keys_expected);
         Box::new(Writer { view: Arc::clone(&self.0), part, numbers, presences, changed: 0, tally: Tally::default() })
     }
@@ -198,7 +198,7 @@ impl Figures {
 struct Writer<A> {
     view: Arc<Inner<A>>,
     part: Arc<Figures>,
-    numbers: Numbers,
+    numbers: Index,
     /// By number.
     presences: Vec<Presence>,
     /// Events since the last position.
@@ -210,7 +210,7 @@ impl<A: Aggregate> Writer<A> {
     fn put(&mut self, key: Key, state: &A) {
         let presence = (self.view.presence_of)(state);
         let before = match self.numbers.find(key) {
-            Some(number) => std::mem::replace(&mut self.presences[number as usize], presence),
+            Some(number) => std::mem::replace(&mut self.presences[number], presence),
             None => {
                 self.numbers.add(key);
                 self.presences.push(presence);

@@ -42,28 +42,29 @@ pub(super) struct Cell {
     pub(super) head: AtomicU32,
 }
 
-/// Players of one cell, `x` and `y` as bits.
+/// A player, `x` and `y` as bits.
+#[derive(Debug)]
+struct Entry {
+    key: AtomicU64,
+    x: AtomicU64,
+    y: AtomicU64,
+}
+
+/// Players of one cell.
 #[derive(Debug)]
 pub(super) struct Block {
     pub(super) lock: SeqLock,
     pub(super) count: AtomicU32,
     /// As [`Cell::head`]: the next block of the cell.
     pub(super) next: AtomicU32,
-    keys: [AtomicU64; BLOCK],
-    xs: [AtomicU64; BLOCK],
-    ys: [AtomicU64; BLOCK],
+    entries: [Entry; BLOCK],
     /// Only the writer reads these.
     numbers: [AtomicU32; BLOCK],
 }
 
 /// Where a player is now. In no area: `x` is NaN.
 #[derive(Debug)]
-struct Player {
-    lock: SeqLock,
-    key: AtomicU64,
-    x: AtomicU64,
-    y: AtomicU64,
-}
+struct Player(SeqLock, Entry);
 
 impl Players {
     pub(super) fn new(grid: Grid) -> Self {
@@ -103,9 +104,10 @@ impl Players {
     /// Only the one writer calls this.
     #[inline]
     pub(super) fn set_player(&self, number: u32, found: Found) {
-        let make = || (0..PLAYERS_CHUNK).map(|_| Player::new()).collect();
+        let make = || (0..PLAYERS_CHUNK).map(|_| Player(SeqLock::new(), Entry::new())).collect();
         let chunk = self.players.get_or_make(number as usize / PLAYERS_CHUNK, make);
-        chunk[number as usize % PLAYERS_CHUNK].set(found);
+        let Player(lock, entry) = &chunk[number as usize % PLAYERS_CHUNK];
+        lock.write(|| entry.set(found));
         if number >= self.players_count.load(Ordering::Relaxed) {
             // Release: pairs with the Acquire in `by_player`: who sees the count sees the player.
             self.players_count.store(number + 1, Ordering::Release);
@@ -115,7 +117,8 @@ impl Players {
     #[inline]
     pub(super) fn player(&self, number: u32) -> Option<Found> {
         let chunk = self.players.get(number as usize / PLAYERS_CHUNK)?;
-        Some(chunk[number as usize % PLAYERS_CHUNK].get())
+        let Player(lock, entry) = &chunk[number as usize % PLAYERS_CHUNK];
+        Some(lock.read(|| entry.get()))
     }
 
     /// Adds the players within `circle`.
@@ -208,9 +211,7 @@ impl Block {
             lock: SeqLock::new(),
             count: AtomicU32::new(0),
             next: AtomicU32::new(0),
-            keys: std::array::from_fn(|_| AtomicU64::new(0)),
-            xs: std::array::from_fn(|_| AtomicU64::new(0)),
-            ys: std::array::from_fn(|_| AtomicU64::new(0)),
+            entries: std::array::from_fn(|_| Entry::new()),
             numbers: std::array::from_fn(|_| AtomicU32::new(0)),
         }
     }
@@ -233,26 +234,20 @@ impl Block {
     }
 
     #[inline]
-    fn at(&self, at: usize) -> Found {
-        Found {
-            key: Key(self.keys[at].load(Ordering::Relaxed)),
-            x: f64::from_bits(self.xs[at].load(Ordering::Relaxed)),
-            y: f64::from_bits(self.ys[at].load(Ordering::Relaxed)),
-        }
+    pub(super) fn at(&self, at: usize) -> Found {
+        self.entries[at].get()
     }
 
     /// Only the one writer calls this and what follows; this within [`SeqLock::write`].
     #[inline]
     pub(super) fn set(&self, at: usize, number: u32, player: Found) {
-        self.keys[at].store(player.key.0, Ordering::Relaxed);
         self.numbers[at].store(number, Ordering::Relaxed);
-        self.set_position(at, player.x, player.y);
+        self.entries[at].set(player);
     }
 
     #[inline]
-    pub(super) fn set_position(&self, at: usize, x: f64, y: f64) {
-        self.xs[at].store(x.to_bits(), Ordering::Relaxed);
-        self.ys[at].store(y.to_bits(), Ordering::Relaxed);
+    pub(super) fn set_position(&self, at: usize, player: Found) {
+        self.entries[at].set(player);
     }
 
     #[inline]
@@ -261,27 +256,25 @@ impl Block {
     }
 }
 
-impl Player {
+impl Entry {
     fn new() -> Self {
         let nowhere = || AtomicU64::new(f64::NAN.to_bits());
-        Self { lock: SeqLock::new(), key: AtomicU64::new(0), x: nowhere(), y: nowhere() }
-    }
-
-    #[inline]
-    fn set(&self, player: Found) {
-        self.lock.write(|| {
-            self.key.store(player.key.0, Ordering::Relaxed);
-            self.x.store(player.x.to_bits(), Ordering::Relaxed);
-            self.y.store(player.y.to_bits(), Ordering::Relaxed);
-        });
+        Self { key: AtomicU64::new(0), x: nowhere(), y: nowhere() }
     }
 
     #[inline]
     fn get(&self) -> Found {
-        self.lock.read(|| Found {
+        Found {
             key: Key(self.key.load(Ordering::Relaxed)),
             x: f64::from_bits(self.x.load(Ordering::Relaxed)),
             y: f64::from_bits(self.y.load(Ordering::Relaxed)),
-        })
+        }
+    }
+
+    #[inline]
+    fn set(&self, player: Found) {
+        self.key.store(player.key.0, Ordering::Relaxed);
+        self.x.store(player.x.to_bits(), Ordering::Relaxed);
+        self.y.store(player.y.to_bits(), Ordering::Relaxed);
     }
 }

@@ -8,13 +8,13 @@ use super::{Found, Inner};
 use crate::aggregate::Aggregate;
 use crate::event::{Key, Meta};
 use crate::sync::{Arc, Ordering};
-use crate::view::numbers::Numbers;
+use crate::view::index::Index;
 use crate::view::{Place, Position, ViewWriter};
 
 pub(super) struct Writer<A> {
     view: Arc<Inner<A>>,
     part: Arc<Players>,
-    numbers: Numbers,
+    numbers: Index,
     /// By number.
     places: Vec<Option<Spot>>,
     free: Vec<u32>,
@@ -34,7 +34,7 @@ impl<A: Aggregate> Writer<A> {
         Self {
             view,
             part,
-            numbers: Numbers::with_room(place.keys_expected),
+            numbers: Index::with_room(place.keys_expected),
             places: Vec::with_capacity(place.keys_expected),
             free: Vec::new(),
             blocks: 0,
@@ -44,13 +44,13 @@ impl<A: Aggregate> Writer<A> {
     #[inline]
     fn put(&mut self, key: Key, state: &A) {
         match (self.view.position_of(state), self.numbers.find(key)) {
-            (Some((x, y)), Some(number)) => self.go(number, Found { key, x, y }),
+            (Some((x, y)), Some(number)) => self.go(number as u32, Found { key, x, y }),
             (Some((x, y)), None) => {
-                let number = self.numbers.add(key);
+                let number = self.numbers.add(key) as u32;
                 self.places.push(None);
                 self.go(number, Found { key, x, y });
             }
-            (None, Some(number)) => self.leave(number, key),
+            (None, Some(number)) => self.leave(number as u32, key),
             (None, None) => {}
         }
     }
@@ -69,9 +69,9 @@ impl<A: Aggregate> Writer<A> {
     fn go_within(&mut self, spot: Spot, number: u32, player: Found) {
         let block = self.part.block(spot.block);
         let at = spot.at as usize;
-        if block.get(at).1 != player {
+        if block.at(at) != player {
             self.part.set_player(number, player);
-            block.lock.write(|| block.set_position(at, player.x, player.y));
+            block.lock.write(|| block.set_position(at, player));
         }
     }
 
