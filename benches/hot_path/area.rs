@@ -22,9 +22,9 @@ const CELL: f64 = 100.0;
 const MOVES: usize = 1 << 16;
 
 #[derive(Archive, Serialize, Deserialize, Clone, Default)]
-struct Walker {
-    x: f64,
-    y: f64,
+pub(crate) struct Walker {
+    pub(crate) x: f64,
+    pub(crate) y: f64,
 }
 
 impl Aggregate for Walker {
@@ -37,7 +37,7 @@ impl Aggregate for Walker {
     }
 }
 
-fn meta() -> Meta {
+pub(crate) fn meta() -> Meta {
     let kind = GameEvent::TYPES.first().map_or(EventTypeId(1), |kind| kind.id);
     Meta {
         shard: ShardId(0),

@@ -18,6 +18,7 @@ mod keys;
 mod lanes;
 mod replay;
 mod ring;
+mod views;
 
 use criterion::{criterion_group, criterion_main};
 
@@ -34,6 +35,7 @@ criterion_group!(
     end_to_end::benches,
     gate::benches,
     lanes::benches,
-    area::benches
+    area::benches,
+    views::benches
 );
 criterion_main!(benches);

@@ -29,7 +29,7 @@ impl Circle {
     /// `None`: nothing can lie in it.
     pub(super) fn new(x: f64, y: f64, radius: f64) -> Option<Self> {
         let can_hold = is_somewhere(x, y) && radius >= 0.0;
-        can_hold.then(|| Self { x, y, radius, radius_squared: radius * radius })
+        can_hold.then_some(Self { x, y, radius, radius_squared: radius * radius })
     }
 
     #[inline]

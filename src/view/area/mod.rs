@@ -28,8 +28,10 @@ use self::part::Players;
 /// lies beyond them. One that is not a number, infinite or beyond ±1e150 is in no area. Handles are cheap to clone.
 pub struct Area<A>(Arc<Inner<A>>);
 
+type PositionOf<A> = dyn Fn(&A) -> Option<(f64, f64)> + Send + Sync;
+
 struct Inner<A> {
-    position_of: Box<dyn Fn(&A) -> Option<(f64, f64)> + Send + Sync>,
+    position_of: Box<PositionOf<A>>,
     grid: Grid,
     parts: Parts<Players>,
 }
