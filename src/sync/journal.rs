@@ -109,18 +109,19 @@ mod models {
         loom::model(|| {
             let shared = Arc::new((Journal::new(4), Place::new(ITEM), Place::new(0)));
             let other = Arc::clone(&shared);
-            let writer = thread::spawn(move || {
-                other.0.note(ITEM);
-                other.1.set(0);
-                other.2.set(ITEM);
-                other.0.settle();
+            // The reader is the one that is started: loom then begins it at every moment of the writer.
+            let reader = thread::spawn(move || {
+                let start = other.0.start();
+                let met = [other.2.get(), other.1.get()].iter().filter(|item| **item == ITEM).count();
+                let mut again = Vec::new();
+                assert!(other.0.since(start, &mut again), "the ring is long enough");
+                assert!(met == 1 || again == [ITEM], "met {met} times, noted {again:?}");
             });
-            let start = shared.0.start();
-            let met = [shared.2.get(), shared.1.get()].iter().filter(|item| **item == ITEM).count();
-            let mut again = Vec::new();
-            assert!(shared.0.since(start, &mut again), "the ring is long enough");
-            assert!(met == 1 || again == [ITEM], "met {met} times, noted {again:?}");
-            writer.join().unwrap();
+            shared.0.note(ITEM);
+            shared.1.set(0);
+            shared.2.set(ITEM);
+            shared.0.settle();
+            reader.join().unwrap();
         });
     }
 
