@@ -209,6 +209,10 @@ impl<A: Aggregate> Shard<A> {
             }
             !over
         });
+        if self.work.held.is_some() {
+            // A decision that waits for a segment knows its client by its place in the list.
+            return;
+        }
         self.clients.retain(|client| {
             let over = client.orders.is_abandoned() && client.orders.is_empty();
             if over {

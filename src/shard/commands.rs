@@ -19,7 +19,7 @@ pub(super) type Answered<A> = Verdict<<A as Aggregate>::Rejection>;
 
 /// A decision that is still to be written.
 pub(crate) struct Held<A: Aggregate> {
-    /// The number of the client in the shard's list. Clients leave the list only when there is nothing to do.
+    /// The number of the client in the shard's list. No client leaves the list while a decision is held.
     client: usize,
     decided: Decided<A::Rejection>,
 }
