@@ -211,3 +211,20 @@ fn accepted_commands_are_carried_out_when_the_engine_is_shut_down() {
     let last = tickets.into_iter().map(|ticket| client.answer(ticket).wait().unwrap()).last().unwrap();
     assert_eq!(last.version, Version(50));
 }
+
+#[test]
+fn a_durable_answer_comes_also_where_nothing_is_appended() {
+    let dir = tempfile::tempdir().unwrap();
+    let engine = Engine::<Account>::open(small(dir.path()).durability(Durability::GroupCommit)).unwrap();
+    let mut client = engine.client();
+    client.send(Key(1), Order::Deposit(10)).once(1).durable().wait().unwrap();
+    for _ in 0..3 {
+        // Until everybody sleeps who has nothing to do.
+        std::thread::sleep(Duration::from_millis(30));
+        let repeated = client.send(Key(1), Order::Deposit(10)).once(1).durable().wait_until(soon().unwrap()).unwrap();
+        assert!(repeated.repeated && repeated.receipt().is_durable());
+        std::thread::sleep(Duration::from_millis(30));
+        let nothing = client.send(Key(1), Order::Nothing).durable().wait_until(soon().unwrap()).unwrap();
+        assert_eq!((nothing.events, nothing.receipt().is_durable()), (0, true));
+    }
+}
