@@ -271,12 +271,8 @@ impl<A: Aggregate> Batch<'_, A> {
         let mut needed = 0;
         let event_bytes_max = self.writer.event_bytes_max();
         for event in &emit.events {
-            // A type without drop glue owns nothing outside itself, so its archive has one size.
-            let bytes = if std::mem::needs_drop::<A::Event>() {
-                self.writer.measure(event)
-            } else {
-                size_of::<<A::Event as rkyv::Archive>::Archived>()
-            };
+            // Also of a type without drop glue: its archive may reach beyond its own size (`&'static str` as a box).
+            let bytes = self.writer.measure(event);
             if bytes > event_bytes_max {
                 return Err(Verdict::TooLarge { bytes, bytes_max: event_bytes_max });
             }
