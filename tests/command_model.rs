@@ -272,7 +272,7 @@ fn check_versions(key: u64, first: u64, past: &Past, scripts: &Scripts, of_key: 
     let mut claimed = vec![false; past.events.len()];
     for (sent, answer) in of_key.iter().flatten() {
         let Ok(Outcome { version, events, repeated: false, .. }) = answer else { continue };
-        let before = version.0.strict_sub(u64::from(*events));
+        let before = version.0.checked_sub(u64::from(*events)).expect("no more events than versions");
         assert!(before >= first && version.0 <= past.last(), "a version of another time: {sent:?}: {answer:?}");
         assert!(holds(sent.expected, before), "{sent:?}: {answer:?}");
         let range = before as usize..version.0 as usize;

@@ -64,11 +64,11 @@ impl Account {
     pub(crate) fn apply(&mut self, event: &Money, version: u64) {
         let n = match event {
             Money::Deposited { cents } => {
-                self.cents = self.cents.strict_add(*cents);
+                self.cents += cents;
                 2 * cents
             }
             Money::Withdrawn { cents } => {
-                self.cents = self.cents.strict_sub(*cents);
+                self.cents -= cents;
                 2 * cents + 1
             }
             Money::Noted { text } => {
