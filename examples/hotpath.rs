@@ -1,19 +1,24 @@
 //! The hot path and little else, for tools that count or sample instructions: one producer, one shard,
-//! 48-byte events of 10,000 users, `OsCache`. `perf/callgrind.sh` runs it.
+//! 48-byte events of 10,000 users with a 32-byte state each, `OsCache`. `perf/callgrind.sh` runs it.
 //!
 //! ```text
 //! cargo run --release --example hotpath -- 1000000
+//! cargo run --release --example hotpath -- 1000000 stateless
 //! ```
 //!
 //! The same events in the same batches every time: the ring is filled, and the next events are not made
 //! before all of it is appended. So no full ring is waited for, and the shard finds whole batches.
 
+use std::convert::Infallible;
 use std::thread;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, ensure};
-use corelane::{Config, Durability, Event, EventLog, EventType, EventTypeId, Key, Pin, Producer, Wait};
-use rkyv::{Archive, Serialize};
+use anyhow::{Context as _, Result, bail, ensure};
+use corelane::{
+    Aggregate, Config, Durability, Emit, Engine, Event, EventType, EventTypeId, Key, Meta, Pin, Producer, Stateless,
+    Wait,
+};
+use rkyv::{Archive, Deserialize, Serialize};
 
 const USERS: u64 = 10_000;
 const SEED: u64 = 0x5eed;
@@ -43,9 +48,50 @@ impl Event for GameEvent {
     }
 }
 
+/// What a player's events have made of it.
+#[derive(Archive, Serialize, Deserialize, Clone, Debug, Default)]
+struct Player {
+    x: f64,
+    y: f64,
+    attacks: u32,
+    damage: u32,
+    tick: u64,
+}
+
+impl Aggregate for Player {
+    type Event = GameEvent;
+    type Command = Infallible;
+    type Rejection = ();
+
+    #[inline]
+    fn evolve(&mut self, event: &ArchivedGameEvent, _meta: &Meta) {
+        let (x, y, tick) = match event {
+            ArchivedGameEvent::Moved { x, y, tick, .. } => (x, y, tick),
+            ArchivedGameEvent::Attacked { damage, x, y, tick, .. } => {
+                self.attacks += 1;
+                self.damage = self.damage.wrapping_add(damage.to_native() as u32);
+                (x, y, tick)
+            }
+        };
+        (self.x, self.y, self.tick) = (x.to_native(), y.to_native(), tick.to_native());
+    }
+
+    fn decide(&self, command: Infallible, _emit: &mut Emit<GameEvent>) -> Result<(), ()> {
+        match command {}
+    }
+}
+
 fn main() -> Result<()> {
-    let events: u64 =
-        std::env::args().nth(1).context("usage: hotpath EVENTS")?.parse().context("EVENTS is a number")?;
+    let mut args = std::env::args().skip(1);
+    let events = args.next().context("usage: hotpath EVENTS [stateless]")?.parse().context("EVENTS is a number")?;
+    match args.next().as_deref() {
+        None => run::<Player>(events),
+        Some("stateless") => run::<Stateless<GameEvent>>(events),
+        Some(other) => bail!("{other:?} is not \"stateless\""),
+    }
+}
+
+fn run<A: Aggregate<Event = GameEvent>>(events: u64) -> Result<()> {
     let dir = tempfile::tempdir()?;
     let config = Config::new(dir.path())
         .durability(Durability::OsCache)
@@ -53,7 +99,7 @@ fn main() -> Result<()> {
         .pin(Pin::None)
         .ring_capacity(ROUND)
         .batch_max(BATCH);
-    let engine = EventLog::<GameEvent>::open(config)?;
+    let engine = Engine::<A>::open(config)?;
     let mut producer = engine.producer();
     let (mut made, mut random, mut batch) = (0, SEED, Vec::with_capacity(BATCH));
     while made < events {
@@ -94,7 +140,7 @@ fn publish_batch_counted(producer: &mut Producer<GameEvent>, batch: &mut Vec<(Ke
 }
 
 /// Looks now and then; a waiter of its own would be work of the shard that no event has.
-fn await_appended(engine: &EventLog<GameEvent>, producer: &Producer<GameEvent>) -> Result<()> {
+fn await_appended<A: Aggregate>(engine: &Engine<A>, producer: &Producer<GameEvent>) -> Result<()> {
     while !producer.receipts().iter().all(corelane::Receipt::is_appended) {
         ensure!(engine.failures().is_empty(), "the shard failed: {:?}", engine.failures());
         thread::sleep(Duration::from_millis(1));

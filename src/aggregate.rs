@@ -94,7 +94,8 @@ pub trait Aggregate: Default + Stored {
     const STATE_VERSION: u16 = 1;
 
     /// Changes the state by one event. It must be deterministic and must not depend on anything but its arguments: it runs
-    /// when the event is appended and again whenever the state is rebuilt. `meta.version` is the event's number in its key.
+    /// when the event is appended and again whenever the state is rebuilt. `meta.version` is the event's number in its key;
+    /// `meta.sequence` is always [`crate::Sequence::UNKNOWN`] here, since a key's history is read without its neighbours.
     ///
     /// A panic stops the shard; the event is then not part of the log.
     fn evolve(&mut self, event: &<Self::Event as Archive>::Archived, meta: &Meta);

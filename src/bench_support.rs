@@ -17,6 +17,13 @@ use crate::log::storage::{Files, Storage as _};
 use crate::log::writer::{Prepared, PreparedQueue, Refused, Resume, Writer};
 use crate::ring::{NOT_DUE, Slot, push_chunk};
 use crate::sync::Arc;
+use crate::view::Place;
+
+/// The place of the only shard there is.
+#[must_use]
+pub fn only_place(keys_expected: usize) -> Place {
+    Place::new(ShardId(0), 1, keys_expected)
+}
 
 /// Both ends of a lane's ring.
 #[derive(Debug)]

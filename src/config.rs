@@ -82,6 +82,8 @@ pub struct Checked {
     pub(crate) event_bytes_max: usize,
     pub(crate) keys_expected: usize,
     pub(crate) outcomes_kept: usize,
+    pub(crate) snapshot_every: u64,
+    pub(crate) checkpoint_bytes: u64,
     pub(crate) latency: bool,
 }
 
@@ -140,6 +142,8 @@ impl Config {
                 event_bytes_max: EVENT_BYTES_MAX_DEFAULT,
                 keys_expected: 10_000,
                 outcomes_kept: 16,
+                snapshot_every: 100,
+                checkpoint_bytes: 1 << 30,
                 latency: true,
             },
             wait: None,
@@ -166,6 +170,12 @@ impl Config {
         retention: Retention,
         /// Keys one shard makes room for at the start, up to 2³⁰. It grows when needed. Default: 10,000.
         keys_expected: usize,
+        /// Events of one key between two snapshots of its state, 1..=2⁴⁰; 0: no snapshots. Default: 100. Time travel applies
+        /// at most so many events.
+        snapshot_every: u64,
+        /// Bytes of a shard's log between two checkpoints of all its states, 1 MiB or more; 0: only when retention needs one or
+        /// [`crate::Engine::checkpoint`] asks. Default: 1 GiB. Opening folds about so much of the log.
+        checkpoint_bytes: u64,
         /// How many commands with idempotency keys are remembered per key, 0..=1024: a repeat of one of the newest so many is
         /// answered as the first was. Default: 16.
         outcomes_kept: usize,
@@ -202,6 +212,10 @@ impl Config {
         power_of_two("segment_bytes", c.segment_bytes, 64 << 10, 16 << 30)?;
         in_range("spares_max", c.spares_max as u64, 0, 1024)?;
         in_range("event_bytes_max", c.event_bytes_max as u64, 16, (16 << 20).min(c.segment_bytes / 4))?;
+        in_range("snapshot_every", c.snapshot_every, 0, 1 << 40)?;
+        if c.checkpoint_bytes > 0 {
+            in_range("checkpoint_bytes", c.checkpoint_bytes, 1 << 20, u64::MAX)?;
+        }
         in_range("outcomes_kept", c.outcomes_kept as u64, 0, 1024)?;
         in_range("keys_expected", c.keys_expected as u64, 0, 1 << 30)?;
         if let Durability::Periodic(every) = c.durability {

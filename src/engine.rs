@@ -1,6 +1,7 @@
 //! The composition root: opens a store, starts its threads, stops them. The only module that knows all.
 
 mod build;
+mod history;
 mod open;
 mod queries;
 mod threads;
@@ -25,9 +26,13 @@ use crate::producer::{LaneShared, Producer, ShardDoor};
 use crate::runner::{RunnerRequests, assign_cores, run};
 use crate::shard::{LaneEnd, Shard};
 use crate::shared::{SharedLane, SharedProducer};
+use crate::snapshot::snapshotter::{Snapshotter, SnapshotterRequests};
+use crate::snapshot::store::SnapshotStore;
+use crate::snapshot::taker::CheckpointRequests;
 use crate::sync::{Arc, Arrivals, AtomicBool, Mutex, Ordering, Signal, lock, lock_until, thread};
 use crate::view::View;
 use build::Context;
+pub use history::Comparison;
 use open::{load_manifest, lock_store, recover};
 use threads::{Threads, join_until};
 
@@ -44,11 +49,13 @@ pub struct Engine<A: Aggregate> {
     shards: Vec<Handle<A>>,
     shared_lanes: std::sync::Arc<[std::sync::Arc<SharedLane<A::Event>>]>,
     keeper: std::sync::Arc<KeeperRequests>,
+    snapshotter: std::sync::Arc<SnapshotterRequests>,
     totals: Mutex<Totals>,
     threads: Mutex<Vec<thread::JoinHandle<()>>>,
     runner: std::sync::Arc<RunnerRequests>,
     /// Shared with readers: while one lives, its segments are nobody else's to write.
     lock: std::sync::Arc<dyn Lock>,
+    storage: std::sync::Arc<dyn Storage>,
 }
 
 /// What the engine keeps of a running shard.
@@ -57,6 +64,8 @@ struct Handle<A: Aggregate> {
     arriving: std::sync::Arc<Arrivals<LaneEnd<A::Event>>>,
     arriving_clients: std::sync::Arc<Arrivals<ClientEnd<A>>>,
     questions: std::sync::Arc<Arrivals<Question<A>>>,
+    store: std::sync::Arc<SnapshotStore>,
+    checkpoints: Arc<CheckpointRequests>,
     syncer: std::sync::Arc<SyncRequests>,
     counters: std::sync::Arc<Counters>,
     exchanges: [std::sync::Arc<Exchange>; 2],
@@ -181,6 +190,8 @@ impl<A: Aggregate> Engine<A> {
 
         let clock = Clock::new();
         let keeper = std::sync::Arc::new(KeeperRequests { signal: Signal::new(), ending: AtomicBool::new(false) });
+        let signal = std::sync::Arc::new(Signal::new());
+        let snapshotter = std::sync::Arc::new(SnapshotterRequests { signal, ending: AtomicBool::new(false) });
         let runner = std::sync::Arc::new(RunnerRequests::default());
         let cores = assign_cores(&config.pin, config.shards);
         let context = Context {
@@ -188,15 +199,18 @@ impl<A: Aggregate> Engine<A> {
             storage: &storage,
             clock: &clock,
             keeper: &keeper,
+            snapshotter: &snapshotter,
             quarantine: &quarantine,
             factories,
             views,
         };
         let (mut handles, mut kept, mut shared, mut parts) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        let mut sources = Vec::new();
         for (i, recovered) in recovered.into_iter().enumerate() {
             let built = context.build(ShardId(i as u16), recovered);
             handles.push(built.handle);
             kept.push(built.kept);
+            sources.push(built.sources);
             shared.push(built.shared);
             parts.push((built.shard, built.syncer));
         }
@@ -208,19 +222,29 @@ impl<A: Aggregate> Engine<A> {
             retention: config.retention,
             spares_max: config.spares_max,
         };
+        let snapshotter_parts = Snapshotter {
+            shards: sources,
+            storage: std::sync::Arc::clone(&storage),
+            requests: std::sync::Arc::clone(&snapshotter),
+            keeper: std::sync::Arc::clone(&keeper),
+            durability: config.durability,
+        };
         let engine = Self {
             clock,
             recovery,
             shards: handles,
             shared_lanes: shared.into(),
             keeper,
+            snapshotter,
             totals: Mutex::new(Totals::new()),
             threads: Mutex::new(Vec::new()),
             runner,
             lock: lock.into(),
+            storage: std::sync::Arc::clone(&storage),
             config,
         };
         engine.spawn(&mut threads, "corelane-keeper".into(), move || keeper_parts.run())?;
+        engine.spawn(&mut threads, "corelane-save".into(), move || snapshotter_parts.run())?;
         for (i, (shard, syncer)) in parts.into_iter().enumerate() {
             engine.spawn_shard(&mut threads, i, cores[i], shard, syncer).inspect_err(|_| {
                 // A syncer ends when its shard says so, and this one has none.
@@ -415,17 +439,19 @@ impl<A: Aggregate> Engine<A> {
         }
         // Another caller may hold the list for as long as it waits.
         let Some(mut threads) = lock_until(&self.threads, deadline) else { return Err(WaitError::TimedOut) };
-        // The keeper, which was started first, goes last: the shards may need segments to the end.
-        while threads.len() > 1 {
-            if !join_until(&mut threads, deadline) {
-                return Err(WaitError::TimedOut);
+        // Keeper and snapshotter, which were started first, go last: the shards may need segments, and retention saved states,
+        // to the end.
+        let helpers =
+            [(&self.keeper.ending, &self.keeper.signal), (&self.snapshotter.ending, &*self.snapshotter.signal)];
+        for left in (0..=helpers.len()).rev() {
+            while threads.len() > left {
+                if !join_until(&mut threads, deadline) {
+                    return Err(WaitError::TimedOut);
+                }
             }
-        }
-        self.keeper.ending.store(true, Ordering::SeqCst);
-        self.keeper.signal.notify();
-        while !threads.is_empty() {
-            if !join_until(&mut threads, deadline) {
-                return Err(WaitError::TimedOut);
+            if let Some((ending, signal)) = left.checked_sub(1).map(|at| helpers[at]) {
+                ending.store(true, Ordering::SeqCst);
+                signal.notify();
             }
         }
         match self.failures().into_iter().next() {

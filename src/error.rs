@@ -158,6 +158,15 @@ pub enum OpenError {
         /// Id in the program.
         declared: EventTypeId,
     },
+    /// Retention has freed the beginning of the log, and no checkpoint that can be used has the states it had made. (A store
+    /// without states opens; so does one whose damaged checkpoint is put back.)
+    #[error("shard {shard}: the log begins at offset {earliest} and no usable checkpoint has the states before it")]
+    StatesLost {
+        /// The shard.
+        shard: ShardId,
+        /// The earliest offset still held.
+        earliest: Offset,
+    },
     /// Bytes that had been durable are damaged. Nothing is skipped.
     #[error(transparent)]
     Corruption(#[from] Corruption),
@@ -348,12 +357,49 @@ pub enum WaitError {
     /// The deadline passed; the event may still get there.
     #[error("the deadline passed")]
     TimedOut,
+    /// A checkpoint could not be written; the log says why. What it would have saved is still in the log.
+    #[error("the checkpoint could not be written")]
+    CheckpointFailed,
     /// The engine is closed, or the question itself panicked.
     #[error("the engine is closed")]
     Closed,
     /// The durability mode never syncs by itself; call `flush`.
     #[error("durability mode OsCache acknowledges nothing as durable without flush()")]
     NeverDurable,
+}
+
+/// Why the past of a key cannot be told.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum HistoryError {
+    /// Retention has freed it.
+    #[error("key {key}: what came before version {earliest} is gone")]
+    BeyondRetention {
+        /// The key.
+        key: crate::event::Key,
+        /// The earliest version that can be told.
+        earliest: crate::event::Version,
+    },
+    /// It has not happened.
+    #[error("key {key} has come to version {newest} only")]
+    NotYet {
+        /// The key.
+        key: crate::event::Key,
+        /// Its newest version.
+        newest: crate::event::Version,
+    },
+    /// The log could not be read.
+    #[error(transparent)]
+    Read(#[from] ReadError),
+    /// The shard did not say where the key stands.
+    #[error(transparent)]
+    Wait(#[from] WaitError),
+}
+
+impl From<Corruption> for HistoryError {
+    fn from(corruption: Corruption) -> Self {
+        Self::Read(corruption.into())
+    }
 }
 
 /// Why a read of the log ended.

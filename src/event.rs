@@ -69,6 +69,11 @@ position!(
     Time(u64)
 );
 
+impl Sequence {
+    /// Not known: it is not stored with a record, only counted when a log is read in its order.
+    pub const UNKNOWN: Self = Self(u64::MAX);
+}
+
 impl Time {
     /// A time given in milliseconds since 1970 (saturating in the year 2554).
     #[must_use]

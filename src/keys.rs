@@ -194,10 +194,9 @@ impl<S> Entry<'_, S> {
         self.slot.head
     }
 
-    /// The latest time of the key's events.
-    #[inline]
-    pub(crate) fn time_max(&self) -> Time {
-        self.slot.time_max
+    /// All that is known of the key.
+    pub(crate) fn slot(&self) -> &Slot<S> {
+        self.slot
     }
 
     /// The key's state, as its events have made it.

@@ -30,6 +30,8 @@ mod flush;
 #[cfg(not(loom))]
 mod handler;
 #[cfg(not(loom))]
+mod history;
+#[cfg(not(loom))]
 mod keys;
 #[cfg(not(loom))]
 mod log;
@@ -48,13 +50,16 @@ mod shard;
 #[cfg(not(loom))]
 mod shared;
 #[cfg(not(loom))]
+mod snapshot;
+#[cfg(not(loom))]
 pub mod testing;
 #[cfg(not(loom))]
 pub mod view;
 
 pub use config::{Checked, Config, Durability, Pin, Retention, Wait};
 pub use error::{
-    ConfigError, Corruption, FailureCause, OpenError, ReadError, Rejected, RejectedReason, ShardFailure, WaitError,
+    ConfigError, Corruption, FailureCause, HistoryError, OpenError, ReadError, Rejected, RejectedReason, ShardFailure,
+    WaitError,
 };
 pub use event::{
     Correlation, Encode, Event, EventId, EventType, EventTypeId, Key, Meta, Offset, Scratch, Sequence, ShardId, Time,
@@ -64,14 +69,17 @@ pub use event::{
 pub use {
     aggregate::{Aggregate, Emit, Stateless, Stored},
     command::{Answer, Client, CommandError, ExpectedVersion, Outcome, Sending, Ticket},
+    engine::Comparison,
     engine::{Builder, Engine, EventLog},
     handler::{BatchEnd, Handler, HandlerError, OnError},
+    history::{At, Between, Counts, Past, Stream},
     log::reader::{Reader, Record},
     log::recovery::{RecoveryReport, ShardRecovery, TornTail},
     log::scan,
     metrics::{Metrics, ShardMetrics, Stage, write_hgrm, write_hlog},
     producer::{BatchRejected, Pending, Producer, Receipt},
     shared::{SharedProducer, SharedReceipt},
+    snapshot::store::SnapshotStats,
 };
 
 /// The README's quick start is compiled and run with the other examples.

@@ -14,7 +14,7 @@ use crate::aggregate::{Aggregate, Emit};
 use crate::clock::{Clock, Nanos, wall_now};
 use crate::command::{ClientEnd, Outcomes, Question};
 use crate::error::FailureCause;
-use crate::event::{Meta, Schemas, Sequence, ShardId};
+use crate::event::{Meta, Offset, Schemas, Sequence, ShardId};
 use crate::handler::Registered;
 use crate::keys::KeyTable;
 use crate::log::keeper::KeeperRequests;
@@ -26,6 +26,7 @@ use crate::metrics::{Counters, Recorder, Stage};
 use crate::producer::{LaneShared, wall_time};
 use crate::ring::Slot;
 use crate::shared::{SharedLane, SharedSlot};
+use crate::snapshot::taker::Taker;
 use crate::sync::{Arc, Arrivals, Ordering};
 use crate::view::{Position, ViewWriter};
 use batch::{Run, batch};
@@ -57,6 +58,7 @@ pub(crate) struct Shard<A: Aggregate> {
     /// What became of commands with idempotency keys.
     pub(crate) outcomes: Outcomes<A::Rejection>,
     pub(crate) views: Vec<Box<dyn ViewWriter<A>>>,
+    pub(crate) taker: Taker,
     pub(crate) writer: Writer,
     pub(crate) log: Arc<ShardLog>,
     pub(crate) syncer: std::sync::Arc<SyncRequests>,
@@ -133,7 +135,9 @@ impl<A: Aggregate> Shard<A> {
         let began = self.clock.now();
         self.work.stalled = false;
         if self.work.held.is_some() && !self.append_held()? {
-            // What was decided rests on the state as it is now: nothing may come in between.
+            // What was decided rests on the state as it is now: nothing may come in between. But the segment it waits for may
+            // be one that retention frees once the states are saved.
+            self.save(false);
             return Ok(0);
         }
         let mut work = 0;
@@ -150,6 +154,7 @@ impl<A: Aggregate> Shard<A> {
         }
         self.work.client_next = self.work.client_next.wrapping_add(1);
         work += self.answer_questions();
+        work += usize::from(self.save(work > 0));
         if work > 0 {
             self.counters.turns.add(1);
             self.recorder.record(Stage::Turn, self.clock.now() - began, 1);
@@ -171,6 +176,7 @@ impl<A: Aggregate> Shard<A> {
             || !self.questions.is_empty()
             || self.recorder.exchange_handle().is_wanted()
             || self.writer.wants_idle_mark()
+            || self.taker.has_work()
             || (!self.is_stalled() && self.has_events())
     }
 
@@ -187,6 +193,14 @@ impl<A: Aggregate> Shard<A> {
     /// sleeping: the keeper may have handed one over, and notified, between the turn and the sleep.
     pub(crate) fn is_stalled(&self) -> bool {
         self.work.stalled && !self.writer.segment_ready()
+    }
+
+    /// Saves states, if it is time to.
+    #[inline]
+    fn save(&mut self, is_busy: bool) -> bool {
+        let time = wall_time(self.clock.now(), self.clock.wall_offset());
+        let at = (Offset(self.log.appended.get()), Sequence(self.writer.sequence()), time);
+        self.taker.step(&self.keys, &self.outcomes, at, is_busy)
     }
 
     /// Takes in the lanes of new producers.

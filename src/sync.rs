@@ -3,7 +3,11 @@
 //! starting of threads, a sleep): `tests/tidy.rs` has the list.
 //!
 //! What is here: [`Watermark`] (a published position), [`Signal`] (sleep without losing a wake-up),
-//! [`Gate`] (closing without losing an accepted event) and [`Waiters`] (receipts being waited for).
+//! [`Gate`] (closing without losing an accepted event), [`Waiters`] (receipts being waited for), [`SeqLock`] (words read
+//! whole) and [`Journal`] (what moved while it was looked for).
+
+mod journal;
+mod seqlock;
 
 #[cfg(loom)]
 pub(crate) use loom::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, fence};
@@ -23,7 +27,12 @@ pub(crate) use std::sync::atomic::compiler_fence;
 use std::task::Waker;
 use std::time::{Duration, Instant};
 
+#[cfg(not(loom))]
+pub(crate) use crossbeam::sync::ShardedLock;
 pub(crate) use crossbeam::utils::CachePadded;
+
+pub(crate) use journal::Journal;
+pub(crate) use seqlock::SeqLock;
 
 use crate::config::Wait;
 
@@ -215,6 +224,11 @@ impl Patience {
 impl Idle {
     pub(crate) fn new(wait: Wait) -> Self {
         Self { wait, rounds: 0, spins: 0 }
+    }
+
+    /// One that sleeps whenever there is nothing to do.
+    pub(crate) fn sleepy() -> Self {
+        Self { wait: Wait::Park, rounds: SPINS + YIELDS, spins: 0 }
     }
 
     #[inline]

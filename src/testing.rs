@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::log::mmap::{Heap, Memory};
-use crate::log::storage::{Lock, Storage};
+use crate::log::storage::{Lock, SideFile, Storage};
 use crate::sync::{Mutex, lock};
 
 pub use given::{Given, When, given};
@@ -168,7 +168,13 @@ impl File {
     fn after_crash(&self, random: &mut u64) -> Self {
         match self {
             Self::Small(content) => {
-                let durable = lock(content).1.clone();
+                let (live, durable) = &*lock(content);
+                let mut durable = durable.clone();
+                // A file that grew may keep any part of what it grew by.
+                if *random != 0 && live.starts_with(&durable) {
+                    let grown = live.len() - durable.len();
+                    durable.extend_from_slice(&live[durable.len()..][..*random as usize % (grown + 1)]);
+                }
                 Self::Small(Arc::new(Mutex::new((durable.clone(), durable))))
             }
             Self::Segment(heap) => {
@@ -201,6 +207,41 @@ impl Lock for Held {}
 impl Drop for Held {
     fn drop(&mut self) {
         lock(&self.0.0).locked = false;
+    }
+}
+
+/// A small file that is kept open.
+#[derive(Debug)]
+struct Side(FaultyStorage, Arc<Mutex<(Vec<u8>, Vec<u8>)>>);
+
+impl SideFile for Side {
+    fn append(&self, content: &[u8]) -> io::Result<()> {
+        self.0.operation(|_| {
+            lock(&self.1).0.extend_from_slice(content);
+            Ok(())
+        })
+    }
+
+    fn read_at(&self, at: u64, out: &mut [u8]) -> io::Result<()> {
+        let content = lock(&self.1);
+        let end = (at as usize).saturating_add(out.len());
+        out.copy_from_slice(content.0.get(at as usize..end).ok_or(io::ErrorKind::UnexpectedEof)?);
+        Ok(())
+    }
+
+    fn len(&self) -> io::Result<u64> {
+        Ok(lock(&self.1).0.len() as u64)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        let mut disk = self.0.answering();
+        disk.syncs += 1;
+        if disk.fail_sync_at == Some(disk.syncs) {
+            return Err(io::Error::other("injected failure of a sync"));
+        }
+        let content = &mut *lock(&self.1);
+        content.1 = content.0.clone();
+        Ok(())
     }
 }
 
@@ -250,6 +291,21 @@ impl Storage for FaultyStorage {
             .or_else(|error| if error.kind() == io::ErrorKind::NotFound { Ok(Vec::new()) } else { Err(error) })?;
         whole.extend_from_slice(content);
         self.write(path, &whole)
+    }
+
+    fn create_side(&self, path: &Path) -> io::Result<Box<dyn SideFile>> {
+        self.operation(|disk| {
+            let content = Arc::default();
+            disk.files.insert(path.to_owned(), File::Small(Arc::clone(&content)));
+            Ok(Box::new(Side(self.clone(), content)) as Box<dyn SideFile>)
+        })
+    }
+
+    fn open_side(&self, path: &Path) -> io::Result<Box<dyn SideFile>> {
+        self.operation(|disk| match disk.files.get(path) {
+            Some(File::Small(content)) => Ok(Box::new(Side(self.clone(), Arc::clone(content))) as Box<dyn SideFile>),
+            _ => Err(not_found()),
+        })
     }
 
     fn create_segment(&self, path: &Path, bytes: u64) -> io::Result<Memory> {

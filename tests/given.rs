@@ -178,7 +178,7 @@ fn events_meet_the_fold_as_they_do_in_an_engine() {
     for command in commands() {
         kit = kit.when(command).and([]);
     }
-    // Sequences included: the key is alone in its shard here and there. A live log has marks between its events.
+    // A live log has marks between its events.
     let placeless = |witness: &Witness| {
         let mut seen = witness.seen.clone();
         let places: Vec<_> = std::iter::once(None).chain(seen.iter().map(|seen| Some(seen.offset))).collect();

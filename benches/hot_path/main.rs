@@ -9,6 +9,7 @@
 //! All use one 48-byte event, so that figures of parts can be added up. `perf/README.md` says how to compare.
 
 mod append;
+mod area;
 mod codec;
 mod end_to_end;
 mod game;
@@ -17,6 +18,7 @@ mod keys;
 mod lanes;
 mod replay;
 mod ring;
+mod views;
 
 use criterion::{criterion_group, criterion_main};
 
@@ -32,6 +34,8 @@ criterion_group!(
     replay::benches,
     end_to_end::benches,
     gate::benches,
-    lanes::benches
+    lanes::benches,
+    area::benches,
+    views::benches
 );
 criterion_main!(benches);

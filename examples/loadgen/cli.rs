@@ -96,6 +96,9 @@ pub(crate) struct Args {
     /// Print one JSON object as the last line
     #[arg(long)]
     pub(crate) json: bool,
+    /// Keep no state per user of the synthetic events: versions and chains alone
+    #[arg(long)]
+    pub(crate) no_state: bool,
     /// Reopen the store afterwards, replay it and check every event (the default)
     #[arg(long, overrides_with = "no_verify")]
     pub(crate) verify: bool,

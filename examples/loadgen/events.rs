@@ -1,13 +1,14 @@
 //! What is sent: synthetic game events, padded ones, or the lines of a file, and whose events they are.
 
+use std::convert::Infallible;
 use std::str::FromStr;
 
 use corelane::envelope::{ArchivedEnvelope, Envelope};
-use corelane::{Event, EventType, EventTypeId, Key};
+use corelane::{Aggregate, Emit, Event, EventType, EventTypeId, Key, Meta};
 use rand::rngs::SmallRng;
 use rand::{Rng as _, SeedableRng as _};
 use rand_distr::{Distribution as _, Zipf};
-use rkyv::{Archive, Serialize};
+use rkyv::{Archive, Deserialize, Serialize};
 
 use crate::cli::{Args, KeyDist};
 
@@ -52,6 +53,52 @@ impl Event for GameEvent {
     }
 }
 
+/// What a player's events have made of it: small enough to lie in the key's slot.
+#[derive(Archive, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
+pub(crate) struct Player {
+    x: f32,
+    y: f32,
+    level: u32,
+    attacks: u32,
+    items: u32,
+    experience: u32,
+    tick: u64,
+}
+
+impl Aggregate for Player {
+    type Event = GameEvent;
+    type Command = Infallible;
+    type Rejection = ();
+
+    #[inline]
+    fn evolve(&mut self, event: &ArchivedGameEvent, _meta: &Meta) {
+        let (tick, place) = match event {
+            ArchivedGameEvent::Moved { x, y, tick, .. } => (tick, Some((x, y))),
+            ArchivedGameEvent::Attacked { x, y, tick, .. } => {
+                self.attacks += 1;
+                (tick, Some((x, y)))
+            }
+            ArchivedGameEvent::LevelledUp { level, experience, tick, .. } => {
+                self.level = level.to_native() as u32;
+                self.experience = self.experience.wrapping_add(experience.to_native() as u32);
+                (tick, None)
+            }
+            ArchivedGameEvent::PickedUp { count, x, y, tick, .. } => {
+                self.items = self.items.wrapping_add(count.to_native() as u32);
+                (tick, Some((x, y)))
+            }
+        };
+        if let Some((x, y)) = place {
+            (self.x, self.y) = (x.to_native() as f32, y.to_native() as f32);
+        }
+        self.tick = tick.to_native();
+    }
+
+    fn decide(&self, command: Infallible, _emit: &mut Emit<GameEvent>) -> Result<(), ()> {
+        match command {}
+    }
+}
+
 /// An event of any size.
 #[derive(Archive, Serialize, Clone, Debug)]
 pub(crate) struct Padded {
@@ -66,6 +113,10 @@ impl Event for Padded {
         EventTypeId(1)
     }
 }
+
+/// What an engine of this tool keeps of a key: the states of events that a replay can check.
+pub(crate) trait Carried: Aggregate<Event: Traced> {}
+impl<A: Aggregate<Event: Traced>> Carried for A {}
 
 /// What a replay can check an event by.
 pub(crate) trait Traced: Event {

@@ -10,11 +10,11 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow, bail};
-use corelane::{EventLog, Key, Metrics, Pin, Producer, Stage};
+use corelane::{Engine, Key, Metrics, Pin, Producer, Stage};
 use hdrhistogram::Histogram;
 
 use crate::cli::Args;
-use crate::events::{Feed, Traced};
+use crate::events::{Carried, Feed};
 use crate::machine::resident;
 use crate::watch::{Interval, Watch, jitter};
 
@@ -75,17 +75,17 @@ pub(crate) fn histogram() -> Histogram<u64> {
 }
 
 /// One producer and where it gets its events.
-struct Lane<E: Traced, F> {
-    producer: Producer<E>,
+struct Lane<A: Carried, F> {
+    producer: Producer<A::Event>,
     feed: F,
-    batch: Vec<(Key, E)>,
+    batch: Vec<(Key, A::Event)>,
     core: Option<usize>,
 }
 
 /// An open engine with its producers.
-pub(crate) struct Session<E: Traced, F> {
-    pub(crate) engine: EventLog<E>,
-    senders: Vec<Lane<E, F>>,
+pub(crate) struct Session<A: Carried, F> {
+    pub(crate) engine: Engine<A>,
+    senders: Vec<Lane<A, F>>,
     batch: usize,
     /// More threads want to run than there are cores: producers, shards or a syncer.
     crowded: bool,
@@ -106,11 +106,11 @@ struct Sent {
     delay: Histogram<u64>,
 }
 
-impl<E: Traced, F: Feed<E>> Session<E, F> {
+impl<A: Carried, F: Feed<A::Event>> Session<A, F> {
     /// Opens the store in `dir` and makes a producer for every feed.
     pub(crate) fn open(args: &Args, dir: PathBuf, feeds: Vec<F>) -> Result<Self> {
         let cores = producer_cores(args, feeds.len());
-        let engine = EventLog::open(args.config(dir)).context("opening the store")?;
+        let engine = Engine::open(args.config(dir)).context("opening the store")?;
         let batch = args.batch as usize;
         let sender = |(feed, core)| Lane { producer: engine.producer(), feed, batch: Vec::with_capacity(batch), core };
         let senders: Vec<_> = feeds.into_iter().zip(cores).map(sender).collect();
@@ -172,7 +172,7 @@ impl<E: Traced, F: Feed<E>> Session<E, F> {
 }
 
 /// Looks at the engine from time to time until every producer is done, and stops them when time is up.
-fn watch_over<E: Traced>(watch: &mut Watch<'_, E>, phase: &Phase, control: &Control, done: &Receiver<()>) {
+fn watch_over<A: Carried>(watch: &mut Watch<'_, A>, phase: &Phase, control: &Control, done: &Receiver<()>) {
     let ends = phase.duration.map(|duration| Instant::now() + duration);
     loop {
         let next = ends.map_or(watch.due(), |ends| ends.min(watch.due()));
@@ -190,7 +190,7 @@ fn watch_over<E: Traced>(watch: &mut Watch<'_, E>, phase: &Phase, control: &Cont
 }
 
 /// Waits until everything published since `before` is appended.
-fn wait_appended<E: Traced>(engine: &EventLog<E>, before: &Metrics, published: u64) -> Result<()> {
+fn wait_appended<A: Carried>(engine: &Engine<A>, before: &Metrics, published: u64) -> Result<()> {
     let appended = |shards: &[corelane::ShardMetrics]| shards.iter().map(|shard| shard.appended).sum::<u64>();
     let target = appended(&before.shards) + published;
     while appended(&engine.shard_metrics()) < target {
@@ -203,7 +203,7 @@ fn wait_appended<E: Traced>(engine: &EventLog<E>, before: &Metrics, published: u
 }
 
 /// Makes everything durable; how long that took.
-fn flush<E: Traced>(engine: &EventLog<E>) -> Result<Duration> {
+fn flush<A: Carried>(engine: &Engine<A>) -> Result<Duration> {
     let began = Instant::now();
     engine.flush(None).context("syncing what was appended")?;
     Ok(began.elapsed())
@@ -273,7 +273,7 @@ impl Share {
     }
 }
 
-impl<E: Traced, F: Feed<E>> Lane<E, F> {
+impl<A: Carried, F: Feed<A::Event>> Lane<A, F> {
     fn send(
         &mut self,
         share: &Share,

@@ -24,9 +24,11 @@ mod watch;
 use std::process::ExitCode;
 
 use anyhow::{Context as _, Result};
+use corelane::Stateless;
+use corelane::envelope::Envelope;
 
 use crate::cli::Args;
-use crate::events::{Games, Paddings};
+use crate::events::{GameEvent, Games, Padded, Paddings, Player};
 use crate::input::Input;
 use crate::machine::Machine;
 use crate::output::Summary;
@@ -59,19 +61,27 @@ fn start(args: &Args) -> Result<bool> {
         let histories = input.histories();
         // A run that time or a smaller number ends early leaves some unsent.
         let expected = args.duration.is_none().then_some(&histories);
-        return measure(args, &Load { feeds: &|| input.feeds(args.producers), expected }, Some(input.loading));
+        return measure::<Stateless<Envelope>, _>(
+            args,
+            &Load { feeds: &|| input.feeds(args.producers), expected },
+            Some(input.loading),
+        );
     }
     if args.payload > 48 {
-        return measure(
+        return measure::<Stateless<Padded>, _>(
             args,
             &Load { feeds: &|| producers.clone().map(|n| Paddings::new(args, n)).collect(), expected: None },
             None,
         );
     }
-    measure(args, &Load { feeds: &|| producers.clone().map(|n| Games::new(args, n)).collect(), expected: None }, None)
+    let load = Load { feeds: &|| producers.clone().map(|n| Games::new(args, n)).collect(), expected: None };
+    if args.no_state {
+        return measure::<Stateless<GameEvent>, _>(args, &load, None);
+    }
+    measure::<Player, _>(args, &load, None)
 }
 
-fn measure<E: events::Traced, F: events::Feed<E>>(
+fn measure<A: events::Carried, F: events::Feed<A::Event>>(
     args: &Args,
     load: &Load<'_, F>,
     loading: Option<std::time::Duration>,
@@ -81,11 +91,11 @@ fn measure<E: events::Traced, F: events::Feed<E>>(
         Machine::look(&place.dir, load::core_ids().len())
     };
     let (args, runs, found) = if args.find_max {
-        let found = find_max::<E, F>(args, load)?;
+        let found = find_max::<A, F>(args, load)?;
         // What is shown is the run at that rate.
         (&Args { rate: found.shown as u64, ..args.clone() }, vec![found.run.clone()], Some(found))
     } else {
-        (args, all::<E, F>(args, load)?, None)
+        (args, all::<A, F>(args, load)?, None)
     };
     let summary = Summary::new(args, &machine, &runs, loading).context("no run")?;
     let mut json = summary.json();

@@ -4,10 +4,10 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
-use corelane::{Durability, EventLog, Stage};
+use corelane::{Durability, Engine, Stage};
 
 use crate::cli::Args;
-use crate::events::{Feed, Traced};
+use crate::events::{Carried, Feed};
 use crate::limit::{DiskLimit, LimitConfig, disk_limit, engine_limit};
 use crate::load::{Measured, Phase, Session, first_pair};
 use crate::verify::{ByKey, History, Replay, replay};
@@ -130,7 +130,7 @@ impl Drop for Place {
 }
 
 /// As many runs as asked for, each with its limits right beside it.
-pub(crate) fn all<E: Traced, F: Feed<E>>(args: &Args, load: &Load<'_, F>) -> Result<Vec<Run>> {
+pub(crate) fn all<A: Carried, F: Feed<A::Event>>(args: &Args, load: &Load<'_, F>) -> Result<Vec<Run>> {
     let repeats = args.repeats();
     let mut runs = Vec::new();
     let mut batch = None;
@@ -140,11 +140,11 @@ pub(crate) fn all<E: Traced, F: Feed<E>>(args: &Args, load: &Load<'_, F>) -> Res
         }
         let place = Place::new(args, (repeats > 1).then_some(n))?;
         let limits = if args.limit { Some(limits(args, &place.dir, &mut batch)?) } else { None };
-        let mut run = once(args, &place.dir, load)?;
+        let mut run = once::<A, F>(args, &place.dir, load)?;
         drop(place);
         run.limits = limits;
         if args.limit && args.synced() {
-            beside_a_synced_run(args, load, &mut run)?;
+            beside_a_synced_run::<A, F>(args, load, &mut run)?;
         }
         runs.push(run);
     }
@@ -152,10 +152,10 @@ pub(crate) fn all<E: Traced, F: Feed<E>>(args: &Args, load: &Load<'_, F>) -> Res
 }
 
 /// One run in `dir`.
-fn once<E: Traced, F: Feed<E>>(args: &Args, dir: &Path, load: &Load<'_, F>) -> Result<Run> {
-    let mut earlier = events_before::<E>(args, dir)?;
+fn once<A: Carried, F: Feed<A::Event>>(args: &Args, dir: &Path, load: &Load<'_, F>) -> Result<Run> {
+    let mut earlier = events_before::<A>(args, dir)?;
     let fresh = earlier == 0;
-    let mut session = Session::<E, F>::open(args, dir.to_owned(), (load.feeds)())?;
+    let mut session = Session::<A, F>::open(args, dir.to_owned(), (load.feeds)())?;
     let mut warmup = None;
     if args.warmup() > 0 {
         let phase = Phase { events: Some(args.warmup()), duration: None, rate: None, name: "warm-up" };
@@ -169,7 +169,7 @@ fn once<E: Traced, F: Feed<E>>(args: &Args, dir: &Path, load: &Load<'_, F>) -> R
     session.engine.shutdown(None).context("shutting down")?;
     drop(session);
     let replay = if args.verifies() {
-        Some(replay::<E>(args.config_keeping_all(dir.to_owned()), fresh, load.expected)?)
+        Some(replay::<A>(args.config_keeping_all(dir.to_owned()), fresh, load.expected)?)
     } else {
         None
     };
@@ -177,11 +177,11 @@ fn once<E: Traced, F: Feed<E>>(args: &Args, dir: &Path, load: &Load<'_, F>) -> R
 }
 
 /// Events ever appended to the store in `dir`, those that retention has freed included.
-pub(crate) fn events_before<E: Traced>(args: &Args, dir: &Path) -> Result<u64> {
+pub(crate) fn events_before<A: Carried>(args: &Args, dir: &Path) -> Result<u64> {
     if is_empty(dir) {
         return Ok(0);
     }
-    let engine = EventLog::<E>::open(args.config_keeping_all(dir.to_owned())).context("opening the store")?;
+    let engine = Engine::<A>::open(args.config_keeping_all(dir.to_owned())).context("opening the store")?;
     let mut events = 0;
     for recovered in &engine.recovery().shards {
         let mut reader = engine.reader(recovered.shard);
@@ -220,13 +220,13 @@ fn limits(args: &Args, dir: &Path, batch: &mut Option<usize>) -> Result<Limits> 
 }
 
 /// The disk with the same bytes, and the engine without its syncs.
-fn beside_a_synced_run<E: Traced, F: Feed<E>>(args: &Args, load: &Load<'_, F>, run: &mut Run) -> Result<()> {
+fn beside_a_synced_run<A: Carried, F: Feed<A::Event>>(args: &Args, load: &Load<'_, F>, run: &mut Run) -> Result<()> {
     let Some(limits) = &mut run.limits else { return Ok(()) };
     let place = Place::new(&Args { data_dir: None, keep: false, ..args.clone() }, None)?;
     limits.disk = Some(disk_limit(&place.dir, run.measured.bytes.clamp(64 << 20, DISK_BYTES_MAX), DISK_SECONDS_MAX)?);
     let retention_bytes = args.retention_bytes.or(Some(args.segment_bytes * 2));
     let unsynced = Args { durability: Durability::OsCache, no_verify: true, retention_bytes, ..args.clone() };
-    limits.unsynced = Some(once(&unsynced, &place.dir, load)?.measured.per_second());
+    limits.unsynced = Some(once::<A, F>(&unsynced, &place.dir, load)?.measured.per_second());
     Ok(())
 }
 

@@ -7,7 +7,7 @@ use corelane::Stage;
 use serde_json::{Value, json};
 
 use crate::cli::Args;
-use crate::events::{Feed, Traced};
+use crate::events::{Carried, Feed};
 use crate::load::{Measured, Phase, Session};
 use crate::report;
 use crate::run::{Load, Place, Run, events_before};
@@ -52,16 +52,16 @@ pub(crate) struct Found {
     pub(crate) run: Run,
 }
 
-struct Search<'a, E: Traced, F> {
+struct Search<'a, A: Carried, F> {
     args: &'a Args,
-    session: Session<E, F>,
+    session: Session<A, F>,
     steps: Vec<Step>,
     /// At the highest rate that held, or the first tried.
     shown: Option<(f64, Measured)>,
     appended: u64,
 }
 
-impl<E: Traced, F: Feed<E>> Search<'_, E, F> {
+impl<A: Carried, F: Feed<A::Event>> Search<'_, A, F> {
     /// Whether a rate holds. One that does not gets a second try, since another program may have been in the way.
     fn held(&mut self, rate: f64) -> Result<bool> {
         let mut step = self.step(rate)?;
@@ -105,11 +105,11 @@ impl<E: Traced, F: Feed<E>> Search<'_, E, F> {
 }
 
 /// Opens a store, searches, and checks at the end that it holds everything.
-pub(crate) fn find_max<E: Traced, F: Feed<E>>(args: &Args, load: &Load<'_, F>) -> Result<Found> {
+pub(crate) fn find_max<A: Carried, F: Feed<A::Event>>(args: &Args, load: &Load<'_, F>) -> Result<Found> {
     let place = Place::new(args, None)?;
-    let mut earlier = events_before::<E>(args, &place.dir)?;
+    let mut earlier = events_before::<A>(args, &place.dir)?;
     let fresh = earlier == 0;
-    let session = Session::<E, F>::open(args, place.dir.clone(), (load.feeds)())?;
+    let session = Session::<A, F>::open(args, place.dir.clone(), (load.feeds)())?;
     let mut search = Search { args, session, steps: Vec::new(), shown: None, appended: 0 };
     if args.warmup() > 0 {
         earlier += search
@@ -123,7 +123,7 @@ pub(crate) fn find_max<E: Traced, F: Feed<E>>(args: &Args, load: &Load<'_, F>) -
     drop(session);
     let (shown, measured) = shown.context("no rate was tried")?;
     let replay = if args.verifies() {
-        Some(replay::<E>(args.config_keeping_all(place.dir.clone()), fresh, load.expected)?)
+        Some(replay::<A>(args.config_keeping_all(place.dir.clone()), fresh, load.expected)?)
     } else {
         None
     };

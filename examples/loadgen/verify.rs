@@ -5,9 +5,9 @@ use std::hash::{BuildHasherDefault, Hasher};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
-use corelane::{Config, EventLog, Key, ShardId};
+use corelane::{Config, Engine, Key, ShardId};
 
-use crate::events::Traced;
+use crate::events::{Carried, Traced as _};
 
 /// Keys are spread well enough by one multiplication.
 #[derive(Default)]
@@ -79,9 +79,9 @@ struct Seen {
 
 /// Opens the store anew and reads all of it. Where the store began empty (`fresh`) the events' own order is checked
 /// too, and `expected` is what every key must have, where that is known.
-pub(crate) fn replay<E: Traced>(config: Config, fresh: bool, expected: Option<&ByKey<History>>) -> Result<Replay> {
+pub(crate) fn replay<A: Carried>(config: Config, fresh: bool, expected: Option<&ByKey<History>>) -> Result<Replay> {
     let began = Instant::now();
-    let engine = EventLog::<E>::open(config).context("reopening the store")?;
+    let engine = Engine::<A>::open(config).context("reopening the store")?;
     let mut replay = Replay { opening: began.elapsed(), ..Replay::default() };
     for torn in engine.recovery().shards.iter().filter_map(|shard| shard.torn_tail.as_ref()) {
         replay.fault(|| format!("a torn tail after an orderly shutdown: {torn:?}"));
@@ -102,8 +102,8 @@ pub(crate) fn replay<E: Traced>(config: Config, fresh: bool, expected: Option<&B
     Ok(replay)
 }
 
-fn replay_shard<E: Traced>(
-    engine: &EventLog<E>,
+fn replay_shard<A: Carried>(
+    engine: &Engine<A>,
     shard: ShardId,
     ordered: bool,
     replay: &mut Replay,
@@ -122,7 +122,7 @@ fn replay_shard<E: Traced>(
         }
         next = Some(meta.sequence.get() + 1);
         replay.events += 1;
-        let trace = E::trace(record.event);
+        let trace = A::Event::trace(record.event);
         // The first version of a key is 1, unless retention has freed what came before.
         let unseen = || Seen {
             version: if replay.freed > 0 { meta.version.get() - 1 } else { 0 },
@@ -134,7 +134,7 @@ fn replay_shard<E: Traced>(
             let was = seen.version;
             replay.fault(|| format!("key {}: version {} after {was}", meta.key, meta.version));
         }
-        if ordered && seen.history.events > 0 && !E::may_follow(seen.last, trace) {
+        if ordered && seen.history.events > 0 && !A::Event::may_follow(seen.last, trace) {
             replay.fault(|| format!("key {}: version {} is out of its producer's order", meta.key, meta.version));
         }
         if meta.key.shard(engine.config().shards()) != shard {
@@ -185,14 +185,14 @@ mod tests {
     fn a_missing_a_foreign_and_a_swapped_event_are_faults() {
         let dir = tempfile::tempdir().expect("a folder");
         let config = || Config::new(dir.path()).segment_bytes(1 << 20);
-        let engine = EventLog::open(config()).expect("opens");
+        let engine = EventLog::<Envelope>::open(config()).expect("opens");
         let mut events = vec![event(1, "1"), event(2, "2"), event(1, "3")];
         engine.producer().publish_batch(&mut events).expect("publishes");
         engine.shutdown(None).expect("shuts down");
         drop(engine);
         let faults = |expected: &[(u64, History)]| {
             let expected = expected.iter().copied().collect();
-            replay::<Envelope>(config(), true, Some(&expected)).expect("replays").faults.len()
+            replay::<corelane::Stateless<Envelope>>(config(), true, Some(&expected)).expect("replays").faults.len()
         };
         assert_eq!(faults(&[(1, history(&["1", "3"])), (2, history(&["2"]))]), 0);
         assert_eq!(faults(&[(1, history(&["1", "3", "4"])), (2, history(&["2"]))]), 1, "one is missing");

@@ -4,11 +4,11 @@ use std::io::IsTerminal as _;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use corelane::{EventLog, Metrics, ShardMetrics, Stage};
+use corelane::{Engine, Metrics, ShardMetrics, Stage};
 use hdrhistogram::Histogram;
 use indicatif::{ProgressBar, ProgressStyle};
 
-use crate::events::Traced;
+use crate::events::Carried;
 use crate::load::{Phase, difference, histogram};
 use crate::report;
 
@@ -48,8 +48,8 @@ impl Interval {
 }
 
 /// The watcher of one phase.
-pub(crate) struct Watch<'a, E: Traced> {
-    engine: &'a EventLog<E>,
+pub(crate) struct Watch<'a, A: Carried> {
+    engine: &'a Engine<A>,
     /// When the histograms were last read, and what they were.
     last: (Instant, Metrics),
     counters: Vec<ShardMetrics>,
@@ -68,8 +68,8 @@ pub(crate) struct Watch<'a, E: Traced> {
     bar: Option<ProgressBar>,
 }
 
-impl<'a, E: Traced> Watch<'a, E> {
-    pub(crate) fn new(engine: &'a EventLog<E>, before: Metrics, synced: bool, keep: bool, phase: &Phase) -> Self {
+impl<'a, A: Carried> Watch<'a, A> {
+    pub(crate) fn new(engine: &'a Engine<A>, before: Metrics, synced: bool, keep: bool, phase: &Phase) -> Self {
         let now = Instant::now();
         let total = match (phase.events, phase.rate, phase.duration) {
             (Some(events), _, _) => Some(events),

@@ -22,11 +22,16 @@ use crate::metrics::{Counters, Recorder, Stage};
 use crate::producer::{LaneRegistry, LaneShared, ShardDoor};
 use crate::shard::{Shard, Work};
 use crate::shared::SharedLane;
-use crate::sync::{Arc, Arrivals, AtomicBool, Signal};
+use crate::snapshot::format::Chunk;
+use crate::snapshot::snapshotter::{SnapshotterRequests, Sources};
+use crate::snapshot::taker::{CheckpointRequests, Message, Taker};
+use crate::sync::{Arc, Arrivals, AtomicBool, Ordering, Signal};
 use crate::view::{Place, Position, View, ViewWriter};
 
 /// Slots for runs of events between a shard and its syncer.
 const SYNC_MARKS: usize = 1 << 16;
+/// Chunks of saved states that go between a shard and the snapshotter: 512 KiB.
+const SNAPSHOT_CHUNKS: usize = 8;
 
 /// What every shard is built from.
 pub(super) struct Context<'a, A: Aggregate> {
@@ -34,6 +39,7 @@ pub(super) struct Context<'a, A: Aggregate> {
     pub(super) storage: &'a std::sync::Arc<dyn Storage>,
     pub(super) clock: &'a Clock,
     pub(super) keeper: &'a std::sync::Arc<KeeperRequests>,
+    pub(super) snapshotter: &'a SnapshotterRequests,
     pub(super) quarantine: &'a std::path::Path,
     pub(super) factories: &'a [Factory<A::Event>],
     pub(super) views: &'a [Box<dyn View<A>>],
@@ -42,6 +48,7 @@ pub(super) struct Context<'a, A: Aggregate> {
 pub(super) struct Built<A: Aggregate> {
     pub(super) handle: Handle<A>,
     pub(super) kept: Kept,
+    pub(super) sources: Sources,
     pub(super) shared: std::sync::Arc<SharedLane<A::Event>>,
     pub(super) shard: Shard<A>,
     pub(super) syncer: Syncer,
@@ -50,7 +57,8 @@ pub(super) struct Built<A: Aggregate> {
 impl<A: Aggregate> Context<'_, A> {
     pub(super) fn build(&self, id: ShardId, recovered: Recovered<A>) -> Built<A> {
         let config = self.config;
-        let Recovered { report, segments, resume, folder, span, unused, spares } = recovered;
+        let Recovered { report, segments, resume, folder, saved, span, unused, spares } = recovered;
+        let saved = saved.expect("recovery looks for what is saved");
         let Folder { keys, outcomes, .. } = folder;
         let dir = shard_dir(&config.dir, id);
         let log = Arc::new(ShardLog::new(id, dir, config.segment_bytes, report.end, resume.sequence, segments));
@@ -90,6 +98,37 @@ impl<A: Aggregate> Context<'_, A> {
         let (sync_recorder, sync_exchange) =
             Recorder::new(&[Stage::Durable, Stage::DurableDue, Stage::Sync], config.latency);
         let (marks_tx, marks_rx) = rtrb::RingBuffer::<SyncMark>::new(SYNC_MARKS);
+        let checkpoints = Arc::new(CheckpointRequests::new());
+        checkpoints.covered.store(saved.covered.0, Ordering::Release);
+        let (messages_tx, messages) = rtrb::RingBuffer::<Message>::new(2 * SNAPSHOT_CHUNKS);
+        let (mut used, used_rx) = rtrb::RingBuffer::<Chunk>::new(SNAPSHOT_CHUNKS);
+        while used.push(Chunk::new()).is_ok() {}
+        let store = std::sync::Arc::new(saved.store);
+        let taker = Taker::new::<A>(
+            config.snapshot_every,
+            config.checkpoint_bytes,
+            saved.covered,
+            Arc::clone(&checkpoints),
+            std::sync::Arc::clone(&self.snapshotter.signal),
+            messages_tx,
+            used_rx,
+        );
+        let sources = Sources {
+            log: Arc::clone(&log),
+            store: std::sync::Arc::clone(&store),
+            requests: Arc::clone(&checkpoints),
+            syncer: std::sync::Arc::clone(&syncer),
+            shard_signal: std::sync::Arc::clone(&signal),
+            messages,
+            used,
+            state_version: A::STATE_VERSION,
+            indexed: size_of::<A>() > 0,
+            next_number: saved.next_number,
+            snapshots: None,
+            checkpoint: None,
+            finishing: None,
+            retry_at: None,
+        };
         let kept = Kept {
             log: Arc::clone(&log),
             prepared: std::sync::Arc::clone(&prepared),
@@ -102,6 +141,7 @@ impl<A: Aggregate> Context<'_, A> {
             retiring: Vec::new(),
             prefaulted: (u64::MAX, 0),
             retry_at: None,
+            checkpoints: Arc::clone(&checkpoints),
         }
         .with_leftovers(unused, spares);
         let shard = Shard {
@@ -117,6 +157,7 @@ impl<A: Aggregate> Context<'_, A> {
             keys,
             outcomes,
             views,
+            taker,
             writer: Writer::new(
                 Arc::clone(&log),
                 prepared,
@@ -154,11 +195,13 @@ impl<A: Aggregate> Context<'_, A> {
             arriving,
             arriving_clients,
             questions,
+            store,
+            checkpoints,
             syncer,
             counters,
             exchanges: [turn_exchange, sync_exchange],
         };
-        Built { handle, kept, shared, shard, syncer: syncer_parts }
+        Built { handle, kept, sources, shared, shard, syncer: syncer_parts }
     }
 
     /// This shard's parts of all views, filled with the states that there are.

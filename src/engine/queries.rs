@@ -61,7 +61,7 @@ impl<A: Aggregate> Engine<A> {
         promise
     }
 
-    fn unanswered(&self, key: Key) -> WaitError {
+    pub(super) fn unanswered(&self, key: Key) -> WaitError {
         let shard = &self.shards[usize::from(key.shard(self.config.shards).0)];
         shard.door.log.failure().map_or(WaitError::Closed, |failure| failure.clone().into())
     }

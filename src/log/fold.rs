@@ -69,7 +69,6 @@ struct Pending {
     header: RecordHeader,
     hash: KeyHash,
     offset: Offset,
-    sequence: Sequence,
     at: usize,
     len: usize,
 }
@@ -128,8 +127,7 @@ impl<A: Aggregate> Folder<A> {
         header: &RecordHeader,
         offset: Offset,
     ) -> Result<(), Unreadable> {
-        let pending =
-            Pending { header: *header, hash: KeyHash::of(header.key), offset, sequence: Sequence(0), at, len };
+        let pending = Pending { header: *header, hash: KeyHash::of(header.key), offset, at, len };
         if !header.more && self.group.is_empty() {
             return self.take(memory, pending);
         }
@@ -144,11 +142,10 @@ impl<A: Aggregate> Folder<A> {
     }
 
     #[inline]
-    fn take(&mut self, memory: &Memory, mut pending: Pending) -> Result<(), Unreadable> {
+    fn take(&mut self, memory: &Memory, pending: Pending) -> Result<(), Unreadable> {
         if pending.header.is_outcome() {
             return self.outcome(memory, &pending);
         }
-        pending.sequence = Sequence(self.sequence);
         self.sequence += 1;
         // Looked up a little behind the reading, so that the key's slot has time to arrive.
         self.keys.prefetch(pending.hash);
@@ -170,7 +167,7 @@ impl<A: Aggregate> Folder<A> {
 
     #[inline]
     fn fold(&mut self, memory: &Memory, due: &Pending) -> Result<(), Unreadable> {
-        let Pending { header, hash, offset, sequence, at, len } = due;
+        let Pending { header, hash, offset, at, len } = due;
         let mut known = self.keys.entry(header.key, *hash);
         if header.version <= known.version() {
             // A checkpoint has it already.
@@ -179,7 +176,7 @@ impl<A: Aggregate> Folder<A> {
         if size_of::<A>() > 0 {
             let event = self.access.event::<A::Event>(memory, *at, *len, header);
             let event = event.ok_or((*offset, "an archive is not valid behind a CRC that holds"))?;
-            known.state().evolve(event, &header.meta(self.shard, *offset, *sequence));
+            known.state().evolve(event, &header.meta(self.shard, *offset, Sequence::UNKNOWN));
         }
         known.set(header.version, *offset, header.time);
         Ok(())

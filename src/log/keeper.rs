@@ -21,6 +21,7 @@ use crate::log::segment::{Segment, ShardLog};
 use crate::log::storage::Storage;
 use crate::log::writer::{Prepared, PreparedQueue};
 use crate::metrics::Counters;
+use crate::snapshot::taker::CheckpointRequests;
 use crate::sync::{Arc, AtomicBool, Idle, Ordering, Signal};
 
 /// Requests to the keeper.
@@ -56,6 +57,8 @@ pub(crate) struct Kept {
     pub(crate) spare_number: u64,
     /// Freed, but somebody may still be reading them.
     pub(crate) retiring: Vec<(PathBuf, std::sync::Arc<Memory>)>,
+    /// Up to where the states are saved; nothing above is freed.
+    pub(crate) checkpoints: Arc<CheckpointRequests>,
     /// Segment and position up to which pages are present.
     pub(crate) prefaulted: (u64, usize),
     pub(crate) retry_at: Option<Instant>,
@@ -243,6 +246,7 @@ impl Keeper {
         let mut worked = self.reuse_retired(i)?;
         let kept = &mut self.shards[i];
         let Some((oldest, next)) = kept.log.oldest_two() else { return Ok(worked) };
+        Self::ask_ahead(kept, self.retention.bytes_max);
         let over_bytes =
             self.retention.bytes_max.is_some_and(|max| kept.log.segments_len() as u64 * kept.log.segment_bytes > max);
         let over_age = match self.retention.age_max {
@@ -253,20 +257,44 @@ impl Keeper {
         };
         let durable =
             self.durability == Durability::OsCache || kept.log.durable.get() >= kept.log.first_offset(next.index).0;
-        if (over_bytes || over_age) && durable {
-            // The span first: after a crash in between, the file is surplus, not missing.
-            let span = Span { first: next.index, ..kept.span };
-            span.save(&*self.storage, &kept.log.dir)?;
-            kept.span = span;
-            drop((oldest, next));
-            if let Some(freed) = kept.log.pop_oldest() {
-                kept.retiring.push((kept.log.segment_path(freed.index), freed.memory));
-                kept.counters.segments_freed.add(1);
-            }
-            worked = true;
-            self.reuse_retired(i)?;
+        if !((over_bytes || over_age) && durable) {
+            return Ok(worked);
         }
+        // What the freed events had made of their keys must not go with them.
+        let freed_to = kept.log.first_offset(next.index).0;
+        if kept.checkpoints.covered() < freed_to {
+            if kept.checkpoints.begun() < freed_to {
+                kept.checkpoints.ask();
+                kept.shard_signal.notify();
+            }
+            return Ok(worked);
+        }
+        // The span first: after a crash in between, the file is surplus, not missing.
+        let span = Span { first: next.index, ..kept.span };
+        span.save(&*self.storage, &kept.log.dir)?;
+        kept.span = span;
+        drop((oldest, next));
+        if let Some(freed) = kept.log.pop_oldest() {
+            kept.retiring.push((kept.log.segment_path(freed.index), freed.memory));
+            kept.counters.segments_freed.add(1);
+        }
+        worked = true;
+        self.reuse_retired(i)?;
         Ok(worked)
+    }
+
+    /// Asks for the checkpoint that the next freeing needs when the segment being written is half full: when it is full, what is
+    /// freed can be written again at once, and no new file is needed in between.
+    fn ask_ahead(kept: &Kept, bytes_max: Option<u64>) {
+        let log = &kept.log;
+        let (appended, held) = (log.appended.get(), log.segments_len() as u64);
+        let Some(over) = bytes_max.and_then(|max| (held + 1).checked_sub(max / log.segment_bytes)) else { return };
+        let freed_to = log.earliest().0 + over * log.segment_bytes;
+        let is_half_full = appended % log.segment_bytes >= log.segment_bytes / 2;
+        if over > 0 && is_half_full && kept.checkpoints.begun() < freed_to && appended >= freed_to {
+            kept.checkpoints.ask();
+            kept.shard_signal.notify();
+        }
     }
 
     /// Removes one file too many of those that recovery found.

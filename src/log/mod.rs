@@ -4,6 +4,7 @@
 //! can see them; bytes below `durable` have been synced.
 
 pub(crate) mod crc;
+pub(crate) mod finder;
 pub(crate) mod fold;
 pub(crate) mod format;
 pub(crate) mod keeper;

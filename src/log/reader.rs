@@ -2,9 +2,10 @@
 
 use std::marker::PhantomData;
 
+use crate::aggregate::Aggregate;
 use crate::error::{Corruption, ReadError};
-use crate::event::{Event, Meta, Offset, Sequence};
-use crate::log::fold::Access;
+use crate::event::{Event, Meta, Offset, Sequence, Time};
+use crate::log::fold::{Access, Folder};
 use crate::log::format::{Found, RECORD_HEADER_BYTES, RecordHeader, padded, record_at, u32_at};
 use crate::log::segment::{Segment, ShardLog};
 use crate::log::storage::Lock;
@@ -107,12 +108,7 @@ impl<E: Event> Reader<E> {
                 None => return Ok(None),
                 Some(Step::Event { at, len, header }) => break (at, len, header),
                 Some(Step::Own(len)) => self.at.0 += padded(len) as u64,
-                Some(Step::NextSegment) => {
-                    // From the segment, not from the position: that of a segment filled to its last byte lies in the next.
-                    let next = self.segment.as_ref().map_or(self.log.segment_of(self.at), |segment| segment.index) + 1;
-                    self.at = self.log.first_offset(next);
-                    self.segment = None;
-                }
+                Some(Step::NextSegment) => self.leave(),
             }
         };
         let meta = header.meta(self.log.shard, self.at, Sequence(self.sequence));
@@ -181,6 +177,64 @@ impl<E: Event> Reader<E> {
         }
         self.segment = Some(segment);
         Ok(())
+    }
+
+    /// Moves past events until one is wanted, and says when that was; only headers are looked at. Stands before it then.
+    pub(crate) fn seek(&mut self, mut is_wanted: impl FnMut(&RecordHeader) -> bool) -> Result<Option<Time>, ReadError> {
+        loop {
+            match self.step()? {
+                None => return Ok(None),
+                Some(Step::Event { header, .. }) if is_wanted(&header) => return Ok(Some(header.time)),
+                Some(Step::Event { len, .. }) => {
+                    self.at.0 += padded(len) as u64;
+                    self.sequence += 1;
+                }
+                Some(Step::Own(len)) => self.at.0 += padded(len) as u64,
+                Some(Step::NextSegment) => self.leave(),
+            }
+        }
+    }
+
+    /// Folds every record below `until` into `folder`, whose events must be of this type.
+    pub(crate) fn fold<A: Aggregate<Event = E>>(
+        &mut self,
+        folder: &mut Folder<A>,
+        until: Offset,
+    ) -> Result<(), ReadError> {
+        let shard = self.log.shard;
+        while self.at < until {
+            let step = self.step()?;
+            let Some(segment) = &self.segment else { break };
+            let unreadable = |(offset, why): (Offset, _)| Corruption { shard, segment: segment.index, offset, why };
+            let at = (self.at.0 - segment.index * self.log.segment_bytes) as usize;
+            let len = match step {
+                None => break,
+                Some(Step::NextSegment) => {
+                    folder.settle(&segment.memory).map_err(unreadable)?;
+                    self.leave();
+                    continue;
+                }
+                Some(Step::Own(len) | Step::Event { len, .. }) => len,
+            };
+            let header = RecordHeader::decode(segment.memory.read(at, len).unwrap_or_default());
+            if !header.is_mark() {
+                folder.record(&segment.memory, at, len, &header, self.at).map_err(unreadable)?;
+            }
+            self.at.0 += padded(len) as u64;
+        }
+        if let Some(segment) = &self.segment {
+            let unreadable = |(offset, why): (Offset, _)| Corruption { shard, segment: segment.index, offset, why };
+            folder.settle(&segment.memory).map_err(unreadable)?;
+        }
+        Ok(())
+    }
+
+    /// Goes over to the next segment.
+    fn leave(&mut self) {
+        // From the segment, not from the position: that of a segment filled to its last byte lies in the next.
+        let next = self.segment.as_ref().map_or(self.log.segment_of(self.at), |segment| segment.index) + 1;
+        self.at = self.log.first_offset(next);
+        self.segment = None;
     }
 
     fn corruption(&self, why: &'static str) -> Corruption {

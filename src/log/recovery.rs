@@ -22,6 +22,7 @@ use crate::log::mmap::{Memory, WriteHalf};
 use crate::log::segment::Segment;
 use crate::log::storage::{Storage, replace};
 use crate::log::writer::Resume;
+use crate::snapshot::load::{self, Candidate};
 
 /// What opening a store found.
 #[derive(Debug, Clone, Default)]
@@ -80,6 +81,8 @@ pub(crate) struct Recovered<A: Aggregate> {
     pub(crate) resume: Resume,
     /// The keys' states and the outcomes of commands.
     pub(crate) folder: Folder<A>,
+    /// What is saved besides; always there once recovery is over.
+    pub(crate) saved: Option<load::Found>,
     pub(crate) span: Span,
     /// Prepared and never begun: to be blanked and prepared again.
     pub(crate) unused: Vec<PathBuf>,
@@ -127,7 +130,61 @@ impl End {
 }
 
 impl Opening<'_> {
+    /// Opens the log and folds it: from the newest checkpoint that can be used, or from its beginning.
     pub(crate) fn recover<A: Aggregate>(&self) -> Result<Recovered<A>, OpenError> {
+        let io = |source| OpenError::Io { action: "reading the saved states of", path: self.dir.to_owned(), source };
+        let earliest = Span::load(self.storage, self.dir)?.map_or(0, |span| span.first);
+        let earliest = Offset(earliest * self.manifest.segment_bytes + HEADER_BYTES as u64);
+        let has_lost_the_beginning = earliest.0 > HEADER_BYTES as u64;
+        // A folder that is not there is an error before anything else is looked for in it.
+        self.names()?;
+        let mut torn_tail = None;
+        let mut found = None;
+        let candidates = load::candidates(self.storage, self.dir, self.shard).map_err(io)?;
+        for candidate in candidates.iter().filter(|candidate| candidate.start >= earliest) {
+            let mut folder = Folder::<A>::new(self.shard, self.keys_expected, self.outcomes_kept);
+            let loaded = load::load(self.storage, self.dir, self.shard, candidate, &mut folder);
+            let recovered = match loaded {
+                Ok(()) => self.recover_from(folder, Some(candidate))?,
+                Err(why) => {
+                    tracing::warn!(shard = self.shard.0, number = candidate.number, why, "a checkpoint is unusable");
+                    continue;
+                }
+            };
+            let Some(recovered) = recovered else { continue };
+            if recovered.report.end >= candidate.log_end {
+                let usable = candidates.iter().map(|candidate| candidate.number);
+                found = Some((recovered, usable.filter(|&number| number <= candidate.number).collect()));
+                break;
+            }
+            // It has states whose events are gone: not those of this log.
+            tracing::warn!(shard = self.shard.0, number = candidate.number, "a checkpoint is ahead of the log");
+            torn_tail = torn_tail.or(recovered.report.torn_tail);
+        }
+        let (mut recovered, usable) = match found {
+            Some(found) => found,
+            None => {
+                let folder = Folder::<A>::new(self.shard, self.keys_expected, self.outcomes_kept);
+                let recovered =
+                    self.recover_from(folder, None)?.expect("without a checkpoint there is nothing to miss");
+                if has_lost_the_beginning && size_of::<A>() > 0 {
+                    return Err(OpenError::StatesLost { shard: self.shard, earliest });
+                }
+                (recovered, Vec::new())
+            }
+        };
+        recovered.report.torn_tail = recovered.report.torn_tail.or(torn_tail);
+        let end = recovered.report.end;
+        recovered.saved = Some(load::index::<A>(self.storage, self.dir, self.shard, end, &usable).map_err(io)?);
+        Ok(recovered)
+    }
+
+    /// Opens the log and folds what `checkpoint` does not have. `None`: it is not one of this log.
+    fn recover_from<A: Aggregate>(
+        &self,
+        folder: Folder<A>,
+        checkpoint: Option<&Candidate>,
+    ) -> Result<Option<Recovered<A>>, OpenError> {
         let mut names = self.names()?;
         let span = match Span::load(self.storage, self.dir)? {
             Some(span) => Some(span),
@@ -140,12 +197,11 @@ impl Opening<'_> {
                 });
             }
         };
-        let folder = Folder::<A>::new(self.shard, self.keys_expected, self.outcomes_kept);
         let mut scan = Scan { folder, durable: 0, first_sequence: 0, events_end: 0 };
         let Some(span) = span else {
             let mut blank = self.blank(names.spares, scan.folder, Span { first: 0, last: 0 });
             blank.unused = names.segments.iter().map(|&index| self.path(index)).collect();
-            return Ok(blank);
+            return Ok(checkpoint.is_none().then_some(blank));
         };
         // Surplus: freed before a crash, or prepared and not yet in the span. Written again, never read.
         let (held, surplus): (Vec<u64>, Vec<u64>) =
@@ -176,6 +232,14 @@ impl Opening<'_> {
             let header = self.header(index, &memory)?;
             opened.push((index, memory, header));
         }
+        // Where reading begins: what lies before is not looked at, unless the checkpoint may know more than the disk.
+        let begin = checkpoint.map(|checkpoint| self.place_of(checkpoint));
+        if let Some((begin, _)) = begin
+            && !opened.iter().any(|(index, _, header)| *index == begin && header.is_some())
+        {
+            return Ok(None);
+        }
+        let skip = checkpoint.filter(|checkpoint| checkpoint.is_trusted).and(begin);
 
         let mut segments = VecDeque::new();
         let mut tail: Option<(Segment, End)> = None;
@@ -191,6 +255,8 @@ impl Opening<'_> {
             };
             stop = stop.or_else(|| match (blank, &tail) {
                 (Some(blank), _) => Some((blank, 0, "a blank segment lies before one in use")),
+                // Of what is skipped only the headers are looked at.
+                (None, Some(_)) if skip.is_some_and(|(begin, _)| index <= begin) => None,
                 (None, Some((before, end))) => {
                     end.breaks_before(&header, scan.folder.sequence).map(|why| (before.index, end.at, why))
                 }
@@ -207,7 +273,14 @@ impl Opening<'_> {
                     scan.folder.sequence = header.first_sequence;
                 }
             }
-            let end = self.scan(index, &memory, header.salt, &mut scan)?;
+            let end = match skip {
+                Some((begin, at)) if index < begin => End { at, damaged: None },
+                Some((begin, at)) if index == begin => {
+                    scan.folder.sequence = checkpoint.map_or(header.first_sequence, |checkpoint| checkpoint.sequence.0);
+                    self.scan(index, &memory, header.salt, at, &mut scan)?
+                }
+                _ => self.scan(index, &memory, header.salt, HEADER_BYTES, &mut scan)?,
+            };
             tail = Some((
                 Segment {
                     index,
@@ -240,7 +313,7 @@ impl Opening<'_> {
                 self.blank_segments(beyond)?;
             }
             recovered.unused = unused;
-            return Ok(recovered);
+            return Ok(checkpoint.is_none().then_some(recovered));
         };
         let Segment { index, first_sequence, salt, memory } = last;
         let (at, mut torn) = self.settle_tail(index, salt, &memory, &end, scan.durable)?;
@@ -279,7 +352,7 @@ impl Opening<'_> {
             end,
             torn_tail,
         };
-        Ok(Recovered {
+        Ok(Some(Recovered {
             report,
             segments,
             resume: Resume {
@@ -289,10 +362,18 @@ impl Opening<'_> {
                 marked,
             },
             folder: scan.folder,
+            saved: None,
             span,
             unused,
             spares: names.spares,
-        })
+        }))
+    }
+
+    /// Segment and position where the log goes on behind a checkpoint.
+    fn place_of(&self, checkpoint: &Candidate) -> (u64, usize) {
+        // The end of a segment filled to its last byte still belongs to that segment.
+        let index = (checkpoint.start.0 - 1) / self.manifest.segment_bytes;
+        (index, (checkpoint.start.0 - index * self.manifest.segment_bytes) as usize)
     }
 
     /// Blanks the headers of segments that are not part of the log, the last one first.
@@ -324,6 +405,7 @@ impl Opening<'_> {
             segments: VecDeque::new(),
             resume: Resume { segment: None, next_index: span.first, sequence: 0, marked: 0 },
             folder,
+            saved: None,
             span,
             unused: Vec::new(),
             spares,
@@ -408,13 +490,20 @@ impl Opening<'_> {
     }
 
     /// Goes over a segment's records from the front until one does not hold or none follows.
-    fn scan<A: Aggregate>(&self, index: u64, memory: &Memory, salt: u32, scan: &mut Scan<A>) -> Result<End, OpenError> {
+    fn scan<A: Aggregate>(
+        &self,
+        index: u64,
+        memory: &Memory,
+        salt: u32,
+        from: usize,
+        scan: &mut Scan<A>,
+    ) -> Result<End, OpenError> {
         let whole = memory.read(0, memory.len()).unwrap_or_default();
         if let Err(error) = memory.advise_sequential() {
             tracing::debug!(%error, "no read-ahead advice");
         }
         let base = index * self.manifest.segment_bytes;
-        let mut at = HEADER_BYTES;
+        let mut at = from;
         let unreadable = |(offset, why): Unreadable| self.corruption(index, (offset.0 - base) as usize, why);
         let end = loop {
             let len = match record_at(&whole[at..], salt) {

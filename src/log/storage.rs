@@ -35,6 +35,10 @@ pub(crate) trait Storage: Debug + Send + Sync {
     fn write(&self, path: &Path, content: &[u8]) -> io::Result<()>;
     /// Adds to a small file, creating it if need be, and syncs it.
     fn append(&self, path: &Path, content: &[u8]) -> io::Result<()>;
+    /// Creates an empty side file, or makes one empty.
+    fn create_side(&self, path: &Path) -> io::Result<Box<dyn SideFile>>;
+    /// Opens a side file for reading.
+    fn open_side(&self, path: &Path) -> io::Result<Box<dyn SideFile>>;
     /// Creates a file of `bytes` real blocks and maps it. Leaves no file behind when it fails.
     fn create_segment(&self, path: &Path, bytes: u64) -> io::Result<Memory>;
     /// Fills a file that nobody uses with zeros from `from` on, so that its content is present in pages of
@@ -50,6 +54,36 @@ pub(crate) trait Storage: Debug + Send + Sync {
     fn remove(&self, path: &Path) -> io::Result<()>;
     /// Makes creations, renames and removals in a folder durable.
     fn sync_dir(&self, dir: &Path) -> io::Result<()>;
+}
+
+/// A file that grows at its end and is read anywhere.
+pub(crate) trait SideFile: Debug + Send + Sync {
+    /// Adds to its end. The operating system has it then; a sync makes it durable.
+    fn append(&self, content: &[u8]) -> io::Result<()>;
+    /// Fills `out` with what stands at `at`.
+    fn read_at(&self, at: u64, out: &mut [u8]) -> io::Result<()>;
+    /// Its length.
+    fn len(&self) -> io::Result<u64>;
+    /// Makes all of it durable.
+    fn sync(&self) -> io::Result<()>;
+}
+
+impl SideFile for File {
+    fn append(&self, content: &[u8]) -> io::Result<()> {
+        (&*self).write_all(content)
+    }
+
+    fn read_at(&self, at: u64, out: &mut [u8]) -> io::Result<()> {
+        self.read_exact_at(out, at)
+    }
+
+    fn len(&self) -> io::Result<u64> {
+        Ok(self.metadata()?.len())
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.sync_data()
+    }
 }
 
 /// What becomes dirty, and is written by a sync, as a whole. Smaller costs more instructions a byte, larger more bytes
@@ -113,6 +147,15 @@ impl Storage for Files {
         let mut file = OpenOptions::new().create(true).append(true).open(path)?;
         file.write_all(content)?;
         file.sync_all()
+    }
+
+    fn create_side(&self, path: &Path) -> io::Result<Box<dyn SideFile>> {
+        let file = OpenOptions::new().create(true).truncate(true).read(true).write(true).open(path)?;
+        Ok(Box::new(file))
+    }
+
+    fn open_side(&self, path: &Path) -> io::Result<Box<dyn SideFile>> {
+        Ok(Box::new(File::open(path)?))
     }
 
     fn create_segment(&self, path: &Path, bytes: u64) -> io::Result<Memory> {

@@ -9,6 +9,7 @@ use crate::log::format::RecordHeader;
 use crate::log::writer::{Appender, Refused, Writer};
 use crate::producer::wall_time;
 use crate::ring::{NOT_DUE, Slot};
+use crate::snapshot::taker::Taker;
 use crate::view::ViewWriter;
 
 /// Events of one batch with one publish time.
@@ -45,6 +46,7 @@ pub(super) struct Batch<'a, A: Aggregate> {
     pub(super) writer: &'a mut Writer,
     pub(super) keys: &'a mut KeyTable<A>,
     pub(super) views: &'a mut [Box<dyn ViewWriter<A>>],
+    pub(super) taker: &'a mut Taker,
     pub(super) runs: &'a mut Vec<Run>,
     /// Where the events lie; for handlers only.
     pub(super) placed: Option<&'a mut Vec<(Meta, usize)>>,
@@ -63,6 +65,7 @@ macro_rules! batch {
             writer: &mut $shard.writer,
             keys: &mut $shard.keys,
             views: &mut $shard.views,
+            taker: &mut $shard.taker,
             runs: &mut $shard.work.runs,
             placed: if $shard.handlers.is_empty() { None } else { Some(&mut $shard.work.placed) },
             schemas: &$shard.work.schemas,
@@ -151,7 +154,7 @@ impl<A: Aggregate> Batch<'_, A> {
                 more: false,
             };
             let meta = || header.meta(self.shard, offset, Sequence(first_sequence + appended as u64));
-            let len = match record(&mut appender, &header, &slot.event, meta, &mut known, self.views) {
+            let len = match record(&mut appender, &header, &slot.event, meta, &mut known, self.views, self.taker) {
                 Ok(len) => len,
                 Err(Refused::NeedsSegment) => break,
                 Err(Refused::TooLarge { bytes_max }) => {
@@ -181,6 +184,7 @@ pub(super) fn record<A: Aggregate>(
     meta: impl Fn() -> Meta,
     known: &mut Entry<'_, A>,
     views: &mut [Box<dyn ViewWriter<A>>],
+    taker: &mut Taker,
 ) -> Result<usize, Refused> {
     let offset = appender.offset();
     let len = appender.append(header, event, |archived| {
@@ -188,11 +192,14 @@ pub(super) fn record<A: Aggregate>(
             return;
         }
         let (state, meta) = (known.state(), meta());
-        state.evolve(archived, &meta);
+        state.evolve(archived, &Meta { sequence: Sequence::UNKNOWN, ..meta });
         for view in views {
             view.changed(meta.key, state, &meta);
         }
     })?;
     known.set(header.version, offset, header.time);
+    if size_of::<A>() > 0 && taker.is_due(header.version.0) {
+        taker.take(known.slot());
+    }
     Ok(len)
 }

@@ -225,7 +225,7 @@ impl<A: Aggregate> Batch<'_, A> {
             };
             let (shard, offset) = (self.shard, appender.offset());
             let meta = || header.meta(shard, offset, Sequence(sequence));
-            let len = record(&mut appender, &header, &event, meta, &mut known, self.views);
+            let len = record(&mut appender, &header, &event, meta, &mut known, self.views, self.taker);
             let len = len.expect("there is room for all events of a command, or none was begun");
             if let Some(placed) = &mut self.placed {
                 placed.push((meta(), len));

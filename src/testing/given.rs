@@ -192,7 +192,7 @@ impl<A: Aggregate> Given<A> {
             schema_version,
             more: false,
         };
-        let meta: Meta = header.meta(ShardId(0), self.next, Sequence(self.version.0));
+        let meta: Meta = header.meta(ShardId(0), self.next, Sequence::UNKNOWN);
         let archived = <A::Event as Encode>::access(&self.archive[..len]);
         let archived =
             archived.unwrap_or_else(|error| panic!("event {}'s archive is not valid: {error}", meta.version));

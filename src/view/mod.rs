@@ -3,9 +3,27 @@
 //! One writer per shard: the shard itself, right after it has changed a state. Readers are any threads; they never lock
 //! and never make the writer wait. A view is a cache: it is filled from the states when the store opens, so one can be
 //! added to an existing store at any time.
+//!
+//! Ready to use: [`ById`] (one value per key), [`Area`] (who is near a place), [`Leaderboard`] (the best) and
+//! [`ServerStatus`] (who is online, and the load). `docs/views.md` shows them. Their handles are cheap to clone and stay
+//! valid when the engine is gone: they then show what was published last. Their writers never wait; a reader may see a
+//! change a little before the position that it belongs to, and never after.
+
+mod area;
+mod by_id;
+mod grow;
+mod index;
+mod leaderboard;
+mod parts;
+mod status;
 
 use crate::aggregate::Aggregate;
 use crate::event::{Key, Meta, Sequence, ShardId, Time};
+
+pub use area::{Area, Found};
+pub use by_id::{ById, Unreadable};
+pub use leaderboard::{Leaderboard, Ranked};
+pub use status::{Presence, ServerStatus, Status};
 
 /// A read model of all shards: the handle that readers use, and the maker of its writers.
 pub trait View<A: Aggregate>: Send + Sync {
@@ -52,3 +70,6 @@ pub struct Position {
     /// When the newest of them was appended, by the engine's clock.
     pub time: Time,
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,273 @@
+//! What was: events, states of any time, and whether the log still makes the states that there are.
+
+use std::time::Instant;
+
+use super::{Engine, Handle};
+use crate::aggregate::Aggregate;
+use crate::error::{HistoryError, ReadError, WaitError};
+use crate::event::{Key, Offset, ShardId, Time, Version};
+use crate::history::{At, Between, Counts, Head, Past, Stream, count, state_at};
+use crate::keys::Walk;
+use crate::log::finder::Finder;
+use crate::log::fold::Folder;
+use crate::log::reader::Reader;
+use crate::producer::block_until;
+use crate::promise::promise;
+use crate::snapshot::load::{candidates, load};
+use crate::snapshot::store::SnapshotStats;
+use crate::sync::{Arc, Ordering};
+
+/// Whether folding the log anew makes the states that the shards have.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub struct Comparison {
+    /// Keys that were compared.
+    pub keys: u64,
+    /// Events that were folded anew.
+    pub events: u64,
+    /// Keys whose rebuilt state is another than the one in use.
+    pub differing: Vec<Key>,
+}
+
+/// Keys that are compared at a time: the shard waits for as many clones of states.
+const COMPARED: usize = 256;
+
+impl<A: Aggregate> Engine<A> {
+    /// Saves the states of all keys, and waits for it: opening the store afterwards folds only what comes after this.
+    ///
+    /// # Errors
+    /// `ShardFailed`; `CheckpointFailed` when it could not be written; `TimedOut`; `Closed`.
+    pub fn checkpoint(&self, deadline: Option<Instant>) -> Result<(), WaitError> {
+        for shard in &self.shards {
+            shard.checkpoints.ask();
+            shard.door.signal.notify();
+        }
+        for shard in &self.shards {
+            let (log, checkpoints) = (&shard.door.log, &shard.checkpoints);
+            let (wanted, failed) = (log.appended.get(), checkpoints.failed.load(Ordering::SeqCst));
+            block_until(
+                deadline,
+                |waker| checkpoints.waiting.register(checkpoints.settled.load(Ordering::SeqCst) + 1, waker),
+                || {
+                    if checkpoints.covered() >= wanted {
+                        return Some(Ok(()));
+                    }
+                    if let Some(failure) = log.failure() {
+                        return Some(Err(failure.clone().into()));
+                    }
+                    if checkpoints.failed.load(Ordering::SeqCst) > failed {
+                        return Some(Err(WaitError::CheckpointFailed));
+                    }
+                    self.snapshotter.ending.load(Ordering::SeqCst).then_some(Err(WaitError::Closed))
+                },
+            )?;
+        }
+        Ok(())
+    }
+
+    /// Figures of saved states, over all shards.
+    #[must_use]
+    pub fn snapshot_stats(&self) -> SnapshotStats {
+        let mut all = SnapshotStats::default();
+        for shard in &self.shards {
+            let stats = shard.store.stats();
+            all.count += stats.count;
+            all.bytes += stats.bytes;
+            all.checkpoints += stats.checkpoints;
+            all.unreadable += stats.unreadable;
+            all.skipped += shard.checkpoints.skipped.load(Ordering::Relaxed);
+            all.checkpoints_failed += shard.checkpoints.failed.load(Ordering::Relaxed);
+        }
+        all.bytes_average = all.bytes.checked_div(all.count).unwrap_or(0);
+        all
+    }
+
+    /// A shard's log from the record that begins at `offset`: another name of [`Engine::reader_at`].
+    ///
+    /// # Errors
+    /// As there.
+    ///
+    /// # Panics
+    /// When the store has no such shard.
+    pub fn scan(&self, shard: ShardId, offset: Offset) -> Result<Reader<A::Event>, ReadError> {
+        self.reader_at(shard, offset)
+    }
+
+    /// A key's events from version `from` on, in order, up to its newest now. Nothing for a key without events.
+    ///
+    /// # Errors
+    /// `BeyondRetention` with the earliest version that is held; what reading or asking the shard found.
+    pub fn stream(&self, key: Key, from: Version) -> Result<Stream<A::Event>, HistoryError> {
+        let (shard, head) = (self.of(key), self.head(key)?);
+        Stream::new(self.finder(shard), key, from, head)
+    }
+
+    /// All keys' events with a time in `[from, until)`: each shard's in the order of its log, the shards merged by time.
+    #[must_use]
+    pub fn events_between(&self, from: Time, until: Time) -> Between<A::Event> {
+        Between::new(self.readers(), from, until)
+    }
+
+    /// How many events the log holds, type by type. Goes over all headers.
+    ///
+    /// # Errors
+    /// What reading found.
+    pub fn counts(&self) -> Result<Counts, ReadError> {
+        count(self.readers())
+    }
+
+    /// A key's state after version so-and-so, or at a time: the nearest saved state, and at most `snapshot_every` events on top
+    /// (more where snapshots were skipped or are unreadable). A time later than now gives the state as it is.
+    ///
+    /// # Errors
+    /// `BeyondRetention` with the earliest version that can be told; `NotYet` for a version that does not exist; what reading found.
+    pub fn state_at(&self, key: Key, at: impl Into<At>) -> Result<Past<A>, HistoryError> {
+        let shard = self.of(key);
+        let at = at.into();
+        loop {
+            match state_at::<A>(&shard.store, &mut self.finder(shard), key, at, || Ok(self.head(key)?)) {
+                // The state behind the first event that is held can be told only if a state before it is saved.
+                Err(HistoryError::BeyondRetention { key, earliest }) => {
+                    let earliest = self.earliest(shard, key, earliest)?;
+                    return Err(HistoryError::BeyondRetention { key, earliest });
+                }
+                // Freed while it was read: what is left decides.
+                Err(HistoryError::Read(ReadError::BeyondRetention { .. })) => {}
+                told => return told,
+            }
+        }
+    }
+
+    /// The earliest version of `key` that can be told, where the events before `held` are gone.
+    fn earliest(&self, shard: &Handle<A>, key: Key, held: Version) -> Result<Version, HistoryError> {
+        let (_, saved) = shard.store.around(key, |saved| saved.version.0 + 1 < held.0);
+        match saved {
+            Some(saved) => Ok(saved.version),
+            None => Ok(self.head(key)?.version),
+        }
+    }
+
+    /// A key's state, folded anew from everything that the log holds of it, no snapshot used but where the log has lost its
+    /// beginning; and its version.
+    ///
+    /// # Errors
+    /// As [`Engine::state_at`].
+    pub fn rebuild(&self, key: Key) -> Result<(A, Version), HistoryError> {
+        let shard = self.of(key);
+        let head = self.head(key)?;
+        let (mut state, mut version) = (A::default(), Version(0));
+        let mut stream = match Stream::<A::Event>::new(self.finder(shard), key, Version(1), head) {
+            Err(HistoryError::BeyondRetention { earliest, .. }) => {
+                let base = self.earliest(shard, key, earliest)?;
+                let past = self.state_at(key, base)?;
+                (state, version) = (past.state, past.version);
+                Stream::new(self.finder(shard), key, Version(version.0 + 1), head)?
+            }
+            stream => stream?,
+        };
+        while let Some(record) = stream.next()? {
+            state.evolve(record.event, &record.meta);
+            version = record.meta.version;
+        }
+        Ok((state, version))
+    }
+
+    /// Folds the whole log anew, beside the states in use, and compares: a dry run of a rebuild. Where the log has lost its
+    /// beginning, it starts from the oldest checkpoint. Needs memory for a second table, one shard at a time.
+    ///
+    /// # Errors
+    /// What reading found, or that a shard has ended.
+    pub fn compare(&self) -> Result<Comparison, HistoryError>
+    where
+        A: PartialEq,
+    {
+        let mut found = Comparison::default();
+        for (i, shard) in self.shards.iter().enumerate() {
+            let folder = self.refold(ShardId(i as u16), shard)?;
+            found.events += folder.sequence;
+            let mut next = Some(Walk::default());
+            while let Some(walk) = next {
+                let (states, then) = self.states(shard, walk)?;
+                next = then;
+                for (key, version, live) in states {
+                    found.keys += 1;
+                    let rebuilt = folder.keys.get(key);
+                    let (mut state, from) =
+                        rebuilt.map_or((A::default(), Version(0)), |s| (s.state.clone(), s.version));
+                    // The shard has gone on meanwhile.
+                    let mut stream = self.stream(key, Version(from.0 + 1))?;
+                    while stream.version() <= version
+                        && let Some(record) = stream.next()?
+                    {
+                        state.evolve(record.event, &record.meta);
+                    }
+                    if state != live && !found.differing.contains(&key) {
+                        found.differing.push(key);
+                    }
+                }
+            }
+        }
+        Ok(found)
+    }
+
+    /// A shard's states, made anew from its log up to now.
+    fn refold(&self, id: ShardId, shard: &Handle<A>) -> Result<Folder<A>, HistoryError> {
+        let log = &shard.door.log;
+        let until = Offset(log.appended.get());
+        let mut folder = Folder::<A>::new(id, self.config.keys_expected, 0);
+        let mut reader = self.reader(id);
+        let earliest = reader.offset();
+        if log.segment_of(earliest) > 0 {
+            let dir = crate::log::manifest::shard_dir(&self.config.dir, id);
+            let io = |source| ReadError::Io { action: "reading the checkpoints of", path: dir.clone(), source };
+            let base = candidates(&*self.storage, &dir, id).map_err(io)?;
+            let base = base.into_iter().filter(|base| base.start >= earliest && base.start <= until).next_back();
+            if let Some(base) = base {
+                match load(&*self.storage, &dir, id, &base, &mut folder) {
+                    Ok(()) => reader = self.reader_at(id, base.start)?,
+                    Err(_) => folder = Folder::new(id, self.config.keys_expected, 0),
+                }
+            }
+        }
+        reader.fold(&mut folder, until)?;
+        Ok(folder)
+    }
+
+    /// Clones of some keys' states as they are now, and where to go on.
+    #[expect(clippy::type_complexity, reason = "a list and a position, used once")]
+    fn states(&self, shard: &Handle<A>, walk: Walk) -> Result<(Vec<(Key, Version, A)>, Option<Walk>), WaitError> {
+        let (promise, keeping) = promise();
+        let question = Box::new(move |keys: &crate::keys::KeyTable<A>| {
+            let (slots, then) = keys.walk(walk, COMPARED);
+            keeping.keep((slots.map(|slot| (slot.key, slot.version, slot.state.clone())).collect(), then));
+        });
+        drop(shard.questions.push(question));
+        shard.door.signal.notify();
+        promise.wait(None)?.ok_or(WaitError::Closed)
+    }
+
+    fn of(&self, key: Key) -> &Handle<A> {
+        &self.shards[usize::from(key.shard(self.config.shards).0)]
+    }
+
+    fn finder(&self, shard: &Handle<A>) -> Finder {
+        Finder::new(Arc::clone(&shard.door.log), std::sync::Arc::clone(&self.lock))
+    }
+
+    fn readers(&self) -> Vec<Reader<A::Event>> {
+        (0..self.config.shards).map(|shard| self.reader(ShardId(shard))).collect()
+    }
+
+    /// Where a key stands now.
+    fn head(&self, key: Key) -> Result<Head, WaitError> {
+        let shard = self.of(key);
+        let (promise, keeping) = promise();
+        let question = Box::new(move |keys: &crate::keys::KeyTable<A>| {
+            let head = keys.get(key).map(|slot| Head { version: slot.version, offset: slot.head });
+            keeping.keep(head.unwrap_or(Head { version: Version(0), offset: Offset(0) }));
+        });
+        drop(shard.questions.push(question));
+        shard.door.signal.notify();
+        promise.wait(None)?.ok_or_else(|| self.unanswered(key))
+    }
+}

@@ -1,0 +1,75 @@
+//! Reads single records of a shard's log in place, by their offsets. Any thread; sees what is `appended`.
+
+use crate::error::{Corruption, ReadError};
+use crate::event::Offset;
+use crate::log::format::{Found, RECORD_HEADER_BYTES, RecordHeader, padded, record_at, u32_at};
+use crate::log::mmap::Memory;
+use crate::log::segment::{Segment, ShardLog};
+use crate::log::storage::Lock;
+use crate::sync::Arc;
+
+/// Finds records. Holds the segment it found the last one in.
+#[derive(Debug)]
+pub(crate) struct Finder {
+    log: Arc<ShardLog>,
+    segment: Option<Segment>,
+    /// The store's lock: what this process wrote is taken as it is, so nobody else may write meanwhile.
+    _lock: std::sync::Arc<dyn Lock>,
+}
+
+/// A record that was found: its place in [`Finder::memory`], its exact length, and its header.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Place {
+    pub(crate) at: usize,
+    pub(crate) len: usize,
+    pub(crate) header: RecordHeader,
+}
+
+impl Finder {
+    pub(crate) fn new(log: Arc<ShardLog>, lock: std::sync::Arc<dyn Lock>) -> Self {
+        Self { log, segment: None, _lock: lock }
+    }
+
+    pub(crate) fn log(&self) -> &Arc<ShardLog> {
+        &self.log
+    }
+
+    /// The record that begins at `offset`, below what is appended.
+    #[inline]
+    pub(crate) fn find(&mut self, offset: Offset) -> Result<Place, ReadError> {
+        let index = self.log.segment_of(offset);
+        if self.segment.as_ref().is_none_or(|segment| segment.index != index) {
+            self.segment = self.log.segment(index);
+        }
+        let shard = self.log.shard;
+        let Some(segment) = &self.segment else {
+            return Err(ReadError::BeyondRetention { shard, asked: offset, earliest: self.log.earliest() });
+        };
+        let at = (offset.0 - index * self.log.segment_bytes) as usize;
+        let not_a_record = || ReadError::NotARecord { shard, offset };
+        let room = segment.memory.committed().checked_sub(at).filter(|&room| room >= RECORD_HEADER_BYTES);
+        let tail = room.and_then(|room| segment.memory.read(at, room)).ok_or_else(not_a_record)?;
+        let len = if segment.memory.is_own(at) {
+            u32_at(tail, 0) as usize
+        } else {
+            match record_at(tail, segment.salt) {
+                Found::Record(len) => len,
+                Found::End => 0,
+                Found::Damaged(why) => return Err(Corruption { shard, segment: index, offset, why }.into()),
+            }
+        };
+        if len < RECORD_HEADER_BYTES || padded(len) > tail.len() {
+            return Err(not_a_record());
+        }
+        Ok(Place { at, len, header: RecordHeader::decode(tail) })
+    }
+
+    /// The memory that the last record was found in.
+    pub(crate) fn memory(&self) -> Option<&Memory> {
+        self.segment.as_ref().map(|segment| &*segment.memory)
+    }
+
+    pub(crate) fn corruption(&self, offset: Offset, why: &'static str) -> ReadError {
+        Corruption { shard: self.log.shard, segment: self.log.segment_of(offset), offset, why }.into()
+    }
+}

@@ -1,0 +1,235 @@
+//! Saved states when a store is opened: the newest checkpoint that can be used, and the index of all that is saved.
+
+use std::io;
+use std::path::Path;
+
+use rkyv::util::AlignedVec;
+
+use crate::aggregate::Aggregate;
+use crate::event::{Key, KeyHash, Offset, Sequence, ShardId};
+use crate::keys::Slot;
+use crate::log::fold::Folder;
+use crate::log::format::ALIGN;
+use crate::log::storage::{SideFile, Storage, replace};
+use crate::snapshot::format::{End, Entry, FILE_HEADER_BYTES, FileHeader, Kind, entry_at};
+use crate::snapshot::store::{Held, Saved, SnapshotStore, boot_id, file_name, file_number};
+use crate::sync::Ordering;
+
+/// A checkpoint that opening may begin from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Candidate {
+    pub(crate) number: u32,
+    /// Where the log is to be followed from, and the sequence of the next event there.
+    pub(crate) start: Offset,
+    pub(crate) sequence: Sequence,
+    /// The log must reach at least here.
+    pub(crate) log_end: Offset,
+    /// Whether the log was durable as far as the checkpoint knows, or lies in the same cache still; otherwise what lies before
+    /// `start` must be looked at too.
+    pub(crate) is_trusted: bool,
+}
+
+/// The checkpoints of a shard's folder that are whole, newest first.
+pub(crate) fn candidates(storage: &dyn Storage, dir: &Path, shard: ShardId) -> io::Result<Vec<Candidate>> {
+    let mut numbers: Vec<u32> = storage
+        .list(dir)?
+        .iter()
+        .filter_map(|name| file_number(name))
+        .filter_map(|(kind, number)| (kind == Kind::Checkpoint).then_some(number))
+        .collect();
+    numbers.sort_unstable_by(|a, b| b.cmp(a));
+    let boot = boot_id();
+    let mut found = Vec::new();
+    for number in numbers {
+        match ends(storage, dir, shard, number) {
+            Ok((header, end)) => found.push(Candidate {
+                number,
+                start: header.start,
+                sequence: header.sequence,
+                log_end: end.log_end,
+                is_trusted: end.durable || (boot != 0 && end.boot == boot),
+            }),
+            Err(why) => unusable(number, why),
+        }
+    }
+    Ok(found)
+}
+
+fn unusable(number: u32, why: &str) {
+    tracing::warn!(number, why, "a checkpoint cannot be used; an earlier one or the log is");
+}
+
+/// Beginning and end of a checkpoint.
+fn ends(storage: &dyn Storage, dir: &Path, shard: ShardId, number: u32) -> Result<(FileHeader, End), &'static str> {
+    let unread = |_| "it cannot be read";
+    let file = storage.open_side(&dir.join(file_name(Kind::Checkpoint, number))).map_err(unread)?;
+    let bytes = file.len().map_err(unread)?;
+    let mut ends = AlignedVec::<ALIGN>::new();
+    ends.resize(FILE_HEADER_BYTES + 48, 0);
+    let tail = bytes.checked_sub(48).ok_or("a checkpoint without an end")?;
+    file.read_at(0, &mut ends[..FILE_HEADER_BYTES]).map_err(unread)?;
+    file.read_at(tail, &mut ends[FILE_HEADER_BYTES..]).map_err(unread)?;
+    let header = FileHeader::decode(&ends, shard)?;
+    if header.kind != Kind::Checkpoint {
+        return Err("it is no checkpoint");
+    }
+    Ok((header, End::decode(&ends)?))
+}
+
+/// Puts the states of a checkpoint into the table. `Err`: it cannot be used, and the folder's table is to be thrown away.
+pub(crate) fn load<A: Aggregate>(
+    storage: &dyn Storage,
+    dir: &Path,
+    shard: ShardId,
+    candidate: &Candidate,
+    folder: &mut Folder<A>,
+) -> Result<(), &'static str> {
+    let path = dir.join(file_name(Kind::Checkpoint, candidate.number));
+    let bytes = storage.open_side(&path).and_then(|file| whole(&*file)).map_err(|_| "it cannot be read")?;
+    FileHeader::decode(&bytes, shard)?;
+    let end = End::decode(&bytes)?;
+    let (mut at, mut count) = (FILE_HEADER_BYTES, 0);
+    while let Some(entry) = entry_at(&bytes, at)? {
+        at += entry.bytes;
+        if entry.version.0 == 0 {
+            break;
+        }
+        count += 1;
+        let outcomes = entry.outcomes::<A::Rejection>()?;
+        if !outcomes.is_empty() {
+            folder.outcomes.restore(entry.key, outcomes.into());
+        }
+        let slot = Slot {
+            key: entry.key,
+            version: entry.version,
+            head: entry.head,
+            time_max: entry.time_max,
+            state: entry.state::<A>()?,
+        };
+        // A part of the table that grew while it was saved comes twice.
+        let known = folder.keys.entry(slot.key, KeyHash::of(slot.key));
+        if known.version() <= slot.version {
+            known.restore(slot);
+        }
+    }
+    if count != end.entries || at != bytes.len() {
+        return Err("a checkpoint's entries are not all there");
+    }
+    Ok(())
+}
+
+fn whole(file: &dyn SideFile) -> io::Result<AlignedVec<ALIGN>> {
+    let mut bytes = AlignedVec::new();
+    bytes.resize(usize::try_from(file.len()?).map_err(io::Error::other)?, 0);
+    file.read_at(0, &mut bytes)?;
+    Ok(bytes)
+}
+
+/// What the folder of a shard has besides its log.
+pub(crate) struct Found {
+    pub(crate) store: SnapshotStore,
+    pub(crate) next_number: u32,
+    /// Up to where everything is saved.
+    pub(crate) covered: Offset,
+}
+
+/// Builds the index of everything saved of a log that ends at `end`. What was saved of events that are gone is removed for good:
+/// their places in the log will be written again.
+pub(crate) fn index<A: Aggregate>(
+    storage: &dyn Storage,
+    dir: &Path,
+    shard: ShardId,
+    end: Offset,
+    usable: &[u32],
+) -> io::Result<Found> {
+    let store = SnapshotStore::new();
+    let (mut next_number, mut covered) = (0, Offset(0));
+    let mut files: Vec<(Kind, u32)> = storage.list(dir)?.iter().filter_map(|name| file_number(name)).collect();
+    files.sort_unstable_by_key(|(_, number)| *number);
+    let mut removed = false;
+    for (kind, number) in files {
+        next_number = next_number.max(number + 1);
+        let path = dir.join(file_name(kind, number));
+        if kind == Kind::Checkpoint && !usable.contains(&number) {
+            tracing::warn!(path = %path.display(), "a checkpoint that cannot be used is removed");
+            storage.remove(&path)?;
+            removed = true;
+            continue;
+        }
+        let file = storage.open_side(&path)?;
+        let bytes = whole(&*file)?;
+        let scanned = match FileHeader::decode(&bytes, shard) {
+            Ok(header) => scan::<A>(&bytes, &header, number, end),
+            Err(why) => Scanned { why: Some(why), ..Scanned::default() },
+        };
+        if let Some(why) = scanned.why {
+            tracing::warn!(path = %path.display(), why, kept = scanned.entries, "saved states are unreadable or of events that are gone");
+            store.unreadable.fetch_add(1, Ordering::Relaxed);
+        }
+        if scanned.end < bytes.len() && kind == Kind::Snapshots {
+            if scanned.entries == 0 {
+                storage.remove(&path)?;
+                removed = true;
+                continue;
+            }
+            replace(storage, dir, &file_name(kind, number), &bytes[..scanned.end])?;
+        }
+        let start = FileHeader::decode(&bytes, shard).map_or(Offset(0), |header| header.start);
+        if kind == Kind::Checkpoint {
+            covered = covered.max(start);
+        }
+        let held = Held {
+            number,
+            kind,
+            file: storage.open_side(&path)?.into(),
+            path,
+            start,
+            last_head: scanned.last_head,
+            entries: scanned.entries,
+            bytes: scanned.end as u64,
+        };
+        store.add(held, scanned.saved);
+    }
+    if removed {
+        storage.sync_dir(dir)?;
+    }
+    Ok(Found { store, next_number, covered })
+}
+
+#[derive(Default)]
+struct Scanned {
+    saved: Vec<(Key, Saved)>,
+    entries: u64,
+    last_head: Offset,
+    /// Where the entries end that can be used.
+    end: usize,
+    /// Why they end there, unless the file does.
+    why: Option<&'static str>,
+}
+
+fn scan<A: Aggregate>(bytes: &[u8], header: &FileHeader, number: u32, end: Offset) -> Scanned {
+    let indexed = size_of::<A>() > 0 && (header.state_version == A::STATE_VERSION);
+    let mut scanned = Scanned { end: FILE_HEADER_BYTES, ..Scanned::default() };
+    loop {
+        let entry: Entry<'_> = match entry_at(bytes, scanned.end) {
+            Ok(None) => return scanned,
+            Ok(Some(entry)) if entry.version.0 > 0 && entry.head >= end => {
+                scanned.why = Some("of an event that is gone");
+                return scanned;
+            }
+            Ok(Some(entry)) => entry,
+            Err(why) => {
+                scanned.why = Some(why);
+                return scanned;
+            }
+        };
+        if entry.version.0 > 0 {
+            scanned.entries += 1;
+            scanned.last_head = scanned.last_head.max(entry.head);
+            if indexed {
+                scanned.saved.push((entry.key, Saved::new(&entry, number, scanned.end as u64)));
+            }
+        }
+        scanned.end += entry.bytes;
+    }
+}

@@ -1,0 +1,297 @@
+//! The thread that writes saved states to files. One per engine, so that no shard ever waits for the file system.
+//!
+//! A checkpoint counts once its file is whole and has its name; where the engine syncs, it is also durable then, and the
+//! log is durable as far as the checkpoint knows of it: no state comes back whose events do not.
+
+use std::io;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use crate::config::Durability;
+use crate::event::{Key, Offset, Sequence, Time};
+use crate::log::keeper::KeeperRequests;
+use crate::log::segment::ShardLog;
+use crate::log::storage::{SideFile, Storage};
+use crate::log::syncer::SyncRequests;
+use crate::snapshot::format::{Chunk, End, FILE_HEADER_BYTES, FileHeader, Kind, seal_chunk};
+use crate::snapshot::store::{Held, Saved, SnapshotStore, boot_id, file_name, fresh_path};
+use crate::snapshot::taker::{CheckpointRequests, Message};
+use crate::sync::{Arc, AtomicBool, Idle, Ordering, Signal};
+
+/// Requests to the snapshotter.
+#[derive(Debug)]
+pub(crate) struct SnapshotterRequests {
+    /// Wakes it.
+    pub(crate) signal: std::sync::Arc<Signal>,
+    /// The engine ends.
+    pub(crate) ending: AtomicBool,
+}
+
+/// A file of snapshots is followed by the next one when it is this long.
+const FILE_BYTES: u64 = 64 << 20;
+/// How long after a failure the next file is begun.
+const RETRY: Duration = Duration::from_secs(1);
+
+/// What the snapshotter has of one shard.
+pub(crate) struct Sources {
+    pub(crate) log: Arc<ShardLog>,
+    pub(crate) store: std::sync::Arc<SnapshotStore>,
+    pub(crate) requests: Arc<CheckpointRequests>,
+    pub(crate) syncer: std::sync::Arc<SyncRequests>,
+    pub(crate) shard_signal: std::sync::Arc<Signal>,
+    pub(crate) messages: rtrb::Consumer<Message>,
+    pub(crate) used: rtrb::Producer<Chunk>,
+    pub(crate) state_version: u16,
+    /// Whether states are looked up: those of nothing need not be.
+    pub(crate) indexed: bool,
+    pub(crate) next_number: u32,
+    pub(crate) snapshots: Option<Writing>,
+    pub(crate) checkpoint: Option<Writing>,
+    pub(crate) finishing: Option<(Writing, Offset)>,
+    pub(crate) retry_at: Option<Instant>,
+}
+
+/// A file that is being written.
+#[derive(Debug)]
+pub(crate) struct Writing {
+    held: Held,
+    /// Of a checkpoint, until it is whole.
+    saved: Vec<(Key, Saved)>,
+}
+
+/// The snapshotter of an engine.
+pub(crate) struct Snapshotter {
+    pub(crate) shards: Vec<Sources>,
+    pub(crate) storage: std::sync::Arc<dyn Storage>,
+    pub(crate) requests: std::sync::Arc<SnapshotterRequests>,
+    pub(crate) keeper: std::sync::Arc<KeeperRequests>,
+    pub(crate) durability: Durability,
+}
+
+impl Snapshotter {
+    /// Runs until the engine ends and everything that was sent is written.
+    pub(crate) fn run(mut self) {
+        // Nobody waits for it, so it never spins: the core is for those who are waited for.
+        let mut idle = Idle::sleepy();
+        loop {
+            let ending = self.requests.ending.load(Ordering::SeqCst);
+            if self.step(ending) {
+                continue;
+            }
+            if ending {
+                break;
+            }
+            // A checkpoint that waits for the log to be durable is looked at again and again.
+            let waiting = self.shards.iter().any(|shard| shard.finishing.is_some());
+            let deadline = waiting.then(|| Instant::now() + Duration::from_millis(1));
+            let (shards, requests) = (&self.shards, &self.requests);
+            idle.step(&requests.signal, deadline, || {
+                requests.ending.load(Ordering::SeqCst) || shards.iter().any(|shard| !shard.messages.is_empty())
+            });
+        }
+        for shard in &self.shards {
+            shard.requests.waiting.reached(u64::MAX);
+        }
+    }
+
+    /// A bounded piece of work for every shard. Whether there was any.
+    pub(crate) fn step(&mut self, ending: bool) -> bool {
+        let syncs = self.durability != Durability::OsCache;
+        let mut worked = false;
+        for shard in &mut self.shards {
+            worked |= shard.finish(&*self.storage, &self.keeper, syncs, ending);
+            if shard.finishing.is_none()
+                && let Ok(message) = shard.messages.pop()
+            {
+                shard.take(&*self.storage, message, syncs);
+                // A shard that found the ring full goes on when it is woken.
+                shard.shard_signal.notify();
+                worked = true;
+            }
+        }
+        worked
+    }
+}
+
+impl Sources {
+    fn take(&mut self, storage: &dyn Storage, message: Message, syncs: bool) {
+        match message {
+            Message::Snapshots(mut chunk) => {
+                let written = self.snapshots(storage, &mut chunk);
+                self.give_back(chunk);
+                if let Err(error) = written {
+                    tracing::warn!(shard = self.log.shard.0, %error, "snapshots could not be written; what they saved stays in the log");
+                    self.snapshots = None;
+                    self.retry_at = Some(Instant::now() + RETRY);
+                }
+            }
+            Message::Begin { start, sequence, time } => {
+                let path = fresh_path(&self.log.dir);
+                self.checkpoint = None;
+                match self.begin(storage, Kind::Checkpoint, path, start, sequence, time) {
+                    Ok(writing) => self.checkpoint = Some(writing),
+                    Err(error) => self.failed(&error),
+                }
+            }
+            Message::Checkpoint(mut chunk) => {
+                if let Some(mut writing) = self.checkpoint.take() {
+                    match writing.append(&mut chunk, self.indexed) {
+                        Ok(saved) => {
+                            writing.saved.extend(saved);
+                            self.checkpoint = Some(writing);
+                        }
+                        Err(error) => self.failed(&error),
+                    }
+                }
+                self.give_back(chunk);
+            }
+            Message::End { log_end, is_whole } => match self.checkpoint.take() {
+                Some(writing) if is_whole => {
+                    // Left to the system's cache, the log stays there, and the checkpoint says so.
+                    if syncs {
+                        self.syncer.flush(log_end.0);
+                    }
+                    self.finishing = Some((writing, log_end));
+                }
+                _ => self.failed(&io::Error::other("the checkpoint is not whole")),
+            },
+        }
+    }
+
+    fn snapshots(&mut self, storage: &dyn Storage, chunk: &mut Chunk) -> io::Result<()> {
+        if self.retry_at.is_some_and(|at| Instant::now() < at) {
+            self.requests.skipped.fetch_add(chunk.entries, Ordering::Relaxed);
+            return Ok(());
+        }
+        let mut writing = match self.snapshots.take().filter(|writing| writing.held.bytes < FILE_BYTES) {
+            Some(writing) => writing,
+            None => {
+                let path = self.log.dir.join(file_name(Kind::Snapshots, self.next_number));
+                self.begin(storage, Kind::Snapshots, path, Offset(0), Sequence(0), crate::clock::wall_now())?
+            }
+        };
+        let saved = writing.append(chunk, self.indexed)?;
+        self.store.add(writing.held.clone(), saved);
+        self.snapshots = Some(writing);
+        Ok(())
+    }
+
+    fn begin(
+        &mut self,
+        storage: &dyn Storage,
+        kind: Kind,
+        path: PathBuf,
+        start: Offset,
+        sequence: Sequence,
+        time: Time,
+    ) -> io::Result<Writing> {
+        let header =
+            FileHeader { kind, shard: self.log.shard, state_version: self.state_version, start, sequence, time };
+        let file: std::sync::Arc<dyn SideFile> = storage.create_side(&path)?.into();
+        file.append(&header.encode())?;
+        let number = self.next_number;
+        self.next_number += 1;
+        let held =
+            Held { number, kind, path, file, start, last_head: Offset(0), entries: 0, bytes: FILE_HEADER_BYTES as u64 };
+        Ok(Writing { held, saved: Vec::new() })
+    }
+
+    /// Publishes a checkpoint once the log is durable as far as it knows. Whether it did.
+    fn finish(&mut self, storage: &dyn Storage, keeper: &KeeperRequests, syncs: bool, ending: bool) -> bool {
+        let Some((_, log_end)) = &self.finishing else { return false };
+        let durable = self.log.durable.get() >= log_end.0;
+        if !durable && syncs && self.log.failure().is_none() && !ending {
+            return false;
+        }
+        let Some((writing, log_end)) = self.finishing.take() else { return false };
+        if !durable && syncs {
+            self.failed(&io::Error::other("the log did not become durable"));
+            return true;
+        }
+        match self.publish(storage, writing, log_end, durable, syncs) {
+            Ok(start) => {
+                // Release: pairs with the Acquire in `CheckpointRequests::covered`.
+                self.requests.covered.fetch_max(start.0, Ordering::Release);
+                self.settled();
+                keeper.signal.notify();
+            }
+            Err(error) => self.failed(&error),
+        }
+        true
+    }
+
+    fn publish(
+        &mut self,
+        storage: &dyn Storage,
+        writing: Writing,
+        log_end: Offset,
+        durable: bool,
+        syncs: bool,
+    ) -> io::Result<Offset> {
+        let Writing { mut held, saved, .. } = writing;
+        let end = End { entries: held.entries, log_end, durable, boot: boot_id() }.encode();
+        held.file.append(&end)?;
+        held.bytes += end.len() as u64;
+        if syncs {
+            held.file.sync()?;
+        }
+        let path = self.log.dir.join(file_name(Kind::Checkpoint, held.number));
+        storage.rename(&held.path, &path)?;
+        if syncs {
+            storage.sync_dir(&self.log.dir)?;
+        }
+        held.path = path;
+        let start = held.start;
+        self.store.add(held, saved);
+        // Another file of snapshots from here on, so that whole files become useless together.
+        self.snapshots = None;
+        let earliest = self.log.earliest();
+        let lost = self.log.segment_of(earliest) > 0;
+        for path in self.store.take_useless(earliest, lost) {
+            if let Err(error) = storage.remove(&path) {
+                tracing::warn!(path = %path.display(), %error, "saved states that nobody needs stay behind");
+            }
+        }
+        Ok(start)
+    }
+
+    fn failed(&mut self, error: &io::Error) {
+        tracing::error!(shard = self.log.shard.0, %error, "a checkpoint could not be written; retention waits for the next");
+        self.checkpoint = None;
+        self.requests.given_up();
+        self.settled();
+    }
+
+    /// A checkpoint has come to its end, whichever.
+    fn settled(&self) {
+        let settled = self.requests.settled.fetch_add(1, Ordering::SeqCst) + 1;
+        self.requests.waiting.reached(settled);
+    }
+
+    fn give_back(&mut self, mut chunk: Chunk) {
+        chunk.clear();
+        if self.used.push(chunk).is_err() {
+            unreachable!("there is a place for every chunk");
+        }
+    }
+}
+
+impl Writing {
+    /// Writes a chunk; says where its entries lie.
+    fn append(&mut self, chunk: &mut Chunk, indexed: bool) -> io::Result<Vec<(Key, Saved)>> {
+        let (number, base) = (self.held.number, self.held.bytes);
+        let mut saved = Vec::with_capacity(if indexed { chunk.entries as usize } else { 0 });
+        let mut last_head = self.held.last_head;
+        seal_chunk(chunk.filled(), |at, entry| {
+            last_head = last_head.max(entry.head);
+            if indexed {
+                saved.push((entry.key, Saved::new(entry, number, base + at as u64)));
+            }
+        });
+        self.held.file.append(chunk.filled())?;
+        self.held.bytes += chunk.filled().len() as u64;
+        self.held.entries += chunk.entries;
+        self.held.last_head = last_head;
+        Ok(saved)
+    }
+}

@@ -1,0 +1,235 @@
+//! The saved states of one shard: files, and an index of them in memory.
+//!
+//! One writer: the snapshotter's thread (before it runs, whoever opens the store). Readers look up places under a lock
+//! that nobody holds for long, and read files without one.
+
+use std::path::{Path, PathBuf};
+
+use hashbrown::HashMap;
+use rkyv::util::AlignedVec;
+use xxhash_rust::xxh3::Xxh3DefaultBuilder;
+
+use crate::event::{Key, Offset, Time, Version};
+use crate::log::format::{ALIGN, padded, u32_at};
+use crate::log::storage::SideFile;
+use crate::snapshot::format::{ENTRY_HEADER_BYTES, Entry, Kind, entry_at};
+use crate::sync::{AtomicU64, Mutex, Ordering, lock};
+
+/// Where a state is saved, and which.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Saved {
+    pub(crate) version: Version,
+    /// The record of that version.
+    pub(crate) head: Offset,
+    /// The latest time of the key's events up to it.
+    pub(crate) time_max: Time,
+    file: u32,
+    /// Position in the file, in steps of 16 bytes.
+    at: u32,
+}
+
+/// A file that is read.
+#[derive(Debug, Clone)]
+pub(crate) struct Held {
+    pub(crate) number: u32,
+    pub(crate) kind: Kind,
+    pub(crate) path: PathBuf,
+    pub(crate) file: std::sync::Arc<dyn SideFile>,
+    pub(crate) start: Offset,
+    /// The furthest record that an entry names.
+    pub(crate) last_head: Offset,
+    pub(crate) entries: u64,
+    pub(crate) bytes: u64,
+}
+
+#[derive(Debug, Default)]
+struct Index {
+    keys: HashMap<Key, Vec<Saved>, Xxh3DefaultBuilder>,
+    files: Vec<Held>,
+}
+
+/// What is saved of one shard.
+#[derive(Debug)]
+pub(crate) struct SnapshotStore {
+    index: Mutex<Index>,
+    /// Entries that could not be read when they were wanted, or when the store was opened.
+    pub(crate) unreadable: AtomicU64,
+}
+
+/// Figures of saved states.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub struct SnapshotStats {
+    /// Saved states, those of checkpoints included.
+    pub count: u64,
+    /// Their average size in bytes, headers included; 0 where there are none.
+    pub bytes_average: u64,
+    /// Bytes of all files.
+    pub bytes: u64,
+    /// Checkpoints that are held.
+    pub checkpoints: u64,
+    /// Saved states that were found unreadable, since the engine was opened. What they saved was taken from an earlier one or from the log.
+    pub unreadable: u64,
+    /// Snapshots that were not taken: the disk was behind, or the state too large.
+    pub skipped: u64,
+    /// Checkpoints that could not be written.
+    pub checkpoints_failed: u64,
+}
+
+impl SnapshotStore {
+    pub(crate) fn new() -> Self {
+        Self { index: Mutex::new(Index::default()), unreadable: AtomicU64::new(0) }
+    }
+
+    /// Takes in a file and what it holds; entries of a key come in the order of their versions.
+    pub(crate) fn add(&self, held: Held, saved: impl IntoIterator<Item = (Key, Saved)>) {
+        let mut index = lock(&self.index);
+        match index.files.iter_mut().find(|file| file.number == held.number) {
+            Some(file) => *file = held,
+            None => index.files.push(held),
+        }
+        for (key, saved) in saved {
+            let of_key = index.keys.entry(key).or_default();
+            let at = of_key.partition_point(|other| other.version < saved.version);
+            if of_key.get(at).is_none_or(|other| other.version != saved.version) {
+                of_key.insert(at, saved);
+            }
+        }
+    }
+
+    /// The newest saved state that `reaches` accepts (it accepts a beginning of the list), and the one after it.
+    pub(crate) fn around(&self, key: Key, reaches: impl Fn(&Saved) -> bool) -> (Option<Saved>, Option<Saved>) {
+        let index = lock(&self.index);
+        let Some(of_key) = index.keys.get(&key) else { return (None, None) };
+        let at = of_key.partition_point(reaches);
+        (at.checked_sub(1).map(|at| of_key[at]), of_key.get(at).copied())
+    }
+
+    /// Reads one entry, as it lies in its file, and shows it. An unreadable one is forgotten and counted.
+    pub(crate) fn read<T>(
+        &self,
+        key: Key,
+        saved: &Saved,
+        show: impl FnOnce(&Entry<'_>) -> Result<T, &'static str>,
+    ) -> Option<T> {
+        let held = lock(&self.index).files.iter().find(|file| file.number == saved.file).cloned()?;
+        let shown = read_entry(&*held.file, saved.position()).and_then(|bytes| {
+            let entry = entry_at(&bytes, 0)?.filter(|entry| entry.key == key && entry.version == saved.version);
+            show(&entry.ok_or("an entry of another key")?)
+        });
+        shown
+            .map_err(|why| {
+                tracing::warn!(path = %held.path.display(), %key, version = %saved.version, why, "a saved state is unreadable");
+                self.unreadable.fetch_add(1, Ordering::Relaxed);
+                if let Some(of_key) = lock(&self.index).keys.get_mut(&key) {
+                    of_key.retain(|other| other != saved);
+                }
+            })
+            .ok()
+    }
+
+    /// Files of which nothing will be wanted any more: nothing before `earliest` is held of the log.
+    pub(crate) fn take_useless(&self, earliest: Offset, has_lost_the_beginning: bool) -> Vec<PathBuf> {
+        let mut index = lock(&self.index);
+        let checkpoints = || index.files.iter().filter(|file| file.kind == Kind::Checkpoint);
+        let newest: Vec<u32> = {
+            let mut numbers: Vec<u32> = checkpoints().map(|file| file.number).collect();
+            numbers.sort_unstable();
+            numbers.split_off(numbers.len().saturating_sub(2))
+        };
+        // Where the log has lost its beginning, the oldest checkpoint from which it can be followed is where time travel begins.
+        let base =
+            checkpoints().filter(|file| has_lost_the_beginning && file.start >= earliest).map(|file| file.number).min();
+        let base_start = base.and_then(|base| checkpoints().find(|file| file.number == base)).map(|file| file.start);
+        let is_useless = |file: &Held| match file.kind {
+            Kind::Checkpoint => !newest.contains(&file.number) && Some(file.number) != base,
+            Kind::Snapshots => base_start.is_some_and(|start| file.last_head < start),
+        };
+        let (useless, kept): (Vec<Held>, Vec<Held>) =
+            std::mem::take(&mut index.files).into_iter().partition(is_useless);
+        index.files = kept;
+        if !useless.is_empty() {
+            let is_gone = |saved: &Saved| useless.iter().any(|file| file.number == saved.file);
+            index.keys.retain(|_, of_key| {
+                of_key.retain(|saved| !is_gone(saved));
+                !of_key.is_empty()
+            });
+        }
+        useless.into_iter().map(|file| file.path).collect()
+    }
+
+    /// Count and size of what is saved.
+    pub(crate) fn stats(&self) -> SnapshotStats {
+        let index = lock(&self.index);
+        let (count, bytes) = index.files.iter().fold((0, 0), |(n, b), file| (n + file.entries, b + file.bytes));
+        SnapshotStats {
+            count,
+            bytes_average: bytes.checked_div(count).unwrap_or(0),
+            bytes,
+            checkpoints: index.files.iter().filter(|file| file.kind == Kind::Checkpoint).count() as u64,
+            unreadable: self.unreadable.load(Ordering::Relaxed),
+            ..SnapshotStats::default()
+        }
+    }
+}
+
+impl Saved {
+    /// The place of `entry`, which lies at `at` in file `file`.
+    pub(crate) fn new(entry: &Entry<'_>, file: u32, at: u64) -> Self {
+        let at = u32::try_from(at / ALIGN as u64).expect("a file of snapshots is shorter than 64 GiB");
+        Self { version: entry.version, head: entry.head, time_max: entry.time_max, file, at }
+    }
+
+    fn position(&self) -> u64 {
+        u64::from(self.at) * ALIGN as u64
+    }
+}
+
+fn read_entry(file: &dyn SideFile, at: u64) -> Result<AlignedVec<ALIGN>, &'static str> {
+    let mut head = [0; ENTRY_HEADER_BYTES];
+    file.read_at(at, &mut head).map_err(|_| "it cannot be read")?;
+    let len = u32_at(&head, 0) as usize;
+    if !(ENTRY_HEADER_BYTES..=ENTRY_BYTES_MAX).contains(&len) {
+        return Err("an entry's length is out of range");
+    }
+    let mut bytes = AlignedVec::with_capacity(padded(len));
+    bytes.resize(len, 0);
+    file.read_at(at, &mut bytes).map_err(|_| "it cannot be read")?;
+    Ok(bytes)
+}
+
+/// No entry is longer: the largest state, and outcomes.
+const ENTRY_BYTES_MAX: usize = 64 << 20;
+
+/// The name of file `number`.
+pub(crate) fn file_name(kind: Kind, number: u32) -> String {
+    match kind {
+        Kind::Snapshots => format!("snapshots-{number:09}.snp"),
+        Kind::Checkpoint => format!("checkpoint-{number:09}.snp"),
+    }
+}
+
+/// What a file is by its name.
+pub(crate) fn file_number(name: &str) -> Option<(Kind, u32)> {
+    let stem = name.strip_suffix(".snp")?;
+    let (kind, digits) = match stem.split_once('-')? {
+        ("snapshots", digits) => (Kind::Snapshots, digits),
+        ("checkpoint", digits) => (Kind::Checkpoint, digits),
+        _ => return None,
+    };
+    if digits.len() != 9 || !digits.bytes().all(|b| b.is_ascii_digit()) {
+        return None;
+    }
+    Some((kind, digits.parse().ok()?))
+}
+
+/// Where a checkpoint is made before it gets its name.
+pub(crate) fn fresh_path(dir: &Path) -> PathBuf {
+    dir.join("checkpoint.new")
+}
+
+/// Which run of the machine this is; 0 where the system does not say.
+pub(crate) fn boot_id() -> u64 {
+    let id = std::fs::read("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    if id.is_empty() { 0 } else { xxhash_rust::xxh3::xxh3_64(&id).max(1) }
+}

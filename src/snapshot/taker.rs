@@ -1,0 +1,300 @@
+//! The shard's side: puts states into chunks while it works, and never waits for anyone.
+
+use crate::aggregate::Aggregate;
+use crate::command::Outcomes;
+use crate::event::{Offset, Scratch, Sequence, Time};
+use crate::keys::{KeyTable, Slot, Walk};
+use crate::snapshot::format::Chunk;
+use crate::sync::{Arc, AtomicBool, AtomicU64, Ordering, Signal};
+
+/// What a shard sends to the snapshotter, in the order of the log.
+#[derive(Debug)]
+pub(crate) enum Message {
+    Snapshots(Chunk),
+    /// A checkpoint begins: what is appended, and the sequence of the next event.
+    Begin {
+        start: Offset,
+        sequence: Sequence,
+        time: Time,
+    },
+    Checkpoint(Chunk),
+    /// It has all keys, and knows of nothing at or beyond this.
+    End {
+        log_end: Offset,
+        /// Whether every state could be saved.
+        is_whole: bool,
+    },
+}
+
+/// What is asked of a shard, and what became of it. Shared by all who have to do with one shard's snapshots.
+#[derive(Debug)]
+pub(crate) struct CheckpointRequests {
+    /// Somebody wants a checkpoint.
+    wanted: AtomicBool,
+    /// Everything below this is saved: a checkpoint that began there is whole and published.
+    pub(crate) covered: AtomicU64,
+    /// Where the newest one begins that is being made or was made.
+    begun: AtomicU64,
+    /// Checkpoints that were published or given up.
+    pub(crate) settled: AtomicU64,
+    /// Of those, the ones that failed.
+    pub(crate) failed: AtomicU64,
+    /// Snapshots that were not taken because the snapshotter was behind, or whose state is too large.
+    pub(crate) skipped: AtomicU64,
+    /// Who waits for a checkpoint.
+    pub(crate) waiting: crate::sync::Waiters,
+}
+
+impl CheckpointRequests {
+    pub(crate) fn new() -> Self {
+        Self {
+            wanted: AtomicBool::new(false),
+            covered: AtomicU64::new(0),
+            begun: AtomicU64::new(0),
+            settled: AtomicU64::new(0),
+            failed: AtomicU64::new(0),
+            skipped: AtomicU64::new(0),
+            waiting: crate::sync::Waiters::new(),
+        }
+    }
+
+    /// Asks for a checkpoint; the caller wakes the shard.
+    pub(crate) fn ask(&self) {
+        // Release: pairs with the Acquire in `is_wanted`.
+        self.wanted.store(true, Ordering::Release);
+    }
+
+    #[inline]
+    pub(crate) fn is_wanted(&self) -> bool {
+        self.wanted.load(Ordering::Acquire)
+    }
+
+    /// Where the newest checkpoint begins, whether it is whole yet or not.
+    pub(crate) fn begun(&self) -> u64 {
+        self.begun.load(Ordering::Acquire)
+    }
+
+    /// The newest one came to nothing.
+    pub(crate) fn given_up(&self) {
+        self.failed.fetch_add(1, Ordering::Relaxed);
+        self.begun.store(self.covered(), Ordering::Release);
+    }
+
+    /// Up to where everything is saved.
+    pub(crate) fn covered(&self) -> u64 {
+        // Acquire: pairs with the snapshotter's Release when it publishes a checkpoint.
+        self.covered.load(Ordering::Acquire)
+    }
+}
+
+/// Whether a number is a multiple of a fixed one: for odd divisors a number is, if its product with the divisor's inverse
+/// is small; the power of two is looked at by turning the product.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Every {
+    inverse: u64,
+    twos: u32,
+    limit: u64,
+}
+
+impl Every {
+    /// Multiples of `n`, which is not 0.
+    pub(crate) fn new(n: u64) -> Self {
+        let twos = n.trailing_zeros();
+        let odd = n >> twos;
+        // Newton: each step doubles the bits that are right, and of any odd number the lowest three are.
+        let mut inverse = odd;
+        for _ in 0..5 {
+            inverse = inverse.wrapping_mul(2_u64.wrapping_sub(odd.wrapping_mul(inverse)));
+        }
+        Self { inverse, twos, limit: u64::MAX / n }
+    }
+
+    #[inline]
+    pub(crate) fn divides(self, number: u64) -> bool {
+        number.wrapping_mul(self.inverse).rotate_right(self.twos) <= self.limit
+    }
+}
+
+/// Buckets of the key table that one turn saves: while there is other work, and while there is none.
+const WALK_BUSY: usize = 64;
+const WALK_IDLE: usize = 1024;
+/// Messages that one step may send.
+const SLOTS_OF_A_STEP: usize = 4;
+/// A chunk with snapshots is sent at the latest so many turns after its first one.
+const TURNS_MAX: u32 = 64;
+
+/// The shard's side of its snapshots.
+pub(crate) struct Taker {
+    every: Option<Every>,
+    checkpoint_bytes: u64,
+    requests: Arc<CheckpointRequests>,
+    snapshotter: std::sync::Arc<Signal>,
+    messages: rtrb::Producer<Message>,
+    /// Empty chunks: their number is fixed, and so is their memory.
+    used: rtrb::Consumer<Chunk>,
+    /// Being filled with snapshots.
+    chunk: Option<Chunk>,
+    turns: u32,
+    scratch: Scratch,
+    walk: Option<Walk>,
+    is_whole: bool,
+    /// Where the newest checkpoint began.
+    begun_at: u64,
+}
+
+impl Taker {
+    pub(crate) fn new<A: Aggregate>(
+        snapshot_every: u64,
+        checkpoint_bytes: u64,
+        begun_at: Offset,
+        requests: Arc<CheckpointRequests>,
+        snapshotter: std::sync::Arc<Signal>,
+        messages: rtrb::Producer<Message>,
+        used: rtrb::Consumer<Chunk>,
+    ) -> Self {
+        Self {
+            every: (snapshot_every > 0 && size_of::<A>() > 0).then(|| Every::new(snapshot_every)),
+            checkpoint_bytes,
+            requests,
+            snapshotter,
+            messages,
+            used,
+            chunk: None,
+            turns: 0,
+            scratch: Scratch::new(1 << 20),
+            walk: None,
+            is_whole: true,
+            begun_at: begun_at.0,
+        }
+    }
+
+    /// Whether a key of this version is to be saved.
+    #[inline]
+    pub(crate) fn is_due(&self, version: u64) -> bool {
+        self.every.is_some_and(|every| every.divides(version))
+    }
+
+    /// Saves the state of one key.
+    #[cold]
+    pub(crate) fn take<A: Aggregate>(&mut self, slot: &Slot<A>) {
+        if self.chunk.as_ref().is_some_and(Chunk::is_full) {
+            self.send_snapshots();
+        }
+        if self.chunk.is_none() {
+            self.chunk = self.used.pop().ok();
+        }
+        let scratch = &mut self.scratch;
+        if !self.chunk.as_mut().is_some_and(|chunk| !chunk.is_full() && chunk.add(slot, [].iter(), scratch)) {
+            self.requests.skipped.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    fn send_snapshots(&mut self) {
+        self.turns = 0;
+        if !self.messages.is_full()
+            && let Some(chunk) = self.chunk.take()
+        {
+            self.send(Message::Snapshots(chunk));
+        }
+    }
+
+    fn send(&mut self, message: Message) {
+        if self.messages.push(message).is_err() {
+            unreachable!("there was room, and only we push");
+        }
+        self.snapshotter.notify();
+    }
+
+    /// Whether there is something to do although no event comes.
+    pub(crate) fn has_work(&self) -> bool {
+        let can_walk = !self.used.is_empty() && self.messages.slots() >= SLOTS_OF_A_STEP;
+        ((self.requests.is_wanted() || self.walk.is_some()) && can_walk)
+            || (self.chunk.is_some() && !self.messages.is_full())
+    }
+
+    /// A bounded piece of work at the end of a turn, when everything appended is published: `appended` is the end of the log
+    /// and `sequence` that of the next event. Whether there was any.
+    #[inline]
+    pub(crate) fn step<A: Aggregate>(
+        &mut self,
+        keys: &KeyTable<A>,
+        outcomes: &Outcomes<A::Rejection>,
+        (appended, sequence, time): (Offset, Sequence, Time),
+        is_busy: bool,
+    ) -> bool {
+        if self.chunk.is_some() {
+            self.turns += 1;
+            if !is_busy || self.turns >= TURNS_MAX {
+                self.send_snapshots();
+            }
+        }
+        let due = self.checkpoint_bytes > 0 && appended.0 - self.begun_at >= self.checkpoint_bytes;
+        if self.walk.is_none() && !due && !self.requests.is_wanted() {
+            return false;
+        }
+        self.checkpoint(keys, outcomes, (appended, sequence, time), is_busy)
+    }
+
+    #[cold]
+    fn checkpoint<A: Aggregate>(
+        &mut self,
+        keys: &KeyTable<A>,
+        outcomes: &Outcomes<A::Rejection>,
+        (appended, sequence, time): (Offset, Sequence, Time),
+        is_busy: bool,
+    ) -> bool {
+        // Otherwise in a later turn.
+        if self.messages.slots() < SLOTS_OF_A_STEP {
+            return false;
+        }
+        let Ok(mut chunk) = self.used.pop() else { return false };
+        let mut walk = match self.walk {
+            Some(walk) => walk,
+            None => {
+                self.requests.wanted.store(false, Ordering::SeqCst);
+                self.requests.begun.store(appended.0, Ordering::Release);
+                self.begun_at = appended.0;
+                // What was saved before belongs before it.
+                self.send_snapshots();
+                self.is_whole = true;
+                self.send(Message::Begin { start: appended, sequence, time });
+                Walk::default()
+            }
+        };
+        let mut next = None;
+        let mut left = if is_busy { WALK_BUSY } else { WALK_IDLE };
+        while left > 0 && !chunk.is_full() {
+            let count = left.min(WALK_BUSY);
+            let (slots, then) = keys.walk(walk, count);
+            for slot in slots {
+                self.is_whole &= chunk.add(slot, outcomes.of(slot.key), &mut self.scratch);
+            }
+            next = then;
+            let Some(then) = then else { break };
+            walk = then;
+            left -= count;
+        }
+        self.walk = next;
+        self.send(Message::Checkpoint(chunk));
+        if self.walk.is_none() {
+            self.send(Message::End { log_end: appended, is_whole: self.is_whole });
+        }
+        true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn multiples_are_told_without_dividing() {
+        for n in (1..300).chain([1000, 4096, 65_537, u64::MAX]) {
+            let every = Every::new(n);
+            let near = [0, 1, n - 1, n, n.wrapping_mul(3), n.wrapping_mul(3).wrapping_add(1), u64::MAX, u64::MAX - 1];
+            for number in (0..700).chain(near) {
+                assert_eq!(every.divides(number), number.is_multiple_of(n), "{number} by {n}");
+            }
+        }
+    }
+}
