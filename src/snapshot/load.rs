@@ -12,7 +12,7 @@ use crate::log::fold::Folder;
 use crate::log::format::ALIGN;
 use crate::log::storage::{SideFile, Storage, replace};
 use crate::snapshot::format::{End, Entry, FILE_HEADER_BYTES, FileHeader, Kind, entry_at};
-use crate::snapshot::store::{Held, Saved, SnapshotStore, boot_id, file_name, file_number};
+use crate::snapshot::store::{Held, Saved, SnapshotStore, file_name, file_number};
 use crate::sync::Ordering;
 
 /// A checkpoint that opening may begin from.
@@ -38,7 +38,7 @@ pub(crate) fn candidates(storage: &dyn Storage, dir: &Path, shard: ShardId) -> i
         .filter_map(|(kind, number)| (kind == Kind::Checkpoint).then_some(number))
         .collect();
     numbers.sort_unstable_by(|a, b| b.cmp(a));
-    let boot = boot_id();
+    let boot = storage.boot_id();
     let mut found = Vec::new();
     for number in numbers {
         match ends(storage, dir, shard, number) {

@@ -14,7 +14,7 @@ use crate::log::segment::ShardLog;
 use crate::log::storage::{SideFile, Storage};
 use crate::log::syncer::SyncRequests;
 use crate::snapshot::format::{Chunk, End, FILE_HEADER_BYTES, FileHeader, Kind, seal_chunk};
-use crate::snapshot::store::{Held, Saved, SnapshotStore, boot_id, file_name, fresh_path};
+use crate::snapshot::store::{Held, Saved, SnapshotStore, file_name, fresh_path};
 use crate::snapshot::taker::{CheckpointRequests, Message};
 use crate::sync::{Arc, AtomicBool, Idle, Ordering, Signal};
 
@@ -229,7 +229,7 @@ impl Sources {
         syncs: bool,
     ) -> io::Result<Offset> {
         let Writing { mut held, saved, .. } = writing;
-        let end = End { entries: held.entries, log_end, durable, boot: boot_id() }.encode();
+        let end = End { entries: held.entries, log_end, durable, boot: storage.boot_id() }.encode();
         held.file.append(&end)?;
         held.bytes += end.len() as u64;
         if syncs {

@@ -227,9 +227,3 @@ pub(crate) fn file_number(name: &str) -> Option<(Kind, u32)> {
 pub(crate) fn fresh_path(dir: &Path) -> PathBuf {
     dir.join("checkpoint.new")
 }
-
-/// Which run of the machine this is; 0 where the system does not say.
-pub(crate) fn boot_id() -> u64 {
-    let id = std::fs::read("/proc/sys/kernel/random/boot_id").unwrap_or_default();
-    if id.is_empty() { 0 } else { xxhash_rust::xxh3::xxh3_64(&id).max(1) }
-}
