@@ -39,6 +39,8 @@ const PREFAULT_BYTES: usize = 64 << 20;
 const PREFAULT_STEP_BYTES: usize = 4 << 20;
 /// How long after a failed attempt for lack of space the next is made.
 const RETRY: Duration = Duration::from_millis(100);
+/// How long after a failed checkpoint retention asks for another.
+const RETRY_CHECKPOINT: Duration = Duration::from_millis(500);
 /// How often age is looked at.
 const AGE_CHECK: Duration = Duration::from_secs(1);
 
@@ -62,6 +64,9 @@ pub(crate) struct Kept {
     /// Segment and position up to which pages are present.
     pub(crate) prefaulted: (u64, usize),
     pub(crate) retry_at: Option<Instant>,
+    /// Checkpoints that are known to have failed, and when the next is asked for after one of them.
+    pub(crate) checkpoints_failed: u64,
+    pub(crate) ask_at: Option<Instant>,
 }
 
 /// The keeper of an engine.
@@ -87,8 +92,9 @@ impl Keeper {
             let now = Instant::now();
             let retry = self.shards.iter().filter_map(|kept| kept.retry_at).min();
             let reading = self.shards.iter().any(|kept| !kept.retiring.is_empty()).then(|| now + RETRY);
+            let asking = self.shards.iter().filter_map(|kept| kept.ask_at).min();
             let age = self.retention.age_max.map(|_| now + AGE_CHECK);
-            let deadline = [retry, reading, age].into_iter().flatten().min();
+            let deadline = [retry, reading, asking, age].into_iter().flatten().min();
             let (shards, requests) = (&self.shards, &self.requests);
             idle.step(&requests.signal, deadline, || {
                 requests.ending.load(Ordering::SeqCst) || shards.iter().any(Kept::wants_work)
@@ -245,6 +251,7 @@ impl Keeper {
     fn retain(&mut self, i: usize) -> io::Result<bool> {
         let mut worked = self.reuse_retired(i)?;
         let kept = &mut self.shards[i];
+        kept.notice_failed_checkpoints();
         let Some((oldest, next)) = kept.log.oldest_two() else { return Ok(worked) };
         Self::ask_ahead(kept, self.retention.bytes_max);
         let over_bytes =
@@ -264,8 +271,7 @@ impl Keeper {
         let freed_to = kept.log.first_offset(next.index).0;
         if kept.checkpoints.covered() < freed_to {
             if kept.checkpoints.begun() < freed_to {
-                kept.checkpoints.ask();
-                kept.shard_signal.notify();
+                kept.ask();
             }
             return Ok(worked);
         }
@@ -285,15 +291,14 @@ impl Keeper {
 
     /// Asks for the checkpoint that the next freeing needs when the segment being written is half full: when it is full, what is
     /// freed can be written again at once, and no new file is needed in between.
-    fn ask_ahead(kept: &Kept, bytes_max: Option<u64>) {
+    fn ask_ahead(kept: &mut Kept, bytes_max: Option<u64>) {
         let log = &kept.log;
         let (appended, held) = (log.appended.get(), log.segments_len() as u64);
         let Some(over) = bytes_max.and_then(|max| (held + 1).checked_sub(max / log.segment_bytes)) else { return };
         let freed_to = log.earliest().0 + over * log.segment_bytes;
         let is_half_full = appended % log.segment_bytes >= log.segment_bytes / 2;
         if over > 0 && is_half_full && kept.checkpoints.begun() < freed_to && appended >= freed_to {
-            kept.checkpoints.ask();
-            kept.shard_signal.notify();
+            kept.ask();
         }
     }
 
@@ -347,6 +352,25 @@ impl Kept {
         self.spare_number = spares.iter().filter_map(number).max().map_or(0, |highest| highest + 1);
         self.spares = spares.into_iter().chain(unused).map(|path| (path, None)).collect();
         self
+    }
+
+    /// After a checkpoint that failed, the next is asked for a little later, also if nothing else happens.
+    fn notice_failed_checkpoints(&mut self) {
+        let failed = self.checkpoints.failed.load(Ordering::SeqCst);
+        if failed != self.checkpoints_failed {
+            self.checkpoints_failed = failed;
+            self.ask_at = Some(Instant::now() + RETRY_CHECKPOINT);
+        } else if self.ask_at.is_some_and(|at| at <= Instant::now()) {
+            self.ask_at = None;
+        }
+    }
+
+    /// Asks for a checkpoint, unless one has just failed.
+    fn ask(&self) {
+        if self.ask_at.is_none() {
+            self.checkpoints.ask();
+            self.shard_signal.notify();
+        }
     }
 
     /// Looked at before sleeping.

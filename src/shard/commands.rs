@@ -253,7 +253,7 @@ impl<A: Aggregate> Batch<'_, A> {
                 Some(rejection) => Remembered::Rejected(rejection.clone()),
                 None => Remembered::Done { version, events },
             };
-            outcomes.remember(key, idempotency, outcome);
+            outcomes.remember(key, version, idempotency, outcome);
         }
         Ok(match rejection {
             Some(rejection) => Verdict::Rejected(rejection),

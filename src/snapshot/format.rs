@@ -6,7 +6,7 @@
 //! entry    0 length u32   4 crc u32   8 key u64   16 version u48 | state version u16   24 head u64   32 latest time u64
 //!         40 state bytes u32   44 outcomes u32   48 state, padded to 16; then outcomes
 //! outcome  0 idempotency u64   8 version u64   16 events u32   20 rejection bytes u32   24 zero u64   32 rejection, padded to 16
-//! end      an entry of version 0: key = number of entries, head = end of the log, latest time = 1 where that was durable,
+//! end      an entry of version 0 and length 48 (a longer one: outcomes of a key without events): key = number of entries, head = end of the log, latest time = 1 where that was durable,
 //!          40 boot u64
 //! ```
 
@@ -120,8 +120,9 @@ impl End {
         let at = file.len().checked_sub(ENTRY_HEADER_BYTES).filter(|&at| at >= FILE_HEADER_BYTES);
         let at = at.ok_or("a checkpoint without an end")?;
         match entry_at(file, at)? {
-            Some(Entry { version: Version(0), key, head, time_max, .. }) => {
-                Ok(Self { entries: key.0, log_end: head, durable: time_max.0 != 0, boot: u64_at(file, at + 40) })
+            Some(end) if end.is_end() => {
+                let (entries, durable) = (end.key.0, end.time_max.0 != 0);
+                Ok(Self { entries, log_end: end.head, durable, boot: u64_at(file, at + 40) })
             }
             _ => Err("a checkpoint without an end"),
         }
@@ -186,7 +187,8 @@ fn entry_at_unchecked(bytes: &[u8], at: usize) -> Result<Option<Entry<'_>>, &'st
     let entry = &bytes[at..at + len];
     let version = Version(u64_at(entry, 16) & LOW_48);
     // An end has other things there.
-    let (state_bytes, outcomes) = if version.0 == 0 { (0, 0) } else { (u32_at(entry, 40) as usize, u32_at(entry, 44)) };
+    let is_end = version.0 == 0 && len == ENTRY_HEADER_BYTES;
+    let (state_bytes, outcomes) = if is_end { (0, 0) } else { (u32_at(entry, 40) as usize, u32_at(entry, 44)) };
     let body = &entry[ENTRY_HEADER_BYTES..];
     let state = body.get(..state_bytes).ok_or("an entry's state is cut short")?;
     let rest = body.get(padded(state_bytes).min(body.len())..).unwrap_or_default();
@@ -204,6 +206,11 @@ fn entry_at_unchecked(bytes: &[u8], at: usize) -> Result<Option<Entry<'_>>, &'st
 }
 
 impl Entry<'_> {
+    /// Whether this is no entry but the end of a checkpoint.
+    pub(crate) fn is_end(&self) -> bool {
+        self.version.0 == 0 && self.bytes == ENTRY_HEADER_BYTES
+    }
+
     /// The state, as it is laid out today.
     pub(crate) fn state<A: Aggregate>(&self) -> Result<A, &'static str> {
         if size_of::<A>() == 0 {
@@ -281,10 +288,8 @@ impl Chunk {
     {
         let begun = self.used;
         self.used += ENTRY_HEADER_BYTES;
-        let state_bytes = match size_of::<A>() {
-            0 => Some(0),
-            _ => self.archive(&slot.state, scratch),
-        };
+        let has_state = size_of::<A>() > 0 && slot.version.0 > 0;
+        let state_bytes = if has_state { self.archive(&slot.state, scratch) } else { Some(0) };
         let mut count = 0_u32;
         let mut fits = state_bytes.is_some();
         let mut end = begun + ENTRY_HEADER_BYTES + state_bytes.unwrap_or(0);
@@ -310,6 +315,7 @@ impl Chunk {
             self.used = begun;
             return false;
         }
+        assert!(slot.version.0 > 0 || count > 0, "an entry of nothing would be taken for the end");
         self.reserve(0);
         let out = &mut self.bytes[begun..begun + ENTRY_HEADER_BYTES];
         out[0..4].copy_from_slice(&((end - begun) as u32).to_le_bytes());
