@@ -144,6 +144,7 @@ impl<A: Aggregate> Context<'_, A> {
             checkpoints: Arc::clone(&checkpoints),
             checkpoints_failed: 0,
             ask_at: None,
+            waits_for: 0,
         }
         .with_leftovers(unused, spares);
         let shard = Shard {

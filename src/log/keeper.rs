@@ -67,6 +67,8 @@ pub(crate) struct Kept {
     /// Checkpoints that are known to have failed, and when the next is asked for after one of them.
     pub(crate) checkpoints_failed: u64,
     pub(crate) ask_at: Option<Instant>,
+    /// Up to where the states must be saved before retention goes on; 0: it waits for nothing.
+    pub(crate) waits_for: u64,
 }
 
 /// The keeper of an engine.
@@ -249,9 +251,9 @@ impl Keeper {
 
     /// Frees the oldest segment if it is beyond what is to be kept, and reuses what nobody reads any more.
     fn retain(&mut self, i: usize) -> io::Result<bool> {
+        self.shards[i].notice_checkpoints();
         let mut worked = self.reuse_retired(i)?;
         let kept = &mut self.shards[i];
-        kept.notice_failed_checkpoints();
         let Some((oldest, next)) = kept.log.oldest_two() else { return Ok(worked) };
         Self::ask_ahead(kept, self.retention.bytes_max);
         let over_bytes =
@@ -270,6 +272,7 @@ impl Keeper {
         // What the freed events had made of their keys must not go with them.
         let freed_to = kept.log.first_offset(next.index).0;
         if kept.checkpoints.covered() < freed_to {
+            kept.waits_for = freed_to;
             if kept.checkpoints.begun() < freed_to {
                 kept.ask();
             }
@@ -355,7 +358,8 @@ impl Kept {
     }
 
     /// After a checkpoint that failed, the next is asked for a little later, also if nothing else happens.
-    fn notice_failed_checkpoints(&mut self) {
+    fn notice_checkpoints(&mut self) {
+        self.waits_for = 0;
         let failed = self.checkpoints.failed.load(Ordering::SeqCst);
         if failed != self.checkpoints_failed {
             self.checkpoints_failed = failed;
@@ -375,7 +379,10 @@ impl Kept {
 
     /// Looked at before sleeping.
     fn wants_work(&self) -> bool {
-        self.log.failure().is_none() && !self.prepared.is_full() && self.retry_at.is_none()
+        let is_saved = self.waits_for > 0 && self.checkpoints.covered() >= self.waits_for;
+        let has_failed = self.checkpoints.failed.load(Ordering::SeqCst) != self.checkpoints_failed;
+        let must_prepare = !self.prepared.is_full() && self.retry_at.is_none();
+        self.log.failure().is_none() && (must_prepare || is_saved || has_failed)
     }
 }
 
