@@ -9,7 +9,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use common::soon;
 use corelane::view::{Area, ById, Leaderboard, Presence, ServerStatus};
 use corelane::{
-    Aggregate, Builder, Config, Durability, Emit, Engine, Event, EventType, EventTypeId, Key, Meta, Retention, Stateless,
+    Aggregate, Builder, Config, Durability, Emit, Engine, Event, EventType, EventTypeId, Key, Meta, Retention,
+    Stateless,
 };
 use rkyv::{Archive, Deserialize, Serialize};
 

@@ -9,9 +9,7 @@ use std::time::{Duration, Instant};
 use common::bank::{Account, Money, Order, Refused};
 use common::{SEGMENT, env_number, small, soon};
 use corelane::testing::{FaultyStorage, Unsynced};
-use corelane::{
-    CommandError, Config, Durability, Engine, HistoryError, Key, OpenError, Retention, Version, WaitError,
-};
+use corelane::{CommandError, Config, Durability, Engine, HistoryError, Key, OpenError, Retention, Version, WaitError};
 
 fn open(storage: &FaultyStorage, config: Config) -> Result<Engine<Account>, OpenError> {
     Engine::<Account>::builder(config).faulty_storage(storage).open()
@@ -141,7 +139,8 @@ fn a_client_that_is_gone_leaves_the_command_that_waits_for_a_full_disk() {
 fn a_checkpoint_that_retention_needs_is_tried_again_when_nothing_else_happens() {
     for durability in [Durability::GroupCommit, Durability::OsCache] {
         let storage = FaultyStorage::new();
-        let engine = open(&storage, small("/s").durability(durability).retention(keeping(2)).snapshot_every(0)).unwrap();
+        let engine =
+            open(&storage, small("/s").durability(durability).retention(keeping(2)).snapshot_every(0)).unwrap();
         let mut producer = engine.producer();
         // Every checkpoint fails for a while: the folder's file cannot be made.
         let deadline = Instant::now() + Duration::from_secs(10);

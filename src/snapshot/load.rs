@@ -51,7 +51,12 @@ pub(crate) fn candidates(storage: &dyn Storage, dir: &Path, shard: ShardId) -> i
             }),
             Err(why) => {
                 unreadable += 1;
-                tracing::warn!(shard = shard.0, number, why, "a checkpoint cannot be used; an earlier one or the log is");
+                tracing::warn!(
+                    shard = shard.0,
+                    number,
+                    why,
+                    "a checkpoint cannot be used; an earlier one or the log is"
+                );
             }
         }
     }
