@@ -76,6 +76,9 @@ pub struct SnapshotStats {
     pub checkpoints_failed: u64,
 }
 
+/// Entries that are added under one lock.
+const ADDED_AT_A_TIME: usize = 1024;
+
 impl SnapshotStore {
     pub(crate) fn new() -> Self {
         Self { index: Mutex::new(Index::default()), unreadable: AtomicU64::new(0) }
@@ -88,11 +91,17 @@ impl SnapshotStore {
             Some(file) => *file = held,
             None => index.files.push(held),
         }
-        for (key, saved) in saved {
-            let of_key = index.keys.entry(key).or_default();
-            let at = of_key.partition_point(|other| other.version < saved.version);
-            if of_key.get(at).is_none_or(|other| other.version != saved.version) {
-                of_key.insert(at, saved);
+        drop(index);
+        let mut saved = saved.into_iter().peekable();
+        // A checkpoint has all keys: readers are let in between.
+        while saved.peek().is_some() {
+            let mut index = lock(&self.index);
+            for (key, saved) in saved.by_ref().take(ADDED_AT_A_TIME) {
+                let of_key = index.keys.entry(key).or_default();
+                let at = of_key.partition_point(|other| other.version < saved.version);
+                if of_key.get(at).is_none_or(|other| other.version != saved.version) {
+                    of_key.insert(at, saved);
+                }
             }
         }
     }
