@@ -133,7 +133,8 @@ fn nothing_is_allocated_per_event() {
 fn states_snapshots_and_views_allocate_nothing_per_event(events: u64) {
     let with_views = |builder: Builder<Player>| {
         let place = |player: &Player| Some((f64::from(player.x), f64::from(player.y)));
-        let presence = |player: &Player| if player.steps.is_multiple_of(2) { Presence::Online } else { Presence::Offline };
+        let presence =
+            |player: &Player| if player.steps.is_multiple_of(2) { Presence::Online } else { Presence::Offline };
         builder
             .view(&ById::new(32, Player::clone))
             .view(&Leaderboard::new(10, |player: &Player| player.steps as i64))
