@@ -260,7 +260,9 @@ pub(crate) fn state_at<A: Aggregate>(
         false => store.around(key, reaches),
     };
     let (mut base, next) = around();
-    let upper = match next {
+    // In the middle of a batch a state is saved a moment before its event can be read.
+    let appended = finder.log().appended.get();
+    let upper = match next.filter(|next| next.head.0 < appended) {
         Some(next) => Head { version: next.version, offset: next.head },
         None => head()?,
     };

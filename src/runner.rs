@@ -80,13 +80,24 @@ fn turn_until_closed<A: Aggregate>(
             });
         } else {
             idle.step(&door.signal, None, || {
+                // What it waits for may be what retention frees once the states are saved.
                 (!shard.is_stalled() && shard.has_events())
+                    || shard.taker.has_work()
                     || shard.log.failure().is_some()
                     || requests.abandon.load(Ordering::SeqCst)
             });
         }
     }
+    send_last_snapshots(shard, &mut idle);
     finish(shard, door)
+}
+
+/// Hands over what is saved of the last events. The snapshotter ends after the shards, and makes room until then.
+fn send_last_snapshots<A: Aggregate>(shard: &mut Shard<A>, idle: &mut Idle) {
+    idle.reset();
+    while !shard.taker.send_last() {
+        idle.poll(None);
+    }
 }
 
 /// Syncs everything, and notes that in the log.

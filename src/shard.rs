@@ -136,9 +136,11 @@ impl<A: Aggregate> Shard<A> {
         self.work.stalled = false;
         if self.work.held.is_some() && !self.append_held()? {
             // What was decided rests on the state as it is now: nothing may come in between. But the segment it waits for may
-            // be one that retention frees once the states are saved.
+            // be one that retention frees once the states are saved, and who only looks need not wait.
+            let looked = self.answer_questions();
             self.save(false);
-            return Ok(0);
+            self.recorder.exchange();
+            return Ok(looked);
         }
         let mut work = 0;
         // Round robin, so that with little room left no lane is always first.
@@ -159,7 +161,10 @@ impl<A: Aggregate> Shard<A> {
             self.counters.turns.add(1);
             self.recorder.record(Stage::Turn, self.clock.now() - began, 1);
         } else {
-            self.retire_lanes();
+            // A command that is held knows its client by its place.
+            if self.work.held.is_none() {
+                self.retire_lanes();
+            }
             if self.writer.wants_idle_mark() {
                 // Not published, so that it wants no sync of its own: a mark that is lost costs nothing but its news.
                 self.writer.mark_now(wall_now());

@@ -35,6 +35,9 @@ struct Disk {
     operations: u64,
     fail_operation_at: Option<u64>,
     held: bool,
+    side_files_refused: bool,
+    /// Which run of the machine this is.
+    boot: u64,
 }
 
 #[derive(Debug, Clone)]
@@ -78,6 +81,7 @@ impl FaultyStorage {
         disk.files = names.into_iter().map(|(path, file)| (path, file.after_crash(&mut random))).collect();
         disk.durable_names = disk.files.clone();
         disk.locked = false;
+        disk.boot += 1;
     }
 
     /// The disk as a power cut at this moment would leave it. The engine on this one goes on and learns nothing of it;
@@ -89,7 +93,8 @@ impl FaultyStorage {
         let mut random = unsynced.seed();
         let files: BTreeMap<_, _> =
             disk.durable_names.iter().map(|(path, file)| (path.clone(), file.after_crash(&mut random))).collect();
-        Self(Arc::new(Mutex::new(Disk { durable_names: files.clone(), files, ..Disk::default() })))
+        let boot = disk.boot + 1;
+        Self(Arc::new(Mutex::new(Disk { durable_names: files.clone(), files, boot, ..Disk::default() })))
     }
 
     /// Every file with its live content. Nothing must be being appended meanwhile.
@@ -124,6 +129,11 @@ impl FaultyStorage {
     pub fn fail_operation(&self, n: u64) {
         let mut disk = lock(&self.0);
         disk.fail_operation_at = Some(disk.operations + n);
+    }
+
+    /// From now on no file of saved states can be made, until this is taken back.
+    pub fn refuse_side_files(&self, refused: bool) {
+        lock(&self.0).side_files_refused = refused;
     }
 
     /// Bytes of segments that may still be created before the disk is full; `None` for no limit.
@@ -246,6 +256,10 @@ impl SideFile for Side {
 }
 
 impl Storage for FaultyStorage {
+    fn boot_id(&self) -> u64 {
+        lock(&self.0).boot + 1
+    }
+
     fn create_dir(&self, _dir: &Path) -> io::Result<()> {
         self.operation(|_| Ok(()))
     }
@@ -295,6 +309,9 @@ impl Storage for FaultyStorage {
 
     fn create_side(&self, path: &Path) -> io::Result<Box<dyn SideFile>> {
         self.operation(|disk| {
+            if disk.side_files_refused {
+                return Err(io::Error::other("injected refusal of a side file"));
+            }
             let content = Arc::default();
             disk.files.insert(path.to_owned(), File::Small(Arc::clone(&content)));
             Ok(Box::new(Side(self.clone(), content)) as Box<dyn SideFile>)

@@ -19,22 +19,28 @@ pub(crate) enum Remembered<R> {
 pub(crate) struct Outcomes<R> {
     kept: usize,
     keys: HashMap<Key, VecDeque<(u64, Remembered<R>)>, Xxh3DefaultBuilder>,
+    /// Keys that had no event when the first was remembered of them, each once: no table of states may know them.
+    eventless: Vec<Key>,
 }
 
 impl<R> Outcomes<R> {
     pub(crate) fn new(kept: usize) -> Self {
-        Self { kept, keys: HashMap::default() }
+        Self { kept, keys: HashMap::default(), eventless: Vec::new() }
     }
 
     pub(crate) fn find(&self, key: Key, idempotency: u64) -> Option<&Remembered<R>> {
         self.keys.get(&key)?.iter().rev().find(|(id, _)| *id == idempotency).map(|(_, outcome)| outcome)
     }
 
-    pub(crate) fn remember(&mut self, key: Key, idempotency: u64, outcome: Remembered<R>) {
+    /// Remembers the outcome of a command that left `key` at `version`.
+    pub(crate) fn remember(&mut self, key: Key, version: Version, idempotency: u64, outcome: Remembered<R>) {
         if self.kept == 0 {
             return;
         }
         let outcomes = self.keys.entry(key).or_default();
+        if outcomes.is_empty() && version.0 == 0 {
+            self.eventless.push(key);
+        }
         if outcomes.len() == self.kept {
             outcomes.pop_front();
         }
@@ -46,11 +52,20 @@ impl<R> Outcomes<R> {
         self.keys.get(&key).into_iter().flatten()
     }
 
-    /// Takes `outcomes` for all that is known of `key`.
-    pub(crate) fn restore(&mut self, key: Key, outcomes: VecDeque<(u64, Remembered<R>)>) {
+    /// Up to `count` keys that had no event when something was first remembered of them, from number `from` on.
+    pub(crate) fn eventless(&self, from: usize, count: usize) -> &[Key] {
+        let from = from.min(self.eventless.len());
+        &self.eventless[from..(from + count).min(self.eventless.len())]
+    }
+
+    /// Takes `outcomes` for all that is known of `key`, which is at `version`.
+    pub(crate) fn restore(&mut self, key: Key, version: Version, outcomes: VecDeque<(u64, Remembered<R>)>) {
         let skip = outcomes.len().saturating_sub(self.kept);
         if outcomes.len() > skip {
-            self.keys.insert(key, outcomes.into_iter().skip(skip).collect());
+            let before = self.keys.insert(key, outcomes.into_iter().skip(skip).collect());
+            if before.is_none() && version.0 == 0 {
+                self.eventless.push(key);
+            }
         }
     }
 }

@@ -142,6 +142,9 @@ impl<A: Aggregate> Context<'_, A> {
             prefaulted: (u64::MAX, 0),
             retry_at: None,
             checkpoints: Arc::clone(&checkpoints),
+            checkpoints_failed: 0,
+            ask_at: None,
+            waits_for: 0,
         }
         .with_leftovers(unused, spares);
         let shard = Shard {

@@ -31,6 +31,8 @@ pub struct Comparison {
 
 /// Keys that are compared at a time: the shard waits for as many clones of states.
 const COMPARED: usize = 256;
+/// How often something is begun anew because retention freed what it was reading.
+const FREED_MEANWHILE_MAX: usize = 16;
 
 impl<A: Aggregate> Engine<A> {
     /// Saves the states of all keys, and waits for it: opening the store afterwards folds only what comes after this.
@@ -38,13 +40,17 @@ impl<A: Aggregate> Engine<A> {
     /// # Errors
     /// `ShardFailed`; `CheckpointFailed` when it could not be written; `TimedOut`; `Closed`.
     pub fn checkpoint(&self, deadline: Option<Instant>) -> Result<(), WaitError> {
-        for shard in &self.shards {
-            shard.checkpoints.ask();
-            shard.door.signal.notify();
-        }
-        for shard in &self.shards {
+        let ask = |shard: &Handle<A>| {
             let (log, checkpoints) = (&shard.door.log, &shard.checkpoints);
-            let (wanted, failed) = (log.appended.get(), checkpoints.failed.load(Ordering::SeqCst));
+            // Before asking: the checkpoint may begin at once, and events that come after it do not belong to it.
+            let wanted = (log.appended.get(), checkpoints.failed.load(Ordering::SeqCst));
+            checkpoints.ask();
+            shard.door.signal.notify();
+            wanted
+        };
+        let wanted: Vec<_> = self.shards.iter().map(ask).collect();
+        for (shard, (wanted, failed)) in self.shards.iter().zip(wanted) {
+            let (log, checkpoints) = (&shard.door.log, &shard.checkpoints);
             block_until(
                 deadline,
                 |waker| checkpoints.waiting.register(checkpoints.settled.load(Ordering::SeqCst) + 1, waker),
@@ -131,6 +137,14 @@ impl<A: Aggregate> Engine<A> {
                 Err(HistoryError::BeyondRetention { .. }) if !checkpoints => checkpoints = true,
                 // The state behind the first event that is held can be told only if a state before it is saved.
                 Err(HistoryError::BeyondRetention { key, earliest }) => {
+                    let (state, version, time_max) = self.now(key)?;
+                    let is_now = match at {
+                        At::Version(asked) => asked == version,
+                        At::Time(asked) => asked >= time_max,
+                    };
+                    if is_now {
+                        return Ok(Past { state, version, applied: 0 });
+                    }
                     let earliest = self.earliest(shard, key, earliest)?;
                     return Err(HistoryError::BeyondRetention { key, earliest });
                 }
@@ -139,6 +153,18 @@ impl<A: Aggregate> Engine<A> {
                 told => return told,
             }
         }
+    }
+
+    /// A key's state as it is, with its version and the latest time of its events.
+    fn now(&self, key: Key) -> Result<(A, Version, Time), WaitError> {
+        let (promise, keeping) = promise();
+        let question = Box::new(move |keys: &crate::keys::KeyTable<A>| {
+            let slot = keys.get(key).cloned().unwrap_or_default();
+            keeping.keep((slot.state, slot.version, slot.time_max));
+        });
+        drop(self.of(key).questions.push(question));
+        self.of(key).door.signal.notify();
+        promise.wait(None)?.ok_or_else(|| self.unanswered(key))
     }
 
     /// The earliest version of `key` that can be told, where the events before `held` are gone.
@@ -156,6 +182,16 @@ impl<A: Aggregate> Engine<A> {
     /// # Errors
     /// As [`Engine::state_at`].
     pub fn rebuild(&self, key: Key) -> Result<(A, Version), HistoryError> {
+        for _ in 0..FREED_MEANWHILE_MAX {
+            match self.rebuild_once(key) {
+                Err(HistoryError::BeyondRetention { .. } | HistoryError::Read(ReadError::BeyondRetention { .. })) => {}
+                rebuilt => return rebuilt,
+            }
+        }
+        self.rebuild_once(key)
+    }
+
+    fn rebuild_once(&self, key: Key) -> Result<(A, Version), HistoryError> {
         let shard = self.of(key);
         let head = self.head(key)?;
         let (mut state, mut version) = (A::default(), Version(0));
@@ -215,25 +251,49 @@ impl<A: Aggregate> Engine<A> {
 
     /// A shard's states, made anew from its log up to now.
     fn refold(&self, id: ShardId, shard: &Handle<A>) -> Result<Folder<A>, HistoryError> {
+        for _ in 0..FREED_MEANWHILE_MAX {
+            match self.refold_once(id, shard) {
+                Err(ReadError::BeyondRetention { .. }) => {}
+                folded => return Ok(folded?),
+            }
+        }
+        Ok(self.refold_once(id, shard)?)
+    }
+
+    fn refold_once(&self, id: ShardId, shard: &Handle<A>) -> Result<Folder<A>, ReadError> {
         let log = &shard.door.log;
         let until = Offset(log.appended.get());
-        let mut folder = Folder::<A>::new(id, self.config.keys_expected, 0);
         let mut reader = self.reader(id);
         let earliest = reader.offset();
-        if log.segment_of(earliest) > 0 {
-            let dir = crate::log::manifest::shard_dir(&self.config.dir, id);
-            let io = |source| ReadError::Io { action: "reading the checkpoints of", path: dir.clone(), source };
-            let base = candidates(&*self.storage, &dir, id).map_err(io)?;
-            let base = base.into_iter().filter(|base| base.start >= earliest && base.start <= until).next_back();
-            if let Some(base) = base {
-                match load(&*self.storage, &dir, id, &base, &mut folder) {
-                    Ok(()) => reader = self.reader_at(id, base.start)?,
-                    Err(_) => folder = Folder::new(id, self.config.keys_expected, 0),
-                }
-            }
+        let mut folder = Folder::<A>::new(id, self.config.keys_expected, 0);
+        if log.segment_of(earliest) > 0 && size_of::<A>() > 0 {
+            let base = self.oldest_base(id, earliest, until, &mut folder)?;
+            // None: freed, or replaced by a later one, while they were looked at.
+            let lost = ReadError::BeyondRetention { shard: id, asked: log.first_offset(0), earliest };
+            reader = self.reader_at(id, base.ok_or(lost)?)?;
         }
         reader.fold(&mut folder, until)?;
         Ok(folder)
+    }
+
+    /// Puts the states of the oldest checkpoint into `folder` from which the log can be followed, and says where it begins.
+    fn oldest_base(
+        &self,
+        id: ShardId,
+        earliest: Offset,
+        until: Offset,
+        folder: &mut Folder<A>,
+    ) -> Result<Option<Offset>, ReadError> {
+        let dir = crate::log::manifest::shard_dir(&self.config.dir, id);
+        let io = |source| ReadError::Io { action: "reading the checkpoints of", path: dir.clone(), source };
+        let (bases, _) = candidates(&*self.storage, &dir, id).map_err(io)?;
+        for base in bases.iter().rev().filter(|base| base.start >= earliest && base.start <= until) {
+            *folder = Folder::new(id, self.config.keys_expected, 0);
+            if load(&*self.storage, &dir, id, base, folder).is_ok() {
+                return Ok(Some(base.start));
+            }
+        }
+        Ok(None)
     }
 
     /// Clones of some keys' states as they are now, and where to go on.

@@ -84,7 +84,7 @@ pub(super) fn recover<A: Aggregate>(
     };
     let helpers = crate::sync::cores().min(usize::from(config.shards)) - 1;
     let next = std::sync::atomic::AtomicUsize::new(0);
-    let results: Mutex<VecDeque<(usize, Result<Recovered<A>, OpenError>)>> = Mutex::new(VecDeque::new());
+    let results = Mutex::new(VecDeque::new());
     let work = || {
         loop {
             let i = next.fetch_add(1, Ordering::Relaxed);

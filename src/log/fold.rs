@@ -207,7 +207,7 @@ impl<A: Aggregate> Folder<A> {
             Remembered::Rejected(rejection.map_err(|_| (*offset, "the rejection of a command is not valid"))?)
         };
         if self.outcomes.find(header.key, header.correlation.0).is_none() {
-            self.outcomes.remember(header.key, header.correlation.0, outcome);
+            self.outcomes.remember(header.key, header.version, header.correlation.0, outcome);
         }
         Ok(())
     }

@@ -39,6 +39,8 @@ const PREFAULT_BYTES: usize = 64 << 20;
 const PREFAULT_STEP_BYTES: usize = 4 << 20;
 /// How long after a failed attempt for lack of space the next is made.
 const RETRY: Duration = Duration::from_millis(100);
+/// How long after a failed checkpoint retention asks for another.
+const RETRY_CHECKPOINT: Duration = Duration::from_millis(500);
 /// How often age is looked at.
 const AGE_CHECK: Duration = Duration::from_secs(1);
 
@@ -62,6 +64,11 @@ pub(crate) struct Kept {
     /// Segment and position up to which pages are present.
     pub(crate) prefaulted: (u64, usize),
     pub(crate) retry_at: Option<Instant>,
+    /// Checkpoints that are known to have failed, and when the next is asked for after one of them.
+    pub(crate) checkpoints_failed: u64,
+    pub(crate) ask_at: Option<Instant>,
+    /// Up to where the states must be saved before retention goes on; 0: it waits for nothing.
+    pub(crate) waits_for: u64,
 }
 
 /// The keeper of an engine.
@@ -87,8 +94,9 @@ impl Keeper {
             let now = Instant::now();
             let retry = self.shards.iter().filter_map(|kept| kept.retry_at).min();
             let reading = self.shards.iter().any(|kept| !kept.retiring.is_empty()).then(|| now + RETRY);
+            let asking = self.shards.iter().filter_map(|kept| kept.ask_at).min();
             let age = self.retention.age_max.map(|_| now + AGE_CHECK);
-            let deadline = [retry, reading, age].into_iter().flatten().min();
+            let deadline = [retry, reading, asking, age].into_iter().flatten().min();
             let (shards, requests) = (&self.shards, &self.requests);
             idle.step(&requests.signal, deadline, || {
                 requests.ending.load(Ordering::SeqCst) || shards.iter().any(Kept::wants_work)
@@ -256,6 +264,7 @@ impl Keeper {
 
     /// Frees the oldest segment if it is beyond what is to be kept, and reuses what nobody reads any more.
     fn retain(&mut self, i: usize) -> io::Result<bool> {
+        self.shards[i].notice_checkpoints();
         let mut worked = self.reuse_retired(i)?;
         let kept = &mut self.shards[i];
         let Some((oldest, next)) = kept.log.oldest_two() else { return Ok(worked) };
@@ -276,9 +285,9 @@ impl Keeper {
         // What the freed events had made of their keys must not go with them.
         let freed_to = kept.log.first_offset(next.index).0;
         if kept.checkpoints.covered() < freed_to {
+            kept.waits_for = freed_to;
             if kept.checkpoints.begun() < freed_to {
-                kept.checkpoints.ask();
-                kept.shard_signal.notify();
+                kept.ask();
             }
             return Ok(worked);
         }
@@ -298,15 +307,14 @@ impl Keeper {
 
     /// Asks for the checkpoint that the next freeing needs when the segment being written is half full: when it is full, what is
     /// freed can be written again at once, and no new file is needed in between.
-    fn ask_ahead(kept: &Kept, bytes_max: Option<u64>) {
+    fn ask_ahead(kept: &mut Kept, bytes_max: Option<u64>) {
         let log = &kept.log;
         let (appended, held) = (log.appended.get(), log.segments_len() as u64);
         let Some(over) = bytes_max.and_then(|max| (held + 1).checked_sub(max / log.segment_bytes)) else { return };
         let freed_to = log.earliest().0 + over * log.segment_bytes;
         let is_half_full = appended % log.segment_bytes >= log.segment_bytes / 2;
         if over > 0 && is_half_full && kept.checkpoints.begun() < freed_to && appended >= freed_to {
-            kept.checkpoints.ask();
-            kept.shard_signal.notify();
+            kept.ask();
         }
     }
 
@@ -362,9 +370,32 @@ impl Kept {
         self
     }
 
+    /// After a checkpoint that failed, the next is asked for a little later, also if nothing else happens.
+    fn notice_checkpoints(&mut self) {
+        self.waits_for = 0;
+        let failed = self.checkpoints.failed.load(Ordering::SeqCst);
+        if failed != self.checkpoints_failed {
+            self.checkpoints_failed = failed;
+            self.ask_at = Some(Instant::now() + RETRY_CHECKPOINT);
+        } else if self.ask_at.is_some_and(|at| at <= Instant::now()) {
+            self.ask_at = None;
+        }
+    }
+
+    /// Asks for a checkpoint, unless one has just failed.
+    fn ask(&self) {
+        if self.ask_at.is_none() {
+            self.checkpoints.ask();
+            self.shard_signal.notify();
+        }
+    }
+
     /// Looked at before sleeping.
     fn wants_work(&self) -> bool {
-        self.log.failure().is_none() && !self.prepared.is_full() && self.retry_at.is_none()
+        let is_saved = self.waits_for > 0 && self.checkpoints.covered() >= self.waits_for;
+        let has_failed = self.checkpoints.failed.load(Ordering::SeqCst) != self.checkpoints_failed;
+        let must_prepare = !self.prepared.is_full() && self.retry_at.is_none();
+        self.log.failure().is_none() && (must_prepare || is_saved || has_failed)
     }
 }
 

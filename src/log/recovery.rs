@@ -140,7 +140,7 @@ impl Opening<'_> {
         self.names()?;
         let mut torn_tail = None;
         let mut found = None;
-        let candidates = load::candidates(self.storage, self.dir, self.shard).map_err(io)?;
+        let (candidates, mut unreadable) = load::candidates(self.storage, self.dir, self.shard).map_err(io)?;
         for candidate in candidates.iter().filter(|candidate| candidate.start >= earliest) {
             let mut folder = Folder::<A>::new(self.shard, self.keys_expected, self.outcomes_kept);
             let loaded = load::load(self.storage, self.dir, self.shard, candidate, &mut folder);
@@ -148,6 +148,7 @@ impl Opening<'_> {
                 Ok(()) => self.recover_from(folder, Some(candidate))?,
                 Err(why) => {
                     tracing::warn!(shard = self.shard.0, number = candidate.number, why, "a checkpoint is unusable");
+                    unreadable += 1;
                     continue;
                 }
             };
@@ -175,7 +176,8 @@ impl Opening<'_> {
         };
         recovered.report.torn_tail = recovered.report.torn_tail.or(torn_tail);
         let end = recovered.report.end;
-        recovered.saved = Some(load::index::<A>(self.storage, self.dir, self.shard, end, &usable).map_err(io)?);
+        let saved = load::index::<A>(self.storage, self.dir, self.shard, end, &usable, unreadable);
+        recovered.saved = Some(saved.map_err(io)?);
         Ok(recovered)
     }
 

@@ -54,6 +54,8 @@ pub(crate) trait Storage: Debug + Send + Sync {
     fn remove(&self, path: &Path) -> io::Result<()>;
     /// Makes creations, renames and removals in a folder durable.
     fn sync_dir(&self, dir: &Path) -> io::Result<()>;
+    /// Which run of the machine this is: within it, what was written is read, synced or not. 0 where the system does not say.
+    fn boot_id(&self) -> u64;
 }
 
 /// A file that grows at its end and is read anywhere.
@@ -217,6 +219,11 @@ impl Storage for Files {
 
     fn sync_dir(&self, dir: &Path) -> io::Result<()> {
         File::open(dir)?.sync_all()
+    }
+
+    fn boot_id(&self) -> u64 {
+        let id = fs::read("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+        if id.is_empty() { 0 } else { xxhash_rust::xxh3::xxh3_64(&id).max(1) }
     }
 }
 

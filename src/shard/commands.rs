@@ -203,7 +203,7 @@ impl<A: Aggregate> Batch<'_, A> {
         if needed > room && self.writer.roll(time).is_err() {
             return Err(decided);
         }
-        let mut sequence = self.writer.sequence();
+        let first_sequence = self.writer.sequence();
         let mut appender = self.writer.appender();
         let begun = appender.offset().0;
         let mut known = self.keys.entry(key, hash);
@@ -222,13 +222,12 @@ impl<A: Aggregate> Batch<'_, A> {
                 more: noted || i + 1 < count,
             };
             let (shard, offset) = (self.shard, appender.offset());
-            let meta = || header.meta(shard, offset, Sequence(sequence));
+            let meta = || header.meta(shard, offset, Sequence(first_sequence + i as u64));
             let len = record(&mut appender, &header, &event, meta, &mut known, self.views, self.taker);
             let len = len.expect("there is room for all events of a command, or none was begun");
             if let Some(placed) = &mut self.placed {
                 placed.push((meta(), len));
             }
-            sequence += 1;
         }
         let (version, events) = (known.version(), count as u32);
         if noted {
@@ -251,7 +250,7 @@ impl<A: Aggregate> Batch<'_, A> {
                 Some(rejection) => Remembered::Rejected(rejection.clone()),
                 None => Remembered::Done { version, events },
             };
-            outcomes.remember(key, idempotency, outcome);
+            outcomes.remember(key, version, idempotency, outcome);
         }
         Ok(match rejection {
             Some(rejection) => Verdict::Rejected(rejection),

@@ -6,7 +6,7 @@
 //! entry    0 length u32   4 crc u32   8 key u64   16 version u48 | state version u16   24 head u64   32 latest time u64
 //!         40 state bytes u32   44 outcomes u32   48 state, padded to 16; then outcomes
 //! outcome  0 idempotency u64   8 version u64   16 events u32   20 rejection bytes u32   24 zero u64   32 rejection, padded to 16
-//! end      an entry of version 0: key = number of entries, head = end of the log, latest time = 1 where that was durable,
+//! end      an entry of version 0 and length 48 (a longer one: outcomes of a key without events): key = number of entries, head = end of the log, latest time = 1 where that was durable,
 //!          40 boot u64
 //! ```
 
@@ -120,8 +120,9 @@ impl End {
         let at = file.len().checked_sub(ENTRY_HEADER_BYTES).filter(|&at| at >= FILE_HEADER_BYTES);
         let at = at.ok_or("a checkpoint without an end")?;
         match entry_at(file, at)? {
-            Some(Entry { version: Version(0), key, head, time_max, .. }) => {
-                Ok(Self { entries: key.0, log_end: head, durable: time_max.0 != 0, boot: u64_at(file, at + 40) })
+            Some(end) if end.is_end() => {
+                let (entries, durable) = (end.key.0, end.time_max.0 != 0);
+                Ok(Self { entries, log_end: end.head, durable, boot: u64_at(file, at + 40) })
             }
             _ => Err("a checkpoint without an end"),
         }
@@ -186,7 +187,8 @@ fn entry_at_unchecked(bytes: &[u8], at: usize) -> Result<Option<Entry<'_>>, &'st
     let entry = &bytes[at..at + len];
     let version = Version(u64_at(entry, 16) & LOW_48);
     // An end has other things there.
-    let (state_bytes, outcomes) = if version.0 == 0 { (0, 0) } else { (u32_at(entry, 40) as usize, u32_at(entry, 44)) };
+    let is_end = version.0 == 0 && len == ENTRY_HEADER_BYTES;
+    let (state_bytes, outcomes) = if is_end { (0, 0) } else { (u32_at(entry, 40) as usize, u32_at(entry, 44)) };
     let body = &entry[ENTRY_HEADER_BYTES..];
     let state = body.get(..state_bytes).ok_or("an entry's state is cut short")?;
     let rest = body.get(padded(state_bytes).min(body.len())..).unwrap_or_default();
@@ -204,6 +206,11 @@ fn entry_at_unchecked(bytes: &[u8], at: usize) -> Result<Option<Entry<'_>>, &'st
 }
 
 impl Entry<'_> {
+    /// Whether this is no entry but the end of a checkpoint.
+    pub(crate) fn is_end(&self) -> bool {
+        self.version.0 == 0 && self.bytes == ENTRY_HEADER_BYTES
+    }
+
     /// The state, as it is laid out today.
     pub(crate) fn state<A: Aggregate>(&self) -> Result<A, &'static str> {
         if size_of::<A>() == 0 {
@@ -282,10 +289,8 @@ impl Chunk {
     {
         let begun = self.used;
         self.used += ENTRY_HEADER_BYTES;
-        let state_bytes = match size_of::<A>() {
-            0 => Some(0),
-            _ => self.archive(&slot.state, scratch),
-        };
+        let has_state = size_of::<A>() > 0 && slot.version.0 > 0;
+        let state_bytes = if has_state { self.archive(&slot.state, scratch) } else { Some(0) };
         let Some(state_bytes) = state_bytes else {
             self.used = begun;
             return false;
@@ -301,6 +306,7 @@ impl Chunk {
             }
             end = self.used;
         }
+        assert!(slot.version.0 > 0 || count > 0, "an entry of nothing would be taken for the end");
         self.reserve(0);
         let version = slot.version.0 & LOW_48 | u64::from(A::STATE_VERSION) << 48;
         let out = &mut self.bytes[begun..begun + ENTRY_HEADER_BYTES];
@@ -361,6 +367,146 @@ impl Chunk {
         let wanted = self.used + room;
         if self.bytes.len() < wanted {
             self.bytes.resize(wanted.next_power_of_two(), 0);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::aggregate::Emit;
+    use crate::event::{Event, EventType, EventTypeId, Meta};
+    use crate::log::format::tests::assert_golden;
+    use rkyv::{Archive, Deserialize, Serialize};
+
+    #[derive(Archive, Serialize, Deserialize, Debug, Clone, Copy)]
+    struct Happened;
+
+    impl Event for Happened {
+        const TYPES: &'static [EventType] = &[EventType::new(1, "happened", 1)];
+        fn event_type(&self) -> EventTypeId {
+            EventTypeId(1)
+        }
+    }
+
+    #[derive(Archive, Serialize, Deserialize, Debug, Clone, Default, PartialEq)]
+    struct State {
+        n: u64,
+        name: String,
+    }
+
+    impl Aggregate for State {
+        type Event = Happened;
+        type Command = ();
+        type Rejection = u32;
+
+        const STATE_VERSION: u16 = 0x0102;
+
+        fn evolve(&mut self, _: &ArchivedHappened, _: &Meta) {
+            self.n += 1;
+        }
+
+        fn decide(&self, (): (), _: &mut Emit<Happened>) -> Result<(), u32> {
+            Ok(())
+        }
+    }
+
+    type Kept = Vec<(u64, Remembered<u32>)>;
+
+    fn header(kind: Kind) -> FileHeader {
+        let (start, sequence) = match kind {
+            Kind::Snapshots => (Offset(0), Sequence(0)),
+            Kind::Checkpoint => (Offset(0x0012_3456_7890), Sequence(0x0a0b_0c0d)),
+        };
+        let time = Time(1_700_000_000_123_456_789);
+        FileHeader { kind, shard: ShardId(0x0203), state_version: State::STATE_VERSION, start, sequence, time }
+    }
+
+    fn slot(key: u64, version: u64) -> Slot<State> {
+        Slot {
+            key: Key(key),
+            version: Version(version),
+            head: Offset(0x0010_2030_4050),
+            time_max: Time(1_700_000_000_000_000_001),
+            state: State { n: version, name: "somebody, longer than eight".into() },
+        }
+    }
+
+    /// A file with these keys, and what it must be read as.
+    fn file(kind: Kind, keys: &[(Slot<State>, Kept)]) -> Vec<u8> {
+        let (mut chunk, mut scratch) = (Chunk::new(), Scratch::new(1 << 16));
+        // Whatever its memory held before is not in the file.
+        chunk.bytes.fill(0xff);
+        for (slot, outcomes) in keys {
+            assert!(chunk.add(slot, outcomes.iter(), &mut scratch));
+        }
+        let mut seen = Vec::new();
+        seal_chunk(chunk.filled(), |at, entry| seen.push((at, entry.key)));
+        assert_eq!(seen.len(), keys.len());
+        [&header(kind).encode()[..], chunk.filled()].concat()
+    }
+
+    /// Reads as a reader does: from memory that is aligned.
+    fn check(bytes: &[u8], kind: Kind, keys: &[(Slot<State>, Kept)]) -> usize {
+        let mut file = AlignedVec::<ALIGN>::new();
+        file.extend_from_slice(bytes);
+        assert_eq!(FileHeader::decode(&file, ShardId(0x0203)), Ok(header(kind)));
+        let mut at = FILE_HEADER_BYTES;
+        for (slot, outcomes) in keys {
+            let entry = entry_at(&file, at).expect("it holds").expect("there is one");
+            assert_eq!((entry.key, entry.version, entry.head), (slot.key, slot.version, slot.head));
+            assert_eq!((entry.time_max, entry.is_end()), (slot.time_max, false));
+            if slot.version.0 > 0 {
+                assert_eq!(entry.state::<State>().expect("a state"), slot.state);
+            }
+            assert_eq!(&entry.outcomes::<u32>().expect("outcomes"), outcomes);
+            at += entry.bytes;
+        }
+        at
+    }
+
+    #[test]
+    fn a_file_of_snapshots_is_frozen() {
+        let keys = [(slot(0xfedc_ba98_7654_3210, 0x0000_2abb_ccdd_eeff), vec![])];
+        let bytes = file(Kind::Snapshots, &keys);
+        assert_golden("snapshots.bin", &bytes);
+        assert_eq!(check(&bytes, Kind::Snapshots, &keys), bytes.len());
+    }
+
+    #[test]
+    fn a_checkpoint_is_frozen() {
+        let done = Remembered::Done { version: Version(6), events: 3 };
+        let nobody = Slot { key: Key(8), ..Slot::default() };
+        let keys = [
+            (nobody, vec![(0x5555_6666_7777_8888, Remembered::Rejected(41))]),
+            (slot(7, 6), vec![(1, Remembered::Rejected(42)), (2, done)]),
+            (slot(9, 1), vec![]),
+        ];
+        let end = End { entries: 3, log_end: Offset(0x0012_3456_9999), durable: true, boot: 0x0102_0304_0506_0708 };
+        let bytes = [file(Kind::Checkpoint, &keys), end.encode().to_vec()].concat();
+        assert_golden("checkpoint.bin", &bytes);
+        let at = check(&bytes, Kind::Checkpoint, &keys);
+        assert_eq!(bytes.len() - at, ENTRY_HEADER_BYTES);
+        assert_eq!(End::decode(&bytes), Ok(end));
+        assert!(entry_at(&bytes, at).expect("it holds").expect("there is one").is_end());
+    }
+
+    #[test]
+    fn every_flipped_bit_of_a_file_shows() {
+        let keys = [(slot(7, 6), vec![(1, Remembered::Rejected(42))])];
+        let end = End { entries: 1, log_end: Offset(4096), durable: false, boot: 7 };
+        let whole = [file(Kind::Checkpoint, &keys), end.encode().to_vec()].concat();
+        let entry_bytes = u32_at(&whole, FILE_HEADER_BYTES) as usize;
+        for bit in 0..whole.len() * 8 {
+            let mut bytes = AlignedVec::<ALIGN>::new();
+            bytes.extend_from_slice(&whole);
+            bytes[bit / 8] ^= 1 << (bit % 8);
+            let holds = FileHeader::decode(&bytes, ShardId(0x0203)).is_ok()
+                && matches!(entry_at(&bytes, FILE_HEADER_BYTES), Ok(Some(entry)) if !entry.is_end())
+                && End::decode(&bytes).is_ok();
+            // Padding between entries means nothing.
+            let is_padding = (FILE_HEADER_BYTES + entry_bytes..whole.len() - ENTRY_HEADER_BYTES).contains(&(bit / 8));
+            assert_eq!(holds, is_padding, "bit {bit}");
         }
     }
 }

@@ -12,7 +12,7 @@ use crate::log::fold::Folder;
 use crate::log::format::ALIGN;
 use crate::log::storage::{Storage, replace};
 use crate::snapshot::format::{End, Entry, FILE_HEADER_BYTES, FileHeader, Kind, entry_at};
-use crate::snapshot::store::{Held, Saved, SnapshotStore, boot_id, file_name, file_number, whole};
+use crate::snapshot::store::{Held, Saved, SnapshotStore, file_name, file_number, whole};
 use crate::sync::Ordering;
 
 /// A checkpoint that opening may begin from.
@@ -29,8 +29,8 @@ pub(crate) struct Candidate {
     pub(crate) is_trusted: bool,
 }
 
-/// The checkpoints of a shard's folder that are whole, newest first.
-pub(crate) fn candidates(storage: &dyn Storage, dir: &Path, shard: ShardId) -> io::Result<Vec<Candidate>> {
+/// The checkpoints of a shard's folder that are whole, newest first; and how many are not.
+pub(crate) fn candidates(storage: &dyn Storage, dir: &Path, shard: ShardId) -> io::Result<(Vec<Candidate>, u64)> {
     let mut numbers: Vec<u32> = storage
         .list(dir)?
         .iter()
@@ -38,8 +38,8 @@ pub(crate) fn candidates(storage: &dyn Storage, dir: &Path, shard: ShardId) -> i
         .filter_map(|(kind, number)| (kind == Kind::Checkpoint).then_some(number))
         .collect();
     numbers.sort_unstable_by(|a, b| b.cmp(a));
-    let boot = boot_id();
-    let mut found = Vec::new();
+    let boot = storage.boot_id();
+    let (mut found, mut unreadable) = (Vec::new(), 0);
     for number in numbers {
         match ends(storage, dir, shard, number) {
             Ok((header, end)) => found.push(Candidate {
@@ -49,14 +49,18 @@ pub(crate) fn candidates(storage: &dyn Storage, dir: &Path, shard: ShardId) -> i
                 log_end: end.log_end,
                 is_trusted: end.durable || (boot != 0 && end.boot == boot),
             }),
-            Err(why) => unusable(number, why),
+            Err(why) => {
+                unreadable += 1;
+                tracing::warn!(
+                    shard = shard.0,
+                    number,
+                    why,
+                    "a checkpoint cannot be used; an earlier one or the log is"
+                );
+            }
         }
     }
-    Ok(found)
-}
-
-fn unusable(number: u32, why: &str) {
-    tracing::warn!(number, why, "a checkpoint cannot be used; an earlier one or the log is");
+    Ok((found, unreadable))
 }
 
 /// Beginning and end of a checkpoint.
@@ -91,13 +95,16 @@ pub(crate) fn load<A: Aggregate>(
     let (mut at, mut count) = (FILE_HEADER_BYTES, 0);
     while let Some(entry) = entry_at(&bytes, at)? {
         at += entry.bytes;
-        if entry.version.0 == 0 {
+        if entry.is_end() {
             break;
         }
         count += 1;
         let outcomes = entry.outcomes::<A::Rejection>()?;
         if !outcomes.is_empty() {
-            folder.outcomes.restore(entry.key, outcomes.into());
+            folder.outcomes.restore(entry.key, entry.version, outcomes.into());
+        }
+        if entry.version.0 == 0 {
+            continue;
         }
         let slot = Slot {
             key: entry.key,
@@ -134,8 +141,10 @@ pub(crate) fn index<A: Aggregate>(
     shard: ShardId,
     end: Offset,
     usable: &[u32],
+    unreadable: u64,
 ) -> io::Result<Found> {
     let store = SnapshotStore::new();
+    store.unreadable.store(unreadable, Ordering::Relaxed);
     let (mut next_number, mut covered) = (0, Offset(0));
     let mut files: Vec<(Kind, u32)> = storage.list(dir)?.iter().filter_map(|name| file_number(name)).collect();
     files.sort_unstable_by_key(|(_, number)| *number);
@@ -210,7 +219,11 @@ struct Scanned {
 }
 
 fn scan<A: Aggregate>(bytes: &[u8], header: &FileHeader, number: u32, end: Offset) -> Scanned {
-    let indexed = size_of::<A>() > 0 && (header.state_version == A::STATE_VERSION);
+    // States of another version are as good where the program takes them: the first one tells.
+    let mut indexed = match size_of::<A>() {
+        0 => Some(false),
+        _ => (header.state_version == A::STATE_VERSION).then_some(true),
+    };
     let mut scanned = Scanned { end: FILE_HEADER_BYTES, ..Scanned::default() };
     loop {
         let entry: Entry<'_> = match entry_at(bytes, scanned.end) {
@@ -225,10 +238,10 @@ fn scan<A: Aggregate>(bytes: &[u8], header: &FileHeader, number: u32, end: Offse
                 return scanned;
             }
         };
-        if entry.version.0 > 0 {
+        if !entry.is_end() {
             scanned.entries += 1;
             scanned.last_head = scanned.last_head.max(entry.head);
-            if indexed {
+            if entry.version.0 > 0 && *indexed.get_or_insert_with(|| entry.state::<A>().is_ok()) {
                 scanned.saved.push((entry.key, Saved::new(&entry, number, scanned.end as u64)));
             }
         }

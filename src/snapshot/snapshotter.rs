@@ -14,7 +14,7 @@ use crate::log::segment::ShardLog;
 use crate::log::storage::{SideFile, Storage};
 use crate::log::syncer::SyncRequests;
 use crate::snapshot::format::{Chunk, End, FILE_HEADER_BYTES, FileHeader, Kind, seal_chunk};
-use crate::snapshot::store::{Held, Saved, SnapshotStore, boot_id, file_name, fresh_path};
+use crate::snapshot::store::{Held, Saved, SnapshotStore, file_name, fresh_path};
 use crate::snapshot::taker::{CheckpointRequests, Message};
 use crate::sync::{Arc, AtomicBool, Idle, Ordering, Signal};
 
@@ -84,7 +84,9 @@ impl Snapshotter {
             let deadline = waiting.then(|| Instant::now() + Duration::from_millis(1));
             let (shards, requests) = (&self.shards, &self.requests);
             idle.step(&requests.signal, deadline, || {
-                requests.ending.load(Ordering::SeqCst) || shards.iter().any(|shard| !shard.messages.is_empty())
+                // Behind a checkpoint that waits for the log, messages wait too.
+                let has_work = |shard: &Sources| shard.finishing.is_none() && !shard.messages.is_empty();
+                requests.ending.load(Ordering::SeqCst) || shards.iter().any(has_work)
             });
         }
         for shard in &self.shards {
@@ -101,7 +103,7 @@ impl Snapshotter {
             if shard.finishing.is_none()
                 && let Ok(message) = shard.messages.pop()
             {
-                shard.take(&*self.storage, message, syncs);
+                shard.take(&*self.storage, &self.keeper, message, syncs);
                 // A shard that found the ring full goes on when it is woken.
                 shard.shard_signal.notify();
                 worked = true;
@@ -112,12 +114,13 @@ impl Snapshotter {
 }
 
 impl Sources {
-    fn take(&mut self, storage: &dyn Storage, message: Message, syncs: bool) {
+    fn take(&mut self, storage: &dyn Storage, keeper: &KeeperRequests, message: Message, syncs: bool) {
         match message {
             Message::Snapshots(mut chunk) => {
-                let written = self.snapshots(storage, &mut chunk);
+                let (entries, written) = (chunk.entries, self.snapshots(storage, &mut chunk));
                 self.give_back(chunk);
                 if let Err(error) = written {
+                    self.requests.skipped.fetch_add(entries, Ordering::Relaxed);
                     tracing::warn!(shard = self.log.shard.0, %error, "snapshots could not be written; what they saved stays in the log");
                     self.snapshots = None;
                     self.retry_at = Some(Instant::now() + RETRY);
@@ -128,14 +131,14 @@ impl Sources {
                 self.checkpoint = None;
                 match self.begin(storage, Kind::Checkpoint, path, start, sequence, time) {
                     Ok(writing) => self.checkpoint = Some(writing),
-                    Err(error) => self.failed(&error),
+                    Err(error) => self.failed(keeper, &error),
                 }
             }
             Message::Checkpoint(mut chunk) => {
                 if let Some(mut writing) = self.checkpoint.take() {
                     match writing.append(&mut chunk, false) {
                         Ok(_) => self.checkpoint = Some(writing),
-                        Err(error) => self.failed(&error),
+                        Err(error) => self.failed(keeper, &error),
                     }
                 }
                 self.give_back(chunk);
@@ -148,7 +151,9 @@ impl Sources {
                     }
                     self.finishing = Some((writing, log_end));
                 }
-                _ => self.failed(&io::Error::other("the checkpoint is not whole")),
+                Some(_) => self.failed(keeper, &io::Error::other("a state is too large to be saved")),
+                // It has failed before.
+                None => {}
             },
         }
     }
@@ -200,7 +205,7 @@ impl Sources {
         }
         let Some((writing, log_end)) = self.finishing.take() else { return false };
         if !durable && syncs {
-            self.failed(&io::Error::other("the log did not become durable"));
+            self.failed(keeper, &io::Error::other("the log did not become durable"));
             return true;
         }
         match self.publish(storage, writing, log_end, durable, syncs) {
@@ -210,7 +215,7 @@ impl Sources {
                 self.settled();
                 keeper.signal.notify();
             }
-            Err(error) => self.failed(&error),
+            Err(error) => self.failed(keeper, &error),
         }
         true
     }
@@ -224,7 +229,7 @@ impl Sources {
         syncs: bool,
     ) -> io::Result<Offset> {
         let Writing { mut held } = writing;
-        let end = End { entries: held.entries, log_end, durable, boot: boot_id() }.encode();
+        let end = End { entries: held.entries, log_end, durable, boot: storage.boot_id() }.encode();
         held.file.append(&end)?;
         held.bytes += end.len() as u64;
         if syncs {
@@ -250,11 +255,13 @@ impl Sources {
         Ok(start)
     }
 
-    fn failed(&mut self, error: &io::Error) {
+    fn failed(&mut self, keeper: &KeeperRequests, error: &io::Error) {
         tracing::error!(shard = self.log.shard.0, %error, "a checkpoint could not be written; retention waits for the next");
         self.checkpoint = None;
         self.requests.given_up();
         self.settled();
+        // Retention asks again.
+        keeper.signal.notify();
     }
 
     /// A checkpoint has come to its end, whichever.
@@ -279,7 +286,7 @@ impl Writing {
         let mut last_head = self.held.last_head;
         seal_chunk(chunk.filled(), |at, entry| {
             last_head = last_head.max(entry.head);
-            if indexed {
+            if indexed && entry.version.0 > 0 {
                 saved.push((entry.key, Saved::new(entry, number, base + at as u64)));
             }
         });

@@ -80,6 +80,9 @@ pub struct SnapshotStats {
     pub checkpoints_failed: u64,
 }
 
+/// Entries that are added under one lock.
+const ADDED_AT_A_TIME: usize = 1024;
+
 impl SnapshotStore {
     pub(crate) fn new() -> Self {
         Self { index: Mutex::new(Index::default()), unreadable: AtomicU64::new(0) }
@@ -92,11 +95,17 @@ impl SnapshotStore {
             Some(file) => *file = held,
             None => index.files.push(held),
         }
-        for (key, saved) in saved {
-            let of_key = index.keys.entry(key).or_default();
-            let at = of_key.partition_point(|other| other.version < saved.version);
-            if of_key.get(at).is_none_or(|other| other.version != saved.version) {
-                of_key.insert(at, saved);
+        drop(index);
+        let mut saved = saved.into_iter().peekable();
+        // A checkpoint has all keys: readers are let in between.
+        while saved.peek().is_some() {
+            let mut index = lock(&self.index);
+            for (key, saved) in saved.by_ref().take(ADDED_AT_A_TIME) {
+                let of_key = index.keys.entry(key).or_default();
+                let at = of_key.partition_point(|other| other.version < saved.version);
+                if of_key.get(at).is_none_or(|other| other.version != saved.version) {
+                    of_key.insert(at, saved);
+                }
             }
         }
     }
@@ -289,10 +298,4 @@ pub(crate) fn file_number(name: &str) -> Option<(Kind, u32)> {
 /// Where a checkpoint is made before it gets its name.
 pub(crate) fn fresh_path(dir: &Path) -> PathBuf {
     dir.join("checkpoint.new")
-}
-
-/// Which run of the machine this is; 0 where the system does not say.
-pub(crate) fn boot_id() -> u64 {
-    let id = std::fs::read("/proc/sys/kernel/random/boot_id").unwrap_or_default();
-    if id.is_empty() { 0 } else { xxhash_rust::xxh3::xxh3_64(&id).max(1) }
 }

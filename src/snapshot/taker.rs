@@ -115,6 +115,14 @@ impl Every {
     }
 }
 
+/// How far a checkpoint has come: first keys that have outcomes and no event (one that gets its first event meanwhile has
+/// its outcomes of before in no other place), then all that have events.
+#[derive(Debug, Clone, Copy)]
+enum Going {
+    Eventless(usize),
+    Keys(Walk),
+}
+
 /// Buckets of the key table that one turn saves: while there is other work (so that the turn takes at most some ten
 /// microseconds longer), and while there is none; and how many between two looks at the room that is left.
 const WALK_BUSY: usize = 512;
@@ -140,7 +148,7 @@ pub(crate) struct Taker {
     chunk: Option<Chunk>,
     turns: u32,
     scratch: Scratch,
-    walk: Option<Walk>,
+    going: Option<Going>,
     is_whole: bool,
     /// Where the newest checkpoint began.
     begun_at: u64,
@@ -166,7 +174,7 @@ impl Taker {
             chunk: None,
             turns: 0,
             scratch: Scratch::new(1 << 20),
-            walk: None,
+            going: None,
             is_whole: true,
             begun_at: begun_at.0,
         }
@@ -202,6 +210,12 @@ impl Taker {
         }
     }
 
+    /// Sends what there is, however little. Whether there is nothing left to send, or nobody to send it to.
+    pub(crate) fn send_last(&mut self) -> bool {
+        self.send_snapshots();
+        self.chunk.is_none() || self.messages.is_abandoned()
+    }
+
     fn send(&mut self, message: Message) {
         let is_one_of_many = matches!(message, Message::Checkpoint(_));
         if self.messages.push(message).is_err() {
@@ -215,7 +229,7 @@ impl Taker {
     /// Whether there is something to do although no event comes.
     pub(crate) fn has_work(&self) -> bool {
         let can_walk = !self.used.is_empty() && self.messages.slots() >= SLOTS_OF_A_STEP;
-        ((self.requests.is_wanted() || self.walk.is_some()) && can_walk)
+        ((self.requests.is_wanted() || self.going.is_some()) && can_walk)
             || (self.chunk.is_some() && !self.messages.is_full())
     }
 
@@ -236,7 +250,7 @@ impl Taker {
             }
         }
         let due = self.checkpoint_bytes > 0 && appended.0 - self.begun_at >= self.checkpoint_bytes;
-        if self.walk.is_none() && !due && !self.requests.is_wanted() {
+        if self.going.is_none() && !due && !self.requests.is_wanted() {
             return false;
         }
         self.checkpoint(keys, outcomes, (appended, sequence, time), is_busy)
@@ -255,8 +269,8 @@ impl Taker {
             return false;
         }
         let Ok(mut chunk) = self.used.pop() else { return false };
-        let mut walk = match self.walk {
-            Some(walk) => walk,
+        let mut going = match self.going {
+            Some(going) => going,
             None => {
                 self.requests.wanted.store(false, Ordering::SeqCst);
                 self.requests.begun.store(appended.0, Ordering::Release);
@@ -265,25 +279,38 @@ impl Taker {
                 self.send_snapshots();
                 self.is_whole = true;
                 self.send(Message::Begin { start: appended, sequence, time });
-                Walk::default()
+                Going::Eventless(0)
             }
         };
         let mut next = None;
         let mut left = if is_busy { WALK_BUSY } else { WALK_IDLE };
         while left > 0 && !chunk.is_full() {
             let count = left.min(WALK_STEP);
-            let (slots, then) = keys.walk(walk, count);
-            for slot in slots {
-                self.is_whole &= chunk.add(slot, outcomes.of(slot.key), &mut self.scratch);
-            }
-            next = then;
-            let Some(then) = then else { break };
-            walk = then;
+            next = match going {
+                Going::Eventless(from) => {
+                    let some = outcomes.eventless(from, count);
+                    for key in some.iter().copied().filter(|&key| keys.get(key).is_none()) {
+                        let slot = Slot::<A> { key, ..Slot::default() };
+                        self.is_whole &= chunk.add(&slot, outcomes.of(key), &mut self.scratch);
+                    }
+                    let more = some.len() == count;
+                    Some(if more { Going::Eventless(from + count) } else { Going::Keys(Walk::default()) })
+                }
+                Going::Keys(walk) => {
+                    let (slots, then) = keys.walk(walk, count);
+                    for slot in slots {
+                        self.is_whole &= chunk.add(slot, outcomes.of(slot.key), &mut self.scratch);
+                    }
+                    then.map(Going::Keys)
+                }
+            };
+            let Some(then) = next else { break };
+            going = then;
             left -= count;
         }
-        self.walk = next;
+        self.going = next;
         self.send(Message::Checkpoint(chunk));
-        if self.walk.is_none() {
+        if self.going.is_none() {
             self.send(Message::End { log_end: appended, is_whole: self.is_whole });
         }
         true
