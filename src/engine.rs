@@ -13,7 +13,7 @@ use crate::clock::Clock;
 use crate::command::{Client, ClientEnd, ClientLane, Question};
 use crate::config::{Checked, Config};
 use crate::error::{OpenError, ReadError, ShardFailure, WaitError};
-use crate::event::{Offset, ShardId};
+use crate::event::{Offset, Sequence, ShardId};
 use crate::flush::flush_shard;
 use crate::handler::{Factory, Handler, OnError, Registered};
 use crate::log::keeper::{Keeper, KeeperRequests};
@@ -485,6 +485,7 @@ fn shard_metrics<A: Aggregate>(id: ShardId, shard: &Handle<A>) -> ShardMetrics {
     }
     metrics.published = published;
     metrics.backlog = published.saturating_sub(appended);
+    metrics.sequence = Sequence(log.sequence.get());
     metrics.appended_to = Offset(log.appended.get());
     metrics.durable_to = Offset(log.durable.get());
     metrics.segments = log.segments_len();

@@ -12,7 +12,7 @@ use hdrhistogram::serialization::V2DeflateSerializer;
 use hdrhistogram::serialization::interval_log::{IntervalLogWriterBuilder, Tag};
 
 use crate::error::ShardFailure;
-use crate::event::{Offset, ShardId};
+use crate::event::{Offset, Sequence, ShardId};
 use crate::sync::{AtomicBool, AtomicU64, Mutex, Ordering, lock};
 
 /// What a histogram measures. Nanoseconds, except [`Stage::Batch`].
@@ -220,6 +220,8 @@ macro_rules! counters {
             pub published: u64,
             /// Events accepted and not yet appended.
             pub backlog: u64,
+            /// Sequence of the next event: what a view's position is compared with.
+            pub sequence: Sequence,
             /// End of what is appended.
             pub appended_to: Offset,
             /// End of what is durable.
@@ -239,6 +241,7 @@ macro_rules! counters {
                     $($name: counters.$name.get(),)+
                     published: 0,
                     backlog: 0,
+                    sequence: Sequence(0),
                     appended_to: Offset(0),
                     durable_to: Offset(0),
                     segments: 0,
