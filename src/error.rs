@@ -56,6 +56,15 @@ pub enum ConfigError {
         /// The limit.
         bytes_max: usize,
     },
+    /// An upcaster that nothing would ever be read with: its type is not declared, its schema version is not older than the
+    /// type's own, or there is one for it already.
+    #[error("the upcaster for schema version {schema_version} of event type {event_type} reads no older layout of it")]
+    UselessUpcaster {
+        /// The type it names.
+        event_type: EventTypeId,
+        /// The version it names.
+        schema_version: u16,
+    },
 }
 
 /// Why a store could not be opened. Nothing was changed unless the variant says so.

@@ -288,7 +288,8 @@ pub trait Event: Encode + Send + 'static {
     const TYPES: &'static [EventType];
 
     /// How events that were written under older layouts are read: one for each (type, schema version) that a store may
-    /// still hold. A store that holds another is refused when it is opened.
+    /// still hold. A store that holds another is refused when it is opened, and so is an upcaster that reads nothing: of a
+    /// type that is not declared, or of a version that is not older than the type's ([`crate::ConfigError::UselessUpcaster`]).
     const UPCASTERS: &'static [Upcaster<Self>] = &[];
 
     /// Which of [`Event::TYPES`] this one is.

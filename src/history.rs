@@ -238,12 +238,14 @@ pub(crate) fn count<E: Event>(readers: Vec<Reader<E>>) -> Result<Counts, ReadErr
 }
 
 /// A key's state at a moment: the nearest saved state before it, and the events between. `head` says where the key is now; it is
-/// asked only when nothing is saved behind that moment.
+/// asked only when nothing is saved behind that moment. What checkpoints saved is looked at if asked for: they are needed where
+/// the log has lost its beginning.
 pub(crate) fn state_at<A: Aggregate>(
     store: &SnapshotStore,
     finder: &mut Finder,
     key: Key,
     at: At,
+    checkpoints: bool,
     head: impl FnOnce() -> Result<Head, HistoryError>,
 ) -> Result<Past<A>, HistoryError> {
     if at == At::Version(Version(0)) {
@@ -253,7 +255,11 @@ pub(crate) fn state_at<A: Aggregate>(
         At::Version(version) => saved.version <= version,
         At::Time(time) => saved.time_max <= time,
     };
-    let (mut base, next) = store.around(key, reaches);
+    let around = || match checkpoints {
+        true => store.around_with_checkpoints(key, reaches),
+        false => store.around(key, reaches),
+    };
+    let (mut base, next) = around();
     let upper = match next {
         Some(next) => Head { version: next.version, offset: next.head },
         None => head()?,
@@ -271,7 +277,7 @@ pub(crate) fn state_at<A: Aggregate>(
         };
         let Some(state) = state else {
             // Unreadable: an earlier one, or the log from its beginning, gives the same.
-            (base, _) = store.around(key, reaches);
+            (base, _) = around();
             continue;
         };
         let from = base.map_or(Version(0), |saved| saved.version);

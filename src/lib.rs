@@ -86,3 +86,9 @@ pub use {
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]
 struct Readme;
+
+/// The chapters' examples, likewise.
+#[cfg(doctest)]
+#[doc = include_str!("../docs/schema-evolution.md")]
+#[doc = include_str!("../docs/testing.md")]
+struct Chapters;

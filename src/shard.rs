@@ -223,6 +223,10 @@ impl<A: Aggregate> Shard<A> {
             }
             !over
         });
+        if self.work.held.is_some() {
+            // A decision that waits for a segment knows its client by its place in the list.
+            return;
+        }
         self.clients.retain(|client| {
             let over = client.orders.is_abandoned() && client.orders.is_empty();
             if over {
@@ -298,6 +302,10 @@ impl<A: Aggregate> Shard<A> {
     ) -> Result<(), FailureCause> {
         if bytes == 0 {
             reached(&mut self.work);
+            // What appended nothing is as durable as what came before it, and a syncer that is done may be asleep over that.
+            if self.syncs && self.log.durable.get() >= self.log.appended.get() {
+                self.syncer.signal.notify();
+            }
             return Ok(());
         }
         // Before the watermarks, so that who has seen an event appended finds it counted.

@@ -1,7 +1,10 @@
-//! A storage that fails on purpose: the faulty twin of the file system, for tests of what survives.
+//! For tests: rules without an engine ([`given`]), and a storage that fails on purpose, for what survives.
 //!
+//! The storage is the faulty twin of the file system.
 //! It keeps what is live (written) apart from what is durable (synced). [`FaultyStorage::crash`] throws
 //! the difference away, as a power cut does; [`FaultyStorage::fail_sync`] makes the n-th sync fail.
+
+mod given;
 
 use std::collections::BTreeMap;
 use std::io;
@@ -13,6 +16,8 @@ use std::time::Duration;
 use crate::log::mmap::{Heap, Memory};
 use crate::log::storage::{Lock, SideFile, Storage};
 use crate::sync::{Mutex, lock};
+
+pub use given::{Given, When, given};
 
 /// A disk in memory. Clones are the same disk.
 #[derive(Debug, Clone, Default)]

@@ -8,7 +8,11 @@ use std::time::{Duration, Instant};
 
 use common::bank::{Account, Order, Refused};
 use common::{small, soon};
-use corelane::{CommandError, Durability, Engine, ExpectedVersion, Key, Rejected, RejectedReason, Version, WaitError};
+use corelane::{
+    Aggregate, CommandError, Durability, Emit, Engine, Event, EventType, EventTypeId, ExpectedVersion, Key, Meta,
+    Rejected, RejectedReason, Version, WaitError,
+};
+use rkyv::{Archive, Deserialize, Serialize};
 
 fn open(dir: &std::path::Path) -> Engine<Account> {
     Engine::<Account>::open(small(dir).durability(Durability::OsCache)).unwrap()
@@ -210,4 +214,73 @@ fn accepted_commands_are_carried_out_when_the_engine_is_shut_down() {
     engine.shutdown(soon()).unwrap();
     let last = tickets.into_iter().map(|ticket| client.answer(ticket).wait().unwrap()).last().unwrap();
     assert_eq!(last.version, Version(50));
+}
+
+#[test]
+fn a_durable_answer_comes_also_where_nothing_is_appended() {
+    let dir = tempfile::tempdir().unwrap();
+    let engine = Engine::<Account>::open(small(dir.path()).durability(Durability::GroupCommit)).unwrap();
+    let mut client = engine.client();
+    client.send(Key(1), Order::Deposit(10)).once(1).durable().wait().unwrap();
+    for _ in 0..3 {
+        // Until everybody sleeps who has nothing to do.
+        std::thread::sleep(Duration::from_millis(30));
+        let repeated = client.send(Key(1), Order::Deposit(10)).once(1).durable().wait_until(soon().unwrap()).unwrap();
+        assert!(repeated.repeated && repeated.receipt().is_durable());
+        std::thread::sleep(Duration::from_millis(30));
+        let nothing = client.send(Key(1), Order::Nothing).durable().wait_until(soon().unwrap()).unwrap();
+        assert_eq!((nothing.events, nothing.receipt().is_durable()), (0, true));
+    }
+}
+
+/// An event without drop glue whose archive is longer than itself.
+#[derive(Archive, Serialize)]
+struct Named {
+    #[rkyv(with = rkyv::with::InlineAsBox)]
+    name: &'static str,
+}
+
+impl Event for Named {
+    const TYPES: &'static [EventType] = &[EventType::new(1, "named", 1)];
+
+    fn event_type(&self) -> EventTypeId {
+        EventTypeId(1)
+    }
+}
+
+#[derive(Archive, Serialize, Deserialize, Clone, Default)]
+struct Names {
+    bytes: usize,
+}
+
+impl Aggregate for Names {
+    type Event = Named;
+    type Command = &'static [&'static str];
+    type Rejection = ();
+
+    fn evolve(&mut self, event: &ArchivedNamed, _meta: &Meta) {
+        self.bytes += event.name.len();
+    }
+
+    fn decide(&self, names: &'static [&'static str], emit: &mut Emit<Named>) -> Result<(), ()> {
+        names.iter().for_each(|name| emit.event(Named { name }));
+        Ok(())
+    }
+}
+
+#[test]
+fn an_event_that_is_longer_archived_than_in_memory_is_measured_before_the_first_of_its_command_is_appended() {
+    const LONG: &str = "longer than sixty-four bytes, which is what this store allows an event to be";
+    let dir = tempfile::tempdir().unwrap();
+    let engine = Engine::<Names>::open(small(dir.path()).event_bytes_max(64)).unwrap();
+    let mut client = engine.client();
+    assert_eq!(client.send(Key(1), &["short"]).wait().unwrap().version, Version(1));
+    let refused = client.send(Key(1), &["first", LONG]).wait();
+    assert!(matches!(refused, Err(CommandError::TooLarge { bytes_max: 64, .. })), "{refused:?}");
+    // Over the end of a segment, too.
+    for i in 0..500 {
+        let outcome = client.send(Key(1), &["forty bytes of text, more or less, of it"; 9]).wait().unwrap();
+        assert_eq!(outcome.version, Version(10 + 9 * i));
+    }
+    assert_eq!(engine.ask(Key(1), |names, _| names.bytes).unwrap(), 5 + 500 * 9 * 40);
 }

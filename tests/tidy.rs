@@ -115,6 +115,8 @@ fn may_use(file: &str) -> Option<&'static [&'static str]> {
         _ if file.starts_with("view/") => &["event", "error", "config", "sync", "aggregate", "view"],
         // The faulty twin stands beside the log's storage.
         "testing.rs" => &["log", "sync"],
+        // Rules without an engine: what a fold needs of events, and a record's header for their `Meta`.
+        "testing/given.rs" => &["aggregate", "event", "log"],
         // Only the syncer tells lanes how far they are durable.
         "log/syncer.rs" => &["event", "error", "config", "sync", "clock", "metrics", "log", "producer"],
         // Recovery folds the log into states, from what is saved of them.

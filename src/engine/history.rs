@@ -124,8 +124,11 @@ impl<A: Aggregate> Engine<A> {
     pub fn state_at(&self, key: Key, at: impl Into<At>) -> Result<Past<A>, HistoryError> {
         let shard = self.of(key);
         let at = at.into();
+        let mut checkpoints = false;
         loop {
-            match state_at::<A>(&shard.store, &mut self.finder(shard), key, at, || Ok(self.head(key)?)) {
+            let head = || Ok(self.head(key)?);
+            match state_at::<A>(&shard.store, &mut self.finder(shard), key, at, checkpoints, head) {
+                Err(HistoryError::BeyondRetention { .. }) if !checkpoints => checkpoints = true,
                 // The state behind the first event that is held can be told only if a state before it is saved.
                 Err(HistoryError::BeyondRetention { key, earliest }) => {
                     let earliest = self.earliest(shard, key, earliest)?;
@@ -140,7 +143,7 @@ impl<A: Aggregate> Engine<A> {
 
     /// The earliest version of `key` that can be told, where the events before `held` are gone.
     fn earliest(&self, shard: &Handle<A>, key: Key, held: Version) -> Result<Version, HistoryError> {
-        let (_, saved) = shard.store.around(key, |saved| saved.version.0 + 1 < held.0);
+        let (_, saved) = shard.store.around_with_checkpoints(key, |saved| saved.version.0 + 1 < held.0);
         match saved {
             Some(saved) => Ok(saved.version),
             None => Ok(self.head(key)?.version),

@@ -141,6 +141,10 @@ impl Keeper {
         if kept.prepared.is_full() {
             return Ok(false);
         }
+        if kept.spares.is_empty() && self.waits_to_reuse(i) {
+            return Ok(false);
+        }
+        let kept = &mut self.shards[i];
         let index = kept.next_index;
         // Wanted as soon as the last one is begun, so a segment's length before a link could wrap.
         if index >= OFFSETS_END / kept.log.segment_bytes {
@@ -217,6 +221,15 @@ impl Keeper {
         kept.log.storage_full.store(false, Ordering::SeqCst);
         kept.shard_signal.notify();
         Ok(true)
+    }
+
+    /// Whether a segment is about to be freed, and there is time to wait for it: written again, it costs no new blocks.
+    fn waits_to_reuse(&self, i: usize) -> bool {
+        let Kept { log, checkpoints, .. } = &self.shards[i];
+        let over =
+            self.retention.bytes_max.is_some_and(|max| (log.segments_len() as u64 + 1) * log.segment_bytes > max);
+        let is_being_saved = checkpoints.begun() > checkpoints.covered();
+        over && is_being_saved && log.appended.get() % log.segment_bytes < log.segment_bytes / 4 * 3
     }
 
     /// Makes pages present ahead of the writer.

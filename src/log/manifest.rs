@@ -147,6 +147,14 @@ impl Manifest {
                 }
             }
         }
+        for (i, upcaster) in E::UPCASTERS.iter().enumerate() {
+            let (event_type, schema_version) = (upcaster.event_type, upcaster.schema_version);
+            let older = E::TYPES.iter().any(|t| t.id == event_type && schema_version < t.schema_version);
+            let mut before = E::UPCASTERS[..i].iter();
+            if !older || before.any(|u| (u.event_type, u.schema_version) == (event_type, schema_version)) {
+                return Err(ConfigError::UselessUpcaster { event_type, schema_version }.into());
+            }
+        }
         Ok(changed)
     }
 

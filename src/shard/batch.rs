@@ -175,6 +175,12 @@ impl<A: Aggregate> Batch<'_, A> {
     }
 }
 
+/// Lets the views see a state that has changed. (Not inlined: engines without views have no use for it.)
+#[inline(never)]
+fn show<A: Aggregate>(views: &mut [Box<dyn ViewWriter<A>>], state: &A, meta: &Meta) {
+    views.iter_mut().for_each(|view| view.changed(meta.key, state, meta));
+}
+
 /// Appends one event, changes its key's state by it, and lets the views see that. Returns the record's exact length.
 #[inline(always)]
 pub(super) fn record<A: Aggregate>(
@@ -188,13 +194,11 @@ pub(super) fn record<A: Aggregate>(
 ) -> Result<usize, Refused> {
     let offset = appender.offset();
     let len = appender.append(header, event, |archived| {
-        if size_of::<A>() == 0 && views.is_empty() {
-            return;
+        if size_of::<A>() > 0 {
+            known.state().evolve(archived, &Meta { sequence: Sequence::UNKNOWN, ..meta() });
         }
-        let (state, meta) = (known.state(), meta());
-        state.evolve(archived, &Meta { sequence: Sequence::UNKNOWN, ..meta });
-        for view in views {
-            view.changed(meta.key, state, &meta);
+        if !views.is_empty() {
+            show(views, known.state(), &meta());
         }
     })?;
     known.set(header.version, offset, header.time);

@@ -19,7 +19,7 @@ pub(super) type Answered<A> = Verdict<<A as Aggregate>::Rejection>;
 
 /// A decision that is still to be written.
 pub(crate) struct Held<A: Aggregate> {
-    /// The number of the client in the shard's list. Clients leave the list only when there is nothing to do.
+    /// The number of the client in the shard's list. No client leaves the list while a decision is held.
     client: usize,
     decided: Decided<A::Rejection>,
 }
@@ -271,12 +271,8 @@ impl<A: Aggregate> Batch<'_, A> {
         let mut needed = 0;
         let event_bytes_max = self.writer.event_bytes_max();
         for event in &emit.events {
-            // A type without drop glue owns nothing outside itself, so its archive has one size.
-            let bytes = if std::mem::needs_drop::<A::Event>() {
-                self.writer.measure(event)
-            } else {
-                size_of::<<A::Event as rkyv::Archive>::Archived>()
-            };
+            // Also of a type without drop glue: its archive may reach beyond its own size (`&'static str` as a box).
+            let bytes = self.writer.measure(event);
             if bytes > event_bytes_max {
                 return Err(Verdict::TooLarge { bytes, bytes_max: event_bytes_max });
             }

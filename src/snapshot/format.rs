@@ -270,10 +270,11 @@ impl Chunk {
     }
 
     /// Adds what `slot` knows of its key, and what became of its commands. `false` where the state is too large.
+    #[inline]
     pub(crate) fn add<'o, A: Aggregate>(
         &mut self,
         slot: &Slot<A>,
-        outcomes: impl Iterator<Item = &'o (u64, Remembered<A::Rejection>)>,
+        mut outcomes: impl Iterator<Item = &'o (u64, Remembered<A::Rejection>)>,
         scratch: &mut Scratch,
     ) -> bool
     where
@@ -285,50 +286,59 @@ impl Chunk {
             0 => Some(0),
             _ => self.archive(&slot.state, scratch),
         };
-        let mut count = 0_u32;
-        let mut fits = state_bytes.is_some();
-        let mut end = begun + ENTRY_HEADER_BYTES + state_bytes.unwrap_or(0);
-        for (id, outcome) in outcomes {
-            let head = self.used;
-            self.used += OUTCOME_HEADER_BYTES;
-            let (version, events, rejection) = match outcome {
-                Remembered::Done { version, events } => (version.0, *events, Some(0)),
-                Remembered::Rejected(rejection) => (0, 0, self.archive(rejection, scratch)),
-            };
-            fits &= rejection.is_some();
-            self.reserve(0);
-            let out = &mut self.bytes[head..head + OUTCOME_HEADER_BYTES];
-            out[0..8].copy_from_slice(&id.to_le_bytes());
-            out[8..16].copy_from_slice(&version.to_le_bytes());
-            out[16..20].copy_from_slice(&events.to_le_bytes());
-            out[20..24].copy_from_slice(&(rejection.unwrap_or(0) as u32).to_le_bytes());
-            out[24..32].fill(0);
-            count += 1;
-            end = self.used;
-        }
-        if !fits {
+        let Some(state_bytes) = state_bytes else {
             self.used = begun;
             return false;
+        };
+        let (mut end, mut count) = (begun + ENTRY_HEADER_BYTES + state_bytes, 0_u32);
+        if let Some(first) = outcomes.next() {
+            for (id, outcome) in std::iter::once(first).chain(outcomes) {
+                if !self.outcome(*id, outcome, scratch) {
+                    self.used = begun;
+                    return false;
+                }
+                count += 1;
+            }
+            end = self.used;
         }
         self.reserve(0);
-        let out = &mut self.bytes[begun..begun + ENTRY_HEADER_BYTES];
-        out[0..4].copy_from_slice(&((end - begun) as u32).to_le_bytes());
-        out[4..8].fill(0);
-        out[8..16].copy_from_slice(&slot.key.0.to_le_bytes());
         let version = slot.version.0 & LOW_48 | u64::from(A::STATE_VERSION) << 48;
+        let out = &mut self.bytes[begun..begun + ENTRY_HEADER_BYTES];
+        // The check sum is for who writes the file.
+        out[0..8].copy_from_slice(&((end - begun) as u64).to_le_bytes());
+        out[8..16].copy_from_slice(&slot.key.0.to_le_bytes());
         out[16..24].copy_from_slice(&version.to_le_bytes());
         out[24..32].copy_from_slice(&slot.head.0.to_le_bytes());
         out[32..40].copy_from_slice(&slot.time_max.0.to_le_bytes());
-        out[40..44].copy_from_slice(&(state_bytes.unwrap_or(0) as u32).to_le_bytes());
-        out[44..48].copy_from_slice(&count.to_le_bytes());
-        self.bytes[end..self.used].fill(0);
+        out[40..48].copy_from_slice(&(state_bytes as u64 | u64::from(count) << 32).to_le_bytes());
         self.entries += 1;
+        true
+    }
+
+    /// Adds what became of a command. `false` where its rejection is too large.
+    #[cold]
+    fn outcome<R: Stored>(&mut self, id: u64, outcome: &Remembered<R>, scratch: &mut Scratch) -> bool {
+        let head = self.used;
+        self.used += OUTCOME_HEADER_BYTES;
+        let (version, events, rejection) = match outcome {
+            Remembered::Done { version, events } => (version.0, *events, Some(0)),
+            Remembered::Rejected(rejection) => (0, 0, self.archive(rejection, scratch)),
+        };
+        let Some(rejection) = rejection else { return false };
+        self.reserve(0);
+        let out = &mut self.bytes[head..head + OUTCOME_HEADER_BYTES];
+        out[0..8].copy_from_slice(&id.to_le_bytes());
+        out[8..16].copy_from_slice(&version.to_le_bytes());
+        out[16..20].copy_from_slice(&events.to_le_bytes());
+        out[20..24].copy_from_slice(&(rejection as u32).to_le_bytes());
+        out[24..32].fill(0);
         true
     }
 
     /// Archives `value` behind what is used, and pads it. Returns its exact length.
     fn archive<T: Encode>(&mut self, value: &T, scratch: &mut Scratch) -> Option<usize> {
-        let mut room = 4096;
+        // Of a type that owns nothing outside itself the archive has one size.
+        let mut room = if std::mem::needs_drop::<T>() { 4096 } else { padded(size_of::<T::Archived>()) };
         loop {
             self.reserve(room);
             let end = self.bytes.len();
@@ -342,7 +352,7 @@ impl Chunk {
             if end - self.used >= STATE_BYTES_MAX {
                 return None;
             }
-            room = (end - self.used) * 2;
+            room = ((end - self.used) * 2).max(4096);
         }
     }
 

@@ -10,9 +10,9 @@ use crate::event::{Key, KeyHash, Offset, Sequence, ShardId};
 use crate::keys::Slot;
 use crate::log::fold::Folder;
 use crate::log::format::ALIGN;
-use crate::log::storage::{SideFile, Storage, replace};
+use crate::log::storage::{Storage, replace};
 use crate::snapshot::format::{End, Entry, FILE_HEADER_BYTES, FileHeader, Kind, entry_at};
-use crate::snapshot::store::{Held, Saved, SnapshotStore, boot_id, file_name, file_number};
+use crate::snapshot::store::{Held, Saved, SnapshotStore, boot_id, file_name, file_number, whole};
 use crate::sync::Ordering;
 
 /// A checkpoint that opening may begin from.
@@ -118,13 +118,6 @@ pub(crate) fn load<A: Aggregate>(
     Ok(())
 }
 
-fn whole(file: &dyn SideFile) -> io::Result<AlignedVec<ALIGN>> {
-    let mut bytes = AlignedVec::new();
-    bytes.resize(usize::try_from(file.len()?).map_err(io::Error::other)?, 0);
-    file.read_at(0, &mut bytes)?;
-    Ok(bytes)
-}
-
 /// What the folder of a shard has besides its log.
 pub(crate) struct Found {
     pub(crate) store: SnapshotStore,
@@ -157,6 +150,18 @@ pub(crate) fn index<A: Aggregate>(
             continue;
         }
         let file = storage.open_side(&path)?;
+        if kind == Kind::Checkpoint {
+            let (start, entries, bytes) = match ends(storage, dir, shard, number) {
+                Ok((header, end)) => (header.start, end.entries, file.len()?),
+                Err(_) => continue,
+            };
+            covered = covered.max(start);
+            let places = std::sync::Arc::default();
+            let file = file.into();
+            let held = Held { number, kind, path, file, start, last_head: Offset(0), entries, bytes, places };
+            store.add(held, []);
+            continue;
+        }
         let bytes = whole(&*file)?;
         let scanned = match FileHeader::decode(&bytes, shard) {
             Ok(header) => scan::<A>(&bytes, &header, number, end),
@@ -166,7 +171,7 @@ pub(crate) fn index<A: Aggregate>(
             tracing::warn!(path = %path.display(), why, kept = scanned.entries, "saved states are unreadable or of events that are gone");
             store.unreadable.fetch_add(1, Ordering::Relaxed);
         }
-        if scanned.end < bytes.len() && kind == Kind::Snapshots {
+        if scanned.end < bytes.len() {
             if scanned.entries == 0 {
                 storage.remove(&path)?;
                 removed = true;
@@ -174,19 +179,16 @@ pub(crate) fn index<A: Aggregate>(
             }
             replace(storage, dir, &file_name(kind, number), &bytes[..scanned.end])?;
         }
-        let start = FileHeader::decode(&bytes, shard).map_or(Offset(0), |header| header.start);
-        if kind == Kind::Checkpoint {
-            covered = covered.max(start);
-        }
         let held = Held {
             number,
             kind,
             file: storage.open_side(&path)?.into(),
             path,
-            start,
+            start: Offset(0),
             last_head: scanned.last_head,
             entries: scanned.entries,
             bytes: scanned.end as u64,
+            places: std::sync::Arc::default(),
         };
         store.add(held, scanned.saved);
     }

@@ -55,8 +55,6 @@ pub(crate) struct Sources {
 #[derive(Debug)]
 pub(crate) struct Writing {
     held: Held,
-    /// Of a checkpoint, until it is whole.
-    saved: Vec<(Key, Saved)>,
 }
 
 /// The snapshotter of an engine.
@@ -135,11 +133,8 @@ impl Sources {
             }
             Message::Checkpoint(mut chunk) => {
                 if let Some(mut writing) = self.checkpoint.take() {
-                    match writing.append(&mut chunk, self.indexed) {
-                        Ok(saved) => {
-                            writing.saved.extend(saved);
-                            self.checkpoint = Some(writing);
-                        }
+                    match writing.append(&mut chunk, false) {
+                        Ok(_) => self.checkpoint = Some(writing),
                         Err(error) => self.failed(&error),
                     }
                 }
@@ -191,9 +186,9 @@ impl Sources {
         file.append(&header.encode())?;
         let number = self.next_number;
         self.next_number += 1;
-        let held =
-            Held { number, kind, path, file, start, last_head: Offset(0), entries: 0, bytes: FILE_HEADER_BYTES as u64 };
-        Ok(Writing { held, saved: Vec::new() })
+        let (bytes, places) = (FILE_HEADER_BYTES as u64, std::sync::Arc::default());
+        let held = Held { number, kind, path, file, start, last_head: Offset(0), entries: 0, bytes, places };
+        Ok(Writing { held })
     }
 
     /// Publishes a checkpoint once the log is durable as far as it knows. Whether it did.
@@ -228,7 +223,7 @@ impl Sources {
         durable: bool,
         syncs: bool,
     ) -> io::Result<Offset> {
-        let Writing { mut held, saved, .. } = writing;
+        let Writing { mut held } = writing;
         let end = End { entries: held.entries, log_end, durable, boot: boot_id() }.encode();
         held.file.append(&end)?;
         held.bytes += end.len() as u64;
@@ -242,7 +237,7 @@ impl Sources {
         }
         held.path = path;
         let start = held.start;
-        self.store.add(held, saved);
+        self.store.add(held, []);
         // Another file of snapshots from here on, so that whole files become useless together.
         self.snapshots = None;
         let earliest = self.log.earliest();

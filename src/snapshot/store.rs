@@ -4,6 +4,7 @@
 //! that nobody holds for long, and read files without one.
 
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use hashbrown::HashMap;
 use rkyv::util::AlignedVec;
@@ -12,7 +13,7 @@ use xxhash_rust::xxh3::Xxh3DefaultBuilder;
 use crate::event::{Key, Offset, Time, Version};
 use crate::log::format::{ALIGN, padded, u32_at};
 use crate::log::storage::SideFile;
-use crate::snapshot::format::{ENTRY_HEADER_BYTES, Entry, Kind, entry_at};
+use crate::snapshot::format::{ENTRY_HEADER_BYTES, Entry, FILE_HEADER_BYTES, Kind, entry_at};
 use crate::sync::{AtomicU64, Mutex, Ordering, lock};
 
 /// Where a state is saved, and which.
@@ -40,6 +41,9 @@ pub(crate) struct Held {
     pub(crate) last_head: Offset,
     pub(crate) entries: u64,
     pub(crate) bytes: u64,
+    /// Of a checkpoint: where each key's entry is, in the order of the keys. Made when it is first asked for, which is when
+    /// somebody looks back to where the log has lost its beginning; empty where the file turned out to be unreadable.
+    pub(crate) places: std::sync::Arc<OnceLock<Vec<(Key, Saved)>>>,
 }
 
 #[derive(Debug, Default)]
@@ -105,6 +109,52 @@ impl SnapshotStore {
         (at.checked_sub(1).map(|at| of_key[at]), of_key.get(at).copied())
     }
 
+    /// As [`SnapshotStore::around`], with the states that checkpoints saved. The first call after a new one reads its file.
+    pub(crate) fn around_with_checkpoints(
+        &self,
+        key: Key,
+        reaches: impl Fn(&Saved) -> bool,
+    ) -> (Option<Saved>, Option<Saved>) {
+        let (mut before, mut behind) = self.around(key, &reaches);
+        let checkpoints: Vec<Held> =
+            lock(&self.index).files.iter().filter(|file| file.kind == Kind::Checkpoint).cloned().collect();
+        for held in checkpoints {
+            let places = held.places.get_or_init(|| self.places(&held));
+            let Ok(at) = places.binary_search_by_key(&key, |(key, _)| *key) else { continue };
+            let saved = places[at].1;
+            if reaches(&saved) {
+                before = before.filter(|other| other.version >= saved.version).or(Some(saved));
+            } else {
+                behind = behind.filter(|other| other.version <= saved.version).or(Some(saved));
+            }
+        }
+        (before, behind)
+    }
+
+    /// Where the entries of a checkpoint are.
+    fn places(&self, held: &Held) -> Vec<(Key, Saved)> {
+        let mut places = Vec::new();
+        let read = whole(&*held.file).map_err(|_| "it cannot be read").and_then(|bytes| {
+            let mut at = FILE_HEADER_BYTES;
+            while let Some(entry) = entry_at(&bytes, at)? {
+                if entry.version.0 > 0 {
+                    places.push((entry.key, Saved::new(&entry, held.number, at as u64)));
+                }
+                at += entry.bytes;
+            }
+            Ok(())
+        });
+        if let Err(why) = read {
+            tracing::warn!(path = %held.path.display(), why, "a checkpoint is unreadable");
+            self.unreadable.fetch_add(1, Ordering::Relaxed);
+            return Vec::new();
+        }
+        // A part of the table that grew while it was saved comes twice; the later entry is no older.
+        places.sort_by_key(|(key, saved)| (*key, std::cmp::Reverse(saved.version)));
+        places.dedup_by_key(|(key, _)| *key);
+        places
+    }
+
     /// Reads one entry, as it lies in its file, and shows it. An unreadable one is forgotten and counted.
     pub(crate) fn read<T>(
         &self,
@@ -121,8 +171,13 @@ impl SnapshotStore {
             .map_err(|why| {
                 tracing::warn!(path = %held.path.display(), %key, version = %saved.version, why, "a saved state is unreadable");
                 self.unreadable.fetch_add(1, Ordering::Relaxed);
-                if let Some(of_key) = lock(&self.index).keys.get_mut(&key) {
+                let mut index = lock(&self.index);
+                if let Some(of_key) = index.keys.get_mut(&key) {
                     of_key.retain(|other| other != saved);
+                }
+                // A checkpoint is no longer asked.
+                for file in index.files.iter_mut().filter(|file| file.number == saved.file) {
+                    file.places = std::sync::Arc::new(OnceLock::from(Vec::new()));
                 }
             })
             .ok()
@@ -183,6 +238,14 @@ impl Saved {
     fn position(&self) -> u64 {
         u64::from(self.at) * ALIGN as u64
     }
+}
+
+/// All of a file.
+pub(crate) fn whole(file: &dyn SideFile) -> std::io::Result<AlignedVec<ALIGN>> {
+    let mut bytes = AlignedVec::new();
+    bytes.resize(usize::try_from(file.len()?).map_err(std::io::Error::other)?, 0);
+    file.read_at(0, &mut bytes)?;
+    Ok(bytes)
 }
 
 fn read_entry(file: &dyn SideFile, at: u64) -> Result<AlignedVec<ALIGN>, &'static str> {

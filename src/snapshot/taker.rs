@@ -115,9 +115,13 @@ impl Every {
     }
 }
 
-/// Buckets of the key table that one turn saves: while there is other work, and while there is none.
-const WALK_BUSY: usize = 64;
-const WALK_IDLE: usize = 1024;
+/// Buckets of the key table that one turn saves: while there is other work (so that the turn takes at most some ten
+/// microseconds longer), and while there is none; and how many between two looks at the room that is left.
+const WALK_BUSY: usize = 512;
+const WALK_IDLE: usize = 4096;
+const WALK_STEP: usize = 64;
+/// While a checkpoint is made, the snapshotter is woken when so few empty chunks are left: not for each.
+const CHUNKS_LOW: usize = 4;
 /// Messages that one step may send.
 const SLOTS_OF_A_STEP: usize = 4;
 /// A chunk with snapshots is sent at the latest so many turns after its first one.
@@ -199,10 +203,13 @@ impl Taker {
     }
 
     fn send(&mut self, message: Message) {
+        let is_one_of_many = matches!(message, Message::Checkpoint(_));
         if self.messages.push(message).is_err() {
             unreachable!("there was room, and only we push");
         }
-        self.snapshotter.notify();
+        if !is_one_of_many || self.used.slots() <= CHUNKS_LOW {
+            self.snapshotter.notify();
+        }
     }
 
     /// Whether there is something to do although no event comes.
@@ -264,7 +271,7 @@ impl Taker {
         let mut next = None;
         let mut left = if is_busy { WALK_BUSY } else { WALK_IDLE };
         while left > 0 && !chunk.is_full() {
-            let count = left.min(WALK_BUSY);
+            let count = left.min(WALK_STEP);
             let (slots, then) = keys.walk(walk, count);
             for slot in slots {
                 self.is_whole &= chunk.add(slot, outcomes.of(slot.key), &mut self.scratch);

@@ -1,6 +1,8 @@
 //! A bank account: the smallest aggregate that has rules.
 
-use corelane::{Aggregate, Emit, Event, EventType, EventTypeId, Meta};
+use std::collections::HashMap;
+
+use corelane::{Aggregate, Emit, Engine, Event, EventType, EventTypeId, Meta, ShardId, deserialize};
 use rkyv::{Archive, Deserialize, Serialize};
 
 #[derive(Archive, Serialize, Deserialize, Debug, Clone, PartialEq)]
@@ -49,8 +51,91 @@ pub(crate) enum Order {
         count: usize,
         bytes: usize,
     },
+    /// One event for each.
+    Deposits(Vec<u64>),
+    /// One event for each, of so many bytes of text.
+    NotesOf(Vec<usize>),
     Nothing,
     Panic,
+}
+
+/// The rules once more, on owned values and written apart from the aggregate: what models and folds are made of.
+impl Account {
+    pub(crate) fn apply(&mut self, event: &Money, version: u64) {
+        let n = match event {
+            Money::Deposited { cents } => {
+                self.cents += cents;
+                2 * cents
+            }
+            Money::Withdrawn { cents } => {
+                self.cents -= cents;
+                2 * cents + 1
+            }
+            Money::Noted { text } => {
+                self.notes += 1;
+                text.len() as u64
+            }
+        };
+        let mixed = self.hash ^ n ^ (version << 32);
+        self.hash = mixed.wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(23);
+    }
+
+    pub(crate) fn would(&self, order: &Order) -> Result<Vec<Money>, Refused> {
+        let out = match order {
+            Order::Withdraw(out) | Order::Exchange { out, .. } => *out,
+            _ => 0,
+        };
+        if let Some(missing) = out.checked_sub(self.cents).filter(|missing| *missing > 0) {
+            return Err(Refused::NotEnough { missing });
+        }
+        let note = |bytes: usize| Money::Noted { text: "n".repeat(bytes) };
+        Ok(match order {
+            Order::Deposit(cents) => vec![Money::Deposited { cents: *cents }],
+            Order::Withdraw(cents) => vec![Money::Withdrawn { cents: *cents }],
+            Order::Exchange { out, back } => {
+                vec![Money::Withdrawn { cents: *out }, Money::Deposited { cents: *back }]
+            }
+            Order::Notes { count, bytes } => vec![note(*bytes); *count],
+            Order::Deposits(all) => all.iter().map(|&cents| Money::Deposited { cents }).collect(),
+            Order::NotesOf(all) => all.iter().map(|&bytes| note(bytes)).collect(),
+            Order::Nothing | Order::Panic => Vec::new(),
+        })
+    }
+}
+
+/// An event as a shard's log has it.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Logged {
+    pub(crate) key: u64,
+    pub(crate) version: u64,
+    pub(crate) offset: u64,
+    pub(crate) money: Money,
+}
+
+/// Everything in one shard's log; per key the versions are 1, 2, 3, …
+pub(crate) fn logged(engine: &Engine<Account>, shard: u16) -> Vec<Logged> {
+    let mut reader = engine.reader(ShardId(shard));
+    let (mut all, mut versions) = (Vec::new(), HashMap::new());
+    while let Some(record) = reader.next().expect("the log reads") {
+        let (key, version) = (record.meta.key.0, record.meta.version.0);
+        assert_eq!(record.meta.sequence.0, all.len() as u64, "sequences have no holes");
+        assert_eq!(version, versions.get(&key).unwrap_or(&0) + 1, "versions of key {key}");
+        versions.insert(key, version);
+        let money = deserialize::<Money>(record.event).expect("an archive of this very type");
+        all.push(Logged { key, version, offset: record.meta.offset.0, money });
+    }
+    all
+}
+
+/// The states that these events make.
+pub(crate) fn folded<'a>(events: impl IntoIterator<Item = &'a Logged>) -> HashMap<u64, (Account, u64)> {
+    let mut states: HashMap<u64, (Account, u64)> = HashMap::new();
+    for event in events {
+        let (state, version) = states.entry(event.key).or_default();
+        state.apply(&event.money, event.version);
+        *version = event.version;
+    }
+    states
 }
 
 impl Aggregate for Account {
@@ -89,6 +174,10 @@ impl Aggregate for Account {
             }
             Order::Notes { count, bytes } => {
                 (0..count).for_each(|_| emit.event(Money::Noted { text: "n".repeat(bytes) }));
+            }
+            Order::Deposits(all) => all.into_iter().for_each(|cents| emit.event(Money::Deposited { cents })),
+            Order::NotesOf(all) => {
+                all.into_iter().for_each(|bytes| emit.event(Money::Noted { text: "n".repeat(bytes) }));
             }
             Order::Nothing => {}
             Order::Panic => panic!("asked for"),

@@ -1,4 +1,143 @@
-//! corelane with its log on. Not listed yet: it has no commands so far.
+//! corelane with its log on, in the system's cache (`OsCache`: it survives a kill of the process, not a power cut).
 //!
-//! What goes here: an engine over a directory of its own, opened anew by `run` and outside of its time; one command per deposit;
-//! `balance_cents` and `refuses` through the engine. Nothing of it may be called that a server would not call.
+//! One client, one shard on a thread of its own. The log lies in a directory of its own; opening it is not timed, for nobody.
+
+use std::collections::VecDeque;
+use std::time::{Duration, Instant};
+
+use corelane::{Aggregate, Client, Config, Durability, Emit, Engine, Event, EventType, EventTypeId, Key, Meta, Wait};
+use rkyv::{Archive, Deserialize, Serialize};
+
+use crate::bank;
+use crate::peer::Peer;
+
+#[derive(Archive, Serialize, Deserialize, Debug, Clone)]
+struct Deposited {
+    cents: u64,
+}
+
+impl Event for Deposited {
+    const TYPES: &'static [EventType] = &[EventType::new(1, "deposited", 1)];
+
+    fn event_type(&self) -> EventTypeId {
+        EventTypeId(1)
+    }
+}
+
+#[derive(Archive, Serialize, Deserialize, Debug, Clone, Default)]
+struct Account {
+    cents: u64,
+}
+
+struct Deposit {
+    cents: u64,
+}
+
+#[derive(Archive, Serialize, Deserialize, Debug, Clone)]
+struct Refused;
+
+impl Aggregate for Account {
+    type Event = Deposited;
+    type Command = Deposit;
+    type Rejection = Refused;
+
+    fn evolve(&mut self, event: &ArchivedDeposited, _meta: &Meta) {
+        self.cents += event.cents.to_native();
+    }
+
+    fn decide(&self, Deposit { cents }: Deposit, emit: &mut Emit<Deposited>) -> Result<(), Refused> {
+        bank::check(self.cents, cents).map_err(|_| Refused)?;
+        emit.event(Deposited { cents });
+        Ok(())
+    }
+}
+
+/// How the client gives its commands.
+#[derive(Clone, Copy, PartialEq)]
+pub(crate) enum Commands {
+    /// Many on their way; every answer is looked at, in order.
+    Pipelined,
+    /// The next only when the last is answered, as the peers do it.
+    OneAtATime,
+}
+
+pub(crate) struct Corelane {
+    name: &'static str,
+    commands: Commands,
+    open: Option<Open>,
+}
+
+struct Open {
+    client: Client<Account>,
+    engine: Engine<Account>,
+    _dir: tempfile::TempDir,
+}
+
+/// Commands on their way at most: fewer than a lane has room for.
+const ON_THEIR_WAY: usize = 4096;
+
+impl Corelane {
+    pub(crate) fn new(commands: Commands) -> Self {
+        let name = match commands {
+            Commands::Pipelined => "corelane with its log, pipelined",
+            Commands::OneAtATime => "corelane with its log, one at a time",
+        };
+        Self { name, commands, open: None }
+    }
+
+    fn begin(&mut self) -> &mut Open {
+        self.open = None;
+        // Beside the program: where programs are built there is a disk.
+        let here = std::env::current_exe().expect("this program has a path");
+        let dir = tempfile::tempdir_in(here.parent().expect("in a folder")).expect("a folder for the log");
+        let config = Config::new(dir.path().join("store")).durability(Durability::OsCache).wait(Wait::SpinYield);
+        let engine = Engine::open(config).expect("a new store opens");
+        // The first segment is made ready; commands would wait for that.
+        let mut client = engine.client();
+        client.send(Key::new(u64::MAX), Deposit { cents: 1 }).wait().expect("carried out");
+        self.open.insert(Open { client, engine, _dir: dir })
+    }
+}
+
+impl Peer for Corelane {
+    fn name(&self) -> &str {
+        self.name
+    }
+
+    fn run(&mut self, accounts: u64, deposits: u64) -> Duration {
+        let commands = self.commands;
+        let client = &mut self.begin().client;
+        let mut tickets = VecDeque::with_capacity(ON_THEIR_WAY);
+        let start = Instant::now();
+        for nth in 0..deposits {
+            for account in 0..accounts {
+                let deposit = Deposit { cents: bank::deposit_cents(account, nth) };
+                let sending = client.send(Key::new(account), deposit);
+                if commands == Commands::OneAtATime {
+                    sending.wait().expect("within the limit");
+                    continue;
+                }
+                tickets.push_back(sending.ticket().expect("there is room"));
+                if tickets.len() == ON_THEIR_WAY {
+                    for ticket in tickets.drain(..ON_THEIR_WAY / 2) {
+                        client.answer(ticket).wait().expect("within the limit");
+                    }
+                }
+            }
+        }
+        for ticket in tickets {
+            client.answer(ticket).wait().expect("within the limit");
+        }
+        start.elapsed()
+    }
+
+    fn balance_cents(&mut self, account: u64) -> u64 {
+        let open = self.open.as_ref().expect("there was a run");
+        open.engine.ask(Key::new(account), |state, _| state.cents).expect("the engine runs")
+    }
+
+    fn refuses(&mut self, account: u64, deposit_cents: u64) -> bool {
+        let open = self.open.as_mut().expect("there was a run");
+        open.client.send(Key::new(account), Deposit { cents: deposit_cents }).wait().is_err()
+    }
+}

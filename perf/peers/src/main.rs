@@ -16,6 +16,7 @@ use std::path::PathBuf;
 use anyhow::{Context as _, Result, ensure};
 use clap::Parser;
 
+use crate::corelane::{Commands, Corelane};
 use crate::cqrs::CqrsEs;
 use crate::eventually::{Eventually, State};
 use crate::peer::{Executor, Peer};
@@ -51,6 +52,8 @@ fn contestants(args: &Args) -> Result<Vec<Box<dyn Peer>>> {
         Box::new(CqrsEs::new(Executor::Pollster)),
         Box::new(Eventually::new(State::Loaded, Executor::Pollster)),
         Box::new(Eventually::new(State::Held, Executor::Pollster)),
+        Box::new(Corelane::new(Commands::Pipelined)),
+        Box::new(Corelane::new(Commands::OneAtATime)),
     ];
     if args.executors {
         peers.push(Box::new(CqrsEs::new(Executor::tokio()?)));
