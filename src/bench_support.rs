@@ -80,7 +80,7 @@ impl Keys {
     pub fn append(&mut self, key: Key, head: Offset) -> (Version, Offset) {
         let known = self.0.entry(key, KeyHash::of(key));
         let (version, previous) = (Version(known.version().0 + 1), known.head());
-        known.set(version, head);
+        known.set(version, head, Time(0));
         (version, previous)
     }
 }

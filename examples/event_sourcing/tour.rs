@@ -125,7 +125,9 @@ fn story(n: u64) -> GameEvent {
         ..Source::default()
     };
     match n {
-        _ if n.is_multiple_of(100) => GameEvent::LevelledUp { new_level: 1 + (n / 100).cast_signed(), source: source(None) },
+        _ if n.is_multiple_of(100) => {
+            GameEvent::LevelledUp { new_level: 1 + (n / 100).cast_signed(), source: source(None) }
+        }
         _ if n.is_multiple_of(10) => GameEvent::Killed { source: source(None) },
         _ if n.is_multiple_of(25) => GameEvent::PickedUp { item: "arrow".into(), quantity: 20, source: source(None) },
         _ => GameEvent::Other { kind: MOVE.get(), source: source(Some(place(n))) },

@@ -224,7 +224,7 @@ impl<A: Aggregate> Engine<A> {
             let dir = crate::log::manifest::shard_dir(&self.config.dir, id);
             let io = |source| ReadError::Io { action: "reading the checkpoints of", path: dir.clone(), source };
             let base = candidates(&*self.storage, &dir, id).map_err(io)?;
-            let base = base.into_iter().filter(|base| base.start >= earliest && base.start <= until).next_back();
+            let base = base.into_iter().rfind(|base| base.start >= earliest && base.start <= until);
             if let Some(base) = base {
                 match load(&*self.storage, &dir, id, &base, &mut folder) {
                     Ok(()) => reader = self.reader_at(id, base.start)?,

@@ -80,7 +80,7 @@ pub(super) fn recover<A: Aggregate>(
     };
     let helpers = crate::sync::cores().min(usize::from(config.shards)) - 1;
     let next = std::sync::atomic::AtomicUsize::new(0);
-    let results: Mutex<VecDeque<(usize, Result<Recovered<A>, OpenError>)>> = Mutex::new(VecDeque::new());
+    let results = Mutex::new(VecDeque::new());
     let work = || {
         loop {
             let i = next.fetch_add(1, Ordering::Relaxed);
@@ -111,7 +111,7 @@ pub(super) fn recover<A: Aggregate>(
         }
         work();
     });
-    let mut results: Vec<_> = std::mem::take(&mut *lock(&results)).into();
+    let mut results: Vec<(usize, Result<_, _>)> = std::mem::take(&mut *lock(&results)).into();
     results.sort_by_key(|(i, _)| *i);
     results.into_iter().map(|(_, result)| result).collect()
 }

@@ -205,7 +205,7 @@ impl<A: Aggregate> Batch<'_, A> {
         if needed > room && self.writer.roll(time).is_err() {
             return Err(decided);
         }
-        let mut sequence = self.writer.sequence();
+        let first = self.writer.sequence();
         let mut appender = self.writer.appender();
         let begun = appender.offset().0;
         let mut known = self.keys.entry(key, hash);
@@ -224,13 +224,12 @@ impl<A: Aggregate> Batch<'_, A> {
                 more: noted || i + 1 < count,
             };
             let (shard, offset) = (self.shard, appender.offset());
-            let meta = || header.meta(shard, offset, Sequence(sequence));
+            let meta = || header.meta(shard, offset, Sequence(first + i as u64));
             let len = record(&mut appender, &header, &event, meta, &mut known, self.views, self.taker);
             let len = len.expect("there is room for all events of a command, or none was begun");
             if let Some(placed) = &mut self.placed {
                 placed.push((meta(), len));
             }
-            sequence += 1;
         }
         let (version, events) = (known.version(), count as u32);
         if noted {
