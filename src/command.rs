@@ -21,7 +21,7 @@ use crate::sync::{Arc, Idle, Ordering, Patience};
 
 pub use answer::Answer;
 pub(crate) use outcomes::{Outcomes, Remembered};
-pub use sending::Sending;
+pub use sending::{IdempotencyKey, Sending};
 
 /// What version a command wants its key to have. Against what others did meanwhile; against what this client did itself
 /// nothing is needed, since its commands of one key are carried out in their order.

@@ -116,6 +116,19 @@ pub enum OpenError {
         /// Fingerprint of this build.
         known: u32,
     },
+    /// Archived events of the program have another size (or alignment) than those in the store, and a type kept its schema
+    /// version: its records would be read as something else. Where the size changes, every type's layout has changed.
+    #[error(
+        "archived events take {declared} bytes, in the store {stored}: event type {event_type} and all others need a new schema version and an upcaster"
+    )]
+    ArchiveSize {
+        /// The first such type.
+        event_type: EventTypeId,
+        /// Bytes of the root in the store.
+        stored: u32,
+        /// Bytes of the root in the program.
+        declared: u32,
+    },
     /// A file in the store is not what its name says.
     #[error("{}: {why}", path.display())]
     ForeignFile {

@@ -273,7 +273,7 @@ mod tests {
     #[test]
     fn a_walk_over_a_growing_table_misses_no_key_that_was_there_when_it_began() {
         let mut table = KeyTable::<u64>::new(0);
-        let mut put = |table: &mut KeyTable<u64>, key: u64| {
+        let put = |table: &mut KeyTable<u64>, key: u64| {
             table.entry(Key(key), KeyHash::of(Key(key))).set(Version(1), Offset(16), Time(0));
         };
         (0..500).for_each(|key| put(&mut table, key));

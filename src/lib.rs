@@ -68,7 +68,7 @@ pub use event::{
 #[cfg(not(loom))]
 pub use {
     aggregate::{Aggregate, Emit, Stateless, Stored},
-    command::{Answer, Client, CommandError, ExpectedVersion, Outcome, Sending, Ticket},
+    command::{Answer, Client, CommandError, ExpectedVersion, IdempotencyKey, Outcome, Sending, Ticket},
     engine::Comparison,
     engine::{Builder, Engine, EventLog},
     handler::{BatchEnd, Handler, HandlerError, OnError},

@@ -335,3 +335,40 @@ fn a_segment_in_use_beyond_the_span_is_refused() {
     });
     assert!(matches!(&error, OpenError::ForeignFile { why, .. } if why.contains("beyond the span")), "{error}");
 }
+
+#[test]
+fn events_whose_archive_has_another_size_are_refused_unless_every_type_has_a_new_version() {
+    #[derive(rkyv::Archive, rkyv::Serialize)]
+    struct Wide<const VERSION: u16> {
+        n: u64,
+        text: String,
+        more: [u64; 4],
+    }
+    impl<const VERSION: u16> Event for Wide<VERSION> {
+        const TYPES: &'static [EventType] = &[EventType::new(1, "note", VERSION)];
+        const UPCASTERS: &'static [corelane::Upcaster<Self>] = if VERSION > 1 {
+            &[corelane::Upcaster::new(1, 1, |bytes| {
+                let old = <Note as corelane::Stored>::decode(bytes)?;
+                Ok(Self { n: old.n, text: old.text, more: [7; 4] })
+            })]
+        } else {
+            &[]
+        };
+        fn event_type(&self) -> EventTypeId {
+            EventTypeId(1)
+        }
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let engine = EventLog::<Note>::open(small(dir.path())).unwrap();
+    engine.producer().publish(Key(1), Note::new(5)).unwrap();
+    engine.shutdown(soon()).unwrap();
+    drop(engine);
+    let before = tree(dir.path());
+    let refused = EventLog::<Wide<1>>::open(small(dir.path()));
+    assert!(matches!(refused, Err(OpenError::ArchiveSize { event_type: EventTypeId(1), .. })), "{refused:?}");
+    assert_eq!(tree(dir.path()), before, "and left as it was");
+    let engine = EventLog::<Wide<2>>::open(small(dir.path())).unwrap();
+    let mut reader = engine.reader(corelane::ShardId(0));
+    let event = reader.next().unwrap().unwrap().event;
+    assert_eq!((event.n.to_native(), event.more[3].to_native()), (5, 7));
+}

@@ -77,7 +77,6 @@ fn may_use(file: &str) -> Option<&'static [&'static str]> {
         "snapshot/load.rs" => &["aggregate", "event", "keys", "log", "snapshot", "sync"],
         _ if file.starts_with("view/") => &["aggregate", "event", "error", "config", "sync", "view"],
         "keys.rs" => &["event", "sync"],
-        "aggregate.rs" => &["event"],
         "ring.rs" => &["event", "clock"],
         "producer.rs" => {
             &["event", "error", "config", "sync", "clock", "ring", "log", "shared", "SharedProducer", "Engine"]

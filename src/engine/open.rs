@@ -8,7 +8,7 @@ use crate::aggregate::Aggregate;
 use crate::config::Checked;
 use crate::error::OpenError;
 use crate::event::{Event, EventTypeId, ShardId, upcaster};
-use crate::log::manifest::{Manifest, shard_dir};
+use crate::log::manifest::{Manifest, Root, shard_dir};
 use crate::log::recovery::{Opening, Recovered};
 use crate::log::storage::{Lock, Storage};
 use crate::sync::{Mutex, Ordering, lock};
@@ -43,8 +43,12 @@ pub(super) fn load_manifest<E: Event>(storage: &dyn Storage, config: &Checked) -
             }
         }
     }
-    let mut manifest =
-        stored.unwrap_or(Manifest { shards: config.shards, segment_bytes: config.segment_bytes, types: Vec::new() });
+    let mut manifest = stored.unwrap_or(Manifest {
+        shards: config.shards,
+        segment_bytes: config.segment_bytes,
+        root: Root::default(),
+        types: Vec::new(),
+    });
     if manifest.shards != config.shards {
         return Err(OpenError::ShardCount { stored: manifest.shards, asked: config.shards });
     }

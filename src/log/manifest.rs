@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 
 use crate::error::{ConfigError, OpenError};
-use crate::event::{Event, EventTypeId, ShardId};
+use crate::event::{Event, EventType, EventTypeId, ShardId};
 use crate::log::format::{FORMAT_VERSION, archive_fingerprint, u16_at, u32_at, u64_at};
 use crate::log::storage::{Storage, replace};
 
@@ -24,8 +24,23 @@ const NAME_BYTES_MAX: usize = u16::MAX as usize;
 pub(crate) struct Manifest {
     pub(crate) shards: u16,
     pub(crate) segment_bytes: u64,
+    /// Size and alignment of an archived event's root; zeros where that is not known.
+    pub(crate) root: Root,
     /// Every event type ever declared for the store: id, newest schema version, name.
     pub(crate) types: Vec<StoredType>,
+}
+
+/// An archive is read from its end, so its root must be as large as it was when it was written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) struct Root {
+    pub(crate) bytes: u32,
+    pub(crate) align: u16,
+}
+
+impl Root {
+    fn of<E: Event>() -> Self {
+        Self { bytes: size_of::<E::Archived>() as u32, align: align_of::<E::Archived>() as u16 }
+    }
 }
 
 /// An event type as the manifest has it.
@@ -43,10 +58,11 @@ impl Manifest {
         out.extend(FORMAT_VERSION.to_le_bytes());
         out.extend(archive_fingerprint().to_le_bytes());
         out.extend(self.shards.to_le_bytes());
-        out.extend([0; 6]);
+        out.extend(self.root.align.to_le_bytes());
+        out.extend([0; 4]);
         out.extend(self.segment_bytes.to_le_bytes());
         out.extend((self.types.len() as u32).to_le_bytes());
-        out.extend([0; 4]);
+        out.extend(self.root.bytes.to_le_bytes());
         debug_assert_eq!(out.len(), MANIFEST_FIXED_BYTES);
         for t in &self.types {
             out.extend(t.id.0.to_le_bytes());
@@ -85,7 +101,8 @@ impl Manifest {
             });
             rest = after;
         }
-        Ok(Self { shards: u16_at(body, 16), segment_bytes: u64_at(body, 24), types })
+        let root = Root { bytes: u32_at(body, 36), align: u16_at(body, 18) };
+        Ok(Self { shards: u16_at(body, 16), segment_bytes: u64_at(body, 24), root, types })
     }
 
     /// The store's manifest, or `None` where there is no store yet.
@@ -108,7 +125,24 @@ impl Manifest {
 
     /// Takes in the types a program declares. `true` when something is new and the manifest must be saved.
     pub(crate) fn declare<E: Event>(&mut self) -> Result<bool, OpenError> {
-        let mut changed = false;
+        let root = Root::of::<E>();
+        let mut changed = self.root != root;
+        let is_as_stored = |declared: &&EventType| {
+            let as_stored =
+                |stored: &StoredType| stored.id == declared.id && stored.schema_version == declared.schema_version;
+            self.types.iter().any(as_stored)
+        };
+        if changed
+            && self.root != Root::default()
+            && let Some(declared) = E::TYPES.iter().find(is_as_stored)
+        {
+            return Err(OpenError::ArchiveSize {
+                event_type: declared.id,
+                stored: self.root.bytes,
+                declared: root.bytes,
+            });
+        }
+        self.root = root;
         for (i, declared) in E::TYPES.iter().enumerate() {
             if declared.id.0 == 0 || E::TYPES[..i].iter().any(|t| t.id == declared.id) {
                 return Err(ConfigError::DuplicateEventType { id: declared.id }.into());
@@ -256,6 +290,7 @@ mod tests {
         let manifest = Manifest {
             shards: 12,
             segment_bytes: 256 << 20,
+            root: Root::default(),
             types: vec![
                 StoredType { id: EventTypeId(1), schema_version: 2, name: "player_moved".into() },
                 StoredType { id: EventTypeId(300), schema_version: 1, name: "größe".into() },

@@ -41,16 +41,14 @@ impl<A: Aggregate> Shard<A> {
         if ready == 0 || self.work.held.is_some() {
             return Ok(0);
         }
-        if let Ok(chunk) = self.clients[at].orders.read_chunk(ready) {
-            let (front, back) = chunk.as_slices();
-            front.iter().chain(back).for_each(|order| self.keys.prefetch(order.hash));
-        }
+        let Ok(chunk) = self.clients[at].orders.read_chunk(ready) else { return Ok(0) };
+        let (front, back) = chunk.as_slices();
+        front.iter().chain(back).for_each(|order| self.keys.prefetch(order.hash));
         let mut batch = batch!(self);
         let now = batch.now;
         let (mut events, mut answered) = (0, 0);
-        while answered < ready
-            && let Ok(order) = self.clients[at].orders.pop()
-        {
+        // What is not taken stays in the lane.
+        for order in chunk {
             let verdict = match batch.decide(order, &mut self.work.emit, &self.outcomes) {
                 Ok(verdict) => verdict,
                 Err(decided) => match batch.carry_out(decided, &mut self.work.emit, &mut self.outcomes) {
@@ -109,11 +107,11 @@ impl<A: Aggregate> Shard<A> {
         let mut clients = std::mem::take(&mut self.clients);
         let answers = &mut clients[at].answers;
         let published = self.publish(now, events, bytes, depth, |work| {
-            for verdict in work.answers.drain(..) {
-                if answers.push(verdict).is_err() {
-                    unreachable!("a client has no more commands on their way than answers have room");
-                }
-            }
+            let answered = work.answers.len();
+            let Ok(chunk) = answers.write_chunk_uninit(answered) else {
+                unreachable!("a client has no more commands on their way than answers have room")
+            };
+            chunk.fill_from_iter(work.answers.drain(..));
             shared.appended_reached(count);
         });
         self.clients = clients;

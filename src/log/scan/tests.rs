@@ -27,7 +27,8 @@ impl Engine {
     fn new() -> Self {
         let dir = tempfile::tempdir().expect("a folder");
         let types = vec![StoredType { id: EventTypeId(1), schema_version: 1, name: "moved".into() }];
-        Manifest { shards: 1, segment_bytes: SEGMENT_BYTES, types }.save(&Files, dir.path()).expect("saved");
+        let root = crate::log::manifest::Root::default();
+        Manifest { shards: 1, segment_bytes: SEGMENT_BYTES, root, types }.save(&Files, dir.path()).expect("saved");
         fs::create_dir(shard_dir(dir.path(), ShardId(0))).expect("made");
         Self { dir, index: 0, span: Span { first: 0, last: 0 }, at: 0, salt: 0, sequence: 0, chains: HashMap::new() }
     }
