@@ -12,7 +12,9 @@ use std::collections::VecDeque;
 use std::time::Instant;
 
 use anyhow::{Context as _, Result, ensure};
-use corelane::{Aggregate, Config, Durability, Emit, Engine, Event, EventType, EventTypeId, Key, Meta, Retention, Wait};
+use corelane::{
+    Aggregate, Config, Durability, Emit, Engine, Event, EventType, EventTypeId, Key, Meta, Retention, Wait,
+};
 use hdrhistogram::Histogram;
 use rkyv::{Archive, Deserialize, Serialize};
 
@@ -98,7 +100,13 @@ fn main() -> Result<()> {
         latency.record(u64::try_from(began.elapsed().as_nanos())?)?;
     }
     let at = |quantile| latency.value_at_quantile(quantile) as f64 / 1e3;
-    println!("one at a time  p50 {:.2} µs, p90 {:.2} µs, p99 {:.2} µs, max {:.0} µs", at(0.5), at(0.9), at(0.99), at(1.0));
+    println!(
+        "one at a time  p50 {:.2} µs, p90 {:.2} µs, p99 {:.2} µs, max {:.0} µs",
+        at(0.5),
+        at(0.9),
+        at(0.99),
+        at(1.0)
+    );
 
     let mut total = 0;
     for account in 0..ACCOUNTS {
