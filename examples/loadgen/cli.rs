@@ -99,6 +99,9 @@ pub(crate) struct Args {
     /// Keep no state per user of the synthetic events: versions and chains alone
     #[arg(long)]
     pub(crate) no_state: bool,
+    /// Events of one user between two snapshots of the state; 0: none
+    #[arg(long, default_value_t = 100)]
+    pub(crate) snapshot_every: u64,
     /// Reopen the store afterwards, replay it and check every event (the default)
     #[arg(long, overrides_with = "no_verify")]
     pub(crate) verify: bool,
@@ -169,7 +172,8 @@ impl Args {
             .ring_capacity(self.ring_capacity)
             .segment_bytes(self.segment_bytes)
             .retention(Retention { bytes_max: self.retention(), age_max: None })
-            .keys_expected(keys as usize);
+            .keys_expected(keys as usize)
+            .snapshot_every(self.snapshot_every);
         match self.wait {
             None => config,
             Some(WaitArg::Busy) => config.wait(Wait::BusySpin),

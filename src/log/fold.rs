@@ -63,15 +63,17 @@ impl Access {
     }
 }
 
-/// A record that is to be folded.
+/// A record that is to be folded: where it is. Its header is read again when its turn comes, which costs less than keeping it.
 #[derive(Debug, Clone, Copy)]
 struct Pending {
-    header: RecordHeader,
-    hash: KeyHash,
     offset: Offset,
     at: usize,
-    len: usize,
+    /// 0: none.
+    len: u32,
+    hash: KeyHash,
 }
+
+const NONE: Pending = Pending { offset: Offset(0), at: 0, len: 0, hash: KeyHash(0) };
 
 /// Records read before their keys are looked up.
 const LOOK_AHEAD: usize = 16;
@@ -84,10 +86,16 @@ pub(crate) struct Folder<A: Aggregate> {
     access: Access,
     /// The records of a command of which the last is not seen yet. They count only together.
     group: Vec<Pending>,
-    ahead: [Option<Pending>; LOOK_AHEAD],
+    ahead: [Pending; LOOK_AHEAD],
     next: usize,
     /// Sequence of the next event.
     pub(crate) sequence: u64,
+}
+
+/// The header of the record at `at`.
+#[inline]
+fn header_at(memory: &Memory, at: usize) -> Option<RecordHeader> {
+    memory.read(at, RECORD_HEADER_BYTES).map(RecordHeader::decode)
 }
 
 /// What does not hold at an offset.
@@ -101,7 +109,7 @@ impl<A: Aggregate> Folder<A> {
             shard,
             access: Access::new::<A::Event>(),
             group: Vec::new(),
-            ahead: [None; LOOK_AHEAD],
+            ahead: [NONE; LOOK_AHEAD],
             next: 0,
             sequence: 0,
         }
@@ -127,37 +135,41 @@ impl<A: Aggregate> Folder<A> {
         header: &RecordHeader,
         offset: Offset,
     ) -> Result<(), Unreadable> {
-        let pending = Pending { header: *header, hash: KeyHash::of(header.key), offset, at, len };
+        let pending = Pending { offset, at, len: len as u32, hash: KeyHash::of(header.key) };
         if !header.more && self.group.is_empty() {
-            return self.take(memory, pending);
+            return self.take(memory, pending, header.is_outcome());
         }
         self.group.push(pending);
         if header.more {
             return Ok(());
         }
         let mut group = std::mem::take(&mut self.group);
-        let taken = group.drain(..).try_for_each(|pending| self.take(memory, pending));
+        let taken = group.drain(..).try_for_each(|pending| {
+            let is_outcome = header_at(memory, pending.at).is_some_and(|header| header.is_outcome());
+            self.take(memory, pending, is_outcome)
+        });
         self.group = group;
         taken
     }
 
-    #[inline]
-    fn take(&mut self, memory: &Memory, pending: Pending) -> Result<(), Unreadable> {
-        if pending.header.is_outcome() {
+    #[inline(always)]
+    fn take(&mut self, memory: &Memory, pending: Pending, is_outcome: bool) -> Result<(), Unreadable> {
+        if is_outcome {
             return self.outcome(memory, &pending);
         }
         self.sequence += 1;
         // Looked up a little behind the reading, so that the key's slot has time to arrive.
         self.keys.prefetch(pending.hash);
-        let due = self.ahead[self.next].replace(pending);
+        let due = std::mem::replace(&mut self.ahead[self.next], pending);
         self.next = (self.next + 1) % LOOK_AHEAD;
-        due.map_or(Ok(()), |due| self.fold(memory, &due))
+        if due.len == 0 { Ok(()) } else { self.fold(memory, &due) }
     }
 
     /// Folds what is still waiting; to be called before another segment's memory comes.
     pub(crate) fn settle(&mut self, memory: &Memory) -> Result<(), Unreadable> {
         for _ in 0..LOOK_AHEAD {
-            if let Some(due) = self.ahead[self.next].take() {
+            let due = std::mem::replace(&mut self.ahead[self.next], NONE);
+            if due.len > 0 {
                 self.fold(memory, &due)?;
             }
             self.next = (self.next + 1) % LOOK_AHEAD;
@@ -165,27 +177,29 @@ impl<A: Aggregate> Folder<A> {
         Ok(())
     }
 
-    #[inline]
+    #[inline(always)]
     fn fold(&mut self, memory: &Memory, due: &Pending) -> Result<(), Unreadable> {
-        let Pending { header, hash, offset, at, len } = due;
-        let mut known = self.keys.entry(header.key, *hash);
+        let &Pending { offset, at, len, hash } = due;
+        let header = header_at(memory, at).ok_or((offset, "a record is gone while it is read"))?;
+        let mut known = self.keys.entry(header.key, hash);
         if header.version <= known.version() {
             // A checkpoint has it already.
             return Ok(());
         }
         if size_of::<A>() > 0 {
-            let event = self.access.event::<A::Event>(memory, *at, *len, header);
-            let event = event.ok_or((*offset, "an archive is not valid behind a CRC that holds"))?;
-            known.state().evolve(event, &header.meta(self.shard, *offset, Sequence::UNKNOWN));
+            let event = self.access.event::<A::Event>(memory, at, len as usize, &header);
+            let event = event.ok_or((offset, "an archive is not valid behind a CRC that holds"))?;
+            known.state().evolve(event, &header.meta(self.shard, offset, Sequence::UNKNOWN));
         }
-        known.set(header.version, *offset, header.time);
+        known.set(header.version, offset, header.time);
         Ok(())
     }
 
     #[cold]
     fn outcome(&mut self, memory: &Memory, pending: &Pending) -> Result<(), Unreadable> {
-        let Pending { header, offset, at, len, .. } = pending;
-        let body = memory.read(at + RECORD_HEADER_BYTES, len - RECORD_HEADER_BYTES).unwrap_or_default();
+        let Pending { offset, at, len, .. } = pending;
+        let header = header_at(memory, *at).ok_or((*offset, "a record is gone while it is read"))?;
+        let body = memory.read(at + RECORD_HEADER_BYTES, *len as usize - RECORD_HEADER_BYTES).unwrap_or_default();
         let outcome = if body.is_empty() {
             Remembered::Done { version: header.version, events: header.outcome_events() }
         } else {
