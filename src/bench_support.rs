@@ -78,9 +78,9 @@ impl Keys {
     /// What the table does for one event: finds the key, counts its version, moves its chain's head.
     #[inline]
     pub fn append(&mut self, key: Key, head: Offset) -> (Version, Offset) {
-        let known = self.0.entry(key, KeyHash::of(key));
+        let mut known = self.0.entry(key, KeyHash::of(key));
         let (version, previous) = (Version(known.version().0 + 1), known.head());
-        known.set(version, head);
+        known.set(version, head, Time(0));
         (version, previous)
     }
 }

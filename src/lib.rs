@@ -89,6 +89,9 @@ struct Readme;
 
 /// The chapters' examples, likewise.
 #[cfg(doctest)]
+#[doc = include_str!("../docs/event-sourcing.md")]
+#[doc = include_str!("../docs/commands.md")]
+#[doc = include_str!("../docs/views.md")]
 #[doc = include_str!("../docs/schema-evolution.md")]
 #[doc = include_str!("../docs/testing.md")]
 struct Chapters;

@@ -115,7 +115,7 @@ pub(super) fn recover<A: Aggregate>(
         }
         work();
     });
-    let mut results: Vec<_> = std::mem::take(&mut *lock(&results)).into();
+    let mut results: Vec<(usize, Result<_, _>)> = std::mem::take(&mut *lock(&results)).into();
     results.sort_by_key(|(i, _)| *i);
     results.into_iter().map(|(_, result)| result).collect()
 }

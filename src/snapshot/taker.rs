@@ -230,7 +230,13 @@ impl Taker {
     pub(crate) fn has_work(&self) -> bool {
         let can_walk = !self.used.is_empty() && self.messages.slots() >= SLOTS_OF_A_STEP;
         ((self.requests.is_wanted() || self.going.is_some()) && can_walk)
-            || (self.chunk.is_some() && !self.messages.is_full())
+            || (self.chunk.is_some() && self.may_send_early())
+    }
+
+    /// Whether a chunk that is not full yet may go: the last one stays while the snapshotter has all others, or a few
+    /// snapshots in each would use them up.
+    fn may_send_early(&self) -> bool {
+        !self.used.is_empty() && !self.messages.is_full()
     }
 
     /// A bounded piece of work at the end of a turn, when everything appended is published: `appended` is the end of the log
@@ -245,7 +251,7 @@ impl Taker {
     ) -> bool {
         if self.chunk.is_some() {
             self.turns += 1;
-            if !is_busy || self.turns >= TURNS_MAX {
+            if (!is_busy || self.turns >= TURNS_MAX) && self.may_send_early() {
                 self.send_snapshots();
             }
         }
@@ -330,5 +336,36 @@ mod tests {
                 assert_eq!(every.divides(number), number.is_multiple_of(n), "{number} by {n}");
             }
         }
+    }
+
+    #[test]
+    fn snapshots_gather_in_the_last_chunk_while_the_snapshotter_is_behind() {
+        type State = crate::aggregate::Stateless<crate::envelope::Envelope>;
+        let requests = Arc::new(CheckpointRequests::new());
+        let (messages, mut sent) = rtrb::RingBuffer::new(4);
+        let (mut empty, used) = rtrb::RingBuffer::new(2);
+        while empty.push(Chunk::new()).is_ok() {}
+        let signal = std::sync::Arc::new(Signal::new());
+        let mut taker = Taker::new::<State>(1, 0, Offset(0), Arc::clone(&requests), signal, messages, used);
+        let (mut keys, outcomes) = (KeyTable::<State>::new(1), Outcomes::new(0));
+        let key = crate::event::Key(1);
+        keys.entry(key, crate::event::KeyHash::of(key)).set(crate::event::Version(1), Offset(16), Time(0));
+        let mut snapshots_of = |taker: &mut Taker, count: usize| {
+            for _ in 0..count {
+                taker.take(keys.get(key).expect("it was set"));
+                taker.step(&keys, &outcomes, (Offset(0), Sequence(0), Time(0)), false);
+            }
+            taker.step(&keys, &outcomes, (Offset(0), Sequence(0), Time(0)), false);
+            sent.pop().ok()
+        };
+        let Some(Message::Snapshots(first)) = snapshots_of(&mut taker, 100) else {
+            panic!("at rest, the first goes at once")
+        };
+        assert_eq!((first.entries, requests.skipped.load(Ordering::Relaxed)), (1, 0));
+        assert!(snapshots_of(&mut taker, 0).is_none() && !taker.has_work(), "the others wait for the first");
+        empty.push(first).expect("there is room");
+        assert!(taker.has_work());
+        let Some(Message::Snapshots(second)) = snapshots_of(&mut taker, 0) else { panic!("and then they go") };
+        assert_eq!(second.entries, 99);
     }
 }

@@ -1,0 +1,251 @@
+//! The game: what can happen to a player, and what it makes of the player.
+
+use std::convert::Infallible;
+
+use corelane::{Aggregate, Correlation, Emit, Event, EventType, EventTypeId, Meta, Time};
+use rkyv::{Archive, Deserialize, Serialize};
+
+/// What happened to a player. Variants are what the game computes with; everything else it keeps under its number.
+#[derive(Archive, Serialize, Deserialize, Debug, Clone, PartialEq)]
+pub(crate) enum GameEvent {
+    LevelledUp {
+        new_level: i64,
+        source: Source,
+    },
+    Killed {
+        source: Source,
+    },
+    PickedUp {
+        item: String,
+        quantity: i64,
+        source: Source,
+    },
+    /// Of the other kinds in [`KINDS`], by number.
+    Other {
+        kind: u16,
+        source: Source,
+    },
+    /// Of a kind that has no number yet. Once it has one, it is an [`GameEvent::Other`]; what was written before stays as it is.
+    Unlisted {
+        name: String,
+        source: Source,
+    },
+}
+
+/// What every event has, as its source told it.
+#[derive(Archive, Serialize, Deserialize, Debug, Clone, PartialEq, Default)]
+pub(crate) struct Source {
+    /// `None`: the time at which it is published.
+    pub(crate) timestamp_ms: Option<u64>,
+    pub(crate) match_id: String,
+    pub(crate) position: Option<Place>,
+    /// All that was said of it, as JSON: what is not computed with today may be tomorrow.
+    pub(crate) payload: String,
+}
+
+/// A place on the map.
+#[derive(Archive, Serialize, Deserialize, Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Place {
+    pub(crate) x: f64,
+    pub(crate) y: f64,
+}
+
+pub(crate) const LEVEL_UP: EventTypeId = EventTypeId(1);
+pub(crate) const KILL: EventTypeId = EventTypeId(2);
+pub(crate) const PICKUP: EventTypeId = EventTypeId(3);
+pub(crate) const MOVE: EventTypeId = EventTypeId(4);
+pub(crate) const UNLISTED: EventTypeId = EventTypeId(999);
+
+/// Numbers and names are stable for ever; new kinds go to the end.
+const KINDS: &[EventType] = &[
+    EventType::new(1, "player.levelup", 1),
+    EventType::new(2, "player.kill", 1),
+    EventType::new(3, "item.pickup", 1),
+    EventType::new(4, "player.move", 1),
+    EventType::new(5, "unit.train", 1),
+    EventType::new(6, "ability.use", 1),
+    EventType::new(7, "player.attack", 1),
+    EventType::new(8, "player.order", 1),
+    EventType::new(9, "unit.born", 1),
+    EventType::new(10, "unit.morph", 1),
+    EventType::new(11, "building.place", 1),
+    EventType::new(12, "player.damage", 1),
+    EventType::new(13, "player.stats", 1),
+    EventType::new(14, "unit.died", 1),
+    EventType::new(15, "player.heal", 1),
+    EventType::new(16, "unit.init", 1),
+    EventType::new(17, "unit.done", 1),
+    EventType::new(18, "player.hit", 1),
+    EventType::new(19, "tech.research", 1),
+    EventType::new(20, "player.chat", 1),
+    EventType::new(21, "player.spawn", 1),
+    EventType::new(22, "neutral.kill", 1),
+    EventType::new(23, "player.assist", 1),
+    EventType::new(24, "player.ping", 1),
+    EventType::new(25, "match.leave", 1),
+    EventType::new(26, "charge.empty", 1),
+    EventType::new(27, "point.capture", 1),
+    EventType::new(28, "flag.event", 1),
+    EventType::new(29, "object.build", 1),
+    EventType::new(30, "player.role", 1),
+    EventType::new(31, "object.destroy", 1),
+    EventType::new(32, "medic.death", 1),
+    EventType::new(33, "upgrade.grant", 1),
+    EventType::new(34, "medic.death_ex", 1),
+    EventType::new(35, "player.domination", 1),
+    EventType::new(36, "resource.trade", 1),
+    EventType::new(37, "item.destroy", 1),
+    EventType::new(38, "medic.first_heal", 1),
+    EventType::new(39, "item.purchase", 1),
+    EventType::new(40, "charge.ready", 1),
+    EventType::new(41, "charge.deployed", 1),
+    EventType::new(42, "skill.levelup", 1),
+    EventType::new(43, "charge.ended", 1),
+    EventType::new(44, "player.revenge", 1),
+    EventType::new(45, "point.block", 1),
+    EventType::new(46, "ward.place", 1),
+    EventType::new(47, "player.extinguish", 1),
+    EventType::new(48, "player.team", 1),
+    EventType::new(49, "object.detonate", 1),
+    EventType::new(50, "player.suicide", 1),
+    EventType::new(51, "object.carry", 1),
+    EventType::new(52, "object.drop", 1),
+    EventType::new(53, "match.join", 1),
+    EventType::new(54, "charge.advantage_lost", 1),
+    EventType::new(55, "player.connect", 1),
+    EventType::new(56, "building.destroy", 1),
+    EventType::new(57, "ward.kill", 1),
+    EventType::new(58, "monster.kill", 1),
+    EventType::new(59, "item.undo", 1),
+    EventType::new(60, "player.special_kill", 1),
+    EventType::new(61, "item.sell", 1),
+    EventType::new(999, "unlisted", 1),
+];
+
+impl Event for GameEvent {
+    const TYPES: &'static [EventType] = KINDS;
+
+    fn event_type(&self) -> EventTypeId {
+        match self {
+            Self::LevelledUp { .. } => LEVEL_UP,
+            Self::Killed { .. } => KILL,
+            Self::PickedUp { .. } => PICKUP,
+            Self::Other { kind, .. } => EventTypeId(*kind),
+            Self::Unlisted { .. } => UNLISTED,
+        }
+    }
+
+    fn time(&self) -> Option<Time> {
+        self.source().timestamp_ms.map(Time::unix_ms)
+    }
+
+    fn correlation(&self) -> Correlation {
+        match self.source().match_id.as_str() {
+            "" => Correlation(0),
+            id => Correlation::of(id),
+        }
+    }
+}
+
+impl GameEvent {
+    fn source(&self) -> &Source {
+        match self {
+            Self::LevelledUp { source, .. }
+            | Self::Killed { source }
+            | Self::PickedUp { source, .. }
+            | Self::Other { source, .. }
+            | Self::Unlisted { source, .. } => source,
+        }
+    }
+}
+
+impl ArchivedGameEvent {
+    fn source(&self) -> &ArchivedSource {
+        match self {
+            Self::LevelledUp { source, .. }
+            | Self::Killed { source }
+            | Self::PickedUp { source, .. }
+            | Self::Other { source, .. }
+            | Self::Unlisted { source, .. } => source,
+        }
+    }
+}
+
+/// The name of a kind.
+pub(crate) fn name_of(kind: EventTypeId) -> &'static str {
+    KINDS.iter().find(|known| known.id == kind).map_or("", |known| known.name)
+}
+
+/// The number of a kind, if it has one.
+pub(crate) fn kind_of(name: &str) -> Option<EventTypeId> {
+    KINDS.iter().find(|known| known.name == name && known.id != UNLISTED).map(|known| known.id)
+}
+
+/// What a kill is worth. It is a rule of this program and in no event: whoever changes it counts
+/// [`Aggregate::STATE_VERSION`] up, and all states are made anew from the log.
+const EXPERIENCE_PER_KILL: i64 = 100;
+
+/// The state of a player: what the events make of it, and nothing else.
+#[derive(Archive, Serialize, Deserialize, Debug, Clone, PartialEq)]
+pub(crate) struct Player {
+    pub(crate) level: i64,
+    pub(crate) experience: i64,
+    pub(crate) kills: i64,
+    /// In the order of the names.
+    pub(crate) inventory: Vec<Item>,
+    pub(crate) position: Option<Place>,
+    pub(crate) last_update_ms: u64,
+}
+
+#[derive(Archive, Serialize, Deserialize, Debug, Clone, PartialEq)]
+pub(crate) struct Item {
+    pub(crate) name: String,
+    pub(crate) quantity: i64,
+}
+
+impl Default for Player {
+    fn default() -> Self {
+        Self { level: 1, experience: 0, kills: 0, inventory: Vec::new(), position: None, last_update_ms: 0 }
+    }
+}
+
+impl Player {
+    /// How many things the player carries.
+    pub(crate) fn carried(&self) -> i64 {
+        self.inventory.iter().map(|item| item.quantity).sum()
+    }
+
+    fn take(&mut self, name: &str, quantity: i64) {
+        match self.inventory.binary_search_by(|item| item.name.as_str().cmp(name)) {
+            Ok(at) => self.inventory[at].quantity += quantity,
+            Err(at) => self.inventory.insert(at, Item { name: name.to_owned(), quantity }),
+        }
+    }
+}
+
+impl Aggregate for Player {
+    type Event = GameEvent;
+    /// Whatever happened, happened elsewhere: there is nothing to decide. (Commands are the example `cqrs`.)
+    type Command = Infallible;
+    type Rejection = ();
+
+    fn evolve(&mut self, event: &ArchivedGameEvent, meta: &Meta) {
+        match event {
+            ArchivedGameEvent::LevelledUp { new_level, .. } => self.level = new_level.to_native(),
+            ArchivedGameEvent::Killed { .. } => {
+                self.kills += 1;
+                self.experience += EXPERIENCE_PER_KILL;
+            }
+            ArchivedGameEvent::PickedUp { item, quantity, .. } => self.take(item, quantity.to_native()),
+            ArchivedGameEvent::Other { .. } | ArchivedGameEvent::Unlisted { .. } => {}
+        }
+        if let Some(place) = event.source().position.as_ref() {
+            self.position = Some(Place { x: place.x.to_native(), y: place.y.to_native() });
+        }
+        self.last_update_ms = meta.time.as_ms();
+    }
+
+    fn decide(&self, command: Infallible, _emit: &mut Emit<GameEvent>) -> Result<(), ()> {
+        match command {}
+    }
+}
