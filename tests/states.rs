@@ -124,7 +124,8 @@ fn events_between_two_times_are_those_and_in_order_of_time() {
     let (from, until) = (times[200], times[700]);
     let mut expected: Vec<_> = times.iter().copied().filter(|time| (from..until).contains(time)).collect();
     let mut found = all(from, until);
-    (expected.sort_unstable(), found.sort_unstable());
+    expected.sort_unstable();
+    found.sort_unstable();
     assert_eq!(found, expected);
     assert!(all(times[700].max(times[200]), times[200].min(times[700])).is_empty());
 }
