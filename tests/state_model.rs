@@ -225,6 +225,7 @@ impl Run {
                 self.all_durable();
                 self.reopen();
                 assert!(self.engine().recovery().shards.iter().all(|shard| shard.torn_tail.is_none()));
+                self.repeat_all();
             }
             Step::PowerCut(_) if !self.setting.cuts_power => {}
             Step::PowerCut(seed) => {
@@ -262,6 +263,18 @@ impl Run {
             }
             (Err(CommandError::Rejected(rejection)), Outcome::Rejected(refused)) => assert_eq!(rejection, *refused),
             (answer, expected) => panic!("{answer:?} instead of {expected:?}"),
+        }
+    }
+
+    /// A repeat of everything that must be remembered does nothing and is answered as the first was.
+    fn repeat_all(&mut self) {
+        let first = 100 * self.epoch;
+        let remembered: Vec<(u64, u64)> = (0..)
+            .zip(&self.keys)
+            .flat_map(|(key, known)| known.outcomes.iter().map(move |(id, _)| (key, *id - first)))
+            .collect();
+        for (key, id) in remembered {
+            self.command(key, &Order::Deposit(1), Some(id));
         }
     }
 
