@@ -283,3 +283,29 @@ fn snapshots_of_events_that_a_power_cut_took_are_forgotten() {
         engine.shutdown(soon()).unwrap();
     }
 }
+
+#[test]
+fn nothing_is_freed_while_no_checkpoint_can_be_written() {
+    let storage = FaultyStorage::new();
+    let config = || small("/s").snapshot_every(0).retention(Retention { bytes_max: Some(2 * SEGMENT), age_max: None });
+    let open = || Engine::<Account>::builder(config()).faulty_storage(&storage).open().unwrap();
+    let engine = open();
+    storage.refuse_side_files(true);
+    deposit(&engine, 5, 1, 1501);
+    engine.flush(soon()).unwrap();
+    let deadline = soon().unwrap();
+    while engine.snapshot_stats().checkpoints_failed == 0 {
+        assert!(std::time::Instant::now() < deadline, "retention asked for no checkpoint");
+        std::thread::sleep(std::time::Duration::from_millis(1));
+    }
+    let held = engine.shard_metrics()[0].clone();
+    assert_eq!(held.segments_freed, 0, "freed with the states that it had made");
+    assert!(held.segments > 6, "{} segments", held.segments);
+    engine.shutdown(soon()).unwrap();
+    drop(engine);
+    storage.refuse_side_files(false);
+    let engine = open();
+    for key in 0..5 {
+        assert_eq!(engine.state(Key(key)).unwrap().unwrap().0.cents, sum(1500));
+    }
+}
