@@ -88,10 +88,8 @@ pub enum CommandError<R> {
         found: Version,
     },
     /// An event of the decision, or all of them together, cannot be appended. Nothing was.
-    #[error("the command's events do not fit: {bytes} bytes, where at most {bytes_max} do")]
+    #[error("the command does not fit: an event, its rejection or all of it is larger than {bytes_max} bytes")]
     TooLarge {
-        /// What it is: of the largest event, or of all with their headers.
-        bytes: usize,
         /// The limit: `event_bytes_max`, or what one segment holds.
         bytes_max: usize,
     },
@@ -110,8 +108,8 @@ pub enum CommandError<R> {
     /// It was sent, and there is no answer: whether it was carried out is not known (an idempotency key makes it safe to repeat).
     #[error("sent, but without an answer: {0}")]
     Unanswered(WaitError),
-    /// Its answer was given before: there is one.
-    #[error("the answer was given before")]
+    /// Its answer was given before, or it is another client's: there is one, for who sent the command.
+    #[error("the answer was given before, or the ticket is another client's")]
     Claimed,
     /// It was carried out, but whether it is durable is not known.
     #[error("carried out, but not known to be durable: {0}")]
@@ -139,7 +137,7 @@ pub(crate) enum Verdict<R> {
     Done { version: Version, events: u32, repeated: bool },
     Rejected(R),
     WrongVersion(Version),
-    TooLarge { bytes: usize, bytes_max: usize },
+    TooLarge { bytes_max: usize },
     UndeclaredType(EventTypeId),
     Panicked(String),
 }
@@ -185,6 +183,8 @@ enum Waiting<R> {
 #[must_use = "an answer that nobody claims takes a place in the lane; `forget` it, or send with `tell`"]
 pub struct Ticket {
     key: Key,
+    /// Which lane of which client: numbers of different ones say nothing to each other.
+    client: usize,
     lane: usize,
     number: u64,
     durable: bool,
@@ -221,23 +221,46 @@ impl<A: Aggregate> Client<A> {
         Answer::new(self, ticket)
     }
 
-    /// The answer, if it is there. It is given once: later calls find nothing.
+    /// The answer, if it is there. It is given once: later calls say [`CommandError::Claimed`].
     pub fn try_answer(&mut self, ticket: &Ticket) -> Option<Result<Outcome, CommandError<A::Rejection>>> {
-        let lane = &mut self.lanes[ticket.lane];
-        lane.receive();
-        let claimed = lane.claim(ticket)?;
-        match (&claimed, ticket.durable) {
-            (Ok(outcome), true) if !outcome.receipt.is_durable() => {
-                lane.put_back(ticket, claimed);
-                None
-            }
-            _ => Some(claimed),
+        if !self.is_mine(ticket) {
+            return Some(Err(CommandError::Claimed));
         }
+        let lane = &mut self.lanes[ticket.lane];
+        // These first: what is answered after they were looked at is found the next time.
+        let failure = lane.door.log.failure().cloned();
+        let is_answered = lane.shared.appended_count() >= ticket.number;
+        lane.receive();
+        let Some(claimed) = lane.claim(ticket) else {
+            return match failure {
+                _ if is_answered => Some(Err(CommandError::Claimed)),
+                Some(failure) => Some(Err(CommandError::Unanswered(failure.into()))),
+                None => None,
+            };
+        };
+        match claimed {
+            Ok(outcome) if ticket.durable => match outcome.receipt.durable().outcome() {
+                Some(Ok(())) => Some(Ok(outcome)),
+                Some(Err(error)) => Some(Err(CommandError::NotDurable(error))),
+                None => {
+                    lane.put_back(ticket, Ok(outcome));
+                    None
+                }
+            },
+            claimed => Some(claimed),
+        }
+    }
+
+    /// Whether the ticket is one of this client.
+    fn is_mine(&self, ticket: &Ticket) -> bool {
+        self.lanes.get(ticket.lane).is_some_and(|lane| lane.id() == ticket.client)
     }
 
     /// Gives up an answer.
     pub fn forget(&mut self, ticket: Ticket) {
-        self.lanes[ticket.lane].forget(ticket.number);
+        if self.is_mine(&ticket) {
+            self.lanes[ticket.lane].forget(ticket.number);
+        }
     }
 
     /// Commands that were sent and are not answered yet.
@@ -256,6 +279,11 @@ impl<A: Aggregate> ClientLane<A> {
     ) -> Self {
         let capacity = orders.buffer().capacity();
         Self { orders, answers, shared, door, sent: 0, arrived: 0, pending: VecDeque::new(), settled: 0, capacity }
+    }
+
+    /// Tells this lane from all others that live.
+    fn id(&self) -> usize {
+        Arc::as_ptr(&self.shared).addr()
     }
 
     /// Takes answers out of the ring.
@@ -298,7 +326,7 @@ impl<A: Aggregate> ClientLane<A> {
             }
             Verdict::Rejected(rejection) => Err(CommandError::Rejected(rejection)),
             Verdict::WrongVersion(found) => Err(CommandError::WrongVersion { expected, found }),
-            Verdict::TooLarge { bytes, bytes_max } => Err(CommandError::TooLarge { bytes, bytes_max }),
+            Verdict::TooLarge { bytes_max } => Err(CommandError::TooLarge { bytes_max }),
             Verdict::UndeclaredType(event_type) => Err(CommandError::UndeclaredType { event_type }),
             Verdict::Panicked(text) => Err(CommandError::Panicked(text)),
         })

@@ -179,7 +179,7 @@ impl<A: Aggregate> Engine<A> {
         let lock = lock_store(&*storage, &config)?;
         let (manifest, is_extended) = load_manifest::<A::Event>(&*storage, &config)?;
         let quarantine = config.dir.join("quarantine");
-        let recovered = recover::<A>(&*storage, &config, &manifest, &quarantine, &mut threads)?;
+        let recovered = recover::<A>(&storage, &config, &manifest, &quarantine, &mut threads)?;
         if is_extended {
             // Only now: a program whose types the log refuses leaves the manifest as it was.
             manifest.save(&*storage, &config.dir)?;

@@ -606,7 +606,7 @@ pub struct Pending {
 
 impl Pending {
     /// The outcome, if it is known.
-    fn outcome(&self) -> Option<Result<(), WaitError>> {
+    pub(crate) fn outcome(&self) -> Option<Result<(), WaitError>> {
         let lane = &self.receipt.lane;
         // The failure first: what is reached before it is seen counts as reached.
         let failure = lane.log.failure();

@@ -42,6 +42,7 @@ pub(crate) fn run<A: Aggregate>(
     shard.syncer.ending.store(true, Ordering::SeqCst);
     shard.syncer.signal.notify();
     door.lanes.wake_all();
+    shard.taker.end();
 }
 
 fn turn_until_closed<A: Aggregate>(

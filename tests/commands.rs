@@ -284,3 +284,47 @@ fn an_event_that_is_longer_archived_than_in_memory_is_measured_before_the_first_
     }
     assert_eq!(engine.ask(Key(1), |names, _| names.bytes).unwrap(), 5 + 500 * 9 * 40);
 }
+
+#[test]
+fn polling_tells_failures_too_and_a_ticket_is_its_client_s() {
+    let storage = corelane::testing::FaultyStorage::new();
+    let engine = Engine::<Account>::builder(small("/s")).faulty_storage(&storage).open().unwrap();
+    let (mut client, mut other) = (engine.client(), engine.client());
+    let ticket = client.send(Key(1), Order::Deposit(1)).ticket().unwrap();
+    assert!(matches!(other.try_answer(&ticket), Some(Err(CommandError::Claimed))));
+    other.forget(ticket.clone());
+    assert!(matches!(other.answer(ticket.clone()).wait(), Err(CommandError::Claimed)));
+    client.answer(ticket.clone()).wait().unwrap();
+    assert!(matches!(client.try_answer(&ticket), Some(Err(CommandError::Claimed))));
+    // Durable: told when it is, and that it never will be.
+    let ticket = client.send(Key(1), Order::Deposit(1)).durable().ticket().unwrap();
+    let deadline = soon().unwrap();
+    let answer = loop {
+        if let Some(answer) = client.try_answer(&ticket) {
+            break answer;
+        }
+        assert!(Instant::now() < deadline, "never told");
+    };
+    assert!(answer.unwrap().receipt().is_durable());
+    engine.flush(soon()).unwrap();
+    storage.fail_sync(1);
+    let ticket = client.send(Key(1), Order::Deposit(1)).durable().ticket().unwrap();
+    let answer = loop {
+        if let Some(answer) = client.try_answer(&ticket) {
+            break answer;
+        }
+        assert!(Instant::now() < deadline, "a failed sync is never told");
+    };
+    assert!(matches!(answer, Err(CommandError::NotDurable(WaitError::ShardFailed(_)))), "{answer:?}");
+
+    let dir = tempfile::tempdir().unwrap();
+    let engine = open(dir.path());
+    let mut client = engine.client();
+    let ticket = client.send(Key(1), Order::Deposit(1)).durable().ticket().unwrap();
+    let answer = loop {
+        if let Some(answer) = client.try_answer(&ticket) {
+            break answer;
+        }
+    };
+    assert!(matches!(answer, Err(CommandError::NotDurable(WaitError::NeverDurable))), "{answer:?}");
+}

@@ -372,3 +372,29 @@ fn events_whose_archive_has_another_size_are_refused_unless_every_type_has_a_new
     let event = reader.next().unwrap().unwrap().event;
     assert_eq!((event.n.to_native(), event.more[3].to_native()), (5, 7));
 }
+
+#[test]
+fn a_layout_that_nobody_can_read_is_refused_also_where_a_checkpoint_has_its_events() {
+    #[derive(rkyv::Archive, rkyv::Serialize)]
+    struct Newer {
+        n: u64,
+        text: String,
+    }
+    impl Event for Newer {
+        const TYPES: &'static [EventType] = &[EventType::new(1, "note", 2)];
+        fn event_type(&self) -> EventTypeId {
+            EventTypeId(1)
+        }
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let engine = EventLog::<Note>::open(small(dir.path())).unwrap();
+    engine.producer().publish(Key(1), Note::new(5)).unwrap();
+    engine.flush(soon()).unwrap();
+    engine.checkpoint(soon()).unwrap();
+    engine.shutdown(soon()).unwrap();
+    drop(engine);
+    let before = tree(dir.path());
+    let refused = EventLog::<Newer>::open(small(dir.path()));
+    assert!(matches!(refused, Err(OpenError::UnknownEventType { schema_version: 1, .. })), "{refused:?}");
+    assert_eq!(tree(dir.path()), before, "and left as it was");
+}

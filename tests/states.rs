@@ -309,3 +309,31 @@ fn nothing_is_freed_while_no_checkpoint_can_be_written() {
         assert_eq!(engine.state(Key(key)).unwrap().unwrap().0.cents, sum(1500));
     }
 }
+
+#[test]
+fn a_checkpoint_that_is_waited_for_ends_with_its_shard() {
+    let storage = FaultyStorage::new();
+    let engine = Engine::<Account>::builder(small("/s")).faulty_storage(&storage).open().unwrap();
+    deposit(&engine, 3, 1, 101);
+    engine.flush(soon()).unwrap();
+    storage.fail_sync(1);
+    deposit(&engine, 3, 101, 102);
+    // Without a deadline: it would wait for ever.
+    let failed = engine.checkpoint(None);
+    assert!(matches!(failed, Err(corelane::WaitError::ShardFailed(_))), "{failed:?}");
+}
+
+#[test]
+fn all_states_are_rebuilt_without_touching_those_in_use() {
+    let dir = tempfile::tempdir().unwrap();
+    let engine = open(small(dir.path()).shards(2));
+    deposit(&engine, 40, 1, 31);
+    let mut rebuilt = 0;
+    engine
+        .rebuild_all(|key, state, version| {
+            assert!(key.get() < 40 && (state.cents, version) == (sum(30), Version(30)));
+            rebuilt += 1;
+        })
+        .unwrap();
+    assert_eq!(rebuilt, 40);
+}

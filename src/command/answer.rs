@@ -44,7 +44,9 @@ impl<'c, A: Aggregate> Answer<'c, A> {
     }
 
     fn block(mut self, deadline: Option<Instant>) -> Result<Outcome, CommandError<A::Rejection>> {
-        let Some(ticket) = self.ticket.clone() else { return Err(CommandError::Claimed) };
+        let ticket = self.ticket.take().filter(|ticket| self.client.is_mine(ticket));
+        let Some(ticket) = ticket else { return Err(CommandError::Claimed) };
+        self.ticket = Some(ticket.clone());
         let wait = self.client.wait;
         let lane = &mut self.client.lanes[ticket.lane];
         lane.await_answer(ticket.number, wait, deadline).map_err(CommandError::Unanswered)?;
@@ -68,7 +70,8 @@ impl<A: Aggregate> Future for Answer<'_, A> {
     type Output = Result<Outcome, CommandError<A::Rejection>>;
 
     fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
-        let Some(ticket) = self.ticket.clone() else { return Poll::Ready(Err(CommandError::Claimed)) };
+        let ticket = self.ticket.clone().filter(|ticket| self.client.is_mine(ticket));
+        let Some(ticket) = ticket else { return Poll::Ready(Err(CommandError::Claimed)) };
         let outcome = self.client.poll_answer(&ticket, context);
         if outcome.is_ready() {
             self.ticket = None;

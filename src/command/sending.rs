@@ -126,7 +126,10 @@ impl<'c, A: Aggregate> Sending<'c, A> {
         let lane = usize::from(key.shard(client.lanes.len() as u16).0);
         let wait = client.wait;
         match client.lanes[lane].send(order, wanted, wait, patience) {
-            Ok(number) => Ok((client, Ticket { key, lane, number, durable })),
+            Ok(number) => {
+                let ticket = Ticket { key, client: client.lanes[lane].id(), lane, number, durable };
+                Ok((client, ticket))
+            }
             Err(rejected) => Err(rejected.map(|order| order.command)),
         }
     }
@@ -169,7 +172,10 @@ impl<A: Aggregate> Future for SendingFuture<'_, A> {
             let key = order.key;
             let lane = usize::from(key.shard(this.client.lanes.len() as u16).0);
             match this.client.lanes[lane].try_send(order, true) {
-                Ok(number) => this.ticket = Some(Ticket { key, lane, number, durable: this.durable }),
+                Ok(number) => {
+                    let client = this.client.lanes[lane].id();
+                    this.ticket = Some(Ticket { key, client, lane, number, durable: this.durable });
+                }
                 Err(Rejected::Full(order) | Rejected::StorageFull(order)) => {
                     let lane = &this.client.lanes[lane];
                     if lane.arrived == lane.sent {

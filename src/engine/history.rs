@@ -1,5 +1,6 @@
 //! What was: events, states of any time, and whether the log still makes the states that there are.
 
+use std::collections::HashSet;
 use std::time::Instant;
 
 use super::{Engine, Handle};
@@ -38,7 +39,8 @@ impl<A: Aggregate> Engine<A> {
     /// Saves the states of all keys, and waits for it: opening the store afterwards folds only what comes after this.
     ///
     /// # Errors
-    /// `ShardFailed`; `CheckpointFailed` when it could not be written; `TimedOut`; `Closed`.
+    /// `ShardFailed`; `CheckpointFailed` when it (or one that was under way when this was called) could not be written; `TimedOut`;
+    /// `Closed`.
     pub fn checkpoint(&self, deadline: Option<Instant>) -> Result<(), WaitError> {
         let ask = |shard: &Handle<A>| {
             let (log, checkpoints) = (&shard.door.log, &shard.checkpoints);
@@ -222,31 +224,78 @@ impl<A: Aggregate> Engine<A> {
     {
         let mut found = Comparison::default();
         for (i, shard) in self.shards.iter().enumerate() {
-            let folder = self.refold(ShardId(i as u16), shard)?;
-            found.events += folder.sequence;
-            let mut next = Some(Walk::default());
-            while let Some(walk) = next {
-                let (states, then) = self.states(shard, walk)?;
-                next = then;
-                for (key, version, live) in states {
-                    found.keys += 1;
-                    let rebuilt = folder.keys.get(key);
-                    let (mut state, from) =
-                        rebuilt.map_or((A::default(), Version(0)), |s| (s.state.clone(), s.version));
+            let mut tries = 0;
+            loop {
+                match self.compare_shard(ShardId(i as u16), shard) {
+                    Ok(compared) => {
+                        found.keys += compared.keys;
+                        found.events += compared.events;
+                        found.differing.extend(compared.differing);
+                        break;
+                    }
+                    // Freed while it was read.
+                    Err(
+                        HistoryError::BeyondRetention { .. } | HistoryError::Read(ReadError::BeyondRetention { .. }),
+                    ) if tries < FREED_MEANWHILE_MAX => {
+                        tries += 1;
+                    }
+                    Err(error) => return Err(error),
+                }
+            }
+        }
+        Ok(found)
+    }
+
+    fn compare_shard(&self, id: ShardId, shard: &Handle<A>) -> Result<Comparison, HistoryError>
+    where
+        A: PartialEq,
+    {
+        let folder = self.refold(id, shard)?;
+        // A part of the table that grows while it is gone over comes twice.
+        let (mut met, mut differing) = (HashSet::new(), HashSet::new());
+        let mut next = Some(Walk::default());
+        while let Some(walk) = next {
+            let (states, then) = self.states(shard, walk)?;
+            next = then;
+            for (key, version, live) in states {
+                let rebuilt = folder.keys.get(key);
+                let (mut state, mut from) =
+                    rebuilt.map_or((A::default(), Version(0)), |slot| (slot.state.clone(), slot.version));
+                if from < version {
                     // The shard has gone on meanwhile.
                     let mut stream = self.stream(key, Version(from.0 + 1))?;
                     while stream.version() <= version
                         && let Some(record) = stream.next()?
                     {
                         state.evolve(record.event, &record.meta);
+                        from = record.meta.version;
                     }
-                    if state != live && !found.differing.contains(&key) {
-                        found.differing.push(key);
-                    }
+                }
+                met.insert(key);
+                if state != live || from != version {
+                    differing.insert(key);
                 }
             }
         }
-        Ok(found)
+        // What the log makes and the shard does not have.
+        differing.extend(folder.keys.iter().map(|slot| slot.key).filter(|key| !met.contains(key)));
+        let mut differing: Vec<_> = differing.into_iter().collect();
+        differing.sort_unstable();
+        Ok(Comparison { keys: met.len() as u64, events: folder.sequence, differing })
+    }
+
+    /// Folds the whole log anew and shows every key's state that it makes, in no order; the states in use stay as they are. (To put
+    /// rebuilt states in use, count up [`Aggregate::STATE_VERSION`]: the next opening folds the log anew.) Where the log has lost
+    /// its beginning, it starts from the oldest checkpoint.
+    ///
+    /// # Errors
+    /// What reading found.
+    pub fn rebuild_all(&self, mut show: impl FnMut(Key, &A, Version)) -> Result<(), HistoryError> {
+        for (i, shard) in self.shards.iter().enumerate() {
+            let folder = self.refold(ShardId(i as u16), shard)?;
+            folder.keys.iter().for_each(|slot| show(slot.key, &slot.state, slot.version));
+        }
+        Ok(())
     }
 
     /// A shard's states, made anew from its log up to now.

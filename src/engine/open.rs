@@ -72,7 +72,7 @@ pub(super) fn load_manifest<E: Event>(storage: &dyn Storage, config: &Checked) -
 
 /// Recovers all shards, side by side.
 pub(super) fn recover<A: Aggregate>(
-    storage: &dyn Storage,
+    storage: &std::sync::Arc<dyn Storage>,
     config: &Checked,
     manifest: &Manifest,
     quarantine: &std::path::Path,
@@ -117,5 +117,11 @@ pub(super) fn recover<A: Aggregate>(
     });
     let mut results: Vec<(usize, Result<_, _>)> = std::mem::take(&mut *lock(&results)).into();
     results.sort_by_key(|(i, _)| *i);
-    results.into_iter().map(|(_, result)| result).collect()
+    let mut recovered: Vec<Recovered<A>> = results.into_iter().map(|(_, result)| result).collect::<Result<_, _>>()?;
+    for (i, recovered) in recovered.iter_mut().enumerate() {
+        let path = shard_dir(&config.dir, ShardId(i as u16));
+        let settled = recovered.saved.as_mut().map_or(Ok(()), |saved| saved.settle(&**storage, &path));
+        settled.map_err(|source| OpenError::Io { action: "removing saved states in", path, source })?;
+    }
+    Ok(recovered)
 }

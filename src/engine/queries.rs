@@ -9,7 +9,7 @@ use crate::promise::{Promise, promise};
 impl<A: Aggregate> Engine<A> {
     /// Lets `look` see a key's state and version on the shard that owns it, between two batches, and returns what it says:
     /// everything whose receipt or answer says appended is in. Brief, please: the shard waits for it. A key without events has the
-    /// default state and version 0.
+    /// default state and version 0. Not from the shard's own thread (inline handlers, `decide`, views): it would wait for itself.
     ///
     /// # Errors
     /// `ShardFailed`; `Closed` when the engine has been shut down.

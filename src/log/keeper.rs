@@ -97,9 +97,9 @@ impl Keeper {
             let asking = self.shards.iter().filter_map(|kept| kept.ask_at).min();
             let age = self.retention.age_max.map(|_| now + AGE_CHECK);
             let deadline = [retry, reading, asking, age].into_iter().flatten().min();
-            let (shards, requests) = (&self.shards, &self.requests);
+            let (shards, requests, bytes_max) = (&self.shards, &self.requests, self.retention.bytes_max);
             idle.step(&requests.signal, deadline, || {
-                requests.ending.load(Ordering::SeqCst) || shards.iter().any(Kept::wants_work)
+                requests.ending.load(Ordering::SeqCst) || shards.iter().any(|kept| kept.wants_work(bytes_max))
             });
         }
     }
@@ -149,10 +149,9 @@ impl Keeper {
         if kept.prepared.is_full() {
             return Ok(false);
         }
-        if kept.spares.is_empty() && self.waits_to_reuse(i) {
+        if kept.waits_to_reuse(self.retention.bytes_max) {
             return Ok(false);
         }
-        let kept = &mut self.shards[i];
         let index = kept.next_index;
         // Wanted as soon as the last one is begun, so a segment's length before a link could wrap.
         if index >= OFFSETS_END / kept.log.segment_bytes {
@@ -229,15 +228,6 @@ impl Keeper {
         kept.log.storage_full.store(false, Ordering::SeqCst);
         kept.shard_signal.notify();
         Ok(true)
-    }
-
-    /// Whether a segment is about to be freed, and there is time to wait for it: written again, it costs no new blocks.
-    fn waits_to_reuse(&self, i: usize) -> bool {
-        let Kept { log, checkpoints, .. } = &self.shards[i];
-        let over =
-            self.retention.bytes_max.is_some_and(|max| (log.segments_len() as u64 + 1) * log.segment_bytes > max);
-        let is_being_saved = checkpoints.begun() > checkpoints.covered();
-        over && is_being_saved && log.appended.get() % log.segment_bytes < log.segment_bytes / 4 * 3
     }
 
     /// Makes pages present ahead of the writer.
@@ -390,11 +380,20 @@ impl Kept {
         }
     }
 
+    /// Whether a segment is about to be freed, and there is time to wait for it: written again, it costs no new blocks.
+    fn waits_to_reuse(&self, bytes_max: Option<u64>) -> bool {
+        let Self { log, checkpoints, .. } = self;
+        let over = bytes_max.is_some_and(|max| (log.segments_len() as u64 + 1) * log.segment_bytes > max);
+        let is_being_saved = checkpoints.begun() > checkpoints.covered();
+        let has_time = log.appended.get() % log.segment_bytes < log.segment_bytes / 4 * 3;
+        self.spares.is_empty() && over && is_being_saved && has_time
+    }
+
     /// Looked at before sleeping.
-    fn wants_work(&self) -> bool {
+    fn wants_work(&self, bytes_max: Option<u64>) -> bool {
         let is_saved = self.waits_for > 0 && self.checkpoints.covered() >= self.waits_for;
         let has_failed = self.checkpoints.failed.load(Ordering::SeqCst) != self.checkpoints_failed;
-        let must_prepare = !self.prepared.is_full() && self.retry_at.is_none();
+        let must_prepare = !self.prepared.is_full() && self.retry_at.is_none() && !self.waits_to_reuse(bytes_max);
         self.log.failure().is_none() && (must_prepare || is_saved || has_failed)
     }
 }

@@ -26,7 +26,7 @@ pub(crate) struct Manifest {
     pub(crate) segment_bytes: u64,
     /// Size and alignment of an archived event's root; zeros where that is not known.
     pub(crate) root: Root,
-    /// Every event type ever declared for the store: id, newest schema version, name.
+    /// Every layout ever declared for the store: id, schema version, name; several versions of one type in the order they came.
     pub(crate) types: Vec<StoredType>,
 }
 
@@ -159,7 +159,7 @@ impl Manifest {
                 let (name, stored) = (declared.name.to_owned(), stored.id);
                 return Err(OpenError::EventTypeRenumbered { name, stored, declared: declared.id });
             }
-            match self.types.iter_mut().find(|t| t.id == declared.id) {
+            match self.types.iter().find(|t| t.id == declared.id) {
                 Some(stored) if stored.name != declared.name => {
                     return Err(OpenError::EventTypeRenamed {
                         event_type: declared.id,
@@ -167,11 +167,12 @@ impl Manifest {
                         declared: declared.name.to_owned(),
                     });
                 }
-                Some(stored) => {
-                    changed |= stored.schema_version < declared.schema_version;
-                    stored.schema_version = stored.schema_version.max(declared.schema_version);
-                }
-                None => {
+                Some(_)
+                    if self
+                        .types
+                        .iter()
+                        .any(|t| t.id == declared.id && t.schema_version == declared.schema_version) => {}
+                _ => {
                     changed = true;
                     self.types.push(StoredType {
                         id: declared.id,

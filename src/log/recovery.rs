@@ -58,6 +58,9 @@ pub struct ShardRecovery {
     pub end: Offset,
     /// A tail that was torn: cut at `end`, its bytes kept.
     pub torn_tail: Option<TornTail>,
+    /// Retention has freed the log's beginning and no usable checkpoint knows what it held: versions of keys without events in the
+    /// log begin anew, and outcomes of commands are forgotten. (With states the store is refused instead.)
+    pub lost_beginning: bool,
 }
 
 /// A tail that did not hold and had never been durable.
@@ -91,7 +94,7 @@ pub(crate) struct Recovered<A: Aggregate> {
 
 /// What to open.
 pub(crate) struct Opening<'a> {
-    pub(crate) storage: &'a dyn Storage,
+    pub(crate) storage: &'a std::sync::Arc<dyn Storage>,
     pub(crate) dir: &'a Path,
     pub(crate) quarantine: &'a Path,
     pub(crate) shard: ShardId,
@@ -133,17 +136,17 @@ impl Opening<'_> {
     /// Opens the log and folds it: from the newest checkpoint that can be used, or from its beginning.
     pub(crate) fn recover<A: Aggregate>(&self) -> Result<Recovered<A>, OpenError> {
         let io = |source| OpenError::Io { action: "reading the saved states of", path: self.dir.to_owned(), source };
-        let earliest = Span::load(self.storage, self.dir)?.map_or(0, |span| span.first);
+        let earliest = Span::load(&**self.storage, self.dir)?.map_or(0, |span| span.first);
         let earliest = Offset(earliest * self.manifest.segment_bytes + HEADER_BYTES as u64);
         let has_lost_the_beginning = earliest.0 > HEADER_BYTES as u64;
         // A folder that is not there is an error before anything else is looked for in it.
         self.names()?;
         let mut torn_tail = None;
         let mut found = None;
-        let (candidates, mut unreadable) = load::candidates(self.storage, self.dir, self.shard).map_err(io)?;
+        let (candidates, mut unreadable) = load::candidates(&**self.storage, self.dir, self.shard).map_err(io)?;
         for candidate in candidates.iter().filter(|candidate| candidate.start >= earliest) {
             let mut folder = Folder::<A>::new(self.shard, self.keys_expected, self.outcomes_kept);
-            let loaded = load::load(self.storage, self.dir, self.shard, candidate, &mut folder);
+            let loaded = load::load(&**self.storage, self.dir, self.shard, candidate, &mut folder);
             let recovered = match loaded {
                 Ok(()) => self.recover_from(folder, Some(candidate))?,
                 Err(why) => {
@@ -174,6 +177,14 @@ impl Opening<'_> {
                 (recovered, Vec::new())
             }
         };
+        recovered.report.lost_beginning = has_lost_the_beginning && usable.is_empty();
+        if recovered.report.lost_beginning {
+            let shard = self.shard.0;
+            tracing::warn!(
+                shard,
+                "no usable checkpoint before the log's beginning: keys without events in it begin anew"
+            );
+        }
         recovered.report.torn_tail = recovered.report.torn_tail.or(torn_tail);
         let end = recovered.report.end;
         let saved = load::index::<A>(self.storage, self.dir, self.shard, end, &usable, unreadable);
@@ -188,7 +199,7 @@ impl Opening<'_> {
         checkpoint: Option<&Candidate>,
     ) -> Result<Option<Recovered<A>>, OpenError> {
         let mut names = self.names()?;
-        let span = match Span::load(self.storage, self.dir)? {
+        let span = match Span::load(&**self.storage, self.dir)? {
             Some(span) => Some(span),
             // Before the span is written for the first time, the first segment may have been prepared.
             None if self.all_blank(&names.segments)? => None,
@@ -241,7 +252,10 @@ impl Opening<'_> {
         {
             return Ok(None);
         }
-        let skip = checkpoint.filter(|checkpoint| checkpoint.is_trusted).and(begin);
+        // Nor if the store has ever seen a layout declared that this program cannot read: whether the log still holds such events
+        // is for a look at all of it to say.
+        let reads_all = self.manifest.types.iter().all(|t| (self.known)(t.id.0, t.schema_version));
+        let skip = checkpoint.filter(|checkpoint| checkpoint.is_trusted && reads_all).and(begin);
 
         let mut segments = VecDeque::new();
         let mut tail: Option<(Segment, End)> = None;
@@ -353,6 +367,7 @@ impl Opening<'_> {
             keys: scan.folder.keys.len(),
             end,
             torn_tail,
+            lost_beginning: false,
         };
         Ok(Some(Recovered {
             report,
@@ -401,6 +416,7 @@ impl Opening<'_> {
             keys: 0,
             end: Offset(span.first * self.manifest.segment_bytes + HEADER_BYTES as u64),
             torn_tail: None,
+            lost_beginning: false,
         };
         Recovered {
             report,
@@ -634,7 +650,7 @@ impl Opening<'_> {
             name = format!("{plain}-{n}.torn");
         }
         let path = self.quarantine.join(&name);
-        replace(self.storage, self.quarantine, &name, bytes).map_err(|source| io(&path, source))?;
+        replace(&**self.storage, self.quarantine, &name, bytes).map_err(|source| io(&path, source))?;
         tracing::warn!(shard = self.shard.0, %offset, why, "a torn tail was cut");
         Ok(TornTail { offset, bytes: bytes.len() as u64, quarantined: path, why })
     }

@@ -14,7 +14,7 @@ use crate::event::{Correlation, Event as _, Key, KeyHash, Sequence, Version};
 use crate::log::format::{RECORD_HEADER_BYTES, RecordHeader, padded};
 use crate::sync::Arc;
 
-/// A verdict with the number of the client's lane.
+/// What the shard says to a command.
 pub(super) type Answered<A> = Verdict<<A as Aggregate>::Rejection>;
 
 /// A decision that is still to be written.
@@ -271,18 +271,18 @@ impl<A: Aggregate> Batch<'_, A> {
             // Also of a type without drop glue: its archive may reach beyond its own size (`&'static str` as a box).
             let bytes = self.writer.measure(event);
             if bytes > event_bytes_max {
-                return Err(Verdict::TooLarge { bytes, bytes_max: event_bytes_max });
+                return Err(Verdict::TooLarge { bytes_max: event_bytes_max });
             }
             needed += padded(RECORD_HEADER_BYTES + bytes);
         }
         if idempotency != 0 {
             let bytes = rejection.map_or(0, |rejection| self.writer.measure(rejection));
             if bytes > event_bytes_max {
-                return Err(Verdict::TooLarge { bytes, bytes_max: event_bytes_max });
+                return Err(Verdict::TooLarge { bytes_max: event_bytes_max });
             }
             needed += padded(RECORD_HEADER_BYTES + bytes);
         }
         let bytes_max = self.writer.room_of_a_segment();
-        if needed > bytes_max { Err(Verdict::TooLarge { bytes: needed, bytes_max }) } else { Ok(needed) }
+        if needed > bytes_max { Err(Verdict::TooLarge { bytes_max }) } else { Ok(needed) }
     }
 }

@@ -253,6 +253,10 @@ pub(crate) struct Chunk {
 
 /// A chunk's memory at first, and when it counts as full.
 const CHUNK_BYTES: usize = 64 << 10;
+/// A chunk that grew beyond this for a large state gives its memory back.
+const CHUNK_BYTES_KEPT: usize = 1 << 20;
+/// Up to here the scratch memory that the shard brings along is enough.
+const SCRATCH_BYTES: usize = 256 << 10;
 /// The largest state that can be saved.
 const STATE_BYTES_MAX: usize = 16 << 20;
 
@@ -264,12 +268,20 @@ impl Chunk {
     }
 
     pub(crate) fn clear(&mut self) {
+        if self.bytes.len() > CHUNK_BYTES_KEPT {
+            *self = Self::new();
+        }
         (self.used, self.entries) = (0, 0);
     }
 
     /// Whether it should be sent before more is added.
     pub(crate) fn is_full(&self) -> bool {
         self.used > CHUNK_BYTES - CHUNK_BYTES / 4
+    }
+
+    /// Whether the states in it are so large that few of them fill a chunk.
+    pub(crate) fn is_of_large_states(&self) -> bool {
+        self.used as u64 > self.entries * (CHUNK_BYTES as u64 / 64)
     }
 
     pub(crate) fn filled(&mut self) -> &mut [u8] {
@@ -359,6 +371,10 @@ impl Chunk {
                 return None;
             }
             room = ((end - self.used) * 2).max(4096);
+            // Whether room or scratch was too little is not told; what has inner parts needs much of both.
+            if room > SCRATCH_BYTES {
+                *scratch = Scratch::new(4 * room);
+            }
         }
     }
 

@@ -1,7 +1,7 @@
 //! Saved states when a store is opened: the newest checkpoint that can be used, and the index of all that is saved.
 
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use rkyv::util::AlignedVec;
 
@@ -131,31 +131,50 @@ pub(crate) struct Found {
     pub(crate) next_number: u32,
     /// Up to where everything is saved.
     pub(crate) covered: Offset,
+    /// What is to become of files that say more than there is; for [`Found::settle`].
+    remove: Vec<PathBuf>,
+    cut: Vec<(String, Vec<u8>)>,
 }
 
-/// Builds the index of everything saved of a log that ends at `end`. What was saved of events that are gone is removed for good:
-/// their places in the log will be written again.
+impl Found {
+    /// Removes for good what was saved of events that are gone: their places in the log will be written again. Not before all
+    /// shards were found sound: a store that is refused stays as it is.
+    pub(crate) fn settle(&mut self, storage: &dyn Storage, dir: &Path) -> io::Result<()> {
+        for path in &self.remove {
+            storage.remove(path)?;
+        }
+        for (name, content) in std::mem::take(&mut self.cut) {
+            replace(storage, dir, &name, &content)?;
+        }
+        if std::mem::take(&mut self.remove).is_empty() { Ok(()) } else { storage.sync_dir(dir) }
+    }
+}
+
+/// Builds the index of everything saved of a log that ends at `end`. Changes no file.
 pub(crate) fn index<A: Aggregate>(
-    storage: &dyn Storage,
+    storage: &std::sync::Arc<dyn Storage>,
     dir: &Path,
     shard: ShardId,
     end: Offset,
     usable: &[u32],
     unreadable: u64,
 ) -> io::Result<Found> {
-    let store = SnapshotStore::new();
+    let store = SnapshotStore::new(std::sync::Arc::clone(storage));
+    let storage = &**storage;
     store.unreadable.store(unreadable, Ordering::Relaxed);
     let (mut next_number, mut covered) = (0, Offset(0));
     let mut files: Vec<(Kind, u32)> = storage.list(dir)?.iter().filter_map(|name| file_number(name)).collect();
     files.sort_unstable_by_key(|(_, number)| *number);
-    let mut removed = false;
+    let (mut remove, mut cut) = (Vec::new(), Vec::new());
     for (kind, number) in files {
         next_number = next_number.max(number + 1);
         let path = dir.join(file_name(kind, number));
         if kind == Kind::Checkpoint && !usable.contains(&number) {
-            tracing::warn!(path = %path.display(), "a checkpoint that cannot be used is removed");
-            storage.remove(&path)?;
-            removed = true;
+            // One that merely cannot be read, or is of another state version, may be of use to somebody yet.
+            if ends(storage, dir, shard, number).is_ok_and(|(_, known)| known.log_end > end) {
+                tracing::warn!(path = %path.display(), "a checkpoint of events that are gone is removed");
+                remove.push(path);
+            }
             continue;
         }
         let file = storage.open_side(&path)?;
@@ -166,8 +185,7 @@ pub(crate) fn index<A: Aggregate>(
             };
             covered = covered.max(start);
             let places = std::sync::Arc::default();
-            let file = file.into();
-            let held = Held { number, kind, path, file, start, last_head: Offset(0), entries, bytes, places };
+            let held = Held { number, kind, path, start, last_head: Offset(0), entries, bytes, places };
             store.add(held, []);
             continue;
         }
@@ -182,16 +200,14 @@ pub(crate) fn index<A: Aggregate>(
         }
         if scanned.end < bytes.len() {
             if scanned.entries == 0 {
-                storage.remove(&path)?;
-                removed = true;
+                remove.push(path);
                 continue;
             }
-            replace(storage, dir, &file_name(kind, number), &bytes[..scanned.end])?;
+            cut.push((file_name(kind, number), bytes[..scanned.end].to_vec()));
         }
         let held = Held {
             number,
             kind,
-            file: storage.open_side(&path)?.into(),
             path,
             start: Offset(0),
             last_head: scanned.last_head,
@@ -201,10 +217,7 @@ pub(crate) fn index<A: Aggregate>(
         };
         store.add(held, scanned.saved);
     }
-    if removed {
-        storage.sync_dir(dir)?;
-    }
-    Ok(Found { store, next_number, covered })
+    Ok(Found { store, next_number, covered, remove, cut })
 }
 
 #[derive(Default)]

@@ -29,6 +29,8 @@ pub(crate) struct SnapshotterRequests {
 
 /// A file of snapshots is followed by the next one when it is this long.
 const FILE_BYTES: u64 = 64 << 20;
+/// A checkpoint ends a file of snapshots that is this long.
+const FILE_BYTES_MIN: u64 = 8 << 20;
 /// How long after a failure the next file is begun.
 const RETRY: Duration = Duration::from_secs(1);
 
@@ -55,6 +57,7 @@ pub(crate) struct Sources {
 #[derive(Debug)]
 pub(crate) struct Writing {
     held: Held,
+    file: Box<dyn SideFile>,
 }
 
 /// The snapshotter of an engine.
@@ -187,13 +190,13 @@ impl Sources {
     ) -> io::Result<Writing> {
         let header =
             FileHeader { kind, shard: self.log.shard, state_version: self.state_version, start, sequence, time };
-        let file: std::sync::Arc<dyn SideFile> = storage.create_side(&path)?.into();
+        let file = storage.create_side(&path)?;
         file.append(&header.encode())?;
         let number = self.next_number;
         self.next_number += 1;
         let (bytes, places) = (FILE_HEADER_BYTES as u64, std::sync::Arc::default());
-        let held = Held { number, kind, path, file, start, last_head: Offset(0), entries: 0, bytes, places };
-        Ok(Writing { held })
+        let held = Held { number, kind, path, start, last_head: Offset(0), entries: 0, bytes, places };
+        Ok(Writing { held, file })
     }
 
     /// Publishes a checkpoint once the log is durable as far as it knows. Whether it did.
@@ -228,12 +231,12 @@ impl Sources {
         durable: bool,
         syncs: bool,
     ) -> io::Result<Offset> {
-        let Writing { mut held } = writing;
+        let Writing { mut held, file } = writing;
         let end = End { entries: held.entries, log_end, durable, boot: storage.boot_id() }.encode();
-        held.file.append(&end)?;
+        file.append(&end)?;
         held.bytes += end.len() as u64;
         if syncs {
-            held.file.sync()?;
+            file.sync()?;
         }
         let path = self.log.dir.join(file_name(Kind::Checkpoint, held.number));
         storage.rename(&held.path, &path)?;
@@ -243,11 +246,15 @@ impl Sources {
         held.path = path;
         let start = held.start;
         self.store.add(held, []);
-        // Another file of snapshots from here on, so that whole files become useless together.
-        self.snapshots = None;
+        // Another file of snapshots from here on, so that whole files become useless together; not so early that there would be
+        // very many.
+        self.snapshots = self.snapshots.take().filter(|writing| writing.held.bytes < FILE_BYTES_MIN);
         let earliest = self.log.earliest();
         let lost = self.log.segment_of(earliest) > 0;
-        for path in self.store.take_useless(earliest, lost) {
+        let useless = self.store.take_useless(earliest, lost);
+        // The one being written may be among them.
+        self.snapshots = self.snapshots.take().filter(|writing| !useless.contains(&writing.held.path));
+        for path in useless {
             if let Err(error) = storage.remove(&path) {
                 tracing::warn!(path = %path.display(), %error, "saved states that nobody needs stay behind");
             }
@@ -290,7 +297,7 @@ impl Writing {
                 saved.push((entry.key, Saved::new(entry, number, base + at as u64)));
             }
         });
-        self.held.file.append(chunk.filled())?;
+        self.file.append(chunk.filled())?;
         self.held.bytes += chunk.filled().len() as u64;
         self.held.entries += chunk.entries;
         self.held.last_head = last_head;

@@ -12,7 +12,7 @@ use xxhash_rust::xxh3::Xxh3DefaultBuilder;
 
 use crate::event::{Key, Offset, Time, Version};
 use crate::log::format::{ALIGN, padded, u32_at};
-use crate::log::storage::SideFile;
+use crate::log::storage::{SideFile, Storage};
 use crate::snapshot::format::{ENTRY_HEADER_BYTES, Entry, FILE_HEADER_BYTES, Kind, entry_at};
 use crate::sync::{AtomicU64, Mutex, Ordering, lock};
 
@@ -29,13 +29,12 @@ pub(crate) struct Saved {
     at: u32,
 }
 
-/// A file that is read.
+/// A file, which is opened when it is read: there may be more of them than a process may have open.
 #[derive(Debug, Clone)]
 pub(crate) struct Held {
     pub(crate) number: u32,
     pub(crate) kind: Kind,
     pub(crate) path: PathBuf,
-    pub(crate) file: std::sync::Arc<dyn SideFile>,
     pub(crate) start: Offset,
     /// The furthest record that an entry names.
     pub(crate) last_head: Offset,
@@ -56,6 +55,7 @@ struct Index {
 #[derive(Debug)]
 pub(crate) struct SnapshotStore {
     index: Mutex<Index>,
+    storage: std::sync::Arc<dyn Storage>,
     /// Entries that could not be read when they were wanted, or when the store was opened.
     pub(crate) unreadable: AtomicU64,
 }
@@ -84,8 +84,8 @@ pub struct SnapshotStats {
 const ADDED_AT_A_TIME: usize = 1024;
 
 impl SnapshotStore {
-    pub(crate) fn new() -> Self {
-        Self { index: Mutex::new(Index::default()), unreadable: AtomicU64::new(0) }
+    pub(crate) fn new(storage: std::sync::Arc<dyn Storage>) -> Self {
+        Self { index: Mutex::new(Index::default()), storage, unreadable: AtomicU64::new(0) }
     }
 
     /// Takes in a file and what it holds; entries of a key come in the order of their versions.
@@ -143,7 +143,8 @@ impl SnapshotStore {
     /// Where the entries of a checkpoint are.
     fn places(&self, held: &Held) -> Vec<(Key, Saved)> {
         let mut places = Vec::new();
-        let read = whole(&*held.file).map_err(|_| "it cannot be read").and_then(|bytes| {
+        let bytes = self.storage.open_side(&held.path).and_then(|file| whole(&*file));
+        let read = bytes.map_err(|_| "it cannot be read").and_then(|bytes| {
             let mut at = FILE_HEADER_BYTES;
             while let Some(entry) = entry_at(&bytes, at)? {
                 if entry.version.0 > 0 {
@@ -172,7 +173,8 @@ impl SnapshotStore {
         show: impl FnOnce(&Entry<'_>) -> Result<T, &'static str>,
     ) -> Option<T> {
         let held = lock(&self.index).files.iter().find(|file| file.number == saved.file).cloned()?;
-        let shown = read_entry(&*held.file, saved.position()).and_then(|bytes| {
+        let file = self.storage.open_side(&held.path).map_err(|_| "it cannot be read");
+        let shown = file.and_then(|file| read_entry(&*file, saved.position())).and_then(|bytes| {
             let entry = entry_at(&bytes, 0)?.filter(|entry| entry.key == key && entry.version == saved.version);
             show(&entry.ok_or("an entry of another key")?)
         });
@@ -212,7 +214,8 @@ impl SnapshotStore {
         let (useless, kept): (Vec<Held>, Vec<Held>) =
             std::mem::take(&mut index.files).into_iter().partition(is_useless);
         index.files = kept;
-        if !useless.is_empty() {
+        // Of checkpoints the index knows nothing.
+        if useless.iter().any(|file| file.kind == Kind::Snapshots) {
             let is_gone = |saved: &Saved| useless.iter().any(|file| file.number == saved.file);
             index.keys.retain(|_, of_key| {
                 of_key.retain(|saved| !is_gone(saved));

@@ -74,7 +74,7 @@ impl CheckpointRequests {
         self.begun.load(Ordering::Acquire)
     }
 
-    /// The newest one came to nothing.
+    /// The newest one came to nothing. (Another may have begun meanwhile; retention then asks once more than it need.)
     pub(crate) fn given_up(&self) {
         self.failed.fetch_add(1, Ordering::Relaxed);
         self.begun.store(self.covered(), Ordering::Release);
@@ -210,6 +210,11 @@ impl Taker {
         }
     }
 
+    /// The shard has ended: who waits for a checkpoint must look again.
+    pub(crate) fn end(&self) {
+        self.requests.waiting.reached(u64::MAX);
+    }
+
     /// Sends what there is, however little. Whether there is nothing left to send, or nobody to send it to.
     pub(crate) fn send_last(&mut self) -> bool {
         self.send_snapshots();
@@ -228,9 +233,14 @@ impl Taker {
 
     /// Whether there is something to do although no event comes.
     pub(crate) fn has_work(&self) -> bool {
-        let can_walk = !self.used.is_empty() && self.messages.slots() >= SLOTS_OF_A_STEP;
-        ((self.requests.is_wanted() || self.going.is_some()) && can_walk)
+        ((self.requests.is_wanted() || self.going.is_some()) && self.may_walk())
             || (self.chunk.is_some() && self.may_send_early())
+    }
+
+    /// Whether there is room for a step of a checkpoint. One chunk stays for snapshots, which do not wait.
+    fn may_walk(&self) -> bool {
+        let for_snapshots = usize::from(self.every.is_some() && self.chunk.is_none());
+        self.used.slots() > for_snapshots && self.messages.slots() >= SLOTS_OF_A_STEP
     }
 
     /// Whether a chunk that is not full yet may go: the last one stays while the snapshotter has all others, or a few
@@ -271,7 +281,7 @@ impl Taker {
         is_busy: bool,
     ) -> bool {
         // Otherwise in a later turn.
-        if self.messages.slots() < SLOTS_OF_A_STEP {
+        if !self.may_walk() {
             return false;
         }
         let Ok(mut chunk) = self.used.pop() else { return false };
@@ -291,7 +301,8 @@ impl Taker {
         let mut next = None;
         let mut left = if is_busy { WALK_BUSY } else { WALK_IDLE };
         while left > 0 && !chunk.is_full() {
-            let count = left.min(WALK_STEP);
+            // Large states a bucket at a time, so that one turn archives little more than a chunk.
+            let count = if chunk.is_of_large_states() { 1 } else { left.min(WALK_STEP) };
             next = match going {
                 Going::Eventless(from) => {
                     let some = outcomes.eventless(from, count);

@@ -32,7 +32,7 @@ use std::time::Duration;
 use crate::error::{OpenError, ReadError};
 use crate::event::{EventTypeId, Offset, Sequence, ShardId, Time};
 use crate::log::format::{HEADER_BYTES, HeaderError, SegmentHeader};
-use crate::log::manifest::{MANIFEST, Manifest, Span, segment_index, segment_name, shard_dir};
+use crate::log::manifest::{MANIFEST, Manifest, Span, StoredType, segment_index, segment_name, shard_dir};
 use crate::log::storage::Files;
 
 pub use lookup::{Lookup, Place};
@@ -108,7 +108,9 @@ impl Store {
 
     /// The event types that the store has seen declared.
     pub fn event_types(&self) -> impl Iterator<Item = TypeInfo<'_>> {
-        self.manifest.types.iter().map(|t| TypeInfo { id: t.id, schema_version: t.schema_version, name: &t.name })
+        let types = &self.manifest.types;
+        let is_newest = |t: &&StoredType| !types.iter().any(|o| o.id == t.id && o.schema_version > t.schema_version);
+        types.iter().filter(is_newest).map(|t| TypeInfo { id: t.id, schema_version: t.schema_version, name: &t.name })
     }
 
     /// The name of an event type, if the store knows it.
