@@ -138,7 +138,7 @@ impl<A: Aggregate> Engine<A> {
             match state_at::<A>(&shard.store, &mut self.finder(shard), key, at, checkpoints, head) {
                 Err(HistoryError::BeyondRetention { .. }) if !checkpoints => checkpoints = true,
                 // The state behind the first event that is held can be told only if a state before it is saved.
-                Err(HistoryError::BeyondRetention { key, earliest }) => {
+                Err(HistoryError::BeyondRetention { key, .. }) => {
                     let (state, version, time_max) = self.now(key)?;
                     let is_now = match at {
                         At::Version(asked) => asked == version,
@@ -147,7 +147,7 @@ impl<A: Aggregate> Engine<A> {
                     if is_now {
                         return Ok(Past { state, version, applied: 0 });
                     }
-                    let earliest = self.earliest(shard, key, earliest)?;
+                    let earliest = self.earliest(shard, key)?;
                     return Err(HistoryError::BeyondRetention { key, earliest });
                 }
                 // Freed while it was read: what is left decides.
@@ -169,9 +169,11 @@ impl<A: Aggregate> Engine<A> {
         promise.wait(None)?.ok_or_else(|| self.unanswered(key))
     }
 
-    /// The earliest version of `key` that can be told, where the events before `held` are gone.
-    fn earliest(&self, shard: &Handle<A>, key: Key, held: Version) -> Result<Version, HistoryError> {
-        let (_, saved) = shard.store.around_with_checkpoints(key, |saved| saved.version.0 + 1 < held.0);
+    /// The earliest version of `key` that can surely be told, where the log has lost some of its events.
+    fn earliest(&self, shard: &Handle<A>, key: Key) -> Result<Version, HistoryError> {
+        // Where the record itself is held, all that come after it are.
+        let earliest = shard.door.log.earliest();
+        let (_, saved) = shard.store.around_with_checkpoints(key, |saved| saved.head < earliest);
         match saved {
             Some(saved) => Ok(saved.version),
             None => Ok(self.head(key)?.version),
@@ -198,8 +200,8 @@ impl<A: Aggregate> Engine<A> {
         let head = self.head(key)?;
         let (mut state, mut version) = (A::default(), Version(0));
         let mut stream = match Stream::<A::Event>::new(self.finder(shard), key, Version(1), head) {
-            Err(HistoryError::BeyondRetention { earliest, .. }) => {
-                let base = self.earliest(shard, key, earliest)?;
+            Err(HistoryError::BeyondRetention { .. }) => {
+                let base = self.earliest(shard, key)?;
                 let past = self.state_at(key, base)?;
                 (state, version) = (past.state, past.version);
                 Stream::new(self.finder(shard), key, Version(version.0 + 1), head)?
