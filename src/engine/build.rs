@@ -30,8 +30,11 @@ use crate::view::{Place, Position, View, ViewWriter};
 
 /// Slots for runs of events between a shard and its syncer.
 const SYNC_MARKS: usize = 1 << 16;
-/// Chunks of saved states that go between a shard and the snapshotter: 512 KiB.
-const SNAPSHOT_CHUNKS: usize = 8;
+/// Chunks of 64 KiB for saved states that go between one of `shards` and the snapshotter. With few shards they hold the snapshots
+/// of some million events: a snapshotter that waits for a processor or the file system must not make the shard skip any.
+fn snapshot_chunks(shards: u16) -> usize {
+    (128 / usize::from(shards)).clamp(8, 64)
+}
 
 /// What every shard is built from.
 pub(super) struct Context<'a, A: Aggregate> {
@@ -100,8 +103,8 @@ impl<A: Aggregate> Context<'_, A> {
         let (marks_tx, marks_rx) = rtrb::RingBuffer::<SyncMark>::new(SYNC_MARKS);
         let checkpoints = Arc::new(CheckpointRequests::new());
         checkpoints.covered.store(saved.covered.0, Ordering::Release);
-        let (messages_tx, messages) = rtrb::RingBuffer::<Message>::new(2 * SNAPSHOT_CHUNKS);
-        let (mut used, used_rx) = rtrb::RingBuffer::<Chunk>::new(SNAPSHOT_CHUNKS);
+        let (messages_tx, messages) = rtrb::RingBuffer::<Message>::new(2 * snapshot_chunks(config.shards));
+        let (mut used, used_rx) = rtrb::RingBuffer::<Chunk>::new(snapshot_chunks(config.shards));
         while used.push(Chunk::new()).is_ok() {}
         let store = std::sync::Arc::new(saved.store);
         let taker = Taker::new::<A>(

@@ -133,7 +133,7 @@ const CHUNKS_LOW: usize = 4;
 /// Messages that one step may send.
 const SLOTS_OF_A_STEP: usize = 4;
 /// A chunk with snapshots is sent at the latest so many turns after its first one.
-const TURNS_MAX: u32 = 64;
+const TURNS_MAX: u32 = 256;
 
 /// The shard's side of its snapshots.
 pub(crate) struct Taker {

@@ -90,11 +90,16 @@ impl Corelane {
         // Beside the program: where programs are built there is a disk.
         let here = std::env::current_exe().expect("this program has a path");
         let dir = tempfile::tempdir_in(here.parent().expect("in a folder")).expect("a folder for the log");
-        let config = Config::new(dir.path().join("store")).durability(Durability::OsCache).wait(Wait::SpinYield);
+        let config = Config::new(dir.path().join("store"))
+            .durability(Durability::OsCache)
+            .wait(Wait::SpinYield)
+            .segment_bytes(16 << 20);
         let engine = Engine::open(config).expect("a new store opens");
-        // The first segment is made ready; commands would wait for that.
+        // The first segments are made ready, by a thread that a server starts once and that would share the two processors here
+        // with the commands for a good part of their few milliseconds.
         let mut client = engine.client();
         client.send(Key::new(u64::MAX), Deposit { cents: 1 }).wait().expect("carried out");
+        std::thread::sleep(Duration::from_millis(100));
         self.open.insert(Open { client, engine, _dir: dir })
     }
 }
