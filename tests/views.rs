@@ -35,7 +35,8 @@ impl Views {
             status: ServerStatus::new(|account: &Account| match account.cents % 2 {
                 0 => Presence::Online,
                 _ => Presence::Offline,
-            }),
+            })
+            .with_top(3, |account: &Account| account.cents as i64),
             area: Area::new((0.0, 0.0, 100.0, 100.0), 10.0, |account: &Account| Some(place(account))),
         }
     }
@@ -53,6 +54,8 @@ impl Views {
         let mut best: Vec<i64> = states.values().map(|account| account.cents as i64).collect();
         best.sort_unstable_by_key(|cents| std::cmp::Reverse(*cents));
         best.truncate(10);
+        let top: Vec<i64> = self.status.top(99).iter().map(|ranked| ranked.score).collect();
+        assert_eq!(top, best[..best.len().min(3)], "the status's best");
         let ranked = self.best.top(10);
         assert_eq!(ranked.iter().map(|ranked| ranked.score).collect::<Vec<_>>(), best);
         assert!(ranked.iter().all(|ranked| states[&ranked.key.get()].cents as i64 == ranked.score));

@@ -127,11 +127,9 @@ impl Manifest {
     pub(crate) fn declare<E: Event>(&mut self) -> Result<bool, OpenError> {
         let root = Root::of::<E>();
         let mut changed = self.root != root;
-        let is_as_stored = |declared: &&EventType| {
-            let as_stored =
-                |stored: &StoredType| stored.id == declared.id && stored.schema_version == declared.schema_version;
-            self.types.iter().any(as_stored)
-        };
+        // The size is that of the newest layouts; an older program is refused for what it finds.
+        let newest = |id| self.types.iter().filter(|t| t.id == id).map(|t| t.schema_version).max();
+        let is_as_stored = |declared: &&EventType| newest(declared.id) == Some(declared.schema_version);
         if changed
             && self.root != Root::default()
             && let Some(declared) = E::TYPES.iter().find(is_as_stored)

@@ -9,11 +9,12 @@ use crate::aggregate::Aggregate;
 use crate::event::{Key, Meta, Sequence, ShardId, Time};
 use crate::sync::{Arc, AtomicU64, Ordering, SeqLock};
 use crate::view::index::Index;
+use crate::view::leaderboard::{Leaderboard, Ranked};
 use crate::view::parts::Parts;
 use crate::view::{Place, Position, View, ViewWriter};
 
 /// Figures of the whole server, read from any thread. Handles are cheap to clone.
-pub struct ServerStatus<A>(Arc<Inner<A>>);
+pub struct ServerStatus<A>(Arc<Inner<A>>, Option<Leaderboard<A>>);
 
 struct Inner<A> {
     presence_of: Box<dyn Fn(&A) -> Presence + Send + Sync>,
@@ -52,7 +53,19 @@ impl<A: Aggregate> ServerStatus<A> {
     /// `presence_of` runs on the shard's thread for every event: it must be quick.
     #[must_use]
     pub fn new(presence_of: impl Fn(&A) -> Presence + Send + Sync + 'static) -> Self {
-        Self(Arc::new(Inner { presence_of: Box::new(presence_of), parts: Parts::new() }))
+        Self(Arc::new(Inner { presence_of: Box::new(presence_of), parts: Parts::new() }), None)
+    }
+
+    /// With the best `places` keys by the score that `score_of` makes of a state.
+    #[must_use]
+    pub fn with_top(self, places: usize, score_of: impl Fn(&A) -> i64 + Send + Sync + 'static) -> Self {
+        Self(self.0, Some(Leaderboard::new(places, score_of)))
+    }
+
+    /// The best keys of the server, at most `n` and as many as [`ServerStatus::with_top`] was asked for; none without it.
+    #[must_use]
+    pub fn top(&self, n: usize) -> Vec<Ranked> {
+        self.1.as_ref().map(|best| best.top(n)).unwrap_or_default()
     }
 
     /// The status, with the load up to the newest position.
@@ -96,19 +109,47 @@ impl<A: Aggregate> View<A> for ServerStatus<A> {
         let part = self.0.parts.begin(place, Figures::new());
         let numbers = Index::with_room(place.keys_expected);
         let presences = Vec::with_capacity(place.keys_expected);
-        Box::new(Writer { view: Arc::clone(&self.0), part, numbers, presences, changed: 0, tally: Tally::default() })
+        let status =
+            Writer { view: Arc::clone(&self.0), part, numbers, presences, changed: 0, tally: Tally::default() };
+        match &self.1 {
+            None => Box::new(status),
+            Some(best) => Box::new(Both { status, best: best.writer(place) }),
+        }
     }
 }
 
 impl<A> Clone for ServerStatus<A> {
     fn clone(&self) -> Self {
-        Self(Arc::clone(&self.0))
+        Self(Arc::clone(&self.0), self.1.clone())
     }
 }
 
 impl<A> fmt::Debug for ServerStatus<A> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("ServerStatus").finish_non_exhaustive()
+    }
+}
+
+/// A status with the best keys.
+struct Both<A: Aggregate> {
+    status: Writer<A>,
+    best: Box<dyn ViewWriter<A>>,
+}
+
+impl<A: Aggregate> ViewWriter<A> for Both<A> {
+    fn load(&mut self, key: Key, state: &A) {
+        self.status.load(key, state);
+        self.best.load(key, state);
+    }
+
+    fn changed(&mut self, key: Key, state: &A, meta: &Meta) {
+        self.status.changed(key, state, meta);
+        self.best.changed(key, state, meta);
+    }
+
+    fn publish(&mut self, at: Position) {
+        self.best.publish(at);
+        self.status.publish(at);
     }
 }
 
