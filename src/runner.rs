@@ -1,6 +1,7 @@
 //! The thread of a shard: pinning, waiting, ending. What the shard does in a turn is not known here.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::time::Instant;
 
 use crate::aggregate::Aggregate;
 use crate::clock::wall_now;
@@ -59,7 +60,8 @@ fn turn_until_closed<A: Aggregate>(
         if shard.turn()? > 0 {
             idle.reset();
         } else {
-            idle.step(&door.signal, None, || {
+            let wake_at = shard.taker.rest().map(|rest| Instant::now() + rest);
+            idle.step(&door.signal, wake_at, || {
                 shard.has_work() || door.closing.load(Ordering::SeqCst) || shard.log.failure().is_some()
             });
         }

@@ -1,5 +1,7 @@
 //! The shard's side: puts states into chunks while it works, and never waits for anyone.
 
+use std::time::Duration;
+
 use crate::aggregate::Aggregate;
 use crate::command::Outcomes;
 use crate::event::{Offset, Scratch, Sequence, Time};
@@ -135,6 +137,9 @@ const SLOTS_OF_A_STEP: usize = 4;
 /// A chunk with snapshots is sent at the latest so many turns after its first one.
 const TURNS_MAX: u32 = 256;
 
+/// And in a pause once its first one is so old.
+const SENT_AFTER: Duration = Duration::from_millis(5);
+
 /// The shard's side of its snapshots.
 pub(crate) struct Taker {
     every: Option<Every>,
@@ -147,6 +152,9 @@ pub(crate) struct Taker {
     /// Being filled with snapshots.
     chunk: Option<Chunk>,
     turns: u32,
+    /// When it was first seen with a snapshot in it, and whether that is long enough ago.
+    since: Option<Time>,
+    is_due_early: bool,
     scratch: Scratch,
     going: Option<Going>,
     is_whole: bool,
@@ -173,6 +181,8 @@ impl Taker {
             used,
             chunk: None,
             turns: 0,
+            since: None,
+            is_due_early: false,
             scratch: Scratch::new(1 << 20),
             going: None,
             is_whole: true,
@@ -202,7 +212,7 @@ impl Taker {
     }
 
     fn send_snapshots(&mut self) {
-        self.turns = 0;
+        (self.turns, self.since, self.is_due_early) = (0, None, false);
         if !self.messages.is_full()
             && let Some(chunk) = self.chunk.take()
         {
@@ -234,7 +244,12 @@ impl Taker {
     /// Whether there is something to do although no event comes.
     pub(crate) fn has_work(&self) -> bool {
         ((self.requests.is_wanted() || self.going.is_some()) && self.may_walk())
-            || (self.chunk.is_some() && self.may_send_early())
+            || (self.is_due_early && self.may_send_early())
+    }
+
+    /// How long a shard at rest may sleep before it looks whether snapshots are to be sent.
+    pub(crate) fn rest(&self) -> Option<Duration> {
+        self.chunk.is_some().then_some(SENT_AFTER)
     }
 
     /// Whether there is room for a step of a checkpoint. One chunk stays for snapshots, which do not wait.
@@ -261,7 +276,10 @@ impl Taker {
     ) -> bool {
         if self.chunk.is_some() {
             self.turns += 1;
-            if (!is_busy || self.turns >= TURNS_MAX) && self.may_send_early() {
+            // Not with every pause: the thread that writes them would be woken for each, and take the core from the syncer.
+            let since = *self.since.get_or_insert(time);
+            self.is_due_early = time.0.saturating_sub(since.0) >= SENT_AFTER.as_nanos() as u64;
+            if ((!is_busy && self.is_due_early) || self.turns >= TURNS_MAX) && self.may_send_early() {
                 self.send_snapshots();
             }
         }
@@ -361,22 +379,28 @@ mod tests {
         let (mut keys, outcomes) = (KeyTable::<State>::new(1), Outcomes::new(0));
         let key = crate::event::Key(1);
         keys.entry(key, crate::event::KeyHash::of(key)).set(crate::event::Version(1), Offset(16), Time(0));
+        let mut now = 0;
+        // Each step is later by as long as a chunk waits in a pause.
+        let mut step = |taker: &mut Taker| {
+            now += SENT_AFTER.as_nanos() as u64;
+            taker.step(&keys, &outcomes, (Offset(0), Sequence(0), Time(now)), false);
+        };
         let mut snapshots_of = |taker: &mut Taker, count: usize| {
             for _ in 0..count {
                 taker.take(keys.get(key).expect("it was set"));
-                taker.step(&keys, &outcomes, (Offset(0), Sequence(0), Time(0)), false);
+                step(taker);
             }
-            taker.step(&keys, &outcomes, (Offset(0), Sequence(0), Time(0)), false);
+            step(taker);
             sent.pop().ok()
         };
         let Some(Message::Snapshots(first)) = snapshots_of(&mut taker, 100) else {
-            panic!("at rest, the first goes at once")
+            panic!("in a pause, the first ones go soon")
         };
-        assert_eq!((first.entries, requests.skipped.load(Ordering::Relaxed)), (1, 0));
+        assert_eq!((first.entries, requests.skipped.load(Ordering::Relaxed)), (2, 0));
         assert!(snapshots_of(&mut taker, 0).is_none() && !taker.has_work(), "the others wait for the first");
         empty.push(first).expect("there is room");
         assert!(taker.has_work());
         let Some(Message::Snapshots(second)) = snapshots_of(&mut taker, 0) else { panic!("and then they go") };
-        assert_eq!(second.entries, 99);
+        assert_eq!(second.entries, 98);
     }
 }
