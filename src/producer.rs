@@ -556,10 +556,19 @@ impl<E> Drop for Lane<E> {
 /// Proof that an event was accepted, and the way to learn when it is appended and durable.
 ///
 /// It is (lane, ticket): the lane counts, so no event costs anything to track.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct Receipt {
     lane: Arc<LaneShared>,
     ticket: u64,
+}
+
+impl std::fmt::Debug for Receipt {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let (appended, durable) = (self.is_appended(), self.is_durable());
+        let mut shown = f.debug_struct("Receipt");
+        shown.field("shard", &self.shard()).field("ticket", &self.ticket);
+        shown.field("appended", &appended).field("durable", &durable).finish()
+    }
 }
 
 impl Receipt {

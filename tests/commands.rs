@@ -328,3 +328,36 @@ fn polling_tells_failures_too_and_a_ticket_is_its_client_s() {
     };
     assert!(matches!(answer, Err(CommandError::NotDurable(WaitError::NeverDurable))), "{answer:?}");
 }
+
+/// Refuses everything, and its rejection archives to no byte at all.
+#[derive(rkyv::Archive, rkyv::Serialize, rkyv::Deserialize, Clone, Default)]
+struct Wall(u64);
+
+#[derive(rkyv::Archive, rkyv::Serialize, rkyv::Deserialize, Clone, Debug, PartialEq)]
+struct No;
+
+impl corelane::Aggregate for Wall {
+    type Event = common::Note;
+    type Command = ();
+    type Rejection = No;
+
+    fn evolve(&mut self, _event: &<common::Note as rkyv::Archive>::Archived, _meta: &corelane::Meta) {}
+
+    fn decide(&self, _command: (), _emit: &mut corelane::Emit<common::Note>) -> Result<(), No> {
+        Err(No)
+    }
+}
+
+#[test]
+fn a_rejection_without_content_is_remembered_as_one() {
+    let dir = tempfile::tempdir().unwrap();
+    for saved in [false, false, true, true] {
+        let engine = Engine::<Wall>::open(small(dir.path())).unwrap();
+        let refused = engine.client().send(Key(1), ()).once(9).wait();
+        assert!(matches!(refused, Err(CommandError::Rejected(No))), "{refused:?}");
+        if saved {
+            engine.checkpoint(soon()).unwrap();
+        }
+        engine.shutdown(soon()).unwrap();
+    }
+}

@@ -8,7 +8,7 @@ use crate::aggregate::{Aggregate, Stored};
 use crate::command::{Outcomes, Remembered};
 use crate::event::{Event, KeyHash, Offset, Schemas, Scratch, Sequence, ShardId, upcaster};
 use crate::keys::KeyTable;
-use crate::log::format::{ALIGN, RECORD_HEADER_BYTES, RecordHeader};
+use crate::log::format::{ALIGN, RECORD_HEADER_BYTES, REJECTED, RecordHeader};
 use crate::log::mmap::Memory;
 
 /// Reads events in place, and those of older layouts through their upcasters.
@@ -200,11 +200,12 @@ impl<A: Aggregate> Folder<A> {
         let Pending { offset, at, len, .. } = pending;
         let header = header_at(memory, *at).ok_or((*offset, "a record is gone while it is read"))?;
         let body = memory.read(at + RECORD_HEADER_BYTES, *len as usize - RECORD_HEADER_BYTES).unwrap_or_default();
-        let outcome = if body.is_empty() {
-            Remembered::Done { version: header.version, events: header.outcome_events() }
-        } else {
-            let rejection = A::Rejection::decode(body);
-            Remembered::Rejected(rejection.map_err(|_| (*offset, "the rejection of a command is not valid"))?)
+        let outcome = match header.outcome_events() {
+            REJECTED => {
+                let rejection = A::Rejection::decode(body);
+                Remembered::Rejected(rejection.map_err(|_| (*offset, "the rejection of a command is not valid"))?)
+            }
+            events => Remembered::Done { version: header.version, events },
         };
         if self.outcomes.find(header.key, header.correlation.0).is_none() {
             self.outcomes.remember(header.key, header.version, header.correlation.0, outcome);

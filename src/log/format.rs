@@ -31,6 +31,9 @@ const OWN_OUTCOME: u16 = 1;
 const SEGMENT_MAGIC: [u8; 8] = *b"corelseg";
 const BYTE_ORDER: u32 = 0x0102_0304;
 const HEADER_CRC_AT: usize = 76;
+/// In the place of a command's number of events: it was rejected. (A rejection may be of a type that archives to nothing.)
+pub(crate) const REJECTED: u32 = u32::MAX;
+
 const LOW_48: u64 = (1 << 48) - 1;
 const LOW_47: u64 = (1 << 47) - 1;
 /// In the word of the version: the next record belongs to the same command, and one is nothing without the other.
@@ -285,7 +288,7 @@ impl RecordHeader {
         self.event_type == OWN && self.schema_version == OWN_OUTCOME
     }
 
-    /// How many events the command of an outcome had.
+    /// How many events the command of an outcome had; [`REJECTED`] for one that was rejected.
     pub(crate) fn outcome_events(&self) -> u32 {
         (self.previous.0 / ALIGN as u64) as u32
     }

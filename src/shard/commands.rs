@@ -11,7 +11,7 @@ use crate::aggregate::{Aggregate, Emit};
 use crate::command::{ClientEnd, Order, Outcomes, Remembered, Verdict};
 use crate::error::FailureCause;
 use crate::event::{Correlation, Event as _, Key, KeyHash, Sequence, Version};
-use crate::log::format::{RECORD_HEADER_BYTES, RecordHeader, padded};
+use crate::log::format::{RECORD_HEADER_BYTES, REJECTED, RecordHeader, padded};
 use crate::sync::Arc;
 
 /// What the shard says to a command.
@@ -231,6 +231,7 @@ impl<A: Aggregate> Batch<'_, A> {
         }
         let (version, events) = (known.version(), count as u32);
         if noted {
+            let events = if rejection.is_some() { REJECTED } else { events };
             let header = RecordHeader::outcome(key, idempotency, version, events, emit.now);
             let noted = match rejection {
                 Some(rejection) => appender.append(&header, rejection, |_| ()),

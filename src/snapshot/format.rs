@@ -16,7 +16,7 @@ use crate::aggregate::{Aggregate, Stored};
 use crate::command::Remembered;
 use crate::event::{Encode, Key, Offset, Scratch, Sequence, ShardId, Time, Version};
 use crate::keys::Slot;
-use crate::log::format::{ALIGN, FORMAT_VERSION, archive_fingerprint, padded, u16_at, u32_at, u64_at};
+use crate::log::format::{ALIGN, FORMAT_VERSION, REJECTED, archive_fingerprint, padded, u16_at, u32_at, u64_at};
 use crate::log::mmap::crc32c;
 
 const MAGIC: [u8; 8] = *b"corelsnp";
@@ -231,10 +231,11 @@ impl Entry<'_> {
             let bytes = u32_at(head, 20) as usize;
             let rejection = rest.get(OUTCOME_HEADER_BYTES..OUTCOME_HEADER_BYTES + bytes);
             let rejection = rejection.ok_or("an outcome is cut short")?;
-            let outcome = if bytes == 0 {
-                Remembered::Done { version: Version(u64_at(head, 8)), events: u32_at(head, 16) }
-            } else {
-                Remembered::Rejected(R::decode(rejection).map_err(|_| "a rejection's archive is not valid")?)
+            let outcome = match u32_at(head, 16) {
+                REJECTED => {
+                    Remembered::Rejected(R::decode(rejection).map_err(|_| "a rejection's archive is not valid")?)
+                }
+                events => Remembered::Done { version: Version(u64_at(head, 8)), events },
             };
             outcomes.push((u64_at(head, 0), outcome));
             rest = rest.get(OUTCOME_HEADER_BYTES + padded(bytes)..).unwrap_or_default();
@@ -340,7 +341,7 @@ impl Chunk {
         self.used += OUTCOME_HEADER_BYTES;
         let (version, events, rejection) = match outcome {
             Remembered::Done { version, events } => (version.0, *events, Some(0)),
-            Remembered::Rejected(rejection) => (0, 0, self.archive(rejection, scratch)),
+            Remembered::Rejected(rejection) => (0, REJECTED, self.archive(rejection, scratch)),
         };
         let Some(rejection) = rejection else { return false };
         self.reserve(0);
