@@ -3,21 +3,22 @@
 //! One [`Producer`] is one thread's own lanes, one per shard. [`crate::SharedProducer`] is for those who
 //! cannot have their own.
 
-use std::future::Future;
-use std::pin::Pin;
-use std::task::{Context, Poll};
+mod receipt;
+
 use std::time::{Duration, Instant};
 
 use crate::clock::{Clock, Nanos};
 use crate::config::{Durability, Wait};
 use crate::error::{Rejected, RejectedReason, WaitError};
-use crate::event::{Event, Key, Scratch, ShardId, Time};
+use crate::event::{Event, Key, Scratch, Time};
 use crate::log::segment::ShardLog;
 use crate::ring::{NOT_DUE, Slot, free_slots, push_chunk};
 use crate::sync::{
     Arc, AtomicBool, AtomicU64, Gate, Idle, Inside, Mutex, Ordering, Patience, Signal, Waiters, Watermark, lock,
     thread_waker,
 };
+
+pub use receipt::{Pending, Receipt};
 
 /// What the two ends of a lane share besides the ring.
 #[derive(Debug)]
@@ -533,7 +534,7 @@ impl<E> Lane<E> {
 
     #[inline]
     fn receipt(&self) -> Receipt {
-        Receipt { lane: Arc::clone(&self.shared), ticket: self.published }
+        Receipt::new(Arc::clone(&self.shared), self.published)
     }
 
     #[cold]
@@ -553,115 +554,6 @@ impl<E> Drop for Lane<E> {
     }
 }
 
-/// Proof that an event was accepted, and the way to learn when it is appended and durable.
-///
-/// It is (lane, ticket): the lane counts, so no event costs anything to track.
-#[derive(Clone)]
-pub struct Receipt {
-    lane: Arc<LaneShared>,
-    ticket: u64,
-}
-
-impl std::fmt::Debug for Receipt {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let (appended, durable) = (self.is_appended(), self.is_durable());
-        let mut shown = f.debug_struct("Receipt");
-        shown.field("shard", &self.shard()).field("ticket", &self.ticket);
-        shown.field("appended", &appended).field("durable", &durable).finish()
-    }
-}
-
-impl Receipt {
-    pub(crate) fn new(lane: Arc<LaneShared>, ticket: u64) -> Self {
-        Self { lane, ticket }
-    }
-
-    /// The shard that got the event.
-    #[must_use]
-    pub fn shard(&self) -> ShardId {
-        self.lane.log.shard
-    }
-
-    /// Whether the event is in the log, visible to readers.
-    #[must_use]
-    pub fn is_appended(&self) -> bool {
-        self.lane.appended.get() >= self.ticket
-    }
-
-    /// Whether the event is synced.
-    #[must_use]
-    pub fn is_durable(&self) -> bool {
-        self.lane.durable.get() >= self.ticket
-    }
-
-    /// Waits (`.wait()`, `.wait_until()` or `.await`) until the event is in the log.
-    pub fn appended(&self) -> Pending {
-        Pending { receipt: self.clone(), durable: false }
-    }
-
-    /// Waits (`.wait()`, `.wait_until()` or `.await`) until the event is synced.
-    pub fn durable(&self) -> Pending {
-        Pending { receipt: self.clone(), durable: true }
-    }
-}
-
-/// Something a receipt is waiting for. A future of any runtime, or a blocking wait.
-#[derive(Debug)]
-#[must_use = "nothing waits until `.wait()` or `.await`"]
-pub struct Pending {
-    receipt: Receipt,
-    durable: bool,
-}
-
-impl Pending {
-    /// The outcome, if it is known.
-    pub(crate) fn outcome(&self) -> Option<Result<(), WaitError>> {
-        let lane = &self.receipt.lane;
-        // The failure first: what is reached before it is seen counts as reached.
-        let failure = lane.log.failure();
-        let reached = if self.durable { self.receipt.is_durable() } else { self.receipt.is_appended() };
-        if reached {
-            return Some(Ok(()));
-        }
-        if let Some(failure) = failure {
-            return Some(Err(failure.clone().into()));
-        }
-        (self.durable && !lane.syncs).then_some(Err(WaitError::NeverDurable))
-    }
-
-    fn register(&self, waker: &std::task::Waker) {
-        let lane = &self.receipt.lane;
-        let waiters = if self.durable { &lane.waiting_durable } else { &lane.waiting_appended };
-        waiters.register(self.receipt.ticket, waker);
-    }
-
-    /// Blocks the thread until it is so.
-    ///
-    /// # Errors
-    /// `ShardFailed`, promptly when the shard fails; `NeverDurable` in `OsCache` mode.
-    pub fn wait(&self) -> Result<(), WaitError> {
-        self.block(None)
-    }
-
-    /// Blocks the thread until it is so, or `deadline`.
-    ///
-    /// # Errors
-    /// As [`Pending::wait`], and `TimedOut`.
-    pub fn wait_until(&self, deadline: Instant) -> Result<(), WaitError> {
-        self.block(Some(deadline))
-    }
-
-    fn block(&self, deadline: Option<Instant>) -> Result<(), WaitError> {
-        for _ in 0..64 {
-            if let Some(outcome) = self.outcome() {
-                return outcome;
-            }
-            std::hint::spin_loop();
-        }
-        block_until(deadline, |waker| self.register(waker), || self.outcome())
-    }
-}
-
 /// Blocks until there is an outcome or the deadline has passed.
 pub(crate) fn block_until<T>(
     deadline: Option<Instant>,
@@ -678,22 +570,6 @@ pub(crate) fn block_until<T>(
             Some(Duration::ZERO) => return Err(WaitError::TimedOut),
             Some(left) => crate::sync::thread::park_timeout(left),
             None => crate::sync::thread::park(),
-        }
-    }
-}
-
-impl Future for Pending {
-    type Output = Result<(), WaitError>;
-
-    fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
-        if let Some(outcome) = self.outcome() {
-            return Poll::Ready(outcome);
-        }
-        self.register(context.waker());
-        // Once more: it may have become so between the look and the registration.
-        match self.outcome() {
-            Some(outcome) => Poll::Ready(outcome),
-            None => Poll::Pending,
         }
     }
 }

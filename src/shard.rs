@@ -161,10 +161,7 @@ impl<A: Aggregate> Shard<A> {
             self.counters.turns.add(1);
             self.recorder.record(Stage::Turn, self.clock.now() - began, 1);
         } else {
-            // A command that is held knows its client by its place.
-            if self.work.held.is_none() {
-                self.retire_lanes();
-            }
+            self.retire_lanes();
             if self.writer.wants_idle_mark() {
                 // Not published, so that it wants no sync of its own: a mark that is lost costs nothing but its news.
                 self.writer.mark_now(wall_now());
@@ -203,9 +200,10 @@ impl<A: Aggregate> Shard<A> {
     /// Saves states, if it is time to.
     #[inline]
     fn save(&mut self, is_busy: bool) -> bool {
-        let time = wall_time(self.clock.now(), self.clock.wall_offset());
+        let now = self.clock.now();
+        let time = wall_time(now, self.clock.wall_offset());
         let at = (Offset(self.log.appended.get()), Sequence(self.writer.sequence()), time);
-        self.taker.step(&self.keys, &self.outcomes, at, is_busy)
+        self.taker.step(&self.keys, &self.outcomes, at, now, is_busy)
     }
 
     /// Takes in the lanes of new producers.

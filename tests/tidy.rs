@@ -71,7 +71,7 @@ fn may_use(file: &str) -> Option<&'static [&'static str]> {
         "history.rs" => &["aggregate", "event", "error", "log", "snapshot"],
         "snapshot.rs" => &[],
         "snapshot/format.rs" => &["aggregate", "command", "event", "keys", "log"],
-        "snapshot/taker.rs" => &["aggregate", "command", "event", "keys", "snapshot", "sync", "Engine"],
+        "snapshot/taker.rs" => &["aggregate", "clock", "command", "event", "keys", "snapshot", "sync", "Engine"],
         "snapshot/store.rs" => &["event", "log", "snapshot", "sync"],
         "snapshot/snapshotter.rs" => &["config", "event", "log", "snapshot", "sync", "clock"],
         "snapshot/load.rs" => &["aggregate", "event", "keys", "log", "snapshot", "sync"],
@@ -81,6 +81,7 @@ fn may_use(file: &str) -> Option<&'static [&'static str]> {
         "producer.rs" => {
             &["event", "error", "config", "sync", "clock", "ring", "log", "shared", "SharedProducer", "Engine"]
         }
+        "producer/receipt.rs" => &["event", "error", "sync"],
         "shared.rs" => &["event", "error", "config", "sync", "clock", "ring", "producer", "Producer"],
         "shard.rs" => &[
             "aggregate",

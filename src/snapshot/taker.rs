@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use crate::aggregate::Aggregate;
+use crate::clock::Nanos;
 use crate::command::Outcomes;
 use crate::event::{Offset, Scratch, Sequence, Time};
 use crate::keys::{KeyTable, Slot, Walk};
@@ -136,7 +137,6 @@ const CHUNKS_LOW: usize = 4;
 const SLOTS_OF_A_STEP: usize = 4;
 /// A chunk with snapshots is sent at the latest so many turns after its first one.
 const TURNS_MAX: u32 = 256;
-
 /// And in a pause once its first one is so old.
 const SENT_AFTER: Duration = Duration::from_millis(5);
 
@@ -152,8 +152,8 @@ pub(crate) struct Taker {
     /// Being filled with snapshots.
     chunk: Option<Chunk>,
     turns: u32,
-    /// When it was first seen with a snapshot in it, and whether that is long enough ago.
-    since: Option<Time>,
+    /// When it was first seen with a snapshot in it (by the clock that never goes back), and whether that is long enough ago.
+    since: Option<Nanos>,
     is_due_early: bool,
     scratch: Scratch,
     going: Option<Going>,
@@ -272,13 +272,14 @@ impl Taker {
         keys: &KeyTable<A>,
         outcomes: &Outcomes<A::Rejection>,
         (appended, sequence, time): (Offset, Sequence, Time),
+        now: Nanos,
         is_busy: bool,
     ) -> bool {
         if self.chunk.is_some() {
             self.turns += 1;
             // Not with every pause: the thread that writes them would be woken for each, and take the core from the syncer.
-            let since = *self.since.get_or_insert(time);
-            self.is_due_early = time.0.saturating_sub(since.0) >= SENT_AFTER.as_nanos() as u64;
+            let since = *self.since.get_or_insert(now);
+            self.is_due_early = now.saturating_sub(since) >= SENT_AFTER.as_nanos() as u64;
             if ((!is_busy && self.is_due_early) || self.turns >= TURNS_MAX) && self.may_send_early() {
                 self.send_snapshots();
             }
@@ -383,7 +384,7 @@ mod tests {
         // Each step is later by as long as a chunk waits in a pause.
         let mut step = |taker: &mut Taker| {
             now += SENT_AFTER.as_nanos() as u64;
-            taker.step(&keys, &outcomes, (Offset(0), Sequence(0), Time(now)), false);
+            taker.step(&keys, &outcomes, (Offset(0), Sequence(0), Time(0)), now, false);
         };
         let mut snapshots_of = |taker: &mut Taker, count: usize| {
             for _ in 0..count {
