@@ -9,16 +9,19 @@
 //! The same events in the same batches every time: the ring is filled, and the next events are not made
 //! before all of it is appended. So no full ring is waited for, and the shard finds whole batches.
 
-use std::convert::Infallible;
+#[path = "shared/event.rs"]
+mod event;
+#[path = "shared/player.rs"]
+mod player;
+
 use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
-use corelane::{
-    Aggregate, Config, Durability, Emit, Engine, Event, EventType, EventTypeId, Key, Meta, Pin, Producer, Stateless,
-    Wait,
-};
-use rkyv::{Archive, Deserialize, Serialize};
+use corelane::{Aggregate, Config, Durability, Engine, Key, Pin, Producer, Stateless, Wait};
+
+use crate::event::GameEvent;
+use crate::player::Player;
 
 const USERS: u64 = 10_000;
 const SEED: u64 = 0x5eed;
@@ -26,60 +29,6 @@ const SEED: u64 = 0x5eed;
 const BATCH: usize = 256;
 /// Events between two waits. Large, so that looking for events where there are none is rare.
 const ROUND: usize = 1 << 16;
-
-#[derive(Archive, Serialize, Clone, Copy, Debug)]
-enum GameEvent {
-    Moved { x: f64, y: f64, heading: f64, zone: u64, tick: u64 },
-    Attacked { target: u64, damage: u64, x: f64, y: f64, tick: u64 },
-}
-
-const _: () = assert!(size_of::<rkyv::Archived<GameEvent>>() == 48);
-
-impl Event for GameEvent {
-    const TYPES: &'static [EventType] =
-        &[EventType::new(1, "player_moved", 1), EventType::new(2, "player_attacked", 1)];
-
-    #[inline]
-    fn event_type(&self) -> EventTypeId {
-        match self {
-            Self::Moved { .. } => EventTypeId(1),
-            Self::Attacked { .. } => EventTypeId(2),
-        }
-    }
-}
-
-/// What a player's events have made of it.
-#[derive(Archive, Serialize, Deserialize, Clone, Debug, Default)]
-struct Player {
-    x: f64,
-    y: f64,
-    attacks: u32,
-    damage: u32,
-    tick: u64,
-}
-
-impl Aggregate for Player {
-    type Event = GameEvent;
-    type Command = Infallible;
-    type Rejection = ();
-
-    #[inline]
-    fn evolve(&mut self, event: &ArchivedGameEvent, _meta: &Meta) {
-        let (x, y, tick) = match event {
-            ArchivedGameEvent::Moved { x, y, tick, .. } => (x, y, tick),
-            ArchivedGameEvent::Attacked { damage, x, y, tick, .. } => {
-                self.attacks += 1;
-                self.damage = self.damage.wrapping_add(damage.to_native() as u32);
-                (x, y, tick)
-            }
-        };
-        (self.x, self.y, self.tick) = (x.to_native(), y.to_native(), tick.to_native());
-    }
-
-    fn decide(&self, command: Infallible, _emit: &mut Emit<GameEvent>) -> Result<(), ()> {
-        match command {}
-    }
-}
 
 fn main() -> Result<()> {
     let mut args = std::env::args().skip(1);

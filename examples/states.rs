@@ -10,7 +10,11 @@
 //! 48-byte events, a 32-byte state, one shard, `OsCache` (files in the system's cache) unless said otherwise.
 #![expect(clippy::print_stdout, reason = "a tool's results belong on standard output")]
 
-use std::convert::Infallible;
+#[path = "shared/event.rs"]
+mod event;
+#[path = "shared/player.rs"]
+mod player;
+
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
@@ -18,11 +22,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use corelane::view::Area;
-use corelane::{
-    Aggregate, Config, Durability, Emit, Engine, Event, EventType, EventTypeId, Key, Meta, Retention, Version, Wait,
-};
+use corelane::{Config, Durability, Engine, Key, Retention, Version, Wait};
 use hdrhistogram::Histogram;
-use rkyv::{Archive, Deserialize, Serialize};
+
+use crate::event::GameEvent;
+use crate::player::Player;
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -31,64 +35,13 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 const WORLD: f64 = 1000.0;
 const BATCH: usize = 256;
 
-#[derive(Archive, Serialize, Clone, Copy, Debug)]
-enum GameEvent {
-    Moved { x: f64, y: f64, heading: f64, zone: u64, tick: u64 },
-    Attacked { target: u64, damage: u64, x: f64, y: f64, tick: u64 },
-}
-
-impl Event for GameEvent {
-    const TYPES: &'static [EventType] =
-        &[EventType::new(1, "player_moved", 1), EventType::new(2, "player_attacked", 1)];
-
-    #[inline]
-    fn event_type(&self) -> EventTypeId {
-        match self {
-            Self::Moved { .. } => EventTypeId(1),
-            Self::Attacked { .. } => EventTypeId(2),
-        }
-    }
-}
-
-#[derive(Archive, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
-struct Player {
-    x: f64,
-    y: f64,
-    attacks: u32,
-    damage: u32,
-    tick: u64,
-}
-
-impl Aggregate for Player {
-    type Event = GameEvent;
-    type Command = Infallible;
-    type Rejection = ();
-
-    #[inline]
-    fn evolve(&mut self, event: &ArchivedGameEvent, _meta: &Meta) {
-        let (x, y, tick) = match event {
-            ArchivedGameEvent::Moved { x, y, tick, .. } => (x, y, tick),
-            ArchivedGameEvent::Attacked { damage, x, y, tick, .. } => {
-                self.attacks += 1;
-                self.damage = self.damage.wrapping_add(damage.to_native() as u32);
-                (x, y, tick)
-            }
-        };
-        (self.x, self.y, self.tick) = (x.to_native(), y.to_native(), tick.to_native());
-    }
-
-    fn decide(&self, command: Infallible, _emit: &mut Emit<GameEvent>) -> Result<(), ()> {
-        match command {}
-    }
-}
-
 /// A linear congruential generator's high bits.
 fn draw(random: &mut u64) -> u64 {
     *random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
     *random >> 33
 }
 
-fn event(random: &mut u64, tick: u64) -> GameEvent {
+fn draw_event(random: &mut u64, tick: u64) -> GameEvent {
     let (x, y) = ((draw(random) % 1_000_000) as f64 / 1000.0, (draw(random) % 1_000_000) as f64 / 1000.0);
     if tick.is_multiple_of(4) {
         GameEvent::Attacked { target: tick ^ 1, damage: tick & 0xff, x, y, tick }
@@ -120,7 +73,7 @@ fn fill(engine: &Engine<Player>, events: u64, users: u64) -> Result<()> {
     let (mut producer, mut random, mut batch) = (engine.producer(), 7, Vec::with_capacity(BATCH));
     for tick in 0..events {
         let user = draw(&mut random) % users;
-        batch.push((Key::new(user), event(&mut random, tick)));
+        batch.push((Key::new(user), draw_event(&mut random, tick)));
         if batch.len() == BATCH {
             producer.publish_batch(&mut batch)?;
         }
@@ -173,10 +126,10 @@ fn travel(dir: &Path, events: u64) -> Result<()> {
     let engine = Engine::<Player>::open(config(dir, 1000))?;
     let (mut producer, mut random, mut batch) = (engine.producer(), 7, Vec::with_capacity(BATCH));
     for tick in 0..events {
-        batch.push((Key::new(1), event(&mut random, tick)));
+        batch.push((Key::new(1), draw_event(&mut random, tick)));
         for _ in 0..4 {
             let other = 2 + draw(&mut random) % 998;
-            batch.push((Key::new(other), event(&mut random, tick)));
+            batch.push((Key::new(other), draw_event(&mut random, tick)));
         }
         if batch.len() >= BATCH {
             producer.publish_batch(&mut batch)?;
@@ -221,7 +174,7 @@ fn area(dir: &Path, players: u64) -> Result<()> {
     let engine = Engine::<Player>::builder(config).view(&nearby).open()?;
     let (mut producer, mut random) = (engine.producer(), 7);
     for player in 0..players {
-        producer.publish(Key::new(player), event(&mut random, player))?;
+        producer.publish(Key::new(player), draw_event(&mut random, player))?;
     }
     producer.receipts().iter().try_for_each(|receipt| receipt.appended().wait())?;
     // A circle of this radius is a hundredth of the world.
@@ -286,7 +239,7 @@ fn load(
         while began.elapsed() < Duration::from_secs(2) {
             while batch.len() < BATCH {
                 let player = draw(&mut random) % players;
-                batch.push((Key::new(player), event(&mut random, sent)));
+                batch.push((Key::new(player), draw_event(&mut random, sent)));
             }
             sent += BATCH as u64;
             producer.publish_batch(&mut batch)?;

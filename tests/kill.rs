@@ -8,9 +8,9 @@ use std::collections::{HashMap, VecDeque};
 use std::fs::OpenOptions;
 use std::io::Write;
 use std::path::Path;
-use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
+use common::killed::run_and_kill;
 use common::{Note, env_number, read_shard, small};
 use corelane::{Config, EventLog, Key, Receipt, Retention};
 use rand::{Rng, SeedableRng};
@@ -87,30 +87,10 @@ fn a_killed_process_loses_nothing_it_acknowledged() {
             store = dir.path().join(format!("store-{round}"));
             std::fs::write(&acked, b"").unwrap();
         }
-        let mut child = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "child_that_publishes", "--nocapture"])
-            .env("CORELANE_TEST_DIR", &store)
-            .env("CORELANE_TEST_ACKED", &acked)
-            .stdout(Stdio::null())
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
         // Every fourth is killed while it starts, the others a little after their first acknowledgement.
-        if round % 4 != 0 {
-            let before = std::fs::metadata(&acked).unwrap().len();
-            let deadline = Instant::now() + Duration::from_secs(5);
-            while std::fs::metadata(&acked).unwrap().len() == before && Instant::now() < deadline {
-                std::thread::sleep(Duration::from_micros(500));
-            }
-        }
-        std::thread::sleep(Duration::from_micros(random.random_range(100..30_000)));
-        child.kill().unwrap();
-        let output = child.wait_with_output().unwrap();
-        assert!(
-            output.status.code().is_none(),
-            "round {round}: the child ended by itself: {}",
-            String::from_utf8_lossy(&output.stderr)
-        );
+        let env = [("CORELANE_TEST_DIR", store.as_os_str())];
+        let delay = Duration::from_micros(random.random_range(100..30_000));
+        run_and_kill("child_that_publishes", &env, &acked, round % 4 == 0, delay);
 
         let engine = EventLog::<Note>::open(config(&store))
             .unwrap_or_else(|error| panic!("seed {seed}, round {round}: {error}"));

@@ -9,10 +9,10 @@ use std::collections::{HashMap, VecDeque};
 use std::fs::OpenOptions;
 use std::io::Write;
 use std::path::Path;
-use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use common::bank::{Account, Money, Order, folded, logged};
+use common::killed::run_and_kill;
 use common::{env_number, small};
 use corelane::{Config, Engine, Key};
 use rand::{Rng, SeedableRng};
@@ -109,31 +109,11 @@ fn a_killed_process_carries_out_no_command_twice_and_forgets_none_it_answered() 
             std::fs::write(&acked, b"").unwrap();
         }
         let first = (round + 1) * IDS;
-        let before = std::fs::metadata(&acked).unwrap().len();
-        let mut child = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "child_that_commands", "--nocapture"])
-            .env("CORELANE_TEST_DIR", &store)
-            .env("CORELANE_TEST_ACKED", &acked)
-            .env("CORELANE_TEST_FIRST", first.to_string())
-            .stdout(Stdio::null())
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
+        let first_text = first.to_string();
         // Every fourth is killed while it starts, the others a little after their first acknowledgement.
-        if round % 4 != 0 {
-            let deadline = Instant::now() + Duration::from_secs(5);
-            while std::fs::metadata(&acked).unwrap().len() == before && Instant::now() < deadline {
-                std::thread::sleep(Duration::from_micros(500));
-            }
-        }
-        std::thread::sleep(Duration::from_micros(random.random_range(100..30_000)));
-        child.kill().unwrap();
-        let output = child.wait_with_output().unwrap();
-        assert!(
-            output.status.code().is_none(),
-            "round {round}: the child ended by itself: {}",
-            String::from_utf8_lossy(&output.stderr)
-        );
+        let env = [("CORELANE_TEST_DIR", store.as_os_str()), ("CORELANE_TEST_FIRST", first_text.as_ref())];
+        let delay = Duration::from_micros(random.random_range(100..30_000));
+        run_and_kill("child_that_commands", &env, &acked, round % 4 == 0, delay);
 
         let how = format!("seed {seed}, round {round}");
         let engine = Engine::<Account>::open(config(&store)).unwrap_or_else(|error| panic!("{how}: {error}"));

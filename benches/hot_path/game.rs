@@ -1,34 +1,16 @@
 //! The event all benches use, and the same random sequence of them every time.
 
-use corelane::{Event, EventType, EventTypeId, Key};
+use corelane::Key;
 use rand::rngs::SmallRng;
 use rand::{Rng as _, SeedableRng as _};
-use rkyv::{Archive, Serialize};
 
 /// Users of events whose number of users is not the point.
 pub(crate) const USERS: u64 = 10_000;
 
-/// 48 bytes archived, as the load generator's.
-#[derive(Archive, Serialize, Clone, Copy, Debug)]
-pub(crate) enum GameEvent {
-    Moved { x: f64, y: f64, heading: f64, zone: u64, tick: u64 },
-    Attacked { target: u64, damage: u64, x: f64, y: f64, tick: u64 },
-}
+#[path = "../../examples/shared/event.rs"]
+mod event;
 
-const _: () = assert!(size_of::<rkyv::Archived<GameEvent>>() == 48);
-
-impl Event for GameEvent {
-    const TYPES: &'static [EventType] =
-        &[EventType::new(1, "player_moved", 1), EventType::new(2, "player_attacked", 1)];
-
-    #[inline]
-    fn event_type(&self) -> EventTypeId {
-        match self {
-            Self::Moved { .. } => EventTypeId(1),
-            Self::Attacked { .. } => EventTypeId(2),
-        }
-    }
-}
+pub(crate) use event::{ArchivedGameEvent, GameEvent};
 
 /// The tick of an archived event: reads it, so that reading is not left out.
 #[inline]

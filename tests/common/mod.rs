@@ -2,6 +2,7 @@
 #![allow(dead_code, clippy::unwrap_used, reason = "every test binary uses a part of this; a test may unwrap")]
 
 pub(crate) mod bank;
+pub(crate) mod killed;
 
 use std::collections::BTreeMap;
 use std::future::Future;
