@@ -337,3 +337,34 @@ fn all_states_are_rebuilt_without_touching_those_in_use() {
         .unwrap();
     assert_eq!(rebuilt, 40);
 }
+
+#[test]
+fn a_refused_store_keeps_its_saved_states_as_they_are() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = || small(dir.path()).shards(2).snapshot_every(10);
+    let engine = open(config());
+    deposit(&engine, 20, 1, 101);
+    engine.flush(soon()).unwrap();
+    engine.shutdown(soon()).unwrap();
+    drop(engine);
+    // One shard's snapshots end in the middle of one, which is mended at the next opening …
+    let snapshots = std::fs::read_dir(dir.path().join("shard-0000")).unwrap().map(|entry| entry.unwrap().path());
+    let torn = snapshots.filter(|path| path.extension().is_some_and(|extension| extension == "snp")).max().unwrap();
+    let whole = std::fs::read(&torn).unwrap();
+    std::fs::write(&torn, &whole[..whole.len() - 20]).unwrap();
+    // … unless that is refused for what the other shard has.
+    let log = dir.path().join("shard-0001/000000000000.seg");
+    let sound = std::fs::read(&log).unwrap();
+    let mut damaged = sound.clone();
+    damaged[common::PAGE + 60] ^= 1;
+    std::fs::write(&log, &damaged).unwrap();
+    let before = common::tree(dir.path());
+    let refused = Engine::<Account>::open(config());
+    assert!(matches!(refused, Err(OpenError::Corruption(_))), "{refused:?}");
+    assert!(common::tree(dir.path()) == before, "a refused store was changed");
+    std::fs::write(&log, &sound).unwrap();
+    let engine = open(config());
+    assert_eq!(engine.snapshot_stats().unreadable, 1);
+    assert_eq!(engine.state_at(Key(3), Version(55)).unwrap().state.cents, sum(55));
+    assert!(std::fs::metadata(&torn).unwrap().len() < whole.len() as u64 - 20, "cut to what holds");
+}

@@ -368,6 +368,43 @@ mod tests {
         }
     }
 
+    /// As small as a state can be that is saved.
+    #[derive(rkyv::Archive, rkyv::Serialize, rkyv::Deserialize, Clone, Default)]
+    struct Small(u64);
+
+    impl Aggregate for Small {
+        type Event = crate::envelope::Envelope;
+        type Command = ();
+        type Rejection = ();
+
+        fn evolve(&mut self, _event: &crate::envelope::ArchivedEnvelope, _meta: &crate::event::Meta) {}
+
+        fn decide(&self, _command: (), _emit: &mut crate::aggregate::Emit<Self::Event>) -> Result<(), ()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_checkpoint_leaves_a_chunk_for_snapshots() {
+        let requests = Arc::new(CheckpointRequests::new());
+        let (messages, sent) = rtrb::RingBuffer::new(64);
+        let (mut empty, used) = rtrb::RingBuffer::new(3);
+        while empty.push(Chunk::new()).is_ok() {}
+        let signal = std::sync::Arc::new(Signal::new());
+        let mut taker = Taker::new::<Small>(1, 0, Offset(0), Arc::clone(&requests), signal, messages, used);
+        // Large enough that a checkpoint takes several steps.
+        let (keys, outcomes) = (KeyTable::<Small>::new(50_000), Outcomes::new(0));
+        requests.ask();
+        for _ in 0..8 {
+            taker.step(&keys, &outcomes, (Offset(16), Sequence(0), Time(0)), 0, true);
+        }
+        assert!(taker.going.is_some() && sent.slots() == 3, "begun, and two chunks: {} messages", sent.slots());
+        assert!(!taker.has_work(), "the next step waits for a chunk");
+        let slot = Slot { key: crate::event::Key(1), version: crate::event::Version(1), ..Slot::default() };
+        taker.take::<Small>(&slot);
+        assert_eq!(requests.skipped.load(Ordering::Relaxed), 0);
+    }
+
     #[test]
     fn snapshots_gather_in_the_last_chunk_while_the_snapshotter_is_behind() {
         type State = crate::aggregate::Stateless<crate::envelope::Envelope>;
