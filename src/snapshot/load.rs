@@ -11,7 +11,7 @@ use crate::keys::Slot;
 use crate::log::fold::Folder;
 use crate::log::format::ALIGN;
 use crate::log::storage::{Storage, replace};
-use crate::snapshot::format::{End, Entry, FILE_HEADER_BYTES, FileHeader, Kind, entry_at};
+use crate::snapshot::format::{ENTRY_HEADER_BYTES, End, Entry, FILE_HEADER_BYTES, FileHeader, Kind, entry_at};
 use crate::snapshot::store::{Held, Saved, SnapshotStore, file_name, file_number, whole};
 use crate::sync::Ordering;
 
@@ -41,7 +41,7 @@ pub(crate) fn candidates(storage: &dyn Storage, dir: &Path, shard: ShardId) -> i
     let boot = storage.boot_id();
     let (mut found, mut unreadable) = (Vec::new(), 0);
     for number in numbers {
-        match ends(storage, dir, shard, number) {
+        match ends(storage, dir, shard, number)? {
             Ok((header, end)) => found.push(Candidate {
                 number,
                 start: header.start,
@@ -63,21 +63,28 @@ pub(crate) fn candidates(storage: &dyn Storage, dir: &Path, shard: ShardId) -> i
     Ok((found, unreadable))
 }
 
-/// Beginning and end of a checkpoint.
-fn ends(storage: &dyn Storage, dir: &Path, shard: ShardId, number: u32) -> Result<(FileHeader, End), &'static str> {
-    let unread = |_| "it cannot be read";
-    let file = storage.open_side(&dir.join(file_name(Kind::Checkpoint, number))).map_err(unread)?;
-    let bytes = file.len().map_err(unread)?;
+/// Beginning and end of a checkpoint, or why there are none. That a file cannot be read just now is an error and no reason to
+/// pass over it: should the log go on without what it knows, it could be taken for a checkpoint of that log later.
+fn ends(
+    storage: &dyn Storage,
+    dir: &Path,
+    shard: ShardId,
+    number: u32,
+) -> io::Result<Result<(FileHeader, End), &'static str>> {
+    let file = storage.open_side(&dir.join(file_name(Kind::Checkpoint, number)))?;
+    let bytes = file.len()?;
     let mut ends = AlignedVec::<ALIGN>::new();
-    ends.resize(FILE_HEADER_BYTES + 48, 0);
-    let tail = bytes.checked_sub(48).ok_or("a checkpoint without an end")?;
-    file.read_at(0, &mut ends[..FILE_HEADER_BYTES]).map_err(unread)?;
-    file.read_at(tail, &mut ends[FILE_HEADER_BYTES..]).map_err(unread)?;
-    let header = FileHeader::decode(&ends, shard)?;
-    if header.kind != Kind::Checkpoint {
-        return Err("it is no checkpoint");
+    ends.resize(FILE_HEADER_BYTES + ENTRY_HEADER_BYTES, 0);
+    if bytes < ends.len() as u64 {
+        return Ok(Err("a checkpoint without an end"));
     }
-    Ok((header, End::decode(&ends)?))
+    let (head, end) = ends.split_at_mut(FILE_HEADER_BYTES);
+    file.read_at(0, head)?;
+    file.read_at(bytes - ENTRY_HEADER_BYTES as u64, end)?;
+    Ok(FileHeader::decode(&ends, shard).and_then(|header| match header.kind {
+        Kind::Checkpoint => Ok((header, End::decode(&ends)?)),
+        Kind::Snapshots => Err("it is no checkpoint"),
+    }))
 }
 
 /// Puts the states of a checkpoint into the table. `Err`: it cannot be used, and the folder's table is to be thrown away.
@@ -170,8 +177,8 @@ pub(crate) fn index<A: Aggregate>(
         next_number = next_number.max(number + 1);
         let path = dir.join(file_name(kind, number));
         if kind == Kind::Checkpoint && !usable.contains(&number) {
-            // One that merely cannot be read, or is of another state version, may be of use to somebody yet.
-            if ends(storage, dir, shard, number).is_ok_and(|(_, known)| known.log_end > end) {
+            // A damaged one, or one of another state version, may be of use to somebody yet.
+            if ends(storage, dir, shard, number)?.is_ok_and(|(_, known)| known.log_end > end) {
                 tracing::warn!(path = %path.display(), "a checkpoint of events that are gone is removed");
                 remove.push(path);
             }
@@ -179,7 +186,7 @@ pub(crate) fn index<A: Aggregate>(
         }
         let file = storage.open_side(&path)?;
         if kind == Kind::Checkpoint {
-            let (start, entries, bytes) = match ends(storage, dir, shard, number) {
+            let (start, entries, bytes) = match ends(storage, dir, shard, number)? {
                 Ok((header, end)) => (header.start, end.entries, file.len()?),
                 Err(_) => continue,
             };
