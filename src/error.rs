@@ -183,6 +183,16 @@ pub enum OpenError {
     /// Bytes that had been durable are damaged. Nothing is skipped.
     #[error(transparent)]
     Corruption(#[from] Corruption),
+    /// The same in a file beside the log. It is left as it is.
+    #[error("{}, at {at}: {why}", path.display())]
+    DamagedFile {
+        /// The file.
+        path: PathBuf,
+        /// Where in it.
+        at: u64,
+        /// What does not hold.
+        why: &'static str,
+    },
     /// The file system refused.
     #[error("{action} {}: {source}", path.display())]
     Io {

@@ -109,6 +109,8 @@ fn may_use(file: &str) -> Option<&'static [&'static str]> {
         "flush.rs" => &["error", "sync", "log", "producer"],
         "runner.rs" => &["aggregate", "event", "error", "config", "sync", "clock", "producer", "shard"],
         "envelope/mod.rs" => &["event", "error"],
+        // Durable: the log's storage and words of bytes, none of its segments.
+        _ if file.starts_with("consumer/dead_letter") => &["event", "error", "config", "log"],
         // Reads the log, never a shard; none of these parts needs even the log.
         _ if file.starts_with("consumer/") => &["event", "error", "config", "consumer"],
         // Read models see states, never who keeps them.

@@ -9,6 +9,8 @@
 //! | [`Lanes`] | What may run now so that every key keeps its order, and how far is all of it done? |
 //! | [`RetryPolicy`] | An attempt failed: when is the next, if any? |
 //! | [`Health`] | Does this service work, and may it be called now? |
+//!
+//! The one part that is durable: the dead letters, whose owner is the consumer's thread.
 
 use std::time::Duration;
 
@@ -24,11 +26,16 @@ macro_rules! setters {
     };
 }
 
+#[cfg_attr(not(test), expect(dead_code, reason = "the consumer that owns them comes with its driver"))]
+mod dead_letter;
 mod health;
 mod lanes;
 mod retry;
 mod sequence_gate;
 
+pub use dead_letter::answer::{
+    DeadLetter, DeadLetterPolicy, LetterKind, LetterStatistics, LettersError, WhenFull, WriteRefused,
+};
 pub use health::report::HealthReport;
 pub use health::{Admission, Cause, Health, HealthChange, HealthPolicy, HealthStatus, Pass};
 pub use lanes::Lanes;

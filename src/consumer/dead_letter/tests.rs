@@ -1,0 +1,683 @@
+//! Letters against a plain model, and what is left of them after cuts, flips, failures and power cuts.
+
+use std::collections::BTreeMap;
+
+use proptest::prelude::*;
+
+use super::answer::{LetterKind, WhenFull};
+use super::format::{ENTRY_BYTES, FILE_HEADER_BYTES, Totals};
+use super::*;
+use crate::event::{Correlation, EventTypeId, Version};
+use crate::log::format::tests::assert_golden;
+use crate::testing::{FaultyStorage, Unsynced};
+
+const DIR: &str = "/store/consumers/mail";
+
+fn open(disk: &FaultyStorage) -> Result<Letters, OpenError> {
+    open_with(disk, DeadLetterPolicy::default())
+}
+
+fn open_with(disk: &FaultyStorage, policy: DeadLetterPolicy) -> Result<Letters, OpenError> {
+    Letters::open(Arc::new(disk.clone()), Path::new(DIR), policy)
+}
+
+fn opened(disk: &FaultyStorage) -> Letters {
+    open(disk).expect("opens")
+}
+
+/// Keys live in the shard that is their last bit.
+fn id(key: u64, offset: u64) -> EventId {
+    EventId { shard: ShardId(key as u16 & 1), offset: Offset(offset) }
+}
+
+fn letter(key: u64, offset: u64, error: &str) -> DeadLetter {
+    DeadLetter {
+        id: id(key, offset),
+        key: Key(key),
+        event_type: EventTypeId(3),
+        schema_version: 2,
+        version: Version(offset + 1),
+        time: Time(1_000 + offset),
+        correlation: Correlation(7),
+        why: LetterKind::Failed,
+        attempts: 5,
+        error: error.to_owned(),
+        first_failed: Time(2_000 + offset),
+        last_failed: Time(3_000 + offset),
+    }
+}
+
+fn archive(offset: u64) -> Vec<u8> {
+    (0..offset % 37).map(|byte| (byte + offset) as u8).collect()
+}
+
+/// What is to be written, owned.
+#[derive(Debug, Clone)]
+enum Op {
+    Park(u64, u64),
+    Skip(u64, u64),
+    Again(u64, u64, u32),
+    Handle(u64, u64),
+    Discard(u64, u64),
+}
+
+fn entry<'a>(op: &Op, letter: &'a DeadLetter, archive: &'a [u8]) -> Entry<'a> {
+    let (id, key, time) = (letter.id, letter.key, Time(9_000));
+    match *op {
+        Op::Park(..) => Entry::Parked { letter, archive },
+        Op::Skip(..) => Entry::Skipped { letter, archive },
+        Op::Again(_, _, attempts) => Entry::FailedAgain { id, key, attempts, error: "again", time },
+        Op::Handle(..) => Entry::Handled { id, key, time },
+        Op::Discard(..) => Entry::Discarded { id, key, time },
+    }
+}
+
+/// Writes one batch.
+fn write(letters: &mut Letters, ops: &[Op]) -> Result<Written, WriteRefused> {
+    let of = |op: &Op| match *op {
+        Op::Park(key, offset) | Op::Skip(key, offset) => (letter(key, offset, "no answer"), archive(offset)),
+        Op::Again(key, offset, _) | Op::Handle(key, offset) | Op::Discard(key, offset) => {
+            (letter(key, offset, ""), Vec::new())
+        }
+    };
+    let owned: Vec<_> = ops.iter().map(of).collect();
+    let entries: Vec<Entry<'_>> =
+        ops.iter().zip(&owned).map(|(op, (letter, archive))| entry(op, letter, archive)).collect();
+    letters.write(&entries)
+}
+
+/// The letters as a map, by key and offset; what every event came to; and the counts.
+#[derive(Debug, Clone, Default, PartialEq)]
+struct Model {
+    letters: BTreeMap<(u64, u64), DeadLetter>,
+    known: BTreeSet<(u64, u64)>,
+    totals: Totals,
+}
+
+impl Model {
+    fn apply(&mut self, op: &Op) {
+        match *op {
+            Op::Park(key, offset) if self.known.insert((key, offset)) => {
+                self.letters.insert((key, offset), letter(key, offset, "no answer"));
+                self.totals.parked += 1;
+            }
+            Op::Skip(key, offset) if self.known.insert((key, offset)) => self.totals.skipped += 1,
+            Op::Again(key, offset, attempts) => {
+                if let Some(letter) = self.letters.get_mut(&(key, offset)) {
+                    (letter.attempts, letter.error, letter.last_failed) = (attempts, "again".into(), Time(9_000));
+                }
+            }
+            Op::Handle(key, offset) if self.letters.remove(&(key, offset)).is_some() => self.totals.handled += 1,
+            Op::Discard(key, offset) if self.letters.remove(&(key, offset)).is_some() => self.totals.discarded += 1,
+            _ => {}
+        }
+    }
+
+    fn with(&self, ops: &[Op]) -> Self {
+        let mut model = self.clone();
+        ops.iter().for_each(|op| model.apply(op));
+        model
+    }
+
+    /// What the letters say, as a model.
+    fn of(letters: &Letters, known: &Self) -> Self {
+        let listed = letters.list(None, usize::MAX).expect("read");
+        let known = known.known.iter().copied().filter(|&(key, offset)| letters.knows(id(key, offset)));
+        Self {
+            letters: listed.into_iter().map(|letter| ((letter.key.0, letter.id.offset.0), letter)).collect(),
+            known: known.collect(),
+            totals: letters.index.totals(),
+        }
+    }
+
+    fn check(&self, letters: &Letters) {
+        assert_eq!(&Self::of(letters, self), self);
+        assert_eq!(letters.len(), self.letters.len());
+        let mut keys: BTreeMap<u64, Vec<u64>> = BTreeMap::new();
+        for (key, offset) in self.letters.keys() {
+            keys.entry(*key).or_default().push(*offset);
+        }
+        let expected: Vec<_> =
+            keys.iter().map(|(&key, of)| (Key(key), ShardId(key as u16 & 1), of.len() as u32)).collect();
+        assert_eq!(letters.keys().collect::<Vec<_>>(), expected);
+        for (&key, offsets) in &keys {
+            assert_eq!(letters.letters_of(Key(key)), offsets.len() as u32);
+            assert_eq!(letters.oldest_of(Key(key)), Some(id(key, offsets[0])));
+        }
+        for (&(key, offset), letter) in &self.letters {
+            let (shown, bytes) = letters.show(Key(key), id(key, offset)).expect("read").expect("there");
+            assert_eq!((&shown, &bytes[..]), (letter, &archive(offset)[..]));
+            assert_eq!(bytes.as_ptr() as usize % 16, 0);
+        }
+    }
+}
+
+fn file(number: u32) -> PathBuf {
+    path(Path::new(DIR), number)
+}
+
+/// A disk with these files.
+fn disk_of(files: &BTreeMap<PathBuf, Vec<u8>>) -> FaultyStorage {
+    FaultyStorage::with_files(files.clone())
+}
+
+fn assert_damaged(found: Result<Letters, OpenError>, what: &str) {
+    assert!(matches!(found, Err(OpenError::DamagedFile { .. })), "{what}: {found:?}");
+}
+
+/// Batches of which each letter is dealt with in all ways.
+fn script() -> Vec<Vec<Op>> {
+    vec![
+        vec![Op::Park(1, 10)],
+        vec![Op::Park(1, 20), Op::Park(2, 30), Op::Skip(3, 40)],
+        vec![Op::Again(1, 10, 6), Op::Handle(2, 30)],
+        vec![Op::Park(2, 50), Op::Discard(1, 10), Op::Again(1, 20, 7)],
+        vec![Op::Handle(1, 20)],
+        vec![Op::Park(5, 60), Op::Skip(5, 70)],
+    ]
+}
+
+#[test]
+fn nothing_is_made_before_there_is_something() {
+    let disk = FaultyStorage::new();
+    let mut letters = opened(&disk);
+    write(&mut letters, &[]).expect("nothing");
+    write(&mut letters, &[Op::Handle(1, 1)]).expect("says nothing new");
+    assert!(disk.files().is_empty() && letters.len() == 0);
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    let at = (1..5_u64, 0..25_u64);
+    prop_oneof![
+        4 => at.clone().prop_map(|(key, offset)| Op::Park(key, offset)),
+        1 => at.clone().prop_map(|(key, offset)| Op::Skip(key, offset)),
+        2 => (at.clone(), 1..9_u32).prop_map(|((key, offset), attempts)| Op::Again(key, offset, attempts)),
+        2 => at.clone().prop_map(|(key, offset)| Op::Handle(key, offset)),
+        1 => at.prop_map(|(key, offset)| Op::Discard(key, offset)),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+    #[test]
+    fn agree_with_the_model_and_so_when_opened_again(
+        batches in prop::collection::vec((prop::collection::vec(op(), 1..4), 0..8_u8), 1..24),
+    ) {
+        let disk = FaultyStorage::new();
+        let mut letters = opened(&disk);
+        let mut model = Model::default();
+        for (mut batch, then) in batches {
+            // In one batch a letter is not written and dealt with, and no event is two keys'.
+            batch.dedup_by_key(|op| match *op {
+                Op::Park(_, at) | Op::Skip(_, at) | Op::Again(_, at, _) | Op::Handle(_, at) | Op::Discard(_, at) => at,
+            });
+            let mut seen = BTreeSet::new();
+            batch.retain_mut(|op| {
+                let (Op::Park(key, at) | Op::Skip(key, at) | Op::Again(key, at, _) | Op::Handle(key, at)
+                    | Op::Discard(key, at)) = op;
+                *at = *at * 8 + *key;
+                seen.insert(*at)
+            });
+            write(&mut letters, &batch).expect("written");
+            model = model.with(&batch);
+            match then {
+                0 | 1 => letters.compact().unwrap_or_else(|error| panic!("{error}")),
+                2 => letters = opened(&disk),
+                3 => {
+                    disk.crash(Unsynced::Lost);
+                    letters = opened(&disk);
+                }
+                _ => model.check(&opened(&disk)),
+            }
+            model.check(&letters);
+        }
+    }
+}
+
+#[test]
+fn a_file_cut_anywhere_in_its_last_batch_has_all_batches_before_it_and_can_be_written_on() {
+    let disk = FaultyStorage::new();
+    let mut letters = opened(&disk);
+    let mut model = Model::default();
+    let (tail, before) = script().into_iter().fold((Vec::new(), 0), |(_, _), batch| {
+        let before = disk.files().get(&file(1)).map_or(0, Vec::len);
+        write(&mut letters, &batch).expect("written");
+        (batch, before)
+    });
+    for batch in &script()[..5] {
+        model = model.with(batch);
+    }
+    let files = disk.files();
+    for len in before..files[&file(1)].len() {
+        let mut cut = files.clone();
+        cut.get_mut(&file(1)).expect("it is").truncate(len);
+        let disk = disk_of(&cut);
+        let mut letters = opened(&disk);
+        model.check(&letters);
+        write(&mut letters, &tail).expect("written");
+        model.with(&tail).check(&letters);
+        model.with(&tail).check(&opened(&disk));
+        assert_eq!(disk.files()[&file(1)].len(), len, "nothing is written behind what is torn");
+        assert!(disk.files().contains_key(&file(2)));
+    }
+}
+
+#[test]
+fn a_first_write_that_was_cut_short_leaves_nothing_and_no_error() {
+    let disk = FaultyStorage::new();
+    write(&mut opened(&disk), &[Op::Park(1, 10), Op::Park(1, 36)]).expect("written");
+    let whole = disk.files()[&file(1)].clone();
+    for len in 0..whole.len() {
+        let disk = disk_of(&BTreeMap::from([(file(1), whole[..len].to_vec())]));
+        let mut letters = opened(&disk);
+        assert_eq!(letters.len(), 0, "{len} bytes");
+        write(&mut letters, &[Op::Park(1, 10)]).expect("written");
+        assert_eq!(opened(&disk).len(), 1);
+    }
+}
+
+#[test]
+fn every_flipped_bit_that_a_later_write_follows_is_refused() {
+    let disk = FaultyStorage::new();
+    let mut letters = opened(&disk);
+    let mut begun = Vec::new();
+    for batch in &script() {
+        begun.push(disk.files().get(&file(1)).map_or(0, Vec::len));
+        write(&mut letters, batch).expect("written");
+    }
+    let files = disk.files();
+    for at in 0..begun[5] {
+        for bit in [0, 5] {
+            let mut flipped = files.clone();
+            flipped.get_mut(&file(1)).expect("it is")[at] ^= 1 << bit;
+            assert_damaged(open(&disk_of(&flipped)), &format!("byte {at}"));
+        }
+    }
+    // The next life names how far the file went: then its last batch is covered too.
+    write(&mut opened(&disk), &[Op::Park(9, 900)]).expect("written");
+    let files = disk.files();
+    for at in 0..files[&file(1)].len() {
+        let mut flipped = files.clone();
+        flipped.get_mut(&file(1)).expect("it is")[at] ^= 4;
+        assert_damaged(open(&disk_of(&flipped)), &format!("byte {at} of the first of two"));
+    }
+    let mut shorter = files.clone();
+    shorter.get_mut(&file(1)).expect("it is").truncate(begun[5]);
+    assert_damaged(open(&disk_of(&shorter)), "a file cut at a batch");
+    let mut missing = files;
+    missing.remove(&file(1));
+    assert!(matches!(open(&disk_of(&missing)), Err(OpenError::Io { .. })), "a file that is named is missing");
+}
+
+#[test]
+fn every_flipped_bit_of_a_complete_file_is_refused() {
+    let disk = FaultyStorage::new();
+    let mut letters = opened(&disk);
+    for batch in &script() {
+        write(&mut letters, batch).expect("written");
+    }
+    letters.compact().expect("compacted");
+    let files = disk.files();
+    assert_eq!(files.keys().collect::<Vec<_>>(), [&file(2)]);
+    for at in 0..files[&file(2)].len() {
+        let mut flipped = files.clone();
+        flipped.get_mut(&file(2)).expect("it is")[at] ^= 1;
+        assert_damaged(open(&disk_of(&flipped)), &format!("byte {at}"));
+        let mut cut = files.clone();
+        cut.get_mut(&file(2)).expect("it is").truncate(at);
+        assert_damaged(open(&disk_of(&cut)), &format!("cut at {at}"));
+    }
+}
+
+#[test]
+fn damage_that_comes_after_opening_is_named_when_it_is_read() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let dir = dir.path().join("consumers/mail");
+    let mut letters = Letters::open(Arc::new(Files), &dir, DeadLetterPolicy::default()).expect("opens");
+    write(&mut letters, &[Op::Park(1, 36)]).expect("written");
+    let path = path(&dir, 1);
+    let mut bytes = std::fs::read(&path).expect("read");
+    *bytes.last_mut().expect("some") ^= 1;
+    std::fs::write(&path, bytes).expect("written");
+    let shown = letters.show(Key(1), id(1, 36));
+    assert!(matches!(shown, Err(LettersError::Damaged { at: 64, .. })), "{shown:?}");
+    assert!(matches!(letters.compact(), Err(LettersError::Damaged { .. })), "and not copied as if it held");
+}
+
+#[test]
+fn an_unknown_version_is_refused_and_left_alone() {
+    let disk = FaultyStorage::new();
+    write(&mut opened(&disk), &[Op::Park(1, 10)]).expect("written");
+    let mut files = disk.files();
+    files.get_mut(&file(1)).expect("it is")[8] = 2;
+    // As a build of that version writes it, and damaged: the check sum tells.
+    assert_damaged_or_dropped(&files);
+    let head = &mut files.get_mut(&file(1)).expect("it is")[..FILE_HEADER_BYTES];
+    let crc = crate::log::mmap::crc32c(0, &head[..56]);
+    head[56..60].copy_from_slice(&crc.to_le_bytes());
+    let disk = disk_of(&files);
+    let found = open(&disk);
+    assert!(matches!(found, Err(OpenError::UnknownFormat { found: 2, known: 1, .. })), "{found:?}");
+    assert_eq!(disk.files(), files);
+}
+
+/// A flipped version is no other version.
+fn assert_damaged_or_dropped(files: &BTreeMap<PathBuf, Vec<u8>>) {
+    match open(&disk_of(files)) {
+        Ok(letters) => assert_eq!(letters.len(), 0),
+        Err(error) => assert!(matches!(error, OpenError::DamagedFile { .. }), "{error:?}"),
+    }
+}
+
+/// Runs the script, with a compaction and a batch after it, until a write fails if `stop`. Returns the model of what was
+/// acknowledged, and the batches refused since the last that was not.
+fn run(letters: &mut Letters, stop: bool) -> (Model, Vec<Vec<Op>>) {
+    let (mut model, mut refused) = (Model::default(), Vec::new());
+    for (i, batch) in script().iter().enumerate() {
+        if i == 3 || i == 5 {
+            let before = Model::of(letters, &model);
+            if letters.compact().is_err() && stop {
+                return (model, refused);
+            }
+            assert_eq!(Model::of(letters, &model), before, "a compaction changes nothing, whether it fails or not");
+        }
+        match write(letters, batch) {
+            Ok(_) => {
+                model = model.with(batch);
+                refused.clear();
+            }
+            Err(WriteRefused::Io { .. }) => refused.push(batch.clone()),
+            Err(other) => panic!("{other:?}"),
+        }
+        model.check(letters);
+        if stop && !refused.is_empty() {
+            break;
+        }
+    }
+    (model, refused)
+}
+
+/// What is there is what was acknowledged, with at most the newest of the refused, whole.
+fn check_after(disk: &FaultyStorage, model: &Model, refused: &[Vec<Op>], what: &str) {
+    let letters = open(disk).unwrap_or_else(|error| panic!("{what}: {error}"));
+    let whole = refused.last().map(|batch| model.with(batch));
+    let all_known = refused.last().map_or_else(|| model.clone(), |batch| model.with(batch));
+    let found = Model::of(&letters, &all_known);
+    assert!(&found == model || Some(&found) == whole.as_ref(), "{what}: {found:#?}\nand not {model:#?}");
+    found.check(&letters);
+    let mut letters = letters;
+    let next = [Op::Park(8, 800), Op::Skip(8, 801)];
+    write(&mut letters, &next).unwrap_or_else(|error| panic!("{what}: {error}"));
+    letters.compact().unwrap_or_else(|error| panic!("{what}: {error}"));
+    found.with(&next).check(&opened(disk));
+}
+
+/// A fault of one kind at the n-th place.
+type Fault = fn(&FaultyStorage, u64);
+
+#[test]
+fn a_failure_at_any_operation_loses_nothing_acknowledged_and_halves_no_batch() {
+    let faults: [(&str, Fault); 2] = [("operation", FaultyStorage::fail_operation), ("sync", FaultyStorage::fail_sync)];
+    let mut failed = 0;
+    for (name, fault) in faults {
+        for (n, stop) in (1..60).flat_map(|n| [(n, true), (n, false)]) {
+            let disk = FaultyStorage::new();
+            let mut letters = opened(&disk);
+            fault(&disk, n);
+            let (model, refused) = run(&mut letters, stop);
+            failed += refused.len();
+            disk.fail_operation(1 << 60);
+            disk.fail_sync(1 << 60);
+            drop(letters);
+            let what = format!("{name} {n}, stopped {stop}");
+            check_after(&FaultyStorage::with_files(disk.files()), &model, &refused, &format!("{what}, killed"));
+            for unsynced in [Unsynced::Lost, Unsynced::Random(n), Unsynced::Random(n * 7919)] {
+                check_after(&disk.after_crash(unsynced), &model, &refused, &format!("{what}, {unsynced:?}"));
+            }
+        }
+    }
+    assert!(failed > 10, "the faults reach the writes: {failed}");
+}
+
+#[test]
+fn a_failing_operation_while_opening_is_an_error_and_changes_nothing() {
+    let disk = FaultyStorage::new();
+    let mut letters = opened(&disk);
+    let (model, _) = run(&mut letters, false);
+    write(&mut opened(&disk), &[Op::Park(7, 700)]).expect("written");
+    let files = disk.files();
+    let mut errors = 0;
+    for n in 1..12 {
+        for fault in [FaultyStorage::fail_operation as Fault, FaultyStorage::fail_sync] {
+            let disk = disk_of(&files);
+            fault(&disk, n);
+            match open(&disk) {
+                Ok(letters) => model.with(&[Op::Park(7, 700)]).check(&letters),
+                Err(OpenError::Io { .. }) => errors += 1,
+                Err(other) => panic!("{other}"),
+            }
+            assert_eq!(disk.files(), files);
+        }
+    }
+    assert!(errors > 4, "{errors}");
+}
+
+#[test]
+fn a_refused_batch_is_never_there_once_a_later_one_is() {
+    let disk = FaultyStorage::new();
+    let mut letters = opened(&disk);
+    write(&mut letters, &[Op::Park(1, 10)]).expect("written");
+    disk.fail_sync(1);
+    assert!(write(&mut letters, &[Op::Handle(1, 10)]).is_err());
+    assert_eq!((letters.len(), letters.statistics().handled), (1, 0));
+    write(&mut letters, &[Op::Park(2, 30)]).expect("written to another file");
+    let letters = opened(&disk);
+    assert_eq!((letters.len(), letters.statistics().handled), (2, 0));
+}
+
+#[test]
+fn a_full_store_refuses_the_whole_batch_and_takes_more_when_there_is_room() {
+    let disk = FaultyStorage::new();
+    let mut letters = open_with(&disk, DeadLetterPolicy::default().letters_max(2)).expect("opens");
+    write(&mut letters, &[Op::Park(1, 10), Op::Park(1, 20)]).expect("room");
+    let files = disk.files();
+    let refused = write(&mut letters, &[Op::Skip(3, 30), Op::Park(2, 40)]);
+    assert!(matches!(refused, Err(WriteRefused::Full)), "{refused:?}");
+    assert!(disk.files() == files && !letters.knows(id(3, 30)));
+    write(&mut letters, &[Op::Skip(3, 30)]).expect("what is skipped takes no room");
+    write(&mut letters, &[Op::Handle(1, 10), Op::Park(2, 40)]).expect("one goes and one comes");
+    assert_eq!(letters.len(), 2);
+    let bytes = letters.statistics().bytes;
+    assert_eq!(bytes, letters_bytes(&[20, 40]));
+}
+
+fn letters_bytes(offsets: &[u64]) -> u64 {
+    offsets.iter().map(|&at| format::letter_bytes(&letter(1, at, "no answer"), &archive(at)) as u64).sum()
+}
+
+#[test]
+fn bytes_are_bounded_too() {
+    let policy = DeadLetterPolicy::default().bytes_max(4 << 10);
+    let mut letters = open_with(&FaultyStorage::new(), policy).expect("opens");
+    let refused = (0..).find(|&offset| write(&mut letters, &[Op::Park(1, offset)]).is_err()).expect("some time");
+    let all: Vec<u64> = (0..=refused).collect();
+    assert!(letters_bytes(&all) > 4 << 10 && letters_bytes(&all[..all.len() - 1]) <= 4 << 10);
+    assert_eq!(letters.statistics().bytes, letters_bytes(&all[..all.len() - 1]));
+}
+
+#[test]
+fn the_oldest_make_room_and_each_is_named_and_counted() {
+    let disk = FaultyStorage::new();
+    let policy = DeadLetterPolicy::default().letters_max(100).when_full(WhenFull::DiscardOldest);
+    let mut letters = open_with(&disk, policy.clone()).expect("opens");
+    let mut discarded = Vec::new();
+    let (mut expected, mut present) = (Vec::new(), VecDeque::new());
+    for offset in 0..600_u64 {
+        // The younger key has the lower number, so age is not the order of the index.
+        let key = 600 - offset / 3;
+        match offset % 50 {
+            20 => letters = open_with(&disk, policy.clone()).expect("opens"),
+            30 => letters.compact().expect("compacted"),
+            40 => {
+                let (key, at) = present.remove(present.len() / 2).expect("some");
+                write(&mut letters, &[Op::Handle(key, at)]).expect("written");
+            }
+            _ => {}
+        }
+        discarded.extend(write(&mut letters, &[Op::Park(key, offset)]).expect("written").overflowed);
+        present.push_back((key, offset));
+        if present.len() > 100 {
+            let (key, at) = present.pop_front().expect("some");
+            expected.push((Key(key), id(key, at)));
+        }
+    }
+    assert_eq!(discarded, expected);
+    let s = open_with(&disk, policy).expect("opens").statistics();
+    assert_eq!((s.letters, s.parked, s.handled), (100, 600, 12));
+    assert_eq!((s.discarded, s.overflowed), (488, 488));
+}
+
+#[test]
+fn more_letters_at_once_than_there_may_be_are_refused_and_nothing_goes() {
+    let policy = DeadLetterPolicy::default().letters_max(2).when_full(WhenFull::DiscardOldest);
+    let mut letters = open_with(&FaultyStorage::new(), policy).expect("opens");
+    write(&mut letters, &[Op::Park(1, 1), Op::Park(1, 2)]).expect("room");
+    let refused = write(&mut letters, &[Op::Park(2, 3), Op::Park(2, 4), Op::Park(2, 5)]);
+    assert!(matches!(refused, Err(WriteRefused::Full)));
+    assert_eq!(letters.letters_of(Key(1)), 2);
+    let written = write(&mut letters, &[Op::Park(2, 3)]).expect("room is made");
+    assert_eq!(written.overflowed, [(Key(1), id(1, 1))], "the oldest first, also after a refusal");
+}
+
+#[test]
+fn what_is_dead_goes_when_it_is_most_of_the_files() {
+    let disk = FaultyStorage::new();
+    let mut letters = opened(&disk);
+    let big = vec![7; 64 << 10];
+    for offset in 0..40 {
+        let letter = letter(1, offset, "");
+        letters.write(&[Entry::Parked { letter: &letter, archive: &big }]).expect("written");
+    }
+    assert!(!letters.compact_if_due().expect("read"), "nothing is dead");
+    for offset in 0..30 {
+        write(&mut letters, &[Op::Handle(1, offset)]).expect("written");
+    }
+    assert!(letters.compact_if_due().expect("compacted"));
+    let bytes: usize = disk.files().values().map(Vec::len).sum();
+    assert!(bytes < 11 * big.len(), "{bytes}");
+    assert!(!letters.compact_if_due().expect("read"), "once is enough");
+    let again = opened(&disk);
+    assert_eq!((again.len(), again.statistics().handled), (10, 30));
+    assert!(again.knows(id(1, 3)), "dealt with, and above the checkpoint");
+}
+
+#[test]
+fn many_short_lives_do_not_leave_many_files() {
+    let disk = FaultyStorage::new();
+    for offset in 0..200 {
+        let mut letters = opened(&disk);
+        write(&mut letters, &[Op::Park(1, offset)]).expect("written");
+        letters.compact_if_due().expect("compacted");
+    }
+    assert!(disk.files().len() <= 65, "{}", disk.files().len());
+    assert_eq!(opened(&disk).len(), 200);
+}
+
+#[test]
+fn below_the_checkpoint_nothing_is_remembered_but_the_letters() {
+    let disk = FaultyStorage::new();
+    let mut letters = opened(&disk);
+    write(&mut letters, &[Op::Park(2, 10), Op::Skip(2, 20), Op::Skip(2, 30), Op::Skip(3, 10)]).expect("written");
+    letters.forget_below(ShardId(0), Offset(30));
+    let known = |letters: &Letters| [id(2, 10), id(2, 20), id(2, 30), id(3, 10)].map(|id| letters.knows(id));
+    assert_eq!(known(&letters), [false, false, true, true], "the other shard's stay");
+    letters.compact().expect("compacted");
+    let mut letters = opened(&disk);
+    assert_eq!(known(&letters), [true, false, true, true], "a letter is known from the files");
+    assert_eq!((letters.len(), letters.statistics().skipped), (1, 3));
+    letters.forget_below(ShardId(0), Offset(30));
+    write(&mut letters, &[Op::Park(2, 10)]).expect("written");
+    assert_eq!((letters.len(), letters.statistics().parked), (1, 1), "a letter that waits is not written twice");
+}
+
+#[test]
+fn pages_of_the_list_make_the_list() {
+    let mut letters = opened(&FaultyStorage::new());
+    for offset in 0..20 {
+        write(&mut letters, &[Op::Park(offset % 3, offset)]).expect("written");
+    }
+    let whole = letters.list(None, usize::MAX).expect("read");
+    assert!(whole.is_sorted_by_key(|letter| (letter.key, letter.id.offset)));
+    let mut pages: Vec<DeadLetter> = Vec::new();
+    loop {
+        let after = pages.last().map(|letter| (letter.key, letter.id.offset));
+        let page = letters.list(after, 7).expect("read");
+        if page.is_empty() {
+            break;
+        }
+        pages.extend(page);
+    }
+    assert_eq!(pages, whole);
+    assert!(letters.show(Key(1), EventId { shard: ShardId(9), offset: Offset(1) }).expect("read").is_none());
+}
+
+#[test]
+fn a_long_error_is_cut_between_characters() {
+    let mut letters = opened(&FaultyStorage::new());
+    let error = format!("x{}", "ä".repeat(1000));
+    let letter = letter(1, 1, &error);
+    letters.write(&[Entry::Parked { letter: &letter, archive: b"archive" }]).expect("written");
+    let (shown, archive) = letters.show(Key(1), id(1, 1)).expect("read").expect("there");
+    assert_eq!(shown.error, format!("x{}", "ä".repeat(511)), "1,023 bytes");
+    assert_eq!(&archive[..], b"archive");
+}
+
+#[test]
+fn a_reader_outside_sees_whole_batches_and_changes_nothing() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let dir = dir.path().join("consumers/mail");
+    assert_eq!(read_outside(&dir).expect("no folder, no letters").len(), 0);
+    let mut letters = Letters::open(Arc::new(Files), &dir, DeadLetterPolicy::default()).expect("opens");
+    let mut model = Model::default();
+    for batch in &script() {
+        write(&mut letters, batch).expect("written");
+        model = model.with(batch);
+    }
+    let path = path(&dir, 1);
+    let whole = std::fs::read(&path).expect("read");
+    let seen = |what: &str| {
+        let found = read_outside(&dir).unwrap_or_else(|error| panic!("{what}: {error}"));
+        assert!(found.iter().all(|(letter, bytes)| bytes[..] == archive(letter.id.offset.0)[..]));
+        found.into_iter().map(|(letter, _)| letter).collect::<Vec<_>>()
+    };
+    assert_eq!(seen("whole"), model.letters.into_values().collect::<Vec<_>>());
+    std::fs::write(&path, &whole[..whole.len() - ENTRY_BYTES]).expect("written");
+    assert_eq!(seen("being written").len(), 1, "the last batch is not whole");
+    assert_eq!(std::fs::read(&path).expect("read").len(), whole.len() - ENTRY_BYTES);
+}
+
+#[test]
+fn policies_that_cannot_be_used_are_named() {
+    let d = DeadLetterPolicy::default;
+    for (policy, expected) in [(d().letters_max(0), "dead_letters_max"), (d().bytes_max(0), "dead_letters_bytes_max")] {
+        match open_with(&FaultyStorage::new(), policy) {
+            Err(OpenError::Config(crate::ConfigError::OutOfRange { name, .. })) => assert_eq!(name, expected),
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+#[test]
+fn files_of_letters_are_frozen() {
+    let disk = FaultyStorage::new();
+    let mut letters = opened(&disk);
+    for batch in &script() {
+        write(&mut letters, batch).expect("written");
+    }
+    assert_golden("letters.bin", &disk.files()[&file(1)]);
+    letters.compact().expect("compacted");
+    write(&mut letters, &[Op::Park(1, 100)]).expect("written");
+    assert_golden("letters-complete.bin", &disk.files()[&file(2)]);
+    write(&mut opened(&disk), &[Op::Park(1, 101)]).expect("written");
+    assert_golden("letters-next.bin", &disk.files()[&file(3)]);
+}
