@@ -9,8 +9,9 @@
 //!                 └────▶ Discarded, by somebody or to make room
 //! ```
 //!
-//! Memory: of a letter its place only, 44 to 60 bytes; 22 to 30 more while the checkpoint is not past it, as for every
-//! skipped event; and as much as a letter again for one that failed again. Nothing of an error or an archive.
+//! Memory, measured with a million letters: 52 to 67 bytes a letter, its place only; 37 more while the checkpoint is not
+//! past it, as for every skipped event; and as much as a letter again for one that failed again. Nothing of an error or
+//! an archive.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::path::{Path, PathBuf};

@@ -51,3 +51,6 @@ impl Letters {
         self.oldest.extend(letters.into_iter().map(|(_, name)| name));
     }
 }
+
+#[cfg(test)]
+mod tests;

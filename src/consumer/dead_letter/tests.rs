@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use proptest::prelude::*;
 
-use super::answer::{LetterKind, WhenFull};
+use super::answer::LetterKind;
 use super::format::{ENTRY_BYTES, FILE_HEADER_BYTES, Totals};
 use super::*;
 use crate::event::{Correlation, EventTypeId, Version};
@@ -17,7 +17,7 @@ fn open(disk: &FaultyStorage) -> Result<Letters, OpenError> {
     open_with(disk, DeadLetterPolicy::default())
 }
 
-fn open_with(disk: &FaultyStorage, policy: DeadLetterPolicy) -> Result<Letters, OpenError> {
+pub(super) fn open_with(disk: &FaultyStorage, policy: DeadLetterPolicy) -> Result<Letters, OpenError> {
     Letters::open(Arc::new(disk.clone()), Path::new(DIR), policy)
 }
 
@@ -26,11 +26,11 @@ fn opened(disk: &FaultyStorage) -> Letters {
 }
 
 /// Keys live in the shard that is their last bit.
-fn id(key: u64, offset: u64) -> EventId {
+pub(super) fn id(key: u64, offset: u64) -> EventId {
     EventId { shard: ShardId(key as u16 & 1), offset: Offset(offset) }
 }
 
-fn letter(key: u64, offset: u64, error: &str) -> DeadLetter {
+pub(super) fn letter(key: u64, offset: u64, error: &str) -> DeadLetter {
     DeadLetter {
         id: id(key, offset),
         key: Key(key),
@@ -47,13 +47,13 @@ fn letter(key: u64, offset: u64, error: &str) -> DeadLetter {
     }
 }
 
-fn archive(offset: u64) -> Vec<u8> {
+pub(super) fn archive(offset: u64) -> Vec<u8> {
     (0..offset % 37).map(|byte| (byte + offset) as u8).collect()
 }
 
 /// What is to be written, owned.
 #[derive(Debug, Clone)]
-enum Op {
+pub(super) enum Op {
     Park(u64, u64),
     Skip(u64, u64),
     Again(u64, u64, u32),
@@ -73,7 +73,7 @@ fn entry<'a>(op: &Op, letter: &'a DeadLetter, archive: &'a [u8]) -> Entry<'a> {
 }
 
 /// Writes one batch.
-fn write(letters: &mut Letters, ops: &[Op]) -> Result<Written, WriteRefused> {
+pub(super) fn write(letters: &mut Letters, ops: &[Op]) -> Result<Written, WriteRefused> {
     let of = |op: &Op| match *op {
         Op::Park(key, offset) | Op::Skip(key, offset) => (letter(key, offset, "no answer"), archive(offset)),
         Op::Again(key, offset, _) | Op::Handle(key, offset) | Op::Discard(key, offset) => {
@@ -476,80 +476,6 @@ fn a_refused_batch_is_never_there_once_a_later_one_is() {
 }
 
 #[test]
-fn a_full_store_refuses_the_whole_batch_and_takes_more_when_there_is_room() {
-    let disk = FaultyStorage::new();
-    let mut letters = open_with(&disk, DeadLetterPolicy::default().letters_max(2)).expect("opens");
-    write(&mut letters, &[Op::Park(1, 10), Op::Park(1, 20)]).expect("room");
-    let files = disk.files();
-    let refused = write(&mut letters, &[Op::Skip(3, 30), Op::Park(2, 40)]);
-    assert!(matches!(refused, Err(WriteRefused::Full)), "{refused:?}");
-    assert!(disk.files() == files && !letters.knows(id(3, 30)));
-    write(&mut letters, &[Op::Skip(3, 30)]).expect("what is skipped takes no room");
-    write(&mut letters, &[Op::Handle(1, 10), Op::Park(2, 40)]).expect("one goes and one comes");
-    assert_eq!(letters.len(), 2);
-    let bytes = letters.statistics().bytes;
-    assert_eq!(bytes, letters_bytes(&[20, 40]));
-}
-
-fn letters_bytes(offsets: &[u64]) -> u64 {
-    offsets.iter().map(|&at| format::letter_bytes(&letter(1, at, "no answer"), &archive(at)) as u64).sum()
-}
-
-#[test]
-fn bytes_are_bounded_too() {
-    let policy = DeadLetterPolicy::default().bytes_max(4 << 10);
-    let mut letters = open_with(&FaultyStorage::new(), policy).expect("opens");
-    let refused = (0..).find(|&offset| write(&mut letters, &[Op::Park(1, offset)]).is_err()).expect("some time");
-    let all: Vec<u64> = (0..=refused).collect();
-    assert!(letters_bytes(&all) > 4 << 10 && letters_bytes(&all[..all.len() - 1]) <= 4 << 10);
-    assert_eq!(letters.statistics().bytes, letters_bytes(&all[..all.len() - 1]));
-}
-
-#[test]
-fn the_oldest_make_room_and_each_is_named_and_counted() {
-    let disk = FaultyStorage::new();
-    let policy = DeadLetterPolicy::default().letters_max(100).when_full(WhenFull::DiscardOldest);
-    let mut letters = open_with(&disk, policy.clone()).expect("opens");
-    let mut discarded = Vec::new();
-    let (mut expected, mut present) = (Vec::new(), VecDeque::new());
-    for offset in 0..600_u64 {
-        // The younger key has the lower number, so age is not the order of the index.
-        let key = 600 - offset / 3;
-        match offset % 50 {
-            20 => letters = open_with(&disk, policy.clone()).expect("opens"),
-            30 => letters.compact().expect("compacted"),
-            40 => {
-                let (key, at) = present.remove(present.len() / 2).expect("some");
-                write(&mut letters, &[Op::Handle(key, at)]).expect("written");
-            }
-            _ => {}
-        }
-        discarded.extend(write(&mut letters, &[Op::Park(key, offset)]).expect("written").overflowed);
-        present.push_back((key, offset));
-        if present.len() > 100 {
-            let (key, at) = present.pop_front().expect("some");
-            expected.push((Key(key), id(key, at)));
-        }
-    }
-    assert_eq!(discarded, expected);
-    let s = open_with(&disk, policy).expect("opens").statistics();
-    assert_eq!((s.letters, s.parked, s.handled), (100, 600, 12));
-    assert_eq!((s.discarded, s.overflowed), (488, 488));
-}
-
-#[test]
-fn more_letters_at_once_than_there_may_be_are_refused_and_nothing_goes() {
-    let policy = DeadLetterPolicy::default().letters_max(2).when_full(WhenFull::DiscardOldest);
-    let mut letters = open_with(&FaultyStorage::new(), policy).expect("opens");
-    write(&mut letters, &[Op::Park(1, 1), Op::Park(1, 2)]).expect("room");
-    let refused = write(&mut letters, &[Op::Park(2, 3), Op::Park(2, 4), Op::Park(2, 5)]);
-    assert!(matches!(refused, Err(WriteRefused::Full)));
-    assert_eq!(letters.letters_of(Key(1)), 2);
-    let written = write(&mut letters, &[Op::Park(2, 3)]).expect("room is made");
-    assert_eq!(written.overflowed, [(Key(1), id(1, 1))], "the oldest first, also after a refusal");
-}
-
-#[test]
 fn what_is_dead_goes_when_it_is_most_of_the_files() {
     let disk = FaultyStorage::new();
     let mut letters = opened(&disk);
@@ -680,4 +606,24 @@ fn files_of_letters_are_frozen() {
     assert_golden("letters-complete.bin", &disk.files()[&file(2)]);
     write(&mut opened(&disk), &[Op::Park(1, 101)]).expect("written");
     assert_golden("letters-next.bin", &disk.files()[&file(3)]);
+}
+
+#[test]
+fn a_power_cut_may_keep_any_sectors_of_the_last_batch() {
+    let disk = FaultyStorage::new();
+    let mut letters = opened(&disk);
+    let mut model = Model::default();
+    write(&mut letters, &[Op::Park(1, 10)]).expect("written");
+    let before = disk.files()[&file(1)].len();
+    model.apply(&Op::Park(1, 10));
+    let batch: Vec<Op> = (20..40).map(|offset| Op::Park(2, offset)).collect();
+    write(&mut letters, &batch).expect("written");
+    let files = disk.files();
+    let lost = |sector: usize| (sector * 512).max(before)..((sector + 1) * 512).min(files[&file(1)].len());
+    for sector in before / 512..files[&file(1)].len().div_ceil(512) {
+        let mut torn = files.clone();
+        torn.get_mut(&file(1)).expect("it is")[lost(sector)].fill(0);
+        let disk = disk_of(&torn);
+        model.check(&opened(&disk));
+    }
 }
