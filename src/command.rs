@@ -16,7 +16,8 @@ use crate::config::Wait;
 use crate::error::{Rejected, WaitError};
 use crate::event::{EventTypeId, Key, KeyHash, Version};
 use crate::keys::KeyTable;
-use crate::producer::{LaneShared, Receipt, ShardDoor, block_until};
+use crate::producer::{LaneShared, Receipt, ShardDoor};
+use crate::promise::block_until;
 use crate::sync::{Arc, Idle, Ordering, Patience};
 
 pub use answer::Answer;

@@ -1,6 +1,7 @@
 //! The composition root: opens a store, starts its threads, stops them. The only module that knows all.
 
 mod build;
+mod consumers;
 mod history;
 mod open;
 mod queries;
@@ -11,7 +12,9 @@ use std::time::{Duration, Instant};
 use crate::aggregate::{Aggregate, Stateless};
 use crate::clock::Clock;
 use crate::command::{Client, ClientEnd, ClientLane, Question};
-use crate::config::{Checked, Config};
+use crate::config::{Checked, Config, Durability};
+use crate::consumer::checkpoint::cut_all;
+use crate::consumer::services::Services;
 use crate::error::{OpenError, ReadError, ShardFailure, WaitError};
 use crate::event::{Offset, Sequence, ShardId};
 use crate::flush::flush_shard;
@@ -32,6 +35,7 @@ use crate::snapshot::taker::CheckpointRequests;
 use crate::sync::{Arc, Arrivals, AtomicBool, Mutex, Ordering, Signal, lock, lock_until, thread};
 use crate::view::View;
 use build::Context;
+pub use consumers::SyncError;
 pub use history::Comparison;
 use open::{load_manifest, lock_store, recover};
 use threads::{Threads, join_until};
@@ -53,6 +57,7 @@ pub struct Engine<A: Aggregate> {
     totals: Mutex<Totals>,
     threads: Mutex<Vec<thread::JoinHandle<()>>>,
     runner: std::sync::Arc<RunnerRequests>,
+    services: std::sync::Arc<Services>,
     /// Shared with readers: while one lives, its segments are nobody else's to write.
     lock: std::sync::Arc<dyn Lock>,
     storage: std::sync::Arc<dyn Storage>,
@@ -184,6 +189,8 @@ impl<A: Aggregate> Engine<A> {
             // Only now: a program whose types the log refuses leaves the manifest as it was.
             manifest.save(&*storage, &config.dir)?;
         }
+        let ends: Vec<Offset> = recovered.iter().map(|shard| shard.report.end).collect();
+        let consumers = cut_all(&*storage, &config.dir, &ends)?;
         let duration_ns = u64::try_from(began.elapsed().as_nanos()).unwrap_or(u64::MAX);
         let recovery =
             RecoveryReport { shards: recovered.iter().map(|shard| shard.report.clone()).collect(), duration_ns };
@@ -229,6 +236,17 @@ impl<A: Aggregate> Engine<A> {
             keeper: std::sync::Arc::clone(&keeper),
             durability: config.durability,
         };
+        let lock: std::sync::Arc<dyn Lock> = lock.into();
+        let logs = handles.iter().map(|shard| (Arc::clone(&shard.door.log), std::sync::Arc::clone(&shard.syncer)));
+        let services = Services::new(
+            std::sync::Arc::clone(&storage),
+            &config.dir,
+            std::sync::Arc::clone(&lock),
+            std::sync::Arc::clone(&keeper),
+            logs.collect(),
+            config.durability != Durability::OsCache,
+            consumers,
+        );
         let engine = Self {
             clock,
             recovery,
@@ -239,7 +257,8 @@ impl<A: Aggregate> Engine<A> {
             totals: Mutex::new(Totals::new()),
             threads: Mutex::new(Vec::new()),
             runner,
-            lock: lock.into(),
+            services: std::sync::Arc::new(services),
+            lock,
             storage: std::sync::Arc::clone(&storage),
             config,
         };
@@ -449,6 +468,9 @@ impl<A: Aggregate> Engine<A> {
                     return Err(WaitError::TimedOut);
                 }
             }
+            if left == helpers.len() && !self.services.close(deadline) {
+                return Err(WaitError::TimedOut);
+            }
             if let Some((ending, signal)) = left.checked_sub(1).map(|at| helpers[at]) {
                 ending.store(true, Ordering::SeqCst);
                 signal.notify();
@@ -465,6 +487,7 @@ impl<A: Aggregate> Drop for Engine<A> {
     fn drop(&mut self) {
         // Ten seconds for a disk that is full now; then what cannot be appended is given up, and said so.
         if let Err(WaitError::TimedOut) = self.shutdown(Some(Instant::now() + Duration::from_secs(10))) {
+            self.services.abandon();
             self.runner.abandon.store(true, Ordering::SeqCst);
             self.shards.iter().for_each(|shard| shard.door.signal.notify());
             if let Err(error) = self.shutdown(None) {

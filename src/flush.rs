@@ -6,7 +6,8 @@ use std::time::{Duration, Instant};
 
 use crate::error::WaitError;
 use crate::log::syncer::SyncRequests;
-use crate::producer::{LaneShared, ShardDoor, block_until};
+use crate::producer::{LaneShared, ShardDoor};
+use crate::promise::block_until;
 use crate::sync::Arc;
 
 /// How long a flush waits for a lane to be told, before it asks again.

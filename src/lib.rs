@@ -69,8 +69,8 @@ pub use event::{
 pub use {
     aggregate::{Aggregate, Emit, Stateless, Stored},
     command::{Answer, Client, CommandError, ExpectedVersion, IdempotencyKey, Outcome, Sending, Ticket},
-    engine::Comparison,
     engine::{Builder, Engine, EventLog},
+    engine::{Comparison, SyncError},
     handler::{BatchEnd, Handler, HandlerError, OnError},
     history::{At, Between, Counts, Past, Stream},
     log::reader::{Reader, Record},

@@ -9,13 +9,12 @@ use std::time::{Duration, Instant};
 
 use crate::clock::{Clock, Nanos};
 use crate::config::{Durability, Wait};
-use crate::error::{Rejected, RejectedReason, WaitError};
+use crate::error::{Rejected, RejectedReason};
 use crate::event::{Event, Key, Scratch, Time};
 use crate::log::segment::ShardLog;
 use crate::ring::{NOT_DUE, Slot, free_slots, push_chunk};
 use crate::sync::{
     Arc, AtomicBool, AtomicU64, Gate, Idle, Inside, Mutex, Ordering, Patience, Signal, Waiters, Watermark, lock,
-    thread_waker,
 };
 
 pub use receipt::{Pending, Receipt};
@@ -551,26 +550,6 @@ impl<E> Drop for Lane<E> {
         // The shard notices an abandoned lane only when it looks. (The ring's own end is dropped after this
         // and the shard may look too early; it looks again before it sleeps the next time.)
         self.door.signal.notify();
-    }
-}
-
-/// Blocks until there is an outcome or the deadline has passed.
-pub(crate) fn block_until<T>(
-    deadline: Option<Instant>,
-    register: impl Fn(&std::task::Waker),
-    outcome: impl Fn() -> Option<Result<T, WaitError>>,
-) -> Result<T, WaitError> {
-    let waker = thread_waker();
-    loop {
-        register(&waker);
-        if let Some(outcome) = outcome() {
-            return outcome;
-        }
-        match deadline.map(|at| at.saturating_duration_since(Instant::now())) {
-            Some(Duration::ZERO) => return Err(WaitError::TimedOut),
-            Some(left) => crate::sync::thread::park_timeout(left),
-            None => crate::sync::thread::park(),
-        }
     }
 }
 

@@ -3,10 +3,10 @@
 use std::future::Future;
 use std::pin::Pin;
 use std::task::{Context, Poll, Waker};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::error::WaitError;
-use crate::sync::{Arc, Mutex, lock};
+use crate::sync::{Arc, Mutex, lock, thread_waker};
 
 #[derive(Debug)]
 struct Shared<T> {
@@ -49,11 +49,7 @@ impl<T> Drop for Keeping<T> {
 impl<T> Promise<T> {
     /// Blocks until there is a value. `Ok(None)`: there will be none.
     pub(crate) fn wait(&self, deadline: Option<Instant>) -> Result<Option<T>, WaitError> {
-        crate::producer::block_until(
-            deadline,
-            |waker| lock(&self.0).waker = Some(waker.clone()),
-            || self.take().map(Ok),
-        )
+        block_until(deadline, |waker| lock(&self.0).waker = Some(waker.clone()), || self.take().map(Ok))
     }
 
     fn take(&self) -> Option<Option<T>> {
@@ -71,5 +67,25 @@ impl<T> Future for Promise<T> {
     fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<T>> {
         lock(&self.0).waker = Some(context.waker().clone());
         self.take().map_or(Poll::Pending, Poll::Ready)
+    }
+}
+
+/// Blocks until there is an outcome or the deadline has passed.
+pub(crate) fn block_until<T>(
+    deadline: Option<Instant>,
+    register: impl Fn(&std::task::Waker),
+    outcome: impl Fn() -> Option<Result<T, WaitError>>,
+) -> Result<T, WaitError> {
+    let waker = thread_waker();
+    loop {
+        register(&waker);
+        if let Some(outcome) = outcome() {
+            return outcome;
+        }
+        match deadline.map(|at| at.saturating_duration_since(Instant::now())) {
+            Some(Duration::ZERO) => return Err(WaitError::TimedOut),
+            Some(left) => crate::sync::thread::park_timeout(left),
+            None => crate::sync::thread::park(),
+        }
     }
 }

@@ -107,7 +107,7 @@ fn send_last_snapshots<A: Aggregate>(shard: &mut Shard<A>, idle: &mut Idle) {
 fn finish<A: Aggregate>(shard: &mut Shard<A>, door: &ShardDoor) -> Result<(), FailureCause> {
     let end = shard.log.appended.get();
     shard.syncer.flush(end);
-    let synced = crate::producer::block_until(
+    let synced = crate::promise::block_until(
         None,
         |waker| door.lanes.waiting_flush().register(end, waker),
         || {

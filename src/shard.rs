@@ -322,6 +322,7 @@ impl<A: Aggregate> Shard<A> {
         }
         let end = self.writer.publish();
         reached(&mut self.work);
+        self.log.grown.reached(end);
         // A syncer that is behind looks again by itself; one that was done may be asleep.
         if self.syncs && self.log.durable.get() >= before {
             self.syncer.signal.notify();

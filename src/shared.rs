@@ -160,7 +160,7 @@ impl SharedReceipt {
     /// # Errors
     /// `ShardFailed` when the shard fails before.
     pub fn wait_appended(&self) -> Result<Receipt, crate::error::WaitError> {
-        let receipt = crate::producer::block_until(
+        let receipt = crate::promise::block_until(
             None,
             |waker| self.lane.register_any(waker),
             || match self.receipt() {

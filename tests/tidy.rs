@@ -65,9 +65,11 @@ fn may_use(file: &str) -> Option<&'static [&'static str]> {
         "metrics.rs" => &["event", "error", "sync", "clock"],
         "handler.rs" => &["event", "error"],
         "aggregate.rs" => &["event", "Sequence", "EventLog"],
-        "command.rs" => &["aggregate", "event", "error", "config", "sync", "clock", "keys", "producer", "Engine"],
+        "command.rs" => {
+            &["aggregate", "event", "error", "config", "sync", "clock", "keys", "producer", "promise", "Engine"]
+        }
         _ if file.starts_with("command/") => &["aggregate", "event", "error", "sync"],
-        "promise.rs" => &["error", "sync", "producer"],
+        "promise.rs" => &["error", "sync"],
         "history.rs" => &["aggregate", "event", "error", "log", "snapshot"],
         "snapshot.rs" => &[],
         "snapshot/format.rs" => &["aggregate", "command", "event", "keys", "log"],
@@ -81,8 +83,8 @@ fn may_use(file: &str) -> Option<&'static [&'static str]> {
         "producer.rs" => {
             &["event", "error", "config", "sync", "clock", "ring", "log", "shared", "SharedProducer", "Engine"]
         }
-        "producer/receipt.rs" => &["event", "error", "sync"],
-        "shared.rs" => &["event", "error", "config", "sync", "clock", "ring", "producer", "Producer"],
+        "producer/receipt.rs" => &["event", "error", "promise", "sync"],
+        "shared.rs" => &["event", "error", "config", "sync", "clock", "ring", "producer", "promise", "Producer"],
         "shard.rs" => &[
             "aggregate",
             "command",
@@ -106,13 +108,22 @@ fn may_use(file: &str) -> Option<&'static [&'static str]> {
         }
         "shard/commands.rs" => &["aggregate", "command", "event", "error", "log", "sync"],
         "shard/handling.rs" => &["aggregate", "event", "error", "handler", "log"],
-        "flush.rs" => &["error", "sync", "log", "producer"],
-        "runner.rs" => &["aggregate", "event", "error", "config", "sync", "clock", "producer", "shard"],
+        "flush.rs" => &["error", "sync", "log", "producer", "promise"],
+        "runner.rs" => &["aggregate", "event", "error", "config", "sync", "clock", "producer", "promise", "shard"],
         "envelope/mod.rs" => &["event", "error"],
         // Durable: the log's storage and words of bytes, none of its segments.
         _ if file.starts_with("consumer/dead_letter") => &["event", "error", "config", "log"],
-        // Reads the log, never a shard; none of these parts needs even the log.
-        _ if file.starts_with("consumer/") => &["event", "error", "config", "consumer"],
+        // The leaves: plain data, not even the log.
+        _ if ["lanes", "retry", "health", "sequence_gate", "mod.rs", "error.rs", "effects.rs"]
+            .iter()
+            .any(|leaf| file.strip_prefix("consumer/").is_some_and(|file| file.starts_with(leaf))) =>
+        {
+            &["event", "error", "config", "consumer", "handler"]
+        }
+        // Reads the log, never a shard.
+        _ if file.starts_with("consumer/") => {
+            &["event", "error", "config", "consumer", "handler", "log", "sync", "clock", "promise"]
+        }
         // Read models see states, never who keeps them.
         _ if file.starts_with("view/") => &["event", "error", "config", "sync", "aggregate", "view"],
         // The faulty twin stands beside the log's storage.

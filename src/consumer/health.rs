@@ -152,6 +152,19 @@ pub enum HealthChange {
     },
 }
 
+impl HealthChange {
+    /// Notes a change, if there was one.
+    pub(super) fn note(change: Option<Self>, consumer: &str) {
+        match change {
+            Some(Self::BecameUnhealthy { cause, .. }) => {
+                tracing::warn!(consumer, ?cause, "a service is unhealthy: only probes go to it");
+            }
+            Some(Self::Recovered { after }) => tracing::info!(consumer, ?after, "a service has recovered"),
+            Some(Self::ProbeFailed { .. }) | None => {}
+        }
+    }
+}
+
 /// How a service is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum HealthStatus {
@@ -286,6 +299,25 @@ impl Health {
         self.consecutive = 0;
         self.window.clear();
         Some(HealthChange::Recovered { after })
+    }
+
+    /// So many calls went well since [`Health::is_healthy`] said that it was; each passes as [`Health::succeeded`] would have it.
+    pub fn succeeded_while_healthy(&mut self, calls: u64, now: Duration) {
+        if calls == 0 {
+            return;
+        }
+        self.now = self.now.max(now);
+        self.totals.succeeded += calls;
+        if self.is_healthy() {
+            self.consecutive = 0;
+            self.window.add_successes(self.now, calls);
+        }
+    }
+
+    /// Whether everybody may call.
+    #[must_use]
+    pub fn is_healthy(&self) -> bool {
+        self.status == HealthStatus::Healthy
     }
 
     /// A call failed. One that was let through before the last change of health is counted and changes nothing.

@@ -142,6 +142,29 @@ impl Lanes {
         Ok(())
     }
 
+    /// Takes in the next event of the log and gives it out at once: its key must be at rest ([`Lanes::is_at_rest`]). For
+    /// an owner that runs events as it reads them, and brings here only those that fail.
+    ///
+    /// # Errors
+    /// As [`Lanes::offer`].
+    ///
+    /// # Panics
+    /// As [`Lanes::offer`], and when the key is not at rest.
+    pub fn offer_running(&mut self, key: Key, offset: Offset) -> Result<Run, OfferRefused> {
+        assert!(self.is_at_rest(key), "an event of key {key} is unfinished");
+        self.offer(key, offset)?;
+        let lane = self.ready.pop_back().expect("a key at rest becomes ready");
+        let state = self.keys.lane_mut(lane);
+        state.stage = Stage::Running;
+        self.statistics.running += 1;
+        Ok(Run { lane, key, offset, attempt: 1, is_gap_over: false })
+    }
+
+    /// So many events were handled as they were read, each of a key at rest.
+    pub fn handled_at_rest(&mut self, events: u64) {
+        self.statistics.succeeded += events;
+    }
+
     /// Everything below `position` was offered or does not concern this consumer: its filter left it out, say.
     ///
     /// # Panics
@@ -166,6 +189,38 @@ impl Lanes {
         let offset = self.events.offset(self.events.first(state.tail));
         let is_gap_over = std::mem::take(&mut state.is_gap_over);
         Some(Run { lane, key: state.key, offset, attempt: state.failures.saturating_add(1), is_gap_over })
+    }
+
+    /// Whether [`Lanes::next`] has an event.
+    #[must_use]
+    pub fn may_run(&self) -> bool {
+        self.statistics.running < self.policy.concurrency && self.halted.is_none() && !self.ready.is_empty()
+    }
+
+    /// Keys whose first event may run and is not out.
+    #[must_use]
+    pub fn ready(&self) -> usize {
+        self.ready.len()
+    }
+
+    /// Whether there is room for one more event, of any key.
+    #[must_use]
+    pub fn has_room(&self) -> bool {
+        self.events.len() < self.policy.unfinished_max && self.keys.len() < self.policy.keys_max
+    }
+
+    /// Whether nothing of the key is unfinished or parked.
+    #[must_use]
+    #[inline]
+    pub fn is_at_rest(&self, key: Key) -> bool {
+        self.keys.len() == 0 || self.keys.find(key).is_none()
+    }
+
+    /// The key's first unfinished event.
+    #[must_use]
+    pub fn first_of(&self, key: Key) -> Option<Offset> {
+        let state = self.keys.lane(self.keys.find(key)?);
+        (state.tail != NONE).then(|| self.events.offset(self.events.first(state.tail)))
     }
 
     /// The event was handled: it ends.

@@ -9,8 +9,6 @@
 //! | [`Lanes`] | What may run now so that every key keeps its order, and how far is all of it done? |
 //! | [`RetryPolicy`] | An attempt failed: when is the next, if any? |
 //! | [`Health`] | Does this service work, and may it be called now? |
-//!
-//! The one part that is durable: the dead letters, whose owner is the consumer's thread.
 
 use std::time::Duration;
 
@@ -26,16 +24,39 @@ macro_rules! setters {
     };
 }
 
-#[cfg_attr(not(test), expect(dead_code, reason = "the consumer that owns them comes with its driver"))]
+mod alarm;
+mod builder;
+pub(crate) mod checkpoint;
 mod dead_letter;
+mod driver;
+mod effects;
+mod error;
+mod handle;
 mod health;
 mod lanes;
+pub mod outside;
+mod poller;
+mod report;
 mod retry;
+mod running;
 mod sequence_gate;
+pub(crate) mod services;
+mod settings;
+mod sink;
 
+pub use builder::ConsumerBuilder;
 pub use dead_letter::answer::{
     DeadLetter, DeadLetterPolicy, LetterKind, LetterStatistics, LettersError, WhenFull, WriteRefused,
 };
+pub use driver::{HaltCause, Handled, Letters};
+pub use effects::{Call, EffectKey};
+pub use error::ConsumerError;
+pub use handle::Consumer;
+pub use poller::{Delivery, Poller};
+pub use report::ConsumerReport;
+pub use settings::{Exhausted, Judgement, Start};
+pub use sink::{Batch, Sink, SinkConsumer};
+
 pub use health::report::HealthReport;
 pub use health::{Admission, Cause, Health, HealthChange, HealthPolicy, HealthStatus, Pass};
 pub use lanes::Lanes;

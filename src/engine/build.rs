@@ -148,6 +148,7 @@ impl<A: Aggregate> Context<'_, A> {
             checkpoints_failed: 0,
             ask_at: None,
             waits_for: 0,
+            held_to: 0,
         }
         .with_leftovers(unused, spares);
         let shard = Shard {

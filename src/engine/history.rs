@@ -12,8 +12,7 @@ use crate::keys::Walk;
 use crate::log::finder::Finder;
 use crate::log::fold::Folder;
 use crate::log::reader::Reader;
-use crate::producer::block_until;
-use crate::promise::promise;
+use crate::promise::{block_until, promise};
 use crate::snapshot::load::{candidates, load};
 use crate::snapshot::store::SnapshotStats;
 use crate::sync::{Arc, Ordering};
@@ -373,7 +372,7 @@ impl<A: Aggregate> Engine<A> {
     }
 
     /// Where a key stands now.
-    fn head(&self, key: Key) -> Result<Head, WaitError> {
+    pub(super) fn head(&self, key: Key) -> Result<Head, WaitError> {
         let shard = self.of(key);
         let (promise, keeping) = promise();
         let question = Box::new(move |keys: &crate::keys::KeyTable<A>| {

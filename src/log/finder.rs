@@ -69,6 +69,14 @@ impl Finder {
         self.segment.as_ref().map(|segment| &*segment.memory)
     }
 
+    /// The archive of the record that was found last.
+    pub(crate) fn body(&self, place: &Place) -> &[u8] {
+        let body = self
+            .memory()
+            .and_then(|memory| memory.read(place.at + RECORD_HEADER_BYTES, place.len - RECORD_HEADER_BYTES));
+        body.unwrap_or_default()
+    }
+
     pub(crate) fn corruption(&self, offset: Offset, why: &'static str) -> ReadError {
         Corruption { shard: self.log.shard, segment: self.log.segment_of(offset), offset, why }.into()
     }

@@ -6,7 +6,7 @@ use rkyv::util::AlignedVec;
 
 use crate::aggregate::{Aggregate, Stored};
 use crate::command::{Outcomes, Remembered};
-use crate::event::{Event, KeyHash, Offset, Schemas, Scratch, Sequence, ShardId, upcaster};
+use crate::event::{Event, EventTypeId, KeyHash, Offset, Schemas, Scratch, Sequence, ShardId, upcaster};
 use crate::keys::KeyTable;
 use crate::log::format::{ALIGN, RECORD_HEADER_BYTES, REJECTED, RecordHeader};
 use crate::log::mmap::Memory;
@@ -43,12 +43,30 @@ impl Access {
         if self.schemas.current(header.event_type) == Some(header.schema_version) {
             return memory.archived::<E>(at, len);
         }
-        self.upcast::<E>(memory.read(at, len)?, header)
+        self.upcast::<E>(memory.read(at, len)?, header.event_type, header.schema_version)
+    }
+
+    /// The event of an archive that was kept elsewhere; its CRC holds. `None` where it is not valid.
+    pub(crate) fn kept<'a, E: Event>(
+        &'a mut self,
+        archive: &'a [u8],
+        event_type: EventTypeId,
+        schema_version: u16,
+    ) -> Option<&'a E::Archived> {
+        if self.schemas.current(event_type) == Some(schema_version) {
+            return E::access(archive).ok();
+        }
+        self.upcast::<E>(archive, event_type, schema_version)
     }
 
     #[cold]
-    fn upcast<E: Event>(&mut self, archive: &[u8], header: &RecordHeader) -> Option<&E::Archived> {
-        let event = (upcaster::<E>(header.event_type, header.schema_version)?.upcast)(archive).ok()?;
+    fn upcast<E: Event>(
+        &mut self,
+        archive: &[u8],
+        event_type: EventTypeId,
+        schema_version: u16,
+    ) -> Option<&E::Archived> {
+        let event = (upcaster::<E>(event_type, schema_version)?.upcast)(archive).ok()?;
         let scratch = self.scratch.get_or_insert_with(|| Scratch::new(4 * UPCAST_BYTES_MAX.min(1 << 20)));
         let mut bytes = self.upcasted.len().max(UPCAST_BYTES_MIN);
         let len = loop {

@@ -69,6 +69,8 @@ pub(crate) struct Kept {
     pub(crate) ask_at: Option<Instant>,
     /// Up to where the states must be saved before retention goes on; 0: it waits for nothing.
     pub(crate) waits_for: u64,
+    /// Up to where consumers must have come before it goes on; 0: it waits for none.
+    pub(crate) held_to: u64,
 }
 
 /// The keeper of an engine.
@@ -272,8 +274,12 @@ impl Keeper {
         if !((over_bytes || over_age) && durable) {
             return Ok(worked);
         }
-        // What the freed events had made of their keys must not go with them.
         let freed_to = kept.log.first_offset(next.index).0;
+        if kept.is_held(freed_to) {
+            kept.held_to = freed_to;
+            return Ok(worked);
+        }
+        // What the freed events had made of their keys must not go with them.
         if kept.checkpoints.covered() < freed_to {
             kept.waits_for = freed_to;
             if kept.checkpoints.begun() < freed_to {
@@ -362,7 +368,7 @@ impl Kept {
 
     /// After a checkpoint that failed, the next is asked for a little later, also if nothing else happens.
     fn notice_checkpoints(&mut self) {
-        self.waits_for = 0;
+        (self.waits_for, self.held_to) = (0, 0);
         let failed = self.checkpoints.failed.load(Ordering::SeqCst);
         if failed != self.checkpoints_failed {
             self.checkpoints_failed = failed;
@@ -370,6 +376,11 @@ impl Kept {
         } else if self.ask_at.is_some_and(|at| at <= Instant::now()) {
             self.ask_at = None;
         }
+    }
+
+    /// Whether a consumer needs something below `freed_to`.
+    fn is_held(&self, freed_to: u64) -> bool {
+        self.log.holds.lowest().is_some_and(|lowest| lowest.0 < freed_to)
     }
 
     /// Asks for a checkpoint, unless one has just failed.
@@ -392,9 +403,10 @@ impl Kept {
     /// Looked at before sleeping.
     fn wants_work(&self, bytes_max: Option<u64>) -> bool {
         let is_saved = self.waits_for > 0 && self.checkpoints.covered() >= self.waits_for;
+        let is_released = self.held_to > 0 && !self.is_held(self.held_to);
         let has_failed = self.checkpoints.failed.load(Ordering::SeqCst) != self.checkpoints_failed;
         let must_prepare = !self.prepared.is_full() && self.retry_at.is_none() && !self.waits_to_reuse(bytes_max);
-        self.log.failure().is_none() && (must_prepare || is_saved || has_failed)
+        self.log.failure().is_none() && (must_prepare || is_saved || is_released || has_failed)
     }
 }
 

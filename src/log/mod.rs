@@ -7,6 +7,7 @@ pub(crate) mod crc;
 pub(crate) mod finder;
 pub(crate) mod fold;
 pub(crate) mod format;
+pub(crate) mod holds;
 pub(crate) mod keeper;
 pub(crate) mod manifest;
 pub(crate) mod mmap;

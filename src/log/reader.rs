@@ -1,10 +1,11 @@
 //! Reads a shard's log in place, also while the shard writes. Any thread; sees what is `appended`.
 
 use std::marker::PhantomData;
+use std::task::Waker;
 
 use crate::aggregate::Aggregate;
 use crate::error::{Corruption, ReadError};
-use crate::event::{Event, Meta, Offset, Sequence, Time};
+use crate::event::{Event, Meta, Offset, Sequence, ShardId, Time};
 use crate::log::fold::{Access, Folder};
 use crate::log::format::{Found, RECORD_HEADER_BYTES, RecordHeader, padded, record_at, u32_at};
 use crate::log::segment::{Segment, ShardLog};
@@ -34,6 +35,7 @@ pub struct Reader<E: Event> {
     segment: Option<Segment>,
     at: Offset,
     sequence: u64,
+    sight: Sight,
     access: Access,
     event: PhantomData<fn() -> E>,
     /// The store's lock. A reader trusts what this process wrote, so while it lives no other engine may open
@@ -47,23 +49,38 @@ impl<E: Event> std::fmt::Debug for Reader<E> {
     }
 }
 
+/// How far a reader may see.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Sight {
+    /// What is appended.
+    Appended,
+    /// What has been synced.
+    Durable,
+}
+
 /// What lies at the reader's position.
 enum Step {
-    Event {
-        at: usize,
-        len: usize,
-        header: RecordHeader,
-    },
+    Event(Ahead),
     /// A record of the log's own.
     Own(usize),
     NextSegment,
+}
+
+/// The event before which a reader stands.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Ahead {
+    /// In its segment.
+    at: usize,
+    len: usize,
+    pub(crate) header: RecordHeader,
 }
 
 impl<E: Event> Reader<E> {
     /// At the earliest event still held.
     pub(crate) fn earliest(log: Arc<ShardLog>, lock: std::sync::Arc<dyn Lock>) -> Self {
         let at = log.earliest();
-        Self { log, segment: None, at, sequence: 0, access: Access::new::<E>(), event: PhantomData, _lock: lock }
+        let (access, sight) = (Access::new::<E>(), Sight::Appended);
+        Self { log, segment: None, at, sequence: 0, sight, access, event: PhantomData, _lock: lock }
     }
 
     /// At the record that begins at `offset` (or at the end of the log).
@@ -79,10 +96,7 @@ impl<E: Event> Reader<E> {
         // The sequence is not stored with a record, so it is counted from the segment's beginning.
         while reader.at < offset {
             match reader.step()? {
-                Some(Step::Event { len, .. }) => {
-                    reader.at.0 += padded(len) as u64;
-                    reader.sequence += 1;
-                }
+                Some(Step::Event(ahead)) => reader.pass(&ahead),
                 Some(Step::Own(len)) => reader.at.0 += padded(len) as u64,
                 Some(Step::NextSegment) | None => return Err(ReadError::NotARecord { shard, offset }),
             }
@@ -103,29 +117,90 @@ impl<E: Event> Reader<E> {
     /// this process do not hold. The position stays.
     #[expect(clippy::should_implement_trait, reason = "lends from the reader, which Iterator cannot")]
     pub fn next(&mut self) -> Result<Option<Record<'_, E>>, ReadError> {
-        let (at, len, header) = loop {
+        let Some(ahead) = self.ahead(|_| true)? else { return Ok(None) };
+        let (meta, damage) = (self.meta(&ahead), self.corruption("an archive is not valid"));
+        let memory = self.segment.as_ref().map(|segment| &segment.memory);
+        let event = memory.and_then(|memory| self.access.event::<E>(memory, ahead.at, ahead.len, &ahead.header));
+        let event = event.ok_or(damage)?;
+        self.at.0 += padded(ahead.len) as u64;
+        self.sequence += 1;
+        Ok(Some(Record { meta, event }))
+    }
+
+    /// Moves past events until one is wanted, by its header, and stands before it.
+    #[inline]
+    pub(crate) fn ahead(
+        &mut self,
+        mut is_wanted: impl FnMut(&RecordHeader) -> bool,
+    ) -> Result<Option<Ahead>, ReadError> {
+        loop {
             match self.step()? {
                 None => return Ok(None),
-                Some(Step::Event { at, len, header }) => break (at, len, header),
+                Some(Step::Event(ahead)) if is_wanted(&ahead.header) => return Ok(Some(ahead)),
+                Some(Step::Event(ahead)) => self.pass(&ahead),
                 Some(Step::Own(len)) => self.at.0 += padded(len) as u64,
                 Some(Step::NextSegment) => self.leave(),
             }
-        };
-        let meta = header.meta(self.log.shard, self.at, Sequence(self.sequence));
-        let damage = self.corruption("an archive is not valid");
-        let memory = self.segment.as_ref().map(|segment| &segment.memory);
-        let event = memory.and_then(|memory| self.access.event::<E>(memory, at, len, &header)).ok_or(damage)?;
-        self.at.0 += padded(len) as u64;
+        }
+    }
+
+    /// What the log knows of the event ahead.
+    #[inline]
+    pub(crate) fn meta(&self, ahead: &Ahead) -> Meta {
+        ahead.header.meta(self.log.shard, self.at, Sequence(self.sequence))
+    }
+
+    /// The event ahead, in place; `None` where its archive is not valid.
+    #[inline]
+    pub(crate) fn event(&mut self, ahead: &Ahead) -> Option<&E::Archived> {
+        self.access.event::<E>(&self.segment.as_ref()?.memory, ahead.at, ahead.len, &ahead.header)
+    }
+
+    /// Goes on behind the event ahead.
+    #[inline]
+    pub(crate) fn pass(&mut self, ahead: &Ahead) {
+        self.at.0 += padded(ahead.len) as u64;
         self.sequence += 1;
-        Ok(Some(Record { meta, event }))
+    }
+
+    /// To see only so far.
+    pub(crate) fn with_sight(self, sight: Sight) -> Self {
+        Self { sight, ..self }
+    }
+
+    pub(crate) fn shard(&self) -> ShardId {
+        self.log.shard
+    }
+
+    /// Lets the log wake somebody when more may be seen. To be looked at again afterwards.
+    pub(crate) fn register(&self, waker: &Waker) {
+        let target = self.horizon().0 + 1;
+        match self.sight {
+            Sight::Appended => self.log.grown.register(target, waker),
+            Sight::Durable => self.log.synced.register(target, waker),
+        }
+    }
+
+    /// Sequence of the next event; not exact before the first was looked at.
+    pub(crate) fn sequence(&self) -> u64 {
+        self.sequence
+    }
+
+    /// How far it may see now.
+    #[inline]
+    pub(crate) fn horizon(&self) -> Offset {
+        Offset(match self.sight {
+            Sight::Appended => self.log.appended.get(),
+            Sight::Durable => self.log.durable.get(),
+        })
     }
 
     /// Looks at the position without moving it.
     #[inline]
     fn step(&mut self) -> Result<Option<Step>, ReadError> {
         // The watermark first: whatever lies below it is complete, whichever segment it is in.
-        let appended = self.log.appended.get();
-        if self.at.0 >= appended {
+        let horizon = self.horizon().0;
+        if self.at.0 >= horizon {
             return Ok(None);
         }
         if self.segment.is_none() {
@@ -135,7 +210,7 @@ impl<E: Event> Reader<E> {
         let base = segment.index * self.log.segment_bytes;
         let at = (self.at.0 - base) as usize;
         // In the segment being written only bytes below the watermark may be looked at.
-        let end = (appended - base).min(self.log.segment_bytes) as usize;
+        let end = (horizon - base).min(self.log.segment_bytes) as usize;
         let Some(tail) = segment.memory.read(at, end.min(segment.memory.committed()).saturating_sub(at)) else {
             return Ok(Some(Step::NextSegment));
         };
@@ -158,7 +233,7 @@ impl<E: Event> Reader<E> {
         if header.is_own() {
             return Ok(Some(Step::Own(len)));
         }
-        Ok(Some(Step::Event { at, len, header }))
+        Ok(Some(Step::Event(Ahead { at, len, header })))
     }
 
     #[cold]
@@ -180,19 +255,8 @@ impl<E: Event> Reader<E> {
     }
 
     /// Moves past events until one is wanted, and says when that was; only headers are looked at. Stands before it then.
-    pub(crate) fn seek(&mut self, mut is_wanted: impl FnMut(&RecordHeader) -> bool) -> Result<Option<Time>, ReadError> {
-        loop {
-            match self.step()? {
-                None => return Ok(None),
-                Some(Step::Event { header, .. }) if is_wanted(&header) => return Ok(Some(header.time)),
-                Some(Step::Event { len, .. }) => {
-                    self.at.0 += padded(len) as u64;
-                    self.sequence += 1;
-                }
-                Some(Step::Own(len)) => self.at.0 += padded(len) as u64,
-                Some(Step::NextSegment) => self.leave(),
-            }
-        }
+    pub(crate) fn seek(&mut self, is_wanted: impl FnMut(&RecordHeader) -> bool) -> Result<Option<Time>, ReadError> {
+        Ok(self.ahead(is_wanted)?.map(|ahead| ahead.header.time))
     }
 
     /// Folds every record below `until` into `folder`, whose events must be of this type.
@@ -214,7 +278,7 @@ impl<E: Event> Reader<E> {
                     self.leave();
                     continue;
                 }
-                Some(Step::Own(len) | Step::Event { len, .. }) => len,
+                Some(Step::Own(len) | Step::Event(Ahead { len, .. })) => len,
             };
             let header = RecordHeader::decode(segment.memory.read(at, len).unwrap_or_default());
             if !header.is_mark() {

@@ -11,9 +11,10 @@ use std::sync::OnceLock;
 use crate::error::{FailureCause, ShardFailure};
 use crate::event::{Offset, ShardId};
 use crate::log::format::HEADER_BYTES;
+use crate::log::holds::Holds;
 use crate::log::manifest::segment_name;
 use crate::log::mmap::Memory;
-use crate::sync::{AtomicBool, Mutex, Ordering, Watermark, lock};
+use crate::sync::{AtomicBool, Mutex, Ordering, Waiters, Watermark, lock};
 
 /// One segment that holds records.
 #[derive(Debug, Clone)]
@@ -37,6 +38,12 @@ pub(crate) struct ShardLog {
     pub(crate) durable: Watermark,
     /// Events below `appended`.
     pub(crate) sequence: Watermark,
+    /// Who waits for `appended` to move.
+    pub(crate) grown: Waiters,
+    /// Who waits for `durable` to move.
+    pub(crate) synced: Waiters,
+    /// What consumers still need.
+    pub(crate) holds: Holds,
     failed: AtomicBool,
     failure: OnceLock<ShardFailure>,
     /// The shard wants a segment and the disk has no space for one.
@@ -60,6 +67,9 @@ impl ShardLog {
             appended: Watermark::new(at.0),
             durable: Watermark::new(at.0),
             sequence: Watermark::new(sequence),
+            grown: Waiters::new(),
+            synced: Waiters::new(),
+            holds: Holds::default(),
             failed: AtomicBool::new(false),
             failure: OnceLock::new(),
             storage_full: AtomicBool::new(false),

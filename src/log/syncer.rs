@@ -142,6 +142,7 @@ impl Syncer {
         }
         // After the lanes: who has seen the log durable finds the receipts of what it covers durable too.
         self.log.durable.publish(durable);
+        self.log.synced.reached(durable);
         self.lanes.flushed(durable);
         // A shard at rest notes it in the log.
         self.shard_signal.notify();

@@ -7,9 +7,10 @@ use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::Instant;
 
-use super::{LaneShared, block_until};
+use super::LaneShared;
 use crate::error::WaitError;
 use crate::event::ShardId;
+use crate::promise::block_until;
 use crate::sync::Arc;
 
 /// Proof that an event was accepted, and the way to learn when it is appended and durable.

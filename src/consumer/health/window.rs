@@ -33,6 +33,12 @@ impl Window {
         self.failures += u64::from(!is_success);
     }
 
+    pub(super) fn add_successes(&mut self, now: Duration, count: u64) {
+        self.move_to(now);
+        self.parts[self.newest as usize % PARTS].0 += count;
+        self.samples += count;
+    }
+
     /// Forgets the parts that time has passed by.
     pub(super) fn move_to(&mut self, now: Duration) {
         let newest = u64::try_from(now.as_nanos() / self.part.as_nanos()).unwrap_or(u64::MAX);

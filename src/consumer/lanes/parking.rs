@@ -25,6 +25,12 @@ impl Lanes {
         Some(ToRecord { lane, key: state.key, offset, attempts: state.failures, kind })
     }
 
+    /// Whether [`Lanes::next_record`] has something.
+    #[must_use]
+    pub fn has_records(&self) -> bool {
+        !self.to_record.is_empty()
+    }
+
     /// The record is durable: its event ends.
     ///
     /// # Panics

@@ -1,0 +1,67 @@
+//! Wakes a task at a time. A thread of its own, which sleeps until then: runtimes have timers, but which one is theirs to know.
+
+use std::task::Waker;
+use std::time::Instant;
+
+use crate::sync::{Arc, Mutex, lock, thread};
+
+#[derive(Debug, Default)]
+struct Next {
+    at: Option<(Instant, Waker)>,
+    is_over: bool,
+}
+
+/// One time and who is woken then.
+#[derive(Debug)]
+pub(super) struct Alarm {
+    next: Arc<Mutex<Next>>,
+    /// `None` where no thread could be started; then whoever waits is woken at once, and asks again.
+    thread: Option<thread::Thread>,
+}
+
+impl Alarm {
+    pub(super) fn new() -> Self {
+        let next = Arc::new(Mutex::new(Next::default()));
+        let shared = Arc::clone(&next);
+        let spawned = thread::Builder::new().name("corelane-alarm".to_owned()).spawn(move || run(&shared));
+        let thread = spawned.map(|handle| handle.thread().clone());
+        let thread = thread.inspect_err(|error| tracing::warn!(%error, "no thread for a poller's alarm")).ok();
+        Self { next, thread }
+    }
+
+    /// Wakes `waker` at `at`, and nobody else.
+    pub(super) fn set(&self, at: Instant, waker: &Waker) {
+        lock(&self.next).at = Some((at, waker.clone()));
+        match &self.thread {
+            Some(thread) => thread.unpark(),
+            None => waker.wake_by_ref(),
+        }
+    }
+}
+
+impl Drop for Alarm {
+    fn drop(&mut self) {
+        lock(&self.next).is_over = true;
+        if let Some(thread) = &self.thread {
+            thread.unpark();
+        }
+    }
+}
+
+fn run(next: &Mutex<Next>) {
+    loop {
+        let (due, at) = {
+            let mut next = lock(next);
+            if next.is_over {
+                return;
+            }
+            let due = next.at.take_if(|(at, _)| *at <= Instant::now());
+            (due, next.at.as_ref().map(|(at, _)| *at))
+        };
+        match (due, at) {
+            (Some((_, waker)), _) => waker.wake(),
+            (None, Some(at)) => thread::park_timeout(at.saturating_duration_since(Instant::now())),
+            (None, None) => thread::park(),
+        }
+    }
+}

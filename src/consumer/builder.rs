@@ -1,0 +1,209 @@
+//! How a consumer is told what to do and started: the way in for applications.
+
+use std::fmt;
+use std::time::Duration;
+
+use super::dead_letter::answer::DeadLetterPolicy;
+use super::driver::Driver;
+use super::effects::Call;
+use super::error::ConsumerError;
+use super::handle::Consumer;
+use super::health::HealthPolicy;
+use super::lanes::answer::LanesPolicy;
+use super::poller::Poller;
+use super::retry::Retry;
+use super::running;
+use super::services::Services;
+use super::settings::{Exhausted, Filter, Judgement, Settings, Start};
+use super::whole_ms;
+use crate::config::in_range;
+use crate::event::{Event, Meta};
+use crate::handler::HandlerError;
+use crate::log::reader::Sight;
+
+/// A consumer about to be started. Everything has a default; the name is its identity in the store.
+#[must_use = "it does nothing until it is started"]
+pub struct ConsumerBuilder<E: Event> {
+    services: std::sync::Arc<Services>,
+    settings: Settings,
+    types: Option<Vec<String>>,
+    retry: Retry,
+    event: std::marker::PhantomData<fn() -> E>,
+}
+
+impl<E: Event> fmt::Debug for ConsumerBuilder<E> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ConsumerBuilder").field("settings", &self.settings).finish_non_exhaustive()
+    }
+}
+
+impl<E: Event> ConsumerBuilder<E> {
+    pub(crate) fn new(services: &std::sync::Arc<Services>, name: &str) -> Self {
+        let settings = Settings {
+            name: name.into(),
+            filter: Filter::all(),
+            start: Start::Beginning,
+            sight: if services.syncs { Sight::Durable } else { Sight::Appended },
+            concurrency: 1,
+            lanes: LanesPolicy::default(),
+            retry: super::retry::RetryPolicy::default(),
+            health: HealthPolicy::default(),
+            letters: DeadLetterPolicy::default(),
+            exhausted: Exhausted::default(),
+            judge: None,
+            checkpoint_every: Duration::from_secs(1),
+            // Consumers that fail together are not tried again together.
+            jitter_seed: xxhash_rust::xxh3::xxh3_64(name.as_bytes()),
+        };
+        let retry = Retry::exponential(2.0);
+        Self {
+            services: std::sync::Arc::clone(services),
+            settings,
+            types: None,
+            retry,
+            event: std::marker::PhantomData,
+        }
+    }
+
+    /// Only events of these types, by their names in [`Event::TYPES`]. Default: all.
+    pub fn types<T: Into<String>>(mut self, names: impl IntoIterator<Item = T>) -> Self {
+        self.types = Some(names.into_iter().map(Into::into).collect());
+        self
+    }
+
+    /// Where it starts if it is new; one that is registered goes on from its checkpoint. Default: at the beginning.
+    pub fn start_at(mut self, start: Start) -> Self {
+        self.settings.start = start;
+        self
+    }
+
+    /// Sees events as soon as they are appended, not only when they are durable. After a power cut it may have handled events that the
+    /// log does not have (in durability mode `OsCache` that is so anyway). Default: durable events only.
+    pub fn before_durable(mut self) -> Self {
+        self.settings.sight = Sight::Appended;
+        self
+    }
+
+    /// So many keys are handled at once, each in order, 1..=65,536; above 1, that many threads call the handler. Default: 1, on the
+    /// consumer's own thread.
+    pub fn concurrency(mut self, concurrency: usize) -> Self {
+        self.settings.concurrency = concurrency;
+        self
+    }
+
+    /// How much it remembers of what is not done. Default: [`LanesPolicy::default`]; its concurrency is [`ConsumerBuilder::concurrency`].
+    pub fn lanes(mut self, policy: LanesPolicy) -> Self {
+        self.settings.lanes = policy;
+        self
+    }
+
+    /// When a failed attempt is made again. Default: exponential, 5 attempts.
+    pub fn retry(mut self, retry: Retry) -> Self {
+        self.retry = retry;
+        self
+    }
+
+    /// What becomes of an event whose attempts are used up. Default: it is parked.
+    pub fn when_exhausted(mut self, exhausted: Exhausted) -> Self {
+        self.settings.exhausted = exhausted;
+        self
+    }
+
+    /// Judges each error a handler returns, after so many attempts: one that no retry can help, for instance. A panic goes by the
+    /// policy.
+    pub fn judge(mut self, judge: impl Fn(&HandlerError, u32) -> Judgement + Send + Sync + 'static) -> Self {
+        self.settings.judge = Some(std::sync::Arc::new(judge));
+        self
+    }
+
+    /// When its service counts as unhealthy, and how it is tried then.
+    pub fn health(mut self, policy: HealthPolicy) -> Self {
+        self.settings.health = policy;
+        self
+    }
+
+    /// How many dead letters it keeps, and what happens when there are more.
+    pub fn dead_letters(mut self, policy: DeadLetterPolicy) -> Self {
+        self.settings.letters = policy;
+        self
+    }
+
+    /// How often its position is saved, 1 ms..=1 h; what was handled since is handled again after a crash. Default: 1 s.
+    pub fn checkpoint_every(mut self, every: Duration) -> Self {
+        self.settings.checkpoint_every = every;
+        self
+    }
+
+    /// The seed of the retries' jitter, for runs that are to be repeated. Default: made of the name.
+    pub fn jitter_seed(mut self, seed: u64) -> Self {
+        self.settings.jitter_seed = seed;
+        self
+    }
+
+    /// Starts it: `handler` is called for every event, each key's in order, at least once. It may fail, panic or take long; that is
+    /// nobody else's concern.
+    ///
+    /// # Errors
+    /// [`ConsumerError`]: a value out of range, a name that cannot be, a consumer that runs already, files that cannot be read.
+    pub fn start<F>(self, handler: F) -> Result<Consumer<E>, ConsumerError>
+    where
+        F: Fn(&E::Archived, &Meta) -> Result<(), HandlerError> + Send + Sync + 'static,
+    {
+        self.start_with(move |event: &E::Archived, meta: &Meta, _: &Call<'_>| handler(event, meta))
+    }
+
+    /// As [`ConsumerBuilder::start`], for a subscriber of the event bus.
+    ///
+    /// # Errors
+    /// As [`ConsumerBuilder::start`].
+    pub fn on<F>(self, handler: F) -> Result<Consumer<E>, ConsumerError>
+    where
+        F: Fn(&E::Archived, &Meta) -> Result<(), HandlerError> + Send + Sync + 'static,
+    {
+        self.start(handler)
+    }
+
+    /// As [`ConsumerBuilder::start`], for handlers with side effects: [`Call`] names each of them and says when it was had before.
+    ///
+    /// # Errors
+    /// As [`ConsumerBuilder::start`].
+    pub fn start_with<F>(self, handler: F) -> Result<Consumer<E>, ConsumerError>
+    where
+        F: Fn(&E::Archived, &Meta, &Call<'_>) -> Result<(), HandlerError> + Send + Sync + 'static,
+    {
+        let services = std::sync::Arc::clone(&self.services);
+        let driver = self.driver()?;
+        let name = driver.settings().name.to_string();
+        let control = running::start(driver, std::sync::Arc::clone(&services), handler);
+        let control = control.inspect_err(|_| services.left(&name))?;
+        Ok(Consumer::new(control, &name))
+    }
+
+    /// A consumer without threads, to be driven by the application's own thread or task.
+    ///
+    /// # Errors
+    /// As [`ConsumerBuilder::start`].
+    pub fn poller(self) -> Result<Poller<E>, ConsumerError> {
+        let services = std::sync::Arc::clone(&self.services);
+        self.driver().map(|driver| Poller::new(services, driver))
+    }
+
+    /// The checked settings.
+    pub(super) fn settle(mut self) -> Result<(std::sync::Arc<Services>, Settings), ConsumerError> {
+        self.settings.retry = self.retry.validate()?;
+        in_range("consumer_checkpoint_every_ms", whole_ms(self.settings.checkpoint_every), 1, 3_600_000)?;
+        in_range("consumer_concurrency", self.settings.concurrency as u64, 1, 65_536)?;
+        if let Some(types) = &self.types {
+            self.settings.filter = Filter::named::<E>(types)?;
+        }
+        Ok((self.services, self.settings))
+    }
+
+    fn driver(self) -> Result<Driver<E>, ConsumerError> {
+        let (services, settings) = self.settle()?;
+        let name = std::sync::Arc::clone(&settings.name);
+        let places = services.drive::<E>(&name, settings.start)?;
+        let storage = std::sync::Arc::clone(&services.storage);
+        Driver::open(settings, storage, services.dir(&name), places).inspect_err(|_| services.left(&name))
+    }
+}

@@ -1,0 +1,289 @@
+//! How far a consumer has come, as a small file with a CRC: `FORMAT.md` has the bytes.
+//!
+//! One writer: the consumer's driver (while the store is opened: who opens it). It is replaced as a whole, so a crash leaves
+//! the old or the new one. It says which events are done, so that a restart repeats only what was done after it.
+
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+
+use crate::error::OpenError;
+use crate::event::Offset;
+use crate::log::format::{FORMAT_VERSION, u16_at, u32_at, u64_at};
+use crate::log::storage::{Storage, replace};
+
+const MAGIC: [u8; 8] = *b"coreckpt";
+/// Its file name in the consumer's folder.
+const NAME: &str = "checkpoint";
+const HEADER_BYTES: usize = 16;
+const SHARD_BYTES: usize = 32;
+/// Unfinished events that are named; events after the last of them are offered again.
+const UNFINISHED_MAX: usize = 1 << 16;
+
+/// How far a consumer has come, shard by shard.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub(crate) struct Checkpoint {
+    pub(crate) shards: Vec<Progress>,
+}
+
+/// How far it has come in one shard.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub(crate) struct Progress {
+    /// Everything below is done: handled, or recorded.
+    pub(crate) position: Offset,
+    /// Below it only `unfinished` is not done; nothing from here on is.
+    pub(crate) read: Offset,
+    /// Below it side effects have been had once: it was `position` when the consumer was set back.
+    pub(crate) effects_from: Offset,
+    /// What of `position..read` is not done, rising.
+    pub(crate) unfinished: Vec<Offset>,
+}
+
+impl Progress {
+    /// At rest at a position.
+    pub(crate) fn at(position: Offset) -> Self {
+        Self { position, read: position, effects_from: Offset(0), unfinished: Vec::new() }
+    }
+
+    /// Progress of which `unfinished` is not done, all of which is named or offered again.
+    pub(crate) fn new(
+        position: Offset,
+        read: Offset,
+        effects_from: Offset,
+        unfinished: impl Iterator<Item = Offset>,
+    ) -> Self {
+        let mut named: Vec<Offset> = unfinished.take(UNFINISHED_MAX + 1).collect();
+        let read = if named.len() > UNFINISHED_MAX { named.pop().unwrap_or(read) } else { read };
+        Self { position, read, effects_from, unfinished: named }
+    }
+
+    /// Forgets what lies at or beyond the log's end: the log has lost it, and other events will stand there. Whether there was any.
+    pub(crate) fn cut(&mut self, end: Offset) -> bool {
+        let before = self.clone();
+        self.unfinished.retain(|offset| *offset < end);
+        self.read = self.read.min(end);
+        self.position = self.position.min(end);
+        self.effects_from = self.effects_from.min(end);
+        *self != before
+    }
+}
+
+impl Checkpoint {
+    fn encode(&self) -> Vec<u8> {
+        let mut out = Vec::with_capacity(HEADER_BYTES + self.shards.len() * SHARD_BYTES + 4);
+        out.extend(MAGIC);
+        out.extend(FORMAT_VERSION.to_le_bytes());
+        out.extend((self.shards.len() as u16).to_le_bytes());
+        out.extend([0; 2]);
+        for shard in &self.shards {
+            out.extend(shard.position.0.to_le_bytes());
+            out.extend(shard.read.0.to_le_bytes());
+            out.extend(shard.effects_from.0.to_le_bytes());
+            out.extend((shard.unfinished.len() as u32).to_le_bytes());
+            out.extend([0; 4]);
+            shard.unfinished.iter().for_each(|offset| out.extend(offset.0.to_le_bytes()));
+        }
+        let crc = crc32c::crc32c(&out);
+        out.extend(crc.to_le_bytes());
+        out
+    }
+
+    fn decode(path: &Path, bytes: &[u8]) -> Result<Self, OpenError> {
+        let foreign = |why| OpenError::ForeignFile { path: path.to_owned(), why };
+        let Some((body, crc)) = bytes.split_last_chunk::<4>().filter(|(body, _)| body.len() >= HEADER_BYTES) else {
+            return Err(foreign("the file is cut short"));
+        };
+        if body[..8] != MAGIC {
+            return Err(foreign("wrong magic"));
+        }
+        if crc32c::crc32c(body) != u32::from_le_bytes(*crc) {
+            return Err(foreign("its CRC does not hold"));
+        }
+        let version = u32_at(body, 8);
+        if version != FORMAT_VERSION {
+            let (path, found, known) = (path.to_owned(), version, FORMAT_VERSION);
+            return Err(OpenError::UnknownFormat { path, found, known });
+        }
+        let mut rest = &body[HEADER_BYTES..];
+        let mut shards = Vec::new();
+        for _ in 0..u16_at(body, 12) {
+            let short = || foreign("the file ends before its last shard");
+            let (fixed, after) = rest.split_at_checked(SHARD_BYTES).ok_or_else(short)?;
+            let unfinished = u32_at(fixed, 24) as usize;
+            let (offsets, after) = after.split_at_checked(unfinished * 8).ok_or_else(short)?;
+            shards.push(Progress {
+                position: Offset(u64_at(fixed, 0)),
+                read: Offset(u64_at(fixed, 8)),
+                effects_from: Offset(u64_at(fixed, 16)),
+                unfinished: offsets.chunks_exact(8).map(|at| Offset(u64_at(at, 0))).collect(),
+            });
+            rest = after;
+        }
+        Ok(Self { shards })
+    }
+
+    /// What is saved in a consumer's folder; `None` where nothing is.
+    pub(crate) fn load(storage: &dyn Storage, dir: &Path) -> Result<Option<Self>, OpenError> {
+        let path = dir.join(NAME);
+        match storage.read(&path) {
+            Ok(bytes) => Self::decode(&path, &bytes).map(Some),
+            Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => Ok(None),
+            Err(source) => Err(OpenError::Io { action: "reading", path, source }),
+        }
+    }
+
+    /// Replaces what is saved; durable when it returns.
+    pub(crate) fn save(&self, storage: &dyn Storage, dir: &Path) -> std::io::Result<()> {
+        replace(storage, dir, NAME, &self.encode())
+    }
+
+    /// Makes a folder be no consumer's any more; durable when it returns.
+    pub(crate) fn remove(storage: &dyn Storage, dir: &Path) -> std::io::Result<()> {
+        storage.remove(&dir.join(NAME))?;
+        storage.sync_dir(dir)
+    }
+}
+
+/// The folder of a store's consumers.
+pub(crate) fn consumers_dir(store: &Path) -> PathBuf {
+    store.join("consumers")
+}
+
+/// The names that have a folder of their own among a store's consumers, whether or not they are consumers.
+pub(crate) fn names(storage: &dyn Storage, store: &Path) -> Result<Vec<String>, OpenError> {
+    let path = consumers_dir(store);
+    match storage.list(&path) {
+        Ok(names) => Ok(names.into_iter().filter(|name| is_name(name)).collect()),
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(Vec::new()),
+        Err(source) => Err(OpenError::Io { action: "listing", path, source }),
+    }
+}
+
+/// Whether a text may be a consumer's name, which is that of its folder.
+pub(crate) fn is_name(text: &str) -> bool {
+    let fits = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || b"._-".contains(&byte);
+    (1..=64).contains(&text.len()) && !text.starts_with('.') && text.bytes().all(fits)
+}
+
+/// Cuts what consumers know of a shard's log at its end as recovery found it. To be called before anything is appended.
+pub(crate) fn cut_all(
+    storage: &dyn Storage,
+    store: &Path,
+    ends: &[Offset],
+) -> Result<Vec<(String, Checkpoint)>, OpenError> {
+    let mut known = Vec::new();
+    for name in names(storage, store)? {
+        let dir = consumers_dir(store).join(&name);
+        let Some(mut checkpoint) = Checkpoint::load(storage, &dir)? else { continue };
+        if checkpoint.shards.len() != ends.len() {
+            let why = "the consumer's checkpoint is of another number of shards";
+            return Err(OpenError::ForeignFile { path: dir.join(NAME), why });
+        }
+        let mut is_cut = false;
+        for (i, (progress, end)) in checkpoint.shards.iter_mut().zip(ends).enumerate() {
+            if progress.cut(*end) {
+                tracing::warn!(consumer = name, shard = i, %end, "a consumer had handled events that the log has lost");
+                is_cut = true;
+            }
+        }
+        if is_cut {
+            let saved = checkpoint.save(storage, &dir);
+            saved.map_err(|source| OpenError::Io { action: "writing", path: dir.join(NAME), source })?;
+        }
+        known.push((name, checkpoint));
+    }
+    Ok(known)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::log::format::tests::assert_golden;
+    use crate::testing::FaultyStorage;
+
+    fn example() -> Checkpoint {
+        let unfinished = vec![Offset(4096), Offset(4256)];
+        let first = Progress { position: Offset(4096), read: Offset(5000), effects_from: Offset(7), unfinished };
+        Checkpoint { shards: vec![first, Progress::at(Offset(0x0102_0304_0506))] }
+    }
+
+    #[test]
+    fn the_bytes_are_frozen() {
+        let bytes = example().encode();
+        assert_golden("consumer-checkpoint.bin", &bytes);
+        assert_eq!(Checkpoint::decode(Path::new("c"), &bytes).expect("decodes"), example());
+    }
+
+    #[test]
+    fn what_does_not_hold_is_refused_and_named() {
+        let bytes = example().encode();
+        for len in 0..bytes.len() {
+            assert!(Checkpoint::decode(Path::new("c"), &bytes[..len]).is_err(), "cut at {len}");
+        }
+        for at in 0..bytes.len() {
+            let mut bytes = bytes.clone();
+            bytes[at] ^= 1;
+            assert!(Checkpoint::decode(Path::new("c"), &bytes).is_err(), "flipped at {at}");
+        }
+        let mut newer = bytes[..bytes.len() - 4].to_vec();
+        newer[8] += 1;
+        newer.extend(crc32c::crc32c(&newer).to_le_bytes());
+        assert!(matches!(Checkpoint::decode(Path::new("c"), &newer), Err(OpenError::UnknownFormat { .. })));
+    }
+
+    #[test]
+    fn a_crash_while_saving_leaves_the_old_or_the_new_one() {
+        let dir = Path::new("/s/consumers/a");
+        let (old, new) = (example(), Checkpoint { shards: vec![Progress::at(Offset(9)); 2] });
+        for n in 1.. {
+            let storage = FaultyStorage::new();
+            old.save(&storage, dir).expect("saved");
+            storage.fail_operation(n);
+            let saved = new.save(&storage, dir).is_ok();
+            storage.fail_operation(1_000_000);
+            storage.crash(crate::testing::Unsynced::Random(n));
+            let found = Checkpoint::load(&storage, dir).expect("readable").expect("there is one");
+            assert!(found == new || (found == old && !saved), "operation {n}: {found:?}");
+            if saved {
+                break;
+            }
+        }
+    }
+
+    #[test]
+    fn what_the_log_has_lost_is_forgotten() {
+        let storage = FaultyStorage::new();
+        let store = Path::new("/s");
+        example().save(&storage, &consumers_dir(store).join("a")).expect("saved");
+        let known = cut_all(&storage, store, &[Offset(4200), Offset(100)]).expect("readable");
+        let first = Progress {
+            position: Offset(4096),
+            read: Offset(4200),
+            effects_from: Offset(7),
+            unfinished: vec![Offset(4096)],
+        };
+        let expected = Checkpoint { shards: vec![first, Progress::at(Offset(100))] };
+        assert_eq!(known, [("a".to_owned(), expected.clone())]);
+        storage.crash(crate::testing::Unsynced::Lost);
+        let dir = consumers_dir(store).join("a");
+        assert_eq!(Checkpoint::load(&storage, &dir).expect("readable"), Some(expected), "durably");
+        assert!(cut_all(&storage, store, &[Offset(1)]).is_err(), "another number of shards");
+    }
+
+    #[test]
+    fn what_is_not_named_is_offered_again() {
+        let many = (0..UNFINISHED_MAX as u64 + 5).map(|i| Offset(i * 16));
+        let progress = Progress::new(Offset(0), Offset(u64::MAX), Offset(0), many);
+        assert_eq!(progress.unfinished.len(), UNFINISHED_MAX);
+        assert_eq!(progress.read, Offset(UNFINISHED_MAX as u64 * 16), "from the first that is not named");
+    }
+
+    #[test]
+    fn names_are_those_of_plain_folders() {
+        for name in ["a", "mail-2.x_y", &"x".repeat(64)] {
+            assert!(is_name(name), "{name}");
+        }
+        for name in ["", ".hidden", "..", "A", "a/b", "ä", "a b", &"x".repeat(65)] {
+            assert!(!is_name(name), "{name}");
+        }
+    }
+}

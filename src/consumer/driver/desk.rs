@@ -1,0 +1,303 @@
+//! One shard of a consumer: reads the log, and offers what is not done to the lanes.
+
+use std::collections::VecDeque;
+use std::task::Waker;
+
+use super::super::checkpoint::Progress;
+use super::super::dead_letter::Letters;
+use super::super::dead_letter::answer::{DeadLetter, LetterKind};
+use super::super::effects::Call;
+use super::super::error::ConsumerError;
+use super::super::lanes::Lanes;
+use super::super::lanes::answer::{LanesPolicy, RecordKind, Run, ToRecord};
+use super::super::settings::{Filter, Settings};
+use super::execute::{Failed, Handler, call};
+use crate::error::ReadError;
+use crate::event::{Event, EventId, Key, Offset, ShardId, Time};
+use crate::log::finder::Finder;
+use crate::log::holds::Hold;
+use crate::log::reader::{Ahead, Reader};
+use crate::log::segment::ShardLog;
+use crate::log::storage::Lock;
+use crate::log::syncer::SyncRequests;
+use crate::sync::Arc;
+
+/// Events read in one go, before other shards and other work have their turn.
+const READ_MAX: usize = 1024;
+/// Events of other types that are passed over in one go.
+const UNWANTED_MAX: usize = 1 << 16;
+/// Keys that are kept ready beyond those that run, so that none who could run waits for a read.
+const READY_SPARE: usize = 64;
+
+/// A shard's log as a consumer is given it, and how far it has come there.
+#[derive(Debug)]
+pub(crate) struct Place {
+    pub(crate) log: Arc<ShardLog>,
+    pub(crate) syncer: std::sync::Arc<SyncRequests>,
+    pub(crate) lock: std::sync::Arc<dyn Lock>,
+    pub(crate) hold: Arc<Hold>,
+    pub(crate) progress: Progress,
+}
+
+/// One shard of a consumer.
+pub(crate) struct Desk<E: Event> {
+    pub(crate) log: Arc<ShardLog>,
+    syncer: std::sync::Arc<SyncRequests>,
+    pub(super) lock: std::sync::Arc<dyn Lock>,
+    pub(super) hold: Arc<Hold>,
+    pub(super) reader: Reader<E>,
+    finder: Finder,
+    pub(super) lanes: Lanes,
+    policy: LanesPolicy,
+    /// From the last life: of what lies below `read`, only `unfinished` is not done.
+    pub(super) restored: Option<(Offset, VecDeque<Offset>)>,
+    /// Events below may have a record of the last life, or of before the consumer was set back.
+    records_until: Offset,
+    /// Side effects below were had once.
+    pub(super) effects_from: Offset,
+}
+
+impl<E: Event> std::fmt::Debug for Desk<E> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Desk").field("reader", &self.reader).field("lanes", &self.lanes).finish_non_exhaustive()
+    }
+}
+
+impl<E: Event> Desk<E> {
+    pub(super) fn open(place: Place, settings: &Settings) -> Result<Self, ConsumerError> {
+        let Place { log, syncer, lock, hold, progress } = place;
+        let policy = settings.lanes.clone().concurrency(settings.concurrency);
+        let reader = Reader::at(Arc::clone(&log), progress.position, std::sync::Arc::clone(&lock))?;
+        let finder = Finder::new(Arc::clone(&log), std::sync::Arc::clone(&lock));
+        let lanes = Lanes::new(policy.clone(), progress.position)?;
+        let records_until = Offset(log.appended.get());
+        let restored = (progress.read > progress.position).then(|| (progress.read, progress.unfinished.into()));
+        let (reader, effects_from) = (reader.with_sight(settings.sight), progress.effects_from);
+        Ok(Self { log, syncer, lock, hold, reader, finder, lanes, policy, restored, records_until, effects_from })
+    }
+
+    /// Goes to another position; what is unfinished is forgotten here, since it lies there or is left behind on purpose. Nothing is out.
+    pub(super) fn set_to(&mut self, position: Offset, settings: &Settings) -> Result<(), ConsumerError> {
+        let reader = Reader::at(Arc::clone(&self.log), position, std::sync::Arc::clone(&self.lock))?;
+        let done = self.lanes.checkpoint();
+        self.lanes = Lanes::new(self.policy.clone(), position)?;
+        self.reader = reader.with_sight(settings.sight);
+        self.restored = None;
+        self.records_until = Offset(self.log.appended.get());
+        self.effects_from = self.effects_from.max(done);
+        Ok(())
+    }
+
+    pub(super) fn id(&self, offset: Offset) -> EventId {
+        EventId { shard: self.shard(), offset }
+    }
+
+    pub(super) fn shard(&self) -> ShardId {
+        self.log.shard
+    }
+
+    pub(super) fn restore_parked(&mut self, key: Key, letters: u32) -> Result<(), ConsumerError> {
+        self.lanes.restore_parked(key, letters).map_err(|_| ConsumerError::TooManyKeys)
+    }
+
+    /// Whether the event ahead was done in a former life.
+    fn is_done_before(&mut self, offset: Offset, letters: &Letters) -> bool {
+        if let Some((read, unfinished)) = &mut self.restored {
+            if offset >= *read {
+                self.restored = None;
+            } else if unfinished.front() == Some(&offset) {
+                unfinished.pop_front();
+            } else {
+                return true;
+            }
+        }
+        offset < self.records_until && letters.knows(self.id(offset))
+    }
+
+    /// Offers events of the log to the lanes, until enough are ready, there is no room, or the log ends. Returns how many it looked at.
+    pub(super) fn offer(
+        &mut self,
+        settings: &Settings,
+        letters: &Letters,
+        is_in_place: bool,
+    ) -> Result<usize, ReadError> {
+        let ready_max = settings.concurrency + READY_SPARE;
+        let from = self.reader.offset();
+        let mut read = 0;
+        // What can be handled where it lies is not read here.
+        let is_others = !(is_in_place && self.is_all_new());
+        while is_others && read < READ_MAX && self.lanes.ready() < ready_max && self.lanes.has_room() {
+            let Some(ahead) = self.wanted(&settings.filter)? else { break };
+            let offset = self.reader.offset();
+            if !self.is_done_before(offset, letters) && self.lanes.offer(ahead.header.key, offset).is_err() {
+                break;
+            }
+            self.reader.pass(&ahead);
+            read += 1;
+        }
+        if self.reader.offset() > from {
+            self.lanes.read_up_to(self.reader.offset());
+            read = read.max(1);
+        }
+        Ok(read)
+    }
+
+    /// The next event that the consumer wants. `None`: there is none, or none among very many; ask again.
+    #[inline]
+    fn wanted(&mut self, filter: &Filter) -> Result<Option<Ahead>, ReadError> {
+        let mut looked = 0;
+        let ahead = self.reader.ahead(|header| {
+            looked += 1;
+            filter.wants(header.event_type) || looked > UNWANTED_MAX
+        })?;
+        Ok(ahead.filter(|ahead| filter.wants(ahead.header.event_type)))
+    }
+
+    /// Whether nothing of a former life is to be told from what is new.
+    fn is_all_new(&self) -> bool {
+        self.restored.is_none() && self.reader.offset() >= self.records_until
+    }
+
+    /// Calls `handler` for events where they lie. Ends at one whose key is not at rest (the lanes' turn), or that failed; that is
+    /// out then.
+    pub(super) fn run_in_place(
+        &mut self,
+        budget: usize,
+        settings: &Settings,
+        is_called: &mut dyn FnMut() -> bool,
+        handler: &mut Handler<'_, E>,
+    ) -> Result<(u64, Option<(Run, Failed)>), ReadError> {
+        if !self.is_all_new() || self.lanes.may_run() {
+            return Ok((0, None));
+        }
+        let (mut handled, mut failed) = (0, None);
+        let from = self.reader.offset();
+        while (handled as usize) < budget && self.lanes.has_room() && !is_called() {
+            let Some(ahead) = self.wanted(&settings.filter)? else { break };
+            let (key, meta) = (ahead.header.key, self.reader.meta(&ahead));
+            if !self.lanes.is_at_rest(key) {
+                // Behind what is unfinished of it.
+                if self.lanes.offer(key, meta.offset).is_err() {
+                    break;
+                }
+                self.reader.pass(&ahead);
+                continue;
+            }
+            let outcome = match self.reader.event(&ahead) {
+                None => Err(Failed::Undecodable),
+                Some(event) => {
+                    let told = Call::new(&settings.name, meta.id(), 1, meta.offset < self.effects_from);
+                    call(event, &meta, &told, handler)
+                }
+            };
+            if let Err(why) = outcome {
+                let run = self.lanes.offer_running(key, meta.offset).expect("there is room for it");
+                self.reader.pass(&ahead);
+                failed = Some((run, why));
+                break;
+            }
+            self.reader.pass(&ahead);
+            handled += 1;
+        }
+        if self.reader.offset() > from {
+            self.lanes.read_up_to(self.reader.offset());
+            self.lanes.handled_at_rest(handled);
+        }
+        Ok((handled, failed))
+    }
+
+    /// Whether the key's events up to `offset` are done.
+    pub(super) fn is_done(&self, key: Key, offset: Offset) -> bool {
+        let is_unfinished = self.lanes.first_of(key).is_some_and(|first| first <= offset);
+        let may_be_restored = self.restored.as_ref().is_some_and(|(_, unfinished)| !unfinished.is_empty());
+        self.reader.offset() > offset && !is_unfinished && !may_be_restored
+    }
+
+    /// Whether everything that may be seen now is done.
+    pub(super) fn is_caught_up(&self) -> bool {
+        self.lanes.statistics().unfinished == 0 && self.reader.offset() >= self.reader.horizon()
+    }
+
+    /// Whether the event at `offset` is durable; if not, asks for it.
+    pub(super) fn is_durable(&self, offset: Offset) -> bool {
+        let is_durable = self.log.durable.get() > offset.0;
+        if !is_durable {
+            self.syncer.flush(offset.0 + 1);
+        }
+        is_durable
+    }
+
+    /// What is recorded of an event.
+    pub(super) fn letter(
+        &mut self,
+        record: &ToRecord,
+        failed: Option<&Failed>,
+        first_failed: Time,
+        last_failed: Time,
+    ) -> Result<DeadLetter, ReadError> {
+        let header = self.finder.find(record.offset())?.header;
+        let why = match (record.kind(), failed) {
+            (_, Some(Failed::Undecodable)) => LetterKind::Undecodable,
+            (RecordKind::ParkedBehind, _) => LetterKind::Behind,
+            (RecordKind::Parked | RecordKind::Skipped, _) => LetterKind::Failed,
+        };
+        Ok(DeadLetter {
+            id: self.id(record.offset()),
+            key: header.key,
+            event_type: header.event_type,
+            schema_version: header.schema_version,
+            version: header.version,
+            time: header.time,
+            correlation: header.correlation,
+            why,
+            attempts: record.attempts(),
+            error: failed.map(ToString::to_string).unwrap_or_default(),
+            first_failed,
+            last_failed,
+        })
+    }
+
+    /// An event's archive.
+    pub(super) fn archive(&mut self, offset: Offset) -> Result<Vec<u8>, ReadError> {
+        let place = self.finder.find(offset)?;
+        let body = self.finder.body(&place);
+        Ok(body.to_vec())
+    }
+
+    /// A finder and what else a job needs that is run elsewhere.
+    pub(crate) fn finder(&self) -> Finder {
+        Finder::new(Arc::clone(&self.log), std::sync::Arc::clone(&self.lock))
+    }
+
+    /// Its log, and its hold on it.
+    pub(crate) fn place(&self) -> (Arc<ShardLog>, Arc<Hold>) {
+        (Arc::clone(&self.log), Arc::clone(&self.hold))
+    }
+
+    /// Up to where retention may free.
+    pub(crate) fn held_from(&self) -> Offset {
+        self.hold.get()
+    }
+
+    /// Whether it would read on, if the log did.
+    pub(super) fn may_read(&self, settings: &Settings) -> bool {
+        self.lanes.has_room() && self.lanes.ready() < settings.concurrency + READY_SPARE
+    }
+
+    pub(super) fn has_unread(&self) -> bool {
+        self.reader.offset() < self.reader.horizon()
+    }
+
+    /// Lets the log wake somebody when it goes on. To be looked at again afterwards.
+    pub(crate) fn register(&self, waker: &Waker) {
+        self.reader.register(waker);
+    }
+
+    pub(crate) fn lanes(&self) -> &Lanes {
+        &self.lanes
+    }
+
+    pub(crate) fn reader(&self) -> &Reader<E> {
+        &self.reader
+    }
+}

@@ -1,0 +1,130 @@
+//! Saves how far a consumer has come, and lets retention go on behind that.
+
+use std::time::Duration;
+
+use super::super::checkpoint::{Checkpoint, Progress};
+use super::super::error::ConsumerError;
+use super::super::settings::Start;
+use super::{Desk, Driver};
+use crate::error::{OpenError, ReadError};
+use crate::event::{Event, Offset};
+use crate::log::reader::Reader;
+use crate::log::segment::ShardLog;
+use crate::log::storage::Lock;
+use crate::sync::Arc;
+
+/// When the next checkpoint is due, and what became of the last ones.
+#[derive(Debug)]
+pub(super) struct Saving {
+    every: Duration,
+    due: Duration,
+    /// Positions as they were saved last.
+    saved: Vec<(Offset, Offset, usize)>,
+    pub(super) failures: u64,
+    pub(super) record_failures: u64,
+}
+
+impl Saving {
+    pub(super) fn new(every: Duration) -> Self {
+        Self { every, due: Duration::ZERO, saved: Vec::new(), failures: 0, record_failures: 0 }
+    }
+}
+
+impl<E: Event> Desk<E> {
+    fn progress(&self) -> Progress {
+        let (position, read) = (self.lanes.checkpoint(), self.reader.offset());
+        let restored = self.restored.as_ref();
+        // What of the last life is still unread counts on, after what was read of it.
+        let read = restored.map_or(read, |(restored, _)| read.max(*restored));
+        let rest = restored.into_iter().flat_map(|(_, unfinished)| unfinished.iter().copied());
+        Progress::new(position, read, self.effects_from, self.lanes.unfinished().chain(rest))
+    }
+
+    /// What changes when anything was done.
+    fn mark(&self) -> (Offset, Offset, usize) {
+        (self.lanes.checkpoint(), self.reader.offset(), self.lanes.statistics().unfinished)
+    }
+}
+
+impl<E: Event> Driver<E> {
+    fn is_saved(&self) -> bool {
+        self.desks.iter().map(Desk::mark).eq(self.saving.saved.iter().copied())
+    }
+
+    pub(super) fn save_due(&self) -> Option<Duration> {
+        (!self.is_saved()).then_some(self.saving.due)
+    }
+
+    pub(super) fn save_if_due(&mut self, now: Duration) -> bool {
+        if now < self.saving.due || self.is_saved() {
+            return false;
+        }
+        self.saving.due = now + self.saving.every;
+        if let Err(error) = self.save() {
+            // What was done since the last one is done again after a restart; retention waits.
+            self.saving.failures += 1;
+            tracing::error!(consumer = &*self.settings.name, %error, "a consumer's checkpoint cannot be written");
+        }
+        true
+    }
+
+    /// Saves how far all is done; durable when it returns.
+    pub(crate) fn save(&mut self) -> Result<(), ConsumerError> {
+        let marks = self.desks.iter().map(Desk::mark).collect();
+        let checkpoint = Checkpoint { shards: self.desks.iter().map(Desk::progress).collect() };
+        checkpoint.save(&*self.storage, &self.dir).map_err(|source| OpenError::Io {
+            action: "writing the checkpoint in",
+            path: self.dir.clone(),
+            source,
+        })?;
+        for (desk, progress) in self.desks.iter().zip(&checkpoint.shards) {
+            desk.hold.set(progress.position);
+            self.letters.forget_below(desk.shard(), progress.position);
+        }
+        self.saving.saved = marks;
+        Ok(())
+    }
+
+    /// Failed attempts to save, and to write records.
+    pub(crate) fn write_failures(&self) -> (u64, u64) {
+        (self.saving.failures, self.saving.record_failures)
+    }
+
+    /// Sets the consumer elsewhere. Nothing may be out. Events before where it was have no side effects again; dead letters stay.
+    pub(crate) fn seek(&mut self, start: Start) -> Result<(), ConsumerError> {
+        assert_eq!(self.running, 0, "a consumer is set while nothing of it runs");
+        // What is to be recorded is read again from the log.
+        self.unwritten.clear();
+        self.failing.clear();
+        let mut positions = Vec::new();
+        for desk in &self.desks {
+            positions.push(start_position::<E>(&desk.log, &desk.lock, start)?);
+        }
+        for (desk, position) in self.desks.iter_mut().zip(positions) {
+            // The hold first: what is gone to must not be freed meanwhile.
+            desk.hold.set(desk.hold.get().min(position));
+            desk.set_to(position, &self.settings)?;
+        }
+        for (key, shard, count) in self.letters.keys() {
+            self.desks[usize::from(shard.0)].restore_parked(key, count)?;
+        }
+        self.save()
+    }
+}
+
+/// Where a start lies in a shard's log.
+pub(crate) fn start_position<E: Event>(
+    log: &Arc<ShardLog>,
+    lock: &std::sync::Arc<dyn Lock>,
+    start: Start,
+) -> Result<Offset, ReadError> {
+    match start {
+        Start::Beginning => Ok(log.earliest()),
+        Start::Latest => Ok(Offset(log.appended.get())),
+        Start::Time(time) => {
+            let mut reader = Reader::<E>::earliest(Arc::clone(log), std::sync::Arc::clone(lock));
+            reader.seek(|header| header.time >= time)?;
+            Ok(reader.offset())
+        }
+    }
+}

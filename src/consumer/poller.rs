@@ -1,0 +1,255 @@
+//! A consumer driven from outside: by an application's own thread, or by its tasks.
+
+use std::future::Future;
+use std::pin::Pin;
+use std::task::{Context, Poll, Waker};
+use std::time::{Duration, Instant};
+
+use super::alarm::Alarm;
+use super::driver::execute::{Failed, Job};
+use super::driver::{Driver, Letters};
+use super::error::ConsumerError;
+use super::report::ConsumerReport;
+use super::services::Services;
+use super::settings::Start;
+use crate::event::{Event, EventId, Key, Meta};
+use crate::handler::HandlerError;
+use crate::log::finder::Finder;
+use crate::log::fold::Access;
+use crate::sync::thread_waker;
+
+/// A consumer without threads. Whoever has it takes deliveries and says what came of each; meanwhile no other event of that key
+/// is given out. Retries, dead letters and checkpoints are as with threads, and happen inside these calls: call often.
+///
+/// Dropping it saves its position; deliveries that are out then are delivered again.
+pub struct Poller<E: Event> {
+    services: std::sync::Arc<Services>,
+    driver: Driver<E>,
+    finders: Vec<Finder>,
+    access: Access,
+    clock: Box<dyn Fn() -> Duration + Send>,
+    alarm: Option<Alarm>,
+}
+
+impl<E: Event> std::fmt::Debug for Poller<E> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Poller").field("driver", &self.driver).finish_non_exhaustive()
+    }
+}
+
+/// An event that is out to be handled; it goes back with [`Poller::succeeded`] or [`Poller::failed`].
+#[derive(Debug)]
+#[must_use = "its key waits until the outcome is told"]
+pub struct Delivery(Job);
+
+impl Delivery {
+    /// 1 the first time.
+    #[must_use]
+    pub fn attempt(&self) -> u32 {
+        self.0.attempt()
+    }
+}
+
+impl<E: Event> Poller<E> {
+    pub(super) fn new(services: std::sync::Arc<Services>, driver: Driver<E>) -> Self {
+        let finders = driver.desks().iter().map(|desk| desk.finder()).collect();
+        let began = Instant::now();
+        let clock = Box::new(move || began.elapsed());
+        Self { services, driver, finders, access: Access::new::<E>(), clock, alarm: None }
+    }
+
+    /// Another clock: the time since any fixed moment, monotonic. For tests of what retries do.
+    #[must_use]
+    pub fn clock(mut self, clock: impl Fn() -> Duration + Send + 'static) -> Self {
+        self.clock = Box::new(clock);
+        self
+    }
+
+    /// The next event that may be handled now. `None`: none may; see [`Poller::wait`] and [`Poller::ready`].
+    ///
+    /// # Errors
+    /// What reading the log or writing the consumer's files said.
+    #[expect(clippy::should_implement_trait, reason = "None is not the end")]
+    pub fn next(&mut self) -> Result<Option<Delivery>, ConsumerError> {
+        loop {
+            let now = (self.clock)();
+            if let Some(job) = self.driver.next_job(now)? {
+                return Ok(Some(Delivery(job)));
+            }
+            if self.driver.step(now)? == 0 {
+                return Ok(self.driver.next_job(now)?.map(Delivery));
+            }
+        }
+    }
+
+    /// As many deliveries as may be out at once, at most `max`.
+    ///
+    /// # Errors
+    /// As [`Poller::next`].
+    pub fn next_batch(&mut self, max: usize) -> Result<Vec<Delivery>, ConsumerError> {
+        let mut batch = Vec::new();
+        while batch.len() < max
+            && let Some(delivery) = self.next()?
+        {
+            batch.push(delivery);
+        }
+        Ok(batch)
+    }
+
+    /// What is delivered, in place; its `meta.sequence` is not known. `None` where it cannot be decoded: say so with
+    /// [`Poller::undecodable`].
+    pub fn event<'a>(&'a mut self, delivery: &'a Delivery) -> Option<(&'a E::Archived, Meta)> {
+        delivery.0.event::<E>(&mut self.finders[delivery.0.of().0], &mut self.access)
+    }
+
+    /// It was handled.
+    ///
+    /// # Errors
+    /// What writing the consumer's files said.
+    pub fn succeeded(&mut self, delivery: Delivery) -> Result<(), ConsumerError> {
+        let now = (self.clock)();
+        self.driver.done(delivery.0, Ok(()), now)
+    }
+
+    /// It failed: the consumer's policies say what becomes of it.
+    ///
+    /// # Errors
+    /// As [`Poller::succeeded`].
+    pub fn failed(&mut self, delivery: Delivery, error: impl Into<HandlerError>) -> Result<(), ConsumerError> {
+        let now = (self.clock)();
+        self.driver.done(delivery.0, Err(Failed::Handler(error.into())), now)
+    }
+
+    /// It cannot be decoded: its key is parked with it.
+    ///
+    /// # Errors
+    /// As [`Poller::succeeded`].
+    pub fn undecodable(&mut self, delivery: Delivery) -> Result<(), ConsumerError> {
+        let now = (self.clock)();
+        self.driver.done(delivery.0, Err(Failed::Undecodable), now)
+    }
+
+    /// Blocks until there may be something for [`Poller::next`], or the deadline.
+    pub fn wait(&mut self, deadline: Option<Instant>) {
+        let waker = thread_waker();
+        if self.may_go_on(&waker) {
+            return;
+        }
+        let due = self.driver.next_due().map(|due| Instant::now() + due.saturating_sub((self.clock)()));
+        match [due, deadline].into_iter().flatten().min() {
+            Some(at) => crate::sync::thread::park_timeout(at.saturating_duration_since(Instant::now())),
+            None => crate::sync::thread::park(),
+        }
+    }
+
+    /// Ready when there may be something for [`Poller::next`]: for tasks, on any runtime. What is due by time (retries, probes) is
+    /// woken by a thread of the poller's own, started with the first call.
+    pub fn ready(&mut self) -> impl Future<Output = ()> + '_ {
+        Ready { poller: self, is_first: true }
+    }
+
+    /// The next event, when there is one: for tasks.
+    ///
+    /// # Errors
+    /// As [`Poller::next`].
+    pub async fn next_async(&mut self) -> Result<Delivery, ConsumerError> {
+        loop {
+            if let Some(delivery) = self.next()? {
+                return Ok(delivery);
+            }
+            self.ready().await;
+        }
+    }
+
+    /// Registers `waker` with the logs. Whether there is something already.
+    fn may_go_on(&self, waker: &Waker) -> bool {
+        self.driver.desks().iter().for_each(|desk| desk.register(waker));
+        self.driver.has_unread() || self.driver.next_due().is_some_and(|due| due <= (self.clock)())
+    }
+
+    /// Saves its position; durable when it returns.
+    ///
+    /// # Errors
+    /// What the file system says.
+    pub fn save(&mut self) -> Result<(), ConsumerError> {
+        self.driver.save()
+    }
+
+    /// Sets it elsewhere; see [`super::Consumer::seek`].
+    ///
+    /// # Errors
+    /// `Busy` while deliveries are out; `Read` where the place is gone.
+    pub fn seek(&mut self, start: Start) -> Result<(), ConsumerError> {
+        if self.driver.running() > 0 {
+            return Err(ConsumerError::Busy { name: self.driver.settings().name.to_string() });
+        }
+        self.driver.seek(start)
+    }
+
+    /// Goes on after a halt.
+    pub fn resume(&mut self) {
+        self.driver.resume();
+    }
+
+    /// What is known of it now.
+    #[must_use]
+    pub fn report(&self) -> ConsumerReport {
+        ConsumerReport::of(&self.driver, (self.clock)())
+    }
+
+    /// Lets dead letters be delivered again; see [`super::Consumer::reprocess`].
+    pub fn reprocess(&mut self, which: Letters) -> usize {
+        self.driver.reprocess(which)
+    }
+
+    /// Takes dead letters away; see [`super::Consumer::discard`].
+    ///
+    /// # Errors
+    /// What the files say.
+    pub fn discard(&mut self, which: Letters) -> Result<u64, ConsumerError> {
+        self.driver.discard(which)
+    }
+
+    /// What was missing before a key's first event is there. Whether one waited.
+    pub fn gap_filled(&mut self, key: Key) -> bool {
+        self.driver.gap_filled(key)
+    }
+
+    /// The id of what is delivered.
+    #[must_use]
+    pub fn id(&self, delivery: &Delivery) -> EventId {
+        let (desk, offset) = delivery.0.of();
+        EventId { shard: crate::event::ShardId(desk as u16), offset }
+    }
+}
+
+impl<E: Event> Drop for Poller<E> {
+    fn drop(&mut self) {
+        if let Err(error) = self.driver.save() {
+            tracing::error!(%error, "a consumer's position could not be saved; what was done since the last one is done again");
+        }
+        self.services.left(&self.driver.settings().name);
+    }
+}
+
+/// Waits for something to do. Woken once; what there is then, [`Poller::next`] says.
+struct Ready<'a, E: Event> {
+    poller: &'a mut Poller<E>,
+    is_first: bool,
+}
+
+impl<E: Event> Future for Ready<'_, E> {
+    type Output = ();
+
+    fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<()> {
+        let Self { poller, is_first } = self.get_mut();
+        if !std::mem::take(is_first) || poller.may_go_on(context.waker()) {
+            return Poll::Ready(());
+        }
+        if let Some(due) = poller.driver.next_due() {
+            let at = Instant::now() + due.saturating_sub((poller.clock)());
+            poller.alarm.get_or_insert_with(Alarm::new).set(at, context.waker());
+        }
+        Poll::Pending
+    }
+}

@@ -1,0 +1,143 @@
+//! What is known of a consumer, for people and metrics.
+
+use std::time::Duration;
+
+use super::dead_letter::answer::LetterStatistics;
+use super::driver::{Driver, HaltCause};
+use super::health::report::HealthReport;
+use crate::event::{Event, Offset};
+use crate::log::segment::ShardLog;
+
+/// What is known of a consumer. Counts are of this run of it, except of dead letters.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub struct ConsumerReport {
+    /// Its name.
+    pub name: String,
+    /// Whether somebody drives it now. If not, only positions and lag are known.
+    pub is_running: bool,
+    /// It gives nothing out until it is resumed.
+    pub is_paused: bool,
+    /// Why it halted.
+    pub halted: Option<HaltCause>,
+    /// Why it ended by itself.
+    pub failure: Option<String>,
+    /// Events in the logs it reads, of any type, now.
+    pub published: u64,
+    /// Events of its types handled.
+    pub handled: u64,
+    /// Attempts that failed.
+    pub failed: u64,
+    /// Events left out, each with a record.
+    pub skipped: u64,
+    /// Events that became dead letters.
+    pub parked: u64,
+    /// Events being handled.
+    pub running: usize,
+    /// Since when the oldest of them is.
+    pub running_since: Option<Duration>,
+    /// Keys that wait for a retry or a gap.
+    pub retrying: usize,
+    /// Events read and not done.
+    pub unfinished: usize,
+    /// Events, of any type, that it has not read yet; known while it runs.
+    pub unread: u64,
+    /// Bytes of the logs behind its gap-free positions.
+    pub lag_bytes: u64,
+    /// Its durable gap-free position in every shard: retention keeps what comes after.
+    pub positions: Vec<Offset>,
+    /// Its dead letters.
+    pub letters: LetterStatistics,
+    /// How its service is.
+    pub health: Option<HealthReport>,
+    /// Checkpoints that could not be written; and writes of records, which are repeated.
+    pub write_failures: (u64, u64),
+    /// Events that it has read.
+    read: u64,
+}
+
+impl ConsumerReport {
+    /// Of a consumer that does not run.
+    pub(crate) fn at_rest<'a>(name: &str, places: impl Iterator<Item = (&'a ShardLog, Offset)>) -> Self {
+        let mut report = Self {
+            name: name.to_owned(),
+            is_running: false,
+            is_paused: false,
+            halted: None,
+            failure: None,
+            published: 0,
+            handled: 0,
+            failed: 0,
+            skipped: 0,
+            parked: 0,
+            running: 0,
+            running_since: None,
+            retrying: 0,
+            unfinished: 0,
+            unread: 0,
+            lag_bytes: 0,
+            positions: Vec::new(),
+            letters: LetterStatistics::default(),
+            health: None,
+            write_failures: (0, 0),
+            read: 0,
+        };
+        report.renew(places);
+        report
+    }
+
+    /// Looks at the logs again: they go on while a consumer is inside a handler.
+    pub(crate) fn renew<'a>(&mut self, places: impl Iterator<Item = (&'a ShardLog, Offset)>) {
+        (self.published, self.lag_bytes) = (0, 0);
+        self.positions.clear();
+        for (log, position) in places {
+            self.published += log.sequence.get();
+            self.lag_bytes += log.appended.get().saturating_sub(position.0);
+            self.positions.push(position);
+        }
+        self.unread = if self.is_running { self.published.saturating_sub(self.read) } else { 0 };
+    }
+
+    /// Notes how many events it has read of all there ever were.
+    pub(crate) fn has_read(&mut self, events: u64) {
+        (self.read, self.is_running) = (events, true);
+        self.unread = self.published.saturating_sub(events);
+    }
+
+    /// Of a driver at `now`.
+    pub(crate) fn of<E: Event>(driver: &Driver<E>, now: Duration) -> Self {
+        let desks = driver.desks();
+        let places = desks.iter().map(|desk| (&*desk.log, desk.held_from()));
+        let mut report = Self::at_rest(&driver.settings().name, places);
+        for desk in desks {
+            let lanes = desk.lanes().statistics();
+            report.handled += lanes.succeeded;
+            report.failed += lanes.failures;
+            report.skipped += lanes.skipped;
+            report.parked += lanes.parked;
+            report.retrying += lanes.waiting;
+            report.unfinished += lanes.unfinished;
+        }
+        report.has_read(desks.iter().map(|desk| desk.reader().sequence()).sum());
+        report.is_paused = driver.is_paused();
+        report.halted = driver.halted().cloned();
+        report.running = driver.running();
+        report.letters = driver.letters().statistics();
+        report.health = Some(driver.health().report(now));
+        report.write_failures = driver.write_failures();
+        report
+    }
+
+    /// Events that wait: unread, or read and not done.
+    #[must_use]
+    pub fn waiting(&self) -> u64 {
+        self.unread + self.unfinished as u64
+    }
+
+    /// The share of attempts that went well, 0.0 to 1.0; 1.0 before the first.
+    #[must_use]
+    pub fn success_rate(&self) -> f64 {
+        let attempts = self.handled + self.failed;
+        if attempts == 0 { 1.0 } else { self.handled as f64 / attempts as f64 }
+    }
+}

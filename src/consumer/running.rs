@@ -1,0 +1,391 @@
+//! A consumer's threads: the thin shell around a driver. One thread drives; with a concurrency above one, others call the handler.
+//!
+//! They sleep while there is nothing to do: the log wakes them, a call of the handle, a worker that is done, or the time.
+
+use std::task::Waker;
+use std::time::{Duration, Instant};
+
+use crossbeam::channel::{Receiver, Sender, bounded, unbounded};
+
+use super::driver::Driver;
+use super::driver::execute::{Failed, Handler, Job};
+use super::effects::Call;
+use super::error::ConsumerError;
+use super::report::ConsumerReport;
+use super::services::{Running, Services};
+use crate::error::OpenError;
+use crate::event::{Event, Meta, Offset};
+use crate::handler::HandlerError;
+use crate::log::finder::Finder;
+use crate::log::fold::Access;
+use crate::log::holds::Hold;
+use crate::log::segment::ShardLog;
+use crate::promise::{Promise, block_until, promise};
+use crate::sync::{Arc, Arrivals, AtomicBool, AtomicU64, Mutex, Ordering, Waiters, lock, thread, thread_waker};
+
+/// Events handled where they lie in one go.
+const SLICE: usize = 4096;
+/// How long a slice may last before other work has its turn.
+const SLICE_TIME: Duration = Duration::from_millis(2);
+/// After the last event, so often the log is looked at after so long, before it is asked to wake this thread. Under load the shards
+/// have nobody to wake.
+const LINGERS: u32 = 8;
+const LINGER: Duration = Duration::from_micros(250);
+
+/// Something that is done between two steps, by who drives.
+type Ask<E> = Box<dyn FnOnce(&mut Driver<E>) + Send>;
+
+/// What a consumer's thread and its handles share.
+pub(super) struct Control<E: Event> {
+    asks: Arrivals<Ask<E>>,
+    stopping: AtomicBool,
+    thread: Mutex<Option<thread::Thread>>,
+    report: Mutex<ConsumerReport>,
+    places: Vec<(Arc<ShardLog>, Arc<Hold>)>,
+    began: Instant,
+    /// Since when a slice runs in place, in ns since `began`; 0: none does.
+    slice_since_ns: AtomicU64,
+    /// 1 once the thread has ended.
+    ended: AtomicU64,
+    /// Who waits for that.
+    ending: Waiters,
+}
+
+impl<E: Event> std::fmt::Debug for Control<E> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Control").finish_non_exhaustive()
+    }
+}
+
+impl<E: Event> Control<E> {
+    fn wake(&self) {
+        if let Some(thread) = &*lock(&self.thread) {
+            thread.unpark();
+        }
+    }
+
+    fn is_called(&self) -> bool {
+        !self.asks.is_empty() || self.stopping.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn has_ended(&self) -> bool {
+        self.ended.load(Ordering::Acquire) == 1
+    }
+
+    /// Lets `look` see the driver between two steps. The promise is broken where the consumer has ended.
+    pub(super) fn ask<T: Send + 'static>(&self, look: impl FnOnce(&mut Driver<E>) -> T + Send + 'static) -> Promise<T> {
+        let (promise, keeping) = promise();
+        drop(self.asks.push(Box::new(move |driver: &mut Driver<E>| keeping.keep(look(driver)))));
+        self.wake();
+        promise
+    }
+}
+
+impl<E: Event> Running for Control<E> {
+    fn stop(&self, deadline: Option<Instant>) -> bool {
+        self.stopping.store(true, Ordering::SeqCst);
+        self.wake();
+        let waited =
+            block_until(deadline, |waker| self.ending.register(1, waker), || self.has_ended().then_some(Ok(())));
+        waited.is_ok()
+    }
+
+    fn report(&self) -> ConsumerReport {
+        let mut report = lock(&self.report).clone();
+        report.renew(self.places.iter().map(|(log, hold)| (&**log, hold.get())));
+        let slice_since_ns = self.slice_since_ns.load(Ordering::Relaxed);
+        if slice_since_ns > 0 {
+            report.running = report.running.max(1);
+            report.running_since = Some(self.began.elapsed().saturating_sub(Duration::from_nanos(slice_since_ns)));
+        } else if let Some(since) = report.running_since {
+            report.running_since = Some(self.began.elapsed().saturating_sub(since));
+        }
+        report.is_running = !self.has_ended();
+        report
+    }
+
+    fn drain(&self, deadline: Option<Instant>) -> bool {
+        loop {
+            let left = deadline.map(|at| at.saturating_duration_since(Instant::now()));
+            if left.is_some_and(|left| left.is_zero()) {
+                return false;
+            }
+            match self.ask(|driver| driver.is_caught_up()).wait(deadline) {
+                Ok(Some(true)) => return true,
+                Ok(Some(false)) => crate::sync::nap(Duration::from_millis(1)),
+                // It has ended, or the time is over.
+                Ok(None) | Err(_) => return false,
+            }
+        }
+    }
+}
+
+/// A handler that many threads may call.
+pub(super) trait Serve<E: Event>:
+    Fn(&E::Archived, &Meta, &Call<'_>) -> Result<(), HandlerError> + Send + Sync + 'static
+{
+}
+
+impl<E: Event, F> Serve<E> for F where
+    F: Fn(&E::Archived, &Meta, &Call<'_>) -> Result<(), HandlerError> + Send + Sync + 'static
+{
+}
+
+/// Starts a consumer's threads.
+pub(super) fn start<E: Event>(
+    driver: Driver<E>,
+    services: std::sync::Arc<Services>,
+    handler: impl Serve<E>,
+) -> Result<std::sync::Arc<Control<E>>, ConsumerError> {
+    let began = Instant::now();
+    let control = std::sync::Arc::new(Control {
+        asks: Arrivals::new(),
+        stopping: AtomicBool::new(false),
+        thread: Mutex::new(None),
+        report: Mutex::new(ConsumerReport::of(&driver, Duration::ZERO)),
+        places: driver.desks().iter().map(|desk| desk.place()).collect(),
+        began,
+        slice_since_ns: AtomicU64::new(0),
+        ended: AtomicU64::new(0),
+        ending: Waiters::new(),
+    });
+    let name = driver.settings().name.to_string();
+    let handler = std::sync::Arc::new(handler);
+    let concurrency = driver.settings().concurrency;
+    let (jobs, jobs_rx) = bounded(concurrency);
+    let (outcomes_tx, outcomes) = unbounded();
+    let mut shell = Shell {
+        driver,
+        control: std::sync::Arc::clone(&control),
+        jobs,
+        outcomes,
+        out: Vec::new(),
+        idle_rounds: 0,
+        waker: None,
+    };
+    // The workers before who drives: until it runs, they have nothing to do and end with the channel.
+    if concurrency > 1 {
+        for i in 0..concurrency {
+            let worker = Worker::new(&shell, jobs_rx.clone(), outcomes_tx.clone());
+            let handler = std::sync::Arc::clone(&handler);
+            spawn(&services, format!("{name}-{i}"), move || worker.run(&*handler))?;
+        }
+    }
+    drop((jobs_rx, outcomes_tx));
+    let leaving = std::sync::Arc::clone(&services);
+    let ending = std::sync::Arc::clone(&control);
+    let left = name.clone();
+    // Before the thread may leave.
+    services.runs(&name, std::sync::Arc::clone(&control) as std::sync::Arc<dyn Running>);
+    let spawned = spawn(&services, name.clone(), move || {
+        *lock(&ending.thread) = Some(thread::current());
+        let ran = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| shell.run(&*handler)));
+        let failure = match ran {
+            Ok(Ok(())) => None,
+            Ok(Err(error)) => Some(error.to_string()),
+            Err(_) => Some("the consumer's own code panicked".to_owned()),
+        };
+        if let Some(failure) = &failure {
+            tracing::error!(consumer = left, failure, "a consumer ended");
+        }
+        lock(&ending.report).failure = failure;
+        drop(shell);
+        drop(ending.asks.close());
+        leaving.left(&left);
+        // Release: pairs with the Acquire in `has_ended`.
+        ending.ended.store(1, Ordering::Release);
+        ending.ending.reached(1);
+    });
+    if let Err(error) = spawned {
+        services.left(&name);
+        return Err(error);
+    }
+    Ok(control)
+}
+
+pub(super) fn spawn(
+    services: &Services,
+    name: String,
+    body: impl FnOnce() + Send + 'static,
+) -> Result<(), ConsumerError> {
+    let spawned = thread::Builder::new().name(format!("corelane-{name}")).spawn(body);
+    spawned
+        .map(drop)
+        .map_err(|source| OpenError::Io { action: "starting a thread for", path: services.dir(&name), source }.into())
+}
+
+/// What a worker has to report.
+type Outcome = (Job, Result<(), Failed>);
+
+struct Shell<E: Event> {
+    driver: Driver<E>,
+    control: std::sync::Arc<Control<E>>,
+    jobs: Sender<Job>,
+    outcomes: Receiver<Outcome>,
+    /// Jobs that workers have, since when.
+    out: Vec<((usize, Offset), Duration)>,
+    idle_rounds: u32,
+    /// Wakes this thread; made when it first sleeps.
+    waker: Option<Waker>,
+}
+
+impl<E: Event> Shell<E> {
+    fn now(&self) -> Duration {
+        self.control.began.elapsed()
+    }
+
+    fn run(&mut self, handler: &impl Serve<E>) -> Result<(), ConsumerError> {
+        let mut finders: Vec<_> = self.driver.desks().iter().map(|desk| desk.finder()).collect();
+        let mut access = Access::new::<E>();
+        let name = std::sync::Arc::clone(&self.driver.settings().name);
+        let is_alone = self.driver.settings().concurrency == 1;
+        let mut handler = |event: &E::Archived, meta: &Meta, call: &Call<'_>| handler(event, meta, call);
+        loop {
+            let asks = self.control.asks.take();
+            let mut work = asks.len();
+            asks.into_iter().for_each(|ask| ask(&mut self.driver));
+            work += self.take_outcomes()?;
+            work += self.driver.step(self.now())?;
+            let is_stopping = self.control.stopping.load(Ordering::SeqCst);
+            if !is_stopping {
+                while let Some(job) = self.driver.next_job(self.now())? {
+                    work += 1;
+                    if is_alone {
+                        self.begin_slice();
+                        let outcome = job.execute::<E>(&name, &mut finders[job.desk], &mut access, &mut handler);
+                        let now = self.end_slice();
+                        self.driver.done(job, outcome, now)?;
+                        if self.control.is_called() {
+                            break;
+                        }
+                    } else {
+                        self.hand_out(job)?;
+                    }
+                }
+                if is_alone {
+                    work += self.run_in_place(&mut handler)?;
+                }
+            }
+            self.report();
+            if is_stopping && self.driver.running() == 0 {
+                break;
+            }
+            if work == 0 {
+                self.sleep(is_stopping);
+            } else {
+                self.idle_rounds = 0;
+            }
+        }
+        self.driver.save()?;
+        self.report();
+        Ok(())
+    }
+
+    fn begin_slice(&self) {
+        let now_ns = u64::try_from(self.now().as_nanos()).unwrap_or(u64::MAX);
+        self.control.slice_since_ns.store(now_ns.max(1), Ordering::Relaxed);
+    }
+
+    fn end_slice(&self) -> Duration {
+        self.control.slice_since_ns.store(0, Ordering::Relaxed);
+        self.now()
+    }
+
+    fn run_in_place(&mut self, handler: &mut Handler<'_, E>) -> Result<usize, ConsumerError> {
+        self.begin_slice();
+        let control = &*self.control;
+        let (began, mut events, mut look_at) = (Instant::now(), 0_u32, 1_u32);
+        // Looked at before every event; the time soon after the first, and then rarely.
+        let is_called = || {
+            let is_over = events == look_at && {
+                look_at += look_at.min(64);
+                began.elapsed() > SLICE_TIME
+            };
+            events += 1;
+            is_over || control.is_called()
+        };
+        let work = self.driver.run_in_place(SLICE, || control.began.elapsed(), is_called, handler);
+        self.end_slice();
+        work
+    }
+
+    fn hand_out(&mut self, job: Job) -> Result<(), ConsumerError> {
+        self.out.push((job.of(), self.now()));
+        // There are as many places as jobs may be out.
+        self.jobs.try_send(job).map_err(|_| ConsumerError::Ended { failure: Some("its workers are gone".to_owned()) })
+    }
+
+    fn take_outcomes(&mut self) -> Result<usize, ConsumerError> {
+        let mut taken = 0;
+        while let Ok((job, outcome)) = self.outcomes.try_recv() {
+            let of = job.of();
+            if let Some(at) = self.out.iter().position(|(out, _)| *out == of) {
+                self.out.swap_remove(at);
+            }
+            let now = self.now();
+            self.driver.done(job, outcome, now)?;
+            taken += 1;
+        }
+        Ok(taken)
+    }
+
+    fn report(&self) {
+        let mut report = ConsumerReport::of(&self.driver, self.now());
+        report.running_since = self.out.iter().map(|(_, since)| *since).min();
+        *lock(&self.control.report) = report;
+    }
+
+    /// Sleeps until there may be something to do.
+    fn sleep(&mut self, is_stopping: bool) {
+        self.idle_rounds = self.idle_rounds.saturating_add(1);
+        if self.idle_rounds <= LINGERS {
+            return thread::park_timeout(LINGER);
+        }
+        if !is_stopping {
+            let waker = self.waker.get_or_insert_with(thread_waker);
+            for desk in self.driver.desks().iter().filter(|_| self.driver.may_read()) {
+                desk.register(waker);
+            }
+            if self.driver.has_unread() {
+                return;
+            }
+        }
+        // Who wakes this thread leaves a token, so what came since the last look is not slept over.
+        match self.driver.next_due() {
+            Some(due) => thread::park_timeout(due.saturating_sub(self.now())),
+            None => thread::park(),
+        }
+    }
+}
+
+/// Calls the handler.
+struct Worker<E: Event> {
+    control: std::sync::Arc<Control<E>>,
+    consumer: std::sync::Arc<str>,
+    finders: Vec<Finder>,
+    jobs: Receiver<Job>,
+    outcomes: Sender<Outcome>,
+}
+
+impl<E: Event> Worker<E> {
+    fn new(shell: &Shell<E>, jobs: Receiver<Job>, outcomes: Sender<Outcome>) -> Self {
+        let consumer = std::sync::Arc::clone(&shell.driver.settings().name);
+        let finders = shell.driver.desks().iter().map(|desk| desk.finder()).collect();
+        Self { control: std::sync::Arc::clone(&shell.control), consumer, finders, jobs, outcomes }
+    }
+
+    /// Until nobody has jobs any more.
+    fn run(mut self, handler: &impl Serve<E>) {
+        let mut access = Access::new::<E>();
+        let mut handler = |event: &E::Archived, meta: &Meta, call: &Call<'_>| handler(event, meta, call);
+        while let Ok(job) = self.jobs.recv() {
+            let finder = &mut self.finders[job.desk];
+            let outcome = job.execute::<E>(&self.consumer, finder, &mut access, &mut handler);
+            if self.outcomes.send((job, outcome)).is_err() {
+                // Who drives has ended; what was handled now is handled again after a restart.
+                break;
+            }
+            self.control.wake();
+        }
+    }
+}

@@ -1,0 +1,257 @@
+//! The consumers of a store: which there are, which run, and what each still needs of the log.
+//!
+//! A consumer is registered by its checkpoint file: from then on retention keeps what it has not done, whether it runs or not, until it
+//! is removed.
+
+use std::collections::BTreeMap;
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use super::checkpoint::{Checkpoint, Progress, consumers_dir, is_name};
+use super::driver::{Place, start_position};
+use super::error::ConsumerError;
+use super::report::ConsumerReport;
+use super::settings::Start;
+use crate::error::OpenError;
+use crate::event::{Event, Offset};
+use crate::log::holds::Hold;
+use crate::log::keeper::KeeperRequests;
+use crate::log::segment::ShardLog;
+use crate::log::storage::{Lock, Storage};
+use crate::log::syncer::SyncRequests;
+use crate::sync::{Arc, Mutex, lock};
+
+/// A consumer that has threads.
+pub(crate) trait Running: Send + Sync {
+    /// Asks it to stop, and waits for it until the deadline. Whether it has ended.
+    fn stop(&self, deadline: Option<Instant>) -> bool;
+    /// What is known of it now.
+    fn report(&self) -> ConsumerReport;
+    /// Waits until it has handled everything there is, or it has ended. Whether it has.
+    fn drain(&self, deadline: Option<Instant>) -> bool;
+}
+
+/// A registered consumer.
+struct Known {
+    holds: Vec<Arc<Hold>>,
+    /// Somebody drives it: threads or a poller.
+    is_driven: bool,
+    running: Option<std::sync::Arc<dyn Running>>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Closed {
+    No,
+    /// None starts any more.
+    Yes,
+    /// And what hangs is not waited for.
+    Abandoned,
+}
+
+/// All consumers of an engine.
+pub(crate) struct Services {
+    pub(crate) storage: std::sync::Arc<dyn Storage>,
+    store: PathBuf,
+    lock: std::sync::Arc<dyn Lock>,
+    keeper: std::sync::Arc<KeeperRequests>,
+    shards: Vec<(Arc<ShardLog>, std::sync::Arc<SyncRequests>)>,
+    /// Whether the durability mode syncs by itself.
+    pub(crate) syncs: bool,
+    known: Mutex<BTreeMap<String, Known>>,
+    /// The engine has been shut down, or given up what hangs.
+    closed: Mutex<Closed>,
+}
+
+impl std::fmt::Debug for Services {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Services").field("store", &self.store).finish_non_exhaustive()
+    }
+}
+
+impl Services {
+    /// Those of an engine that is being opened; `known` is what is saved of each.
+    pub(crate) fn new(
+        storage: std::sync::Arc<dyn Storage>,
+        store: &Path,
+        lock: std::sync::Arc<dyn Lock>,
+        keeper: std::sync::Arc<KeeperRequests>,
+        shards: Vec<(Arc<ShardLog>, std::sync::Arc<SyncRequests>)>,
+        syncs: bool,
+        known: Vec<(String, Checkpoint)>,
+    ) -> Self {
+        let register = |(name, checkpoint): (String, Checkpoint)| {
+            let holds = shards.iter().zip(&checkpoint.shards);
+            let holds = holds.map(|((log, _), progress)| log.holds.add(progress.position, &keeper)).collect();
+            (name, Known { holds, is_driven: false, running: None })
+        };
+        let known = known.into_iter().map(register).collect();
+        let (known, store, closed) = (Mutex::new(known), store.to_owned(), Mutex::new(Closed::No));
+        Self { storage, store, lock, keeper, shards, syncs, known, closed }
+    }
+
+    pub(crate) fn dir(&self, name: &str) -> PathBuf {
+        consumers_dir(&self.store).join(name)
+    }
+
+    /// Lets somebody drive the consumer, registering it if it is new: durably, before anything is handled.
+    pub(crate) fn drive<E: Event>(&self, name: &str, start: Start) -> Result<Vec<Place>, ConsumerError> {
+        if !is_name(name) {
+            return Err(ConsumerError::Name { name: name.to_owned() });
+        }
+        if *lock(&self.closed) != Closed::No {
+            return Err(ConsumerError::Closed);
+        }
+        let mut known = lock(&self.known);
+        if known.get(name).is_some_and(|known| known.is_driven) {
+            return Err(ConsumerError::AlreadyRunning { name: name.to_owned() });
+        }
+        let dir = self.dir(name);
+        let checkpoint = match known.get(name) {
+            Some(_) => Checkpoint::load(&*self.storage, &dir)?.ok_or_else(|| OpenError::Io {
+                action: "reading the checkpoint in",
+                path: dir.clone(),
+                source: ErrorKind::NotFound.into(),
+            })?,
+            None => {
+                let (checkpoint, holds) = self.register::<E>(&dir, start)?;
+                known.insert(name.to_owned(), Known { holds, is_driven: false, running: None });
+                checkpoint
+            }
+        };
+        let consumer = known.get_mut(name).expect("it is known by now");
+        consumer.is_driven = true;
+        let holds = consumer.holds.iter();
+        let places =
+            self.shards.iter().zip(holds).zip(checkpoint.shards).map(|(((log, syncer), hold), progress)| Place {
+                log: Arc::clone(log),
+                syncer: std::sync::Arc::clone(syncer),
+                lock: std::sync::Arc::clone(&self.lock),
+                hold: Arc::clone(hold),
+                progress,
+            });
+        Ok(places.collect())
+    }
+
+    fn register<E: Event>(&self, dir: &Path, start: Start) -> Result<(Checkpoint, Vec<Arc<Hold>>), ConsumerError> {
+        // Nothing is freed from here on, so the positions stay what they are.
+        let holds: Vec<_> = self.shards.iter().map(|(log, _)| log.holds.add(Offset(0), &self.keeper)).collect();
+        let registered = self.saved_at::<E>(dir, start);
+        match registered {
+            Ok(checkpoint) => {
+                holds.iter().zip(&checkpoint.shards).for_each(|(hold, progress)| hold.set(progress.position));
+                Ok((checkpoint, holds))
+            }
+            Err(error) => {
+                self.release(&holds);
+                Err(error)
+            }
+        }
+    }
+
+    fn saved_at<E: Event>(&self, dir: &Path, start: Start) -> Result<Checkpoint, ConsumerError> {
+        let mut checkpoint = Checkpoint::default();
+        for (log, _) in &self.shards {
+            checkpoint.shards.push(Progress::at(start_position::<E>(log, &self.lock, start)?));
+        }
+        let io = |action| move |source| OpenError::Io { action, path: dir.to_owned(), source };
+        self.storage.create_dir(dir).map_err(io("creating"))?;
+        self.clear(dir).map_err(io("clearing"))?;
+        checkpoint.save(&*self.storage, dir).map_err(io("writing the checkpoint in"))?;
+        Ok(checkpoint)
+    }
+
+    fn release(&self, holds: &[Arc<Hold>]) {
+        self.shards.iter().zip(holds).for_each(|((log, _), hold)| log.holds.remove(hold));
+    }
+
+    /// Removes everything of a consumer that is none any more.
+    fn clear(&self, dir: &Path) -> std::io::Result<()> {
+        let names = self.storage.list(dir)?;
+        if names.is_empty() {
+            return Ok(());
+        }
+        names.iter().try_for_each(|name| self.storage.remove(&dir.join(name)))?;
+        self.storage.sync_dir(dir)
+    }
+
+    /// Notes who runs it.
+    pub(crate) fn runs(&self, name: &str, running: std::sync::Arc<dyn Running>) {
+        if let Some(known) = lock(&self.known).get_mut(name) {
+            known.running = Some(running);
+        }
+    }
+
+    /// Nobody drives it any more.
+    pub(crate) fn left(&self, name: &str) {
+        if let Some(known) = lock(&self.known).get_mut(name) {
+            (known.is_driven, known.running) = (false, None);
+        }
+    }
+
+    /// Unregisters a consumer, with its dead letters.
+    pub(crate) fn remove(&self, name: &str) -> Result<(), ConsumerError> {
+        let mut all = lock(&self.known);
+        let known = all.get(name).ok_or_else(|| ConsumerError::NotRegistered { name: name.to_owned() })?;
+        if known.is_driven {
+            return Err(ConsumerError::AlreadyRunning { name: name.to_owned() });
+        }
+        let dir = self.dir(name);
+        let io = |source| OpenError::Io { action: "removing a consumer from", path: dir.clone(), source };
+        // The checkpoint first: without it there is no consumer, whatever else is left of it.
+        Checkpoint::remove(&*self.storage, &dir).map_err(io)?;
+        self.release(&known.holds);
+        all.remove(name);
+        self.clear(&dir).map_err(io)?;
+        Ok(())
+    }
+
+    /// What is known of every registered consumer.
+    pub(crate) fn reports(&self) -> Vec<ConsumerReport> {
+        let known = lock(&self.known);
+        let report = |(name, known): (&String, &Known)| match &known.running {
+            Some(running) => running.report(),
+            None => {
+                let positions = known.holds.iter().map(|hold| hold.get());
+                let logs = self.shards.iter().map(|(log, _)| &**log);
+                ConsumerReport::at_rest(name, logs.zip(positions))
+            }
+        };
+        known.iter().map(report).collect()
+    }
+
+    fn running(&self) -> Vec<std::sync::Arc<dyn Running>> {
+        lock(&self.known).values().filter_map(|known| known.running.clone()).collect()
+    }
+
+    /// Waits until every running consumer has handled everything there is. Whether all have.
+    pub(crate) fn drain(&self, deadline: Option<Instant>) -> bool {
+        self.running().iter().all(|running| running.drain(deadline))
+    }
+
+    /// Lets go of consumers whose handlers hang: their threads stay behind, and hold the store's lock until they end.
+    pub(crate) fn abandon(&self) {
+        *lock(&self.closed) = Closed::Abandoned;
+        for (name, known) in lock(&self.known).iter().filter(|(_, known)| known.running.is_some()) {
+            let since = known.running.as_ref().and_then(|running| running.report().running_since);
+            tracing::error!(consumer = name, ?since, "a consumer's handler hangs; its thread stays behind");
+        }
+    }
+
+    /// Stops every running consumer and lets none start. Whether all have ended by the deadline.
+    pub(crate) fn close(&self, deadline: Option<Instant>) -> bool {
+        {
+            let mut closed = lock(&self.closed);
+            match *closed {
+                Closed::Abandoned => return true,
+                _ => *closed = Closed::Yes,
+            }
+        }
+        let running = self.running();
+        // All of them are asked before the first is waited for.
+        running.iter().for_each(|running| {
+            running.stop(Some(Instant::now()));
+        });
+        running.iter().filter(|running| !running.stop(deadline)).count() == 0
+    }
+}

@@ -1,0 +1,527 @@
+//! Sinks that keep their position with their data: what they hold is made of every event once, whatever crashes.
+//!
+//! One writer: the sink's thread. The position that counts is the sink's own; the consumer's checkpoint only tells retention what may
+//! go, and follows it.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::time::{Duration, Instant};
+
+use super::builder::ConsumerBuilder;
+use super::checkpoint::{Checkpoint, Progress};
+use super::driver::Place;
+use super::error::ConsumerError;
+use super::health::{Admission, Health, HealthChange, Pass};
+use super::report::ConsumerReport;
+use super::retry::{AfterFailure, JitterRng};
+use super::running::spawn;
+use super::services::{Running, Services};
+use super::settings::{Filter, Settings};
+use crate::config::in_range;
+use crate::error::{OpenError, ReadError};
+use crate::event::{Event, Offset, ShardId};
+use crate::handler::HandlerError;
+use crate::log::holds::Hold;
+use crate::log::reader::{Reader, Record, Sight};
+use crate::promise::block_until;
+use crate::sync::{Arc, AtomicBool, AtomicU64, Mutex, Ordering, Waiters, lock, thread, thread_waker};
+
+/// Where events go together with the position up to which they went: a database with transactions.
+///
+/// ```
+/// # use corelane::consumer::{Batch, Sink};
+/// # use corelane::{Event, HandlerError, Offset, ShardId};
+/// # use std::collections::HashMap;
+/// # #[derive(Default)] struct Transaction { rows: u64, positions: HashMap<u16, u64> }
+/// # struct Database { committed: Transaction }
+/// # impl Database { fn commit(&mut self, transaction: Transaction) { self.committed = transaction } }
+/// impl<E: Event> Sink<E> for Database {
+///     fn position(&mut self, shard: ShardId) -> Result<Option<Offset>, HandlerError> {
+///         Ok(self.committed.positions.get(&shard.0).map(|at| Offset(*at)))
+///     }
+///
+///     fn apply(&mut self, batch: &mut Batch<'_, E>) -> Result<(), HandlerError> {
+///         let mut transaction = Transaction::default();
+///         while let Some(_record) = batch.next()? {
+///             transaction.rows += 1;
+///         }
+///         transaction.positions.insert(batch.shard().0, batch.end().0);
+///         self.commit(transaction);
+///         Ok(())
+///     }
+/// }
+/// ```
+pub trait Sink<E: Event>: Send + 'static {
+    /// The position that was kept with the data; `None` where there is none of this shard yet. Asked when the sink starts, and after
+    /// every failed batch.
+    ///
+    /// # Errors
+    /// Whatever kept it from being read: it is asked again, as the retry policy says.
+    fn position(&mut self, shard: ShardId) -> Result<Option<Offset>, HandlerError>;
+
+    /// Takes a batch in: what it makes of the events, and [`Batch::end`], in one transaction. All of it or nothing.
+    ///
+    /// # Errors
+    /// Nothing was taken in (or, if it was after all, `position` says so): the batch comes again.
+    fn apply(&mut self, batch: &mut Batch<'_, E>) -> Result<(), HandlerError>;
+}
+
+/// Events of one shard, in order.
+#[derive(Debug)]
+pub struct Batch<'a, E: Event> {
+    reader: &'a mut Reader<E>,
+    filter: &'a Filter,
+    left: usize,
+    events: u64,
+}
+
+impl<E: Event> Batch<'_, E> {
+    /// The next event of the batch.
+    ///
+    /// # Errors
+    /// As [`Reader::next`].
+    #[expect(clippy::should_implement_trait, reason = "lends from the log, which Iterator cannot")]
+    pub fn next(&mut self) -> Result<Option<Record<'_, E>>, ReadError> {
+        if self.left == 0 {
+            return Ok(None);
+        }
+        let filter = self.filter;
+        if self.reader.ahead(|header| filter.wants(header.event_type))?.is_none() {
+            self.left = 0;
+            return Ok(None);
+        }
+        self.left -= 1;
+        self.events += 1;
+        self.reader.next()
+    }
+
+    /// The shard.
+    #[must_use]
+    pub fn shard(&self) -> ShardId {
+        self.reader.shard()
+    }
+
+    /// Where the batch goes on behind what was taken from it so far: after its last event, the position to be kept with it.
+    #[must_use]
+    pub fn end(&self) -> Offset {
+        self.reader.offset()
+    }
+}
+
+/// What the thread and its handle share.
+#[derive(Debug)]
+struct Control {
+    stopping: AtomicBool,
+    paused: AtomicBool,
+    /// Asks for another attempt after a halt.
+    resumed: AtomicBool,
+    thread: Mutex<Option<thread::Thread>>,
+    report: Mutex<ConsumerReport>,
+    /// Whether everything there was when it was last looked at has been taken in.
+    caught_up: AtomicBool,
+    began: Instant,
+    /// Since when a batch is being taken in, in ns since `began`; 0: none is.
+    batch_since_ns: AtomicU64,
+    ended: AtomicU64,
+    ending: Waiters,
+}
+
+impl Control {
+    fn wake(&self) {
+        if let Some(thread) = &*lock(&self.thread) {
+            thread.unpark();
+        }
+    }
+
+    fn has_ended(&self) -> bool {
+        self.ended.load(Ordering::Acquire) == 1
+    }
+}
+
+impl Running for Control {
+    fn stop(&self, deadline: Option<Instant>) -> bool {
+        self.stopping.store(true, Ordering::SeqCst);
+        self.wake();
+        let over = || self.has_ended().then_some(Ok(()));
+        block_until(deadline, |waker| self.ending.register(1, waker), over).is_ok()
+    }
+
+    fn report(&self) -> ConsumerReport {
+        let mut report = lock(&self.report).clone();
+        let since_ns = self.batch_since_ns.load(Ordering::Relaxed);
+        if since_ns > 0 {
+            report.running = 1;
+            report.running_since = Some(self.began.elapsed().saturating_sub(Duration::from_nanos(since_ns)));
+        }
+        report.is_running = !self.has_ended();
+        report.is_paused = self.paused.load(Ordering::Relaxed);
+        report
+    }
+
+    fn drain(&self, deadline: Option<Instant>) -> bool {
+        self.caught_up.store(false, Ordering::SeqCst);
+        self.wake();
+        loop {
+            if self.caught_up.load(Ordering::SeqCst) {
+                return true;
+            }
+            if self.has_ended() || deadline.is_some_and(|at| Instant::now() >= at) {
+                return false;
+            }
+            crate::sync::nap(Duration::from_millis(1));
+        }
+    }
+}
+
+/// A running sink. Dropping it stops it.
+#[derive(Debug)]
+pub struct SinkConsumer {
+    control: std::sync::Arc<Control>,
+    name: String,
+}
+
+impl SinkConsumer {
+    /// What is known of it now; `handled` counts events taken in.
+    #[must_use]
+    pub fn report(&self) -> ConsumerReport {
+        self.control.report()
+    }
+
+    /// Takes nothing in any more, until [`SinkConsumer::resume`].
+    pub fn pause(&self) {
+        self.control.paused.store(true, Ordering::SeqCst);
+        self.control.wake();
+    }
+
+    /// Goes on after a pause, or after it halted because all attempts at a batch had failed.
+    pub fn resume(&self) {
+        self.control.paused.store(false, Ordering::SeqCst);
+        self.control.resumed.store(true, Ordering::SeqCst);
+        self.control.wake();
+    }
+
+    /// Waits until everything there is has been taken in. Whether it came to that by the deadline.
+    #[must_use]
+    pub fn drain(&self, deadline: Option<Instant>) -> bool {
+        self.control.drain(deadline)
+    }
+
+    /// Stops it after the batch it is at.
+    ///
+    /// # Errors
+    /// `Busy` at the deadline; `Ended` where it had ended by itself.
+    pub fn stop(self, deadline: Option<Instant>) -> Result<(), ConsumerError> {
+        if !self.control.stop(deadline) {
+            return Err(ConsumerError::Busy { name: self.name.clone() });
+        }
+        match self.control.report().failure {
+            Some(failure) => Err(ConsumerError::Ended { failure: Some(failure) }),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Drop for SinkConsumer {
+    fn drop(&mut self) {
+        if !self.control.stop(Some(Instant::now() + Duration::from_secs(5))) {
+            tracing::error!(consumer = self.name, "a sink hangs; its thread stays behind");
+        }
+    }
+}
+
+/// One shard of a sink.
+struct Side<E: Event> {
+    reader: Reader<E>,
+    hold: Arc<Hold>,
+    /// Up to where the sink holds all events.
+    position: Offset,
+}
+
+struct Pump<E: Event, S: Sink<E>> {
+    sink: S,
+    sides: Vec<Side<E>>,
+    places: Vec<Place>,
+    settings: Settings,
+    batch_max: usize,
+    services: std::sync::Arc<Services>,
+    control: std::sync::Arc<Control>,
+    health: Health,
+    rng: JitterRng,
+    /// Attempts at the batch in hand that failed.
+    failures: u32,
+    /// Positions are to be asked for, since what became of the last batch is not known.
+    is_lost: bool,
+    next_at: Duration,
+    saved: Vec<Offset>,
+    save_at: Duration,
+    handled: u64,
+    failed: u64,
+    save_failures: u64,
+    halted: Option<String>,
+}
+
+impl<E: Event> ConsumerBuilder<E> {
+    /// Starts a sink: batches of at most `batch_max` events of one shard (1..=1,000,000), in order, each of them taken in once. Of the
+    /// settings, those of keys do not apply: a batch that fails is tried again as the retry policy says, and when its attempts are used
+    /// up the sink halts, since what comes after would not be in order.
+    ///
+    /// # Errors
+    /// As [`ConsumerBuilder::start`].
+    pub fn start_sink(self, batch_max: usize, sink: impl Sink<E>) -> Result<SinkConsumer, ConsumerError> {
+        in_range("sink_batch_max", batch_max as u64, 1, 1_000_000)?;
+        let (services, settings) = self.settle()?;
+        let health = Health::new(&settings.name, settings.health.clone())?;
+        let name = settings.name.to_string();
+        let places = services.drive::<E>(&name, settings.start)?;
+        let positions = places.iter().map(|place| (&*place.log, place.hold.get()));
+        let control = std::sync::Arc::new(Control {
+            stopping: AtomicBool::new(false),
+            paused: AtomicBool::new(false),
+            resumed: AtomicBool::new(false),
+            thread: Mutex::new(None),
+            report: Mutex::new(ConsumerReport::at_rest(&name, positions)),
+            caught_up: AtomicBool::new(false),
+            began: Instant::now(),
+            batch_since_ns: AtomicU64::new(0),
+            ended: AtomicU64::new(0),
+            ending: Waiters::new(),
+        });
+        let rng = JitterRng::seeded(settings.jitter_seed);
+        let pump = Pump {
+            sink,
+            sides: Vec::new(),
+            saved: places.iter().map(|place| place.hold.get()).collect(),
+            places,
+            settings,
+            batch_max,
+            services: std::sync::Arc::clone(&services),
+            control: std::sync::Arc::clone(&control),
+            health,
+            rng,
+            failures: 0,
+            is_lost: true,
+            next_at: Duration::ZERO,
+            save_at: Duration::ZERO,
+            handled: 0,
+            failed: 0,
+            save_failures: 0,
+            halted: None,
+        };
+        services.runs(&name, std::sync::Arc::clone(&control) as std::sync::Arc<dyn Running>);
+        spawn(&services, name.clone(), move || pump.run_to_the_end()).inspect_err(|_| services.left(&name))?;
+        Ok(SinkConsumer { control, name })
+    }
+}
+
+impl<E: Event, S: Sink<E>> Pump<E, S> {
+    fn run_to_the_end(mut self) {
+        *lock(&self.control.thread) = Some(thread::current());
+        let ran = catch_unwind(AssertUnwindSafe(|| self.run()));
+        let failure = match ran {
+            Ok(Ok(())) => None,
+            Ok(Err(error)) => Some(error.to_string()),
+            Err(_) => Some("the consumer's own code panicked".to_owned()),
+        };
+        let (control, services) = (std::sync::Arc::clone(&self.control), std::sync::Arc::clone(&self.services));
+        let name = std::sync::Arc::clone(&self.settings.name);
+        if let Some(failure) = &failure {
+            tracing::error!(consumer = &*name, failure, "a sink ended");
+        }
+        lock(&control.report).failure = failure;
+        drop(self);
+        services.left(&name);
+        // Release: pairs with the Acquire in `has_ended`.
+        control.ended.store(1, Ordering::Release);
+        control.ending.reached(1);
+    }
+
+    fn run(&mut self) -> Result<(), ConsumerError> {
+        while !self.control.stopping.load(Ordering::SeqCst) {
+            let mut taken = 0;
+            if self.control.resumed.swap(false, Ordering::SeqCst) {
+                (self.halted, self.failures, self.next_at) = (None, 0, Duration::ZERO);
+            }
+            let may_run = self.halted.is_none() && !self.control.paused.load(Ordering::SeqCst);
+            if may_run && self.now() >= self.next_at {
+                taken = self.step()?;
+            }
+            self.save_if_due();
+            self.report();
+            if taken == 0 {
+                self.sleep(may_run);
+            }
+        }
+        self.save_at = Duration::ZERO;
+        self.save_if_due();
+        self.report();
+        Ok(())
+    }
+
+    fn now(&self) -> Duration {
+        self.control.began.elapsed()
+    }
+
+    /// A batch of every shard, or a look at where the sink stands. Returns the work done.
+    fn step(&mut self) -> Result<usize, ConsumerError> {
+        if self.is_lost {
+            let Some(pass) = self.admit() else { return Ok(0) };
+            let found = catch_unwind(AssertUnwindSafe(|| self.find_positions()));
+            match found.unwrap_or_else(|_| Ok(Err("the sink panicked".into())))? {
+                Ok(()) => self.is_lost = false,
+                Err(error) => self.failed(pass, &error),
+            }
+            return Ok(usize::from(!self.is_lost));
+        }
+        let mut taken = 0;
+        for at in 0..self.sides.len() {
+            if self.sides[at].reader.offset() >= self.sides[at].reader.horizon() {
+                continue;
+            }
+            let Some(pass) = self.admit() else { return Ok(taken) };
+            match self.take_in(at) {
+                Ok(events) => {
+                    let now = self.now();
+                    HealthChange::note(self.health.succeeded(pass, now), &self.settings.name);
+                    self.failures = 0;
+                    self.handled += events;
+                    taken += 1;
+                }
+                Err(error) => {
+                    self.is_lost = true;
+                    self.failed(pass, &error);
+                    return Ok(taken);
+                }
+            }
+        }
+        if taken == 0 {
+            self.control.caught_up.store(true, Ordering::SeqCst);
+        }
+        Ok(taken)
+    }
+
+    fn admit(&mut self) -> Option<Pass> {
+        let now = self.now();
+        match self.health.admit(now) {
+            Admission::Go(pass) => Some(pass),
+            Admission::Wait { until } => {
+                self.next_at = until;
+                None
+            }
+        }
+    }
+
+    fn failed(&mut self, pass: Pass, error: &HandlerError) {
+        let now = self.now();
+        HealthChange::note(self.health.failed(pass, now), &self.settings.name);
+        self.failures = self.failures.saturating_add(1);
+        self.failed += 1;
+        let consumer = &*self.settings.name;
+        match self.settings.retry.after(self.failures, &mut self.rng) {
+            AfterFailure::RetryIn(after) => {
+                tracing::warn!(consumer, %error, ?after, "a sink failed; it is tried again");
+                self.next_at = now + after;
+            }
+            AfterFailure::GiveUp => {
+                tracing::error!(consumer, %error, "a sink halts until it is told to go on");
+                self.halted = Some(error.to_string());
+            }
+        }
+    }
+
+    /// Stands where the sink stands.
+    fn find_positions(&mut self) -> Result<Result<(), HandlerError>, ConsumerError> {
+        let mut sides = Vec::with_capacity(self.places.len());
+        for place in &self.places {
+            let Place { log, lock, hold, progress, .. } = place;
+            let shard = log.shard;
+            let position = match self.sink.position(shard) {
+                Ok(position) => position.unwrap_or(progress.position),
+                Err(error) => return Ok(Err(error)),
+            };
+            let horizon = Offset(match self.settings.sight {
+                Sight::Appended => log.appended.get(),
+                Sight::Durable => log.durable.get(),
+            });
+            if position > horizon {
+                return Err(ConsumerError::AheadOfLog { shard, position, end: horizon });
+            }
+            let reader = Reader::at(Arc::clone(log), position, std::sync::Arc::clone(lock))?;
+            let reader = reader.with_sight(self.settings.sight);
+            sides.push(Side { reader, hold: Arc::clone(hold), position });
+        }
+        self.sides = sides;
+        Ok(Ok(()))
+    }
+
+    /// Lets the sink take a batch in. Returns how many events.
+    fn take_in(&mut self, at: usize) -> Result<u64, HandlerError> {
+        let now_ns = u64::try_from(self.now().as_nanos()).unwrap_or(u64::MAX);
+        self.control.batch_since_ns.store(now_ns.max(1), Ordering::Relaxed);
+        let side = &mut self.sides[at];
+        let (filter, left) = (&self.settings.filter, self.batch_max);
+        let mut batch = Batch { reader: &mut side.reader, filter, left, events: 0 };
+        let sink = &mut self.sink;
+        let applied = catch_unwind(AssertUnwindSafe(|| sink.apply(&mut batch)));
+        let events = batch.events;
+        self.control.batch_since_ns.store(0, Ordering::Relaxed);
+        applied.unwrap_or_else(|_| Err("the sink panicked".into()))?;
+        side.position = side.reader.offset();
+        Ok(events)
+    }
+
+    /// Tells retention how far the sink is.
+    fn save_if_due(&mut self) {
+        let now = self.now();
+        let positions: Vec<Offset> = self.sides.iter().map(|side| side.position).collect();
+        if now < self.save_at || positions.is_empty() || positions == self.saved {
+            return;
+        }
+        self.save_at = now + self.settings.checkpoint_every;
+        let checkpoint = Checkpoint { shards: positions.iter().map(|at| Progress::at(*at)).collect() };
+        let dir = self.services.dir(&self.settings.name);
+        match checkpoint.save(&*self.services.storage, &dir) {
+            Ok(()) => {
+                self.sides.iter().for_each(|side| side.hold.set(side.position));
+                self.saved = positions;
+            }
+            Err(source) => {
+                let error = OpenError::Io { action: "writing the checkpoint in", path: dir, source };
+                tracing::error!(consumer = &*self.settings.name, %error, "retention waits");
+                self.save_failures += 1;
+            }
+        }
+    }
+
+    fn report(&self) {
+        let places = self.places.iter().map(|place| (&*place.log, place.hold.get()));
+        let mut report = ConsumerReport::at_rest(&self.settings.name, places);
+        (report.handled, report.failed) = (self.handled, self.failed);
+        report.has_read(self.sides.iter().map(|side| side.reader.sequence()).sum());
+        report.failure.clone_from(&self.halted);
+        report.health = Some(self.health.report(self.now()));
+        report.write_failures.0 = self.save_failures;
+        *lock(&self.control.report) = report;
+    }
+
+    fn sleep(&mut self, may_run: bool) {
+        let waker = thread_waker();
+        let mut due = (self.save_at > self.now()).then_some(self.save_at);
+        if may_run {
+            if self.next_at > self.now() {
+                due = Some(due.map_or(self.next_at, |due| due.min(self.next_at)));
+            } else if self.is_lost {
+                return;
+            } else {
+                for side in &self.sides {
+                    side.reader.register(&waker);
+                }
+                if self.sides.iter().any(|side| side.reader.offset() < side.reader.horizon()) {
+                    return;
+                }
+            }
+        }
+        match due {
+            Some(due) => thread::park_timeout(due.saturating_sub(self.now())),
+            None => thread::park(),
+        }
+    }
+}

@@ -1,0 +1,106 @@
+//! Services that follow the log: durable consumers, and the event bus made of them.
+
+use std::time::Instant;
+
+use super::Engine;
+use crate::aggregate::Aggregate;
+use crate::consumer::{Consumer, ConsumerBuilder, ConsumerError, ConsumerReport, Handled, Start};
+use crate::error::{Rejected, WaitError};
+use crate::event::{EventId, Key};
+use crate::producer::Producer;
+
+/// Why an event that was to be published and handled was not, or is not yet.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum SyncError<E> {
+    /// It was not accepted.
+    #[error(transparent)]
+    Rejected(Rejected<E>),
+    /// It was accepted; whether it was appended and handled inline is not known, or not yet.
+    #[error(transparent)]
+    Wait(#[from] WaitError),
+    /// It was appended and handled inline; this consumer did not say that it was done.
+    #[error("consumer \"{consumer}\": {error}")]
+    Consumer {
+        /// Its name.
+        consumer: String,
+        /// What it said.
+        error: ConsumerError,
+    },
+    /// It was appended and handled inline; this consumer could not handle it and has recorded it.
+    #[error("consumer \"{consumer}\" has recorded the event as one it could not handle")]
+    Recorded {
+        /// Its name.
+        consumer: String,
+    },
+}
+
+impl<A: Aggregate> Engine<A> {
+    /// A durable consumer of this name, to be set up and started. From its first start on, retention keeps what it has not done,
+    /// whether it runs or not, until [`Engine::remove_consumer`].
+    pub fn consumer(&self, name: &str) -> ConsumerBuilder<A::Event> {
+        ConsumerBuilder::new(&self.services, name)
+    }
+
+    /// A subscriber of the event bus: a consumer that begins with what is published from now on, and sees events as soon as they are
+    /// appended. Started again under its name, it goes on where it was.
+    pub fn subscribe(&self, name: &str) -> ConsumerBuilder<A::Event> {
+        self.consumer(name).start_at(Start::Latest).before_durable()
+    }
+
+    /// Publishes an event and returns when all inline handlers, and then these consumers, have handled it.
+    ///
+    /// # Errors
+    /// [`SyncError`]: it was not accepted, or not everybody had handled it by the deadline.
+    pub fn publish_sync(
+        &self,
+        producer: &mut Producer<A::Event>,
+        key: Key,
+        event: A::Event,
+        consumers: &[&Consumer<A::Event>],
+        deadline: Option<Instant>,
+    ) -> Result<(), SyncError<A::Event>> {
+        let receipt = match deadline {
+            Some(at) => producer.publish_until(key, event, at),
+            None => producer.publish(key, event),
+        };
+        let appended = receipt.map_err(SyncError::Rejected)?.appended();
+        match deadline {
+            Some(at) => appended.wait_until(at)?,
+            None => appended.wait()?,
+        }
+        // Asked between two turns: inline handlers are through with what is appended. Of the key's events it is the newest, or a later one.
+        let head = self.head(key)?;
+        let id = EventId { shard: key.shard(self.config.shards), offset: head.offset };
+        for consumer in consumers {
+            let name = || consumer.name().to_owned();
+            match consumer.wait_handled(key, id, deadline) {
+                Ok(Handled::Yes) => {}
+                Ok(Handled::Recorded) => return Err(SyncError::Recorded { consumer: name() }),
+                Err(error) => return Err(SyncError::Consumer { consumer: name(), error }),
+            }
+        }
+        Ok(())
+    }
+
+    /// What is known of every registered consumer.
+    #[must_use]
+    pub fn consumers(&self) -> Vec<ConsumerReport> {
+        self.services.reports()
+    }
+
+    /// Unregisters a consumer that is gone for good, with its dead letters: retention keeps nothing for it any more.
+    ///
+    /// # Errors
+    /// `NotRegistered`; `AlreadyRunning` until it is stopped; what the file system says.
+    pub fn remove_consumer(&self, name: &str) -> Result<(), ConsumerError> {
+        self.services.remove(name)
+    }
+
+    /// Waits until every running consumer has handled or recorded everything that there is to see. Whether all have, by the deadline:
+    /// before a shutdown, for who wants nothing left over. (What is left over is not lost: it is handled after the next start.)
+    #[must_use]
+    pub fn drain_consumers(&self, deadline: Option<Instant>) -> bool {
+        self.services.drain(deadline)
+    }
+}
