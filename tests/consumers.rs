@@ -259,7 +259,7 @@ fn verdicts_skip_halt_and_await_a_gap() {
     publish(&engine, [(1, 10), (1, 11), (2, 20), (2, 21), (3, 30), (3, 31), (4, 40)]);
     until("it halts", || consumer.report().halted.is_some());
     assert!(matches!(consumer.report().halted, Some(HaltCause::Event { key: Key(2), .. })));
-    assert_eq!((seen.of(1), seen.of(4)), (vec![11], vec![]), "nothing runs behind a halt");
+    assert_eq!(seen.of(4), [0; 0], "nothing runs behind a halt");
     halts.store(false, Ordering::SeqCst);
     consumer.resume().unwrap();
     until("it went on", || seen.of(4) == [40]);
@@ -268,7 +268,7 @@ fn verdicts_skip_halt_and_await_a_gap() {
     is_there.store(true, Ordering::SeqCst);
     until("it waits", || consumer.gap_filled(Key::new(3)).unwrap());
     assert!(consumer.drain(soon()));
-    assert_eq!(seen.of(3), [30, 31]);
+    assert_eq!((seen.of(1), seen.of(3)), (vec![11], vec![30, 31]));
     let report = consumer.report();
     assert_eq!((report.skipped, report.letters.skipped, report.letters.letters), (1, 1, 0));
 }

@@ -147,7 +147,7 @@ impl Letters {
     }
 
     fn is_unrecorded(&self, letter: &DeadLetter) -> bool {
-        !self.index.knows(letter.id) && self.index.bytes_of((letter.key, letter.id.offset)).is_none()
+        !self.has(letter.key, letter.id)
     }
 
     /// Writes and syncs what was planned; then it counts.
@@ -204,10 +204,15 @@ impl Letters {
         FileHeader { number, before, is_complete: false }
     }
 
-    /// Whether the event has an entry as parked or skipped, dealt with or not: then it need not be offered again. To be
-    /// asked about events that nobody has forgotten.
-    pub(crate) fn knows(&self, id: EventId) -> bool {
-        self.index.knows(id)
+    /// Whether the key's event is a letter now, or has an entry (as parked or skipped, dealt with or not) that nobody has forgotten:
+    /// it is not to be offered, after a restart or where a consumer was set back.
+    pub(crate) fn has(&self, key: Key, id: EventId) -> bool {
+        self.index.knows(id) || self.index.bytes_of((key, id.offset)).is_some()
+    }
+
+    /// Whether there is any event that [`Letters::has`].
+    pub(crate) fn has_any(&self) -> bool {
+        self.index.knows_any() || self.len() > 0
     }
 
     /// The consumer's checkpoint is durable at `offset`: nobody will ask about events below.
@@ -223,6 +228,11 @@ impl Letters {
     /// The keys that have letters, with their shard and how many wait.
     pub(crate) fn keys(&self) -> impl Iterator<Item = (Key, ShardId, u32)> {
         self.index.keys()
+    }
+
+    /// A key's letters, oldest first.
+    pub(crate) fn ids_of(&self, key: Key) -> impl Iterator<Item = EventId> {
+        self.index.letters_of(key)
     }
 
     /// The letter of a key that is to be dealt with first.

@@ -29,7 +29,7 @@ use crate::promise::Keeping;
 pub(super) use desk::{Desk, Place};
 pub(super) use execute::{Failed, Job, What};
 pub use records::Letters;
-use records::{Reprocessing, Unwritten};
+use records::{Reprocessing, Tried, Unwritten};
 use saving::Saving;
 pub(super) use saving::start_position;
 
@@ -84,6 +84,7 @@ pub(crate) struct Driver<E: Event> {
     /// Events that failed and wait for a retry, since when.
     failing: HashMap<EventId, Time>,
     unwritten: VecDeque<Unwritten>,
+    tried: VecDeque<Tried>,
     /// After a failed write, the next is tried then.
     write_at: Duration,
     reprocessing: Reprocessing,
@@ -113,7 +114,7 @@ impl<E: Event> Driver<E> {
         let letters = LetterStore::open(std::sync::Arc::clone(&storage), &dir, settings.letters.clone())?;
         let mut desks = Vec::with_capacity(places.len());
         for place in places {
-            desks.push(Desk::open(place, &settings)?);
+            desks.push(Desk::open(place, &settings, &letters)?);
         }
         for (key, shard, count) in letters.keys() {
             desks[usize::from(shard.0)].restore_parked(key, count)?;
@@ -132,6 +133,7 @@ impl<E: Event> Driver<E> {
             letters,
             failing: HashMap::new(),
             unwritten: VecDeque::new(),
+            tried: VecDeque::new(),
             write_at: Duration::ZERO,
             reprocessing: Reprocessing::default(),
             is_paused: false,
@@ -312,7 +314,8 @@ impl<E: Event> Driver<E> {
         }
         for at in 0..self.desks.len() {
             let desk = &mut self.desks[at];
-            let (handled, failed) = desk.run_in_place(budget, &self.settings, &mut is_called, handler)?;
+            let (handled, failed) =
+                desk.run_in_place(budget, &self.settings, &self.letters, &mut is_called, handler)?;
             work += handled as usize;
             let now = now();
             self.health.succeeded_while_healthy(handled, now);
@@ -406,14 +409,17 @@ impl<E: Event> Driver<E> {
                 i += 1;
                 continue;
             }
-            let is_recorded = letters.knows(desk.id(*offset));
+            let is_recorded = letters.has(*key, desk.id(*offset));
             self.waiting.swap_remove(i).keeping.keep(if is_recorded { Handled::Recorded } else { Handled::Yes });
         }
     }
 
     /// Whether everything that may be seen now is done.
     pub(crate) fn is_caught_up(&self) -> bool {
-        self.running == 0 && self.unwritten.is_empty() && self.desks.iter().all(Desk::is_caught_up)
+        self.running == 0
+            && self.unwritten.is_empty()
+            && self.tried.is_empty()
+            && self.desks.iter().all(Desk::is_caught_up)
     }
 
     fn letter(

@@ -164,11 +164,12 @@ pub(super) fn start<E: Event>(
         waker: None,
     };
     // The workers before who drives: until it runs, they have nothing to do and end with the channel.
+    let mut workers = Vec::new();
     if concurrency > 1 {
         for i in 0..concurrency {
             let worker = Worker::new(&shell, jobs_rx.clone(), outcomes_tx.clone());
             let handler = std::sync::Arc::clone(&handler);
-            spawn(&services, format!("{name}-{i}"), move || worker.run(&*handler))?;
+            workers.push(spawn(&services, format!("{name}-{i}"), move || worker.run(&*handler))?);
         }
     }
     drop((jobs_rx, outcomes_tx));
@@ -188,10 +189,16 @@ pub(super) fn start<E: Event>(
         if let Some(failure) = &failure {
             tracing::error!(consumer = left, failure, "a consumer ended");
         }
+        let is_busy = shell.driver.running() > 0;
         lock(&ending.report).failure = failure;
         drop(shell);
         drop(ending.asks.close());
+        // Without jobs they end, and with them their holds on the store's lock; one that hangs is left behind.
+        if !is_busy && workers.into_iter().map(thread::JoinHandle::join).any(|joined| joined.is_err()) {
+            tracing::error!(consumer = left, "a worker panicked outside the handler");
+        }
         leaving.left(&left);
+        drop(leaving);
         // Release: pairs with the Acquire in `has_ended`.
         ending.ended.store(1, Ordering::Release);
         ending.ending.reached(1);
@@ -207,11 +214,10 @@ pub(super) fn spawn(
     services: &Services,
     name: String,
     body: impl FnOnce() + Send + 'static,
-) -> Result<(), ConsumerError> {
+) -> Result<thread::JoinHandle<()>, ConsumerError> {
     let spawned = thread::Builder::new().name(format!("corelane-{name}")).spawn(body);
-    spawned
-        .map(drop)
-        .map_err(|source| OpenError::Io { action: "starting a thread for", path: services.dir(&name), source }.into())
+    let io = |source| OpenError::Io { action: "starting a thread for", path: services.dir(&name), source };
+    spawned.map_err(|source| io(source).into())
 }
 
 /// What a worker has to report.

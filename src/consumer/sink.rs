@@ -307,7 +307,8 @@ impl<E: Event> ConsumerBuilder<E> {
             halted: None,
         };
         services.runs(&name, std::sync::Arc::clone(&control) as std::sync::Arc<dyn Running>);
-        spawn(&services, name.clone(), move || pump.run_to_the_end()).inspect_err(|_| services.left(&name))?;
+        // Waited for by its `ended`.
+        drop(spawn(&services, name.clone(), move || pump.run_to_the_end()).inspect_err(|_| services.left(&name))?);
         Ok(SinkConsumer { control, name })
     }
 }
@@ -329,6 +330,7 @@ impl<E: Event, S: Sink<E>> Pump<E, S> {
         lock(&control.report).failure = failure;
         drop(self);
         services.left(&name);
+        drop(services);
         // Release: pairs with the Acquire in `has_ended`.
         control.ended.store(1, Ordering::Release);
         control.ending.reached(1);

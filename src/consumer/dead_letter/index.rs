@@ -108,6 +108,10 @@ impl Index {
         self.known.contains(&id)
     }
 
+    pub(super) fn knows_any(&self) -> bool {
+        !self.known.is_empty()
+    }
+
     pub(super) fn forget_below(&mut self, shard: ShardId, offset: Offset) {
         let below = EventId { shard, offset: Offset(0) }..EventId { shard, offset };
         while let Some(&id) = self.known.range(below.clone()).next() {

@@ -122,7 +122,7 @@ impl Model {
     /// What the letters say, as a model.
     fn of(letters: &Letters, known: &Self) -> Self {
         let listed = letters.list(None, usize::MAX).expect("read");
-        let known = known.known.iter().copied().filter(|&(key, offset)| letters.knows(id(key, offset)));
+        let known = known.known.iter().copied().filter(|&(key, offset)| letters.index.knows(id(key, offset)));
         Self {
             letters: listed.into_iter().map(|letter| ((letter.key.0, letter.id.offset.0), letter)).collect(),
             known: known.collect(),
@@ -494,7 +494,7 @@ fn what_is_dead_goes_when_it_is_most_of_the_files() {
     assert!(!letters.compact_if_due().expect("read"), "once is enough");
     let again = opened(&disk);
     assert_eq!((again.len(), again.statistics().handled), (10, 30));
-    assert!(again.knows(id(1, 3)), "dealt with, and above the checkpoint");
+    assert!(again.index.knows(id(1, 3)), "dealt with, and above the checkpoint");
 }
 
 #[test]
@@ -515,7 +515,7 @@ fn below_the_checkpoint_nothing_is_remembered_but_the_letters() {
     let mut letters = opened(&disk);
     write(&mut letters, &[Op::Park(2, 10), Op::Skip(2, 20), Op::Skip(2, 30), Op::Skip(3, 10)]).expect("written");
     letters.forget_below(ShardId(0), Offset(30));
-    let known = |letters: &Letters| [id(2, 10), id(2, 20), id(2, 30), id(3, 10)].map(|id| letters.knows(id));
+    let known = |letters: &Letters| [id(2, 10), id(2, 20), id(2, 30), id(3, 10)].map(|id| letters.index.knows(id));
     assert_eq!(known(&letters), [false, false, true, true], "the other shard's stay");
     letters.compact().expect("compacted");
     let mut letters = opened(&disk);

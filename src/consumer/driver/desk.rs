@@ -63,27 +63,37 @@ impl<E: Event> std::fmt::Debug for Desk<E> {
     }
 }
 
+/// Up to where events may have records already: nowhere, where there are none.
+fn records_until(log: &ShardLog, letters: &Letters) -> Offset {
+    Offset(if letters.has_any() { log.appended.get() } else { 0 })
+}
+
 impl<E: Event> Desk<E> {
-    pub(super) fn open(place: Place, settings: &Settings) -> Result<Self, ConsumerError> {
+    pub(super) fn open(place: Place, settings: &Settings, letters: &Letters) -> Result<Self, ConsumerError> {
         let Place { log, syncer, lock, hold, progress } = place;
         let policy = settings.lanes.clone().concurrency(settings.concurrency);
         let reader = Reader::at(Arc::clone(&log), progress.position, std::sync::Arc::clone(&lock))?;
         let finder = Finder::new(Arc::clone(&log), std::sync::Arc::clone(&lock));
         let lanes = Lanes::new(policy.clone(), progress.position)?;
-        let records_until = Offset(log.appended.get());
+        let records_until = records_until(&log, letters);
         let restored = (progress.read > progress.position).then(|| (progress.read, progress.unfinished.into()));
         let (reader, effects_from) = (reader.with_sight(settings.sight), progress.effects_from);
         Ok(Self { log, syncer, lock, hold, reader, finder, lanes, policy, restored, records_until, effects_from })
     }
 
     /// Goes to another position; what is unfinished is forgotten here, since it lies there or is left behind on purpose. Nothing is out.
-    pub(super) fn set_to(&mut self, position: Offset, settings: &Settings) -> Result<(), ConsumerError> {
+    pub(super) fn set_to(
+        &mut self,
+        position: Offset,
+        settings: &Settings,
+        letters: &Letters,
+    ) -> Result<(), ConsumerError> {
         let reader = Reader::at(Arc::clone(&self.log), position, std::sync::Arc::clone(&self.lock))?;
         let done = self.lanes.checkpoint();
         self.lanes = Lanes::new(self.policy.clone(), position)?;
         self.reader = reader.with_sight(settings.sight);
         self.restored = None;
-        self.records_until = Offset(self.log.appended.get());
+        self.records_until = records_until(&self.log, letters);
         self.effects_from = self.effects_from.max(done);
         Ok(())
     }
@@ -101,7 +111,13 @@ impl<E: Event> Desk<E> {
     }
 
     /// Whether the event ahead was done in a former life.
-    fn is_done_before(&mut self, offset: Offset, letters: &Letters) -> bool {
+    #[inline]
+    fn is_done_before(&mut self, key: Key, offset: Offset, letters: &Letters) -> bool {
+        (self.restored.is_some() || offset < self.records_until) && self.was_done(key, offset, letters)
+    }
+
+    #[cold]
+    fn was_done(&mut self, key: Key, offset: Offset, letters: &Letters) -> bool {
         if let Some((read, unfinished)) = &mut self.restored {
             if offset >= *read {
                 self.restored = None;
@@ -111,7 +127,7 @@ impl<E: Event> Desk<E> {
                 return true;
             }
         }
-        offset < self.records_until && letters.knows(self.id(offset))
+        offset < self.records_until && letters.has(key, self.id(offset))
     }
 
     /// Offers events of the log to the lanes, until enough are ready, there is no room, or the log ends. Returns how many it looked at.
@@ -125,11 +141,10 @@ impl<E: Event> Desk<E> {
         let from = self.reader.offset();
         let mut read = 0;
         // What can be handled where it lies is not read here.
-        let is_others = !(is_in_place && self.is_all_new());
-        while is_others && read < READ_MAX && self.lanes.ready() < ready_max && self.lanes.has_room() {
+        while !is_in_place && read < READ_MAX && self.lanes.ready() < ready_max && self.lanes.has_room() {
             let Some(ahead) = self.wanted(&settings.filter)? else { break };
-            let offset = self.reader.offset();
-            if !self.is_done_before(offset, letters) && self.lanes.offer(ahead.header.key, offset).is_err() {
+            let (key, offset) = (ahead.header.key, self.reader.offset());
+            if !self.is_done_before(key, offset, letters) && self.lanes.offer(key, offset).is_err() {
                 break;
             }
             self.reader.pass(&ahead);
@@ -153,21 +168,17 @@ impl<E: Event> Desk<E> {
         Ok(ahead.filter(|ahead| filter.wants(ahead.header.event_type)))
     }
 
-    /// Whether nothing of a former life is to be told from what is new.
-    fn is_all_new(&self) -> bool {
-        self.restored.is_none() && self.reader.offset() >= self.records_until
-    }
-
     /// Calls `handler` for events where they lie. Ends at one whose key is not at rest (the lanes' turn), or that failed; that is
     /// out then.
     pub(super) fn run_in_place(
         &mut self,
         budget: usize,
         settings: &Settings,
+        letters: &Letters,
         is_called: &mut dyn FnMut() -> bool,
         handler: &mut Handler<'_, E>,
     ) -> Result<(u64, Option<(Run, Failed)>), ReadError> {
-        if !self.is_all_new() || self.lanes.may_run() {
+        if self.lanes.may_run() {
             return Ok((0, None));
         }
         let (mut handled, mut failed) = (0, None);
@@ -175,6 +186,10 @@ impl<E: Event> Desk<E> {
         while (handled as usize) < budget && self.lanes.has_room() && !is_called() {
             let Some(ahead) = self.wanted(&settings.filter)? else { break };
             let (key, meta) = (ahead.header.key, self.reader.meta(&ahead));
+            if self.is_done_before(key, meta.offset, letters) {
+                self.reader.pass(&ahead);
+                continue;
+            }
             if !self.lanes.is_at_rest(key) {
                 // Behind what is unfinished of it.
                 if self.lanes.offer(key, meta.offset).is_err() {

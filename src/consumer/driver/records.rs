@@ -1,6 +1,6 @@
 //! What ends by a record: dead letters and skips are written here, and letters are handled again or discarded.
 
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
 use super::super::dead_letter::answer::{DeadLetter, Entry, WriteRefused, Written};
@@ -9,10 +9,12 @@ use super::super::lanes::answer::{RecordKind, ToRecord};
 use super::{Driver, Failed, HaltCause, What};
 use crate::clock::wall_now;
 use crate::error::ReadError;
-use crate::event::{Event, EventId, Key};
+use crate::event::{Event, EventId, Key, Time};
 
 /// Records written with one sync.
 const WRITE_MAX: usize = 1024;
+/// How long after a write the next may be: what comes meanwhile goes with it.
+const WRITE_EVERY: Duration = Duration::from_millis(2);
 /// How long after a failed write the next is tried.
 const WRITE_AGAIN: Duration = Duration::from_millis(500);
 
@@ -24,12 +26,33 @@ pub(super) struct Unwritten {
     pub(super) letter: DeadLetter,
 }
 
+/// A letter that was handled again, or failed again: its key waits for the record.
+#[derive(Debug)]
+pub(super) struct Tried {
+    id: EventId,
+    key: Key,
+    attempts: u32,
+    /// Why it failed, if it did.
+    error: Option<String>,
+    time: Time,
+}
+
+impl Tried {
+    fn entry(&self) -> Entry<'_> {
+        let Self { id, key, attempts, time, .. } = *self;
+        match &self.error {
+            None => Entry::Handled { id, key, time },
+            Some(error) => Entry::FailedAgain { id, key, attempts, error, time },
+        }
+    }
+}
+
 /// Keys whose letters are handled again, oldest first, each until the first failure.
 #[derive(Debug, Default)]
 pub(super) struct Reprocessing {
     waiting: VecDeque<Key>,
-    /// Waiting or out.
-    keys: BTreeSet<Key>,
+    /// All of them; whether one of the key's letters is out: being handled, or its record being written.
+    keys: BTreeMap<Key, bool>,
 }
 
 impl Reprocessing {
@@ -37,22 +60,43 @@ impl Reprocessing {
         !self.waiting.is_empty()
     }
 
+    /// The key's next letter has its turn, after those of the others. `false`: it had it already.
     fn add(&mut self, key: Key) -> bool {
-        let is_new = self.keys.insert(key);
+        let is_new = !self.keys.contains_key(&key);
         if is_new {
-            self.waiting.push_back(key);
+            self.come_back(key);
         }
         is_new
     }
 
+    fn come_back(&mut self, key: Key) {
+        self.keys.insert(key, false);
+        self.waiting.push_back(key);
+    }
+
+    fn take(&mut self) -> Option<Key> {
+        let key = self.waiting.pop_front()?;
+        self.keys.insert(key, true);
+        Some(key)
+    }
+
     fn end(&mut self, key: Key) {
         self.keys.remove(&key);
-        self.waiting.retain(|waiting| *waiting != key);
+    }
+
+    /// None of these has its turn any more, except those of which one is out. Returns which.
+    fn end_where(&mut self, keys: Vec<Key>) -> Vec<Key> {
+        let ended: Vec<Key> = keys.into_iter().filter(|key| self.keys.get(key) != Some(&true)).collect();
+        ended.iter().for_each(|key| self.end(*key));
+        let keys = &self.keys;
+        self.waiting.retain(|key| keys.contains_key(key));
+        ended
     }
 
     /// The letter is not handled now after all.
     pub(super) fn put_back(&mut self, what: What) {
         if let What::Letter { letter, .. } = what {
+            self.keys.insert(letter.key, false);
             self.waiting.push_front(letter.key);
         }
     }
@@ -69,44 +113,36 @@ pub enum Letters {
 
 impl<E: Event> Driver<E> {
     pub(super) fn wants_to_write(&self) -> bool {
-        !self.unwritten.is_empty() || self.desks.iter().any(|desk| desk.lanes.has_records())
+        !self.unwritten.is_empty() || !self.tried.is_empty() || self.desks.iter().any(|desk| desk.lanes.has_records())
     }
 
-    /// Writes what waits for a record, if its time has come. Returns how many.
+    /// Writes what waits for a record, if its time has come: many at once, since each write is synced. Returns how many.
     pub(super) fn write_records(&mut self, now: Duration) -> usize {
-        if now < self.write_at || self.halted == Some(HaltCause::DeadLettersFull) {
+        if now < self.write_at || !self.wants_to_write() {
             return 0;
         }
-        if let Err(error) = self.gather_records() {
-            tracing::error!(consumer = &*self.settings.name, %error, "an event that is to be recorded cannot be read");
-            self.write_at = now + WRITE_AGAIN;
-        }
-        // A record speaks of an event that the log cannot lose any more.
-        let durable = |unwritten: &&Unwritten| self.desks[unwritten.desk].is_durable(unwritten.record.offset());
-        let count = self.unwritten.iter().take(WRITE_MAX).take_while(durable).count();
-        if count == 0 {
-            if !self.unwritten.is_empty() {
-                self.write_at = self.write_at.max(now + Duration::from_micros(500));
+        let written = self.write_tried().and_then(|tried| Ok(tried + self.write_unwritten()?));
+        match written {
+            Ok(0) => {
+                // The log is not durable yet as far as that.
+                self.write_at = now + WRITE_EVERY / 4;
+                0
             }
-            return 0;
-        }
-        match self.write(count) {
             Ok(written) => {
-                for _ in 0..count {
-                    let Some(Unwritten { desk, record, .. }) = self.unwritten.pop_front() else { break };
-                    self.desks[desk].lanes.recorded(record);
+                self.write_at = now + WRITE_EVERY;
+                if let Err(error) = self.letters.compact_if_due() {
+                    let consumer = &*self.settings.name;
+                    tracing::warn!(consumer, %error, "dead letters cannot be compacted; they stay as they are");
                 }
-                // Letters that had to make room: their keys have fewer.
-                written.overflowed.into_iter().for_each(|(key, id)| self.unpark(id, key, 1));
-                count
+                written
             }
             Err(WriteRefused::Full) => {
+                self.write_at = now + WRITE_EVERY;
                 self.halt(HaltCause::DeadLettersFull);
                 0
             }
-            Err(WriteRefused::Io { action, path, source }) => {
-                let consumer = &*self.settings.name;
-                tracing::error!(consumer, action, path = %path.display(), %source, "dead letters cannot be written; their keys wait");
+            Err(error) => {
+                tracing::error!(consumer = &*self.settings.name, %error, "records cannot be written; their keys wait");
                 self.saving.record_failures += 1;
                 self.write_at = now + WRITE_AGAIN;
                 0
@@ -114,8 +150,55 @@ impl<E: Event> Driver<E> {
         }
     }
 
+    /// What became of letters.
+    fn write_tried(&mut self) -> Result<usize, WriteRefused> {
+        let count = self.tried.len().min(WRITE_MAX);
+        if count == 0 {
+            return Ok(0);
+        }
+        let entries: Vec<Entry<'_>> = self.tried.iter().take(count).map(Tried::entry).collect();
+        self.letters.write(&entries)?;
+        for Tried { id, key, error, .. } in self.tried.drain(..count).collect::<Vec<_>>() {
+            if error.is_some() {
+                self.reprocessing.end(key);
+            } else {
+                self.unpark(id, key, 1);
+                self.reprocessing.come_back(key);
+            }
+        }
+        Ok(count)
+    }
+
+    /// Dead letters and skips.
+    fn write_unwritten(&mut self) -> Result<usize, WriteRefused> {
+        if self.halted == Some(HaltCause::DeadLettersFull) {
+            return Ok(0);
+        }
+        self.gather_records()?;
+        // A record speaks of an event that the log cannot lose any more.
+        let durable = |unwritten: &&Unwritten| self.desks[unwritten.desk].is_durable(unwritten.record.offset());
+        let mut count = self.unwritten.iter().take(WRITE_MAX).take_while(durable).count();
+        if count == 0 {
+            return Ok(0);
+        }
+        let written = loop {
+            match self.write(count) {
+                // There may be room for some of them.
+                Err(WriteRefused::Full) if count > 1 => count /= 2,
+                written => break written?,
+            }
+        };
+        for _ in 0..count {
+            let Some(Unwritten { desk, record, .. }) = self.unwritten.pop_front() else { break };
+            self.desks[desk].lanes.recorded(record);
+        }
+        // Letters that had to make room: their keys have fewer.
+        written.overflowed.into_iter().for_each(|(key, id)| self.unpark(id, key, 1));
+        Ok(count)
+    }
+
     /// Takes what the lanes want recorded.
-    fn gather_records(&mut self) -> Result<(), ReadError> {
+    fn gather_records(&mut self) -> Result<(), WriteRefused> {
         for at in 0..self.desks.len() {
             while self.unwritten.len() < WRITE_MAX
                 && let Some(record) = self.desks[at].lanes.next_record()
@@ -125,7 +208,7 @@ impl<E: Event> Driver<E> {
                     Ok(letter) => self.unwritten.push_back(Unwritten { desk: at, record, letter }),
                     Err(error) => {
                         self.desks[at].lanes.not_recorded(record);
-                        return Err(error);
+                        return Err(self.unreadable(error));
                     }
                 }
             }
@@ -138,11 +221,7 @@ impl<E: Event> Driver<E> {
         let mut archives = Vec::with_capacity(count);
         for unwritten in self.unwritten.iter().take(count) {
             let archive = self.desks[unwritten.desk].archive(unwritten.record.offset());
-            archives.push(archive.map_err(|error| WriteRefused::Io {
-                action: "reading an event for",
-                path: self.dir.clone(),
-                source: std::io::Error::other(error),
-            })?);
+            archives.push(archive.map_err(|error| self.unreadable(error))?);
         }
         let entries: Vec<Entry<'_>> = self
             .unwritten
@@ -154,6 +233,12 @@ impl<E: Event> Driver<E> {
             })
             .collect();
         self.letters.write(&entries)
+    }
+
+    /// An event that is to be recorded cannot be read.
+    fn unreadable(&self, error: ReadError) -> WriteRefused {
+        let (action, path) = ("reading an event for", self.dir.clone());
+        WriteRefused::Io { action, path, source: std::io::Error::other(error) }
     }
 
     fn unpark(&mut self, id: EventId, key: Key, letters: u32) {
@@ -178,25 +263,21 @@ impl<E: Event> Driver<E> {
 
     /// Takes letters away unhandled, each with a record. Returns how many.
     pub(crate) fn discard(&mut self, which: Letters) -> Result<u64, ConsumerError> {
-        let mut discarded = 0;
-        for key in self.keys_of(which) {
-            while let Some(id) = self.letters.oldest_of(key) {
-                if self.reprocessing.keys.contains(&key) && !self.reprocessing.waiting.contains(&key) {
-                    // One of them is being handled at this moment.
-                    break;
-                }
-                self.reprocessing.end(key);
-                self.letters.write(&[Entry::Discarded { id, key, time: wall_now() }])?;
-                self.unpark(id, key, 1);
-                discarded += 1;
-            }
+        let keys = self.reprocessing.end_where(self.keys_of(which));
+        let ids: Vec<(Key, EventId)> =
+            keys.into_iter().flat_map(|key| self.letters.ids_of(key).map(move |id| (key, id))).collect();
+        let time = wall_now();
+        for part in ids.chunks(WRITE_MAX) {
+            let entries: Vec<_> = part.iter().map(|&(key, id)| Entry::Discarded { id, key, time }).collect();
+            self.letters.write(&entries)?;
+            part.iter().for_each(|&(key, id)| self.unpark(id, key, 1));
         }
-        Ok(discarded)
+        Ok(ids.len() as u64)
     }
 
     /// The next letter that is to be handled again.
     pub(super) fn next_letter(&mut self) -> Result<Option<(usize, What)>, ConsumerError> {
-        while let Some(key) = self.reprocessing.waiting.pop_front() {
+        while let Some(key) = self.reprocessing.take() {
             let id = self.letters.oldest_of(key);
             let found = id.map(|id| self.letters.show(key, id)).transpose()?.flatten();
             let Some((letter, archive)) = found else {
@@ -209,31 +290,9 @@ impl<E: Event> Driver<E> {
         Ok(None)
     }
 
-    /// A letter was handled again, or failed again.
+    /// A letter was handled again, or failed again: that is to be written.
     pub(super) fn letter_done(&mut self, letter: &DeadLetter, failed: Option<Failed>) {
-        let DeadLetter { id, key, attempts, .. } = *letter;
-        let time = wall_now();
-        let error = failed.as_ref().map(ToString::to_string);
-        let entry = match &error {
-            None => Entry::Handled { id, key, time },
-            Some(error) => Entry::FailedAgain { id, key, attempts: attempts.saturating_add(1), error, time },
-        };
-        let written = self.letters.write(&[entry]);
-        match written {
-            Ok(_) if error.is_none() => {
-                self.unpark(id, key, 1);
-                self.reprocessing.waiting.push_back(key);
-            }
-            Ok(_) => self.reprocessing.end(key),
-            Err(why) => {
-                // It stays a letter: if it was handled, it is handled once more when it is asked for again.
-                tracing::error!(consumer = &*self.settings.name, %why, %id, "what became of a dead letter cannot be written");
-                self.saving.record_failures += 1;
-                self.reprocessing.end(key);
-            }
-        }
-        if let Err(error) = self.letters.compact_if_due() {
-            tracing::warn!(consumer = &*self.settings.name, %error, "dead letters cannot be compacted; they stay as they are");
-        }
+        let (error, attempts) = (failed.map(|failed| failed.to_string()), letter.attempts.saturating_add(1));
+        self.tried.push_back(Tried { id: letter.id, key: letter.key, attempts, error, time: wall_now() });
     }
 }

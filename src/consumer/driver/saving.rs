@@ -103,7 +103,7 @@ impl<E: Event> Driver<E> {
         for (desk, position) in self.desks.iter_mut().zip(positions) {
             // The hold first: what is gone to must not be freed meanwhile.
             desk.hold.set(desk.hold.get().min(position));
-            desk.set_to(position, &self.settings)?;
+            desk.set_to(position, &self.settings, &self.letters)?;
         }
         for (key, shard, count) in self.letters.keys() {
             self.desks[usize::from(shard.0)].restore_parked(key, count)?;

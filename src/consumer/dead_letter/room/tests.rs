@@ -16,7 +16,7 @@ fn a_full_store_refuses_the_whole_batch_and_takes_more_when_there_is_room() {
     let files = disk.files();
     let refused = write(&mut letters, &[Op::Skip(3, 30), Op::Park(2, 40)]);
     assert!(matches!(refused, Err(WriteRefused::Full)), "{refused:?}");
-    assert!(disk.files() == files && !letters.knows(id(3, 30)));
+    assert!(disk.files() == files && !letters.index.knows(id(3, 30)));
     write(&mut letters, &[Op::Skip(3, 30)]).expect("what is skipped takes no room");
     write(&mut letters, &[Op::Handle(1, 10), Op::Park(2, 40)]).expect("one goes and one comes");
     assert_eq!(letters.len(), 2);
