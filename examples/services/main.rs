@@ -11,6 +11,8 @@
 //! Durability mode `OsCache` where nothing else is printed. Every measure checks what it measured: an event that is missing, or out of
 //! its key's order, ends it with an error.
 
+#![expect(clippy::print_stdout, reason = "the figures are its output")]
+
 #[path = "../shared/event.rs"]
 mod event;
 mod follow;
