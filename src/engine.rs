@@ -1,6 +1,7 @@
 //! The composition root: opens a store, starts its threads, stops them. The only module that knows all.
 
 mod build;
+mod gated;
 mod history;
 mod open;
 mod queries;
@@ -15,6 +16,7 @@ use crate::config::{Checked, Config};
 use crate::error::{OpenError, ReadError, ShardFailure, WaitError};
 use crate::event::{Offset, Sequence, ShardId};
 use crate::flush::flush_shard;
+use crate::gated::OpenGates;
 use crate::handler::{Factory, Handler, OnError, Registered};
 use crate::log::keeper::{Keeper, KeeperRequests};
 use crate::log::reader::Reader;
@@ -56,6 +58,7 @@ pub struct Engine<A: Aggregate> {
     /// Shared with readers: while one lives, its segments are nobody else's to write.
     lock: std::sync::Arc<dyn Lock>,
     storage: std::sync::Arc<dyn Storage>,
+    gates: OpenGates,
 }
 
 /// What the engine keeps of a running shard.
@@ -184,6 +187,8 @@ impl<A: Aggregate> Engine<A> {
             // Only now: a program whose types the log refuses leaves the manifest as it was.
             manifest.save(&*storage, &config.dir)?;
         }
+        let ends: Vec<_> = recovered.iter().map(|shard| shard.report.end).collect();
+        let holds = gated::holds(&storage, &config.dir, &ends)?;
         let duration_ns = u64::try_from(began.elapsed().as_nanos()).unwrap_or(u64::MAX);
         let recovery =
             RecoveryReport { shards: recovered.iter().map(|shard| shard.report.clone()).collect(), duration_ns };
@@ -241,8 +246,10 @@ impl<A: Aggregate> Engine<A> {
             runner,
             lock: lock.into(),
             storage: std::sync::Arc::clone(&storage),
+            gates: OpenGates::default(),
             config,
         };
+        engine.hold(&holds);
         engine.spawn(&mut threads, "corelane-keeper".into(), move || keeper_parts.run())?;
         engine.spawn(&mut threads, "corelane-save".into(), move || snapshotter_parts.run())?;
         for (i, (shard, syncer)) in parts.into_iter().enumerate() {

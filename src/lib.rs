@@ -28,6 +28,8 @@ pub mod envelope;
 #[cfg(not(loom))]
 mod flush;
 #[cfg(not(loom))]
+mod gated;
+#[cfg(not(loom))]
 mod handler;
 #[cfg(not(loom))]
 mod history;
@@ -58,7 +60,7 @@ pub mod view;
 
 pub use config::{Checked, Config, Durability, Pin, Retention, Wait};
 pub use error::{
-    ConfigError, Corruption, FailureCause, HistoryError, OpenError, ReadError, Rejected, RejectedReason, ShardFailure,
+    ConfigError, Corruption, FailureCause, GateError, GateOpenError, HistoryError, OpenError, ReadError, Rejected, RejectedReason, ShardFailure,
     WaitError,
 };
 pub use event::{
@@ -71,6 +73,7 @@ pub use {
     command::{Answer, Client, CommandError, ExpectedVersion, IdempotencyKey, Outcome, Sending, Ticket},
     engine::Comparison,
     engine::{Builder, Engine, EventLog},
+    gated::{Accepted, Gap, GateRefused, GatedProducer, LateEvent},
     handler::{BatchEnd, Handler, HandlerError, OnError},
     history::{At, Between, Counts, Past, Stream},
     log::reader::{Reader, Record},

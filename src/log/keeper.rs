@@ -274,6 +274,9 @@ impl Keeper {
         }
         // What the freed events had made of their keys must not go with them.
         let freed_to = kept.log.first_offset(next.index).0;
+        if kept.log.held_from() < freed_to {
+            return Ok(worked);
+        }
         if kept.checkpoints.covered() < freed_to {
             kept.waits_for = freed_to;
             if kept.checkpoints.begun() < freed_to {

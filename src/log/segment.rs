@@ -39,6 +39,8 @@ pub(crate) struct ShardLog {
     pub(crate) sequence: Watermark,
     failed: AtomicBool,
     failure: OnceLock<ShardFailure>,
+    /// Who still has to count the log, and from where on. A few names.
+    holds: Mutex<Vec<(String, u64)>>,
     /// The shard wants a segment and the disk has no space for one.
     pub(crate) storage_full: AtomicBool,
 }
@@ -62,6 +64,7 @@ impl ShardLog {
             sequence: Watermark::new(sequence),
             failed: AtomicBool::new(false),
             failure: OnceLock::new(),
+            holds: Mutex::new(Vec::new()),
             storage_full: AtomicBool::new(false),
         }
     }
@@ -102,6 +105,20 @@ impl ShardLog {
     pub(crate) fn oldest_two(&self) -> Option<(Segment, Segment)> {
         let segments = lock(&self.segments);
         Some((segments.front()?.clone(), segments.get(1)?.clone()))
+    }
+
+    /// Keeps retention from what `name` has not counted: what lies at `offset` and behind it.
+    pub(crate) fn hold(&self, name: &str, offset: u64) {
+        let mut holds = lock(&self.holds);
+        match holds.iter_mut().find(|(held, _)| held == name) {
+            Some((_, held)) => *held = offset,
+            None => holds.push((name.to_owned(), offset)),
+        }
+    }
+
+    /// Where the first begins that nobody may free.
+    pub(crate) fn held_from(&self) -> u64 {
+        lock(&self.holds).iter().map(|(_, offset)| *offset).min().unwrap_or(u64::MAX)
     }
 
     /// Number of segments held.

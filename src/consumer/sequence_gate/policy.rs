@@ -63,6 +63,10 @@ impl GatePolicy {
         closed_gaps_max: usize,
     }
 
+    pub(crate) fn starts(&self) -> GateStart {
+        self.start
+    }
+
     pub(super) fn check(&self) -> Result<(), ConfigError> {
         in_range("gate_gap_wait_max_ms", whole_ms(self.gap_wait_max), 0, 24 * 3_600_000)?;
         in_range("gate_early_max_per_partition", self.early_max_per_partition as u64, 1, 1 << 30)?;
