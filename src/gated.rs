@@ -114,13 +114,7 @@ impl<E: Event> GatedProducer<E> {
     /// # Errors
     /// The event, and why it was refused.
     #[inline]
-    pub fn offer(
-        &mut self,
-        partition: u64,
-        sequence: u64,
-        key: Key,
-        event: E,
-    ) -> Result<Accepted<E>, GateRefused<E>> {
+    pub fn offer(&mut self, partition: u64, sequence: u64, key: Key, event: E) -> Result<Accepted<E>, GateRefused<E>> {
         self.offer_with(partition, sequence, key, event, Patience::Forever)
     }
 

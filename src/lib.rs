@@ -60,8 +60,8 @@ pub mod view;
 
 pub use config::{Checked, Config, Durability, Pin, Retention, Wait};
 pub use error::{
-    ConfigError, Corruption, FailureCause, GateError, GateOpenError, HistoryError, OpenError, ReadError, Rejected, RejectedReason, ShardFailure,
-    WaitError,
+    ConfigError, Corruption, FailureCause, GateError, GateOpenError, HistoryError, OpenError, ReadError, Rejected,
+    RejectedReason, ShardFailure, WaitError,
 };
 pub use event::{
     Correlation, Encode, Event, EventId, EventType, EventTypeId, Key, Meta, Offset, Scratch, Sequence, ShardId, Time,

@@ -32,7 +32,8 @@ pub(super) fn holds(
     for name in names.into_iter().filter(|name| is_name(name)) {
         let files = GateFiles::new(storage, store, &name);
         let mut positions = files.positions(ends.len())?;
-        let is_ahead = |positions: &Positions| positions.counted.iter().zip(ends).any(|(counted, end)| *counted > end.0);
+        let is_ahead =
+            |positions: &Positions| positions.counted.iter().zip(ends).any(|(counted, end)| *counted > end.0);
         if positions.as_ref().is_some_and(is_ahead) {
             tracing::warn!(name, "a gate has counted more than the log holds; the log is counted anew");
             files.forget_positions()?;

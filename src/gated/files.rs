@@ -274,7 +274,6 @@ impl GateFiles {
     }
 }
 
-
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -161,7 +161,6 @@ impl Counts {
     }
 }
 
-
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeSet;
