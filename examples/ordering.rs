@@ -238,5 +238,7 @@ fn main() -> Result<()> {
         offered as f64 / seconds / 1e6,
         in_order(offered as u64)?
     );
+    drop(gated);
+    engine.shutdown(None)?;
     Ok(())
 }

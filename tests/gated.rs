@@ -703,3 +703,20 @@ fn retention_frees_nothing_that_the_gate_has_not_counted() {
     assert!(matches!(offer(&mut gate, 0, 3), Accepted::TooOld(_)), "handed back, since nobody knows");
     assert_eq!(engine.reader(ShardId(0)).next().unwrap().unwrap().event.text.len(), 1000);
 }
+
+#[test]
+fn a_gate_is_closed_after_its_engine_was_shut_down_too() {
+    let storage = FaultyStorage::new();
+    let engine = open_on(&storage, os_cache(DIR).shards(2)).unwrap();
+    let mut gate = gated(&engine);
+    (0..50).for_each(|sequence| drop(offer(&mut gate, 0, sequence)));
+    engine.shutdown(soon()).unwrap();
+    let refused = gate.offer(0, 50, Key::new(1), note(0, 50));
+    assert!(matches!(refused, Ok(Accepted::Waiting)), "it was the next one, and stands in front");
+    assert!(matches!(gate.pump(), Err(GateError::Publish(RejectedReason::Closed))));
+    drop(engine);
+    assert!(matches!(open_on(&storage, os_cache(DIR).shards(2)), Err(OpenError::Locked { .. })), "it writes there yet");
+    gate.close(soon()).unwrap();
+    let engine = open_on(&storage, os_cache(DIR).shards(2)).unwrap();
+    assert_eq!(gated(&engine).expected(0), Some(50));
+}
