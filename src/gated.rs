@@ -33,7 +33,7 @@ use crate::sync::{Mutex, Patience, lock};
 pub use answer::{Accepted, GateRefused, LateEvent};
 pub use files::Gap;
 pub(crate) use files::{GateFiles, Positions, Standing, gates_dir, is_name};
-pub(crate) use recovered::Counts;
+pub(crate) use recovered::{Counts, Uncounted};
 
 /// The names of an engine's gates that are open.
 pub(crate) type OpenGates = std::sync::Arc<Mutex<HashSet<String>>>;

@@ -6,7 +6,7 @@ use crate::consumer::{GatePolicy, SequenceGate};
 use crate::error::{GateError, GateOpenError, OpenError, ReadError};
 use crate::event::Offset;
 use crate::gated::{
-    Counts, Gap, GateFiles, GatedProducer, GatedShard, Parts, Positions, TakenName, gates_dir, is_name,
+    Counts, Gap, GateFiles, GatedProducer, GatedShard, Parts, Positions, TakenName, Uncounted, gates_dir, is_name,
 };
 use crate::log::reader::Reader;
 use crate::log::storage::Storage;
@@ -123,11 +123,7 @@ impl<A: Aggregate> Engine<A> {
     }
 
     /// Readers of what is not counted, and where they end.
-    fn uncounted(
-        &self,
-        positions: Option<&Positions>,
-        until: &[u64],
-    ) -> Result<Vec<(Reader<A::Event>, Offset)>, ReadError> {
+    fn uncounted(&self, positions: Option<&Positions>, until: &[u64]) -> Result<Vec<Uncounted<A::Event>>, ReadError> {
         let reader = |(i, (shard, until)): (usize, (&super::Handle<A>, &u64))| {
             let (log, lock) = (Arc::clone(&shard.door.log), std::sync::Arc::clone(&self.lock));
             // No record begins before the first one of a segment; an empty log has been counted up to there.

@@ -72,6 +72,12 @@ impl Counted {
     }
 }
 
+/// A partition, what it expects, and what is known of the sequences from there on.
+pub(crate) type Resumed = (u64, u64, Vec<(u64, u64, Ahead)>);
+
+/// A shard's reader, and where it is to end.
+pub(crate) type Uncounted<E> = (Reader<E>, Offset);
+
 /// All partitions of a gate.
 #[derive(Debug)]
 pub(crate) struct Counts {
@@ -112,7 +118,7 @@ impl Counts {
     /// missing in one is kept in mind until it comes in another.
     pub(crate) fn count_log<E: Event>(
         &mut self,
-        shards: Vec<(Reader<E>, Offset)>,
+        shards: Vec<Uncounted<E>>,
         source: impl Fn(&E::Archived) -> Option<(u64, u64)>,
     ) -> Result<(), ReadError> {
         let mut left: Vec<_> = shards.into_iter().map(|(reader, until)| (Time(0), reader, until)).collect();
@@ -138,7 +144,7 @@ impl Counts {
     }
 
     /// Every partition: where it stands, and what is known of the sequences from there on.
-    pub(crate) fn with_gaps(mut self, mut gaps: Vec<Gap>) -> Vec<(u64, u64, Vec<(u64, u64, Ahead)>)> {
+    pub(crate) fn with_gaps(mut self, mut gaps: Vec<Gap>) -> Vec<Resumed> {
         gaps.sort_by_key(|gap| (gap.partition, gap.from));
         for gap in &gaps {
             let (first, lost) = (self.start, self.has_lost_beginning);
