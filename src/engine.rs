@@ -2,6 +2,7 @@
 
 mod build;
 mod consumers;
+mod gated;
 mod history;
 mod open;
 mod queries;
@@ -18,6 +19,7 @@ use crate::consumer::services::Services;
 use crate::error::{OpenError, ReadError, ShardFailure, WaitError};
 use crate::event::{Offset, Sequence, ShardId};
 use crate::flush::flush_shard;
+use crate::gated::OpenGates;
 use crate::handler::{Factory, Handler, OnError, Registered};
 use crate::log::keeper::{Keeper, KeeperRequests};
 use crate::log::reader::Reader;
@@ -61,6 +63,7 @@ pub struct Engine<A: Aggregate> {
     /// Shared with readers: while one lives, its segments are nobody else's to write.
     lock: std::sync::Arc<dyn Lock>,
     storage: std::sync::Arc<dyn Storage>,
+    gates: OpenGates,
 }
 
 /// What the engine keeps of a running shard.
@@ -191,6 +194,7 @@ impl<A: Aggregate> Engine<A> {
         }
         let ends: Vec<Offset> = recovered.iter().map(|shard| shard.report.end).collect();
         let consumers = cut_all(&*storage, &config.dir, &ends)?;
+        let holds = gated::holds(&storage, &config.dir, &ends)?;
         let duration_ns = u64::try_from(began.elapsed().as_nanos()).unwrap_or(u64::MAX);
         let recovery =
             RecoveryReport { shards: recovered.iter().map(|shard| shard.report.clone()).collect(), duration_ns };
@@ -260,8 +264,10 @@ impl<A: Aggregate> Engine<A> {
             services: std::sync::Arc::new(services),
             lock,
             storage: std::sync::Arc::clone(&storage),
+            gates: OpenGates::default(),
             config,
         };
+        engine.hold(&holds);
         engine.spawn(&mut threads, "corelane-keeper".into(), move || keeper_parts.run())?;
         engine.spawn(&mut threads, "corelane-save".into(), move || snapshotter_parts.run())?;
         for (i, (shard, syncer)) in parts.into_iter().enumerate() {

@@ -370,6 +370,78 @@ pub enum RejectedReason {
     },
 }
 
+impl RejectedReason {
+    /// The refusal of `event` for this reason.
+    pub(crate) fn of<E>(self, event: E) -> Rejected<E> {
+        match self {
+            Self::Full => Rejected::Full(event),
+            Self::StorageFull => Rejected::StorageFull(event),
+            Self::Closed => Rejected::Closed(event),
+            Self::ShardFailed(failure) => Rejected::ShardFailed(event, failure),
+            Self::TooLarge { bytes_max } => Rejected::TooLarge { event, bytes_max },
+        }
+    }
+}
+
+/// Why a gated producer stopped. What is ready stays in front, in order.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum GateError {
+    /// What stands in front cannot be published now.
+    #[error(transparent)]
+    Publish(RejectedReason),
+    /// The record of a gap could not be made durable, so nothing behind it may be published. It is final: open the store again.
+    #[error("a gap is not recorded in {}: {source}", path.display())]
+    GapRecord {
+        /// The gate's file.
+        path: PathBuf,
+        /// What the system said.
+        source: Arc<io::Error>,
+    },
+    /// The positions could not be saved. The older ones stay.
+    #[error(transparent)]
+    Positions(OpenError),
+    /// What was published did not become durable.
+    #[error(transparent)]
+    Wait(WaitError),
+}
+
+/// Why a gate could not be opened.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum GateOpenError {
+    /// A name has 1..=64 of `[a-z0-9._-]` and does not begin with a dot.
+    #[error("no gate can be called {name:?}")]
+    Name {
+        /// What was asked for.
+        name: String,
+    },
+    /// This engine has a gate of this name open.
+    #[error("the gate {name} is open already")]
+    Taken {
+        /// The name.
+        name: String,
+    },
+    /// The policy cannot be used.
+    #[error(transparent)]
+    Policy(#[from] ConfigError),
+    /// The store knows more partitions of it than the policy allows.
+    #[error("the gate has {partitions} partitions, more than its policy allows")]
+    TooManyPartitions {
+        /// How many.
+        partitions: usize,
+    },
+    /// One of its files could not be used.
+    #[error(transparent)]
+    File(#[from] OpenError),
+    /// The log could not be counted.
+    #[error(transparent)]
+    Read(#[from] ReadError),
+    /// What had been accepted before did not become durable.
+    #[error(transparent)]
+    Wait(#[from] WaitError),
+}
+
 /// Why waiting for a receipt, a flush or a shutdown ended without success.
 #[derive(Debug, Clone, thiserror::Error)]
 #[non_exhaustive]

@@ -28,6 +28,8 @@ pub mod envelope;
 #[cfg(not(loom))]
 mod flush;
 #[cfg(not(loom))]
+mod gated;
+#[cfg(not(loom))]
 mod handler;
 #[cfg(not(loom))]
 mod history;
@@ -58,8 +60,8 @@ pub mod view;
 
 pub use config::{Checked, Config, Durability, Pin, Retention, Wait};
 pub use error::{
-    ConfigError, Corruption, FailureCause, HistoryError, OpenError, ReadError, Rejected, RejectedReason, ShardFailure,
-    WaitError,
+    ConfigError, Corruption, FailureCause, GateError, GateOpenError, HistoryError, OpenError, ReadError, Rejected,
+    RejectedReason, ShardFailure, WaitError,
 };
 pub use event::{
     Correlation, Encode, Event, EventId, EventType, EventTypeId, Key, Meta, Offset, Scratch, Sequence, ShardId, Time,
@@ -71,6 +73,7 @@ pub use {
     command::{Answer, Client, CommandError, ExpectedVersion, IdempotencyKey, Outcome, Sending, Ticket},
     engine::{Builder, Engine, EventLog},
     engine::{Comparison, SyncError},
+    gated::{Accepted, Gap, GateRefused, GatedProducer, LateEvent},
     handler::{BatchEnd, Handler, HandlerError, OnError},
     history::{At, Between, Counts, Past, Stream},
     log::reader::{Reader, Record},
@@ -92,6 +95,7 @@ struct Readme;
 #[doc = include_str!("../docs/event-sourcing.md")]
 #[doc = include_str!("../docs/commands.md")]
 #[doc = include_str!("../docs/views.md")]
+#[doc = include_str!("../docs/ordering.md")]
 #[doc = include_str!("../docs/schema-evolution.md")]
 #[doc = include_str!("../docs/testing.md")]
 struct Chapters;

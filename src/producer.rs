@@ -397,6 +397,36 @@ impl<E: Event> Producer<E> {
         patience: Patience,
     ) -> Result<Receipt, Rejected<E>> {
         let event = self.bounds.check(event)?;
+        self.push_checked(key, event, published, late, patience)
+    }
+
+    /// Hands an event back if it would never fit.
+    #[inline]
+    pub(crate) fn check(&mut self, event: E) -> Result<E, Rejected<E>> {
+        self.bounds.check(event)
+    }
+
+    /// Publishes an event that was checked.
+    #[inline]
+    pub(crate) fn push(
+        &mut self,
+        key: Key,
+        event: E,
+        published: Nanos,
+        patience: Patience,
+    ) -> Result<Receipt, Rejected<E>> {
+        self.push_checked(key, event, published, NOT_DUE, patience)
+    }
+
+    #[inline]
+    fn push_checked(
+        &mut self,
+        key: Key,
+        event: E,
+        published: Nanos,
+        late: u32,
+        patience: Patience,
+    ) -> Result<Receipt, Rejected<E>> {
         let shard = key.shard(self.lanes.len() as u16);
         let wait = self.wait;
         let lane = &mut self.lanes[usize::from(shard.0)];
@@ -487,6 +517,11 @@ impl<E: Event> Producer<E> {
     #[must_use]
     pub fn receipts(&self) -> Vec<Receipt> {
         self.lanes.iter().map(Lane::receipt).collect()
+    }
+
+    /// Its lane of every shard, with what it published there so far.
+    pub(crate) fn lanes(&self) -> impl Iterator<Item = (Arc<LaneShared>, u64)> + '_ {
+        self.lanes.iter().map(|lane| (Arc::clone(&lane.shared), lane.published))
     }
 
     /// Events accepted by this producer so far.

@@ -136,6 +136,12 @@ impl FaultyStorage {
         lock(&self.0).side_files_refused = refused;
     }
 
+    /// No sync and no operation fails any more.
+    pub fn heal(&self) {
+        let mut disk = lock(&self.0);
+        (disk.fail_sync_at, disk.fail_operation_at) = (None, None);
+    }
+
     /// Bytes of segments that may still be created before the disk is full; `None` for no limit.
     pub fn set_space(&self, bytes: Option<u64>) {
         lock(&self.0).segment_bytes_left = bytes;
@@ -300,11 +306,15 @@ impl Storage for FaultyStorage {
     }
 
     fn append(&self, path: &Path, content: &[u8]) -> io::Result<()> {
-        let mut whole = self
-            .read(path)
-            .or_else(|error| if error.kind() == io::ErrorKind::NotFound { Ok(Vec::new()) } else { Err(error) })?;
-        whole.extend_from_slice(content);
-        self.write(path, &whole)
+        let file = self.operation(|disk| {
+            let file = disk.files.entry(path.to_owned()).or_insert_with(|| File::Small(Arc::default()));
+            match file {
+                File::Small(small) => Ok(Side(self.clone(), Arc::clone(small))),
+                File::Segment(_) => Err(io::ErrorKind::InvalidInput.into()),
+            }
+        })?;
+        file.append(content)?;
+        file.sync()
     }
 
     fn create_side(&self, path: &Path) -> io::Result<Box<dyn SideFile>> {

@@ -66,6 +66,7 @@ pub use lanes::answer::{
 pub use retry::{AfterFailure, JitterRng, Retry, RetryPolicy};
 pub use sequence_gate::SequenceGate;
 pub use sequence_gate::answer::{GateStatistics, Offered, Refused, Released, StartRefused};
+pub(crate) use sequence_gate::partition::Ahead;
 pub use sequence_gate::policy::{GatePolicy, GateStart};
 
 /// Whole milliseconds, for checks of ranges.

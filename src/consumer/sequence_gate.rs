@@ -22,11 +22,11 @@ use std::time::Duration;
 use crate::error::ConfigError;
 
 pub(super) mod answer;
-mod partition;
+pub(crate) mod partition;
 pub(super) mod policy;
 
 use answer::{GateStatistics, Offered, Refused, Released, StartRefused};
-use partition::{Behind, Partition};
+use partition::{Ahead, Behind, Partition};
 use policy::{GatePolicy, GateStart};
 
 /// Puts items in order by partition and sequence. `P` is what numbers are counted by: a user, a Kafka partition, a sender.
@@ -107,6 +107,29 @@ impl<P: Eq + Hash + Clone, T> SequenceGate<P, T> {
         }
     }
 
+    /// As [`SequenceGate::start_at`], for a partition of which more is known: sequences at or above `sequence` that have passed, or
+    /// that are given up.
+    pub(crate) fn resume(
+        &mut self,
+        partition: P,
+        sequence: u64,
+        ahead: Vec<(u64, u64, Ahead)>,
+    ) -> Result<(), StartRefused> {
+        self.start_at(partition.clone(), sequence)?;
+        self.partitions.insert(partition, Partition::resumed(sequence, ahead, self.policy.closed_gaps_max));
+        Ok(())
+    }
+
+    /// Every partition with the sequence that it waits for, and what is known beforehand of those above.
+    pub(crate) fn standings(&self) -> impl Iterator<Item = (&P, u64, impl Iterator<Item = (u64, u64, Ahead)> + '_)> {
+        self.partitions.iter().map(|(partition, known)| (partition, known.expected, known.ahead()))
+    }
+
+    /// Whether a sequence is not waited for.
+    pub(crate) fn is_over(&self, partition: &P, sequence: u64) -> bool {
+        self.partitions.get(partition).is_some_and(|known| known.is_over(sequence))
+    }
+
     /// Takes an item in.
     ///
     /// # Errors
@@ -147,6 +170,7 @@ impl<P: Eq + Hash + Clone, T> SequenceGate<P, T> {
         // The expected one may also be in the buffer, ready and not pulled yet; then this is a duplicate.
         if sequence == known.expected && !known.has_ready() {
             known.expected += 1;
+            known.step_over(self.policy.closed_gaps_max);
             self.statistics.in_order += 1;
             if known.has_ready() && !std::mem::replace(&mut known.is_ready, true) {
                 self.ready.push_back(entry.key().clone());
@@ -166,7 +190,15 @@ impl<P: Eq + Hash + Clone, T> SequenceGate<P, T> {
             self.statistics.duplicates += 1;
             return Ok(Offered::Duplicate);
         }
-        if sequence - known.expected > self.policy.ahead_max {
+        if let Some(ahead) = known.known_ahead(sequence) {
+            let (offered, count) = match ahead {
+                Ahead::Passed | Ahead::Late => (Offered::Duplicate, &mut self.statistics.duplicates),
+                Ahead::Missing => (Offered::Late(item), &mut self.statistics.late),
+            };
+            *count += 1;
+            return Ok(offered);
+        }
+        if sequence - known.open_from(sequence) > self.policy.ahead_max {
             return Err(Refused::TooFarAhead(item));
         }
         if known.early() >= self.policy.early_max_per_partition {
@@ -208,8 +240,11 @@ impl<P: Eq + Hash + Clone, T> SequenceGate<P, T> {
                 continue;
             }
             let (from, to) = known.close_gap(self.policy.closed_gaps_max).expect("what was ready has been drained");
-            known.is_ready = true;
-            self.ready.push_back(partition.clone());
+            // What follows a gap is an item, or what an earlier life knew of and then perhaps another gap.
+            known.is_ready = known.has_ready();
+            if known.is_ready {
+                self.ready.push_back(partition.clone());
+            }
             self.statistics.gaps_closed += 1;
             self.statistics.missing += to - from + 1;
             return Some(Released::GapClosed { partition, from, to, waited: self.now.saturating_sub(since) });
@@ -220,7 +255,7 @@ impl<P: Eq + Hash + Clone, T> SequenceGate<P, T> {
     fn next_ready(&mut self) -> Option<Released<P, T>> {
         let partition = self.ready.front()?;
         let known = self.partitions.get_mut(partition).expect("what is listed is known");
-        let (sequence, item) = known.pop_ready().expect("what is listed is ready");
+        let (sequence, item) = known.pop_ready(self.policy.closed_gaps_max).expect("what is listed is ready");
         known.is_ready = known.has_ready();
         let partition = if known.is_ready { partition.clone() } else { self.ready.pop_front()? };
         self.statistics.waiting -= 1;

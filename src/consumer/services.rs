@@ -82,7 +82,9 @@ impl Services {
     ) -> Self {
         let register = |(name, checkpoint): (String, Checkpoint)| {
             let holds = shards.iter().zip(&checkpoint.shards);
-            let holds = holds.map(|((log, _), progress)| log.holds.add(progress.position, &keeper)).collect();
+            let holds = holds
+                .map(|((log, _), progress)| log.holds.hold(&hold_name(&name), progress.position, &keeper))
+                .collect();
             (name, Known { holds, is_driven: false, running: None })
         };
         let known = known.into_iter().map(register).collect();
@@ -114,7 +116,7 @@ impl Services {
                 source: ErrorKind::NotFound.into(),
             })?,
             None => {
-                let (checkpoint, holds) = self.register::<E>(&dir, start)?;
+                let (checkpoint, holds) = self.register::<E>(name, &dir, start)?;
                 known.insert(name.to_owned(), Known { holds, is_driven: false, running: None });
                 checkpoint
             }
@@ -133,9 +135,15 @@ impl Services {
         Ok(places.collect())
     }
 
-    fn register<E: Event>(&self, dir: &Path, start: Start) -> Result<(Checkpoint, Vec<Arc<Hold>>), ConsumerError> {
+    fn register<E: Event>(
+        &self,
+        name: &str,
+        dir: &Path,
+        start: Start,
+    ) -> Result<(Checkpoint, Vec<Arc<Hold>>), ConsumerError> {
         // Nothing is freed from here on, so the positions stay what they are.
-        let holds: Vec<_> = self.shards.iter().map(|(log, _)| log.holds.add(Offset(0), &self.keeper)).collect();
+        let holds: Vec<_> =
+            self.shards.iter().map(|(log, _)| log.holds.hold(&hold_name(name), Offset(0), &self.keeper)).collect();
         let registered = self.saved_at::<E>(dir, start);
         match registered {
             Ok(checkpoint) => {
@@ -254,4 +262,9 @@ impl Services {
         });
         running.iter().filter(|running| !running.stop(deadline)).count() == 0
     }
+}
+
+/// Gates may have the same names.
+fn hold_name(consumer: &str) -> String {
+    format!("consumer {consumer}")
 }

@@ -1,14 +1,15 @@
-//! What keeps retention from freeing: for every consumer of a shard, the position from which it still needs the log.
+//! What keeps retention from freeing: for everybody who follows a shard's log (consumers, gates), from where on it is still needed.
 //!
-//! Writers: each hold's consumer moves it, to where its checkpoint is durable; the keeper only looks.
+//! Writers: whoever has a hold moves it, to where its own progress is durable; the keeper only looks.
 
 use crate::event::Offset;
 use crate::log::keeper::KeeperRequests;
 use crate::sync::{Arc, Mutex, Watermark, lock};
 
-/// One consumer's.
+/// One follower's.
 #[derive(Debug)]
 pub(crate) struct Hold {
+    name: String,
     from: Watermark,
     keeper: std::sync::Arc<KeeperRequests>,
 }
@@ -30,9 +31,16 @@ impl Hold {
 pub(crate) struct Holds(Mutex<Vec<Arc<Hold>>>);
 
 impl Holds {
-    pub(crate) fn add(&self, from: Offset, keeper: &std::sync::Arc<KeeperRequests>) -> Arc<Hold> {
-        let hold = Arc::new(Hold { from: Watermark::new(from.0), keeper: std::sync::Arc::clone(keeper) });
-        lock(&self.0).push(Arc::clone(&hold));
+    /// The hold of this name, which is made if there is none, at `from`.
+    pub(crate) fn hold(&self, name: &str, from: Offset, keeper: &std::sync::Arc<KeeperRequests>) -> Arc<Hold> {
+        let mut holds = lock(&self.0);
+        if let Some(held) = holds.iter().find(|held| held.name == name) {
+            held.set(from);
+            return Arc::clone(held);
+        }
+        let (name, from) = (name.to_owned(), Watermark::new(from.0));
+        let hold = Arc::new(Hold { name, from, keeper: std::sync::Arc::clone(keeper) });
+        holds.push(Arc::clone(&hold));
         hold
     }
 
@@ -57,11 +65,14 @@ mod tests {
         let holds = Holds::default();
         assert_eq!(holds.lowest(), None);
         let keeper = std::sync::Arc::new(KeeperRequests { signal: Signal::new(), ending: AtomicBool::new(false) });
-        let (slow, fast) = (holds.add(Offset(10), &keeper), holds.add(Offset(50), &keeper));
+        let slow = holds.hold("slow", Offset(10), &keeper);
+        let fast = holds.hold("fast", Offset(50), &keeper);
         assert_eq!(holds.lowest(), Some(Offset(10)));
         slow.set(Offset(60));
         assert_eq!(holds.lowest(), Some(Offset(50)));
-        holds.remove(&fast);
+        assert!(Arc::ptr_eq(&fast, &holds.hold("fast", Offset(70), &keeper)), "one of a name");
         assert_eq!(holds.lowest(), Some(Offset(60)));
+        holds.remove(&slow);
+        assert_eq!(holds.lowest(), Some(Offset(70)));
     }
 }

@@ -241,7 +241,12 @@ impl Span {
 }
 
 /// Checks magic, version and CRC; returns the content without its CRC.
-fn checked<'a>(path: &Path, bytes: &'a [u8], magic: [u8; 8], bytes_min: usize) -> Result<&'a [u8], OpenError> {
+pub(crate) fn checked<'a>(
+    path: &Path,
+    bytes: &'a [u8],
+    magic: [u8; 8],
+    bytes_min: usize,
+) -> Result<&'a [u8], OpenError> {
     let foreign = |why| OpenError::ForeignFile { path: path.to_owned(), why };
     if bytes.len() < bytes_min + 4 {
         return Err(foreign("the file is cut short"));

@@ -42,7 +42,7 @@ pub(crate) struct ShardLog {
     pub(crate) grown: Waiters,
     /// Who waits for `durable` to move.
     pub(crate) synced: Waiters,
-    /// What consumers still need.
+    /// What consumers and gates still need.
     pub(crate) holds: Holds,
     failed: AtomicBool,
     failure: OnceLock<ShardFailure>,

@@ -54,6 +54,16 @@ impl<T> Refused<T> {
             }
         }
     }
+
+    /// The same refusal of something else.
+    pub(crate) fn map<U>(self, change: impl FnOnce(T) -> U) -> Refused<U> {
+        match self {
+            Self::PartitionFull(item) => Refused::PartitionFull(change(item)),
+            Self::Full(item) => Refused::Full(change(item)),
+            Self::TooFarAhead(item) => Refused::TooFarAhead(change(item)),
+            Self::TooManyPartitions(item) => Refused::TooManyPartitions(change(item)),
+        }
+    }
 }
 
 // Not derived: an item need not be Debug for its refusal to be.

@@ -11,6 +11,17 @@ pub(super) enum Behind {
     TooOld,
 }
 
+/// What is known beforehand of a sequence above the one expected: it is not waited for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Ahead {
+    /// It has passed in an earlier life.
+    Passed,
+    /// It belongs to a gap that was closed then.
+    Missing,
+    /// It belonged to one, and has come since.
+    Late,
+}
+
 /// 32 bytes while everything comes in order.
 #[derive(Debug)]
 pub(super) struct Partition<T> {
@@ -36,11 +47,92 @@ struct Disorder<T> {
     highest: VecDeque<(u64, Duration)>,
     /// What is missing of closed gaps, first and last sequence, rising.
     closed: Vec<(u64, u64)>,
+    /// What is known beforehand, first and last sequence, rising: all above `expected`, nothing of it in `early`. Boxed, because
+    /// there is any only behind a restart that found holes.
+    #[expect(clippy::box_collection, reason = "8 bytes of every partition with early items instead of 24")]
+    ahead: Option<Box<Vec<(u64, u64, Ahead)>>>,
+}
+
+impl<T> Disorder<T> {
+    fn new() -> Self {
+        Self { early: BTreeMap::new(), highest: VecDeque::new(), closed: Vec::new(), ahead: None }
+    }
+
+    fn is_over(&self) -> bool {
+        self.early.is_empty() && self.closed.is_empty() && self.ahead.is_none()
+    }
 }
 
 impl<T> Partition<T> {
     pub(super) fn new(expected: u64) -> Self {
         Self { expected, known_from: expected, disorder: None, is_ready: false, is_timed: false }
+    }
+
+    /// One that goes on from an earlier life. What is known beforehand comes by rising sequence, at or above `expected`.
+    pub(super) fn resumed(expected: u64, ahead: Vec<(u64, u64, Ahead)>, closed_max: usize) -> Self {
+        let mut resumed = Self::new(expected);
+        if !ahead.is_empty() {
+            resumed.disorder = Some(Box::new(Disorder { ahead: Some(Box::new(ahead)), ..Disorder::new() }));
+            resumed.step_over(closed_max);
+        }
+        resumed
+    }
+
+    /// Moves over what is known beforehand, where it is next.
+    pub(super) fn step_over(&mut self, closed_max: usize) {
+        while let Some(disorder) = &mut self.disorder
+            && let Some(ahead) = &mut disorder.ahead
+            && let Some(&(from, to, what)) = ahead.first()
+            && from == self.expected
+        {
+            ahead.remove(0);
+            if ahead.is_empty() {
+                disorder.ahead = None;
+            }
+            if what == Ahead::Missing {
+                disorder.closed.push((from, to));
+            }
+            self.expected = to + 1;
+            self.forget(closed_max);
+            self.settle();
+        }
+    }
+
+    /// What is known beforehand of a sequence above the expected one. A missing one is missing once.
+    pub(super) fn known_ahead(&mut self, sequence: u64) -> Option<Ahead> {
+        let ahead = self.disorder.as_mut()?.ahead.as_mut()?;
+        let at = ahead.partition_point(|(_, to, _)| *to < sequence);
+        let (from, to, what) = ahead.get(at).copied().filter(|(from, ..)| *from <= sequence)?;
+        if what == Ahead::Missing {
+            let left = (from < sequence).then(|| (from, sequence - 1, Ahead::Missing));
+            let right = (sequence < to).then(|| (sequence + 1, to, Ahead::Missing));
+            ahead.splice(at..=at, left.into_iter().chain([(sequence, sequence, Ahead::Late)]).chain(right));
+        }
+        Some(what)
+    }
+
+    /// Whether a sequence is not waited for: its turn is over, or known to be.
+    pub(super) fn is_over(&self, sequence: u64) -> bool {
+        sequence < self.expected || self.ahead().any(|(from, to, _)| (from..=to).contains(&sequence))
+    }
+
+    /// The nearest sequence at or below this one behind which everything is open.
+    pub(super) fn open_from(&self, sequence: u64) -> u64 {
+        let before = self.ahead().take_while(|(from, ..)| *from <= sequence).last();
+        before.map_or(self.expected, |(_, to, _)| to + 1)
+    }
+
+    /// What is known beforehand, by rising sequence.
+    pub(super) fn ahead(&self) -> impl Iterator<Item = (u64, u64, Ahead)> + '_ {
+        let ahead = self.disorder.as_ref().and_then(|disorder| disorder.ahead.as_ref());
+        ahead.into_iter().flat_map(|ahead| ahead.iter().copied())
+    }
+
+    /// Lets go of the memory of a disorder that is over.
+    fn settle(&mut self) {
+        if self.disorder.as_ref().is_some_and(|disorder| disorder.is_over()) {
+            self.disorder = None;
+        }
     }
 
     /// Nothing is buffered and no gap is remembered.
@@ -70,9 +162,7 @@ impl<T> Partition<T> {
     /// Keeps an item that lies above the expected one and is not buffered yet.
     pub(super) fn buffer(&mut self, sequence: u64, item: T, now: Duration) {
         assert!(sequence > self.expected);
-        let disorder = self.disorder.get_or_insert_with(|| {
-            Box::new(Disorder { early: BTreeMap::new(), highest: VecDeque::new(), closed: Vec::new() })
-        });
+        let disorder = self.disorder.get_or_insert_with(|| Box::new(Disorder::new()));
         let replaced = disorder.early.insert(sequence, item);
         assert!(replaced.is_none());
         if disorder.highest.back().is_none_or(|(highest, _)| *highest < sequence) {
@@ -81,17 +171,16 @@ impl<T> Partition<T> {
     }
 
     /// Takes the expected item from the buffer, if it is there.
-    pub(super) fn pop_ready(&mut self) -> Option<(u64, T)> {
+    pub(super) fn pop_ready(&mut self, closed_max: usize) -> Option<(u64, T)> {
         let disorder = self.disorder.as_mut()?;
         let first = disorder.early.first_entry().filter(|first| *first.key() == self.expected)?;
         let (sequence, item) = first.remove_entry();
         if disorder.highest.front().is_some_and(|(highest, _)| *highest == sequence) {
             disorder.highest.pop_front();
         }
-        if disorder.early.is_empty() && disorder.closed.is_empty() {
-            self.disorder = None;
-        }
         self.expected += 1;
+        self.step_over(closed_max);
+        self.settle();
         Some((sequence, item))
     }
 
@@ -100,13 +189,15 @@ impl<T> Partition<T> {
         self.disorder.as_ref()?.highest.front().map(|(_, at)| *at)
     }
 
-    /// Gives up what is missing before the first early item.
+    /// Gives up what is missing before the first early item, or before what is known to follow.
     pub(super) fn close_gap(&mut self, closed_max: usize) -> Option<(u64, u64)> {
-        let first = self.first_early().filter(|first| *first > self.expected)?;
+        let first_ahead = self.ahead().next().map_or(u64::MAX, |(from, ..)| from);
+        let first = self.first_early().map(|first| first.min(first_ahead)).filter(|first| *first > self.expected)?;
         let gap = (self.expected, first - 1);
         self.expected = first;
         self.disorder.as_mut()?.closed.push(gap);
         self.forget(closed_max);
+        self.step_over(closed_max);
         Some(gap)
     }
 
@@ -124,9 +215,7 @@ impl<T> Partition<T> {
         let left = (from < sequence).then(|| (from, sequence - 1));
         let right = (sequence < to).then(|| (sequence + 1, to));
         disorder.closed.splice(at..=at, left.into_iter().chain(right));
-        if disorder.early.is_empty() && disorder.closed.is_empty() {
-            self.disorder = None;
-        }
+        self.settle();
         self.forget(closed_max);
         Behind::Late
     }

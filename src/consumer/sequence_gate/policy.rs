@@ -50,7 +50,7 @@ impl GatePolicy {
         /// Early items buffered of one partition, 1..=2³⁰; more are refused. Default: 65,536.
         early_max_per_partition: usize,
         /// Early items buffered of all partitions, 1..=2³⁰; more are refused. Default: 1,048,576. One takes the item's
-        /// size and 16 to 40 bytes, and each partition that has any about 300 more (measured: 305 with one).
+        /// size and 16 to 40 bytes, and each partition that has any about 310 more.
         early_max: usize,
         /// How far above the expected sequence an item may lie, at least 1; farther ones are refused. It keeps one
         /// wrong number from closing a gap over everything to come. Default: 1,048,576.
@@ -61,6 +61,10 @@ impl GatePolicy {
         /// Closed gaps remembered per partition, 1..=65,536, to tell late items from duplicates; each takes 16 bytes, and a
         /// late item may split one into two. When there are more, the oldest is forgotten. Default: 64.
         closed_gaps_max: usize,
+    }
+
+    pub(crate) fn starts(&self) -> GateStart {
+        self.start
     }
 
     pub(super) fn check(&self) -> Result<(), ConfigError> {

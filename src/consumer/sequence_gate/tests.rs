@@ -348,3 +348,37 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn what_an_earlier_life_knew_of_is_stepped_over_and_never_waited_for() {
+    use partition::Ahead::{Missing, Passed};
+    let mut gate = gate(GatePolicy::default().gap_wait_max(S));
+    // 5 and 6 were lost; 7 to 9 are there; 10 and 11 had been given up; 12 was lost; 13 is there.
+    gate.resume(0, 5, vec![(7, 9, Passed), (10, 11, Missing), (13, 13, Passed)]).expect("new");
+    assert_eq!(gate.next_due(), None, "nothing is waited for before something comes");
+    assert_eq!(offer(&mut gate, 8, T0), Offered::Duplicate);
+    assert_eq!(offer(&mut gate, 10, T0), Offered::Late(10), "once");
+    assert_eq!(offer(&mut gate, 10, T0), Offered::Duplicate);
+    assert!(gate.is_over(&0, 10) && !gate.is_over(&0, 6));
+    assert_eq!(offer(&mut gate, 14, T0), Offered::Buffered);
+    assert_eq!(offer(&mut gate, 5, T0), Offered::Passed(5));
+    assert_eq!(offer(&mut gate, 6, T0), Offered::Passed(6));
+    assert_eq!(gate.expected(&0), Some(12), "over what is known");
+    assert_eq!(offer(&mut gate, 11, T0), Offered::Late(11), "still told from a duplicate");
+    assert_eq!(offer(&mut gate, 12, T0), Offered::Passed(12));
+    assert_eq!([gate.next(T0), gate.next(T0)], [item(14), None]);
+    assert_eq!(gate.expected(&0), Some(15));
+    assert_eq!(gate.next_due().and_then(|due| gate.next(due)), None);
+}
+
+#[test]
+fn a_gap_ends_where_something_is_known() {
+    use partition::Ahead::{Missing, Passed};
+    let mut gate = gate(GatePolicy::default().gap_wait_max(S));
+    gate.resume(0, 5, vec![(7, 9, Passed), (11, 11, Missing)]).expect("new");
+    assert_eq!(offer(&mut gate, 13, T0), Offered::Buffered);
+    assert_eq!(gate.next(T0), None);
+    let closed = [gate.next(S), gate.next(S), gate.next(S), gate.next(S), gate.next(S)];
+    assert_eq!(closed, [gap(5, 6, S), gap(10, 10, S), gap(12, 12, S), item(13), None]);
+    assert_eq!(gate.statistics().missing, 4);
+}

@@ -1,0 +1,221 @@
+//! Where a gate's partitions stand, counted from the log and from the gaps that were closed.
+//!
+//! One writer: whoever opens the gate. Within a shard a partition's events lie by rising sequence, and a power cut takes ends of
+//! logs. So what is missing of one shard may have its successors in another: single sequences are told apart, not just the highest.
+
+use std::collections::{BTreeMap, HashMap};
+
+use super::files::{Gap, Positions, Standing};
+use crate::consumer::{Ahead, GateStart};
+use crate::error::ReadError;
+use crate::event::{Event, Offset, Time};
+use crate::log::reader::Reader;
+
+/// Events read from one shard before the one that is furthest behind is looked for again.
+const READ_AT_A_TIME: usize = 1024;
+
+/// What is known of one partition.
+#[derive(Debug)]
+struct Counted {
+    /// Everything below it has been counted, or came before the partition's start.
+    expected: u64,
+    /// What of the sequences above it has been: first and last.
+    runs: BTreeMap<u64, u64>,
+}
+
+impl Counted {
+    fn new(expected: u64) -> Self {
+        Self { expected, runs: BTreeMap::new() }
+    }
+
+    fn count(&mut self, sequence: u64) {
+        if sequence == self.expected {
+            self.expected += 1;
+            while let Some(first) = self.runs.first_entry().filter(|first| *first.key() == self.expected) {
+                self.expected = first.remove() + 1;
+            }
+        } else if sequence > self.expected {
+            self.add(sequence);
+        }
+    }
+
+    /// Joins it with the runs beside it.
+    fn add(&mut self, sequence: u64) {
+        let before = self.runs.range(..=sequence).next_back().map(|(from, to)| (*from, *to));
+        if before.is_some_and(|(_, to)| sequence <= to) {
+            return;
+        }
+        let to = self.runs.remove(&(sequence + 1)).unwrap_or(sequence);
+        let from = before.filter(|(_, to)| to + 1 == sequence).map_or(sequence, |(from, _)| from);
+        self.runs.insert(from, to);
+    }
+
+    /// What is known beforehand, with `gaps` between the runs.
+    fn ahead(&self, gaps: &[Gap]) -> Vec<(u64, u64, Ahead)> {
+        let mut known: BTreeMap<u64, (u64, Ahead)> =
+            self.runs.iter().map(|(from, to)| (*from, (*to, Ahead::Passed))).collect();
+        for gap in gaps.iter().filter(|gap| gap.to >= self.expected) {
+            let mut from = gap.from.max(self.expected);
+            while from <= gap.to {
+                let at_or_before = known.range(..=from).next_back().map(|(_, (to, _))| *to);
+                if let Some(to) = at_or_before.filter(|to| *to >= from) {
+                    from = to + 1;
+                    continue;
+                }
+                let next = known.range(from..).next().map_or(u64::MAX, |(next, _)| *next);
+                let to = gap.to.min(next - 1);
+                known.insert(from, (to, Ahead::Missing));
+                from = to + 1;
+            }
+        }
+        known.into_iter().map(|(from, (to, what))| (from, to, what)).collect()
+    }
+}
+
+/// A partition, what it expects, and what is known of the sequences from there on.
+pub(crate) type Resumed = (u64, u64, Vec<(u64, u64, Ahead)>);
+
+/// A shard's reader, and where it is to end.
+pub(crate) type Uncounted<E> = (Reader<E>, Offset);
+
+/// All partitions of a gate.
+#[derive(Debug)]
+pub(crate) struct Counts {
+    start: GateStart,
+    /// Retention has freed what was not counted: what is missing below the highest may have been there.
+    has_lost_beginning: bool,
+    partitions: HashMap<u64, Counted>,
+}
+
+impl Counts {
+    pub(crate) fn new(start: GateStart, positions: Option<Positions>, has_lost_beginning: bool) -> Self {
+        let standings = positions.map(|positions| positions.standings).unwrap_or_default();
+        let counted = |standing: Standing| {
+            let Standing { partition, expected, runs } = standing;
+            (partition, Counted { expected, runs: runs.into_iter().collect() })
+        };
+        Self { start, has_lost_beginning, partitions: standings.into_iter().map(counted).collect() }
+    }
+
+    pub(crate) fn count(&mut self, partition: u64, sequence: u64) {
+        // None has this sequence: the gate refuses it.
+        if sequence == u64::MAX {
+            return;
+        }
+        let first = match self.start {
+            GateStart::At(first) => first,
+            GateStart::FirstSeen => sequence,
+        };
+        let counted = self.partitions.entry(partition).or_insert_with(|| Counted::new(first));
+        if self.has_lost_beginning {
+            counted.expected = counted.expected.max(sequence + 1);
+        } else {
+            counted.count(sequence);
+        }
+    }
+
+    /// Counts what lies before `until` in each shard. The shards go side by side by the times of their events, because what is
+    /// missing in one is kept in mind until it comes in another.
+    pub(crate) fn count_log<E: Event>(
+        &mut self,
+        shards: Vec<Uncounted<E>>,
+        source: impl Fn(&E::Archived) -> Option<(u64, u64)>,
+    ) -> Result<(), ReadError> {
+        let mut left: Vec<_> = shards.into_iter().map(|(reader, until)| (Time(0), reader, until)).collect();
+        while let Some(at) = (0..left.len()).min_by_key(|at| left[*at].0) {
+            let (time, reader, until) = &mut left[at];
+            let mut is_over = false;
+            for _ in 0..READ_AT_A_TIME {
+                let record = if reader.offset() < *until { reader.next()? } else { None };
+                let Some(record) = record else {
+                    is_over = true;
+                    break;
+                };
+                *time = record.meta.time;
+                if let Some((partition, sequence)) = source(record.event) {
+                    self.count(partition, sequence);
+                }
+            }
+            if is_over {
+                left.swap_remove(at);
+            }
+        }
+        Ok(())
+    }
+
+    /// Every partition: where it stands, and what is known of the sequences from there on.
+    pub(crate) fn with_gaps(mut self, mut gaps: Vec<Gap>) -> Vec<Resumed> {
+        gaps.sort_by_key(|gap| (gap.partition, gap.from));
+        for gap in &gaps {
+            let (first, lost) = (self.start, self.has_lost_beginning);
+            let counted = self.partitions.entry(gap.partition).or_insert_with(|| match first {
+                GateStart::At(first) => Counted::new(first),
+                GateStart::FirstSeen => Counted::new(gap.to + 1),
+            });
+            if lost {
+                counted.expected = counted.expected.max(gap.to + 1);
+            }
+        }
+        let gaps_of = |partition: u64| {
+            let from = gaps.partition_point(|gap| gap.partition < partition);
+            &gaps[from..from + gaps[from..].partition_point(|gap| gap.partition == partition)]
+        };
+        self.partitions
+            .iter()
+            .map(|(partition, counted)| (*partition, counted.expected, counted.ahead(gaps_of(*partition))))
+            .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+    use std::time::Duration;
+
+    use super::*;
+    use proptest::prelude::*;
+
+    fn gap(from: u64, to: u64) -> Gap {
+        Gap::new(0, from, to, Duration::ZERO, Time(0))
+    }
+
+    proptest! {
+        /// Against plain sets: what is in the log, and what is in gaps, in any order and with repeats.
+        #[test]
+        fn every_sequence_is_known_for_what_it_is(
+            log in proptest::collection::vec(0u64..60, 0..80),
+            gaps in proptest::collection::vec((0u64..60, 0u64..5), 0..6),
+            start in 0u64..5,
+        ) {
+            let mut counts = Counts::new(GateStart::At(start), None, false);
+            log.iter().for_each(|sequence| counts.count(0, *sequence));
+            let gaps: Vec<Gap> = gaps.into_iter().map(|(from, more)| gap(from, from + more)).collect();
+            let in_log: BTreeSet<u64> = log.into_iter().collect();
+            let in_gap: BTreeSet<u64> = gaps.iter().flat_map(|gap| gap.from..=gap.to).collect();
+            let is_known = in_log.iter().chain(&in_gap).next().is_some();
+            let standings = counts.with_gaps(gaps);
+            prop_assert_eq!(standings.len(), usize::from(is_known));
+            for (_, expected, ahead) in standings {
+                prop_assert!((start..expected).all(|sequence| in_log.contains(&sequence)));
+                prop_assert!(!in_log.contains(&expected));
+                prop_assert!(ahead.windows(2).all(|pair| pair[0].1 < pair[1].0), "rising: {:?}", ahead);
+                for sequence in expected..70 {
+                    let known = ahead.iter().find(|(from, to, _)| (*from..=*to).contains(&sequence));
+                    let wanted = match (in_log.contains(&sequence), in_gap.contains(&sequence)) {
+                        (true, _) => Some(Ahead::Passed),
+                        (false, true) => Some(Ahead::Missing),
+                        (false, false) => None,
+                    };
+                    prop_assert_eq!(known.map(|(.., what)| *what), wanted, "{}", sequence);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn where_the_beginning_is_lost_nothing_below_the_highest_is_waited_for() {
+        let mut counts = Counts::new(GateStart::At(0), None, true);
+        [500, 502].into_iter().for_each(|sequence| counts.count(0, sequence));
+        assert_eq!(counts.with_gaps(vec![gap(503, 505)]), [(0, 506, vec![])]);
+    }
+}
