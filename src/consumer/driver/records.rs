@@ -169,29 +169,47 @@ impl<E: Event> Driver<E> {
         keys.into_iter().filter(|key| self.reprocessing.add(*key)).count()
     }
 
-    fn keys_of(&self, which: Letters) -> Vec<Key> {
+    pub(super) fn keys_of(&self, which: Letters) -> Vec<Key> {
         match which {
             Letters::All => self.letters.keys().map(|(key, _, _)| key).collect(),
-            Letters::Of(key) => (self.letters.letters_of(key) > 0).then_some(key).into_iter().collect(),
+            Letters::Of(key) => self.letters.oldest_of(key).map(|_| key).into_iter().collect(),
         }
+    }
+
+    /// Whether a key's letters are being gone through.
+    pub(super) fn is_reprocessed(&self, key: Key) -> bool {
+        self.reprocessing.keys.contains(&key)
+    }
+
+    /// Whether a letter of the key is being handled at this moment.
+    pub(super) fn is_out(&self, key: Key) -> bool {
+        self.is_reprocessed(key) && !self.reprocessing.waiting.contains(&key)
     }
 
     /// Takes letters away unhandled, each with a record. Returns how many.
     pub(crate) fn discard(&mut self, which: Letters) -> Result<u64, ConsumerError> {
-        let mut discarded = 0;
-        for key in self.keys_of(which) {
-            while let Some(id) = self.letters.oldest_of(key) {
-                if self.reprocessing.keys.contains(&key) && !self.reprocessing.waiting.contains(&key) {
-                    // One of them is being handled at this moment.
-                    break;
+        self.discard_of(&self.keys_of(which))
+    }
+
+    /// Takes away the letters of these keys, but for keys of which one is being handled at this moment.
+    pub(super) fn discard_of(&mut self, keys: &[Key]) -> Result<u64, ConsumerError> {
+        let mut going: Vec<(EventId, Key)> = Vec::new();
+        for &key in keys {
+            if self.is_reprocessed(key) {
+                if self.is_out(key) {
+                    continue;
                 }
                 self.reprocessing.end(key);
-                self.letters.write(&[Entry::Discarded { id, key, time: wall_now() }])?;
-                self.unpark(id, key, 1);
-                discarded += 1;
             }
+            going.extend(self.letters.ids_of(key).map(|id| (id, key)));
         }
-        Ok(discarded)
+        for chunk in going.chunks(WRITE_MAX) {
+            let time = wall_now();
+            let entries: Vec<_> = chunk.iter().map(|&(id, key)| Entry::Discarded { id, key, time }).collect();
+            self.letters.write(&entries)?;
+            chunk.iter().for_each(|&(id, key)| self.unpark(id, key, 1));
+        }
+        Ok(going.len() as u64)
     }
 
     /// The next letter that is to be handled again.
