@@ -221,6 +221,7 @@ impl Letters {
     }
 
     /// How many letters of a key wait. Counts them.
+    #[cfg(test)]
     pub(crate) fn letters_of(&self, key: Key) -> u32 {
         self.index.letters_of(key).count() as u32
     }
@@ -253,6 +254,17 @@ impl Letters {
     pub(crate) fn list(&self, after: Option<(Key, Offset)>, max: usize) -> Result<Vec<DeadLetter>, LettersError> {
         let mut entry = Vec::new();
         self.index.names_after(after).take(max).map(|name| self.letter(name, &mut entry)).collect()
+    }
+
+    /// As [`Letters::list`], with their archives.
+    pub(crate) fn list_with_archives(
+        &self,
+        after: Option<(Key, Offset)>,
+        max: usize,
+    ) -> Result<Vec<(DeadLetter, Archive)>, LettersError> {
+        let mut entry = Vec::new();
+        let letter = |name| Ok((self.letter(name, &mut entry)?, archive_in(&entry)));
+        self.index.names_after(after).take(max).map(letter).collect()
     }
 
     /// One letter with its archive.
@@ -305,25 +317,18 @@ fn archive_in(entry: &[u8]) -> Archive {
     archive
 }
 
-/// The letters in a folder that somebody else may be writing to, with their archives. Nothing is changed.
-pub(crate) fn read_outside(dir: &Path) -> Result<Vec<(DeadLetter, Archive)>, OpenError> {
+/// The letters in a folder that somebody else may be writing to. Nothing is changed, and nothing may be written.
+pub(crate) fn open_outside(dir: &Path) -> Result<Letters, OpenError> {
     /// While it looks, files may be replaced by a smaller one.
     const TRIES: usize = 8;
     let mut tries = 0;
-    let letters = loop {
+    loop {
         tries += 1;
         match Letters::load(Arc::new(Files), dir, DeadLetterPolicy::default(), Access::Outside) {
             Err(OpenError::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound && tries < TRIES => {}
-            letters => break letters?,
+            letters => return letters,
         }
-    };
-    let mut entry = Vec::new();
-    let mut found = Vec::with_capacity(letters.len());
-    for name in letters.index.names_after(None) {
-        let letter = letters.letter(name, &mut entry)?;
-        found.push((letter, archive_in(&entry)));
     }
-    Ok(found)
 }
 
 #[cfg(test)]

@@ -5,6 +5,7 @@
 //! come back with an outcome. Failures become retries, dead letters or skips; those that end by a record end when the record is durable
 //! (`records.rs`); how far all of it is done is saved (`saving.rs`), and from that a restart goes on.
 
+mod asked;
 mod desk;
 pub(super) mod execute;
 mod records;
@@ -19,6 +20,7 @@ use super::dead_letter::answer::DeadLetter;
 use super::error::ConsumerError;
 use super::health::{Admission, Health, HealthChange, HealthStatus, Pass};
 use super::lanes::answer::{Run, ToRecord, Verdict};
+use super::requests::Requests;
 use super::retry::{AfterFailure, JitterRng};
 use super::settings::{Exhausted, Judgement, Settings};
 use crate::clock::wall_now;
@@ -88,6 +90,7 @@ pub(crate) struct Driver<E: Event> {
     /// After a failed write, the next is tried then.
     write_at: Duration,
     reprocessing: Reprocessing,
+    requests: Requests,
     is_paused: bool,
     halted: Option<HaltCause>,
     /// [`Driver::run_in_place`] is called: only what cannot run there is given out as jobs.
@@ -136,6 +139,7 @@ impl<E: Event> Driver<E> {
             tried: VecDeque::new(),
             write_at: Duration::ZERO,
             reprocessing: Reprocessing::default(),
+            requests: Requests::default(),
             is_paused: false,
             halted: None,
             is_in_place: false,
@@ -143,10 +147,10 @@ impl<E: Event> Driver<E> {
         })
     }
 
-    /// A bounded piece of everything that is not a handler's: reads, moves keys whose time has come, writes records, saves, tells who
+    /// A bounded piece of everything that is not a handler's: takes up requests, reads, moves keys whose time has come, writes records, saves, tells who
     /// waits. Returns the work done.
     pub(crate) fn step(&mut self, now: Duration) -> Result<usize, ConsumerError> {
-        let mut work = 0;
+        let mut work = self.carry_out_requests(now);
         let is_in_place = self.is_in_place && self.health.is_healthy();
         for desk in &mut self.desks {
             work += desk.lanes.tick(now);
@@ -335,7 +339,8 @@ impl<E: Event> Driver<E> {
         let runnable = self.reprocessing.is_waiting() || self.desks.iter().any(|desk| desk.lanes.may_run());
         let admitted = (runnable && !self.health.is_healthy()).then_some(self.admitted_at);
         let records = self.wants_to_write().then_some(self.write_at);
-        [lanes, admitted, records, self.save_due()].into_iter().flatten().min()
+        let requests = Some(self.requests.look_at);
+        [lanes, admitted, records, self.save_due(), requests].into_iter().flatten().min()
     }
 
     /// Whether it would read on, if a log did.

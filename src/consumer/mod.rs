@@ -37,6 +37,7 @@ mod lanes;
 pub mod outside;
 mod poller;
 mod report;
+mod requests;
 mod retry;
 mod running;
 mod sequence_gate;
@@ -54,6 +55,7 @@ pub use error::ConsumerError;
 pub use handle::Consumer;
 pub use poller::{Delivery, Poller};
 pub use report::ConsumerReport;
+pub use requests::Request;
 pub use settings::{Exhausted, Judgement, Start};
 pub use sink::{Batch, Sink, SinkConsumer};
 

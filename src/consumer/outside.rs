@@ -1,15 +1,19 @@
-//! Looks at a store's consumers from outside, beside a running engine: no lock, no change.
+//! Looks at a store's consumers from outside, beside a running engine; and asks something of one, as a file in its folder. Nothing
+//! else is changed.
 
 use std::path::Path;
 
 use rkyv::util::AlignedVec;
 
-use super::checkpoint::{Checkpoint, consumers_dir, names};
-use super::dead_letter::answer::DeadLetter;
-use super::dead_letter::read_outside;
+use super::checkpoint::{Checkpoint, consumers_dir, names as folders};
+use super::dead_letter::answer::{DeadLetter, LetterStatistics, LettersError};
+use super::dead_letter::{Letters as LetterStore, open_outside};
+use super::error::ConsumerError;
+use super::requests::{self, Request};
+use crate::clock::wall_now;
 use crate::error::OpenError;
-use crate::event::Offset;
-use crate::log::storage::Files;
+use crate::event::{EventId, Key, Offset};
+use crate::log::storage::{Files, is_locked};
 
 /// A consumer that is registered in a store.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -19,27 +23,100 @@ pub struct Registered {
     pub name: String,
     /// Its durable gap-free position in every shard: retention keeps what comes after.
     pub positions: Vec<Offset>,
+    /// Requests that wait to be taken up, or are not carried out to their end.
+    pub requests: usize,
 }
 
-/// The consumers that are registered in the store at `dir`, by name.
+/// The names that have a folder among the consumers of the store at `dir`. Those without a checkpoint are no consumers (any more).
+///
+/// # Errors
+/// What the file system says.
+pub fn names(dir: &Path) -> Result<Vec<String>, OpenError> {
+    folders(&Files, dir)
+}
+
+/// A consumer of the store at `dir`; `None` where none of this name is registered.
 ///
 /// # Errors
 /// What the file system says; a checkpoint that does not hold.
-pub fn registered(dir: &Path) -> Result<Vec<Registered>, OpenError> {
-    let mut found = Vec::new();
-    for name in names(&Files, dir)? {
-        if let Some(checkpoint) = Checkpoint::load(&Files, &consumers_dir(dir).join(&name))? {
-            let positions = checkpoint.shards.iter().map(|shard| shard.position).collect();
-            found.push(Registered { name, positions });
-        }
+pub fn registered(dir: &Path, name: &str) -> Result<Option<Registered>, OpenError> {
+    if !super::checkpoint::is_name(name) {
+        return Ok(None);
     }
-    Ok(found)
+    let path = consumers_dir(dir).join(name);
+    let Some(checkpoint) = Checkpoint::load(&Files, &path)? else { return Ok(None) };
+    let requests = requests::waiting(&Files, &path);
+    let requests = requests.map_err(|source| OpenError::Io { action: "listing", path, source })?.len();
+    let positions = checkpoint.shards.iter().map(|shard| shard.position).collect();
+    Ok(Some(Registered { name: name.to_owned(), positions, requests }))
 }
 
-/// A consumer's dead letters with their events' archives, by key and then by age.
+/// A consumer's dead letters as they were when they were looked at.
+#[derive(Debug)]
+pub struct DeadLetters(LetterStore);
+
+impl DeadLetters {
+    /// Looks at the dead letters of a consumer of the store at `dir`, and at every check sum of them.
+    ///
+    /// # Errors
+    /// What the file system says; files that do not hold.
+    pub fn open(dir: &Path, consumer: &str) -> Result<Self, OpenError> {
+        open_outside(&consumers_dir(dir).join(consumer)).map(Self)
+    }
+
+    /// How many there are, and what became of others.
+    #[must_use]
+    pub fn statistics(&self) -> LetterStatistics {
+        self.0.statistics()
+    }
+
+    /// The keys that have letters, and how many each.
+    pub fn keys(&self) -> impl Iterator<Item = (Key, u32)> {
+        self.0.keys().map(|(key, _, letters)| (key, letters))
+    }
+
+    /// Up to `max` letters by key, and of a key by age, from behind `after` on, with their events' archives.
+    ///
+    /// # Errors
+    /// What the file system says; an entry that was damaged since.
+    pub fn list(
+        &self,
+        after: Option<(Key, Offset)>,
+        max: usize,
+    ) -> Result<Vec<(DeadLetter, AlignedVec<16>)>, LettersError> {
+        self.0.list_with_archives(after, max)
+    }
+
+    /// The letter of an event.
+    ///
+    /// # Errors
+    /// As [`DeadLetters::list`].
+    pub fn show(&self, id: EventId) -> Result<Option<(DeadLetter, AlignedVec<16>)>, LettersError> {
+        let key = self.0.keys().map(|(key, _, _)| key).find(|key| self.0.ids_of(*key).any(|other| other == id));
+        key.map_or(Ok(None), |key| self.0.show(key, id))
+    }
+}
+
+/// Asks something of a consumer of the store at `dir`: the running one takes it up within about a second, else the next one that
+/// is started. Durable when it returns. What a crash interrupts is done again.
 ///
 /// # Errors
-/// What the file system says; files that do not hold.
-pub fn dead_letters(dir: &Path, consumer: &str) -> Result<Vec<(DeadLetter, AlignedVec<16>)>, OpenError> {
-    read_outside(&consumers_dir(dir).join(consumer))
+/// `NotRegistered`; what the file system says.
+pub fn ask(dir: &Path, consumer: &str, request: Request) -> Result<(), ConsumerError> {
+    if registered(dir, consumer)?.is_none() {
+        return Err(ConsumerError::NotRegistered { name: consumer.to_owned() });
+    }
+    let path = consumers_dir(dir).join(consumer);
+    requests::leave(&Files, &path, request, wall_now())
+        .map_err(|source| OpenError::Io { action: "leaving a request in", path, source }.into())
+}
+
+/// Whether an engine has the store at `dir` open. It is tried with the store's lock, for an instant: an engine that is opened in that
+/// very instant is told that the store is open elsewhere.
+///
+/// # Errors
+/// What the file system says.
+pub fn is_open(dir: &Path) -> Result<bool, OpenError> {
+    let path = dir.join("lock");
+    is_locked(&path).map_err(|source| OpenError::Io { action: "looking at", path, source })
 }

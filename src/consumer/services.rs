@@ -179,7 +179,13 @@ impl Services {
         if names.is_empty() {
             return Ok(());
         }
-        names.iter().try_for_each(|name| self.storage.remove(&dir.join(name)))?;
+        for name in names {
+            match self.storage.remove(&dir.join(name)) {
+                // Who leaves a request renames it.
+                Err(error) if error.kind() == ErrorKind::NotFound => {}
+                removed => removed?,
+            }
+        }
         self.storage.sync_dir(dir)
     }
 

@@ -1,4 +1,4 @@
-//! A gate's two files: the gaps it closed, and how far it has counted the log. `FORMAT.md` §17.
+//! A gate's two files: the gaps it closed, and how far it has counted the log. `FORMAT.md` §19.
 //!
 //! One writer: the gate's owner. A gap is in its file, synced, before anything behind it is published; the positions are a cache.
 

@@ -227,6 +227,19 @@ impl Storage for Files {
     }
 }
 
+/// Whether somebody holds the lock of a file, which may be missing. It is held for an instant itself to find out.
+pub(crate) fn is_locked(path: &Path) -> io::Result<bool> {
+    let file = match File::open(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+        file => file?,
+    };
+    match file.try_lock_shared() {
+        Ok(()) => Ok(false),
+        Err(TryLockError::WouldBlock) => Ok(true),
+        Err(TryLockError::Error(error)) => Err(error),
+    }
+}
+
 /// Replaces a small file so that a crash leaves the old or the new one, whole.
 pub(crate) fn replace(storage: &dyn Storage, dir: &Path, name: &str, content: &[u8]) -> io::Result<()> {
     let fresh = dir.join(format!("{name}.new"));

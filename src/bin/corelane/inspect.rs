@@ -2,14 +2,15 @@
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, HashMap};
-use std::fmt;
 use std::io::Write as _;
 
-use comfy_table::{CellAlignment, Table, TableComponent, presets};
+use comfy_table::Table;
 use corelane::scan::{FileInfo, Record, SegmentState, ShardFiles, Store};
 use corelane::{Offset, ReadError, ShardId, Time};
 
-use super::{Failure, Output, Verdict, envelope_in, grouped, tail_message, warn};
+use super::consumers::Consumers;
+use super::show::{grouped, printable, range, rate, table, utc};
+use super::{Failure, Output, Verdict, envelope_in, tail_message, warn};
 
 /// What a group of events looks like from outside.
 #[derive(Debug, Clone, Default)]
@@ -48,6 +49,8 @@ impl Summary {
 
 pub(super) fn inspect(store: &Store, out: &mut Output) -> Result<Verdict, Failure> {
     let mut verdict = Verdict::Sound;
+    // Before the log is read: what they do meanwhile is no lag.
+    let mut consumers = Consumers::look(store)?;
     let mut types: BTreeMap<(u16, String), Summary> = BTreeMap::new();
     let mut shards = table(
         &[
@@ -84,12 +87,13 @@ pub(super) fn inspect(store: &Store, out: &mut Output) -> Result<Verdict, Failur
     );
     for shard in store.shard_ids() {
         let files = store.shard(shard)?;
-        let scanned = summarise(store, shard, &mut types)?;
+        let scanned = summarise(store, shard, &mut types, &mut consumers)?;
         for message in &scanned.messages {
             warn(message);
             verdict = Verdict::Damaged;
         }
         segment_rows(store, &files, &scanned, &mut segments);
+        consumers.measure_held(store, &files, scanned.end);
         shards.add_row(shard_row(&files, &scanned.all));
     }
     writeln!(out, "store           {}", store.dir().display())?;
@@ -109,7 +113,7 @@ pub(super) fn inspect(store: &Store, out: &mut Output) -> Result<Verdict, Failur
         }
         writeln!(out, "{kept}")?;
     }
-    Ok(verdict)
+    Ok(if consumers.write(out)? == Verdict::Damaged { Verdict::Damaged } else { verdict })
 }
 
 /// A shard's events, all together and by segment.
@@ -118,15 +122,24 @@ struct Scanned {
     all: Summary,
     by_segment: HashMap<u64, Summary>,
     messages: Vec<String>,
+    /// Where the log ends.
+    end: Offset,
 }
 
-fn summarise(store: &Store, shard: ShardId, types: &mut BTreeMap<(u16, String), Summary>) -> Result<Scanned, Failure> {
-    let mut scanned = Scanned::default();
+fn summarise(
+    store: &Store,
+    shard: ShardId,
+    types: &mut BTreeMap<(u16, String), Summary>,
+    consumers: &mut Consumers,
+) -> Result<Scanned, Failure> {
+    let end = Offset::default();
+    let mut scanned = Scanned { all: Summary::default(), by_segment: HashMap::new(), messages: Vec::new(), end };
     let mut records = store.records(shard).until(store.horizon(shard)?);
     loop {
         match records.next() {
             Ok(Some(record)) => {
                 scanned.all.add(&record);
+                consumers.pass(&record.meta);
                 scanned.by_segment.entry(record.meta.offset.get() / store.segment_bytes()).or_default().add(&record);
                 let id = record.meta.event_type;
                 let name = match envelope_in(store, &record) {
@@ -154,6 +167,7 @@ fn summarise(store: &Store, shard: ShardId, types: &mut BTreeMap<(u16, String), 
         }
     }
     scanned.messages.extend(tail_message(&mut records)?);
+    scanned.end = records.offset();
     Ok(scanned)
 }
 
@@ -235,84 +249,5 @@ fn segment_rows(store: &Store, files: &ShardFiles, scanned: &Scanned, rows: &mut
             grouped(segment.file.bytes),
             grouped(segment.file.allocated_bytes),
         ]);
-    }
-}
-
-/// A table whose columns are numbers, but for those in `texts`.
-fn table(columns: &[&str], texts: &[usize]) -> Table {
-    let mut table = Table::new();
-    table.load_preset(presets::NOTHING).set_style(TableComponent::HeaderLines, '─').set_header(columns);
-    for (i, column) in table.column_iter_mut().enumerate() {
-        column.set_cell_alignment(if texts.contains(&i) { CellAlignment::Left } else { CellAlignment::Right });
-    }
-    table
-}
-
-/// A text from the store, without what a terminal would act on.
-fn printable(text: &str) -> String {
-    let mut shown = String::with_capacity(text.len());
-    for c in text.chars() {
-        if c.is_control() {
-            shown.extend(c.escape_default());
-        } else {
-            shown.push(c);
-        }
-    }
-    shown
-}
-
-fn range<T: fmt::Display>(ends: Option<(T, T)>) -> String {
-    ends.map_or(String::new(), |(first, last)| format!("{first}..={last}"))
-}
-
-/// A rate in the unit that suits it.
-fn rate(per_second: Option<f64>) -> String {
-    match per_second {
-        None => String::new(),
-        Some(rate) if rate >= 100.0 => format!("{}/s", grouped(rate as u64)),
-        Some(rate) if rate >= 1.0 => format!("{rate:.1}/s"),
-        Some(rate) if rate * 3600.0 >= 1.0 => format!("{:.1}/h", rate * 3600.0),
-        Some(rate) => format!("{:.2}/day", rate * 86_400.0),
-    }
-}
-
-/// A time as 2010-07-30 21:55:01.009.
-fn utc(time: Time) -> String {
-    let ms = time.as_ms();
-    let (days, in_day) = (ms / 86_400_000, ms % 86_400_000);
-    // Years that begin in March put the leap day last (Hinnant, "days from civil").
-    let shifted = days + 719_468;
-    let (era, day_of_era) = (shifted / 146_097, shifted % 146_097);
-    let year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
-    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-    let shifted_month = (5 * day_of_year + 2) / 153;
-    let day = day_of_year - (153 * shifted_month + 2) / 5 + 1;
-    let month = if shifted_month < 10 { shifted_month + 3 } else { shifted_month - 9 };
-    let year = year_of_era + era * 400 + u64::from(month <= 2);
-    let (hour, minute, second) = (in_day / 3_600_000, in_day / 60_000 % 60, in_day / 1000 % 60);
-    format!("{year:04}-{month:02}-{day:02} {hour:02}:{minute:02}:{second:02}.{:03}", ms % 1000)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn times_are_shown_as_utc() {
-        for (ms, shown) in [
-            (0, "1970-01-01 00:00:00.000"),
-            (951_782_400_000, "2000-02-29 00:00:00.000"),
-            (1_280_526_901_009, "2010-07-30 21:55:01.009"),
-            (4_107_542_399_999, "2100-02-28 23:59:59.999"),
-            (4_107_542_400_000, "2100-03-01 00:00:00.000"),
-        ] {
-            assert_eq!(utc(Time::unix_ms(ms)), shown);
-        }
-    }
-
-    #[test]
-    fn what_is_shown_cannot_move_the_cursor() {
-        assert_eq!(printable("a\u{1b}[2J\u{9b}é"), "a\\u{1b}[2J\\u{9b}é");
-        assert_eq!((grouped(0), grouped(999), grouped(1_234_567)), ("0".into(), "999".into(), "1,234,567".into()));
     }
 }

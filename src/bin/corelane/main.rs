@@ -1,9 +1,13 @@
-//! The operator's tool: looks at a store, checks it, and writes its events as JSON lines.
+//! The operator's tool: looks at a store, checks it, writes its events as JSON lines, and deals with dead letters.
 //!
-//! It only reads: it takes no lock, changes no byte, and works beside a running engine and on read-only media.
+//! It only reads: it keeps no lock, changes no byte, and works beside a running engine and on read-only media. The one exception are
+//! `dlq reprocess` and `dlq discard`: they leave a file in a consumer's folder, which the consumer itself takes up.
 
+mod consumers;
+mod dlq;
 mod dump;
 mod inspect;
+mod show;
 mod verify;
 
 use std::fmt;
@@ -14,11 +18,12 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use corelane::consumer::{ConsumerError, LettersError};
 use corelane::envelope::{ArchivedEnvelope, Envelope};
 use corelane::scan::{Record, Records, Store};
-use corelane::{Event as _, Offset, OpenError, ReadError, ShardId};
+use corelane::{Event as _, EventTypeId, Offset, OpenError, ReadError, ShardId};
 
-/// Looks at a corelane store. Reads only: no lock, no change, also beside a running engine.
+/// Looks at a corelane store, also beside a running engine. Reads only; `dlq reprocess` and `dlq discard` leave a request.
 #[derive(Debug, Parser)]
 #[command(version, about, after_help = "Exit status: 0 ok, 1 damage, 2 wrong usage or an I/O error.")]
 struct Cli {
@@ -28,12 +33,13 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Shows what a store holds: event types and their rates, shards, segments, spares, quarantine.
+    /// Shows what a store holds: event types and their rates, shards, segments, spares, quarantine; its consumers, how far
+    /// behind each is, and what retention keeps for it.
     Inspect {
         /// The store.
         dir: PathBuf,
     },
-    /// Checks every check sum, sequence and link of a store.
+    /// Checks every check sum, sequence and link of a store, and the files of its consumers.
     ///
     /// A torn tail (bytes that do not hold at the very end, as a power cut leaves them) is reported as such and
     /// counts as damage here, although opening the store cuts it and goes on.
@@ -43,6 +49,9 @@ enum Command {
     },
     /// Writes events as JSON lines.
     Dump(DumpArgs),
+    /// Dead letters: events that a consumer could not handle and set aside.
+    #[command(subcommand)]
+    Dlq(dlq::Dlq),
 }
 
 #[derive(Debug, Args)]
@@ -88,6 +97,7 @@ enum Failure {
     Output(io::Error),
     Open(OpenError),
     Read(ReadError),
+    Letters(LettersError),
     /// An event whose archive does not hold, although its check sum does.
     Archive(ShardId, Offset),
 }
@@ -96,9 +106,10 @@ impl Failure {
     fn exit_status(&self) -> u8 {
         match self {
             Self::Archive(..) => 1,
-            Self::Open(OpenError::Corruption(_) | OpenError::ForeignFile { .. }) => 1,
+            Self::Open(OpenError::Corruption(_) | OpenError::ForeignFile { .. } | OpenError::DamagedFile { .. }) => 1,
+            Self::Letters(LettersError::Damaged { .. }) => 1,
             Self::Read(ReadError::Corruption(_) | ReadError::NotARecord { .. }) => 1,
-            Self::Usage(_) | Self::Output(_) | Self::Open(_) | Self::Read(_) => 2,
+            Self::Usage(_) | Self::Output(_) | Self::Open(_) | Self::Read(_) | Self::Letters(_) => 2,
         }
     }
 }
@@ -110,6 +121,7 @@ impl fmt::Display for Failure {
             Self::Output(error) => write!(f, "writing the output: {error}"),
             Self::Open(error) => error.fmt(f),
             Self::Read(error) => error.fmt(f),
+            Self::Letters(error) => error.fmt(f),
             Self::Archive(shard, offset) => {
                 write!(f, "shard {shard}, offset {offset}: the event's archive does not hold")
             }
@@ -132,6 +144,22 @@ impl From<OpenError> for Failure {
 impl From<ReadError> for Failure {
     fn from(error: ReadError) -> Self {
         Self::Read(error)
+    }
+}
+
+impl From<LettersError> for Failure {
+    fn from(error: LettersError) -> Self {
+        Self::Letters(error)
+    }
+}
+
+impl From<ConsumerError> for Failure {
+    fn from(error: ConsumerError) -> Self {
+        match error {
+            ConsumerError::Files(error) => Self::Open(error),
+            ConsumerError::Letters(error) => Self::Letters(error),
+            error => Self::Usage(error.to_string()),
+        }
     }
 }
 
@@ -178,6 +206,7 @@ fn run(command: Command, mut out: Output) -> Result<Verdict, Failure> {
         Command::Dump(args) => {
             Store::open(&args.dir).map_err(Failure::from).and_then(|store| dump::dump(&store, args, &mut out))
         }
+        Command::Dlq(dlq) => dlq::dlq(dlq, &mut out),
     };
     // What was found before a failure is written all the same.
     out.flush()?;
@@ -186,12 +215,23 @@ fn run(command: Command, mut out: Output) -> Result<Verdict, Failure> {
 
 /// The generic event, where that is what a record holds.
 fn envelope_in<'a>(store: &Store, record: &Record<'a>) -> Result<Option<&'a ArchivedEnvelope>, Failure> {
-    let known = Envelope::TYPES[0];
     let meta = &record.meta;
-    if meta.schema_version != known.schema_version || store.type_name(meta.event_type) != Some(known.name) {
+    envelope_of(store, meta.event_type, meta.schema_version, record.body)
+        .map_err(|()| Failure::Archive(meta.shard, meta.offset))
+}
+
+/// The generic event, where that is what an archive is; an error where it should be and does not hold.
+fn envelope_of<'a>(
+    store: &Store,
+    event_type: EventTypeId,
+    schema_version: u16,
+    archive: &'a [u8],
+) -> Result<Option<&'a ArchivedEnvelope>, ()> {
+    let known = Envelope::TYPES[0];
+    if schema_version != known.schema_version || store.type_name(event_type) != Some(known.name) {
         return Ok(None);
     }
-    ArchivedEnvelope::access(record.body).map(Some).map_err(|_| Failure::Archive(meta.shard, meta.offset))
+    ArchivedEnvelope::access(archive).map(Some).map_err(drop)
 }
 
 /// What is wrong with the end of a log, if anything is.
@@ -210,19 +250,6 @@ fn tail_message(records: &mut Records) -> Result<Option<String>, Failure> {
         "the log ends at offset {}, but {events} events that hold follow up to {} ({kind})",
         tail.offset, tail.end
     )))
-}
-
-/// 1234567 as 1,234,567.
-fn grouped(number: u64) -> String {
-    let digits = number.to_string();
-    let mut shown = String::new();
-    for (i, digit) in digits.chars().enumerate() {
-        if i > 0 && (digits.len() - i).is_multiple_of(3) {
-            shown.push(',');
-        }
-        shown.push(digit);
-    }
-    shown
 }
 
 #[cfg(test)]

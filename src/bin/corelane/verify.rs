@@ -1,15 +1,18 @@
-//! `verify`: checks every check sum, sequence and link of a store.
+//! `verify`: checks every check sum, sequence and link of a store, and the files of its consumers.
 
 use std::collections::HashMap;
 use std::fmt;
 use std::io::Write as _;
 
+use corelane::consumer::outside;
 use corelane::scan::{Record, Records, SegmentState, Store};
 use corelane::{Key, Meta, Offset, ReadError, ShardId, Version};
 
-use super::{Failure, Output, Verdict, envelope_in, grouped, tail_message};
+use super::consumers;
+use super::show::grouped;
+use super::{Failure, Output, Verdict, envelope_in, tail_message};
 
-/// What is wrong with one shard: all are counted, the first are shown.
+/// What is wrong with one shard or consumer: all are counted, the first are shown.
 #[derive(Debug, Default)]
 struct Problems {
     found: u64,
@@ -24,6 +27,20 @@ impl Problems {
         if self.shown.len() < Self::SHOWN_MAX {
             self.shown.push(problem);
         }
+    }
+
+    /// Writes what was looked at, the verdict, and the problems.
+    fn write(&self, what: &str, out: &mut Output) -> Result<(), Failure> {
+        let verdict = if self.found == 0 { "ok".to_owned() } else { format!("{} PROBLEMS", grouped(self.found)) };
+        writeln!(out, "{what}: {verdict}")?;
+        for problem in &self.shown {
+            writeln!(out, "  {problem}")?;
+        }
+        if self.found > self.shown.len() as u64 {
+            writeln!(out, "  … and {} more", self.found - self.shown.len() as u64)?;
+        }
+        out.flush()?;
+        Ok(())
     }
 }
 
@@ -74,15 +91,14 @@ pub(super) fn verify(store: &Store, out: &mut Output) -> Result<Verdict, Failure
             }
             Err(failure) => return Err(failure),
         };
-        let verdict = if found.found == 0 { "ok".to_owned() } else { format!("{} PROBLEMS", grouped(found.found)) };
-        writeln!(out, "shard {shard}: {line}: {verdict}")?;
-        for problem in &found.shown {
-            writeln!(out, "  {problem}")?;
+        found.write(&format!("shard {shard}: {line}"), out)?;
+        problems += found.found;
+    }
+    for name in outside::names(store.dir())? {
+        let mut found = Problems::default();
+        if let Some(line) = consumers::check(store, &name, &mut |problem| found.add(problem))? {
+            found.write(&format!("consumer {name}: {line}"), out)?;
         }
-        if found.found > found.shown.len() as u64 {
-            writeln!(out, "  … and {} more", found.found - found.shown.len() as u64)?;
-        }
-        out.flush()?;
         problems += found.found;
     }
     let verdict = if problems == 0 { "ok".to_owned() } else { format!("{} PROBLEMS", grouped(problems)) };

@@ -85,8 +85,8 @@ impl Reprocessing {
     }
 
     /// None of these has its turn any more, except those of which one is out. Returns which.
-    fn end_where(&mut self, keys: Vec<Key>) -> Vec<Key> {
-        let ended: Vec<Key> = keys.into_iter().filter(|key| self.keys.get(key) != Some(&true)).collect();
+    fn end_where(&mut self, keys: &[Key]) -> Vec<Key> {
+        let ended: Vec<Key> = keys.iter().copied().filter(|key| self.keys.get(key) != Some(&true)).collect();
         ended.iter().for_each(|key| self.end(*key));
         let keys = &self.keys;
         self.waiting.retain(|key| keys.contains_key(key));
@@ -175,6 +175,7 @@ impl<E: Event> Driver<E> {
             return Ok(0);
         }
         self.gather_records()?;
+        self.let_go_of_unparked();
         // A record speaks of an event that the log cannot lose any more.
         let durable = |unwritten: &&Unwritten| self.desks[unwritten.desk].is_durable(unwritten.record.offset());
         let mut count = self.unwritten.iter().take(WRITE_MAX).take_while(durable).count();
@@ -195,6 +196,21 @@ impl<E: Event> Driver<E> {
         // Letters that had to make room: their keys have fewer.
         written.overflowed.into_iter().for_each(|(key, id)| self.unpark(id, key, 1));
         Ok(count)
+    }
+
+    /// Events that were to be recorded behind letters which are gone by now: they run.
+    fn let_go_of_unparked(&mut self) {
+        let behind = |unwritten: &Unwritten| unwritten.record.kind() == RecordKind::ParkedBehind;
+        let is_live = |unwritten: &Unwritten| self.letters.oldest_of(unwritten.letter.key).is_none();
+        if !self.unwritten.iter().any(|unwritten| behind(unwritten) && is_live(unwritten)) {
+            return;
+        }
+        let (live, rest) = self.unwritten.drain(..).partition(|unwritten| behind(unwritten) && is_live(unwritten));
+        let live: VecDeque<Unwritten> = live;
+        self.unwritten = rest;
+        for Unwritten { desk, record, .. } in live {
+            self.desks[desk].lanes.not_recorded(record);
+        }
     }
 
     /// Takes what the lanes want recorded.
@@ -254,25 +270,40 @@ impl<E: Event> Driver<E> {
         keys.into_iter().filter(|key| self.reprocessing.add(*key)).count()
     }
 
-    fn keys_of(&self, which: Letters) -> Vec<Key> {
+    pub(super) fn keys_of(&self, which: Letters) -> Vec<Key> {
         match which {
             Letters::All => self.letters.keys().map(|(key, _, _)| key).collect(),
-            Letters::Of(key) => (self.letters.letters_of(key) > 0).then_some(key).into_iter().collect(),
+            Letters::Of(key) => self.letters.oldest_of(key).map(|_| key).into_iter().collect(),
         }
+    }
+
+    /// Whether a key's letters are being gone through.
+    pub(super) fn is_reprocessed(&self, key: Key) -> bool {
+        self.reprocessing.keys.contains_key(&key)
+    }
+
+    /// Whether a letter of the key is being handled at this moment, or the record of that being written.
+    pub(super) fn is_out(&self, key: Key) -> bool {
+        self.reprocessing.keys.get(&key) == Some(&true)
     }
 
     /// Takes letters away unhandled, each with a record. Returns how many.
     pub(crate) fn discard(&mut self, which: Letters) -> Result<u64, ConsumerError> {
-        let keys = self.reprocessing.end_where(self.keys_of(which));
-        let ids: Vec<(Key, EventId)> =
+        self.discard_of(&self.keys_of(which))
+    }
+
+    /// Takes away the letters of these keys, but for keys of which one is being handled at this moment.
+    pub(super) fn discard_of(&mut self, keys: &[Key]) -> Result<u64, ConsumerError> {
+        let keys = self.reprocessing.end_where(keys);
+        let going: Vec<(Key, EventId)> =
             keys.into_iter().flat_map(|key| self.letters.ids_of(key).map(move |id| (key, id))).collect();
         let time = wall_now();
-        for part in ids.chunks(WRITE_MAX) {
+        for part in going.chunks(WRITE_MAX) {
             let entries: Vec<_> = part.iter().map(|&(key, id)| Entry::Discarded { id, key, time }).collect();
             self.letters.write(&entries)?;
             part.iter().for_each(|&(key, id)| self.unpark(id, key, 1));
         }
-        Ok(ids.len() as u64)
+        Ok(going.len() as u64)
     }
 
     /// The next letter that is to be handled again.

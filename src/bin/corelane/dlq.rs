@@ -1,0 +1,415 @@
+//! `dlq`: shows dead letters, and asks consumers to handle them again or to discard them.
+//!
+//! The asking leaves a file for the consumer: handlers run in its own process, and only it writes its letters.
+
+use std::io::{self, IsTerminal as _, Write as _};
+use std::path::PathBuf;
+
+use clap::{Args, Subcommand};
+use corelane::consumer::outside::{self, DeadLetters};
+use corelane::consumer::{DeadLetter, LetterKind, Letters, Request};
+use corelane::envelope::{self, ArchivedUserId};
+use corelane::scan::Store;
+use corelane::{EventId, Key, Meta, Offset, Sequence};
+use serde_json::json;
+
+use super::show::{grouped, printable, table, utc};
+use super::{Failure, Output, Verdict, envelope_of, warn};
+
+/// Letters read at once.
+const PAGE: usize = 256;
+/// Rows of a table, unless told otherwise.
+const ROWS: u64 = 1000;
+/// Characters of an error in a row.
+const ERROR_CHARS: usize = 60;
+
+#[derive(Debug, Subcommand)]
+pub(super) enum Dlq {
+    /// Lists dead letters by consumer, then key, then age.
+    List(ListArgs),
+    /// Shows everything that is known of one.
+    Show(ShowArgs),
+    /// Asks a consumer to handle dead letters again: oldest first per key, each key until its first failure.
+    ///
+    /// A running consumer takes the request up within about a second, another one when it is next started.
+    Reprocess(AskArgs),
+    /// Asks a consumer to discard dead letters. They are lost, but for a count and what the log still has.
+    Discard {
+        #[command(flatten)]
+        ask: AskArgs,
+        /// Do not ask back.
+        #[arg(long)]
+        yes: bool,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(super) struct ListArgs {
+    /// The store.
+    dir: PathBuf,
+    /// Only this consumer's.
+    #[arg(long, value_name = "NAME")]
+    consumer: Option<String>,
+    /// Only this key's.
+    #[arg(long, conflicts_with = "user")]
+    key: Option<u64>,
+    /// Only those of this user, whose id is a text.
+    #[arg(long, value_name = "TEXT")]
+    user: Option<String>,
+    /// At most so many per consumer. Without it, 1,000 as a table and all as JSON.
+    #[arg(long, value_name = "N")]
+    limit: Option<u64>,
+    /// One JSON object per line.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct ShowArgs {
+    /// The store.
+    dir: PathBuf,
+    /// Whose dead letter.
+    #[arg(long, value_name = "NAME")]
+    consumer: String,
+    /// The event's id: SHARD-OFFSET.
+    #[arg(value_name = "ID")]
+    id: EventId,
+    /// One JSON object.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct AskArgs {
+    /// The store.
+    dir: PathBuf,
+    /// Which consumer.
+    #[arg(long, value_name = "NAME")]
+    consumer: String,
+    #[command(flatten)]
+    which: Which,
+}
+
+#[derive(Debug, Args)]
+#[group(required = true, multiple = false)]
+struct Which {
+    /// The letters of this key.
+    #[arg(long)]
+    key: Option<u64>,
+    /// The letters of this user, whose id is a text.
+    #[arg(long, value_name = "TEXT")]
+    user: Option<String>,
+    /// All of its letters.
+    #[arg(long)]
+    all: bool,
+}
+
+impl Which {
+    fn letters(&self) -> Letters {
+        let key = self.key.map(Key::new).or(self.user.as_deref().map(Key::of));
+        key.map_or(Letters::All, Letters::Of)
+    }
+}
+
+pub(super) fn dlq(command: Dlq, out: &mut Output) -> Result<Verdict, Failure> {
+    match command {
+        Dlq::List(args) => list(&args, out),
+        Dlq::Show(args) => show(&args, out),
+        Dlq::Reprocess(args) => ask(&args, Request::Reprocess(args.which.letters()), true, out),
+        Dlq::Discard { ask: args, yes } => ask(&args, Request::Discard(args.which.letters()), yes, out),
+    }
+}
+
+/// The consumers to be looked at: the one that is wanted, or all.
+fn consumers(store: &Store, wanted: Option<&str>) -> Result<Vec<String>, Failure> {
+    let mut names = outside::names(store.dir())?;
+    match wanted {
+        Some(wanted) if names.iter().any(|name| name == wanted) => Ok(vec![wanted.to_owned()]),
+        Some(wanted) => Err(Failure::Usage(format!("there is no consumer \"{wanted}\""))),
+        None => {
+            // A folder without a checkpoint is what is left of one. A checkpoint that does not hold hides no letters.
+            names.retain(|name| !matches!(outside::registered(store.dir(), name), Ok(None)));
+            Ok(names)
+        }
+    }
+}
+
+fn list(args: &ListArgs, out: &mut Output) -> Result<Verdict, Failure> {
+    let store = Store::open(&args.dir)?;
+    let mut verdict = Verdict::Sound;
+    let names = consumers(&store, args.consumer.as_deref())?;
+    if names.is_empty() && !args.json {
+        writeln!(out, "No consumers.")?;
+    }
+    for name in &names {
+        match list_one(&store, name, args, out) {
+            Ok(()) => {}
+            // One consumer's damage says nothing of the others.
+            Err(failure) if failure.exit_status() == 1 => {
+                out.flush()?;
+                warn(&format!("consumer {name}: {failure}"));
+                verdict = Verdict::Damaged;
+            }
+            Err(failure) => return Err(failure),
+        }
+    }
+    Ok(verdict)
+}
+
+fn list_one(store: &Store, name: &str, args: &ListArgs, out: &mut Output) -> Result<(), Failure> {
+    let letters = DeadLetters::open(store.dir(), name)?;
+    let mut rows = table(
+        &["key", "event id", "type", "why", "attempts", "first failed (UTC)", "last failed (UTC)", "error"],
+        &[1, 2, 3, 5, 6, 7],
+    );
+    let (mut wanted, mut bytes) = (0_u64, 0);
+    let shown_max = args.limit.unwrap_or(if args.json { u64::MAX } else { ROWS });
+    let key = args.key.map(Key::new).or(args.user.as_deref().map(Key::of));
+    let mut after = key.and_then(before);
+    loop {
+        let page = letters.list(after, PAGE)?;
+        let Some((last, _)) = page.last() else { break };
+        after = Some((last.key, last.id.offset));
+        let is_past = key.is_some_and(|key| last.key > key);
+        for (letter, archive) in page.iter().filter(|(letter, archive)| is_of(store, args, key, letter, archive)) {
+            wanted += 1;
+            bytes += archive.len() as u64;
+            if wanted > shown_max {
+                continue;
+            }
+            if args.json {
+                write_json(out, json_of(store, name, letter, archive))?;
+            } else {
+                rows.add_row(row(store, letter, archive));
+            }
+        }
+        if is_past || (args.json && wanted >= shown_max) {
+            break;
+        }
+    }
+    if args.json {
+        return Ok(());
+    }
+    let totals = letters.statistics();
+    writeln!(out, "Consumer {name}")?;
+    if wanted > 0 {
+        writeln!(out, "{rows}")?;
+    }
+    if wanted > shown_max {
+        writeln!(out, "… and {} more", grouped(wanted - shown_max))?;
+    }
+    let (all, keys) = (totals.letters as u64, letters.keys().count() as u64);
+    if key.is_some() {
+        write!(out, "{} of ", grouped(wanted))?;
+    }
+    writeln!(out, "{} letters of {} keys; events of {} bytes here.", grouped(all), grouped(keys), grouped(bytes))?;
+    writeln!(
+        out,
+        "So far {} became letters; {} were handled, {} discarded ({} of them to make room). {} events were skipped.\n",
+        grouped(totals.parked),
+        grouped(totals.handled),
+        grouped(totals.discarded),
+        grouped(totals.overflowed),
+        grouped(totals.skipped)
+    )?;
+    Ok(())
+}
+
+/// What stands before a key's letters; `None`: nothing can.
+fn before(key: Key) -> Option<(Key, Offset)> {
+    key.get().checked_sub(1).map(|before| (Key::new(before), Offset(u64::MAX)))
+}
+
+fn is_of(store: &Store, args: &ListArgs, key: Option<Key>, letter: &DeadLetter, archive: &[u8]) -> bool {
+    if key.is_some_and(|key| key != letter.key) {
+        return false;
+    }
+    // Two texts, or a text and a number, can have one key.
+    let event = envelope_of(store, letter.event_type, letter.schema_version, archive);
+    args.user.as_deref().is_none_or(|wanted| match event {
+        Ok(Some(event)) => matches!(event.user_id(), ArchivedUserId::Text(text) if text.as_str() == wanted),
+        _ => true,
+    })
+}
+
+fn type_name<'a>(store: &'a Store, letter: &DeadLetter, archive: &'a [u8]) -> &'a str {
+    match envelope_of(store, letter.event_type, letter.schema_version, archive) {
+        Ok(Some(event)) => event.event_type(),
+        _ => store.type_name(letter.event_type).unwrap_or("?"),
+    }
+}
+
+fn why(letter: &DeadLetter) -> &'static str {
+    match letter.why {
+        LetterKind::Failed => "failed",
+        LetterKind::Behind => "behind",
+        LetterKind::Undecodable => "undecodable",
+    }
+}
+
+fn row(store: &Store, letter: &DeadLetter, archive: &[u8]) -> Vec<String> {
+    let mut error: String = letter.error.chars().take(ERROR_CHARS).collect();
+    if error.len() < letter.error.len() {
+        error.push('…');
+    }
+    vec![
+        letter.key.to_string(),
+        letter.id.to_string(),
+        printable(type_name(store, letter, archive)),
+        why(letter).to_owned(),
+        letter.attempts.to_string(),
+        utc(letter.first_failed),
+        utc(letter.last_failed),
+        printable(&error),
+    ]
+}
+
+fn json_of(store: &Store, consumer: &str, letter: &DeadLetter, archive: &[u8]) -> serde_json::Value {
+    json!({
+        "consumer": consumer,
+        "event_id": letter.id.to_string(),
+        "shard": letter.id.shard.get(),
+        "offset": letter.id.offset.get(),
+        "key": letter.key.get(),
+        "event_type": type_name(store, letter, archive),
+        "schema_version": letter.schema_version,
+        "version": letter.version.get(),
+        "timestamp": letter.time.as_ms(),
+        "correlation": letter.correlation.get(),
+        "why": why(letter),
+        "attempts": letter.attempts,
+        "first_failed": letter.first_failed.as_ms(),
+        "last_failed": letter.last_failed.as_ms(),
+        "error": letter.error,
+        "archive_bytes": archive.len(),
+    })
+}
+
+/// Writes one line, in which nothing can move a terminal's cursor.
+fn write_json(out: &mut Output, value: serde_json::Value) -> Result<(), Failure> {
+    for c in value.to_string().chars() {
+        // JSON escapes the others itself, and these stand in texts only.
+        if c.is_control() {
+            write!(out, "\\u{:04x}", u32::from(c))?;
+        } else {
+            write!(out, "{c}")?;
+        }
+    }
+    writeln!(out)?;
+    Ok(())
+}
+
+fn show(args: &ShowArgs, out: &mut Output) -> Result<Verdict, Failure> {
+    let store = Store::open(&args.dir)?;
+    let name = consumers(&store, Some(&args.consumer))?.remove(0);
+    let Some((letter, archive)) = DeadLetters::open(store.dir(), &name)?.show(args.id)? else {
+        return Err(Failure::Usage(format!("consumer {name} has no dead letter {}", args.id)));
+    };
+    let (event, verdict) = event_line(&store, &letter, &archive)?;
+    if args.json {
+        let mut value = json_of(&store, &name, &letter, &archive);
+        value["event"] = serde_json::from_str(&event).map_err(io::Error::from)?;
+        write_json(out, value)?;
+        return Ok(verdict);
+    }
+    let id = letter.event_type;
+    writeln!(out, "consumer        {name}")?;
+    writeln!(out, "event id        {}", letter.id)?;
+    writeln!(out, "key             {}", letter.key)?;
+    let type_name = printable(type_name(&store, &letter, &archive));
+    writeln!(out, "type            {type_name} (id {id}, schema version {})", letter.schema_version)?;
+    writeln!(out, "version         {}", letter.version)?;
+    writeln!(out, "time (UTC)      {}", utc(letter.time))?;
+    writeln!(out, "correlation     {}", letter.correlation.get())?;
+    writeln!(out, "why             {}", why(&letter))?;
+    writeln!(out, "attempts        {}", letter.attempts)?;
+    writeln!(out, "first failed    {} (UTC)", utc(letter.first_failed))?;
+    writeln!(out, "last failed     {} (UTC)", utc(letter.last_failed))?;
+    writeln!(out, "error           {}", printable(&letter.error))?;
+    writeln!(out, "archive bytes   {}", archive.len())?;
+    writeln!(out, "event           {event}")?;
+    Ok(verdict)
+}
+
+/// The event as `dump` writes it, but for its sequence, which its letter does not know.
+fn event_line(store: &Store, letter: &DeadLetter, archive: &[u8]) -> Result<(String, Verdict), Failure> {
+    let meta = Meta {
+        shard: letter.id.shard,
+        offset: letter.id.offset,
+        sequence: Sequence(0),
+        key: letter.key,
+        version: letter.version,
+        time: letter.time,
+        event_type: letter.event_type,
+        schema_version: letter.schema_version,
+        correlation: letter.correlation,
+        previous: None,
+    };
+    let (mut line, mut verdict) = (Vec::new(), Verdict::Sound);
+    let event = envelope_of(store, letter.event_type, letter.schema_version, archive);
+    match event {
+        Ok(Some(event)) => envelope::write_envelope(&mut line, &meta, event)?,
+        Ok(None) | Err(()) => {
+            let name = store.type_name(letter.event_type).unwrap_or("?");
+            envelope::write_opaque(&mut line, &meta, name, archive)?;
+        }
+    }
+    if event.is_err() {
+        warn(&Failure::Archive(letter.id.shard, letter.id.offset));
+        verdict = Verdict::Damaged;
+    }
+    let mut line = String::from_utf8_lossy(&line).trim_end().to_owned();
+    const UNKNOWN: &str = r#","sequence":0"#;
+    if let Some(at) = line.rfind(UNKNOWN) {
+        line.replace_range(at..at + UNKNOWN.len(), "");
+    }
+    Ok((line, verdict))
+}
+
+fn ask(args: &AskArgs, request: Request, is_confirmed: bool, out: &mut Output) -> Result<Verdict, Failure> {
+    let store = Store::open(&args.dir)?;
+    let name = &args.consumer;
+    let Some(registered) = outside::registered(store.dir(), name)? else {
+        return Err(Failure::Usage(format!("there is no consumer \"{name}\"")));
+    };
+    let letters = DeadLetters::open(store.dir(), name)?;
+    let (Request::Reprocess(which) | Request::Discard(which)) = request;
+    let is_meant = |key: Key| which == Letters::All || which == Letters::Of(key);
+    let meant: Vec<u64> = letters.keys().filter(|(key, _)| is_meant(*key)).map(|(_, count)| count.into()).collect();
+    let count = format!("{} letters of {} keys", grouped(meant.iter().sum()), grouped(meant.len() as u64));
+    if meant.is_empty() {
+        writeln!(out, "Consumer {name} has no such dead letters. Nothing is asked of it.")?;
+        return Ok(Verdict::Sound);
+    }
+    if !is_confirmed && !confirm(&format!("Discard {count} of consumer {name}?"))? {
+        writeln!(out, "Nothing is asked.")?;
+        return Ok(Verdict::Sound);
+    }
+    outside::ask(store.dir(), name, request)?;
+    let what = if matches!(request, Request::Discard(_)) { "discard" } else { "handle again" };
+    writeln!(out, "Consumer {name} is asked to {what} {count}.")?;
+    if registered.requests > 0 {
+        writeln!(out, "Before that it has {} earlier requests.", registered.requests)?;
+    }
+    if outside::is_open(store.dir())? {
+        writeln!(
+            out,
+            "An engine has the store open: if the consumer runs, it takes this up within about a second; \
+             if not, when it is next started."
+        )?;
+    } else {
+        writeln!(out, "No engine has the store open: this is taken up when the consumer is next started.")?;
+    }
+    Ok(Verdict::Sound)
+}
+
+/// Asks whoever sits at the terminal.
+fn confirm(question: &str) -> Result<bool, Failure> {
+    if !io::stdin().is_terminal() || !io::stderr().is_terminal() {
+        return Err(Failure::Usage("say --yes: there is nobody to ask".to_owned()));
+    }
+    eprint!("{question} [y/N] ");
+    let mut answer = String::new();
+    io::stdin().read_line(&mut answer)?;
+    Ok(matches!(answer.trim(), "y" | "Y" | "yes"))
+}
