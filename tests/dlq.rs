@@ -243,6 +243,8 @@ fn a_crash_while_letters_are_handled_again_finds_the_request() {
     outside::ask(dir.path(), "c", Request::Reprocess(Letters::All)).unwrap();
     let builder = game.engine.consumer("c").retry(once()).health(patient());
     let consumer = builder.start(move |_, _| {
+        // Time for the records of those before.
+        std::thread::sleep(Duration::from_millis(5));
         // What a crash leaves here: the first two are handled, the third is not.
         if count.fetch_add(1, Ordering::SeqCst) == 2 {
             std::thread::sleep(Duration::from_millis(2500));
@@ -312,7 +314,9 @@ fn a_poller_looks_for_requests_once_a_second_and_puts_aside_what_does_not_hold()
     now.store(999, Ordering::SeqCst);
     assert!(poller.next().unwrap().is_none());
     now.store(1000, Ordering::SeqCst);
-    for _ in 0..2 {
+    for n in 0..2 {
+        // Records are written some milliseconds apart.
+        now.store(1000 + 5 * n, Ordering::SeqCst);
         let delivery = poller.next().unwrap().unwrap();
         assert_eq!(poller.event(&delivery).unwrap().1.key, Key::new(2));
         poller.succeeded(delivery).unwrap();

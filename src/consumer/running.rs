@@ -254,6 +254,7 @@ impl<E: Event> Shell<E> {
             work += self.driver.step(self.now())?;
             let is_stopping = self.control.stopping.load(Ordering::SeqCst);
             if !is_stopping {
+                let until = self.now() + SLICE_TIME;
                 while let Some(job) = self.driver.next_job(self.now())? {
                     work += 1;
                     if is_alone {
@@ -261,7 +262,7 @@ impl<E: Event> Shell<E> {
                         let outcome = job.execute::<E>(&name, &mut finders[job.desk], &mut access, &mut handler);
                         let now = self.end_slice();
                         self.driver.done(job, outcome, now)?;
-                        if self.control.is_called() {
+                        if now > until || self.control.is_called() {
                             break;
                         }
                     } else {
