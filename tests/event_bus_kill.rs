@@ -15,9 +15,9 @@ use rand::{Rng as _, SeedableRng as _};
 use rusqlite::{Connection, OpenFlags};
 
 /// Lines of the input that are used.
-const LINES: u64 = 100_000;
+const LINES: u64 = 50_000;
 /// Kills per store.
-const KILLS: u64 = 4;
+const KILLS: u64 = 3;
 
 /// The example, built as this test is.
 fn example() -> PathBuf {

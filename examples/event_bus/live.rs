@@ -58,6 +58,10 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     for service in [database, notifications, leaderboard] {
         ensure!(service.drain(deadline), "{}: {:?}", service.name(), service.report());
     }
+    for service in &services.0 {
+        // The lag counts from the saved position.
+        service.save()?;
+    }
     // Nothing is published any more.
     let reports = services.0.each_ref().map(|service| service.report());
     for (at, report) in reports.iter().enumerate() {
@@ -80,7 +84,10 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let services = Services::start(&engine, 0, &seen)?;
     ensure!(engine.drain_consumers(soon()), "{:?}", engine.consumers());
     let seconds = began.elapsed().as_secs_f64();
-    services.0.iter().for_each(|service| show(&service.report()));
+    for service in &services.0 {
+        service.save()?;
+        show(&service.report());
+    }
     let handled = services.0[0].report().handled;
     println!("analytics handled {} in {seconds:.2} s", grouped(handled));
     for (at, (name, seen)) in NAMES.iter().zip(&seen).enumerate() {
