@@ -96,6 +96,7 @@ struct Readme;
 #[doc = include_str!("../docs/commands.md")]
 #[doc = include_str!("../docs/views.md")]
 #[doc = include_str!("../docs/ordering.md")]
+#[doc = include_str!("../docs/services.md")]
 #[doc = include_str!("../docs/schema-evolution.md")]
 #[doc = include_str!("../docs/testing.md")]
 struct Chapters;

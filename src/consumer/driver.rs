@@ -150,7 +150,8 @@ impl<E: Event> Driver<E> {
     /// A bounded piece of everything that is not a handler's: takes up requests, reads, moves keys whose time has come, writes records, saves, tells who
     /// waits. Returns the work done.
     pub(crate) fn step(&mut self, now: Duration) -> Result<usize, ConsumerError> {
-        let mut work = self.carry_out_requests(now);
+        let mut work = self.write_records(now);
+        work += self.carry_out_requests(now);
         let is_in_place = self.is_in_place && self.health.is_healthy();
         for desk in &mut self.desks {
             work += desk.lanes.tick(now);
@@ -158,7 +159,6 @@ impl<E: Event> Driver<E> {
                 work += desk.offer(&self.settings, &self.letters, is_in_place)?;
             }
         }
-        work += self.write_records(now);
         work += usize::from(self.save_if_due(now));
         self.tell_waiting();
         Ok(work)

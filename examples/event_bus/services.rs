@@ -1,0 +1,112 @@
+//! The four services. What they would do takes its time; here they sleep for it, and note the order in which they see events.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::sleep;
+use std::time::Duration;
+
+use anyhow::Result;
+use corelane::consumer::Consumer;
+use corelane::{EventLog, HandlerError, Key, Meta, Version};
+
+use crate::game::{ArchivedGameEvent, BOUGHT, GameEvent, KILLED, LEVELLED_UP, MOVED};
+
+pub(crate) const NAMES: [&str; 4] = ["analytics", "database", "notifications", "leaderboard"];
+
+/// What each of them wants.
+const TYPES: [&[&str]; 4] =
+    [&[MOVED, KILLED, BOUGHT, LEVELLED_UP], &[KILLED, BOUGHT, LEVELLED_UP], &[LEVELLED_UP], &[KILLED, LEVELLED_UP]];
+
+/// What a service saw, over all starts of it.
+#[derive(Default)]
+pub(crate) struct Seen(Mutex<Noted>);
+
+#[derive(Default)]
+struct Noted {
+    /// Of each key the version handled last.
+    last: HashMap<Key, Version>,
+    events: u64,
+    /// A key whose events came in another order than they were published in, or twice.
+    wrong: Option<Key>,
+}
+
+impl Seen {
+    fn note(&self, meta: &Meta) {
+        let mut noted = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let last = noted.last.insert(meta.key, meta.version);
+        if last.is_some_and(|last| last >= meta.version) {
+            noted.wrong = Some(meta.key);
+        }
+        noted.events += 1;
+    }
+
+    /// How many events it saw, and a key whose order was not kept.
+    pub(crate) fn get(&self) -> (u64, Option<Key>) {
+        let noted = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        (noted.events, noted.wrong)
+    }
+}
+
+/// The running services, in the order of [`NAMES`].
+pub(crate) struct Services(pub(crate) [Consumer<GameEvent>; 4]);
+
+impl Services {
+    /// Starts them. With a cost of 0 they handle events on their own threads, where these lie in the log.
+    pub(crate) fn start(engine: &EventLog<GameEvent>, cost_percent: u32, seen: &[Arc<Seen>; 4]) -> Result<Self> {
+        let cost = |ms: u32| Duration::from_micros(u64::from(ms * cost_percent * 10));
+        let at_once = |keys: usize| if cost_percent == 0 { 1 } else { keys };
+        let analytics = engine
+            .subscribe(NAMES[0])
+            .types(TYPES[0].to_vec())
+            .concurrency(at_once(64))
+            .on(taking(cost(3), &seen[0]))?;
+        let database = engine
+            .subscribe(NAMES[1])
+            .types(TYPES[1].to_vec())
+            .concurrency(at_once(32))
+            .on(taking(cost(10), &seen[1]))?;
+        let (mail_cost, mailed) = (cost(100), Arc::clone(&seen[2]));
+        let notifications = engine.subscribe(NAMES[2]).types(TYPES[2].to_vec()).concurrency(at_once(64)).start_with(
+            move |_event: &ArchivedGameEvent, meta: &Meta, call: &_| {
+                // The key goes with the mail: by it the mail server drops what it has had before.
+                call.effect(|key| send_mail(&key.to_string(), mail_cost, meta, call.attempt()))?;
+                mailed.note(meta);
+                Ok(())
+            },
+        )?;
+        let leaderboard = engine
+            .subscribe(NAMES[3])
+            .types(TYPES[3].to_vec())
+            .concurrency(at_once(16))
+            .on(taking(cost(5), &seen[3]))?;
+        Ok(Self([analytics, database, notifications, leaderboard]))
+    }
+
+    /// The types that the service at this place wants.
+    pub(crate) fn types(at: usize) -> &'static [&'static str] {
+        TYPES[at]
+    }
+}
+
+/// A handler that takes so long.
+fn taking(
+    cost: Duration,
+    seen: &Arc<Seen>,
+) -> impl Fn(&ArchivedGameEvent, &Meta) -> Result<(), HandlerError> + Send + Sync + 'static {
+    let seen = Arc::clone(seen);
+    move |_, meta| {
+        if !cost.is_zero() {
+            sleep(cost);
+        }
+        seen.note(meta);
+        Ok(())
+    }
+}
+
+/// A mail server that is busy now and then.
+fn send_mail(_idempotency_key: &str, cost: Duration, meta: &Meta, attempt: u32) -> Result<(), HandlerError> {
+    if !cost.is_zero() {
+        sleep(cost);
+    }
+    if attempt == 1 && meta.key.hash() % 32 == 0 { Err("the mail server is busy".into()) } else { Ok(()) }
+}
