@@ -159,10 +159,12 @@ impl<E: Event> Driver<E> {
         let entries: Vec<Entry<'_>> = self.tried.iter().take(count).map(Tried::entry).collect();
         self.letters.write(&entries)?;
         for Tried { id, key, error, .. } in self.tried.drain(..count).collect::<Vec<_>>() {
-            if error.is_some() {
+            if error.is_none() {
+                self.unpark(id, key, 1);
+            }
+            if error.is_some() || self.letters.oldest_of(key).is_none() {
                 self.reprocessing.end(key);
             } else {
-                self.unpark(id, key, 1);
                 self.reprocessing.come_back(key);
             }
         }
