@@ -164,11 +164,12 @@ pub(super) fn start<E: Event>(
         waker: None,
     };
     // The workers before who drives: until it runs, they have nothing to do and end with the channel.
+    let mut workers = Vec::new();
     if concurrency > 1 {
         for i in 0..concurrency {
             let worker = Worker::new(&shell, jobs_rx.clone(), outcomes_tx.clone());
             let handler = std::sync::Arc::clone(&handler);
-            spawn(&services, format!("{name}-{i}"), move || worker.run(&*handler))?;
+            workers.push(spawn(&services, format!("{name}-{i}"), move || worker.run(&*handler))?);
         }
     }
     drop((jobs_rx, outcomes_tx));
@@ -189,9 +190,16 @@ pub(super) fn start<E: Event>(
             tracing::error!(consumer = left, failure, "a consumer ended");
         }
         lock(&ending.report).failure = failure;
+        let is_any_out = shell.driver.running() > 0;
         drop(shell);
         drop(ending.asks.close());
+        if !is_any_out {
+            // They have nothing to do any more, and what they hold goes with them.
+            workers.into_iter().for_each(|worker| drop(worker.join()));
+        }
         leaving.left(&left);
+        // With it the store's lock: who waits for the end may open the store again.
+        drop(leaving);
         // Release: pairs with the Acquire in `has_ended`.
         ending.ended.store(1, Ordering::Release);
         ending.ending.reached(1);
@@ -207,10 +215,9 @@ pub(super) fn spawn(
     services: &Services,
     name: String,
     body: impl FnOnce() + Send + 'static,
-) -> Result<(), ConsumerError> {
+) -> Result<thread::JoinHandle<()>, ConsumerError> {
     let spawned = thread::Builder::new().name(format!("corelane-{name}")).spawn(body);
     spawned
-        .map(drop)
         .map_err(|source| OpenError::Io { action: "starting a thread for", path: services.dir(&name), source }.into())
 }
 
