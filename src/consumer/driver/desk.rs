@@ -103,6 +103,10 @@ impl<E: Event> Desk<E> {
     /// Whether the event ahead was done in a former life.
     fn is_done_before(&mut self, offset: Offset, letters: &Letters) -> bool {
         if let Some((read, unfinished)) = &mut self.restored {
+            // Of a type that was wanted then, and is not now.
+            while unfinished.front().is_some_and(|first| *first < offset) {
+                unfinished.pop_front();
+            }
             if offset >= *read {
                 self.restored = None;
             } else if unfinished.front() == Some(&offset) {
