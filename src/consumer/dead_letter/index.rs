@@ -115,6 +115,10 @@ impl Index {
         }
     }
 
+    pub(super) fn forget_known(&mut self) {
+        self.known.clear();
+    }
+
     /// A letter's bytes, if it is one that waits.
     pub(super) fn bytes_of(&self, name: Name) -> Option<u64> {
         self.letters.get(&name).map(|(place, _)| u64::from(place.bytes))

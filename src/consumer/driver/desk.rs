@@ -76,16 +76,14 @@ impl<E: Event> Desk<E> {
         Ok(Self { log, syncer, lock, hold, reader, finder, lanes, policy, restored, records_until, effects_from })
     }
 
-    /// Goes to another position; what is unfinished is forgotten here, since it lies there or is left behind on purpose. Nothing is out.
-    pub(super) fn set_to(&mut self, position: Offset, settings: &Settings) -> Result<(), ConsumerError> {
-        let reader = Reader::at(Arc::clone(&self.log), position, std::sync::Arc::clone(&self.lock))?;
+    /// Goes elsewhere; what is unfinished is forgotten here, since it lies there or is left behind on purpose. Nothing is out.
+    pub(super) fn set_to(&mut self, reader: Reader<E>, settings: &Settings) {
         let done = self.lanes.checkpoint();
-        self.lanes = Lanes::new(self.policy.clone(), position)?;
+        self.lanes = Lanes::new(self.policy.clone(), reader.offset()).expect("its policy was taken before");
         self.reader = reader.with_sight(settings.sight);
         self.restored = None;
         self.records_until = Offset(self.log.appended.get());
         self.effects_from = self.effects_from.max(done);
-        Ok(())
     }
 
     pub(super) fn id(&self, offset: Offset) -> EventId {
@@ -101,7 +99,7 @@ impl<E: Event> Desk<E> {
     }
 
     /// Whether the event ahead was done in a former life.
-    fn is_done_before(&mut self, offset: Offset, letters: &Letters) -> bool {
+    fn is_done_before(&mut self, key: Key, offset: Offset, letters: &Letters) -> bool {
         if let Some((read, unfinished)) = &mut self.restored {
             // Of a type that was wanted then, and is not now.
             while unfinished.front().is_some_and(|first| *first < offset) {
@@ -115,7 +113,9 @@ impl<E: Event> Desk<E> {
                 return true;
             }
         }
-        offset < self.records_until && letters.knows(self.id(offset))
+        let id = self.id(offset);
+        // A letter that waits is known also where the checkpoint was past it: the consumer was set back.
+        offset < self.records_until && (letters.knows(id) || letters.waits(key, id))
     }
 
     /// Offers events of the log to the lanes, until enough are ready, there is no room, or the log ends. Returns how many it looked at.
@@ -133,7 +133,8 @@ impl<E: Event> Desk<E> {
         while is_others && read < READ_MAX && self.lanes.ready() < ready_max && self.lanes.has_room() {
             let Some(ahead) = self.wanted(&settings.filter)? else { break };
             let offset = self.reader.offset();
-            if !self.is_done_before(offset, letters) && self.lanes.offer(ahead.header.key, offset).is_err() {
+            let key = ahead.header.key;
+            if !self.is_done_before(key, offset, letters) && self.lanes.offer(key, offset).is_err() {
                 break;
             }
             self.reader.pass(&ahead);
