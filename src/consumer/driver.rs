@@ -153,8 +153,9 @@ impl<E: Event> Driver<E> {
             }
         }
         work += self.write_records(now);
-        work += usize::from(self.save_if_due(now));
+        // Before records are forgotten because the checkpoint is past them.
         self.tell_waiting();
+        work += usize::from(self.save_if_due(now));
         Ok(work)
     }
 
@@ -406,7 +407,8 @@ impl<E: Event> Driver<E> {
                 i += 1;
                 continue;
             }
-            let is_recorded = letters.knows(desk.id(*offset));
+            let id = desk.id(*offset);
+            let is_recorded = letters.knows(id) || letters.waits(*key, id);
             self.waiting.swap_remove(i).keeping.keep(if is_recorded { Handled::Recorded } else { Handled::Yes });
         }
     }

@@ -198,7 +198,8 @@ impl<E: Event> Driver<E> {
     pub(super) fn next_letter(&mut self) -> Result<Option<(usize, What)>, ConsumerError> {
         while let Some(key) = self.reprocessing.waiting.pop_front() {
             let id = self.letters.oldest_of(key);
-            let found = id.map(|id| self.letters.show(key, id)).transpose()?.flatten();
+            let found = id.map(|id| self.letters.show(key, id)).transpose();
+            let found = found.inspect_err(|_| self.reprocessing.waiting.push_front(key))?.flatten();
             let Some((letter, archive)) = found else {
                 self.reprocessing.end(key);
                 continue;
@@ -218,10 +219,14 @@ impl<E: Event> Driver<E> {
             None => Entry::Handled { id, key, time },
             Some(error) => Entry::FailedAgain { id, key, attempts: attempts.saturating_add(1), error, time },
         };
+        // It may have made room for others meanwhile; then its key has fewer already.
+        let is_there = self.letters.waits(key, id);
         let written = self.letters.write(&[entry]);
         match written {
             Ok(_) if error.is_none() => {
-                self.unpark(id, key, 1);
+                if is_there {
+                    self.unpark(id, key, 1);
+                }
                 self.reprocessing.waiting.push_back(key);
             }
             Ok(_) => self.reprocessing.end(key),
