@@ -227,7 +227,7 @@ impl Letters {
     /// They are known again after a restart.
     pub(crate) fn forget_ended(&mut self) -> Result<(), LettersError> {
         let LetterStatistics { handled, discarded, skipped, .. } = self.statistics();
-        self.index.forget_known();
+        self.index.forget_ended();
         if handled + discarded + skipped > 0 {
             // A new file has nothing of them but their counts.
             self.compact()?;

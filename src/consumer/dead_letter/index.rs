@@ -115,8 +115,10 @@ impl Index {
         }
     }
 
-    pub(super) fn forget_known(&mut self) {
-        self.known.clear();
+    /// Of events that had an entry, only letters that wait are known still.
+    pub(super) fn forget_ended(&mut self) {
+        let id = |(&(_, offset), &(_, shard)): (&Name, &(Place, ShardId))| EventId { shard, offset };
+        self.known = self.letters.iter().map(id).collect();
     }
 
     /// A letter's bytes, if it is one that waits.

@@ -99,7 +99,7 @@ impl<E: Event> Desk<E> {
     }
 
     /// Whether the event ahead was done in a former life.
-    fn is_done_before(&mut self, key: Key, offset: Offset, letters: &Letters) -> bool {
+    fn is_done_before(&mut self, offset: Offset, letters: &Letters) -> bool {
         if let Some((read, unfinished)) = &mut self.restored {
             // Of a type that was wanted then, and is not now.
             while unfinished.front().is_some_and(|first| *first < offset) {
@@ -113,9 +113,7 @@ impl<E: Event> Desk<E> {
                 return true;
             }
         }
-        let id = self.id(offset);
-        // A letter that waits is known also where the checkpoint was past it: the consumer was set back.
-        offset < self.records_until && (letters.knows(id) || letters.waits(key, id))
+        offset < self.records_until && letters.knows(self.id(offset))
     }
 
     /// Offers events of the log to the lanes, until enough are ready, there is no room, or the log ends. Returns how many it looked at.
@@ -133,8 +131,7 @@ impl<E: Event> Desk<E> {
         while is_others && read < READ_MAX && self.lanes.ready() < ready_max && self.lanes.has_room() {
             let Some(ahead) = self.wanted(&settings.filter)? else { break };
             let offset = self.reader.offset();
-            let key = ahead.header.key;
-            if !self.is_done_before(key, offset, letters) && self.lanes.offer(key, offset).is_err() {
+            if !self.is_done_before(offset, letters) && self.lanes.offer(ahead.header.key, offset).is_err() {
                 break;
             }
             self.reader.pass(&ahead);
@@ -216,6 +213,11 @@ impl<E: Event> Desk<E> {
         let is_unfinished = self.lanes.first_of(key).is_some_and(|first| first <= offset);
         let may_be_restored = self.restored.as_ref().is_some_and(|(_, unfinished)| !unfinished.is_empty());
         self.reader.offset() > offset && !is_unfinished && !may_be_restored
+    }
+
+    /// Whether of the key nothing at or before `offset` is unread or unfinished.
+    pub(super) fn is_past(&self, key: Key, offset: Offset) -> bool {
+        self.reader.offset() > offset && self.lanes.first_of(key).is_none_or(|first| first > offset)
     }
 
     /// Whether everything that may be seen now is done.

@@ -83,14 +83,21 @@ impl<E: Event> Driver<E> {
         }
         // A record speaks of an event that the log cannot lose any more.
         let durable = |unwritten: &&Unwritten| self.desks[unwritten.desk].is_durable(unwritten.record.offset());
-        let count = self.unwritten.iter().take(WRITE_MAX).take_while(durable).count();
+        let mut count = self.unwritten.iter().take(WRITE_MAX).take_while(durable).count();
         if count == 0 {
             if !self.unwritten.is_empty() {
                 self.write_at = self.write_at.max(now + Duration::from_micros(500));
             }
             return 0;
         }
-        match self.write(count) {
+        let written = loop {
+            match self.write(count) {
+                // There may be room for some of them.
+                Err(WriteRefused::Full) if count > 1 => count /= 2,
+                written => break written,
+            }
+        };
+        match written {
             Ok(written) => {
                 for _ in 0..count {
                     let Some(Unwritten { desk, record, .. }) = self.unwritten.pop_front() else { break };
@@ -196,8 +203,14 @@ impl<E: Event> Driver<E> {
 
     /// The next letter that is to be handled again.
     pub(super) fn next_letter(&mut self) -> Result<Option<(usize, What)>, ConsumerError> {
-        while let Some(key) = self.reprocessing.waiting.pop_front() {
+        for _ in 0..self.reprocessing.waiting.len() {
+            let Some(key) = self.reprocessing.waiting.pop_front() else { break };
             let id = self.letters.oldest_of(key);
+            if id.is_some_and(|id| self.halted.is_none() && !self.desks[usize::from(id.shard.0)].is_past(key, id.offset)) {
+                // Older events of the key are to be letters before it: the consumer was set back.
+                self.reprocessing.waiting.push_back(key);
+                continue;
+            }
             let found = id.map(|id| self.letters.show(key, id)).transpose();
             let found = found.inspect_err(|_| self.reprocessing.waiting.push_front(key))?.flatten();
             let Some((letter, archive)) = found else {
