@@ -34,10 +34,23 @@ struct Disk {
     segment_bytes_left: Option<u64>,
     operations: u64,
     fail_operation_at: Option<u64>,
+    /// Operations and syncs together.
+    gone_at: Option<u64>,
     held: bool,
     side_files_refused: bool,
+    files_refused: bool,
     /// Which run of the machine this is.
     boot: u64,
+}
+
+impl Disk {
+    fn takes_files(&self) -> io::Result<()> {
+        if self.files_refused { Err(io::ErrorKind::StorageFull.into()) } else { Ok(()) }
+    }
+
+    fn is_gone(&self) -> bool {
+        self.gone_at.is_some_and(|at| self.operations + self.syncs >= at)
+    }
 }
 
 #[derive(Debug, Clone)]
@@ -81,6 +94,7 @@ impl FaultyStorage {
         disk.files = names.into_iter().map(|(path, file)| (path, file.after_crash(&mut random))).collect();
         disk.durable_names = disk.files.clone();
         disk.locked = false;
+        disk.gone_at = None;
         disk.boot += 1;
     }
 
@@ -131,6 +145,13 @@ impl FaultyStorage {
         disk.fail_operation_at = Some(disk.operations + n);
     }
 
+    /// Before the `n`-th operation or sync from now (1 is the next) the disk is gone: that one and all others fail, and what it holds
+    /// stays as it is until a power cut.
+    pub fn be_gone(&self, n: u64) {
+        let mut disk = lock(&self.0);
+        disk.gone_at = Some(disk.operations + disk.syncs + n);
+    }
+
     /// From now on no file of saved states can be made, until this is taken back.
     pub fn refuse_side_files(&self, refused: bool) {
         lock(&self.0).side_files_refused = refused;
@@ -140,6 +161,11 @@ impl FaultyStorage {
     pub fn heal(&self) {
         let mut disk = lock(&self.0);
         (disk.fail_sync_at, disk.fail_operation_at) = (None, None);
+    }
+
+    /// From now on nothing can be written into any file but segments that are there, as on a full disk, until this is taken back.
+    pub fn refuse_files(&self, refused: bool) {
+        lock(&self.0).files_refused = refused;
     }
 
     /// Bytes of segments that may still be created before the disk is full; `None` for no limit.
@@ -173,7 +199,7 @@ impl FaultyStorage {
     fn operation<T>(&self, body: impl FnOnce(&mut Disk) -> io::Result<T>) -> io::Result<T> {
         let mut disk = self.answering();
         disk.operations += 1;
-        if disk.fail_operation_at == Some(disk.operations) {
+        if disk.is_gone() || disk.fail_operation_at == Some(disk.operations) {
             return Err(io::Error::other("injected failure of an operation"));
         }
         body(&mut disk)
@@ -232,7 +258,8 @@ struct Side(FaultyStorage, Arc<Mutex<(Vec<u8>, Vec<u8>)>>);
 
 impl SideFile for Side {
     fn append(&self, content: &[u8]) -> io::Result<()> {
-        self.0.operation(|_| {
+        self.0.operation(|disk| {
+            disk.takes_files()?;
             lock(&self.1).0.extend_from_slice(content);
             Ok(())
         })
@@ -252,7 +279,7 @@ impl SideFile for Side {
     fn sync(&self) -> io::Result<()> {
         let mut disk = self.0.answering();
         disk.syncs += 1;
-        if disk.fail_sync_at == Some(disk.syncs) {
+        if disk.is_gone() || disk.fail_sync_at == Some(disk.syncs) {
             return Err(io::Error::other("injected failure of a sync"));
         }
         let content = &mut *lock(&self.1);
@@ -300,6 +327,7 @@ impl Storage for FaultyStorage {
 
     fn write(&self, path: &Path, content: &[u8]) -> io::Result<()> {
         self.operation(|disk| {
+            disk.takes_files()?;
             disk.files.insert(path.to_owned(), File::Small(Arc::new(Mutex::new((content.to_vec(), content.to_vec())))));
             Ok(())
         })
@@ -319,6 +347,7 @@ impl Storage for FaultyStorage {
 
     fn create_side(&self, path: &Path) -> io::Result<Box<dyn SideFile>> {
         self.operation(|disk| {
+            disk.takes_files()?;
             if disk.side_files_refused {
                 return Err(io::Error::other("injected refusal of a side file"));
             }
@@ -365,7 +394,7 @@ impl Storage for FaultyStorage {
         // Locked to the end, so that a power cut comes before or after it.
         let mut disk = self.answering();
         disk.syncs += 1;
-        if disk.fail_sync_at == Some(disk.syncs) {
+        if disk.is_gone() || disk.fail_sync_at == Some(disk.syncs) {
             return Err(io::Error::other("injected failure of a sync"));
         }
         memory.heap_backing().ok_or_else(|| io::Error::other("not a segment of this disk"))?.sync(range);

@@ -207,7 +207,7 @@ impl Letters {
     /// Whether the key's event is a letter now, or has an entry (as parked or skipped, dealt with or not) that nobody has forgotten:
     /// it is not to be offered, after a restart or where a consumer was set back.
     pub(crate) fn has(&self, key: Key, id: EventId) -> bool {
-        self.index.knows(id) || self.index.bytes_of((key, id.offset)).is_some()
+        self.index.knows(id) || self.waits(key, id)
     }
 
     /// Whether there is any event that [`Letters::has`].
@@ -215,9 +215,29 @@ impl Letters {
         self.index.knows_any() || self.len() > 0
     }
 
+    /// Whether the event is a letter that waits.
+    pub(crate) fn waits(&self, key: Key, id: EventId) -> bool {
+        self.index.bytes_of((key, id.offset)).is_some()
+    }
+
     /// The consumer's checkpoint is durable at `offset`: nobody will ask about events below.
     pub(crate) fn forget_below(&mut self, shard: ShardId, offset: Offset) {
         self.index.forget_below(shard, offset);
+    }
+
+    /// The consumer is set elsewhere, and its checkpoint is durable: only letters that wait are known of from here on, also after a
+    /// restart. What was handled, discarded or skipped may be offered and recorded again.
+    ///
+    /// # Errors
+    /// They are known again after a restart.
+    pub(crate) fn forget_ended(&mut self) -> Result<(), LettersError> {
+        let LetterStatistics { handled, discarded, skipped, .. } = self.statistics();
+        self.index.forget_ended();
+        if handled + discarded + skipped > 0 {
+            // A new file has nothing of them but their counts.
+            self.compact()?;
+        }
+        Ok(())
     }
 
     /// How many letters of a key wait. Counts them.

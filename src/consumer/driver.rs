@@ -159,18 +159,18 @@ impl<E: Event> Driver<E> {
                 work += desk.offer(&self.settings, &self.letters, is_in_place)?;
             }
         }
-        work += usize::from(self.save_if_due(now));
+        // Before records are forgotten because the checkpoint is past them.
         self.tell_waiting();
+        work += usize::from(self.save_if_due(now));
         Ok(work)
     }
 
     /// The next event that may run now, with leave from the service's health.
     pub(crate) fn next_job(&mut self, now: Duration) -> Result<Option<Job>, ConsumerError> {
-        if self.running >= self.settings.concurrency
-            || self.halted.is_some()
-            || self.is_paused
-            || now < self.admitted_at
-        {
+        // Letters that are handled make room for others, so they may run where there is none.
+        let is_full = self.halted == Some(HaltCause::DeadLettersFull);
+        let is_halted = self.halted.is_some() && !is_full;
+        if self.running >= self.settings.concurrency || is_halted || self.is_paused || now < self.admitted_at {
             return Ok(None);
         }
         // Letters first: they are older than anything else of their keys.
@@ -182,6 +182,9 @@ impl<E: Event> Driver<E> {
                     Ok(None)
                 }
             };
+        }
+        if is_full {
+            return Ok(None);
         }
         let count = self.desks.len();
         let desk = (0..count).map(|i| (self.next_desk + i) % count).find(|desk| self.desks[*desk].lanes.may_run());

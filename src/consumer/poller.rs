@@ -6,13 +6,14 @@ use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
 use super::alarm::Alarm;
+use super::dead_letter::answer::DeadLetter;
 use super::driver::execute::{Failed, Job};
 use super::driver::{Driver, Letters};
 use super::error::ConsumerError;
 use super::report::ConsumerReport;
 use super::services::Services;
 use super::settings::Start;
-use crate::event::{Event, EventId, Key, Meta};
+use crate::event::{Event, EventId, Key, Meta, Offset};
 use crate::handler::HandlerError;
 use crate::log::finder::Finder;
 use crate::log::fold::Access;
@@ -195,6 +196,14 @@ impl<E: Event> Poller<E> {
     #[must_use]
     pub fn report(&self) -> ConsumerReport {
         ConsumerReport::of(&self.driver, (self.clock)())
+    }
+
+    /// Its dead letters; see [`super::Consumer::dead_letters`].
+    ///
+    /// # Errors
+    /// What the files say.
+    pub fn dead_letters(&self, after: Option<(Key, Offset)>, max: usize) -> Result<Vec<DeadLetter>, ConsumerError> {
+        Ok(self.driver.letters().list(after, max)?)
     }
 
     /// Lets dead letters be delivered again; see [`super::Consumer::reprocess`].

@@ -198,6 +198,7 @@ pub(super) fn start<E: Event>(
             tracing::error!(consumer = left, "a worker panicked outside the handler");
         }
         leaving.left(&left);
+        // With it the store's lock: who waits for the end may open the store again.
         drop(leaving);
         // Release: pairs with the Acquire in `has_ended`.
         ending.ended.store(1, Ordering::Release);

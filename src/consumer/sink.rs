@@ -330,6 +330,7 @@ impl<E: Event, S: Sink<E>> Pump<E, S> {
         lock(&control.report).failure = failure;
         drop(self);
         services.left(&name);
+        // With it the store's lock: who waits for the end may open the store again.
         drop(services);
         // Release: pairs with the Acquire in `has_ended`.
         control.ended.store(1, Ordering::Release);

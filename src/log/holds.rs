@@ -49,9 +49,22 @@ impl Holds {
         hold.keeper.signal.notify();
     }
 
+    /// Everything from here on is needed again, as far as it is there when this returns.
+    pub(crate) fn lower(&self, hold: &Hold, from: Offset) {
+        let _nothing_is_being_freed = lock(&self.0);
+        hold.set(hold.get().min(from));
+    }
+
     /// Nothing from here on may be freed; `None` where nobody needs anything.
     pub(crate) fn lowest(&self) -> Option<Offset> {
         lock(&self.0).iter().map(|hold| hold.get()).min()
+    }
+
+    /// Frees what lies below `freed_to`, if nobody needs it; meanwhile nobody comes who does.
+    pub(crate) fn free<T>(&self, freed_to: Offset, free: impl FnOnce() -> T) -> Option<T> {
+        let holds = lock(&self.0);
+        let is_held = holds.iter().any(|hold| hold.get() < freed_to);
+        (!is_held).then(free)
     }
 }
 

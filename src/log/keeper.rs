@@ -287,12 +287,17 @@ impl Keeper {
             }
             return Ok(worked);
         }
-        // The span first: after a crash in between, the file is surplus, not missing.
         let span = Span { first: next.index, ..kept.span };
-        span.save(&*self.storage, &kept.log.dir)?;
-        kept.span = span;
         drop((oldest, next));
-        if let Some(freed) = kept.log.pop_oldest() {
+        // A consumer that comes now finds it held, or gone.
+        let freed = kept.log.holds.free(Offset(freed_to), || {
+            // The span first: after a crash in between, the file is surplus, not missing.
+            span.save(&*self.storage, &kept.log.dir)?;
+            Ok::<_, io::Error>(kept.log.pop_oldest())
+        });
+        let Some(freed) = freed.transpose()? else { return Ok(worked) };
+        kept.span = span;
+        if let Some(freed) = freed {
             kept.retiring.push((kept.log.segment_path(freed.index), freed.memory));
             kept.counters.segments_freed.add(1);
         }

@@ -119,6 +119,12 @@ impl Index {
         }
     }
 
+    /// Of events that had an entry, only letters that wait are known still.
+    pub(super) fn forget_ended(&mut self) {
+        let id = |(&(_, offset), &(_, shard)): (&Name, &(Place, ShardId))| EventId { shard, offset };
+        self.known = self.letters.iter().map(id).collect();
+    }
+
     /// A letter's bytes, if it is one that waits.
     pub(super) fn bytes_of(&self, name: Name) -> Option<u64> {
         self.letters.get(&name).map(|(place, _)| u64::from(place.bytes))

@@ -81,21 +81,14 @@ impl<E: Event> Desk<E> {
         Ok(Self { log, syncer, lock, hold, reader, finder, lanes, policy, restored, records_until, effects_from })
     }
 
-    /// Goes to another position; what is unfinished is forgotten here, since it lies there or is left behind on purpose. Nothing is out.
-    pub(super) fn set_to(
-        &mut self,
-        position: Offset,
-        settings: &Settings,
-        letters: &Letters,
-    ) -> Result<(), ConsumerError> {
-        let reader = Reader::at(Arc::clone(&self.log), position, std::sync::Arc::clone(&self.lock))?;
+    /// Goes elsewhere; what is unfinished is forgotten here, since it lies there or is left behind on purpose. Nothing is out.
+    pub(super) fn set_to(&mut self, reader: Reader<E>, settings: &Settings, letters: &Letters) {
         let done = self.lanes.checkpoint();
-        self.lanes = Lanes::new(self.policy.clone(), position)?;
+        self.lanes = Lanes::new(self.policy.clone(), reader.offset()).expect("its policy was taken before");
         self.reader = reader.with_sight(settings.sight);
         self.restored = None;
         self.records_until = records_until(&self.log, letters);
         self.effects_from = self.effects_from.max(done);
-        Ok(())
     }
 
     pub(super) fn id(&self, offset: Offset) -> EventId {
@@ -119,6 +112,10 @@ impl<E: Event> Desk<E> {
     #[cold]
     fn was_done(&mut self, key: Key, offset: Offset, letters: &Letters) -> bool {
         if let Some((read, unfinished)) = &mut self.restored {
+            // Of a type that was wanted then, and is not now.
+            while unfinished.front().is_some_and(|first| *first < offset) {
+                unfinished.pop_front();
+            }
             if offset >= *read {
                 self.restored = None;
             } else if unfinished.front() == Some(&offset) {
@@ -226,6 +223,11 @@ impl<E: Event> Desk<E> {
         let is_unfinished = self.lanes.first_of(key).is_some_and(|first| first <= offset);
         let may_be_restored = self.restored.as_ref().is_some_and(|(_, unfinished)| !unfinished.is_empty());
         self.reader.offset() > offset && !is_unfinished && !may_be_restored
+    }
+
+    /// Whether of the key nothing at or before `offset` is unread or unfinished.
+    pub(super) fn is_past(&self, key: Key, offset: Offset) -> bool {
+        self.reader.offset() > offset && self.lanes.first_of(key).is_none_or(|first| first > offset)
     }
 
     /// Whether everything that may be seen now is done.

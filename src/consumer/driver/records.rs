@@ -151,15 +151,19 @@ impl<E: Event> Driver<E> {
     }
 
     /// What became of letters.
-    fn write_tried(&mut self) -> Result<usize, WriteRefused> {
+    pub(super) fn write_tried(&mut self) -> Result<usize, WriteRefused> {
         let count = self.tried.len().min(WRITE_MAX);
         if count == 0 {
             return Ok(0);
         }
+        // One may have made room for others meanwhile; then its key has fewer already.
+        let waited: Vec<bool> =
+            self.tried.iter().take(count).map(|tried| self.letters.waits(tried.key, tried.id)).collect();
         let entries: Vec<Entry<'_>> = self.tried.iter().take(count).map(Tried::entry).collect();
         self.letters.write(&entries)?;
-        for Tried { id, key, error, .. } in self.tried.drain(..count).collect::<Vec<_>>() {
-            if error.is_none() {
+        let tried: Vec<Tried> = self.tried.drain(..count).collect();
+        for (Tried { id, key, error, .. }, waited) in tried.into_iter().zip(waited) {
+            if error.is_none() && waited {
                 self.unpark(id, key, 1);
             }
             if error.is_some() || self.letters.oldest_of(key).is_none() {
@@ -310,9 +314,18 @@ impl<E: Event> Driver<E> {
 
     /// The next letter that is to be handled again.
     pub(super) fn next_letter(&mut self) -> Result<Option<(usize, What)>, ConsumerError> {
-        while let Some(key) = self.reprocessing.take() {
+        for _ in 0..self.reprocessing.waiting.len() {
+            let Some(key) = self.reprocessing.take() else { break };
             let id = self.letters.oldest_of(key);
-            let found = id.map(|id| self.letters.show(key, id)).transpose()?.flatten();
+            if id
+                .is_some_and(|id| self.halted.is_none() && !self.desks[usize::from(id.shard.0)].is_past(key, id.offset))
+            {
+                // Older events of the key are to be letters before it: the consumer was set back.
+                self.reprocessing.come_back(key);
+                continue;
+            }
+            let found = id.map(|id| self.letters.show(key, id)).transpose();
+            let found = found.inspect_err(|_| self.reprocessing.come_back(key))?.flatten();
             let Some((letter, archive)) = found else {
                 self.reprocessing.end(key);
                 continue;

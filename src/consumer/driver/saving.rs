@@ -40,6 +40,11 @@ impl<E: Event> Desk<E> {
         Progress::new(position, read, self.effects_from, self.lanes.unfinished().chain(rest))
     }
 
+    fn reader_at(&self, start: Start) -> Result<Reader<E>, ReadError> {
+        let position = start_position::<E>(&self.log, &self.lock, start)?;
+        Reader::at(Arc::clone(&self.log), position, std::sync::Arc::clone(&self.lock))
+    }
+
     /// What changes when anything was done.
     fn mark(&self) -> (Offset, Offset, usize) {
         (self.lanes.checkpoint(), self.reader.offset(), self.lanes.statistics().unfinished)
@@ -93,17 +98,28 @@ impl<E: Event> Driver<E> {
     /// Sets the consumer elsewhere. Nothing may be out. Events before where it was have no side effects again; dead letters stay.
     pub(crate) fn seek(&mut self, start: Start) -> Result<(), ConsumerError> {
         assert_eq!(self.running, 0, "a consumer is set while nothing of it runs");
+        while self.write_tried()? > 0 {}
+        // What records say of events that ended, the checkpoint says from here on; set back, they come again.
+        self.save()?;
+        self.letters.forget_ended()?;
+        // Nothing is freed from here on, so the positions stay what they are.
+        self.desks.iter().for_each(|desk| desk.log.holds.lower(&desk.hold, Offset(0)));
+        let found: Result<Vec<_>, ReadError> = self.desks.iter().map(|desk| desk.reader_at(start)).collect();
+        let readers = match found {
+            Ok(readers) => readers,
+            Err(error) => {
+                // It stays where it is.
+                self.desks.iter().for_each(|desk| desk.hold.set(desk.lanes.checkpoint()));
+                return Err(error.into());
+            }
+        };
         // What is to be recorded is read again from the log.
         self.unwritten.clear();
         self.failing.clear();
-        let mut positions = Vec::new();
-        for desk in &self.desks {
-            positions.push(start_position::<E>(&desk.log, &desk.lock, start)?);
-        }
-        for (desk, position) in self.desks.iter_mut().zip(positions) {
-            // The hold first: what is gone to must not be freed meanwhile.
-            desk.hold.set(desk.hold.get().min(position));
-            desk.set_to(position, &self.settings, &self.letters)?;
+        for (desk, reader) in self.desks.iter_mut().zip(readers) {
+            // What is saved counts until the new position is.
+            desk.hold.set(desk.lanes.checkpoint().min(reader.offset()));
+            desk.set_to(reader, &self.settings, &self.letters);
         }
         for (key, shard, count) in self.letters.keys() {
             self.desks[usize::from(shard.0)].restore_parked(key, count)?;
