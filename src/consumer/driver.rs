@@ -87,8 +87,12 @@ pub(crate) struct Driver<E: Event> {
     failing: HashMap<EventId, Time>,
     unwritten: VecDeque<Unwritten>,
     tried: VecDeque<Tried>,
-    /// After a failed write, the next is tried then.
+    /// After a write that failed, the next is tried then.
     write_at: Duration,
+    /// The log is not durable as far as events that are to be recorded; it is looked at again then.
+    durable_at: Duration,
+    /// While there is other work, nothing is written before this.
+    gather_until: Duration,
     reprocessing: Reprocessing,
     requests: Requests,
     is_paused: bool,
@@ -138,6 +142,8 @@ impl<E: Event> Driver<E> {
             unwritten: VecDeque::new(),
             tried: VecDeque::new(),
             write_at: Duration::ZERO,
+            durable_at: Duration::ZERO,
+            gather_until: Duration::ZERO,
             reprocessing: Reprocessing::default(),
             requests: Requests::default(),
             is_paused: false,
@@ -148,9 +154,10 @@ impl<E: Event> Driver<E> {
     }
 
     /// A bounded piece of everything that is not a handler's: takes up requests, reads, moves keys whose time has come, writes records, saves, tells who
-    /// waits. Returns the work done.
-    pub(crate) fn step(&mut self, now: Duration) -> Result<usize, ConsumerError> {
-        let mut work = self.write_records(now);
+    /// waits. `is_idle` says that nothing
+    /// else was to be done since the last one. Returns the work done.
+    pub(crate) fn step(&mut self, now: Duration, is_idle: bool) -> Result<usize, ConsumerError> {
+        let mut work = self.write_records(now, is_idle);
         work += self.carry_out_requests(now);
         let is_in_place = self.is_in_place && self.health.is_healthy();
         for desk in &mut self.desks {
@@ -341,7 +348,7 @@ impl<E: Event> Driver<E> {
         let lanes = self.desks.iter().filter_map(|desk| desk.lanes.next_due()).min();
         let runnable = self.reprocessing.is_waiting() || self.desks.iter().any(|desk| desk.lanes.may_run());
         let admitted = (runnable && !self.health.is_healthy()).then_some(self.admitted_at);
-        let records = self.wants_to_write().then_some(self.write_at);
+        let records = self.write_due();
         let requests = Some(self.requests.look_at);
         [lanes, admitted, records, self.save_due(), requests].into_iter().flatten().min()
     }

@@ -77,7 +77,7 @@ impl<E: Event> Poller<E> {
             if let Some(job) = self.driver.next_job(now)? {
                 return Ok(Some(Delivery(job)));
             }
-            if self.driver.step(now)? == 0 {
+            if self.driver.step(now, true)? == 0 {
                 return Ok(self.driver.next_job(now)?.map(Delivery));
             }
         }
@@ -108,8 +108,7 @@ impl<E: Event> Poller<E> {
     /// # Errors
     /// What writing the consumer's files said.
     pub fn succeeded(&mut self, delivery: Delivery) -> Result<(), ConsumerError> {
-        let now = (self.clock)();
-        self.driver.done(delivery.0, Ok(()), now)
+        self.tell(delivery, Ok(()))
     }
 
     /// It failed: the consumer's policies say what becomes of it.
@@ -117,8 +116,7 @@ impl<E: Event> Poller<E> {
     /// # Errors
     /// As [`Poller::succeeded`].
     pub fn failed(&mut self, delivery: Delivery, error: impl Into<HandlerError>) -> Result<(), ConsumerError> {
-        let now = (self.clock)();
-        self.driver.done(delivery.0, Err(Failed::Handler(error.into())), now)
+        self.tell(delivery, Err(Failed::Handler(error.into())))
     }
 
     /// It cannot be decoded: its key is parked with it.
@@ -126,8 +124,15 @@ impl<E: Event> Poller<E> {
     /// # Errors
     /// As [`Poller::succeeded`].
     pub fn undecodable(&mut self, delivery: Delivery) -> Result<(), ConsumerError> {
+        self.tell(delivery, Err(Failed::Undecodable))
+    }
+
+    /// What became of a dead letter is durable when this returns, if it can be.
+    fn tell(&mut self, delivery: Delivery, outcome: Result<(), Failed>) -> Result<(), ConsumerError> {
         let now = (self.clock)();
-        self.driver.done(delivery.0, Err(Failed::Undecodable), now)
+        self.driver.done(delivery.0, outcome, now)?;
+        self.driver.record_tried(now);
+        Ok(())
     }
 
     /// Blocks until there may be something for [`Poller::next`], or the deadline.

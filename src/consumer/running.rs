@@ -252,7 +252,7 @@ impl<E: Event> Shell<E> {
             let mut work = asks.len();
             asks.into_iter().for_each(|ask| ask(&mut self.driver));
             work += self.take_outcomes()?;
-            work += self.driver.step(self.now())?;
+            work += self.driver.step(self.now(), self.idle_rounds > 0)?;
             let is_stopping = self.control.stopping.load(Ordering::SeqCst);
             if !is_stopping {
                 let until = self.now() + SLICE_TIME;

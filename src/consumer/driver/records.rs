@@ -13,8 +13,10 @@ use crate::event::{Event, EventId, Key, Time};
 
 /// Records written with one sync.
 const WRITE_MAX: usize = 1024;
-/// How long after a write the next may be: what comes meanwhile goes with it.
-const WRITE_EVERY: Duration = Duration::from_millis(2);
+/// While there is other work, so long what is to be recorded is gathered for one write.
+const GATHER: Duration = Duration::from_millis(2);
+/// How long after a look at a log that is not durable yet the next is taken.
+const LOOK_AGAIN: Duration = Duration::from_micros(500);
 /// How long after a failed write the next is tried.
 const WRITE_AGAIN: Duration = Duration::from_millis(500);
 
@@ -116,20 +118,22 @@ impl<E: Event> Driver<E> {
         !self.unwritten.is_empty() || !self.tried.is_empty() || self.desks.iter().any(|desk| desk.lanes.has_records())
     }
 
-    /// Writes what waits for a record, if its time has come: many at once, since each write is synced. Returns how many.
-    pub(super) fn write_records(&mut self, now: Duration) -> usize {
-        if now < self.write_at || !self.wants_to_write() {
+    pub(super) fn write_due(&self) -> Option<Duration> {
+        let may_write = !self.tried.is_empty() || self.halted != Some(HaltCause::DeadLettersFull);
+        let durable_at = if self.tried.is_empty() { self.durable_at } else { Duration::ZERO };
+        (may_write && self.wants_to_write()).then(|| self.write_at.max(durable_at))
+    }
+
+    /// Writes what waits for a record: at once where there is nothing else to do, else many together, since each write is synced.
+    /// Returns how many.
+    pub(super) fn write_records(&mut self, now: Duration, is_idle: bool) -> usize {
+        if now < self.write_at || (!is_idle && now < self.gather_until) || !self.wants_to_write() {
             return 0;
         }
-        let written = self.write_tried().and_then(|tried| Ok(tried + self.write_unwritten()?));
+        self.gather_until = now + GATHER;
+        let written = self.write_tried().and_then(|tried| Ok(tried + self.write_unwritten(now)?));
         match written {
-            Ok(0) => {
-                // The log is not durable yet as far as that.
-                self.write_at = now + WRITE_EVERY / 4;
-                0
-            }
             Ok(written) => {
-                self.write_at = now + WRITE_EVERY;
                 if let Err(error) = self.letters.compact_if_due() {
                     let consumer = &*self.settings.name;
                     tracing::warn!(consumer, %error, "dead letters cannot be compacted; they stay as they are");
@@ -137,7 +141,6 @@ impl<E: Event> Driver<E> {
                 written
             }
             Err(WriteRefused::Full) => {
-                self.write_at = now + WRITE_EVERY;
                 self.halt(HaltCause::DeadLettersFull);
                 0
             }
@@ -147,6 +150,13 @@ impl<E: Event> Driver<E> {
                 self.write_at = now + WRITE_AGAIN;
                 0
             }
+        }
+    }
+
+    /// Writes what became of letters, and what else waits, without gathering more.
+    pub(crate) fn record_tried(&mut self, now: Duration) {
+        if !self.tried.is_empty() {
+            self.write_records(now, true);
         }
     }
 
@@ -176,8 +186,8 @@ impl<E: Event> Driver<E> {
     }
 
     /// Dead letters and skips.
-    fn write_unwritten(&mut self) -> Result<usize, WriteRefused> {
-        if self.halted == Some(HaltCause::DeadLettersFull) {
+    fn write_unwritten(&mut self, now: Duration) -> Result<usize, WriteRefused> {
+        if self.halted == Some(HaltCause::DeadLettersFull) || now < self.durable_at {
             return Ok(0);
         }
         self.gather_records()?;
@@ -186,6 +196,7 @@ impl<E: Event> Driver<E> {
         let durable = |unwritten: &&Unwritten| self.desks[unwritten.desk].is_durable(unwritten.record.offset());
         let mut count = self.unwritten.iter().take(WRITE_MAX).take_while(durable).count();
         if count == 0 {
+            self.durable_at = now + LOOK_AGAIN;
             return Ok(0);
         }
         let written = loop {

@@ -65,7 +65,7 @@ impl<E: Event> Driver<E> {
             return false;
         }
         self.saving.due = now + self.saving.every;
-        if let Err(error) = self.save() {
+        if let Err(error) = self.save_position() {
             // What was done since the last one is done again after a restart; retention waits.
             self.saving.failures += 1;
             tracing::error!(consumer = &*self.settings.name, %error, "a consumer's checkpoint cannot be written");
@@ -73,8 +73,13 @@ impl<E: Event> Driver<E> {
         true
     }
 
-    /// Saves how far all is done; durable when it returns.
+    /// Saves how far all is done, and what became of letters; durable when it returns.
     pub(crate) fn save(&mut self) -> Result<(), ConsumerError> {
+        while self.write_tried()? > 0 {}
+        self.save_position()
+    }
+
+    fn save_position(&mut self) -> Result<(), ConsumerError> {
         let marks = self.desks.iter().map(Desk::mark).collect();
         let checkpoint = Checkpoint { shards: self.desks.iter().map(Desk::progress).collect() };
         checkpoint.save(&*self.storage, &self.dir).map_err(|source| OpenError::Io {
@@ -98,7 +103,6 @@ impl<E: Event> Driver<E> {
     /// Sets the consumer elsewhere. Nothing may be out. Events before where it was have no side effects again; dead letters stay.
     pub(crate) fn seek(&mut self, start: Start) -> Result<(), ConsumerError> {
         assert_eq!(self.running, 0, "a consumer is set while nothing of it runs");
-        while self.write_tried()? > 0 {}
         // What records say of events that ended, the checkpoint says from here on; set back, they come again.
         self.save()?;
         self.letters.forget_ended()?;
