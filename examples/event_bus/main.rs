@@ -31,7 +31,7 @@ struct Args {
     #[arg(long, default_value_t = 3.0)]
     seconds: f64,
     /// How much of their time per event (3 to 100 ms) the services take.
-    #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..=100))]
     cost_percent: u32,
     /// Recorded matches, as JSON lines, gzipped or not.
     #[arg(long, value_name = "FILE")]

@@ -108,5 +108,5 @@ fn send_mail(_idempotency_key: &str, cost: Duration, meta: &Meta, attempt: u32) 
     if !cost.is_zero() {
         sleep(cost);
     }
-    if attempt == 1 && meta.key.hash() % 32 == 0 { Err("the mail server is busy".into()) } else { Ok(()) }
+    if attempt == 1 && meta.key.hash().is_multiple_of(32) { Err("the mail server is busy".into()) } else { Ok(()) }
 }
