@@ -1,0 +1,205 @@
+//! Sinks that keep their position with their data: whatever fails, panics, restarts or loses power, every event is in it once and in
+//! order; and one that is ahead of its log says so.
+#![expect(clippy::unwrap_used, reason = "a test may unwrap")]
+
+mod common;
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use common::{Note, env_number, open_on, os_cache, read_shard, small, soon};
+use corelane::consumer::{Batch, ConsumerError, HealthPolicy, Retry, Sink, SinkConsumer};
+use corelane::testing::{FaultyStorage, Unsynced};
+use corelane::{EventLog, HandlerError, Key, Offset, ShardId};
+
+const SHARDS: u16 = 2;
+
+/// What is committed, and how the next transactions end.
+#[derive(Default)]
+struct Committed {
+    rows: BTreeMap<u16, Vec<u64>>,
+    positions: BTreeMap<u16, u64>,
+    random: u64,
+    fails: bool,
+    failures: u64,
+}
+
+impl Committed {
+    fn below(&mut self, end: u64) -> u64 {
+        self.random ^= self.random << 13;
+        self.random ^= self.random >> 7;
+        self.random ^= self.random << 17;
+        self.random % end
+    }
+}
+
+/// A database on another machine: it survives.
+#[derive(Clone, Default)]
+struct Database(Arc<Mutex<Committed>>);
+
+impl Database {
+    fn seeded(seed: u64) -> Self {
+        let database = Self::default();
+        database.committed().random = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+        database.committed().fails = true;
+        database
+    }
+
+    fn committed(&self) -> MutexGuard<'_, Committed> {
+        // A transaction that panics is rolled back.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Sink<Note> for Database {
+    fn position(&mut self, shard: ShardId) -> Result<Option<Offset>, HandlerError> {
+        let mut committed = self.committed();
+        if committed.fails && committed.below(5) == 0 {
+            return Err("no connection".into());
+        }
+        Ok(committed.positions.get(&shard.0).map(|at| Offset(*at)))
+    }
+
+    fn apply(&mut self, batch: &mut Batch<'_, Note>) -> Result<(), HandlerError> {
+        let (fate, stops_after) = {
+            let mut committed = self.committed();
+            let fate = if committed.fails { committed.below(12) } else { 11 };
+            committed.failures += u64::from(fate < 6);
+            (fate, committed.below(20))
+        };
+        let mut rows = Vec::new();
+        assert_ne!(fate, 0, "before anything, as it must");
+        while let Some(record) = batch.next()? {
+            rows.push(record.event.n.to_native());
+            match fate {
+                1 if rows.len() as u64 > stops_after => return Err("inside".into()),
+                // It commits what it took, and leaves the rest of the batch.
+                6 if rows.len() as u64 > stops_after => break,
+                _ => {}
+            }
+        }
+        if fate == 2 {
+            return Err("before the commit".into());
+        }
+        let mut committed = self.committed();
+        assert_ne!(fate, 3, "inside the transaction, as it must");
+        let shard = batch.shard().0;
+        committed.rows.entry(shard).or_default().extend(rows);
+        committed.positions.insert(shard, batch.end().0);
+        drop(committed);
+        assert_ne!(fate, 4, "behind the commit, as it must");
+        if fate == 5 { Err("the answer was lost".into()) } else { Ok(()) }
+    }
+}
+
+fn start(
+    engine: &EventLog<Note>,
+    batch_max: usize,
+    sink: Database,
+    before_durable: bool,
+) -> Result<SinkConsumer, ConsumerError> {
+    let retry = Retry::fixed().base(Duration::from_millis(1)).jitter(1.0, 1.0).attempts(1000);
+    let health = HealthPolicy::default().consecutive_max(1_000_000).failure_percent_max(100);
+    let builder = engine.consumer("sink").retry(retry).health(health).checkpoint_every(Duration::from_millis(1));
+    let builder = if before_durable { builder.before_durable() } else { builder };
+    builder.start_sink(batch_max, sink)
+}
+
+/// The numbers of a shard's log.
+fn logged(engine: &EventLog<Note>, shard: u16) -> Vec<u64> {
+    read_shard(engine, shard).iter().map(|held| held.n).collect()
+}
+
+#[test]
+fn every_event_is_in_the_sink_once_whatever_fails_restarts_or_loses_power() {
+    let (mut failures, mut cuts) = (0, 0);
+    for seed in 1..=env_number("CORELANE_POWER_CUTS", 40) {
+        let database = Database::seeded(seed);
+        let storage = FaultyStorage::new();
+        let mut next = 0;
+        for life in 0..6_u64 {
+            let engine = open_on(&storage, small("/s").shards(SHARDS)).unwrap();
+            for shard in 0..SHARDS {
+                let (rows, log) =
+                    (database.committed().rows.get(&shard).cloned().unwrap_or_default(), logged(&engine, shard));
+                assert!(log.starts_with(&rows), "seed {seed}, life {life}: {rows:?} of {log:?}");
+            }
+            let ends_hard = (seed + life) % 3 != 0;
+            if ends_hard {
+                storage.be_gone(1 + seed * 7 % 40 + life);
+            }
+            let sink = start(&engine, 1 + (seed * 5 + life) as usize % 30, database.clone(), false);
+            let mut producer = engine.producer();
+            for _ in 0..60 {
+                let deadline = Instant::now() + Duration::from_millis(300);
+                if producer.publish_until(Key(next % 11), Note::sized(next, 100), deadline).is_err() {
+                    break;
+                }
+                next += 1;
+            }
+            if ends_hard {
+                // Until the disk is gone, or everything was in time.
+                drop(engine.flush(Some(Instant::now() + Duration::from_secs(2))));
+                std::thread::sleep(Duration::from_millis(seed % 4));
+                drop((sink, producer, engine));
+                storage.crash(if life % 2 == 0 { Unsynced::Lost } else { Unsynced::Random(seed) });
+                cuts += 1;
+            } else {
+                let sink = sink.unwrap();
+                if seed % 2 == 0 {
+                    assert!(sink.drain(soon()));
+                }
+                sink.stop(soon()).unwrap();
+                engine.shutdown(soon()).unwrap();
+            }
+        }
+        database.committed().fails = false;
+        let engine = open_on(&storage, small("/s").shards(SHARDS)).unwrap();
+        let sink = start(&engine, 7, database.clone(), false).unwrap();
+        assert!(sink.drain(soon()), "seed {seed}: {:?}", sink.report());
+        assert_eq!(sink.report().failure, None);
+        for shard in 0..SHARDS {
+            let rows = database.committed().rows.get(&shard).cloned().unwrap_or_default();
+            assert_eq!(rows, logged(&engine, shard), "seed {seed}, shard {shard}");
+        }
+        failures += database.committed().failures;
+    }
+    assert!(failures > 20 && cuts > 20, "{failures} failures, {cuts} power cuts");
+}
+
+#[test]
+fn a_sink_that_is_ahead_of_its_log_ends_with_the_reason() {
+    let (storage, database) = (FaultyStorage::new(), Database::default());
+    database.committed().random = 1;
+    let engine = open_on(&storage, os_cache("/s")).unwrap();
+    let sink = start(&engine, 10, database.clone(), true).unwrap();
+    let mut producer = engine.producer();
+    for n in 0..50 {
+        producer.publish(Key(n), Note::new(n)).unwrap().appended().wait().unwrap();
+        if n == 9 {
+            engine.flush(soon()).unwrap();
+        }
+    }
+    assert!(sink.drain(soon()));
+    let cut = storage.after_crash(Unsynced::Lost);
+    drop((sink, producer, engine));
+
+    let engine = open_on(&cut, os_cache("/s")).unwrap();
+    assert!(logged(&engine, 0).len() < 50);
+    let rows = database.committed().rows.clone();
+    let sink = start(&engine, 10, database.clone(), true).unwrap();
+    assert!(!sink.drain(soon()), "it has ended");
+    let report = sink.report();
+    let end = engine.recovery().shards[0].end;
+    let expected =
+        ConsumerError::AheadOfLog { shard: ShardId(0), position: Offset(database.committed().positions[&0]), end };
+    assert_eq!((report.is_running, report.failure), (false, Some(expected.to_string())));
+    assert!(matches!(sink.stop(soon()), Err(ConsumerError::Ended { failure: Some(_) })));
+    // Events in the place of those that it has are not taken for them.
+    let mut producer = engine.producer();
+    for n in 100..200 {
+        producer.publish(Key(n), Note::new(n)).unwrap().appended().wait().unwrap();
+    }
+    assert_eq!(database.committed().rows, rows);
+}
