@@ -409,9 +409,8 @@ fn no_record_speaks_of_an_event_that_the_log_may_lose() {
             producer.publish(Key(n % 3), Note::sized(n, 200)).unwrap().appended().wait().unwrap();
         }
         while let Some(delivery) = poller.next().unwrap() {
-            let (event, meta) = poller.event(&delivery).unwrap();
+            let (_, meta) = poller.event(&delivery).unwrap();
             let how = if meta.key.0 == SKIPPED { "skip" } else { "park" };
-            let _n = event.n.to_native();
             poller.failed(delivery, how).unwrap();
         }
         // The log is made durable for the records' sake; the power goes before, between or after.

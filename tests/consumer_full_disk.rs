@@ -68,7 +68,7 @@ fn sorted(seen: &Seen) -> Vec<u64> {
 }
 
 fn segments(engine: &EventLog<Note>) -> usize {
-    engine.shard_metrics()[0].segments as usize
+    engine.shard_metrics()[0].segments
 }
 
 #[test]

@@ -66,8 +66,8 @@ impl<E: Event> ConsumerBuilder<E> {
     }
 
     /// Only events of these types, by their names in [`Event::TYPES`]. Default: all.
-    pub fn types<T: Into<String>>(mut self, names: impl IntoIterator<Item = T>) -> Self {
-        self.types = Some(names.into_iter().map(Into::into).collect());
+    pub fn types<T: AsRef<str>>(mut self, names: impl IntoIterator<Item = T>) -> Self {
+        self.types = Some(names.into_iter().map(|name| name.as_ref().to_owned()).collect());
         self
     }
 
