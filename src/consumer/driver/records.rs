@@ -53,8 +53,8 @@ impl Tried {
 #[derive(Debug, Default)]
 pub(super) struct Reprocessing {
     waiting: VecDeque<Key>,
-    /// All of them; whether one of the key's letters is out: being handled, or its record being written.
-    keys: BTreeMap<Key, bool>,
+    /// All of them; which of the key's letters is out, if one is: being handled, or its record waiting to be written.
+    keys: BTreeMap<Key, Option<EventId>>,
 }
 
 impl Reprocessing {
@@ -72,14 +72,16 @@ impl Reprocessing {
     }
 
     fn come_back(&mut self, key: Key) {
-        self.keys.insert(key, false);
+        self.keys.insert(key, None);
         self.waiting.push_back(key);
     }
 
     fn take(&mut self) -> Option<Key> {
-        let key = self.waiting.pop_front()?;
-        self.keys.insert(key, true);
-        Some(key)
+        self.waiting.pop_front()
+    }
+
+    fn is_out(&self, key: Key) -> bool {
+        self.keys.get(&key).is_some_and(Option::is_some)
     }
 
     fn end(&mut self, key: Key) {
@@ -88,7 +90,7 @@ impl Reprocessing {
 
     /// None of these has its turn any more, except those of which one is out. Returns which.
     fn end_where(&mut self, keys: &[Key]) -> Vec<Key> {
-        let ended: Vec<Key> = keys.iter().copied().filter(|key| self.keys.get(key) != Some(&true)).collect();
+        let ended: Vec<Key> = keys.iter().copied().filter(|key| !self.is_out(*key)).collect();
         ended.iter().for_each(|key| self.end(*key));
         let keys = &self.keys;
         self.waiting.retain(|key| keys.contains_key(key));
@@ -98,7 +100,7 @@ impl Reprocessing {
     /// The letter is not handled now after all.
     pub(super) fn put_back(&mut self, what: What) {
         if let What::Letter { letter, .. } = what {
-            self.keys.insert(letter.key, false);
+            self.keys.insert(letter.key, None);
             self.waiting.push_front(letter.key);
         }
     }
@@ -166,14 +168,14 @@ impl<E: Event> Driver<E> {
         if count == 0 {
             return Ok(0);
         }
-        // One may have made room for others meanwhile; then its key has fewer already.
+        // One may have made room for others meanwhile: failed or not, it is gone.
         let waited: Vec<bool> =
             self.tried.iter().take(count).map(|tried| self.letters.waits(tried.key, tried.id)).collect();
         let entries: Vec<Entry<'_>> = self.tried.iter().take(count).map(Tried::entry).collect();
         self.letters.write(&entries)?;
         let tried: Vec<Tried> = self.tried.drain(..count).collect();
         for (Tried { id, key, error, .. }, waited) in tried.into_iter().zip(waited) {
-            if error.is_none() && waited {
+            if error.is_none() || !waited {
                 self.unpark(id, key, 1);
             }
             if error.is_some() || self.letters.oldest_of(key).is_none() {
@@ -210,8 +212,12 @@ impl<E: Event> Driver<E> {
             let Some(Unwritten { desk, record, .. }) = self.unwritten.pop_front() else { break };
             self.desks[desk].lanes.recorded(record);
         }
-        // Letters that had to make room: their keys have fewer.
-        written.overflowed.into_iter().for_each(|(key, id)| self.unpark(id, key, 1));
+        for (key, id) in written.overflowed {
+            // Letters that had to make room: their keys have fewer. While one is being handled, no later event of its key may run.
+            if self.reprocessing.keys.get(&key) != Some(&Some(id)) {
+                self.unpark(id, key, 1);
+            }
+        }
         Ok(count)
     }
 
@@ -299,9 +305,9 @@ impl<E: Event> Driver<E> {
         self.reprocessing.keys.contains_key(&key)
     }
 
-    /// Whether a letter of the key is being handled at this moment, or the record of that being written.
+    /// Whether a letter of the key is being handled at this moment.
     pub(super) fn is_out(&self, key: Key) -> bool {
-        self.reprocessing.keys.get(&key) == Some(&true)
+        self.reprocessing.is_out(key)
     }
 
     /// Takes letters away unhandled, each with a record. Returns how many.
@@ -311,6 +317,8 @@ impl<E: Event> Driver<E> {
 
     /// Takes away the letters of these keys, but for keys of which one is being handled at this moment.
     pub(super) fn discard_of(&mut self, keys: &[Key]) -> Result<u64, ConsumerError> {
+        // What became of those that were handled comes first.
+        while self.write_tried()? > 0 {}
         let keys = self.reprocessing.end_where(keys);
         let going: Vec<(Key, EventId)> =
             keys.into_iter().flat_map(|key| self.letters.ids_of(key).map(move |id| (key, id))).collect();
@@ -342,6 +350,7 @@ impl<E: Event> Driver<E> {
                 continue;
             };
             let desk = usize::from(letter.id.shard.0);
+            self.reprocessing.keys.insert(key, Some(letter.id));
             return Ok(Some((desk, What::Letter { letter: Box::new(letter), archive })));
         }
         Ok(None)
