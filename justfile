@@ -20,5 +20,9 @@ kill rounds="500":
 instructions:
     perf/callgrind.sh
 
+# A slow, failing, hanging and restarted consumer for ten minutes.
+soak seconds="600":
+    cargo run --release --example services -- soak --seconds {{seconds}}
+
 ci:
     .ci/run
