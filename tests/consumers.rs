@@ -274,6 +274,24 @@ fn verdicts_skip_halt_and_await_a_gap() {
 }
 
 #[test]
+fn an_event_at_fault_says_nothing_of_the_service_and_a_judge_that_panics_leaves_it_to_the_policy() {
+    let dir = tempfile::tempdir().unwrap();
+    let engine = EventLog::<Note>::open(small(dir.path())).unwrap();
+    let builder = engine.consumer("c").retry(quick(2)).health(HealthPolicy::default().consecutive_max(50));
+    let builder = builder.judge(|error, _| match error.to_string().as_str() {
+        "poison" => Judgement::Park,
+        _ => panic!("as it must"),
+    });
+    let consumer = builder.start(|event, _| Err(if event.n == 7 { "what" } else { "poison" }.into())).unwrap();
+    publish(&engine, (0..100).map(|n| (n, n)));
+    assert!(consumer.drain(soon()));
+    let report = consumer.report();
+    assert_eq!((report.parked, report.failed), (100, 101), "the one that nobody judged was tried twice");
+    let health = report.health.unwrap();
+    assert_eq!((health.failed, health.outages), (2, 0));
+}
+
+#[test]
 fn used_up_attempts_end_as_they_are_told() {
     for (exhausted, parked, skipped) in [(Exhausted::Park, 2, 0), (Exhausted::Skip, 0, 1)] {
         let dir = tempfile::tempdir().unwrap();

@@ -12,6 +12,7 @@ mod records;
 mod saving;
 
 use std::collections::{HashMap, VecDeque};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -153,9 +154,8 @@ impl<E: Event> Driver<E> {
         })
     }
 
-    /// A bounded piece of everything that is not a handler's: takes up requests, reads, moves keys whose time has come, writes records, saves, tells who
-    /// waits. `is_idle` says that nothing
-    /// else was to be done since the last one. Returns the work done.
+    /// A bounded piece of everything that is not a handler's: writes records, takes up requests, moves keys whose time has come, reads,
+    /// tells who waits, saves. `is_idle` says that nothing else was to be done since the last one. Returns the work done.
     pub(crate) fn step(&mut self, now: Duration, is_idle: bool) -> Result<usize, ConsumerError> {
         let mut work = self.write_records(now, is_idle);
         work += self.carry_out_requests(now);
@@ -223,14 +223,13 @@ impl<E: Event> Driver<E> {
         self.running -= 1;
         let attempt = job.attempt();
         let Job { desk, what, pass, .. } = job;
-        let verdict = outcome.as_ref().err().map(|failed| self.verdict(failed, attempt));
-        // What cannot be read, and what is missing, says nothing against the service.
-        let is_service = matches!(outcome, Err(Failed::Handler(_) | Failed::Panic(_)));
-        if is_service && verdict != Some(Verdict::AwaitGap) {
+        let judgement = outcome.as_ref().err().map(|failed| self.judgement(failed, attempt));
+        if judgement.is_some_and(Judgement::is_of_service) {
             self.noticed(now, |health| health.failed(pass, now));
         } else {
             self.noticed(now, |health| health.succeeded(pass, now));
         }
+        let verdict = judgement.map(|judgement| self.verdict(judgement, attempt));
         match (what, outcome.err().zip(verdict)) {
             (What::Event(run), None) => {
                 self.failing.remove(&self.desks[desk].id(run.offset()));
@@ -289,12 +288,21 @@ impl<E: Event> Driver<E> {
         self.halted.get_or_insert(cause);
     }
 
-    fn verdict(&mut self, failed: &Failed, attempt: u32) -> Verdict {
-        let judgement = match (failed, &self.settings.judge) {
+    fn judgement(&self, failed: &Failed, attempt: u32) -> Judgement {
+        match (failed, &self.settings.judge) {
             (Failed::Undecodable, _) => Judgement::Park,
-            (Failed::Handler(error), Some(judge)) => judge(error, attempt),
+            (Failed::Handler(error), Some(judge)) => {
+                let judged = catch_unwind(AssertUnwindSafe(|| judge(error, attempt)));
+                judged.unwrap_or_else(|_| {
+                    tracing::error!(consumer = &*self.settings.name, %error, "the judge panicked; the policy decides");
+                    Judgement::ByPolicy
+                })
+            }
             (Failed::Handler(_) | Failed::Panic(_), _) => Judgement::ByPolicy,
-        };
+        }
+    }
+
+    fn verdict(&mut self, judgement: Judgement, attempt: u32) -> Verdict {
         match judgement {
             Judgement::RetryIn(after) => Verdict::Retry { after },
             Judgement::AwaitGap => Verdict::AwaitGap,

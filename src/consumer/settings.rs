@@ -37,7 +37,8 @@ pub enum Exhausted {
     Halt,
 }
 
-/// What is to be done about one failed attempt, in the eyes of who knows the error.
+/// What is to be done about one failed attempt, in the eyes of who knows the error. Where it is to be parked, skipped or to wait for a
+/// gap, the event is at fault, and the service's health has nothing of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Judgement {
     /// As the retry policy says; when its attempts are used up, as [`Exhausted`] says.
@@ -53,6 +54,16 @@ pub enum Judgement {
     Skip,
     /// Halt the consumer.
     Halt,
+}
+
+impl Judgement {
+    /// Whether it says something against the service; else the event itself is at fault, or what came before it.
+    pub(crate) fn is_of_service(self) -> bool {
+        match self {
+            Self::ByPolicy | Self::RetryIn(_) | Self::Halt => true,
+            Self::AwaitGap | Self::Park | Self::Skip => false,
+        }
+    }
 }
 
 /// Judges an error after so many attempts.
