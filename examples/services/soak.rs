@@ -67,6 +67,10 @@ pub(crate) fn run(time: Duration) -> Result<()> {
         publish(&mut producer, tick, tick + RATE / 100, KEYS)?;
         tick += RATE / 100;
         thread::sleep(Duration::from_secs_f64(tick as f64 / RATE as f64).saturating_sub(began.elapsed()));
+        if tick.is_multiple_of(RATE) {
+            // A key goes on until its first failure, so it is asked for again and again.
+            slow.reprocess(Letters::All)?;
+        }
         if began.elapsed() >= shown {
             shown += Duration::from_secs(10);
             let report = slow.report();
@@ -83,7 +87,6 @@ pub(crate) fn run(time: Duration) -> Result<()> {
                 engine.shard_metrics()[0].segments,
                 memory_bytes()? >> 20,
             );
-            slow.reprocess(Letters::All)?;
             if (restarts + 1) * 60 < began.elapsed().as_secs() {
                 restarts += 1;
                 slow.stop(Some(Instant::now() + Duration::from_secs(30)))?;
