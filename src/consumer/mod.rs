@@ -54,7 +54,7 @@ pub use effects::{Call, EffectKey};
 pub use error::ConsumerError;
 pub use handle::Consumer;
 pub use poller::{Delivery, Poller};
-pub use report::ConsumerReport;
+pub use report::{ConsumerReport, prometheus};
 pub use requests::Request;
 pub use settings::{Exhausted, Judgement, Start};
 pub use sink::{Batch, Sink, SinkConsumer};

@@ -4,7 +4,9 @@ use std::time::Duration;
 
 use super::dead_letter::answer::LetterStatistics;
 use super::driver::{Driver, HaltCause};
+use super::health::HealthStatus;
 use super::health::report::HealthReport;
+use super::whole_ms;
 use crate::event::{Event, Offset};
 use crate::log::segment::ShardLog;
 
@@ -139,5 +141,64 @@ impl ConsumerReport {
     pub fn success_rate(&self) -> f64 {
         let attempts = self.handled + self.failed;
         if attempts == 0 { 1.0 } else { self.handled as f64 / attempts as f64 }
+    }
+}
+
+/// A figure of a report, by its name for Prometheus.
+type Figure = (&'static str, &'static str, fn(&ConsumerReport) -> u64);
+
+const FIGURES: [Figure; 15] = [
+    ("handled_total", "counter", |report| report.handled),
+    ("failed_attempts_total", "counter", |report| report.failed),
+    ("skipped_total", "counter", |report| report.skipped),
+    ("parked_total", "counter", |report| report.parked),
+    ("running", "gauge", |report| report.running as u64),
+    ("retrying_keys", "gauge", |report| report.retrying as u64),
+    ("waiting_events", "gauge", ConsumerReport::waiting),
+    ("lag_bytes", "gauge", |report| report.lag_bytes),
+    ("dead_letters", "gauge", |report| report.letters.letters as u64),
+    ("running_longest_ms", "gauge", |report| report.running_since.map_or(0, whole_ms)),
+    ("is_running", "gauge", |report| u64::from(report.is_running)),
+    ("is_paused", "gauge", |report| u64::from(report.is_paused)),
+    ("is_halted", "gauge", |report| u64::from(report.halted.is_some())),
+    ("is_unhealthy", "gauge", |report| {
+        u64::from(report.health.as_ref().is_some_and(|health| health.status != HealthStatus::Healthy))
+    }),
+    ("write_failures_total", "counter", |report| report.write_failures.0 + report.write_failures.1),
+];
+
+/// Reports as Prometheus text, to stand behind [`crate::Metrics::prometheus`]. Counts are of the consumer's present run.
+#[must_use]
+pub fn prometheus(reports: &[ConsumerReport]) -> String {
+    let mut out = String::new();
+    for (name, kind, value) in FIGURES {
+        out += &format!("# TYPE corelane_consumer_{name} {kind}\n");
+        for report in reports {
+            // A consumer's name has nothing that would have to be escaped.
+            out += &format!("corelane_consumer_{name}{{consumer=\"{}\"}} {}\n", report.name, value(report));
+        }
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reports_are_lines_that_prometheus_reads() {
+        let mut report = ConsumerReport::at_rest("mail", std::iter::empty());
+        (report.handled, report.unread, report.unfinished) = (7, 40, 2);
+        report.halted = Some(HaltCause::DeadLettersFull);
+        let text = prometheus(&[report]);
+        for line in [
+            "# TYPE corelane_consumer_handled_total counter",
+            "corelane_consumer_handled_total{consumer=\"mail\"} 7",
+            "corelane_consumer_waiting_events{consumer=\"mail\"} 42",
+            "corelane_consumer_is_halted{consumer=\"mail\"} 1",
+        ] {
+            assert!(text.lines().any(|found| found == line), "{line} is not in\n{text}");
+        }
+        assert_eq!(text.lines().count(), 2 * FIGURES.len());
     }
 }
