@@ -60,7 +60,8 @@ impl<E: Event> Consumer<E> {
     }
 
     /// Sets it elsewhere: to the beginning for a rebuild, for instance. What runs is waited for. Events before where it was are handled
-    /// again, but [`super::Call::effect`] has nothing again that was had; dead letters stay what they are.
+    /// again, but [`super::Call::effect`] has nothing again that was had. Dead letters that wait stay what they are, and older events of
+    /// their keys lie behind the same fault; what was skipped or discarded comes again.
     ///
     /// # Errors
     /// As [`Consumer::pause`]; `Read` where the place is gone.

@@ -206,7 +206,9 @@ impl<E: Event> Driver<E> {
         for _ in 0..self.reprocessing.waiting.len() {
             let Some(key) = self.reprocessing.waiting.pop_front() else { break };
             let id = self.letters.oldest_of(key);
-            if id.is_some_and(|id| self.halted.is_none() && !self.desks[usize::from(id.shard.0)].is_past(key, id.offset)) {
+            if id
+                .is_some_and(|id| self.halted.is_none() && !self.desks[usize::from(id.shard.0)].is_past(key, id.offset))
+            {
                 // Older events of the key are to be letters before it: the consumer was set back.
                 self.reprocessing.waiting.push_back(key);
                 continue;
