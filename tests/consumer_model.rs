@@ -902,8 +902,10 @@ fn an_unfinished_event_of_a_type_no_longer_wanted_hides_none_behind_it() {
     world.poller = None;
     world.concurrency = 8;
     world.poller = Some(world.build().unwrap());
-    for (key, kind) in [(0, 0), (1, 1), (2, 2)] {
-        world.publish_one(key, key, kind);
+    // Of one shard.
+    for (kind, key) in [1, 2, 4].into_iter().enumerate() {
+        assert_eq!(Key(key).shard(SHARDS), ShardId(1));
+        world.publish_one(kind as u64, key, kind);
     }
     world.flush();
     for _ in 0..3 {

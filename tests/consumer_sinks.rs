@@ -203,3 +203,22 @@ fn a_sink_that_is_ahead_of_its_log_ends_with_the_reason() {
     }
     assert_eq!(database.committed().rows, rows);
 }
+
+#[test]
+fn a_store_opens_again_at_once_when_its_consumers_have_ended() {
+    let (storage, database) = (FaultyStorage::new(), Database::default());
+    database.committed().random = 1;
+    for round in 0..env_number("CORELANE_REOPENINGS", 300) {
+        let engine = open_on(&storage, small("/s")).unwrap_or_else(|error| panic!("round {round}: {error}"));
+        let sink = start(&engine, 10, database.clone(), false).unwrap();
+        let consumer = engine.consumer("many").concurrency(4).start(|_, _| Ok(())).unwrap();
+        engine.producer().publish(Key(round), Note::new(round)).unwrap();
+        if round % 2 == 0 {
+            sink.stop(soon()).unwrap();
+            consumer.stop(soon()).unwrap();
+            drop(engine);
+        } else {
+            drop((engine, consumer, sink));
+        }
+    }
+}
