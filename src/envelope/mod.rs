@@ -2,7 +2,7 @@
 //!
 //! Every line has one outer shape: `event_type`, `timestamp` (ms since 1970), `user_id` (a number or a text),
 //! `correlation_id`, `payload`. A written line adds where the event stands: `event_id`, `shard`, `offset`,
-//! `sequence`, `version`; reading takes such a line back in. [`Envelope`] carries any payload as the JSON text it came in;
+//! `sequence` (if it is known), `version`; reading takes such a line back in. [`Envelope`] carries any payload as the JSON text it came in;
 //! [`from_json`] and [`to_json`] do the same for events that are Rust enums.
 //!
 //! Invariant: a written line is one line, and holds no control character that a terminal would act on.
@@ -16,13 +16,17 @@
 //! # Ok::<(), corelane::envelope::JsonError>(())
 //! ```
 
-use std::borrow::Cow;
-use std::fmt;
+mod slots;
+mod write;
+
 use std::io;
 
 use rkyv::rancor::Error as RkyvError;
-use serde::de::{DeserializeOwned, IgnoredAny, MapAccess, Visitor};
+use serde::de::DeserializeOwned;
 use serde_json::value::RawValue;
+
+use slots::{CORRELATION_ID, EVENT_TYPE, PAYLOAD, Slots, not_json, optional_string, required, string, without_place};
+use write::{Cause, Outer, User, write_raw};
 
 use crate::event::{Correlation, Encode, Event, EventType, EventTypeId, Key, Meta, Time};
 
@@ -414,288 +418,6 @@ pub fn write_opaque(out: &mut impl io::Write, meta: &Meta, type_name: &str, arch
         }
         out.write_all(br#""}"#)
     })
-}
-
-/// The outer shape of a line to be written.
-struct Outer<'a> {
-    event_type: &'a str,
-    user: User<'a>,
-    correlation: Option<Cause<'a>>,
-    source_event_id: Option<&'a str>,
-}
-
-enum User<'a> {
-    Number(u64),
-    Text(&'a str),
-}
-
-enum Cause<'a> {
-    Number(u64),
-    Text(&'a str),
-}
-
-impl<'a> Outer<'a> {
-    fn typed(event_type: &'a str, meta: &Meta) -> Self {
-        let correlation = Some(meta.correlation.get()).filter(|&id| id != 0).map(Cause::Number);
-        Self { event_type, user: User::Number(meta.key.get()), correlation, source_event_id: None }
-    }
-
-    fn write<W: io::Write>(
-        &self,
-        out: &mut W,
-        meta: &Meta,
-        payload: impl FnOnce(&mut W) -> io::Result<()>,
-    ) -> io::Result<()> {
-        out.write_all(br#"{"event_type":"#)?;
-        write_string(out, self.event_type)?;
-        write!(out, r#","timestamp":{},"user_id":"#, meta.time.as_ms())?;
-        match self.user {
-            User::Number(id) => write!(out, "{id}")?,
-            User::Text(text) => write_string(out, text)?,
-        }
-        match self.correlation {
-            Some(Cause::Number(id)) => write!(out, r#","correlation_id":{id}"#)?,
-            Some(Cause::Text(text)) => {
-                out.write_all(br#","correlation_id":"#)?;
-                write_string(out, text)?;
-            }
-            None => {}
-        }
-        out.write_all(br#","payload":"#)?;
-        payload(out)?;
-        let Meta { shard, offset, sequence, version, .. } = meta;
-        write!(
-            out,
-            r#","event_id":"{shard}-{offset}","shard":{shard},"offset":{offset},"sequence":{sequence},"version":{version}"#
-        )?;
-        if let Some(id) = self.source_event_id {
-            out.write_all(br#","source_event_id":"#)?;
-            write_string(out, id)?;
-        }
-        out.write_all(b"}\n")
-    }
-}
-
-/// Writes a text as a JSON string.
-fn write_string(out: &mut impl io::Write, text: &str) -> io::Result<()> {
-    out.write_all(b"\"")?;
-    write_escaped(out, text, |byte| match byte {
-        b'"' => Some(Escape::Text(r#"\""#)),
-        b'\\' => Some(Escape::Text(r"\\")),
-        b'\n' => Some(Escape::Text(r"\n")),
-        b'\r' => Some(Escape::Text(r"\r")),
-        b'\t' => Some(Escape::Text(r"\t")),
-        0..0x20 => Some(Escape::Code),
-        _ => None,
-    })?;
-    out.write_all(b"\"")
-}
-
-/// Writes JSON text as it stands, but for what would break the line or reach a terminal.
-fn write_raw(out: &mut impl io::Write, json: &str) -> io::Result<()> {
-    write_escaped(out, json, |byte| match byte {
-        b'\t' => None,
-        // In valid JSON these stand between tokens only.
-        b'\n' | b'\r' => Some(Escape::Text(" ")),
-        0..0x20 => Some(Escape::Code),
-        _ => None,
-    })
-}
-
-enum Escape {
-    Text(&'static str),
-    Code,
-}
-
-/// Writes `text`; what `escape` names is replaced, and so are DEL and U+0080 to U+009F.
-fn write_escaped(out: &mut impl io::Write, text: &str, escape: impl Fn(u8) -> Option<Escape>) -> io::Result<()> {
-    let bytes = text.as_bytes();
-    let mut written = 0;
-    let mut at = 0;
-    while at < bytes.len() {
-        // In UTF-8, U+0080 to U+009F are C2 80 to C2 9F, and C2 is never a continuation byte.
-        let (escaped, code, len) = match (bytes[at], bytes.get(at + 1)) {
-            (0x7f, _) => (Some(Escape::Code), 0x7f, 1),
-            (0xc2, Some(&low @ 0x80..=0x9f)) => (Some(Escape::Code), low, 2),
-            (byte, _) => (escape(byte), byte, 1),
-        };
-        if let Some(escaped) = escaped {
-            out.write_all(&bytes[written..at])?;
-            match escaped {
-                Escape::Text(text) => out.write_all(text.as_bytes())?,
-                Escape::Code => write!(out, r"\u{code:04x}")?,
-            }
-            written = at + len;
-        }
-        at += len;
-    }
-    out.write_all(&bytes[written..])
-}
-
-const FIELDS: [&str; 11] = [
-    "event_type",
-    "timestamp",
-    "user_id",
-    "correlation_id",
-    "payload",
-    "event_id",
-    "shard",
-    "offset",
-    "sequence",
-    "version",
-    "source_event_id",
-];
-const EVENT_TYPE: usize = 0;
-const TIMESTAMP: usize = 1;
-const USER_ID: usize = 2;
-const CORRELATION_ID: usize = 3;
-const PAYLOAD: usize = 4;
-const EVENT_ID: usize = 5;
-const SHARD: usize = 6;
-const OFFSET: usize = 7;
-const SOURCE_EVENT_ID: usize = 10;
-
-/// The top level of a line: the text of each known field, in the order of [`FIELDS`].
-struct Slots<'a> {
-    values: [Option<&'a RawValue>; FIELDS.len()],
-    // Kept until the whole line is known to be JSON, since that is the more basic error.
-    problem: Option<JsonError>,
-}
-
-impl<'a> Slots<'a> {
-    fn parse(line: &'a str) -> Result<Self, JsonError> {
-        let slots: Slots<'a> = serde_json::from_str(line).map_err(|error| match error.classify() {
-            serde_json::error::Category::Data => JsonError::NotAnObject,
-            _ => not_json(&error),
-        })?;
-        match slots.problem {
-            Some(problem) => Err(problem),
-            None => Ok(slots),
-        }
-    }
-
-    fn get(&self, field: usize) -> Option<&'a RawValue> {
-        self.values[field]
-    }
-
-    fn timestamp_ms(&self) -> Result<Option<u64>, JsonError> {
-        let Some(raw) = present(self.get(TIMESTAMP)) else { return Ok(None) };
-        match raw.get().parse() {
-            Ok(ms) if ms <= TIMESTAMP_MS_MAX => Ok(Some(ms)),
-            _ => Err(JsonError::Timestamp { found: raw.get().to_owned() }),
-        }
-    }
-
-    fn user_id(&self) -> Result<UserId, JsonError> {
-        let raw = required("user_id", self.get(USER_ID))?;
-        if raw.get().starts_with('"') {
-            return Ok(UserId::Text(string("user_id", raw)?.into_owned()));
-        }
-        raw.get().parse().map(UserId::Number).map_err(|_| JsonError::WrongType {
-            field: "user_id",
-            expected: "a string or a non-negative integer below 2^64",
-        })
-    }
-
-    fn source_event_id(&self) -> Result<Option<String>, JsonError> {
-        let source = optional_string("source_event_id", self.get(SOURCE_EVENT_ID))?;
-        let id = optional_string("event_id", self.get(EVENT_ID))?;
-        let place = self.get(SHARD).zip(self.get(OFFSET)).map(|(shard, offset)| format!("{shard}-{offset}"));
-        Ok(source.or_else(|| id.filter(|id| place.as_ref() != Some(id))))
-    }
-}
-
-impl<'de: 'a, 'a> serde::Deserialize<'de> for Slots<'a> {
-    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Top;
-        impl<'de> Visitor<'de> for Top {
-            type Value = Slots<'de>;
-
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("a JSON object")
-            }
-
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Slots<'de>, A::Error> {
-                let mut slots = Slots { values: [None; FIELDS.len()], problem: None };
-                while let Some(name) = map.next_key::<FieldName>()? {
-                    let problem = match name {
-                        FieldName::Known(field) => {
-                            let before = slots.values[field].replace(map.next_value()?);
-                            before.map(|_| JsonError::DuplicateField { field: FIELDS[field] })
-                        }
-                        FieldName::Unknown(field) => {
-                            map.next_value::<IgnoredAny>()?;
-                            Some(JsonError::UnknownField { field })
-                        }
-                    };
-                    slots.problem = slots.problem.or(problem);
-                }
-                Ok(slots)
-            }
-        }
-        deserializer.deserialize_map(Top)
-    }
-}
-
-enum FieldName {
-    Known(usize),
-    Unknown(String),
-}
-
-impl<'de> serde::Deserialize<'de> for FieldName {
-    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Name;
-        impl Visitor<'_> for Name {
-            type Value = FieldName;
-
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("a field name")
-            }
-
-            fn visit_str<R>(self, name: &str) -> Result<FieldName, R> {
-                Ok(match FIELDS.iter().position(|field| *field == name) {
-                    Some(field) => FieldName::Known(field),
-                    None => FieldName::Unknown(name.to_owned()),
-                })
-            }
-        }
-        deserializer.deserialize_identifier(Name)
-    }
-}
-
-/// `null` counts as absent.
-fn present(raw: Option<&RawValue>) -> Option<&RawValue> {
-    raw.filter(|raw| raw.get() != "null")
-}
-
-fn required<'a>(field: &'static str, raw: Option<&'a RawValue>) -> Result<&'a RawValue, JsonError> {
-    raw.ok_or(JsonError::MissingField { field })
-}
-
-fn string<'a>(field: &'static str, raw: &'a RawValue) -> Result<Cow<'a, str>, JsonError> {
-    // A text without escapes is borrowed; one with them is built anew.
-    let text = raw.get();
-    if let Some(inner) = text.strip_prefix('"').and_then(|text| text.strip_suffix('"'))
-        && !inner.contains('\\')
-    {
-        return Ok(Cow::Borrowed(inner));
-    }
-    let expected = if text.starts_with('"') { "a string of valid Unicode" } else { "a string" };
-    serde_json::from_str(text).map(Cow::Owned).map_err(|_| JsonError::WrongType { field, expected })
-}
-
-fn optional_string(field: &'static str, raw: Option<&RawValue>) -> Result<Option<String>, JsonError> {
-    present(raw).map(|raw| string(field, raw).map(Cow::into_owned)).transpose()
-}
-
-fn not_json(error: &serde_json::Error) -> JsonError {
-    JsonError::NotJson { why: error.to_string() }
-}
-
-fn without_place(error: &serde_json::Error) -> String {
-    let text = error.to_string();
-    let place = format!(" at line {} column {}", error.line(), error.column());
-    text.strip_suffix(&place).map_or(text.clone(), str::to_owned)
 }
 
 #[cfg(test)]
