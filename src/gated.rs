@@ -32,7 +32,7 @@ use crate::sync::{Mutex, Patience, lock};
 
 pub use answer::{Accepted, GateRefused, LateEvent};
 pub use files::Gap;
-pub(crate) use files::{GateFiles, Positions, Standing, gates_dir, is_name};
+pub(crate) use files::{GateFiles, Positions, Standing, gates_dir};
 pub(crate) use recovered::{Counts, Uncounted};
 
 /// The names of an engine's gates that are open.

@@ -7,8 +7,9 @@ use crate::aggregate::Aggregate;
 use crate::clock::wall_now;
 use crate::config::{Pin, Wait};
 use crate::error::FailureCause;
+use crate::handler::panic_text;
 use crate::producer::ShardDoor;
-use crate::shard::{Shard, panic_text};
+use crate::shard::Shard;
 use crate::sync::{AtomicBool, Idle, Ordering, thread};
 
 /// Requests to a runner.

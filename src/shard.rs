@@ -7,7 +7,6 @@ mod batch;
 mod commands;
 mod handling;
 
-use std::any::Any;
 use std::path::PathBuf;
 
 use crate::aggregate::{Aggregate, Emit};
@@ -408,13 +407,4 @@ impl<A: Aggregate> Shard<A> {
             self.work.unmarked = Some(mark);
         }
     }
-}
-
-/// What a panic said.
-pub(crate) fn panic_text(panic: &(dyn Any + Send)) -> String {
-    panic
-        .downcast_ref::<&str>()
-        .map(|text| (*text).to_owned())
-        .or_else(|| panic.downcast_ref::<String>().cloned())
-        .unwrap_or_else(|| "no text".to_owned())
 }

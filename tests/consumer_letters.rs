@@ -195,3 +195,28 @@ fn letters_are_handled_where_there_is_no_room_for_more() {
     }
     assert_eq!(taken.len() + letters, 4);
 }
+
+#[test]
+fn a_position_is_saved_though_what_became_of_a_letter_cannot_be_written() {
+    let storage = FaultyStorage::new();
+    let engine = open_on(&storage, small("/s")).unwrap();
+    publish(&engine, [10, 20]);
+    let mut driven = Driven::new(&engine, policy());
+    assert_eq!(driven.take(|n| (n == 10).then_some("park")), [20]);
+    drop(driven);
+    // The next life's file of letters cannot be made.
+    storage.refuse_side_files(true);
+    let mut driven = Driven::new(&engine, policy());
+    assert_eq!(driven.poller.reprocess(Letters::All), 1);
+    publish(&engine, [21, 30]);
+    let mut taken = driven.take(|_| None);
+    taken.sort_unstable();
+    assert_eq!((taken, driven.letters()), (vec![10, 21, 30], 1));
+    assert!(driven.poller.save().is_err(), "not all could be saved");
+    let unsaved = engine.consumers()[0].lag_bytes;
+    assert_eq!(unsaved, 0, "but the position was");
+    drop(driven);
+    storage.refuse_side_files(false);
+    let mut driven = Driven::new(&engine, policy());
+    assert_eq!((driven.take(|_| None), driven.letters()), (vec![], 1), "at least once: the letter waits still");
+}

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use common::{Note, env_number, open_on, os_cache, read_shard, small, soon};
-use corelane::consumer::{Batch, ConsumerError, HealthPolicy, Retry, Sink, SinkConsumer};
+use corelane::consumer::{Batch, ConsumerError, HaltCause, HealthPolicy, Retry, Sink, SinkConsumer};
 use corelane::testing::{FaultyStorage, Unsynced};
 use corelane::{EventLog, HandlerError, Key, Offset, ShardId};
 
@@ -220,5 +220,97 @@ fn a_store_opens_again_at_once_when_its_consumers_have_ended() {
         } else {
             drop((engine, consumer, sink));
         }
+    }
+}
+
+/// Takes everything in while it is `well`; takes nothing from its batches while it `idles`.
+#[derive(Clone, Default)]
+struct Moody(Arc<Mutex<(u64, bool, bool)>>);
+
+impl Moody {
+    fn set(&self, is_ill: bool, idles: bool) {
+        let mut state = self.0.lock().unwrap();
+        (state.1, state.2) = (is_ill, idles);
+    }
+
+    fn taken(&self) -> u64 {
+        self.0.lock().unwrap().0
+    }
+}
+
+impl Sink<Note> for Moody {
+    fn position(&mut self, _shard: ShardId) -> Result<Option<Offset>, HandlerError> {
+        Ok(None)
+    }
+
+    fn apply(&mut self, batch: &mut Batch<'_, Note>) -> Result<(), HandlerError> {
+        let (_, is_ill, idles) = *self.0.lock().unwrap();
+        if is_ill {
+            return Err("ill".into());
+        }
+        while !idles && batch.next()?.is_some() {
+            self.0.lock().unwrap().0 += 1;
+        }
+        Ok(())
+    }
+}
+
+fn until(what: &str, mut is_so: impl FnMut() -> bool) {
+    let end = Instant::now() + Duration::from_secs(10);
+    while !is_so() {
+        assert!(Instant::now() < end, "{what}");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+#[test]
+fn a_sink_that_halted_and_counts_as_unhealthy_goes_on_soon_after_it_was_put_right() {
+    let storage = FaultyStorage::new();
+    let engine = open_on(&storage, small("/s")).unwrap();
+    let sink = Moody::default();
+    sink.set(true, false);
+    let health = HealthPolicy::default().consecutive_max(3).pause(Duration::from_millis(5));
+    let retry = Retry::fixed().base(Duration::from_millis(1)).attempts(3);
+    let consumer = engine.consumer("sink").health(health).retry(retry).start_sink(10, sink.clone()).unwrap();
+    engine.producer().publish(Key(1), Note::new(1)).unwrap();
+    until("it halts", || matches!(consumer.report().halted, Some(HaltCause::Batch { .. })));
+    assert_eq!((consumer.report().failure, consumer.report().is_running), (None, true), "it has not ended");
+    assert!(consumer.report().health.unwrap().outages > 0);
+    sink.set(false, false);
+    consumer.resume();
+    // Long before a probe would be given up, of which nothing is heard.
+    until("it goes on", || sink.taken() == 1);
+    until("and says so", || consumer.report().halted.is_none());
+    consumer.stop(soon()).unwrap();
+}
+
+#[test]
+fn a_sink_that_takes_nothing_from_its_batches_halts() {
+    let storage = FaultyStorage::new();
+    let engine = open_on(&storage, small("/s")).unwrap();
+    let sink = Moody::default();
+    sink.set(false, true);
+    let retry = Retry::fixed().base(Duration::from_millis(1)).attempts(2);
+    let consumer = engine.consumer("sink").retry(retry).start_sink(10, sink.clone()).unwrap();
+    engine.producer().publish(Key(1), Note::new(1)).unwrap();
+    until("it halts", || consumer.report().halted.is_some());
+    assert_eq!(consumer.report().failed, 2);
+    sink.set(false, false);
+    consumer.resume();
+    assert!(consumer.drain(soon()));
+    assert_eq!(sink.taken(), 1);
+}
+
+#[test]
+fn a_drained_sink_has_what_was_there_when_it_was_asked() {
+    let storage = FaultyStorage::new();
+    let engine = open_on(&storage, os_cache("/s")).unwrap();
+    let sink = Moody::default();
+    let consumer = engine.consumer("sink").start_sink(10, sink.clone()).unwrap();
+    let mut producer = engine.producer();
+    for n in 0..2_000 {
+        producer.publish(Key(n), Note::new(n)).unwrap().appended().wait().unwrap();
+        assert!(consumer.drain(soon()));
+        assert_eq!(sink.taken(), n + 1);
     }
 }

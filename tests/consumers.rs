@@ -358,6 +358,7 @@ fn a_pause_gives_nothing_out_and_a_rebuild_has_no_side_effect_twice() {
     consumer.resume().unwrap();
     assert!(consumer.drain(soon()));
     assert_eq!(handled.load(Ordering::SeqCst), 100, "40, and all 60 again");
+    assert_eq!(consumer.report().handled, 100, "counts go on");
     let mut keys = had.lock().unwrap().clone();
     assert_eq!(keys.len(), 60, "each effect once");
     keys.sort();
@@ -456,6 +457,32 @@ fn a_hanging_handler_is_visible_stoppable_and_alone() {
         drop(other);
         engine.shutdown(soon()).unwrap();
     }
+}
+
+#[test]
+fn an_engine_that_is_dropped_leaves_a_hanging_handler_behind_and_stops_all_others() {
+    let dir = tempfile::tempdir().unwrap();
+    let engine = EventLog::<Note>::open(small(dir.path())).unwrap();
+    let release = Arc::new(AtomicBool::new(false));
+    let released = Arc::clone(&release);
+    let hanging = engine.subscribe("hangs").on(move |_, _| {
+        while !released.load(Ordering::SeqCst) {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        Ok(())
+    });
+    let hanging = hanging.unwrap();
+    let other = engine.consumer("other").concurrency(2).start(|_, _| Ok(())).unwrap();
+    publish(&engine, events(3, 30));
+    until("it hangs", || hanging.report().running_since.is_some());
+    let began = Instant::now();
+    drop(engine);
+    assert!(began.elapsed() < Duration::from_secs(19), "it is given ten seconds");
+    until("the other ended", || !other.report().is_running);
+    assert!(matches!(EventLog::<Note>::open(small(dir.path())), Err(corelane::OpenError::Locked { .. })));
+    release.store(true, Ordering::SeqCst);
+    drop((hanging, other));
+    drop(EventLog::<Note>::open(small(dir.path())).unwrap());
 }
 
 #[test]

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use crate::error::OpenError;
 use crate::event::Offset;
 use crate::log::format::{FORMAT_VERSION, u16_at, u32_at, u64_at};
+use crate::log::manifest::is_folder_name;
 use crate::log::storage::{Storage, replace};
 
 const MAGIC: [u8; 8] = *b"coreckpt";
@@ -152,16 +153,10 @@ pub(crate) fn consumers_dir(store: &Path) -> PathBuf {
 pub(crate) fn names(storage: &dyn Storage, store: &Path) -> Result<Vec<String>, OpenError> {
     let path = consumers_dir(store);
     match storage.list(&path) {
-        Ok(names) => Ok(names.into_iter().filter(|name| is_name(name)).collect()),
+        Ok(names) => Ok(names.into_iter().filter(|name| is_folder_name(name)).collect()),
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(Vec::new()),
         Err(source) => Err(OpenError::Io { action: "listing", path, source }),
     }
-}
-
-/// Whether a text may be a consumer's name, which is that of its folder.
-pub(crate) fn is_name(text: &str) -> bool {
-    let fits = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || b"._-".contains(&byte);
-    (1..=64).contains(&text.len()) && !text.starts_with('.') && text.bytes().all(fits)
 }
 
 /// Cuts what consumers know of a shard's log at its end as recovery found it. To be called before anything is appended.
@@ -275,15 +270,5 @@ mod tests {
         let progress = Progress::new(Offset(0), Offset(u64::MAX), Offset(0), many);
         assert_eq!(progress.unfinished.len(), UNFINISHED_MAX);
         assert_eq!(progress.read, Offset(UNFINISHED_MAX as u64 * 16), "from the first that is not named");
-    }
-
-    #[test]
-    fn names_are_those_of_plain_folders() {
-        for name in ["a", "mail-2.x_y", &"x".repeat(64)] {
-            assert!(is_name(name), "{name}");
-        }
-        for name in ["", ".hidden", "..", "A", "a/b", "ä", "a b", &"x".repeat(65)] {
-            assert!(!is_name(name), "{name}");
-        }
     }
 }

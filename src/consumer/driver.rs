@@ -51,6 +51,11 @@ pub enum HaltCause {
     },
     /// There is no room for more dead letters.
     DeadLettersFull,
+    /// A sink could not take a batch in, and its attempts are used up.
+    Batch {
+        /// What the sink said.
+        error: String,
+    },
 }
 
 /// What became of an event that somebody waited for.

@@ -15,8 +15,6 @@ use crate::promise::promise;
 
 /// How long a consumer may take to answer: its thread may be inside a handler.
 const ANSWER_TIME: Duration = Duration::from_secs(10);
-/// How long dropping one waits for it to end.
-const DROP_TIME: Duration = Duration::from_secs(5);
 
 /// A running consumer. Dropping it stops it; in the store it stays registered, and goes on from its checkpoint when it is started
 /// again.
@@ -61,7 +59,7 @@ impl<E: Event> Consumer<E> {
 
     /// Sets it elsewhere: to the beginning for a rebuild, for instance. What runs is waited for. Events before where it was are handled
     /// again, but [`super::Call::effect`] has nothing again that was had. Dead letters that wait stay what they are, and older events of
-    /// their keys lie behind the same fault; what was skipped or discarded comes again.
+    /// their keys lie behind the same fault; what was skipped or discarded comes again. One that had halted goes on from there.
     ///
     /// # Errors
     /// As [`Consumer::pause`]; `Read` where the place is gone.
@@ -126,7 +124,8 @@ impl<E: Event> Consumer<E> {
         self.answer(handled.wait(deadline))
     }
 
-    /// Waits until everything there is has been handled or recorded. Whether it came to that by the deadline.
+    /// Waits until everything there is has been handled or recorded. Whether it came to that by the deadline; one that is paused or
+    /// halted does not come to it.
     #[must_use]
     pub fn drain(&self, deadline: Option<Instant>) -> bool {
         self.control.drain(deadline)
@@ -146,13 +145,7 @@ impl<E: Event> Consumer<E> {
     /// # Errors
     /// `Busy`; `Ended` where it had ended by itself, with the reason.
     pub fn stop(self, deadline: Option<Instant>) -> Result<(), ConsumerError> {
-        if !self.control.stop(deadline) {
-            return Err(ConsumerError::Busy { name: self.name.clone() });
-        }
-        match self.control.report().failure {
-            Some(failure) => Err(ConsumerError::Ended { failure: Some(failure) }),
-            None => Ok(()),
-        }
+        self.control.life.stop(&self.name, deadline, || self.control.report().failure)
     }
 
     fn ask<T: Send + 'static>(
@@ -173,8 +166,6 @@ impl<E: Event> Consumer<E> {
 
 impl<E: Event> Drop for Consumer<E> {
     fn drop(&mut self) {
-        if !self.control.stop(Some(Instant::now() + DROP_TIME)) {
-            tracing::error!(consumer = self.name, "a consumer's handler hangs; its thread stays behind");
-        }
+        self.control.life.stop_dropped(&self.name);
     }
 }

@@ -110,6 +110,17 @@ impl Lanes {
         })
     }
 
+    /// Begins anew at another position: what is unfinished is offered again or left behind, letters are to be restored. Counts
+    /// stay.
+    ///
+    /// # Panics
+    /// When an event is out.
+    pub fn set_to(&mut self, position: Offset) {
+        assert_eq!(self.statistics.running, 0, "lanes are set elsewhere while nothing of them is out");
+        let (policy, statistics) = (self.policy.clone(), self.statistics);
+        *self = Self { statistics, ..Self::new(policy, position).expect("the policy was taken before") };
+    }
+
     /// Takes in the next event of the log.
     ///
     /// # Errors

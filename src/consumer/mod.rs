@@ -34,6 +34,7 @@ mod error;
 mod handle;
 mod health;
 mod lanes;
+mod life;
 pub mod outside;
 mod poller;
 mod report;

@@ -40,7 +40,7 @@ pub fn names(dir: &Path) -> Result<Vec<String>, OpenError> {
 /// # Errors
 /// What the file system says; a checkpoint that does not hold.
 pub fn registered(dir: &Path, name: &str) -> Result<Option<Registered>, OpenError> {
-    if !super::checkpoint::is_name(name) {
+    if !crate::log::manifest::is_folder_name(name) {
         return Ok(None);
     }
     let path = consumers_dir(dir).join(name);

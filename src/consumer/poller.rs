@@ -107,6 +107,9 @@ impl<E: Event> Poller<E> {
     ///
     /// # Errors
     /// What writing the consumer's files said.
+    ///
+    /// # Panics
+    /// When the delivery is another poller's.
     pub fn succeeded(&mut self, delivery: Delivery) -> Result<(), ConsumerError> {
         self.tell(delivery, Ok(()))
     }
@@ -115,6 +118,9 @@ impl<E: Event> Poller<E> {
     ///
     /// # Errors
     /// As [`Poller::succeeded`].
+    ///
+    /// # Panics
+    /// When the delivery is another poller's.
     pub fn failed(&mut self, delivery: Delivery, error: impl Into<HandlerError>) -> Result<(), ConsumerError> {
         self.tell(delivery, Err(Failed::Handler(error.into())))
     }
@@ -123,6 +129,9 @@ impl<E: Event> Poller<E> {
     ///
     /// # Errors
     /// As [`Poller::succeeded`].
+    ///
+    /// # Panics
+    /// When the delivery is another poller's.
     pub fn undecodable(&mut self, delivery: Delivery) -> Result<(), ConsumerError> {
         self.tell(delivery, Err(Failed::Undecodable))
     }

@@ -11,6 +11,7 @@ use super::driver::Driver;
 use super::driver::execute::{Failed, Handler, Job};
 use super::effects::Call;
 use super::error::ConsumerError;
+use super::life::Life;
 use super::report::ConsumerReport;
 use super::services::{Running, Services};
 use crate::error::OpenError;
@@ -20,8 +21,8 @@ use crate::log::finder::Finder;
 use crate::log::fold::Access;
 use crate::log::holds::Hold;
 use crate::log::segment::ShardLog;
-use crate::promise::{Promise, block_until, promise};
-use crate::sync::{Arc, Arrivals, AtomicBool, AtomicU64, Mutex, Ordering, Waiters, lock, thread, thread_waker};
+use crate::promise::{Promise, promise};
+use crate::sync::{Arc, Arrivals, Mutex, lock, thread, thread_waker};
 
 /// Events handled where they lie in one go.
 const SLICE: usize = 4096;
@@ -37,18 +38,10 @@ type Ask<E> = Box<dyn FnOnce(&mut Driver<E>) + Send>;
 
 /// What a consumer's thread and its handles share.
 pub(super) struct Control<E: Event> {
+    pub(super) life: Life,
     asks: Arrivals<Ask<E>>,
-    stopping: AtomicBool,
-    thread: Mutex<Option<thread::Thread>>,
     report: Mutex<ConsumerReport>,
     places: Vec<(Arc<ShardLog>, Arc<Hold>)>,
-    began: Instant,
-    /// Since when a slice runs in place, in ns since `began`; 0: none does.
-    slice_since_ns: AtomicU64,
-    /// 1 once the thread has ended.
-    ended: AtomicU64,
-    /// Who waits for that.
-    ending: Waiters,
 }
 
 impl<E: Event> std::fmt::Debug for Control<E> {
@@ -58,49 +51,33 @@ impl<E: Event> std::fmt::Debug for Control<E> {
 }
 
 impl<E: Event> Control<E> {
-    fn wake(&self) {
-        if let Some(thread) = &*lock(&self.thread) {
-            thread.unpark();
-        }
-    }
-
     fn is_called(&self) -> bool {
-        !self.asks.is_empty() || self.stopping.load(Ordering::Relaxed)
-    }
-
-    pub(super) fn has_ended(&self) -> bool {
-        self.ended.load(Ordering::Acquire) == 1
+        !self.asks.is_empty() || self.life.is_stopping()
     }
 
     /// Lets `look` see the driver between two steps. The promise is broken where the consumer has ended.
     pub(super) fn ask<T: Send + 'static>(&self, look: impl FnOnce(&mut Driver<E>) -> T + Send + 'static) -> Promise<T> {
         let (promise, keeping) = promise();
         drop(self.asks.push(Box::new(move |driver: &mut Driver<E>| keeping.keep(look(driver)))));
-        self.wake();
+        self.life.wake();
         promise
     }
 }
 
 impl<E: Event> Running for Control<E> {
-    fn stop(&self, deadline: Option<Instant>) -> bool {
-        self.stopping.store(true, Ordering::SeqCst);
-        self.wake();
-        let waited =
-            block_until(deadline, |waker| self.ending.register(1, waker), || self.has_ended().then_some(Ok(())));
-        waited.is_ok()
+    fn life(&self) -> &Life {
+        &self.life
     }
 
     fn report(&self) -> ConsumerReport {
         let mut report = lock(&self.report).clone();
         report.renew(self.places.iter().map(|(log, hold)| (&**log, hold.get())));
-        let slice_since_ns = self.slice_since_ns.load(Ordering::Relaxed);
-        if slice_since_ns > 0 {
-            report.running = report.running.max(1);
-            report.running_since = Some(self.began.elapsed().saturating_sub(Duration::from_nanos(slice_since_ns)));
-        } else if let Some(since) = report.running_since {
-            report.running_since = Some(self.began.elapsed().saturating_sub(since));
-        }
-        report.is_running = !self.has_ended();
+        // Of one at a worker it is known when it went there.
+        let at_a_worker = report.running_since.map(|since| self.life.now().saturating_sub(since));
+        let inside = self.life.inside_for();
+        report.running = report.running.max(usize::from(inside.is_some()));
+        report.running_since = inside.or(at_a_worker);
+        report.is_running = !self.life.has_ended();
         report
     }
 
@@ -137,17 +114,11 @@ pub(super) fn start<E: Event>(
     services: std::sync::Arc<Services>,
     handler: impl Serve<E>,
 ) -> Result<std::sync::Arc<Control<E>>, ConsumerError> {
-    let began = Instant::now();
     let control = std::sync::Arc::new(Control {
+        life: Life::new(),
         asks: Arrivals::new(),
-        stopping: AtomicBool::new(false),
-        thread: Mutex::new(None),
         report: Mutex::new(ConsumerReport::of(&driver, Duration::ZERO)),
         places: driver.desks().iter().map(|desk| desk.place()).collect(),
-        began,
-        slice_since_ns: AtomicU64::new(0),
-        ended: AtomicU64::new(0),
-        ending: Waiters::new(),
     });
     let name = driver.settings().name.to_string();
     let handler = std::sync::Arc::new(handler);
@@ -179,16 +150,7 @@ pub(super) fn start<E: Event>(
     // Before the thread may leave.
     services.runs(&name, std::sync::Arc::clone(&control) as std::sync::Arc<dyn Running>);
     let spawned = spawn(&services, name.clone(), move || {
-        *lock(&ending.thread) = Some(thread::current());
-        let ran = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| shell.run(&*handler)));
-        let failure = match ran {
-            Ok(Ok(())) => None,
-            Ok(Err(error)) => Some(error.to_string()),
-            Err(_) => Some("the consumer's own code panicked".to_owned()),
-        };
-        if let Some(failure) = &failure {
-            tracing::error!(consumer = left, failure, "a consumer ended");
-        }
+        let failure = ending.life.run(&left, || shell.run(&*handler));
         let is_busy = shell.driver.running() > 0;
         lock(&ending.report).failure = failure;
         drop(shell);
@@ -200,9 +162,7 @@ pub(super) fn start<E: Event>(
         leaving.left(&left);
         // With it the store's lock: who waits for the end may open the store again.
         drop(leaving);
-        // Release: pairs with the Acquire in `has_ended`.
-        ending.ended.store(1, Ordering::Release);
-        ending.ending.reached(1);
+        ending.life.end();
     });
     if let Err(error) = spawned {
         services.left(&name);
@@ -238,7 +198,7 @@ struct Shell<E: Event> {
 
 impl<E: Event> Shell<E> {
     fn now(&self) -> Duration {
-        self.control.began.elapsed()
+        self.control.life.now()
     }
 
     fn run(&mut self, handler: &impl Serve<E>) -> Result<(), ConsumerError> {
@@ -253,15 +213,15 @@ impl<E: Event> Shell<E> {
             asks.into_iter().for_each(|ask| ask(&mut self.driver));
             work += self.take_outcomes()?;
             work += self.driver.step(self.now(), self.idle_rounds > 0)?;
-            let is_stopping = self.control.stopping.load(Ordering::SeqCst);
+            let is_stopping = self.control.life.is_stopping();
             if !is_stopping {
                 let until = self.now() + SLICE_TIME;
                 while let Some(job) = self.driver.next_job(self.now())? {
                     work += 1;
                     if is_alone {
-                        self.begin_slice();
+                        self.control.life.go_inside();
                         let outcome = job.execute::<E>(&name, &mut finders[job.desk], &mut access, &mut handler);
-                        let now = self.end_slice();
+                        let now = self.control.life.come_out();
                         self.driver.done(job, outcome, now)?;
                         if now > until || self.control.is_called() {
                             break;
@@ -289,18 +249,8 @@ impl<E: Event> Shell<E> {
         Ok(())
     }
 
-    fn begin_slice(&self) {
-        let now_ns = u64::try_from(self.now().as_nanos()).unwrap_or(u64::MAX);
-        self.control.slice_since_ns.store(now_ns.max(1), Ordering::Relaxed);
-    }
-
-    fn end_slice(&self) -> Duration {
-        self.control.slice_since_ns.store(0, Ordering::Relaxed);
-        self.now()
-    }
-
     fn run_in_place(&mut self, handler: &mut Handler<'_, E>) -> Result<usize, ConsumerError> {
-        self.begin_slice();
+        self.control.life.go_inside();
         let control = &*self.control;
         let (began, mut events, mut look_at) = (Instant::now(), 0_u32, 1_u32);
         // Looked at before every event; the time soon after the first, and then rarely.
@@ -312,8 +262,8 @@ impl<E: Event> Shell<E> {
             events += 1;
             is_over || control.is_called()
         };
-        let work = self.driver.run_in_place(SLICE, || control.began.elapsed(), is_called, handler);
-        self.end_slice();
+        let work = self.driver.run_in_place(SLICE, || control.life.now(), is_called, handler);
+        self.control.life.come_out();
         work
     }
 
@@ -393,7 +343,7 @@ impl<E: Event> Worker<E> {
                 // Who drives has ended; what was handled now is handled again after a restart.
                 break;
             }
-            self.control.wake();
+            self.control.life.wake();
         }
     }
 }

@@ -8,15 +8,17 @@ use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use super::checkpoint::{Checkpoint, Progress, consumers_dir, is_name};
+use super::checkpoint::{Checkpoint, Progress, consumers_dir};
 use super::driver::{Place, start_position};
 use super::error::ConsumerError;
+use super::life::Life;
 use super::report::ConsumerReport;
 use super::settings::Start;
 use crate::error::OpenError;
 use crate::event::{Event, Offset};
 use crate::log::holds::Hold;
 use crate::log::keeper::KeeperRequests;
+use crate::log::manifest::is_folder_name;
 use crate::log::segment::ShardLog;
 use crate::log::storage::{Lock, Storage};
 use crate::log::syncer::SyncRequests;
@@ -24,8 +26,8 @@ use crate::sync::{Arc, Mutex, lock};
 
 /// A consumer that has threads.
 pub(crate) trait Running: Send + Sync {
-    /// Asks it to stop, and waits for it until the deadline. Whether it has ended.
-    fn stop(&self, deadline: Option<Instant>) -> bool;
+    /// That of its thread.
+    fn life(&self) -> &Life;
     /// What is known of it now.
     fn report(&self) -> ConsumerReport;
     /// Waits until it has handled everything there is, or it has ended. Whether it has.
@@ -98,7 +100,7 @@ impl Services {
 
     /// Lets somebody drive the consumer, registering it if it is new: durably, before anything is handled.
     pub(crate) fn drive<E: Event>(&self, name: &str, start: Start) -> Result<Vec<Place>, ConsumerError> {
-        if !is_name(name) {
+        if !is_folder_name(name) {
             return Err(ConsumerError::Name { name: name.to_owned() });
         }
         if *lock(&self.closed) != Closed::No {
@@ -189,10 +191,14 @@ impl Services {
         self.storage.sync_dir(dir)
     }
 
-    /// Notes who runs it.
+    /// Notes who runs it. Where the engine was closed meanwhile, that ends at once.
     pub(crate) fn runs(&self, name: &str, running: std::sync::Arc<dyn Running>) {
         if let Some(known) = lock(&self.known).get_mut(name) {
-            known.running = Some(running);
+            known.running = Some(std::sync::Arc::clone(&running));
+        }
+        // After it was noted: who closes either finds it there, or is seen here.
+        if *lock(&self.closed) != Closed::No {
+            running.life().ask_to_stop();
         }
     }
 
@@ -243,12 +249,14 @@ impl Services {
         self.running().iter().all(|running| running.drain(deadline))
     }
 
-    /// Lets go of consumers whose handlers hang: their threads stay behind, and hold the store's lock until they end.
+    /// Lets go of consumers that do not end: they are asked to, and not waited for. Where a handler hangs, its thread stays behind, and
+    /// holds the store's lock until it ends.
     pub(crate) fn abandon(&self) {
         *lock(&self.closed) = Closed::Abandoned;
-        for (name, known) in lock(&self.known).iter().filter(|(_, known)| known.running.is_some()) {
-            let since = known.running.as_ref().and_then(|running| running.report().running_since);
-            tracing::error!(consumer = name, ?since, "a consumer's handler hangs; its thread stays behind");
+        for running in self.running() {
+            running.life().ask_to_stop();
+            let ConsumerReport { name, running_since, .. } = running.report();
+            tracing::error!(consumer = name, ?running_since, "a consumer has not ended; it is not waited for");
         }
     }
 
@@ -263,10 +271,8 @@ impl Services {
         }
         let running = self.running();
         // All of them are asked before the first is waited for.
-        running.iter().for_each(|running| {
-            running.stop(Some(Instant::now()));
-        });
-        running.iter().filter(|running| !running.stop(deadline)).count() == 0
+        running.iter().for_each(|running| running.life().ask_to_stop());
+        running.iter().all(|running| running.life().await_end(deadline))
     }
 }
 

@@ -8,9 +8,10 @@ use std::time::{Duration, Instant};
 
 use super::builder::ConsumerBuilder;
 use super::checkpoint::{Checkpoint, Progress};
-use super::driver::Place;
+use super::driver::{HaltCause, Place};
 use super::error::ConsumerError;
 use super::health::{Admission, Health, HealthChange, Pass};
+use super::life::Life;
 use super::report::ConsumerReport;
 use super::retry::{AfterFailure, JitterRng};
 use super::running::spawn;
@@ -22,8 +23,7 @@ use crate::event::{Event, Offset, ShardId};
 use crate::handler::HandlerError;
 use crate::log::holds::Hold;
 use crate::log::reader::{Reader, Record, Sight};
-use crate::promise::block_until;
-use crate::sync::{Arc, AtomicBool, AtomicU64, Mutex, Ordering, Waiters, lock, thread, thread_waker};
+use crate::sync::{Arc, AtomicBool, AtomicU64, Mutex, Ordering, lock, thread, thread_waker};
 
 /// Where events go together with the position up to which they went: a database with transactions.
 ///
@@ -110,65 +110,40 @@ impl<E: Event> Batch<'_, E> {
 /// What the thread and its handle share.
 #[derive(Debug)]
 struct Control {
-    stopping: AtomicBool,
+    life: Life,
     paused: AtomicBool,
     /// Asks for another attempt after a halt.
     resumed: AtomicBool,
-    thread: Mutex<Option<thread::Thread>>,
     report: Mutex<ConsumerReport>,
-    /// Whether everything there was when it was last looked at has been taken in.
-    caught_up: AtomicBool,
-    began: Instant,
-    /// Since when a batch is being taken in, in ns since `began`; 0: none is.
-    batch_since_ns: AtomicU64,
-    ended: AtomicU64,
-    ending: Waiters,
-}
-
-impl Control {
-    fn wake(&self) {
-        if let Some(thread) = &*lock(&self.thread) {
-            thread.unpark();
-        }
-    }
-
-    fn has_ended(&self) -> bool {
-        self.ended.load(Ordering::Acquire) == 1
-    }
+    /// How often it was asked whether everything has been taken in, and which of these questions has that for its answer.
+    drains: AtomicU64,
+    drained: AtomicU64,
 }
 
 impl Running for Control {
-    fn stop(&self, deadline: Option<Instant>) -> bool {
-        self.stopping.store(true, Ordering::SeqCst);
-        self.wake();
-        let over = || self.has_ended().then_some(Ok(()));
-        block_until(deadline, |waker| self.ending.register(1, waker), over).is_ok()
+    fn life(&self) -> &Life {
+        &self.life
     }
 
     fn report(&self) -> ConsumerReport {
         let mut report = lock(&self.report).clone();
-        let since_ns = self.batch_since_ns.load(Ordering::Relaxed);
-        if since_ns > 0 {
-            report.running = 1;
-            report.running_since = Some(self.began.elapsed().saturating_sub(Duration::from_nanos(since_ns)));
-        }
-        report.is_running = !self.has_ended();
+        report.running_since = self.life.inside_for();
+        report.running = usize::from(report.running_since.is_some());
+        report.is_running = !self.life.has_ended();
         report.is_paused = self.paused.load(Ordering::Relaxed);
         report
     }
 
     fn drain(&self, deadline: Option<Instant>) -> bool {
-        self.caught_up.store(false, Ordering::SeqCst);
-        self.wake();
-        loop {
-            if self.caught_up.load(Ordering::SeqCst) {
-                return true;
-            }
-            if self.has_ended() || deadline.is_some_and(|at| Instant::now() >= at) {
+        let question = self.drains.fetch_add(1, Ordering::SeqCst) + 1;
+        self.life.wake();
+        while self.drained.load(Ordering::SeqCst) < question {
+            if self.life.has_ended() || deadline.is_some_and(|at| Instant::now() >= at) {
                 return false;
             }
             crate::sync::nap(Duration::from_millis(1));
         }
+        true
     }
 }
 
@@ -189,14 +164,14 @@ impl SinkConsumer {
     /// Takes nothing in any more, until [`SinkConsumer::resume`].
     pub fn pause(&self) {
         self.control.paused.store(true, Ordering::SeqCst);
-        self.control.wake();
+        self.control.life.wake();
     }
 
     /// Goes on after a pause, or after it halted because all attempts at a batch had failed.
     pub fn resume(&self) {
         self.control.paused.store(false, Ordering::SeqCst);
         self.control.resumed.store(true, Ordering::SeqCst);
-        self.control.wake();
+        self.control.life.wake();
     }
 
     /// Waits until everything there is has been taken in. Whether it came to that by the deadline.
@@ -210,21 +185,13 @@ impl SinkConsumer {
     /// # Errors
     /// `Busy` at the deadline; `Ended` where it had ended by itself.
     pub fn stop(self, deadline: Option<Instant>) -> Result<(), ConsumerError> {
-        if !self.control.stop(deadline) {
-            return Err(ConsumerError::Busy { name: self.name.clone() });
-        }
-        match self.control.report().failure {
-            Some(failure) => Err(ConsumerError::Ended { failure: Some(failure) }),
-            None => Ok(()),
-        }
+        self.control.life.stop(&self.name, deadline, || self.control.report().failure)
     }
 }
 
 impl Drop for SinkConsumer {
     fn drop(&mut self) {
-        if !self.control.stop(Some(Instant::now() + Duration::from_secs(5))) {
-            tracing::error!(consumer = self.name, "a sink hangs; its thread stays behind");
-        }
+        self.control.life.stop_dropped(&self.name);
     }
 }
 
@@ -256,7 +223,7 @@ struct Pump<E: Event, S: Sink<E>> {
     handled: u64,
     failed: u64,
     save_failures: u64,
-    halted: Option<String>,
+    halted: Option<HaltCause>,
 }
 
 impl<E: Event> ConsumerBuilder<E> {
@@ -274,16 +241,12 @@ impl<E: Event> ConsumerBuilder<E> {
         let places = services.drive::<E>(&name, settings.start)?;
         let positions = places.iter().map(|place| (&*place.log, place.hold.get()));
         let control = std::sync::Arc::new(Control {
-            stopping: AtomicBool::new(false),
+            life: Life::new(),
             paused: AtomicBool::new(false),
             resumed: AtomicBool::new(false),
-            thread: Mutex::new(None),
             report: Mutex::new(ConsumerReport::at_rest(&name, positions)),
-            caught_up: AtomicBool::new(false),
-            began: Instant::now(),
-            batch_since_ns: AtomicU64::new(0),
-            ended: AtomicU64::new(0),
-            ending: Waiters::new(),
+            drains: AtomicU64::new(0),
+            drained: AtomicU64::new(0),
         });
         let rng = JitterRng::seeded(settings.jitter_seed);
         let pump = Pump {
@@ -315,30 +278,19 @@ impl<E: Event> ConsumerBuilder<E> {
 
 impl<E: Event, S: Sink<E>> Pump<E, S> {
     fn run_to_the_end(mut self) {
-        *lock(&self.control.thread) = Some(thread::current());
-        let ran = catch_unwind(AssertUnwindSafe(|| self.run()));
-        let failure = match ran {
-            Ok(Ok(())) => None,
-            Ok(Err(error)) => Some(error.to_string()),
-            Err(_) => Some("the consumer's own code panicked".to_owned()),
-        };
         let (control, services) = (std::sync::Arc::clone(&self.control), std::sync::Arc::clone(&self.services));
         let name = std::sync::Arc::clone(&self.settings.name);
-        if let Some(failure) = &failure {
-            tracing::error!(consumer = &*name, failure, "a sink ended");
-        }
+        let failure = control.life.run(&name, || self.run());
         lock(&control.report).failure = failure;
         drop(self);
         services.left(&name);
         // With it the store's lock: who waits for the end may open the store again.
         drop(services);
-        // Release: pairs with the Acquire in `has_ended`.
-        control.ended.store(1, Ordering::Release);
-        control.ending.reached(1);
+        control.life.end();
     }
 
     fn run(&mut self) -> Result<(), ConsumerError> {
-        while !self.control.stopping.load(Ordering::SeqCst) {
+        while !self.control.life.is_stopping() {
             let mut taken = 0;
             if self.control.resumed.swap(false, Ordering::SeqCst) {
                 (self.halted, self.failures, self.next_at) = (None, 0, Duration::ZERO);
@@ -360,7 +312,7 @@ impl<E: Event, S: Sink<E>> Pump<E, S> {
     }
 
     fn now(&self) -> Duration {
-        self.control.began.elapsed()
+        self.control.life.now()
     }
 
     /// A batch of every shard, or a look at where the sink stands. Returns the work done.
@@ -369,11 +321,19 @@ impl<E: Event, S: Sink<E>> Pump<E, S> {
             let Some(pass) = self.admit() else { return Ok(0) };
             let found = catch_unwind(AssertUnwindSafe(|| self.find_positions()));
             match found.unwrap_or_else(|_| Ok(Err("the sink panicked".into())))? {
-                Ok(()) => self.is_lost = false,
+                Ok(()) => {
+                    self.is_lost = false;
+                    // A probe that nobody reports would count as failed. Else only batches tell how the sink is.
+                    if pass.is_probe() {
+                        HealthChange::note(self.health.succeeded(pass, self.control.life.now()), &self.settings.name);
+                    }
+                }
                 Err(error) => self.failed(pass, &error),
             }
             return Ok(usize::from(!self.is_lost));
         }
+        // Before the logs are looked at: what is there when the question is asked must be seen.
+        let question = self.control.drains.load(Ordering::SeqCst);
         let mut taken = 0;
         for at in 0..self.sides.len() {
             if self.sides[at].reader.offset() >= self.sides[at].reader.horizon() {
@@ -396,7 +356,7 @@ impl<E: Event, S: Sink<E>> Pump<E, S> {
             }
         }
         if taken == 0 {
-            self.control.caught_up.store(true, Ordering::SeqCst);
+            self.control.drained.store(question, Ordering::SeqCst);
         }
         Ok(taken)
     }
@@ -425,7 +385,7 @@ impl<E: Event, S: Sink<E>> Pump<E, S> {
             }
             AfterFailure::GiveUp => {
                 tracing::error!(consumer, %error, "a sink halts until it is told to go on");
-                self.halted = Some(error.to_string());
+                self.halted = Some(HaltCause::Batch { error: error.to_string() });
             }
         }
     }
@@ -457,16 +417,18 @@ impl<E: Event, S: Sink<E>> Pump<E, S> {
 
     /// Lets the sink take a batch in. Returns how many events.
     fn take_in(&mut self, at: usize) -> Result<u64, HandlerError> {
-        let now_ns = u64::try_from(self.now().as_nanos()).unwrap_or(u64::MAX);
-        self.control.batch_since_ns.store(now_ns.max(1), Ordering::Relaxed);
+        self.control.life.go_inside();
         let side = &mut self.sides[at];
         let (filter, left) = (&self.settings.filter, self.batch_max);
         let mut batch = Batch { reader: &mut side.reader, filter, left, events: 0 };
         let sink = &mut self.sink;
         let applied = catch_unwind(AssertUnwindSafe(|| sink.apply(&mut batch)));
         let events = batch.events;
-        self.control.batch_since_ns.store(0, Ordering::Relaxed);
+        self.control.life.come_out();
         applied.unwrap_or_else(|_| Err("the sink panicked".into()))?;
+        if side.reader.offset() == side.position {
+            return Err("the sink took nothing from its batch".into());
+        }
         side.position = side.reader.offset();
         Ok(events)
     }
@@ -499,7 +461,7 @@ impl<E: Event, S: Sink<E>> Pump<E, S> {
         let mut report = ConsumerReport::at_rest(&self.settings.name, places);
         (report.handled, report.failed) = (self.handled, self.failed);
         report.has_read(self.sides.iter().map(|side| side.reader.sequence()).sum());
-        report.failure.clone_from(&self.halted);
+        report.halted.clone_from(&self.halted);
         report.health = Some(self.health.report(self.now()));
         report.write_failures.0 = self.save_failures;
         *lock(&self.control.report) = report;

@@ -7,8 +7,8 @@ use crate::error::{GateError, GateOpenError, OpenError, ReadError};
 use crate::event::Offset;
 use crate::gated::{
     Counts, Gap, GateFiles, GatedProducer, GatedShard, Parts, Positions, TakenName, Uncounted, gates_dir, hold_name,
-    is_name,
 };
+use crate::log::manifest::is_folder_name;
 use crate::log::reader::Reader;
 use crate::log::storage::Storage;
 use crate::sync::Arc;
@@ -30,7 +30,7 @@ pub(super) fn holds(
         Err(source) => return Err(OpenError::Io { action: "listing", path: dir, source }),
     };
     let mut holds = Vec::new();
-    for name in names.into_iter().filter(|name| is_name(name)) {
+    for name in names.into_iter().filter(|name| is_folder_name(name)) {
         let files = GateFiles::new(storage, store, &name);
         let mut positions = files.positions(ends.len())?;
         let is_ahead =
@@ -60,7 +60,7 @@ impl<A: Aggregate> Engine<A> {
         policy: GatePolicy,
         source: impl Fn(&<A::Event as rkyv::Archive>::Archived) -> Option<(u64, u64)>,
     ) -> Result<GatedProducer<A::Event>, GateOpenError> {
-        if !is_name(name) {
+        if !is_folder_name(name) {
             return Err(GateOpenError::Name { name: name.to_owned() });
         }
         let taken = TakenName::take(&self.gates, name).ok_or_else(|| GateOpenError::Taken { name: name.to_owned() })?;
@@ -107,7 +107,7 @@ impl<A: Aggregate> Engine<A> {
     /// # Errors
     /// `Name`; what reading their file found.
     pub fn gaps(&self, name: &str) -> Result<Vec<Gap>, GateOpenError> {
-        if !is_name(name) {
+        if !is_folder_name(name) {
             return Err(GateOpenError::Name { name: name.to_owned() });
         }
         Ok(GateFiles::new(&self.storage, &self.config.dir, name).gaps()?)

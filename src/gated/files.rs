@@ -20,17 +20,10 @@ const POSITIONS: &str = "positions";
 const GAPS_HEADER_BYTES: usize = 16;
 const GAP_BYTES: usize = 48;
 const POSITIONS_FIXED_BYTES: usize = 24;
-const NAME_BYTES_MAX: usize = 64;
 
 /// Where the gates of a store have their folders.
 pub(crate) fn gates_dir(store: &Path) -> PathBuf {
     store.join("gates")
-}
-
-/// Whether a gate may be called so.
-pub(crate) fn is_name(name: &str) -> bool {
-    let is_plain = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b"._-".contains(&b);
-    (1..=NAME_BYTES_MAX).contains(&name.len()) && !name.starts_with('.') && name.bytes().all(is_plain)
 }
 
 /// Sequences that did not come in time. What lies behind them was published without them.
@@ -338,16 +331,6 @@ mod tests {
                     assert!(is_typed, "byte {at}: {error}");
                 }
             }
-        }
-    }
-
-    #[test]
-    fn names_are_plain() {
-        for name in ["a", "kafka-orders_1.v2", "-", "0", &"x".repeat(64)] {
-            assert!(is_name(name), "{name}");
-        }
-        for name in ["", ".", "..", ".a", "A", "a/b", "ä", "a b", "a\0", &"x".repeat(65)] {
-            assert!(!is_name(name), "{name}");
         }
     }
 }

@@ -284,6 +284,12 @@ pub(crate) fn segment_index(name: &str) -> Option<u64> {
     digits.parse().ok()
 }
 
+/// Whether a text may be the name of a consumer or a gate, which is that of its folder.
+pub(crate) fn is_folder_name(text: &str) -> bool {
+    let fits = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || b"._-".contains(&byte);
+    (1..=64).contains(&text.len()) && !text.starts_with('.') && text.bytes().all(fits)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -311,5 +317,15 @@ mod tests {
         let bytes = span.encode();
         assert_golden("span.bin", &bytes);
         assert_eq!(Span::decode(Path::new("span"), &bytes).expect("decodes"), span);
+    }
+
+    #[test]
+    fn names_are_those_of_plain_folders() {
+        for name in ["a", "mail-2.x_y", &"x".repeat(64)] {
+            assert!(is_folder_name(name), "{name}");
+        }
+        for name in ["", ".hidden", "..", "A", "a/b", "ä", "a b", &"x".repeat(65)] {
+            assert!(!is_folder_name(name), "{name}");
+        }
     }
 }

@@ -5,12 +5,13 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
+use super::Shard;
 use super::batch::{Batch, Run, batch, record};
-use super::{Shard, panic_text};
 use crate::aggregate::{Aggregate, Emit};
 use crate::command::{ClientEnd, Order, Outcomes, Remembered, Verdict};
 use crate::error::FailureCause;
 use crate::event::{Correlation, Event as _, Key, KeyHash, Sequence, Version};
+use crate::handler::panic_text;
 use crate::log::format::{RECORD_HEADER_BYTES, REJECTED, RecordHeader, padded};
 use crate::sync::Arc;
 

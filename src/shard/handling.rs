@@ -2,10 +2,11 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use super::{Shard, panic_text};
+use super::Shard;
 use crate::aggregate::Aggregate;
 use crate::error::FailureCause;
 use crate::event::{Meta, Offset};
+use crate::handler::panic_text;
 use crate::handler::{BatchEnd, HandlerError, OnError, Registered};
 use crate::log::format::RECORD_HEADER_BYTES;
 

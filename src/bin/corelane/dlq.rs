@@ -10,7 +10,7 @@ use corelane::consumer::outside::{self, DeadLetters};
 use corelane::consumer::{DeadLetter, LetterKind, Letters, Request};
 use corelane::envelope::{self, ArchivedUserId};
 use corelane::scan::Store;
-use corelane::{EventId, Key, Meta, Offset, Sequence};
+use corelane::{EventId, Key, Offset};
 use serde_json::json;
 
 use super::show::{grouped, printable, table, utc};
@@ -333,18 +333,7 @@ fn show(args: &ShowArgs, out: &mut Output) -> Result<Verdict, Failure> {
 
 /// The event as `dump` writes it, but for its sequence, which its letter does not know.
 fn event_line(store: &Store, letter: &DeadLetter, archive: &[u8]) -> Result<(String, Verdict), Failure> {
-    let meta = Meta {
-        shard: letter.id.shard,
-        offset: letter.id.offset,
-        sequence: Sequence(0),
-        key: letter.key,
-        version: letter.version,
-        time: letter.time,
-        event_type: letter.event_type,
-        schema_version: letter.schema_version,
-        correlation: letter.correlation,
-        previous: None,
-    };
+    let meta = letter.meta();
     let (mut line, mut verdict) = (Vec::new(), Verdict::Sound);
     let event = envelope_of(store, letter.event_type, letter.schema_version, archive);
     match event {

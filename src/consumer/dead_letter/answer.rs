@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use crate::config::in_range;
 use crate::error::{ConfigError, OpenError};
-use crate::event::{Correlation, EventId, EventTypeId, Key, Time, Version};
+use crate::event::{Correlation, EventId, EventTypeId, Key, Meta, Sequence, Time, Version};
 
 /// Why an event is a dead letter.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -46,6 +46,25 @@ pub struct DeadLetter {
     pub first_failed: Time,
     /// When it failed last.
     pub last_failed: Time,
+}
+
+impl DeadLetter {
+    /// What the log knew of its event; the sequence is not known, nor what came before it.
+    #[must_use]
+    pub fn meta(&self) -> Meta {
+        Meta {
+            shard: self.id.shard,
+            offset: self.id.offset,
+            sequence: Sequence::UNKNOWN,
+            key: self.key,
+            version: self.version,
+            time: self.time,
+            event_type: self.event_type,
+            schema_version: self.schema_version,
+            correlation: self.correlation,
+            previous: None,
+        }
+    }
 }
 
 /// What happens when there is no room for a further letter.

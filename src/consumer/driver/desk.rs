@@ -9,9 +9,9 @@ use super::super::dead_letter::answer::{DeadLetter, LetterKind};
 use super::super::effects::Call;
 use super::super::error::ConsumerError;
 use super::super::lanes::Lanes;
-use super::super::lanes::answer::{LanesPolicy, RecordKind, Run, ToRecord};
+use super::super::lanes::answer::{RecordKind, Run, ToRecord};
 use super::super::settings::{Filter, Settings};
-use super::execute::{Failed, Handler, call};
+use super::execute::{Failed, Handler, guarded};
 use crate::error::ReadError;
 use crate::event::{Event, EventId, Key, Offset, ShardId, Time};
 use crate::log::finder::Finder;
@@ -48,7 +48,6 @@ pub(crate) struct Desk<E: Event> {
     pub(super) reader: Reader<E>,
     finder: Finder,
     pub(super) lanes: Lanes,
-    policy: LanesPolicy,
     /// From the last life: of what lies below `read`, only `unfinished` is not done.
     pub(super) restored: Option<(Offset, VecDeque<Offset>)>,
     /// Events below may have a record of the last life, or of before the consumer was set back.
@@ -74,17 +73,17 @@ impl<E: Event> Desk<E> {
         let policy = settings.lanes.clone().concurrency(settings.concurrency);
         let reader = Reader::at(Arc::clone(&log), progress.position, std::sync::Arc::clone(&lock))?;
         let finder = Finder::new(Arc::clone(&log), std::sync::Arc::clone(&lock));
-        let lanes = Lanes::new(policy.clone(), progress.position)?;
+        let lanes = Lanes::new(policy, progress.position)?;
         let records_until = records_until(&log, letters);
         let restored = (progress.read > progress.position).then(|| (progress.read, progress.unfinished.into()));
         let (reader, effects_from) = (reader.with_sight(settings.sight), progress.effects_from);
-        Ok(Self { log, syncer, lock, hold, reader, finder, lanes, policy, restored, records_until, effects_from })
+        Ok(Self { log, syncer, lock, hold, reader, finder, lanes, restored, records_until, effects_from })
     }
 
     /// Goes elsewhere; what is unfinished is forgotten here, since it lies there or is left behind on purpose. Nothing is out.
     pub(super) fn set_to(&mut self, reader: Reader<E>, settings: &Settings, letters: &Letters) {
         let done = self.lanes.checkpoint();
-        self.lanes = Lanes::new(self.policy.clone(), reader.offset()).expect("its policy was taken before");
+        self.lanes.set_to(reader.offset());
         self.reader = reader.with_sight(settings.sight);
         self.restored = None;
         self.records_until = records_until(&self.log, letters);
@@ -195,13 +194,11 @@ impl<E: Event> Desk<E> {
                 self.reader.pass(&ahead);
                 continue;
             }
-            let outcome = match self.reader.event(&ahead) {
-                None => Err(Failed::Undecodable),
-                Some(event) => {
-                    let told = Call::new(&settings.name, meta.id(), 1, meta.offset < self.effects_from);
-                    call(event, &meta, &told, handler)
-                }
-            };
+            let call = Call::new(&settings.name, meta.id(), 1, meta.offset < self.effects_from);
+            let outcome = guarded(|| {
+                let event = self.reader.event(&ahead).ok_or(Failed::Undecodable)?;
+                handler(event, &meta, &call).map_err(Failed::Handler)
+            });
             if let Err(why) = outcome {
                 let run = self.lanes.offer_running(key, meta.offset).expect("there is room for it");
                 self.reader.pass(&ahead);

@@ -10,7 +10,7 @@ use super::super::effects::Call;
 use super::super::health::Pass;
 use super::super::lanes::answer::Run;
 use crate::event::{Event, Meta, Offset, Sequence};
-use crate::handler::HandlerError;
+use crate::handler::{HandlerError, panic_text};
 use crate::log::finder::Finder;
 use crate::log::fold::Access;
 
@@ -82,9 +82,12 @@ impl Job {
         access: &mut Access,
         handler: &mut Handler<'_, E>,
     ) -> Result<(), Failed> {
-        let (event, meta) = self.event::<E>(finder, access).ok_or(Failed::Undecodable)?;
-        let had = matches!(self.what, What::Event(_)) && meta.offset < self.effects_from;
-        call(event, &meta, &Call::new(consumer, meta.id(), self.attempt(), had), handler)
+        guarded(|| {
+            let (event, meta) = self.event::<E>(finder, access).ok_or(Failed::Undecodable)?;
+            let had = matches!(self.what, What::Event(_)) && meta.offset < self.effects_from;
+            let call = Call::new(consumer, meta.id(), self.attempt(), had);
+            handler(event, &meta, &call).map_err(Failed::Handler)
+        })
     }
 
     /// The job's event. Its `meta.sequence` is not known.
@@ -103,46 +106,15 @@ impl Job {
             }
             What::Letter { letter, archive } => {
                 let event = access.kept::<E>(archive, letter.event_type, letter.schema_version)?;
-                Some((event, meta_of(letter)))
+                Some((event, letter.meta()))
             }
         }
     }
 }
 
-/// What the log knew of a letter's event.
-fn meta_of(letter: &DeadLetter) -> Meta {
-    Meta {
-        shard: letter.id.shard,
-        offset: letter.id.offset,
-        sequence: Sequence::UNKNOWN,
-        key: letter.key,
-        version: letter.version,
-        time: letter.time,
-        event_type: letter.event_type,
-        schema_version: letter.schema_version,
-        correlation: letter.correlation,
-        previous: None,
-    }
-}
-
-/// Calls a handler, whatever it does.
+/// Lets the application's code run (an upcaster, the handler), whatever it does. What it leaves half done is its own; nothing of ours
+/// is changed inside.
 #[inline]
-pub(super) fn call<A>(
-    event: &A,
-    meta: &Meta,
-    call: &Call<'_>,
-    handler: &mut (impl FnMut(&A, &Meta, &Call<'_>) -> Result<(), HandlerError> + ?Sized),
-) -> Result<(), Failed> {
-    // What a handler leaves half done is its own; nothing of ours is touched inside.
-    match catch_unwind(AssertUnwindSafe(|| handler(event, meta, call))) {
-        Ok(Ok(())) => Ok(()),
-        Ok(Err(error)) => Err(Failed::Handler(error)),
-        Err(panic) => Err(Failed::Panic(panic_text(&*panic))),
-    }
-}
-
-/// What a panic said.
-fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
-    let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
-    text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| "no text".to_owned())
+pub(super) fn guarded(body: impl FnOnce() -> Result<(), Failed>) -> Result<(), Failed> {
+    catch_unwind(AssertUnwindSafe(body)).unwrap_or_else(|panic| Err(Failed::Panic(panic_text(&*panic))))
 }

@@ -17,6 +17,8 @@ const WRITE_MAX: usize = 1024;
 const GATHER: Duration = Duration::from_millis(2);
 /// How long after a look at a log that is not durable yet the next is taken.
 const LOOK_AGAIN: Duration = Duration::from_micros(500);
+/// Keys that are looked at for a letter that may be handled, in one go.
+const LETTERS_LOOKED_AT: usize = 64;
 /// How long after a failed write the next is tried.
 const WRITE_AGAIN: Duration = Duration::from_millis(500);
 
@@ -162,8 +164,14 @@ impl<E: Event> Driver<E> {
         }
     }
 
+    /// All that became of letters.
+    pub(super) fn write_all_tried(&mut self) -> Result<(), WriteRefused> {
+        while self.write_tried()? > 0 {}
+        Ok(())
+    }
+
     /// What became of letters.
-    pub(super) fn write_tried(&mut self) -> Result<usize, WriteRefused> {
+    fn write_tried(&mut self) -> Result<usize, WriteRefused> {
         let count = self.tried.len().min(WRITE_MAX);
         if count == 0 {
             return Ok(0);
@@ -318,7 +326,7 @@ impl<E: Event> Driver<E> {
     /// Takes away the letters of these keys, but for keys of which one is being handled at this moment.
     pub(super) fn discard_of(&mut self, keys: &[Key]) -> Result<u64, ConsumerError> {
         // What became of those that were handled comes first.
-        while self.write_tried()? > 0 {}
+        self.write_all_tried()?;
         let keys = self.reprocessing.end_where(keys);
         let going: Vec<(Key, EventId)> =
             keys.into_iter().flat_map(|key| self.letters.ids_of(key).map(move |id| (key, id))).collect();
@@ -333,7 +341,7 @@ impl<E: Event> Driver<E> {
 
     /// The next letter that is to be handled again.
     pub(super) fn next_letter(&mut self) -> Result<Option<(usize, What)>, ConsumerError> {
-        for _ in 0..self.reprocessing.waiting.len() {
+        for _ in 0..self.reprocessing.waiting.len().min(LETTERS_LOOKED_AT) {
             let Some(key) = self.reprocessing.take() else { break };
             let id = self.letters.oldest_of(key);
             if id

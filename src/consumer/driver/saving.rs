@@ -75,8 +75,10 @@ impl<E: Event> Driver<E> {
 
     /// Saves how far all is done, and what became of letters; durable when it returns.
     pub(crate) fn save(&mut self) -> Result<(), ConsumerError> {
-        while self.write_tried()? > 0 {}
-        self.save_position()
+        let tried = self.write_all_tried();
+        // Positions say nothing of letters.
+        self.save_position()?;
+        Ok(tried?)
     }
 
     fn save_position(&mut self) -> Result<(), ConsumerError> {

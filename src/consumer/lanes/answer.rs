@@ -193,7 +193,7 @@ pub enum KeyState {
 }
 
 /// Counts since the lanes were made. Every event offered is in exactly one of `succeeded`, `parked`, `skipped` and
-/// `unfinished`.
+/// `unfinished` (or was left behind by [`super::Lanes::set_to`]).
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct LaneStatistics {
