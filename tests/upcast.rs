@@ -7,8 +7,11 @@ mod common;
 use std::collections::HashMap;
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use common::{os_cache, soon, tree};
+use corelane::consumer::{HealthPolicy, LetterKind, Letters, Retry};
 use corelane::{
     Aggregate, Config, ConfigError, Durability, Emit, Engine, Event, EventLog, EventType, EventTypeId, Key, Meta,
     OpenError, ShardId, Stateless, Stored, Upcaster, Version, deserialize,
@@ -387,5 +390,43 @@ fn an_upcaster_that_nothing_is_read_with_is_a_mistake() {
         assert_eq!(refused::<OfTheFuture>(config()), (2, 2));
         assert_eq!(refused::<Twice>(config()), (1, 2));
         drop(Engine::<Stateless<Fine>>::open(config()).unwrap());
+    }
+}
+
+static PANICS: AtomicBool = AtomicBool::new(false);
+
+today!(
+    panicking,
+    &[
+        Upcaster::new(1, 1, GameEvent::from_v1),
+        Upcaster::new(2, 1, |archive| {
+            assert!(!PANICS.load(Ordering::SeqCst), "as it must");
+            GameEvent::from_v1(archive)
+        })
+    ]
+);
+
+#[test]
+fn a_consumer_outlives_an_upcaster_that_panics() {
+    for concurrency in [1, 3] {
+        let dir = golden_store();
+        let engine = EventLog::<panicking::GameEvent>::open(os_cache(dir.path())).unwrap();
+        PANICS.store(true, Ordering::SeqCst);
+        let retry = Retry::fixed().base(Duration::from_millis(1)).attempts(2);
+        let health = HealthPolicy::default().consecutive_max(1_000).failure_percent_max(100);
+        let consumer = engine.consumer("c").concurrency(concurrency).retry(retry).health(health);
+        let consumer = consumer.start(|_, _| Ok(())).unwrap();
+        assert!(consumer.drain(soon()));
+        let letters = consumer.dead_letters(None, 100).unwrap();
+        let failed = letters.iter().find(|letter| letter.why == LetterKind::Failed).unwrap();
+        assert!(failed.error.contains("as it must"), "{}", failed.error);
+        PANICS.store(false, Ordering::SeqCst);
+        consumer.reprocess(Letters::All).unwrap();
+        while consumer.report().letters.letters > 0 {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let report = consumer.report();
+        assert_eq!(report.handled + report.letters.handled, golden_events().len() as u64);
+        consumer.stop(soon()).unwrap();
     }
 }
