@@ -179,3 +179,50 @@ fn pin_current(core: usize) {
         tracing::warn!(core, "the thread could not be pinned and goes on unpinned");
     }
 }
+
+/// Keeps the current thread off the cores that shards are pinned to, if that leaves it any: what it has to do by the
+/// megabyte would otherwise stop a shard for milliseconds.
+pub(crate) fn keep_off(pinned: &[usize]) {
+    let allowed = core_affinity::get_core_ids().unwrap_or_default();
+    let mut cores = rustix::thread::CpuSet::new();
+    allowed
+        .iter()
+        .map(|core| core.id)
+        .filter(|core| *core < CORE_ID_END && !pinned.contains(core))
+        .for_each(|core| cores.set(core));
+    if pinned.is_empty() || cores.count() == 0 {
+        return;
+    }
+    if let Err(error) = rustix::thread::sched_setaffinity(None, &cores) {
+        tracing::debug!(%error, "a helper thread could not be kept off the shards' cores");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn allowed() -> Vec<usize> {
+        core_affinity::get_core_ids().unwrap_or_default().into_iter().map(|core| core.id).collect()
+    }
+
+    #[test]
+    fn a_helper_keeps_off_pinned_cores_unless_there_are_no_others() {
+        let before = allowed();
+        let kept = |pinned: Vec<usize>| {
+            std::thread::spawn(move || {
+                keep_off(&pinned);
+                allowed()
+            })
+            .join()
+            .expect("no panic")
+        };
+        assert_eq!(kept(Vec::new()), before, "nothing is pinned");
+        assert_eq!(kept(before.clone()), before, "nothing else is left");
+        if let [_, others @ ..] = &before[..]
+            && !others.is_empty()
+        {
+            assert_eq!(kept(vec![before[0]]), others);
+        }
+    }
+}

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use crate::clock::wall_now;
-use crate::config::{Durability, Retention, Wait};
+use crate::config::{Durability, Retention};
 use crate::error::FailureCause;
 use crate::event::Offset;
 use crate::log::format::{HEADER_BYTES, OFFSETS_END, encode_prepared};
@@ -87,10 +87,9 @@ pub(crate) struct Keeper {
 impl Keeper {
     /// Runs until the engine ends.
     pub(crate) fn run(mut self) {
-        let mut idle = Idle::new(Wait::Park);
+        let mut idle = Idle::sleepy();
         while !self.requests.ending.load(Ordering::SeqCst) {
             if self.step() {
-                idle.reset();
                 continue;
             }
             let now = Instant::now();
