@@ -43,6 +43,9 @@ const SYNC_BYTES: usize = 4 << 20;
 /// stored a moment ago waits for the store, and one alone waits for itself. One at a time runs at half
 /// the speed.
 const GROUP: usize = 4;
+/// How far ahead the mapping and the ring are brought near. Without it the loop runs at two thirds of the speed.
+const RECORDS_NEAR_BYTES: usize = 2048;
+const SLOTS_NEAR: usize = 32;
 const KEYS: u64 = 10_000;
 const SPINS_BEFORE_YIELD: u32 = 1 << 10;
 
@@ -206,7 +209,8 @@ fn write(ring: &mut Consumer<Slot>, mapping: &mut [u8], events: u64, batch: usiz
             while !slots.is_empty() {
                 let n = slots.len().min(records.len() - at);
                 let (now, later) = slots.split_at(n);
-                for (slots, records) in now.chunks(GROUP).zip(records[at..at + n].chunks_mut(GROUP)) {
+                for (i, (slots, records)) in now.chunks(GROUP).zip(records[at..at + n].chunks_mut(GROUP)).enumerate() {
+                    bring_near(records, now.get((i + SLOTS_NEAR / GROUP) * GROUP..).unwrap_or_default());
                     for (slot, record) in slots.iter().zip(&mut *records) {
                         fill(slot, time_ns, record);
                     }
@@ -219,6 +223,27 @@ fn write(ring: &mut Consumer<Slot>, mapping: &mut [u8], events: u64, batch: usiz
         written += chunk.len() as u64;
         chunk.commit_all();
     }
+}
+
+/// Asks for the memory of later records and slots: a store to a line that is not there holds up all
+/// stores behind it, and a slot has to come from the other core.
+#[inline(always)]
+fn bring_near(records: &[[u8; RECORD_BYTES]], slots: &[Slot]) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        let later = records.as_ptr().cast::<i8>().wrapping_add(RECORDS_NEAR_BYTES);
+        for line in 0..GROUP * RECORD_BYTES / 64 {
+            // SAFETY: a prefetch reads nothing and faults on nothing, whatever the address.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(later.wrapping_add(line * 64)) }
+        }
+        for slot in slots.iter().take(GROUP) {
+            // SAFETY: as above.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>((&raw const *slot).cast::<i8>()) }
+        }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (records, slots);
 }
 
 /// Everything of a record but its first eight bytes.
