@@ -14,7 +14,7 @@ use crate::log::format::{ALIGN, RecordHeader, padded, schema_fingerprint};
 use crate::log::mmap::{Heap, Memory, WriteHalf};
 use crate::log::segment::ShardLog;
 use crate::log::storage::{Files, Storage as _};
-use crate::log::writer::{Prepared, PreparedQueue, Refused, Resume, Writer};
+use crate::log::writer::{Prepared, PreparedQueue, Refused, Resume, Writer, group};
 use crate::ring::{NOT_DUE, Slot, push_chunk};
 use crate::sync::Arc;
 use crate::view::Place;
@@ -72,15 +72,17 @@ impl Keys {
     /// Asks for the place of this key to be brought near.
     #[inline]
     pub fn prefetch(&self, key: Key) {
-        self.0.prefetch(KeyHash::of(key));
+        self.0.look(KeyHash::of(key));
     }
 
     /// What the table does for one event: finds the key, counts its version, moves its chain's head.
     #[inline]
     pub fn append(&mut self, key: Key, head: Offset) -> (Version, Offset) {
-        let mut known = self.0.entry(key, KeyHash::of(key));
-        let (version, previous) = (Version(known.version().0 + 1), known.head());
-        known.set(version, head, Time(0));
+        let hash = KeyHash::of(key);
+        let seen = self.0.look(hash);
+        let known = self.0.slot(key, hash, seen);
+        let (version, previous) = (Version(known.version.0 + 1), known.head);
+        (known.version, known.head) = (version, head);
         (version, previous)
     }
 }
@@ -194,7 +196,8 @@ impl<E: Event> LogWriter<E> {
     /// When there is no room.
     #[inline]
     pub fn append(&mut self, events: &[(Key, E)]) -> Offset {
-        let mut appender = self.writer.appender();
+        let mut staged = group();
+        let mut appender = self.writer.appender(&mut staged);
         for (key, event) in events {
             let header = RecordHeader {
                 time: Time(1),
@@ -206,8 +209,8 @@ impl<E: Event> LogWriter<E> {
                 schema_version: 1,
                 more: false,
             };
-            match appender.append(&header, event, |_| ()) {
-                Ok(len) => self.left = self.left.saturating_sub(padded(len) as u64),
+            match appender.append(&header, event) {
+                Ok(appended) => self.left = self.left.saturating_sub(padded(appended.len) as u64),
                 Err(Refused::NeedsSegment | Refused::TooLarge { .. }) => panic!("room was not made"),
             }
         }

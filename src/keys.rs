@@ -1,17 +1,20 @@
 //! The key table of one shard: per key its version, the head of its chain, and its state. One writer: the owning shard.
 //!
-//! 64 open-addressing parts, chosen by the hash's low bits, each at most half full. A part grows by
-//! itself, so the longest pause of a growing table is 1/64 of a rehash. A bucket is two slots: one cache line where there
-//! is no state, two where a state takes up to 32 bytes, so that nearly every key is found where it is looked for first. A turn prefetches the
-//! buckets of later events while it appends earlier ones: with a million keys every look-up would
-//! otherwise wait for memory.
+//! 64 open-addressing parts, chosen by the hash's low bits. A part grows by itself, so the longest pause of a growing table
+//! is 1/64 of a rehash. Its slots stand in groups of eight, and beside them, close together, a word of tags for each group:
+//! seven bits of the hash of every slot in use. The tags of a million keys fit into a core's cache, and they name the one slot
+//! that is worth going to memory for. So a key costs one cache line, of 32 bytes without a state and 64 with one of 32 bytes.
+//!
+//! A turn looks at the tags of later events ([`KeyTable::look`]) before it appends earlier ones: with a million keys every
+//! slot would otherwise be waited for.
 
 use crate::event::{Key, KeyHash, Offset, Time, Version};
 use crate::sync::prefetch;
 
 const PARTS: usize = 64;
 const PART_BITS: u32 = PARTS.trailing_zeros();
-const BUCKETS_MIN: usize = 4;
+/// Slots of a group: as many as tags fit into a word.
+const GROUP: usize = 8;
 
 /// What a shard knows of a key.
 #[derive(Debug, Clone, Default)]
@@ -27,113 +30,151 @@ pub(crate) struct Slot<S> {
     pub(crate) state: S,
 }
 
-#[derive(Debug, Clone, Default)]
+/// Slots that no cache line is shared between more than it must.
+#[derive(Debug, Default)]
 #[repr(align(64))]
-struct Bucket<S>([Slot<S>; 2]);
+struct Group<S>([Slot<S>; GROUP]);
 
-const _: () = assert!(size_of::<Bucket<()>>() == 64);
-const _: () = assert!(size_of::<Bucket<[u64; 4]>>() == 128);
+const _: () = assert!(size_of::<Slot<()>>() == 32);
+const _: () = assert!(size_of::<Slot<[u64; 4]>>() == 64);
 
-type Part<S> = Box<[Bucket<S>]>;
+/// One part; a cache line.
+#[derive(Debug)]
+#[repr(align(64))]
+struct Part<S> {
+    /// A tag a byte, the first slot's lowest; 0 where the slot is free.
+    tags: Box<[u64]>,
+    groups: Box<[Group<S>]>,
+    used: usize,
+}
 
-fn part<S: Default>(buckets: usize) -> Part<S> {
-    std::iter::repeat_with(Bucket::default).take(buckets).collect()
+impl<S: Default> Part<S> {
+    fn new(groups: usize) -> Self {
+        let slots = std::iter::repeat_with(|| Group(std::array::from_fn(|_| Slot::default())));
+        Self { tags: vec![0; groups].into(), groups: slots.take(groups).collect(), used: 0 }
+    }
+}
+
+impl<S> Part<S> {
+    /// Three quarters of the slots may be in use: a key that its own group has no room for is then rare.
+    fn is_full(&self) -> bool {
+        self.used >= self.groups.len() * (GROUP / 4 * 3)
+    }
+
+    fn claim(&mut self, at: Seen, hash: KeyHash) {
+        self.tags[at.group()] |= tag_of(hash) << (at.within() * 8);
+        self.used += 1;
+    }
+
+    #[inline(always)]
+    fn slot(&self, at: Seen) -> Option<&Slot<S>> {
+        self.groups.get(at.group()).map(|group| &group.0[at.within()])
+    }
 }
 
 /// Versions, chain heads and states by key.
 #[derive(Debug)]
-pub(crate) struct KeyTable<S> {
-    parts: Box<[Part<S>; PARTS]>,
-    used: Box<[usize; PARTS]>,
-}
+pub(crate) struct KeyTable<S>(Box<[Part<S>; PARTS]>);
 
-/// A place in a part: bucket and slot.
-#[derive(Debug, Clone, Copy)]
-struct Place(usize, usize);
+/// Where in its part a key is, or was, or could be: to be looked at before it is believed.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Seen(pub(crate) u32);
+
+impl Seen {
+    #[inline]
+    fn new(group: usize, within: usize) -> Self {
+        Self((group * GROUP + within) as u32)
+    }
+
+    #[inline]
+    fn group(self) -> usize {
+        self.0 as usize / GROUP
+    }
+
+    #[inline]
+    fn within(self) -> usize {
+        self.0 as usize % GROUP
+    }
+}
 
 impl<S: Default> KeyTable<S> {
     /// A table that holds about `keys_expected` keys before parts grow.
     pub(crate) fn new(keys_expected: usize) -> Self {
-        // Two slots a bucket and half of them full: a bucket per key.
-        let buckets = (keys_expected.div_ceil(PARTS) + 1).next_power_of_two().max(BUCKETS_MIN);
-        Self { parts: Box::new(std::array::from_fn(|_| part(buckets))), used: Box::new([0; PARTS]) }
+        let of_a_part = keys_expected.div_ceil(PARTS) + 1;
+        let groups = of_a_part.div_ceil(GROUP / 4 * 3).next_power_of_two();
+        Self(Box::new(std::array::from_fn(|_| Part::new(groups))))
     }
 
-    /// Asks for the bucket of the key with this hash to be brought near.
+    /// Where the key with this hash probably is, and asks for that slot to be brought near.
     #[inline]
-    pub(crate) fn prefetch(&self, hash: KeyHash) {
-        let part = &self.parts[part_of(hash)];
-        let Bucket([first, second]) = &part[bucket_of(hash, part.len())];
-        prefetch(first);
-        if size_of::<Bucket<S>>() > 64 {
-            prefetch(second);
-        }
+    pub(crate) fn look(&self, hash: KeyHash) -> Seen {
+        let part = &self.0[part_of(hash)];
+        let group = group_of(hash, part.tags.len());
+        let within = equal_tags(part.tags[group], tag_of(hash)).trailing_zeros() as usize / GROUP % GROUP;
+        prefetch(&part.groups[group].0[within]);
+        Seen::new(group, within)
     }
 
-    /// The place of `key`, which stays as it is until [`Entry::set`].
-    #[inline]
-    pub(crate) fn entry(&mut self, key: Key, hash: KeyHash) -> Entry<'_, S> {
+    /// The slot of `key`, for its next event; with version 0 where the key is new. `seen` is where it probably is.
+    #[inline(always)]
+    pub(crate) fn slot(&mut self, key: Key, hash: KeyHash, seen: Seen) -> &mut Slot<S> {
         let number = part_of(hash);
-        let part = &self.parts[number];
-        let at = bucket_of(hash, part.len());
-        let [first, second] = &part[at].0;
-        // Without a branch between the two: which it is cannot be foreseen.
-        let is_second = usize::from(first.key != key);
-        let candidate = if is_second == 1 { second } else { first };
-        let place = if candidate.key == key && candidate.version.0 != 0 {
-            Place(at, is_second)
-        } else {
-            self.find_or_make_room(key, hash)
-        };
-        let (part, used) = (&mut self.parts[number], &mut self.used[number]);
-        Entry { slot: &mut part[place.0].0[place.1], used, key }
+        if self.0[number].slot(seen).is_some_and(|slot| slot.key == key && slot.version.0 != 0) {
+            return &mut self.0[number].groups[seen.group()].0[seen.within()];
+        }
+        self.find_or_claim(key, hash)
     }
 
     /// Finds keys that are not where they are looked for first, and places for new ones: where the part
     /// would be too full with one more, it grows first.
     #[inline(never)]
-    fn find_or_make_room(&mut self, key: Key, hash: KeyHash) -> Place {
-        let number = part_of(hash);
-        let part = &mut self.parts[number];
-        let place = find(part, key, hash);
-        if part[place.0].0[place.1].version.0 != 0 || self.used[number] < part.len() {
-            return place;
+    fn find_or_claim(&mut self, key: Key, hash: KeyHash) -> &mut Slot<S> {
+        let part = &mut self.0[part_of(hash)];
+        let mut found = find(part, key, hash);
+        if found.is_err() && part.is_full() {
+            grow(part);
+            found = find(part, key, hash);
         }
-        grow(part);
-        find(part, key, hash)
+        if let Err(free) = found {
+            part.claim(free, hash);
+        }
+        let (Ok(at) | Err(at)) = found;
+        let slot = &mut part.groups[at.group()].0[at.within()];
+        slot.key = key;
+        slot
     }
 
     /// What is known of `key`.
     pub(crate) fn get(&self, key: Key) -> Option<&Slot<S>> {
         let hash = KeyHash::of(key);
-        let part = &self.parts[part_of(hash)];
-        let place = find(part, key, hash);
-        let slot = &part[place.0].0[place.1];
-        (slot.version.0 != 0).then_some(slot)
+        let part = &self.0[part_of(hash)];
+        // A slot that was given out for an event which found no room has none yet.
+        find(part, key, hash).ok().and_then(|seen| part.slot(seen)).filter(|slot| slot.version.0 != 0)
     }
 
     /// Every key, in no order.
     pub(crate) fn iter(&self) -> impl Iterator<Item = &Slot<S>> {
-        self.parts.iter().flat_map(|part| slots(part))
+        self.0.iter().flat_map(|part| slots(part, 0, part.groups.len() * GROUP))
     }
 
-    /// The keys of `count` buckets from `at` on, and where to go on; `None` where the table ends. A table that is gone over in
+    /// The keys of `count` slots from `at` on, and where to go on; `None` where the table ends. A table that is gone over in
     /// such steps while it grows is gone over whole: a part that has grown meanwhile is begun anew, so its keys may come twice.
     pub(crate) fn walk(&self, at: Walk, count: usize) -> (impl Iterator<Item = &Slot<S>>, Option<Walk>) {
-        let part = &self.parts[at.part];
-        let from = if at.buckets == part.len() { at.at } else { 0 };
-        let to = (from + count).min(part.len());
-        let next = if to < part.len() {
-            Some(Walk { part: at.part, at: to, buckets: part.len() })
+        let part = &self.0[at.part];
+        let all = part.groups.len() * GROUP;
+        let from = if at.slots == all { at.at } else { 0 };
+        let to = (from + count).min(all);
+        let next = if to < all {
+            Some(Walk { part: at.part, at: to, slots: all })
         } else {
-            (at.part + 1 < PARTS).then_some(Walk { part: at.part + 1, at: 0, buckets: 0 })
+            (at.part + 1 < PARTS).then_some(Walk { part: at.part + 1, at: 0, slots: 0 })
         };
-        (slots(&part[from..to]), next)
+        (slots(part, from, to), next)
     }
 
     /// Number of keys.
     pub(crate) fn len(&self) -> usize {
-        self.used.iter().sum()
+        self.0.iter().map(|part| part.used).sum()
     }
 }
 
@@ -143,103 +184,71 @@ pub(crate) struct Walk {
     part: usize,
     at: usize,
     /// How large the part was then.
-    buckets: usize,
+    slots: usize,
 }
 
-fn slots<S>(buckets: &[Bucket<S>]) -> impl Iterator<Item = &Slot<S>> {
-    buckets.iter().flat_map(|bucket| &bucket.0).filter(|slot| slot.version.0 != 0)
+/// Of the slots with these numbers, those in use.
+fn slots<S>(part: &Part<S>, from: usize, to: usize) -> impl Iterator<Item = &Slot<S>> {
+    (from..to).filter_map(|at| part.slot(Seen(at as u32))).filter(|slot| slot.version.0 != 0)
 }
 
-/// Where `key` is, or the free slot where it belongs. A part is never full, so this ends.
-fn find<S>(part: &Part<S>, key: Key, hash: KeyHash) -> Place {
-    let mut at = bucket_of(hash, part.len());
+/// Where `key` is, or else the free slot where it belongs. A part is never full, so this ends.
+fn find<S>(part: &Part<S>, key: Key, hash: KeyHash) -> Result<Seen, Seen> {
+    let mut group = group_of(hash, part.tags.len());
     loop {
-        for (i, slot) in part[at].0.iter().enumerate() {
-            if slot.version.0 == 0 || slot.key == key {
-                return Place(at, i);
+        let tags = part.tags[group];
+        let mut equal = equal_tags(tags, tag_of(hash));
+        while equal != 0 {
+            let within = equal.trailing_zeros() as usize / GROUP;
+            if part.groups[group].0[within].key == key {
+                return Ok(Seen::new(group, within));
             }
+            equal &= equal - 1;
         }
-        at = (at + 1) & (part.len() - 1);
+        // Slots are taken in order and never given back: a key that is not here is farther on only if there was no room here.
+        let free = equal_tags(tags, 0);
+        if free != 0 {
+            return Err(Seen::new(group, free.trailing_zeros() as usize / GROUP));
+        }
+        group = (group + 1) & (part.tags.len() - 1);
     }
 }
 
 #[cold]
-fn grow<S: Default>(grown: &mut Part<S>) {
-    let bigger = part(grown.len() * 2);
-    let old = std::mem::replace(grown, bigger);
-    for slot in old.into_iter().flat_map(|bucket| bucket.0).filter(|slot| slot.version.0 != 0) {
-        let place = find(grown, slot.key, KeyHash::of(slot.key));
-        grown[place.0].0[place.1] = slot;
+fn grow<S: Default>(part: &mut Part<S>) {
+    let old = std::mem::replace(part, Part::new(part.groups.len() * 2));
+    for slot in old.groups.into_iter().flat_map(|group| group.0).filter(|slot| slot.version.0 != 0) {
+        let hash = KeyHash::of(slot.key);
+        let (Ok(seen) | Err(seen)) = find(part, slot.key, hash);
+        part.groups[seen.group()].0[seen.within()] = slot;
+        part.claim(seen, hash);
     }
 }
 
-/// The place of one key.
-#[derive(Debug)]
-pub(crate) struct Entry<'a, S> {
-    slot: &'a mut Slot<S>,
-    used: &'a mut usize,
-    key: Key,
-}
-
-impl<S> Entry<'_, S> {
-    /// The key's version; 0 where it has no event yet.
-    #[inline]
-    pub(crate) fn version(&self) -> Version {
-        self.slot.version
-    }
-
-    /// The key's newest record; 0 where it has none.
-    #[inline]
-    pub(crate) fn head(&self) -> Offset {
-        self.slot.head
-    }
-
-    /// All that is known of the key.
-    pub(crate) fn slot(&self) -> &Slot<S> {
-        self.slot
-    }
-
-    /// The key's state, as its events have made it.
-    #[inline]
-    pub(crate) fn state(&mut self) -> &mut S {
-        &mut self.slot.state
-    }
-
-    /// A record of this key was appended.
-    #[inline]
-    pub(crate) fn set(&mut self, version: Version, head: Offset, time: Time) {
-        debug_assert!(version.0 > 0);
-        if self.slot.version.0 == 0 {
-            *self.used += 1;
-        }
-        self.slot.key = self.key;
-        self.slot.version = version;
-        self.slot.head = head;
-        if size_of::<S>() > 0 {
-            self.slot.time_max = self.slot.time_max.max(time);
-        }
-    }
-
-    /// What is known of the key, as a checkpoint has it.
-    pub(crate) fn restore(self, slot: Slot<S>) {
-        debug_assert!(slot.version.0 > 0 && slot.key == self.key);
-        if self.slot.version.0 == 0 {
-            *self.used += 1;
-        }
-        *self.slot = slot;
-    }
-}
-
-// The shard takes the hash's top bits (by multiply-high), the table its low half: the part the lowest of them and
-// the bucket those above, all independent of each other. That is enough for 2²⁶ buckets a part.
+// The shard takes the hash's top bits (by multiply-high), the table its low half: the part the lowest of them, the group those
+// above, and the tag the highest seven, all independent of each other up to 2²⁷ keys a shard.
 #[inline]
 fn part_of(hash: KeyHash) -> usize {
     hash.0 as usize % PARTS
 }
 
 #[inline]
-fn bucket_of(hash: KeyHash, buckets: usize) -> usize {
-    (hash.0 >> PART_BITS) as usize & (buckets - 1)
+fn group_of(hash: KeyHash, groups: usize) -> usize {
+    (hash.0 >> PART_BITS) as usize & (groups - 1)
+}
+
+/// Never 0, the tag of a free slot.
+#[inline]
+fn tag_of(hash: KeyHash) -> u64 {
+    u64::from(hash.0 >> 25 | 0x80)
+}
+
+/// The high bit of every byte of `tags` that is `tag`; above one of these possibly that of another.
+#[inline]
+fn equal_tags(tags: u64, tag: u64) -> u64 {
+    const LOW: u64 = u64::MAX / 0xff;
+    let differing = tags ^ (LOW * tag);
+    differing.wrapping_sub(LOW) & !differing & (LOW << 7)
 }
 
 #[cfg(test)]
@@ -256,11 +265,13 @@ mod tests {
             x = x.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
             // Key 0 is a key like any other.
             let key = Key((x >> 33) % 50_000);
-            let mut entry = table.entry(key, KeyHash::of(key));
+            let hash = KeyHash::of(key);
+            let seen = table.look(hash);
+            let slot = table.slot(key, hash, seen);
             let expected = model.entry(key).or_insert((0_u64, 0_u64));
-            assert_eq!((entry.version().0, entry.head().0), *expected);
+            assert_eq!((slot.version.0, slot.head.0), *expected);
             *expected = (expected.0 + 1, round);
-            entry.set(Version(expected.0), Offset(round), Time(0));
+            (slot.version, slot.head) = (Version(expected.0), Offset(round));
         }
         assert_eq!(table.len(), model.len());
         for (key, (version, head)) in &model {
@@ -271,10 +282,51 @@ mod tests {
     }
 
     #[test]
+    fn keys_of_one_group_and_one_tag_are_told_apart_also_beyond_the_group() {
+        let mut table = KeyTable::<()>::new(10_000);
+        let hash = KeyHash::of(Key(0));
+        let like = |&key: &Key| {
+            let other = KeyHash::of(key);
+            part_of(other) == part_of(hash)
+                && group_of(other, 64) == group_of(hash, 64)
+                && tag_of(other) == tag_of(hash)
+        };
+        let alike: Vec<Key> = (0..).map(Key).filter(like).take(2 * GROUP + 1).collect();
+        assert_eq!(table.0[part_of(hash)].groups.len(), 32, "small enough for them to be neighbours");
+        for (i, &key) in alike.iter().enumerate() {
+            let seen = table.look(hash);
+            let slot = table.slot(key, hash, seen);
+            assert_eq!(slot.version, Version(0), "new");
+            slot.version = Version(i as u64 + 1);
+        }
+        for (i, &key) in alike.iter().enumerate() {
+            assert_eq!(table.get(key).map(|slot| slot.version.0), Some(i as u64 + 1));
+        }
+        assert_eq!(table.len(), alike.len());
+    }
+
+    #[test]
+    fn a_new_key_whose_event_found_no_room_is_not_known_and_keeps_its_place() {
+        let mut table = KeyTable::<u64>::new(0);
+        for key in (0..1000).map(Key) {
+            let hash = KeyHash::of(key);
+            let seen = table.look(hash);
+            assert_eq!(table.slot(key, hash, seen).version, Version(0));
+            assert!(table.get(key).is_none());
+            assert_eq!(table.iter().count() as u64, key.0);
+            let seen = table.look(hash);
+            let slot = table.slot(key, hash, seen);
+            (slot.version, slot.state) = (Version(1), key.0);
+            assert_eq!(table.len() as u64, key.0 + 1, "one place");
+        }
+        assert!((0..1000).all(|key| table.get(Key(key)).is_some_and(|slot| slot.state == key)));
+    }
+
+    #[test]
     fn a_walk_over_a_growing_table_misses_no_key_that_was_there_when_it_began() {
         let mut table = KeyTable::<u64>::new(0);
         let put = |table: &mut KeyTable<u64>, key: u64| {
-            table.entry(Key(key), KeyHash::of(Key(key))).set(Version(1), Offset(16), Time(0));
+            table.slot(Key(key), KeyHash::of(Key(key)), Seen::default()).version = Version(1);
         };
         (0..500).for_each(|key| put(&mut table, key));
         let (mut seen, mut at, mut next) = (std::collections::HashSet::new(), Some(Walk::default()), 500);

@@ -248,9 +248,9 @@ impl<A: Aggregate> Shard<A> {
         let Ok(chunk) = lane.ring.read_chunk(ready) else { return Ok(0) };
         let mut batch = batch!(self);
         let (now, (front, back)) = (batch.now, chunk.as_slices());
-        let mut appended = batch.append(front.iter())?;
+        let mut appended = batch.append(front)?;
         if appended == front.len() {
-            appended += batch.append(back.iter())?;
+            appended += batch.append(back)?;
         }
         let bytes = batch.bytes;
         chunk.commit(appended);
@@ -272,7 +272,7 @@ impl<A: Aggregate> Shard<A> {
         }
         let mut batch = batch!(self);
         let now = batch.now;
-        let appended = batch.append(self.work.taken.iter().map(|taken| &taken.slot))?;
+        let appended = batch.append(&self.work.taken)?;
         let bytes = batch.bytes;
         let lane = std::sync::Arc::clone(&self.shared_lane);
         let stalled = appended < self.work.taken.len();

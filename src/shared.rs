@@ -2,6 +2,7 @@
 //!
 //! Order: events of one key published by one thread keep their order (the queue is first in, first out).
 
+use std::borrow::Borrow;
 use std::time::Instant;
 
 use crossbeam::queue::ArrayQueue;
@@ -19,6 +20,12 @@ use crate::sync::{Arc, AtomicU64, Idle, Ordering, Patience};
 pub(crate) struct SharedSlot<E> {
     pub(crate) slot: Slot<E>,
     pub(crate) ticket: Option<std::sync::Arc<AtomicU64>>,
+}
+
+impl<E> Borrow<Slot<E>> for SharedSlot<E> {
+    fn borrow(&self) -> &Slot<E> {
+        &self.slot
+    }
 }
 
 /// What both ends of a shared lane hold.

@@ -76,7 +76,7 @@ pub(crate) fn prefetch<T>(item: &T) {
         let last = first.wrapping_add(size_of::<T>().saturating_sub(1));
         // SAFETY: a prefetch reads nothing and faults on nothing, whatever the address.
         unsafe { std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(first) }
-        if size_of::<T>() > align_of::<T>() {
+        if size_of::<T>() > 64 {
             // SAFETY: as above.
             unsafe { std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(last) }
         }

@@ -103,9 +103,20 @@ fn may_use(file: &str) -> Option<&'static [&'static str]> {
             "snapshot",
             "view",
         ],
-        "shard/batch.rs" => {
-            &["aggregate", "event", "error", "clock", "ring", "producer", "keys", "log", "shard", "snapshot", "view"]
-        }
+        "shard/batch.rs" => &[
+            "aggregate",
+            "event",
+            "error",
+            "sync",
+            "clock",
+            "ring",
+            "producer",
+            "keys",
+            "log",
+            "shard",
+            "snapshot",
+            "view",
+        ],
         "shard/commands.rs" => &["aggregate", "command", "event", "error", "handler", "log", "sync"],
         "shard/handling.rs" => &["aggregate", "event", "error", "handler", "log"],
         "gated.rs" => &["clock", "consumer", "error", "event", "flush", "log", "producer", "sync", "Engine"],

@@ -7,7 +7,7 @@ use rkyv::util::AlignedVec;
 use crate::aggregate::{Aggregate, Stored};
 use crate::command::{Outcomes, Remembered};
 use crate::event::{Event, EventTypeId, KeyHash, Offset, Schemas, Scratch, Sequence, ShardId, upcaster};
-use crate::keys::KeyTable;
+use crate::keys::{KeyTable, Seen};
 use crate::log::format::{ALIGN, RECORD_HEADER_BYTES, REJECTED, RecordHeader};
 use crate::log::mmap::Memory;
 
@@ -89,9 +89,10 @@ struct Pending {
     /// 0: none.
     len: u32,
     hash: KeyHash,
+    seen: Seen,
 }
 
-const NONE: Pending = Pending { offset: Offset(0), at: 0, len: 0, hash: KeyHash(0) };
+const NONE: Pending = Pending { offset: Offset(0), at: 0, len: 0, hash: KeyHash(0), seen: Seen(0) };
 
 /// Records read before their keys are looked up.
 const LOOK_AHEAD: usize = 16;
@@ -153,7 +154,8 @@ impl<A: Aggregate> Folder<A> {
         header: &RecordHeader,
         offset: Offset,
     ) -> Result<(), Unreadable> {
-        let pending = Pending { offset, at, len: len as u32, hash: KeyHash::of(header.key) };
+        let hash = KeyHash::of(header.key);
+        let pending = Pending { offset, at, len: len as u32, hash, seen: self.keys.look(hash) };
         if !header.more && self.group.is_empty() {
             return self.take(memory, pending, header.is_outcome());
         }
@@ -177,7 +179,6 @@ impl<A: Aggregate> Folder<A> {
         }
         self.sequence += 1;
         // Looked up a little behind the reading, so that the key's slot has time to arrive.
-        self.keys.prefetch(pending.hash);
         let due = std::mem::replace(&mut self.ahead[self.next], pending);
         self.next = (self.next + 1) % LOOK_AHEAD;
         if due.len == 0 { Ok(()) } else { self.fold(memory, &due) }
@@ -197,19 +198,20 @@ impl<A: Aggregate> Folder<A> {
 
     #[inline(always)]
     fn fold(&mut self, memory: &Memory, due: &Pending) -> Result<(), Unreadable> {
-        let &Pending { offset, at, len, hash } = due;
+        let &Pending { offset, at, len, hash, seen } = due;
         let header = header_at(memory, at).ok_or((offset, "a record is gone while it is read"))?;
-        let mut known = self.keys.entry(header.key, hash);
-        if header.version <= known.version() {
+        let known = self.keys.slot(header.key, hash, seen);
+        if header.version <= known.version {
             // A checkpoint has it already.
             return Ok(());
         }
         if size_of::<A>() > 0 {
             let event = self.access.event::<A::Event>(memory, at, len as usize, &header);
             let event = event.ok_or((offset, "an archive is not valid behind a CRC that holds"))?;
-            known.state().evolve(event, &header.meta(self.shard, offset, Sequence::UNKNOWN));
+            known.state.evolve(event, &header.meta(self.shard, offset, Sequence::UNKNOWN));
+            known.time_max = known.time_max.max(header.time);
         }
-        known.set(header.version, offset, header.time);
+        (known.version, known.head) = (header.version, offset);
         Ok(())
     }
 

@@ -7,7 +7,7 @@
 //! ```
 
 use crate::event::{Correlation, Event, EventTypeId, Key, Meta, Offset, Sequence, ShardId, Time, Version};
-use crate::log::mmap::crc32c;
+use crate::log::mmap::{crc32c, store_length};
 use crate::sync::{Ordering, compiler_fence};
 
 /// Bytes of a segment header: one page.
@@ -293,20 +293,15 @@ impl RecordHeader {
         (self.previous.0 / ALIGN as u64) as u32
     }
 
-    /// Writes the fields around a body of `len - 48` bytes that already stands behind the header, with a
-    /// length word of zero: no record yet. `record` reaches to the padded end.
+    /// Writes the fields before a body that already stands behind them, with a length word of zero: no record yet.
     #[inline(always)]
-    pub(crate) fn stage(&self, record: &mut [u8], len: usize) {
+    pub(crate) fn stage(&self, head: &mut [u8; RECORD_HEADER_BYTES]) {
         debug_assert!(self.version.0 <= LOW_47 && self.previous.0.is_multiple_of(ALIGN as u64));
         debug_assert!(self.previous.0 < OFFSETS_END);
-        let link = (self.previous.0 / ALIGN as u64) & LOW_48 | u64::from(self.event_type.0) << 48;
+        let link = (self.previous.0 / ALIGN as u64) | u64::from(self.event_type.0) << 48;
         let more = if self.more { MORE } else { 0 };
-        let version = self.version.0 & LOW_47 | more | u64::from(self.schema_version) << 48;
-        if len < record.len() {
-            record[len..].fill(0);
-        }
-        let head = &mut record[..RECORD_HEADER_BYTES];
-        head[0..4].fill(0);
+        let version = self.version.0 | more | u64::from(self.schema_version) << 48;
+        head[0..8].fill(0);
         head[8..16].copy_from_slice(&self.time.0.to_le_bytes());
         head[16..24].copy_from_slice(&self.key.0.to_le_bytes());
         head[24..32].copy_from_slice(&link.to_le_bytes());
@@ -349,18 +344,37 @@ impl RecordHeader {
     }
 }
 
-/// Takes a staged record of this exact length apart: the length word and CRC, which are still to be written, and the
-/// bytes that the CRC covers.
-#[inline(always)]
-pub(crate) fn open(record: &mut [u8], len: usize) -> (&mut [u8; 8], &[u8]) {
-    let (start, rest) = record.split_first_chunk_mut().expect("a record is longer than its first two words");
-    (start, &rest[..len - 8])
+/// A record that lacks its CRC and its length word, and so is none yet.
+#[derive(Debug)]
+pub(crate) struct Staged<'a> {
+    pub(crate) head: &'a mut [u8; RECORD_HEADER_BYTES],
+    pub(crate) body: &'a [u8],
 }
 
-/// Writes the CRC of a staged record. Only its length word is missing then.
-#[inline(always)]
-pub(crate) fn seal(start: &mut [u8; 8], crc: u32) {
-    start[4..].copy_from_slice(&crc.to_le_bytes());
+/// The bytes of a header that the CRC covers.
+pub(crate) const SUMMED_BYTES: usize = RECORD_HEADER_BYTES - 8;
+
+impl Staged<'_> {
+    /// The record's exact length.
+    #[inline]
+    pub(crate) fn len(&self) -> usize {
+        RECORD_HEADER_BYTES + self.body.len()
+    }
+
+    /// What the CRC covers.
+    #[inline]
+    pub(crate) fn summed(&self) -> (&[u8; SUMMED_BYTES], &[u8]) {
+        (self.head.last_chunk().expect("a header is longer than its first two words"), self.body)
+    }
+
+    /// Makes it a record: the CRC, and the length word last.
+    #[inline]
+    pub(crate) fn seal(self, crc: u32) {
+        let len = self.len() as u32;
+        let (start, _) = self.head.split_first_chunk_mut().expect("a header is longer than its first two words");
+        start[4..].copy_from_slice(&crc.to_le_bytes());
+        store_length(start, len);
+    }
 }
 
 /// What stands at a place where a record may begin.
@@ -415,12 +429,8 @@ pub(crate) mod tests {
 
     #[test]
     fn a_record_reads_back_as_written() {
-        let mut bytes = [0xff_u8; 96];
-        bytes[48..53].copy_from_slice(b"hello");
-        header().stage(&mut bytes[..64], 53);
-        let (start, summed) = open(&mut bytes, 53);
-        seal(start, crc32c(9, summed));
-        bytes[0..4].copy_from_slice(&53_u32.to_le_bytes());
+        let mut bytes = sealed(&header(), b"hello", 9);
+        bytes.resize(96, 0xff);
         assert_eq!(record_at(&bytes, 9), Found::Record(53));
         assert_eq!(RecordHeader::decode(&bytes), header());
         assert!(matches!(record_at(&bytes, 10), Found::Damaged(_)), "another salt must not replay");
@@ -428,12 +438,8 @@ pub(crate) mod tests {
 
     #[test]
     fn every_flipped_bit_of_a_record_shows() {
-        let mut bytes = [0_u8; 64];
-        bytes[48..53].copy_from_slice(b"hello");
-        header().stage(&mut bytes[..64], 53);
-        let (start, summed) = open(&mut bytes, 53);
-        seal(start, crc32c(9, summed));
-        bytes[0..4].copy_from_slice(&53_u32.to_le_bytes());
+        let mut bytes = sealed(&header(), b"hello", 9);
+        assert_eq!(bytes.len(), 64);
         for bit in 0..64 * 8 {
             bytes[bit / 8] ^= 1 << (bit % 8);
             assert_ne!(record_at(&bytes, 9), Found::Record(53), "bit {bit}");
@@ -473,14 +479,18 @@ pub(crate) mod tests {
         assert!(golden == bytes, "{name}: these bytes are frozen:\n{golden:02x?}\nbut this build writes\n{bytes:02x?}");
     }
 
-    fn sealed(header: &RecordHeader, body: &[u8]) -> Vec<u8> {
-        let len = RECORD_HEADER_BYTES + body.len();
-        let mut bytes = vec![0xff; padded(len)];
-        bytes[RECORD_HEADER_BYTES..len].copy_from_slice(body);
-        header.stage(&mut bytes, len);
-        let (start, summed) = open(&mut bytes, len);
-        seal(start, crc32c(0x0bad_cafe, summed));
-        bytes[0..4].copy_from_slice(&(len as u32).to_le_bytes());
+    /// A whole record, padded.
+    pub(crate) fn sealed(header: &RecordHeader, body: &[u8], salt: u32) -> Vec<u8> {
+        #[repr(align(16))]
+        struct Aligned([u8; RECORD_HEADER_BYTES]);
+        let mut head = Aligned([0xff; RECORD_HEADER_BYTES]);
+        header.stage(&mut head.0);
+        let record = Staged { head: &mut head.0, body };
+        let (summed, _) = record.summed();
+        let crc = crc32c(crc32c(salt, summed), body);
+        record.seal(crc);
+        let mut bytes = [&head.0, body].concat();
+        bytes.resize(padded(bytes.len()), 0);
         bytes
     }
 
@@ -528,17 +538,17 @@ pub(crate) mod tests {
             schema_version: 0x0304,
             more: true,
         };
-        let bytes = sealed(&event, b"an archive of 21 byte");
+        let bytes = sealed(&event, b"an archive of 21 byte", 0x0bad_cafe);
         assert_golden("record.bin", &bytes);
         assert_eq!(record_at(&bytes, 0x0bad_cafe), Found::Record(69));
         assert_eq!(RecordHeader::decode(&bytes), event);
         let mark = RecordHeader::mark(0x0012_3456_7890, Time(1_700_000_000_123_456_789));
-        let bytes = sealed(&mark, b"");
+        let bytes = sealed(&mark, b"", 0x0bad_cafe);
         assert_golden("mark.bin", &bytes);
         assert_eq!(record_at(&bytes, 0x0bad_cafe), Found::Record(48));
         let outcome =
             RecordHeader::outcome(Key(42), 0x5555_6666_7777_8888, Version(7), 3, Time(1_700_000_000_123_456_789));
-        let bytes = sealed(&outcome, b"why it was refused");
+        let bytes = sealed(&outcome, b"why it was refused", 0x0bad_cafe);
         assert_golden("outcome.bin", &bytes);
         let read = RecordHeader::decode(&bytes);
         assert!(read == outcome && read.is_outcome() && !read.is_mark() && read.outcome_events() == 3);

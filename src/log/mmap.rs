@@ -16,7 +16,7 @@ use std::sync::atomic::AtomicU32;
 
 use crate::event::{Encode, Scratch};
 use crate::log::crc;
-use crate::log::format::ALIGN;
+use crate::log::format::{ALIGN, Staged, padded};
 use crate::sync::{Ordering, Watermark};
 
 /// The whole of a segment's memory.
@@ -248,19 +248,32 @@ impl WriteHalf {
     }
 }
 
-/// Archives `event` at the beginning of `out`, which lies at a multiple of 16. Returns the archive's length and the event as
-/// it now stands there, or `None` when it does not fit.
+/// Archives `event` behind `HEAD` bytes at the beginning of `open`, which lies at a multiple of 16, and takes what that fills off
+/// `open`, up to the next such multiple. Returns the bytes before the archive, the archive, and the event as it now stands there;
+/// `None`, and `open` as it was, when it does not fit or takes more than `bytes_max`.
 #[inline(always)]
-pub(crate) fn archive<'a, E: Encode>(
+pub(crate) fn archive<'a, const HEAD: usize, E: Encode>(
     event: &E,
-    out: &'a mut [u8],
+    open: &mut &'a mut [u8],
+    bytes_max: usize,
     scratch: &mut Scratch,
-) -> Option<(usize, &'a E::Archived)> {
+) -> Option<(&'a mut [u8; HEAD], &'a [u8], &'a E::Archived)> {
+    const { assert!(HEAD.is_multiple_of(ALIGN)) };
+    let out = open.get_mut(HEAD..)?;
     assert!(out.as_ptr().addr().is_multiple_of(ALIGN), "archives begin at 16-byte steps");
-    let len = event.encode(out, scratch)?;
+    let room = out.len().min(bytes_max);
+    let len = event.encode(&mut out[..room], scratch)?;
+    let (filled, rest) = std::mem::take(open).split_at_mut(padded(HEAD + len));
+    *open = rest;
+    let (head, body) = filled.split_first_chunk_mut()?;
+    let (body, padding) = body.split_at_mut(len);
+    if !padding.is_empty() {
+        padding.fill(0);
+    }
+    let body = &*body;
     // SAFETY: these bytes are the archive of an `E`, written just now, with its root at their end; they begin at a
     // multiple of 16, as rkyv took it that they do.
-    Some((len, unsafe { rkyv::access_unchecked::<E::Archived>(&out[..len]) }))
+    Some((head, body, unsafe { rkyv::access_unchecked::<E::Archived>(body) }))
 }
 
 /// Stores the length word of a complete record, which makes it part of the log for whoever reads the
@@ -286,15 +299,17 @@ pub(crate) fn crc32c(seed: u32, input: &[u8]) -> u32 {
     crc32c::crc32c_append(seed, input)
 }
 
-/// CRC-32C of several inputs, each begun with `seed`.
+/// CRC-32C of what each of `records` sums, begun with `seed`.
 #[inline]
-pub(crate) fn crc32c_lanes(seed: u32, inputs: [&[u8]; crc::LANES]) -> [u32; crc::LANES] {
+pub(crate) fn crc32c_each<const N: usize>(seed: u32, records: &[Option<Staged<'_>>; N]) -> [u32; N] {
     #[cfg(target_arch = "x86_64")]
     if std::arch::is_x86_feature_detected!("sse4.2") {
         // SAFETY: the processor has what the function is compiled for.
-        return unsafe { crc::four(seed, inputs) };
+        return unsafe { crc::each(seed, records) };
     }
-    inputs.map(|input| crc32c::crc32c_append(seed, input))
+    std::array::from_fn(|i| {
+        records[i].as_ref().map(Staged::summed).map_or(0, |(head, body)| crc32c(crc32c(seed, head), body))
+    })
 }
 
 /// Page-aligned plain memory: the live content of a file in a test's storage.

@@ -7,10 +7,10 @@ use crossbeam::queue::ArrayQueue;
 
 use crate::event::{Encode, Offset, Scratch, Time};
 use crate::log::crc::LANES;
-use crate::log::format::{ALIGN, HEADER_BYTES, RECORD_HEADER_BYTES, RecordHeader, SegmentHeader, open, padded, seal};
-use crate::log::mmap::{Memory, WriteHalf, archive, crc32c, crc32c_lanes, store_length};
+use crate::log::format::{ALIGN, HEADER_BYTES, RECORD_HEADER_BYTES, RecordHeader, SegmentHeader, Staged};
+use crate::log::mmap::{Memory, WriteHalf, archive, crc32c_each};
 use crate::log::segment::{Segment, ShardLog};
-use crate::sync::Arc;
+use crate::sync::{Arc, prefetch};
 
 /// A segment that is ready to be written: named, allocated, blank-headed and (mostly) prefaulted.
 #[derive(Debug)]
@@ -77,34 +77,50 @@ struct Current {
 
 /// Records are sealed in groups of this many: their sums are computed side by side, and a CRC that reads what
 /// was stored only just now would wait for the store.
-const GROUP: usize = LANES;
+pub(crate) const GROUP: usize = 4 * LANES;
+
+/// So far behind the next record the segment's memory is brought near, two lines with each record: stores become visible in
+/// order, so one to a line that is not there yet holds up all that follow it.
+const NEAR_BYTES: usize = 2048;
 
 /// The appending of a run of records to one segment. All its state is local to the run: what the
 /// compiler can keep in registers need not be read again after every byte stored.
-pub(crate) struct Appender<'a> {
-    /// The segment from the first staged record on.
+pub(crate) struct Appender<'a, 's> {
+    /// The segment behind the last record.
     open: &'a mut [u8],
-    /// Where in it the next record begins.
-    at: usize,
-    /// Offset of its first byte.
-    base: u64,
+    /// Offset of its end.
+    end: u64,
     salt: u32,
     event_bytes_max: usize,
     scratch: &'a mut Scratch,
-    /// Exact lengths of the records that still lack CRC and length word.
-    staged: [usize; GROUP],
+    staged: &'s mut Group<'a>,
     staged_len: usize,
 }
 
-impl<'a> Appender<'a> {
+/// Records that are appended and not yet sealed. Apart from the [`Appender`], for its address is taken.
+pub(crate) type Group<'a> = [Option<Staged<'a>>; GROUP];
+
+/// Room for an [`Appender`]'s records.
+pub(crate) fn group<'a>() -> Group<'a> {
+    [const { None }; GROUP]
+}
+
+/// An event that was appended, as it lies in the log.
+pub(crate) struct Appended<'a, T> {
+    pub(crate) event: &'a T,
+    /// The record's exact length.
+    pub(crate) len: usize,
+}
+
+impl<'a> Appender<'a, '_> {
     /// Where the next record begins.
     #[inline(always)]
     pub(crate) fn offset(&self) -> Offset {
-        Offset(self.base + self.at as u64)
+        Offset(self.end - self.open.len() as u64)
     }
 
-    /// Archives `event` behind `header`, and shows it to `seen` where it lies; it is then sure to become part of the log,
-    /// unless `seen` panics. Returns the record's exact length.
+    /// Archives `event` behind `header`. It is sealed, and so becomes part of the log, with the appending of the first event
+    /// after its group, or with [`Appender::finish`]: until then a panic leaves nothing of it.
     ///
     /// Always inlined, so that the header never takes the way over memory: its 2-byte fields, stored and then
     /// loaded as one word, would wait until every store before them has reached the cache (a third of all time).
@@ -113,90 +129,72 @@ impl<'a> Appender<'a> {
         &mut self,
         header: &RecordHeader,
         event: &E,
-        seen: impl FnOnce(&E::Archived),
-    ) -> Result<usize, Refused> {
-        let room = self.open.len().saturating_sub(self.at + RECORD_HEADER_BYTES).min(self.event_bytes_max);
-        let body = self.open.get_mut(self.at + RECORD_HEADER_BYTES..).and_then(|body| body.get_mut(..room));
-        match body.and_then(|body| archive(event, body, self.scratch)) {
-            Some((bytes, archived)) => {
-                seen(archived);
-                let len = RECORD_HEADER_BYTES + bytes;
-                self.stage(header, len);
-                Ok(len)
+    ) -> Result<Appended<'a, E::Archived>, Refused> {
+        if let Some(ahead) = self.open.get(NEAR_BYTES..NEAR_BYTES + 65) {
+            prefetch(&ahead[0]);
+            prefetch(&ahead[64]);
+        }
+        match archive(event, &mut self.open, self.event_bytes_max, self.scratch) {
+            Some((head, body, event)) => {
+                header.stage(head);
+                let len = RECORD_HEADER_BYTES + body.len();
+                self.stage(Staged { head, body });
+                Ok(Appended { event, len })
             }
-            None if room == self.event_bytes_max => Err(Refused::TooLarge { bytes_max: room }),
+            None if self.open.len() >= RECORD_HEADER_BYTES + self.event_bytes_max => {
+                Err(Refused::TooLarge { bytes_max: self.event_bytes_max })
+            }
             None => Err(Refused::NeedsSegment),
         }
     }
 
     /// Appends a record without a body.
-    pub(crate) fn append_empty(&mut self, header: &RecordHeader) -> Result<usize, Refused> {
-        if self.open.len().saturating_sub(self.at) < RECORD_HEADER_BYTES {
+    pub(crate) fn append_empty(&mut self, header: &RecordHeader) -> Result<(), Refused> {
+        if self.open.len() < RECORD_HEADER_BYTES {
             return Err(Refused::NeedsSegment);
         }
-        self.stage(header, RECORD_HEADER_BYTES);
-        Ok(RECORD_HEADER_BYTES)
+        let (head, open) = std::mem::take(&mut self.open).split_first_chunk_mut().expect("it is long enough");
+        self.open = open;
+        header.stage(head);
+        self.stage(Staged { head, body: &[] });
+        Ok(())
     }
 
-    /// Completes the record whose body stands at its place, but for its CRC and length word.
     #[inline(always)]
-    fn stage(&mut self, header: &RecordHeader, len: usize) {
-        let end = self.at + padded(len);
-        header.stage(&mut self.open[self.at..end], len);
-        self.at = end;
-        self.staged[self.staged_len] = len;
-        self.staged_len += 1;
+    fn stage(&mut self, record: Staged<'a>) {
         if self.staged_len == GROUP {
             self.seal();
         }
+        self.staged[self.staged_len] = Some(record);
+        self.staged_len += 1;
     }
 
-    /// Writes what staged records lack, in order, with an end behind them first.
-    #[inline]
+    /// Makes records of what is staged, with an end behind them first.
+    #[inline(always)]
     fn seal(&mut self) {
-        let (group, tail) = std::mem::take(&mut self.open).split_at_mut(self.at);
-        self.open = tail;
-        self.base += self.at as u64;
-        self.at = 0;
         if let Some(end) = self.open.get_mut(..4) {
             end.fill(0);
         }
-        if self.staged_len == GROUP {
-            let [a_len, b_len, c_len, d_len] = self.staged;
-            let (a, rest) = group.split_at_mut(padded(a_len));
-            let (b, rest) = rest.split_at_mut(padded(b_len));
-            let (c, d) = rest.split_at_mut(padded(c_len));
-            let ((a, a_summed), (b, b_summed)) = (open(a, a_len), open(b, b_len));
-            let ((c, c_summed), (d, d_summed)) = (open(c, c_len), open(d, d_len));
-            let [a_crc, b_crc, c_crc, d_crc] = crc32c_lanes(self.salt, [a_summed, b_summed, c_summed, d_summed]);
-            commit(a, a_len, a_crc);
-            commit(b, b_len, b_crc);
-            commit(c, c_len, c_crc);
-            commit(d, d_len, d_crc);
-        } else {
-            let mut rest = group;
-            for &len in &self.staged[..self.staged_len] {
-                let (record, behind) = rest.split_at_mut(padded(len));
-                let (start, summed) = open(record, len);
-                commit(start, len, crc32c(self.salt, summed));
-                rest = behind;
-            }
-        }
+        seal(self.salt, self.staged);
         self.staged_len = 0;
     }
 
     /// Ends the run: everything below the position returned, which is for [`Writer::advance`], is whole.
+    #[inline(always)]
     pub(crate) fn finish(mut self) -> Offset {
         self.seal();
         self.offset()
     }
 }
 
-/// Makes a record part of the log.
-#[inline(always)]
-fn commit(start: &mut [u8; 8], len: usize, crc: u32) {
-    seal(start, crc);
-    store_length(start, len as u32);
+/// Makes records of what is staged, in order. (A function of the array alone, so that the rest of an appender can stay in registers.)
+#[inline(never)]
+fn seal(salt: u32, staged: &mut Group<'_>) {
+    let sums = crc32c_each(salt, staged);
+    for (record, sum) in staged.iter_mut().zip(sums) {
+        let Some(record) = record.take() else { break };
+        record.seal(sum);
+    }
 }
 
 /// At least this long (ns) lies between two marks.
@@ -235,22 +233,21 @@ impl Writer {
 
     /// To append to the current segment; where there is none, nothing fits.
     #[inline]
-    pub(crate) fn appender(&mut self) -> Appender<'_> {
-        let (open, base, salt) = match &mut self.current {
+    pub(crate) fn appender<'a, 's>(&'a mut self, staged: &'s mut Group<'a>) -> Appender<'a, 's> {
+        let (open, end, salt) = match &mut self.current {
             Some(current) => {
-                let base = current.base + current.half.at() as u64;
-                (current.half.tail(), base, current.salt)
+                let end = current.base + current.half.memory().len() as u64;
+                (current.half.tail(), end, current.salt)
             }
             None => (&mut [][..], 0, 0),
         };
         Appender {
             open,
-            at: 0,
-            base,
+            end,
             salt,
             event_bytes_max: self.event_bytes_max,
             scratch: &mut self.scratch,
-            staged: [0; GROUP],
+            staged,
             staged_len: 0,
         }
     }
@@ -337,8 +334,10 @@ impl Writer {
         if !self.has_news() || room.is_none_or(|room| room < RECORD_HEADER_BYTES && self.roll(time).is_err()) {
             return false;
         }
-        let mut appender = self.appender();
-        appender.stage(&RecordHeader::mark(durable, time), RECORD_HEADER_BYTES);
+        let mut staged = group();
+        let mut appender = self.appender(&mut staged);
+        let marked = appender.append_empty(&RecordHeader::mark(durable, time));
+        debug_assert!(marked.is_ok(), "there is room for a mark");
         let end = appender.finish();
         let events_end = self.events_end;
         self.advance(end, 0);
@@ -402,5 +401,60 @@ impl Writer {
     #[inline]
     pub(crate) fn current_memory(&self) -> Option<(u64, &std::sync::Arc<Memory>)> {
         self.current.as_ref().map(|current| (current.base, current.half.memory()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::envelope::Envelope;
+    use crate::event::{Correlation, EventTypeId, Key, Version};
+    use crate::log::format::{Found, padded, record_at};
+    use crate::log::mmap::Heap;
+
+    /// What stood there before must not show, neither behind an archive of odd length nor behind the last record.
+    #[test]
+    fn records_are_whole_padded_with_zeros_and_ended() {
+        let mut half = WriteHalf::new(Memory::heap(std::sync::Arc::new(Heap::new(vec![0xff; 1 << 16]))), 0);
+        let header = |i: u64| RecordHeader {
+            time: Time(i),
+            key: Key(i),
+            previous: Offset(0),
+            event_type: EventTypeId(1),
+            correlation: Correlation(0),
+            version: Version(1),
+            schema_version: 1,
+            more: false,
+        };
+        let said = |chars| Envelope::new("said", 1, &format!("\"{}\"", "x".repeat(chars))).expect("it is JSON");
+        // More than two groups, the last one short.
+        let count = 2 * GROUP as u64 + 5;
+        let (mut scratch, mut staged) = (Scratch::new(1 << 14), group());
+        let mut appender = Appender {
+            open: half.tail(),
+            end: 1 << 16,
+            salt: 7,
+            event_bytes_max: 1 << 10,
+            scratch: &mut scratch,
+            staged: &mut staged,
+            staged_len: 0,
+        };
+        let mut lens = Vec::new();
+        for i in 0..count {
+            lens.push(appender.append(&header(i), &said(i as usize)).expect("there is room").len);
+        }
+        appender.append_empty(&header(count)).expect("there is room");
+        lens.push(RECORD_HEADER_BYTES);
+        assert_eq!(appender.append(&header(0), &said(2000)).err(), Some(Refused::TooLarge { bytes_max: 1 << 10 }));
+        let end = appender.finish();
+        let (bytes, mut at) = (half.tail(), 0);
+        for (i, len) in lens.into_iter().enumerate() {
+            assert_eq!(record_at(&bytes[at..], 7), Found::Record(len), "number {i}");
+            assert_eq!(RecordHeader::decode(&bytes[at..]), header(i as u64));
+            assert!(bytes[at + len..at + padded(len)].iter().all(|&byte| byte == 0), "number {i}");
+            at += padded(len);
+        }
+        assert_eq!(end, Offset(at as u64));
+        assert_eq!(record_at(&bytes[at..], 7), Found::End);
     }
 }

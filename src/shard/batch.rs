@@ -1,15 +1,18 @@
 //! The appending of one batch: every event gets its version and its place, becomes a record, and changes its key's state.
 
+use std::borrow::Borrow;
+
 use crate::aggregate::Aggregate;
 use crate::clock::Nanos;
 use crate::error::FailureCause;
 use crate::event::{Event as _, Meta, Offset, Schemas, Sequence, ShardId, Time, Version};
-use crate::keys::{Entry, KeyTable};
+use crate::keys::{self, KeyTable, Seen};
 use crate::log::format::RecordHeader;
-use crate::log::writer::{Appender, Refused, Writer};
+use crate::log::writer::{Appended, Appender, Refused, Writer, group};
 use crate::producer::wall_time;
 use crate::ring::{NOT_DUE, Slot};
 use crate::snapshot::taker::Taker;
+use crate::sync::prefetch;
 use crate::view::ViewWriter;
 
 /// Events of one batch with one publish time.
@@ -38,8 +41,10 @@ impl RunBegun {
     }
 }
 
-/// How many events ahead the key table is prefetched: a trip to memory is about this many appends long.
-const PREFETCH_AHEAD: usize = 16;
+/// How many events ahead the key table is looked at: a trip to memory is about this many appends long.
+const LOOK_AHEAD: usize = 16;
+/// How many events ahead a lane's slots are fetched from the producer's core, so that looking at the table does not wait for them.
+const FETCH_AHEAD: usize = 32;
 
 /// What the appending of a batch touches, and nothing else.
 pub(super) struct Batch<'a, A: Aggregate> {
@@ -95,42 +100,41 @@ impl<A: Aggregate> Batch<'_, A> {
 
     /// Appends slots until one finds no room and there is no new segment yet. Returns how many it appended.
     #[inline]
-    pub(super) fn append<'s>(
-        &mut self,
-        slots: impl ExactSizeIterator<Item = &'s Slot<A::Event>> + Clone,
-    ) -> Result<usize, FailureCause> {
-        let total = slots.len();
+    pub(super) fn append<T: Borrow<Slot<A::Event>>>(&mut self, slots: &[T]) -> Result<usize, FailureCause> {
         let mut appended = 0;
         loop {
-            let mut rest = slots.clone();
-            if appended > 0 {
-                rest.nth(appended - 1);
-            }
-            appended += self.append_to_segment(rest)?;
+            appended += self.append_to_segment(&slots[appended..])?;
             let time = self.time();
-            if appended == total || self.writer.roll(time).is_err() {
+            if appended == slots.len() || self.writer.roll(time).is_err() {
                 return Ok(appended);
             }
         }
     }
 
     /// Appends slots until the current segment is full. Returns how many it appended.
-    #[inline]
-    fn append_to_segment<'s>(
-        &mut self,
-        slots: impl Iterator<Item = &'s Slot<A::Event>> + Clone,
-    ) -> Result<usize, FailureCause> {
-        // The table's slots of later keys are brought near while earlier events are appended.
-        let mut ahead = slots.clone();
-        ahead.by_ref().take(PREFETCH_AHEAD).for_each(|slot| self.keys.prefetch(slot.hash));
+    ///
+    /// While events are appended, the key table's slots for later ones are brought near.
+    fn append_to_segment<T: Borrow<Slot<A::Event>>>(&mut self, slots: &[T]) -> Result<usize, FailureCause> {
+        let mut seen = [Seen::default(); LOOK_AHEAD];
+        for (slot, seen) in slots.iter().zip(&mut seen) {
+            *seen = self.keys.look(slot.borrow().hash);
+        }
         let first_sequence = self.writer.sequence();
-        let mut appender = self.writer.appender();
+        let mut staged = group();
+        let mut appender = self.writer.appender(&mut staged);
         let begun = appender.offset().0;
         let mut run = RunBegun { published: 0, late: NOT_DUE, first: 0 };
         let (mut appended, mut refused) = (0, None);
+        let mut later = slots.iter().skip(LOOK_AHEAD);
         for slot in slots {
-            if let Some(later) = ahead.next() {
-                self.keys.prefetch(later.hash);
+            let slot = slot.borrow();
+            if let Some(coming) = slots.get(appended + FETCH_AHEAD) {
+                prefetch(&coming.borrow().hash);
+            }
+            let seen = &mut seen[appended % LOOK_AHEAD];
+            let here = *seen;
+            if let Some(later) = later.next() {
+                *seen = self.keys.look(later.borrow().hash);
             }
             let event_type = slot.event.event_type();
             let Some(schema_version) = self.schemas.current(event_type) else {
@@ -142,23 +146,24 @@ impl<A: Aggregate> Batch<'_, A> {
                 self.runs.extend(run.until(appended, offset));
                 run = RunBegun { published: slot.published, late: slot.late, first: appended };
             }
-            let mut known = self.keys.entry(slot.key, slot.hash);
+            let known = self.keys.slot(slot.key, slot.hash, here);
             let header = RecordHeader {
                 time: slot.event.time().unwrap_or_else(|| wall_time(slot.published, self.wall_offset)),
                 key: slot.key,
-                previous: known.head(),
+                previous: known.head,
                 event_type,
                 correlation: slot.event.correlation(),
-                version: Version(known.version().0 + 1),
+                version: Version(known.version.0 + 1),
                 schema_version,
                 more: false,
             };
             let meta = || header.meta(self.shard, offset, Sequence(first_sequence + appended as u64));
-            let len = match record(&mut appender, &header, &slot.event, meta, &mut known, self.views, self.taker) {
+            let len = match record(&mut appender, &header, &slot.event, meta, known, self.views, self.taker) {
                 Ok(len) => len,
-                Err(Refused::NeedsSegment) => break,
-                Err(Refused::TooLarge { bytes_max }) => {
-                    refused = Some(FailureCause::EventTooLarge { key: slot.key.0, bytes_max });
+                Err(why) => {
+                    if let Refused::TooLarge { bytes_max } = why {
+                        refused = Some(FailureCause::EventTooLarge { key: slot.key.0, bytes_max });
+                    }
                     break;
                 }
             };
@@ -184,26 +189,26 @@ fn show<A: Aggregate>(views: &mut [Box<dyn ViewWriter<A>>], state: &A, meta: &Me
 /// Appends one event, changes its key's state by it, and lets the views see that. Returns the record's exact length.
 #[inline(always)]
 pub(super) fn record<A: Aggregate>(
-    appender: &mut Appender<'_>,
+    appender: &mut Appender<'_, '_>,
     header: &RecordHeader,
     event: &A::Event,
     meta: impl Fn() -> Meta,
-    known: &mut Entry<'_, A>,
+    known: &mut keys::Slot<A>,
     views: &mut [Box<dyn ViewWriter<A>>],
     taker: &mut Taker,
 ) -> Result<usize, Refused> {
     let offset = appender.offset();
-    let len = appender.append(header, event, |archived| {
-        if size_of::<A>() > 0 {
-            known.state().evolve(archived, &Meta { sequence: Sequence::UNKNOWN, ..meta() });
-        }
-        if !views.is_empty() {
-            show(views, known.state(), &meta());
-        }
-    })?;
-    known.set(header.version, offset, header.time);
+    let Appended { event, len } = appender.append(header, event)?;
+    if size_of::<A>() > 0 {
+        known.state.evolve(event, &Meta { sequence: Sequence::UNKNOWN, ..meta() });
+        known.time_max = known.time_max.max(header.time);
+    }
+    if !views.is_empty() {
+        show(views, &known.state, &meta());
+    }
+    (known.version, known.head) = (header.version, offset);
     if size_of::<A>() > 0 && taker.is_due(header.version.0) {
-        taker.take(known.slot());
+        taker.take(known);
     }
     Ok(len)
 }

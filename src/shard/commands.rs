@@ -13,6 +13,7 @@ use crate::error::FailureCause;
 use crate::event::{Correlation, Event as _, Key, KeyHash, Sequence, Version};
 use crate::handler::panic_text;
 use crate::log::format::{RECORD_HEADER_BYTES, REJECTED, RecordHeader, padded};
+use crate::log::writer::group;
 use crate::sync::Arc;
 
 /// What the shard says to a command.
@@ -44,7 +45,9 @@ impl<A: Aggregate> Shard<A> {
         }
         let Ok(chunk) = self.clients[at].orders.read_chunk(ready) else { return Ok(0) };
         let (front, back) = chunk.as_slices();
-        front.iter().chain(back).for_each(|order| self.keys.prefetch(order.hash));
+        front.iter().chain(back).for_each(|order| {
+            self.keys.look(order.hash);
+        });
         let mut batch = batch!(self);
         let now = batch.now;
         let (mut events, mut answered) = (0, 0);
@@ -155,13 +158,12 @@ impl<A: Aggregate> Batch<'_, A> {
             });
         }
         let time = self.time();
-        let mut known = self.keys.entry(key, hash);
-        let version = known.version();
+        let (fresh, known) = (A::default(), self.keys.get(key));
+        let (version, state) = known.map_or((Version(0), &fresh), |known| (known.version, &known.state));
         if !expected.holds(version) {
             return Ok(Verdict::WrongVersion(version));
         }
         emit.begin(key, version, time);
-        let state = &*known.state();
         let decision = match catch_unwind(AssertUnwindSafe(|| state.decide(command, emit))) {
             Ok(decision) => decision,
             Err(panic) => return Ok(Verdict::Panicked(panic_text(&*panic))),
@@ -205,37 +207,40 @@ impl<A: Aggregate> Batch<'_, A> {
             return Err(decided);
         }
         let first_sequence = self.writer.sequence();
-        let mut appender = self.writer.appender();
+        let mut staged = group();
+        let mut appender = self.writer.appender(&mut staged);
         let begun = appender.offset().0;
-        let mut known = self.keys.entry(key, hash);
         let (count, noted) = (emit.events.len(), idempotency != 0);
         for (i, event) in emit.events.drain(..).enumerate() {
+            let seen = self.keys.look(hash);
+            let known = self.keys.slot(key, hash, seen);
             let event_type = event.event_type();
             let own = event.correlation();
             let header = RecordHeader {
                 time: event.time().unwrap_or(emit.now),
                 key,
-                previous: known.head(),
+                previous: known.head,
                 event_type,
                 correlation: if own == Correlation(0) { emit.correlation } else { own },
-                version: Version(known.version().0 + 1),
+                version: Version(known.version.0 + 1),
                 schema_version: self.schemas.current(event_type).expect("looked at when it was decided"),
                 more: noted || i + 1 < count,
             };
             let (shard, offset) = (self.shard, appender.offset());
             let meta = || header.meta(shard, offset, Sequence(first_sequence + i as u64));
-            let len = record(&mut appender, &header, &event, meta, &mut known, self.views, self.taker);
+            let len = record(&mut appender, &header, &event, meta, known, self.views, self.taker);
             let len = len.expect("there is room for all events of a command, or none was begun");
             if let Some(placed) = &mut self.placed {
                 placed.push((meta(), len));
             }
         }
-        let (version, events) = (known.version(), count as u32);
+        let version = self.keys.get(key).map_or(Version(0), |known| known.version);
+        let events = count as u32;
         if noted {
             let events = if rejection.is_some() { REJECTED } else { events };
             let header = RecordHeader::outcome(key, idempotency, version, events, emit.now);
             let noted = match rejection {
-                Some(rejection) => appender.append(&header, rejection, |_| ()),
+                Some(rejection) => appender.append(&header, rejection).map(|_| ()),
                 None => appender.append_empty(&header),
             };
             noted.expect("there is room for the outcome too");

@@ -121,9 +121,11 @@ pub(crate) fn load<A: Aggregate>(
             state: entry.state::<A>()?,
         };
         // A part of the table that grew while it was saved comes twice.
-        let known = folder.keys.entry(slot.key, KeyHash::of(slot.key));
-        if known.version() <= slot.version {
-            known.restore(slot);
+        let hash = KeyHash::of(slot.key);
+        let seen = folder.keys.look(hash);
+        let known = folder.keys.slot(slot.key, hash, seen);
+        if known.version <= slot.version {
+            *known = slot;
         }
     }
     if count != end.entries || at != bytes.len() {

@@ -126,11 +126,11 @@ enum Going {
     Keys(Walk),
 }
 
-/// Buckets of the key table that one turn saves: while there is other work (so that the turn takes at most some ten
+/// Slots of the key table that one turn looks through: while there is other work (so that the turn takes at most some ten
 /// microseconds longer), and while there is none; and how many between two looks at the room that is left.
-const WALK_BUSY: usize = 512;
-const WALK_IDLE: usize = 4096;
-const WALK_STEP: usize = 64;
+const WALK_BUSY: usize = 1024;
+const WALK_IDLE: usize = 8192;
+const WALK_STEP: usize = 128;
 /// While a checkpoint is made, the snapshotter is woken when so few empty chunks are left: not for each.
 const CHUNKS_LOW: usize = 4;
 /// Messages that one step may send.
@@ -320,7 +320,7 @@ impl Taker {
         let mut next = None;
         let mut left = if is_busy { WALK_BUSY } else { WALK_IDLE };
         while left > 0 && !chunk.is_full() {
-            // Large states a bucket at a time, so that one turn archives little more than a chunk.
+            // Large states one at a time, so that one turn archives little more than a chunk.
             let count = if chunk.is_of_large_states() { 1 } else { left.min(WALK_STEP) };
             next = match going {
                 Going::Eventless(from) => {
@@ -416,7 +416,7 @@ mod tests {
         let mut taker = Taker::new::<State>(1, 0, Offset(0), Arc::clone(&requests), signal, messages, used);
         let (mut keys, outcomes) = (KeyTable::<State>::new(1), Outcomes::new(0));
         let key = crate::event::Key(1);
-        keys.entry(key, crate::event::KeyHash::of(key)).set(crate::event::Version(1), Offset(16), Time(0));
+        keys.slot(key, crate::event::KeyHash::of(key), crate::keys::Seen::default()).version = crate::event::Version(1);
         let mut now = 0;
         // Each step is later by as long as a chunk waits in a pause.
         let mut step = |taker: &mut Taker| {

@@ -7,7 +7,8 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::event::{Correlation, Key, Meta, Version};
-use crate::log::format::{ALIGN, RECORD_HEADER_BYTES, RecordHeader, open, padded, seal};
+use crate::log::format::tests::sealed;
+use crate::log::format::{ALIGN, RECORD_HEADER_BYTES, RecordHeader, padded};
 use crate::log::manifest::StoredType;
 
 const SEGMENT_BYTES: u64 = 64 << 10;
@@ -82,8 +83,6 @@ impl Engine {
 
     fn put(&mut self, event_type: EventTypeId, key: u64, previous: u64, version: u64, body: &[u8]) -> u64 {
         let len = RECORD_HEADER_BYTES + body.len();
-        let mut record = vec![0xee; padded(len) + 4];
-        record[RECORD_HEADER_BYTES..len].copy_from_slice(body);
         let header = RecordHeader {
             time: Time(key),
             key: Key(key),
@@ -94,10 +93,8 @@ impl Engine {
             schema_version: u16::from(event_type.0 != 0),
             more: false,
         };
-        header.stage(&mut record[..padded(len)], len);
-        let (start, summed) = open(&mut record, len);
-        seal(start, crate::log::mmap::crc32c(self.salt, summed));
-        record[padded(len)..].fill(0);
+        let mut record = sealed(&header, body, self.salt);
+        record.extend([0; 4]);
         let file = self.file(self.index);
         let end = record.len().min(SEGMENT_BYTES as usize - self.at);
         file.write_all_at(&record[4..end], self.at as u64 + 4).expect("written");
