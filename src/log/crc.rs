@@ -20,11 +20,8 @@ pub(crate) fn each<const N: usize>(seed: u32, records: &[Option<Staged<'_>>; N])
     let mut sums = [0; N];
     for (four, sums) in records.chunks_exact(LANES).zip(sums.chunks_exact_mut(LANES)) {
         if let [Some(a), Some(b), Some(c), Some(d)] = four {
-            let bytes = a.body.len();
-            if bytes == b.body.len() && bytes == c.body.len() && bytes == d.body.len() && bytes < LONG_BYTES {
-                sums.copy_from_slice(&of_four(seed, [a, b, c, d]));
-                continue;
-            }
+            sums.copy_from_slice(&of_four(seed, [a, b, c, d]));
+            continue;
         }
         for (record, sum) in four.iter().zip(sums) {
             let Some(record) = record else { break };
@@ -35,7 +32,7 @@ pub(crate) fn each<const N: usize>(seed: u32, records: &[Option<Staged<'_>>; N])
     sums
 }
 
-/// Of four of one length: events of one size, as they most often are.
+/// Sums of four records.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "sse4.2")]
 #[inline]
@@ -52,18 +49,20 @@ fn of_four(seed: u32, [a, b, c, d]: [&Staged<'_>; LANES]) -> [u32; LANES] {
         sum_c = step(sum_c, &c_head[word]);
         sum_d = step(sum_d, &d_head[word]);
     }
-    let ((a, a_rest), (b, b_rest)) = (a.as_chunks(), b.as_chunks());
-    let ((c, c_rest), (d, d_rest)) = (c.as_chunks(), d.as_chunks());
-    for (((a, b), c), d) in a.iter().zip(b).zip(c).zip(d) {
+    let words = a.as_chunks().0.iter().zip(b.as_chunks().0).zip(c.as_chunks().0.iter().zip(d.as_chunks().0));
+    for ((a, b), (c, d)) in words {
         sum_a = step(sum_a, a);
         sum_b = step(sum_b, b);
         sum_c = step(sum_c, c);
         sum_d = step(sum_d, d);
     }
-    if a_rest.is_empty() {
+    if a.len() == b.len() && a.len() == c.len() && a.len() == d.len() && a.len() % 8 == 0 {
+        // Events of one size: most often.
         return [!(sum_a as u32), !(sum_b as u32), !(sum_c as u32), !(sum_d as u32)];
     }
-    [finish(sum_a, a_rest), finish(sum_b, b_rest), finish(sum_c, c_rest), finish(sum_d, d_rest)]
+    let done = a.len().min(b.len()).min(c.len()).min(d.len()) / 8 * 8;
+    let [a, b, c, d] = [&a[done..], &b[done..], &c[done..], &d[done..]];
+    [one(!(sum_a as u32), a), one(!(sum_b as u32), b), one(!(sum_c as u32), c), one(!(sum_d as u32), d)]
 }
 
 /// The sum of one input, begun with `seed`. For a processor that has the instruction.
