@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use common::{Note, SEGMENT, open_on, os_cache, read_shard, small, soon};
+use common::{Note, SEGMENT, open_on, os_cache, read_shard, small, soon, until};
 use corelane::consumer::{Consumer, HealthPolicy, Judgement, Letters, Retry, Start};
 use corelane::testing::FaultyStorage;
 use corelane::{EventLog, Key, Rejected, Retention};
@@ -19,14 +19,6 @@ type Seen = Arc<Mutex<Vec<u64>>>;
 
 fn retention() -> Retention {
     Retention { bytes_max: Some(2 * SEGMENT), age_max: None }
-}
-
-fn until(what: &str, mut is_so: impl FnMut() -> bool) {
-    let end = Instant::now() + Duration::from_secs(20);
-    while !is_so() {
-        assert!(Instant::now() < end, "{what}");
-        std::thread::sleep(Duration::from_millis(1));
-    }
 }
 
 /// Parks events whose number ends with 7, until it is well; sees the others.

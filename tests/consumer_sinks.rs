@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use common::{Note, env_number, open_on, os_cache, read_shard, small, soon};
+use common::{Note, env_number, open_on, os_cache, read_shard, small, soon, until};
 use corelane::consumer::{Batch, ConsumerError, HaltCause, HealthPolicy, Retry, Sink, SinkConsumer};
 use corelane::testing::{FaultyStorage, Unsynced};
 use corelane::{EventLog, HandlerError, Key, Offset, ShardId};
@@ -252,14 +252,6 @@ impl Sink<Note> for Moody {
             self.0.lock().unwrap().0 += 1;
         }
         Ok(())
-    }
-}
-
-fn until(what: &str, mut is_so: impl FnMut() -> bool) {
-    let end = Instant::now() + Duration::from_secs(10);
-    while !is_so() {
-        assert!(Instant::now() < end, "{what}");
-        std::thread::sleep(Duration::from_millis(1));
     }
 }
 

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use common::{Note, SEGMENT, os_cache, small, soon};
+use common::{Note, SEGMENT, os_cache, small, soon, until};
 use corelane::consumer::{
     Consumer, ConsumerError, ConsumerReport, DeadLetterPolicy, Exhausted, HaltCause, Handled, HealthPolicy, Judgement,
     LanesPolicy, LetterKind, Letters, Retry, Start,
@@ -49,15 +49,6 @@ fn events(keys: u64, count: u64) -> impl Iterator<Item = (u64, u64)> {
 
 fn rising(keys: u64, count: u64, key: u64) -> Vec<u64> {
     (0..count).filter(|n| n % keys == key).collect()
-}
-
-/// Waits until it is so.
-fn until(what: &str, mut is_so: impl FnMut() -> bool) {
-    let end = Instant::now() + Duration::from_secs(20);
-    while !is_so() {
-        assert!(Instant::now() < end, "{what}");
-        std::thread::sleep(Duration::from_millis(1));
-    }
 }
 
 fn quick(attempts: u32) -> Retry {

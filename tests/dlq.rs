@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use common::{copy, small, soon, tree};
+use common::{copy, small, soon, tree, until};
 use corelane::consumer::{Consumer, HealthPolicy, Letters, Poller, Request, Retry, outside};
 use corelane::envelope::{ArchivedEnvelope, Envelope};
 use corelane::{EventLog, HandlerError, Key, Meta};
@@ -84,14 +84,6 @@ fn once() -> Retry {
 
 fn patient() -> HealthPolicy {
     HealthPolicy::default().consecutive_max(1_000_000).failure_percent_max(100)
-}
-
-fn until(what: &str, mut is_so: impl FnMut() -> bool) {
-    let end = Instant::now() + Duration::from_secs(20);
-    while !is_so() {
-        assert!(Instant::now() < end, "{what}");
-        std::thread::sleep(Duration::from_millis(1));
-    }
 }
 
 fn run(args: &[&str], dir: &Path, rest: &[&str]) -> Output {

@@ -4,38 +4,16 @@
 mod common;
 
 use std::future::Future;
-use std::pin::pin;
-use std::sync::Arc;
-use std::task::{Context, Poll, Wake, Waker};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{Note, small, soon};
+use common::{Note, block_on_until, small, soon};
 use corelane::consumer::{HealthPolicy, Poller, Retry};
 use corelane::{EventLog, Key};
 
-struct Unpark(thread::Thread);
-
-impl Wake for Unpark {
-    fn wake(self: Arc<Self>) {
-        self.0.unpark();
-    }
-}
-
 /// Runs a task on this thread, asleep until somebody wakes it. `None`: nobody did for five seconds.
 fn run<T>(task: impl Future<Output = T>) -> Option<T> {
-    let waker = Waker::from(Arc::new(Unpark(thread::current())));
-    let (mut task, end) = (pin!(task), Instant::now() + Duration::from_secs(5));
-    loop {
-        if let Poll::Ready(value) = task.as_mut().poll(&mut Context::from_waker(&waker)) {
-            return Some(value);
-        }
-        let left = end.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            return None;
-        }
-        thread::park_timeout(left);
-    }
+    block_on_until(task, Instant::now() + Duration::from_secs(5))
 }
 
 fn publish(engine: &EventLog<Note>, events: impl IntoIterator<Item = (u64, u64)>) {

@@ -148,13 +148,31 @@ impl Wake for Unpark {
 
 /// Runs a future on this thread, sleeping until it is woken.
 pub(crate) fn block_on<T>(future: impl Future<Output = T>) -> T {
+    block_on_until(future, Instant::now() + Duration::from_secs(600)).expect("woken within ten minutes")
+}
+
+/// As [`block_on`]; `None`: it was not done at `end`.
+pub(crate) fn block_on_until<T>(future: impl Future<Output = T>, end: Instant) -> Option<T> {
     let waker = Waker::from(Arc::new(Unpark(std::thread::current())));
     let mut future = pin!(future);
     loop {
         if let Poll::Ready(value) = future.as_mut().poll(&mut Context::from_waker(&waker)) {
-            return value;
+            return Some(value);
         }
-        std::thread::park();
+        let left = end.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return None;
+        }
+        std::thread::park_timeout(left);
+    }
+}
+
+/// Waits until something is so, twenty seconds at most.
+pub(crate) fn until(what: &str, mut is_so: impl FnMut() -> bool) {
+    let end = Instant::now() + Duration::from_secs(20);
+    while !is_so() {
+        assert!(Instant::now() < end, "{what}");
+        std::thread::sleep(Duration::from_millis(1));
     }
 }
 
