@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use common::{copy, small, soon, tree, until};
 use corelane::consumer::{Consumer, HealthPolicy, Letters, Poller, Request, Retry, outside};
