@@ -29,8 +29,7 @@ pub enum Wait {
     Park,
 }
 
-/// Which cores the shards' threads are pinned to. The threads that prepare segments and write saved states keep off those cores
-/// where others are left.
+/// Which cores the shards' threads are pinned to.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub enum Pin {
     /// Shard `i` to the `i`-th allowed core from the last one back, wrapping around, so that the first core, where the

@@ -28,7 +28,7 @@ use crate::log::storage::{Files, Lock, Storage};
 use crate::log::syncer::{SyncRequests, Syncer};
 use crate::metrics::{Counters, Exchange, Metrics, ShardMetrics, Totals};
 use crate::producer::{LaneShared, Producer, ShardDoor};
-use crate::runner::{RunnerRequests, assign_cores, keep_off, run};
+use crate::runner::{RunnerRequests, assign_cores, run};
 use crate::shard::{LaneEnd, Shard};
 use crate::shared::{SharedLane, SharedProducer};
 use crate::snapshot::snapshotter::{Snapshotter, SnapshotterRequests};
@@ -268,16 +268,8 @@ impl<A: Aggregate> Engine<A> {
             config,
         };
         engine.hold(&holds);
-        let pinned: std::sync::Arc<[usize]> = cores.iter().copied().flatten().collect();
-        let others = std::sync::Arc::clone(&pinned);
-        engine.spawn(&mut threads, "corelane-keeper".into(), move || {
-            keep_off(&others);
-            keeper_parts.run();
-        })?;
-        engine.spawn(&mut threads, "corelane-save".into(), move || {
-            keep_off(&pinned);
-            snapshotter_parts.run();
-        })?;
+        engine.spawn(&mut threads, "corelane-keeper".into(), move || keeper_parts.run())?;
+        engine.spawn(&mut threads, "corelane-save".into(), move || snapshotter_parts.run())?;
         for (i, (shard, syncer)) in parts.into_iter().enumerate() {
             engine.spawn_shard(&mut threads, i, cores[i], shard, syncer).inspect_err(|_| {
                 // A syncer ends when its shard says so, and this one has none.

@@ -75,13 +75,15 @@ pub enum OpenError {
     #[error(transparent)]
     Config(#[from] ConfigError),
     /// Another process (or another engine of this one) has the store open.
-    #[error("the store at {} is open elsewhere", dir.display())]
+    #[error("the store at {} is open already: in another process, or by an engine of this one that is not dropped", dir.display())]
     Locked {
         /// The store.
         dir: PathBuf,
     },
     /// The store has another number of shards; it is fixed when a store is created.
-    #[error("the store has {stored} shards, not {asked}; `corelane reshard` will move a store to another count")]
+    #[error(
+        "the store has {stored} shards, not {asked}; `corelane reshard`, to move a store to another count, does not exist yet"
+    )]
     ShardCount {
         /// In the manifest.
         stored: u16,

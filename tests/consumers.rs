@@ -102,6 +102,58 @@ fn every_event_is_handled_in_order_and_a_restart_goes_on_behind_them() {
     }
 }
 
+/// Their retries come due together and fail one behind the other, and that is no news of the service: others go well.
+#[test]
+fn events_that_always_fail_do_not_make_the_service_look_ill() {
+    let dir = tempfile::tempdir().unwrap();
+    let engine = EventLog::<Note>::open(small(dir.path())).unwrap();
+    for concurrency in [1, 16] {
+        let name = format!("c-{concurrency}");
+        // As by default, but for the times.
+        let health = HealthPolicy::default().pause(Duration::from_millis(100));
+        let retry = Retry::exponential(2.0).base(Duration::from_millis(10)).attempts(5);
+        let builder = engine.consumer(&name).retry(retry).health(health).concurrency(concurrency);
+        // Ten keys of 200, never two of them one behind the other.
+        let bad =
+            |_: &Archived<Note>, meta: &Meta| if meta.key.0 % 20 == 0 { Err("bad player".into()) } else { Ok(()) };
+        let consumer = builder.start(bad).unwrap();
+        if concurrency == 1 {
+            publish(&engine, events(200, 4000));
+        }
+        until("the good ones are handled and the bad ones parked", || {
+            let report = consumer.report();
+            (report.handled, report.letters.letters) == (190 * 20, 10 * 20)
+        });
+        let report = consumer.report();
+        assert_eq!(report.health.map(|health| (health.outages, health.failed)), Some((0, 10 * 5)));
+        consumer.stop(soon()).unwrap();
+    }
+}
+
+#[test]
+fn a_stop_that_gives_up_at_its_deadline_does_not_wait_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let engine = EventLog::<Note>::open(small(dir.path())).unwrap();
+    let (is_inside, may_go) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
+    let (inside, go) = (Arc::clone(&is_inside), Arc::clone(&may_go));
+    let consumer = engine.consumer("c").start(move |_, _| {
+        inside.store(true, Ordering::SeqCst);
+        while !go.load(Ordering::SeqCst) {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        Ok(())
+    });
+    let consumer = consumer.unwrap();
+    publish(&engine, events(1, 1));
+    until("it is inside", || is_inside.load(Ordering::SeqCst));
+    let began = Instant::now();
+    let stopped = consumer.stop(Some(began + Duration::from_millis(50)));
+    assert!(matches!(stopped, Err(ConsumerError::Busy { .. })), "{stopped:?}");
+    assert!(began.elapsed() < Duration::from_secs(4), "dropping a handle waits five seconds");
+    may_go.store(true, Ordering::SeqCst);
+    engine.shutdown(soon()).unwrap();
+}
+
 #[test]
 fn a_failing_event_is_tried_again_before_its_keys_next_and_holds_up_no_other_key() {
     let dir = tempfile::tempdir().unwrap();

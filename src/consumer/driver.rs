@@ -75,6 +75,14 @@ struct Waiting {
     keeping: Keeping<Handled>,
 }
 
+/// An event that failed.
+struct Failing {
+    /// When it failed for the first time.
+    since: Time,
+    /// How many calls had gone well until then.
+    successes: u64,
+}
+
 /// A consumer's side of things.
 pub(crate) struct Driver<E: Event> {
     settings: Settings,
@@ -89,8 +97,11 @@ pub(crate) struct Driver<E: Event> {
     admitted_at: Duration,
     rng: JitterRng,
     letters: LetterStore,
-    /// Events that failed and wait for a retry, since when.
-    failing: HashMap<EventId, Time>,
+    /// Events that failed and wait for a retry.
+    failing: HashMap<EventId, Failing>,
+    /// Calls that went well, letters' included; and as many as there were when a letter failed last.
+    successes: u64,
+    successes_at_letter: u64,
     unwritten: VecDeque<Unwritten>,
     tried: VecDeque<Tried>,
     /// After a write that failed, the next is tried then.
@@ -145,6 +156,8 @@ impl<E: Event> Driver<E> {
             admitted_at: Duration::ZERO,
             letters,
             failing: HashMap::new(),
+            successes: 0,
+            successes_at_letter: 0,
             unwritten: VecDeque::new(),
             tried: VecDeque::new(),
             write_at: Duration::ZERO,
@@ -199,11 +212,22 @@ impl<E: Event> Driver<E> {
             return Ok(None);
         }
         let count = self.desks.len();
-        let desk = (0..count).map(|i| (self.next_desk + i) % count).find(|desk| self.desks[*desk].lanes.may_run());
+        let desks = || (0..count).map(|i| (self.next_desk + i) % count);
+        let any = || desks().find(|desk| self.desks[*desk].lanes.may_run());
+        let is_healthy = self.health.is_healthy();
+        let desk =
+            if is_healthy { any() } else { desks().find(|desk| self.desks[*desk].lanes.has_fresh()).or_else(any) };
         let Some(desk) = desk else { return Ok(None) };
         let Some(pass) = self.admit(now) else { return Ok(None) };
         self.next_desk = desk + 1;
-        let run = self.desks[desk].lanes.next().expect("one may run");
+        let lanes = &mut self.desks[desk].lanes;
+        let run = if is_healthy {
+            lanes.next()
+        } else {
+            // Any of them, for those that stand first may be the very ones at fault.
+            lanes.next_fresh((self.rng.next_fraction() * lanes.ready() as f64) as usize)
+        };
+        let run = run.expect("one may run");
         Ok(Some(self.job(desk, What::Event(run), pass)))
     }
 
@@ -229,10 +253,13 @@ impl<E: Event> Driver<E> {
         let attempt = job.attempt();
         let Job { desk, what, pass, .. } = job;
         let judgement = outcome.as_ref().err().map(|failed| self.judgement(failed, attempt));
-        if judgement.is_some_and(Judgement::is_of_service) {
+        self.successes += u64::from(judgement.is_none());
+        if !judgement.is_some_and(Judgement::is_of_service) {
+            self.noticed(now, |health| health.succeeded(pass, now));
+        } else if self.is_news(desk, &what) {
             self.noticed(now, |health| health.failed(pass, now));
         } else {
-            self.noticed(now, |health| health.succeeded(pass, now));
+            self.noticed(now, |health| health.told_nothing(pass, now));
         }
         let verdict = judgement.map(|judgement| self.verdict(judgement, attempt));
         match (what, outcome.err().zip(verdict)) {
@@ -246,6 +273,18 @@ impl<E: Event> Driver<E> {
                 self.letter_done(&letter, failed.map(|(failed, _)| failed));
                 Ok(())
             }
+        }
+    }
+
+    /// Whether a failure tells something about the service. If others went well since the same event failed first, it is the
+    /// event's own: a few that always fail must not hold up all others.
+    fn is_news(&mut self, desk: usize, what: &What) -> bool {
+        match what {
+            What::Event(run) => {
+                let failing = self.failing.get(&self.desks[desk].id(run.offset()));
+                failing.is_none_or(|failing| failing.successes == self.successes)
+            }
+            What::Letter { .. } => std::mem::replace(&mut self.successes_at_letter, self.successes) == self.successes,
         }
     }
 
@@ -270,7 +309,8 @@ impl<E: Event> Driver<E> {
     ) -> Result<(), ConsumerError> {
         let (id, key) = (self.desks[desk].id(run.offset()), run.key());
         let wall = wall_now();
-        let first_failed = *self.failing.entry(id).or_insert(wall);
+        let failing = Failing { since: wall, successes: self.successes };
+        let first_failed = self.failing.entry(id).or_insert(failing).since;
         match verdict {
             Verdict::Park | Verdict::Skip => {
                 self.failing.remove(&id);
@@ -345,6 +385,7 @@ impl<E: Event> Driver<E> {
                 desk.run_in_place(budget, &self.settings, &self.letters, &mut is_called, handler)?;
             work += handled as usize;
             let now = now();
+            self.successes += handled;
             self.health.succeeded_while_healthy(handled, now);
             if let Some((run, failed)) = failed {
                 let pass = self.admit(now).expect("the service was well a moment ago, and only a failure changes that");

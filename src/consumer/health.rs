@@ -336,6 +336,18 @@ impl Health {
         Some(HealthChange::ProbeFailed { probe_at: self.pause_longer(self.now) })
     }
 
+    /// A call failed, and that says nothing about the service: its event had failed before, and others have gone well since. A
+    /// probe then told nothing: the next goes after the same pause again.
+    pub fn told_nothing(&mut self, pass: Pass, now: Duration) -> Option<HealthChange> {
+        self.now = self.now.max(now);
+        self.totals.failed += 1;
+        if pass.epoch == self.epoch && pass.is_probe {
+            self.epoch += 1;
+            self.status = HealthStatus::Unhealthy { probe_at: self.now + self.pause };
+        }
+        None
+    }
+
     /// After an outcome while healthy: does it still count as such?
     fn judge(&mut self) -> Option<HealthChange> {
         let (samples, failures) = (self.window.samples, self.window.failures);

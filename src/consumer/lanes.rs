@@ -193,13 +193,40 @@ impl Lanes {
             return None;
         }
         let lane = self.ready.pop_front()?;
+        Some(self.give_out(lane))
+    }
+
+    /// As [`Lanes::next`], but rather an event that has not failed yet, the first from place `from` of those that may run: by one
+    /// that has, nobody can tell whether it or the service is at fault.
+    pub fn next_fresh(&mut self, from: usize) -> Option<Run> {
+        let at = self.fresh(from).unwrap_or(0);
+        if self.statistics.running >= self.policy.concurrency || self.halted.is_some() {
+            return None;
+        }
+        let lane = self.ready.remove(at)?;
+        Some(self.give_out(lane))
+    }
+
+    /// Whether an event may run that has not failed yet.
+    #[must_use]
+    pub fn has_fresh(&self) -> bool {
+        self.may_run() && self.fresh(0).is_some()
+    }
+
+    fn fresh(&self, from: usize) -> Option<usize> {
+        let count = self.ready.len();
+        let mut places = (0..count).map(|i| (from + i) % count);
+        places.find(|at| self.keys.lane(self.ready[*at]).failures == 0)
+    }
+
+    fn give_out(&mut self, lane: u32) -> Run {
         let state = self.keys.lane_mut(lane);
         assert_eq!(state.stage, Stage::Ready);
         state.stage = Stage::Running;
         self.statistics.running += 1;
         let offset = self.events.offset(self.events.first(state.tail));
         let is_gap_over = std::mem::take(&mut state.is_gap_over);
-        Some(Run { lane, key: state.key, offset, attempt: state.failures.saturating_add(1), is_gap_over })
+        Run { lane, key: state.key, offset, attempt: state.failures.saturating_add(1), is_gap_over }
     }
 
     /// Whether [`Lanes::next`] has an event.

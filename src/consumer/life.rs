@@ -14,6 +14,8 @@ const DROP_TIME: Duration = Duration::from_secs(5);
 #[derive(Debug)]
 pub(crate) struct Life {
     stopping: AtomicBool,
+    /// Who stopped it has waited long enough.
+    given_up: AtomicBool,
     thread: Mutex<Option<thread::Thread>>,
     began: Instant,
     /// Since when the thread is inside a handler, in ns since `began`; 0: it is not.
@@ -28,6 +30,7 @@ impl Life {
     pub(super) fn new() -> Self {
         Self {
             stopping: AtomicBool::new(false),
+            given_up: AtomicBool::new(false),
             thread: Mutex::new(None),
             began: Instant::now(),
             inside_since_ns: AtomicU64::new(0),
@@ -77,13 +80,17 @@ impl Life {
     ) -> Result<(), ConsumerError> {
         self.ask_to_stop();
         if !self.await_end(deadline) {
+            self.given_up.store(true, Ordering::Relaxed);
             return Err(ConsumerError::Busy { name: name.to_owned() });
         }
         failure().map_or(Ok(()), |failure| Err(ConsumerError::Ended { failure: Some(failure) }))
     }
 
-    /// A handle is dropped.
+    /// A handle is dropped: waits, unless that was done before, until a deadline that its owner had set.
     pub(super) fn stop_dropped(&self, name: &str) {
+        if self.given_up.load(Ordering::Relaxed) {
+            return;
+        }
         self.ask_to_stop();
         if !self.await_end(Some(Instant::now() + DROP_TIME)) {
             tracing::error!(consumer = name, "a consumer's handler hangs; its thread stays behind");

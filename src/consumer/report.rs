@@ -48,7 +48,7 @@ pub struct ConsumerReport {
     pub lag_bytes: u64,
     /// Its durable gap-free position in every shard: retention keeps what comes after.
     pub positions: Vec<Offset>,
-    /// Its dead letters.
+    /// Its dead letters, known while it runs; [`crate::consumer::outside`] reads those of one that does not.
     pub letters: LetterStatistics,
     /// How its service is.
     pub health: Option<HealthReport>,
@@ -167,13 +167,17 @@ const FIGURES: [Figure; 15] = [
     ("write_failures_total", "counter", |report| report.write_failures.0 + report.write_failures.1),
 ];
 
-/// Reports as Prometheus text, to stand behind [`crate::Metrics::prometheus`]. Counts are of the consumer's present run.
+/// What is known of a consumer that does not run.
+const KNOWN_AT_REST: [&str; 2] = ["lag_bytes", "is_running"];
+
+/// Reports as Prometheus text, to stand behind [`crate::Metrics::prometheus`]. Counts are of the consumer's present run; of one
+/// that does not run there are only lag and that it does not: a zero would pass for an answer.
 #[must_use]
 pub fn prometheus(reports: &[ConsumerReport]) -> String {
     let mut out = String::new();
     for (name, kind, value) in FIGURES {
         out += &format!("# TYPE corelane_consumer_{name} {kind}\n");
-        for report in reports {
+        for report in reports.iter().filter(|report| report.is_running || KNOWN_AT_REST.contains(&name)) {
             // A consumer's name has nothing that would have to be escaped.
             out += &format!("corelane_consumer_{name}{{consumer=\"{}\"}} {}\n", report.name, value(report));
         }
@@ -190,15 +194,19 @@ mod tests {
         let mut report = ConsumerReport::at_rest("mail", std::iter::empty());
         (report.handled, report.unread, report.unfinished) = (7, 40, 2);
         report.halted = Some(HaltCause::DeadLettersFull);
-        let text = prometheus(&[report]);
+        report.is_running = true;
+        let at_rest = ConsumerReport::at_rest("sms", std::iter::empty());
+        let text = prometheus(&[report, at_rest]);
         for line in [
             "# TYPE corelane_consumer_handled_total counter",
             "corelane_consumer_handled_total{consumer=\"mail\"} 7",
             "corelane_consumer_waiting_events{consumer=\"mail\"} 42",
             "corelane_consumer_is_halted{consumer=\"mail\"} 1",
+            "corelane_consumer_is_running{consumer=\"sms\"} 0",
         ] {
             assert!(text.lines().any(|found| found == line), "{line} is not in\n{text}");
         }
-        assert_eq!(text.lines().count(), 2 * FIGURES.len());
+        assert!(!text.contains("dead_letters{consumer=\"sms\"}"), "nobody knows");
+        assert_eq!(text.lines().count(), 2 * FIGURES.len() + KNOWN_AT_REST.len());
     }
 }

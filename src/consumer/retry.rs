@@ -214,7 +214,7 @@ impl JitterRng {
     }
 
     /// Evenly from 0.0 to just below 1.0.
-    fn next_fraction(&mut self) -> f64 {
+    pub(super) fn next_fraction(&mut self) -> f64 {
         (self.next() >> 11) as f64 / (1_u64 << 53) as f64
     }
 }

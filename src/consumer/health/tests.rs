@@ -39,6 +39,30 @@ fn the_fifth_failure_in_a_row_opens_the_circuit_and_a_success_starts_the_count_a
 }
 
 #[test]
+fn a_call_that_told_nothing_neither_counts_nor_lengthens_a_pause() {
+    let mut health = health(HealthPolicy::default());
+    for _ in 0..4 {
+        let pass = go(&mut health, S);
+        assert_eq!(health.failed(pass, S), None);
+    }
+    for _ in 0..100 {
+        let pass = go(&mut health, S);
+        assert_eq!(health.told_nothing(pass, S), None);
+    }
+    let pass = go(&mut health, S);
+    assert!(
+        matches!(health.failed(pass, S), Some(HealthChange::BecameUnhealthy { probe_at, .. }) if probe_at == 2 * S)
+    );
+    for n in 2..5 {
+        let probe = go(&mut health, n * S);
+        assert!(probe.is_probe());
+        assert_eq!(health.told_nothing(probe, n * S), None);
+        assert_eq!(wait(&mut health, n * S), (n + 1) * S, "the same pause again");
+    }
+    assert_eq!(health.report(5 * S).failed, 108);
+}
+
+#[test]
 fn more_than_a_tenth_of_a_full_enough_window_opens_the_circuit() {
     let mut health = health(HealthPolicy::default());
     // 11 failures among 99 say nothing yet: too few outcomes.

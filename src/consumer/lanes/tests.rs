@@ -38,6 +38,23 @@ fn record(lanes: &mut Lanes, offset: u64, kind: RecordKind) -> ToRecord {
 }
 
 #[test]
+fn a_fresh_event_goes_before_those_that_failed_and_one_of_those_where_there_is_no_other() {
+    let mut lanes = with(9, &[A, B, Key(3), Key(4)]);
+    for _ in 0..2 {
+        let failed = lanes.next().expect("a or b");
+        assert!(lanes.failed(failed, Verdict::Retry { after: T0 }, T0).is_none());
+    }
+    lanes.tick(T0);
+    assert!(lanes.has_fresh() && lanes.ready() == 4);
+    // In the order in which they may run: 2, 3, 0, 1.
+    let from = |lanes: &mut Lanes, place| lanes.next_fresh(place).map(|run| run.offset().0);
+    assert_eq!(from(&mut lanes, 1), Some(3));
+    assert_eq!(from(&mut lanes, 2), Some(2), "round to the front");
+    assert!(!lanes.has_fresh() && lanes.may_run());
+    assert_eq!((from(&mut lanes, 1), from(&mut lanes, 0), from(&mut lanes, 0)), (Some(0), Some(1), None));
+}
+
+#[test]
 fn keys_run_side_by_side_and_each_in_order() {
     let mut lanes = with(2, &[A, A, B, Key(3)]);
     let (a, b) = (run(&mut lanes, 0), run(&mut lanes, 2));

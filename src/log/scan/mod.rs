@@ -33,7 +33,7 @@ use crate::error::{OpenError, ReadError};
 use crate::event::{EventTypeId, Offset, Sequence, ShardId, Time};
 use crate::log::format::{HEADER_BYTES, HeaderError, SegmentHeader};
 use crate::log::manifest::{MANIFEST, Manifest, Span, StoredType, segment_index, segment_name, shard_dir};
-use crate::log::storage::Files;
+use crate::log::storage::{Files, Storage as _};
 
 pub use lookup::{Lookup, Place};
 pub use records::{Gap, Record, Records, Tail};
@@ -74,11 +74,18 @@ impl Store {
         let manifest = Manifest::load(&Files, &dir)?.ok_or_else(|| OpenError::Io {
             action: "reading",
             path: dir.join(MANIFEST),
-            source: ErrorKind::NotFound.into(),
+            source: std::io::Error::new(ErrorKind::NotFound, "no store is here, or its manifest is gone"),
         })?;
         let store = Self { dir, manifest };
         for shard in store.shard_ids() {
-            Span::load(&Files, &store.shard_dir(shard))?;
+            let shard_dir = store.shard_dir(shard);
+            // As the engine does: a folder that is gone is no empty shard.
+            Files.list(&shard_dir).map_err(|source| OpenError::Io {
+                action: "listing",
+                path: shard_dir.clone(),
+                source,
+            })?;
+            Span::load(&Files, &shard_dir)?;
         }
         Ok(store)
     }
