@@ -30,7 +30,7 @@ pub(crate) struct Slot<S> {
     pub(crate) state: S,
 }
 
-/// Slots that no cache line is shared between more than it must.
+/// Slots side by side. It begins with a cache line, so no slot of up to 64 bytes lies across two.
 #[derive(Debug, Default)]
 #[repr(align(64))]
 struct Group<S>([Slot<S>; GROUP]);

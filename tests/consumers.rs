@@ -114,8 +114,9 @@ fn events_that_always_fail_do_not_make_the_service_look_ill() {
         let retry = Retry::exponential(2.0).base(Duration::from_millis(10)).attempts(5);
         let builder = engine.consumer(&name).retry(retry).health(health).concurrency(concurrency);
         // Ten keys of 200, never two of them one behind the other.
-        let bad =
-            |_: &Archived<Note>, meta: &Meta| if meta.key.0 % 20 == 0 { Err("bad player".into()) } else { Ok(()) };
+        let bad = |_: &Archived<Note>, meta: &Meta| {
+            if meta.key.0.is_multiple_of(20) { Err("bad player".into()) } else { Ok(()) }
+        };
         let consumer = builder.start(bad).unwrap();
         if concurrency == 1 {
             publish(&engine, events(200, 4000));
