@@ -5,8 +5,8 @@ mod common;
 
 use std::path::{Path, PathBuf};
 
-use common::{Note, numbers, os_cache, segment_path, small, soon, tree};
-use corelane::{ConfigError, Event, EventLog, EventType, EventTypeId, Key, OpenError};
+use common::{Note, numbers, os_cache, segment_path, small, soon, tree, until};
+use corelane::{ConfigError, Event, EventLog, EventType, EventTypeId, Key, OpenError, scan};
 use rkyv::{Archive, Deserialize, Serialize};
 
 /// A cleanly closed store of three segments and two shards.
@@ -18,9 +18,10 @@ fn store() -> (tempfile::TempDir, PathBuf) {
     for n in 0..100 {
         producer.publish(Key(n % 9), Note::sized(n, 2500)).unwrap();
     }
+    // The last of them is prepared ahead, by a thread that does not do so any more once the engine ends.
+    until("shard 0 has three segments", || segment_path(&path, 2).exists());
     engine.shutdown(soon()).unwrap();
     drop((producer, engine));
-    assert!(segment_path(&path, 2).exists(), "shard 0 has three segments");
     (dir, path)
 }
 
@@ -183,7 +184,13 @@ fn a_span_that_claims_more_than_memory_holds_is_an_error_at_once() {
 
 #[test]
 fn a_missing_shard_folder_is_an_error() {
-    let error = refused(|dir| std::fs::rename(dir.join("shard-0001"), dir.join("elsewhere")).unwrap());
+    let remove = |dir: &Path| std::fs::rename(dir.join("shard-0001"), dir.join("elsewhere")).unwrap();
+    let error = refused(remove);
+    assert!(matches!(error, OpenError::Io { action: "listing", .. }), "{error}");
+    // Who looks from outside takes it for no empty shard either.
+    let (_dir, path) = store();
+    remove(&path);
+    let error = scan::Store::open(&path).expect_err("a store without a shard");
     assert!(matches!(error, OpenError::Io { action: "listing", .. }), "{error}");
 }
 
