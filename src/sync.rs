@@ -67,7 +67,7 @@ pub(crate) fn cores() -> usize {
     std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
 }
 
-/// Asks for the cache lines of `item` to be brought near.
+/// Asks for the cache line in which `item` begins to be brought near; where it is longer than a line, also for that in which it ends.
 #[inline]
 pub(crate) fn prefetch<T>(item: &T) {
     #[cfg(target_arch = "x86_64")]

@@ -259,7 +259,10 @@ impl<E: Event> Driver<E> {
         } else if self.is_news(desk, &what) {
             self.noticed(now, |health| health.failed(pass, now));
         } else {
-            self.noticed(now, |health| health.told_nothing(pass, now));
+            self.noticed(now, |health| {
+                health.told_nothing(pass, now);
+                None
+            });
         }
         let verdict = judgement.map(|judgement| self.verdict(judgement, attempt));
         match (what, outcome.err().zip(verdict)) {

@@ -338,14 +338,13 @@ impl Health {
 
     /// A call failed, and that says nothing about the service: its event had failed before, and others have gone well since. A
     /// probe then told nothing: the next goes after the same pause again.
-    pub fn told_nothing(&mut self, pass: Pass, now: Duration) -> Option<HealthChange> {
+    pub fn told_nothing(&mut self, pass: Pass, now: Duration) {
         self.now = self.now.max(now);
         self.totals.failed += 1;
         if pass.epoch == self.epoch && pass.is_probe {
             self.epoch += 1;
             self.status = HealthStatus::Unhealthy { probe_at: self.now + self.pause };
         }
-        None
     }
 
     /// After an outcome while healthy: does it still count as such?

@@ -199,10 +199,10 @@ impl Lanes {
     /// As [`Lanes::next`], but rather an event that has not failed yet, the first from place `from` of those that may run: by one
     /// that has, nobody can tell whether it or the service is at fault.
     pub fn next_fresh(&mut self, from: usize) -> Option<Run> {
-        let at = self.fresh(from).unwrap_or(0);
-        if self.statistics.running >= self.policy.concurrency || self.halted.is_some() {
+        if !self.may_run() {
             return None;
         }
+        let at = self.fresh(from).unwrap_or(0);
         let lane = self.ready.remove(at)?;
         Some(self.give_out(lane))
     }

@@ -158,8 +158,14 @@ impl<A: Aggregate> Batch<'_, A> {
             });
         }
         let time = self.time();
-        let (fresh, known) = (A::default(), self.keys.get(key));
-        let (version, state) = known.map_or((Version(0), &fresh), |known| (known.version, &known.state));
+        let fresh;
+        let (version, state) = match self.keys.get(key) {
+            Some(known) => (known.version, &known.state),
+            None => {
+                fresh = A::default();
+                (Version(0), &fresh)
+            }
+        };
         if !expected.holds(version) {
             return Ok(Verdict::WrongVersion(version));
         }
