@@ -132,6 +132,27 @@ fn events_that_always_fail_do_not_make_the_service_look_ill() {
 }
 
 #[test]
+fn a_probe_is_an_event_that_has_not_failed_yet() {
+    let dir = tempfile::tempdir().unwrap();
+    let engine = EventLog::<Note>::open(small(dir.path())).unwrap();
+    let calls = Arc::new(Mutex::new(Vec::new()));
+    let called = Arc::clone(&calls);
+    // Long enough for what is published meanwhile to be there at the first probe.
+    let health = HealthPolicy::default().pause(Duration::from_secs(2));
+    let consumer = engine.consumer("c").retry(quick(1000)).health(health).start(move |_, meta| {
+        called.lock().unwrap().push(meta.key.0);
+        if meta.key.0 < 5 { Err("bad player".into()) } else { Ok(()) }
+    });
+    let consumer = consumer.unwrap();
+    publish(&engine, (0..5).map(|key| (key, key)));
+    until("it is unhealthy", || consumer.report().health.is_some_and(|health| health.outages == 1));
+    publish(&engine, (5..20).map(|key| (key, key)));
+    until("it is healthy again", || calls.lock().unwrap().len() >= 8);
+    let calls = calls.lock().unwrap();
+    assert!(calls[5..8].iter().all(|key| *key >= 5), "the three probes: {calls:?}");
+}
+
+#[test]
 fn a_stop_that_gives_up_at_its_deadline_does_not_wait_again() {
     let dir = tempfile::tempdir().unwrap();
     let engine = EventLog::<Note>::open(small(dir.path())).unwrap();
