@@ -14,7 +14,7 @@ use crate::log::format::{ALIGN, RecordHeader, padded, schema_fingerprint};
 use crate::log::mmap::{Heap, Memory, WriteHalf};
 use crate::log::segment::ShardLog;
 use crate::log::storage::{Files, Storage as _};
-use crate::log::writer::{Prepared, PreparedQueue, Refused, Resume, Writer, group};
+use crate::log::writer::{GROUP, Prepared, PreparedQueue, Refused, Resume, Writer};
 use crate::ring::{NOT_DUE, Slot, push_chunk};
 use crate::sync::Arc;
 use crate::view::Place;
@@ -196,7 +196,7 @@ impl<E: Event> LogWriter<E> {
     /// When there is no room.
     #[inline]
     pub fn append(&mut self, events: &[(Key, E)]) -> Offset {
-        let mut staged = group();
+        let mut staged = [0; GROUP];
         let mut appender = self.writer.appender(&mut staged);
         for (key, event) in events {
             let header = RecordHeader {

@@ -135,7 +135,7 @@ impl Config {
                 wait: Wait::Park,
                 pin: Pin::Auto,
                 ring_capacity: 8192,
-                batch_max: 256,
+                batch_max: 512,
                 segment_bytes: 256 << 20,
                 spares_max: 2,
                 retention: Retention::default(),
@@ -160,7 +160,7 @@ impl Config {
         pin: Pin,
         /// Slots of one lane, a power of two in 2..=2²⁴. Default: 8192.
         ring_capacity: usize,
-        /// Events a shard takes from one lane in one go, 1..=65,536. Default: 256.
+        /// Events a shard takes from one lane in one go, 1..=65,536. Default: 512.
         batch_max: usize,
         /// Bytes of one segment, a power of two in 64 KiB..=16 GiB. Fixed when the store is created. Default: 256 MiB.
         segment_bytes: u64,

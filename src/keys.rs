@@ -9,7 +9,7 @@
 //! slot would otherwise be waited for.
 
 use crate::event::{Key, KeyHash, Offset, Time, Version};
-use crate::sync::prefetch;
+use crate::sync::prefetch_at;
 
 const PARTS: usize = 64;
 const PART_BITS: u32 = PARTS.trailing_zeros();
@@ -101,7 +101,7 @@ impl<S: Default> KeyTable<S> {
     /// A table that holds about `keys_expected` keys before parts grow.
     pub(crate) fn new(keys_expected: usize) -> Self {
         let of_a_part = keys_expected.div_ceil(PARTS) + 1;
-        let groups = of_a_part.div_ceil(GROUP / 4 * 3).next_power_of_two();
+        let groups = of_a_part.div_ceil(GROUP / 4 * 3);
         Self(Box::new(std::array::from_fn(|_| Part::new(groups))))
     }
 
@@ -111,7 +111,7 @@ impl<S: Default> KeyTable<S> {
         let part = &self.0[part_of(hash)];
         let group = group_of(hash, part.tags.len());
         let within = equal_tags(part.tags[group], tag_of(hash)).trailing_zeros() as usize / GROUP % GROUP;
-        prefetch(&part.groups[group].0[within]);
+        prefetch_at(part.groups.as_ptr().wrapping_add(group).cast::<Slot<S>>().wrapping_add(within));
         Seen::new(group, within)
     }
 
@@ -189,7 +189,9 @@ pub(crate) struct Walk {
 
 /// Of the slots with these numbers, those in use.
 fn slots<S>(part: &Part<S>, from: usize, to: usize) -> impl Iterator<Item = &Slot<S>> {
-    (from..to).filter_map(|at| part.slot(Seen(at as u32))).filter(|slot| slot.version.0 != 0)
+    // Free slots are told by their tags: their memory need not be gone to.
+    let is_used = |at: &usize| part.tags[at / GROUP] >> (at % GROUP * 8) & 0xff != 0;
+    (from..to).filter(is_used).filter_map(|at| part.slot(Seen(at as u32))).filter(|slot| slot.version.0 != 0)
 }
 
 /// Where `key` is, or else the free slot where it belongs. A part is never full, so this ends.
@@ -210,7 +212,7 @@ fn find<S>(part: &Part<S>, key: Key, hash: KeyHash) -> Result<Seen, Seen> {
         if free != 0 {
             return Err(Seen::new(group, free.trailing_zeros() as usize / GROUP));
         }
-        group = (group + 1) & (part.tags.len() - 1);
+        group = if group + 1 == part.tags.len() { 0 } else { group + 1 };
     }
 }
 
@@ -225,8 +227,8 @@ fn grow<S: Default>(part: &mut Part<S>) {
     }
 }
 
-// The shard takes the hash's top bits (by multiply-high), the table its low half: the part the lowest of them, the group those
-// above, and the tag the highest seven, all independent of each other up to 2²⁷ keys a shard.
+// The shard takes the hash's top bits, the table its low half: the part the lowest of them, the tag the seven above, and the
+// group, by multiply-high, the highest; all independent of each other up to 2²⁸ keys a shard.
 #[inline]
 fn part_of(hash: KeyHash) -> usize {
     hash.0 as usize % PARTS
@@ -234,13 +236,13 @@ fn part_of(hash: KeyHash) -> usize {
 
 #[inline]
 fn group_of(hash: KeyHash, groups: usize) -> usize {
-    (hash.0 >> PART_BITS) as usize & (groups - 1)
+    ((u64::from(hash.0) * groups as u64) >> 32) as usize
 }
 
 /// Never 0, the tag of a free slot.
 #[inline]
 fn tag_of(hash: KeyHash) -> u64 {
-    u64::from(hash.0 >> 25 | 0x80)
+    u64::from(hash.0 >> PART_BITS & 0x7f | 0x80)
 }
 
 /// The high bit of every byte of `tags` that is `tag`; above one of these possibly that of another.
@@ -285,14 +287,14 @@ mod tests {
     fn keys_of_one_group_and_one_tag_are_told_apart_also_beyond_the_group() {
         let mut table = KeyTable::<()>::new(10_000);
         let hash = KeyHash::of(Key(0));
+        let groups = table.0[part_of(hash)].groups.len();
         let like = |&key: &Key| {
             let other = KeyHash::of(key);
             part_of(other) == part_of(hash)
-                && group_of(other, 64) == group_of(hash, 64)
+                && group_of(other, groups) == group_of(hash, groups)
                 && tag_of(other) == tag_of(hash)
         };
         let alike: Vec<Key> = (0..).map(Key).filter(like).take(2 * GROUP + 1).collect();
-        assert_eq!(table.0[part_of(hash)].groups.len(), 32, "small enough for them to be neighbours");
         for (i, &key) in alike.iter().enumerate() {
             let seen = table.look(hash);
             let slot = table.slot(key, hash, seen);
@@ -302,6 +304,7 @@ mod tests {
         for (i, &key) in alike.iter().enumerate() {
             assert_eq!(table.get(key).map(|slot| slot.version.0), Some(i as u64 + 1));
         }
+        assert_eq!(table.0[part_of(hash)].groups.len(), groups, "they were neighbours all the time");
         assert_eq!(table.len(), alike.len());
     }
 

@@ -70,9 +70,15 @@ pub(crate) fn cores() -> usize {
 /// Asks for the cache line in which `item` begins to be brought near; where it is longer than a line, also for that in which it ends.
 #[inline]
 pub(crate) fn prefetch<T>(item: &T) {
+    prefetch_at(item);
+}
+
+/// As [`prefetch`], for a place that need not be one.
+#[inline]
+pub(crate) fn prefetch_at<T>(item: *const T) {
     #[cfg(target_arch = "x86_64")]
     {
-        let first = std::ptr::from_ref(item).cast::<i8>();
+        let first = item.cast::<i8>();
         let last = first.wrapping_add(size_of::<T>().saturating_sub(1));
         // SAFETY: a prefetch reads nothing and faults on nothing, whatever the address.
         unsafe { std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(first) }

@@ -7,7 +7,7 @@
 //! ```
 
 use crate::event::{Correlation, Event, EventTypeId, Key, Meta, Offset, Sequence, ShardId, Time, Version};
-use crate::log::mmap::{crc32c, store_length};
+use crate::log::mmap::crc32c;
 use crate::sync::{Ordering, compiler_fence};
 
 /// Bytes of a segment header: one page.
@@ -344,38 +344,8 @@ impl RecordHeader {
     }
 }
 
-/// A record that lacks its CRC and its length word, and so is none yet.
-#[derive(Debug)]
-pub(crate) struct Staged<'a> {
-    pub(crate) head: &'a mut [u8; RECORD_HEADER_BYTES],
-    pub(crate) body: &'a [u8],
-}
-
-/// The bytes of a header that the CRC covers.
-pub(crate) const SUMMED_BYTES: usize = RECORD_HEADER_BYTES - 8;
-
-impl Staged<'_> {
-    /// The record's exact length.
-    #[inline]
-    pub(crate) fn len(&self) -> usize {
-        RECORD_HEADER_BYTES + self.body.len()
-    }
-
-    /// What the CRC covers.
-    #[inline]
-    pub(crate) fn summed(&self) -> (&[u8; SUMMED_BYTES], &[u8]) {
-        (self.head.last_chunk().expect("a header is longer than its first two words"), self.body)
-    }
-
-    /// Makes it a record: the CRC, and the length word last.
-    #[inline]
-    pub(crate) fn seal(self, crc: u32) {
-        let len = self.len() as u32;
-        let (start, _) = self.head.split_first_chunk_mut().expect("a header is longer than its first two words");
-        start[4..].copy_from_slice(&crc.to_le_bytes());
-        store_length(start, len);
-    }
-}
+/// The bytes of a header that the CRC does not cover: the length word and the CRC itself.
+pub(crate) const UNSUMMED_BYTES: usize = 8;
 
 /// What stands at a place where a record may begin.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -413,6 +383,7 @@ pub(crate) fn record_at(tail: &[u8], salt: u32) -> Found {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
+    use crate::log::mmap::seal;
 
     fn header() -> RecordHeader {
         RecordHeader {
@@ -481,17 +452,15 @@ pub(crate) mod tests {
 
     /// A whole record, padded.
     pub(crate) fn sealed(header: &RecordHeader, body: &[u8], salt: u32) -> Vec<u8> {
-        #[repr(align(16))]
-        struct Aligned([u8; RECORD_HEADER_BYTES]);
-        let mut head = Aligned([0xff; RECORD_HEADER_BYTES]);
-        header.stage(&mut head.0);
-        let record = Staged { head: &mut head.0, body };
-        let (summed, _) = record.summed();
-        let crc = crc32c(crc32c(salt, summed), body);
-        record.seal(crc);
-        let mut bytes = [&head.0, body].concat();
-        bytes.resize(padded(bytes.len()), 0);
-        bytes
+        let mut head = [0xff; RECORD_HEADER_BYTES];
+        header.stage(&mut head);
+        let mut bytes = rkyv::util::AlignedVec::<ALIGN>::new();
+        bytes.extend_from_slice(&head);
+        bytes.extend_from_slice(body);
+        let len = bytes.len();
+        bytes.resize(padded(len), 0);
+        seal(salt, &mut bytes, &[len as u32]);
+        bytes.into_vec()
     }
 
     #[test]

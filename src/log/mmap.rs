@@ -12,11 +12,11 @@ use std::io;
 use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU32;
+use std::sync::atomic::AtomicU64;
 
 use crate::event::{Encode, Scratch};
-use crate::log::crc;
-use crate::log::format::{ALIGN, Staged, padded};
+use crate::log::format::{ALIGN, UNSUMMED_BYTES, padded};
+use crate::log::seal;
 use crate::sync::{Ordering, Watermark};
 
 /// The whole of a segment's memory.
@@ -248,44 +248,65 @@ impl WriteHalf {
     }
 }
 
-/// Archives `event` behind `HEAD` bytes at the beginning of `open`, which lies at a multiple of 16, and takes what that fills off
-/// `open`, up to the next such multiple. Returns the bytes before the archive, the archive, and the event as it now stands there;
-/// `None`, and `open` as it was, when it does not fit or takes more than `bytes_max`.
+/// Archives `event` behind `HEAD` bytes at the beginning of `out`, which lies at a multiple of 16, with zeros behind it up to the
+/// next such multiple. Returns the bytes before the archive, the event as it now stands there, and how long its archive is;
+/// `None` when it does not fit or takes more than `bytes_max`.
 #[inline(always)]
-pub(crate) fn archive<'a, const HEAD: usize, E: Encode>(
+pub(crate) fn archive<'o, const HEAD: usize, E: Encode>(
     event: &E,
-    open: &mut &'a mut [u8],
+    out: &'o mut [u8],
     bytes_max: usize,
     scratch: &mut Scratch,
-) -> Option<(&'a mut [u8; HEAD], &'a [u8], &'a E::Archived)> {
+) -> Option<(&'o mut [u8; HEAD], &'o E::Archived, usize)> {
     const { assert!(HEAD.is_multiple_of(ALIGN)) };
-    let out = open.get_mut(HEAD..)?;
+    let (head, out) = out.split_first_chunk_mut()?;
     assert!(out.as_ptr().addr().is_multiple_of(ALIGN), "archives begin at 16-byte steps");
-    let room = out.len().min(bytes_max);
-    let len = event.encode(&mut out[..room], scratch)?;
-    let (filled, rest) = std::mem::take(open).split_at_mut(padded(HEAD + len));
-    *open = rest;
-    let (head, body) = filled.split_first_chunk_mut()?;
-    let (body, padding) = body.split_at_mut(len);
-    if !padding.is_empty() {
-        padding.fill(0);
-    }
-    let body = &*body;
+    let len = match encode_sized(event, out, bytes_max, scratch) {
+        Some(len) => len,
+        None => encode(event, out, bytes_max, scratch)?,
+    };
+    let body = &out[..len];
     // SAFETY: these bytes are the archive of an `E`, written just now, with its root at their end; they begin at a
     // multiple of 16, as rkyv took it that they do.
-    Some((head, body, unsafe { rkyv::access_unchecked::<E::Archived>(body) }))
+    Some((head, unsafe { rkyv::access_unchecked::<E::Archived>(body) }, len))
 }
 
-/// Stores the length word of a complete record, which makes it part of the log for whoever reads the
-/// file. Readers of this process see it after `publish`.
+/// Archives an event of a type that owns nothing outside itself, if it fits: the compiler then knows how long the archive is.
+#[inline(always)]
+fn encode_sized<E: Encode>(event: &E, out: &mut [u8], bytes_max: usize, scratch: &mut Scratch) -> Option<usize> {
+    let len = size_of::<E::Archived>();
+    if std::mem::needs_drop::<E>() || len > bytes_max {
+        return None;
+    }
+    let (body, padding) = out.get_mut(..padded(len))?.split_at_mut(len);
+    if event.encode(body, scratch)? != len {
+        return None;
+    }
+    padding.fill(0);
+    Some(len)
+}
+
+/// Archives any event, if it fits.
+#[inline(never)]
+fn encode<E: Encode>(event: &E, out: &mut [u8], bytes_max: usize, scratch: &mut Scratch) -> Option<usize> {
+    let room = out.len().min(bytes_max);
+    let len = event.encode(&mut out[..room], scratch)?;
+    out[len..padded(len)].fill(0);
+    Some(len)
+}
+
+/// Stores the length and the CRC of a record that is complete but for these, both at once, which makes it part of the log for
+/// whoever reads the file. Readers of this process see it after `publish`.
 #[inline]
-pub(crate) fn store_length(start: &mut [u8; 8], len: u32) {
-    let word = start.as_mut_ptr().cast::<u32>();
+pub(crate) fn commit(record: &mut [u8], len: u32, crc: u32) {
+    let start: &mut [u8; UNSUMMED_BYTES] =
+        record.first_chunk_mut().expect("a record is longer than its first two words");
+    let word = start.as_mut_ptr().cast::<u64>();
     assert!(word.is_aligned(), "records begin at 16-byte steps");
-    // SAFETY: aligned, the first 4 of 8 bytes, borrowed from their one owner.
-    let word = unsafe { AtomicU32::from_ptr(word) };
+    // SAFETY: aligned, 8 bytes, borrowed from their one owner.
+    let word = unsafe { AtomicU64::from_ptr(word) };
     // Release: pairs with whoever reads the length word first in another process.
-    word.store(len.to_le(), Ordering::Release);
+    word.store((u64::from(len) | u64::from(crc) << 32).to_le(), Ordering::Release);
 }
 
 /// CRC-32C of one input, begun with `seed`. (In this file for the sake of the fence around unsafe code.)
@@ -294,22 +315,26 @@ pub(crate) fn crc32c(seed: u32, input: &[u8]) -> u32 {
     #[cfg(target_arch = "x86_64")]
     if std::arch::is_x86_feature_detected!("sse4.2") {
         // SAFETY: the processor has what the function is compiled for.
-        return unsafe { crc::one(seed, input) };
+        return unsafe { seal::one(seed, input) };
     }
     crc32c::crc32c_append(seed, input)
 }
 
-/// CRC-32C of what each of `records` sums, begun with `seed`.
+/// Seals, in order, the records of these exact lengths that stand one behind the other in `bytes`.
 #[inline]
-pub(crate) fn crc32c_each<const N: usize>(seed: u32, records: &[Option<Staged<'_>>; N]) -> [u32; N] {
+pub(crate) fn seal(salt: u32, bytes: &mut [u8], lens: &[u32]) {
     #[cfg(target_arch = "x86_64")]
     if std::arch::is_x86_feature_detected!("sse4.2") {
         // SAFETY: the processor has what the function is compiled for.
-        return unsafe { crc::each(seed, records) };
+        return unsafe { seal::each(salt, bytes, lens) };
     }
-    std::array::from_fn(|i| {
-        records[i].as_ref().map(Staged::summed).map_or(0, |(head, body)| crc32c(crc32c(seed, head), body))
-    })
+    let mut at = 0;
+    for &len in lens {
+        let record = &mut bytes[at..];
+        let crc = crc32c(salt, &record[UNSUMMED_BYTES..len as usize]);
+        commit(record, len, crc);
+        at += padded(len as usize);
+    }
 }
 
 /// Page-aligned plain memory: the live content of a file in a test's storage.

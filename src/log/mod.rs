@@ -3,7 +3,6 @@
 //! One writer: the owning shard. Bytes below the `appended` watermark never change while anyone
 //! can see them; bytes below `durable` have been synced.
 
-pub(crate) mod crc;
 pub(crate) mod finder;
 pub(crate) mod fold;
 pub(crate) mod format;
@@ -14,6 +13,7 @@ pub(crate) mod mmap;
 pub(crate) mod reader;
 pub(crate) mod recovery;
 pub mod scan;
+pub(crate) mod seal;
 pub(crate) mod segment;
 pub(crate) mod storage;
 pub(crate) mod syncer;

@@ -6,9 +6,9 @@
 use crossbeam::queue::ArrayQueue;
 
 use crate::event::{Encode, Offset, Scratch, Time};
-use crate::log::crc::LANES;
-use crate::log::format::{ALIGN, HEADER_BYTES, RECORD_HEADER_BYTES, RecordHeader, SegmentHeader, Staged};
-use crate::log::mmap::{Memory, WriteHalf, archive, crc32c_each};
+use crate::log::format::{ALIGN, HEADER_BYTES, RECORD_HEADER_BYTES, RecordHeader, SegmentHeader, padded};
+use crate::log::mmap::{Memory, WriteHalf, archive, seal};
+use crate::log::seal::LANES;
 use crate::log::segment::{Segment, ShardLog};
 use crate::sync::{Arc, prefetch};
 
@@ -86,37 +86,34 @@ const NEAR_BYTES: usize = 2048;
 /// The appending of a run of records to one segment. All its state is local to the run: what the
 /// compiler can keep in registers need not be read again after every byte stored.
 pub(crate) struct Appender<'a, 's> {
-    /// The segment behind the last record.
+    /// The segment from the first record on that is not sealed.
     open: &'a mut [u8],
-    /// Offset of its end.
-    end: u64,
+    /// Offset of its beginning.
+    begin: u64,
+    /// Bytes of it that are staged.
+    at: usize,
     salt: u32,
     event_bytes_max: usize,
     scratch: &'a mut Scratch,
-    staged: &'s mut Group<'a>,
+    staged: &'s mut Group,
     staged_len: usize,
 }
 
-/// Records that are appended and not yet sealed. Apart from the [`Appender`], for its address is taken.
-pub(crate) type Group<'a> = [Option<Staged<'a>>; GROUP];
-
-/// Room for an [`Appender`]'s records.
-pub(crate) fn group<'a>() -> Group<'a> {
-    [const { None }; GROUP]
-}
+/// The exact lengths of records that are staged: appended and not yet sealed. Apart from the [`Appender`], for its address is taken.
+pub(crate) type Group = [u32; GROUP];
 
 /// An event that was appended, as it lies in the log.
-pub(crate) struct Appended<'a, T> {
-    pub(crate) event: &'a T,
+pub(crate) struct Appended<'o, T> {
+    pub(crate) event: &'o T,
     /// The record's exact length.
     pub(crate) len: usize,
 }
 
-impl<'a> Appender<'a, '_> {
+impl Appender<'_, '_> {
     /// Where the next record begins.
     #[inline(always)]
     pub(crate) fn offset(&self) -> Offset {
-        Offset(self.end - self.open.len() as u64)
+        Offset(self.begin + self.at as u64)
     }
 
     /// Archives `event` behind `header`. It is sealed, and so becomes part of the log, with the appending of the first event
@@ -129,19 +126,26 @@ impl<'a> Appender<'a, '_> {
         &mut self,
         header: &RecordHeader,
         event: &E,
-    ) -> Result<Appended<'a, E::Archived>, Refused> {
-        if let Some(ahead) = self.open.get(NEAR_BYTES..NEAR_BYTES + 65) {
+    ) -> Result<Appended<'_, E::Archived>, Refused> {
+        if self.staged_len == GROUP {
+            self.seal();
+        }
+        let out = &mut self.open[self.at..];
+        if let Some(ahead) = out.get(NEAR_BYTES..NEAR_BYTES + 65) {
             prefetch(&ahead[0]);
             prefetch(&ahead[64]);
         }
-        match archive(event, &mut self.open, self.event_bytes_max, self.scratch) {
-            Some((head, body, event)) => {
+        let room = out.len();
+        match archive(event, out, self.event_bytes_max, self.scratch) {
+            Some((head, event, len)) => {
                 header.stage(head);
-                let len = RECORD_HEADER_BYTES + body.len();
-                self.stage(Staged { head, body });
+                let len = RECORD_HEADER_BYTES + len;
+                self.at += padded(len);
+                self.staged[self.staged_len] = len as u32;
+                self.staged_len += 1;
                 Ok(Appended { event, len })
             }
-            None if self.open.len() >= RECORD_HEADER_BYTES + self.event_bytes_max => {
+            None if room >= RECORD_HEADER_BYTES + self.event_bytes_max => {
                 Err(Refused::TooLarge { bytes_max: self.event_bytes_max })
             }
             None => Err(Refused::NeedsSegment),
@@ -150,33 +154,28 @@ impl<'a> Appender<'a, '_> {
 
     /// Appends a record without a body.
     pub(crate) fn append_empty(&mut self, header: &RecordHeader) -> Result<(), Refused> {
-        if self.open.len() < RECORD_HEADER_BYTES {
-            return Err(Refused::NeedsSegment);
-        }
-        let (head, open) = std::mem::take(&mut self.open).split_first_chunk_mut().expect("it is long enough");
-        self.open = open;
-        header.stage(head);
-        self.stage(Staged { head, body: &[] });
-        Ok(())
-    }
-
-    #[inline(always)]
-    fn stage(&mut self, record: Staged<'a>) {
         if self.staged_len == GROUP {
             self.seal();
         }
-        self.staged[self.staged_len] = Some(record);
+        let head = self.open[self.at..].first_chunk_mut().ok_or(Refused::NeedsSegment)?;
+        header.stage(head);
+        self.at += RECORD_HEADER_BYTES;
+        self.staged[self.staged_len] = RECORD_HEADER_BYTES as u32;
         self.staged_len += 1;
+        Ok(())
     }
 
     /// Makes records of what is staged, with an end behind them first.
     #[inline(always)]
     fn seal(&mut self) {
-        if let Some(end) = self.open.get_mut(..4) {
+        let (group, open) = std::mem::take(&mut self.open).split_at_mut(self.at);
+        if let Some(end) = open.get_mut(..4) {
             end.fill(0);
         }
-        seal(self.salt, self.staged);
-        self.staged_len = 0;
+        seal(self.salt, group, &self.staged[..self.staged_len]);
+        self.open = open;
+        self.begin += self.at as u64;
+        (self.at, self.staged_len) = (0, 0);
     }
 
     /// Ends the run: everything below the position returned, which is for [`Writer::advance`], is whole.
@@ -184,16 +183,6 @@ impl<'a> Appender<'a, '_> {
     pub(crate) fn finish(mut self) -> Offset {
         self.seal();
         self.offset()
-    }
-}
-
-/// Makes records of what is staged, in order. (A function of the array alone, so that the rest of an appender can stay in registers.)
-#[inline(never)]
-fn seal(salt: u32, staged: &mut Group<'_>) {
-    let sums = crc32c_each(salt, staged);
-    for (record, sum) in staged.iter_mut().zip(sums) {
-        let Some(record) = record.take() else { break };
-        record.seal(sum);
     }
 }
 
@@ -233,17 +222,18 @@ impl Writer {
 
     /// To append to the current segment; where there is none, nothing fits.
     #[inline]
-    pub(crate) fn appender<'a, 's>(&'a mut self, staged: &'s mut Group<'a>) -> Appender<'a, 's> {
-        let (open, end, salt) = match &mut self.current {
+    pub(crate) fn appender<'a, 's>(&'a mut self, staged: &'s mut Group) -> Appender<'a, 's> {
+        let (open, begin, salt) = match &mut self.current {
             Some(current) => {
-                let end = current.base + current.half.memory().len() as u64;
-                (current.half.tail(), end, current.salt)
+                let begin = current.base + current.half.at() as u64;
+                (current.half.tail(), begin, current.salt)
             }
             None => (&mut [][..], 0, 0),
         };
         Appender {
             open,
-            end,
+            begin,
+            at: 0,
             salt,
             event_bytes_max: self.event_bytes_max,
             scratch: &mut self.scratch,
@@ -334,7 +324,7 @@ impl Writer {
         if !self.has_news() || room.is_none_or(|room| room < RECORD_HEADER_BYTES && self.roll(time).is_err()) {
             return false;
         }
-        let mut staged = group();
+        let mut staged = [0; GROUP];
         let mut appender = self.appender(&mut staged);
         let marked = appender.append_empty(&RecordHeader::mark(durable, time));
         debug_assert!(marked.is_ok(), "there is room for a mark");
@@ -409,7 +399,7 @@ mod tests {
     use super::*;
     use crate::envelope::Envelope;
     use crate::event::{Correlation, EventTypeId, Key, Version};
-    use crate::log::format::{Found, padded, record_at};
+    use crate::log::format::{Found, record_at};
     use crate::log::mmap::Heap;
 
     /// What stood there before must not show, neither behind an archive of odd length nor behind the last record.
@@ -429,10 +419,11 @@ mod tests {
         let said = |chars| Envelope::new("said", 1, &format!("\"{}\"", "x".repeat(chars))).expect("it is JSON");
         // More than two groups, the last one short.
         let count = 2 * GROUP as u64 + 5;
-        let (mut scratch, mut staged) = (Scratch::new(1 << 14), group());
+        let (mut scratch, mut staged) = (Scratch::new(1 << 14), [0; GROUP]);
         let mut appender = Appender {
             open: half.tail(),
-            end: 1 << 16,
+            begin: 0,
+            at: 0,
             salt: 7,
             event_bytes_max: 1 << 10,
             scratch: &mut scratch,

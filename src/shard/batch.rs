@@ -8,7 +8,7 @@ use crate::error::FailureCause;
 use crate::event::{Event as _, Meta, Offset, Schemas, Sequence, ShardId, Time, Version};
 use crate::keys::{self, KeyTable, Seen};
 use crate::log::format::RecordHeader;
-use crate::log::writer::{Appended, Appender, Refused, Writer, group};
+use crate::log::writer::{Appended, Appender, GROUP, Refused, Writer};
 use crate::producer::wall_time;
 use crate::ring::{NOT_DUE, Slot};
 use crate::snapshot::taker::Taker;
@@ -120,12 +120,11 @@ impl<A: Aggregate> Batch<'_, A> {
             *seen = self.keys.look(slot.borrow().hash);
         }
         let first_sequence = self.writer.sequence();
-        let mut staged = group();
+        let mut staged = [0; GROUP];
         let mut appender = self.writer.appender(&mut staged);
         let begun = appender.offset().0;
         let mut run = RunBegun { published: 0, late: NOT_DUE, first: 0 };
         let (mut appended, mut refused) = (0, None);
-        let mut later = slots.iter().skip(LOOK_AHEAD);
         for slot in slots {
             let slot = slot.borrow();
             if let Some(coming) = slots.get(appended + FETCH_AHEAD) {
@@ -133,7 +132,7 @@ impl<A: Aggregate> Batch<'_, A> {
             }
             let seen = &mut seen[appended % LOOK_AHEAD];
             let here = *seen;
-            if let Some(later) = later.next() {
+            if let Some(later) = slots.get(appended + LOOK_AHEAD) {
                 *seen = self.keys.look(later.borrow().hash);
             }
             let event_type = slot.event.event_type();

@@ -13,7 +13,7 @@ use crate::error::FailureCause;
 use crate::event::{Correlation, Event as _, Key, KeyHash, Sequence, Version};
 use crate::handler::panic_text;
 use crate::log::format::{RECORD_HEADER_BYTES, REJECTED, RecordHeader, padded};
-use crate::log::writer::group;
+use crate::log::writer::GROUP;
 use crate::sync::Arc;
 
 /// What the shard says to a command.
@@ -213,7 +213,7 @@ impl<A: Aggregate> Batch<'_, A> {
             return Err(decided);
         }
         let first_sequence = self.writer.sequence();
-        let mut staged = group();
+        let mut staged = [0; GROUP];
         let mut appender = self.writer.appender(&mut staged);
         let begun = appender.offset().0;
         let (count, noted) = (emit.events.len(), idempotency != 0);
