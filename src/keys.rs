@@ -2,7 +2,7 @@
 //!
 //! 64 open-addressing parts, chosen by the hash's low bits. A part grows by itself, so the longest pause of a growing table
 //! is 1/64 of a rehash. Its slots stand in groups of eight, and beside them, close together, a word of tags for each group:
-//! seven bits of the hash of every slot in use. The tags of a million keys fit into a core's cache, and they name the one slot
+//! eight bits of the hash of every slot in use. The tags of a million keys fit into a core's cache, and they name the one slot
 //! that is worth going to memory for. So a key costs one cache line, of 32 bytes without a state and 64 with one of 32 bytes.
 //!
 //! A turn looks at the tags of later events ([`KeyTable::look`]) before it appends earlier ones: with a million keys every
@@ -227,8 +227,8 @@ fn grow<S: Default>(part: &mut Part<S>) {
     }
 }
 
-// The shard takes the hash's top bits, the table its low half: the part the lowest of them, the tag the seven above, and the
-// group, by multiply-high, the highest; all independent of each other up to 2²⁸ keys a shard.
+// The shard takes the hash's top bits, the table its low half: the part the lowest of them, the tag the eight above, and the
+// group, by multiply-high, the highest; all independent of each other up to 2²⁷ keys a shard.
 #[inline]
 fn part_of(hash: KeyHash) -> usize {
     hash.0 as usize % PARTS
@@ -242,7 +242,7 @@ fn group_of(hash: KeyHash, groups: usize) -> usize {
 /// Never 0, the tag of a free slot.
 #[inline]
 fn tag_of(hash: KeyHash) -> u64 {
-    u64::from(hash.0 >> PART_BITS & 0x7f | 0x80)
+    u64::from((hash.0 >> PART_BITS & 0xff).max(1))
 }
 
 /// The high bit of every byte of `tags` that is `tag`; above one of these possibly that of another.

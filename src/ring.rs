@@ -5,6 +5,7 @@
 
 use crate::clock::Nanos;
 use crate::event::{Key, KeyHash};
+use crate::sync::prefetch_to_write;
 
 /// One event on its way to a shard.
 #[derive(Debug)]
@@ -34,6 +35,10 @@ pub(crate) fn free_slots<E>(ring: &rtrb::Producer<Slot<E>>, count: usize) -> usi
     if ring.cached_slots() >= count { count } else { ring.slots().min(count) }
 }
 
+/// How many slots ahead of the one being written the ring's memory is brought near: its lines are the shard's, and a store has to
+/// wait until they are not.
+const NEAR_SLOTS: usize = 24;
+
 /// Moves as many of `events` as fit into the ring, in order, visible at once. Returns how many.
 ///
 /// The iterator is asked for exactly as many as are moved; when it panics, those taken from it are lost with it
@@ -45,10 +50,19 @@ pub(crate) fn push_chunk<E>(
     events: impl Iterator<Item = Slot<E>>,
 ) -> usize {
     let room = free_slots(ring, count);
-    match ring.write_chunk_uninit(room) {
-        Ok(chunk) => chunk.fill_from_iter(events.take(room)),
-        Err(_) => 0,
-    }
+    let Ok(mut chunk) = ring.write_chunk_uninit(room) else { return 0 };
+    let (first, second) = chunk.as_mut_slices();
+    let ((first, first_len), second) = ((first.as_ptr(), first.len()), second.as_ptr());
+    let bring_near = |at: usize| {
+        if at < first_len {
+            prefetch_to_write(first.wrapping_add(at));
+        } else if at < room {
+            prefetch_to_write(second.wrapping_add(at - first_len));
+        }
+    };
+    (0..NEAR_SLOTS).for_each(bring_near);
+    let events = events.take(room).enumerate().inspect(|(at, _)| bring_near(at + NEAR_SLOTS));
+    chunk.fill_from_iter(events.map(|(_, event)| event))
 }
 
 #[cfg(test)]

@@ -91,6 +91,23 @@ pub(crate) fn prefetch_at<T>(item: *const T) {
     let _ = item;
 }
 
+/// As [`prefetch_at`], and that no other core keeps the line.
+#[inline]
+pub(crate) fn prefetch_to_write<T>(item: *const T) {
+    #[cfg(all(target_arch = "x86_64", not(miri)))]
+    {
+        let first = item.cast::<u8>();
+        let last = first.wrapping_add(size_of::<T>().saturating_sub(1));
+        // SAFETY: a prefetch changes nothing and faults on nothing, whatever the address. (The compiler's own stands for one
+        // to read, unless it compiles for newer processors; older ones take this instruction for none.)
+        unsafe {
+            std::arch::asm!("prefetchw [{0}]", "prefetchw [{1}]", in(reg) first, in(reg) last, options(nostack, preserves_flags, readonly))
+        }
+    }
+    #[cfg(not(all(target_arch = "x86_64", not(miri))))]
+    let _ = item;
+}
+
 /// A position that one thread moves forward and others read. What was written before
 /// [`Watermark::publish`] is visible to who sees the position.
 #[derive(Debug)]
