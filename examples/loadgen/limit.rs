@@ -1,19 +1,22 @@
 //! What this machine allows at most: the same work as the hot path, with nothing around it.
 //!
-//! Two probes, and neither shares a line with the engine:
+//! Three probes, and none shares a line with the engine:
 //!
 //! - [`engine_limit`]: one producer thread, one ring, one thread that archives, checksums and
 //!   commits records into a prefaulted file mapping. No key table, no state, no histogram, no clock
 //!   per event.
+//! - [`keyed_limit`]: the same loop, and for each event what no engine can do without: its user and type come in no
+//!   order, the user's version and last record go into the header, and its state is changed. In place of a key
+//!   table there is an array with a place for each user, which costs less than any table.
 //! - [`disk_limit`]: the same bytes into a prefaulted mapping with an `fdatasync` every 4 MiB.
 //!
 //! A record is 96 bytes:
 //!
 //! ```text
-//!  0        4        8            16           24       26               48                    96
-//!  ├────────┼────────┼────────────┼────────────┼────────┼────────────────┼─────────────────────┤
-//!  │ length │ CRC-32C│ time (ns)  │ key        │ type   │ zero           │ archived event      │
-//!  └────────┴────────┴────────────┴────────────┴────────┴────────────────┴─────────────────────┘
+//!  0        4        8            16           24       26       32       40        48          96
+//!  ├────────┼────────┼────────────┼────────────┼────────┼────────┼────────┼─────────┼───────────┤
+//!  │ length │ CRC-32C│ time (ns)  │ key        │ type   │ zero   │ version│ previous│ event     │
+//!  └────────┴────────┴────────────┴────────────┴────────┴────────┴────────┴─────────┴───────────┘
 //!  stored last       └──────────────────────── the CRC covers ──────────────────────────────────┘
 //! ```
 
@@ -46,6 +49,10 @@ const GROUP: usize = 4;
 /// How far ahead the mapping and the ring are brought near. Without it the loop runs at two thirds of the speed.
 const RECORDS_NEAR_BYTES: usize = 2048;
 const SLOTS_NEAR: usize = 32;
+/// How far ahead a user is looked at.
+const KEYS_NEAR: usize = 16;
+/// Users and kinds of event drawn before the clock starts, gone through round and round.
+const DRAWS: usize = 1 << 20;
 const KEYS: u64 = 10_000;
 const SPINS_BEFORE_YIELD: u32 = 1 << 10;
 
@@ -85,10 +92,11 @@ enum ProbeEvent {
 }
 
 impl ProbeEvent {
+    /// Event number `n`; five of eight kinds move, two attack.
     #[inline]
-    fn nth(n: u64) -> Self {
+    fn nth(n: u64, kind: u64) -> Self {
         let x = (n & 0xffff) as f64;
-        match n % 8 {
+        match kind {
             0..=4 => Self::Moved { x, y: 2.0, heading: 0.5, zone: n >> 8, tick: n },
             5 | 6 => Self::Attacked { target: n ^ 1, damage: n & 0xff, x, y: 2.0, tick: n },
             _ => Self::LevelledUp { experience: n, level: n & 127, points: 3, tick: n },
@@ -113,6 +121,91 @@ struct Slot {
     event: ProbeEvent,
 }
 
+/// What the loop does for each event besides.
+trait Duty: Send {
+    /// An event of this key comes soon.
+    fn bring_near(&self, key: u64);
+
+    /// The event of this key that goes to `offset`: its version, and where the one before it lies.
+    fn place(&mut self, key: u64, offset: u64) -> (u64, u64);
+
+    /// The event as it stands in its record.
+    fn fold(&mut self, key: u64, event: &ArchivedProbeEvent);
+}
+
+/// Nothing at all.
+struct Bare;
+
+impl Duty for Bare {
+    #[inline(always)]
+    fn bring_near(&self, _key: u64) {}
+
+    #[inline(always)]
+    fn place(&mut self, _key: u64, _offset: u64) -> (u64, u64) {
+        (0, 0)
+    }
+
+    #[inline(always)]
+    fn fold(&mut self, _key: u64, _event: &ArchivedProbeEvent) {}
+}
+
+/// What is kept of a user: one cache line.
+#[derive(Clone, Debug, Default)]
+#[repr(align(64))]
+struct User {
+    version: u64,
+    head: u64,
+    x: f64,
+    y: f64,
+    level: u32,
+    attacks: u32,
+    experience: u64,
+    tick: u64,
+}
+
+const _: () = assert!(size_of::<User>() == 64);
+
+/// Every user's versions and chains and, if `FOLDS`, states.
+struct Users<const FOLDS: bool>(Box<[User]>);
+
+impl<const FOLDS: bool> Duty for Users<FOLDS> {
+    #[inline(always)]
+    fn bring_near(&self, key: u64) {
+        if let Some(user) = self.0.get(key as usize) {
+            bring_line_near(user);
+        }
+    }
+
+    #[inline(always)]
+    fn place(&mut self, key: u64, offset: u64) -> (u64, u64) {
+        let user = &mut self.0[key as usize];
+        user.version += 1;
+        (user.version, std::mem::replace(&mut user.head, offset))
+    }
+
+    #[inline(always)]
+    fn fold(&mut self, key: u64, event: &ArchivedProbeEvent) {
+        if !FOLDS {
+            return;
+        }
+        let user = &mut self.0[key as usize];
+        match event {
+            ArchivedProbeEvent::Moved { x, y, tick, .. } => {
+                (user.x, user.y, user.tick) = (x.to_native(), y.to_native(), tick.to_native());
+            }
+            ArchivedProbeEvent::Attacked { x, y, tick, .. } => {
+                user.attacks += 1;
+                (user.x, user.y, user.tick) = (x.to_native(), y.to_native(), tick.to_native());
+            }
+            ArchivedProbeEvent::LevelledUp { experience, level, tick, .. } => {
+                user.level = level.to_native() as u32;
+                user.experience = user.experience.wrapping_add(experience.to_native());
+                user.tick = tick.to_native();
+            }
+        }
+    }
+}
+
 /// Events per second of the bare loop: ring, archive, checksum, commit.
 ///
 /// # Errors
@@ -120,6 +213,31 @@ struct Slot {
 /// Impossible settings, a core that does not exist, or a directory that cannot hold the mapping
 /// (256 MiB at most).
 pub(crate) fn engine_limit(config: &LimitConfig) -> Result<f64> {
+    rate(config, |n| Slot { key: key(n), event: ProbeEvent::nth(n, n % 8) }, &mut Bare)
+}
+
+/// Events per second of the same loop with that many users' versions, chains and, if `folds`, states.
+///
+/// # Errors
+///
+/// As [`engine_limit`].
+pub(crate) fn keyed_limit(config: &LimitConfig, users: u64, folds: bool) -> Result<f64> {
+    let mut random = 1_u64;
+    let draws: Vec<(u32, u8)> = std::iter::repeat_with(|| {
+        random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (((random >> 32) * users >> 32) as u32, (random >> 24) as u8 % 8)
+    })
+    .take(DRAWS)
+    .collect();
+    let draw = |n: u64| {
+        let (user, kind) = draws[n as usize % DRAWS];
+        Slot { key: u64::from(user), event: ProbeEvent::nth(n, u64::from(kind)) }
+    };
+    let users = vec![User::default(); users as usize].into_boxed_slice();
+    if folds { rate(config, draw, &mut Users::<true>(users)) } else { rate(config, draw, &mut Users::<false>(users)) }
+}
+
+fn rate(config: &LimitConfig, nth: impl Fn(u64) -> Slot + Sync, duty: &mut impl Duty) -> Result<f64> {
     ensure!(config.events > 0, "the limit probe needs at least one event");
     ensure!(config.batch > 0, "a batch holds at least one event");
     ensure!(
@@ -142,14 +260,14 @@ pub(crate) fn engine_limit(config: &LimitConfig) -> Result<f64> {
             let pinned = pin(producer_core);
             start.wait();
             // An unpinned run is still a run: the other side must not wait for ever.
-            produce(&mut lane, config.events, config.batch);
+            produce(&mut lane, config.events, config.batch, &nth);
             pinned
         });
         let writer = scope.spawn(|| -> Result<Duration> {
             let pinned = pin(writer_core);
             start.wait();
             let started = Instant::now();
-            write(&mut ring, &mut mapping.map, config.events, config.batch);
+            write(&mut ring, &mut mapping.map, config.events, config.batch, duty);
             let elapsed = started.elapsed();
             pinned.map(|()| elapsed)
         });
@@ -160,7 +278,7 @@ pub(crate) fn engine_limit(config: &LimitConfig) -> Result<f64> {
 }
 
 /// Fills the ring in chunks of `batch`: one release store a chunk.
-fn produce(lane: &mut Producer<Slot>, events: u64, batch: usize) {
+fn produce(lane: &mut Producer<Slot>, events: u64, batch: usize, nth: impl Fn(u64) -> Slot) {
     let mut next = 0_u64;
     while next < events {
         let want = (events - next).min(batch as u64) as usize;
@@ -171,8 +289,7 @@ fn produce(lane: &mut Producer<Slot>, events: u64, batch: usize) {
                 Err(ChunkError::TooFewSlots(_)) => relax(&mut spins),
             }
         };
-        let slots = (next..).map(|n| Slot { key: key(n), event: ProbeEvent::nth(n) });
-        next += chunk.fill_from_iter(slots) as u64;
+        next += chunk.fill_from_iter((next..).map(&nth)) as u64;
     }
 }
 
@@ -184,7 +301,7 @@ fn key(n: u64) -> u64 {
 }
 
 /// Turns slots into committed records, round and round through the mapping.
-fn write(ring: &mut Consumer<Slot>, mapping: &mut [u8], events: u64, batch: usize) {
+fn write(ring: &mut Consumer<Slot>, mapping: &mut [u8], events: u64, batch: usize, duty: &mut impl Duty) {
     let (records, rest) = mapping.as_chunks_mut::<RECORD_BYTES>();
     assert!(rest.is_empty() && !records.is_empty());
     let mut at = 0;
@@ -210,9 +327,13 @@ fn write(ring: &mut Consumer<Slot>, mapping: &mut [u8], events: u64, batch: usiz
                 let n = slots.len().min(records.len() - at);
                 let (now, later) = slots.split_at(n);
                 for (i, (slots, records)) in now.chunks(GROUP).zip(records[at..at + n].chunks_mut(GROUP)).enumerate() {
-                    bring_near(records, now.get((i + SLOTS_NEAR / GROUP) * GROUP..).unwrap_or_default());
-                    for (slot, record) in slots.iter().zip(&mut *records) {
-                        fill(slot, time_ns, record);
+                    let ahead = |slots: usize| now.get((i + slots / GROUP) * GROUP..).unwrap_or_default();
+                    bring_near(records, ahead(SLOTS_NEAR));
+                    ahead(KEYS_NEAR).iter().take(GROUP).for_each(|slot| duty.bring_near(slot.key));
+                    for (n, (slot, record)) in slots.iter().zip(&mut *records).enumerate() {
+                        let offset = ((at + i * GROUP + n) * RECORD_BYTES) as u64;
+                        let archived = fill(slot, time_ns, duty.place(slot.key, offset), record);
+                        duty.fold(slot.key, archived);
                     }
                     commit_group(records);
                 }
@@ -229,33 +350,47 @@ fn write(ring: &mut Consumer<Slot>, mapping: &mut [u8], events: u64, batch: usiz
 /// stores behind it, and a slot has to come from the other core.
 #[inline(always)]
 fn bring_near(records: &[[u8; RECORD_BYTES]], slots: &[Slot]) {
+    let later = records.as_ptr().cast::<u8>().wrapping_add(RECORDS_NEAR_BYTES);
+    for line in 0..GROUP * RECORD_BYTES / 64 {
+        bring_line_near(later.wrapping_add(line * 64));
+    }
+    slots.iter().take(GROUP).for_each(|slot| bring_line_near(slot));
+}
+
+/// Asks for the cache line in which an item begins.
+#[inline(always)]
+fn bring_line_near<T>(item: *const T) {
     #[cfg(target_arch = "x86_64")]
-    {
-        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        let later = records.as_ptr().cast::<i8>().wrapping_add(RECORDS_NEAR_BYTES);
-        for line in 0..GROUP * RECORD_BYTES / 64 {
-            // SAFETY: a prefetch reads nothing and faults on nothing, whatever the address.
-            unsafe { _mm_prefetch::<_MM_HINT_T0>(later.wrapping_add(line * 64)) }
-        }
-        for slot in slots.iter().take(GROUP) {
-            // SAFETY: as above.
-            unsafe { _mm_prefetch::<_MM_HINT_T0>((&raw const *slot).cast::<i8>()) }
-        }
+    // SAFETY: a prefetch reads nothing and faults on nothing, whatever the address.
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(item.cast());
     }
     #[cfg(not(target_arch = "x86_64"))]
-    let _ = (records, slots);
+    let _ = item;
 }
 
 /// Everything of a record but its first eight bytes.
 #[inline(always)]
-fn fill(slot: &Slot, time_ns: u64, record: &mut [u8; RECORD_BYTES]) {
+fn fill<'a>(
+    slot: &Slot,
+    time_ns: u64,
+    (version, previous): (u64, u64),
+    record: &'a mut [u8; RECORD_BYTES],
+) -> &'a ArchivedProbeEvent {
     record[8..16].copy_from_slice(&time_ns.to_le_bytes());
     record[16..24].copy_from_slice(&slot.key.to_le_bytes());
     record[24..32].copy_from_slice(&u64::from(slot.event.type_id()).to_le_bytes());
-    record[32..48].fill(0);
-    let body = Buffer::from(&mut record[HEADER_BYTES..]);
-    let archived = rkyv::api::low::to_bytes_in_with_alloc::<_, _, Failure>(&slot.event, body, SubAllocator::empty());
+    record[32..40].copy_from_slice(&version.to_le_bytes());
+    record[40..48].copy_from_slice(&previous.to_le_bytes());
+    let body = &mut record[HEADER_BYTES..];
+    let archived = rkyv::api::low::to_bytes_in_with_alloc::<_, _, Failure>(
+        &slot.event,
+        Buffer::from(&mut *body),
+        SubAllocator::empty(),
+    );
     assert!(archived.is_ok_and(|body| body.len() == BODY_BYTES));
+    // SAFETY: these bytes were archived just now, and a body begins at a multiple of 16.
+    unsafe { rkyv::access_unchecked(body) }
 }
 
 /// The checksums, and the length words last.
@@ -464,16 +599,24 @@ mod tests {
         let (mut lane, mut ring) = RingBuffer::new(64);
         let mut map = MmapMut::map_anon(events as usize * RECORD_BYTES).expect("memory");
         let bytes = &mut map[..];
+        let mut users = Users::<true>(vec![User::default(); KEYS as usize].into_boxed_slice());
         thread::scope(|scope| {
-            scope.spawn(|| produce(&mut lane, events, 48));
-            write(&mut ring, bytes, events, 48);
+            let nth = |n| Slot { key: key(n), event: ProbeEvent::nth(n, n % 8) };
+            scope.spawn(move || produce(&mut lane, events, 48, nth));
+            write(&mut ring, bytes, events, 48, &mut users);
         });
         for (n, record) in (0..).zip(bytes.as_chunks::<RECORD_BYTES>().0) {
             assert_eq!(record[..4], (RECORD_BYTES as u32).to_le_bytes());
             assert_eq!(record[4..8], crc32c::crc32c(&record[8..]).to_le_bytes());
             assert_eq!(record[16..24], key(n).to_le_bytes());
-            assert_eq!(record[24..26], ProbeEvent::nth(n).type_id().to_le_bytes());
+            let version = (0..=n).filter(|&other| key(other) == key(n)).count() as u64;
+            assert_eq!(record[32..40], version.to_le_bytes());
+            let previous = (0..n).rfind(|&other| key(other) == key(n)).map_or(0, |other| other * RECORD_BYTES as u64);
+            assert_eq!(record[40..48], previous.to_le_bytes());
+            assert_eq!(record[24..26], ProbeEvent::nth(n, n % 8).type_id().to_le_bytes());
         }
+        let folded = (0..events).filter(|n| matches!(n % 8, 5 | 6)).count();
+        assert_eq!(users.0.iter().map(|user| user.attacks as usize).sum::<usize>(), folded);
     }
 
     #[test]
@@ -483,6 +626,8 @@ mod tests {
         let config =
             |ring_capacity, pin| LimitConfig { events: 10_000, ring_capacity, batch: 64, dir: dir.clone(), pin };
         assert!(engine_limit(&config(256, None)).expect("a rate") > 0.0);
+        assert!(keyed_limit(&config(256, None), 100, false).expect("a rate") > 0.0);
+        assert!(keyed_limit(&config(256, None), 100, true).expect("a rate") > 0.0);
         assert!(engine_limit(&config(32, None)).is_err(), "a batch larger than the ring");
         assert!(engine_limit(&config(256, Some((0, 1 << 20)))).is_err(), "no such core");
         let disk = disk_limit(&dir, 16 << 20, 5.0).expect("rates");

@@ -231,6 +231,14 @@ impl<'a> Summary<'a> {
             "limit",
             report::rate(rate)
         );
+        if let (Some(keyed), Some(ratio)) = (self.keyed_limit(), self.keyed_ratio()) {
+            let states = if self.args.no_state { "chains" } else { "chains and states" };
+            let rate = report::rate(keyed);
+            out += &format!(
+                "{:>11}  {rate} for it with the users' {states} in an array; engine ÷ that = {ratio:.3}\n",
+                ""
+            );
+        }
         let Some((disk_recycled, disk_new)) = self.disk() else { return out };
         let bytes = |name: &str, engine: Option<f64>, disk: f64| {
             let engine = engine.map_or_else(
@@ -254,6 +262,18 @@ impl<'a> Summary<'a> {
     pub(crate) fn limit_ratio(&self) -> Option<f64> {
         median(
             self.runs.iter().filter_map(|run| Some(run.measured.per_second() / run.limits.as_ref()?.events_per_second)),
+        )
+    }
+
+    fn keyed_limit(&self) -> Option<f64> {
+        median(self.runs.iter().filter_map(|run| Some(run.limits.as_ref()?.keyed_events_per_second)))
+    }
+
+    fn keyed_ratio(&self) -> Option<f64> {
+        median(
+            self.runs
+                .iter()
+                .filter_map(|run| Some(run.measured.per_second() / run.limits.as_ref()?.keyed_events_per_second)),
         )
     }
 
@@ -355,6 +375,8 @@ impl<'a> Summary<'a> {
         object["limit_ratio"] = json!(ratio);
         object["limit_events_per_second"] =
             json!(median(self.runs.iter().filter_map(|run| Some(run.limits.as_ref()?.events_per_second))));
+        object["keyed_limit_events_per_second"] = json!(self.keyed_limit());
+        object["keyed_limit_ratio"] = json!(self.keyed_ratio());
         object["events_per_second_by_run"] =
             json!(self.runs.iter().map(|run| run.measured.per_second()).collect::<Vec<_>>());
         object["limit_events_per_second_by_run"] = json!(

@@ -8,12 +8,14 @@ use corelane::{Durability, Engine, Stage};
 
 use crate::cli::Args;
 use crate::events::{Carried, Feed};
-use crate::limit::{DiskLimit, LimitConfig, disk_limit, engine_limit};
+use crate::limit::{DiskLimit, LimitConfig, disk_limit, engine_limit, keyed_limit};
 use crate::load::{Measured, Phase, Session, first_pair};
 use crate::verify::{ByKey, History, Replay, replay};
 
 const BATCHES: [usize; 4] = [64, 128, 256, 512];
 const CALIBRATION_EVENTS: u64 = 4_000_000;
+/// 256 MiB of them.
+const PROBE_USERS_MAX: u64 = 1 << 22;
 const DISK_BYTES_MAX: u64 = 4 << 30;
 const DISK_SECONDS_MAX: f64 = 10.0;
 
@@ -34,6 +36,8 @@ pub(crate) struct Run {
 pub(crate) struct Limits {
     pub(crate) batch: usize,
     pub(crate) events_per_second: f64,
+    /// Of the bare loop that has the same users, and states where the engine has.
+    pub(crate) keyed_events_per_second: f64,
     pub(crate) disk: Option<DiskLimit>,
     /// The engine itself with the same load, left to the system's cache.
     pub(crate) unsynced: Option<f64>,
@@ -216,7 +220,9 @@ fn limits(args: &Args, dir: &Path, batch: &mut Option<usize>) -> Result<Limits> 
     };
     let events = args.events_max().unwrap_or(20_000_000);
     let events_per_second = engine_limit(&config(batch, events))?;
-    Ok(Limits { batch, events_per_second, disk: None, unsynced: None })
+    let users = args.users.min(PROBE_USERS_MAX);
+    let keyed_events_per_second = keyed_limit(&config(batch, events), users, !args.no_state)?;
+    Ok(Limits { batch, events_per_second, keyed_events_per_second, disk: None, unsynced: None })
 }
 
 /// The disk with the same bytes, and the engine without its syncs.
