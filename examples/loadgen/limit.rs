@@ -225,7 +225,7 @@ pub(crate) fn keyed_limit(config: &LimitConfig, users: u64, folds: bool) -> Resu
     let mut random = 1_u64;
     let draws: Vec<(u32, u8)> = std::iter::repeat_with(|| {
         random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (((random >> 32) * users >> 32) as u32, (random >> 24) as u8 % 8)
+        ((((random >> 32) * users) >> 32) as u32, (random >> 24) as u8 % 8)
     })
     .take(DRAWS)
     .collect();

@@ -167,6 +167,7 @@ fn compare(expected: &ByKey<History>, keys: &ByKey<Seen>, replay: &mut Replay) {
 
 #[cfg(test)]
 mod tests {
+    use corelane::EventLog;
     use corelane::envelope::Envelope;
 
     use super::*;
