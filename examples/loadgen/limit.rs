@@ -1,6 +1,6 @@
 //! What this machine allows at most: the same work as the hot path, with nothing around it.
 //!
-//! Three probes, and none shares a line with the engine:
+//! Two probes, and neither shares a line with the engine (the disk's are in `disk.rs`):
 //!
 //! - [`engine_limit`]: one producer thread, one ring, one thread that archives, checksums and
 //!   commits records into a prefaulted file mapping. No key table, no state, no histogram, no clock
@@ -8,7 +8,6 @@
 //! - [`keyed_limit`]: the same loop, and for each event what no engine can do without: its user and type come in no
 //!   order, the user's version and last record go into the header, and its state is changed. In place of a key
 //!   table there is an array with a place for each user, which costs less than any table.
-//! - [`disk_limit`]: the same bytes into a prefaulted mapping with an `fdatasync` every 4 MiB.
 //!
 //! A record is 96 bytes:
 //!
@@ -20,16 +19,13 @@
 //!  stored last       └──────────────────────── the CRC covers ──────────────────────────────────┘
 //! ```
 
-use std::fs::{self, File, OpenOptions};
-use std::path::Path;
 use std::sync::Barrier;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, Result, anyhow, ensure};
 use core_affinity::CoreId;
-use memmap2::{Advice, MmapMut, MmapOptions};
 use rkyv::rancor::Failure;
 use rkyv::ser::allocator::SubAllocator;
 use rkyv::ser::writer::Buffer;
@@ -37,11 +33,11 @@ use rkyv::{Archive, Archived, Serialize};
 use rtrb::chunks::ChunkError;
 use rtrb::{Consumer, Producer, RingBuffer};
 
+use crate::disk::{MAPPING_BYTES_MAX, Mapping};
+
 const HEADER_BYTES: usize = 48;
 const BODY_BYTES: usize = 48;
-const RECORD_BYTES: usize = HEADER_BYTES + BODY_BYTES;
-const MAPPING_BYTES_MAX: u64 = 256 << 20;
-const SYNC_BYTES: usize = 4 << 20;
+pub(crate) const RECORD_BYTES: usize = HEADER_BYTES + BODY_BYTES;
 /// Records filled before the first of them is checksummed, side by side: a CRC that reads what was
 /// stored a moment ago waits for the store, and one alone waits for itself. One at a time runs at half
 /// the speed.
@@ -72,15 +68,6 @@ pub(crate) struct LimitConfig {
     pub(crate) dir: std::path::PathBuf,
     /// The core of the producer and the core of the writer.
     pub(crate) pin: Option<(usize, usize)>,
-}
-
-/// What a disk takes when it has to keep every 4 MiB before the next.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct DiskLimit {
-    /// Median over the passes that overwrite blocks written before.
-    pub(crate) recycled_bytes_per_second: f64,
-    /// The one pass over blocks that were only allocated.
-    pub(crate) new_bytes_per_second: f64,
 }
 
 /// A game's events in the size the load generator publishes.
@@ -439,130 +426,7 @@ fn commit(record: &mut [u8; RECORD_BYTES], crc: u32) {
     length.store((RECORD_BYTES as u32).to_le(), Ordering::Release);
 }
 
-/// Bytes per second that `dir` keeps when every 4 MiB is synced before the next is written.
-///
-/// The first pass goes over blocks that were only allocated, the further ones over the same blocks
-/// again, until `bytes_total` are written or `seconds_max` have passed; at least one sync of each
-/// kind is measured. Page faults are taken ahead of the clock, as a preparing thread would.
-///
-/// # Errors
-///
-/// A directory that cannot hold the file (a quarter of the bytes, 256 MiB at most), or a failed
-/// sync.
-pub(crate) fn disk_limit(dir: &Path, bytes_total: u64, seconds_max: f64) -> Result<DiskLimit> {
-    ensure!(seconds_max > 0.0, "the disk probe needs time");
-    let steps = (bytes_total / 4).min(MAPPING_BYTES_MAX) as usize / SYNC_BYTES;
-    let mut mapping = Mapping::create(dir, steps.max(1) * SYNC_BYTES)?;
-    let started = Instant::now();
-    let until = |share: f64| started + Duration::from_secs_f64(seconds_max * share);
-
-    let new = synced_pass(&mut mapping, usize::MAX, until(0.5))?;
-    let mut bytes = new.bytes as u64;
-    let mut recycled = Vec::new();
-    loop {
-        let pass = synced_pass(&mut mapping, new.bytes, until(1.0))?;
-        bytes += pass.bytes as u64;
-        // A pass that time cut short says less than a whole one; alone it must do.
-        if pass.bytes == new.bytes || recycled.is_empty() {
-            recycled.push(pass.bytes_per_second());
-        }
-        if bytes >= bytes_total || Instant::now() >= until(1.0) {
-            break;
-        }
-    }
-    recycled.sort_unstable_by(f64::total_cmp);
-    Ok(DiskLimit {
-        recycled_bytes_per_second: recycled[recycled.len() / 2],
-        new_bytes_per_second: new.bytes_per_second(),
-    })
-}
-
-struct Pass {
-    bytes: usize,
-    elapsed: Duration,
-}
-
-impl Pass {
-    fn bytes_per_second(&self) -> f64 {
-        self.bytes as f64 / self.elapsed.as_secs_f64()
-    }
-}
-
-/// Writes and syncs 4 MiB at a time from the start of the mapping; at least one step.
-fn synced_pass(mapping: &mut Mapping, bytes_max: usize, until: Instant) -> Result<Pass> {
-    let bytes = mapping.map.len().min(bytes_max);
-    let mut pass = Pass { bytes: 0, elapsed: Duration::ZERO };
-    let mut record = [0_u8; RECORD_BYTES];
-    while pass.bytes < bytes && (pass.bytes == 0 || Instant::now() < until) {
-        // Only this step: a prefaulted page is a dirty page, and a sync writes all of them.
-        mapping.prefault(pass.bytes, SYNC_BYTES)?;
-        let started = Instant::now();
-        for (n, to) in mapping.map[pass.bytes..][..SYNC_BYTES].chunks_mut(RECORD_BYTES).enumerate() {
-            record[..8].copy_from_slice(&(n as u64).to_le_bytes());
-            to.copy_from_slice(&record[..to.len()]);
-        }
-        mapping.file.sync_data().context("fdatasync in the disk probe")?;
-        pass.elapsed += started.elapsed();
-        pass.bytes += SYNC_BYTES;
-    }
-    Ok(pass)
-}
-
-/// A file of real blocks, mapped; removed when the probe is over.
-struct Mapping {
-    map: MmapMut,
-    file: File,
-    path: std::path::PathBuf,
-}
-
-impl Mapping {
-    fn create(dir: &Path, bytes: usize) -> Result<Self> {
-        static COUNT: AtomicU64 = AtomicU64::new(0);
-        let count = COUNT.fetch_add(1, Ordering::Relaxed);
-        let path = dir.join(format!("limit-{}-{count}.probe", std::process::id()));
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create_new(true)
-            .open(&path)
-            .with_context(|| format!("creating {}", path.display()))?;
-        let mapped = Self::map(&file, bytes).with_context(|| format!("mapping {bytes} bytes of {}", path.display()));
-        match mapped {
-            Ok(map) => Ok(Self { map, file, path }),
-            Err(error) => {
-                fs::remove_file(&path).with_context(|| format!("removing {}", path.display()))?;
-                Err(error)
-            }
-        }
-    }
-
-    fn map(file: &File, bytes: usize) -> Result<MmapMut> {
-        // Blocks first: a store through a sparse mapping on a full disk would be SIGBUS.
-        rustix::fs::fallocate(file, rustix::fs::FallocateFlags::empty(), 0, bytes as u64)?;
-        // SAFETY: the file is new, this process made it under a name of its own, and nobody
-        // truncates it.
-        let map = unsafe { MmapOptions::new().len(bytes).map_mut(file) }?;
-        // Advice: small pages serve as well, only the faults cost more.
-        if let Err(error) = map.advise(Advice::HugePage) {
-            ensure!(error.kind() == std::io::ErrorKind::InvalidInput, error);
-        }
-        Ok(map)
-    }
-
-    fn prefault(&self, at: usize, bytes: usize) -> Result<()> {
-        self.map.advise_range(Advice::PopulateWrite, at, bytes).context("prefaulting (MADV_POPULATE_WRITE, Linux 5.14)")
-    }
-}
-
-impl Drop for Mapping {
-    fn drop(&mut self) {
-        if let Err(error) = fs::remove_file(&self.path) {
-            eprintln!("the probe's file {} stays behind: {error}", self.path.display());
-        }
-    }
-}
-
-fn core(id: usize) -> Result<CoreId> {
+pub(crate) fn core(id: usize) -> Result<CoreId> {
     let cores = core_affinity::get_core_ids().unwrap_or_default();
     let found = cores.iter().copied().find(|core| core.id == id);
     found.with_context(|| {
@@ -570,7 +434,7 @@ fn core(id: usize) -> Result<CoreId> {
     })
 }
 
-fn pin(core: Option<CoreId>) -> Result<()> {
+pub(crate) fn pin(core: Option<CoreId>) -> Result<()> {
     core.is_none_or(core_affinity::set_for_current).then_some(()).with_context(|| format!("pinning to {core:?}"))
 }
 
@@ -591,6 +455,10 @@ fn now_ns() -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
+    use memmap2::MmapMut;
+
     use super::*;
 
     #[test]
@@ -630,8 +498,6 @@ mod tests {
         assert!(keyed_limit(&config(256, None), 100, true).expect("a rate") > 0.0);
         assert!(engine_limit(&config(32, None)).is_err(), "a batch larger than the ring");
         assert!(engine_limit(&config(256, Some((0, 1 << 20)))).is_err(), "no such core");
-        let disk = disk_limit(&dir, 16 << 20, 5.0).expect("rates");
-        assert!(disk.recycled_bytes_per_second > 0.0 && disk.new_bytes_per_second > 0.0);
         // Fails when a probe's file is still there.
         fs::remove_dir(&dir).expect("an empty directory");
     }

@@ -64,6 +64,11 @@ impl Measured {
         self.appended as f64 / self.elapsed.as_secs_f64()
     }
 
+    /// Bytes of records.
+    pub(crate) fn bytes_per_second(&self) -> f64 {
+        self.bytes as f64 / self.elapsed.as_secs_f64()
+    }
+
     pub(crate) fn stage(&self, stage: Stage) -> &Histogram<u64> {
         &self.stages[stage as usize]
     }

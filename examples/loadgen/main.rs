@@ -8,6 +8,7 @@
 #![expect(clippy::print_stdout, reason = "a tool's results belong on standard output")]
 
 mod cli;
+mod disk;
 mod events;
 mod input;
 mod limit;

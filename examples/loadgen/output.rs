@@ -250,6 +250,13 @@ impl<'a> Summary<'a> {
         let passes = self.passes();
         out += &bytes("new", median(passes.iter().filter_map(|pass| pass.0)), disk_new);
         out += &bytes("recycled", median(passes.iter().filter_map(|pass| pass.1)), disk_recycled);
+        for (waits, cores) in self.disk_waits().into_iter().flatten().zip(["at rest", "kept busy"]) {
+            let [p50, p99] = [0.5, 0.99].map(|quantile| report::ns(waits.value_at_quantile(quantile)));
+            out += &format!(
+                "{:>11}  the disk alone with the same bytes, a sync each millisecond, cores {cores}: p50 {p50}, p99 {p99}\n",
+                ""
+            );
+        }
         if let Some(unsynced) = self.unsynced() {
             out += &format!("{:>11}  {} for the same engine with os\n", "unsynced", report::rate(unsynced));
         }
@@ -286,6 +293,17 @@ impl<'a> Summary<'a> {
         ))
     }
 
+    /// Of all runs together.
+    fn disk_waits(&self) -> Option<[Histogram<u64>; 2]> {
+        let mut all = self.runs.iter().filter_map(|run| run.limits.as_ref()?.disk_waits.clone());
+        let first = all.next()?;
+        Some(all.fold(first, |[mut rest, mut busy], [more_rest, more_busy]| {
+            rest += more_rest;
+            busy += more_busy;
+            [rest, busy]
+        }))
+    }
+
     fn unsynced(&self) -> Option<f64> {
         median(self.runs.iter().filter_map(|run| run.limits.as_ref()?.unsynced))
     }
@@ -303,7 +321,7 @@ impl<'a> Summary<'a> {
     fn disk_ratio(&self) -> Option<f64> {
         median(self.runs.iter().zip(self.passes()).filter_map(|(run, (_, recycled))| {
             Some(
-                recycled.unwrap_or(bytes_per_second(&run.measured))
+                recycled.unwrap_or(run.measured.bytes_per_second())
                     / run.limits.as_ref()?.disk?.recycled_bytes_per_second,
             )
         }))
@@ -314,7 +332,7 @@ impl<'a> Summary<'a> {
             let limits = run.limits.as_ref()?;
             let event_bytes = run.measured.bytes as f64 / run.measured.appended as f64;
             let bound = limits.disk?.recycled_bytes_per_second.min(limits.unsynced? * event_bytes);
-            Some(recycled.unwrap_or(bytes_per_second(&run.measured)) / bound)
+            Some(recycled.unwrap_or(run.measured.bytes_per_second()) / bound)
         }))
     }
 
@@ -331,7 +349,7 @@ impl<'a> Summary<'a> {
                 "own": [before.0, after.0],
                 "mapped": [before.1, after.1],
             })),
-            "bytes_per_second": bytes_per_second(measured),
+            "bytes_per_second": measured.bytes_per_second(),
             "durability": args.durability_name(),
             "shards": args.shards,
             "producers": args.producers,
@@ -387,15 +405,16 @@ impl<'a> Summary<'a> {
         object["disk_bytes_per_second"] = json!(recycled);
         object["disk_new_bytes_per_second"] = json!(new);
         object["disk_ratio"] = json!(self.disk_ratio());
+        for (waits, cores) in self.disk_waits().into_iter().flatten().zip(["idle", "busy"]) {
+            let at = |quantile: f64| waits.value_at_quantile(quantile);
+            object[format!("disk_wait_{cores}_cores_ns")] =
+                json!({"p50": at(0.5), "p99": at(0.99), "max": waits.max()});
+        }
         object["bound_ratio"] = json!(self.bound_ratio());
         object["new_bytes_per_second"] = json!(median(passes.iter().filter_map(|pass| pass.0)));
         object["recycled_bytes_per_second"] = json!(median(passes.iter().filter_map(|pass| pass.1)));
         object["unsynced_events_per_second"] = json!(self.unsynced());
     }
-}
-
-fn bytes_per_second(measured: &Measured) -> f64 {
-    measured.bytes as f64 / measured.elapsed.as_secs_f64()
 }
 
 /// Bytes synced per second before retention freed the first segment, and after every shard had begun two more:

@@ -2,13 +2,16 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use corelane::{Durability, Engine, Stage};
+use hdrhistogram::Histogram;
 
 use crate::cli::Args;
+use crate::disk::{DiskLimit, disk_limit, paced_disk};
 use crate::events::{Carried, Feed};
-use crate::limit::{DiskLimit, LimitConfig, disk_limit, engine_limit, keyed_limit};
+use crate::limit::{LimitConfig, engine_limit, keyed_limit};
 use crate::load::{Measured, Phase, Session, first_pair};
 use crate::verify::{ByKey, History, Replay, replay};
 
@@ -18,6 +21,7 @@ const CALIBRATION_EVENTS: u64 = 4_000_000;
 const PROBE_USERS_MAX: u64 = 1 << 22;
 const DISK_BYTES_MAX: u64 = 4 << 30;
 const DISK_SECONDS_MAX: f64 = 10.0;
+const PACED_DISK_TIME: Duration = Duration::from_secs(10);
 
 /// One engine, from its opening to its replay, and what the machine allowed at that time.
 #[derive(Debug, Clone)]
@@ -39,6 +43,8 @@ pub(crate) struct Limits {
     /// Of the bare loop that has the same users, and states where the engine has.
     pub(crate) keyed_events_per_second: f64,
     pub(crate) disk: Option<DiskLimit>,
+    /// With a rate set: what the disk alone makes wait for a sync of the same bytes (ns), with cores at rest and with busy ones.
+    pub(crate) disk_waits: Option<[Histogram<u64>; 2]>,
     /// The engine itself with the same load, left to the system's cache.
     pub(crate) unsynced: Option<f64>,
 }
@@ -222,7 +228,7 @@ fn limits(args: &Args, dir: &Path, batch: &mut Option<usize>) -> Result<Limits> 
     let events_per_second = engine_limit(&config(batch, events))?;
     let users = args.users.min(PROBE_USERS_MAX);
     let keyed_events_per_second = keyed_limit(&config(batch, events), users, !args.no_state)?;
-    Ok(Limits { batch, events_per_second, keyed_events_per_second, disk: None, unsynced: None })
+    Ok(Limits { batch, events_per_second, keyed_events_per_second, disk: None, disk_waits: None, unsynced: None })
 }
 
 /// The disk with the same bytes, and the engine without its syncs.
@@ -230,6 +236,11 @@ fn beside_a_synced_run<A: Carried, F: Feed<A::Event>>(args: &Args, load: &Load<'
     let Some(limits) = &mut run.limits else { return Ok(()) };
     let place = Place::new(&Args { data_dir: None, keep: false, ..args.clone() }, None)?;
     limits.disk = Some(disk_limit(&place.dir, run.measured.bytes.clamp(64 << 20, DISK_BYTES_MAX), DISK_SECONDS_MAX)?);
+    if args.rate > 0 {
+        let rate = run.measured.bytes_per_second() as u64;
+        let waits = |busy| paced_disk(&place.dir, rate, PACED_DISK_TIME, busy);
+        limits.disk_waits = Some([waits(None)?, waits(Some(first_pair(args).unwrap_or((0, 0))))?]);
+    }
     let retention_bytes = args.retention_bytes.or(Some(args.segment_bytes * 2));
     let unsynced = Args { durability: Durability::OsCache, no_verify: true, retention_bytes, ..args.clone() };
     limits.unsynced = Some(once::<A, F>(&unsynced, &place.dir, load)?.measured.per_second());

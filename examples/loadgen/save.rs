@@ -159,10 +159,9 @@ fn headline(summary: &Summary<'_>) -> Vec<(String, String)> {
     };
     let (from, stage) = if args.rate > 0 { ("due", due) } else { ("publish", plain) };
     let stage = measured.stage(stage);
-    let bytes_per_second = measured.bytes as f64 / measured.elapsed.as_secs_f64();
     let mut headline = vec![
         (format!("throughput, {durability}"), report::rate(measured.per_second())),
-        (format!("log written, {durability}"), format!("{}/s", byte_size(bytes_per_second))),
+        (format!("log written, {durability}"), format!("{}/s", byte_size(measured.bytes_per_second()))),
         (format!("{from} → {to} p50, {durability}"), report::ns(stage.value_at_quantile(0.5))),
         (format!("{from} → {to} p99, {durability}"), report::ns(stage.value_at_quantile(0.99))),
     ];
