@@ -613,6 +613,8 @@ fn misuse_is_a_typed_error_and_changes_nothing() {
     }
     let unknown = engine.consumer("c").types(["note", "notes"]).start(|_, _| Ok(()));
     assert!(matches!(unknown, Err(ConsumerError::UnknownType { name }) if name == "notes"));
+    let none = engine.consumer("c").types(Vec::<String>::new()).start(|_, _| Ok(()));
+    assert!(matches!(none, Err(ConsumerError::NoTypes)));
     assert!(matches!(engine.consumer("c").concurrency(0).start(|_, _| Ok(())), Err(ConsumerError::Config(_))));
     assert!(matches!(engine.consumer("c").retry(quick(0)).start(|_, _| Ok(())), Err(ConsumerError::Config(_))));
     assert_eq!(engine.consumers(), [], "nobody was registered");

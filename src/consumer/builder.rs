@@ -65,7 +65,7 @@ impl<E: Event> ConsumerBuilder<E> {
         }
     }
 
-    /// Only events of these types, by their names in [`Event::TYPES`]. Default: all.
+    /// Only events of these types, by their names in [`Event::TYPES`]; at least one. Default: all.
     pub fn types<T: AsRef<str>>(mut self, names: impl IntoIterator<Item = T>) -> Self {
         self.types = Some(names.into_iter().map(|name| name.as_ref().to_owned()).collect());
         self

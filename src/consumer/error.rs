@@ -23,6 +23,9 @@ pub enum ConsumerError {
         /// What was given.
         name: String,
     },
+    /// It is asked for events of no type at all.
+    #[error("a consumer of no event types would never see an event")]
+    NoTypes,
     /// It runs already, or its thread hangs in a handler.
     #[error("consumer \"{name}\" is running")]
     AlreadyRunning {

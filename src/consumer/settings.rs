@@ -108,6 +108,9 @@ impl Filter {
 
     /// The types of these names.
     pub(crate) fn named<E: Event>(names: &[String]) -> Result<Self, ConsumerError> {
+        if names.is_empty() {
+            return Err(ConsumerError::NoTypes);
+        }
         let ids = E::TYPES.iter().map(|t| usize::from(t.id.0) + 1).max().unwrap_or(0);
         let mut wanted = vec![false; ids].into_boxed_slice();
         for name in names {

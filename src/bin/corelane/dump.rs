@@ -1,5 +1,6 @@
 //! `dump`: writes events as JSON lines, in the order of the log or of time.
 
+use std::cell::Cell;
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::io::Write;
@@ -19,6 +20,8 @@ struct Filter {
     event_type: Option<String>,
     from_ms: u64,
     until_ms: u64,
+    /// Whether an event of the wanted type was seen, whatever else is wanted.
+    is_type_seen: Cell<bool>,
 }
 
 impl Filter {
@@ -39,7 +42,8 @@ impl Filter {
     fn pick<'a>(&self, store: &Store, record: &Record<'a>) -> Result<Option<Option<&'a ArchivedEnvelope>>, Failure> {
         let meta = &record.meta;
         let ms = meta.time.as_ms();
-        if self.key.is_some_and(|key| key != meta.key) || ms < self.from_ms || ms > self.until_ms {
+        let hidden = self.key.is_some_and(|key| key != meta.key) || ms < self.from_ms || ms > self.until_ms;
+        if hidden && (self.event_type.is_none() || self.is_type_seen.get()) {
             return Ok(None);
         }
         let event = envelope_in(store, record)?;
@@ -52,7 +56,11 @@ impl Filter {
         let of_user = |wanted: &str| {
             event.is_none_or(|event| matches!(event.user_id(), ArchivedUserId::Text(text) if text.as_str() == wanted))
         };
-        let wanted = self.event_type.as_deref().is_none_or(named) && self.user.as_deref().is_none_or(of_user);
+        if !self.event_type.as_deref().is_none_or(named) {
+            return Ok(None);
+        }
+        self.is_type_seen.set(true);
+        let wanted = !hidden && self.user.as_deref().is_none_or(of_user);
         Ok(wanted.then_some(event))
     }
 }
@@ -77,12 +85,18 @@ pub(super) fn dump(store: &Store, args: DumpArgs, out: &mut Output) -> Result<Ve
         event_type: args.event_type,
         from_ms: args.from.unwrap_or(0),
         until_ms: args.until.unwrap_or(u64::MAX),
+        is_type_seen: Cell::new(false),
     };
     let left = args.limit.unwrap_or(u64::MAX);
-    match args.order {
+    let verdict = match args.order {
         Order::Log => dump_log(store, &shards, &filter, left, out),
         Order::Time => dump_time(store, &shards, &filter, left, out),
+    }?;
+    if let Some(wanted) = filter.event_type.filter(|_| left > 0 && !filter.is_type_seen.get()) {
+        // Generic events bring names of their own, so which there are is known only now.
+        warn(&format!("none of the events looked at is of type {wanted:?}; `corelane inspect` lists the types"));
     }
+    Ok(verdict)
 }
 
 fn dump_log(
