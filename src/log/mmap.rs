@@ -16,6 +16,7 @@ use std::sync::atomic::AtomicU64;
 
 use crate::event::{Encode, Scratch};
 use crate::log::format::{ALIGN, UNSUMMED_BYTES, padded};
+#[cfg(target_arch = "x86_64")]
 use crate::log::seal;
 use crate::sync::{Ordering, Watermark};
 
