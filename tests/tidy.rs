@@ -79,7 +79,7 @@ fn may_use(file: &str) -> Option<&'static [&'static str]> {
         "snapshot/load.rs" => &["aggregate", "event", "keys", "log", "snapshot", "sync"],
         _ if file.starts_with("view/") => &["aggregate", "event", "error", "config", "sync", "view"],
         "keys.rs" => &["event", "sync"],
-        "ring.rs" => &["event", "clock"],
+        "ring.rs" => &["event", "clock", "sync"],
         "producer.rs" => {
             &["event", "error", "config", "sync", "clock", "ring", "log", "shared", "SharedProducer", "Engine"]
         }
