@@ -144,8 +144,8 @@ mod tests {
             for seed in [0, 1, 0x0bad_cafe, u32::MAX] {
                 let input = &noise[3..3 + body];
                 assert_eq!(crc32c(seed, input), crc32c::crc32c_append(seed, input), "{body} bytes");
-                // Of one length and not, each of four the longest once; and of a number that is no multiple of four.
-                for (longer, count) in (0..9).zip([8, 8, 8, 8, 8, 8, 2 * LANES - 1, 5, 3]) {
+                // Each of four the longest once; of a number that is no multiple of four; and all of one length.
+                for (longer, count) in (0..11).zip([8, 8, 8, 8, 8, 8, 2 * LANES - 1, 5, 3, 8, 5]) {
                     let len = |i| RECORD_HEADER_BYTES + body + if i == longer { 11 + 8 * i } else { 0 };
                     let lens: Vec<u32> = (0..count).map(|i| len(i) as u32).collect();
                     let all: usize = lens.iter().map(|&len| padded(len as usize)).sum();

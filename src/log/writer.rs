@@ -402,6 +402,37 @@ mod tests {
     use crate::log::format::{Found, record_at};
     use crate::log::mmap::Heap;
 
+    /// Whose archive has one size is archived by another way than the rest.
+    #[test]
+    fn an_event_of_one_size_is_padded_and_refused_like_any_other() {
+        let header = RecordHeader::mark(16, Time(1));
+        let bytes = 4 * padded(RECORD_HEADER_BYTES + 21);
+        let mut half = WriteHalf::new(Memory::heap(std::sync::Arc::new(Heap::new(vec![0xff; bytes]))), 0);
+        let (mut scratch, mut staged) = (Scratch::new(16), [0; GROUP]);
+        let mut appender = Appender {
+            open: half.tail(),
+            begin: 0,
+            at: 0,
+            salt: 7,
+            event_bytes_max: 24,
+            scratch: &mut scratch,
+            staged: &mut staged,
+            staged_len: 0,
+        };
+        let event = [0x55_u8; 21];
+        assert_eq!(appender.append(&header, &[0_u64; 4]).err(), Some(Refused::TooLarge { bytes_max: 24 }));
+        for _ in 0..4 {
+            let appended = appender.append(&header, &event).expect("there is room");
+            assert_eq!((appended.event, appended.len), (&event, RECORD_HEADER_BYTES + 21));
+        }
+        assert_eq!(appender.append(&header, &event).err(), Some(Refused::NeedsSegment));
+        assert_eq!(appender.finish(), Offset(bytes as u64));
+        for record in half.tail().chunks(bytes / 4) {
+            assert_eq!(record_at(record, 7), Found::Record(RECORD_HEADER_BYTES + 21));
+            assert!(record[RECORD_HEADER_BYTES + 21..].iter().all(|&byte| byte == 0));
+        }
+    }
+
     /// What stood there before must not show, neither behind an archive of odd length nor behind the last record.
     #[test]
     fn records_are_whole_padded_with_zeros_and_ended() {
