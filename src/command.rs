@@ -18,7 +18,10 @@ use crate::event::{EventTypeId, Key, KeyHash, Version};
 use crate::keys::KeyTable;
 use crate::producer::{LaneShared, Receipt, ShardDoor};
 use crate::promise::block_until;
-use crate::sync::{Arc, Idle, Ordering, Patience};
+use crate::sync::{Arc, Idle, Ordering, Patience, prefetch_to_write};
+
+/// Each time so many orders were sent, as many are brought near beyond the next ones.
+const NEAR_ORDERS: usize = 8;
 
 pub use answer::Answer;
 pub(crate) use outcomes::{Outcomes, Remembered};
@@ -349,6 +352,7 @@ impl<A: Aggregate> ClientLane<A> {
                 return Err(self.door.full(order));
             }
         }
+        self.bring_near();
         let Some(inside) = self.shared.enter() else { return Err(self.door.refusal(order)) };
         let expected = order.expected;
         match self.orders.push(order) {
@@ -365,6 +369,19 @@ impl<A: Aggregate> ClientLane<A> {
     }
 
     /// Sends a command, waiting for room. Answers that nobody has claimed take room too, and no waiting makes any.
+    /// Asks for the memory of later orders: its lines are the shard's, and a store has to wait until they are not.
+    #[inline]
+    fn bring_near(&mut self) {
+        if !self.sent.is_multiple_of(NEAR_ORDERS as u64) {
+            return;
+        }
+        let free = self.orders.cached_slots().min(2 * NEAR_ORDERS);
+        if let Ok(mut chunk) = self.orders.write_chunk_uninit(free) {
+            let (first, second) = chunk.as_mut_slices();
+            first.iter().chain(&*second).skip(NEAR_ORDERS).for_each(|order| prefetch_to_write(order));
+        }
+    }
+
     fn send(
         &mut self,
         mut order: Order<A::Command>,
