@@ -368,7 +368,6 @@ impl<A: Aggregate> ClientLane<A> {
         }
     }
 
-    /// Sends a command, waiting for room. Answers that nobody has claimed take room too, and no waiting makes any.
     /// Asks for the memory of later orders: its lines are the shard's, and a store has to wait until they are not.
     #[inline]
     fn bring_near(&mut self) {
@@ -382,6 +381,7 @@ impl<A: Aggregate> ClientLane<A> {
         }
     }
 
+    /// Sends a command, waiting for room. Answers that nobody has claimed take room too, and no waiting makes any.
     fn send(
         &mut self,
         mut order: Order<A::Command>,
