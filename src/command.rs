@@ -20,12 +20,12 @@ use crate::producer::{LaneShared, Receipt, ShardDoor};
 use crate::promise::block_until;
 use crate::sync::{Arc, Idle, Ordering, Patience, prefetch_to_write};
 
-/// Each time so many orders were sent, as many are brought near beyond the next ones.
-const NEAR_ORDERS: usize = 8;
-
 pub use answer::Answer;
 pub(crate) use outcomes::{Outcomes, Remembered};
 pub use sending::{IdempotencyKey, Sending};
+
+/// Each time so many orders were sent, as many are brought near beyond the next ones.
+const NEAR_ORDERS: usize = 8;
 
 /// What version a command wants its key to have. Against what others did meanwhile; against what this client did itself
 /// nothing is needed, since its commands of one key are carried out in their order.
