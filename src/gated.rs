@@ -165,8 +165,8 @@ impl<E: Event> GatedProducer<E> {
             Ok(Offered::TooOld(item)) => Ok(Accepted::TooOld(late(item))),
             Err(refused) => Err(GateRefused::Gate(refused.map(|(_, event)| event))),
         };
-        // What stops it is met again, and told, by the next call.
-        self.is_behind = self.drain(clock, patience).is_err();
+        // What stops it is met again, and told, by the next call. What was refused just now is not tried twice: it is `Waiting`.
+        self.is_behind = self.front.is_some() || self.drain(clock, patience).is_err();
         answer
     }
 
