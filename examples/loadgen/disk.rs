@@ -239,7 +239,7 @@ mod tests {
         // Late or not, every millisecond's bytes are counted.
         assert!(waits.len() >= 25 && waits.min() > 1000, "{} waits of {} ns and more", waits.len(), waits.min());
         // More than any disk takes: it ends all the same.
-        assert!(paced_disk(&dir, 1 << 40, Duration::from_millis(50), None).expect("waits").len() > 0);
+        assert!(!paced_disk(&dir, 1 << 40, Duration::from_millis(50), None).expect("waits").is_empty());
         assert!(paced_disk(&dir, 1 << 20, Duration::from_millis(1), Some((0, 1 << 20))).is_err(), "no such core");
         // Fails when a probe's file is still there.
         fs::remove_dir(&dir).expect("an empty directory");
