@@ -236,8 +236,8 @@ mod tests {
         let disk = disk_limit(&dir, 16 << 20, 5.0).expect("rates");
         assert!(disk.recycled_bytes_per_second > 0.0 && disk.new_bytes_per_second > 0.0);
         let waits = paced_disk(&dir, 64 << 20, Duration::from_millis(50), None).expect("waits");
-        // Late or not, every millisecond's bytes are counted.
-        assert!(waits.len() >= 25 && waits.min() > 1000, "{} waits of {} ns and more", waits.len(), waits.min());
+        // How many there are depends on the disk; each is an event's, and none has waited for nothing.
+        assert!((1..=50).contains(&waits.len()) && waits.min() > 0, "{} waits", waits.len());
         // More than any disk takes: it ends all the same.
         assert!(!paced_disk(&dir, 1 << 40, Duration::from_millis(50), None).expect("waits").is_empty());
         assert!(paced_disk(&dir, 1 << 20, Duration::from_millis(1), Some((0, 1 << 20))).is_err(), "no such core");
