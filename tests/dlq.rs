@@ -10,9 +10,9 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use common::{copy, small, soon, tree, until};
-use corelane::consumer::{Consumer, HealthPolicy, Letters, Poller, Request, Retry, outside};
+use corelane::consumer::{Consumer, ConsumerError, HealthPolicy, Letters, Poller, Request, Retry, outside};
 use corelane::envelope::{ArchivedEnvelope, Envelope};
-use corelane::{EventLog, HandlerError, Key, Meta};
+use corelane::{EventLog, HandlerError, Key, Meta, OpenError};
 
 /// What a handler saw: key and payload, in order.
 type Seen = Arc<Mutex<Vec<(u64, String)>>>;
@@ -393,6 +393,64 @@ fn damage_in_a_consumers_files_is_reported_and_hides_no_other() {
     assert!(says(&["verify"], dir.path(), &[], 1).contains("checkpoint"));
     assert!(says(&["inspect"], dir.path(), &[], 1).contains("checkpoint"));
     assert_eq!(lines(&says(&["dlq", "list"], dir.path(), &["--json", "--consumer", "c"], 0)).len(), 8);
+}
+
+#[test]
+fn letters_that_somebody_took_away_are_missed() {
+    let dir = tempfile::tempdir().unwrap();
+    let (game, consumer) = Game::parked(dir.path());
+    consumer.stop(soon()).unwrap();
+    game.engine.shutdown(soon()).unwrap();
+    drop(game);
+    let folder = dir.path().join("consumers/c");
+    let (letters, checkpoint) = (folder.join("letters-000001.log"), folder.join("checkpoint"));
+    let whole = std::fs::read(&letters).unwrap();
+    let is_told = |what: &str, file: &str| {
+        let before = tree(dir.path());
+        for tool in ["verify", "inspect"] {
+            let said = says(&[tool], dir.path(), &[], 1);
+            assert!(said.contains(file), "{what}: {said}");
+        }
+        assert_eq!(tree(dir.path()), before, "{what}");
+    };
+    let is_refused = |what: &str| {
+        let game = Game::open(dir.path());
+        let refused = game.engine.consumer("c").poller();
+        let Err(ConsumerError::Files(OpenError::DamagedFile { path, .. })) = &refused else {
+            panic!("{what}: {refused:?}");
+        };
+        assert_eq!(path, &letters, "{what}");
+        assert!(!game.engine.consumers()[0].is_running, "{what}: nobody has it");
+    };
+    // The last entry is of the last batch, which looks like one that was cut short; a header is all that is left of one that was begun.
+    for (what, len) in [("the last batch", whole.len() - 8), ("all but the header", 64), ("all", 0)] {
+        std::fs::write(&letters, &whole[..len]).unwrap();
+        is_told(what, "letters-000001.log");
+        is_refused(what);
+    }
+    std::fs::remove_file(&letters).unwrap();
+    is_told("the file", "letters-000001.log");
+    is_refused("the file");
+
+    std::fs::write(&letters, &whole).unwrap();
+    let saved = std::fs::read(&checkpoint).unwrap();
+    std::fs::remove_file(&checkpoint).unwrap();
+    is_told("the checkpoint", "checkpoint");
+    let refused = EventLog::<Envelope>::open(small(dir.path()));
+    assert!(matches!(&refused, Err(OpenError::DamagedFile { path, .. }) if *path == checkpoint), "{refused:?}");
+
+    std::fs::write(&checkpoint, saved).unwrap();
+    assert!(says(&["verify"], dir.path(), &[], 0).contains("consumer c: 8 dead letters, 0 requests: ok"));
+    let game = Game::open(dir.path());
+    game.is_well.store(true, Ordering::SeqCst);
+    let consumer = game.start("c");
+    assert_eq!(consumer.report().letters.letters, 8, "nothing was changed by what was refused");
+    // One that is removed is missed by nobody.
+    consumer.stop(soon()).unwrap();
+    game.engine.remove_consumer("c").unwrap();
+    game.engine.shutdown(soon()).unwrap();
+    drop(game);
+    assert!(!says(&["verify"], dir.path(), &[], 0).contains("consumer c"));
 }
 
 #[test]

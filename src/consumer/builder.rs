@@ -202,8 +202,8 @@ impl<E: Event> ConsumerBuilder<E> {
     fn driver(self) -> Result<Driver<E>, ConsumerError> {
         let (services, settings) = self.settle()?;
         let name = std::sync::Arc::clone(&settings.name);
-        let places = services.drive::<E>(&name, settings.start)?;
+        let (places, letters) = services.drive::<E>(&name, settings.start)?;
         let storage = std::sync::Arc::clone(&services.storage);
-        Driver::open(settings, storage, services.dir(&name), places).inspect_err(|_| services.left(&name))
+        Driver::open(settings, storage, services.dir(&name), places, letters).inspect_err(|_| services.left(&name))
     }
 }

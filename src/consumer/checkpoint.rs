@@ -6,6 +6,7 @@
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
+use super::dead_letter::{FileEnd, is_letters_name};
 use crate::error::OpenError;
 use crate::event::Offset;
 use crate::log::format::{FORMAT_VERSION, u16_at, u32_at, u64_at};
@@ -15,8 +16,11 @@ use crate::log::storage::{Storage, replace};
 const MAGIC: [u8; 8] = *b"coreckpt";
 /// Its file name in the consumer's folder.
 const NAME: &str = "checkpoint";
+/// Its name in the folder of a consumer that is being removed.
+const REMOVED: &str = "removed";
 const HEADER_BYTES: usize = 16;
 const SHARD_BYTES: usize = 32;
+const LETTERS_BYTES: usize = 16;
 /// Unfinished events that are named; events after the last of them are offered again.
 const UNFINISHED_MAX: usize = 1 << 16;
 
@@ -24,6 +28,8 @@ const UNFINISHED_MAX: usize = 1 << 16;
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub(crate) struct Checkpoint {
     pub(crate) shards: Vec<Progress>,
+    /// Its dead letters were durable up to here: where they end earlier, some are lost.
+    pub(crate) letters: FileEnd,
 }
 
 /// How far it has come in one shard.
@@ -69,6 +75,11 @@ impl Progress {
 }
 
 impl Checkpoint {
+    /// At rest at a position of every shard, without dead letters.
+    pub(crate) fn at(positions: impl IntoIterator<Item = Offset>) -> Self {
+        Self { shards: positions.into_iter().map(Progress::at).collect(), letters: FileEnd::default() }
+    }
+
     fn encode(&self) -> Vec<u8> {
         let mut out = Vec::with_capacity(HEADER_BYTES + self.shards.len() * SHARD_BYTES + 4);
         out.extend(MAGIC);
@@ -83,6 +94,9 @@ impl Checkpoint {
             out.extend([0; 4]);
             shard.unfinished.iter().for_each(|offset| out.extend(offset.0.to_le_bytes()));
         }
+        out.extend(self.letters.number.to_le_bytes());
+        out.extend([0; 4]);
+        out.extend(self.letters.bytes.to_le_bytes());
         let crc = crc32c::crc32c(&out);
         out.extend(crc.to_le_bytes());
         out
@@ -119,15 +133,28 @@ impl Checkpoint {
             });
             rest = after;
         }
-        Ok(Self { shards })
+        let letters = match rest.len() {
+            // As it was written at first.
+            0 => FileEnd::default(),
+            LETTERS_BYTES => FileEnd { number: u32_at(rest, 0), bytes: u64_at(rest, 8) },
+            _ => return Err(foreign("the file does not end behind its last shard")),
+        };
+        Ok(Self { shards, letters })
     }
 
-    /// What is saved in a consumer's folder; `None` where nothing is.
+    /// What is saved in a consumer's folder; `None` where nothing is, and dead letters are not either.
     pub(crate) fn load(storage: &dyn Storage, dir: &Path) -> Result<Option<Self>, OpenError> {
         let path = dir.join(NAME);
         match storage.read(&path) {
             Ok(bytes) => Self::decode(&path, &bytes).map(Some),
-            Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => Ok(None),
+            Err(error) if error.kind() == ErrorKind::NotADirectory => Ok(None),
+            Err(error) if error.kind() == ErrorKind::NotFound => match has_lost_its_checkpoint(storage, dir) {
+                Ok(false) => Ok(None),
+                Ok(true) => {
+                    Err(OpenError::DamagedFile { path, at: 0, why: "it is missing, and dead letters are there" })
+                }
+                Err(source) => Err(OpenError::Io { action: "listing", path: dir.to_owned(), source }),
+            },
             Err(source) => Err(OpenError::Io { action: "reading", path, source }),
         }
     }
@@ -139,9 +166,36 @@ impl Checkpoint {
 
     /// Makes a folder be no consumer's any more; durable when it returns.
     pub(crate) fn remove(storage: &dyn Storage, dir: &Path) -> std::io::Result<()> {
-        storage.remove(&dir.join(NAME))?;
+        storage.rename(&dir.join(NAME), &dir.join(REMOVED))?;
         storage.sync_dir(dir)
     }
+}
+
+/// Removes everything in a folder that is no consumer's any more; durable when it returns.
+pub(crate) fn clear(storage: &dyn Storage, dir: &Path) -> std::io::Result<()> {
+    let remove = |name: &str| match storage.remove(&dir.join(name)) {
+        // Who leaves a request renames it.
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+        removed => removed,
+    };
+    let names = storage.list(dir)?;
+    if names.is_empty() {
+        return Ok(());
+    }
+    names.iter().filter(|name| *name != REMOVED).try_for_each(|name| remove(name))?;
+    storage.sync_dir(dir)?;
+    // Last: dead letters without it and without a checkpoint would pass for such as lost theirs.
+    remove(REMOVED)?;
+    storage.sync_dir(dir)
+}
+
+/// Of a folder without a checkpoint: whether it has dead letters of a consumer that nobody removed.
+fn has_lost_its_checkpoint(storage: &dyn Storage, dir: &Path) -> std::io::Result<bool> {
+    let names = match storage.list(dir) {
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(false),
+        names => names?,
+    };
+    Ok(names.iter().any(|name| is_letters_name(name)) && !names.iter().any(|name| name == REMOVED))
 }
 
 /// The folder of a store's consumers.
@@ -198,7 +252,8 @@ mod tests {
     fn example() -> Checkpoint {
         let unfinished = vec![Offset(4096), Offset(4256)];
         let first = Progress { position: Offset(4096), read: Offset(5000), effects_from: Offset(7), unfinished };
-        Checkpoint { shards: vec![first, Progress::at(Offset(0x0102_0304_0506))] }
+        let letters = FileEnd { number: 3, bytes: 4096 };
+        Checkpoint { shards: vec![first, Progress::at(Offset(0x0102_0304_0506))], letters }
     }
 
     #[test]
@@ -206,6 +261,49 @@ mod tests {
         let bytes = example().encode();
         assert_golden("consumer-checkpoint.bin", &bytes);
         assert_eq!(Checkpoint::decode(Path::new("c"), &bytes).expect("decodes"), example());
+    }
+
+    #[test]
+    fn one_that_says_nothing_of_letters_is_read() {
+        let bytes = example().encode();
+        let mut bytes = bytes[..bytes.len() - LETTERS_BYTES - 4].to_vec();
+        bytes.extend(crc32c::crc32c(&bytes).to_le_bytes());
+        let expected = Checkpoint { letters: FileEnd::default(), ..example() };
+        assert_eq!(Checkpoint::decode(Path::new("c"), &bytes).expect("decodes"), expected);
+        let mut longer = example().encode();
+        longer.truncate(longer.len() - 4);
+        longer.extend([0; 8]);
+        longer.extend(crc32c::crc32c(&longer).to_le_bytes());
+        assert!(matches!(Checkpoint::decode(Path::new("c"), &longer), Err(OpenError::ForeignFile { .. })));
+    }
+
+    #[test]
+    fn a_missing_one_is_told_from_a_consumer_that_was_removed() {
+        let dir = Path::new("/s/consumers/a");
+        for n in 1.. {
+            let storage = FaultyStorage::new();
+            assert_eq!(Checkpoint::load(&storage, dir).expect("readable"), None, "no folder, no consumer");
+            storage.create_dir(dir).expect("made");
+            example().save(&storage, dir).expect("saved");
+            storage.write(&dir.join("letters-000001.log"), b"letters").expect("written");
+            storage.sync_dir(dir).expect("synced");
+            storage.fail_operation(n);
+            let removed = Checkpoint::remove(&storage, dir).and_then(|()| clear(&storage, dir));
+            storage.fail_operation(1_000_000);
+            storage.crash(crate::testing::Unsynced::Random(n));
+            let found = Checkpoint::load(&storage, dir).expect("nothing is damaged by removing it");
+            assert!(found.is_none() || removed.is_err(), "operation {n}");
+            if removed.is_ok() {
+                assert_eq!(storage.list(dir).expect("listed"), [""; 0]);
+                break;
+            }
+        }
+        let storage = FaultyStorage::new();
+        storage.create_dir(dir).expect("made");
+        example().save(&storage, dir).expect("saved");
+        storage.write(&dir.join("letters-000001.log"), b"letters").expect("written");
+        storage.remove(&dir.join(NAME)).expect("removed by somebody else");
+        assert!(matches!(Checkpoint::load(&storage, dir), Err(OpenError::DamagedFile { .. })));
     }
 
     #[test]
@@ -228,7 +326,7 @@ mod tests {
     #[test]
     fn a_crash_while_saving_leaves_the_old_or_the_new_one() {
         let dir = Path::new("/s/consumers/a");
-        let (old, new) = (example(), Checkpoint { shards: vec![Progress::at(Offset(9)); 2] });
+        let (old, new) = (example(), Checkpoint { shards: vec![Progress::at(Offset(9)); 2], ..example() });
         for n in 1.. {
             let storage = FaultyStorage::new();
             old.save(&storage, dir).expect("saved");
@@ -256,7 +354,7 @@ mod tests {
             effects_from: Offset(7),
             unfinished: vec![Offset(4096)],
         };
-        let expected = Checkpoint { shards: vec![first, Progress::at(Offset(100))] };
+        let expected = Checkpoint { shards: vec![first, Progress::at(Offset(100))], ..example() };
         assert_eq!(known, [("a".to_owned(), expected.clone())]);
         storage.crash(crate::testing::Unsynced::Lost);
         let dir = consumers_dir(store).join("a");

@@ -31,8 +31,10 @@ mod index;
 mod room;
 
 use answer::{DeadLetter, DeadLetterPolicy, Entry, LetterStatistics, LettersError, WriteRefused, Written};
+pub(super) use files::is_letters_name;
 use files::{Access, Held, ReadFault, load, path, read_entry};
-use format::{Batch, FileEnd, FileHeader, StoredEntry};
+pub(super) use format::FileEnd;
+use format::{Batch, FileHeader, StoredEntry};
 use index::{Index, Name, Noted, Place};
 
 /// A longer file is not written on.
@@ -52,6 +54,8 @@ pub(crate) struct Letters {
     files: BTreeMap<u32, Held>,
     /// The file that may be written on: of this life, and without a failed write.
     tail: Option<Tail>,
+    /// Letters are durable up to here.
+    durable: FileEnd,
     next_number: u32,
     /// The next letters to make room, oldest first. Some may be gone.
     oldest: VecDeque<Name>,
@@ -80,22 +84,29 @@ struct Plan<'a> {
 }
 
 impl Letters {
-    /// The letters in `dir`. Where there are none yet, nothing is made.
-    pub(crate) fn open(storage: Arc<dyn Storage>, dir: &Path, policy: DeadLetterPolicy) -> Result<Self, OpenError> {
+    /// The letters in `dir`, which must reach to `known`. Where there are none yet, nothing is made.
+    pub(crate) fn open(
+        storage: Arc<dyn Storage>,
+        dir: &Path,
+        policy: DeadLetterPolicy,
+        known: FileEnd,
+    ) -> Result<Self, OpenError> {
         policy.check()?;
-        Self::load(storage, dir, policy, Access::Own)
+        Self::load(storage, dir, policy, known, Access::Own)
     }
 
     fn load(
         storage: Arc<dyn Storage>,
         dir: &Path,
         policy: DeadLetterPolicy,
+        known: FileEnd,
         access: Access,
     ) -> Result<Self, OpenError> {
         let mut index = Index::default();
-        let files::Loaded { files, next_number } = load(&*storage, dir, access, |noted| index.apply(noted))?;
+        let loaded = load(&*storage, dir, access, known, |noted| index.apply(noted))?;
+        let (durable, files::Loaded { files, next_number }) = (loaded.end(), loaded);
         let dir = dir.to_owned();
-        Ok(Self { storage, dir, policy, index, files, tail: None, next_number, oldest: VecDeque::new() })
+        Ok(Self { storage, dir, policy, index, files, tail: None, durable, next_number, oldest: VecDeque::new() })
     }
 
     /// Records a batch: all of it is durable then. Entries that say nothing new are left out: of an event that is known,
@@ -184,6 +195,7 @@ impl Letters {
         let held = self.files.get_mut(&number).expect("written to");
         held.bytes += batch.len() as u64;
         self.tail = Some(Tail { number, batch: batch.number() + 1 });
+        self.durable = FileEnd { number, bytes: held.bytes };
         Ok(())
     }
 
@@ -259,6 +271,11 @@ impl Letters {
     /// The letter of a key that is to be dealt with first.
     pub(crate) fn oldest_of(&self, key: Key) -> Option<EventId> {
         self.index.letters_of(key).next()
+    }
+
+    /// Up to where letters are durable: what is less at another opening has lost some.
+    pub(crate) fn durable(&self) -> FileEnd {
+        self.durable
     }
 
     /// How many letters wait.
@@ -337,14 +354,15 @@ fn archive_in(entry: &[u8]) -> Archive {
     archive
 }
 
-/// The letters in a folder that somebody else may be writing to. Nothing is changed, and nothing may be written.
-pub(crate) fn open_outside(dir: &Path) -> Result<Letters, OpenError> {
+/// The letters in a folder that somebody else may be writing to. Nothing is changed, and nothing may be written. What is `known` to
+/// have been durable was asked before.
+pub(crate) fn open_outside(dir: &Path, known: FileEnd) -> Result<Letters, OpenError> {
     /// While it looks, files may be replaced by a smaller one.
     const TRIES: usize = 8;
     let mut tries = 0;
     loop {
         tries += 1;
-        match Letters::load(Arc::new(Files), dir, DeadLetterPolicy::default(), Access::Outside) {
+        match Letters::load(Arc::new(Files), dir, DeadLetterPolicy::default(), known, Access::Outside) {
             Err(OpenError::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound && tries < TRIES => {}
             letters => return letters,
         }

@@ -16,8 +16,8 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use super::dead_letter::Letters as LetterStore;
 use super::dead_letter::answer::DeadLetter;
+use super::dead_letter::{FileEnd, Letters as LetterStore};
 use super::error::ConsumerError;
 use super::health::{Admission, Health, HealthChange, HealthStatus, Pass};
 use super::lanes::answer::{Run, ToRecord, Verdict};
@@ -128,14 +128,16 @@ impl<E: Event> std::fmt::Debug for Driver<E> {
 
 impl<E: Event> Driver<E> {
     /// A driver that goes on from what is saved in `dir`; `places` are the shards' logs, each with the hold that keeps what is
-    /// not done.
+    /// not done; its `letters` must reach that far.
     pub(crate) fn open(
         settings: Settings,
         storage: std::sync::Arc<dyn Storage>,
         dir: PathBuf,
         places: Vec<Place>,
+        letters: FileEnd,
     ) -> Result<Self, ConsumerError> {
-        let letters = LetterStore::open(std::sync::Arc::clone(&storage), &dir, settings.letters.clone())?;
+        let policy = settings.letters.clone();
+        let letters = LetterStore::open(std::sync::Arc::clone(&storage), &dir, policy, letters)?;
         let mut desks = Vec::with_capacity(places.len());
         for place in places {
             desks.push(Desk::open(place, &settings, &letters)?);

@@ -59,9 +59,13 @@ impl DeadLetters {
     /// Looks at the dead letters of a consumer of the store at `dir`, and at every check sum of them.
     ///
     /// # Errors
-    /// What the file system says; files that do not hold.
+    /// What the file system says; files that do not hold, or end before letters that the consumer's checkpoint knows of.
     pub fn open(dir: &Path, consumer: &str) -> Result<Self, OpenError> {
-        open_outside(&consumers_dir(dir).join(consumer)).map(Self)
+        let path = consumers_dir(dir).join(consumer);
+        // Before the letters: of those that it knows of, all are there. One that does not hold says nothing of them, and is told by
+        // [`registered`].
+        let known = Checkpoint::load(&Files, &path).ok().flatten().unwrap_or_default().letters;
+        open_outside(&path, known).map(Self)
     }
 
     /// How many there are, and what became of others.

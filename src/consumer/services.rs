@@ -8,7 +8,8 @@ use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use super::checkpoint::{Checkpoint, Progress, consumers_dir};
+use super::checkpoint::{Checkpoint, clear, consumers_dir};
+use super::dead_letter::FileEnd;
 use super::driver::{Place, start_position};
 use super::error::ConsumerError;
 use super::life::Life;
@@ -98,8 +99,9 @@ impl Services {
         consumers_dir(&self.store).join(name)
     }
 
-    /// Lets somebody drive the consumer, registering it if it is new: durably, before anything is handled.
-    pub(crate) fn drive<E: Event>(&self, name: &str, start: Start) -> Result<Vec<Place>, ConsumerError> {
+    /// Lets somebody drive the consumer, registering it if it is new: durably, before anything is handled. Returns where it goes on,
+    /// and how far its dead letters are known to reach.
+    pub(crate) fn drive<E: Event>(&self, name: &str, start: Start) -> Result<(Vec<Place>, FileEnd), ConsumerError> {
         if !is_folder_name(name) {
             return Err(ConsumerError::Name { name: name.to_owned() });
         }
@@ -134,7 +136,7 @@ impl Services {
                 hold: Arc::clone(hold),
                 progress,
             });
-        Ok(places.collect())
+        Ok((places.collect(), checkpoint.letters))
     }
 
     fn register<E: Event>(
@@ -160,35 +162,17 @@ impl Services {
     }
 
     fn saved_at<E: Event>(&self, dir: &Path, start: Start) -> Result<Checkpoint, ConsumerError> {
-        let mut checkpoint = Checkpoint::default();
-        for (log, _) in &self.shards {
-            checkpoint.shards.push(Progress::at(start_position::<E>(log, &self.lock, start)?));
-        }
+        let positions = self.shards.iter().map(|(log, _)| start_position::<E>(log, &self.lock, start));
+        let checkpoint = Checkpoint::at(positions.collect::<Result<Vec<_>, _>>()?);
         let io = |action| move |source| OpenError::Io { action, path: dir.to_owned(), source };
         self.storage.create_dir(dir).map_err(io("creating"))?;
-        self.clear(dir).map_err(io("clearing"))?;
+        clear(&*self.storage, dir).map_err(io("clearing"))?;
         checkpoint.save(&*self.storage, dir).map_err(io("writing the checkpoint in"))?;
         Ok(checkpoint)
     }
 
     fn release(&self, holds: &[Arc<Hold>]) {
         self.shards.iter().zip(holds).for_each(|((log, _), hold)| log.holds.remove(hold));
-    }
-
-    /// Removes everything of a consumer that is none any more.
-    fn clear(&self, dir: &Path) -> std::io::Result<()> {
-        let names = self.storage.list(dir)?;
-        if names.is_empty() {
-            return Ok(());
-        }
-        for name in names {
-            match self.storage.remove(&dir.join(name)) {
-                // Who leaves a request renames it.
-                Err(error) if error.kind() == ErrorKind::NotFound => {}
-                removed => removed?,
-            }
-        }
-        self.storage.sync_dir(dir)
     }
 
     /// Notes who runs it. Where the engine was closed meanwhile, that ends at once.
@@ -222,7 +206,7 @@ impl Services {
         Checkpoint::remove(&*self.storage, &dir).map_err(io)?;
         self.release(&known.holds);
         all.remove(name);
-        self.clear(&dir).map_err(io)?;
+        clear(&*self.storage, &dir).map_err(io)?;
         Ok(())
     }
 

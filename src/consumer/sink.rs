@@ -7,7 +7,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::{Duration, Instant};
 
 use super::builder::ConsumerBuilder;
-use super::checkpoint::{Checkpoint, Progress};
+use super::checkpoint::Checkpoint;
 use super::driver::{HaltCause, Place};
 use super::error::ConsumerError;
 use super::health::{Admission, Health, HealthChange, Pass};
@@ -238,7 +238,8 @@ impl<E: Event> ConsumerBuilder<E> {
         let (services, settings) = self.settle()?;
         let health = Health::new(&settings.name, settings.health.clone())?;
         let name = settings.name.to_string();
-        let places = services.drive::<E>(&name, settings.start)?;
+        // It has no dead letters.
+        let (places, _) = services.drive::<E>(&name, settings.start)?;
         let positions = places.iter().map(|place| (&*place.log, place.hold.get()));
         let control = std::sync::Arc::new(Control {
             life: Life::new(),
@@ -441,7 +442,7 @@ impl<E: Event, S: Sink<E>> Pump<E, S> {
             return;
         }
         self.save_at = now + self.settings.checkpoint_every;
-        let checkpoint = Checkpoint { shards: positions.iter().map(|at| Progress::at(*at)).collect() };
+        let checkpoint = Checkpoint::at(positions.iter().copied());
         let dir = self.services.dir(&self.settings.name);
         match checkpoint.save(&*self.services.storage, &dir) {
             Ok(()) => {

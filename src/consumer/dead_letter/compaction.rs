@@ -6,7 +6,7 @@ use std::path::Path;
 
 use super::answer::{Entry, LettersError};
 use super::files::{Held, numbers, path, read_all};
-use super::format::{Batch, FileHeader, StoredEntry};
+use super::format::{Batch, FileEnd, FileHeader, StoredEntry};
 use super::index::{Index, Name};
 use super::{Letters, Tail};
 
@@ -58,6 +58,7 @@ impl Letters {
         self.files.insert(number, held);
         self.storage.sync_dir(&self.dir).map_err(io("syncing", &self.dir))?;
         self.tail = Some(tail);
+        self.durable = FileEnd { number, bytes: self.files[&number].bytes };
         self.remove_below(number)
     }
 

@@ -1,7 +1,7 @@
 //! The files of one consumer's letters: which of them count and up to where, and reading them in batches.
 //!
 //! A file names the one it goes on from, and how far that one counts. So what was refused is behind such an end or in a
-//! file that none names, and a file that is missing or shorter than it was shows.
+//! file that none names, and a file that is missing or shorter than it was shows. Of the newest the consumer's checkpoint says it.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -31,6 +31,11 @@ fn number_of(name: &str) -> Option<u32> {
     let digits = name.strip_prefix("letters-")?.strip_suffix(".log")?;
     let is_number = digits.len() >= 6 && digits.bytes().all(|byte| byte.is_ascii_digit());
     if is_number { digits.parse().ok().filter(|&number| number > 0) } else { None }
+}
+
+/// Whether a file of this name is one of letters.
+pub(in super::super) fn is_letters_name(name: &str) -> bool {
+    number_of(name).is_some()
 }
 
 /// The numbers of all files there are, rising. None where there is no folder.
@@ -181,6 +186,13 @@ pub(super) struct Loaded {
     pub(super) next_number: u32,
 }
 
+impl Loaded {
+    pub(super) fn end(&self) -> FileEnd {
+        let newest = self.files.last_key_value();
+        newest.map_or_else(FileEnd::default, |(&number, held)| FileEnd { number, bytes: held.bytes })
+    }
+}
+
 /// Whether somebody may be writing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Access {
@@ -190,8 +202,26 @@ pub(super) enum Access {
     Outside,
 }
 
-/// Finds the files that count and tells `each` entry of whole batches, in the order written.
+/// Finds the files that count and tells `each` entry of whole batches, in the order written. They must reach to `known`, which is
+/// known to have been durable.
 pub(super) fn load(
+    storage: &dyn Storage,
+    dir: &Path,
+    access: Access,
+    known: FileEnd,
+    each: impl FnMut(&Noted),
+) -> Result<Loaded, OpenError> {
+    let loaded = load_all(storage, dir, access, each)?;
+    let end = loaded.end();
+    if end < known {
+        let at = if end.number == known.number { end.bytes } else { 0 };
+        let why = "letters that were durable are gone: the file is missing, or ends too early";
+        return Err(OpenError::DamagedFile { path: path(dir, known.number), at, why });
+    }
+    Ok(loaded)
+}
+
+fn load_all(
     storage: &dyn Storage,
     dir: &Path,
     access: Access,

@@ -33,11 +33,11 @@ const ERROR_BYTES_MAX: usize = 1024;
 /// Entries begin at multiples of this.
 pub(super) const ALIGN: usize = 8;
 
-/// A file up to where it counts.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct FileEnd {
-    pub(super) number: u32,
-    pub(super) bytes: u64,
+/// A file up to where it counts. Later ones are greater; the default is where there is none.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
+pub(crate) struct FileEnd {
+    pub(crate) number: u32,
+    pub(crate) bytes: u64,
 }
 
 /// The head of a file.
@@ -62,7 +62,7 @@ pub(super) enum HeaderFault {
 impl FileHeader {
     pub(super) fn encode(&self) -> [u8; FILE_HEADER_BYTES] {
         assert!(self.number > 0 && !(self.is_complete && self.before.is_some()));
-        let before = self.before.unwrap_or(FileEnd { number: 0, bytes: 0 });
+        let before = self.before.unwrap_or_default();
         let mut out = [0; FILE_HEADER_BYTES];
         out[0..8].copy_from_slice(&MAGIC);
         out[8..12].copy_from_slice(&FORMAT_VERSION.to_le_bytes());

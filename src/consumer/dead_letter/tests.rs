@@ -17,8 +17,13 @@ fn open(disk: &FaultyStorage) -> Result<Letters, OpenError> {
     open_with(disk, DeadLetterPolicy::default())
 }
 
+/// Opens letters that reached so far.
+fn open_known(disk: &FaultyStorage, known: FileEnd) -> Result<Letters, OpenError> {
+    Letters::open(Arc::new(disk.clone()), Path::new(DIR), DeadLetterPolicy::default(), known)
+}
+
 pub(super) fn open_with(disk: &FaultyStorage, policy: DeadLetterPolicy) -> Result<Letters, OpenError> {
-    Letters::open(Arc::new(disk.clone()), Path::new(DIR), policy)
+    Letters::open(Arc::new(disk.clone()), Path::new(DIR), policy, FileEnd::default())
 }
 
 fn opened(disk: &FaultyStorage) -> Letters {
@@ -252,6 +257,7 @@ fn a_file_cut_anywhere_in_its_last_batch_has_all_batches_before_it_and_can_be_wr
         let mut cut = files.clone();
         cut.get_mut(&file(1)).expect("it is").truncate(len);
         let disk = disk_of(&cut);
+        assert_damaged(open_known(&disk, letters.durable()), "a batch that was durable is gone");
         let mut letters = opened(&disk);
         model.check(&letters);
         write(&mut letters, &tail).expect("written");
@@ -333,7 +339,8 @@ fn every_flipped_bit_of_a_complete_file_is_refused() {
 fn damage_that_comes_after_opening_is_named_when_it_is_read() {
     let dir = tempfile::tempdir().expect("a folder");
     let dir = dir.path().join("consumers/mail");
-    let mut letters = Letters::open(Arc::new(Files), &dir, DeadLetterPolicy::default()).expect("opens");
+    let mut letters =
+        Letters::open(Arc::new(Files), &dir, DeadLetterPolicy::default(), FileEnd::default()).expect("opens");
     write(&mut letters, &[Op::Park(1, 36)]).expect("written");
     let path = path(&dir, 1);
     let mut bytes = std::fs::read(&path).expect("read");
@@ -397,9 +404,9 @@ fn run(letters: &mut Letters, stop: bool) -> (Model, Vec<Vec<Op>>) {
     (model, refused)
 }
 
-/// What is there is what was acknowledged, with at most the newest of the refused, whole.
-fn check_after(disk: &FaultyStorage, model: &Model, refused: &[Vec<Op>], what: &str) {
-    let letters = open(disk).unwrap_or_else(|error| panic!("{what}: {error}"));
+/// What is there is what was acknowledged, with at most the newest of the refused, whole. It reaches to what was `durable`.
+fn check_after(disk: &FaultyStorage, model: &Model, refused: &[Vec<Op>], durable: FileEnd, what: &str) {
+    let letters = open_known(disk, durable).unwrap_or_else(|error| panic!("{what}: {error}"));
     let whole = refused.last().map(|batch| model.with(batch));
     let all_known = refused.last().map_or_else(|| model.clone(), |batch| model.with(batch));
     let found = Model::of(&letters, &all_known);
@@ -425,14 +432,21 @@ fn a_failure_at_any_operation_loses_nothing_acknowledged_and_halves_no_batch() {
             let mut letters = opened(&disk);
             fault(&disk, n);
             let (model, refused) = run(&mut letters, stop);
+            let durable = letters.durable();
             failed += refused.len();
             disk.fail_operation(1 << 60);
             disk.fail_sync(1 << 60);
             drop(letters);
             let what = format!("{name} {n}, stopped {stop}");
-            check_after(&FaultyStorage::with_files(disk.files()), &model, &refused, &format!("{what}, killed"));
+            check_after(
+                &FaultyStorage::with_files(disk.files()),
+                &model,
+                &refused,
+                durable,
+                &format!("{what}, killed"),
+            );
             for unsynced in [Unsynced::Lost, Unsynced::Random(n), Unsynced::Random(n * 7919)] {
-                check_after(&disk.after_crash(unsynced), &model, &refused, &format!("{what}, {unsynced:?}"));
+                check_after(&disk.after_crash(unsynced), &model, &refused, durable, &format!("{what}, {unsynced:?}"));
             }
         }
     }
@@ -562,8 +576,9 @@ fn a_long_error_is_cut_between_characters() {
 fn a_reader_outside_sees_whole_batches_and_changes_nothing() {
     let dir = tempfile::tempdir().expect("a folder");
     let dir = dir.path().join("consumers/mail");
-    assert_eq!(open_outside(&dir).expect("no folder, no letters").len(), 0);
-    let mut letters = Letters::open(Arc::new(Files), &dir, DeadLetterPolicy::default()).expect("opens");
+    assert_eq!(open_outside(&dir, FileEnd::default()).expect("no folder, no letters").len(), 0);
+    let mut letters =
+        Letters::open(Arc::new(Files), &dir, DeadLetterPolicy::default(), FileEnd::default()).expect("opens");
     let mut model = Model::default();
     for batch in &script() {
         write(&mut letters, batch).expect("written");
@@ -572,7 +587,7 @@ fn a_reader_outside_sees_whole_batches_and_changes_nothing() {
     let path = path(&dir, 1);
     let whole = std::fs::read(&path).expect("read");
     let seen = |what: &str| {
-        let letters = open_outside(&dir).unwrap_or_else(|error| panic!("{what}: {error}"));
+        let letters = open_outside(&dir, FileEnd::default()).unwrap_or_else(|error| panic!("{what}: {error}"));
         let found = letters.list_with_archives(None, usize::MAX).unwrap_or_else(|error| panic!("{what}: {error}"));
         assert!(found.iter().all(|(letter, bytes)| bytes[..] == archive(letter.id.offset.0)[..]));
         found.into_iter().map(|(letter, _)| letter).collect::<Vec<_>>()

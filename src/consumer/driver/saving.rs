@@ -83,7 +83,8 @@ impl<E: Event> Driver<E> {
 
     fn save_position(&mut self) -> Result<(), ConsumerError> {
         let marks = self.desks.iter().map(Desk::mark).collect();
-        let checkpoint = Checkpoint { shards: self.desks.iter().map(Desk::progress).collect() };
+        let checkpoint =
+            Checkpoint { shards: self.desks.iter().map(Desk::progress).collect(), letters: self.letters.durable() };
         checkpoint.save(&*self.storage, &self.dir).map_err(|source| OpenError::Io {
             action: "writing the checkpoint in",
             path: self.dir.clone(),
