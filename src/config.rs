@@ -32,8 +32,8 @@ pub enum Wait {
 /// Which cores the shards' threads are pinned to.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub enum Pin {
-    /// Shard `i` to the `i`-th allowed core from the last one back, wrapping around, so that the first core, where the
-    /// system does its own work, stays for producers. Not pinned when there are fewer cores than shards plus one producer.
+    /// Shard `i` to the `i`-th allowed core from the last one back, so that the first core, where the system does its own work, stays
+    /// for producers. Not pinned when that leaves fewer than two cores, for producers and for the threads that sync, prepare and save.
     #[default]
     Auto,
     /// Leave it to the scheduler.

@@ -146,17 +146,25 @@ fn close_gates<A: Aggregate>(shard: &mut Shard<A>) {
     }
 }
 
+/// Cores that pinned shards leave free: for a producer, and for the threads that sync, prepare and save. With fewer, one of these
+/// comes to run where a pinned shard is, which waits although another core may be free (docs/decisions/0013).
+const CORES_LEFT: usize = 2;
+
 /// Which core each shard is pinned to.
 pub(crate) fn assign_cores(pin: &Pin, shards: u16) -> Vec<Option<usize>> {
-    let none = vec![None; usize::from(shards)];
     // Asked before anything is pinned: afterwards a thread sees only its own core.
     let allowed: Vec<usize> =
         core_affinity::get_core_ids().unwrap_or_default().into_iter().map(|core| core.id).collect();
+    assign(pin, shards, &allowed)
+}
+
+fn assign(pin: &Pin, shards: u16, allowed: &[usize]) -> Vec<Option<usize>> {
+    let none = vec![None; usize::from(shards)];
     match pin {
         Pin::None => none,
-        Pin::Auto if allowed.len() <= usize::from(shards) || allowed.len() < 2 => none,
+        Pin::Auto if allowed.len() < usize::from(shards) + CORES_LEFT => none,
         // The last cores, so that the first, where the system does its own work, stays for producers.
-        Pin::Auto => allowed.iter().rev().copied().cycle().take(usize::from(shards)).map(Some).collect(),
+        Pin::Auto => allowed.iter().rev().copied().take(usize::from(shards)).map(Some).collect(),
         Pin::Cores(asked) if asked.is_empty() => none,
         Pin::Cores(asked) => {
             let checked = |&core: &usize| {
@@ -177,5 +185,25 @@ const CORE_ID_END: usize = 1024;
 fn pin_current(core: usize) {
     if !core_affinity::set_for_current(core_affinity::CoreId { id: core }) {
         tracing::warn!(core, "the thread could not be pinned and goes on unpinned");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shards_are_pinned_where_cores_are_left_for_the_others() {
+        let of = |pin: &Pin, shards, allowed: &[usize]| assign(pin, shards, allowed);
+        assert_eq!(of(&Pin::Auto, 2, &[0, 1, 4, 5]), [Some(5), Some(4)], "the last ones");
+        assert_eq!(of(&Pin::Auto, 1, &[0, 1]), [None], "the helpers would have to share the shard's");
+        assert_eq!(of(&Pin::Auto, 3, &[0, 1, 2, 3]), [None; 3]);
+        assert_eq!(of(&Pin::None, 1, &[0, 1, 2, 3]), [None]);
+        assert_eq!(
+            of(&Pin::Cores(vec![1, 7]), 3, &[0, 1]),
+            [Some(1), None, Some(1)],
+            "one that is not allowed is not taken"
+        );
+        assert_eq!(of(&Pin::Cores(vec![]), 1, &[0, 1]), [None]);
     }
 }

@@ -383,7 +383,10 @@ pub(crate) fn core_ids() -> Vec<usize> {
 fn producer_cores(args: &Args, producers: usize) -> Vec<Option<usize>> {
     let allowed = core_ids();
     match &args.pin {
-        Pin::Auto if !crowded(args) => allowed.iter().copied().map(Some).take(producers).collect(),
+        // As the engine does it: one core stays for the threads that sync, prepare and save.
+        Pin::Auto if producers + usize::from(args.shards) < allowed.len() => {
+            allowed.iter().copied().map(Some).take(producers).collect()
+        }
         Pin::Cores(list) => {
             let usable = |core: &usize| allowed.contains(core).then_some(*core);
             let of_producers = list.iter().skip(usize::from(args.shards)).map(usable);
@@ -393,12 +396,13 @@ fn producer_cores(args: &Args, producers: usize) -> Vec<Option<usize>> {
     }
 }
 
-/// The cores of the first producer and of the first shard, when both are pinned.
+/// The cores of the bare loop's two threads, which have nothing beside them: those of the first producer and of the first shard where
+/// cores are named, else the first and the last there is.
 pub(crate) fn first_pair(args: &Args) -> Option<(usize, usize)> {
-    let producer = producer_cores(args, 1).first().copied().flatten()?;
-    let shard = match &args.pin {
-        Pin::Cores(list) => list.first().copied(),
-        _ => core_ids().last().copied(),
-    };
-    shard.map(|shard| (producer, shard))
+    let allowed = core_ids();
+    match (&args.pin, allowed.as_slice()) {
+        (Pin::Cores(list), _) => Some((producer_cores(args, 1).first().copied().flatten()?, *list.first()?)),
+        (Pin::Auto, [first, .., last]) => Some((*first, *last)),
+        (Pin::Auto | Pin::None, _) => None,
+    }
 }
