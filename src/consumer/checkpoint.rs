@@ -81,7 +81,7 @@ impl Checkpoint {
     }
 
     fn encode(&self) -> Vec<u8> {
-        let mut out = Vec::with_capacity(HEADER_BYTES + self.shards.len() * SHARD_BYTES + 4);
+        let mut out = Vec::with_capacity(HEADER_BYTES + self.shards.len() * SHARD_BYTES + LETTERS_BYTES + 4);
         out.extend(MAGIC);
         out.extend(FORMAT_VERSION.to_le_bytes());
         out.extend((self.shards.len() as u16).to_le_bytes());
