@@ -149,6 +149,7 @@ impl<A: Aggregate> Context<'_, A> {
             ask_at: None,
             waits_for: 0,
             held_to: 0,
+            unsynced_to: 0,
         }
         .with_leftovers(unused, spares);
         let shard = Shard {

@@ -336,7 +336,11 @@ impl<A: Aggregate> Engine<A> {
     ) -> Result<Option<Offset>, ReadError> {
         let dir = crate::log::manifest::shard_dir(&self.config.dir, id);
         let io = |source| ReadError::Io { action: "reading the checkpoints of", path: dir.clone(), source };
-        let (bases, _) = candidates(&*self.storage, &dir, id).map_err(io)?;
+        let (bases, _) = match candidates(&*self.storage, &dir, id) {
+            // One that a later one has replaced since the folder was listed.
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            bases => bases.map_err(io)?,
+        };
         for base in bases.iter().rev().filter(|base| base.start >= earliest && base.start <= until) {
             *folder = Folder::new(id, self.config.keys_expected, 0);
             if load(&*self.storage, &dir, id, base, folder).is_ok() {

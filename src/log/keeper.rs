@@ -39,6 +39,9 @@ const PREFAULT_BYTES: usize = 64 << 20;
 const PREFAULT_STEP_BYTES: usize = 4 << 20;
 /// How long after a failed attempt for lack of space the next is made.
 const RETRY: Duration = Duration::from_millis(100);
+/// How often it is looked at whether the log has become durable, where retention waits for that. (A syncer that woke the keeper would
+/// do so a thousand times a second.)
+const SYNC_CHECK: Duration = Duration::from_millis(100);
 /// How long after a failed checkpoint retention asks for another.
 const RETRY_CHECKPOINT: Duration = Duration::from_millis(500);
 /// How often age is looked at.
@@ -71,6 +74,8 @@ pub(crate) struct Kept {
     pub(crate) waits_for: u64,
     /// Up to where consumers must have come before it goes on; 0: it waits for none.
     pub(crate) held_to: u64,
+    /// Up to where the log must be durable before it goes on; 0: it waits for nothing.
+    pub(crate) unsynced_to: u64,
 }
 
 /// The keeper of an engine.
@@ -97,7 +102,8 @@ impl Keeper {
             let reading = self.shards.iter().any(|kept| !kept.retiring.is_empty()).then(|| now + RETRY);
             let asking = self.shards.iter().filter_map(|kept| kept.ask_at).min();
             let age = self.retention.age_max.map(|_| now + AGE_CHECK);
-            let deadline = [retry, reading, asking, age].into_iter().flatten().min();
+            let syncing = self.shards.iter().any(|kept| kept.unsynced_to > 0).then(|| now + SYNC_CHECK);
+            let deadline = [retry, reading, asking, age, syncing].into_iter().flatten().min();
             let (shards, requests, bytes_max) = (&self.shards, &self.requests, self.retention.bytes_max);
             idle.step(&requests.signal, deadline, || {
                 requests.ending.load(Ordering::SeqCst) || shards.iter().any(|kept| kept.wants_work(bytes_max))
@@ -268,12 +274,14 @@ impl Keeper {
             }),
             None => false,
         };
-        let durable =
-            self.durability == Durability::OsCache || kept.log.durable.get() >= kept.log.first_offset(next.index).0;
-        if !((over_bytes || over_age) && durable) {
+        if !(over_bytes || over_age) {
             return Ok(worked);
         }
         let freed_to = kept.log.first_offset(next.index).0;
+        if self.durability != Durability::OsCache && kept.log.durable.get() < freed_to {
+            kept.unsynced_to = freed_to;
+            return Ok(worked);
+        }
         if kept.is_held(freed_to) {
             kept.held_to = freed_to;
             return Ok(worked);
@@ -372,7 +380,7 @@ impl Kept {
 
     /// After a checkpoint that failed, the next is asked for a little later, also if nothing else happens.
     fn notice_checkpoints(&mut self) {
-        (self.waits_for, self.held_to) = (0, 0);
+        (self.waits_for, self.held_to, self.unsynced_to) = (0, 0, 0);
         let failed = self.checkpoints.failed.load(Ordering::SeqCst);
         if failed != self.checkpoints_failed {
             self.checkpoints_failed = failed;
@@ -408,9 +416,10 @@ impl Kept {
     fn wants_work(&self, bytes_max: Option<u64>) -> bool {
         let is_saved = self.waits_for > 0 && self.checkpoints.covered() >= self.waits_for;
         let is_released = self.held_to > 0 && !self.is_held(self.held_to);
+        let is_synced = self.unsynced_to > 0 && self.log.durable.get() >= self.unsynced_to;
         let has_failed = self.checkpoints.failed.load(Ordering::SeqCst) != self.checkpoints_failed;
         let must_prepare = !self.prepared.is_full() && self.retry_at.is_none() && !self.waits_to_reuse(bytes_max);
-        self.log.failure().is_none() && (must_prepare || is_saved || is_released || has_failed)
+        self.log.failure().is_none() && (must_prepare || is_saved || is_released || is_synced || has_failed)
     }
 }
 
