@@ -343,4 +343,27 @@ mod tests {
         assert!((0..500).all(|key| seen.contains(&key)));
         assert_eq!(table.iter().count(), table.len());
     }
+
+    #[test]
+    fn a_walk_that_stands_in_a_part_when_it_doubles_misses_no_key() {
+        // Large states are gone over one slot at a time.
+        for (first, steps) in (0..400_u64).map(|round| (round * 1_000, 1 + round as usize % 6)) {
+            let mut table = KeyTable::<u64>::new(0);
+            let put = |table: &mut KeyTable<u64>, key: u64| {
+                table.slot(Key(key), KeyHash::of(Key(key)), Seen::default()).version = Version(1);
+            };
+            (first..first + 350).for_each(|key| put(&mut table, key));
+            let (mut seen, mut at) = (std::collections::HashSet::new(), Some(Walk::default()));
+            for step in 0.. {
+                let Some(walk) = at else { break };
+                let (slots, then) = table.walk(walk, 1);
+                seen.extend(slots.map(|slot| slot.key.0));
+                at = then;
+                if step + 1 == steps {
+                    (first + 350..first + 700).for_each(|key| put(&mut table, key));
+                }
+            }
+            assert!((first..first + 350).all(|key| seen.contains(&key)), "from {first}, after {steps} steps");
+        }
+    }
 }

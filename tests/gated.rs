@@ -729,3 +729,70 @@ fn a_gate_is_closed_after_its_engine_was_shut_down_too() {
     let engine = open_on(&storage, os_cache(DIR).shards(2)).unwrap();
     assert_eq!(gated(&engine).expected(0), Some(50));
 }
+
+#[test]
+fn behind_a_gap_whose_record_failed_nothing_is_published_however_often_it_is_asked() {
+    let failed = |_| {
+        let storage = FaultyStorage::new();
+        let engine = open_on(&storage, small(DIR)).unwrap();
+        let mut gate = gated(&engine);
+        [0, 2, 3].into_iter().for_each(|sequence| drop(offer(&mut gate, 0, sequence)));
+        engine.flush(soon()).unwrap();
+        gate.pass_time(2 * HOUR);
+        std::thread::sleep(Duration::from_millis(50));
+        storage.fail_sync(1);
+        let pumped = gate.pump();
+        storage.heal();
+        // Else it was a sync of somebody else that failed.
+        matches!(pumped, Err(GateError::GapRecord { .. })).then_some((storage, engine, gate))
+    };
+    let (storage, engine, mut gate) = (0..100).find_map(failed).unwrap();
+    for _ in 0..3 {
+        assert!(matches!(gate.pump(), Err(GateError::GapRecord { .. })), "it is final");
+        assert!(gate.offer(0, 4, Key::new(1), note(0, 4)).is_err());
+    }
+    assert_eq!(by_partition(&engine)[&0], BTreeSet::from([0]));
+    // What the failed sync left is made durable before anything is published behind it.
+    drop(gate);
+    let mut gate = gated(&engine);
+    assert_eq!(spans(&gate.gaps().unwrap()), BTreeSet::from([(0, 1)]));
+    for sequence in [2, 3] {
+        let Accepted::Published(receipt) = offer(&mut gate, 0, sequence) else { panic!("nothing is missing") };
+        receipt.durable().wait().unwrap();
+    }
+    let engine = open_on(&storage.after_crash(Unsynced::Lost), small(DIR)).unwrap();
+    assert_eq!(by_partition(&engine)[&0], BTreeSet::from([0, 2, 3]));
+    assert_eq!(spans(&engine.gaps("in").unwrap()), BTreeSet::from([(0, 1)]));
+}
+
+#[test]
+fn retention_frees_nothing_for_positions_that_could_not_be_saved() {
+    let refused = |_| {
+        let storage = FaultyStorage::new();
+        let config = os_cache(DIR).retention(Retention { bytes_max: Some(2 * SEGMENT), age_max: None });
+        let engine = open_on(&storage, config).unwrap();
+        let mut gate = gated(&engine);
+        for sequence in 0..400 {
+            drop(gate.offer(0, sequence, Key::new(1), Note::sized(sequence, 1000)).unwrap());
+        }
+        engine.checkpoint(soon()).unwrap();
+        engine.flush(soon()).unwrap();
+        std::thread::sleep(Duration::from_millis(50));
+        storage.refuse_files(true);
+        let saved = gate.save(soon());
+        storage.refuse_files(false);
+        // Else the keeper was refused a file too.
+        let is_alone = matches!(saved, Err(GateError::Positions(_))) && engine.failures().is_empty();
+        is_alone.then_some((engine, gate))
+    };
+    let (engine, mut gate) = (0..100).find_map(refused).unwrap();
+    engine.checkpoint(soon()).unwrap();
+    std::thread::sleep(Duration::from_millis(300));
+    assert_eq!(engine.shard_metrics()[0].segments_freed, 0);
+    gate.save(soon()).unwrap();
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while engine.shard_metrics()[0].segments_freed == 0 {
+        assert!(Instant::now() < deadline);
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}

@@ -256,3 +256,19 @@ fn states_of_an_older_layout_without_their_events_are_upgraded_or_refused() {
     let engine = open::<Account>(&storage, config(Some(2))).unwrap();
     assert_eq!(engine.state(Key(1)).unwrap().unwrap().0, *states[1].last().unwrap());
 }
+
+#[test]
+fn a_checkpoint_of_which_an_entry_is_missing_is_not_believed() {
+    let (files, states) = store(None);
+    let is_checkpoint = |path: &PathBuf| path.file_name().unwrap().to_str().unwrap().starts_with("checkpoint-");
+    let mut damaged = 0;
+    for (path, bytes) in files.iter().filter(|(path, _)| is_checkpoint(path)) {
+        // Behind the header, a whole entry.
+        let len = u32::from_le_bytes(bytes[64..68].try_into().unwrap()).next_multiple_of(16) as usize;
+        let mut files = files.clone();
+        files.get_mut(path).unwrap().drain(64..64 + len);
+        let unreadable = look(files, None, &states, &format!("{path:?} without its first entry"));
+        damaged += unreadable.unwrap();
+    }
+    assert!(damaged > 0, "and it is counted");
+}

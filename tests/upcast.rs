@@ -305,6 +305,20 @@ fn an_older_version_without_an_upcaster_is_refused_before_any_byte_changes() {
 }
 
 #[test]
+fn an_older_version_without_an_upcaster_is_refused_behind_a_checkpoint_too() {
+    let dir = golden_store();
+    let engine = Engine::<Player>::open(os_cache(dir.path())).unwrap();
+    engine.flush(soon()).unwrap();
+    engine.checkpoint(soon()).unwrap();
+    engine.shutdown(soon()).unwrap();
+    drop(engine);
+    let before = tree(dir.path());
+    let error = EventLog::<forgetful::GameEvent>::open(os_cache(dir.path())).map(drop).unwrap_err();
+    assert!(matches!(error, OpenError::UnknownEventType { .. }), "{error:?}");
+    assert!(tree(dir.path()) == before, "nothing was changed, created or removed");
+}
+
+#[test]
 fn an_upcaster_that_fails_is_an_error_at_the_event_and_no_panic() {
     let dir = golden_store();
     let before = tree(dir.path());

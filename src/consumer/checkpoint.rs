@@ -369,4 +369,24 @@ mod tests {
         assert_eq!(progress.unfinished.len(), UNFINISHED_MAX);
         assert_eq!(progress.read, Offset(UNFINISHED_MAX as u64 * 16), "from the first that is not named");
     }
+
+    #[test]
+    fn what_stands_at_the_logs_end_is_forgotten_and_its_effects_are_had_again() {
+        let unfinished = vec![Offset(16), Offset(32)];
+        let mut progress = Progress { position: Offset(16), read: Offset(64), effects_from: Offset(48), unfinished };
+        assert!(progress.cut(Offset(32)));
+        let left = vec![Offset(16)];
+        let cut = Progress { position: Offset(16), read: Offset(32), effects_from: Offset(32), unfinished: left };
+        assert_eq!(progress, cut);
+        assert!(!progress.cut(Offset(32)));
+    }
+
+    #[test]
+    fn a_consumer_that_was_removed_does_not_come_back() {
+        let (storage, dir) = (FaultyStorage::new(), Path::new("/s/consumers/a"));
+        example().save(&storage, dir).expect("saved");
+        Checkpoint::remove(&storage, dir).expect("removed");
+        storage.crash(crate::testing::Unsynced::Lost);
+        assert_eq!(Checkpoint::load(&storage, dir).expect("readable"), None);
+    }
 }

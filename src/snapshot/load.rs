@@ -270,3 +270,27 @@ fn scan<A: Aggregate>(bytes: &[u8], header: &FileHeader, number: u32, end: Offse
         scanned.end += entry.bytes;
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::aggregate::Stateless;
+    use crate::envelope::Envelope;
+    use crate::event::Time;
+    use crate::testing::FaultyStorage;
+
+    #[test]
+    fn what_a_checkpoint_covers_ends_where_it_began() {
+        let (storage, dir) = (FaultyStorage::new(), Path::new("/s/shard-0000"));
+        let (start, sequence) = (Offset(5_000), Sequence(3));
+        let (kind, shard) = (Kind::Checkpoint, ShardId(0));
+        let header = FileHeader { kind, shard, state_version: 0, start, sequence, time: Time(0) };
+        let end = End { entries: 0, log_end: Offset(100_000), durable: true, boot: 0 };
+        let content = [&header.encode()[..], &end.encode()].concat();
+        storage.create_dir(dir).expect("made");
+        replace(&storage, dir, &file_name(kind, 4), &content).expect("written");
+        let storage: std::sync::Arc<dyn Storage> = std::sync::Arc::new(storage);
+        let found = index::<Stateless<Envelope>>(&storage, dir, shard, Offset(200_000), &[4], 0).expect("readable");
+        assert_eq!((found.covered, found.next_number), (start, 5));
+    }
+}

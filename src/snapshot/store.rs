@@ -302,3 +302,42 @@ pub(crate) fn file_number(name: &str) -> Option<(Kind, u32)> {
 pub(crate) fn fresh_path(dir: &Path) -> PathBuf {
     dir.join("checkpoint.new")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::FaultyStorage;
+
+    fn held(kind: Kind, number: u32, start: u64, last_head: u64) -> Held {
+        let (path, places) = (PathBuf::from(file_name(kind, number)), std::sync::Arc::default());
+        let (start, last_head) = (Offset(start), Offset(last_head));
+        Held { number, kind, path, start, last_head, entries: 1, bytes: 64, places }
+    }
+
+    #[test]
+    fn what_time_travel_begins_from_and_the_newest_two_checkpoints_stay() {
+        let store = SnapshotStore::new(std::sync::Arc::new(FaultyStorage::new()));
+        // A file of snapshots, and a checkpoint behind it, by turns.
+        for n in 1..=5_u32 {
+            let at = u64::from(n) * 1_000;
+            store.add(held(Kind::Snapshots, 2 * n, 0, at - 100), []);
+            store.add(held(Kind::Checkpoint, 2 * n + 1, at, 0), []);
+        }
+        let useless = |earliest, has_lost| {
+            let mut paths = store.take_useless(Offset(earliest), has_lost);
+            paths.sort();
+            paths
+        };
+        let (snapshots, checkpoint) = (
+            |n: u32| PathBuf::from(file_name(Kind::Snapshots, 2 * n)),
+            |n: u32| PathBuf::from(file_name(Kind::Checkpoint, 2 * n + 1)),
+        );
+        assert_eq!(useless(64, false), [checkpoint(1), checkpoint(2), checkpoint(3)], "the log has everything");
+        store.add(held(Kind::Checkpoint, 5, 2_000, 0), []);
+        store.add(held(Kind::Checkpoint, 7, 3_000, 0), []);
+        assert_eq!(useless(1_500, true), [checkpoint(3), snapshots(1), snapshots(2)], "from the second on");
+        assert_eq!(useless(2_001, true), [checkpoint(2), snapshots(3), snapshots(4)], "from the fourth on");
+        assert_eq!(store.stats().checkpoints, 2);
+        assert!(useless(9_000, true).is_empty(), "none to begin from");
+    }
+}

@@ -308,3 +308,27 @@ fn handles_go_between_threads() {
     check(&Leaderboard::new(1, |player: &Player| player.number));
     check(&ServerStatus::new(presence));
 }
+
+#[test]
+fn by_id_tells_of_a_key_no_sooner_than_of_its_value() {
+    const KEYS: u64 = 100_000;
+    let view = ById::new(64, |player: &Player| (player.number, player.text.clone()));
+    let mut shards = Shards::open(&view, 1);
+    let reader = view.clone();
+    thread::scope(|scope| {
+        scope.spawn(move || {
+            for key in 0..KEYS {
+                shards.change(key, &numbered(key as i64));
+            }
+        });
+        for key in 0..KEYS {
+            loop {
+                match reader.get(Key(key)) {
+                    Ok(None) => std::hint::spin_loop(),
+                    Ok(Some((number, _))) => break assert_eq!(number, key as i64),
+                    Err(error) => panic!("{error}"),
+                }
+            }
+        }
+    });
+}

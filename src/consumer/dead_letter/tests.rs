@@ -643,3 +643,20 @@ fn a_power_cut_may_keep_any_sectors_of_the_last_batch() {
         model.check(&opened(&disk));
     }
 }
+
+#[test]
+fn after_compaction_what_is_known_to_be_durable_is_the_new_file() {
+    let disk = FaultyStorage::new();
+    let mut letters = opened(&disk);
+    for batch in &script() {
+        write(&mut letters, batch).expect("written");
+    }
+    letters.compact().expect("compacted");
+    let durable = letters.durable();
+    assert_eq!(durable, opened(&disk).durable());
+    // Somebody puts back the files of before, or takes the new one away.
+    let mut files = disk.files();
+    files.remove(&file(2));
+    assert_damaged(open_known(&disk_of(&files), durable), "the new one is gone");
+    assert_eq!(durable, FileEnd { number: 2, bytes: disk.files()[&file(2)].len() as u64 });
+}

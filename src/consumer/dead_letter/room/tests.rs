@@ -86,3 +86,21 @@ fn more_letters_at_once_than_there_may_be_are_refused_and_nothing_goes() {
     let written = write(&mut letters, &[Op::Park(2, 3)]).expect("room is made");
     assert_eq!(written.overflowed, [(Key(1), id(1, 1))], "the oldest first, also after a refusal");
 }
+
+#[test]
+fn a_letter_that_made_room_is_not_offered_again() {
+    let disk = FaultyStorage::new();
+    let policy = DeadLetterPolicy::default().letters_max(1).when_full(WhenFull::DiscardOldest);
+    let mut letters = open_with(&disk, policy.clone()).expect("opens");
+    write(&mut letters, &[Op::Park(1, 10)]).expect("room");
+    let written = write(&mut letters, &[Op::Park(2, 20)]).expect("room is made");
+    assert_eq!(written.overflowed, [(Key(1), id(1, 10))]);
+    for compacts in [false, true] {
+        if compacts {
+            letters.compact().expect("compacted");
+        }
+        assert!(letters.has(Key(1), id(1, 10)) && !letters.waits(Key(1), id(1, 10)));
+        letters = open_with(&disk, policy.clone()).expect("opens");
+        assert!(letters.has(Key(1), id(1, 10)) && !letters.waits(Key(1), id(1, 10)));
+    }
+}
