@@ -8,10 +8,10 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use common::{Note, env_number, open_on, os_cache, read_shard, small, soon, until};
+use common::{ArchivedNote, Note, env_number, open_on, os_cache, read_shard, small, soon, until};
 use corelane::consumer::{Batch, ConsumerError, HaltCause, HealthPolicy, Retry, Sink, SinkConsumer};
 use corelane::testing::{FaultyStorage, Unsynced};
-use corelane::{EventLog, HandlerError, Key, Offset, ShardId};
+use corelane::{EventLog, HandlerError, Key, Meta, Offset, OpenError, ShardId};
 
 const SHARDS: u16 = 2;
 
@@ -291,6 +291,30 @@ fn a_sink_that_takes_nothing_from_its_batches_halts() {
     consumer.resume();
     assert!(consumer.drain(soon()));
     assert_eq!(sink.taken(), 1);
+}
+
+#[test]
+fn a_sink_under_the_name_of_a_consumer_forgets_none_of_its_dead_letters() {
+    let storage = FaultyStorage::new();
+    let engine = open_on(&storage, small("/s")).unwrap();
+    engine.producer().publish(Key(1), Note::new(1)).unwrap();
+    let retry = Retry::fixed().base(Duration::from_millis(1)).attempts(1);
+    let fails = |_: &ArchivedNote, _: &Meta| -> Result<(), HandlerError> { Err("down".into()) };
+    let consumer = engine.consumer("c").retry(retry).start(fails).unwrap();
+    until("it is set aside", || consumer.report().letters.letters == 1);
+    consumer.stop(soon()).unwrap();
+    let sink = engine.consumer("c").start_sink(10, Moody::default()).unwrap();
+    engine.producer().publish(Key(1), Note::new(2)).unwrap();
+    let position = || engine.consumers()[0].positions.clone();
+    let before = position();
+    until("it has saved", || position() > before);
+    sink.stop(soon()).unwrap();
+    engine.shutdown(soon()).unwrap();
+    let mut files = storage.files();
+    files.retain(|path, _| !path.file_name().unwrap().to_str().unwrap().starts_with("letters-"));
+    let engine = open_on(&FaultyStorage::with_files(files), small("/s")).unwrap();
+    let refused = engine.consumer("c").poller();
+    assert!(matches!(refused, Err(ConsumerError::Files(OpenError::DamagedFile { .. }))), "{refused:?}");
 }
 
 #[test]

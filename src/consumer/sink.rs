@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use super::builder::ConsumerBuilder;
 use super::checkpoint::Checkpoint;
+use super::dead_letter::FileEnd;
 use super::driver::{HaltCause, Place};
 use super::error::ConsumerError;
 use super::health::{Admission, Health, HealthChange, Pass};
@@ -207,6 +208,8 @@ struct Pump<E: Event, S: Sink<E>> {
     sink: S,
     sides: Vec<Side<E>>,
     places: Vec<Place>,
+    /// It has no dead letters, but a consumer that had its name may have left some.
+    letters: FileEnd,
     settings: Settings,
     batch_max: usize,
     services: std::sync::Arc<Services>,
@@ -238,8 +241,7 @@ impl<E: Event> ConsumerBuilder<E> {
         let (services, settings) = self.settle()?;
         let health = Health::new(&settings.name, settings.health.clone())?;
         let name = settings.name.to_string();
-        // It has no dead letters.
-        let (places, _) = services.drive::<E>(&name, settings.start)?;
+        let (places, letters) = services.drive::<E>(&name, settings.start)?;
         let positions = places.iter().map(|place| (&*place.log, place.hold.get()));
         let control = std::sync::Arc::new(Control {
             life: Life::new(),
@@ -255,6 +257,7 @@ impl<E: Event> ConsumerBuilder<E> {
             sides: Vec::new(),
             saved: places.iter().map(|place| place.hold.get()).collect(),
             places,
+            letters,
             settings,
             batch_max,
             services: std::sync::Arc::clone(&services),
@@ -442,7 +445,7 @@ impl<E: Event, S: Sink<E>> Pump<E, S> {
             return;
         }
         self.save_at = now + self.settings.checkpoint_every;
-        let checkpoint = Checkpoint::at(positions.iter().copied());
+        let checkpoint = Checkpoint { letters: self.letters, ..Checkpoint::at(positions.iter().copied()) };
         let dir = self.services.dir(&self.settings.name);
         match checkpoint.save(&*self.services.storage, &dir) {
             Ok(()) => {
