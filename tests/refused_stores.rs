@@ -133,8 +133,8 @@ fn a_segment_of_another_life_does_not_follow() {
 
 #[test]
 fn a_newer_format_is_refused_by_its_version() {
-    let error = refused(|dir| patch_header(&segment_path(dir, 0), |page| page[8] = 2));
-    assert!(matches!(error, OpenError::UnknownFormat { found: 2, known: 1, .. }), "{error}");
+    let error = refused(|dir| patch_header(&segment_path(dir, 0), |page| page[8] = 3));
+    assert!(matches!(error, OpenError::UnknownFormat { found: 3, known: 2, .. }), "{error}");
     let error = refused(|dir| patch(&segment_path(dir, 0), |page| page[8..80].fill(7)));
     assert!(matches!(error, OpenError::UnknownFormat { found: 0x0707_0707, .. }), "{error}");
     let error = refused(|dir| patch_small(&dir.join("manifest"), |bytes| bytes[8] = 3));
@@ -155,14 +155,14 @@ fn another_archive_format_is_refused() {
 fn a_missing_or_damaged_manifest_is_refused() {
     let error = refused(|dir| std::fs::remove_file(dir.join("manifest")).unwrap());
     assert!(matches!(error, OpenError::ForeignFile { .. }), "{error}");
-    for len in [0, 10, 43] {
+    for len in [0, 10, 51] {
         let error = refused(|dir| patch(&dir.join("manifest"), |bytes| bytes.truncate(len)));
         assert!(matches!(error, OpenError::ForeignFile { .. }), "{len}: {error}");
     }
     // A type list that claims more than there is, behind a CRC that holds.
     let error = refused(|dir| patch_small(&dir.join("manifest"), |bytes| bytes[32..36].fill(0xff)));
     assert!(matches!(error, OpenError::ForeignFile { .. }), "{error}");
-    let error = refused(|dir| patch_small(&dir.join("manifest"), |bytes| bytes[46] = 0xff));
+    let error = refused(|dir| patch_small(&dir.join("manifest"), |bytes| bytes[54] = 0xff));
     assert!(matches!(error, OpenError::ForeignFile { .. }), "a name that is not UTF-8: {error}");
 }
 

@@ -44,16 +44,25 @@ fn golden_events() -> Vec<(u64, GameEventV1)> {
 }
 
 fn golden() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/store-v2")
+}
+
+/// A store of format 1, which was never released.
+fn oldest() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/store-v1")
 }
 
 /// A copy of the golden store, whose files lie compressed: they are mostly zeros.
 fn golden_store() -> tempfile::TempDir {
+    unpacked(&golden())
+}
+
+fn unpacked(golden: &Path) -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
-    let files = tree(&golden());
+    let files = tree(golden);
     assert!(!files.is_empty(), "the golden store is there");
     for (path, compressed) in files {
-        let target = dir.path().join(path.strip_prefix(golden()).unwrap().with_extension(""));
+        let target = dir.path().join(path.strip_prefix(golden).unwrap().with_extension(""));
         std::fs::create_dir_all(target.parent().unwrap()).unwrap();
         let mut content = Vec::new();
         flate2::read::GzDecoder::new(&compressed[..]).read_to_end(&mut content).unwrap();
@@ -92,6 +101,15 @@ fn the_golden_store_is_what_the_older_program_wrote() {
         found.push((record.meta.key.0, deserialize::<GameEventV1>(record.event).unwrap()));
     }
     assert_eq!(found, golden_events());
+}
+
+#[test]
+fn a_store_of_an_older_format_is_refused_and_left_as_it_is() {
+    let dir = unpacked(&oldest());
+    let before = tree(dir.path());
+    let refused = EventLog::<GameEventV1>::open(os_cache(dir.path())).err();
+    assert!(matches!(&refused, Some(OpenError::UnknownFormat { found: 1, known: 2, .. })), "{refused:?}");
+    assert_eq!(tree(dir.path()), before);
 }
 
 /// A program of today: the same layout each time, with other upcasters.

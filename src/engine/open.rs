@@ -8,6 +8,7 @@ use crate::aggregate::Aggregate;
 use crate::config::Checked;
 use crate::error::OpenError;
 use crate::event::{Event, EventTypeId, ShardId, upcaster};
+use crate::log::keeper::fresh_id;
 use crate::log::manifest::{Manifest, Root, shard_dir};
 use crate::log::recovery::{Opening, Recovered};
 use crate::log::storage::{Lock, Storage};
@@ -43,7 +44,8 @@ pub(super) fn load_manifest<E: Event>(storage: &dyn Storage, config: &Checked) -
             }
         }
     }
-    let mut manifest = stored.unwrap_or(Manifest {
+    let mut manifest = stored.unwrap_or_else(|| Manifest {
+        store_id: fresh_id(),
         shards: config.shards,
         segment_bytes: config.segment_bytes,
         root: Root::default(),

@@ -19,7 +19,7 @@ pub(crate) const RECORD_BYTES_MAX: usize = RECORD_HEADER_BYTES + (16 << 20);
 /// Records begin at multiples of this.
 pub(crate) const ALIGN: usize = 16;
 /// The format this build writes, and the newest it reads.
-pub(crate) const FORMAT_VERSION: u32 = 1;
+pub(crate) const FORMAT_VERSION: u32 = 2;
 /// The type id of the log's own records, told apart by their schema version.
 const OWN: EventTypeId = EventTypeId(0);
 /// A mark: no event, no body; `key` is a position that had been synced.
@@ -108,7 +108,8 @@ pub(crate) struct SegmentHeader {
     pub(crate) shard: ShardId,
     pub(crate) index: u64,
     pub(crate) segment_bytes: u64,
-    pub(crate) first_offset: Offset,
+    /// Offset at which the last record of the segment before it ends; 0 where there is none.
+    pub(crate) previous_end: Offset,
     pub(crate) first_sequence: u64,
     pub(crate) created: Time,
     pub(crate) salt: u32,
@@ -144,6 +145,11 @@ fn is_prepared(page: &[u8]) -> bool {
 }
 
 impl SegmentHeader {
+    /// Where the segment's first record begins.
+    pub(crate) fn first_offset(&self) -> Offset {
+        Offset(self.index.wrapping_mul(self.segment_bytes).wrapping_add(HEADER_BYTES as u64))
+    }
+
     pub(crate) fn encode(&self, page: &mut [u8]) {
         assert!(page.len() >= HEADER_BYTES);
         // What the caller wrote behind the page comes first: a page half written, before a record, counts as damage.
@@ -156,7 +162,7 @@ impl SegmentHeader {
         page[24..26].copy_from_slice(&self.shard.0.to_le_bytes());
         page[32..40].copy_from_slice(&self.index.to_le_bytes());
         page[40..48].copy_from_slice(&self.segment_bytes.to_le_bytes());
-        page[48..56].copy_from_slice(&self.first_offset.0.to_le_bytes());
+        page[48..56].copy_from_slice(&self.previous_end.0.to_le_bytes());
         page[56..64].copy_from_slice(&self.first_sequence.to_le_bytes());
         page[64..72].copy_from_slice(&self.created.0.to_le_bytes());
         page[72..76].copy_from_slice(&self.salt.to_le_bytes());
@@ -211,7 +217,7 @@ impl SegmentHeader {
             shard: ShardId(u16_at(page, 24)),
             index: u64_at(page, 32),
             segment_bytes: u64_at(page, 40),
-            first_offset: Offset(u64_at(page, 48)),
+            previous_end: Offset(u64_at(page, 48)),
             first_sequence: u64_at(page, 56),
             created: Time(u64_at(page, 64)),
             salt: u32_at(page, 72),
@@ -425,7 +431,7 @@ pub(crate) mod tests {
             shard: ShardId(2),
             index: 3,
             segment_bytes: 65536,
-            first_offset: Offset(3 * 65536 + 4096),
+            previous_end: Offset(3 * 65536 - 4096),
             first_sequence: 4,
             created: Time(5),
             salt: 6,
@@ -470,7 +476,7 @@ pub(crate) mod tests {
             shard: ShardId(0x0506),
             index: 7,
             segment_bytes: 256 << 20,
-            first_offset: Offset(7 * (256 << 20) + 4096),
+            previous_end: Offset(7 * (256 << 20) - 48),
             first_sequence: 0x0102_0304_0506_0708,
             created: Time(1_700_000_000_000_000_000),
             salt: 0x0bad_cafe,

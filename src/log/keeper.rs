@@ -458,10 +458,19 @@ fn newest_time(segment: &Segment) -> Option<u64> {
 
 /// A salt that no earlier life of the file had: random per process, different per segment.
 pub(crate) fn fresh_salt(index: u64) -> u32 {
+    (random(index) as u32).max(1)
+}
+
+/// A number for a new store, never 0.
+pub(crate) fn fresh_id() -> u64 {
+    random(0).max(1)
+}
+
+fn random(seed: u64) -> u64 {
     let mut hasher = RandomState::new().build_hasher();
-    hasher.write_u64(index);
+    hasher.write_u64(seed);
     hasher.write_u64(wall_now().0);
-    (hasher.finish() as u32).max(1)
+    hasher.finish()
 }
 
 /// The number of a file that waits to be written again, if the name is that of one.

@@ -14,7 +14,7 @@ const SPAN_MAGIC: [u8; 8] = *b"corelspn";
 pub(crate) const MANIFEST: &str = "manifest";
 /// The span's file name.
 pub(crate) const SPAN: &str = "span";
-const MANIFEST_FIXED_BYTES: usize = 40;
+const MANIFEST_FIXED_BYTES: usize = 48;
 const SPAN_BYTES: usize = 32;
 /// A name's length is stored in two bytes.
 const NAME_BYTES_MAX: usize = u16::MAX as usize;
@@ -22,6 +22,8 @@ const NAME_BYTES_MAX: usize = u16::MAX as usize;
 /// What a store is.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Manifest {
+    /// Drawn at random when the store is created, never 0: tells this store from every other.
+    pub(crate) store_id: u64,
     pub(crate) shards: u16,
     pub(crate) segment_bytes: u64,
     /// Size and alignment of an archived event's root; zeros where that is not known.
@@ -63,6 +65,7 @@ impl Manifest {
         out.extend(self.segment_bytes.to_le_bytes());
         out.extend((self.types.len() as u32).to_le_bytes());
         out.extend(self.root.bytes.to_le_bytes());
+        out.extend(self.store_id.to_le_bytes());
         debug_assert_eq!(out.len(), MANIFEST_FIXED_BYTES);
         for t in &self.types {
             out.extend(t.id.0.to_le_bytes());
@@ -102,7 +105,7 @@ impl Manifest {
             rest = after;
         }
         let root = Root { bytes: u32_at(body, 36), align: u16_at(body, 18) };
-        Ok(Self { shards: u16_at(body, 16), segment_bytes: u64_at(body, 24), root, types })
+        Ok(Self { store_id: u64_at(body, 40), shards: u16_at(body, 16), segment_bytes: u64_at(body, 24), root, types })
     }
 
     /// The store's manifest, or `None` where there is no store yet.
@@ -298,6 +301,7 @@ mod tests {
     #[test]
     fn manifest_is_frozen() {
         let manifest = Manifest {
+            store_id: 0x0102_0304_0506_0708,
             shards: 12,
             segment_bytes: 256 << 20,
             root: Root::default(),

@@ -259,17 +259,18 @@ impl Writer {
     pub(crate) fn roll(&mut self, now: Time) -> Result<(), Refused> {
         let prepared = self.prepared.pop().ok_or(Refused::NeedsSegment)?;
         assert_eq!(prepared.index, self.next_index, "the keeper prepares segments in order");
+        let mut previous_end = Offset(0);
         if let Some(full) = &mut self.current {
             full.half.publish();
+            previous_end = Offset(full.base + full.half.at() as u64);
         }
-        let first_offset = self.log.first_offset(prepared.index);
         let mut half = WriteHalf::new(prepared.memory, 0);
         let header = SegmentHeader {
             schema: self.schema,
             shard: self.log.shard,
             index: prepared.index,
             segment_bytes: self.log.segment_bytes,
-            first_offset,
+            previous_end,
             first_sequence: self.sequence,
             created: now,
             salt: prepared.salt,

@@ -356,7 +356,7 @@ fn an_unknown_version_is_refused_and_left_alone() {
     let disk = FaultyStorage::new();
     write(&mut opened(&disk), &[Op::Park(1, 10)]).expect("written");
     let mut files = disk.files();
-    files.get_mut(&file(1)).expect("it is")[8] = 2;
+    files.get_mut(&file(1)).expect("it is")[8] = 3;
     // As a build of that version writes it, and damaged: the check sum tells.
     assert_damaged_or_dropped(&files);
     let head = &mut files.get_mut(&file(1)).expect("it is")[..FILE_HEADER_BYTES];
@@ -364,7 +364,7 @@ fn an_unknown_version_is_refused_and_left_alone() {
     head[56..60].copy_from_slice(&crc.to_le_bytes());
     let disk = disk_of(&files);
     let found = open(&disk);
-    assert!(matches!(found, Err(OpenError::UnknownFormat { found: 2, known: 1, .. })), "{found:?}");
+    assert!(matches!(found, Err(OpenError::UnknownFormat { found: 3, known: 2, .. })), "{found:?}");
     assert_eq!(disk.files(), files);
 }
 

@@ -221,7 +221,7 @@ impl Store {
         Ok(match self.header(&file, shard, index).map_err(io)? {
             Ok(_) if bytes != self.segment_bytes() => SegmentState::Damaged("the file is not as long as a segment is"),
             Ok(header) => SegmentState::Used {
-                first_offset: header.first_offset,
+                first_offset: header.first_offset(),
                 first_sequence: Sequence(header.first_sequence),
                 created: header.created,
                 schema: header.schema,
@@ -253,8 +253,7 @@ impl Store {
             HeaderError::Archive(_) => Unusable::Damaged("the segment was written with another archive format"),
             HeaderError::Damaged(why) => Unusable::Damaged(why),
         })?;
-        let first_offset = Offset(index.wrapping_mul(self.segment_bytes()).wrapping_add(HEADER_BYTES as u64));
-        if header.index != index || header.first_offset != first_offset {
+        if header.index != index {
             return Err(Unusable::Damaged("the segment's header is that of another segment"));
         }
         if header.shard != shard {

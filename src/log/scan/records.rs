@@ -394,7 +394,7 @@ impl Records {
         if let Some(from) = self.lost_at.take()
             && events > 0
         {
-            self.gaps.push(Gap { shard: self.shard, from, until: current.header.first_offset, events });
+            self.gaps.push(Gap { shard: self.shard, from, until: current.header.first_offset(), events });
         }
         self.sequence = current.header.first_sequence;
         self.at = HEADER_BYTES;

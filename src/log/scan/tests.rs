@@ -29,7 +29,9 @@ impl Engine {
         let dir = tempfile::tempdir().expect("a folder");
         let types = vec![StoredType { id: EventTypeId(1), schema_version: 1, name: "moved".into() }];
         let root = crate::log::manifest::Root::default();
-        Manifest { shards: 1, segment_bytes: SEGMENT_BYTES, root, types }.save(&Files, dir.path()).expect("saved");
+        Manifest { store_id: 1, shards: 1, segment_bytes: SEGMENT_BYTES, root, types }
+            .save(&Files, dir.path())
+            .expect("saved");
         fs::create_dir(shard_dir(dir.path(), ShardId(0))).expect("made");
         Self { dir, index: 0, span: Span { first: 0, last: 0 }, at: 0, salt: 0, sequence: 0, chains: HashMap::new() }
     }
@@ -71,7 +73,7 @@ impl Engine {
             shard: ShardId(0),
             index,
             segment_bytes: SEGMENT_BYTES,
-            first_offset: Offset(index * SEGMENT_BYTES + HEADER_BYTES as u64),
+            previous_end: Offset(0),
             first_sequence: self.sequence,
             created: Time(1),
             salt: self.salt,
