@@ -201,7 +201,7 @@ impl Outside {
         assert_eq!(was_skipped as u64, skips, "{what}: skips are recorded, or not skips");
 
         self.publish(&engine, &[1, 2, 3, 4, 5]).unwrap();
-        let end = Instant::now() + Duration::from_secs(10);
+        let end = soon().unwrap();
         while poller.report().waiting() > 0 || poller.report().letters.letters > 0 {
             assert!(Instant::now() < end, "{what}: {:?}", poller.report());
             poller.reprocess(Letters::All);
@@ -330,7 +330,7 @@ fn a_sync_fails_and_then_the_machine_stops() {
 /// Takes everything and handles it; the numbers in order.
 fn take_all(poller: &mut Poller<Note>, now_ms: &AtomicU64) -> Vec<u64> {
     let mut taken = Vec::new();
-    let end = Instant::now() + Duration::from_secs(10);
+    let end = soon().unwrap();
     loop {
         now_ms.fetch_add(10, Ordering::SeqCst);
         while let Some(delivery) = poller.next().unwrap() {

@@ -22,7 +22,7 @@ impl Event for Ping {
 }
 
 fn soon() -> Option<Instant> {
-    Some(Instant::now() + Duration::from_secs(30))
+    Some(Instant::now() + Duration::from_secs(120))
 }
 
 fn read_all(engine: &EventLog<Ping>, shards: u16) -> Vec<(u64, u64, Ping)> {

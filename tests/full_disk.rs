@@ -5,29 +5,11 @@ mod common;
 
 use std::path::Path;
 use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use common::{Note, numbers, open_on, os_cache, small, soon};
+use common::{Note, fill, numbers, open_on, os_cache, small, soon};
 use corelane::testing::FaultyStorage;
 use corelane::{Durability, EventLog, Key, Rejected};
-
-/// Publishes until refused for good; returns how many were accepted.
-fn fill(engine: &EventLog<Note>, from: u64) -> u64 {
-    let mut producer = engine.producer();
-    let mut n = from;
-    loop {
-        match producer.publish_until(Key(n % 5), Note::sized(n, 3000), Instant::now() + Duration::from_millis(250)) {
-            Ok(_) => n += 1,
-            Err(Rejected::StorageFull(event)) => {
-                assert_eq!(event.n, n, "the event comes back");
-                assert_eq!(event.text.len(), 3000);
-                return n;
-            }
-            Err(other) => panic!("{other:?}"),
-        }
-        assert!(n < from + 20_000, "the disk is not full");
-    }
-}
 
 #[test]
 fn a_disk_full_at_any_segment_is_backpressure_and_goes_on_with_space() {

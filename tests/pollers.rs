@@ -13,7 +13,7 @@ use corelane::{EventLog, Key};
 
 /// Runs a task on this thread, asleep until somebody wakes it. `None`: nobody did for five seconds.
 fn run<T>(task: impl Future<Output = T>) -> Option<T> {
-    block_on_until(task, Instant::now() + Duration::from_secs(5))
+    block_on_until(task, soon().unwrap())
 }
 
 fn publish(engine: &EventLog<Note>, events: impl IntoIterator<Item = (u64, u64)>) {
@@ -35,6 +35,7 @@ fn a_task_is_woken_by_an_event_and_by_a_retry_that_is_due() {
     let dir = tempfile::tempdir().unwrap();
     let engine = EventLog::<Note>::open(small(dir.path()).shards(2)).unwrap();
     let mut poller = poller(&engine);
+    let mut began = Instant::now();
     thread::scope(|scope| {
         scope.spawn(|| {
             thread::sleep(Duration::from_millis(50));
@@ -42,9 +43,9 @@ fn a_task_is_woken_by_an_event_and_by_a_retry_that_is_due() {
         });
         let delivery = run(poller.next_async()).expect("it is woken").unwrap();
         assert_eq!((delivery.attempt(), poller.event(&delivery).unwrap().0.n.to_native()), (1, 7));
+        began = Instant::now();
         poller.failed(delivery, "not yet").unwrap();
     });
-    let began = Instant::now();
     let delivery = run(poller.next_async()).expect("it is woken when the retry is due").unwrap();
     assert_eq!(delivery.attempt(), 2);
     assert!(began.elapsed() >= Duration::from_millis(40), "not before");
@@ -59,15 +60,14 @@ fn a_thread_waits_until_there_is_something_or_the_deadline() {
     let engine = EventLog::<Note>::open(small(dir.path())).unwrap();
     let mut poller = poller(&engine);
     assert!(poller.next().unwrap().is_none());
-    let began = Instant::now();
-    poller.wait(Some(began + Duration::from_millis(30)));
-    assert!(began.elapsed() < Duration::from_secs(5));
+    // Returns, though nothing comes.
+    poller.wait(Some(Instant::now() + Duration::from_millis(30)));
     thread::scope(|scope| {
         scope.spawn(|| {
             thread::sleep(Duration::from_millis(50));
             publish(&engine, [(1, 1), (2, 2), (1, 3), (3, 4)]);
         });
-        let end = Instant::now() + Duration::from_secs(5);
+        let end = soon().unwrap();
         let mut batch = poller.next_batch(10).unwrap();
         while batch.is_empty() {
             assert!(Instant::now() < end, "it was not woken");

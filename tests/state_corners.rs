@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use common::bank::{Account, Money, Order};
-use common::{SEGMENT, small, soon};
+use common::{SEGMENT, settle, small, soon};
 use corelane::testing::{FaultyStorage, Unsynced};
 use corelane::{
     Aggregate, CommandError, Config, Durability, Emit, Engine, Event, EventType, EventTypeId, Key, Meta, Retention,
@@ -112,7 +112,7 @@ fn a_checkpoint_that_was_told_survives_a_power_cut() {
     engine.producer().publish(Key(1), Money::Deposited { cents: 1 }).unwrap();
     engine.flush(soon()).unwrap();
     // Until the keeper has prepared what it wants: it syncs the folder too.
-    std::thread::sleep(Duration::from_millis(300));
+    settle(&storage);
     engine.checkpoint(soon()).unwrap();
     let disk = storage.after_crash(Unsynced::Lost);
     assert_eq!(open(&disk, config()).snapshot_stats().checkpoints, 1);
@@ -244,7 +244,7 @@ fn a_checkpoint_of_events_that_a_power_cut_took_is_forgotten_for_good() {
     publish(1, 101);
     engine.flush(soon()).unwrap();
     // A sync that comes late would have them too.
-    std::thread::sleep(Duration::from_millis(100));
+    settle(&storage);
     publish(101, 201);
     engine.checkpoint(soon()).unwrap();
     let end = newest_checkpoint(&storage).1;
@@ -281,7 +281,7 @@ fn a_checkpoint_that_could_not_be_made_durable_covers_nothing() {
         let engine = open(&storage, small("/s").durability(Durability::GroupCommit).snapshot_every(0));
         engine.producer().publish(Key(1), Money::Deposited { cents: 1 }).unwrap();
         engine.flush(soon()).unwrap();
-        std::thread::sleep(Duration::from_millis(50));
+        settle(&storage);
         storage.fail_sync(1);
         let told = engine.checkpoint(soon());
         storage.heal();
@@ -316,7 +316,7 @@ fn retention_goes_on_when_the_log_becomes_durable_after_its_last_segment_was_beg
         }
     }
     engine.flush(soon()).unwrap();
-    let deadline = Instant::now() + Duration::from_secs(10);
+    let deadline = soon().unwrap();
     while engine.shard_metrics()[0].segments > 3 {
         assert!(Instant::now() < deadline, "{} segments", engine.shard_metrics()[0].segments);
         std::thread::sleep(Duration::from_millis(1));

@@ -7,7 +7,7 @@ mod common;
 use std::time::{Duration, Instant};
 
 use common::bank::{Account, Money, Order, Refused};
-use common::{SEGMENT, env_number, small, soon};
+use common::{SEGMENT, env_number, settle, small, soon};
 use corelane::testing::{FaultyStorage, Unsynced};
 use corelane::{CommandError, Config, Durability, Engine, HistoryError, Key, OpenError, Retention, Version, WaitError};
 
@@ -35,7 +35,7 @@ fn eventually(what: &str, mut is_so: impl FnMut() -> bool) {
 fn in_time<T: Send>(what: &str, body: impl FnOnce() -> T + Send) -> T {
     std::thread::scope(|scope| {
         let running = scope.spawn(body);
-        let deadline = Instant::now() + Duration::from_secs(30);
+        let deadline = soon().unwrap();
         while !running.is_finished() {
             if Instant::now() >= deadline {
                 eprintln!("hangs: {what}");
@@ -97,12 +97,12 @@ fn states_are_told_while_a_command_waits_for_a_full_disk() {
     storage.set_space(Some(2 * SEGMENT));
     let engine = open(&storage, small("/s")).unwrap();
     let mut client = engine.client();
-    while client
-        .send(Key(1), Order::Notes { count: 3, bytes: 10_000 })
-        .wait_until(Instant::now() + Duration::from_millis(300))
-        .is_ok()
-    {}
-    eventually("the disk is full", || engine.shard_metrics()[0].storage_full);
+    eventually("the disk is full", || {
+        // The last one is not answered.
+        let order = Order::Notes { count: 3, bytes: 10_000 };
+        drop(client.send(Key(1), order).wait_until(Instant::now() + Duration::from_millis(300)));
+        engine.shard_metrics()[0].storage_full
+    });
     in_time("a question while a command is held", || {
         let (state, version) = engine.state(Key(1)).unwrap().unwrap();
         assert_eq!(state.notes, version.get());
@@ -143,7 +143,7 @@ fn a_checkpoint_that_retention_needs_is_tried_again_when_nothing_else_happens() 
             open(&storage, small("/s").durability(durability).retention(keeping(2)).snapshot_every(0)).unwrap();
         let mut producer = engine.producer();
         // Every checkpoint fails for a while: the folder's file cannot be made.
-        let deadline = Instant::now() + Duration::from_secs(10);
+        let deadline = soon().unwrap();
         let mut n = 0;
         while engine.snapshot_stats().checkpoints_failed < 3 || engine.shard_metrics()[0].segments < 5 {
             assert!(Instant::now() < deadline, "{:?}", engine.snapshot_stats());
@@ -153,7 +153,7 @@ fn a_checkpoint_that_retention_needs_is_tried_again_when_nothing_else_happens() 
         }
         engine.flush(soon()).unwrap();
         // Until everybody sleeps.
-        std::thread::sleep(Duration::from_millis(300));
+        settle(&storage);
         storage.refuse_side_files(false);
         eventually("retention goes on", || engine.shard_metrics()[0].segments <= 2);
         assert!(engine.failures().is_empty());

@@ -5,7 +5,7 @@ mod common;
 
 use std::time::{Duration, Instant};
 
-use common::{Note, numbers, os_cache, small, soon};
+use common::{Note, PATIENCE, fill, numbers, os_cache, small, soon};
 use corelane::testing::FaultyStorage;
 use corelane::{EventLog, Key, OpenError, WaitError};
 
@@ -22,7 +22,7 @@ fn a_thread_that_cannot_be_started_is_an_error_and_a_clean_end() {
             let outcome = builder.threads_max(threads).open().map(drop);
             done.send(outcome).unwrap();
         });
-        match ended.recv_timeout(Duration::from_secs(8)).unwrap_or_else(|_| panic!("{threads} threads: it hangs")) {
+        match ended.recv_timeout(PATIENCE).unwrap_or_else(|_| panic!("{threads} threads: it hangs")) {
             Ok(()) => opened += 1,
             Err(OpenError::Io { action, .. }) => assert!(action.contains("thread"), "{threads}: {action}"),
             Err(other) => panic!("{threads}: {other}"),
@@ -40,21 +40,17 @@ fn a_shutdown_keeps_its_deadline_while_another_one_waits() {
     let storage = FaultyStorage::new();
     storage.set_space(Some(2 * common::SEGMENT));
     let engine = EventLog::<Note>::builder(os_cache("/s")).faulty_storage(&storage).open().unwrap();
-    let mut producer = engine.producer();
-    let mut accepted = 0;
-    while producer
-        .publish_until(Key(1), Note::sized(accepted, 3000), Instant::now() + Duration::from_millis(200))
-        .is_ok()
-    {
-        accepted += 1;
-    }
+    let accepted = fill(&engine, 0);
     std::thread::scope(|scope| {
         // The disk is full, so nothing that was accepted can be appended, and this waits.
         let patient = scope.spawn(|| engine.shutdown(None));
         std::thread::sleep(Duration::from_millis(100));
         let impatient = scope.spawn(|| engine.shutdown(Some(Instant::now() + Duration::from_millis(200))));
-        std::thread::sleep(Duration::from_secs(1));
-        let in_time = impatient.is_finished();
+        let end = soon().unwrap();
+        while !impatient.is_finished() && Instant::now() < end {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let in_time = impatient.is_finished() && !patient.is_finished();
         storage.set_space(None);
         assert!(in_time, "it waits beyond its deadline");
         let outcome = impatient.join().unwrap();

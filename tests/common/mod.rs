@@ -13,7 +13,7 @@ use std::task::{Context, Poll, Wake, Waker};
 use std::time::{Duration, Instant};
 
 use corelane::testing::FaultyStorage;
-use corelane::{Config, Durability, Event, EventLog, EventType, EventTypeId, OpenError, Pin, ShardId};
+use corelane::{Config, Durability, Event, EventLog, EventType, EventTypeId, Key, OpenError, Pin, Rejected, ShardId};
 use rkyv::{Archive, Deserialize, Serialize};
 
 /// The bytes of a segment in these tests.
@@ -57,8 +57,11 @@ pub(crate) struct Held {
     pub(crate) previous: Option<u64>,
 }
 
+/// How long anything may take on a machine that is busy with other things; only a test that hangs waits so long.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
+
 pub(crate) fn soon() -> Option<Instant> {
-    Some(Instant::now() + Duration::from_secs(20))
+    Some(Instant::now() + PATIENCE)
 }
 
 /// A small store: 64 KiB segments, small rings, no histograms, no pinning.
@@ -167,12 +170,42 @@ pub(crate) fn block_on_until<T>(future: impl Future<Output = T>, end: Instant) -
     }
 }
 
-/// Waits until something is so, twenty seconds at most.
+/// Waits until `is_so`, for as long as [`PATIENCE`].
 pub(crate) fn until(what: &str, mut is_so: impl FnMut() -> bool) {
-    let end = Instant::now() + Duration::from_secs(20);
+    let end = Instant::now() + PATIENCE;
     while !is_so() {
         assert!(Instant::now() < end, "{what}");
         std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// Waits until nobody has synced anything on this disk for a while: every thread of the engine has done its work.
+pub(crate) fn settle(storage: &FaultyStorage) {
+    let mut syncs = storage.syncs();
+    loop {
+        std::thread::sleep(Duration::from_millis(50));
+        if std::mem::replace(&mut syncs, storage.syncs()) == storage.syncs() {
+            break;
+        }
+    }
+}
+
+/// Publishes events of 3,000 bytes from number `from` on until the disk is full; returns the number of the first that was refused.
+pub(crate) fn fill(engine: &EventLog<Note>, from: u64) -> u64 {
+    let mut producer = engine.producer();
+    let mut n = from;
+    loop {
+        match producer.publish_until(Key(n % 5), Note::sized(n, 3000), Instant::now() + Duration::from_millis(250)) {
+            Ok(_) => n += 1,
+            Err(Rejected::StorageFull(event)) => {
+                assert_eq!((event.n, event.text.len()), (n, 3000), "the event comes back");
+                return n;
+            }
+            // The shard has not come so far yet.
+            Err(Rejected::Full(_)) => {}
+            Err(other) => panic!("{other:?}"),
+        }
+        assert!(n < from + 20_000, "the disk is not full");
     }
 }
 
