@@ -1,32 +1,41 @@
 #!/usr/bin/env bash
-# Counts the instructions one event costs on the hot path, and fails when they have become more.
+# Counts the instructions that the hot path, a command and a reader cost per event, and fails when they have become more.
 #
-#   perf/callgrind.sh            compares with perf/instructions.txt; exit 1 above it by more than 5 %
-#   perf/callgrind.sh --save     writes what was counted into perf/instructions.txt
-#   perf/callgrind.sh --top      also shows where they go, function by function
+#   perf/callgrind.sh              compares with perf/instructions.txt; exit 1 where a figure is above it by more than 5 %
+#   perf/callgrind.sh --within P   the same with P percent in place of 5 (readers: four times that)
+#   perf/callgrind.sh --save       writes what was counted into perf/instructions.txt
+#   perf/callgrind.sh --top        also shows where the instructions of a batch go, function by function
 #
-# Counted are `Shard::turn` and the producer's `publish_batch`, whatever they call included, of
-# examples/hotpath.rs. The difference of two runs, N and 2N events, is divided by N, so that starting,
-# opening and recovering do not count. Everything else does not count anyway.
+# To compare with an older commit on this machine: check it out beside this one, copy this script and examples/hotpath.rs
+# over it, run it there with --save, and copy its perf/instructions.txt to here.
 #
-# exit: 0 within the limit   1 above it   2 the counting itself failed
+# examples/hotpath.rs is run once for each figure with N events and once with 2N; the difference, divided by N, is the cost
+# of one event, so that starting, opening and recovering do not count. Only these functions count, with what they call:
+#
+#   turn             Shard::turn, fed with batches            read        Reader::next over what this process wrote
+#   publish_batch    Producer::publish_batch                  recovered   Reader::next over what was there before
+#   publish          Producer::publish, one event a call      send        Client::send(…).ticket()
+#   turn_commands    Shard::turn, fed with commands           claim       Client::answer(…).wait()
+#
+# exit: 0 within the limits   1 above one   2 the counting itself failed
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 EVENTS=524288
-ALLOWED_PERCENT=5
 LIMIT=perf/instructions.txt
 PROFILE=${PROFILE:-release} # PROFILE=profiling adds lines to the .out files for kcachegrind
 
 fail() { echo "callgrind.sh: $*" >&2; exit 2; }
 
-save=0 top=0
-for arg in "$@"; do
-    case $arg in
+save=0 top=0 allowed=5
+while [ $# -gt 0 ]; do
+    case $1 in
         --save) save=1 ;;
         --top) top=1 ;;
-        *) fail "unknown argument $arg (known: --save, --top)" ;;
+        --within) allowed=${2:?--within needs a number}; shift ;;
+        *) fail "unknown argument $1 (known: --save, --top, --within PERCENT)" ;;
     esac
+    shift
 done
 
 if ! command -v valgrind >/dev/null; then
@@ -39,42 +48,52 @@ program=${CARGO_TARGET_DIR:-target}/$PROFILE/examples/hotpath
 out=perf/out
 mkdir -p "$out"
 
-# Prints what a run with $1 events counted.
-count() {
-    local file=$out/callgrind.$1.out log=$out/callgrind.$1.log
-    rm -f "$file"
-    valgrind --tool=callgrind --callgrind-out-file="$file" \
-        --toggle-collect='*Shard*turn' --toggle-collect='*publish_batch_counted' \
-        "$program" "$1" >"$log" 2>&1 || { cat "$log" >&2; fail "the run with $1 events failed"; }
-    sed -n 's/^totals: *//p' "$file"
+# Runs $1 (a mode of the example, or "batch") with $2 events; counts the functions that follow.
+run() {
+    local mode=$1 events=$2 toggles=() name
+    shift 2
+    for name in "$@"; do toggles+=("--toggle-collect=*$name"); done
+    rm -f "$out/callgrind.$mode.$events.out"
+    valgrind --tool=callgrind --callgrind-out-file="$out/callgrind.$mode.$events.out" "${toggles[@]}" \
+        "$program" "$events" $([ "$mode" = batch ] || echo "$mode") >"$out/callgrind.$mode.log" 2>&1 ||
+        { cat "$out/callgrind.$mode.log" >&2; fail "the run \"$mode\" with $events events failed"; }
 }
 
-# Prints the inclusive count of the function whose name has $2 in it, in the run with $1 events.
+# Prints the inclusive count of the function whose name has $3 in it, in the run $1 with $2 events.
 inclusive() {
-    callgrind_annotate --inclusive=yes --threshold=100 "$out/callgrind.$1.out" 2>/dev/null |
-        awk -v name="$2" '!found && index($0, name) { gsub(",", "", $1); print $1; found = 1 }'
+    callgrind_annotate --inclusive=yes --threshold=100 "$out/callgrind.$1.$2.out" 2>/dev/null |
+        awk -v name="$3" '!found && index($0, name) { gsub(",", "", $1); print $1; found = 1 }'
 }
 
-once=$(count $EVENTS)
-twice=$(count $((2 * EVENTS)))
-[ -n "$once" ] && [ -n "$twice" ] || fail "nothing was counted"
+figures=()
+# Counts in the mode $1 the figures that follow, each as FIGURE=FUNCTION.
+count() {
+    local mode=$1 figure functions=() once twice
+    shift
+    for figure in "$@"; do functions+=("${figure#*=}"); done
+    run "$mode" $EVENTS "${functions[@]//Shard<A>::turn/Shard*turn}"
+    run "$mode" $((2 * EVENTS)) "${functions[@]//Shard<A>::turn/Shard*turn}"
+    for figure in "$@"; do
+        once=$(inclusive "$mode" $EVENTS "${figure#*=}") twice=$(inclusive "$mode" $((2 * EVENTS)) "${figure#*=}")
+        # A function that was renamed, or inlined into its caller, would silently count as nothing.
+        [ -n "$once" ] && [ -n "$twice" ] || fail "${figure#*=} is not in the profile: inlined or renamed? Give it #[inline(never)]"
+        figures+=("${figure%%=*} $(awk -v a="$once" -v b="$twice" -v n=$EVENTS 'BEGIN { printf "%.1f", (b - a) / n }')")
+    done
+}
 
-# A function that was renamed, or inlined into its caller, would silently count as nothing.
-per_event() { awk -v a="$1" -v b="$2" -v n=$EVENTS 'BEGIN { printf "%.1f", (b - a) / n }'; }
-declare -A part
-for name in 'Shard<A>::turn' publish_batch_counted; do
-    a=$(inclusive $EVENTS "$name") b=$(inclusive $((2 * EVENTS)) "$name")
-    [ -n "$a" ] && [ -n "$b" ] || fail "$name is not in the profile: inlined or renamed? Give it #[inline(never)]"
-    part[$name]=$(per_event "$a" "$b")
-done
-total=$(per_event "$once" "$twice")
+count batch 'turn=Shard<A>::turn' publish_batch=publish_batch_counted
+count publish publish=publish_counted
+count command 'turn_commands=Shard<A>::turn' send=send_counted claim=claim_counted
+count read read=read_counted
+count recovered recovered=read_counted
 
-echo "instructions per event: $total (shard's turn ${part['Shard<A>::turn']}, publish_batch ${part[publish_batch_counted]})"
-echo "measured with: $(rustc --version), $(valgrind --version), profile $PROFILE, OsCache, 1 producer, 1 shard, 48-byte events, 10,000 users"
+echo "instructions per event:"
+printf '  %s\n' "${figures[@]}"
+echo "measured with: $(rustc --version), $(valgrind --version), profile $PROFILE, OsCache, 1 shard, 48-byte events, 10,000 users"
 
 if [ $top = 1 ]; then
     echo
-    callgrind_annotate --threshold=98 "$out/callgrind.$((2 * EVENTS)).out" 2>/dev/null |
+    callgrind_annotate --threshold=98 "$out/callgrind.batch.$((2 * EVENTS)).out" 2>/dev/null |
         awk -v n=$((2 * EVENTS)) '/file:function/ { on = 1; print "per event  function"; next }
             on && $1 ~ /^[0-9,]+$/ && $0 !~ /PROGRAM TOTALS/ { c = $1; gsub(",", "", c); sub(/^[^)]*\) */, ""); sub(/ \[.*/, ""); printf "%9.1f  %s\n", c / n, $0 }'
     echo
@@ -84,17 +103,24 @@ if [ $save = 1 ]; then
     {
         echo "# Instructions per event that perf/callgrind.sh compares with; written by its --save."
         echo "# $(rustc --version), $(valgrind --version), $(uname -m), $(date -u +%F), commit $(git rev-parse --short=12 HEAD 2>/dev/null || echo unknown)"
-        echo "$total"
+        printf '%s\n' "${figures[@]}"
     } >$LIMIT
     echo "saved to $LIMIT"
     exit 0
 fi
 
-limit=$(grep -v '^#' $LIMIT 2>/dev/null | head -n 1) || true
-[ -n "$limit" ] || fail "$LIMIT holds no number; write one with --save"
-awk -v got="$total" -v limit="$limit" -v allowed=$ALLOWED_PERCENT 'BEGIN {
-    change = 100 * (got / limit - 1)
-    printf "limit %s, change %+.1f %% (allowed: +%d %%)\n", limit, change, allowed
-    if (change < -allowed) print "it has become less: keep that with perf/callgrind.sh --save"
-    exit change > allowed
-}' || { echo "FAILED: the hot path costs more than it did. perf/callgrind.sh --top shows where; if it must be, say why and --save." >&2; exit 1; }
+printf '%s\n' "${figures[@]}" | awk -v allowed="$allowed" '
+    NR == FNR { if ($1 !~ /^#/ && NF == 2) limit[$1] = $2; next }
+    !($1 in limit) { print $1 ": no limit; write one with --save"; missing = 1; next }
+    {
+        change = 100 * ($2 / limit[$1] - 1)
+        most = $1 == "read" || $1 == "recovered" ? 4 * allowed : allowed
+        printf "%-14s %7.1f, limit %7.1f, change %+.2f %% (allowed: +%g %%)\n", $1, $2, limit[$1], change, most
+        if (change < -most) print "  it has become less: keep that with perf/callgrind.sh --save"
+        if (change > most) over = 1
+    }
+    END { exit missing ? 2 : over }' $LIMIT - || {
+    status=$?
+    [ $status = 1 ] && echo "FAILED: an event costs more than it did. perf/callgrind.sh --top shows where; if it must be, say why and --save." >&2
+    exit $status
+}
