@@ -7,7 +7,7 @@ mod answer;
 mod outcomes;
 mod sending;
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::time::Instant;
 
 use crate::aggregate::Aggregate;
@@ -167,9 +167,12 @@ pub(crate) struct ClientLane<A: Aggregate> {
     arrived: u64,
     /// The commands behind `settled`, in order.
     pending: VecDeque<Waiting<A::Rejection>>,
-    /// Commands of which nobody wants to know any more.
+    /// Commands that have left `pending`, in their order.
     settled: u64,
-    capacity: usize,
+    /// Answers of settled commands that nobody has claimed yet: one that is claimed late holds up none behind it.
+    kept: BTreeMap<u64, (ExpectedVersion, Verdict<A::Rejection>)>,
+    /// How many commands `pending` may hold: what the lane holds, less what is kept.
+    room: usize,
 }
 
 /// A command on its way.
@@ -197,7 +200,8 @@ pub struct Ticket {
 /// One thread's way to give commands: to every shard a lane there and one back. Made by [`crate::Engine::client`]; it may
 /// outlive the engine's shutdown (it then refuses).
 ///
-/// At most `ring_capacity` commands of a shard are on their way or have answers that nobody claimed.
+/// At most `ring_capacity` commands of a shard are on their way or have answers that nobody claimed. An answer takes its one
+/// place until it is claimed or forgotten, however many commands are sent and answered meanwhile.
 pub struct Client<A: Aggregate> {
     lanes: Vec<ClientLane<A>>,
     clock: Clock,
@@ -281,8 +285,9 @@ impl<A: Aggregate> ClientLane<A> {
         shared: Arc<LaneShared>,
         door: std::sync::Arc<ShardDoor>,
     ) -> Self {
-        let capacity = orders.buffer().capacity();
-        Self { orders, answers, shared, door, sent: 0, arrived: 0, pending: VecDeque::new(), settled: 0, capacity }
+        let room = orders.buffer().capacity();
+        let (pending, kept) = (VecDeque::new(), BTreeMap::new());
+        Self { orders, answers, shared, door, sent: 0, arrived: 0, pending, settled: 0, kept, room }
     }
 
     /// Tells this lane from all others that live.
@@ -311,6 +316,32 @@ impl<A: Aggregate> ClientLane<A> {
         }
     }
 
+    /// Makes room for one more command by keeping the oldest answers apart. Returns whether there is room now.
+    #[cold]
+    fn make_room(&mut self) -> bool {
+        self.receive();
+        while self.pending.len() >= self.room && self.settled < self.arrived {
+            self.settled += 1;
+            if let Some(Waiting::Answered(expected, verdict)) = self.pending.pop_front() {
+                self.keep(self.settled, expected, verdict);
+            }
+        }
+        self.settle();
+        self.pending.len() < self.room
+    }
+
+    fn keep(&mut self, number: u64, expected: ExpectedVersion, verdict: Verdict<A::Rejection>) {
+        self.kept.insert(number, (expected, verdict));
+        self.room -= 1;
+    }
+
+    /// The answer to a settled command, if nobody has claimed it.
+    fn take_kept(&mut self, number: u64) -> Option<(ExpectedVersion, Verdict<A::Rejection>)> {
+        let kept = self.kept.remove(&number)?;
+        self.room += 1;
+        Some(kept)
+    }
+
     fn waiting(&mut self, number: u64) -> Option<&mut Waiting<A::Rejection>> {
         self.pending.get_mut(usize::try_from(number.checked_sub(self.settled + 1)?).ok()?)
     }
@@ -318,12 +349,17 @@ impl<A: Aggregate> ClientLane<A> {
     /// Takes the answer to command `ticket.number`, if it has arrived.
     fn claim(&mut self, ticket: &Ticket) -> Option<Result<Outcome, CommandError<A::Rejection>>> {
         let receipt = Receipt::new(Arc::clone(&self.shared), ticket.number);
-        let waiting = self.waiting(ticket.number)?;
-        if !matches!(waiting, Waiting::Answered(..)) {
-            return None;
-        }
-        let Waiting::Answered(expected, verdict) = std::mem::replace(waiting, Waiting::Claimed) else { return None };
-        self.settle();
+        let (expected, verdict) = match self.waiting(ticket.number) {
+            None => self.take_kept(ticket.number)?,
+            Some(waiting) if matches!(waiting, Waiting::Answered(..)) => {
+                let Waiting::Answered(expected, verdict) = std::mem::replace(waiting, Waiting::Claimed) else {
+                    return None;
+                };
+                self.settle();
+                (expected, verdict)
+            }
+            Some(_) => return None,
+        };
         Some(match verdict {
             Verdict::Done { version, events, repeated } => {
                 Ok(Outcome { key: ticket.key, version, events, repeated, receipt })
@@ -338,19 +374,17 @@ impl<A: Aggregate> ClientLane<A> {
 
     fn forget(&mut self, number: u64) {
         let has_arrived = number <= self.arrived;
-        if let Some(waiting) = self.waiting(number) {
-            *waiting = if has_arrived { Waiting::Claimed } else { Waiting::Ignored };
+        match self.waiting(number) {
+            Some(waiting) => *waiting = if has_arrived { Waiting::Claimed } else { Waiting::Ignored },
+            None => drop(self.take_kept(number)),
         }
         self.settle();
     }
 
     /// Sends a command if there is room for it and for its answer.
     fn try_send(&mut self, order: Order<A::Command>, wanted: bool) -> Result<u64, Rejected<Order<A::Command>>> {
-        if self.pending.len() >= self.capacity {
-            self.receive();
-            if self.pending.len() >= self.capacity {
-                return Err(self.door.full(order));
-            }
+        if self.pending.len() >= self.room && !self.make_room() {
+            return Err(self.door.full(order));
         }
         self.bring_near();
         let Some(inside) = self.shared.enter() else { return Err(self.door.refusal(order)) };

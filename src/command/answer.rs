@@ -133,14 +133,12 @@ impl<A: Aggregate> ClientLane<A> {
         let Ok(outcome) = claimed else { return };
         let Outcome { version, events, repeated, .. } = outcome;
         let verdict = Verdict::Done { version, events, repeated };
-        let answered = Waiting::Answered(super::ExpectedVersion::Any, verdict);
-        // Claimed answers at the front are settled at once, so its place may be gone.
-        while self.settled >= ticket.number {
-            self.pending.push_front(Waiting::Claimed);
-            self.settled -= 1;
-        }
-        if let Some(waiting) = self.waiting(ticket.number) {
-            *waiting = answered;
+        // What was carried out needs no expectation any more.
+        let expected = super::ExpectedVersion::Any;
+        match self.waiting(ticket.number) {
+            Some(waiting) => *waiting = Waiting::Answered(expected, verdict),
+            // Claimed answers at the front are settled at once.
+            None => self.keep(ticket.number, expected, verdict),
         }
     }
 }
