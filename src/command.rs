@@ -18,7 +18,7 @@ use crate::event::{EventTypeId, Key, KeyHash, Version};
 use crate::keys::KeyTable;
 use crate::producer::{LaneShared, Receipt, ShardDoor};
 use crate::promise::block_until;
-use crate::sync::{Arc, Idle, Ordering, Patience, prefetch_to_write};
+use crate::sync::{Arc, Idle, Ordering, Patience, may_wait, prefetch_to_write};
 
 pub use answer::Answer;
 pub(crate) use outcomes::{Outcomes, Remembered};
@@ -448,6 +448,12 @@ impl<A: Aggregate> ClientLane<A> {
             true => Some(Ok(())),
             false => self.door.log.failure().map(|failure| Err(failure.clone().into())),
         };
+        if let Some(outcome) = answered() {
+            return outcome;
+        }
+        if !may_wait() {
+            return Err(WaitError::OnEngineThread);
+        }
         let mut idle = Idle::new(wait);
         loop {
             if let Some(outcome) = answered() {

@@ -1,6 +1,7 @@
 //! The composition root: opens a store, starts its threads, stops them. The only module that knows all.
 
 mod build;
+mod closing;
 mod consumers;
 mod gated;
 mod history;
@@ -8,7 +9,7 @@ mod open;
 mod queries;
 mod threads;
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use crate::aggregate::{Aggregate, Stateless};
 use crate::clock::Clock;
@@ -34,20 +35,22 @@ use crate::shared::{SharedLane, SharedProducer};
 use crate::snapshot::snapshotter::{Snapshotter, SnapshotterRequests};
 use crate::snapshot::store::SnapshotStore;
 use crate::snapshot::taker::CheckpointRequests;
-use crate::sync::{Arc, Arrivals, AtomicBool, Mutex, Ordering, Signal, lock, lock_until, thread};
+use crate::sync::{Arc, Arrivals, AtomicBool, Mutex, Ordering, Role, Signal, lock, take_role};
 use crate::view::View;
 use build::Context;
+use closing::{Closing, ClosingShard};
 pub use consumers::SyncError;
 pub use history::Comparison;
 use open::{load_manifest, lock_store, recover};
-use threads::{Threads, join_until};
+use threads::Threads;
 
 /// An engine that carries events and keeps no states.
 pub type EventLog<E> = Engine<Stateless<E>>;
 
 /// One store, open and running: the shards' threads, their syncers, and the keeper.
 ///
-/// Dropping it shuts it down, giving up after ten seconds on what a full disk keeps from being appended.
+/// Dropping it shuts it down, giving up after ten seconds on what a full disk keeps from being appended, and on a shard that ends no
+/// turn. Dropped on a thread of its own (in an inline handler, in a consumer's), it waits for nothing and closes behind the drop.
 pub struct Engine<A: Aggregate> {
     config: Checked,
     clock: Clock,
@@ -55,10 +58,9 @@ pub struct Engine<A: Aggregate> {
     shards: Vec<Handle<A>>,
     shared_lanes: std::sync::Arc<[std::sync::Arc<SharedLane<A::Event>>]>,
     keeper: std::sync::Arc<KeeperRequests>,
-    snapshotter: std::sync::Arc<SnapshotterRequests>,
     totals: Mutex<Totals>,
-    threads: Mutex<Vec<thread::JoinHandle<()>>>,
     runner: std::sync::Arc<RunnerRequests>,
+    closing: std::sync::Arc<Closing>,
     services: std::sync::Arc<Services>,
     /// Shared with readers: while one lives, its segments are nobody else's to write.
     lock: std::sync::Arc<dyn Lock>,
@@ -251,17 +253,25 @@ impl<A: Aggregate> Engine<A> {
             config.durability != Durability::OsCache,
             consumers,
         );
+        let services = std::sync::Arc::new(services);
+        let closing = Closing {
+            shards: handles.iter().map(ClosingShard::of).collect(),
+            keeper: std::sync::Arc::clone(&keeper),
+            snapshotter: std::sync::Arc::clone(&snapshotter),
+            services: std::sync::Arc::clone(&services),
+            runner: std::sync::Arc::clone(&runner),
+            threads: Mutex::new(Vec::new()),
+        };
         let engine = Self {
             clock,
             recovery,
             shards: handles,
             shared_lanes: shared.into(),
             keeper,
-            snapshotter,
             totals: Mutex::new(Totals::new()),
-            threads: Mutex::new(Vec::new()),
             runner,
-            services: std::sync::Arc::new(services),
+            closing: std::sync::Arc::new(closing),
+            services,
             lock,
             storage: std::sync::Arc::clone(&storage),
             gates: OpenGates::default(),
@@ -300,13 +310,17 @@ impl<A: Aggregate> Engine<A> {
         name: String,
         body: impl FnOnce() + Send + 'static,
     ) -> Result<(), OpenError> {
+        let body = move || {
+            take_role(Role::Engine);
+            body();
+        };
         let thread = threads.named(name).and_then(|thread| thread.spawn(body));
         let thread = thread.map_err(|source| OpenError::Io {
             action: "starting a thread for",
             path: self.config.dir.clone(),
             source,
         })?;
-        lock(&self.threads).push(thread);
+        lock(&self.closing.threads).push(thread);
         Ok(())
     }
 
@@ -456,50 +470,12 @@ impl<A: Aggregate> Engine<A> {
     ///
     /// # Errors
     /// The first shard's failure; `TimedOut` when the deadline passes first (the threads then go on, and a
-    /// later call or the drop waits again).
+    /// later call or the drop waits again); `OnEngineThread` on a thread of this engine or its consumers, and nothing is closed.
     pub fn shutdown(&self, deadline: Option<Instant>) -> Result<(), WaitError> {
-        for shard in &self.shards {
-            shard.door.closing.store(true, Ordering::SeqCst);
-            shard.door.signal.notify();
+        if self.closing.is_own_thread() {
+            return Err(WaitError::OnEngineThread);
         }
-        // Another caller may hold the list for as long as it waits.
-        let Some(mut threads) = lock_until(&self.threads, deadline) else { return Err(WaitError::TimedOut) };
-        // Keeper and snapshotter, which were started first, go last: the shards may need segments, and retention saved states,
-        // to the end.
-        let helpers =
-            [(&self.keeper.ending, &self.keeper.signal), (&self.snapshotter.ending, &*self.snapshotter.signal)];
-        for left in (0..=helpers.len()).rev() {
-            while threads.len() > left {
-                if !join_until(&mut threads, deadline) {
-                    return Err(WaitError::TimedOut);
-                }
-            }
-            if left == helpers.len() && !self.services.close(deadline) {
-                return Err(WaitError::TimedOut);
-            }
-            if let Some((ending, signal)) = left.checked_sub(1).map(|at| helpers[at]) {
-                ending.store(true, Ordering::SeqCst);
-                signal.notify();
-            }
-        }
-        match self.failures().into_iter().next() {
-            Some(failure) => Err(failure.into()),
-            None => Ok(()),
-        }
-    }
-}
-
-impl<A: Aggregate> Drop for Engine<A> {
-    fn drop(&mut self) {
-        // Ten seconds for a disk that is full now; then what cannot be appended is given up, and said so.
-        if let Err(WaitError::TimedOut) = self.shutdown(Some(Instant::now() + Duration::from_secs(10))) {
-            self.services.abandon();
-            self.runner.abandon.store(true, Ordering::SeqCst);
-            self.shards.iter().for_each(|shard| shard.door.signal.notify());
-            if let Err(error) = self.shutdown(None) {
-                tracing::error!(%error, "the engine was dropped before everything accepted was appended");
-            }
-        }
+        self.closing.close(deadline)
     }
 }
 

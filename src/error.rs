@@ -287,12 +287,15 @@ pub enum FailureCause {
 #[derive(thiserror::Error)]
 #[non_exhaustive]
 pub enum Rejected<E> {
-    /// The lane is full (or stayed full until the deadline).
+    /// The lane is full (or stayed full until the deadline). On an engine's own thread, which must not wait, this is said at once.
     #[error("the lane is full")]
     Full(E),
     /// The lane is full because the disk is; the shard goes on when space returns.
     #[error("the lane is full and the disk has no space for a new segment")]
     StorageFull(E),
+    /// The call would wait for the very thread that makes it: an engine's own, or that of a consumer it asks for. Nothing was sent.
+    #[error("this thread would wait for itself")]
+    OnEngineThread(E),
     /// The engine is shutting down or gone.
     #[error("the engine is closed")]
     Closed(E),
@@ -313,7 +316,11 @@ impl<E> Rejected<E> {
     /// Takes the event back.
     pub fn into_event(self) -> E {
         match self {
-            Self::Full(e) | Self::StorageFull(e) | Self::Closed(e) | Self::ShardFailed(e, _) => e,
+            Self::Full(e)
+            | Self::StorageFull(e)
+            | Self::OnEngineThread(e)
+            | Self::Closed(e)
+            | Self::ShardFailed(e, _) => e,
             Self::TooLarge { event, .. } => event,
         }
     }
@@ -323,6 +330,7 @@ impl<E> Rejected<E> {
         match self {
             Self::Full(e) => Rejected::Full(change(e)),
             Self::StorageFull(e) => Rejected::StorageFull(change(e)),
+            Self::OnEngineThread(e) => Rejected::OnEngineThread(change(e)),
             Self::Closed(e) => Rejected::Closed(change(e)),
             Self::ShardFailed(e, failure) => Rejected::ShardFailed(change(e), failure),
             Self::TooLarge { event, bytes_max } => Rejected::TooLarge { event: change(event), bytes_max },
@@ -334,6 +342,7 @@ impl<E> Rejected<E> {
         match self {
             Self::Full(_) => RejectedReason::Full,
             Self::StorageFull(_) => RejectedReason::StorageFull,
+            Self::OnEngineThread(_) => RejectedReason::OnEngineThread,
             Self::Closed(_) => RejectedReason::Closed,
             Self::ShardFailed(_, failure) => RejectedReason::ShardFailed(failure.clone()),
             Self::TooLarge { bytes_max, .. } => RejectedReason::TooLarge { bytes_max: *bytes_max },
@@ -358,6 +367,9 @@ pub enum RejectedReason {
     /// The lane is full because the disk is.
     #[error("the lane is full and the disk has no space for a new segment")]
     StorageFull,
+    /// The call would wait for the very thread that makes it. Nothing was sent.
+    #[error("this thread would wait for itself")]
+    OnEngineThread,
     /// The engine is shutting down or gone.
     #[error("the engine is closed")]
     Closed,
@@ -378,6 +390,7 @@ impl RejectedReason {
         match self {
             Self::Full => Rejected::Full(event),
             Self::StorageFull => Rejected::StorageFull(event),
+            Self::OnEngineThread => Rejected::OnEngineThread(event),
             Self::Closed => Rejected::Closed(event),
             Self::ShardFailed(failure) => Rejected::ShardFailed(event, failure),
             Self::TooLarge { bytes_max } => Rejected::TooLarge { event, bytes_max },
@@ -457,9 +470,16 @@ pub enum WaitError {
     /// A checkpoint could not be written; the log says why. What it would have saved is still in the log.
     #[error("the checkpoint could not be written")]
     CheckpointFailed,
-    /// The engine is closed, or the question itself panicked.
+    /// The engine is closed.
     #[error("the engine is closed")]
     Closed,
+    /// The question itself panicked, with this text. The shard goes on.
+    #[error("the question panicked: {0}")]
+    QuestionPanicked(String),
+    /// The call would wait for the very thread that makes it: an engine's own (inline handlers, `evolve`, `decide`, views, questions),
+    /// or that of the consumer that is waited for.
+    #[error("this thread would wait for itself")]
+    OnEngineThread,
     /// The durability mode never syncs by itself; call `flush`.
     #[error("durability mode OsCache acknowledges nothing as durable without flush()")]
     NeverDurable,

@@ -123,6 +123,13 @@ pub(crate) struct Exchange {
 }
 
 impl Exchange {
+    /// Asks the owner for its figures; it answers between two turns.
+    pub(crate) fn ask(&self) {
+        if !self.closed.load(Ordering::Acquire) {
+            self.wanted.store(true, Ordering::Release);
+        }
+    }
+
     #[inline]
     pub(crate) fn is_wanted(&self) -> bool {
         self.wanted.load(Ordering::Acquire)
@@ -465,7 +472,7 @@ impl Totals {
             wake();
             // An owner that is stuck (in a handler, in a sync) keeps its figures for the next time.
             let patience = std::time::Instant::now() + std::time::Duration::from_millis(200);
-            while exchange.is_wanted() && std::time::Instant::now() < patience {
+            while exchange.is_wanted() && crate::sync::may_wait() && std::time::Instant::now() < patience {
                 crate::sync::nap(std::time::Duration::from_micros(50));
             }
         }

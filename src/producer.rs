@@ -218,6 +218,8 @@ pub(crate) struct ShardDoor {
     pub(crate) signal: std::sync::Arc<Signal>,
     /// The engine no longer takes events.
     pub(crate) closing: AtomicBool,
+    /// The shard takes no further turn: no code of the application runs on its thread any more.
+    pub(crate) turns_ended: AtomicBool,
     pub(crate) lanes: std::sync::Arc<LaneRegistry>,
 }
 

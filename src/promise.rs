@@ -6,7 +6,7 @@ use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
 use crate::error::WaitError;
-use crate::sync::{Arc, Mutex, lock, thread_waker};
+use crate::sync::{Arc, Mutex, lock, may_wait, thread_waker, wake};
 
 #[derive(Debug)]
 struct Shared<T> {
@@ -38,10 +38,14 @@ impl<T> Keeping<T> {
 
 impl<T> Drop for Keeping<T> {
     fn drop(&mut self) {
-        let mut shared = lock(&self.0);
-        shared.is_broken = true;
-        if let Some(waker) = shared.waker.take() {
-            waker.wake();
+        let waker = {
+            let mut shared = lock(&self.0);
+            shared.is_broken = true;
+            shared.waker.take()
+        };
+        // Not under the lock: a waker may ask again at once.
+        if let Some(waker) = waker {
+            wake(waker);
         }
     }
 }
@@ -70,8 +74,25 @@ impl<T> Future for Promise<T> {
     }
 }
 
-/// Blocks until there is an outcome or the deadline has passed.
+/// Blocks until there is an outcome or the deadline has passed. A thread that an engine waits for is refused instead of blocked.
 pub(crate) fn block_until<T>(
+    deadline: Option<Instant>,
+    register: impl Fn(&std::task::Waker),
+    outcome: impl Fn() -> Option<Result<T, WaitError>>,
+) -> Result<T, WaitError> {
+    block(may_wait(), deadline, register, outcome)
+}
+
+/// As [`block_until`], for what an engine's own thread waits for.
+pub(crate) fn block_own<T>(
+    register: impl Fn(&std::task::Waker),
+    outcome: impl Fn() -> Option<Result<T, WaitError>>,
+) -> Result<T, WaitError> {
+    block(true, None, register, outcome)
+}
+
+fn block<T>(
+    may_wait: bool,
     deadline: Option<Instant>,
     register: impl Fn(&std::task::Waker),
     outcome: impl Fn() -> Option<Result<T, WaitError>>,
@@ -81,6 +102,9 @@ pub(crate) fn block_until<T>(
         register(&waker);
         if let Some(outcome) = outcome() {
             return outcome;
+        }
+        if !may_wait {
+            return Err(WaitError::OnEngineThread);
         }
         match deadline.map(|at| at.saturating_duration_since(Instant::now())) {
             Some(Duration::ZERO) => return Err(WaitError::TimedOut),

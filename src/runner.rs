@@ -32,6 +32,7 @@ pub(crate) fn run<A: Aggregate>(
     }
     // A panic in an event's own code must not take the publishers' answers with it.
     let outcome = catch_unwind(AssertUnwindSafe(|| turn_until_closed(&mut shard, door, requests, wait)));
+    door.turns_ended.store(true, Ordering::SeqCst);
     let cause = match outcome {
         Ok(Ok(())) => None,
         Ok(Err(cause)) => Some(cause),
@@ -92,6 +93,7 @@ fn turn_until_closed<A: Aggregate>(
             });
         }
     }
+    door.turns_ended.store(true, Ordering::SeqCst);
     send_last_snapshots(shard, &mut idle);
     finish(shard, door)
 }
@@ -108,8 +110,7 @@ fn send_last_snapshots<A: Aggregate>(shard: &mut Shard<A>, idle: &mut Idle) {
 fn finish<A: Aggregate>(shard: &mut Shard<A>, door: &ShardDoor) -> Result<(), FailureCause> {
     let end = shard.log.appended.get();
     shard.syncer.flush(end);
-    let synced = crate::promise::block_until(
-        None,
+    let synced = crate::promise::block_own(
         |waker| door.lanes.waiting_flush().register(end, waker),
         || {
             let failure = shard.log.failure().map(|failure| Err(failure.clone().into()));

@@ -7,6 +7,7 @@
 //! whole) and [`Journal`] (what moved while it was looked for).
 
 mod journal;
+mod role;
 mod seqlock;
 
 #[cfg(loom)]
@@ -32,6 +33,7 @@ pub(crate) use crossbeam::sync::ShardedLock;
 pub(crate) use crossbeam::utils::CachePadded;
 
 pub(crate) use journal::Journal;
+pub(crate) use role::{Role, may_wait, role, take_role};
 pub(crate) use seqlock::SeqLock;
 
 use crate::config::Wait;
@@ -235,11 +237,12 @@ impl Patience {
         }
     }
 
+    /// Whether there is nothing more to wait for. On a thread that an engine waits for there never is.
     pub(crate) fn is_over(self) -> bool {
         match self {
             Self::None => true,
-            Self::Until(at) => Instant::now() >= at,
-            Self::Forever => false,
+            Self::Until(at) => Instant::now() >= at || !may_wait(),
+            Self::Forever => !may_wait(),
         }
     }
 }
@@ -450,7 +453,14 @@ impl Waiters {
             });
             self.any.store(!list.is_empty(), Ordering::Relaxed);
         }
-        due.iter().for_each(Waker::wake_by_ref);
+        due.into_iter().for_each(wake);
+    }
+}
+
+/// Wakes, whatever the waker does: it is the application's, and the thread that calls it has others to wake.
+pub(crate) fn wake(waker: Waker) {
+    if std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| waker.wake())).is_err() {
+        tracing::error!("a waker panicked");
     }
 }
 

@@ -7,9 +7,9 @@ use std::time::Instant;
 
 use super::{Client, CommandError, ExpectedVersion, Order, Outcome, Ticket};
 use crate::aggregate::Aggregate;
-use crate::error::Rejected;
+use crate::error::{Rejected, RejectedReason};
 use crate::event::{Correlation, Key, KeyHash};
-use crate::sync::Patience;
+use crate::sync::{Patience, may_wait};
 
 /// A command that is not sent yet.
 #[must_use = "nothing is sent until `.wait()`, `.await`, `.ticket()` or `.tell()`"]
@@ -117,6 +117,10 @@ impl<'c, A: Aggregate> Sending<'c, A> {
     }
 
     fn sent(self, patience: Patience) -> Result<(&'c mut Client<A>, Ticket), CommandError<A::Rejection>> {
+        if !may_wait() {
+            // Before it is sent: its answer could not be waited for.
+            return Err(CommandError::NotSent(RejectedReason::OnEngineThread));
+        }
         self.send(true, patience).map_err(|rejected| CommandError::NotSent(rejected.reason()))
     }
 

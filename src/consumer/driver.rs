@@ -27,6 +27,7 @@ use super::settings::{Exhausted, Judgement, Settings};
 use crate::clock::wall_now;
 use crate::error::ReadError;
 use crate::event::{Event, EventId, Key, Offset, Time};
+use crate::handler::panic_text;
 use crate::log::storage::Storage;
 use crate::promise::Keeping;
 pub(super) use desk::{Desk, Place};
@@ -343,8 +344,9 @@ impl<E: Event> Driver<E> {
             (Failed::Undecodable, _) => Judgement::Park,
             (Failed::Handler(error), Some(judge)) => {
                 let judged = catch_unwind(AssertUnwindSafe(|| judge(error, attempt)));
-                judged.unwrap_or_else(|_| {
-                    tracing::error!(consumer = &*self.settings.name, %error, "the judge panicked; the policy decides");
+                judged.unwrap_or_else(|panic| {
+                    let panic = panic_text(&*panic);
+                    tracing::error!(consumer = &*self.settings.name, %error, panic, "the judge panicked; the policy decides");
                     Judgement::ByPolicy
                 })
             }

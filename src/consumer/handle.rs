@@ -29,6 +29,11 @@ impl<E: Event> Consumer<E> {
         Self { control, name: name.to_owned() }
     }
 
+    /// Whether the current thread may wait for it.
+    pub(crate) fn may_await(&self) -> bool {
+        self.control.life.may_await()
+    }
+
     /// Its name.
     #[must_use]
     pub fn name(&self) -> &str {
@@ -44,7 +49,8 @@ impl<E: Event> Consumer<E> {
     /// Gives nothing out any more, until [`Consumer::resume`]; what runs goes on.
     ///
     /// # Errors
-    /// `Ended`; `Busy` when its thread does not answer, since it is inside a handler.
+    /// `Ended`; `Busy` when its thread does not answer, since it is inside a handler; `Wait` with `OnEngineThread` from inside that
+    /// handler itself, or on a shard's thread: nothing was asked then.
     pub fn pause(&self) -> Result<(), ConsumerError> {
         self.ask(Driver::pause).map(drop)
     }
@@ -62,8 +68,11 @@ impl<E: Event> Consumer<E> {
     /// their keys lie behind the same fault; what was skipped or discarded comes again. One that had halted goes on from there.
     ///
     /// # Errors
-    /// As [`Consumer::pause`]; `Read` where the place is gone.
+    /// As [`Consumer::pause`], and from inside a handler on any of its threads; `Read` where the place is gone.
     pub fn seek(&self, start: Start) -> Result<(), ConsumerError> {
+        if !self.control.life.may_await() {
+            return Err(WaitError::OnEngineThread.into());
+        }
         let deadline = Instant::now() + ANSWER_TIME;
         let was_paused = self.ask(Driver::pause)?;
         let sought = loop {
@@ -116,8 +125,11 @@ impl<E: Event> Consumer<E> {
     /// Waits until the key's events up to this one are done here, and says how the last one ended.
     ///
     /// # Errors
-    /// `Ended`; `Wait` with `TimedOut` at the deadline.
+    /// `Ended`; `Wait` with `TimedOut` at the deadline, with `OnEngineThread` inside one of its own handlers.
     pub fn wait_handled(&self, key: Key, id: EventId, deadline: Option<Instant>) -> Result<Handled, ConsumerError> {
+        if !self.control.life.may_await() {
+            return Err(WaitError::OnEngineThread.into());
+        }
         let (handled, keeping) = promise();
         // Not waited for: the answer is the promise.
         drop(self.control.ask(move |driver| driver.wait_for(key, id.offset, keeping)));
@@ -125,7 +137,7 @@ impl<E: Event> Consumer<E> {
     }
 
     /// Waits until everything there is has been handled or recorded. Whether it came to that by the deadline; one that is paused or
-    /// halted does not come to it.
+    /// halted does not come to it. `false` at once inside one of its own handlers, whose event is not handled yet.
     #[must_use]
     pub fn drain(&self, deadline: Option<Instant>) -> bool {
         self.control.drain(deadline)
@@ -143,7 +155,8 @@ impl<E: Event> Consumer<E> {
     /// it, nothing else waits for it, and what it was handling counts as not done.
     ///
     /// # Errors
-    /// `Busy`; `Ended` where it had ended by itself, with the reason.
+    /// `Busy`; `Ended` where it had ended by itself, with the reason. `Wait` with `OnEngineThread` from inside its own handler, or on a
+    /// shard's thread: it is asked to stop and not waited for.
     pub fn stop(self, deadline: Option<Instant>) -> Result<(), ConsumerError> {
         self.control.life.stop(&self.name, deadline, || self.control.report().failure)
     }
@@ -152,6 +165,9 @@ impl<E: Event> Consumer<E> {
         &self,
         look: impl FnOnce(&mut Driver<E>) -> T + Send + 'static,
     ) -> Result<T, ConsumerError> {
+        if !self.control.life.may_ask() {
+            return Err(WaitError::OnEngineThread.into());
+        }
         self.answer(self.control.ask(look).wait(Some(Instant::now() + ANSWER_TIME))).map_err(|error| match error {
             ConsumerError::Wait(WaitError::TimedOut) => ConsumerError::Busy { name: self.name.clone() },
             error => error,

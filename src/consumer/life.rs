@@ -4,8 +4,11 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::{Duration, Instant};
 
 use super::error::ConsumerError;
+use super::services::Services;
+use crate::error::WaitError;
+use crate::handler::panic_text;
 use crate::promise::block_until;
-use crate::sync::{AtomicBool, AtomicU64, Mutex, Ordering, Waiters, lock, thread};
+use crate::sync::{AtomicBool, AtomicU64, Mutex, Ordering, Role, Waiters, lock, may_wait, role, take_role, thread};
 
 /// How long dropping a handle waits for the thread to end.
 const DROP_TIME: Duration = Duration::from_secs(5);
@@ -24,10 +27,13 @@ pub(crate) struct Life {
     ended: AtomicU64,
     /// Who waits for that.
     ending: Waiters,
+    /// Which engine it belongs to.
+    engine: usize,
 }
 
 impl Life {
-    pub(super) fn new() -> Self {
+    /// Of a consumer of `services`.
+    pub(super) fn new(services: &Services) -> Self {
         Self {
             stopping: AtomicBool::new(false),
             given_up: AtomicBool::new(false),
@@ -36,7 +42,27 @@ impl Life {
             inside_since_ns: AtomicU64::new(0),
             ended: AtomicU64::new(0),
             ending: Waiters::new(),
+            engine: services.identity(),
         }
+    }
+
+    /// Makes the current thread this consumer's until it ends.
+    pub(super) fn take_thread(&self, drives: bool) {
+        take_role(Role::Consumer { engine: self.engine, consumer: self.identity(), drives });
+    }
+
+    fn identity(&self) -> usize {
+        std::ptr::from_ref(self).addr()
+    }
+
+    /// Whether the current thread may wait for this consumer to get something done, or to end.
+    pub(crate) fn may_await(&self) -> bool {
+        may_wait() && !matches!(role(), Role::Consumer { consumer, .. } if consumer == self.identity())
+    }
+
+    /// Whether the current thread may wait for the answer of whoever drives it: a worker may.
+    pub(super) fn may_ask(&self) -> bool {
+        may_wait() && !matches!(role(), Role::Consumer { consumer, drives: true, .. } if consumer == self.identity())
     }
 
     /// The time since it began: what everything here is told as `now`.
@@ -79,6 +105,10 @@ impl Life {
         failure: impl FnOnce() -> Option<String>,
     ) -> Result<(), ConsumerError> {
         self.ask_to_stop();
+        if !self.may_await() {
+            self.given_up.store(true, Ordering::Relaxed);
+            return Err(WaitError::OnEngineThread.into());
+        }
         if !self.await_end(deadline) {
             self.given_up.store(true, Ordering::Relaxed);
             return Err(ConsumerError::Busy { name: name.to_owned() });
@@ -92,7 +122,8 @@ impl Life {
             return;
         }
         self.ask_to_stop();
-        if !self.await_end(Some(Instant::now() + DROP_TIME)) {
+        // On its own thread: it ends when its handler has returned.
+        if self.may_await() && !self.await_end(Some(Instant::now() + DROP_TIME)) {
             tracing::error!(consumer = name, "a consumer's handler hangs; its thread stays behind");
         }
     }
@@ -100,10 +131,11 @@ impl Life {
     /// Runs the thread's work, whatever it does. Returns why it ended by itself, if it did.
     pub(super) fn run(&self, name: &str, body: impl FnOnce() -> Result<(), ConsumerError>) -> Option<String> {
         *lock(&self.thread) = Some(thread::current());
+        self.take_thread(true);
         let failure = match catch_unwind(AssertUnwindSafe(body)) {
             Ok(Ok(())) => None,
             Ok(Err(error)) => Some(error.to_string()),
-            Err(_) => Some("the consumer's own code panicked".to_owned()),
+            Err(panic) => Some(format!("the consumer's own code panicked: {}", panic_text(&*panic))),
         };
         if let Some(failure) = &failure {
             tracing::error!(consumer = name, failure, "a consumer ended");

@@ -17,7 +17,7 @@ use crate::event::{Event, EventId, Key, Meta, Offset};
 use crate::handler::HandlerError;
 use crate::log::finder::Finder;
 use crate::log::fold::Access;
-use crate::sync::thread_waker;
+use crate::sync::{may_wait, thread_waker};
 
 /// A consumer without threads. Whoever has it takes deliveries and says what came of each; meanwhile no other event of that key
 /// is given out. Retries, dead letters and checkpoints are as with threads, and happen inside these calls: call often.
@@ -144,10 +144,11 @@ impl<E: Event> Poller<E> {
         Ok(())
     }
 
-    /// Blocks until there may be something for [`Poller::next`], or the deadline.
+    /// Blocks until there may be something for [`Poller::next`], or the deadline. On a shard's own thread, which must not wait, it
+    /// returns at once.
     pub fn wait(&mut self, deadline: Option<Instant>) {
         let waker = thread_waker();
-        if self.may_go_on(&waker) {
+        if !may_wait() || self.may_go_on(&waker) {
             return;
         }
         let due = self.driver.next_due().map(|due| Instant::now() + due.saturating_sub((self.clock)()));

@@ -82,6 +82,9 @@ impl<E: Event> Running for Control<E> {
     }
 
     fn drain(&self, deadline: Option<Instant>) -> bool {
+        if !self.life.may_await() {
+            return false;
+        }
         loop {
             let left = deadline.map(|at| at.saturating_duration_since(Instant::now()));
             if left.is_some_and(|left| left.is_zero()) {
@@ -115,7 +118,7 @@ pub(super) fn start<E: Event>(
     handler: impl Serve<E>,
 ) -> Result<std::sync::Arc<Control<E>>, ConsumerError> {
     let control = std::sync::Arc::new(Control {
-        life: Life::new(),
+        life: Life::new(&services),
         asks: Arrivals::new(),
         report: Mutex::new(ConsumerReport::of(&driver, Duration::ZERO)),
         places: driver.desks().iter().map(|desk| desk.place()).collect(),
@@ -334,6 +337,7 @@ impl<E: Event> Worker<E> {
 
     /// Until nobody has jobs any more.
     fn run(mut self, handler: &impl Serve<E>) {
+        self.control.life.take_thread(false);
         let mut access = Access::new::<E>();
         let mut handler = |event: &E::Archived, meta: &Meta, call: &Call<'_>| handler(event, meta, call);
         while let Ok(job) = self.jobs.recv() {

@@ -95,6 +95,11 @@ impl Services {
         Self { storage, store, lock, keeper, shards, syncs, known, closed }
     }
 
+    /// Tells this engine from all others that live.
+    pub(crate) fn identity(&self) -> usize {
+        std::ptr::from_ref(self).addr()
+    }
+
     pub(crate) fn dir(&self, name: &str) -> PathBuf {
         consumers_dir(&self.store).join(name)
     }
@@ -228,9 +233,12 @@ impl Services {
         lock(&self.known).values().filter_map(|known| known.running.clone()).collect()
     }
 
-    /// Waits until every running consumer has handled everything there is. Whether all have.
+    /// Waits until every running consumer has handled everything there is. Whether all have; not, where one would wait for itself.
     pub(crate) fn drain(&self, deadline: Option<Instant>) -> bool {
-        self.running().iter().all(|running| running.drain(deadline))
+        let running = self.running();
+        // Before any is waited for: one of them may be this very thread.
+        running.iter().all(|running| running.life().may_await())
+            && running.iter().all(|running| running.drain(deadline))
     }
 
     /// Lets go of consumers that do not end: they are asked to, and not waited for. Where a handler hangs, its thread stays behind, and

@@ -21,7 +21,7 @@ use super::settings::{Filter, Settings};
 use crate::config::in_range;
 use crate::error::{OpenError, ReadError};
 use crate::event::{Event, Offset, ShardId};
-use crate::handler::HandlerError;
+use crate::handler::{HandlerError, panic_text};
 use crate::log::holds::Hold;
 use crate::log::reader::{Reader, Record, Sight};
 use crate::sync::{Arc, AtomicBool, AtomicU64, Mutex, Ordering, lock, thread, thread_waker};
@@ -136,6 +136,9 @@ impl Running for Control {
     }
 
     fn drain(&self, deadline: Option<Instant>) -> bool {
+        if !self.life.may_await() {
+            return false;
+        }
         let question = self.drains.fetch_add(1, Ordering::SeqCst) + 1;
         self.life.wake();
         while self.drained.load(Ordering::SeqCst) < question {
@@ -244,7 +247,7 @@ impl<E: Event> ConsumerBuilder<E> {
         let (places, letters) = services.drive::<E>(&name, settings.start)?;
         let positions = places.iter().map(|place| (&*place.log, place.hold.get()));
         let control = std::sync::Arc::new(Control {
-            life: Life::new(),
+            life: Life::new(&services),
             paused: AtomicBool::new(false),
             resumed: AtomicBool::new(false),
             report: Mutex::new(ConsumerReport::at_rest(&name, positions)),
@@ -278,6 +281,11 @@ impl<E: Event> ConsumerBuilder<E> {
         drop(spawn(&services, name.clone(), move || pump.run_to_the_end()).inspect_err(|_| services.left(&name))?);
         Ok(SinkConsumer { control, name })
     }
+}
+
+/// What a sink that panicked is taken to have said.
+fn panicked(panic: &(dyn std::any::Any + Send)) -> HandlerError {
+    format!("the sink panicked: {}", panic_text(panic)).into()
 }
 
 impl<E: Event, S: Sink<E>> Pump<E, S> {
@@ -324,7 +332,7 @@ impl<E: Event, S: Sink<E>> Pump<E, S> {
         if self.is_lost {
             let Some(pass) = self.admit() else { return Ok(0) };
             let found = catch_unwind(AssertUnwindSafe(|| self.find_positions()));
-            match found.unwrap_or_else(|_| Ok(Err("the sink panicked".into())))? {
+            match found.unwrap_or_else(|panic| Ok(Err(panicked(&*panic))))? {
                 Ok(()) => {
                     self.is_lost = false;
                     // A probe that nobody reports would count as failed. Else only batches tell how the sink is.
@@ -429,7 +437,7 @@ impl<E: Event, S: Sink<E>> Pump<E, S> {
         let applied = catch_unwind(AssertUnwindSafe(|| sink.apply(&mut batch)));
         let events = batch.events;
         self.control.life.come_out();
-        applied.unwrap_or_else(|_| Err("the sink panicked".into()))?;
+        applied.unwrap_or_else(|panic| Err(panicked(&*panic)))?;
         if side.reader.offset() == side.position {
             return Err("the sink took nothing from its batch".into());
         }

@@ -71,6 +71,7 @@ impl<A: Aggregate> Context<'_, A> {
             log: Arc::clone(&log),
             signal: std::sync::Arc::clone(&signal),
             closing: AtomicBool::new(false),
+            turns_ended: AtomicBool::new(false),
             lanes: std::sync::Arc::clone(&lanes),
         });
         let shared_end = Arc::new(LaneShared::new(Arc::clone(&log), config.durability));

@@ -8,6 +8,7 @@ use crate::consumer::{Consumer, ConsumerBuilder, ConsumerError, ConsumerReport, 
 use crate::error::{Rejected, WaitError};
 use crate::event::{EventId, Key};
 use crate::producer::Producer;
+use crate::sync::may_wait;
 
 /// Why an event that was to be published and handled was not, or is not yet.
 #[derive(Debug, thiserror::Error)]
@@ -51,7 +52,8 @@ impl<A: Aggregate> Engine<A> {
     /// Publishes an event and returns when all inline handlers, and then these consumers, have handled it.
     ///
     /// # Errors
-    /// [`SyncError`]: it was not accepted, or not everybody had handled it by the deadline.
+    /// [`SyncError`]: it was not accepted, or not everybody had handled it by the deadline. On a shard's own thread, and inside a handler
+    /// of one of `consumers`, the event comes back with [`Rejected::OnEngineThread`].
     pub fn publish_sync(
         &self,
         producer: &mut Producer<A::Event>,
@@ -60,6 +62,9 @@ impl<A: Aggregate> Engine<A> {
         consumers: &[&Consumer<A::Event>],
         deadline: Option<Instant>,
     ) -> Result<(), SyncError<A::Event>> {
+        if !may_wait() || !consumers.iter().all(|consumer| consumer.may_await()) {
+            return Err(SyncError::Rejected(Rejected::OnEngineThread(event)));
+        }
         let receipt = match deadline {
             Some(at) => producer.publish_until(key, event, at),
             None => producer.publish(key, event),
@@ -99,6 +104,7 @@ impl<A: Aggregate> Engine<A> {
 
     /// Waits until every running consumer has handled or recorded everything that there is to see. Whether all have, by the deadline:
     /// before a shutdown, for who wants nothing left over. (What is left over is not lost: it is handled after the next start.)
+    /// `false` at once inside a handler of one of them, whose event is not handled yet.
     #[must_use]
     pub fn drain_consumers(&self, deadline: Option<Instant>) -> bool {
         self.services.drain(deadline)

@@ -12,10 +12,10 @@ use crate::keys::Walk;
 use crate::log::finder::Finder;
 use crate::log::fold::Folder;
 use crate::log::reader::Reader;
-use crate::promise::{block_until, promise};
+use crate::promise::block_until;
 use crate::snapshot::load::{candidates, load};
 use crate::snapshot::store::SnapshotStats;
-use crate::sync::{Arc, Ordering};
+use crate::sync::{Arc, Ordering, may_wait};
 
 /// Whether folding the log anew makes the states that the shards have.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -39,8 +39,11 @@ impl<A: Aggregate> Engine<A> {
     ///
     /// # Errors
     /// `ShardFailed`; `CheckpointFailed` when it (or one that was under way when this was called) could not be written; `TimedOut`;
-    /// `Closed`.
+    /// `Closed` once the engine closes; `OnEngineThread`.
     pub fn checkpoint(&self, deadline: Option<Instant>) -> Result<(), WaitError> {
+        if !may_wait() {
+            return Err(WaitError::OnEngineThread);
+        }
         let ask = |shard: &Handle<A>| {
             let (log, checkpoints) = (&shard.door.log, &shard.checkpoints);
             // Before asking: the checkpoint may begin at once, and events that come after it do not belong to it.
@@ -65,7 +68,8 @@ impl<A: Aggregate> Engine<A> {
                     if checkpoints.failed.load(Ordering::SeqCst) > failed {
                         return Some(Err(WaitError::CheckpointFailed));
                     }
-                    self.snapshotter.ending.load(Ordering::SeqCst).then_some(Err(WaitError::Closed))
+                    // A shard that closes begins no other.
+                    shard.door.closing.load(Ordering::SeqCst).then_some(Err(WaitError::Closed))
                 },
             )?;
         }
@@ -158,14 +162,10 @@ impl<A: Aggregate> Engine<A> {
 
     /// A key's state as it is, with its version and the latest time of its events.
     fn now(&self, key: Key) -> Result<(A, Version, Time), WaitError> {
-        let (promise, keeping) = promise();
-        let question = Box::new(move |keys: &crate::keys::KeyTable<A>| {
+        self.of(key).ask(move |keys| {
             let slot = keys.get(key).cloned().unwrap_or_default();
-            keeping.keep((slot.state, slot.version, slot.time_max));
-        });
-        drop(self.of(key).questions.push(question));
-        self.of(key).door.signal.notify();
-        promise.wait(None)?.ok_or_else(|| self.unanswered(key))
+            (slot.state, slot.version, slot.time_max)
+        })
     }
 
     /// The earliest version of `key` that can surely be told, where the log has lost some of its events.
@@ -353,17 +353,13 @@ impl<A: Aggregate> Engine<A> {
     /// Clones of some keys' states as they are now, and where to go on.
     #[expect(clippy::type_complexity, reason = "a list and a position, used once")]
     fn states(&self, shard: &Handle<A>, walk: Walk) -> Result<(Vec<(Key, Version, A)>, Option<Walk>), WaitError> {
-        let (promise, keeping) = promise();
-        let question = Box::new(move |keys: &crate::keys::KeyTable<A>| {
+        shard.ask(move |keys| {
             let (slots, then) = keys.walk(walk, COMPARED);
-            keeping.keep((slots.map(|slot| (slot.key, slot.version, slot.state.clone())).collect(), then));
-        });
-        drop(shard.questions.push(question));
-        shard.door.signal.notify();
-        promise.wait(None)?.ok_or(WaitError::Closed)
+            (slots.map(|slot| (slot.key, slot.version, slot.state.clone())).collect(), then)
+        })
     }
 
-    fn of(&self, key: Key) -> &Handle<A> {
+    pub(super) fn of(&self, key: Key) -> &Handle<A> {
         &self.shards[usize::from(key.shard(self.config.shards).0)]
     }
 
@@ -378,13 +374,9 @@ impl<A: Aggregate> Engine<A> {
     /// Where a key stands now.
     pub(super) fn head(&self, key: Key) -> Result<Head, WaitError> {
         let shard = self.of(key);
-        let (promise, keeping) = promise();
-        let question = Box::new(move |keys: &crate::keys::KeyTable<A>| {
+        shard.ask(move |keys| {
             let head = keys.get(key).map(|slot| Head { version: slot.version, offset: slot.head });
-            keeping.keep(head.unwrap_or(Head { version: Version(0), offset: Offset(0) }));
-        });
-        drop(shard.questions.push(question));
-        shard.door.signal.notify();
-        promise.wait(None)?.ok_or_else(|| self.unanswered(key))
+            head.unwrap_or(Head { version: Version(0), offset: Offset(0) })
+        })
     }
 }

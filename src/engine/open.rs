@@ -1,6 +1,7 @@
 //! Before an engine runs: the store's lock, its manifest, and what its shards hold.
 
 use std::collections::VecDeque;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::PathBuf;
 
 use super::threads::Threads;
@@ -87,6 +88,7 @@ pub(super) fn recover<A: Aggregate>(
     let helpers = crate::sync::cores().min(usize::from(config.shards)) - 1;
     let next = std::sync::atomic::AtomicUsize::new(0);
     let results = Mutex::new(VecDeque::new());
+    let panicked = Mutex::new(None);
     let work = || {
         loop {
             let i = next.fetch_add(1, Ordering::Relaxed);
@@ -104,8 +106,11 @@ pub(super) fn recover<A: Aggregate>(
                 outcomes_kept: config.outcomes_kept,
                 known: &known,
             };
-            let result = opening.recover::<A>();
-            lock(&results).push_back((i, result));
+            // Upcasters, `evolve` and `upgrade` are the application's: what they panic with is told by the thread that opens.
+            match catch_unwind(AssertUnwindSafe(|| opening.recover::<A>())) {
+                Ok(result) => lock(&results).push_back((i, result)),
+                Err(panic) => *lock(&panicked) = Some(panic),
+            }
         }
     };
     std::thread::scope(|scope| {
@@ -117,6 +122,9 @@ pub(super) fn recover<A: Aggregate>(
         }
         work();
     });
+    if let Some(panic) = lock(&panicked).take() {
+        resume_unwind(panic);
+    }
     let mut results: Vec<(usize, Result<_, _>)> = std::mem::take(&mut *lock(&results)).into();
     results.sort_by_key(|(i, _)| *i);
     let mut recovered: Vec<Recovered<A>> = results.into_iter().map(|(_, result)| result).collect::<Result<_, _>>()?;
