@@ -402,11 +402,12 @@ impl RejectedReason {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum GateError {
-    /// What stands in front cannot be published now.
+    /// What stands in front cannot be published now, or there is no space for its record (`StorageFull`).
     #[error(transparent)]
     Publish(RejectedReason),
-    /// The record of a gap could not be made durable, so nothing behind it may be published. It is final: open the store again.
-    #[error("a gap is not recorded in {}: {source}", path.display())]
+    /// The record of a gap, or of where a partition started, could not be made durable, so nothing behind it may be published. It is
+    /// final: open the gate again.
+    #[error("the gate's record could not be written to {}: {source}", path.display())]
     GapRecord {
         /// The gate's file.
         path: PathBuf,
@@ -452,6 +453,9 @@ pub enum GateOpenError {
     /// The log could not be counted.
     #[error(transparent)]
     Read(#[from] ReadError),
+    /// Where partitions started that the log holds could not be recorded.
+    #[error(transparent)]
+    Record(GateError),
     /// What had been accepted before did not become durable.
     #[error(transparent)]
     Wait(#[from] WaitError),

@@ -6,7 +6,7 @@
 //! ```text
 //!  offer ─▶ SequenceGate ─▶ front (at most one) ─▶ Producer ─▶ shards' logs ─┐ counted at the next opening
 //!                │                 ▲                                         ▼
-//!                └─▶ GapClosed ─▶ gates/NAME/gaps (synced)      gates/NAME/positions (a cache)
+//!                └─▶ GapClosed, starts ─▶ gates/NAME/gaps (synced)      gates/NAME/positions (a cache)
 //! ```
 //!
 //! The front is what has left the gate and could not be published. While it stands there nothing is taken from the gate, so nothing
@@ -14,12 +14,15 @@
 
 mod answer;
 mod files;
+mod record;
 mod recovered;
 
 use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
 use crate::clock::{Clock, Nanos, wall_now};
+#[expect(unused_imports, reason = "named by the documentation")]
+use crate::consumer::GateStart;
 use crate::consumer::{Ahead, GateStatistics, Offered, Released, SequenceGate};
 use crate::error::{GateError, OpenError, Rejected};
 use crate::event::{Event, Key, Offset};
@@ -31,9 +34,10 @@ use crate::producer::{Producer, Receipt, ShardDoor};
 use crate::sync::{Mutex, Patience, lock};
 
 pub use answer::{Accepted, GateRefused, LateEvent};
-pub use files::Gap;
-pub(crate) use files::{GateFiles, Positions, Standing, gates_dir};
-pub(crate) use recovered::{Counts, Uncounted};
+pub(crate) use files::{GateFiles, Positions, Standing, gates_dir, is_full};
+pub use record::Gap;
+pub(crate) use record::{Entry, Start};
+pub(crate) use recovered::{Counts, Recovered, Uncounted};
 
 /// The names of an engine's gates that are open.
 pub(crate) type OpenGates = std::sync::Arc<Mutex<HashSet<String>>>;
@@ -109,10 +113,12 @@ impl<E: Event> GatedProducer<E> {
     }
 
     /// Takes an event in. What becomes ready by it is published at once, waiting for room as [`Producer::publish`] does; gaps that are
-    /// due are closed, each with a sync of its record.
+    /// due are closed, each with a sync of its record. With [`GateStart::FirstSeen`] the first event of a partition is published
+    /// when its start is recorded, with a sync likewise.
     ///
     /// # Errors
-    /// The event, and why it was refused.
+    /// The event, and why it was refused. Where the disk has no space for a record, `StorageFull` is answered without waiting; once
+    /// there is space, the next call goes on.
     #[inline]
     pub fn offer(&mut self, partition: u64, sequence: u64, key: Key, event: E) -> Result<Accepted<E>, GateRefused<E>> {
         self.offer_with(partition, sequence, key, event, Patience::Forever)
@@ -150,6 +156,11 @@ impl<E: Event> GatedProducer<E> {
         {
             return Err(GateRefused::because(why, event));
         }
+        if self.parts.gate.would_start(&partition, sequence)
+            && let Err(why) = self.parts.files.add(&Entry::Start(Start { partition, sequence, time: wall_now() }))
+        {
+            return Err(GateRefused::because(why, event));
+        }
         let offered = self.parts.gate.offer(partition, sequence, (key, event), self.gate_time(clock));
         let late = |(key, event)| LateEvent { partition, sequence, key, event };
         let answer = match offered {
@@ -174,7 +185,8 @@ impl<E: Event> GatedProducer<E> {
     /// number of events published and gaps closed. Call it when [`GatedProducer::next_due`] says so.
     ///
     /// # Errors
-    /// What it stopped at. Nothing is lost or overtaken by it: the next call goes on there.
+    /// What it stopped at. Nothing is lost or overtaken by it: the next call goes on there. A full disk is `StorageFull`, without
+    /// waiting where a gap's record has no space.
     pub fn pump(&mut self) -> Result<u64, GateError> {
         self.pump_with(Patience::Forever)
     }
@@ -314,7 +326,10 @@ impl<E: Event> GatedProducer<E> {
                 Front::Event { partition, sequence, key, event } => {
                     self.publish(partition, sequence, key, event, clock, patience)?;
                 }
-                Front::Gap(gap) => self.parts.files.add(&gap).inspect_err(|_| self.front = Some(Front::Gap(gap)))?,
+                Front::Gap(gap) => {
+                    let recorded = self.parts.files.add(&Entry::Gap(gap));
+                    recorded.inspect_err(|_| self.front = Some(Front::Gap(gap)))?;
+                }
             }
             done += 1;
         }

@@ -433,14 +433,17 @@ fn a_torn_gap_record_is_cut_and_the_gate_goes_on() {
 #[test]
 fn damaged_gap_records_are_a_typed_error_and_stay_as_they_are() {
     let storage = with_gaps();
-    for at in [0, 8, 13, 16, 30, 63] {
+    // The header, and each of the two entries.
+    for at in [0, 8, 13, 16, 30, 63, 64, 80, 111] {
         let storage = changed(&storage, "gaps", |gaps| gaps[at] ^= 4);
         let before = storage.files()[&gate_file("gaps")].clone();
         let engine = open_on(&storage, small(DIR)).unwrap();
         let error = engine.gated("in", policy(), source).expect_err("damaged");
-        assert!(
-            matches!(&error, GateOpenError::File(OpenError::ForeignFile { path, .. }) if *path == gate_file("gaps"))
-        );
+        let GateOpenError::File(OpenError::ForeignFile { path, .. } | OpenError::DamagedFile { path, .. }) = &error
+        else {
+            panic!("byte {at}: {error}");
+        };
+        assert_eq!(*path, gate_file("gaps"), "byte {at}");
         assert!(storage.files()[&gate_file("gaps")] == before);
         // The rest of the store is as good as before, and so is a gate of another name.
         engine.gated("other", policy(), |_| None).unwrap();
@@ -795,4 +798,367 @@ fn retention_frees_nothing_for_positions_that_could_not_be_saved() {
         assert!(Instant::now() < deadline);
         std::thread::sleep(Duration::from_millis(1));
     }
+}
+
+/// Keys of shard 0 and shard 1, of two.
+fn keys_of_two_shards() -> [Key; 2] {
+    [0, 1].map(|shard| (0..).map(Key).find(|key| key.shard(2) == ShardId(shard)).unwrap())
+}
+
+fn first_seen() -> GatePolicy {
+    policy().start(GateStart::FirstSeen)
+}
+
+#[test]
+fn a_late_event_in_another_shard_does_not_set_a_partition_back() {
+    let [k0, k1] = keys_of_two_shards();
+    for (late_in, first_in) in [(k0, k1), (k1, k0)] {
+        let storage = FaultyStorage::new();
+        let engine = open_on(&storage, small(DIR).shards(2)).unwrap();
+        let mut gate = engine.gated("in", first_seen(), source).unwrap();
+        for sequence in [10, 11] {
+            assert!(matches!(gate.offer(7, sequence, first_in, note(7, sequence)), Ok(Accepted::Published(_))));
+        }
+        let Ok(Accepted::TooOld(late)) = gate.offer(7, 5, late_in, note(7, 5)) else { panic!("below the start") };
+        gate.publish_late(late).unwrap();
+        assert_eq!(gate.expected(7), Some(12));
+        engine.flush(soon()).unwrap();
+        drop((gate, engine));
+        let mut files = storage.files();
+        files.remove(&gate_file("positions"));
+        for storage in [storage, FaultyStorage::with_files(files)] {
+            let engine = open_on(&storage, small(DIR).shards(2)).unwrap();
+            let mut gate = engine.gated("in", first_seen(), source).unwrap();
+            assert_eq!(gate.expected(7), Some(12));
+            assert!(matches!(gate.offer(7, 6, first_in, note(7, 6)), Ok(Accepted::TooOld(_))));
+            assert!(matches!(gate.offer(7, 12, first_in, note(7, 12)), Ok(Accepted::Published(_))));
+        }
+    }
+}
+
+/// As the gate's folder is after a life that closed nine gaps.
+fn nine_gaps() -> FaultyStorage {
+    let storage = FaultyStorage::new();
+    let engine = open_on(&storage, small(DIR)).unwrap();
+    let mut gate = gated(&engine);
+    (0..20).step_by(2).for_each(|sequence| drop(offer(&mut gate, 0, sequence)));
+    close_gaps(&mut gate);
+    assert_eq!(gate.gaps().unwrap().len(), 9);
+    engine.flush(soon()).unwrap();
+    drop((gate, engine));
+    storage
+}
+
+#[test]
+fn a_record_that_was_cut_or_removed_is_damage_and_nothing_else_is_written_there() {
+    let storage = nine_gaps();
+    let entries = |count: usize| 16 + count * 48;
+    type Change = (&'static str, Box<dyn Fn(&mut BTreeMap<PathBuf, Vec<u8>>)>);
+    let file = |name: &'static str, change: fn(&mut Vec<u8>, usize), count: usize| -> Change {
+        (name, Box::new(move |files| change(files.get_mut(&gate_file(name)).unwrap(), entries(count))))
+    };
+    let mut changes: Vec<Change> =
+        (0..9).map(|count| file("gaps", |gaps, bytes| gaps.truncate(bytes), count)).collect();
+    changes.extend((0..9).map(|count| file("gaps", |gaps, bytes| gaps.truncate(bytes + 20), count)));
+    changes.extend((0..9).map(|count| file("gaps", |gaps, bytes| gaps[bytes + 9] ^= 1, count)));
+    changes.push(file("gaps", |gaps, _| drop(gaps.drain(16..64)), 0));
+    changes.push(("gaps", Box::new(|files| drop(files.remove(&gate_file("gaps"))))));
+    changes.push((
+        "gaps",
+        Box::new(|files| files.retain(|path, _| *path != gate_file("gaps") && *path != gate_file("witness"))),
+    ));
+    changes.push(("witness", Box::new(|files| drop(files.remove(&gate_file("witness"))))));
+    for (i, (name, change)) in changes.iter().enumerate() {
+        for has_positions in [true, false] {
+            let mut files = storage.files();
+            change(&mut files);
+            if !has_positions {
+                files.remove(&gate_file("positions"));
+            }
+            // All of a gate's files removed is what giving it up looks like.
+            if files.keys().all(|path| path.parent() != gate_file("gaps").parent()) {
+                continue;
+            }
+            let before: Vec<_> = files.iter().filter(|(path, _)| path.starts_with("/store/gates")).collect();
+            let storage = FaultyStorage::with_files(files.clone());
+            let engine = open_on(&storage, small(DIR)).unwrap();
+            for error in [engine.gated("in", policy(), source).expect_err("lost"), engine.gaps("in").expect_err("lost")]
+            {
+                let GateOpenError::File(OpenError::DamagedFile { path, .. }) = &error else { panic!("{i}: {error}") };
+                assert_eq!(*path, gate_file(name), "{i}");
+            }
+            let after = storage.files();
+            let after: Vec<_> = after.iter().filter(|(path, _)| path.starts_with("/store/gates")).collect();
+            assert!(before == after, "{i}: it is left as it is");
+        }
+    }
+    // A witness that is behind, as a power cut leaves it, is brought up; the gate goes on.
+    for cut in 16..=16 + 9 * 8 {
+        let storage = changed(&storage, "witness", |witness| witness.truncate(cut));
+        let engine = open_on(&storage, small(DIR)).unwrap();
+        let mut gate = gated(&engine);
+        assert_eq!(gate.gaps().unwrap().len(), 9);
+        drop(offer(&mut gate, 0, 21));
+        close_gaps(&mut gate);
+        assert_eq!(storage.files()[&gate_file("witness")].len(), 16 + 10 * 8);
+        drop(gate);
+        assert_eq!(gated(&engine).gaps().unwrap().len(), 10);
+    }
+}
+
+#[test]
+fn a_record_taken_away_under_a_running_gate_is_a_typed_error_at_the_next_gap() {
+    type Change = fn(&Path);
+    let changes: [(&str, Change); 6] = [
+        ("gaps", |dir| std::fs::remove_file(dir.join("gaps")).unwrap()),
+        ("gaps", |dir| std::fs::write(dir.join("gaps"), b"").unwrap()),
+        ("gaps", |dir| {
+            let gaps = std::fs::read(dir.join("gaps")).unwrap();
+            std::fs::write(dir.join("gaps"), &gaps[..16]).unwrap();
+        }),
+        ("gaps", |dir| std::fs::write(dir.join("gaps"), vec![7; 4096]).unwrap()),
+        ("witness", |dir| std::fs::remove_file(dir.join("witness")).unwrap()),
+        ("gaps", |dir| std::fs::remove_dir_all(dir).unwrap()),
+    ];
+    for (i, (name, change)) in changes.into_iter().enumerate() {
+        let dir = tempfile::tempdir().unwrap();
+        let engine = EventLog::<Note>::open(os_cache(dir.path())).unwrap();
+        let mut gate = gated(&engine);
+        [0, 2].into_iter().for_each(|sequence| drop(offer(&mut gate, 0, sequence)));
+        close_gaps(&mut gate);
+        let folder = dir.path().join("gates/in");
+        change(&folder);
+        let before = common::tree(dir.path()).into_keys().filter(|path| path.starts_with(&folder)).collect::<Vec<_>>();
+        drop(offer(&mut gate, 0, 4));
+        gate.pass_time(2 * HOUR);
+        for _ in 0..2 {
+            let Err(GateError::GapRecord { path, .. }) = gate.pump() else { panic!("{i}: nothing was recorded") };
+            assert!(path.ends_with(name), "{i}: {}", path.display());
+        }
+        let after = common::tree(dir.path()).into_keys().filter(|path| path.starts_with(&folder)).collect::<Vec<_>>();
+        assert_eq!(before, after, "{i}: no file is made in its place");
+        assert_eq!(by_partition(&engine)[&0], BTreeSet::from([0, 2]), "{i}: nothing is published behind it");
+    }
+}
+
+#[test]
+fn a_full_disk_keeps_a_gap_waiting_and_the_gate_goes_on_with_space() {
+    let storage = FaultyStorage::new();
+    let engine = open_on(&storage, small(DIR)).unwrap();
+    let mut gate = gated(&engine);
+    [0, 2, 4].into_iter().for_each(|sequence| drop(offer(&mut gate, 0, sequence)));
+    engine.flush(soon()).unwrap();
+    storage.refuse_files(true);
+    gate.pass_time(2 * HOUR);
+    for pumped in [gate.pump(), gate.try_pump(), gate.pump()] {
+        assert!(matches!(pumped, Err(GateError::Publish(RejectedReason::StorageFull))), "{pumped:?}");
+    }
+    let refused = gate.offer(0, 1, Key::new(1), note(0, 1)).expect_err("nothing overtakes the gap");
+    assert!(refused.is_full(), "{refused:?}");
+    assert_eq!(refused.into_event().n, 1);
+    assert_eq!(by_partition(&engine)[&0], BTreeSet::from([0]));
+    assert_eq!(gate.gaps().unwrap(), []);
+    assert!(matches!(gate.save(soon()), Err(GateError::Positions(OpenError::Io { .. }))));
+    // A kill now finds a torn entry.
+    let torn = FaultyStorage::with_files(storage.files());
+    assert_eq!(torn.files()[&gate_file("gaps")].len(), 16 + 24, "a part of it was written");
+    let after_kill = open_on(&torn, small(DIR)).unwrap();
+    assert_eq!(gated(&after_kill).gaps().unwrap(), []);
+    assert_eq!(gated(&after_kill).expected(0), Some(1));
+
+    storage.refuse_files(false);
+    assert_eq!(gate.pump().unwrap(), 4, "two gaps, and what waited behind each");
+    gate.save(soon()).unwrap();
+    drop((gate, engine));
+    let engine = open_on(&storage.after_crash(Unsynced::Lost), small(DIR)).unwrap();
+    let gate = gated(&engine);
+    assert_eq!((gate.expected(0), spans(&gate.gaps().unwrap())), (Some(5), BTreeSet::from([(0, 1), (0, 3)])));
+    assert_eq!(by_partition(&engine)[&0], BTreeSet::from([0, 2, 4]));
+}
+
+#[test]
+fn a_full_disk_refuses_a_new_partition_and_hands_its_first_event_back() {
+    let storage = FaultyStorage::new();
+    let engine = open_on(&storage, small(DIR)).unwrap();
+    let mut gate = engine.gated("in", first_seen(), source).unwrap();
+    drop(offer(&mut gate, 0, 5));
+    storage.refuse_files(true);
+    let refused = gate.offer(1, 7, Key::new(1), note(1, 7)).expect_err("its start is not recorded");
+    assert!(refused.is_full(), "{refused:?}");
+    assert_eq!((refused.into_event().n, gate.expected(1)), (1 << 32 | 7, None));
+    assert!(matches!(gate.offer(0, 6, Key::new(1), note(0, 6)), Ok(Accepted::Published(_))), "another goes on");
+    // The positions are a cache, so a gate is opened without them, too.
+    drop(gate);
+    let mut gate = engine.gated("in", first_seen(), source).unwrap();
+    assert_eq!(gate.expected(0), Some(7));
+    storage.refuse_files(false);
+    assert!(matches!(gate.offer(1, 9, Key::new(1), note(1, 9)), Ok(Accepted::Published(_))));
+    assert!(
+        matches!(gate.offer(1, 7, Key::new(1), note(1, 7)), Ok(Accepted::TooOld(_))),
+        "it starts where it was taken"
+    );
+}
+
+/// What a partition is by plain sets. What is in `log` or in `gaps` from `start` on is behind `expected`.
+#[derive(Debug, Default)]
+struct Plain {
+    start: Option<u64>,
+    expected: u64,
+    log: BTreeSet<u64>,
+    gaps: BTreeSet<u64>,
+    early: BTreeSet<u64>,
+    /// Told to be late in this life.
+    late: BTreeSet<u64>,
+}
+
+impl Plain {
+    fn settle(&mut self, closes_gaps: bool) {
+        loop {
+            let next = self.expected;
+            if self.early.remove(&next) {
+                self.log.insert(next);
+            } else if !self.log.contains(&next) && !self.gaps.contains(&next) {
+                if !closes_gaps || self.early.is_empty() {
+                    break;
+                }
+                self.gaps.insert(next);
+            }
+            self.expected += 1;
+        }
+    }
+
+    fn restart(&mut self, log: Option<&BTreeSet<u64>>) {
+        (self.log, self.early, self.late) = (log.cloned().unwrap_or_default(), BTreeSet::new(), BTreeSet::new());
+        self.expected = self.start.unwrap_or_default();
+        self.settle(false);
+    }
+}
+
+/// Offers one event, and compares the answer with the plain sets.
+fn offer_and_compare(gate: &mut GatedProducer<Note>, plain: &mut Plain, at: (u64, u64), key: Key, takes_late: bool) {
+    let (partition, sequence) = at;
+    match gate.offer(partition, sequence, key, note(partition, sequence)).unwrap() {
+        Accepted::Published(_) => {
+            let start = *plain.start.get_or_insert(sequence);
+            plain.expected = plain.expected.max(start);
+            assert_eq!(sequence, plain.expected, "{at:?} {plain:?}");
+            plain.early.insert(sequence);
+        }
+        Accepted::Buffered => {
+            let is_new = plain.early.insert(sequence) && !plain.log.contains(&sequence);
+            assert!(is_new && sequence > plain.expected && !plain.gaps.contains(&sequence), "{at:?} {plain:?}");
+        }
+        Accepted::Duplicate => {
+            let is_known = plain.log.contains(&sequence) || plain.early.contains(&sequence);
+            assert!(is_known || plain.late.contains(&sequence), "{at:?} {plain:?}");
+        }
+        Accepted::Late(late) | Accepted::TooOld(late) => {
+            assert!(sequence < plain.expected || plain.gaps.contains(&sequence), "{at:?} {plain:?}");
+            plain.late.insert(sequence);
+            if takes_late && plain.log.insert(sequence) {
+                drop(gate.publish_late(late).unwrap());
+            }
+        }
+        Accepted::Waiting => panic!("there is room"),
+    }
+    plain.settle(false);
+    assert_eq!(gate.expected(partition), Some(plain.expected), "{at:?} {plain:?}");
+}
+
+#[test]
+fn a_gate_stands_after_any_restart_where_plain_sets_say() {
+    const PARTITIONS: u64 = 3;
+    let (mut lates, mut cuts) = (0, 0);
+    for seed in 0..env_number("CORELANE_GATED_SEEDS", 10) {
+        let mut random = SmallRng::seed_from_u64(seed);
+        let mut storage = FaultyStorage::new();
+        let config = if seed % 2 == 0 { os_cache(DIR) } else { small(DIR) }.shards(random.random_range(1..=3));
+        let start = if seed % 3 == 0 { GateStart::At(20) } else { GateStart::FirstSeen };
+        let mut plains: BTreeMap<u64, Plain> = (0..PARTITIONS).map(|of| (of, Plain::default())).collect();
+        if let GateStart::At(first) = start {
+            plains.values_mut().for_each(|plain| (plain.start, plain.expected) = (Some(first), first));
+        }
+        for life in 0..6 {
+            let engine = open_on(&storage, config.clone()).unwrap();
+            let mut gate = engine.gated("in", policy().start(start), source).unwrap();
+            for (partition, plain) in &plains {
+                let is_known = start == GateStart::FirstSeen || !plain.log.is_empty() || !plain.gaps.is_empty();
+                let expected = plain.start.filter(|_| is_known).map(|_| plain.expected);
+                assert_eq!(gate.expected(*partition), expected, "seed {seed}, life {life}: {plain:?}");
+            }
+            let gaps: BTreeSet<(u64, u64)> =
+                plains.iter().flat_map(|(of, plain)| plain.gaps.iter().map(|gap| (*of, *gap))).collect();
+            assert_eq!(spans(&gate.gaps().unwrap()), gaps, "seed {seed}, life {life}");
+            for _ in 0..random.random_range(0..80) {
+                let partition = random.random_range(0..PARTITIONS);
+                let plain = plains.get_mut(&partition).unwrap();
+                let base = if plain.start.is_some() { plain.expected } else { 20 };
+                let sequence = match random.random_range(0..10) {
+                    0..5 => base,
+                    5..8 => base + random.random_range(0..6),
+                    _ => random.random_range(0..=base),
+                };
+                let key = Key::new(random.random_range(0..7));
+                let before = plain.late.len();
+                offer_and_compare(&mut gate, plain, (partition, sequence), key, random.random_bool(0.5));
+                lates += plain.late.len() - before;
+                if random.random_bool(0.05) {
+                    close_gaps(&mut gate);
+                    plains.values_mut().for_each(|plain| plain.settle(true));
+                }
+                if random.random_bool(0.02) {
+                    gate.save(soon()).unwrap();
+                }
+            }
+            let mut is_cut = false;
+            let mut disk = match random.random_range(0..4) {
+                0 => {
+                    gate.close(soon()).unwrap();
+                    engine.shutdown(soon()).unwrap();
+                    None
+                }
+                1 => {
+                    drop(gate);
+                    engine.flush(soon()).unwrap();
+                    None
+                }
+                how => {
+                    while engine.shard_metrics().iter().any(|shard| shard.backlog > 0) {
+                        std::thread::yield_now();
+                    }
+                    is_cut = how == 2;
+                    let seed = random.random();
+                    let kill = || FaultyStorage::with_files(storage.files());
+                    Some(if is_cut { storage.after_crash(Unsynced::Random(seed)) } else { kill() })
+                }
+            };
+            drop(engine);
+            if random.random_bool(0.5) {
+                let mut files = disk.as_ref().unwrap_or(&storage).files();
+                files.remove(&gate_file("positions"));
+                disk = Some(FaultyStorage::with_files(files));
+            }
+            storage = disk.unwrap_or(storage);
+            // The oracle after it: the log as it is, which nothing but a power cut changes.
+            let held = held_by_partition(&open_on(&storage, config.clone()).unwrap());
+            for (partition, plain) in &mut plains {
+                let held = held.get(partition);
+                if !is_cut {
+                    assert_eq!(held.unwrap_or(&BTreeSet::new()), &plain.log, "seed {seed}, life {life}");
+                }
+                cuts += plain.log.len() - held.map_or(0, BTreeSet::len);
+                plain.restart(held);
+            }
+        }
+    }
+    assert!(lates > 100 && cuts > 30, "both happen: {lates} late, {cuts} cut");
+}
+
+/// What the logs hold of each partition, each once.
+fn held_by_partition(engine: &EventLog<Note>) -> BTreeMap<u64, BTreeSet<u64>> {
+    let mut all: BTreeMap<u64, BTreeSet<u64>> = BTreeMap::new();
+    for (partition, sequence) in logs(engine).into_iter().flatten() {
+        assert!(all.entry(partition).or_default().insert(sequence), "{sequence} of partition {partition} twice");
+    }
+    all
 }

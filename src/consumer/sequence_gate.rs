@@ -130,6 +130,15 @@ impl<P: Eq + Hash + Clone, T> SequenceGate<P, T> {
         self.partitions.get(partition).is_some_and(|known| known.is_over(sequence))
     }
 
+    /// Whether an item would start its partition, which the policy leaves to the first one, and not be refused.
+    #[inline]
+    pub(crate) fn would_start(&self, partition: &P, sequence: u64) -> bool {
+        self.policy.start == GateStart::FirstSeen
+            && sequence != u64::MAX
+            && self.partitions.len() < self.policy.partitions_max
+            && !self.partitions.contains_key(partition)
+    }
+
     /// Takes an item in.
     ///
     /// # Errors

@@ -2,11 +2,13 @@
 
 use super::Engine;
 use crate::aggregate::Aggregate;
+use crate::clock::wall_now;
 use crate::consumer::{GatePolicy, SequenceGate};
 use crate::error::{GateError, GateOpenError, OpenError, ReadError};
 use crate::event::Offset;
 use crate::gated::{
-    Counts, Gap, GateFiles, GatedProducer, GatedShard, Parts, Positions, TakenName, Uncounted, gates_dir, hold_name,
+    Counts, Entry, Gap, GateFiles, GatedProducer, GatedShard, Parts, Positions, Recovered, Start, TakenName, Uncounted,
+    gates_dir, hold_name, is_full,
 };
 use crate::log::manifest::is_folder_name;
 use crate::log::reader::Reader;
@@ -68,8 +70,10 @@ impl<A: Aggregate> Engine<A> {
         let mut gate = SequenceGate::new(policy)?;
         // What an earlier gate of this name published may still be on its way to the log.
         self.flush(None)?;
-        let files = GateFiles::new(&self.storage, &self.config.dir, name);
-        let gaps = files.open()?;
+        let mut files = GateFiles::new(&self.storage, &self.config.dir, name);
+        let record = files.open()?;
+        let is_new = record.is_none();
+        let (gaps, starts) = record.unwrap_or_default();
         let positions = files.positions(self.shards.len())?;
         if positions.is_none() {
             self.hold(&[(name.to_owned(), vec![0; self.shards.len()])]);
@@ -77,13 +81,31 @@ impl<A: Aggregate> Engine<A> {
         let has_lost_beginning = positions.is_none() && self.has_lost_beginning();
         let counted: Vec<u64> = self.shards.iter().map(|shard| shard.door.log.durable.get()).collect();
         let readers = self.uncounted(positions.as_ref(), &counted)?;
-        let mut counts = Counts::new(start, positions, has_lost_beginning);
+        if has_lost_beginning {
+            tracing::warn!(
+                name,
+                "a gate's positions are gone and so is the log's beginning: what was freed is not known to it"
+            );
+        }
+        let mut counts = Counts::new(start, positions, &starts, has_lost_beginning);
         counts.count_log(readers, source)?;
-        let standings = counts.with_gaps(gaps);
+        let Recovered { standings, derived_starts } = counts.with_gaps(gaps);
         let partitions = standings.len();
+        if is_new && partitions > 0 {
+            tracing::warn!(
+                name,
+                partitions,
+                "a gate without a folder finds events in the log; gaps it may have closed are not known"
+            );
+        }
         for (partition, expected, ahead) in standings {
             let resumed = gate.resume(partition, expected, ahead);
             resumed.map_err(|_| GateOpenError::TooManyPartitions { partitions })?;
+        }
+        // From now on they are told: a later opening may find lower sequences, which came late.
+        for (partition, sequence) in derived_starts {
+            let recorded = files.add(&Entry::Start(Start { partition, sequence, time: wall_now() }));
+            recorded.map_err(GateOpenError::Record)?;
         }
         let mut gated = GatedProducer::new(Parts {
             producer: self.producer(),
@@ -97,6 +119,11 @@ impl<A: Aggregate> Engine<A> {
         });
         match gated.save_counted(counted) {
             Ok(()) => Ok(gated),
+            // A cache: the older ones stay, and so does what they keep retention from.
+            Err(GateError::Positions(OpenError::Io { source, .. })) if is_full(&source) => {
+                tracing::warn!(name, "no space for a gate's positions; they are saved by the next call that does");
+                Ok(gated)
+            }
             Err(GateError::Positions(error)) => Err(error.into()),
             Err(other) => unreachable!("only files are written: {other}"),
         }

@@ -1,105 +1,27 @@
-//! A gate's two files: the gaps it closed, and how far it has counted the log. `FORMAT.md` §19.
+//! A gate's files: the record of its gaps and starts, the witness of that record, and how far it has counted the log. `FORMAT.md` §19.
 //!
-//! One writer: the gate's owner. A gap is in its file, synced, before anything behind it is published; the positions are a cache.
+//! One writer: the gate's owner. An entry of the record is synced before anything behind it is published; the witness says which
+//! entries must be there, so none is lost unnoticed; the positions are a cache.
 
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
 
-use crate::error::{GateError, OpenError};
-use crate::event::Time;
-use crate::log::format::{FORMAT_VERSION, u16_at, u32_at, u64_at};
+use super::record::{self, Entry, FileEnd, Gap, Start, WITNESSES_UNSYNCED_MAX};
+use crate::error::{GateError, OpenError, RejectedReason};
+use crate::log::format::{FORMAT_VERSION, u16_at, u64_at};
 use crate::log::manifest::checked;
-use crate::log::storage::{Storage, replace};
+use crate::log::storage::{SideFile, Storage, replace};
 
-const GAPS_MAGIC: [u8; 8] = *b"corelgap";
 const POSITIONS_MAGIC: [u8; 8] = *b"corelpos";
 const GAPS: &str = "gaps";
+const WITNESS: &str = "witness";
 const POSITIONS: &str = "positions";
-const GAPS_HEADER_BYTES: usize = 16;
-const GAP_BYTES: usize = 48;
 const POSITIONS_FIXED_BYTES: usize = 24;
 
 /// Where the gates of a store have their folders.
 pub(crate) fn gates_dir(store: &Path) -> PathBuf {
     store.join("gates")
-}
-
-/// Sequences that did not come in time. What lies behind them was published without them.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct Gap {
-    /// Of which partition.
-    pub partition: u64,
-    /// The first sequence.
-    pub from: u64,
-    /// The last sequence.
-    pub to: u64,
-    /// How long they were waited for.
-    pub waited: Duration,
-    /// When they were given up.
-    pub time: Time,
-}
-
-impl Gap {
-    pub(super) fn new(partition: u64, from: u64, to: u64, waited: Duration, time: Time) -> Self {
-        Self { partition, from, to, waited, time }
-    }
-
-    fn encode(&self) -> [u8; GAP_BYTES] {
-        let mut out = [0; GAP_BYTES];
-        let waited_ns = u64::try_from(self.waited.as_nanos()).unwrap_or(u64::MAX);
-        for (at, word) in [self.partition, self.from, self.to, waited_ns, self.time.0].into_iter().enumerate() {
-            out[8 * at..][..8].copy_from_slice(&word.to_le_bytes());
-        }
-        let crc = crc32c::crc32c(&out[..44]);
-        out[44..].copy_from_slice(&crc.to_le_bytes());
-        out
-    }
-
-    fn decode(bytes: &[u8]) -> Option<Self> {
-        let holds = bytes.len() == GAP_BYTES && crc32c::crc32c(&bytes[..44]) == u32_at(bytes, 44);
-        holds.then(|| Self {
-            partition: u64_at(bytes, 0),
-            from: u64_at(bytes, 8),
-            to: u64_at(bytes, 16),
-            waited: Duration::from_nanos(u64_at(bytes, 24)),
-            time: Time(u64_at(bytes, 32)),
-        })
-    }
-}
-
-fn gaps_header() -> Vec<u8> {
-    let mut out = Vec::from(GAPS_MAGIC);
-    out.extend(FORMAT_VERSION.to_le_bytes());
-    let crc = crc32c::crc32c(&out);
-    out.extend(crc.to_le_bytes());
-    out
-}
-
-/// The gaps, and the bytes of the file that hold. Gaps are added and synced one at a time, and after an error none is: so only the
-/// last one can be torn.
-fn decode_gaps(path: &Path, bytes: &[u8]) -> Result<(Vec<Gap>, usize), OpenError> {
-    let foreign = |why| OpenError::ForeignFile { path: path.to_owned(), why };
-    checked(path, &bytes[..bytes.len().min(GAPS_HEADER_BYTES)], GAPS_MAGIC, GAPS_HEADER_BYTES - 4)?;
-    let mut gaps = Vec::with_capacity(bytes.len() / GAP_BYTES);
-    let mut at = GAPS_HEADER_BYTES;
-    while at < bytes.len() {
-        let end = (at + GAP_BYTES).min(bytes.len());
-        let Some(gap) = Gap::decode(&bytes[at..end]) else {
-            if end == bytes.len() {
-                break;
-            }
-            return Err(foreign("the CRC of a gap before the last does not hold"));
-        };
-        if gap.from > gap.to || gap.to == u64::MAX {
-            return Err(foreign("a gap ends before it begins"));
-        }
-        gaps.push(gap);
-        at = end;
-    }
-    Ok((gaps, at))
 }
 
 /// Where one partition stands.
@@ -172,19 +94,51 @@ impl Words<'_> {
     }
 }
 
+/// The record as it was found.
+struct Found {
+    entries: Vec<Entry>,
+    gaps_end: FileEnd,
+    witness_end: FileEnd,
+    /// What the witness has to say yet.
+    unwitnessed: Vec<u8>,
+    /// Bytes behind the last whole entry, and the bytes before them.
+    torn: usize,
+    whole: Vec<u8>,
+}
+
+/// Where the next entry goes.
+#[derive(Debug, Clone, Copy)]
+struct Ends {
+    gaps: FileEnd,
+    witness: FileEnd,
+    entries: u64,
+}
+
+/// Why an entry was not written.
+enum Unwritten {
+    /// There was no space. What the file holds behind its end is written over by the next attempt.
+    Full,
+    Failed(&'static str, io::Error),
+}
+
 /// The folder of one gate.
 #[derive(Debug)]
 pub(crate) struct GateFiles {
     storage: std::sync::Arc<dyn Storage>,
+    store: PathBuf,
     dir: PathBuf,
-    /// A gap could not be written. What the file holds at its end is unknown, so nothing is added any more.
-    failed: Option<Arc<io::Error>>,
+    /// Once it is open to be written.
+    ends: Option<Ends>,
+    /// An entry could not be written. What the file holds at its end is unknown, so nothing is added any more.
+    failed: Option<(&'static str, Arc<io::Error>)>,
+    is_full: bool,
 }
 
 impl GateFiles {
     pub(crate) fn new(storage: &std::sync::Arc<dyn Storage>, store: &Path, name: &str) -> Self {
         let dir = gates_dir(store).join(name);
-        Self { storage: std::sync::Arc::clone(storage), dir, failed: None }
+        let storage = std::sync::Arc::clone(storage);
+        Self { storage, store: store.to_owned(), dir, ends: None, failed: None, is_full: false }
     }
 
     fn io(&self, action: &'static str, name: &str) -> impl FnOnce(io::Error) -> OpenError + use<> {
@@ -201,43 +155,156 @@ impl GateFiles {
         }
     }
 
+    /// The record, all that must be there being there; `None`: this gate has none yet.
+    fn find(&self) -> Result<Option<Found>, OpenError> {
+        // Read first: what it names is in the record by then, also while a gate is writing.
+        let witness = self.read(WITNESS)?;
+        let missing = |name: &str, why| Err(OpenError::DamagedFile { path: self.dir.join(name), at: 0, why });
+        let Some(gaps) = self.read(GAPS)? else {
+            // Both of the others are made after it.
+            if witness.is_some() || self.read(POSITIONS)?.is_some() {
+                return missing(GAPS, "it is missing from the folder of a gate");
+            }
+            return Ok(None);
+        };
+        let (path, witness_path) = (self.dir.join(GAPS), self.dir.join(WITNESS));
+        let (entries, gaps_end) = record::decode_gaps(&path, &gaps)?;
+        // It is made when the record has no entries.
+        if witness.is_none() && !entries.is_empty() {
+            return missing(WITNESS, "it is missing, so whether all gaps are recorded is not known");
+        }
+        let witness = witness.unwrap_or_else(record::witness_header);
+        let (witness_end, unwitnessed) = record::check_witness(&witness_path, &witness, &path, &gaps, gaps_end)?;
+        let mut whole = gaps;
+        let torn = whole.len() - gaps_end.at as usize;
+        whole.truncate(gaps_end.at as usize);
+        Ok(Some(Found { entries, gaps_end, witness_end, unwitnessed, torn, whole }))
+    }
+
     /// The gaps as the file has them. A torn one is not there yet.
     pub(crate) fn gaps(&self) -> Result<Vec<Gap>, OpenError> {
-        let bytes = self.read(GAPS)?;
-        let decoded = bytes.map(|bytes| decode_gaps(&self.dir.join(GAPS), &bytes)).transpose()?;
-        Ok(decoded.map(|(gaps, _)| gaps).unwrap_or_default())
+        let entries = self.find()?.map(|found| found.entries).unwrap_or_default();
+        let gap = |entry| if let Entry::Gap(gap) = entry { Some(gap) } else { None };
+        Ok(entries.into_iter().filter_map(gap).collect())
     }
 
-    /// Makes the file ready for further gaps, and says which it holds.
+    /// Makes the record ready for further entries, and says which it holds; `None`: it is new.
     ///
-    /// A torn tail is cut: its gap was not durable, so nothing behind it had been published. What holds is synced before it
+    /// A torn tail is cut: its entry was not durable, so nothing behind it had been published. What holds is synced before it
     /// is believed, since after a kill it may be in the system's cache only.
-    pub(crate) fn open(&self) -> Result<Vec<Gap>, OpenError> {
-        let Some(bytes) = self.read(GAPS)? else {
+    pub(crate) fn open(&mut self) -> Result<Option<(Vec<Gap>, Vec<Start>)>, OpenError> {
+        let found = self.find()?;
+        if found.is_none() {
             self.storage.create_dir(&self.dir).map_err(self.io("creating", ""))?;
-            replace(&*self.storage, &self.dir, GAPS, &gaps_header()).map_err(self.io("writing", GAPS))?;
-            return Ok(Vec::new());
-        };
-        let path = self.dir.join(GAPS);
-        let (gaps, whole) = decode_gaps(&path, &bytes)?;
-        if whole < bytes.len() {
-            tracing::warn!(path = %path.display(), bytes = bytes.len() - whole, "a torn gap record is cut");
-            replace(&*self.storage, &self.dir, GAPS, &bytes[..whole]).map_err(self.io("cutting", GAPS))?;
-        } else {
-            self.storage.append(&path, &[]).map_err(self.io("syncing", GAPS))?;
+            replace(&*self.storage, &self.dir, GAPS, &record::gaps_header()).map_err(self.io("writing", GAPS))?;
         }
-        Ok(gaps)
+        if self.read(WITNESS)?.is_none() {
+            replace(&*self.storage, &self.dir, WITNESS, &record::witness_header())
+                .map_err(self.io("writing", WITNESS))?;
+        }
+        let is_new = found.is_none();
+        let Some(found) = found.map_or_else(|| self.find(), |found| Ok(Some(found)))? else {
+            let why = "it was removed while the gate was being opened";
+            return Err(OpenError::DamagedFile { path: self.dir.join(GAPS), at: 0, why });
+        };
+        if found.torn > 0 {
+            let path = self.dir.join(GAPS);
+            tracing::warn!(path = %path.display(), bytes = found.torn, "a torn gap record is cut");
+            match replace(&*self.storage, &self.dir, GAPS, &found.whole) {
+                Err(error) if is_full(&error) => {
+                    tracing::warn!(path = %path.display(), "no space to cut it; the next entry is written over it");
+                }
+                cut => cut.map_err(self.io("cutting", GAPS))?,
+            }
+        }
+        self.sync_all(&found)?;
+        let witness =
+            if found.unwitnessed.is_empty() { found.witness_end } else { found.witness_end.behind(&found.unwitnessed) };
+        self.ends = Some(Ends { gaps: found.gaps_end, witness, entries: found.entries.len() as u64 });
+        let (mut gaps, mut starts) = (Vec::new(), Vec::new());
+        for entry in found.entries {
+            match entry {
+                Entry::Gap(gap) => gaps.push(gap),
+                Entry::Start(start) => starts.push(start),
+            }
+        }
+        Ok((!is_new).then_some((gaps, starts)))
     }
 
-    /// Adds a gap, durably. An error is final: what a failed sync left is unknown.
-    pub(crate) fn add(&mut self, gap: &Gap) -> Result<(), GateError> {
+    /// Makes durable what was found, up to the name of the folder.
+    fn sync_all(&self, found: &Found) -> Result<(), OpenError> {
+        let sync = |name: &str, missing: &[u8]| {
+            let file = self.storage.edit_side(&self.dir.join(name))?;
+            if !missing.is_empty() {
+                file.write_at(found.witness_end.at, missing)?;
+            }
+            file.sync()
+        };
+        sync(GAPS, &[]).map_err(self.io("syncing", GAPS))?;
+        sync(WITNESS, &found.unwitnessed).map_err(self.io("syncing", WITNESS))?;
+        for dir in [&self.dir, &gates_dir(&self.store), &self.store] {
+            self.storage.sync_dir(dir).map_err(|source| OpenError::Io {
+                action: "syncing",
+                path: dir.clone(),
+                source,
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Adds an entry, durably. On a full disk it can be tried again; any other error is final: what a failed sync left is unknown.
+    pub(crate) fn add(&mut self, entry: &Entry) -> Result<(), GateError> {
         let path = self.dir.join(GAPS);
         if self.failed.is_none() {
-            self.failed = self.storage.append(&path, &gap.encode()).err().map(Arc::new);
+            match self.write(entry) {
+                Ok(()) => {
+                    self.is_full = false;
+                    return Ok(());
+                }
+                Err(Unwritten::Full) => {
+                    if !std::mem::replace(&mut self.is_full, true) {
+                        tracing::error!(path = %path.display(), "no space for a gap record; the gate waits until there is");
+                    }
+                    return Err(GateError::Publish(RejectedReason::StorageFull));
+                }
+                Err(Unwritten::Failed(name, error)) => self.failed = Some((name, Arc::new(error))),
+            }
         }
         match &self.failed {
             None => Ok(()),
-            Some(source) => Err(GateError::GapRecord { path, source: Arc::clone(source) }),
+            Some((name, source)) => Err(GateError::GapRecord { path: self.dir.join(name), source: Arc::clone(source) }),
+        }
+    }
+
+    fn write(&mut self, entry: &Entry) -> Result<(), Unwritten> {
+        let ends = self.ends.expect("a gate that records is open");
+        let failed = |name| move |error| if is_full(&error) { Unwritten::Full } else { Unwritten::Failed(name, error) };
+        // Both before anything is written: where one was taken away, nothing is recorded.
+        let gaps = self.as_left(GAPS, ends.gaps).map_err(failed(GAPS))?;
+        let witnesses = self.as_left(WITNESS, ends.witness).map_err(failed(WITNESS))?;
+        let entry = entry.encode(ends.gaps.crc);
+        gaps.write_at(ends.gaps.at, &entry).map_err(failed(GAPS))?;
+        // Final, whatever it says: no later sync makes durable what a failed one took for written.
+        gaps.sync().map_err(|error| Unwritten::Failed(GAPS, error))?;
+        let gaps_end = ends.gaps.behind(&entry);
+        let witness = record::witness(gaps_end.crc, ends.witness.crc);
+        witnesses.write_at(ends.witness.at, &witness).map_err(failed(WITNESS))?;
+        let entries = ends.entries + 1;
+        if entries.is_multiple_of(WITNESSES_UNSYNCED_MAX) {
+            witnesses.sync().map_err(|error| Unwritten::Failed(WITNESS, error))?;
+        }
+        self.ends = Some(Ends { gaps: gaps_end, witness: ends.witness.behind(&witness), entries });
+        Ok(())
+    }
+
+    /// A file of the record, which must still be the one that ends here.
+    fn as_left(&self, name: &str, end: FileEnd) -> io::Result<Box<dyn SideFile>> {
+        let file = self.storage.edit_side(&self.dir.join(name))?;
+        let mut crc = [0; 4];
+        match file.read_at(end.at - 4, &mut crc) {
+            Ok(()) if u32::from_le_bytes(crc) == end.crc => Ok(file),
+            Err(error) if error.kind() != io::ErrorKind::UnexpectedEof => Err(error),
+            _ => Err(io::Error::new(io::ErrorKind::InvalidData, "it has been cut or replaced while the gate was open")),
         }
     }
 
@@ -256,7 +323,10 @@ impl GateFiles {
         }
     }
 
+    /// Replaces the positions. What the witness says is made durable with them.
     pub(crate) fn save(&self, positions: &Positions) -> Result<(), OpenError> {
+        let witness = self.storage.edit_side(&self.dir.join(WITNESS));
+        witness.and_then(|witness| witness.sync()).map_err(self.io("syncing", WITNESS))?;
         replace(&*self.storage, &self.dir, POSITIONS, &positions.encode()).map_err(self.io("writing", POSITIONS))
     }
 
@@ -267,27 +337,15 @@ impl GateFiles {
     }
 }
 
+/// Whether an error says that there is no space.
+pub(crate) fn is_full(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::log::format::tests::assert_golden;
-
-    fn gap(partition: u64, from: u64) -> Gap {
-        Gap::new(partition, from, from + 2, Duration::from_millis(5_001), Time::unix_ms(1_700_000_000_000))
-    }
-
-    fn file(gaps: &[Gap]) -> Vec<u8> {
-        let entries = gaps.iter().flat_map(|gap| gap.encode());
-        gaps_header().into_iter().chain(entries).collect()
-    }
-
-    #[test]
-    fn a_file_of_gaps_is_frozen() {
-        let gaps = [gap(7, 0x0102_0304_0506_0708), gap(u64::MAX, 0)];
-        let bytes = file(&gaps);
-        assert_golden("gaps.bin", &bytes);
-        assert_eq!(decode_gaps(Path::new("gaps"), &bytes).expect("decodes"), (gaps.to_vec(), bytes.len()));
-    }
 
     #[test]
     fn positions_are_frozen() {
@@ -297,40 +355,5 @@ mod tests {
         let bytes = positions.encode();
         assert_golden("positions.bin", &bytes);
         assert_eq!(Positions::decode(Path::new("positions"), &bytes).expect("decodes"), positions);
-    }
-
-    #[test]
-    fn a_file_of_gaps_cut_anywhere_holds_the_gaps_before_the_cut() {
-        let gaps = [gap(1, 1), gap(2, 5), gap(1, 9)];
-        let bytes = file(&gaps);
-        for cut in GAPS_HEADER_BYTES..bytes.len() {
-            let whole = (cut - GAPS_HEADER_BYTES) / GAP_BYTES;
-            let (found, end) = decode_gaps(Path::new("gaps"), &bytes[..cut]).expect("torn, not damaged");
-            assert_eq!((&found[..], end), (&gaps[..whole], GAPS_HEADER_BYTES + whole * GAP_BYTES), "cut at {cut}");
-        }
-        for cut in 0..GAPS_HEADER_BYTES {
-            assert!(decode_gaps(Path::new("gaps"), &bytes[..cut]).is_err(), "the header is written whole");
-        }
-    }
-
-    #[test]
-    fn damage_before_the_last_gap_is_an_error_and_in_the_last_a_torn_tail() {
-        let bytes = file(&[gap(1, 1), gap(2, 5)]);
-        for at in 0..bytes.len() {
-            let mut damaged = bytes.clone();
-            damaged[at] ^= 1;
-            let decoded = decode_gaps(Path::new("gaps"), &damaged);
-            match decoded {
-                Ok((gaps, end)) => {
-                    assert!(at >= GAPS_HEADER_BYTES + GAP_BYTES, "byte {at}");
-                    assert_eq!((gaps.len(), end), (1, GAPS_HEADER_BYTES + GAP_BYTES));
-                }
-                Err(error) => {
-                    assert!(at < GAPS_HEADER_BYTES + GAP_BYTES, "byte {at}: {error}");
-                    let is_typed = matches!(error, OpenError::ForeignFile { .. } | OpenError::UnknownFormat { .. });
-                    assert!(is_typed, "byte {at}: {error}");
-                }
-            }
-        }
     }
 }

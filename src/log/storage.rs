@@ -39,6 +39,8 @@ pub(crate) trait Storage: Debug + Send + Sync {
     fn create_side(&self, path: &Path) -> io::Result<Box<dyn SideFile>>;
     /// Opens a side file for reading.
     fn open_side(&self, path: &Path) -> io::Result<Box<dyn SideFile>>;
+    /// Opens a side file that exists, for reading and writing.
+    fn edit_side(&self, path: &Path) -> io::Result<Box<dyn SideFile>>;
     /// Creates a file of `bytes` real blocks and maps it. Leaves no file behind when it fails.
     fn create_segment(&self, path: &Path, bytes: u64) -> io::Result<Memory>;
     /// Fills a file that nobody uses with zeros from `from` on, so that its content is present in pages of
@@ -62,6 +64,8 @@ pub(crate) trait Storage: Debug + Send + Sync {
 pub(crate) trait SideFile: Debug + Send + Sync {
     /// Adds to its end. The operating system has it then; a sync makes it durable.
     fn append(&self, content: &[u8]) -> io::Result<()>;
+    /// Writes over what stands at `at`, and grows the file if need be. A failed write may have written a part.
+    fn write_at(&self, at: u64, content: &[u8]) -> io::Result<()>;
     /// Fills `out` with what stands at `at`.
     fn read_at(&self, at: u64, out: &mut [u8]) -> io::Result<()>;
     /// Its length.
@@ -73,6 +77,10 @@ pub(crate) trait SideFile: Debug + Send + Sync {
 impl SideFile for File {
     fn append(&self, content: &[u8]) -> io::Result<()> {
         (&*self).write_all(content)
+    }
+
+    fn write_at(&self, at: u64, content: &[u8]) -> io::Result<()> {
+        self.write_all_at(content, at)
     }
 
     fn read_at(&self, at: u64, out: &mut [u8]) -> io::Result<()> {
@@ -158,6 +166,10 @@ impl Storage for Files {
 
     fn open_side(&self, path: &Path) -> io::Result<Box<dyn SideFile>> {
         Ok(Box::new(File::open(path)?))
+    }
+
+    fn edit_side(&self, path: &Path) -> io::Result<Box<dyn SideFile>> {
+        Ok(Box::new(OpenOptions::new().read(true).write(true).open(path)?))
     }
 
     fn create_segment(&self, path: &Path, bytes: u64) -> io::Result<Memory> {
