@@ -47,7 +47,8 @@ pub enum Pin {
 pub struct Retention {
     /// Keep at most this many bytes of whole segments per shard.
     pub bytes_max: Option<u64>,
-    /// Keep nothing older than this (by the segment's newest append).
+    /// Keep nothing older than this (by the segment's newest append). A wall clock that jumps frees nothing early: where a segment's
+    /// time cannot be right, later segments tell it, or the time for which this process has seen it (`GUARANTEES.md`).
     pub age_max: Option<Duration>,
 }
 

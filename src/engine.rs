@@ -234,6 +234,7 @@ impl<A: Aggregate> Engine<A> {
             durability: config.durability,
             retention: config.retention,
             spares_max: config.spares_max,
+            began: std::time::Instant::now(),
         };
         let snapshotter_parts = Snapshotter {
             shards: sources,

@@ -82,10 +82,17 @@ impl Request {
 /// Leaves a request in a consumer's folder; durable when it returns.
 pub(crate) fn leave(storage: &dyn Storage, dir: &Path, request: Request, at: Time) -> io::Result<()> {
     static LEFT: AtomicU64 = AtomicU64::new(0);
-    // Names rise with time, so that requests are taken up in the order in which they were left.
+    // Names rise with time, so that requests are taken up in the order in which they were left; also when the clock was set back.
+    let newest = waiting(storage, dir)?.iter().filter_map(|name| left_at(name)).max();
+    let at = at.max(newest.map_or(Time(0), |newest| Time(newest.0.saturating_add(1))));
     let (process, count) = (std::process::id(), LEFT.fetch_add(1, Ordering::Relaxed));
     let name = format!("{PREFIX}{:020}-{process}-{count}{SUFFIX}", at.0);
     replace(storage, dir, &name, &request.encode(at))
+}
+
+/// The time in the name of a request.
+fn left_at(name: &str) -> Option<Time> {
+    name.strip_prefix(PREFIX)?.get(..20)?.parse().ok().map(Time)
 }
 
 /// The requests in a consumer's folder, by the time they were left.
@@ -219,6 +226,17 @@ mod tests {
         }
         storage.crash(Unsynced::Lost);
         assert_eq!(storage.list(dir).expect("listed"), [""; 0], "durably");
+    }
+
+    #[test]
+    fn requests_are_taken_up_in_the_order_left_also_when_the_clock_is_set_back() {
+        let (storage, dir) = (storage(), Path::new(DIR));
+        for (request, at) in ALL.into_iter().zip([5000, 7, 6000, 0]) {
+            leave(&storage, dir, request, Time(at)).expect("left");
+        }
+        let mut requests = Requests::default();
+        assert_eq!(requests.look(&storage, dir, "a", Duration::ZERO), 4);
+        assert!(requests.taken.iter().map(|taken| taken.request).eq(ALL.map(Some)));
     }
 
     #[test]

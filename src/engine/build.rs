@@ -9,6 +9,7 @@ use crate::config::{Checked, Durability};
 use crate::event::{Sequence, ShardId};
 use crate::handler::Factory;
 use crate::keys::KeyTable;
+use crate::log::age::Ages;
 use crate::log::fold::Folder;
 use crate::log::format::schema_fingerprint;
 use crate::log::keeper::{KeeperRequests, Kept};
@@ -151,6 +152,7 @@ impl<A: Aggregate> Context<'_, A> {
             waits_for: 0,
             held_to: 0,
             unsynced_to: 0,
+            ages: Ages::default(),
         }
         .with_leftovers(unused, spares);
         let shard = Shard {

@@ -13,7 +13,8 @@ use std::time::{Duration, Instant};
 use crate::clock::wall_now;
 use crate::config::{Durability, Retention};
 use crate::error::FailureCause;
-use crate::event::Offset;
+use crate::event::{Offset, Time};
+use crate::log::age::{Ages, Now};
 use crate::log::format::{HEADER_BYTES, OFFSETS_END, encode_prepared};
 use crate::log::manifest::Span;
 use crate::log::mmap::{Memory, WriteHalf};
@@ -76,6 +77,7 @@ pub(crate) struct Kept {
     pub(crate) held_to: u64,
     /// Up to where the log must be durable before it goes on; 0: it waits for nothing.
     pub(crate) unsynced_to: u64,
+    pub(crate) ages: Ages,
 }
 
 /// The keeper of an engine.
@@ -87,6 +89,8 @@ pub(crate) struct Keeper {
     pub(crate) durability: Durability,
     pub(crate) retention: Retention,
     pub(crate) spares_max: usize,
+    /// What its monotonic time is counted from.
+    pub(crate) began: Instant,
 }
 
 impl Keeper {
@@ -268,12 +272,13 @@ impl Keeper {
         Self::ask_ahead(kept, self.retention.bytes_max);
         let over_bytes =
             self.retention.bytes_max.is_some_and(|max| kept.log.segments_len() as u64 * kept.log.segment_bytes > max);
-        let over_age = match self.retention.age_max {
-            Some(max) => newest_time(&next).is_some_and(|begun| {
-                wall_now().0.saturating_sub(begun) > u64::try_from(max.as_nanos()).unwrap_or(u64::MAX)
-            }),
-            None => false,
-        };
+        let aged = self.retention.age_max.map(|max| (max, Now { wall: wall_now(), monotonic: self.began.elapsed() }));
+        let over_age = aged.is_some_and(|(max, now)| {
+            let log = &kept.log;
+            // One whose header does not hold any more was begun at no time that can be believed.
+            let begun = |index| log.segment(index).map(|segment| begun(&segment).unwrap_or_default());
+            kept.ages.is_over(oldest.index, max, now, begun)
+        });
         if !(over_bytes || over_age) {
             return Ok(worked);
         }
@@ -305,6 +310,9 @@ impl Keeper {
         let Some(freed) = freed.transpose()? else { return Ok(worked) };
         kept.span = span;
         if let Some(freed) = freed {
+            if let Some((_, now)) = aged {
+                kept.ages.freed(freed.index, now);
+            }
             kept.retiring.push((kept.log.segment_path(freed.index), freed.memory));
             kept.counters.segments_freed.add(1);
         }
@@ -451,9 +459,9 @@ fn is_full(error: &io::Error) -> bool {
 }
 
 /// When a segment was begun, which is when the one before it got its newest record.
-fn newest_time(segment: &Segment) -> Option<u64> {
+fn begun(segment: &Segment) -> Option<Time> {
     let page = segment.memory.read(0, HEADER_BYTES)?;
-    crate::log::format::SegmentHeader::decode(page).ok().map(|header| header.created.0)
+    crate::log::format::SegmentHeader::decode(page).ok().map(|header| header.created)
 }
 
 /// A salt that no earlier life of the file had: random per process, different per segment.

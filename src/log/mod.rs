@@ -3,6 +3,7 @@
 //! One writer: the owning shard. Bytes below the `appended` watermark never change while anyone
 //! can see them; bytes below `durable` have been synced.
 
+pub(crate) mod age;
 pub(crate) mod finder;
 pub(crate) mod fold;
 pub(crate) mod format;
