@@ -10,7 +10,7 @@ use crossbeam::queue::ArrayQueue;
 
 use crate::event::{Correlation, Event, Key, KeyHash, Offset, Scratch, ShardId, Time, Version};
 use crate::keys::KeyTable;
-use crate::log::format::{ALIGN, RecordHeader, padded, schema_fingerprint};
+use crate::log::format::{ALIGN, RecordHeader, encode_prepared, padded, schema_fingerprint};
 use crate::log::mmap::{Heap, Memory, WriteHalf};
 use crate::log::segment::ShardLog;
 use crate::log::storage::{Files, Storage as _};
@@ -178,7 +178,9 @@ impl<E: Event> LogWriter<E> {
         // At most one segment is listed here, and it is the other file.
         let memory = Files.open_segment(&self.paths[(self.next_index % 2) as usize], true)?;
         memory.prefault(0..memory.len())?;
-        let prepared = Prepared { index: self.next_index, salt: 0x5a17, memory };
+        let mut half = WriteHalf::new(memory, 0);
+        encode_prepared(0x5a17, half.tail());
+        let prepared = Prepared { index: self.next_index, salt: 0x5a17, memory: half.into_memory() };
         assert!(
             self.prepared.push(prepared).is_ok() && self.writer.roll(Time(1)).is_ok(),
             "the one segment prepared is taken"

@@ -24,7 +24,6 @@ pub(crate) use std::sync::{Arc, Mutex};
 #[cfg(not(loom))]
 pub(crate) use std::thread;
 
-pub(crate) use std::sync::atomic::compiler_fence;
 use std::task::Waker;
 use std::time::{Duration, Instant};
 

@@ -7,8 +7,7 @@
 //! ```
 
 use crate::event::{Correlation, Event, EventTypeId, Key, Meta, Offset, Sequence, ShardId, Time, Version};
-use crate::log::mmap::crc32c;
-use crate::sync::{Ordering, compiler_fence};
+use crate::log::mmap::{commit, crc32c};
 
 /// Bytes of a segment header: one page.
 pub(crate) const HEADER_BYTES: usize = 4096;
@@ -30,12 +29,13 @@ const OWN_OUTCOME: u16 = 1;
 
 const SEGMENT_MAGIC: [u8; 8] = *b"corelseg";
 const BYTE_ORDER: u32 = 0x0102_0304;
-const HEADER_CRC_AT: usize = 76;
+const SALT_AT: usize = 72;
+const HEADER_CRC_AT: usize = SALT_AT + 4;
 /// In the place of a command's number of events: it was rejected. (A rejection may be of a type that archives to nothing.)
 pub(crate) const REJECTED: u32 = u32::MAX;
 
 const LOW_48: u64 = (1 << 48) - 1;
-const LOW_47: u64 = (1 << 47) - 1;
+pub(crate) const LOW_47: u64 = (1 << 47) - 1;
 /// In the word of the version: the next record belongs to the same command, and one is nothing without the other.
 const MORE: u64 = 1 << 47;
 /// No record begins here or beyond: a back-link holds 48 bits of 16-byte steps.
@@ -115,6 +115,9 @@ pub(crate) struct SegmentHeader {
     pub(crate) salt: u32,
 }
 
+/// What a page without magic before a record is: damage, unless the record is found to be of an earlier life of the file.
+pub(crate) const LOST_MAGIC: &str = "the segment header has lost its magic";
+
 /// Why a page is not the header it should be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum HeaderError {
@@ -128,20 +131,26 @@ pub(crate) enum HeaderError {
     Damaged(&'static str),
 }
 
-/// Writes the page of a segment that is prepared and not begun: its salt, and a check sum over what stands there. So a
+/// Writes the page of a segment that is prepared and not begun: its salt, and a checksum over what stands there. So a
 /// page that was lost is never taken for one that was not written yet. One sector changes: it is there or it is not.
 pub(crate) fn encode_prepared(salt: u32, page: &mut [u8]) {
     assert!(page.len() >= HEADER_BYTES && salt != 0);
     page[..HEADER_BYTES].fill(0);
-    page[72..76].copy_from_slice(&salt.to_le_bytes());
-    let crc = crc32c::crc32c(&page[..HEADER_CRC_AT]);
-    page[HEADER_CRC_AT..HEADER_CRC_AT + 4].copy_from_slice(&crc.to_le_bytes());
+    page[SALT_AT..HEADER_CRC_AT].copy_from_slice(&salt.to_le_bytes());
+    page[HEADER_CRC_AT..HEADER_CRC_AT + 4].copy_from_slice(&prepared_crc(salt).to_le_bytes());
 }
 
-/// Whether a page without magic is what [`encode_prepared`] wrote.
+/// The CRC of a prepared page: of zeros and the salt.
+fn prepared_crc(salt: u32) -> u32 {
+    crc32c::crc32c_append(crc32c::crc32c(&[0; SALT_AT]), &salt.to_le_bytes())
+}
+
+/// Whether a page is prepared, or being begun: its last word is still what [`encode_prepared`] wrote.
 fn is_prepared(page: &[u8]) -> bool {
-    crc32c::crc32c(&page[..HEADER_CRC_AT]) == u32_at(page, HEADER_CRC_AT)
-        && page[..72].iter().chain(&page[HEADER_CRC_AT + 4..HEADER_BYTES]).all(|&byte| byte == 0)
+    let salt = u32_at(page, SALT_AT);
+    salt != 0
+        && u32_at(page, HEADER_CRC_AT) == prepared_crc(salt)
+        && page[HEADER_CRC_AT + 4..HEADER_BYTES].iter().all(|&byte| byte == 0)
 }
 
 impl SegmentHeader {
@@ -150,27 +159,24 @@ impl SegmentHeader {
         Offset(self.index.wrapping_mul(self.segment_bytes).wrapping_add(HEADER_BYTES as u64))
     }
 
+    /// Begins a segment: writes its header over a prepared page. The fields come first, then salt and CRC as one word, which
+    /// commits them. A process killed between any two stores, or a page written back there, leaves a page that is still prepared.
     pub(crate) fn encode(&self, page: &mut [u8]) {
-        assert!(page.len() >= HEADER_BYTES);
-        // What the caller wrote behind the page comes first: a page half written, before a record, counts as damage.
-        compiler_fence(Ordering::Release);
-        page[..HEADER_BYTES].fill(0);
+        assert!(is_prepared(page) && u32_at(page, SALT_AT) == self.salt, "a segment is begun on its prepared page");
+        page[0..8].copy_from_slice(&SEGMENT_MAGIC);
         page[8..12].copy_from_slice(&FORMAT_VERSION.to_le_bytes());
         page[12..16].copy_from_slice(&BYTE_ORDER.to_le_bytes());
         page[16..20].copy_from_slice(&archive_fingerprint().to_le_bytes());
         page[20..24].copy_from_slice(&self.schema.to_le_bytes());
         page[24..26].copy_from_slice(&self.shard.0.to_le_bytes());
+        page[26..32].fill(0);
         page[32..40].copy_from_slice(&self.index.to_le_bytes());
         page[40..48].copy_from_slice(&self.segment_bytes.to_le_bytes());
         page[48..56].copy_from_slice(&self.previous_end.0.to_le_bytes());
         page[56..64].copy_from_slice(&self.first_sequence.to_le_bytes());
         page[64..72].copy_from_slice(&self.created.0.to_le_bytes());
-        page[72..76].copy_from_slice(&self.salt.to_le_bytes());
-        let crc = crc32c::crc32c_append(crc32c::crc32c(&SEGMENT_MAGIC), &page[8..HEADER_CRC_AT]);
-        page[HEADER_CRC_AT..HEADER_CRC_AT + 4].copy_from_slice(&crc.to_le_bytes());
-        // The magic last: a process killed on the way leaves a page that still counts as blank.
-        compiler_fence(Ordering::Release);
-        page[0..8].copy_from_slice(&SEGMENT_MAGIC);
+        let crc = crc32c::crc32c(&page[..HEADER_CRC_AT]);
+        commit(&mut page[SALT_AT..], self.salt, crc);
     }
 
     /// Reads the header from a segment's first bytes: its page and, to tell a lost magic from a blank page, the
@@ -180,21 +186,23 @@ impl SegmentHeader {
         if page.len() < HEADER_BYTES {
             return Err(HeaderError::Damaged("the segment is shorter than its header"));
         }
-        // No magic: never begun, or killed while it was. The end is written before the page, so the place of the first
-        // record was zero then. (A prepared page may stand before one: a power cut took the header and left the record,
-        // and neither was durable.)
-        if page[..8].iter().all(|&byte| byte == 0) {
-            let first = bytes.get(HEADER_BYTES..HEADER_BYTES + 4).is_some_and(|word| word != [0; 4]);
-            if first && !is_prepared(page) {
-                return Err(HeaderError::Damaged("the segment header has lost its magic"));
-            }
+        let crc_holds = crc32c::crc32c(&page[..HEADER_CRC_AT]) == u32_at(page, HEADER_CRC_AT);
+        let is_begun = crc_holds && page[..8] == SEGMENT_MAGIC;
+        // Whatever stands in the fields before that word was not committed. (A record behind such a page: a power cut took the
+        // header and left the record, and neither was durable.)
+        if !is_begun && is_prepared(page) {
             return Err(HeaderError::Blank);
+        }
+        if page[..8].iter().all(|&byte| byte == 0) {
+            // Of an earlier build, which stored the magic last: never begun, or killed while it was. The end is written before the
+            // page, so the place of the first record was zero then.
+            let has_record = bytes.get(HEADER_BYTES..HEADER_BYTES + 4).is_some_and(|word| word != [0; 4]);
+            return Err(if has_record { HeaderError::Damaged(LOST_MAGIC) } else { HeaderError::Blank });
         }
         if page[0..8] != SEGMENT_MAGIC {
             return Err(HeaderError::Damaged("not a segment: wrong magic"));
         }
         let version = u32_at(page, 8);
-        let crc_holds = crc32c::crc32c(&page[..HEADER_CRC_AT]) == u32_at(page, HEADER_CRC_AT);
         // A newer format may keep its check sum elsewhere, so its version is believed as it stands;
         // damage to the version of a known format shows in the check sum of that format.
         if version != FORMAT_VERSION && !crc_holds_with_version(page, FORMAT_VERSION) {
@@ -205,6 +213,9 @@ impl SegmentHeader {
         }
         if u32_at(page, 12) != BYTE_ORDER {
             return Err(HeaderError::Damaged("the segment header's byte order mark does not hold"));
+        }
+        if u32_at(page, SALT_AT) == 0 {
+            return Err(HeaderError::Damaged("the segment header has no salt"));
         }
         if u32_at(page, 16) != archive_fingerprint() {
             return Err(HeaderError::Archive(u32_at(page, 16)));
@@ -437,6 +448,7 @@ pub(crate) mod tests {
             salt: 6,
         };
         let mut page = vec![0; HEADER_BYTES];
+        encode_prepared(head.salt, &mut page);
         head.encode(&mut page);
         assert_eq!(SegmentHeader::decode(&page), Ok(head));
         for bit in 0..HEADER_BYTES * 8 {
@@ -482,6 +494,7 @@ pub(crate) mod tests {
             salt: 0x0bad_cafe,
         };
         let mut page = vec![0xff; HEADER_BYTES];
+        encode_prepared(head.salt, &mut page);
         head.encode(&mut page);
         assert_golden("segment-header.bin", &page);
         assert_eq!(SegmentHeader::decode(&page), Ok(head));
@@ -494,10 +507,52 @@ pub(crate) mod tests {
         assert_golden("prepared-page.bin", &page[..HEADER_BYTES]);
         // Whatever stands behind it.
         assert_eq!(SegmentHeader::decode(&page), Err(HeaderError::Blank));
-        for bit in 64..HEADER_BYTES * 8 {
+        // And whatever stands in the fields that its last word would commit.
+        for bit in 0..SALT_AT * 8 {
+            page[bit / 8] ^= 1 << (bit % 8);
+            assert_eq!(SegmentHeader::decode(&page), Err(HeaderError::Blank), "bit {bit}");
+            page[bit / 8] ^= 1 << (bit % 8);
+        }
+        for bit in SALT_AT * 8..HEADER_BYTES * 8 {
             page[bit / 8] ^= 1 << (bit % 8);
             assert!(matches!(SegmentHeader::decode(&page), Err(HeaderError::Damaged(_))), "bit {bit} before a record");
             page[bit / 8] ^= 1 << (bit % 8);
+        }
+    }
+
+    #[test]
+    fn a_segment_is_prepared_until_the_last_store_of_its_header_and_begun_with_it() {
+        let head = SegmentHeader {
+            schema: 0x1122_3344,
+            shard: ShardId(5),
+            index: 7,
+            segment_bytes: 1 << 20,
+            previous_end: Offset(7 << 20),
+            first_sequence: 99,
+            created: Time(1_700_000_000_000_000_000),
+            salt: 0x0bad_cafe,
+        };
+        let mut prepared = vec![0; HEADER_BYTES + 4];
+        encode_prepared(head.salt, &mut prepared);
+        let mut begun = prepared.clone();
+        head.encode(&mut begun);
+        let mut random = 1_u64;
+        for behind in [[0; 4], [0x40, 0, 0, 0]] {
+            prepared[HEADER_BYTES..].copy_from_slice(&behind);
+            // Byte by byte from the front, and any of them before any other: a page may be written back at any moment.
+            for stored in 0..SALT_AT * 20 {
+                let mut page = prepared.clone();
+                for at in 0..SALT_AT {
+                    random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+                    if if stored < SALT_AT { at < stored } else { random >> 63 == 0 } {
+                        page[at] = begun[at];
+                    }
+                }
+                assert_eq!(SegmentHeader::decode(&page), Err(HeaderError::Blank), "{stored} bytes stored");
+            }
+            let mut page = prepared.clone();
+            page[..HEADER_BYTES].copy_from_slice(&begun[..HEADER_BYTES]);
+            assert_eq!(SegmentHeader::decode(&page), Ok(head));
         }
     }
 

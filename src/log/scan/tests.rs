@@ -79,6 +79,7 @@ impl Engine {
             salt: self.salt,
         };
         let mut page = vec![0; HEADER_BYTES + 4];
+        crate::log::format::encode_prepared(self.salt, &mut page);
         header.encode(&mut page);
         self.file(index).write_all_at(&page, 0).expect("written");
     }
