@@ -12,6 +12,8 @@ use rkyv::ser::allocator::SubAllocator;
 use rkyv::ser::writer::Buffer;
 use rkyv::{Archive, Deserialize, Serialize};
 
+use crate::sync::keyed;
+
 macro_rules! position {
     ($(#[$doc:meta])* $name:ident($inner:ty)) => {
         $(#[$doc])*
@@ -119,7 +121,7 @@ impl Key {
         self.0
     }
 
-    /// splitmix64's finaliser: the hash that routes and that the key table uses. Frozen for ever.
+    /// splitmix64's finaliser: the hash that routes. Frozen for ever, and known to everybody: tables use another one.
     #[must_use]
     pub const fn hash(self) -> u64 {
         let mut z = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
@@ -135,14 +137,28 @@ impl Key {
     }
 }
 
-/// The low half of a key's hash, as a shard's key table uses it: made once, by who publishes.
+/// A key's hash as a shard's key table uses it, another one in every process: made once, by the publisher.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct KeyHash(pub(crate) u32);
+
+/// The key of which this is the routing hash: what anybody can work out, and so choose keys by.
+#[cfg(test)]
+pub(crate) fn key_routed_by(hash: u64) -> Key {
+    let inverse = |factor: u64| (0..6).fold(factor, |x, _| x.wrapping_mul(2_u64.wrapping_sub(factor.wrapping_mul(x))));
+    let mut z = hash ^ (hash >> 31) ^ (hash >> 62);
+    z = z.wrapping_mul(inverse(0x94d0_49bb_1331_11eb));
+    z = z ^ (z >> 27) ^ (z >> 54);
+    z = z.wrapping_mul(inverse(0xbf58_476d_1ce4_e5b9));
+    z = z ^ (z >> 30) ^ (z >> 60);
+    let key = Key(z.wrapping_sub(0x9e37_79b9_7f4a_7c15));
+    assert_eq!(key.hash(), hash);
+    key
+}
 
 impl KeyHash {
     #[inline]
     pub(crate) fn of(key: Key) -> Self {
-        Self(key.hash() as u32)
+        Self(keyed(key.0) as u32)
     }
 }
 

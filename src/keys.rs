@@ -9,7 +9,7 @@
 //! slot would otherwise be waited for.
 
 use crate::event::{Key, KeyHash, Offset, Time, Version};
-use crate::sync::prefetch_at;
+use crate::sync::{plant, prefetch_at};
 
 const PARTS: usize = 64;
 const PART_BITS: u32 = PARTS.trailing_zeros();
@@ -100,6 +100,7 @@ impl Seen {
 impl<S: Default> KeyTable<S> {
     /// A table that holds about `keys_expected` keys before parts grow.
     pub(crate) fn new(keys_expected: usize) -> Self {
+        plant();
         let of_a_part = keys_expected.div_ceil(PARTS) + 1;
         let groups = of_a_part.div_ceil(GROUP / 4 * 3);
         Self(Box::new(std::array::from_fn(|_| Part::new(groups))))
@@ -227,8 +228,8 @@ fn grow<S: Default>(part: &mut Part<S>) {
     }
 }
 
-// The shard takes the hash's top bits, the table its low half: the part the lowest of them, the tag the eight above, and the
-// group, by multiply-high, the highest; all independent of each other up to 2²⁷ keys a shard.
+// The part takes the lowest bits of the hash, the tag the eight above, and the group, by multiply-high, the highest; all
+// independent of each other up to 2²⁷ keys a shard. It is keyed: routing's hash is public, and keys that collide would be chosen.
 #[inline]
 fn part_of(hash: KeyHash) -> usize {
     hash.0 as usize % PARTS
@@ -306,6 +307,53 @@ mod tests {
         }
         assert_eq!(table.0[part_of(hash)].groups.len(), groups, "they were neighbours all the time");
         assert_eq!(table.len(), alike.len());
+    }
+
+    /// Groups and slots that are looked at for a key.
+    fn looks(table: &KeyTable<()>, key: Key) -> usize {
+        let hash = KeyHash::of(key);
+        let part = &table.0[part_of(hash)];
+        let (mut group, mut looks) = (group_of(hash, part.tags.len()), 0);
+        loop {
+            let equal = equal_tags(part.tags[group], tag_of(hash));
+            looks += 1 + equal.count_ones() as usize;
+            let is_here = (0..GROUP)
+                .any(|within| equal >> (within * GROUP + 7) & 1 == 1 && part.groups[group].0[within].key == key);
+            if is_here {
+                return looks;
+            }
+            group = (group + 1) % part.tags.len();
+        }
+    }
+
+    /// The mean and the most of what is looked at for one of these keys.
+    fn effort(keys: impl Iterator<Item = Key>) -> (usize, usize) {
+        let mut table = KeyTable::<()>::new(0);
+        let keys: Vec<Key> = keys.collect();
+        for &key in &keys {
+            let hash = KeyHash::of(key);
+            let seen = table.look(hash);
+            table.slot(key, hash, seen).version = Version(1);
+        }
+        let looks = keys.iter().map(|key| looks(&table, *key));
+        (looks.clone().sum::<usize>() / keys.len(), looks.max().unwrap_or(0))
+    }
+
+    #[test]
+    fn keys_chosen_by_the_public_hash_cost_what_random_ones_do() {
+        // Half as many would do for a test, but the first to be inserted are the cheap ones.
+        let of = |hash: fn(u64) -> u64| effort((0..20_000).map(move |i| crate::event::key_routed_by(hash(i))));
+        let (mean, most) = of(|i| i.wrapping_mul(0x9e37_79b9_7f4a_7c15));
+        assert!(mean <= 3 && most <= 60, "random ones: {mean}, at most {most}");
+        // The low half of the hash is the same for all; its high half; and all but the middle.
+        for chosen in [of(|i| i << 32 | 7), of(|i| 7 << 32 | i), of(|i| i << 20)] {
+            assert!(chosen.0 <= 3 && chosen.1 <= 60, "{chosen:?}");
+        }
+        // And such as people have.
+        for plain in [1, 8, 1 << 12, 1 << 22, 1 << 40] {
+            let effort = effort((0..20_000).map(|i| Key(i * plain)));
+            assert!(effort.0 <= 3 && effort.1 <= 60, "steps of {plain}: {effort:?}");
+        }
     }
 
     #[test]

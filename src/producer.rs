@@ -429,9 +429,10 @@ impl<E: Event> Producer<E> {
         late: u32,
         patience: Patience,
     ) -> Result<Receipt, Rejected<E>> {
-        let shard = key.shard(self.lanes.len() as u16);
         let wait = self.wait;
-        let lane = &mut self.lanes[usize::from(shard.0)];
+        // Where there is one, nothing is routed.
+        let shard = if let [_] = &self.lanes[..] { 0 } else { usize::from(key.shard(self.lanes.len() as u16).0) };
+        let lane = &mut self.lanes[shard];
         let mut slot = Slot::new(key, published, late, event);
         let mut idle = Idle::new(wait);
         loop {

@@ -8,6 +8,7 @@
 
 mod journal;
 mod role;
+mod seed;
 mod seqlock;
 
 #[cfg(loom)]
@@ -33,6 +34,7 @@ pub(crate) use crossbeam::utils::CachePadded;
 
 pub(crate) use journal::Journal;
 pub(crate) use role::{Role, may_wait, role, take_role};
+pub(crate) use seed::{Keyed, keyed, plant};
 pub(crate) use seqlock::SeqLock;
 
 use crate::config::Wait;

@@ -3,9 +3,9 @@
 use std::collections::VecDeque;
 
 use hashbrown::HashMap;
-use xxhash_rust::xxh3::Xxh3DefaultBuilder;
 
 use crate::event::{Key, Version};
+use crate::sync::Keyed;
 
 /// How a command ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -18,7 +18,7 @@ pub(crate) enum Remembered<R> {
 #[derive(Debug)]
 pub(crate) struct Outcomes<R> {
     kept: usize,
-    keys: HashMap<Key, VecDeque<(u64, Remembered<R>)>, Xxh3DefaultBuilder>,
+    keys: HashMap<Key, VecDeque<(u64, Remembered<R>)>, Keyed>,
     /// Keys that had no event when the first was remembered of them, each once: no table of states may know them.
     eventless: Vec<Key>,
 }

@@ -127,7 +127,8 @@ impl<'c, A: Aggregate> Sending<'c, A> {
     fn send(self, wanted: bool, patience: Patience) -> Result<(&'c mut Client<A>, Ticket), Rejected<A::Command>> {
         let Self { client, order, durable } = self;
         let key = order.key;
-        let lane = usize::from(key.shard(client.lanes.len() as u16).0);
+        // Where there is one, nothing is routed.
+        let lane = if let [_] = &client.lanes[..] { 0 } else { usize::from(key.shard(client.lanes.len() as u16).0) };
         let wait = client.wait;
         match client.lanes[lane].send(order, wanted, wait, patience) {
             Ok(number) => {

@@ -19,6 +19,8 @@ const PREFIX: &str = "request-";
 const SUFFIX: &str = ".req";
 /// What the name of one begins with that does not hold.
 const ASIDE: &str = "refused-";
+/// How many a driver has in hand at once; the others wait in their files.
+const TAKEN_MAX: usize = 256;
 /// How often a driver looks.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 
@@ -127,7 +129,7 @@ impl Requests {
         let before = self.taken.len();
         let looked = waiting(storage, dir).and_then(|names| {
             names.into_iter().try_for_each(|name| {
-                if self.taken.iter().all(|taken| taken.name != name) {
+                if self.taken.len() < TAKEN_MAX && self.taken.iter().all(|taken| taken.name != name) {
                     self.take(storage, dir, consumer, name)?;
                 }
                 Ok(())
@@ -200,6 +202,25 @@ mod tests {
         let storage = FaultyStorage::new();
         storage.create_dir(Path::new(DIR)).expect("created");
         storage
+    }
+
+    #[test]
+    fn of_many_requests_a_bounded_number_is_in_hand_and_none_is_left_out() {
+        let storage = storage();
+        let count = 3 * TAKEN_MAX as u64 + 1;
+        (0..count).for_each(|i| {
+            leave(&storage, Path::new(DIR), Request::Discard(Letters::Of(Key(i))), Time(i)).expect("left");
+        });
+        let (mut requests, mut keys) = (Requests::default(), Vec::new());
+        for _ in 0..4 {
+            requests.look(&storage, Path::new(DIR), "a", Duration::ZERO);
+            assert!(requests.taken.len() <= TAKEN_MAX);
+            for taken in std::mem::take(&mut requests.taken) {
+                assert!(requests.end(&storage, Path::new(DIR), "a", &taken));
+                keys.extend(taken.request);
+            }
+        }
+        assert_eq!(keys, (0..count).map(|i| Request::Discard(Letters::Of(Key(i)))).collect::<Vec<_>>(), "in order");
     }
 
     #[test]

@@ -208,3 +208,22 @@ proptest! {
         let _seen = ArchivedEnvelope::access(&archive(&Envelope::new(text, 1, "1").expect("JSON"))[16..]).is_ok();
     }
 }
+
+#[test]
+fn json_of_any_depth_is_taken_as_text_or_refused_and_overflows_no_stack() {
+    for (open, close) in [("[", "]"), ("{\"a\":", "}")] {
+        for depth in [100, 10_000, 1_000_000] {
+            let payload = format!("{}1{}", open.repeat(depth), close.repeat(depth));
+            // Kept as text: nothing goes down into it.
+            let event = Envelope::new("deep", 1, &payload).expect("JSON");
+            assert_eq!(event.payload(), payload);
+            let line = format!(r#"{{"event_type":"deep","timestamp":1,"user_id":1,"payload":{payload}}}"#);
+            assert_eq!(Envelope::from_json(&line).expect("JSON").payload(), payload);
+            assert!(Envelope::from_json(&payload).is_err(), "no event");
+            assert!(Envelope::new("deep", 1, &payload[..payload.len() / 2]).is_err(), "cut short");
+            // Read as a value of a type: refused where it is too deep.
+            let read = from_json::<serde_json::Value>(&line);
+            assert_eq!(read.is_ok(), depth <= 100, "{depth}");
+        }
+    }
+}

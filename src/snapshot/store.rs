@@ -8,13 +8,12 @@ use std::sync::OnceLock;
 
 use hashbrown::HashMap;
 use rkyv::util::AlignedVec;
-use xxhash_rust::xxh3::Xxh3DefaultBuilder;
 
 use crate::event::{Key, Offset, Time, Version};
 use crate::log::format::{ALIGN, padded, u32_at};
 use crate::log::storage::{SideFile, Storage};
 use crate::snapshot::format::{ENTRY_HEADER_BYTES, Entry, FILE_HEADER_BYTES, Kind, entry_at};
-use crate::sync::{AtomicU64, Mutex, Ordering, lock};
+use crate::sync::{AtomicU64, Keyed, Mutex, Ordering, lock};
 
 /// Where a state is saved, and which.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -47,7 +46,7 @@ pub(crate) struct Held {
 
 #[derive(Debug, Default)]
 struct Index {
-    keys: HashMap<Key, Vec<Saved>, Xxh3DefaultBuilder>,
+    keys: HashMap<Key, Vec<Saved>, Keyed>,
     files: Vec<Held>,
 }
 

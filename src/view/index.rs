@@ -7,7 +7,7 @@
 use std::sync::OnceLock;
 
 use crate::event::Key;
-use crate::sync::{AtomicU64, Ordering};
+use crate::sync::{AtomicU64, Ordering, keyed, plant};
 
 /// More than the address space holds.
 const LEVELS: usize = 40;
@@ -35,6 +35,7 @@ struct Entry {
 
 impl Index {
     pub(super) fn with_room(keys: usize) -> Self {
+        plant();
         let first = (keys + keys / 2).next_power_of_two().max(FIRST_MIN);
         let index = Self {
             levels: [const { OnceLock::new() }; LEVELS],
@@ -103,13 +104,44 @@ fn room(entries: usize) -> usize {
 #[inline]
 fn find(level: &[Entry], key: Key) -> Result<usize, usize> {
     let mask = level.len() - 1;
-    let mut at = key.hash() as usize & mask;
+    let mut at = keyed(key.0) as usize & mask;
     loop {
         // Acquire: pairs with the Release in `Index::add`.
         match level[at].number.load(Ordering::Acquire) {
             0 => return Err(at),
             number if level[at].key.load(Ordering::Relaxed) == key.0 => return Ok(number as usize - 1),
             _ => at = (at + 1) & mask,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::event::key_routed_by;
+
+    /// Entries that are looked at for all of these keys together, and for one of them at most.
+    fn effort(keys: impl Iterator<Item = Key>) -> (usize, usize) {
+        let index = Index::with_room(10_000);
+        let keys: Vec<Key> = keys.collect();
+        keys.iter().for_each(|key| assert!(index.add(*key) < keys.len()));
+        let level = index.level(0);
+        let looks = keys.iter().map(|key| {
+            let start = keyed(key.0) as usize & (level.len() - 1);
+            let at = (0..level.len()).find(|step| {
+                let entry = &level[(start + step) & (level.len() - 1)];
+                entry.number.load(Ordering::Relaxed) != 0 && entry.key.load(Ordering::Relaxed) == key.0
+            });
+            at.expect("it is in the first level") + 1
+        });
+        (looks.clone().sum(), looks.max().unwrap_or(0))
+    }
+
+    #[test]
+    fn keys_chosen_by_the_public_hash_cost_what_random_ones_do() {
+        let random = effort((0..10_000).map(|i: u64| key_routed_by(i.wrapping_mul(0x9e37_79b9_7f4a_7c15))));
+        for chosen in [effort((0..10_000).map(|i| key_routed_by(i << 32))), effort((0..10_000).map(|i| Key(i << 24)))] {
+            assert!(chosen.0 <= 5 * random.0 && chosen.1 <= 200, "{chosen:?}, random ones {random:?}");
         }
     }
 }

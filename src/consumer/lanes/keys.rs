@@ -4,6 +4,7 @@
 use hashbrown::HashTable;
 
 use crate::event::Key;
+use crate::sync::{keyed, plant};
 
 use super::NONE;
 
@@ -51,6 +52,7 @@ pub(super) struct Keys {
 
 impl Keys {
     pub(super) fn new() -> Self {
+        plant();
         Self { lanes: Vec::new(), index: HashTable::new(), free: NONE }
     }
 
@@ -59,7 +61,7 @@ impl Keys {
     }
 
     pub(super) fn find(&self, key: Key) -> Option<u32> {
-        self.index.find(key.hash(), |at| self.lanes[*at as usize].key == key).copied()
+        self.index.find(keyed(key.0), |at| self.lanes[*at as usize].key == key).copied()
     }
 
     pub(super) fn lane(&self, at: u32) -> &Lane {
@@ -82,7 +84,7 @@ impl Keys {
             self.lanes[at as usize] = lane;
             at
         };
-        self.index.insert_unique(key.hash(), at, |at| self.lanes[*at as usize].key.hash());
+        self.index.insert_unique(keyed(key.0), at, |at| keyed(self.lanes[*at as usize].key.0));
         at
     }
 
@@ -90,7 +92,7 @@ impl Keys {
     pub(super) fn remove(&mut self, at: u32) {
         let lane = &mut self.lanes[at as usize];
         assert!(lane.tail == NONE && lane.letters == 0);
-        let entry = self.index.find_entry(lane.key.hash(), |other| *other == at);
+        let entry = self.index.find_entry(keyed(lane.key.0), |other| *other == at);
         entry.expect("every lane is in the index").remove();
         lane.tail = self.free;
         self.free = at;
