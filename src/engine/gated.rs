@@ -7,8 +7,8 @@ use crate::consumer::{GatePolicy, SequenceGate};
 use crate::error::{GateError, GateOpenError, OpenError, ReadError};
 use crate::event::Offset;
 use crate::gated::{
-    Counts, Entry, Gap, GateFiles, GatedProducer, GatedShard, Parts, Positions, Recovered, Start, TakenName, Uncounted,
-    gates_dir, hold_name, is_full,
+    Counts, Entry, Gap, GateFiles, GatedProducer, GatedShard, Parts, Positions, Recorded, Recovered, Start, TakenName,
+    Uncounted, gates_dir, hold_name, is_full,
 };
 use crate::log::manifest::is_folder_name;
 use crate::log::reader::Reader;
@@ -73,7 +73,7 @@ impl<A: Aggregate> Engine<A> {
         let mut files = GateFiles::new(&self.storage, &self.config.dir, name);
         let record = files.open()?;
         let is_new = record.is_none();
-        let (gaps, starts) = record.unwrap_or_default();
+        let Recorded { gaps, starts } = record.unwrap_or_default();
         let positions = files.positions(self.shards.len())?;
         if positions.is_none() {
             self.hold(&[(name.to_owned(), vec![0; self.shards.len()])]);

@@ -94,6 +94,13 @@ impl Words<'_> {
     }
 }
 
+/// What a gate's record holds, each in the order in which it was added.
+#[derive(Debug, Default)]
+pub(crate) struct Recorded {
+    pub(crate) gaps: Vec<Gap>,
+    pub(crate) starts: Vec<Start>,
+}
+
 /// The record as it was found.
 struct Found {
     entries: Vec<Entry>,
@@ -192,7 +199,7 @@ impl GateFiles {
     ///
     /// A torn tail is cut: its entry was not durable, so nothing behind it had been published. What holds is synced before it
     /// is believed, since after a kill it may be in the system's cache only.
-    pub(crate) fn open(&mut self) -> Result<Option<(Vec<Gap>, Vec<Start>)>, OpenError> {
+    pub(crate) fn open(&mut self) -> Result<Option<Recorded>, OpenError> {
         let found = self.find()?;
         if found.is_none() {
             self.storage.create_dir(&self.dir).map_err(self.io("creating", ""))?;
@@ -221,14 +228,14 @@ impl GateFiles {
         let witness =
             if found.unwitnessed.is_empty() { found.witness_end } else { found.witness_end.behind(&found.unwitnessed) };
         self.ends = Some(Ends { gaps: found.gaps_end, witness, entries: found.entries.len() as u64 });
-        let (mut gaps, mut starts) = (Vec::new(), Vec::new());
+        let mut recorded = Recorded::default();
         for entry in found.entries {
             match entry {
-                Entry::Gap(gap) => gaps.push(gap),
-                Entry::Start(start) => starts.push(start),
+                Entry::Gap(gap) => recorded.gaps.push(gap),
+                Entry::Start(start) => recorded.starts.push(start),
             }
         }
-        Ok((!is_new).then_some((gaps, starts)))
+        Ok((!is_new).then_some(recorded))
     }
 
     /// Makes durable what was found, up to the name of the folder.
