@@ -9,10 +9,10 @@ use std::time::{Duration, Instant};
 
 use common::{Note, open_on, small, soon};
 use corelane::consumer::{
-    DeadLetterPolicy, Delivery, HaltCause, HealthPolicy, Judgement, Letters, Poller, Start, WhenFull,
+    ConsumerError, DeadLetterPolicy, Delivery, HaltCause, HealthPolicy, Judgement, Letters, Poller, Start, WhenFull,
 };
 use corelane::testing::FaultyStorage;
-use corelane::{EventLog, Key};
+use corelane::{EventLog, Key, OpenError};
 
 struct Driven {
     poller: Poller<Note>,
@@ -219,4 +219,43 @@ fn a_position_is_saved_though_what_became_of_a_letter_cannot_be_written() {
     storage.refuse_side_files(false);
     let mut driven = Driven::new(&engine, policy());
     assert_eq!((driven.take(|_| None), driven.letters()), (vec![], 1), "at least once: the letter waits still");
+}
+
+#[test]
+fn the_next_checkpoint_knows_what_became_of_letters_though_nothing_else_was_done() {
+    for is_discarded in [true, false] {
+        let storage = FaultyStorage::new();
+        let engine = open_on(&storage, small("/s")).unwrap();
+        publish(&engine, [10, 11, 20]);
+        let mut driven = Driven::new(&engine, DeadLetterPolicy::default());
+        driven.take(|n| (n == 10).then_some("no"));
+        assert_eq!(driven.letters(), 2, "11 waits behind 10");
+        driven.poller.save().unwrap();
+        let files = storage.files();
+        let named = |name: &str| files.keys().find(|path| path.ends_with(name)).unwrap().clone();
+        let (checkpoint, letters) = (named("checkpoint"), named("letters-000001.log"));
+
+        if is_discarded {
+            assert_eq!(driven.poller.discard(Letters::All).unwrap(), 2);
+        } else {
+            assert_eq!(driven.poller.reprocess(Letters::All), 1);
+            assert_eq!(driven.take(|_| None), [10, 11]);
+        }
+        // The time of a checkpoint passes.
+        for _ in 0..3 {
+            driven.now_ms.fetch_add(2000, Ordering::SeqCst);
+            assert!(driven.next().is_none());
+        }
+        let after = storage.files();
+        assert!(after[&letters].len() > files[&letters].len(), "what became of them is written there");
+        assert!(after[&checkpoint] != files[&checkpoint], "and the checkpoint knows how far");
+        drop((driven, engine));
+        // A kill; and then somebody puts the letters of before in their place.
+        let mut replaced = after;
+        replaced.insert(letters.clone(), files[&letters].clone());
+        let engine = open_on(&FaultyStorage::with_files(replaced), small("/s")).unwrap();
+        let refused = engine.consumer("c").poller();
+        let Err(ConsumerError::Files(OpenError::DamagedFile { path, .. })) = &refused else { panic!("{refused:?}") };
+        assert_eq!(*path, letters);
+    }
 }

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use super::super::checkpoint::{Checkpoint, Progress};
+use super::super::dead_letter::FileEnd;
 use super::super::error::ConsumerError;
 use super::super::settings::Start;
 use super::{Desk, Driver};
@@ -20,13 +21,22 @@ pub(super) struct Saving {
     due: Duration,
     /// Positions as they were saved last.
     saved: Vec<(Offset, Offset, usize)>,
+    /// How far letters reached then.
+    saved_letters: FileEnd,
     pub(super) failures: u64,
     pub(super) record_failures: u64,
 }
 
 impl Saving {
     pub(super) fn new(every: Duration) -> Self {
-        Self { every, due: Duration::ZERO, saved: Vec::new(), failures: 0, record_failures: 0 }
+        Self {
+            every,
+            due: Duration::ZERO,
+            saved: Vec::new(),
+            saved_letters: FileEnd::default(),
+            failures: 0,
+            record_failures: 0,
+        }
     }
 }
 
@@ -53,7 +63,9 @@ impl<E: Event> Desk<E> {
 
 impl<E: Event> Driver<E> {
     fn is_saved(&self) -> bool {
-        self.desks.iter().map(Desk::mark).eq(self.saving.saved.iter().copied())
+        // Letters are dealt with where nothing else is done; what is not named by a checkpoint could be taken away unnoticed.
+        self.letters.durable() == self.saving.saved_letters
+            && self.desks.iter().map(Desk::mark).eq(self.saving.saved.iter().copied())
     }
 
     pub(super) fn save_due(&self) -> Option<Duration> {
@@ -94,7 +106,7 @@ impl<E: Event> Driver<E> {
             desk.hold.set(progress.position);
             self.letters.forget_below(desk.shard(), progress.position);
         }
-        self.saving.saved = marks;
+        (self.saving.saved, self.saving.saved_letters) = (marks, checkpoint.letters);
         Ok(())
     }
 
