@@ -105,12 +105,12 @@ pub(crate) struct Recorded {
 struct Found {
     entries: Vec<Entry>,
     gaps_end: FileEnd,
-    witness_end: FileEnd,
-    /// What the witness has to say yet.
-    unwitnessed: Vec<u8>,
-    /// Bytes behind the last whole entry, and the bytes before them.
-    torn: usize,
+    /// Bytes of the record up to its end, and how many stand behind it.
     whole: Vec<u8>,
+    torn: usize,
+    /// The witness, naming all of them; and how many it did not.
+    witness: Vec<u8>,
+    unwitnessed: usize,
 }
 
 /// Where the next entry goes.
@@ -180,12 +180,15 @@ impl GateFiles {
         if witness.is_none() && !entries.is_empty() {
             return missing(WITNESS, "it is missing, so whether all gaps are recorded is not known");
         }
-        let witness = witness.unwrap_or_else(record::witness_header);
-        let (witness_end, unwitnessed) = record::check_witness(&witness_path, &witness, &path, &gaps, gaps_end)?;
+        let mut witness = witness.unwrap_or_else(record::witness_header);
+        let (end, missing) = record::check_witness(&witness_path, &witness, &path, &gaps, gaps_end)?;
+        witness.truncate(end.at as usize);
+        let unwitnessed = missing.len();
+        witness.extend(missing);
         let mut whole = gaps;
         let torn = whole.len() - gaps_end.at as usize;
         whole.truncate(gaps_end.at as usize);
-        Ok(Some(Found { entries, gaps_end, witness_end, unwitnessed, torn, whole }))
+        Ok(Some(Found { entries, gaps_end, whole, torn, witness, unwitnessed }))
     }
 
     /// The gaps as the file has them. A torn one is not there yet.
@@ -197,8 +200,8 @@ impl GateFiles {
 
     /// Makes the record ready for further entries, and says which it holds; `None`: it is new.
     ///
-    /// A torn tail is cut: its entry was not durable, so nothing behind it had been published. What holds is synced before it
-    /// is believed, since after a kill it may be in the system's cache only.
+    /// A torn tail is cut: its entry was not durable, so nothing behind it had been published. What holds is written once more and
+    /// synced before it is believed: after a kill it may be in the system's cache only, and after a failed sync marked as written there.
     pub(crate) fn open(&mut self) -> Result<Option<Recorded>, OpenError> {
         let found = self.find()?;
         if found.is_none() {
@@ -224,10 +227,9 @@ impl GateFiles {
                 cut => cut.map_err(self.io("cutting", GAPS))?,
             }
         }
-        self.sync_all(&found)?;
-        let witness =
-            if found.unwitnessed.is_empty() { found.witness_end } else { found.witness_end.behind(&found.unwitnessed) };
-        self.ends = Some(Ends { gaps: found.gaps_end, witness, entries: found.entries.len() as u64 });
+        self.settle(&found)?;
+        let (at, entries) = (FileEnd::of(&found.witness, found.witness.len()), found.entries.len() as u64);
+        self.ends = Some(Ends { gaps: found.gaps_end, witness: at, entries });
         let mut recorded = Recorded::default();
         for entry in found.entries {
             match entry {
@@ -239,16 +241,18 @@ impl GateFiles {
     }
 
     /// Makes durable what was found, up to the name of the folder.
-    fn sync_all(&self, found: &Found) -> Result<(), OpenError> {
-        let sync = |name: &str, missing: &[u8]| {
+    fn settle(&self, found: &Found) -> Result<(), OpenError> {
+        let settle = |name: &str, content: &[u8], has_more: bool| {
             let file = self.storage.edit_side(&self.dir.join(name))?;
-            if !missing.is_empty() {
-                file.write_at(found.witness_end.at, missing)?;
+            match file.write_at(0, content) {
+                // The same bytes are there already.
+                Err(error) if is_full(&error) && !has_more => {}
+                written => written?,
             }
             file.sync()
         };
-        sync(GAPS, &[]).map_err(self.io("syncing", GAPS))?;
-        sync(WITNESS, &found.unwitnessed).map_err(self.io("syncing", WITNESS))?;
+        settle(GAPS, &found.whole, false).map_err(self.io("syncing", GAPS))?;
+        settle(WITNESS, &found.witness, found.unwitnessed > 0).map_err(self.io("syncing", WITNESS))?;
         for dir in [&self.dir, &gates_dir(&self.store), &self.store] {
             self.storage.sync_dir(dir).map_err(|source| OpenError::Io {
                 action: "syncing",
@@ -331,9 +335,13 @@ impl GateFiles {
     }
 
     /// Replaces the positions. What the witness says is made durable with them.
-    pub(crate) fn save(&self, positions: &Positions) -> Result<(), OpenError> {
-        let witness = self.storage.edit_side(&self.dir.join(WITNESS));
-        witness.and_then(|witness| witness.sync()).map_err(self.io("syncing", WITNESS))?;
+    pub(crate) fn save(&mut self, positions: &Positions) -> Result<(), OpenError> {
+        let witness = self.storage.edit_side(&self.dir.join(WITNESS)).map_err(self.io("opening", WITNESS))?;
+        if let Err(error) = witness.sync() {
+            // Final for the record too, which goes on with what the witness says.
+            self.failed = Some((WITNESS, Arc::new(io::Error::new(error.kind(), error.to_string()))));
+            return Err(self.io("syncing", WITNESS)(error));
+        }
         replace(&*self.storage, &self.dir, POSITIONS, &positions.encode()).map_err(self.io("writing", POSITIONS))
     }
 

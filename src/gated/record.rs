@@ -111,7 +111,8 @@ impl FileEnd {
         Self { at: self.at + added.len() as u64, crc: u32_at(added, added.len() - 4) }
     }
 
-    fn of(bytes: &[u8], at: usize) -> Self {
+    /// At `at`, behind the CRC that stands there.
+    pub(super) fn of(bytes: &[u8], at: usize) -> Self {
         Self { at: at as u64, crc: u32_at(bytes, at - 4) }
     }
 }
