@@ -24,25 +24,25 @@ use crate::gated::OpenGates;
 use crate::handler::{Factory, Handler, OnError, Registered};
 use crate::log::keeper::{Keeper, KeeperRequests};
 use crate::log::reader::Reader;
-use crate::log::recovery::RecoveryReport;
+use crate::log::report::RecoveryReport;
 use crate::log::storage::{Files, Lock, Storage};
-use crate::log::syncer::{SyncRequests, Syncer};
+use crate::log::syncer::SyncRequests;
 use crate::metrics::{Counters, Exchange, Metrics, ShardMetrics, Totals};
 use crate::producer::{LaneShared, Producer, ShardDoor};
 use crate::runner::{RunnerRequests, assign_cores, run};
-use crate::shard::{LaneEnd, Shard};
+use crate::shard::LaneEnd;
 use crate::shared::{SharedLane, SharedProducer};
 use crate::snapshot::snapshotter::{Snapshotter, SnapshotterRequests};
 use crate::snapshot::store::SnapshotStore;
 use crate::snapshot::taker::CheckpointRequests;
 use crate::sync::{Arc, Arrivals, AtomicBool, Mutex, Ordering, Role, Signal, lock, take_role};
 use crate::view::View;
-use build::Context;
+use build::{Context, own as own_of};
 use closing::{Closing, ClosingShard};
 pub use consumers::SyncError;
 pub use history::Comparison;
-use open::{load_manifest, lock_store, recover};
-use threads::Threads;
+use open::{Changes, load_manifest, lock_store, recover};
+use threads::{Crew, Threads};
 
 /// An engine that carries events and keeps no states.
 pub type EventLog<E> = Engine<Stateless<E>>;
@@ -162,7 +162,8 @@ impl<A: Aggregate> Engine<A> {
     /// Opens (or creates) the store that `config` names. `recovery()` says what was found.
     ///
     /// # Errors
-    /// Why it could not be opened. No byte of an existing store was changed, except that a torn tail may have been cut.
+    /// Why it could not be opened. The store is as it was; only an error while the repairs of a sound store are carried out
+    /// (a full disk, say) may leave some of them done.
     pub fn open(config: Config) -> Result<Self, OpenError> {
         Self::builder(config).open()
     }
@@ -187,16 +188,24 @@ impl<A: Aggregate> Engine<A> {
     ) -> Result<Self, OpenError> {
         let began = Instant::now();
         let lock = lock_store(&*storage, &config)?;
-        let (manifest, is_extended) = load_manifest::<A::Event>(&*storage, &config)?;
-        let quarantine = config.dir.join("quarantine");
-        let recovered = recover::<A>(&storage, &config, &manifest, &quarantine, &mut threads)?;
-        if is_extended {
-            // Only now: a program whose types the log refuses leaves the manifest as it was.
-            manifest.save(&*storage, &config.dir)?;
-        }
+        // First everything is looked at, then anything is changed: a store that is refused is left as it was.
+        let (manifest, standing) = load_manifest::<A::Event>(&*storage, &config)?;
+        let mut recovered = recover::<A>(&storage, &config, &manifest, standing, &mut threads)?;
         let ends: Vec<Offset> = recovered.iter().map(|shard| shard.report.end).collect();
         let consumers = cut_all(&*storage, &config.dir, &ends)?;
         let holds = gated::holds(&storage, &config.dir, &ends)?;
+        let own = recovered.iter().enumerate();
+        let own = own.map(|(i, recovered)| own_of(&config, factories, views, ShardId(i as u16), recovered));
+        let own: Vec<_> = own.collect::<Result<_, _>>()?;
+        let names = (0..config.shards).flat_map(|i| [format!("corelane-sync-{i}"), format!("corelane-shard-{i}")]);
+        let names = ["corelane-keeper".into(), "corelane-save".into()].into_iter().chain(names);
+        let mut crew = Crew::start(&mut threads, names).map_err(|source| {
+            let path = config.dir.clone();
+            OpenError::Io { action: "starting a thread for", path, source }
+        })?;
+        let changes = Changes { storage: &*storage, dir: &config.dir, manifest: &manifest, standing };
+        changes.carry_out(&mut recovered, &consumers, &holds)?;
+        let quarantine = config.dir.join("quarantine");
         let duration_ns = u64::try_from(began.elapsed().as_nanos()).unwrap_or(u64::MAX);
         let recovery =
             RecoveryReport { shards: recovered.iter().map(|shard| shard.report.clone()).collect(), duration_ns };
@@ -214,13 +223,11 @@ impl<A: Aggregate> Engine<A> {
             keeper: &keeper,
             snapshotter: &snapshotter,
             quarantine: &quarantine,
-            factories,
-            views,
         };
         let (mut handles, mut kept, mut shared, mut parts) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         let mut sources = Vec::new();
-        for (i, recovered) in recovered.into_iter().enumerate() {
-            let built = context.build(ShardId(i as u16), recovered);
+        for (i, (recovered, own)) in recovered.into_iter().zip(own).enumerate() {
+            let built = context.build(ShardId(i as u16), recovered, own);
             handles.push(built.handle);
             kept.push(built.kept);
             sources.push(built.sources);
@@ -278,51 +285,24 @@ impl<A: Aggregate> Engine<A> {
             gates: OpenGates::default(),
             config,
         };
-        engine.hold(&holds);
-        engine.spawn(&mut threads, "corelane-keeper".into(), move || keeper_parts.run())?;
-        engine.spawn(&mut threads, "corelane-save".into(), move || snapshotter_parts.run())?;
+        engine.hold(&holds.from);
+        engine.run(&mut crew, move || keeper_parts.run());
+        engine.run(&mut crew, move || snapshotter_parts.run());
         for (i, (shard, syncer)) in parts.into_iter().enumerate() {
-            engine.spawn_shard(&mut threads, i, cores[i], shard, syncer).inspect_err(|_| {
-                // A syncer ends when its shard says so, and this one has none.
-                engine.shards[i].syncer.ending.store(true, Ordering::SeqCst);
-                engine.shards[i].syncer.signal.notify();
-            })?;
+            engine.run(&mut crew, move || syncer.run());
+            let door = std::sync::Arc::clone(&engine.shards[i].door);
+            let (requests, wait, core) = (std::sync::Arc::clone(&engine.runner), engine.config.wait, cores[i]);
+            engine.run(&mut crew, move || run(shard, &door, &requests, wait, core));
         }
         Ok(engine)
     }
 
-    fn spawn_shard(
-        &self,
-        threads: &mut Threads,
-        i: usize,
-        core: Option<usize>,
-        shard: Shard<A>,
-        syncer: Syncer,
-    ) -> Result<(), OpenError> {
-        self.spawn(threads, format!("corelane-sync-{i}"), move || syncer.run())?;
-        let (door, requests) = (std::sync::Arc::clone(&self.shards[i].door), std::sync::Arc::clone(&self.runner));
-        let wait = self.config.wait;
-        self.spawn(threads, format!("corelane-shard-{i}"), move || run(shard, &door, &requests, wait, core))
-    }
-
-    fn spawn(
-        &self,
-        threads: &mut Threads,
-        name: String,
-        body: impl FnOnce() + Send + 'static,
-    ) -> Result<(), OpenError> {
+    fn run(&self, crew: &mut Crew, body: impl FnOnce() + Send + 'static) {
         let body = move || {
             take_role(Role::Engine);
             body();
         };
-        let thread = threads.named(name).and_then(|thread| thread.spawn(body));
-        let thread = thread.map_err(|source| OpenError::Io {
-            action: "starting a thread for",
-            path: self.config.dir.clone(),
-            source,
-        })?;
-        lock(&self.closing.threads).push(thread);
-        Ok(())
+        lock(&self.closing.threads).push(crew.run(body));
     }
 
     /// What opening the store found.

@@ -67,7 +67,8 @@ pub enum ConfigError {
     },
 }
 
-/// Why a store could not be opened. Nothing was changed unless the variant says so.
+/// Why a store could not be opened. The store is as it was, with one exception: `Io` where carrying out the repairs of a store that
+/// had been found sound failed (`action` says which). Opening it again goes on with them.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum OpenError {
@@ -185,6 +186,9 @@ pub enum OpenError {
     /// Bytes that had been durable are damaged. Nothing is skipped.
     #[error(transparent)]
     Corruption(#[from] Corruption),
+    /// Code of the program panicked while the store was being opened.
+    #[error(transparent)]
+    Panicked(#[from] CodePanic),
     /// The same in a file beside the log. It is left as it is.
     #[error("{}, at {at}: {why}", path.display())]
     DamagedFile {
@@ -205,6 +209,66 @@ pub enum OpenError {
         /// What the system said.
         source: io::Error,
     },
+}
+
+/// Code of the program panicked where the engine reads what is stored: while a store is opened or its history is read.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub struct CodePanic {
+    /// Which code: `evolve or an upcaster`, `upgrade`, `a view`, `the factory of a handler`.
+    pub code: &'static str,
+    /// The shard.
+    pub shard: ShardId,
+    /// The event that was being read, if it was one.
+    pub event: Option<PanickedEvent>,
+    /// What the panic said.
+    pub message: String,
+}
+
+/// The event at which code of the program panicked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct PanickedEvent {
+    /// Where its record begins.
+    pub offset: Offset,
+    /// Its key.
+    pub key: crate::event::Key,
+    /// Its type.
+    pub event_type: EventTypeId,
+}
+
+impl std::fmt::Display for CodePanic {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { code, shard, event, message } = self;
+        match event {
+            Some(PanickedEvent { offset, key, event_type }) => {
+                write!(
+                    f,
+                    "shard {shard}, offset {offset}: {code} panicked at an event of key {key}, type {event_type}: {message}"
+                )
+            }
+            None => write!(f, "shard {shard}: {code} panicked: {message}"),
+        }
+    }
+}
+
+/// Runs code of the program; a panic of it becomes an error.
+pub(crate) fn guard<T>(code: &'static str, shard: ShardId, body: impl FnOnce() -> T) -> Result<T, CodePanic> {
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(body)).map_err(|panic| CodePanic {
+        code,
+        shard,
+        event: None,
+        message: panic_text(&*panic),
+    })
+}
+
+/// What a panic said.
+pub(crate) fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
+    panic
+        .downcast_ref::<&str>()
+        .map(|text| (*text).to_owned())
+        .or_else(|| panic.downcast_ref::<String>().cloned())
+        .unwrap_or_else(|| "no text".to_owned())
 }
 
 /// Damage in the middle of a log: bytes that were once durable and no longer hold.
@@ -512,6 +576,9 @@ pub enum HistoryError {
     /// The log could not be read.
     #[error(transparent)]
     Read(#[from] ReadError),
+    /// `evolve`, an upcaster or `upgrade` panicked.
+    #[error(transparent)]
+    Panicked(#[from] CodePanic),
     /// The shard did not say where the key stands.
     #[error(transparent)]
     Wait(#[from] WaitError),

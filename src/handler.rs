@@ -76,11 +76,4 @@ impl<E: Event> fmt::Debug for Registered<E> {
 /// Makes a handler for each shard.
 pub(crate) type Factory<E> = Box<dyn Fn(ShardId) -> Registered<E>>;
 
-/// What a panic said.
-pub(crate) fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
-    panic
-        .downcast_ref::<&str>()
-        .map(|text| (*text).to_owned())
-        .or_else(|| panic.downcast_ref::<String>().cloned())
-        .unwrap_or_else(|| "no text".to_owned())
-}
+pub(crate) use crate::error::panic_text;

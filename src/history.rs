@@ -4,10 +4,11 @@
 //! history is: a chain, which leads backwards, is gone along once to find where its parts begin, and then part by part.
 
 use crate::aggregate::Aggregate;
-use crate::error::{HistoryError, ReadError};
+use crate::error::{CodePanic, HistoryError, PanickedEvent, ReadError, guard};
 use crate::event::{Event, EventType, Key, Offset, Sequence, Time, Version};
 use crate::log::finder::{Finder, Place};
 use crate::log::fold::Access;
+use crate::log::format::RecordHeader;
 use crate::log::reader::{Reader, Record};
 use crate::snapshot::store::{Saved, SnapshotStore};
 
@@ -275,7 +276,9 @@ pub(crate) fn state_at<A: Aggregate>(
     loop {
         let state = match base {
             None => Some(A::default()),
-            Some(saved) => store.read(key, &saved, |entry| entry.state::<A>()),
+            Some(saved) => {
+                guard("upgrade", finder.log().shard, || store.read(key, &saved, |entry| entry.state::<A>()))?
+            }
         };
         let Some(state) = state else {
             // Unreadable: an earlier one, or the log from its beginning, gives the same.
@@ -286,6 +289,12 @@ pub(crate) fn state_at<A: Aggregate>(
         chain.back_to(from, at, finder)?;
         return chain.apply(from, state, at, finder);
     }
+}
+
+/// A panic at an event.
+fn at_event(panic: CodePanic, offset: Offset, header: &RecordHeader) -> CodePanic {
+    let event = PanickedEvent { offset, key: header.key, event_type: header.event_type };
+    CodePanic { event: Some(event), ..panic }
 }
 
 /// The way back from an event.
@@ -348,7 +357,8 @@ impl Chain {
                 .memory()
                 .and_then(|memory| access.event::<A::Event>(memory, place.at, place.len, header))
                 .ok_or_else(|| finder.corruption(offset, "an archive is not valid"))?;
-            state.evolve(event, &header.meta(shard, offset, Sequence::UNKNOWN));
+            let meta = header.meta(shard, offset, Sequence::UNKNOWN);
+            guard("evolve", shard, || state.evolve(event, &meta)).map_err(|panic| at_event(panic, offset, header))?;
             version.0 += 1;
         }
         Ok(Past { state, version, applied: version.0 - from.0 })

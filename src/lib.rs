@@ -60,8 +60,8 @@ pub mod view;
 
 pub use config::{Checked, Config, Durability, Pin, Retention, Wait};
 pub use error::{
-    ConfigError, Corruption, FailureCause, GateError, GateOpenError, HistoryError, OpenError, ReadError, Rejected,
-    RejectedReason, ShardFailure, WaitError,
+    CodePanic, ConfigError, Corruption, FailureCause, GateError, GateOpenError, HistoryError, OpenError, PanickedEvent,
+    ReadError, Rejected, RejectedReason, ShardFailure, WaitError,
 };
 pub use event::{
     Correlation, Encode, Event, EventId, EventType, EventTypeId, Key, Meta, Offset, Scratch, Sequence, ShardId, Time,
@@ -77,7 +77,7 @@ pub use {
     handler::{BatchEnd, Handler, HandlerError, OnError},
     history::{At, Between, Counts, Past, Stream},
     log::reader::{Reader, Record},
-    log::recovery::{RecoveryReport, ShardRecovery, TornTail},
+    log::report::{RecoveryReport, ShardRecovery, TornTail},
     log::scan,
     metrics::{Metrics, ShardMetrics, Stage, write_hgrm, write_hlog},
     producer::{BatchRejected, Pending, Producer, Receipt},

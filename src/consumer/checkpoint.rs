@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use super::dead_letter::{FileEnd, is_letters_name};
 use crate::error::OpenError;
 use crate::event::Offset;
-use crate::log::format::{FORMAT_VERSION, u16_at, u32_at, u64_at};
+use crate::log::format::{ALIGN, FORMAT_VERSION, OFFSETS_END, u16_at, u32_at, u64_at};
 use crate::log::manifest::is_folder_name;
 use crate::log::storage::{Storage, replace};
 
@@ -61,6 +61,19 @@ impl Progress {
         let mut named: Vec<Offset> = unfinished.take(UNFINISHED_MAX + 1).collect();
         let read = if named.len() > UNFINISHED_MAX { named.pop().unwrap_or(read) } else { read };
         Self { position, read, effects_from, unfinished: named }
+    }
+
+    /// Why no log can have these positions, if so.
+    fn is_impossible(&self) -> Option<&'static str> {
+        let Self { position, read, effects_from, unfinished } = self;
+        let is_place = |at: &Offset| at.0.is_multiple_of(ALIGN as u64) && at.0 < OFFSETS_END;
+        if ![position, read, effects_from].into_iter().chain(unfinished).all(is_place) {
+            return Some("a position is no place of a log");
+        }
+        let follows =
+            unfinished.is_sorted_by(|a, b| a < b) && unfinished.iter().all(|at| (position..read).contains(&at));
+        (position > read || !follows || unfinished.len() > UNFINISHED_MAX)
+            .then_some("its positions do not follow each other")
     }
 
     /// Forgets what lies at or beyond the log's end: the log has lost it, and other events will stand there. Whether there was any.
@@ -131,6 +144,9 @@ impl Checkpoint {
                 effects_from: Offset(u64_at(fixed, 16)),
                 unfinished: offsets.chunks_exact(8).map(|at| Offset(u64_at(at, 0))).collect(),
             });
+            if let Some(why) = shards.last().and_then(Progress::is_impossible) {
+                return Err(foreign(why));
+            }
             rest = after;
         }
         let letters = match rest.len() {
@@ -213,12 +229,29 @@ pub(crate) fn names(storage: &dyn Storage, store: &Path) -> Result<Vec<String>, 
     }
 }
 
-/// Cuts what consumers know of a shard's log at its end as recovery found it. To be called before anything is appended.
-pub(crate) fn cut_all(
-    storage: &dyn Storage,
-    store: &Path,
-    ends: &[Offset],
-) -> Result<Vec<(String, Checkpoint)>, OpenError> {
+/// What is saved of a consumer, cut where the logs end.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Found {
+    pub(crate) name: String,
+    pub(crate) checkpoint: Checkpoint,
+    /// It was cut, so what is saved says more than there is.
+    is_cut: bool,
+}
+
+impl Found {
+    /// Saves what was cut. Not before the whole store was found sound, and before anything is appended.
+    pub(crate) fn settle(&self, storage: &dyn Storage, store: &Path) -> Result<(), OpenError> {
+        if !self.is_cut {
+            return Ok(());
+        }
+        let dir = consumers_dir(store).join(&self.name);
+        let saved = self.checkpoint.save(storage, &dir);
+        saved.map_err(|source| OpenError::Io { action: "writing", path: dir.join(NAME), source })
+    }
+}
+
+/// Cuts what consumers know of a shard's log at its end as recovery found it. Changes no file.
+pub(crate) fn cut_all(storage: &dyn Storage, store: &Path, ends: &[Offset]) -> Result<Vec<Found>, OpenError> {
     let mut known = Vec::new();
     for name in names(storage, store)? {
         let dir = consumers_dir(store).join(&name);
@@ -234,11 +267,7 @@ pub(crate) fn cut_all(
                 is_cut = true;
             }
         }
-        if is_cut {
-            let saved = checkpoint.save(storage, &dir);
-            saved.map_err(|source| OpenError::Io { action: "writing", path: dir.join(NAME), source })?;
-        }
-        known.push((name, checkpoint));
+        known.push(Found { name, checkpoint, is_cut });
     }
     Ok(known)
 }
@@ -251,9 +280,9 @@ mod tests {
 
     fn example() -> Checkpoint {
         let unfinished = vec![Offset(4096), Offset(4256)];
-        let first = Progress { position: Offset(4096), read: Offset(5000), effects_from: Offset(7), unfinished };
+        let first = Progress { position: Offset(4096), read: Offset(5008), effects_from: Offset(4096), unfinished };
         let letters = FileEnd { number: 3, bytes: 4096 };
-        Checkpoint { shards: vec![first, Progress::at(Offset(0x0102_0304_0506))], letters }
+        Checkpoint { shards: vec![first, Progress::at(Offset(0x0102_0304_0500))], letters }
     }
 
     #[test]
@@ -326,7 +355,7 @@ mod tests {
     #[test]
     fn a_crash_while_saving_leaves_the_old_or_the_new_one() {
         let dir = Path::new("/s/consumers/a");
-        let (old, new) = (example(), Checkpoint { shards: vec![Progress::at(Offset(9)); 2], ..example() });
+        let (old, new) = (example(), Checkpoint { shards: vec![Progress::at(Offset(16)); 2], ..example() });
         for n in 1.. {
             let storage = FaultyStorage::new();
             old.save(&storage, dir).expect("saved");
@@ -347,15 +376,16 @@ mod tests {
         let storage = FaultyStorage::new();
         let store = Path::new("/s");
         example().save(&storage, &consumers_dir(store).join("a")).expect("saved");
-        let known = cut_all(&storage, store, &[Offset(4200), Offset(100)]).expect("readable");
+        let known = cut_all(&storage, store, &[Offset(4208), Offset(112)]).expect("readable");
+        known.iter().for_each(|found| found.settle(&storage, store).expect("saved"));
         let first = Progress {
             position: Offset(4096),
-            read: Offset(4200),
-            effects_from: Offset(7),
+            read: Offset(4208),
+            effects_from: Offset(4096),
             unfinished: vec![Offset(4096)],
         };
-        let expected = Checkpoint { shards: vec![first, Progress::at(Offset(100))], ..example() };
-        assert_eq!(known, [("a".to_owned(), expected.clone())]);
+        let expected = Checkpoint { shards: vec![first, Progress::at(Offset(112))], ..example() };
+        assert_eq!(known, [Found { name: "a".to_owned(), checkpoint: expected.clone(), is_cut: true }]);
         storage.crash(crate::testing::Unsynced::Lost);
         let dir = consumers_dir(store).join("a");
         assert_eq!(Checkpoint::load(&storage, &dir).expect("readable"), Some(expected), "durably");

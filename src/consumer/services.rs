@@ -8,7 +8,7 @@ use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use super::checkpoint::{Checkpoint, clear, consumers_dir};
+use super::checkpoint::{Checkpoint, Found, clear, consumers_dir};
 use super::dead_letter::FileEnd;
 use super::driver::{Place, start_position};
 use super::error::ConsumerError;
@@ -81,9 +81,9 @@ impl Services {
         keeper: std::sync::Arc<KeeperRequests>,
         shards: Vec<(Arc<ShardLog>, std::sync::Arc<SyncRequests>)>,
         syncs: bool,
-        known: Vec<(String, Checkpoint)>,
+        known: Vec<Found>,
     ) -> Self {
-        let register = |(name, checkpoint): (String, Checkpoint)| {
+        let register = |Found { name, checkpoint, .. }: Found| {
             let holds = shards.iter().zip(&checkpoint.shards);
             let holds = holds
                 .map(|((log, _), progress)| log.holds.hold(&hold_name(&name), progress.position, &keeper))

@@ -6,8 +6,9 @@ use super::Handle;
 use crate::aggregate::Aggregate;
 use crate::clock::{Clock, wall_now};
 use crate::config::{Checked, Durability};
+use crate::error::{CodePanic, guard};
 use crate::event::{Sequence, ShardId};
-use crate::handler::Factory;
+use crate::handler::{Factory, Registered};
 use crate::keys::KeyTable;
 use crate::log::age::Ages;
 use crate::log::fold::Folder;
@@ -38,15 +39,50 @@ fn snapshot_chunks(shards: u16) -> usize {
 }
 
 /// What every shard is built from.
-pub(super) struct Context<'a, A: Aggregate> {
+pub(super) struct Context<'a> {
     pub(super) config: &'a Checked,
     pub(super) storage: &'a std::sync::Arc<dyn Storage>,
     pub(super) clock: &'a Clock,
     pub(super) keeper: &'a std::sync::Arc<KeeperRequests>,
     pub(super) snapshotter: &'a SnapshotterRequests,
     pub(super) quarantine: &'a std::path::Path,
-    pub(super) factories: &'a [Factory<A::Event>],
-    pub(super) views: &'a [Box<dyn View<A>>],
+}
+
+/// What the program has on a shard's thread: its inline handlers, and its views' parts, filled with the states that there are.
+pub(super) struct Own<A: Aggregate> {
+    handlers: Vec<Registered<A::Event>>,
+    views: Vec<Box<dyn ViewWriter<A>>>,
+}
+
+/// Makes what the program has on a shard's thread.
+pub(super) fn own<A: Aggregate>(
+    config: &Checked,
+    factories: &[Factory<A::Event>],
+    views: &[Box<dyn View<A>>],
+    id: ShardId,
+    recovered: &Recovered<A>,
+) -> Result<Own<A>, CodePanic> {
+    let (keys, sequence) = (&recovered.folder.keys, Sequence(recovered.resume.sequence));
+    let views = guard("a view", id, || filled(config, views, id, keys, sequence))?;
+    let handlers = guard("the factory of a handler", id, || factories.iter().map(|make| make(id)).collect())?;
+    Ok(Own { handlers, views })
+}
+
+/// A shard's parts of all views, filled with the states that there are.
+fn filled<A: Aggregate>(
+    config: &Checked,
+    views: &[Box<dyn View<A>>],
+    id: ShardId,
+    keys: &KeyTable<A>,
+    sequence: Sequence,
+) -> Vec<Box<dyn ViewWriter<A>>> {
+    let place = Place::new(id, config.shards, config.keys_expected.max(keys.len()));
+    let mut writers: Vec<_> = views.iter().map(|view| view.writer(&place)).collect();
+    for writer in &mut writers {
+        keys.iter().for_each(|slot| writer.load(slot.key, &slot.state));
+        writer.publish(Position { sequence, time: wall_now() });
+    }
+    writers
 }
 
 pub(super) struct Built<A: Aggregate> {
@@ -58,10 +94,10 @@ pub(super) struct Built<A: Aggregate> {
     pub(super) syncer: Syncer,
 }
 
-impl<A: Aggregate> Context<'_, A> {
-    pub(super) fn build(&self, id: ShardId, recovered: Recovered<A>) -> Built<A> {
+impl Context<'_> {
+    pub(super) fn build<A: Aggregate>(&self, id: ShardId, recovered: Recovered<A>, own: Own<A>) -> Built<A> {
         let config = self.config;
-        let Recovered { report, segments, resume, folder, saved, span, unused, spares } = recovered;
+        let Recovered { report, segments, resume, folder, saved, span, unused, spares, .. } = recovered;
         let saved = saved.expect("recovery looks for what is saved");
         let Folder { keys, outcomes, .. } = folder;
         let dir = shard_dir(&config.dir, id);
@@ -85,7 +121,6 @@ impl<A: Aggregate> Context<'_, A> {
         let arriving = std::sync::Arc::new(Arrivals::new());
         let arriving_clients = std::sync::Arc::new(Arrivals::new());
         let questions = std::sync::Arc::new(Arrivals::new());
-        let views = self.views(id, &keys, Sequence(resume.sequence));
         let syncer = std::sync::Arc::new(SyncRequests::new());
         let counters = std::sync::Arc::new(Counters::default());
         let prepared = std::sync::Arc::new(ArrayQueue::new(1));
@@ -167,7 +202,7 @@ impl<A: Aggregate> Context<'_, A> {
             questions: std::sync::Arc::clone(&questions),
             keys,
             outcomes,
-            views,
+            views: own.views,
             taker,
             writer: Writer::new(
                 Arc::clone(&log),
@@ -181,7 +216,7 @@ impl<A: Aggregate> Context<'_, A> {
             syncs: config.durability != Durability::OsCache,
             sync_marks: (config.durability != Durability::OsCache && config.latency).then_some(marks_tx),
             keeper: std::sync::Arc::clone(self.keeper),
-            handlers: self.factories.iter().map(|make| make(id)).collect(),
+            handlers: own.handlers,
             storage: std::sync::Arc::clone(self.storage),
             quarantine: self.quarantine.to_owned(),
             recorder,
@@ -213,17 +248,5 @@ impl<A: Aggregate> Context<'_, A> {
             exchanges: [turn_exchange, sync_exchange],
         };
         Built { handle, kept, sources, shared, shard, syncer: syncer_parts }
-    }
-
-    /// This shard's parts of all views, filled with the states that there are.
-    fn views(&self, id: ShardId, keys: &KeyTable<A>, sequence: Sequence) -> Vec<Box<dyn ViewWriter<A>>> {
-        let config = self.config;
-        let place = Place::new(id, config.shards, config.keys_expected.max(keys.len()));
-        let mut writers: Vec<_> = self.views.iter().map(|view| view.writer(&place)).collect();
-        for writer in &mut writers {
-            keys.iter().for_each(|slot| writer.load(slot.key, &slot.state));
-            writer.publish(Position { sequence, time: wall_now() });
-        }
-        writers
     }
 }

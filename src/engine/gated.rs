@@ -15,11 +15,23 @@ use crate::log::reader::Reader;
 use crate::log::storage::Storage;
 use crate::sync::Arc;
 
-/// What a gate has not counted, by its name: from these offsets on, shard by shard.
-pub(super) type Holds = Vec<(String, Vec<u64>)>;
+/// What the gates of a store have not counted.
+pub(super) struct Holds {
+    /// By a gate's name: from these offsets on, shard by shard.
+    pub(super) from: Vec<(String, Vec<u64>)>,
+    /// Gates whose positions are not of this log.
+    ahead: Vec<GateFiles>,
+}
 
-/// What the gates of a store still have to count. Positions that name what no shard holds are not of this log, and removed: the log
-/// that was found ends at `ends`.
+impl Holds {
+    /// Forgets positions that are not of this log. Not before the whole store was found sound, and before anything is appended.
+    pub(super) fn settle(&self) -> Result<(), OpenError> {
+        self.ahead.iter().try_for_each(GateFiles::forget_positions)
+    }
+}
+
+/// What the gates of a store still have to count. Positions that name what no shard holds are not of this log, which ends at `ends`,
+/// and are to be removed. Changes no file.
 pub(super) fn holds(
     storage: &std::sync::Arc<dyn Storage>,
     store: &std::path::Path,
@@ -31,7 +43,7 @@ pub(super) fn holds(
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Vec::new(),
         Err(source) => return Err(OpenError::Io { action: "listing", path: dir, source }),
     };
-    let mut holds = Vec::new();
+    let mut holds = Holds { from: Vec::new(), ahead: Vec::new() };
     for name in names.into_iter().filter(|name| is_folder_name(name)) {
         let files = GateFiles::new(storage, store, &name);
         let mut positions = files.positions(ends.len())?;
@@ -39,10 +51,10 @@ pub(super) fn holds(
             |positions: &Positions| positions.counted.iter().zip(ends).any(|(counted, end)| *counted > end.0);
         if positions.as_ref().is_some_and(is_ahead) {
             tracing::warn!(name, "a gate has counted more than the log holds; the log is counted anew");
-            files.forget_positions()?;
+            holds.ahead.push(files);
             positions = None;
         }
-        holds.push((name, positions.map_or_else(|| vec![0; ends.len()], |positions| positions.counted)));
+        holds.from.push((name, positions.map_or_else(|| vec![0; ends.len()], |positions| positions.counted)));
     }
     Ok(holds)
 }

@@ -5,13 +5,13 @@ use std::time::Instant;
 
 use super::{Engine, Handle};
 use crate::aggregate::Aggregate;
-use crate::error::{HistoryError, ReadError, WaitError};
-use crate::event::{Key, Offset, ShardId, Time, Version};
+use crate::error::{CodePanic, HistoryError, PanickedEvent, ReadError, WaitError, guard};
+use crate::event::{Key, Meta, Offset, ShardId, Time, Version};
 use crate::history::{At, Between, Counts, Head, Past, Stream, count, state_at};
 use crate::keys::Walk;
 use crate::log::finder::Finder;
 use crate::log::fold::Folder;
-use crate::log::reader::Reader;
+use crate::log::reader::{Reader, Record};
 use crate::promise::block_until;
 use crate::snapshot::load::{candidates, load};
 use crate::snapshot::store::SnapshotStats;
@@ -33,6 +33,13 @@ pub struct Comparison {
 const COMPARED: usize = 256;
 /// How often something is begun anew because retention freed what it was reading.
 const FREED_MEANWHILE_MAX: usize = 16;
+
+/// Changes `state` by one event; a panic is an error that names the event.
+fn evolve<A: Aggregate>(state: &mut A, record: &Record<'_, A::Event>) -> Result<(), CodePanic> {
+    let Meta { shard, offset, key, event_type, .. } = record.meta;
+    guard("evolve", shard, || state.evolve(record.event, &record.meta))
+        .map_err(|panic| CodePanic { event: Some(PanickedEvent { offset, key, event_type }), ..panic })
+}
 
 impl<A: Aggregate> Engine<A> {
     /// Saves the states of all keys, and waits for it: opening the store afterwards folds only what comes after this.
@@ -208,7 +215,7 @@ impl<A: Aggregate> Engine<A> {
             stream => stream?,
         };
         while let Some(record) = stream.next()? {
-            state.evolve(record.event, &record.meta);
+            evolve(&mut state, &record)?;
             version = record.meta.version;
         }
         Ok((state, version))
@@ -268,7 +275,7 @@ impl<A: Aggregate> Engine<A> {
                     while stream.version() <= version
                         && let Some(record) = stream.next()?
                     {
-                        state.evolve(record.event, &record.meta);
+                        evolve(&mut state, &record)?;
                         from = record.meta.version;
                     }
                 }
@@ -303,14 +310,14 @@ impl<A: Aggregate> Engine<A> {
     fn refold(&self, id: ShardId, shard: &Handle<A>) -> Result<Folder<A>, HistoryError> {
         for _ in 0..FREED_MEANWHILE_MAX {
             match self.refold_once(id, shard) {
-                Err(ReadError::BeyondRetention { .. }) => {}
-                folded => return Ok(folded?),
+                Err(HistoryError::Read(ReadError::BeyondRetention { .. })) => {}
+                folded => return folded,
             }
         }
-        Ok(self.refold_once(id, shard)?)
+        self.refold_once(id, shard)
     }
 
-    fn refold_once(&self, id: ShardId, shard: &Handle<A>) -> Result<Folder<A>, ReadError> {
+    fn refold_once(&self, id: ShardId, shard: &Handle<A>) -> Result<Folder<A>, HistoryError> {
         let log = &shard.door.log;
         let until = Offset(log.appended.get());
         let mut reader = self.reader(id);
@@ -320,20 +327,22 @@ impl<A: Aggregate> Engine<A> {
             let base = self.oldest_base(id, earliest, until, &mut folder)?;
             // None: freed, or replaced by a later one, while they were looked at.
             let lost = ReadError::BeyondRetention { shard: id, asked: log.first_offset(0), earliest };
-            reader = self.reader_at(id, base.ok_or(lost)?)?;
+            reader = base.ok_or(lost)?;
         }
-        reader.fold(&mut folder, until)?;
+        let folded = guard("evolve or an upcaster", id, || reader.fold(&mut folder, until));
+        folded.map_err(|panic| folder.at_fault(panic))??;
         Ok(folder)
     }
 
-    /// Puts the states of the oldest checkpoint into `folder` from which the log can be followed, and says where it begins.
+    /// Puts the states of the oldest checkpoint into `folder` from which the log can be followed, and returns a reader that stands where
+    /// it begins.
     fn oldest_base(
         &self,
         id: ShardId,
         earliest: Offset,
         until: Offset,
         folder: &mut Folder<A>,
-    ) -> Result<Option<Offset>, ReadError> {
+    ) -> Result<Option<Reader<A::Event>>, HistoryError> {
         let dir = crate::log::manifest::shard_dir(&self.config.dir, id);
         let io = |source| ReadError::Io { action: "reading the checkpoints of", path: dir.clone(), source };
         let (bases, _) = match candidates(&*self.storage, &dir, id) {
@@ -342,9 +351,15 @@ impl<A: Aggregate> Engine<A> {
             bases => bases.map_err(io)?,
         };
         for base in bases.iter().rev().filter(|base| base.start >= earliest && base.start <= until) {
+            let reader = match self.reader_at(id, base.start) {
+                Ok(reader) if reader.sequence() == base.sequence.0 => reader,
+                // It is not one of this log.
+                Ok(_) | Err(ReadError::NotARecord { .. }) => continue,
+                Err(error) => return Err(error.into()),
+            };
             *folder = Folder::new(id, self.config.keys_expected, 0);
-            if load(&*self.storage, &dir, id, base, folder).is_ok() {
-                return Ok(Some(base.start));
+            if guard("upgrade", id, || load(&*self.storage, &dir, id, base, folder))?.is_ok() {
+                return Ok(Some(reader));
             }
         }
         Ok(None)

@@ -1,13 +1,14 @@
 //! Before an engine runs: the store's lock, its manifest, and what its shards hold.
 
 use std::collections::VecDeque;
-use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
+use super::gated::Holds;
 use super::threads::Threads;
 use crate::aggregate::Aggregate;
 use crate::config::Checked;
-use crate::error::OpenError;
+use crate::consumer::checkpoint::Found;
+use crate::error::{OpenError, guard};
 use crate::event::{Event, EventTypeId, ShardId, upcaster};
 use crate::log::keeper::fresh_id;
 use crate::log::manifest::{Manifest, Root, shard_dir};
@@ -26,8 +27,22 @@ pub(super) fn lock_store(storage: &dyn Storage, config: &Checked) -> Result<Box<
     }
 }
 
-/// The store's manifest: as it is, extended by types that are new (`true`: still to be saved), or written for a new store.
-pub(super) fn load_manifest<E: Event>(storage: &dyn Storage, config: &Checked) -> Result<(Manifest, bool), OpenError> {
+/// What has to be done about the manifest before anything is appended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Standing {
+    /// It stands as it should.
+    Saved,
+    /// Types that are new are to be saved.
+    Extended,
+    /// The store is still to be made.
+    New,
+}
+
+/// The store's manifest as it is, extended by types that are new; or that of a new store. Nothing is written yet.
+pub(super) fn load_manifest<E: Event>(
+    storage: &dyn Storage,
+    config: &Checked,
+) -> Result<(Manifest, Standing), OpenError> {
     let dir = &config.dir;
     let stored = Manifest::load(storage, dir)?;
     let is_new = stored.is_none();
@@ -59,26 +74,58 @@ pub(super) fn load_manifest<E: Event>(storage: &dyn Storage, config: &Checked) -
         return Err(OpenError::SegmentBytes { stored: manifest.segment_bytes, asked: config.segment_bytes });
     }
     let changed = manifest.declare::<E>()?;
-    if is_new {
-        // Folders before the manifest that promises them. A crash in between leaves empty folders, which
-        // the next attempt must accept.
-        for shard in 0..config.shards {
-            let path = shard_dir(dir, ShardId(shard));
-            storage.create_dir(&path).map_err(|source| OpenError::Io { action: "creating", path, source })?;
-        }
-    }
-    if is_new {
-        manifest.save(storage, dir)?;
-    }
-    Ok((manifest, changed && !is_new))
+    let standing = match (is_new, changed) {
+        (true, _) => Standing::New,
+        (false, true) => Standing::Extended,
+        (false, false) => Standing::Saved,
+    };
+    Ok((manifest, standing))
 }
 
-/// Recovers all shards, side by side.
+/// What changes of a store that was found sound.
+pub(super) struct Changes<'a> {
+    pub(super) storage: &'a dyn Storage,
+    pub(super) dir: &'a Path,
+    pub(super) manifest: &'a Manifest,
+    pub(super) standing: Standing,
+}
+
+impl Changes<'_> {
+    /// Makes a new store, cuts what is torn, and forgets what was saved of events that are gone: all of it before anything is appended.
+    /// Every step can be done again, so what a crash or an error leaves of them is for the next opening.
+    pub(super) fn carry_out<A: Aggregate>(
+        &self,
+        recovered: &mut [Recovered<A>],
+        consumers: &[Found],
+        gates: &Holds,
+    ) -> Result<(), OpenError> {
+        let Self { storage, dir, .. } = *self;
+        if self.standing == Standing::New {
+            // Folders before the manifest that promises them. A crash in between leaves empty folders, which
+            // the next attempt must accept.
+            for shard in 0..self.manifest.shards {
+                let path = shard_dir(dir, ShardId(shard));
+                storage.create_dir(&path).map_err(|source| OpenError::Io { action: "creating", path, source })?;
+            }
+        }
+        if self.standing != Standing::Saved {
+            self.manifest.save(storage, dir)?;
+        }
+        let quarantine = dir.join("quarantine");
+        for (i, recovered) in recovered.iter_mut().enumerate() {
+            recovered.repair(storage, &shard_dir(dir, ShardId(i as u16)), &quarantine)?;
+        }
+        consumers.iter().try_for_each(|consumer| consumer.settle(storage, dir))?;
+        gates.settle()
+    }
+}
+
+/// Looks at all shards, side by side. Changes nothing.
 pub(super) fn recover<A: Aggregate>(
     storage: &std::sync::Arc<dyn Storage>,
     config: &Checked,
     manifest: &Manifest,
-    quarantine: &std::path::Path,
+    standing: Standing,
     threads: &mut Threads,
 ) -> Result<Vec<Recovered<A>>, OpenError> {
     let known = |id: u16, schema: u16| {
@@ -88,7 +135,6 @@ pub(super) fn recover<A: Aggregate>(
     let helpers = crate::sync::cores().min(usize::from(config.shards)) - 1;
     let next = std::sync::atomic::AtomicUsize::new(0);
     let results = Mutex::new(VecDeque::new());
-    let panicked = Mutex::new(None);
     let work = || {
         loop {
             let i = next.fetch_add(1, Ordering::Relaxed);
@@ -99,18 +145,17 @@ pub(super) fn recover<A: Aggregate>(
             let opening = Opening {
                 storage,
                 dir: &dir,
-                quarantine,
+                is_new: standing == Standing::New,
                 shard: ShardId(i as u16),
                 manifest,
                 keys_expected: config.keys_expected,
                 outcomes_kept: config.outcomes_kept,
                 known: &known,
             };
-            // Upcasters, `evolve` and `upgrade` are the application's: what they panic with is told by the thread that opens.
-            match catch_unwind(AssertUnwindSafe(|| opening.recover::<A>())) {
-                Ok(result) => lock(&results).push_back((i, result)),
-                Err(panic) => *lock(&panicked) = Some(panic),
-            }
+            // Whatever of the program's code runs there: its panic is the answer of this shard.
+            let result = guard("code of the program", opening.shard, || opening.recover::<A>());
+            let result = result.map_err(OpenError::from).flatten();
+            lock(&results).push_back((i, result));
         }
     };
     std::thread::scope(|scope| {
@@ -122,16 +167,7 @@ pub(super) fn recover<A: Aggregate>(
         }
         work();
     });
-    if let Some(panic) = lock(&panicked).take() {
-        resume_unwind(panic);
-    }
     let mut results: Vec<(usize, Result<_, _>)> = std::mem::take(&mut *lock(&results)).into();
     results.sort_by_key(|(i, _)| *i);
-    let mut recovered: Vec<Recovered<A>> = results.into_iter().map(|(_, result)| result).collect::<Result<_, _>>()?;
-    for (i, recovered) in recovered.iter_mut().enumerate() {
-        let path = shard_dir(&config.dir, ShardId(i as u16));
-        let settled = recovered.saved.as_mut().map_or(Ok(()), |saved| saved.settle(&**storage, &path));
-        settled.map_err(|source| OpenError::Io { action: "removing saved states in", path, source })?;
-    }
-    Ok(recovered)
+    results.into_iter().map(|(_, result)| result).collect()
 }

@@ -1,5 +1,7 @@
 //! Starting and joining the engine's threads.
 
+use std::collections::VecDeque;
+use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use crate::sync::thread;
@@ -13,6 +15,47 @@ impl Threads {
     pub(super) fn named(&mut self, name: String) -> std::io::Result<std::thread::Builder> {
         self.left = self.left.checked_sub(1).ok_or(std::io::ErrorKind::WouldBlock)?;
         Ok(std::thread::Builder::new().name(name))
+    }
+}
+
+/// What a thread is to run.
+type Body = Box<dyn FnOnce() + Send>;
+
+/// Threads that were started and wait for what they are to run. Those that get nothing end when the rest is dropped.
+pub(super) struct Crew(VecDeque<(mpsc::Sender<Body>, thread::JoinHandle<()>)>);
+
+impl Crew {
+    /// Starts a thread of each of these names; none is left where one cannot be started.
+    pub(super) fn start(threads: &mut Threads, names: impl Iterator<Item = String>) -> std::io::Result<Self> {
+        let mut crew = Self(VecDeque::new());
+        for name in names {
+            let (give, take) = mpsc::channel::<Body>();
+            let waits = move || {
+                if let Ok(body) = take.recv() {
+                    body();
+                }
+            };
+            crew.0.push_back((give, threads.named(name)?.spawn(waits)?));
+        }
+        Ok(crew)
+    }
+
+    /// Lets the next thread run `body`.
+    pub(super) fn run(&mut self, body: impl FnOnce() + Send + 'static) -> thread::JoinHandle<()> {
+        let (give, handle) = self.0.pop_front().expect("a thread was started for everything that runs");
+        give.send(Box::new(body)).expect("a thread waits until it is given something");
+        handle
+    }
+}
+
+impl Drop for Crew {
+    fn drop(&mut self) {
+        for (give, handle) in self.0.drain(..) {
+            drop(give);
+            if handle.join().is_err() {
+                tracing::error!("a thread panicked before it had anything to run");
+            }
+        }
     }
 }
 

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use super::record::{self, Entry, FileEnd, Gap, Start, WITNESSES_UNSYNCED_MAX};
 use crate::error::{GateError, OpenError, RejectedReason};
-use crate::log::format::{FORMAT_VERSION, u16_at, u64_at};
+use crate::log::format::{ALIGN, FORMAT_VERSION, OFFSETS_END, u16_at, u64_at};
 use crate::log::manifest::checked;
 use crate::log::storage::{SideFile, Storage, replace};
 
@@ -72,14 +72,44 @@ impl Positions {
         let counted = (0..u16_at(body, 12)).map(|_| words.next()).collect::<Option<_>>().ok_or_else(short)?;
         let standing = |words: &mut Words<'_>| {
             let (partition, expected, runs) = (words.next()?, words.next()?, words.next()?);
-            let runs = (0..runs).map(|_| Some((words.next()?, words.next()?))).collect::<Option<_>>()?;
+            let runs = (0..runs).map(|_| Some((words.next()?, words.next()?))).collect::<Option<Vec<_>>>()?;
             Some(Standing { partition, expected, runs })
         };
         let standings: Option<_> = (0..u64_at(body, 16)).map(|_| standing(&mut words)).collect();
         match standings {
-            Some(standings) if words.0.is_empty() => Ok(Self { counted, standings }),
+            Some(standings) if words.0.is_empty() => {
+                let positions = Self { counted, standings };
+                let why = "its positions are not those of a log";
+                if positions.can_be() {
+                    Ok(positions)
+                } else {
+                    Err(OpenError::ForeignFile { path: path.to_owned(), why })
+                }
+            }
             _ => Err(short()),
         }
+    }
+}
+
+impl Positions {
+    /// Whether a log can have been counted so.
+    fn can_be(&self) -> bool {
+        let is_place = |at: &u64| at.is_multiple_of(ALIGN as u64) && *at < OFFSETS_END;
+        self.counted.iter().all(is_place)
+            && self.standings.is_sorted_by(|a, b| a.partition < b.partition)
+            && self.standings.iter().all(Standing::can_be)
+    }
+}
+
+impl Standing {
+    /// Whether the runs lie above what is expected and rise.
+    fn can_be(&self) -> bool {
+        let mut last = self.expected;
+        self.runs.iter().all(|&(from, to)| {
+            let follows = last < from && from <= to && to < u64::MAX;
+            last = to;
+            follows
+        })
     }
 }
 
@@ -366,7 +396,7 @@ mod tests {
     fn positions_are_frozen() {
         let standing = |partition, expected, runs: &[(u64, u64)]| Standing { partition, expected, runs: runs.to_vec() };
         let standings = vec![standing(1, 10, &[(12, 13), (20, 20)]), standing(u64::MAX, 0, &[])];
-        let positions = Positions { counted: vec![4096, 0x0102_0304_0506], standings };
+        let positions = Positions { counted: vec![4096, 0x0102_0304_0500], standings };
         let bytes = positions.encode();
         assert_golden("positions.bin", &bytes);
         assert_eq!(Positions::decode(Path::new("positions"), &bytes).expect("decodes"), positions);

@@ -6,7 +6,8 @@ use rkyv::util::AlignedVec;
 
 use crate::aggregate::{Aggregate, Stored};
 use crate::command::{Outcomes, Remembered};
-use crate::event::{Event, EventTypeId, KeyHash, Offset, Schemas, Scratch, Sequence, ShardId, upcaster};
+use crate::error::{CodePanic, PanickedEvent};
+use crate::event::{Event, EventTypeId, Key, KeyHash, Offset, Schemas, Scratch, Sequence, ShardId, upcaster};
 use crate::keys::{KeyTable, Seen};
 use crate::log::format::{ALIGN, RECORD_HEADER_BYTES, REJECTED, RecordHeader};
 use crate::log::mmap::Memory;
@@ -109,6 +110,10 @@ pub(crate) struct Folder<A: Aggregate> {
     next: usize,
     /// Sequence of the next event.
     pub(crate) sequence: u64,
+    /// Every key that had an event before is in the table: the first event of another one has version 1.
+    pub(crate) knows_all_keys: bool,
+    /// The event that is being folded.
+    folding: PanickedEvent,
 }
 
 /// The header of the record at `at`.
@@ -131,7 +136,14 @@ impl<A: Aggregate> Folder<A> {
             ahead: [NONE; LOOK_AHEAD],
             next: 0,
             sequence: 0,
+            knows_all_keys: false,
+            folding: PanickedEvent { offset: Offset(0), key: Key(0), event_type: EventTypeId(0) },
         }
+    }
+
+    /// A panic while records were taken in, put down to the event that was being folded.
+    pub(crate) fn at_fault(&self, panic: CodePanic) -> CodePanic {
+        CodePanic { event: (self.folding.offset.0 > 0).then_some(self.folding), ..panic }
     }
 
     /// Whether a command has been begun whose last record is not seen yet, and where.
@@ -200,10 +212,14 @@ impl<A: Aggregate> Folder<A> {
     fn fold(&mut self, memory: &Memory, due: &Pending) -> Result<(), Unreadable> {
         let &Pending { offset, at, len, hash, seen } = due;
         let header = header_at(memory, at).ok_or((offset, "a record is gone while it is read"))?;
+        self.folding = PanickedEvent { offset, key: header.key, event_type: header.event_type };
         let known = self.keys.slot(header.key, hash, seen);
         if header.version <= known.version {
             // A checkpoint has it already.
             return Ok(());
+        }
+        if header.version.0 != known.version.0 + 1 && (known.version.0 > 0 || self.knows_all_keys) {
+            return Err((offset, "the versions of a key do not follow each other"));
         }
         if size_of::<A>() > 0 {
             let event = self.access.event::<A::Event>(memory, at, len as usize, &header);

@@ -13,6 +13,8 @@ pub(crate) mod manifest;
 pub(crate) mod mmap;
 pub(crate) mod reader;
 pub(crate) mod recovery;
+pub(crate) mod repair;
+pub(crate) mod report;
 pub mod scan;
 pub(crate) mod seal;
 pub(crate) mod segment;

@@ -1,5 +1,5 @@
-//! Opening a shard's log: what is whole is kept, a torn tail is set aside and cut, damage to what had been
-//! durable is an error, and nothing else is touched.
+//! Looking at a shard's log when its store is opened: what is whole is kept, a torn tail is to be set aside and cut, and damage to what
+//! had been durable is an error. Nothing is changed here: the repairs are carried out when the whole store was found sound.
 //!
 //! How the two are told apart: the log carries marks that say up to where it had been synced when they were
 //! written. Bytes that do not hold, below any mark that does, were durable once: that is damage. Bytes that do
@@ -9,73 +9,22 @@ use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
 
 use crate::aggregate::Aggregate;
-use crate::error::{Corruption, OpenError};
+use crate::error::{Corruption, OpenError, guard};
 use crate::event::{Offset, ShardId};
 use crate::log::fold::{Folder, Unreadable};
 use crate::log::format::{
     ALIGN, Found, HEADER_BYTES, HeaderError, OFFSETS_END, RECORD_BYTES_MAX, RECORD_HEADER_BYTES, RecordHeader,
-    SegmentHeader, encode_prepared, padded, record_at, u32_at,
+    SegmentHeader, padded, record_at, u32_at,
 };
-use crate::log::keeper::{fresh_salt, spare_number};
-use crate::log::manifest::{Manifest, Span, segment_index};
+use crate::log::keeper::spare_number;
+use crate::log::manifest::{Manifest, Span, segment_index, segment_name};
 use crate::log::mmap::{Memory, WriteHalf};
+use crate::log::repair::Repair;
+use crate::log::report::ShardRecovery;
 use crate::log::segment::Segment;
-use crate::log::storage::{Storage, replace};
+use crate::log::storage::Storage;
 use crate::log::writer::Resume;
 use crate::snapshot::load::{self, Candidate};
-
-/// What opening a store found.
-#[derive(Debug, Clone, Default)]
-#[non_exhaustive]
-pub struct RecoveryReport {
-    /// Shard by shard.
-    pub shards: Vec<ShardRecovery>,
-    /// How long it took, in ns.
-    pub duration_ns: u64,
-}
-
-impl RecoveryReport {
-    /// Events found in all shards.
-    #[must_use]
-    pub fn events(&self) -> u64 {
-        self.shards.iter().map(|shard| shard.events).sum()
-    }
-}
-
-/// What opening one shard found.
-#[derive(Debug, Clone)]
-#[non_exhaustive]
-pub struct ShardRecovery {
-    /// The shard.
-    pub shard: ShardId,
-    /// Events held (retention may have freed earlier ones).
-    pub events: u64,
-    /// Segments that hold records.
-    pub segments: usize,
-    /// Keys seen.
-    pub keys: usize,
-    /// Where the next record will be written.
-    pub end: Offset,
-    /// A tail that was torn: cut at `end`, its bytes kept.
-    pub torn_tail: Option<TornTail>,
-    /// Retention has freed the log's beginning and no usable checkpoint knows what it held: versions of keys without events in the
-    /// log begin anew, and outcomes of commands are forgotten. (With states the store is refused instead.)
-    pub lost_beginning: bool,
-}
-
-/// A tail that did not hold and had never been durable.
-#[derive(Debug, Clone, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct TornTail {
-    /// Where it began.
-    pub offset: Offset,
-    /// Bytes set aside.
-    pub bytes: u64,
-    /// The file that has them.
-    pub quarantined: PathBuf,
-    /// What did not hold.
-    pub why: &'static str,
-}
 
 /// A shard's log as found, ready to be written.
 pub(crate) struct Recovered<A: Aggregate> {
@@ -90,13 +39,30 @@ pub(crate) struct Recovered<A: Aggregate> {
     /// Prepared and never begun: to be blanked and prepared again.
     pub(crate) unused: Vec<PathBuf>,
     pub(crate) spares: Vec<PathBuf>,
+    /// What has to change before anything is appended.
+    repair: Option<Repair>,
+}
+
+impl<A: Aggregate> Recovered<A> {
+    /// Changes what has to change. Not before the whole store was found sound: one that is refused stays as it is.
+    pub(crate) fn repair(&mut self, storage: &dyn Storage, dir: &Path, quarantine: &Path) -> Result<(), OpenError> {
+        if let Some(repair) = self.repair.take() {
+            let last = self.resume.segment.as_mut();
+            let mut last = last.map(|(segment, half)| (dir.join(segment_name(segment.index)), half));
+            let last = last.as_mut().map(|(path, half)| (&**path, &mut **half));
+            self.report.torn_tail = Some(repair.apply(storage, quarantine, last)?);
+        }
+        let saved = self.saved.as_mut().map_or(Ok(()), |saved| saved.settle(storage, dir));
+        saved.map_err(|source| OpenError::Io { action: "removing saved states in", path: dir.to_owned(), source })
+    }
 }
 
 /// What to open.
 pub(crate) struct Opening<'a> {
     pub(crate) storage: &'a std::sync::Arc<dyn Storage>,
     pub(crate) dir: &'a Path,
-    pub(crate) quarantine: &'a Path,
+    /// The store is being created: it has no folder yet.
+    pub(crate) is_new: bool,
     pub(crate) shard: ShardId,
     pub(crate) manifest: &'a Manifest,
     pub(crate) keys_expected: usize,
@@ -118,6 +84,27 @@ struct Scan<A: Aggregate> {
 /// Up to where a torn tail reaches, and what does not hold.
 type Torn = (usize, &'static str);
 
+/// A segment of the span; without a header, it was never begun.
+type Opened = (u64, Memory, Option<SegmentHeader>);
+
+/// Why a checkpoint is not used.
+struct Unfit {
+    why: &'static str,
+    /// It is of a log that went on further.
+    is_ahead: bool,
+}
+
+impl Unfit {
+    fn of(why: &'static str) -> Self {
+        Self { why, is_ahead: false }
+    }
+}
+
+const EMPTY: &str = "the log is empty";
+/// What a panic is put down to.
+const UPGRADE: &str = "upgrade";
+const EVOLVE: &str = "evolve or an upcaster";
+
 /// Where a segment's records end.
 struct End {
     at: usize,
@@ -133,44 +120,46 @@ impl End {
 }
 
 impl Opening<'_> {
-    /// Opens the log and folds it: from the newest checkpoint that can be used, or from its beginning.
+    /// Looks at the log and folds it: from the newest checkpoint that can be used, or from its beginning.
     pub(crate) fn recover<A: Aggregate>(&self) -> Result<Recovered<A>, OpenError> {
+        if self.is_new {
+            let mut blank = self.blank(Vec::new(), self.folder(), Span { first: 0, last: 0 });
+            blank.saved = Some(load::Found::nothing(self.storage));
+            return Ok(blank);
+        }
         let io = |source| OpenError::Io { action: "reading the saved states of", path: self.dir.to_owned(), source };
         let earliest = Span::load(&**self.storage, self.dir)?.map_or(0, |span| span.first);
-        let earliest = Offset(earliest * self.manifest.segment_bytes + HEADER_BYTES as u64);
+        let earliest = earliest.saturating_mul(self.manifest.segment_bytes).saturating_add(HEADER_BYTES as u64);
+        let earliest = Offset(earliest);
         let has_lost_the_beginning = earliest.0 > HEADER_BYTES as u64;
         // A folder that is not there is an error before anything else is looked for in it.
         self.names()?;
-        let mut torn_tail = None;
         let mut found = None;
         let (candidates, mut unreadable) = load::candidates(&**self.storage, self.dir, self.shard).map_err(io)?;
         for candidate in candidates.iter().filter(|candidate| candidate.start >= earliest) {
-            let mut folder = Folder::<A>::new(self.shard, self.keys_expected, self.outcomes_kept);
-            let loaded = load::load(&**self.storage, self.dir, self.shard, candidate, &mut folder);
-            let recovered = match loaded {
-                Ok(()) => self.recover_from(folder, Some(candidate))?,
-                Err(why) => {
-                    tracing::warn!(shard = self.shard.0, number = candidate.number, why, "a checkpoint is unusable");
-                    unreadable += 1;
-                    continue;
+            match self.recover_with::<A>(candidate)? {
+                Ok(recovered) => {
+                    let is_usable = |other: &&Candidate| {
+                        other.number <= candidate.number
+                            && other.start <= candidate.start
+                            && other.log_end <= recovered.report.end
+                    };
+                    let usable = candidates.iter().filter(is_usable).map(|candidate| candidate.number).collect();
+                    found = Some((recovered, usable));
+                    break;
                 }
-            };
-            let Some(recovered) = recovered else { continue };
-            if recovered.report.end >= candidate.log_end {
-                let usable = candidates.iter().map(|candidate| candidate.number);
-                found = Some((recovered, usable.filter(|&number| number <= candidate.number).collect()));
-                break;
+                Err(unfit) => {
+                    let why = unfit.why;
+                    tracing::warn!(shard = self.shard.0, number = candidate.number, why, "a checkpoint is not used");
+                    unreadable += u64::from(!unfit.is_ahead);
+                }
             }
-            // It has states whose events are gone: not those of this log.
-            tracing::warn!(shard = self.shard.0, number = candidate.number, "a checkpoint is ahead of the log");
-            torn_tail = torn_tail.or(recovered.report.torn_tail);
         }
         let (mut recovered, usable) = match found {
             Some(found) => found,
             None => {
-                let folder = Folder::<A>::new(self.shard, self.keys_expected, self.outcomes_kept);
-                let recovered =
-                    self.recover_from(folder, None)?.expect("without a checkpoint there is nothing to miss");
+                let recovered = self.recover_from(self.folder(), None)?;
+                let recovered = recovered.expect("without a checkpoint there is nothing to miss");
                 if has_lost_the_beginning && size_of::<A>() > 0 {
                     return Err(OpenError::StatesLost { shard: self.shard, earliest });
                 }
@@ -185,19 +174,49 @@ impl Opening<'_> {
                 "no usable checkpoint before the log's beginning: keys without events in it begin anew"
             );
         }
-        recovered.report.torn_tail = recovered.report.torn_tail.or(torn_tail);
-        let end = recovered.report.end;
-        let saved = load::index::<A>(self.storage, self.dir, self.shard, end, &usable, unreadable);
+        let log = load::Log { end: recovered.report.end, events: recovered.resume.sequence };
+        let saved = guard(UPGRADE, self.shard, || {
+            load::index::<A>(self.storage, self.dir, self.shard, log, &usable, unreadable)
+        })?;
         recovered.saved = Some(saved.map_err(io)?);
         Ok(recovered)
     }
 
-    /// Opens the log and folds what `checkpoint` does not have. `None`: it is not one of this log.
+    /// Looks at the log with the states of a checkpoint, or says why that is not one of this log.
+    fn recover_with<A: Aggregate>(&self, candidate: &Candidate) -> Result<Result<Recovered<A>, Unfit>, OpenError> {
+        let mut folder = self.folder::<A>();
+        let loaded =
+            guard(UPGRADE, self.shard, || load::load(&**self.storage, self.dir, self.shard, candidate, &mut folder))?;
+        let newest = match loaded {
+            Ok(newest) => newest,
+            Err(why) => return Ok(Err(Unfit::of(why))),
+        };
+        let recovered = match self.recover_from(folder, Some(candidate)) {
+            Ok(Ok(recovered)) => recovered,
+            Ok(Err(why)) => return Ok(Err(Unfit::of(why))),
+            // Is it the log that is damaged? The log alone can tell.
+            Err(OpenError::Corruption(damage)) => return Ok(Err(Unfit::of(damage.why))),
+            Err(error) => return Err(error),
+        };
+        if recovered.report.end < candidate.log_end {
+            return Ok(Err(Unfit { why: "it has states of events that are gone", is_ahead: true }));
+        }
+        if newest.0 > recovered.resume.sequence {
+            return Ok(Err(Unfit::of("a state has more events than the log ever had")));
+        }
+        Ok(Ok(recovered))
+    }
+
+    fn folder<A: Aggregate>(&self) -> Folder<A> {
+        Folder::new(self.shard, self.keys_expected, self.outcomes_kept)
+    }
+
+    /// Looks at the log and folds what `checkpoint` does not have; or says why it is not one of this log.
     fn recover_from<A: Aggregate>(
         &self,
         folder: Folder<A>,
         checkpoint: Option<&Candidate>,
-    ) -> Result<Option<Recovered<A>>, OpenError> {
+    ) -> Result<Result<Recovered<A>, &'static str>, OpenError> {
         let mut names = self.names()?;
         let span = match Span::load(&**self.storage, self.dir)? {
             Some(span) => Some(span),
@@ -214,7 +233,7 @@ impl Opening<'_> {
         let Some(span) = span else {
             let mut blank = self.blank(names.spares, scan.folder, Span { first: 0, last: 0 });
             blank.unused = names.segments.iter().map(|&index| self.path(index)).collect();
-            return Ok(checkpoint.is_none().then_some(blank));
+            return Ok(if checkpoint.is_none() { Ok(blank) } else { Err(EMPTY) });
         };
         // Surplus: freed before a crash, or prepared and not yet in the span. Written again, never read.
         let (held, surplus): (Vec<u64>, Vec<u64>) =
@@ -247,11 +266,10 @@ impl Opening<'_> {
         }
         // Where reading begins: what lies before is not looked at, unless the checkpoint may know more than the disk.
         let begin = checkpoint.map(|checkpoint| self.place_of(checkpoint));
-        if let Some((begin, _)) = begin
-            && !opened.iter().any(|(index, _, header)| *index == begin && header.is_some())
-        {
-            return Ok(None);
+        if let Some(why) = checkpoint.and_then(|checkpoint| self.misplaced(checkpoint, &opened)) {
+            return Ok(Err(why));
         }
+        scan.folder.knows_all_keys = checkpoint.is_some() || span.first == 0;
         // Nor if the store has ever seen a layout declared that this program cannot read: whether the log still holds such events
         // is for a look at all of it to say.
         let reads_all = self.manifest.types.iter().all(|t| (self.known)(t.id.0, t.schema_version));
@@ -321,55 +339,45 @@ impl Opening<'_> {
             return Err(self.corruption(index, at, why).into());
         }
 
+        let beyond = beyond.into_iter().map(|(index, memory, _)| (index, self.path(index), memory)).collect();
+        let shard = self.shard;
         let Some((last, end)) = tail else {
             let mut recovered = self.blank(std::mem::take(&mut names.spares), scan.folder, span);
-            if let Some((index, _, why)) = stop {
-                recovered.report.torn_tail =
-                    Some(self.quarantine(Offset(index * self.manifest.segment_bytes), &lost, why)?);
-                self.blank_segments(beyond)?;
-            }
+            recovered.repair = stop.map(|(index, _, why)| {
+                let offset = Offset(index * self.manifest.segment_bytes);
+                Repair { shard, offset, bytes: lost, torn: 0, why, beyond }
+            });
             recovered.unused = unused;
-            return Ok(checkpoint.is_none().then_some(recovered));
+            return Ok(if checkpoint.is_none() { Ok(recovered) } else { Err(EMPTY) });
         };
         let Segment { index, first_sequence, salt, memory } = last;
         let (at, mut torn) = self.settle_tail(index, salt, &memory, &end, scan.durable)?;
         if let (None, Some((_, _, why))) = (&torn, stop) {
             torn = Some((at, why));
         }
-        let mut torn_tail = None;
-        if let Some((until, why)) = torn {
+        let repair = torn.map(|(until, why)| {
             let mut bytes = memory.read(at, until - at).unwrap_or_default().to_vec();
             bytes.append(&mut lost);
-            torn_tail = Some(self.quarantine(Offset(index * self.manifest.segment_bytes + at as u64), &bytes, why)?);
-        }
-        // From the back, so that a crash in between leaves a log that is torn in the same place.
-        self.blank_segments(beyond)?;
+            let offset = Offset(index * self.manifest.segment_bytes + at as u64);
+            Repair { shard, offset, bytes, torn: until - at, why, beyond }
+        });
         let memory = std::sync::Arc::try_unwrap(memory).expect("recovery alone holds the segment");
-        let mut half = WriteHalf::new(memory, at);
-        if let Some((until, _)) = torn {
-            // Blanked, so that it can never be taken for part of a later log.
-            half.tail()[..until - at].fill(0);
-            self.storage.sync(half.memory(), at..until).map_err(|source| OpenError::Io {
-                action: "cutting",
-                path: self.path(index),
-                source,
-            })?;
-        }
+        let half = WriteHalf::new(memory, at);
         let last = Segment { index, first_sequence, salt, memory: std::sync::Arc::clone(half.memory()) };
         segments.push_back(last.clone());
         let end = Offset(index * self.manifest.segment_bytes + at as u64);
         // Marks alone behind the last event need not be marked again.
-        let marked = if scan.durable >= scan.events_end && torn_tail.is_none() { end.0 } else { scan.durable };
+        let marked = if scan.durable >= scan.events_end && repair.is_none() { end.0 } else { scan.durable };
         let report = ShardRecovery {
             shard: self.shard,
             events: scan.folder.sequence - scan.first_sequence,
             segments: segments.len(),
             keys: scan.folder.keys.len(),
             end,
-            torn_tail,
+            torn_tail: None,
             lost_beginning: false,
         };
-        Ok(Some(Recovered {
+        Ok(Ok(Recovered {
             report,
             segments,
             resume: Resume {
@@ -383,6 +391,7 @@ impl Opening<'_> {
             span,
             unused,
             spares: names.spares,
+            repair,
         }))
     }
 
@@ -393,18 +402,27 @@ impl Opening<'_> {
         (index, (checkpoint.start.0 - index * self.manifest.segment_bytes) as usize)
     }
 
-    /// Blanks the headers of segments that are not part of the log, the last one first.
-    fn blank_segments(&self, segments: Vec<(u64, Memory, u32)>) -> Result<(), OpenError> {
-        for (index, memory, _) in segments.into_iter().rev() {
-            let mut half = WriteHalf::new(memory, 0);
-            encode_prepared(fresh_salt(index), half.tail());
-            self.storage.sync(half.memory(), 0..HEADER_BYTES).map_err(|source| OpenError::Io {
-                action: "cutting",
-                path: self.path(index),
-                source,
-            })?;
+    /// Why the log does not have the place that `checkpoint` says it begins at, if so. The segment is read up to there: a cache alone
+    /// does not vouch for a place to read from, for what is taken for a torn tail behind a wrong one would be cut.
+    fn misplaced(&self, checkpoint: &Candidate, opened: &[Opened]) -> Option<&'static str> {
+        let (index, place) = self.place_of(checkpoint);
+        let segment = opened.iter().find(|(other, _, _)| *other == index);
+        let Some((_, memory, Some(header))) = segment else { return Some("it begins where the log is not") };
+        let whole = memory.read(0, memory.len()).unwrap_or_default();
+        let (mut at, mut sequence, mut is_open) = (HEADER_BYTES, header.first_sequence, false);
+        while at < place {
+            let Found::Record(len) = record_at(&whole[at..], header.salt) else {
+                return Some("the log does not hold up to where it begins");
+            };
+            let record = RecordHeader::decode(&whole[at..]);
+            sequence += u64::from(!record.is_own());
+            is_open = record.more;
+            at += padded(len);
         }
-        Ok(())
+        if at != place || is_open {
+            return Some("it begins inside a record or a command");
+        }
+        (sequence != checkpoint.sequence.0).then_some("the log has another sequence where it begins")
     }
 
     /// A log without records.
@@ -427,6 +445,7 @@ impl Opening<'_> {
             span,
             unused: Vec::new(),
             spares,
+            repair: None,
         }
     }
 
@@ -504,11 +523,29 @@ impl Opening<'_> {
         if header.shard != self.shard || header.index != index || header.segment_bytes != self.manifest.segment_bytes {
             return Err(OpenError::ForeignFile { path: self.path(index), why: "the segment belongs to another place" });
         }
+        // No record is smaller than its header.
+        if header.first_sequence > index.saturating_mul(self.manifest.segment_bytes) / RECORD_HEADER_BYTES as u64 {
+            return Err(self
+                .corruption(index, 0, "its first sequence is beyond all events that can lie before")
+                .into());
+        }
         Ok(Some(header))
     }
 
     /// Goes over a segment's records from the front until one does not hold or none follows.
     fn scan<A: Aggregate>(
+        &self,
+        index: u64,
+        memory: &Memory,
+        salt: u32,
+        from: usize,
+        scan: &mut Scan<A>,
+    ) -> Result<End, OpenError> {
+        let walked = guard(EVOLVE, self.shard, || self.walk(index, memory, salt, from, scan));
+        walked.map_err(|panic| scan.folder.at_fault(panic))?
+    }
+
+    fn walk<A: Aggregate>(
         &self,
         index: u64,
         memory: &Memory,
@@ -635,31 +672,11 @@ impl Opening<'_> {
         found
     }
 
-    fn quarantine(&self, offset: Offset, bytes: &[u8], why: &'static str) -> Result<TornTail, OpenError> {
-        let plain = format!("shard-{:04}-offset-{offset}", self.shard.0);
-        let io = |path: &Path, source| OpenError::Io { action: "quarantining", path: path.to_owned(), source };
-        let taken = self
-            .storage
-            .create_dir(self.quarantine)
-            .and_then(|()| self.storage.list(self.quarantine))
-            .map_err(|source| io(self.quarantine, source))?;
-        // What an earlier opening kept stays: the same place can be torn again.
-        let (mut name, mut n) = (format!("{plain}.torn"), 1_u64);
-        while taken.contains(&name) {
-            n += 1;
-            name = format!("{plain}-{n}.torn");
-        }
-        let path = self.quarantine.join(&name);
-        replace(&**self.storage, self.quarantine, &name, bytes).map_err(|source| io(&path, source))?;
-        tracing::warn!(shard = self.shard.0, %offset, why, "a torn tail was cut");
-        Ok(TornTail { offset, bytes: bytes.len() as u64, quarantined: path, why })
-    }
-
     fn corruption(&self, segment: u64, at: usize, why: &'static str) -> Corruption {
         Corruption {
             shard: self.shard,
             segment,
-            offset: Offset(segment * self.manifest.segment_bytes + at as u64),
+            offset: Offset(segment.saturating_mul(self.manifest.segment_bytes).saturating_add(at as u64)),
             why,
         }
     }

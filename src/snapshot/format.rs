@@ -16,7 +16,9 @@ use crate::aggregate::{Aggregate, Stored};
 use crate::command::Remembered;
 use crate::event::{Encode, Key, Offset, Scratch, Sequence, ShardId, Time, Version};
 use crate::keys::Slot;
-use crate::log::format::{ALIGN, FORMAT_VERSION, REJECTED, archive_fingerprint, padded, u16_at, u32_at, u64_at};
+use crate::log::format::{
+    ALIGN, FORMAT_VERSION, LOW_47, REJECTED, archive_fingerprint, padded, u16_at, u32_at, u64_at,
+};
 use crate::log::mmap::crc32c;
 
 const MAGIC: [u8; 8] = *b"corelsnp";
@@ -82,7 +84,11 @@ impl FileHeader {
             return Err("it is another shard's");
         }
         Ok(Self {
-            kind: if u16_at(head, 16) == 0 { Kind::Snapshots } else { Kind::Checkpoint },
+            kind: match u16_at(head, 16) {
+                0 => Kind::Snapshots,
+                1 => Kind::Checkpoint,
+                _ => return Err("it is of no kind that this build knows"),
+            },
             shard,
             state_version: u16_at(head, 20),
             start: Offset(u64_at(head, 24)),
@@ -121,8 +127,12 @@ impl End {
         let at = at.ok_or("a checkpoint without an end")?;
         match entry_at(file, at)? {
             Some(end) if end.is_end() => {
-                let (entries, durable) = (end.key.0, end.time_max.0 != 0);
-                Ok(Self { entries, log_end: end.head, durable, boot: u64_at(file, at + 40) })
+                let durable = match end.time_max.0 {
+                    0 => false,
+                    1 => true,
+                    _ => return Err("a checkpoint's end does not say whether the log was durable"),
+                };
+                Ok(Self { entries: end.key.0, log_end: end.head, durable, boot: u64_at(file, at + 40) })
             }
             _ => Err("a checkpoint without an end"),
         }
@@ -237,6 +247,9 @@ impl Entry<'_> {
                 }
                 events => Remembered::Done { version: Version(u64_at(head, 8)), events },
             };
+            if u64_at(head, 8) > LOW_47 || u64_at(head, 24) != 0 {
+                return Err("an outcome is of a version that no key has");
+            }
             outcomes.push((u64_at(head, 0), outcome));
             rest = rest.get(OUTCOME_HEADER_BYTES + padded(bytes)..).unwrap_or_default();
         }

@@ -6,10 +6,10 @@ use std::path::{Path, PathBuf};
 use rkyv::util::AlignedVec;
 
 use crate::aggregate::Aggregate;
-use crate::event::{Key, KeyHash, Offset, Sequence, ShardId};
+use crate::event::{Key, KeyHash, Offset, Sequence, ShardId, Version};
 use crate::keys::Slot;
 use crate::log::fold::Folder;
-use crate::log::format::ALIGN;
+use crate::log::format::{ALIGN, HEADER_BYTES, LOW_47, OFFSETS_END};
 use crate::log::storage::{Storage, replace};
 use crate::snapshot::format::{ENTRY_HEADER_BYTES, End, Entry, FILE_HEADER_BYTES, FileHeader, Kind, entry_at};
 use crate::snapshot::store::{Held, Saved, SnapshotStore, file_name, file_number, whole};
@@ -82,30 +82,49 @@ fn ends(
     file.read_at(0, head)?;
     file.read_at(bytes - ENTRY_HEADER_BYTES as u64, end)?;
     Ok(FileHeader::decode(&ends, shard).and_then(|header| match header.kind {
-        Kind::Checkpoint => Ok((header, End::decode(&ends)?)),
+        Kind::Checkpoint => {
+            let end = End::decode(&ends)?;
+            let holds = is_place(header.start) && is_place(end.log_end) && header.start <= end.log_end;
+            holds.then_some((header, end)).ok_or("it begins or ends where no log does")
+        }
         Kind::Snapshots => Err("it is no checkpoint"),
     }))
 }
 
-/// Puts the states of a checkpoint into the table. `Err`: it cannot be used, and the folder's table is to be thrown away.
+/// Whether a log may have a record or its end there. (Which it has, the log alone can say.)
+fn is_place(at: Offset) -> bool {
+    at.0.is_multiple_of(ALIGN as u64) && (HEADER_BYTES as u64..OFFSETS_END).contains(&at.0)
+}
+
+/// Whether an entry can be of a log that ends at `end`.
+fn is_of(entry: &Entry<'_>, end: Offset) -> bool {
+    entry.version.0 == 0 || (entry.version.0 <= LOW_47 && is_place(entry.head) && entry.head < end)
+}
+
+/// Puts the states of a checkpoint into the table, and says which is the highest version. `Err`: it cannot be used, and the folder's
+/// table is to be thrown away.
 pub(crate) fn load<A: Aggregate>(
     storage: &dyn Storage,
     dir: &Path,
     shard: ShardId,
     candidate: &Candidate,
     folder: &mut Folder<A>,
-) -> Result<(), &'static str> {
+) -> Result<Version, &'static str> {
     let path = dir.join(file_name(Kind::Checkpoint, candidate.number));
     let bytes = storage.open_side(&path).and_then(|file| whole(&*file)).map_err(|_| "it cannot be read")?;
     FileHeader::decode(&bytes, shard)?;
     let end = End::decode(&bytes)?;
-    let (mut at, mut count) = (FILE_HEADER_BYTES, 0);
+    let (mut at, mut count, mut newest) = (FILE_HEADER_BYTES, 0, Version(0));
     while let Some(entry) = entry_at(&bytes, at)? {
         at += entry.bytes;
         if entry.is_end() {
             break;
         }
         count += 1;
+        if !is_of(&entry, candidate.log_end) {
+            return Err("an entry is of an event that no log has");
+        }
+        newest = newest.max(entry.version);
         let outcomes = entry.outcomes::<A::Rejection>()?;
         if !outcomes.is_empty() {
             folder.outcomes.restore(entry.key, entry.version, outcomes.into());
@@ -131,7 +150,7 @@ pub(crate) fn load<A: Aggregate>(
     if count != end.entries || at != bytes.len() {
         return Err("a checkpoint's entries are not all there");
     }
-    Ok(())
+    Ok(newest)
 }
 
 /// What the folder of a shard has besides its log.
@@ -145,7 +164,21 @@ pub(crate) struct Found {
     cut: Vec<(String, Vec<u8>)>,
 }
 
+/// The log that was found.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Log {
+    pub(crate) end: Offset,
+    /// How many events it ever had.
+    pub(crate) events: u64,
+}
+
 impl Found {
+    /// What a shard has whose store is being created.
+    pub(crate) fn nothing(storage: &std::sync::Arc<dyn Storage>) -> Self {
+        let store = SnapshotStore::new(std::sync::Arc::clone(storage));
+        Self { store, next_number: 0, covered: Offset(0), remove: Vec::new(), cut: Vec::new() }
+    }
+
     /// Removes for good what was saved of events that are gone: their places in the log will be written again. Not before all
     /// shards were found sound: a store that is refused stays as it is.
     pub(crate) fn settle(&mut self, storage: &dyn Storage, dir: &Path) -> io::Result<()> {
@@ -159,12 +192,12 @@ impl Found {
     }
 }
 
-/// Builds the index of everything saved of a log that ends at `end`. Changes no file.
+/// Builds the index of everything saved of a log. Changes no file.
 pub(crate) fn index<A: Aggregate>(
     storage: &std::sync::Arc<dyn Storage>,
     dir: &Path,
     shard: ShardId,
-    end: Offset,
+    log: Log,
     usable: &[u32],
     unreadable: u64,
 ) -> io::Result<Found> {
@@ -180,7 +213,7 @@ pub(crate) fn index<A: Aggregate>(
         let path = dir.join(file_name(kind, number));
         if kind == Kind::Checkpoint && !usable.contains(&number) {
             // A damaged one, or one of another state version, may be of use to somebody yet.
-            if ends(storage, dir, shard, number)?.is_ok_and(|(_, known)| known.log_end > end) {
+            if ends(storage, dir, shard, number)?.is_ok_and(|(_, known)| known.log_end > log.end) {
                 tracing::warn!(path = %path.display(), "a checkpoint of events that are gone is removed");
                 remove.push(path);
             }
@@ -200,7 +233,8 @@ pub(crate) fn index<A: Aggregate>(
         }
         let bytes = whole(&*file)?;
         let scanned = match FileHeader::decode(&bytes, shard) {
-            Ok(header) => scan::<A>(&bytes, &header, number, end),
+            Ok(header) if header.kind != kind => Scanned { why: Some("it is a checkpoint"), ..Scanned::default() },
+            Ok(header) => scan::<A>(&bytes, &header, number, log),
             Err(why) => Scanned { why: Some(why), ..Scanned::default() },
         };
         if let Some(why) = scanned.why {
@@ -240,7 +274,7 @@ struct Scanned {
     why: Option<&'static str>,
 }
 
-fn scan<A: Aggregate>(bytes: &[u8], header: &FileHeader, number: u32, end: Offset) -> Scanned {
+fn scan<A: Aggregate>(bytes: &[u8], header: &FileHeader, number: u32, log: Log) -> Scanned {
     // States of another version are as good where the program takes them: the first one tells.
     let mut indexed = match size_of::<A>() {
         0 => Some(false),
@@ -250,8 +284,8 @@ fn scan<A: Aggregate>(bytes: &[u8], header: &FileHeader, number: u32, end: Offse
     loop {
         let entry: Entry<'_> = match entry_at(bytes, scanned.end) {
             Ok(None) => return scanned,
-            Ok(Some(entry)) if entry.version.0 > 0 && entry.head >= end => {
-                scanned.why = Some("of an event that is gone");
+            Ok(Some(entry)) if !is_of(&entry, log.end) || entry.version.0 > log.events => {
+                scanned.why = Some("of an event that is gone or never was");
                 return scanned;
             }
             Ok(Some(entry)) => entry,
@@ -282,7 +316,7 @@ mod tests {
     #[test]
     fn what_a_checkpoint_covers_ends_where_it_began() {
         let (storage, dir) = (FaultyStorage::new(), Path::new("/s/shard-0000"));
-        let (start, sequence) = (Offset(5_000), Sequence(3));
+        let (start, sequence) = (Offset(5_008), Sequence(3));
         let (kind, shard) = (Kind::Checkpoint, ShardId(0));
         let header = FileHeader { kind, shard, state_version: 0, start, sequence, time: Time(0) };
         let end = End { entries: 0, log_end: Offset(100_000), durable: true, boot: 0 };
@@ -290,7 +324,8 @@ mod tests {
         storage.create_dir(dir).expect("made");
         replace(&storage, dir, &file_name(kind, 4), &content).expect("written");
         let storage: std::sync::Arc<dyn Storage> = std::sync::Arc::new(storage);
-        let found = index::<Stateless<Envelope>>(&storage, dir, shard, Offset(200_000), &[4], 0).expect("readable");
+        let log = Log { end: Offset(200_000), events: 9 };
+        let found = index::<Stateless<Envelope>>(&storage, dir, shard, log, &[4], 0).expect("readable");
         assert_eq!((found.covered, found.next_number), (start, 5));
     }
 }
