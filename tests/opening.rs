@@ -874,3 +874,31 @@ fn no_field_of_a_consumers_or_a_gates_position_makes_opening_panic_or_change_an_
     }
     assert!(unaligned >= 10 && opened > 20, "{unaligned} unaligned, {opened} opened");
 }
+
+#[test]
+fn a_page_that_an_earlier_build_had_not_begun_before_old_records_is_blank() {
+    let (files, events) = bank();
+    // Such a page was zeros, and its magic was stored last.
+    for stored in 0..=80 {
+        let mut files = killed_while_beginning(&files, stored, false);
+        let bytes = files.get_mut(Path::new("/s/shard-0000/000000000002.seg")).unwrap();
+        bytes[..8].fill(0);
+        if stored < 80 {
+            bytes[72..80].fill(0);
+        }
+        let what = format!("{stored} bytes stored");
+        assert_eq!(open_and_look(&files, &events, &what, true), Opened::Right(0), "{what}");
+    }
+}
+
+#[test]
+fn a_page_that_is_gone_before_a_segments_own_records_is_damage_and_stays() {
+    let (files, events) = bank();
+    for checkpoints in [true, false] {
+        let mut files = files.clone();
+        files.retain(|path, _| checkpoints || path.extension().is_none_or(|extension| extension != "snp"));
+        files.get_mut(Path::new("/s/shard-0000/000000000001.seg")).unwrap()[..PAGE].fill(0);
+        let opened = open_and_look(&files, &events, "the last header is gone", true);
+        assert!(matches!(&opened, Opened::Refused(why) if why.contains("magic")), "{opened:?}");
+    }
+}

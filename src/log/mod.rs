@@ -13,6 +13,7 @@ pub(crate) mod manifest;
 pub(crate) mod mmap;
 pub(crate) mod reader;
 pub(crate) mod recovery;
+pub(crate) mod remains;
 pub(crate) mod repair;
 pub(crate) mod report;
 pub mod scan;

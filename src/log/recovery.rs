@@ -10,15 +10,16 @@ use std::path::{Path, PathBuf};
 
 use crate::aggregate::Aggregate;
 use crate::error::{Corruption, OpenError, guard};
-use crate::event::{Offset, ShardId};
+use crate::event::{Offset, ShardId, Version};
 use crate::log::fold::{Folder, Unreadable};
 use crate::log::format::{
-    ALIGN, Found, HEADER_BYTES, HeaderError, OFFSETS_END, RECORD_BYTES_MAX, RECORD_HEADER_BYTES, RecordHeader,
+    Found, HEADER_BYTES, HeaderError, LOST_MAGIC, OFFSETS_END, RECORD_BYTES_MAX, RECORD_HEADER_BYTES, RecordHeader,
     SegmentHeader, padded, record_at, u32_at,
 };
 use crate::log::keeper::spare_number;
 use crate::log::manifest::{Manifest, Span, segment_index, segment_name};
 use crate::log::mmap::{Memory, WriteHalf};
+use crate::log::remains::{are_of_an_earlier_life, later_records};
 use crate::log::repair::Repair;
 use crate::log::report::ShardRecovery;
 use crate::log::segment::Segment;
@@ -90,17 +91,17 @@ type Opened = (u64, Memory, Option<SegmentHeader>);
 /// Why a checkpoint is not used.
 struct Unfit {
     why: &'static str,
-    /// It is of a log that went on further.
-    is_ahead: bool,
+    /// There is nothing wrong with it: it is of a log that went on further, or had not begun.
+    is_sound: bool,
 }
 
 impl Unfit {
     fn of(why: &'static str) -> Self {
-        Self { why, is_ahead: false }
+        Self { why, is_sound: false }
     }
 }
 
-const EMPTY: &str = "the log is empty";
+const EMPTY: Unfit = Unfit { why: "the log had not begun", is_sound: true };
 /// What a panic is put down to.
 const UPGRADE: &str = "upgrade";
 const EVOLVE: &str = "evolve or an upcaster";
@@ -151,7 +152,7 @@ impl Opening<'_> {
                 Err(unfit) => {
                     let why = unfit.why;
                     tracing::warn!(shard = self.shard.0, number = candidate.number, why, "a checkpoint is not used");
-                    unreadable += u64::from(!unfit.is_ahead);
+                    unreadable += u64::from(!unfit.is_sound);
                 }
             }
         }
@@ -159,7 +160,7 @@ impl Opening<'_> {
             Some(found) => found,
             None => {
                 let recovered = self.recover_from(self.folder(), None)?;
-                let recovered = recovered.expect("without a checkpoint there is nothing to miss");
+                let Ok(recovered) = recovered else { unreachable!("without a checkpoint there is nothing to miss") };
                 if has_lost_the_beginning && size_of::<A>() > 0 {
                     return Err(OpenError::StatesLost { shard: self.shard, earliest });
                 }
@@ -193,13 +194,13 @@ impl Opening<'_> {
         };
         let recovered = match self.recover_from(folder, Some(candidate)) {
             Ok(Ok(recovered)) => recovered,
-            Ok(Err(why)) => return Ok(Err(Unfit::of(why))),
+            Ok(Err(unfit)) => return Ok(Err(unfit)),
             // Is it the log that is damaged? The log alone can tell.
             Err(OpenError::Corruption(damage)) => return Ok(Err(Unfit::of(damage.why))),
             Err(error) => return Err(error),
         };
         if recovered.report.end < candidate.log_end {
-            return Ok(Err(Unfit { why: "it has states of events that are gone", is_ahead: true }));
+            return Ok(Err(Unfit { why: "it has states of events that are gone", is_sound: true }));
         }
         if newest.0 > recovered.resume.sequence {
             return Ok(Err(Unfit::of("a state has more events than the log ever had")));
@@ -216,7 +217,7 @@ impl Opening<'_> {
         &self,
         folder: Folder<A>,
         checkpoint: Option<&Candidate>,
-    ) -> Result<Result<Recovered<A>, &'static str>, OpenError> {
+    ) -> Result<Result<Recovered<A>, Unfit>, OpenError> {
         let mut names = self.names()?;
         let span = match Span::load(&**self.storage, self.dir)? {
             Some(span) => Some(span),
@@ -259,15 +260,26 @@ impl Opening<'_> {
             }
         }
         let mut opened = Vec::new();
+        let mut lost_header = None;
         for index in span.first..=span.last {
             let memory = self.open(index)?;
-            let header = self.header(index, &memory)?;
+            let header = match self.header(index, &memory) {
+                // Was it ever begun? The log before it tells.
+                Err(OpenError::Corruption(damage)) if damage.why == LOST_MAGIC => {
+                    lost_header.get_or_insert(index);
+                    None
+                }
+                header => header?,
+            };
+            if let (Some(lost), Some(_)) = (lost_header, header) {
+                return Err(self.corruption(lost, 0, LOST_MAGIC).into());
+            }
             opened.push((index, memory, header));
         }
         // Where reading begins: what lies before is not looked at, unless the checkpoint may know more than the disk.
         let begin = checkpoint.map(|checkpoint| self.place_of(checkpoint));
-        if let Some(why) = checkpoint.and_then(|checkpoint| self.misplaced(checkpoint, &opened)) {
-            return Ok(Err(why));
+        if let Some(unfit) = checkpoint.and_then(|checkpoint| self.misplaced(checkpoint, &opened)) {
+            return Ok(Err(unfit));
         }
         scan.folder.knows_all_keys = checkpoint.is_some() || span.first == 0;
         // Nor if the store has ever seen a layout declared that this program cannot read: whether the log still holds such events
@@ -283,6 +295,15 @@ impl Opening<'_> {
         let mut stop = None;
         for (index, memory, header) in opened {
             let Some(header) = header else {
+                if lost_header.is_some_and(|lost| index >= lost) {
+                    let whole = memory.read(0, memory.len()).unwrap_or_default();
+                    let is_blank = SegmentHeader::decode(whole) == Err(HeaderError::Blank);
+                    let version_of = |key| scan.folder.keys.get(key).map_or(Version(0), |slot| slot.version);
+                    let is_whole = tail.as_ref().is_some_and(|(_, end)| end.damaged.is_none());
+                    if !is_blank && !(is_whole && are_of_an_earlier_life(whole, version_of)) {
+                        return Err(self.corruption(index, 0, LOST_MAGIC).into());
+                    }
+                }
                 blank.get_or_insert(index);
                 unused.push(self.path(index));
                 continue;
@@ -328,7 +349,7 @@ impl Opening<'_> {
         let mut lost = Vec::new();
         for (index, memory, salt) in &beyond {
             let whole = memory.read(0, memory.len()).unwrap_or_default();
-            let found = self.later_records(whole, HEADER_BYTES, *salt);
+            let found = later_records(whole, HEADER_BYTES, *salt, self.known);
             scan.durable = scan.durable.max(found.durable);
             lost.extend_from_slice(&whole[..found.end]);
             unused.push(self.path(*index));
@@ -404,15 +425,19 @@ impl Opening<'_> {
 
     /// Why the log does not have the place that `checkpoint` says it begins at, if so. The segment is read up to there: a cache alone
     /// does not vouch for a place to read from, for what is taken for a torn tail behind a wrong one would be cut.
-    fn misplaced(&self, checkpoint: &Candidate, opened: &[Opened]) -> Option<&'static str> {
+    fn misplaced(&self, checkpoint: &Candidate, opened: &[Opened]) -> Option<Unfit> {
         let (index, place) = self.place_of(checkpoint);
-        let segment = opened.iter().find(|(other, _, _)| *other == index);
-        let Some((_, memory, Some(header))) = segment else { return Some("it begins where the log is not") };
+        let Some((_, memory, header)) = opened.iter().find(|(other, _, _)| *other == index) else {
+            return Some(Unfit::of("it begins where the log is not"));
+        };
+        let Some(header) = header else {
+            return Some(if place == HEADER_BYTES { EMPTY } else { Unfit::of("it begins where no log was begun") });
+        };
         let whole = memory.read(0, memory.len()).unwrap_or_default();
         let (mut at, mut sequence, mut is_open) = (HEADER_BYTES, header.first_sequence, false);
         while at < place {
             let Found::Record(len) = record_at(&whole[at..], header.salt) else {
-                return Some("the log does not hold up to where it begins");
+                return Some(Unfit::of("the log does not hold up to where it begins"));
             };
             let record = RecordHeader::decode(&whole[at..]);
             sequence += u64::from(!record.is_own());
@@ -420,9 +445,9 @@ impl Opening<'_> {
             at += padded(len);
         }
         if at != place || is_open {
-            return Some("it begins inside a record or a command");
+            return Some(Unfit::of("it begins inside a record or a command"));
         }
-        (sequence != checkpoint.sequence.0).then_some("the log has another sequence where it begins")
+        (sequence != checkpoint.sequence.0).then_some(Unfit::of("the log has another sequence where it begins"))
     }
 
     /// A log without records.
@@ -627,7 +652,7 @@ impl Opening<'_> {
     ) -> Result<(usize, Option<Torn>), OpenError> {
         let whole = memory.read(0, memory.len()).unwrap_or_default();
         // Whatever still holds behind the end: it tells how far the log once was, and how far it was durable.
-        let beyond = self.later_records(whole, end.at, salt);
+        let beyond = later_records(whole, end.at, salt, self.known);
         let durable = durable.max(beyond.durable);
         let why = end.damaged.unwrap_or("the log ends before records that hold");
         if durable > index * self.manifest.segment_bytes + end.at as u64 {
@@ -640,36 +665,6 @@ impl Opening<'_> {
         let claimed = whole.get(end.at..end.at + 4).map_or(0, |word| u32_at(word, 0) as usize);
         let until = beyond.end.max(end.at + claimed.clamp(4096, RECORD_BYTES_MAX)).min(whole.len());
         Ok((end.at, Some((until, why))))
-    }
-
-    /// Looks for records that hold at any 16-byte step behind `from`. Old contents of a recycled segment do
-    /// not hold: their salt was another.
-    fn later_records(&self, whole: &[u8], from: usize, salt: u32) -> Beyond {
-        let mut found = Beyond { end: from, durable: 0 };
-        let mut at = from;
-        while at + RECORD_HEADER_BYTES <= whole.len() {
-            let header = RecordHeader::decode(&whole[at..]);
-            let mark = header.is_mark();
-            // Most places are not even the beginning of a header; a look at it spares the check sum.
-            let likely = if mark {
-                u32_at(whole, at) as usize == RECORD_HEADER_BYTES
-            } else if header.is_own() {
-                header.is_outcome()
-            } else {
-                (self.known)(header.event_type.0, header.schema_version)
-            };
-            match if likely { record_at(&whole[at..], salt) } else { Found::End } {
-                Found::Record(len) => {
-                    if mark {
-                        found.durable = found.durable.max(header.key.0);
-                    }
-                    at += padded(len);
-                    found.end = at;
-                }
-                Found::End | Found::Damaged(_) => at += ALIGN,
-            }
-        }
-        found
     }
 
     fn corruption(&self, segment: u64, at: usize, why: &'static str) -> Corruption {
@@ -686,11 +681,4 @@ impl Opening<'_> {
 struct Names {
     segments: Vec<u64>,
     spares: Vec<PathBuf>,
-}
-
-struct Beyond {
-    /// End of the last record that holds, or where the search began.
-    end: usize,
-    /// The furthest mark among them.
-    durable: u64,
 }
