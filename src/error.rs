@@ -271,7 +271,7 @@ pub(crate) fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
         .unwrap_or_else(|| "no text".to_owned())
 }
 
-/// Damage in the middle of a log: bytes that were once durable and no longer hold.
+/// Damage in the middle of a log: bytes that were once durable and no longer hold, or are missing.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("shard {shard}, segment {segment}, offset {offset}: {why}")]
 pub struct Corruption {

@@ -136,7 +136,7 @@ impl<E: Event> Stream<E> {
     ///
     /// # Errors
     /// `BeyondRetention` when the log was freed up to here meanwhile; `Corruption` when bytes that come from before this process
-    /// do not hold. The position stays.
+    /// do not hold. The position stays: the next call says the same, and never what follows.
     #[expect(clippy::should_implement_trait, reason = "lends from the stream, which Iterator cannot")]
     pub fn next(&mut self) -> Result<Option<Record<'_, E>>, ReadError> {
         if self.next > self.until {
@@ -149,23 +149,26 @@ impl<E: Event> Stream<E> {
         let place = self.finder.find(offset)?;
         self.before(offset, &place, self.next)?;
         let damage = self.finder.corruption(offset, "an archive is not valid");
-        self.part.pop();
-        self.next.0 += 1;
         let (shard, memory) = (self.finder.log().shard, self.finder.memory());
         let event = memory.and_then(|memory| self.access.event::<E>(memory, place.at, place.len, &place.header));
-        let meta = place.header.meta(shard, offset, Sequence::UNKNOWN);
-        Ok(Some(Record { meta, event: event.ok_or(damage)? }))
+        let event = event.ok_or(damage)?;
+        self.part.pop();
+        self.next.0 += 1;
+        Ok(Some(Record { meta: place.header.meta(shard, offset, Sequence::UNKNOWN), event }))
     }
 
     /// Finds the offsets of the next part.
     fn collect(&mut self) -> Result<(), ReadError> {
         let Some(&(mut at)) = self.parts.last() else { return Ok(()) };
         let last = self.until.0.min(self.next.0 + PART as u64 - 1);
+        // Kept as a whole: half a part would go on behind what could not be read.
+        let mut part = Vec::new();
         for version in (self.next.0..=last).rev() {
-            self.part.push(at);
+            part.push(at);
             let place = self.finder.find(at)?;
             at = self.before(at, &place, Version(version))?;
         }
+        self.part = part;
         self.parts.pop();
         Ok(())
     }
@@ -199,7 +202,7 @@ impl<E: Event> Between<E> {
     /// The next event of the span, or `None` at the end of what is appended; call again later for more.
     ///
     /// # Errors
-    /// As [`Reader::next`].
+    /// As [`Reader::next`]. Where one shard's log cannot be read on, the others' events wait too: which comes first is not known.
     #[expect(clippy::should_implement_trait, reason = "lends from the readers, which Iterator cannot")]
     pub fn next(&mut self) -> Result<Option<Record<'_, E>>, ReadError> {
         let (from, until) = (self.from, self.until);

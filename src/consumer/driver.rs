@@ -253,6 +253,11 @@ impl<E: Event> Driver<E> {
     /// A job comes back.
     pub(crate) fn done(&mut self, job: Job, outcome: Result<(), Failed>, now: Duration) -> Result<(), ConsumerError> {
         self.running -= 1;
+        let outcome = match outcome {
+            // Not the event's failure, nor the service's: the consumer ends, and its position stays before it.
+            Err(Failed::Unreadable(error)) => return Err(error.into()),
+            outcome => outcome,
+        };
         let attempt = job.attempt();
         let Job { desk, what, pass, .. } = job;
         let judgement = outcome.as_ref().err().map(|failed| self.judgement(failed, attempt));
@@ -341,7 +346,7 @@ impl<E: Event> Driver<E> {
 
     fn judgement(&self, failed: &Failed, attempt: u32) -> Judgement {
         match (failed, &self.settings.judge) {
-            (Failed::Undecodable, _) => Judgement::Park,
+            (Failed::Undecodable | Failed::Unreadable(_), _) => Judgement::Park,
             (Failed::Handler(error), Some(judge)) => {
                 let judged = catch_unwind(AssertUnwindSafe(|| judge(error, attempt)));
                 judged.unwrap_or_else(|panic| {

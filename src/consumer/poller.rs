@@ -69,7 +69,8 @@ impl<E: Event> Poller<E> {
     /// The next event that may be handled now. `None`: none may; see [`Poller::wait`] and [`Poller::ready`].
     ///
     /// # Errors
-    /// What reading the log or writing the consumer's files said.
+    /// What reading the log or writing the consumer's files said. The position stays: the next call tries the same again, and
+    /// never gives out what follows.
     #[expect(clippy::should_implement_trait, reason = "None is not the end")]
     pub fn next(&mut self) -> Result<Option<Delivery>, ConsumerError> {
         loop {
@@ -98,9 +99,10 @@ impl<E: Event> Poller<E> {
     }
 
     /// What is delivered, in place; its `meta.sequence` is not known. `None` where it cannot be decoded: say so with
-    /// [`Poller::undecodable`].
+    /// [`Poller::undecodable`], which says so where in truth the log is damaged.
     pub fn event<'a>(&'a mut self, delivery: &'a Delivery) -> Option<(&'a E::Archived, Meta)> {
-        delivery.0.event::<E>(&mut self.finders[delivery.0.of().0], &mut self.access)
+        // Where the log does not hold it any more, recording it as undecodable needs it too, and fails with the reason.
+        delivery.0.event::<E>(&mut self.finders[delivery.0.of().0], &mut self.access).ok().flatten()
     }
 
     /// It was handled.

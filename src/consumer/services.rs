@@ -41,6 +41,8 @@ struct Known {
     /// Somebody drives it: threads or a poller.
     is_driven: bool,
     running: Option<std::sync::Arc<dyn Running>>,
+    /// Why its last run ended by itself; until it is driven again.
+    failure: Option<String>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -88,7 +90,7 @@ impl Services {
             let holds = holds
                 .map(|((log, _), progress)| log.holds.hold(&hold_name(&name), progress.position, &keeper))
                 .collect();
-            (name, Known { holds, is_driven: false, running: None })
+            (name, Known { holds, is_driven: false, running: None, failure: None })
         };
         let known = known.into_iter().map(register).collect();
         let (known, store, closed) = (Mutex::new(known), store.to_owned(), Mutex::new(Closed::No));
@@ -126,12 +128,12 @@ impl Services {
             })?,
             None => {
                 let (checkpoint, holds) = self.register::<E>(name, &dir, start)?;
-                known.insert(name.to_owned(), Known { holds, is_driven: false, running: None });
+                known.insert(name.to_owned(), Known { holds, is_driven: false, running: None, failure: None });
                 checkpoint
             }
         };
         let consumer = known.get_mut(name).expect("it is known by now");
-        consumer.is_driven = true;
+        (consumer.is_driven, consumer.failure) = (true, None);
         let holds = consumer.holds.iter();
         let places =
             self.shards.iter().zip(holds).zip(checkpoint.shards).map(|(((log, syncer), hold), progress)| Place {
@@ -194,7 +196,8 @@ impl Services {
     /// Nobody drives it any more.
     pub(crate) fn left(&self, name: &str) {
         if let Some(known) = lock(&self.known).get_mut(name) {
-            (known.is_driven, known.running) = (false, None);
+            known.is_driven = false;
+            known.failure = known.running.take().and_then(|running| running.report().failure);
         }
     }
 
@@ -223,7 +226,9 @@ impl Services {
             None => {
                 let positions = known.holds.iter().map(|hold| hold.get());
                 let logs = self.shards.iter().map(|(log, _)| &**log);
-                ConsumerReport::at_rest(name, logs.zip(positions))
+                let mut report = ConsumerReport::at_rest(name, logs.zip(positions));
+                report.failure.clone_from(&known.failure);
+                report
             }
         };
         known.iter().map(report).collect()
@@ -233,12 +238,16 @@ impl Services {
         lock(&self.known).values().filter_map(|known| known.running.clone()).collect()
     }
 
-    /// Waits until every running consumer has handled everything there is. Whether all have; not, where one would wait for itself.
+    /// Waits until every running consumer has handled everything there is. Whether all have: one that failed has not; nor where one
+    /// would wait for itself.
     pub(crate) fn drain(&self, deadline: Option<Instant>) -> bool {
+        let has_failed = || lock(&self.known).values().any(|known| known.failure.is_some());
         let running = self.running();
         // Before any is waited for: one of them may be this very thread.
-        running.iter().all(|running| running.life().may_await())
+        !has_failed()
+            && running.iter().all(|running| running.life().may_await())
             && running.iter().all(|running| running.drain(deadline))
+            && !has_failed()
     }
 
     /// Lets go of consumers that do not end: they are asked to, and not waited for. Where a handler hangs, its thread stays behind, and

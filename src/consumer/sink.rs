@@ -73,26 +73,41 @@ pub struct Batch<'a, E: Event> {
     filter: &'a Filter,
     left: usize,
     events: u64,
+    /// The log could not be read on.
+    is_cut: bool,
 }
 
 impl<E: Event> Batch<'_, E> {
-    /// The next event of the batch.
+    /// The next event of the batch. A batch ends before a place where the log cannot be read on: what comes before is taken in, and
+    /// then the sink ends with that failure.
     ///
     /// # Errors
-    /// As [`Reader::next`].
+    /// As [`Reader::next`], where that place comes first: there is nothing to take in. The position stays, and [`Batch::end`] with it.
     #[expect(clippy::should_implement_trait, reason = "lends from the log, which Iterator cannot")]
     pub fn next(&mut self) -> Result<Option<Record<'_, E>>, ReadError> {
         if self.left == 0 {
             return Ok(None);
         }
         let filter = self.filter;
-        if self.reader.ahead(|header| filter.wants(header.event_type))?.is_none() {
-            self.left = 0;
-            return Ok(None);
+        let record = match self.reader.ahead(|header| filter.wants(header.event_type)) {
+            Ok(Some(ahead)) => self.reader.take(&ahead),
+            Ok(None) => {
+                self.left = 0;
+                return Ok(None);
+            }
+            Err(error) => Err(error),
+        };
+        match record {
+            Ok(record) => {
+                self.left -= 1;
+                self.events += 1;
+                Ok(Some(record))
+            }
+            Err(error) => {
+                self.is_cut = true;
+                if self.events > 0 { Ok(None) } else { Err(error) }
+            }
         }
-        self.left -= 1;
-        self.events += 1;
-        self.reader.next()
     }
 
     /// The shard.
@@ -352,7 +367,7 @@ impl<E: Event, S: Sink<E>> Pump<E, S> {
                 continue;
             }
             let Some(pass) = self.admit() else { return Ok(taken) };
-            match self.take_in(at) {
+            match self.take_in(at)? {
                 Ok(events) => {
                     let now = self.now();
                     HealthChange::note(self.health.succeeded(pass, now), &self.settings.name);
@@ -427,22 +442,29 @@ impl<E: Event, S: Sink<E>> Pump<E, S> {
         Ok(Ok(()))
     }
 
-    /// Lets the sink take a batch in. Returns how many events.
-    fn take_in(&mut self, at: usize) -> Result<u64, HandlerError> {
+    /// Lets the sink take a batch in. Returns how many events, or what the sink said; an error where the log cannot be read on.
+    fn take_in(&mut self, at: usize) -> Result<Result<u64, HandlerError>, ConsumerError> {
         self.control.life.go_inside();
         let side = &mut self.sides[at];
         let (filter, left) = (&self.settings.filter, self.batch_max);
-        let mut batch = Batch { reader: &mut side.reader, filter, left, events: 0 };
+        let mut batch = Batch { reader: &mut side.reader, filter, left, events: 0, is_cut: false };
         let sink = &mut self.sink;
         let applied = catch_unwind(AssertUnwindSafe(|| sink.apply(&mut batch)));
-        let events = batch.events;
+        let (events, is_cut) = (batch.events, batch.is_cut);
         self.control.life.come_out();
-        applied.unwrap_or_else(|panic| Err(panicked(&*panic)))?;
+        if is_cut && events == 0 {
+            // Whatever the sink made of it: the log itself says why.
+            side.reader.next()?;
+            return Ok(Err("the log could not be read on".into()));
+        }
+        if let Err(error) = applied.unwrap_or_else(|panic| Err(panicked(&*panic))) {
+            return Ok(Err(error));
+        }
         if side.reader.offset() == side.position {
-            return Err("the sink took nothing from its batch".into());
+            return Ok(Err("the sink took nothing from its batch".into()));
         }
         side.position = side.reader.offset();
-        Ok(events)
+        Ok(Ok(events))
     }
 
     /// Tells retention how far the sink is.

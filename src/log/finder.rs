@@ -34,7 +34,7 @@ impl Finder {
         &self.log
     }
 
-    /// The record that begins at `offset`, below what is appended.
+    /// The record that begins at `offset`, below what is appended: a place that the log itself told of.
     #[inline]
     pub(crate) fn find(&mut self, offset: Offset) -> Result<Place, ReadError> {
         let index = self.log.segment_of(offset);
@@ -49,13 +49,15 @@ impl Finder {
         let not_a_record = || ReadError::NotARecord { shard, offset };
         let room = segment.memory.committed().checked_sub(at).filter(|&room| room >= RECORD_HEADER_BYTES);
         let tail = room.and_then(|room| segment.memory.read(at, room)).ok_or_else(not_a_record)?;
+        let damaged = |why| Corruption { shard, segment: index, offset, why };
         let len = if segment.memory.is_own(at) {
             u32_at(tail, 0) as usize
         } else {
             match record_at(tail, segment.salt) {
                 Found::Record(len) => len,
-                Found::End => 0,
-                Found::Damaged(why) => return Err(Corruption { shard, segment: index, offset, why }.into()),
+                // Whoever asks has the place from the log itself, so a zero word there is a hole.
+                Found::End => return Err(damaged("a record that the log refers to is missing").into()),
+                Found::Damaged(why) => return Err(damaged(why).into()),
             }
         };
         if len < RECORD_HEADER_BYTES || padded(len) > tail.len() {

@@ -110,6 +110,8 @@ pub(crate) struct SegmentHeader {
     pub(crate) segment_bytes: u64,
     /// Offset at which the last record of the segment before it ends; 0 where there is none.
     pub(crate) previous_end: Offset,
+    /// Salt of the segment before it; 0 where there is none.
+    pub(crate) previous_salt: u32,
     pub(crate) first_sequence: u64,
     pub(crate) created: Time,
     pub(crate) salt: u32,
@@ -117,6 +119,27 @@ pub(crate) struct SegmentHeader {
 
 /// What a page without magic before a record is: damage, unless the record is found to be of an earlier life of the file.
 pub(crate) const LOST_MAGIC: &str = "the segment header has lost its magic";
+
+/// The seam between two segments: where the one before ends, and what has been counted up to there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Seam {
+    pub(crate) end: Offset,
+    pub(crate) salt: u32,
+    pub(crate) sequence: u64,
+}
+
+impl Seam {
+    /// Why a reader that stands at `here` must not go on into the segment with this seam, if so.
+    pub(crate) fn breaks_after(&self, here: &Seam) -> Option<&'static str> {
+        if self.salt != here.salt {
+            return Some("the next segment does not follow this one: one of them is of another log");
+        }
+        if self.end != here.end {
+            return Some("the records end here, but the next segment says that they end elsewhere");
+        }
+        (self.sequence != here.sequence).then_some("the next segment's first sequence does not follow")
+    }
+}
 
 /// Why a page is not the header it should be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -159,6 +182,11 @@ impl SegmentHeader {
         Offset(self.index.wrapping_mul(self.segment_bytes).wrapping_add(HEADER_BYTES as u64))
     }
 
+    /// What the segment before must come to.
+    pub(crate) fn seam(&self) -> Seam {
+        Seam { end: self.previous_end, salt: self.previous_salt, sequence: self.first_sequence }
+    }
+
     /// Begins a segment: writes its header over a prepared page. The fields come first, then salt and CRC as one word, which
     /// commits them. A process killed between any two stores, or a page written back there, leaves a page that is still prepared.
     pub(crate) fn encode(&self, page: &mut [u8]) {
@@ -169,7 +197,8 @@ impl SegmentHeader {
         page[16..20].copy_from_slice(&archive_fingerprint().to_le_bytes());
         page[20..24].copy_from_slice(&self.schema.to_le_bytes());
         page[24..26].copy_from_slice(&self.shard.0.to_le_bytes());
-        page[26..32].fill(0);
+        page[26..28].fill(0);
+        page[28..32].copy_from_slice(&self.previous_salt.to_le_bytes());
         page[32..40].copy_from_slice(&self.index.to_le_bytes());
         page[40..48].copy_from_slice(&self.segment_bytes.to_le_bytes());
         page[48..56].copy_from_slice(&self.previous_end.0.to_le_bytes());
@@ -229,6 +258,7 @@ impl SegmentHeader {
             index: u64_at(page, 32),
             segment_bytes: u64_at(page, 40),
             previous_end: Offset(u64_at(page, 48)),
+            previous_salt: u32_at(page, 28),
             first_sequence: u64_at(page, 56),
             created: Time(u64_at(page, 64)),
             salt: u32_at(page, 72),
@@ -443,6 +473,7 @@ pub(crate) mod tests {
             index: 3,
             segment_bytes: 65536,
             previous_end: Offset(3 * 65536 - 4096),
+            previous_salt: 7,
             first_sequence: 4,
             created: Time(5),
             salt: 6,
@@ -489,6 +520,7 @@ pub(crate) mod tests {
             index: 7,
             segment_bytes: 256 << 20,
             previous_end: Offset(7 * (256 << 20) - 48),
+            previous_salt: 0x5a17_5a17,
             first_sequence: 0x0102_0304_0506_0708,
             created: Time(1_700_000_000_000_000_000),
             salt: 0x0bad_cafe,
@@ -528,6 +560,7 @@ pub(crate) mod tests {
             index: 7,
             segment_bytes: 1 << 20,
             previous_end: Offset(7 << 20),
+            previous_salt: 8,
             first_sequence: 99,
             created: Time(1_700_000_000_000_000_000),
             salt: 0x0bad_cafe,

@@ -7,7 +7,7 @@ use crate::aggregate::Aggregate;
 use crate::error::{Corruption, ReadError};
 use crate::event::{Event, Meta, Offset, Sequence, ShardId, Time};
 use crate::log::fold::{Access, Folder};
-use crate::log::format::{Found, RECORD_HEADER_BYTES, RecordHeader, padded, record_at, u32_at};
+use crate::log::format::{Found, RECORD_HEADER_BYTES, RecordHeader, Seam, padded, record_at, u32_at};
 use crate::log::segment::{Segment, ShardLog};
 use crate::log::storage::Lock;
 use crate::sync::Arc;
@@ -98,7 +98,12 @@ impl<E: Event> Reader<E> {
             match reader.step()? {
                 Some(Step::Event(ahead)) => reader.pass(&ahead),
                 Some(Step::Own(len)) => reader.at.0 += padded(len) as u64,
-                Some(Step::NextSegment) | None => return Err(ReadError::NotARecord { shard, offset }),
+                // Behind the segment's end, unless that is a hole.
+                Some(Step::NextSegment) => {
+                    reader.leave()?;
+                    return Err(ReadError::NotARecord { shard, offset });
+                }
+                None => return Err(ReadError::NotARecord { shard, offset }),
             }
         }
         if reader.at == offset { Ok(reader) } else { Err(ReadError::NotARecord { shard, offset }) }
@@ -114,17 +119,25 @@ impl<E: Event> Reader<E> {
     ///
     /// # Errors
     /// `BeyondRetention` when the position was freed, `Corruption` when bytes that come from before
-    /// this process do not hold. The position stays.
+    /// this process do not hold or are missing. The position stays: the next call says the same, and never what follows.
     #[expect(clippy::should_implement_trait, reason = "lends from the reader, which Iterator cannot")]
     pub fn next(&mut self) -> Result<Option<Record<'_, E>>, ReadError> {
-        let Some(ahead) = self.ahead(|_| true)? else { return Ok(None) };
-        let (meta, damage) = (self.meta(&ahead), self.corruption("an archive is not valid"));
+        match self.ahead(|_| true)? {
+            Some(ahead) => self.take(&ahead).map(Some),
+            None => Ok(None),
+        }
+    }
+
+    /// The event ahead, in place, and goes on behind it. Where its archive is not valid, the position stays.
+    #[inline]
+    pub(crate) fn take(&mut self, ahead: &Ahead) -> Result<Record<'_, E>, ReadError> {
+        let (meta, damage) = (self.meta(ahead), self.corruption("an archive is not valid"));
         let memory = self.segment.as_ref().map(|segment| &segment.memory);
         let event = memory.and_then(|memory| self.access.event::<E>(memory, ahead.at, ahead.len, &ahead.header));
         let event = event.ok_or(damage)?;
         self.at.0 += padded(ahead.len) as u64;
         self.sequence += 1;
-        Ok(Some(Record { meta, event }))
+        Ok(Record { meta, event })
     }
 
     /// Moves past events until one is wanted, by its header, and stands before it.
@@ -139,7 +152,7 @@ impl<E: Event> Reader<E> {
                 Some(Step::Event(ahead)) if is_wanted(&ahead.header) => return Ok(Some(ahead)),
                 Some(Step::Event(ahead)) => self.pass(&ahead),
                 Some(Step::Own(len)) => self.at.0 += padded(len) as u64,
-                Some(Step::NextSegment) => self.leave(),
+                Some(Step::NextSegment) => self.leave()?,
             }
         }
     }
@@ -248,7 +261,7 @@ impl<E: Event> Reader<E> {
         };
         if self.at <= self.log.first_offset(index) {
             self.at = self.log.first_offset(index);
-            self.sequence = segment.first_sequence;
+            self.sequence = segment.seam.sequence;
         }
         self.segment = Some(segment);
         Ok(())
@@ -271,20 +284,22 @@ impl<E: Event> Reader<E> {
             let Some(segment) = &self.segment else { break };
             let unreadable = |(offset, why): (Offset, _)| Corruption { shard, segment: segment.index, offset, why };
             let at = (self.at.0 - segment.index * self.log.segment_bytes) as usize;
-            let len = match step {
+            let (len, events) = match step {
                 None => break,
                 Some(Step::NextSegment) => {
                     folder.settle(&segment.memory).map_err(unreadable)?;
-                    self.leave();
+                    self.leave()?;
                     continue;
                 }
-                Some(Step::Own(len) | Step::Event(Ahead { len, .. })) => len,
+                Some(Step::Own(len)) => (len, 0),
+                Some(Step::Event(Ahead { len, .. })) => (len, 1),
             };
             let header = RecordHeader::decode(segment.memory.read(at, len).unwrap_or_default());
             if !header.is_mark() {
                 folder.record(&segment.memory, at, len, &header, self.at).map_err(unreadable)?;
             }
             self.at.0 += padded(len) as u64;
+            self.sequence += events;
         }
         if let Some(segment) = &self.segment {
             let unreadable = |(offset, why): (Offset, _)| Corruption { shard, segment: segment.index, offset, why };
@@ -293,15 +308,32 @@ impl<E: Event> Reader<E> {
         Ok(())
     }
 
-    /// Goes over to the next segment.
-    fn leave(&mut self) {
+    /// Goes over to the next segment, if the log goes on there from here.
+    #[cold]
+    fn leave(&mut self) -> Result<(), ReadError> {
+        let Some(segment) = &self.segment else { return Ok(()) };
         // From the segment, not from the position: that of a segment filled to its last byte lies in the next.
-        let next = self.segment.as_ref().map_or(self.log.segment_of(self.at), |segment| segment.index) + 1;
-        self.at = self.log.first_offset(next);
-        self.segment = None;
+        let next = segment.index + 1;
+        let here = Seam { end: self.at, salt: segment.salt, sequence: self.sequence };
+        let start = self.log.first_offset(next);
+        let Some(next) = self.log.segment(next) else {
+            let (shard, earliest) = (self.log.shard, self.log.earliest());
+            if start >= earliest {
+                // The watermark lies further on, and a segment is in the list before it does.
+                return Err(self.corruption("a zero length word lies before the end of the log").into());
+            }
+            (self.at, self.segment) = (start, None);
+            return Err(ReadError::BeyondRetention { shard, asked: start, earliest });
+        };
+        if let Some(why) = next.seam.breaks_after(&here) {
+            return Err(self.corruption(why).into());
+        }
+        (self.at, self.segment) = (start, Some(next));
+        Ok(())
     }
 
     fn corruption(&self, why: &'static str) -> Corruption {
-        Corruption { shard: self.log.shard, segment: self.log.segment_of(self.at), offset: self.at, why }
+        let segment = self.segment.as_ref().map_or(self.log.segment_of(self.at), |segment| segment.index);
+        Corruption { shard: self.log.shard, segment, offset: self.at, why }
     }
 }

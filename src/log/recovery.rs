@@ -14,7 +14,7 @@ use crate::event::{Offset, ShardId, Version};
 use crate::log::fold::{Folder, Unreadable};
 use crate::log::format::{
     Found, HEADER_BYTES, HeaderError, LOST_MAGIC, OFFSETS_END, RECORD_BYTES_MAX, RECORD_HEADER_BYTES, RecordHeader,
-    SegmentHeader, padded, record_at, u32_at,
+    Seam, SegmentHeader, padded, record_at, u32_at,
 };
 use crate::log::keeper::spare_number;
 use crate::log::manifest::{Manifest, Span, segment_index, segment_name};
@@ -113,10 +113,10 @@ struct End {
 }
 
 impl End {
-    /// Why the log does not go on from here into the segment with header `next`, if so.
-    fn breaks_before(&self, next: &SegmentHeader, sequence: u64) -> Option<&'static str> {
-        self.damaged
-            .or((next.first_sequence != sequence).then_some("the next segment's first sequence does not follow"))
+    /// Why the log does not go on from here, the end of `segment`, into the segment with header `next`, if so.
+    fn breaks_before(&self, next: &SegmentHeader, segment: &Segment, sequence: u64) -> Option<&'static str> {
+        let end = Offset(segment.index * next.segment_bytes + self.at as u64);
+        self.damaged.or_else(|| next.seam().breaks_after(&Seam { end, salt: segment.salt, sequence }))
     }
 }
 
@@ -308,12 +308,18 @@ impl Opening<'_> {
                 unused.push(self.path(index));
                 continue;
             };
+            let is_skipped = skip.is_some_and(|(begin, _)| index <= begin);
+            // A checkpoint vouches for what is skipped, so this is no torn tail.
+            if is_skipped && tail.as_ref().is_some_and(|(before, _)| header.previous_salt != before.salt) {
+                let why = "the segment does not follow the one before it: one of them is of another log";
+                return Err(self.corruption(index, 0, why).into());
+            }
             stop = stop.or_else(|| match (blank, &tail) {
                 (Some(blank), _) => Some((blank, 0, "a blank segment lies before one in use")),
                 // Of what is skipped only the headers are looked at.
-                (None, Some(_)) if skip.is_some_and(|(begin, _)| index <= begin) => None,
+                (None, Some(_)) if is_skipped => None,
                 (None, Some((before, end))) => {
-                    end.breaks_before(&header, scan.folder.sequence).map(|why| (before.index, end.at, why))
+                    end.breaks_before(&header, before, scan.folder.sequence).map(|why| (before.index, end.at, why))
                 }
                 (None, None) => None,
             });
@@ -337,12 +343,7 @@ impl Opening<'_> {
                 _ => self.scan(index, &memory, header.salt, HEADER_BYTES, &mut scan)?,
             };
             tail = Some((
-                Segment {
-                    index,
-                    first_sequence: header.first_sequence,
-                    salt: header.salt,
-                    memory: std::sync::Arc::new(memory),
-                },
+                Segment { index, seam: header.seam(), salt: header.salt, memory: std::sync::Arc::new(memory) },
                 end,
             ));
         }
@@ -371,7 +372,7 @@ impl Opening<'_> {
             recovered.unused = unused;
             return Ok(if checkpoint.is_none() { Ok(recovered) } else { Err(EMPTY) });
         };
-        let Segment { index, first_sequence, salt, memory } = last;
+        let Segment { index, seam, salt, memory } = last;
         let (at, mut torn) = self.settle_tail(index, salt, &memory, &end, scan.durable)?;
         if let (None, Some((_, _, why))) = (&torn, stop) {
             torn = Some((at, why));
@@ -384,7 +385,7 @@ impl Opening<'_> {
         });
         let memory = std::sync::Arc::try_unwrap(memory).expect("recovery alone holds the segment");
         let half = WriteHalf::new(memory, at);
-        let last = Segment { index, first_sequence, salt, memory: std::sync::Arc::clone(half.memory()) };
+        let last = Segment { index, seam, salt, memory: std::sync::Arc::clone(half.memory()) };
         segments.push_back(last.clone());
         let end = Offset(index * self.manifest.segment_bytes + at as u64);
         // Marks alone behind the last event need not be marked again.

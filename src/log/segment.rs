@@ -10,7 +10,7 @@ use std::sync::OnceLock;
 
 use crate::error::{FailureCause, ShardFailure};
 use crate::event::{Offset, ShardId};
-use crate::log::format::HEADER_BYTES;
+use crate::log::format::{HEADER_BYTES, Seam};
 use crate::log::holds::Holds;
 use crate::log::manifest::segment_name;
 use crate::log::mmap::Memory;
@@ -20,7 +20,8 @@ use crate::sync::{AtomicBool, Mutex, Ordering, Waiters, Watermark, lock};
 #[derive(Debug, Clone)]
 pub(crate) struct Segment {
     pub(crate) index: u64,
-    pub(crate) first_sequence: u64,
+    /// What the segment before it must come to; its own first sequence is there too.
+    pub(crate) seam: Seam,
     pub(crate) salt: u32,
     pub(crate) memory: std::sync::Arc<Memory>,
 }

@@ -259,10 +259,10 @@ impl Writer {
     pub(crate) fn roll(&mut self, now: Time) -> Result<(), Refused> {
         let prepared = self.prepared.pop().ok_or(Refused::NeedsSegment)?;
         assert_eq!(prepared.index, self.next_index, "the keeper prepares segments in order");
-        let mut previous_end = Offset(0);
+        let (mut previous_end, mut previous_salt) = (Offset(0), 0);
         if let Some(full) = &mut self.current {
             full.half.publish();
-            previous_end = Offset(full.base + full.half.at() as u64);
+            (previous_end, previous_salt) = (Offset(full.base + full.half.at() as u64), full.salt);
         }
         let mut half = WriteHalf::new(prepared.memory, 0);
         let header = SegmentHeader {
@@ -271,6 +271,7 @@ impl Writer {
             index: prepared.index,
             segment_bytes: self.log.segment_bytes,
             previous_end,
+            previous_salt,
             first_sequence: self.sequence,
             created: now,
             salt: prepared.salt,
@@ -283,7 +284,7 @@ impl Writer {
         half.publish();
         self.log.push_segment(Segment {
             index: prepared.index,
-            first_sequence: self.sequence,
+            seam: header.seam(),
             salt: prepared.salt,
             memory: std::sync::Arc::clone(half.memory()),
         });

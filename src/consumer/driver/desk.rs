@@ -54,6 +54,8 @@ pub(crate) struct Desk<E: Event> {
     records_until: Offset,
     /// Side effects below were had once.
     pub(super) effects_from: Offset,
+    /// The log cannot be read on; that is said once everything before has been given a try.
+    is_stuck: bool,
 }
 
 impl<E: Event> std::fmt::Debug for Desk<E> {
@@ -77,7 +79,19 @@ impl<E: Event> Desk<E> {
         let records_until = records_until(&log, letters);
         let restored = (progress.read > progress.position).then(|| (progress.read, progress.unfinished.into()));
         let (reader, effects_from) = (reader.with_sight(settings.sight), progress.effects_from);
-        Ok(Self { log, syncer, lock, hold, reader, finder, lanes, restored, records_until, effects_from })
+        Ok(Self {
+            log,
+            syncer,
+            lock,
+            hold,
+            reader,
+            finder,
+            lanes,
+            restored,
+            records_until,
+            effects_from,
+            is_stuck: false,
+        })
     }
 
     /// Goes elsewhere; what is unfinished is forgotten here, since it lies there or is left behind on purpose. Nothing is out.
@@ -127,6 +141,9 @@ impl<E: Event> Desk<E> {
     }
 
     /// Offers events of the log to the lanes, until enough are ready, there is no room, or the log ends. Returns how many it looked at.
+    ///
+    /// # Errors
+    /// Where the log cannot be read on, once no event before that place is out or may run. The position stays.
     pub(super) fn offer(
         &mut self,
         settings: &Settings,
@@ -135,10 +152,17 @@ impl<E: Event> Desk<E> {
     ) -> Result<usize, ReadError> {
         let ready_max = settings.concurrency + READY_SPARE;
         let from = self.reader.offset();
-        let mut read = 0;
+        let (mut read, mut unread) = (0, Ok(()));
         // What can be handled where it lies is not read here.
         while !is_in_place && read < READ_MAX && self.lanes.ready() < ready_max && self.lanes.has_room() {
-            let Some(ahead) = self.wanted(&settings.filter)? else { break };
+            let ahead = match self.wanted(&settings.filter) {
+                Ok(Some(ahead)) => ahead,
+                Ok(None) => break,
+                Err(error) => {
+                    unread = Err(error);
+                    break;
+                }
+            };
             let (key, offset) = (ahead.header.key, self.reader.offset());
             if !self.is_done_before(key, offset, letters) && self.lanes.offer(key, offset).is_err() {
                 break;
@@ -150,6 +174,10 @@ impl<E: Event> Desk<E> {
             self.lanes.read_up_to(self.reader.offset());
             read = read.max(1);
         }
+        self.is_stuck = unread.is_err();
+        // The next look says the same.
+        let comes_first = read > 0 || self.lanes.ready() > 0 || self.lanes.statistics().running > 0;
+        unread.or_else(|error| if comes_first { Ok(()) } else { Err(error) })?;
         Ok(read)
     }
 
@@ -180,7 +208,13 @@ impl<E: Event> Desk<E> {
         let (mut handled, mut failed) = (0, None);
         let from = self.reader.offset();
         while (handled as usize) < budget && self.lanes.has_room() && !is_called() {
-            let Some(ahead) = self.wanted(&settings.filter)? else { break };
+            let ahead = match self.wanted(&settings.filter) {
+                Ok(Some(ahead)) => ahead,
+                Ok(None) => break,
+                // What was done before it is noted first; the next look says the same.
+                Err(_) if self.reader.offset() > from => break,
+                Err(error) => return Err(error),
+            };
             let (key, meta) = (ahead.header.key, self.reader.meta(&ahead));
             if self.is_done_before(key, meta.offset, letters) {
                 self.reader.pass(&ahead);
@@ -299,7 +333,7 @@ impl<E: Event> Desk<E> {
     }
 
     pub(super) fn has_unread(&self) -> bool {
-        self.reader.offset() < self.reader.horizon()
+        !self.is_stuck && self.reader.offset() < self.reader.horizon()
     }
 
     /// Lets the log wake somebody when it goes on. To be looked at again afterwards.

@@ -9,6 +9,7 @@ use super::super::dead_letter::answer::DeadLetter;
 use super::super::effects::Call;
 use super::super::health::Pass;
 use super::super::lanes::answer::Run;
+use crate::error::ReadError;
 use crate::event::{Event, Meta, Offset, Sequence};
 use crate::handler::{HandlerError, panic_text};
 use crate::log::finder::Finder;
@@ -41,6 +42,8 @@ pub(crate) enum Failed {
     Panic(String),
     /// Its archive is not valid, or its upcaster refused it.
     Undecodable,
+    /// The log does not hold it any more: no failure of the event.
+    Unreadable(ReadError),
 }
 
 impl fmt::Display for Failed {
@@ -49,6 +52,7 @@ impl fmt::Display for Failed {
             Self::Handler(error) => error.fmt(f),
             Self::Panic(text) => write!(f, "the handler panicked: {text}"),
             Self::Undecodable => f.write_str("the event cannot be decoded"),
+            Self::Unreadable(error) => error.fmt(f),
         }
     }
 }
@@ -83,30 +87,32 @@ impl Job {
         handler: &mut Handler<'_, E>,
     ) -> Result<(), Failed> {
         guarded(|| {
-            let (event, meta) = self.event::<E>(finder, access).ok_or(Failed::Undecodable)?;
+            let (event, meta) =
+                self.event::<E>(finder, access).map_err(Failed::Unreadable)?.ok_or(Failed::Undecodable)?;
             let had = matches!(self.what, What::Event(_)) && meta.offset < self.effects_from;
             let call = Call::new(consumer, meta.id(), self.attempt(), had);
             handler(event, &meta, &call).map_err(Failed::Handler)
         })
     }
 
-    /// The job's event. Its `meta.sequence` is not known.
+    /// The job's event, or `None` where it cannot be decoded. Its `meta.sequence` is not known.
     pub(crate) fn event<'a, E: Event>(
         &'a self,
         finder: &'a mut Finder,
         access: &'a mut Access,
-    ) -> Option<(&'a E::Archived, Meta)> {
+    ) -> Result<Option<(&'a E::Archived, Meta)>, ReadError> {
         match &self.what {
             What::Event(run) => {
                 // Retention keeps what is not done, so it is there.
-                let place = finder.find(run.offset()).ok()?;
+                let place = finder.find(run.offset())?;
                 let meta = place.header.meta(finder.log().shard, run.offset(), Sequence::UNKNOWN);
-                let event = access.event::<E>(finder.memory()?, place.at, place.len, &place.header)?;
-                Some((event, meta))
+                let memory = finder.memory();
+                let event = memory.and_then(|memory| access.event::<E>(memory, place.at, place.len, &place.header));
+                Ok(event.map(|event| (event, meta)))
             }
             What::Letter { letter, archive } => {
-                let event = access.kept::<E>(archive, letter.event_type, letter.schema_version)?;
-                Some((event, letter.meta()))
+                let event = access.kept::<E>(archive, letter.event_type, letter.schema_version);
+                Ok(event.map(|event| (event, letter.meta())))
             }
         }
     }

@@ -10,8 +10,8 @@ use super::{LOOK_AGAIN, LOOKS_MAX, Place, Store, Unusable, io_error, read_up_to}
 use crate::error::{Corruption, OpenError, ReadError};
 use crate::event::{Meta, Offset, Sequence, ShardId};
 use crate::log::format::{
-    ALIGN, Found, HEADER_BYTES, RECORD_BYTES_MAX, RECORD_HEADER_BYTES, RecordHeader, SegmentHeader, padded, record_at,
-    u32_at,
+    ALIGN, Found, HEADER_BYTES, RECORD_BYTES_MAX, RECORD_HEADER_BYTES, RecordHeader, Seam, SegmentHeader, padded,
+    record_at, u32_at,
 };
 use crate::log::manifest::{Span, segment_name};
 use crate::log::storage::Files;
@@ -85,8 +85,8 @@ pub struct Records {
     /// Position in the segment; a multiple of 16.
     at: usize,
     sequence: u64,
-    /// Whether the segment to be entered must begin where the one before it ended.
-    continues: bool,
+    /// What the segment to be entered must go on from: the end of the one before it, where that was read.
+    continues: Option<Seam>,
     /// The furthest position that a mark says was durable.
     durable: u64,
     /// The log's position when a segment disappeared, until the next is entered.
@@ -115,7 +115,7 @@ impl Records {
             index: None,
             at: HEADER_BYTES,
             sequence: 0,
-            continues: false,
+            continues: None,
             durable: 0,
             lost_at: None,
             until: Offset(u64::MAX),
@@ -386,8 +386,10 @@ impl Records {
     }
 
     fn begin(&mut self, current: Current) -> Result<(), ReadError> {
-        if self.continues && self.lost_at.is_none() && current.header.first_sequence != self.sequence {
-            return Err(self.corruption("the segment's first sequence is not where the one before it ended").into());
+        if self.lost_at.is_none()
+            && let Some(why) = self.continues.and_then(|here| current.header.seam().breaks_after(&here))
+        {
+            return Err(self.corruption(why).into());
         }
         let events = current.header.first_sequence.saturating_sub(self.sequence);
         // A segment that was read to its end before it went is no loss.
@@ -406,14 +408,15 @@ impl Records {
     fn stand_before(&mut self, index: u64) {
         self.current = None;
         self.index = Some(index);
-        self.continues = false;
+        self.continues = None;
         self.at = HEADER_BYTES;
         self.forget_buffer();
     }
 
     /// Goes from an end over to the next segment. `false` at the end of the log; `true`: look again.
     fn leave(&mut self) -> Result<bool, ReadError> {
-        let Some(index) = self.index else { return Ok(false) };
+        let Some((index, current)) = self.index.zip(self.current.as_ref()) else { return Ok(false) };
+        let here = Seam { end: self.offset(), salt: current.header.salt, sequence: self.sequence };
         let next = self.open(index + 1)?;
         // After the look at the next segment: what was committed here before the writer went on is seen now.
         if self.has_grown()? {
@@ -421,11 +424,13 @@ impl Records {
         }
         match next {
             // Every event up to there was read, even if this file has been written again meanwhile.
-            Some(Ok(next)) if next.header.first_sequence == self.sequence => {}
-            Some(Ok(_)) => {
-                // Told here, where the hole is; the next segment may well be sound.
-                self.explain("the log ends here, but the next segment begins with a later event")?;
-                return Ok(true);
+            Some(Ok(next)) => {
+                if let Some(why) = next.header.seam().breaks_after(&here) {
+                    // Told here, where the hole is; the next segment may well be sound.
+                    self.explain(why)?;
+                    return Ok(true);
+                }
+                // Every event up to there was read, even if this file has been written again meanwhile.
             }
             _ => {
                 let Some(span) = self.span()? else { return Ok(false) };
@@ -448,7 +453,7 @@ impl Records {
             }
         }
         self.stand_before(index + 1);
-        self.continues = true;
+        self.continues = Some(here);
         Ok(true)
     }
 

@@ -20,6 +20,8 @@ struct Engine {
     span: Span,
     at: usize,
     salt: u32,
+    /// Where the last segment ended, and its salt.
+    before: (u64, u32),
     sequence: u64,
     chains: HashMap<u64, (u64, u64)>,
 }
@@ -33,7 +35,16 @@ impl Engine {
             .save(&Files, dir.path())
             .expect("saved");
         fs::create_dir(shard_dir(dir.path(), ShardId(0))).expect("made");
-        Self { dir, index: 0, span: Span { first: 0, last: 0 }, at: 0, salt: 0, sequence: 0, chains: HashMap::new() }
+        Self {
+            dir,
+            index: 0,
+            span: Span { first: 0, last: 0 },
+            at: 0,
+            salt: 0,
+            before: (0, 0),
+            sequence: 0,
+            chains: HashMap::new(),
+        }
     }
 
     fn store(&self) -> Store {
@@ -67,13 +78,17 @@ impl Engine {
     }
 
     fn begin(&mut self, index: u64) {
+        if self.at > 0 {
+            self.before = (self.index * SEGMENT_BYTES + self.at as u64, self.salt);
+        }
         (self.index, self.at, self.salt) = (index, HEADER_BYTES, 7 + index as u32);
         let header = SegmentHeader {
             schema: 1,
             shard: ShardId(0),
             index,
             segment_bytes: SEGMENT_BYTES,
-            previous_end: Offset(0),
+            previous_end: Offset(self.before.0),
+            previous_salt: self.before.1,
             first_sequence: self.sequence,
             created: Time(1),
             salt: self.salt,
