@@ -139,7 +139,7 @@ fn verify_shard(store: &Store, shard: ShardId, problems: &mut Problems) -> Resul
                     first = Some((meta.offset, meta.sequence.get()));
                     chains.seen_from = chains.seen_from.max(segment_start(store, meta.offset));
                 }
-                if let Some(gap) = records.gaps().get(gaps) {
+                while let Some(gap) = records.gaps().get(gaps) {
                     chains.seen_from = gap.until;
                     gaps += 1;
                 }

@@ -56,7 +56,8 @@ impl Lookup {
     /// The record at `place`.
     ///
     /// # Errors
-    /// `BeyondRetention` when it was freed meanwhile, `NotARecord` when no such record is there, `Io`.
+    /// `BeyondRetention` when it was freed meanwhile, `NotARecord` when no such record is there (or what is there does not hold), `Io`.
+    /// Asked again, it looks again.
     pub fn get(&mut self, place: &Place) -> Result<Record<'_>, ReadError> {
         let segment_bytes = self.store.segment_bytes();
         let (index, at) = (place.offset.get() / segment_bytes, (place.offset.get() % segment_bytes) as usize);
@@ -98,12 +99,14 @@ impl Lookup {
         });
         let room = self.store.segment_bytes() as usize - at;
         let wanted = if near { Self::WINDOW_BYTES.max(end - at).min(room) } else { end - at };
+        // Until it has been read, it is a window on nothing.
+        self.window_at = None;
         self.window.resize(wanted, 0);
-        self.window_at = Some((shard, index, at));
         let Some((file, _)) = self.open.get(&(shard, index)) else { return Ok(()) };
         let read = read_up_to(file, &mut self.window, at as u64)
             .map_err(|source| io_error(&self.store.shard_dir(shard).join(segment_name(index)), source))?;
         self.window.resize(read, 0);
+        self.window_at = Some((shard, index, at));
         Ok(())
     }
 
@@ -128,8 +131,11 @@ impl Lookup {
     }
 
     fn gone(&mut self, place: &Place) -> ReadError {
+        // The file may have been written again since it was opened: the next look is a fresh one.
         self.window_at = None;
         let shard = place.shard;
+        self.open.remove(&(shard, place.offset.get() / self.store.segment_bytes()));
+        // After the look: a file goes out of the span before it is written again.
         match Span::load(&Files, &self.store.shard_dir(shard)) {
             Ok(Some(span)) if place.offset.get() / self.store.segment_bytes() < span.first => {
                 let earliest = Offset(span.first * self.store.segment_bytes() + HEADER_BYTES as u64);

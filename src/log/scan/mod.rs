@@ -3,8 +3,10 @@
 //!
 //! One writer: the engine, elsewhere. It stores a zero length word behind a record before it commits the record's own, so
 //! a length word that is not zero means a whole record. What this reader must add: its buffer may be older than the
-//! file, so an end is believed only after a second look, taken after the look at the next segment; and the file may
-//! have been retired and written again, so bytes that do not hold are damage only if their segment is still in the span.
+//! file, so an end is believed only after a second look, taken after the look at the next segment; and between any two looks the
+//! file may have been retired and written again (it keeps its inode, so an open descriptor shows that too), so whatever a look
+//! seems to say (an end, a tail, damage, a missing file) counts only if afterwards the span still has the segment and the file its
+//! header. A segment leaves the span before its file is touched, and its header goes before its records.
 //!
 //! ```no_run
 //! use corelane::scan::Store;
@@ -171,6 +173,11 @@ impl Store {
                         SegmentInfo { index, state: SegmentState::Missing, file },
                     );
                 }
+            }
+            // Looked at one after the other, while retention may free the first of them: those are no part of the log any more.
+            if let Some(now) = Span::load(&Files, &dir)?.filter(|now| now.first > span.first) {
+                files.segments.retain(|segment| segment.index >= now.first);
+                files.span = Some((now.first, if now.first > span.last { now.last } else { span.last }));
             }
         }
         Ok(files)

@@ -84,12 +84,15 @@ pub struct Records {
     index: Option<u64>,
     /// Position in the segment; a multiple of 16.
     at: usize,
-    sequence: u64,
+    /// Of the next event; `None` before a segment was entered.
+    sequence: Option<u64>,
     /// What the segment to be entered must go on from: the end of the one before it, where that was read.
     continues: Option<Seam>,
     /// The furthest position that a mark says was durable.
     durable: u64,
-    /// The log's position when a segment disappeared, until the next is entered.
+    /// Where what is left of a damaged segment was given up, until another is entered; `sequence` is of there.
+    given_up_at: Option<Offset>,
+    /// The log's position when a segment disappeared, until the next is entered; `sequence` is of there.
     lost_at: Option<Offset>,
     until: Offset,
     gaps: Vec<Gap>,
@@ -97,6 +100,21 @@ pub struct Records {
     buffer_bytes: usize,
     /// Position in the segment of the buffer's first byte; a multiple of 16, so bodies are aligned in it.
     buffer_at: usize,
+    /// Called before every look at the disk.
+    #[cfg(test)]
+    pub(super) between_looks: BetweenLooks,
+}
+
+/// What a test lets happen between two looks at the disk.
+#[cfg(test)]
+#[derive(Default)]
+pub(super) struct BetweenLooks(pub(super) std::cell::RefCell<Option<Box<dyn FnMut()>>>);
+
+#[cfg(test)]
+impl std::fmt::Debug for BetweenLooks {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("BetweenLooks").finish_non_exhaustive()
+    }
 }
 
 /// What lies at the position.
@@ -114,15 +132,18 @@ impl Records {
             current: None,
             index: None,
             at: HEADER_BYTES,
-            sequence: 0,
+            sequence: None,
             continues: None,
             durable: 0,
+            given_up_at: None,
             lost_at: None,
             until: Offset(u64::MAX),
             gaps: Vec::new(),
             buffer: AlignedVec::new(),
             buffer_bytes: BUFFER_BYTES,
             buffer_at: 0,
+            #[cfg(test)]
+            between_looks: BetweenLooks::default(),
         }
     }
 
@@ -146,10 +167,10 @@ impl Records {
         Offset(self.index.unwrap_or(0) * self.store.segment_bytes() + self.at as u64)
     }
 
-    /// The sequence of the next event.
+    /// The sequence of the next event; 0 before the first was looked for.
     #[must_use]
     pub fn sequence(&self) -> Sequence {
-        Sequence(self.sequence)
+        Sequence(self.sequence.unwrap_or(0))
     }
 
     /// What retention took away from under this reader.
@@ -161,14 +182,15 @@ impl Records {
     /// The next event, or `None` at the end of the log as it is now; call again later for more.
     ///
     /// # Errors
-    /// `Corruption` when bytes do not hold (the position stays; [`Records::skip_segment`] goes on), `Io`.
+    /// `Corruption` when bytes do not hold or are missing, `Io`. The position stays: the next call says the same (or has the record,
+    /// where the cause is gone), and never what follows. [`Records::skip_segment`] goes on behind damage.
     #[expect(clippy::should_implement_trait, reason = "lends from the buffer, which Iterator cannot")]
     pub fn next(&mut self) -> Result<Option<Record<'_>>, ReadError> {
         let Some((header, len)) = self.step()? else { return Ok(None) };
         let start = self.at - self.buffer_at;
-        let meta = header.meta(self.shard, self.offset(), Sequence(self.sequence));
+        let meta = header.meta(self.shard, self.offset(), self.sequence());
         self.at += padded(len);
-        self.sequence += 1;
+        self.sequence = Some(meta.sequence.0 + 1);
         Ok(Some(Record { meta, body: &self.buffer[start + RECORD_HEADER_BYTES..start + len] }))
     }
 
@@ -183,7 +205,9 @@ impl Records {
         else {
             return Ok(false);
         };
+        let here = self.offset();
         self.stand_before(next);
+        self.given_up_at.get_or_insert(here);
         Ok(true)
     }
 
@@ -194,8 +218,26 @@ impl Records {
     /// # Errors
     /// What the file system says.
     pub fn tail(&mut self) -> Result<Tail, ReadError> {
-        let (home, offset) = (self.at, self.offset());
+        let home = self.at;
         self.forget_buffer();
+        let found = self.look_behind();
+        // Also after an error: the position stays.
+        self.at = home;
+        self.forget_buffer();
+        let (tail, offset) = (found?, self.offset());
+        // A writer commits in order: were it still at work here, the position would be the first to hold. And bytes that
+        // were looked at after the file was written again are not of this segment.
+        if matches!(self.look()?, Look::Record(..)) || !self.is_current()? {
+            let was_durable = self.durable > offset.get();
+            return Ok(Tail { offset, end: offset, events: 0, was_durable });
+        }
+        self.forget_buffer();
+        Ok(tail)
+    }
+
+    /// What holds from the position on, which moves to the end of the segment.
+    fn look_behind(&mut self) -> Result<Tail, ReadError> {
+        let offset = self.offset();
         let mut tail = Tail { offset, end: offset, events: 0, was_durable: self.durable > offset.get() };
         let room = self.store.segment_bytes() as usize;
         while self.current.is_some() && room - self.at >= RECORD_HEADER_BYTES {
@@ -216,15 +258,6 @@ impl Records {
                 }
                 Look::End | Look::Damaged(_) => self.at += ALIGN,
             }
-        }
-        self.at = home;
-        self.forget_buffer();
-        // A writer commits in order: were it still at work here, the position would be the first to hold.
-        let has_grown = matches!(self.look_once()?, Look::Record(..));
-        self.forget_buffer();
-        if has_grown {
-            let was_durable = self.durable > offset.get();
-            return Ok(Tail { offset, end: offset, events: 0, was_durable });
         }
         Ok(tail)
     }
@@ -335,14 +368,16 @@ impl Records {
 
     /// Reads afresh from the position on, `need` bytes or more; returns how many there are.
     fn fill(&mut self, need: usize) -> Result<usize, ReadError> {
+        self.look_comes();
         let Some(current) = &self.current else { return Ok(0) };
         let room = self.store.segment_bytes() as usize - self.at;
         self.buffer.resize(self.buffer_bytes.max(need).min(room), 0);
         self.buffer_at = self.at;
-        let read = read_up_to(&current.file, &mut self.buffer, self.at as u64)
-            .map_err(|source| io_error(&current.path, source))?;
-        self.buffer.resize(read, 0);
-        Ok(read)
+        let read = read_up_to(&current.file, &mut self.buffer, self.at as u64);
+        let read = read.map_err(|source| io_error(&current.path, source));
+        // After an error nothing that was not read may pass for bytes of the file.
+        self.buffer.resize(*read.as_ref().unwrap_or(&0), 0);
+        read
     }
 
     /// Opens the segment to be read; `false` where it is not written yet.
@@ -353,7 +388,7 @@ impl Records {
             let index = match self.index {
                 None => span.first,
                 Some(index) if index < span.first => {
-                    self.lost_at.get_or_insert(self.offset());
+                    self.lose(span);
                     span.first
                 }
                 Some(index) => index,
@@ -361,27 +396,25 @@ impl Records {
             if self.index != Some(index) {
                 self.stand_before(index);
             }
-            match self.open(index)? {
+            let why = match self.open(index)? {
                 Some(Ok(current)) => {
                     self.begin(current)?;
                     return Ok(true);
                 }
-                Some(Err(Unusable::Blank)) => {
-                    if self.used_behind(index, span.last)? && self.span()?.is_some_and(|now| now.first <= index) {
-                        return Err(self
-                            .corruption("the segment's header is blank, but a later segment is written")
-                            .into());
-                    }
-                    return Ok(false);
-                }
-                // A rename, a new span and this look can cross; a few looks later they agree.
-                None | Some(Err(Unusable::Damaged(_))) if looks < LOOKS_MAX => {
-                    looks += 1;
-                    std::thread::sleep(LOOK_AGAIN);
-                }
-                None => return Err(self.corruption("a segment of the span is missing").into()),
-                Some(Err(Unusable::Damaged(why))) => return Err(self.corruption(why).into()),
+                Some(Err(Unusable::Blank)) if !self.used_behind(index, span.last)? => return Ok(false),
+                Some(Err(Unusable::Blank)) => "the segment's header is blank, but a later segment is written",
+                Some(Err(Unusable::Damaged(why))) => why,
+                None => "a segment of the span is missing",
+            };
+            // It may have been freed, or begun together with the next, since the span was read: the looks have to agree.
+            if self.span()?.is_some_and(|now| index < now.first) {
+                continue;
             }
+            if looks == LOOKS_MAX {
+                return Err(self.corruption(why).into());
+            }
+            looks += 1;
+            std::thread::sleep(LOOK_AGAIN);
         }
     }
 
@@ -391,14 +424,15 @@ impl Records {
         {
             return Err(self.corruption(why).into());
         }
-        let events = current.header.first_sequence.saturating_sub(self.sequence);
-        // A segment that was read to its end before it went is no loss.
-        if let Some(from) = self.lost_at.take()
-            && events > 0
-        {
-            self.gaps.push(Gap { shard: self.shard, from, until: current.header.first_offset(), events });
+        // A segment that was read to its end before it went is no loss; nor is one that was gone before the first was read.
+        if let Some((from, sequence)) = self.lost_at.take().zip(self.sequence) {
+            let events = current.header.first_sequence.saturating_sub(sequence);
+            if events > 0 {
+                self.gaps.push(Gap { shard: self.shard, from, until: current.header.first_offset(), events });
+            }
         }
-        self.sequence = current.header.first_sequence;
+        self.sequence = Some(current.header.first_sequence);
+        (self.continues, self.given_up_at) = (None, None);
         self.at = HEADER_BYTES;
         self.forget_buffer();
         self.current = Some(current);
@@ -415,52 +449,67 @@ impl Records {
 
     /// Goes from an end over to the next segment. `false` at the end of the log; `true`: look again.
     fn leave(&mut self) -> Result<bool, ReadError> {
-        let Some((index, current)) = self.index.zip(self.current.as_ref()) else { return Ok(false) };
-        let here = Seam { end: self.offset(), salt: current.header.salt, sequence: self.sequence };
-        let next = self.open(index + 1)?;
-        // After the look at the next segment: what was committed here before the writer went on is seen now.
-        if self.has_grown()? {
-            return Ok(true);
-        }
-        match next {
-            // Every event up to there was read, even if this file has been written again meanwhile.
-            Some(Ok(next)) => {
-                if let Some(why) = next.header.seam().breaks_after(&here) {
+        let Some((index, salt)) = self.index.zip(self.current.as_ref().map(|current| current.header.salt)) else {
+            return Ok(false);
+        };
+        let here = Seam { end: self.offset(), salt, sequence: self.sequence().0 };
+        let mut looks = 0;
+        loop {
+            let next = self.open(index + 1)?;
+            // After the look at the next segment: what was committed here before the writer went on is seen now.
+            if self.has_grown()? {
+                return Ok(true);
+            }
+            // And after that look: whether it was this segment that was looked at.
+            if !self.is_current()? {
+                self.explain("the segment's header has changed while it was read")?;
+                return Ok(true);
+            }
+            if let Some(Ok(next)) = next {
+                match next.header.seam().breaks_after(&here) {
                     // Told here, where the hole is; the next segment may well be sound.
-                    self.explain(why)?;
-                    return Ok(true);
+                    Some(why) => self.explain(why)?,
+                    // Every event up to there was read, whatever becomes of this file.
+                    None => {
+                        self.stand_before(index + 1);
+                        self.begin(next)?;
+                    }
                 }
-                // Every event up to there was read, even if this file has been written again meanwhile.
+                return Ok(true);
             }
-            _ => {
-                let Some(span) = self.span()? else { return Ok(false) };
-                if index < span.first {
-                    self.lose(span);
-                    return Ok(true);
-                }
-                if index == span.last {
-                    return Ok(false);
-                }
-                match self.open(index + 1)? {
-                    Some(Ok(_)) => return Ok(true),
-                    Some(Err(Unusable::Blank)) if !self.used_behind(index + 1, span.last)? => return Ok(false),
-                    // Being begun right now, freed, or damaged: `enter` finds out. Either way the writer has left this one.
-                    _ => {}
-                }
-                if self.has_grown()? {
-                    return Ok(true);
-                }
+            let Some(span) = self.span()? else { return Ok(false) };
+            if index < span.first {
+                self.lose(span);
+                return Ok(true);
             }
+            let is_blank = matches!(next, Some(Err(Unusable::Blank)));
+            if index == span.last || (is_blank && !self.used_behind(index + 1, span.last)?) {
+                return Ok(false);
+            }
+            // Being begun right now, freed, or damaged: a few looks later it is settled, and `enter` says which.
+            if looks == LOOKS_MAX {
+                self.stand_before(index + 1);
+                self.continues = Some(here);
+                return Ok(true);
+            }
+            looks += 1;
+            std::thread::sleep(LOOK_AGAIN);
         }
-        self.stand_before(index + 1);
-        self.continues = Some(here);
-        Ok(true)
     }
 
     /// Whether a record has come to the position where there was none.
     fn has_grown(&mut self) -> Result<bool, ReadError> {
         self.forget_buffer();
         Ok(!matches!(self.look_once()?, Look::End))
+    }
+
+    /// Whether the file being read still was this segment when it was looked at last. Its header goes before anything else of a file
+    /// that is written again.
+    fn is_current(&self) -> Result<bool, ReadError> {
+        self.look_comes();
+        let Some(Current { file, path, header }) = &self.current else { return Ok(true) };
+        let now = self.store.header(file, self.shard, header.index).map_err(|source| io_error(path, source))?;
+        Ok(now.is_ok_and(|now| now.salt == header.salt))
     }
 
     /// Bytes do not hold. If their segment was retired meanwhile, goes on behind a gap; else that is damage.
@@ -474,9 +523,10 @@ impl Records {
         }
     }
 
-    /// The segment being read is gone: the next is the first that is left.
+    /// The segment being read, or to be read, is gone: the next is the first that is left.
     fn lose(&mut self, span: Span) {
-        self.lost_at.get_or_insert(self.offset());
+        let from = self.given_up_at.unwrap_or(self.offset());
+        self.lost_at.get_or_insert(from);
         self.stand_before(span.first);
     }
 
@@ -492,24 +542,74 @@ impl Records {
 
     /// Opens a segment's file; `None` where there is none.
     fn open(&self, index: u64) -> Result<Option<Result<Current, Unusable>>, ReadError> {
+        self.look_comes();
         let path = self.store.shard_dir(self.shard).join(segment_name(index));
         let file = match File::open(&path) {
             Ok(file) => file,
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
             Err(source) => return Err(io_error(&path, source)),
         };
+        self.look_comes();
         let header = self.store.header(&file, self.shard, index).map_err(|source| io_error(&path, source))?;
         Ok(Some(header.map(|header| Current { file, path, header })))
     }
 
     fn span(&self) -> Result<Option<Span>, ReadError> {
+        self.look_comes();
         Span::load(&Files, &self.store.shard_dir(self.shard)).map_err(|error| match error {
             OpenError::Io { action, path, source } => ReadError::Io { action, path, source },
             _ => self.corruption("the shard's span does not hold").into(),
         })
     }
 
+    /// The disk is about to be looked at.
+    fn look_comes(&self) {
+        #[cfg(test)]
+        if let Some(meanwhile) = &mut *self.between_looks.0.borrow_mut() {
+            meanwhile();
+        }
+    }
+
     fn corruption(&self, why: &'static str) -> Corruption {
         Corruption { shard: self.shard, segment: self.index.unwrap_or(0), offset: self.offset(), why }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+
+    use crate::envelope::Envelope;
+    use crate::{Config, EventLog, Key, ReadError, ShardId};
+
+    #[test]
+    fn what_could_not_be_read_is_neither_an_end_nor_passed_over() {
+        let dir = tempfile::tempdir().expect("a folder");
+        let engine = EventLog::<Envelope>::open(Config::new(dir.path()).segment_bytes(64 << 10)).expect("opened");
+        let mut producer = engine.producer();
+        for n in 0..300 {
+            producer.publish(Key(1), Envelope::new("said", 1, &n.to_string()).expect("it is JSON")).expect("published");
+        }
+        engine.flush(None).expect("flushed");
+        let mut records = crate::scan::Store::open(dir.path()).expect("a store").records(ShardId(0)).buffered(4096);
+        let mut next = 0;
+        while next < 300 {
+            let unreadable = File::create(dir.path().join("unreadable")).expect("made");
+            let current = records.current.as_mut().map(|current| std::mem::replace(&mut current.file, unreadable));
+            if let Some(file) = current {
+                let offset = records.offset();
+                records.forget_buffer();
+                for _ in 0..2 {
+                    assert!(matches!(records.next(), Err(ReadError::Io { .. })));
+                    assert!(matches!(records.tail(), Err(ReadError::Io { .. })));
+                    assert_eq!(records.offset(), offset, "the position stays");
+                }
+                records.current.as_mut().expect("being read").file = file;
+            }
+            let record = records.next().expect("readable again").expect("a record");
+            assert_eq!(record.meta.sequence.get(), next);
+            next += 1;
+        }
+        assert!(records.next().expect("the end").is_none());
     }
 }
