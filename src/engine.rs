@@ -384,11 +384,13 @@ impl<A: Aggregate> Engine<A> {
         Reader::at(Arc::clone(&self.shards[usize::from(shard.0)].door.log), offset, std::sync::Arc::clone(&self.lock))
     }
 
-    /// Waits until everything accepted before this call is appended and durable, in every mode. Where a shard fails, the
-    /// others are still flushed.
+    /// Waits until everything accepted before this call is appended and durable, in every mode, with whatever it rests on: where retention
+    /// has freed events in `OsCache`, the first flush saves the states of all keys durably. Where a shard fails, the others are still
+    /// flushed.
     ///
     /// # Errors
-    /// `ShardFailed`, of the first shard that failed; `TimedOut` at `deadline`.
+    /// `ShardFailed`, of the first shard that failed; `CheckpointFailed` where retention has freed events whose states cannot be saved;
+    /// `TimedOut` at `deadline`.
     pub fn flush(&self, deadline: Option<Instant>) -> Result<(), WaitError> {
         let accepted: Vec<_> = self
             .shards
@@ -417,6 +419,10 @@ impl<A: Aggregate> Engine<A> {
                 }
                 flushed => outcome = outcome.and(flushed),
             }
+        }
+        // What was freed so far may rest on checkpoints that were left to the system's cache (`OsCache`): from here on it must not.
+        if outcome.is_ok() && self.shards.iter().any(|shard| shard.checkpoints.is_unsynced()) {
+            outcome = self.checkpoint(deadline);
         }
         outcome
     }

@@ -111,6 +111,19 @@ impl FaultyStorage {
         Self(Arc::new(Mutex::new(Disk { durable_names: files.clone(), files, boot, ..Disk::default() })))
     }
 
+    /// Plays that no sync has ever been asked for: no name is durable, and of the files that `grows` names (which are not replaced
+    /// as a whole) no byte is.
+    pub fn forget_syncs(&self, grows: impl Fn(&Path) -> bool) {
+        let mut disk = lock(&self.0);
+        disk.durable_names.clear();
+        for (_, file) in disk.files.iter().filter(|(path, _)| grows(path)) {
+            match file {
+                File::Small(content) => lock(content).1.clear(),
+                File::Segment(heap) => lock(&heap.durable).fill(0),
+            }
+        }
+    }
+
     /// Every file with its live content. Nothing must be being appended meanwhile.
     #[must_use]
     pub fn files(&self) -> BTreeMap<PathBuf, Vec<u8>> {
@@ -157,10 +170,11 @@ impl FaultyStorage {
         lock(&self.0).side_files_refused = refused;
     }
 
-    /// No sync and no operation fails any more.
+    /// No sync and no operation fails any more. A disk that was gone answers again, with what it held: together with
+    /// [`FaultyStorage::be_gone`] this plays a process that was killed, whose unsynced bytes the system still has.
     pub fn heal(&self) {
         let mut disk = lock(&self.0);
-        (disk.fail_sync_at, disk.fail_operation_at) = (None, None);
+        (disk.fail_sync_at, disk.fail_operation_at, disk.gone_at) = (None, None, None);
     }
 
     /// From now on nothing can be written into any file but segments that are there, as on a full disk, until this is taken back.

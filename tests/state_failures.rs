@@ -265,10 +265,10 @@ fn with_failure(what: &str, durability: Durability, fail: impl Fn(&FaultyStorage
     assert_eq!(ended.is_err(), !engine.failures().is_empty(), "{what}: {ended:?}");
     let failed = !engine.failures().is_empty();
     drop(engine);
-    // In OsCache mode what retention kept may not have been synced: only what the system had is there.
+    // In OsCache mode what retention kept may not have been synced, unless the shutdown said so: only what the system had is there.
     let killed = FaultyStorage::with_files(storage.files());
     let disks = match durability {
-        Durability::OsCache => vec![killed],
+        Durability::OsCache if ended.is_err() => vec![killed],
         _ => vec![storage.after_crash(Unsynced::Lost), storage.after_crash(Unsynced::Random(7)), killed],
     };
     for disk in disks {

@@ -12,7 +12,7 @@ use crate::cli::Args;
 use crate::disk::{DiskLimit, disk_limit, paced_disk};
 use crate::events::{Carried, Feed};
 use crate::limit::{LimitConfig, engine_limit, keyed_limit};
-use crate::load::{Measured, Phase, Session, first_pair};
+use crate::load::{Measured, Phase, Session, WARM_UP, first_pair};
 use crate::verify::{ByKey, History, Replay, replay};
 
 const BATCHES: [usize; 4] = [64, 128, 256, 512];
@@ -168,7 +168,7 @@ fn once<A: Carried, F: Feed<A::Event>>(args: &Args, dir: &Path, load: &Load<'_, 
     let mut session = Session::<A, F>::open(args, dir.to_owned(), (load.feeds)())?;
     let mut warmup = None;
     if args.warmup() > 0 {
-        let phase = Phase { events: Some(args.warmup()), duration: None, rate: None, name: "warm-up" };
+        let phase = Phase { events: Some(args.warmup()), duration: None, rate: None, name: WARM_UP };
         let measured = session.run(&phase)?;
         earlier += measured.appended;
         warmup = Some(measured);

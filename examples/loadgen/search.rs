@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use crate::cli::Args;
 use crate::events::{Carried, Feed};
-use crate::load::{Measured, Phase, Session};
+use crate::load::{Measured, Phase, Session, WARM_UP};
 use crate::report;
 use crate::run::{Load, Place, Run, events_before};
 use crate::verify::replay;
@@ -114,7 +114,7 @@ pub(crate) fn find_max<A: Carried, F: Feed<A::Event>>(args: &Args, load: &Load<'
     if args.warmup() > 0 {
         earlier += search
             .session
-            .run(&Phase { events: Some(args.warmup()), duration: None, rate: None, name: "warm-up" })?
+            .run(&Phase { events: Some(args.warmup()), duration: None, rate: None, name: WARM_UP })?
             .appended;
     }
     let best = search.climb()?;

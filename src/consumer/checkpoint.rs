@@ -250,12 +250,24 @@ impl Found {
     }
 }
 
+/// Makes durable that a folder's checkpoint has its name, or has it no more: retention frees what it does not hold, and a process that
+/// was killed may have renamed it without a sync.
+fn sync_names(storage: &dyn Storage, dir: &Path) -> std::io::Result<()> {
+    match storage.sync_dir(dir) {
+        // A link to nowhere.
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+        synced => synced,
+    }
+}
+
 /// Cuts what consumers know of a shard's log at its end as recovery found it. Changes no file.
 pub(crate) fn cut_all(storage: &dyn Storage, store: &Path, ends: &[Offset]) -> Result<Vec<Found>, OpenError> {
     let mut known = Vec::new();
     for name in names(storage, store)? {
         let dir = consumers_dir(store).join(&name);
-        let Some(mut checkpoint) = Checkpoint::load(storage, &dir)? else { continue };
+        let found = Checkpoint::load(storage, &dir)?;
+        sync_names(storage, &dir).map_err(|source| OpenError::Io { action: "syncing", path: dir.clone(), source })?;
+        let Some(mut checkpoint) = found else { continue };
         if checkpoint.shards.len() != ends.len() {
             let why = "the consumer's checkpoint is of another number of shards";
             return Err(OpenError::ForeignFile { path: dir.join(NAME), why });

@@ -47,6 +47,8 @@ pub(super) fn holds(
     for name in names.into_iter().filter(|name| is_folder_name(name)) {
         let files = GateFiles::new(storage, store, &name);
         let mut positions = files.positions(ends.len())?;
+        // Retention frees what they have counted, and what they say is told.
+        files.make_durable()?;
         let is_ahead =
             |positions: &Positions| positions.counted.iter().zip(ends).any(|(counted, end)| *counted > end.0);
         if positions.as_ref().is_some_and(is_ahead) {

@@ -108,12 +108,19 @@ impl Changes<'_> {
                 storage.create_dir(&path).map_err(|source| OpenError::Io { action: "creating", path, source })?;
             }
         }
-        if self.standing != Standing::Saved {
+        if self.standing == Standing::Saved {
+            // Its name may have come from a process that was killed before it could sync the folder.
+            let synced = storage.sync_dir(dir);
+            synced.map_err(|source| OpenError::Io { action: "syncing", path: dir.to_owned(), source })?;
+        } else {
             self.manifest.save(storage, dir)?;
         }
         let quarantine = dir.join("quarantine");
         for (i, recovered) in recovered.iter_mut().enumerate() {
-            recovered.repair(storage, &shard_dir(dir, ShardId(i as u16)), &quarantine)?;
+            let path = shard_dir(dir, ShardId(i as u16));
+            recovered.repair(storage, &path, &quarantine)?;
+            let synced = recovered.saved.as_ref().map_or(Ok(()), |saved| saved.make_durable(storage, &path));
+            synced.map_err(|source| OpenError::Io { action: "syncing", path, source })?;
         }
         consumers.iter().try_for_each(|consumer| consumer.settle(storage, dir))?;
         gates.settle()

@@ -375,6 +375,17 @@ impl GateFiles {
         replace(&*self.storage, &self.dir, POSITIONS, &positions.encode()).map_err(self.io("writing", POSITIONS))
     }
 
+    /// Makes what the files say durable, and their names: a process that was killed may not have come to its syncs.
+    pub(crate) fn make_durable(&self) -> Result<(), OpenError> {
+        for name in [GAPS, WITNESS] {
+            if self.read(name)?.is_some() {
+                let file = self.storage.edit_side(&self.dir.join(name));
+                file.and_then(|file| file.sync()).map_err(self.io("syncing", name))?;
+            }
+        }
+        self.storage.sync_dir(&self.dir).map_err(self.io("syncing", ""))
+    }
+
     /// Removes positions that cannot be of this log.
     pub(crate) fn forget_positions(&self) -> Result<(), OpenError> {
         self.storage.remove(&self.dir.join(POSITIONS)).map_err(self.io("removing", POSITIONS))?;

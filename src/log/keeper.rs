@@ -291,7 +291,8 @@ impl Keeper {
             kept.held_to = freed_to;
             return Ok(worked);
         }
-        // What the freed events had made of their keys must not go with them.
+        // What the freed events had made of their keys must not go with them. Since something was acknowledged, a checkpoint covers
+        // nothing that is not durable.
         if kept.checkpoints.covered() < freed_to {
             kept.waits_for = freed_to;
             if kept.checkpoints.begun() < freed_to {

@@ -7,7 +7,7 @@ use std::fmt::Debug;
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Write as _};
 use std::ops::Range;
-use std::os::unix::fs::FileExt as _;
+use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 use std::path::Path;
 
 use rustix::fs::FallocateFlags;
@@ -23,7 +23,7 @@ impl Lock for FileLock {}
 
 /// The file system under a store.
 pub(crate) trait Storage: Debug + Send + Sync {
-    /// Creates a folder and its parents, durably; fine if it exists.
+    /// Creates a folder and its parents, durably; makes the name of one that exists durable.
     fn create_dir(&self, dir: &Path) -> io::Result<()>;
     /// The names in a folder, sorted.
     fn list(&self, dir: &Path) -> io::Result<Vec<String>>;
@@ -109,14 +109,15 @@ pub(crate) struct Files;
 
 impl Storage for Files {
     fn create_dir(&self, dir: &Path) -> io::Result<()> {
-        if dir.is_dir() {
-            return Ok(());
-        }
         let parent = match dir.parent() {
             Some(parent) if parent.as_os_str().is_empty() => Path::new("."),
             Some(parent) => parent,
+            None if dir.is_dir() => return Ok(()),
             None => return fs::create_dir(dir),
         };
+        if dir.is_dir() {
+            return sync_found(dir, parent);
+        }
         self.create_dir(parent)?;
         match fs::create_dir(dir) {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists && dir.is_dir() => Ok(()),
@@ -236,6 +237,19 @@ impl Storage for Files {
     fn boot_id(&self) -> u64 {
         let id = fs::read("/proc/sys/kernel/random/boot_id").unwrap_or_default();
         if id.is_empty() { 0 } else { xxhash_rust::xxh3::xxh3_64(&id).max(1) }
+    }
+}
+
+/// Makes the name of a folder that is there durable: a process that was killed may have made it and not come to its sync.
+fn sync_found(dir: &Path, parent: &Path) -> io::Result<()> {
+    // Nobody makes a mount point by making a folder; and it may lie in a file system that cannot sync.
+    if fs::metadata(dir)?.dev() != fs::metadata(parent)?.dev() {
+        return Ok(());
+    }
+    match File::open(parent) {
+        // Whoever may not read it could not make a folder there durably, and would have been told.
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Ok(()),
+        parent => parent?.sync_all(),
     }
 }
 

@@ -199,8 +199,8 @@ impl Syncer {
         let (first, last) = (self.log.segment_of(Offset(from)), self.log.segment_of(Offset(to)));
         for index in first..=last {
             let Some(segment) = self.log.segment(index) else {
-                // Never begun (the range ends where it would begin), or freed by retention before it
-                // was durable, which happens in OsCache mode alone.
+                // Never begun (the range ends where it would begin), or freed by retention before it was durable: in OsCache mode,
+                // as long as nothing was acknowledged.
                 continue;
             };
             let base = index * self.log.segment_bytes;

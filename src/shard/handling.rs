@@ -87,6 +87,7 @@ impl<A: Aggregate> Shard<A> {
                 self.storage
                     .create_dir(&self.quarantine)
                     .and_then(|()| self.storage.append(&file, format!("{line}\n").as_bytes()))
+                    .and_then(|()| self.storage.sync_dir(&self.quarantine))
                     .map_err(|source| FailureCause::Storage {
                         action: "noting a quarantined event",
                         source: std::sync::Arc::new(source),

@@ -162,6 +162,8 @@ pub(crate) struct Found {
     /// What is to become of files that say more than there is; for [`Found::settle`].
     remove: Vec<PathBuf>,
     cut: Vec<(String, Vec<u8>)>,
+    /// Checkpoints that may be the only record of what the freed beginning of the log had made.
+    usable: Vec<PathBuf>,
 }
 
 /// The log that was found.
@@ -176,7 +178,7 @@ impl Found {
     /// What a shard has whose store is being created.
     pub(crate) fn nothing(storage: &std::sync::Arc<dyn Storage>) -> Self {
         let store = SnapshotStore::new(std::sync::Arc::clone(storage));
-        Self { store, next_number: 0, covered: Offset(0), remove: Vec::new(), cut: Vec::new() }
+        Self { store, next_number: 0, covered: Offset(0), remove: Vec::new(), cut: Vec::new(), usable: Vec::new() }
     }
 
     /// Removes for good what was saved of events that are gone: their places in the log will be written again. Not before all
@@ -189,6 +191,16 @@ impl Found {
             replace(storage, dir, &name, &content)?;
         }
         if std::mem::take(&mut self.remove).is_empty() { Ok(()) } else { storage.sync_dir(dir) }
+    }
+
+    /// Makes durable what the shard goes on from: the checkpoints, and the names in its folder, those of its span and its segments
+    /// included. A process that was killed may have renamed a file and not come to its sync; retention frees the log before such a
+    /// checkpoint, and a receipt would rest on it.
+    pub(crate) fn make_durable(&self, storage: &dyn Storage, dir: &Path) -> io::Result<()> {
+        for path in &self.usable {
+            storage.open_side(path)?.sync()?;
+        }
+        storage.sync_dir(dir)
     }
 }
 
@@ -207,7 +219,7 @@ pub(crate) fn index<A: Aggregate>(
     let (mut next_number, mut covered) = (0, Offset(0));
     let mut files: Vec<(Kind, u32)> = storage.list(dir)?.iter().filter_map(|name| file_number(name)).collect();
     files.sort_unstable_by_key(|(_, number)| *number);
-    let (mut remove, mut cut) = (Vec::new(), Vec::new());
+    let (mut remove, mut cut, mut held_checkpoints) = (Vec::new(), Vec::new(), Vec::new());
     for (kind, number) in files {
         next_number = next_number.max(number + 1);
         let path = dir.join(file_name(kind, number));
@@ -226,6 +238,7 @@ pub(crate) fn index<A: Aggregate>(
                 Err(_) => continue,
             };
             covered = covered.max(start);
+            held_checkpoints.push(path.clone());
             let places = std::sync::Arc::default();
             let held = Held { number, kind, path, start, last_head: Offset(0), entries, bytes, places };
             store.add(held, []);
@@ -260,7 +273,7 @@ pub(crate) fn index<A: Aggregate>(
         };
         store.add(held, scanned.saved);
     }
-    Ok(Found { store, next_number, covered, remove, cut })
+    Ok(Found { store, next_number, covered, remove, cut, usable: held_checkpoints })
 }
 
 #[derive(Default)]

@@ -1,14 +1,17 @@
 //! The thread that writes saved states to files. One per engine, so that no shard ever waits for the file system.
 //!
-//! A checkpoint counts once its file is whole and has its name; where the engine syncs, it is also durable then, and the
-//! log is durable as far as the checkpoint knows of it: no state comes back whose events do not.
+//! A checkpoint counts once its file is whole and has its name. Where something was acknowledged as durable, by the mode or by a flush,
+//! it is also durable then, and the log is durable as far as the checkpoint knows of it: no state comes back whose events do not, and
+//! retention takes no event from a flush whose state a power cut could take.
 
 use std::io;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use crate::config::Durability;
+use crate::error::FailureCause;
 use crate::event::{Key, Offset, Sequence, Time};
+use crate::log::format::HEADER_BYTES;
 use crate::log::keeper::KeeperRequests;
 use crate::log::segment::ShardLog;
 use crate::log::storage::{SideFile, Storage};
@@ -16,7 +19,7 @@ use crate::log::syncer::SyncRequests;
 use crate::snapshot::format::{Chunk, End, FILE_HEADER_BYTES, FileHeader, Kind, seal_chunk};
 use crate::snapshot::store::{Held, Saved, SnapshotStore, file_name, fresh_path};
 use crate::snapshot::taker::{CheckpointRequests, Message};
-use crate::sync::{Arc, AtomicBool, Idle, Ordering, Signal};
+use crate::sync::{Arc, AtomicBool, Idle, Ordering, Signal, lock};
 
 /// Requests to the snapshotter.
 #[derive(Debug)]
@@ -93,20 +96,20 @@ impl Snapshotter {
             });
         }
         for shard in &self.shards {
+            shard.make_durable(&*self.storage);
             shard.requests.waiting.reached(u64::MAX);
         }
     }
 
     /// A bounded piece of work for every shard. Whether there was any.
     pub(crate) fn step(&mut self, ending: bool) -> bool {
-        let syncs = self.durability != Durability::OsCache;
         let mut worked = false;
         for shard in &mut self.shards {
-            worked |= shard.finish(&*self.storage, &self.keeper, syncs, ending);
+            worked |= shard.finish(&*self.storage, &self.keeper, self.durability, ending);
             if shard.finishing.is_none()
                 && let Ok(message) = shard.messages.pop()
             {
-                shard.take(&*self.storage, &self.keeper, message, syncs);
+                shard.take(&*self.storage, &self.keeper, message);
                 // A shard that found the ring full goes on when it is woken.
                 shard.shard_signal.notify();
                 worked = true;
@@ -117,7 +120,7 @@ impl Snapshotter {
 }
 
 impl Sources {
-    fn take(&mut self, storage: &dyn Storage, keeper: &KeeperRequests, message: Message, syncs: bool) {
+    fn take(&mut self, storage: &dyn Storage, keeper: &KeeperRequests, message: Message) {
         match message {
             Message::Snapshots(mut chunk) => {
                 let (entries, written) = (chunk.entries, self.snapshots(storage, &mut chunk));
@@ -147,13 +150,7 @@ impl Sources {
                 self.give_back(chunk);
             }
             Message::End { log_end, is_whole } => match self.checkpoint.take() {
-                Some(writing) if is_whole => {
-                    // Left to the system's cache, the log stays there, and the checkpoint says so.
-                    if syncs {
-                        self.syncer.flush(log_end.0);
-                    }
-                    self.finishing = Some((writing, log_end));
-                }
+                Some(writing) if is_whole => self.finishing = Some((writing, log_end)),
                 Some(_) => self.failed(keeper, &io::Error::other("a state is too large to be saved")),
                 // It has failed before.
                 None => {}
@@ -200,10 +197,15 @@ impl Sources {
     }
 
     /// Publishes a checkpoint once the log is durable as far as it knows. Whether it did.
-    fn finish(&mut self, storage: &dyn Storage, keeper: &KeeperRequests, syncs: bool, ending: bool) -> bool {
+    fn finish(&mut self, storage: &dyn Storage, keeper: &KeeperRequests, durability: Durability, ending: bool) -> bool {
         let Some((_, log_end)) = &self.finishing else { return false };
+        let requests = Arc::clone(&self.requests);
+        let mut unsynced = lock(&requests.unsynced);
+        // Left to the system's cache, log and checkpoint stay there as long as nobody was told that anything is durable.
+        let syncs = durability != Durability::OsCache || self.log.durable.get() > HEADER_BYTES as u64;
         let durable = self.log.durable.get() >= log_end.0;
         if !durable && syncs && self.log.failure().is_none() && !ending {
+            self.syncer.flush(log_end.0);
             return false;
         }
         let Some((writing, log_end)) = self.finishing.take() else { return false };
@@ -212,7 +214,8 @@ impl Sources {
             return true;
         }
         match self.publish(storage, writing, log_end, durable, syncs) {
-            Ok(start) => {
+            Ok((start, path)) => {
+                *unsynced = (!syncs).then_some(path);
                 // Release: pairs with the Acquire in `CheckpointRequests::covered`.
                 self.requests.covered.fetch_max(start.0, Ordering::Release);
                 self.settled();
@@ -230,7 +233,7 @@ impl Sources {
         log_end: Offset,
         durable: bool,
         syncs: bool,
-    ) -> io::Result<Offset> {
+    ) -> io::Result<(Offset, PathBuf)> {
         let Writing { mut held, file } = writing;
         let end = End { entries: held.entries, log_end, durable, boot: storage.boot_id() }.encode();
         file.append(&end)?;
@@ -243,7 +246,7 @@ impl Sources {
         if syncs {
             storage.sync_dir(&self.log.dir)?;
         }
-        held.path = path;
+        held.path = path.clone();
         let start = held.start;
         self.store.add(held, []);
         // Another file of snapshots from here on, so that whole files become useless together; not so early that there would be
@@ -259,7 +262,18 @@ impl Sources {
                 tracing::warn!(path = %path.display(), %error, "saved states that nobody needs stay behind");
             }
         }
-        Ok(start)
+        Ok((start, path))
+    }
+
+    /// Makes durable what retention relied on, when the shard has ended and its log is durable; a failure is the shard's.
+    fn make_durable(&self, storage: &dyn Storage) {
+        let mut unsynced = lock(&self.requests.unsynced);
+        let Some(path) = unsynced.take().filter(|_| self.log.failure().is_none()) else { return };
+        let synced = storage.open_side(&path).and_then(|file| file.sync());
+        if let Err(source) = synced.and_then(|()| storage.sync_dir(&self.log.dir)) {
+            let source = std::sync::Arc::new(source);
+            self.log.fail(FailureCause::Storage { action: "syncing a checkpoint", source });
+        }
     }
 
     fn failed(&mut self, keeper: &KeeperRequests, error: &io::Error) {

@@ -1,5 +1,6 @@
 //! The shard's side: puts states into chunks while it works, and never waits for anyone.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::aggregate::Aggregate;
@@ -8,7 +9,7 @@ use crate::command::Outcomes;
 use crate::event::{Offset, Scratch, Sequence, Time};
 use crate::keys::{KeyTable, Slot, Walk};
 use crate::snapshot::format::Chunk;
-use crate::sync::{Arc, AtomicBool, AtomicU64, Ordering, Signal};
+use crate::sync::{Arc, AtomicBool, AtomicU64, Mutex, Ordering, Signal, lock};
 
 /// What a shard sends to the snapshotter, in the order of the log.
 #[derive(Debug)]
@@ -36,6 +37,9 @@ pub(crate) struct CheckpointRequests {
     wanted: AtomicBool,
     /// Everything below this is saved: a checkpoint that began there is whole and published.
     pub(crate) covered: AtomicU64,
+    /// The newest one, if it was published without a sync: retention may have freed what it stands for. Whoever publishes one holds this
+    /// from the look at how far the log is durable on, and whoever acknowledges something looks here when it is durable.
+    pub(crate) unsynced: Mutex<Option<PathBuf>>,
     /// Where the newest one begins that is being made or was made.
     begun: AtomicU64,
     /// Checkpoints that were published or given up.
@@ -53,6 +57,7 @@ impl CheckpointRequests {
         Self {
             wanted: AtomicBool::new(false),
             covered: AtomicU64::new(0),
+            unsynced: Mutex::new(None),
             begun: AtomicU64::new(0),
             settled: AtomicU64::new(0),
             failed: AtomicU64::new(0),
@@ -81,6 +86,11 @@ impl CheckpointRequests {
     pub(crate) fn given_up(&self) {
         self.failed.fetch_add(1, Ordering::Relaxed);
         self.begun.store(self.covered(), Ordering::Release);
+    }
+
+    /// Whether what was freed rests on a file that a power cut may take.
+    pub(crate) fn is_unsynced(&self) -> bool {
+        lock(&self.unsynced).is_some()
     }
 
     /// Up to where everything is saved.
