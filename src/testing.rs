@@ -53,10 +53,13 @@ impl Disk {
     }
 }
 
+/// Live content, what of it is durable, and whether a sync has anything to write: after one that failed it has not, until it is written
+/// again.
+type Content = (Vec<u8>, Vec<u8>, bool);
+
 #[derive(Debug, Clone)]
 enum File {
-    /// Live content, and what of it is durable.
-    Small(Arc<Mutex<(Vec<u8>, Vec<u8>)>>),
+    Small(Arc<Mutex<Content>>),
     Segment(Arc<Heap>),
 }
 
@@ -139,7 +142,7 @@ impl FaultyStorage {
     pub fn with_files(files: impl IntoIterator<Item = (PathBuf, Vec<u8>)>) -> Self {
         let file = |path: &Path, content: Vec<u8>| match path.extension() {
             Some(extension) if extension == "seg" => File::Segment(Arc::new(Heap::new(content))),
-            _ => File::Small(Arc::new(Mutex::new((content.clone(), content)))),
+            _ => File::Small(Arc::new(Mutex::new((content.clone(), content, false)))),
         };
         let files: BTreeMap<_, _> =
             files.into_iter().map(|(path, content)| (path.clone(), file(&path, content))).collect();
@@ -224,14 +227,14 @@ impl File {
     fn after_crash(&self, random: &mut u64) -> Self {
         match self {
             Self::Small(content) => {
-                let (live, durable) = &*lock(content);
+                let (live, durable, _) = &*lock(content);
                 let mut durable = durable.clone();
                 // A file that grew may keep any part of what it grew by.
                 if *random != 0 && live.starts_with(&durable) {
                     let grown = live.len() - durable.len();
                     durable.extend_from_slice(&live[durable.len()..][..*random as usize % (grown + 1)]);
                 }
-                Self::Small(Arc::new(Mutex::new((durable.clone(), durable))))
+                Self::Small(Arc::new(Mutex::new((durable.clone(), durable, false))))
             }
             Self::Segment(heap) => {
                 let live = Memory::heap(Arc::clone(heap));
@@ -268,13 +271,15 @@ impl Drop for Held {
 
 /// A small file that is kept open.
 #[derive(Debug)]
-struct Side(FaultyStorage, Arc<Mutex<(Vec<u8>, Vec<u8>)>>);
+struct Side(FaultyStorage, Arc<Mutex<Content>>);
 
 impl SideFile for Side {
     fn append(&self, content: &[u8]) -> io::Result<()> {
         self.0.operation(|disk| {
             disk.takes_files()?;
-            lock(&self.1).0.extend_from_slice(content);
+            let file = &mut *lock(&self.1);
+            file.0.extend_from_slice(content);
+            file.2 = true;
             Ok(())
         })
     }
@@ -284,10 +289,11 @@ impl SideFile for Side {
         self.0.operation(|disk| {
             let taken = disk.takes_files();
             let content = if taken.is_ok() { content } else { &content[..content.len() / 2] };
-            let live = &mut lock(&self.1).0;
+            let (live, _, is_dirty) = &mut *lock(&self.1);
             let end = at as usize + content.len();
             live.resize(live.len().max(end), 0);
             live[at as usize..end].copy_from_slice(content);
+            *is_dirty = true;
             taken
         })
     }
@@ -306,11 +312,14 @@ impl SideFile for Side {
     fn sync(&self) -> io::Result<()> {
         let mut disk = self.0.answering();
         disk.syncs += 1;
+        let (live, durable, is_dirty) = &mut *lock(&self.1);
+        let was_dirty = std::mem::take(is_dirty);
         if disk.is_gone() || disk.fail_sync_at == Some(disk.syncs) {
             return Err(io::Error::other("injected failure of a sync"));
         }
-        let content = &mut *lock(&self.1);
-        content.1 = content.0.clone();
+        if was_dirty {
+            durable.clone_from(live);
+        }
         Ok(())
     }
 }
@@ -355,7 +364,10 @@ impl Storage for FaultyStorage {
     fn write(&self, path: &Path, content: &[u8]) -> io::Result<()> {
         self.operation(|disk| {
             disk.takes_files()?;
-            disk.files.insert(path.to_owned(), File::Small(Arc::new(Mutex::new((content.to_vec(), content.to_vec())))));
+            disk.files.insert(
+                path.to_owned(),
+                File::Small(Arc::new(Mutex::new((content.to_vec(), content.to_vec(), false)))),
+            );
             Ok(())
         })
     }
