@@ -5,7 +5,7 @@
 
 use crate::aggregate::Aggregate;
 use crate::error::{CodePanic, HistoryError, PanickedEvent, ReadError, guard};
-use crate::event::{Event, EventType, Key, Offset, Sequence, Time, Version};
+use crate::event::{Event, EventType, Key, Offset, Sequence, ShardId, Time, Version};
 use crate::log::finder::{Finder, Place};
 use crate::log::fold::Access;
 use crate::log::format::RecordHeader;
@@ -124,6 +124,10 @@ impl<E: Event> Stream<E> {
             return Err(self.finder.corruption(at, "a key's chain leads to a record of something else"));
         }
         Ok(header.previous)
+    }
+
+    pub(crate) fn shard(&self) -> ShardId {
+        self.finder.log().shard
     }
 
     /// The number of the next event.
@@ -356,12 +360,15 @@ impl Chain {
             if matches!(at, At::Time(time) if header.time > time) {
                 break;
             }
-            let event = finder
-                .memory()
-                .and_then(|memory| access.event::<A::Event>(memory, place.at, place.len, header))
-                .ok_or_else(|| finder.corruption(offset, "an archive is not valid"))?;
             let meta = header.meta(shard, offset, Sequence::UNKNOWN);
-            guard("evolve", shard, || state.evolve(event, &meta)).map_err(|panic| at_event(panic, offset, header))?;
+            let memory = finder.memory();
+            let evolved = guard("evolve or an upcaster", shard, || {
+                let event = memory.and_then(|memory| access.event::<A::Event>(memory, place.at, place.len, header));
+                event.map(|event| state.evolve(event, &meta))
+            });
+            evolved
+                .map_err(|panic| at_event(panic, offset, header))?
+                .ok_or_else(|| finder.corruption(offset, "an archive is not valid"))?;
             version.0 += 1;
         }
         Ok(Past { state, version, applied: version.0 - from.0 })

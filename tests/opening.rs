@@ -902,3 +902,32 @@ fn a_page_that_is_gone_before_a_segments_own_records_is_damage_and_stays() {
         assert!(matches!(&opened, Opened::Refused(why) if why.contains("magic")), "{opened:?}");
     }
 }
+
+#[test]
+fn damage_before_the_start_of_a_checkpoint_is_no_torn_tail_where_no_mark_tells() {
+    // Nothing was flushed, so the log has no mark. The system's cache is the same still, and the checkpoint is trusted.
+    let storage = FaultyStorage::new();
+    let engine = open_bank(&storage, bank_config()).unwrap();
+    let mut producer = engine.producer();
+    let publish = |producer: &mut corelane::Producer<Money>, from: u64| {
+        for n in from..from + 10 {
+            producer.publish(Key(n % KEYS), Money::Deposited { cents: n }).unwrap().appended().wait().unwrap();
+        }
+    };
+    publish(&mut producer, 0);
+    engine.checkpoint(soon()).unwrap();
+    publish(&mut producer, 10);
+    let files = storage.files();
+    let undamaged = FaultyStorage::with_files(files.clone());
+    assert_eq!(open_bank(&undamaged, bank_config()).unwrap().recovery().events(), 20);
+    // A byte of the first record, and its length, so that the log seems to end there.
+    for at in [PAGE + 60, PAGE] {
+        let mut damaged = files.clone();
+        let byte = &mut damaged.get_mut(Path::new("/s/shard-0000/000000000000.seg")).unwrap()[at];
+        *byte = if at == PAGE { 0 } else { *byte ^ 1 };
+        let storage = FaultyStorage::with_files(damaged.clone());
+        let opened = open_bank(&storage, bank_config()).map(drop);
+        assert!(matches!(&opened, Err(OpenError::Corruption(at)) if at.offset.get() == PAGE as u64), "{opened:?}");
+        assert!(storage.files() == damaged, "refused and changed");
+    }
+}

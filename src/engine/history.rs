@@ -11,7 +11,7 @@ use crate::history::{At, Between, Counts, Head, Past, Stream, count, state_at};
 use crate::keys::Walk;
 use crate::log::finder::Finder;
 use crate::log::fold::Folder;
-use crate::log::reader::{Reader, Record};
+use crate::log::reader::Reader;
 use crate::promise::block_until;
 use crate::snapshot::load::{candidates, load};
 use crate::snapshot::store::SnapshotStats;
@@ -34,11 +34,18 @@ const COMPARED: usize = 256;
 /// How often something is begun anew because retention freed what it was reading.
 const FREED_MEANWHILE_MAX: usize = 16;
 
-/// Changes `state` by one event; a panic is an error that names the event.
-fn evolve<A: Aggregate>(state: &mut A, record: &Record<'_, A::Event>) -> Result<(), CodePanic> {
-    let Meta { shard, offset, key, event_type, .. } = record.meta;
-    guard("evolve", shard, || state.evolve(record.event, &record.meta))
-        .map_err(|panic| CodePanic { event: Some(PanickedEvent { offset, key, event_type }), ..panic })
+/// Changes `state` by the next event of `stream`, and returns its version; none at the end. A panic is an error.
+fn evolve<A: Aggregate>(state: &mut A, stream: &mut Stream<A::Event>) -> Result<Option<Version>, HistoryError> {
+    // At which event, if it has come so far.
+    let mut at = None;
+    let evolved = guard("evolve or an upcaster", stream.shard(), || {
+        let Some(record) = stream.next()? else { return Ok(None) };
+        let Meta { offset, key, event_type, version, .. } = record.meta;
+        at = Some(PanickedEvent { offset, key, event_type });
+        state.evolve(record.event, &record.meta);
+        Ok(Some(version))
+    });
+    evolved.map_err(|panic| CodePanic { event: at, ..panic })?
 }
 
 impl<A: Aggregate> Engine<A> {
@@ -214,9 +221,8 @@ impl<A: Aggregate> Engine<A> {
             }
             stream => stream?,
         };
-        while let Some(record) = stream.next()? {
-            evolve(&mut state, &record)?;
-            version = record.meta.version;
+        while let Some(evolved) = evolve(&mut state, &mut stream)? {
+            version = evolved;
         }
         Ok((state, version))
     }
@@ -273,10 +279,9 @@ impl<A: Aggregate> Engine<A> {
                     // The shard has gone on meanwhile.
                     let mut stream = self.stream(key, Version(from.0 + 1))?;
                     while stream.version() <= version
-                        && let Some(record) = stream.next()?
+                        && let Some(evolved) = evolve(&mut state, &mut stream)?
                     {
-                        evolve(&mut state, &record)?;
-                        from = record.meta.version;
+                        from = evolved;
                     }
                 }
                 met.insert(key);

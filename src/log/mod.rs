@@ -4,6 +4,7 @@
 //! can see them; bytes below `durable` have been synced.
 
 pub(crate) mod age;
+pub(crate) mod confirm;
 pub(crate) mod finder;
 pub(crate) mod fold;
 pub(crate) mod format;

@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use crate::aggregate::Aggregate;
 use crate::error::{Corruption, OpenError, guard};
 use crate::event::{Offset, ShardId, Version};
+use crate::log::confirm::{Astray, sequence_at};
 use crate::log::fold::{Folder, Unreadable};
 use crate::log::format::{
     Found, HEADER_BYTES, HeaderError, LOST_MAGIC, OFFSETS_END, RECORD_BYTES_MAX, RECORD_HEADER_BYTES, RecordHeader,
@@ -93,15 +94,17 @@ struct Unfit {
     why: &'static str,
     /// There is nothing wrong with it: it is of a log that went on further, or had not begun.
     is_sound: bool,
+    /// What it would be if the checkpoint is right: damage to the log.
+    damage: Option<Corruption>,
 }
 
 impl Unfit {
     fn of(why: &'static str) -> Self {
-        Self { why, is_sound: false }
+        Self { why, is_sound: false, damage: None }
     }
 }
 
-const EMPTY: Unfit = Unfit { why: "the log had not begun", is_sound: true };
+const EMPTY: Unfit = Unfit { why: "the log had not begun", is_sound: true, damage: None };
 /// What a panic is put down to.
 const UPGRADE: &str = "upgrade";
 const EVOLVE: &str = "evolve or an upcaster";
@@ -135,7 +138,7 @@ impl Opening<'_> {
         let has_lost_the_beginning = earliest.0 > HEADER_BYTES as u64;
         // A folder that is not there is an error before anything else is looked for in it.
         self.names()?;
-        let mut found = None;
+        let (mut found, mut damage) = (None, None);
         let (candidates, mut unreadable) = load::candidates(&**self.storage, self.dir, self.shard).map_err(io)?;
         for candidate in candidates.iter().filter(|candidate| candidate.start >= earliest) {
             match self.recover_with::<A>(candidate)? {
@@ -153,6 +156,7 @@ impl Opening<'_> {
                     let why = unfit.why;
                     tracing::warn!(shard = self.shard.0, number = candidate.number, why, "a checkpoint is not used");
                     unreadable += u64::from(!unfit.is_sound);
+                    damage = damage.or(unfit.damage);
                 }
             }
         }
@@ -167,6 +171,10 @@ impl Opening<'_> {
                 (recovered, Vec::new())
             }
         };
+        // Damage that a checkpoint speaks for is no torn tail to be cut, though the log alone would call it one.
+        if let (Some(damage), Some(_)) = (damage, &recovered.repair) {
+            return Err(damage.into());
+        }
         recovered.report.lost_beginning = has_lost_the_beginning && usable.is_empty();
         if recovered.report.lost_beginning {
             let shard = self.shard.0;
@@ -196,11 +204,13 @@ impl Opening<'_> {
             Ok(Ok(recovered)) => recovered,
             Ok(Err(unfit)) => return Ok(Err(unfit)),
             // Is it the log that is damaged? The log alone can tell.
-            Err(OpenError::Corruption(damage)) => return Ok(Err(Unfit::of(damage.why))),
+            Err(OpenError::Corruption(damage)) => {
+                return Ok(Err(Unfit { damage: Some(damage.clone()), ..Unfit::of(damage.why) }));
+            }
             Err(error) => return Err(error),
         };
         if recovered.report.end < candidate.log_end {
-            return Ok(Err(Unfit { why: "it has states of events that are gone", is_sound: true }));
+            return Ok(Err(Unfit { why: "it has states of events that are gone", is_sound: true, damage: None }));
         }
         if newest.0 > recovered.resume.sequence {
             return Ok(Err(Unfit::of("a state has more events than the log ever had")));
@@ -435,20 +445,15 @@ impl Opening<'_> {
             return Some(if place == HEADER_BYTES { EMPTY } else { Unfit::of("it begins where no log was begun") });
         };
         let whole = memory.read(0, memory.len()).unwrap_or_default();
-        let (mut at, mut sequence, mut is_open) = (HEADER_BYTES, header.first_sequence, false);
-        while at < place {
-            let Found::Record(len) = record_at(&whole[at..], header.salt) else {
-                return Some(Unfit::of("the log does not hold up to where it begins"));
-            };
-            let record = RecordHeader::decode(&whole[at..]);
-            sequence += u64::from(!record.is_own());
-            is_open = record.more;
-            at += padded(len);
+        match sequence_at(whole, header, place) {
+            Ok(sequence) if sequence == checkpoint.sequence.0 => None,
+            Ok(_) => Some(Unfit::of("the log has another sequence where it begins")),
+            Err(Astray::Inside) => Some(Unfit::of("it begins inside a record or a command")),
+            Err(Astray::Broken(at, why)) => {
+                let damage = checkpoint.is_trusted.then(|| self.corruption(index, at, why));
+                Some(Unfit { damage, ..Unfit::of("the log does not hold up to where it begins") })
+            }
         }
-        if at != place || is_open {
-            return Some(Unfit::of("it begins inside a record or a command"));
-        }
-        (sequence != checkpoint.sequence.0).then_some(Unfit::of("the log has another sequence where it begins"))
     }
 
     /// A log without records.

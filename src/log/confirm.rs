@@ -1,0 +1,83 @@
+//! Whether a segment has the place that a cache names. The log alone vouches for a place to read from: what is taken for a torn tail
+//! behind a wrong one would be cut.
+
+use crate::log::format::{Found, HEADER_BYTES, RecordHeader, SegmentHeader, padded, record_at};
+
+/// Why a segment's records do not lead to a place.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Astray {
+    /// They do not hold from here on, or end here.
+    Broken(usize, &'static str),
+    /// The place lies inside a record or a command.
+    Inside,
+}
+
+/// The sequence of the next event at `place`, counted from the segment's first record.
+pub(crate) fn sequence_at(whole: &[u8], header: &SegmentHeader, place: usize) -> Result<u64, Astray> {
+    let (mut at, mut sequence, mut is_open) = (HEADER_BYTES, header.first_sequence, false);
+    while at < place {
+        let len = match record_at(&whole[at..], header.salt) {
+            Found::Record(len) => len,
+            Found::End => return Err(Astray::Broken(at, "the log ends before the start of a checkpoint")),
+            Found::Damaged(why) => return Err(Astray::Broken(at, why)),
+        };
+        let record = RecordHeader::decode(&whole[at..]);
+        sequence += u64::from(!record.is_own());
+        is_open = record.more;
+        at += padded(len);
+    }
+    if at == place && !is_open { Ok(sequence) } else { Err(Astray::Inside) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::event::{Correlation, EventTypeId, Key, Offset, ShardId, Time, Version};
+    use crate::log::format::tests::sealed;
+
+    #[test]
+    fn a_place_is_confirmed_where_a_record_and_its_command_end_and_nowhere_else() {
+        let event = |version, more| {
+            let (event_type, correlation, version) = (EventTypeId(3), Correlation(0), Version(version));
+            let (time, key, previous, schema_version) = (Time(1), Key(2), Offset(0), 1);
+            sealed(
+                &RecordHeader { time, key, previous, event_type, correlation, version, schema_version, more },
+                b"x",
+                7,
+            )
+        };
+        let mark = sealed(&RecordHeader::mark(4096, Time(1)), &[], 7);
+        let records = [event(1, false), mark, event(2, true), event(3, false), event(4, false)];
+        let (mut whole, mut ends) = (vec![0; HEADER_BYTES], vec![HEADER_BYTES]);
+        for record in &records {
+            whole.extend(record);
+            ends.push(whole.len());
+        }
+        whole.resize(whole.len() + 64, 0);
+        let header = SegmentHeader {
+            schema: 1,
+            shard: ShardId(0),
+            index: 0,
+            segment_bytes: 1 << 16,
+            previous_end: Offset(0),
+            first_sequence: 100,
+            created: Time(1),
+            salt: 7,
+        };
+        // By the records before it: nothing, an event, a mark, the first of two of a command, its last, another event.
+        let expected = [Ok(100), Ok(101), Ok(101), Err(Astray::Inside), Ok(103), Ok(104)];
+        for place in 0..whole.len() {
+            let found = sequence_at(&whole, &header, place);
+            match ends.iter().position(|&end| end == place) {
+                Some(records) => assert_eq!(found, expected[records], "behind {records} records"),
+                None => assert!(found.is_err(), "at {place}: {found:?}"),
+            }
+        }
+        let end = *ends.last().expect("there are some");
+        assert!(matches!(sequence_at(&whole, &header, end + 16), Err(Astray::Broken(at, _)) if at == end));
+        whole[ends[1] + 10] ^= 1;
+        assert_eq!(sequence_at(&whole, &header, ends[1]), Ok(101));
+        let why = "a record's CRC does not hold";
+        assert_eq!(sequence_at(&whole, &header, ends[2]), Err(Astray::Broken(ends[1], why)));
+    }
+}
