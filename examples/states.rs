@@ -214,7 +214,7 @@ fn load(
     radius: f64,
 ) -> Result<(f64, u64, f64)> {
     let (over, asked) = (AtomicBool::new(false), AtomicU64::new(0));
-    let latency = std::sync::Mutex::new(Histogram::<u64>::new_with_bounds(1, 60_000_000_000, 3)?);
+    let latency = std::sync::Mutex::new(Histogram::<u64>::new_with_bounds(1, (1 << 42) - 1, 3)?);
     let rate = thread::scope(|scope| -> Result<f64> {
         for reader in 0..readers {
             let (over, asked, latency) = (&over, &asked, &latency);

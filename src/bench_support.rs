@@ -8,6 +8,7 @@ use std::sync::Arc as StdArc;
 
 use crossbeam::queue::ArrayQueue;
 
+use crate::clock::NOT_DUE;
 use crate::event::{Correlation, Event, Key, KeyHash, Offset, Scratch, ShardId, Time, Version};
 use crate::keys::KeyTable;
 use crate::log::format::{ALIGN, RecordHeader, encode_prepared, padded, schema_fingerprint};
@@ -15,7 +16,7 @@ use crate::log::mmap::{Heap, Memory, WriteHalf};
 use crate::log::segment::ShardLog;
 use crate::log::storage::{Files, Storage as _};
 use crate::log::writer::{GROUP, Prepared, PreparedQueue, Refused, Resume, Writer};
-use crate::ring::{NOT_DUE, Slot, push_chunk};
+use crate::ring::{Slot, push_chunk};
 use crate::sync::Arc;
 use crate::view::Place;
 

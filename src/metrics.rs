@@ -11,6 +11,7 @@ use hdrhistogram::Histogram;
 use hdrhistogram::serialization::V2DeflateSerializer;
 use hdrhistogram::serialization::interval_log::{IntervalLogWriterBuilder, Tag};
 
+use crate::clock::{Lateness, lateness_ns};
 use crate::error::ShardFailure;
 use crate::event::{Offset, Sequence, ShardId};
 use crate::sync::{AtomicBool, AtomicU64, Mutex, Ordering, lock};
@@ -80,8 +81,9 @@ impl Stage {
     }
 }
 
-/// Largest value a histogram tells apart: one minute. Longer is recorded as one minute.
-const NS_MAX: u64 = 60_000_000_000;
+/// Largest value a histogram tells apart: 73 minutes, or as many events. What is longer is recorded as that, and shows as
+/// [`Metrics::beyond_range`].
+const NS_MAX: u64 = (1 << 42) - 1;
 
 fn histogram() -> Histogram<u64> {
     Histogram::new_with_bounds(1, NS_MAX, 3).expect("the bounds are valid constants")
@@ -165,12 +167,12 @@ impl Recorder {
         }
     }
 
-    /// Records `count` latencies of `ns` since publish, for events that were published `late` ns after they were due.
+    /// Records `count` latencies of `ns` since publish, for events that were published `late` after they were due.
     #[inline]
-    pub(crate) fn latency(&mut self, stage: Stage, due: Stage, ns: u64, late: Option<u32>, count: u64) {
+    pub(crate) fn latency(&mut self, stage: Stage, due: Stage, ns: u64, late: Option<Lateness>, count: u64) {
         self.record(stage, ns, count);
         if let Some(late) = late {
-            self.record(due, ns + u64::from(late), count);
+            self.record(due, ns.saturating_add(lateness_ns(late)), count);
         }
     }
 
@@ -338,6 +340,12 @@ impl Metrics {
         &self.latency[stage as usize]
     }
 
+    /// Values of a stage's histogram that are as long as it tells apart, 73 minutes, or longer: how much longer is not known.
+    #[must_use]
+    pub fn beyond_range(&self, stage: Stage) -> u64 {
+        self.histogram(stage).count_at(NS_MAX)
+    }
+
     /// Everything in the Prometheus text exposition format.
     #[must_use]
     pub fn prometheus(&self) -> String {
@@ -387,6 +395,8 @@ impl Metrics {
         }
         line(out, format_args!("{name}_sum {}", histogram.mean() * histogram.len() as f64 * scale));
         line(out, format_args!("{name}_count {}", histogram.len()));
+        line(out, format_args!("# TYPE {name}_beyond_range_total counter"));
+        line(out, format_args!("{name}_beyond_range_total {}", self.beyond_range(stage)));
     }
 
     /// Writes a stage's percentile distribution in the `.hgrm` text format (values in µs).

@@ -3,7 +3,7 @@
 //! Two sides, one thread each. Positions below the ring's tail are whole slots; a chunk of them becomes
 //! visible with one release store.
 
-use crate::clock::Nanos;
+use crate::clock::{Lateness, Nanos};
 use crate::event::{Key, KeyHash};
 use crate::sync::prefetch_to_write;
 
@@ -12,8 +12,8 @@ use crate::sync::prefetch_to_write;
 pub(crate) struct Slot<E> {
     pub(crate) key: Key,
     pub(crate) published: Nanos,
-    /// ns between when it was due and `published`; [`NOT_DUE`] where nothing was due.
-    pub(crate) late: u32,
+    /// Between when it was due and `published`; [`crate::clock::NOT_DUE`] where nothing was due.
+    pub(crate) late: Lateness,
     /// The key's hash, for the shard's key table.
     pub(crate) hash: KeyHash,
     pub(crate) event: E,
@@ -21,13 +21,10 @@ pub(crate) struct Slot<E> {
 
 impl<E> Slot<E> {
     #[inline]
-    pub(crate) fn new(key: Key, published: Nanos, late: u32, event: E) -> Self {
+    pub(crate) fn new(key: Key, published: Nanos, late: Lateness, event: E) -> Self {
         Self { key, published, late, hash: KeyHash::of(key), event }
     }
 }
-
-/// `late` of an event that is not sent by a schedule.
-pub(crate) const NOT_DUE: u32 = u32::MAX;
 
 /// Up to `count` free slots; looks at the other side only when the last look does not suffice.
 #[inline]
@@ -68,6 +65,7 @@ pub(crate) fn push_chunk<E>(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::clock::NOT_DUE;
     use std::collections::VecDeque;
 
     #[test]

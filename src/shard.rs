@@ -384,12 +384,17 @@ impl<A: Aggregate> Shard<A> {
         let Some(marks) = &mut self.sync_marks else { return };
         let mut pending = self.work.unmarked.take();
         for run in &self.work.runs {
-            let mark = SyncMark { end: run.end, published: run.published, late: run.late, events: run.events };
+            let events = u64::from(run.events);
+            let mark = SyncMark { end: run.end, published: run.published, late: run.late, events };
             pending = Some(match pending {
-                // To within a microsecond, and to the earlier time, so that no latency is flattered.
-                Some(mut before) if run.published.abs_diff(before.published) < 1_000 || marks.is_full() => {
+                // To within a microsecond, and to the earlier time and the longer lateness, so that no latency is flattered.
+                Some(mut before)
+                    if (run.late == before.late && run.published.abs_diff(before.published) < 1_000)
+                        || marks.is_full() =>
+                {
                     before.end = run.end;
-                    before.events = before.events.saturating_add(run.events);
+                    before.late = before.late.max(run.late);
+                    before.events += events;
                     before
                 }
                 Some(before) => {

@@ -7,12 +7,12 @@ use std::time::Instant;
 
 use crossbeam::queue::ArrayQueue;
 
-use crate::clock::Clock;
+use crate::clock::{Clock, NOT_DUE};
 use crate::config::Wait;
 use crate::error::Rejected;
 use crate::event::{Event, Key};
 use crate::producer::{Bounds, LaneShared, Receipt, ShardDoor};
-use crate::ring::{NOT_DUE, Slot};
+use crate::ring::Slot;
 use crate::sync::{Arc, AtomicU64, Idle, Ordering, Patience};
 
 /// One event in a shared queue: its slot, and where to write its ticket if somebody asked for a receipt.

@@ -143,7 +143,7 @@ pub(crate) fn paced_disk(
 }
 
 fn paced_syncs(file: &File, bytes: &[u8], time: Duration) -> Result<Histogram<u64>> {
-    let mut waits = Histogram::new_with_max(60_000_000_000, 3)?;
+    let mut waits = Histogram::new_with_max((1 << 42) - 1, 3)?;
     let (started, mut due, mut at) = (Instant::now(), Instant::now(), 0);
     while started.elapsed() < time {
         let first = due;

@@ -5,7 +5,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::clock::{Clock, Nanos};
+use crate::clock::{Clock, Lateness, Nanos};
 use crate::config::{Durability, Wait};
 use crate::error::FailureCause;
 use crate::event::Offset;
@@ -46,9 +46,11 @@ impl SyncRequests {
 pub(crate) struct SyncMark {
     pub(crate) end: u64,
     pub(crate) published: Nanos,
-    pub(crate) late: Option<u32>,
-    pub(crate) events: u32,
+    pub(crate) late: Option<Lateness>,
+    pub(crate) events: u64,
 }
+
+const _: () = assert!(size_of::<SyncMark>() == 32);
 
 /// One shard's syncer.
 #[derive(Debug)]
@@ -152,7 +154,7 @@ impl Syncer {
                 break;
             }
             let ns = now.saturating_sub(mark.published);
-            self.recorder.latency(Stage::Durable, Stage::DurableDue, ns, mark.late, u64::from(mark.events));
+            self.recorder.latency(Stage::Durable, Stage::DurableDue, ns, mark.late, mark.events);
             if self.marks.pop().is_err() {
                 break;
             }

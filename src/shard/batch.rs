@@ -3,14 +3,14 @@
 use std::borrow::Borrow;
 
 use crate::aggregate::Aggregate;
-use crate::clock::Nanos;
+use crate::clock::{Lateness, NOT_DUE, Nanos};
 use crate::error::FailureCause;
 use crate::event::{Event as _, Meta, Offset, Schemas, Sequence, ShardId, Time, Version};
 use crate::keys::{self, KeyTable, Seen};
 use crate::log::format::RecordHeader;
 use crate::log::writer::{Appended, Appender, GROUP, Refused, Writer};
 use crate::producer::wall_time;
-use crate::ring::{NOT_DUE, Slot};
+use crate::ring::Slot;
 use crate::snapshot::taker::Taker;
 use crate::sync::prefetch;
 use crate::view::ViewWriter;
@@ -19,7 +19,7 @@ use crate::view::ViewWriter;
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Run {
     pub(super) published: Nanos,
-    pub(super) late: Option<u32>,
+    pub(super) late: Option<Lateness>,
     pub(super) events: u32,
     pub(super) end: u64,
 }
@@ -28,7 +28,7 @@ pub(super) struct Run {
 #[derive(Debug, Clone, Copy)]
 struct RunBegun {
     published: Nanos,
-    late: u32,
+    late: Lateness,
     first: usize,
 }
 
