@@ -133,6 +133,7 @@ pub struct LogWriter<E> {
     writer: Writer,
     log: Arc<ShardLog>,
     prepared: StdArc<PreparedQueue>,
+    files: Files,
     paths: [PathBuf; 2],
     next_index: u64,
     left: u64,
@@ -154,15 +155,17 @@ impl<E: Event> LogWriter<E> {
             std::collections::VecDeque::new(),
         ));
         let prepared = StdArc::new(ArrayQueue::new(1));
+        let files = Files::open(&dir)?;
+        let dir = files.root();
         let paths = [dir.join("0"), dir.join("1")];
         for path in &paths {
-            drop(Files.create_segment(path, segment_bytes)?);
+            drop(files.create_segment(path, segment_bytes)?);
         }
         let resume = Resume { segment: None, next_index: 0, sequence: 0, marked: 0 };
         let event_bytes_max = 64 << 10;
         let writer =
             Writer::new(Arc::clone(&log), StdArc::clone(&prepared), resume, schema_fingerprint::<E>(), event_bytes_max);
-        Ok(Self { writer, log, prepared, paths, next_index: 0, left: 0, event: PhantomData })
+        Ok(Self { writer, log, prepared, files, paths, next_index: 0, left: 0, event: PhantomData })
     }
 
     /// Makes room for `bytes` of records, beginning the next segment if need be.
@@ -177,7 +180,7 @@ impl<E: Event> LogWriter<E> {
             return Ok(());
         }
         // At most one segment is listed here, and it is the other file.
-        let memory = Files.open_segment(&self.paths[(self.next_index % 2) as usize], true)?;
+        let memory = self.files.open_segment(&self.paths[(self.next_index % 2) as usize], true)?;
         memory.prefault(0..memory.len())?;
         let mut half = WriteHalf::new(memory, 0);
         encode_prepared(0x5a17, half.tail());

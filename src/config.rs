@@ -126,7 +126,8 @@ macro_rules! setters {
 }
 
 impl Config {
-    /// A store in `dir` with one shard and `GroupCommit`.
+    /// A store in `dir` with one shard and `GroupCommit`. A path that is not absolute begins at the working directory
+    /// of the moment when the store is opened; what becomes of either name afterwards makes no difference.
     pub fn new(dir: impl Into<PathBuf>) -> Self {
         Self {
             checked: Checked {

@@ -23,9 +23,10 @@ use crate::flush::flush_shard;
 use crate::gated::OpenGates;
 use crate::handler::{Factory, Handler, OnError, Registered};
 use crate::log::keeper::{Keeper, KeeperRequests};
+use crate::log::manifest::shard_dir;
 use crate::log::reader::Reader;
 use crate::log::report::RecoveryReport;
-use crate::log::storage::{Files, Lock, Storage};
+use crate::log::storage::{Lock, Storage};
 use crate::log::syncer::SyncRequests;
 use crate::metrics::{Counters, Exchange, Metrics, ShardMetrics, Totals};
 use crate::producer::{LaneShared, Producer, ShardDoor};
@@ -41,7 +42,7 @@ use build::{Context, own as own_of};
 use closing::{Closing, ClosingShard};
 pub use consumers::SyncError;
 pub use history::Comparison;
-use open::{Changes, load_manifest, lock_store, recover};
+use open::{Changes, Standing, StoreLock, load_manifest, open_files, recover};
 use threads::{Crew, Threads};
 
 /// An engine that carries events and keeps no states.
@@ -95,7 +96,7 @@ pub struct Builder<A: Aggregate> {
     config: Config,
     handlers: Vec<Factory<A::Event>>,
     views: Vec<Box<dyn View<A>>>,
-    storage: std::sync::Arc<dyn Storage>,
+    faulty: Option<crate::testing::FaultyStorage>,
     threads_max: usize,
 }
 
@@ -137,7 +138,7 @@ impl<A: Aggregate> Builder<A> {
     /// Puts the store on a storage that fails on purpose, for tests.
     #[must_use]
     pub fn faulty_storage(mut self, storage: &crate::testing::FaultyStorage) -> Self {
-        self.storage = std::sync::Arc::new(storage.clone());
+        self.faulty = Some(storage.clone());
         self
     }
 
@@ -153,8 +154,13 @@ impl<A: Aggregate> Builder<A> {
     /// # Errors
     /// Why it could not be opened.
     pub fn open(self) -> Result<Engine<A>, OpenError> {
-        let Self { config, handlers, views, storage, threads_max } = self;
-        Engine::start(config.validate()?, &handlers, &views, storage, Threads { left: threads_max })
+        let Self { config, handlers, views, faulty, threads_max } = self;
+        let mut config = config.validate()?;
+        let storage: std::sync::Arc<dyn Storage> = match faulty {
+            Some(faulty) => std::sync::Arc::new(faulty),
+            None => std::sync::Arc::new(open_files(&mut config)?),
+        };
+        Engine::start(config, &handlers, &views, storage, Threads { left: threads_max })
     }
 }
 
@@ -170,13 +176,7 @@ impl<A: Aggregate> Engine<A> {
 
     /// To add inline handlers and views before opening.
     pub fn builder(config: Config) -> Builder<A> {
-        Builder {
-            config,
-            handlers: Vec::new(),
-            views: Vec::new(),
-            storage: std::sync::Arc::new(Files),
-            threads_max: usize::MAX,
-        }
+        Builder { config, handlers: Vec::new(), views: Vec::new(), faulty: None, threads_max: usize::MAX }
     }
 
     fn start(
@@ -187,9 +187,16 @@ impl<A: Aggregate> Engine<A> {
         mut threads: Threads,
     ) -> Result<Self, OpenError> {
         let began = Instant::now();
-        let lock = lock_store(&*storage, &config)?;
+        let creating = |source| OpenError::Io { action: "creating", path: config.dir.clone(), source };
+        storage.create_dir(&config.dir).map_err(creating)?;
+        let mut lock = StoreLock::default();
+        lock.take(&*storage, &config.dir)?;
         // First everything is looked at, then anything is changed: a store that is refused is left as it was.
         let (manifest, standing) = load_manifest::<A::Event>(&*storage, &config)?;
+        let shard_dirs = || (0..config.shards).map(|shard| shard_dir(&config.dir, ShardId(shard)));
+        if standing != Standing::New {
+            shard_dirs().try_for_each(|dir| lock.take(&*storage, &dir))?;
+        }
         let mut recovered = recover::<A>(&storage, &config, &manifest, standing, &mut threads)?;
         let ends: Vec<Offset> = recovered.iter().map(|shard| shard.report.end).collect();
         let consumers = cut_all(&*storage, &config.dir, &ends)?;
@@ -205,6 +212,9 @@ impl<A: Aggregate> Engine<A> {
         })?;
         let changes = Changes { storage: &*storage, dir: &config.dir, manifest: &manifest, standing };
         changes.carry_out(&mut recovered, &consumers, &holds)?;
+        if standing == Standing::New {
+            shard_dirs().try_for_each(|dir| lock.take(&*storage, &dir))?;
+        }
         let quarantine = config.dir.join("quarantine");
         let duration_ns = u64::try_from(began.elapsed().as_nanos()).unwrap_or(u64::MAX);
         let recovery =
@@ -250,7 +260,7 @@ impl<A: Aggregate> Engine<A> {
             keeper: std::sync::Arc::clone(&keeper),
             durability: config.durability,
         };
-        let lock: std::sync::Arc<dyn Lock> = lock.into();
+        let lock: std::sync::Arc<dyn Lock> = std::sync::Arc::new(lock);
         let logs = handles.iter().map(|shard| (Arc::clone(&shard.door.log), std::sync::Arc::clone(&shard.syncer)));
         let services = Services::new(
             std::sync::Arc::clone(&storage),

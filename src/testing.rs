@@ -6,7 +6,7 @@
 
 mod given;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -28,7 +28,8 @@ struct Disk {
     files: BTreeMap<PathBuf, File>,
     /// Names as they were when their folder was last synced.
     durable_names: BTreeMap<PathBuf, File>,
-    locked: bool,
+    /// Folders whose lock is held.
+    locked: BTreeSet<PathBuf>,
     syncs: u64,
     fail_sync_at: Option<u64>,
     segment_bytes_left: Option<u64>,
@@ -96,7 +97,7 @@ impl FaultyStorage {
         let names = std::mem::take(&mut disk.durable_names);
         disk.files = names.into_iter().map(|(path, file)| (path, file.after_crash(&mut random))).collect();
         disk.durable_names = disk.files.clone();
-        disk.locked = false;
+        disk.locked.clear();
         disk.gone_at = None;
         disk.boot += 1;
     }
@@ -261,11 +262,11 @@ fn not_found() -> io::Error {
 }
 
 #[derive(Debug)]
-struct Held(FaultyStorage);
+struct Held(FaultyStorage, PathBuf);
 impl Lock for Held {}
 impl Drop for Held {
     fn drop(&mut self) {
-        lock(&self.0.0).locked = false;
+        lock(&self.0.0).locked.remove(&self.1);
     }
 }
 
@@ -346,12 +347,9 @@ impl Storage for FaultyStorage {
         })
     }
 
-    fn lock(&self, _path: &Path) -> io::Result<Option<Box<dyn Lock>>> {
-        let mut disk = lock(&self.0);
-        if std::mem::replace(&mut disk.locked, true) {
-            return Ok(None);
-        }
-        Ok(Some(Box::new(Held(self.clone()))))
+    fn lock(&self, dir: &Path) -> io::Result<Option<Box<dyn Lock>>> {
+        let is_free = lock(&self.0).locked.insert(dir.to_owned());
+        Ok(is_free.then(|| Box::new(Held(self.clone(), dir.to_owned())) as Box<dyn Lock>))
     }
 
     fn read(&self, path: &Path) -> io::Result<Vec<u8>> {

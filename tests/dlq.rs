@@ -12,6 +12,7 @@ use std::time::Duration;
 use common::{copy, small, soon, tree, until};
 use corelane::consumer::{Consumer, ConsumerError, HealthPolicy, Letters, Poller, Request, Retry, outside};
 use corelane::envelope::{ArchivedEnvelope, Envelope};
+use corelane::scan::Store;
 use corelane::{EventLog, HandlerError, Key, Meta, OpenError};
 
 /// What a handler saw: key and payload, in order.
@@ -74,7 +75,7 @@ impl Game {
     }
 
     fn requests(&self) -> usize {
-        outside::registered(&self.dir, "c").unwrap().unwrap().requests
+        outside::registered(&Store::open(&self.dir).unwrap(), "c").unwrap().unwrap().requests
     }
 }
 
@@ -232,7 +233,7 @@ fn a_crash_while_letters_are_handled_again_finds_the_request() {
     consumer.stop(soon()).unwrap();
     let (handled, crashed) = (Arc::new(AtomicU64::new(0)), dir.path().join("crashed"));
     let (count, from, to) = (Arc::clone(&handled), dir.path().to_owned(), crashed.clone());
-    outside::ask(dir.path(), "c", Request::Reprocess(Letters::All)).unwrap();
+    outside::ask(&Store::open(dir.path()).unwrap(), "c", Request::Reprocess(Letters::All)).unwrap();
     let builder = game.engine.consumer("c").retry(once()).health(patient());
     let consumer = builder.start(move |_, _| {
         // Time for the records of those before.
@@ -267,7 +268,7 @@ fn a_discard_that_meets_a_letter_being_handled_comes_back_for_its_key() {
     let mut poller = poller(&game, &now);
     assert_eq!(poller.reprocess(Letters::Of(Key::new(1))), 1);
     let delivery = poller.next().unwrap().unwrap();
-    outside::ask(dir.path(), "c", Request::Discard(Letters::All)).unwrap();
+    outside::ask(&Store::open(dir.path()).unwrap(), "c", Request::Discard(Letters::All)).unwrap();
     now.store(1000, Ordering::SeqCst);
     assert!(poller.next().unwrap().is_none());
     assert_eq!((poller.report().letters.letters, game.requests()), (2, 1), "but for the key that is out");
@@ -297,7 +298,7 @@ fn a_poller_looks_for_requests_once_a_second_and_puts_aside_what_does_not_hold()
     let now = Arc::new(AtomicU64::new(0));
     let mut poller = poller(&game, &now);
     let folder = dir.path().join("consumers/c");
-    outside::ask(dir.path(), "c", Request::Reprocess(Letters::Of(Key::new(2)))).unwrap();
+    outside::ask(&Store::open(dir.path()).unwrap(), "c", Request::Reprocess(Letters::Of(Key::new(2)))).unwrap();
     let requests = |folder: &Path| -> Vec<PathBuf> {
         let paths = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
         paths.filter(|path| path.extension().is_some_and(|extension| extension == "req")).collect()

@@ -380,8 +380,9 @@ fn check_followers(damaged: &Damaged) {
     drop((sink, one, four));
     assert!(engine.consumers().iter().all(|report| report.positions[0] <= hole.offset()), "none is saved behind it");
     engine.shutdown(soon()).unwrap();
-    for name in outside::names(damaged.dir.path()).unwrap() {
-        let registered = outside::registered(damaged.dir.path(), &name).unwrap().unwrap();
+    let store = Store::open(damaged.dir.path()).unwrap();
+    for name in outside::names(&store).unwrap() {
+        let registered = outside::registered(&store, &name).unwrap().unwrap();
         assert!(registered.positions.iter().all(|at| *at <= hole.offset()), "{name}: {registered:?}");
     }
 }

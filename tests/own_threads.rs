@@ -111,7 +111,9 @@ impl Handler<Ping> for Inline {
     }
 
     fn on_batch_end(&mut self, _batch: &BatchEnd) -> Result<(), HandlerError> {
-        self.0.drain(..).for_each(|n| drop(fire(Place::BatchEnd, n)));
+        for n in self.0.drain(..) {
+            fire(Place::BatchEnd, n);
+        }
         Ok(())
     }
 }

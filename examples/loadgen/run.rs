@@ -92,7 +92,7 @@ fn is_leftover(dir: &Path) -> bool {
     let name = dir.file_name().and_then(|name| name.to_str()).unwrap_or_default();
     let process = name.strip_prefix(PREFIX).and_then(|rest| rest.split_once('-')?.0.parse::<u32>().ok());
     let is_gone = process.is_some_and(|process| !Path::new(&format!("/proc/{process}")).exists());
-    is_gone && fs::File::open(dir.join("lock")).is_ok_and(|lock| lock.try_lock().is_ok())
+    is_gone && fs::File::open(dir).is_ok_and(|folder| folder.try_lock().is_ok())
 }
 
 /// A folder for a store.

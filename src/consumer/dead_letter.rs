@@ -21,7 +21,7 @@ use rkyv::util::AlignedVec;
 
 use crate::error::OpenError;
 use crate::event::{EventId, Key, Offset, ShardId, Time};
-use crate::log::storage::{Files, Storage};
+use crate::log::storage::Storage;
 
 pub(super) mod answer;
 mod compaction;
@@ -356,13 +356,13 @@ fn archive_in(entry: &[u8]) -> Archive {
 
 /// The letters in a folder that somebody else may be writing to. Nothing is changed, and nothing may be written. What is `known` to
 /// have been durable was asked before.
-pub(crate) fn open_outside(dir: &Path, known: FileEnd) -> Result<Letters, OpenError> {
+pub(crate) fn open_outside(storage: &Arc<dyn Storage>, dir: &Path, known: FileEnd) -> Result<Letters, OpenError> {
     /// While it looks, files may be replaced by a smaller one.
     const TRIES: usize = 8;
     let mut tries = 0;
     loop {
         tries += 1;
-        match Letters::load(Arc::new(Files), dir, DeadLetterPolicy::default(), known, Access::Outside) {
+        match Letters::load(Arc::clone(storage), dir, DeadLetterPolicy::default(), known, Access::Outside) {
             Err(OpenError::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound && tries < TRIES => {}
             letters => return letters,
         }

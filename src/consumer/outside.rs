@@ -1,7 +1,8 @@
 //! Looks at a store's consumers from outside, beside a running engine; and asks something of one, as a file in its folder. Nothing
 //! else is changed.
 
-use std::path::Path;
+use std::path::PathBuf;
+use std::sync::Arc;
 
 use rkyv::util::AlignedVec;
 
@@ -13,7 +14,8 @@ use super::requests::{self, Request};
 use crate::clock::wall_now;
 use crate::error::OpenError;
 use crate::event::{EventId, Key, Offset};
-use crate::log::storage::{Files, is_locked};
+use crate::log::scan::Store;
+use crate::log::storage::Storage;
 
 /// A consumer that is registered in a store.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -27,25 +29,29 @@ pub struct Registered {
     pub requests: usize,
 }
 
-/// The names that have a folder among the consumers of the store at `dir`. Those without a checkpoint are no consumers (any more).
+/// The names that have a folder among the consumers of `store`. Those without a checkpoint are no consumers (any more).
 ///
 /// # Errors
 /// What the file system says.
-pub fn names(dir: &Path) -> Result<Vec<String>, OpenError> {
-    folders(&Files, dir)
+pub fn names(store: &Store) -> Result<Vec<String>, OpenError> {
+    folders(&**store.files(), store.dir())
 }
 
-/// A consumer of the store at `dir`; `None` where none of this name is registered.
+fn dir_of(store: &Store, consumer: &str) -> PathBuf {
+    consumers_dir(store.dir()).join(consumer)
+}
+
+/// A consumer of `store`; `None` where none of this name is registered.
 ///
 /// # Errors
 /// What the file system says; a checkpoint that does not hold.
-pub fn registered(dir: &Path, name: &str) -> Result<Option<Registered>, OpenError> {
+pub fn registered(store: &Store, name: &str) -> Result<Option<Registered>, OpenError> {
     if !crate::log::manifest::is_folder_name(name) {
         return Ok(None);
     }
-    let path = consumers_dir(dir).join(name);
-    let Some(checkpoint) = Checkpoint::load(&Files, &path)? else { return Ok(None) };
-    let requests = requests::waiting(&Files, &path);
+    let path = dir_of(store, name);
+    let Some(checkpoint) = Checkpoint::load(&**store.files(), &path)? else { return Ok(None) };
+    let requests = requests::waiting(&**store.files(), &path);
     let requests = requests.map_err(|source| OpenError::Io { action: "listing", path, source })?.len();
     let positions = checkpoint.shards.iter().map(|shard| shard.position).collect();
     Ok(Some(Registered { name: name.to_owned(), positions, requests }))
@@ -56,16 +62,17 @@ pub fn registered(dir: &Path, name: &str) -> Result<Option<Registered>, OpenErro
 pub struct DeadLetters(LetterStore);
 
 impl DeadLetters {
-    /// Looks at the dead letters of a consumer of the store at `dir`, and at every check sum of them.
+    /// Looks at the dead letters of a consumer of `store`, and at every check sum of them.
     ///
     /// # Errors
     /// What the file system says; files that do not hold, or end before letters that the consumer's checkpoint knows of.
-    pub fn open(dir: &Path, consumer: &str) -> Result<Self, OpenError> {
-        let path = consumers_dir(dir).join(consumer);
+    pub fn open(store: &Store, consumer: &str) -> Result<Self, OpenError> {
+        let path = dir_of(store, consumer);
+        let storage: Arc<dyn Storage> = Arc::clone(store.files()) as _;
         // Before the letters: of those that it knows of, all are there. One that does not hold says nothing of them, and is told by
         // [`registered`].
-        let known = Checkpoint::load(&Files, &path).ok().flatten().unwrap_or_default().letters;
-        open_outside(&path, known).map(Self)
+        let known = Checkpoint::load(&*storage, &path).ok().flatten().unwrap_or_default().letters;
+        open_outside(&storage, &path, known).map(Self)
     }
 
     /// How many there are, and what became of others.
@@ -101,26 +108,26 @@ impl DeadLetters {
     }
 }
 
-/// Asks something of a consumer of the store at `dir`: the running one takes it up within about a second, else the next one that
+/// Asks something of a consumer of `store`: the running one takes it up within about a second, else the next one that
 /// is started. Durable when it returns. What a crash interrupts is done again.
 ///
 /// # Errors
 /// `NotRegistered`; what the file system says.
-pub fn ask(dir: &Path, consumer: &str, request: Request) -> Result<(), ConsumerError> {
-    if registered(dir, consumer)?.is_none() {
+pub fn ask(store: &Store, consumer: &str, request: Request) -> Result<(), ConsumerError> {
+    if registered(store, consumer)?.is_none() {
         return Err(ConsumerError::NotRegistered { name: consumer.to_owned() });
     }
-    let path = consumers_dir(dir).join(consumer);
-    requests::leave(&Files, &path, request, wall_now())
+    let path = dir_of(store, consumer);
+    requests::leave(&**store.files(), &path, request, wall_now())
         .map_err(|source| OpenError::Io { action: "leaving a request in", path, source }.into())
 }
 
-/// Whether an engine has the store at `dir` open. It is tried with the store's lock, for an instant: an engine that is opened in that
+/// Whether an engine has `store` open. It is tried with the store's lock, for an instant: an engine that is opened in that
 /// very instant is told that the store is open elsewhere.
 ///
 /// # Errors
 /// What the file system says.
-pub fn is_open(dir: &Path) -> Result<bool, OpenError> {
-    let path = dir.join("lock");
-    is_locked(&path).map_err(|source| OpenError::Io { action: "looking at", path, source })
+pub fn is_open(store: &Store) -> Result<bool, OpenError> {
+    let locked = store.files().is_locked();
+    locked.map_err(|source| OpenError::Io { action: "looking at", path: store.dir().to_owned(), source })
 }

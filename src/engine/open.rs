@@ -13,18 +13,32 @@ use crate::event::{Event, EventTypeId, ShardId, upcaster};
 use crate::log::keeper::fresh_id;
 use crate::log::manifest::{Manifest, Root, shard_dir};
 use crate::log::recovery::{Opening, Recovered};
-use crate::log::storage::{Lock, Storage};
+use crate::log::storage::{Files, Lock, Storage};
 use crate::sync::{Mutex, Ordering, lock};
 
-pub(super) fn lock_store(storage: &dyn Storage, config: &Checked) -> Result<Box<dyn Lock>, OpenError> {
-    let dir = &config.dir;
-    let io = |action, path: PathBuf| move |source| OpenError::Io { action, path, source };
-    storage.create_dir(dir).map_err(io("creating", dir.clone()))?;
-    let path = dir.join("lock");
-    match storage.lock(&path).map_err(io("locking", path.clone()))? {
-        Some(lock) => Ok(lock),
-        None => Err(OpenError::Locked { dir: dir.clone() }),
+/// The locks of a store's folder and of its shards'. (Links can make one shard's folder that of two stores.)
+#[derive(Debug, Default)]
+pub(super) struct StoreLock(Vec<Box<dyn Lock>>);
+
+impl Lock for StoreLock {}
+
+impl StoreLock {
+    pub(super) fn take(&mut self, storage: &dyn Storage, dir: &Path) -> Result<(), OpenError> {
+        let locked = storage.lock(dir);
+        match locked.map_err(|source| OpenError::Io { action: "locking", path: dir.to_owned(), source })? {
+            Some(lock) => self.0.push(lock),
+            None => return Err(OpenError::Locked { dir: dir.to_owned() }),
+        }
+        Ok(())
     }
+}
+
+/// Opens the folder of a store, once and for all: from here on its name is only shown.
+pub(super) fn open_files(config: &mut Checked) -> Result<Files, OpenError> {
+    let files = Files::create(&config.dir);
+    let files = files.map_err(|source| OpenError::Io { action: "creating", path: config.dir.clone(), source })?;
+    files.root().clone_into(&mut config.dir);
+    Ok(files)
 }
 
 /// What has to be done about the manifest before anything is appended.

@@ -60,6 +60,7 @@ mod tests {
             index: 0,
             segment_bytes: 1 << 16,
             previous_end: Offset(0),
+            previous_salt: 0,
             first_sequence: 100,
             created: Time(1),
             salt: 7,

@@ -4,7 +4,7 @@
 //! get only bytes below `committed`, which never exceeds that position. So no byte is ever written
 //! while somebody may look at it, and that is what every unsafe block here rests on.
 //!
-//! Besides, it rests on the store's lock file: no other process writes these files, and nobody shortens them.
+//! Besides, it rests on the store's lock: no other process writes these files, and nobody shortens them.
 
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::fs::File;

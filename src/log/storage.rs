@@ -3,23 +3,32 @@
 //! Every creation, rename and removal is followed by a `sync_dir` of its folder; whoever calls these
 //! functions says when, because a crash between two of them is what recovery is tested with.
 
+use std::collections::HashMap;
+use std::ffi::{OsStr, OsString};
 use std::fmt::Debug;
-use std::fs::{self, File, OpenOptions, TryLockError};
-use std::io::{self, Write as _};
+use std::fs::{self, File, TryLockError};
+use std::io::{self, Read as _, Write as _};
 use std::ops::Range;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::{FileExt as _, MetadataExt as _};
-use std::path::Path;
+use std::path::{Path, PathBuf, absolute};
+use std::sync::Arc;
 
-use rustix::fs::FallocateFlags;
+use rustix::fs::{
+    AtFlags, Dir, FallocateFlags, Mode, OFlags, Stat, fstat, fsync, mkdirat, openat, renameat, statat, unlinkat,
+};
+use rustix::io::retry_on_intr;
 
 use crate::log::mmap::Memory;
+use crate::sync::{Mutex, lock};
 
 /// A held lock; released when dropped.
 pub(crate) trait Lock: Debug + Send + Sync {}
 
 #[derive(Debug)]
-struct FileLock(#[expect(dead_code, reason = "held for its lock, which ends when it is closed")] File);
-impl Lock for FileLock {}
+struct FolderLock(#[expect(dead_code, reason = "held for its lock, which ends when it is closed")] File);
+impl Lock for FolderLock {}
 
 /// The file system under a store.
 pub(crate) trait Storage: Debug + Send + Sync {
@@ -27,8 +36,8 @@ pub(crate) trait Storage: Debug + Send + Sync {
     fn create_dir(&self, dir: &Path) -> io::Result<()>;
     /// The names in a folder, sorted.
     fn list(&self, dir: &Path) -> io::Result<Vec<String>>;
-    /// Takes the store's lock; `None` when somebody else holds it.
-    fn lock(&self, path: &Path) -> io::Result<Option<Box<dyn Lock>>>;
+    /// Takes the lock of a folder, whatever its name is now; `None` when somebody else holds it.
+    fn lock(&self, dir: &Path) -> io::Result<Option<Box<dyn Lock>>>;
     /// A small file's content.
     fn read(&self, path: &Path) -> io::Result<Vec<u8>>;
     /// Creates or replaces a small file and syncs its content (not its folder).
@@ -103,84 +112,179 @@ const SMALL_PAGE_BYTES: u64 = 32 << 10;
 /// How much a sync may find before it in the disk's queue.
 const ZERO_STEP_BYTES: u64 = 4 << 20;
 
-/// The operating system's files.
+/// The operating system's files in one folder and below.
+///
+/// Bound to the folder that was opened, not to its name: every operation goes through the folder's descriptor. A working
+/// directory that changes, a link that is pointed elsewhere, and a folder that is renamed or replaced change nothing.
 #[derive(Debug)]
-pub(crate) struct Files;
+pub(crate) struct Files {
+    /// Absolute. Paths given to the operations begin with it; only errors show it.
+    root: PathBuf,
+    dir: Arc<OwnedFd>,
+    /// Folders below that were opened once, by their path from the root. They stay what they were, too.
+    folders: Mutex<HashMap<PathBuf, Arc<OwnedFd>>>,
+}
 
-impl Storage for Files {
-    fn create_dir(&self, dir: &Path) -> io::Result<()> {
-        let parent = match dir.parent() {
-            Some(parent) if parent.as_os_str().is_empty() => Path::new("."),
-            Some(parent) => parent,
-            None if dir.is_dir() => return Ok(()),
-            None => return fs::create_dir(dir),
-        };
-        if dir.is_dir() {
-            return sync_found(dir, parent);
+impl Files {
+    /// Opens the folder of a store, creating it and its parents, durably.
+    pub(crate) fn create(dir: &Path) -> io::Result<Self> {
+        create_dir(&absolute(dir)?)?;
+        Self::open(dir)
+    }
+
+    /// Opens the folder of a store.
+    pub(crate) fn open(dir: &Path) -> io::Result<Self> {
+        let root = absolute(dir)?;
+        let dir = open_at(rustix::fs::CWD, root.as_os_str(), FOLDER)?;
+        Ok(Self { root, dir: Arc::new(dir), folders: Mutex::default() })
+    }
+
+    /// The folder's absolute path when it was opened.
+    pub(crate) fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// Opens a file for reading.
+    pub(crate) fn open_file(&self, path: &Path) -> io::Result<File> {
+        self.file(path, OFlags::RDONLY)
+    }
+
+    /// What is known of everything in a folder, links not followed, sorted by name.
+    pub(crate) fn list_with_stat(&self, dir: &Path) -> io::Result<Vec<(String, Stat)>> {
+        let folder = self.folder(dir)?;
+        let mut all = Vec::new();
+        for name in names(&folder)? {
+            match statat(&*folder, name.as_os_str(), AtFlags::SYMLINK_NOFOLLOW) {
+                Ok(stat) => all.push((name.to_string_lossy().into_owned(), stat)),
+                // It went while the folder was read.
+                Err(rustix::io::Errno::NOENT) => {}
+                Err(error) => return Err(error.into()),
+            }
         }
-        self.create_dir(parent)?;
-        match fs::create_dir(dir) {
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists && dir.is_dir() => Ok(()),
-            Err(error) => Err(error),
-            Ok(()) => self.sync_dir(parent),
+        all.sort_by(|a, b| a.0.cmp(&b.0));
+        Ok(all)
+    }
+
+    /// Whether somebody holds the folder's lock. It is held for an instant itself to find out.
+    pub(crate) fn is_locked(&self) -> io::Result<bool> {
+        match again(&self.dir)?.try_lock_shared() {
+            Ok(()) => Ok(false),
+            Err(TryLockError::WouldBlock) => Ok(true),
+            Err(TryLockError::Error(error)) => Err(error),
         }
     }
 
-    fn list(&self, dir: &Path) -> io::Result<Vec<String>> {
-        let mut names = Vec::new();
-        for entry in fs::read_dir(dir)? {
-            names.push(entry?.file_name().to_string_lossy().into_owned());
+    fn file(&self, path: &Path, flags: OFlags) -> io::Result<File> {
+        let (folder, name) = self.place(path)?;
+        open_at(&*folder, name, flags).map(File::from)
+    }
+
+    /// The folder that a file is in, and its name there.
+    fn place<'p>(&self, path: &'p Path) -> io::Result<(Arc<OwnedFd>, &'p OsStr)> {
+        let (Some(folder), Some(name)) = (path.parent(), path.file_name()) else {
+            unreachable!("{}: no file of a store", path.display());
+        };
+        Ok((self.folder(folder)?, name))
+    }
+
+    fn folder(&self, path: &Path) -> io::Result<Arc<OwnedFd>> {
+        let Ok(below) = path.strip_prefix(&self.root) else {
+            unreachable!("{}: not in {}", path.display(), self.root.display());
+        };
+        self.find(&mut lock(&self.folders), below)
+    }
+
+    fn find(&self, folders: &mut HashMap<PathBuf, Arc<OwnedFd>>, below: &Path) -> io::Result<Arc<OwnedFd>> {
+        let (Some(parent), Some(name)) = (below.parent(), below.file_name()) else { return Ok(Arc::clone(&self.dir)) };
+        if let Some(held) = folders.get(below) {
+            // One that was removed is none; what has its name now is another.
+            if fstat(held)?.st_nlink > 0 {
+                return Ok(Arc::clone(held));
+            }
+            folders.remove(below);
         }
+        let parent = self.find(folders, parent)?;
+        let folder = Arc::new(open_at(&*parent, name, FOLDER)?);
+        folders.insert(below.to_owned(), Arc::clone(&folder));
+        Ok(folder)
+    }
+}
+
+impl Storage for Files {
+    fn create_dir(&self, dir: &Path) -> io::Result<()> {
+        if dir == self.root {
+            return Ok(());
+        }
+        match self.folder(dir) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            // A process that was killed may have made it and not come to its sync.
+            found => return found.and_then(|_| Ok(fsync(&*self.place(dir)?.0)?)),
+        }
+        // The root is there, so this ends.
+        self.create_dir(dir.parent().unwrap_or(&self.root))?;
+        let (parent, name) = self.place(dir)?;
+        match mkdirat(&*parent, name, Mode::from_raw_mode(0o777)) {
+            Err(rustix::io::Errno::EXIST) => {}
+            made => made?,
+        }
+        fsync(&*parent)?;
+        self.folder(dir).map(drop)
+    }
+
+    fn list(&self, dir: &Path) -> io::Result<Vec<String>> {
+        let names = names(&*self.folder(dir)?)?;
+        let mut names: Vec<_> = names.iter().map(|name| name.to_string_lossy().into_owned()).collect();
         names.sort();
         Ok(names)
     }
 
-    fn lock(&self, path: &Path) -> io::Result<Option<Box<dyn Lock>>> {
-        let file = OpenOptions::new().create(true).truncate(false).write(true).open(path)?;
-        match file.try_lock() {
-            Ok(()) => Ok(Some(Box::new(FileLock(file)))),
+    fn lock(&self, dir: &Path) -> io::Result<Option<Box<dyn Lock>>> {
+        let folder = again(&*self.folder(dir)?)?;
+        match folder.try_lock() {
+            Ok(()) => Ok(Some(Box::new(FolderLock(folder)))),
             Err(TryLockError::WouldBlock) => Ok(None),
             Err(TryLockError::Error(error)) => Err(error),
         }
     }
 
     fn read(&self, path: &Path) -> io::Result<Vec<u8>> {
-        fs::read(path)
+        let mut content = Vec::new();
+        self.open_file(path)?.read_to_end(&mut content)?;
+        Ok(content)
     }
 
     fn write(&self, path: &Path, content: &[u8]) -> io::Result<()> {
-        let mut file = File::create(path)?;
+        let mut file = self.file(path, OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC)?;
         file.write_all(content)?;
         file.sync_all()
     }
 
     fn append(&self, path: &Path, content: &[u8]) -> io::Result<()> {
-        let mut file = OpenOptions::new().create(true).append(true).open(path)?;
+        let mut file = self.file(path, OFlags::WRONLY | OFlags::CREATE | OFlags::APPEND)?;
         file.write_all(content)?;
         file.sync_all()
     }
 
     fn create_side(&self, path: &Path) -> io::Result<Box<dyn SideFile>> {
-        let file = OpenOptions::new().create(true).truncate(true).read(true).write(true).open(path)?;
-        Ok(Box::new(file))
+        Ok(Box::new(self.file(path, OFlags::RDWR | OFlags::CREATE | OFlags::TRUNC)?))
     }
 
     fn open_side(&self, path: &Path) -> io::Result<Box<dyn SideFile>> {
-        Ok(Box::new(File::open(path)?))
+        Ok(Box::new(self.open_file(path)?))
     }
 
     fn edit_side(&self, path: &Path) -> io::Result<Box<dyn SideFile>> {
-        Ok(Box::new(OpenOptions::new().read(true).write(true).open(path)?))
+        Ok(Box::new(self.file(path, OFlags::RDWR)?))
     }
 
     fn create_segment(&self, path: &Path, bytes: u64) -> io::Result<Memory> {
-        let file = OpenOptions::new().create_new(true).read(true).write(true).open(path)?;
+        let file = self.file(path, OFlags::RDWR | OFlags::CREATE | OFlags::EXCL)?;
         let made = rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, bytes)
             .map_err(io::Error::from)
             .and_then(|()| file.sync_all())
             .and_then(|()| Memory::map(&file, true));
         if made.is_err()
-            && let Err(error) = fs::remove_file(path)
+            && let Err(error) = self.remove(path)
         {
             tracing::warn!(path = %path.display(), %error, "an unfinished segment stays behind");
         }
@@ -188,7 +292,7 @@ impl Storage for Files {
     }
 
     fn zero(&self, path: &Path, from: u64) -> io::Result<()> {
-        let file = OpenOptions::new().write(true).open(path)?;
+        let file = self.file(path, OFlags::WRONLY)?;
         let bytes = file.metadata()?.len();
         let zeros = [0; SMALL_PAGE_BYTES as usize];
         let mut at = from;
@@ -206,7 +310,7 @@ impl Storage for Files {
     }
 
     fn open_segment(&self, path: &Path, writable: bool) -> io::Result<Memory> {
-        let file = OpenOptions::new().read(true).write(writable).open(path)?;
+        let file = self.file(path, if writable { OFlags::RDWR } else { OFlags::RDONLY })?;
         let bytes = file.metadata()?.len();
         if bytes == 0 {
             return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the file is empty"));
@@ -223,15 +327,17 @@ impl Storage for Files {
     }
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
-        fs::rename(from, to)
+        let ((from_folder, from), (to_folder, to)) = (self.place(from)?, self.place(to)?);
+        Ok(renameat(&*from_folder, from, &*to_folder, to)?)
     }
 
     fn remove(&self, path: &Path) -> io::Result<()> {
-        fs::remove_file(path)
+        let (folder, name) = self.place(path)?;
+        Ok(unlinkat(&*folder, name, AtFlags::empty())?)
     }
 
     fn sync_dir(&self, dir: &Path) -> io::Result<()> {
-        File::open(dir)?.sync_all()
+        Ok(fsync(&*self.folder(dir)?)?)
     }
 
     fn boot_id(&self) -> u64 {
@@ -253,16 +359,42 @@ fn sync_found(dir: &Path, parent: &Path) -> io::Result<()> {
     }
 }
 
-/// Whether somebody holds the lock of a file, which may be missing. It is held for an instant itself to find out.
-pub(crate) fn is_locked(path: &Path) -> io::Result<bool> {
-    let file = match File::open(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
-        file => file?,
-    };
-    match file.try_lock_shared() {
-        Ok(()) => Ok(false),
-        Err(TryLockError::WouldBlock) => Ok(true),
-        Err(TryLockError::Error(error)) => Err(error),
+/// How a folder is opened. Reading it is enough, for its descriptor to be synced and locked too.
+const FOLDER: OFlags = OFlags::RDONLY.union(OFlags::DIRECTORY);
+
+fn open_at(folder: impl AsFd, name: &OsStr, flags: OFlags) -> io::Result<OwnedFd> {
+    let mode = Mode::from_raw_mode(0o666);
+    Ok(retry_on_intr(|| openat(&folder, name, flags | OFlags::CLOEXEC, mode))?)
+}
+
+/// Opens an open folder once more: a lock belongs to one opening of it, and ends when that is closed.
+fn again(folder: &OwnedFd) -> io::Result<File> {
+    open_at(folder, OsStr::new("."), FOLDER).map(File::from)
+}
+
+fn names(folder: &OwnedFd) -> io::Result<Vec<OsString>> {
+    let mut names = Vec::new();
+    for entry in Dir::read_from(folder)? {
+        let entry = entry?;
+        let name = OsStr::from_bytes(entry.file_name().to_bytes());
+        if name != "." && name != ".." {
+            names.push(name.to_owned());
+        }
+    }
+    Ok(names)
+}
+
+/// Creates a folder and its parents, durably; fine if it exists.
+fn create_dir(dir: &Path) -> io::Result<()> {
+    let Some(parent) = dir.parent() else { return Ok(()) };
+    if dir.is_dir() {
+        return sync_found(dir, parent);
+    }
+    create_dir(parent)?;
+    match fs::create_dir(dir) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists && dir.is_dir() => Ok(()),
+        Err(error) => Err(error),
+        Ok(()) => File::open(parent)?.sync_all(),
     }
 }
 
@@ -282,10 +414,11 @@ mod tests {
     fn zeroing_leaves_what_lies_before_it_and_nothing_behind() {
         let dir = tempfile::tempdir().expect("a folder");
         let path = dir.path().join("segment");
+        let files = Files::open(dir.path()).expect("opened");
         for bytes in [1, 4096, 4097, 32 << 10, 100_000] {
             for from in [0, 1, 4096] {
                 fs::write(&path, vec![0xff; bytes]).expect("written");
-                Files.zero(&path, from).expect("zeroed");
+                files.zero(&path, from).expect("zeroed");
                 let kept = bytes.min(from as usize);
                 let found = fs::read(&path).expect("read");
                 assert_eq!(found.len(), bytes);

@@ -104,7 +104,7 @@ pub(crate) fn numbers(engine: &EventLog<Note>) -> Vec<u64> {
     read_shard(engine, 0).iter().map(|held| held.n).collect()
 }
 
-/// Every file below `dir` with its content. The lock file, whose content means nothing, is left out.
+/// Every file below `dir` with its content.
 pub(crate) fn tree(dir: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
     let mut files = BTreeMap::new();
     let mut folders = vec![dir.to_owned()];
@@ -113,7 +113,7 @@ pub(crate) fn tree(dir: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
             let path = entry.unwrap().path();
             if path.is_dir() {
                 folders.push(path);
-            } else if path.file_name().unwrap() != "lock" {
+            } else {
                 let content = std::fs::read(&path).unwrap();
                 files.insert(path, content);
             }

@@ -56,7 +56,7 @@ impl Consumers {
         let (order, first_behind) = (Vec::new(), Vec::new());
         let verdict = Verdict::Sound;
         let mut found = Self { all: Vec::new(), verdict, shard: None, order, passed: 0, first_behind, newest: 0 };
-        for name in outside::names(store.dir())? {
+        for name in outside::names(store)? {
             let mut problems = Vec::new();
             let consumer = look_at(store, &name, &mut |problem| problems.push(problem))?;
             for problem in problems {
@@ -191,7 +191,7 @@ pub(super) fn check(store: &Store, name: &str, problem: &mut dyn FnMut(String)) 
 
 fn look_at(store: &Store, name: &str, problem: &mut dyn FnMut(String)) -> Result<Option<Consumer>, Failure> {
     let mut consumer = Consumer { name: name.to_owned(), places: Vec::new(), requests: 0, letters: None };
-    match outside::registered(store.dir(), name) {
+    match outside::registered(store, name) {
         Ok(None) => return Ok(None),
         Ok(Some(registered)) if registered.positions.len() != usize::from(store.shards()) => {
             problem(format!(
@@ -215,7 +215,7 @@ fn look_at(store: &Store, name: &str, problem: &mut dyn FnMut(String)) -> Result
         }
         Err(error) => tell_damage(error.into(), problem)?,
     }
-    match DeadLetters::open(store.dir(), name) {
+    match DeadLetters::open(store, name) {
         Ok(letters) => consumer.letters = Some((letters.statistics(), letters.keys().count())),
         Err(error) => tell_damage(error.into(), problem)?,
     }

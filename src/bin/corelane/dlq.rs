@@ -122,13 +122,13 @@ pub(super) fn dlq(command: Dlq, out: &mut Output) -> Result<Verdict, Failure> {
 
 /// The consumers to be looked at: the one that is wanted, or all.
 fn consumers(store: &Store, wanted: Option<&str>) -> Result<Vec<String>, Failure> {
-    let mut names = outside::names(store.dir())?;
+    let mut names = outside::names(store)?;
     match wanted {
         Some(wanted) if names.iter().any(|name| name == wanted) => Ok(vec![wanted.to_owned()]),
         Some(wanted) => Err(Failure::Usage(format!("there is no consumer \"{wanted}\""))),
         None => {
             // A folder without a checkpoint is what is left of one. A checkpoint that does not hold hides no letters.
-            names.retain(|name| !matches!(outside::registered(store.dir(), name), Ok(None)));
+            names.retain(|name| !matches!(outside::registered(store, name), Ok(None)));
             Ok(names)
         }
     }
@@ -157,7 +157,7 @@ fn list(args: &ListArgs, out: &mut Output) -> Result<Verdict, Failure> {
 }
 
 fn list_one(store: &Store, name: &str, args: &ListArgs, out: &mut Output) -> Result<(), Failure> {
-    let letters = DeadLetters::open(store.dir(), name)?;
+    let letters = DeadLetters::open(store, name)?;
     let mut rows = table(
         &["key", "event id", "type", "why", "attempts", "first failed (UTC)", "last failed (UTC)", "error"],
         &[1, 2, 3, 5, 6, 7],
@@ -302,7 +302,7 @@ fn write_json(out: &mut Output, value: serde_json::Value) -> Result<(), Failure>
 fn show(args: &ShowArgs, out: &mut Output) -> Result<Verdict, Failure> {
     let store = Store::open(&args.dir)?;
     let name = consumers(&store, Some(&args.consumer))?.remove(0);
-    let Some((letter, archive)) = DeadLetters::open(store.dir(), &name)?.show(args.id)? else {
+    let Some((letter, archive)) = DeadLetters::open(&store, &name)?.show(args.id)? else {
         return Err(Failure::Usage(format!("consumer {name} has no dead letter {}", args.id)));
     };
     let (event, verdict) = event_line(&store, &letter, &archive)?;
@@ -358,10 +358,10 @@ fn event_line(store: &Store, letter: &DeadLetter, archive: &[u8]) -> Result<(Str
 fn ask(args: &AskArgs, request: Request, is_confirmed: bool, out: &mut Output) -> Result<Verdict, Failure> {
     let store = Store::open(&args.dir)?;
     let name = &args.consumer;
-    let Some(registered) = outside::registered(store.dir(), name)? else {
+    let Some(registered) = outside::registered(&store, name)? else {
         return Err(Failure::Usage(format!("there is no consumer \"{name}\"")));
     };
-    let letters = DeadLetters::open(store.dir(), name)?;
+    let letters = DeadLetters::open(&store, name)?;
     let (Request::Reprocess(which) | Request::Discard(which)) = request;
     let is_meant = |key: Key| which == Letters::All || which == Letters::Of(key);
     let meant: Vec<u64> = letters.keys().filter(|(key, _)| is_meant(*key)).map(|(_, count)| count.into()).collect();
@@ -374,13 +374,13 @@ fn ask(args: &AskArgs, request: Request, is_confirmed: bool, out: &mut Output) -
         writeln!(out, "Nothing is asked.")?;
         return Ok(Verdict::Sound);
     }
-    outside::ask(store.dir(), name, request)?;
+    outside::ask(&store, name, request)?;
     let what = if matches!(request, Request::Discard(_)) { "discard" } else { "handle again" };
     writeln!(out, "Consumer {name} is asked to {what} {count}.")?;
     if registered.requests > 0 {
         writeln!(out, "Before that it has {} earlier requests.", registered.requests)?;
     }
-    if outside::is_open(store.dir())? {
+    if outside::is_open(&store)? {
         writeln!(
             out,
             "An engine has the store open: if the consumer runs, it takes this up within about a second; \

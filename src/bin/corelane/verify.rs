@@ -94,7 +94,7 @@ pub(super) fn verify(store: &Store, out: &mut Output) -> Result<Verdict, Failure
         found.write(&format!("shard {shard}: {line}"), out)?;
         problems += found.found;
     }
-    for name in outside::names(store.dir())? {
+    for name in outside::names(store)? {
         let mut found = Problems::default();
         if let Some(line) = consumers::check(store, &name, &mut |problem| found.add(problem))? {
             found.write(&format!("consumer {name}: {line}"), out)?;

@@ -9,6 +9,7 @@ use super::format::{ENTRY_BYTES, FILE_HEADER_BYTES, Totals};
 use super::*;
 use crate::event::{Correlation, EventTypeId, Version};
 use crate::log::format::tests::assert_golden;
+use crate::log::storage::Files;
 use crate::testing::{FaultyStorage, Unsynced};
 
 const DIR: &str = "/store/consumers/mail";
@@ -337,10 +338,10 @@ fn every_flipped_bit_of_a_complete_file_is_refused() {
 
 #[test]
 fn damage_that_comes_after_opening_is_named_when_it_is_read() {
-    let dir = tempfile::tempdir().expect("a folder");
-    let dir = dir.path().join("consumers/mail");
-    let mut letters =
-        Letters::open(Arc::new(Files), &dir, DeadLetterPolicy::default(), FileEnd::default()).expect("opens");
+    let store = tempfile::tempdir().expect("a folder");
+    let files: Arc<dyn Storage> = Arc::new(Files::open(store.path()).expect("opened"));
+    let dir = store.path().join("consumers/mail");
+    let mut letters = Letters::open(files, &dir, DeadLetterPolicy::default(), FileEnd::default()).expect("opens");
     write(&mut letters, &[Op::Park(1, 36)]).expect("written");
     let path = path(&dir, 1);
     let mut bytes = std::fs::read(&path).expect("read");
@@ -574,11 +575,12 @@ fn a_long_error_is_cut_between_characters() {
 
 #[test]
 fn a_reader_outside_sees_whole_batches_and_changes_nothing() {
-    let dir = tempfile::tempdir().expect("a folder");
-    let dir = dir.path().join("consumers/mail");
-    assert_eq!(open_outside(&dir, FileEnd::default()).expect("no folder, no letters").len(), 0);
+    let store = tempfile::tempdir().expect("a folder");
+    let files: Arc<dyn Storage> = Arc::new(Files::open(store.path()).expect("opened"));
+    let dir = store.path().join("consumers/mail");
+    assert_eq!(open_outside(&files, &dir, FileEnd::default()).expect("no folder, no letters").len(), 0);
     let mut letters =
-        Letters::open(Arc::new(Files), &dir, DeadLetterPolicy::default(), FileEnd::default()).expect("opens");
+        Letters::open(Arc::clone(&files), &dir, DeadLetterPolicy::default(), FileEnd::default()).expect("opens");
     let mut model = Model::default();
     for batch in &script() {
         write(&mut letters, batch).expect("written");
@@ -587,7 +589,7 @@ fn a_reader_outside_sees_whole_batches_and_changes_nothing() {
     let path = path(&dir, 1);
     let whole = std::fs::read(&path).expect("read");
     let seen = |what: &str| {
-        let letters = open_outside(&dir, FileEnd::default()).unwrap_or_else(|error| panic!("{what}: {error}"));
+        let letters = open_outside(&files, &dir, FileEnd::default()).unwrap_or_else(|error| panic!("{what}: {error}"));
         let found = letters.list_with_archives(None, usize::MAX).unwrap_or_else(|error| panic!("{what}: {error}"));
         assert!(found.iter().all(|(letter, bytes)| bytes[..] == archive(letter.id.offset.0)[..]));
         found.into_iter().map(|(letter, _)| letter).collect::<Vec<_>>()

@@ -14,7 +14,6 @@ use crate::log::format::{
     ALIGN, Found, HEADER_BYTES, RECORD_HEADER_BYTES, RecordHeader, SegmentHeader, padded, record_at,
 };
 use crate::log::manifest::{Span, segment_name};
-use crate::log::storage::Files;
 
 /// Where a record lies, and what it takes to read it by itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -115,7 +114,7 @@ impl Lookup {
             return Ok(Some(header.salt));
         }
         let path = self.store.shard_dir(shard).join(segment_name(index));
-        let file = match File::open(&path) {
+        let file = match self.store.files.open_file(&path) {
             Ok(file) => file,
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
             Err(source) => return Err(io_error(&path, source)),
@@ -136,7 +135,7 @@ impl Lookup {
         let shard = place.shard;
         self.open.remove(&(shard, place.offset.get() / self.store.segment_bytes()));
         // After the look: a file goes out of the span before it is written again.
-        match Span::load(&Files, &self.store.shard_dir(shard)) {
+        match Span::load(&*self.store.files, &self.store.shard_dir(shard)) {
             Ok(Some(span)) if place.offset.get() / self.store.segment_bytes() < span.first => {
                 let earliest = Offset(span.first * self.store.segment_bytes() + HEADER_BYTES as u64);
                 ReadError::BeyondRetention { shard, asked: place.offset, earliest }

@@ -25,11 +25,14 @@ mod records;
 #[cfg(test)]
 mod tests;
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::{self, ErrorKind};
-use std::os::unix::fs::{FileExt as _, MetadataExt as _};
+use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
+
+use rustix::fs::{FileType, Stat};
 
 use crate::error::{OpenError, ReadError};
 use crate::event::{EventTypeId, Offset, Sequence, ShardId, Time};
@@ -47,10 +50,10 @@ const QUARANTINE: &str = "quarantine";
 const LOOKS_MAX: u32 = 5;
 const LOOK_AGAIN: Duration = Duration::from_millis(1);
 
-/// A store, seen from outside.
+/// A store, seen from outside: the one that was opened, whatever becomes of its folder's name.
 #[derive(Debug, Clone)]
 pub struct Store {
-    dir: PathBuf,
+    files: Arc<Files>,
     manifest: Manifest,
 }
 
@@ -73,29 +76,38 @@ impl Store {
     /// a shard's span) is not of this build's format.
     pub fn open(dir: impl Into<PathBuf>) -> Result<Self, OpenError> {
         let dir = dir.into();
-        let manifest = Manifest::load(&Files, &dir)?.ok_or_else(|| OpenError::Io {
+        let nothing = |path: &Path| OpenError::Io {
             action: "reading",
-            path: dir.join(MANIFEST),
+            path: path.join(MANIFEST),
             source: std::io::Error::new(ErrorKind::NotFound, "no store is here, or its manifest is gone"),
-        })?;
-        let store = Self { dir, manifest };
+        };
+        let files = match Files::open(&dir) {
+            Err(error) if error.kind() == ErrorKind::NotFound => return Err(nothing(&dir)),
+            files => files.map_err(|source| OpenError::Io { action: "opening", path: dir, source })?,
+        };
+        let manifest = Manifest::load(&files, files.root())?.ok_or_else(|| nothing(files.root()))?;
+        let store = Self { files: Arc::new(files), manifest };
         for shard in store.shard_ids() {
             let shard_dir = store.shard_dir(shard);
             // As the engine does: a folder that is gone is no empty shard.
-            Files.list(&shard_dir).map_err(|source| OpenError::Io {
+            store.files.list(&shard_dir).map_err(|source| OpenError::Io {
                 action: "listing",
                 path: shard_dir.clone(),
                 source,
             })?;
-            Span::load(&Files, &shard_dir)?;
+            Span::load(&*store.files, &shard_dir)?;
         }
         Ok(store)
     }
 
-    /// Where the store lies.
+    /// Where the store lay when it was opened: an absolute path.
     #[must_use]
     pub fn dir(&self) -> &Path {
-        &self.dir
+        self.files.root()
+    }
+
+    pub(crate) fn files(&self) -> &Arc<Files> {
+        &self.files
     }
 
     /// The number of shards.
@@ -131,7 +143,7 @@ impl Store {
     /// The folder of one shard.
     #[must_use]
     pub fn shard_dir(&self, shard: ShardId) -> PathBuf {
-        shard_dir(&self.dir, shard)
+        shard_dir(self.dir(), shard)
     }
 
     /// The files of one shard as they are now.
@@ -140,14 +152,14 @@ impl Store {
     /// What the file system or a damaged span says. A damaged segment is an entry of the list, not an error.
     pub fn shard(&self, shard: ShardId) -> Result<ShardFiles, OpenError> {
         let dir = self.shard_dir(shard);
-        let span = Span::load(&Files, &dir)?;
+        let span = Span::load(&*self.files, &dir)?;
         let mut files = ShardFiles {
             shard,
             span: span.map(|span| (span.first, span.last)),
             segments: Vec::new(),
             others: Vec::new(),
         };
-        let listed = match list(&dir) {
+        let listed = match self.list(&dir) {
             Err(error) if error.kind() == ErrorKind::NotFound && span.is_none() => return Ok(files),
             listed => listed.map_err(|source| OpenError::Io { action: "listing", path: dir.clone(), source })?,
         };
@@ -175,7 +187,7 @@ impl Store {
                 }
             }
             // Looked at one after the other, while retention may free the first of them: those are no part of the log any more.
-            if let Some(now) = Span::load(&Files, &dir)?.filter(|now| now.first > span.first) {
+            if let Some(now) = Span::load(&*self.files, &dir)?.filter(|now| now.first > span.first) {
                 files.segments.retain(|segment| segment.index >= now.first);
                 files.span = Some((now.first, if now.first > span.last { now.last } else { span.last }));
             }
@@ -194,7 +206,7 @@ impl Store {
     /// # Errors
     /// What the file system or a damaged span says.
     pub fn horizon(&self, shard: ShardId) -> Result<Offset, OpenError> {
-        let span = Span::load(&Files, &self.shard_dir(shard))?;
+        let span = Span::load(&*self.files, &self.shard_dir(shard))?;
         Ok(Offset(span.map_or(0, |span| span.last + 1).saturating_mul(self.segment_bytes())))
     }
 
@@ -209,17 +221,30 @@ impl Store {
     /// # Errors
     /// What the file system says.
     pub fn quarantine(&self) -> Result<Vec<FileInfo>, OpenError> {
-        let path = self.dir.join(QUARANTINE);
-        match list(&path) {
+        let path = self.dir().join(QUARANTINE);
+        match self.list(&path) {
             Err(error) if error.kind() == ErrorKind::NotFound => Ok(Vec::new()),
             listed => listed.map_err(|source| OpenError::Io { action: "listing", path, source }),
         }
     }
 
+    /// Every file in a folder, sorted by name.
+    fn list(&self, dir: &Path) -> io::Result<Vec<FileInfo>> {
+        let mut files = self.files.list_with_stat(dir)?;
+        files.retain(|(_, stat)| FileType::from_raw_mode(stat.st_mode).is_file());
+        // POSIX counts blocks of 512 bytes, whatever the file system's own are.
+        let info = |(name, stat): (String, Stat)| FileInfo {
+            name,
+            bytes: stat.st_size as u64,
+            allocated_bytes: stat.st_blocks as u64 * 512,
+        };
+        Ok(files.into_iter().map(info).collect())
+    }
+
     fn segment_state(&self, shard: ShardId, index: u64) -> Result<SegmentState, OpenError> {
         let path = self.shard_dir(shard).join(segment_name(index));
         let io = |source| OpenError::Io { action: "reading", path: path.clone(), source };
-        let file = match File::open(&path) {
+        let file = match self.files.open_file(&path) {
             Ok(file) => file,
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(SegmentState::Missing),
             Err(error) => return Err(io(error)),
@@ -357,24 +382,4 @@ fn read_up_to(file: &File, buffer: &mut [u8], at: u64) -> io::Result<usize> {
 
 fn io_error(path: &Path, source: io::Error) -> ReadError {
     ReadError::Io { action: "reading", path: path.to_owned(), source }
-}
-
-/// Every file in a folder, sorted by name.
-fn list(dir: &Path) -> io::Result<Vec<FileInfo>> {
-    let mut files = Vec::new();
-    for entry in fs::read_dir(dir)? {
-        let entry = entry?;
-        // A file can go while the folder is read; then it is not there.
-        let Ok(metadata) = entry.metadata() else { continue };
-        if metadata.is_file() {
-            files.push(file_info(entry.file_name().to_string_lossy().into_owned(), &metadata));
-        }
-    }
-    files.sort_by(|a, b| a.name.cmp(&b.name));
-    Ok(files)
-}
-
-fn file_info(name: String, metadata: &fs::Metadata) -> FileInfo {
-    // POSIX counts blocks of 512 bytes, whatever the file system's own are.
-    FileInfo { name, bytes: metadata.len(), allocated_bytes: metadata.blocks() * 512 }
 }

@@ -14,7 +14,6 @@ use crate::log::format::{
     record_at, u32_at,
 };
 use crate::log::manifest::{Span, segment_name};
-use crate::log::storage::Files;
 
 /// Bytes read at once, unless asked otherwise.
 const BUFFER_BYTES: usize = 1 << 20;
@@ -544,7 +543,7 @@ impl Records {
     fn open(&self, index: u64) -> Result<Option<Result<Current, Unusable>>, ReadError> {
         self.look_comes();
         let path = self.store.shard_dir(self.shard).join(segment_name(index));
-        let file = match File::open(&path) {
+        let file = match self.store.files.open_file(&path) {
             Ok(file) => file,
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
             Err(source) => return Err(io_error(&path, source)),
@@ -556,7 +555,7 @@ impl Records {
 
     fn span(&self) -> Result<Option<Span>, ReadError> {
         self.look_comes();
-        Span::load(&Files, &self.store.shard_dir(self.shard)).map_err(|error| match error {
+        Span::load(&*self.store.files, &self.store.shard_dir(self.shard)).map_err(|error| match error {
             OpenError::Io { action, path, source } => ReadError::Io { action, path, source },
             _ => self.corruption("the shard's span does not hold").into(),
         })

@@ -1,7 +1,7 @@
 //! Plays an engine that writes, retires and damages files, and reads them meanwhile.
 
 use std::collections::HashMap;
-use std::fs::OpenOptions;
+use std::fs::{self, OpenOptions};
 
 use proptest::prelude::*;
 
@@ -32,7 +32,7 @@ impl Engine {
         let types = vec![StoredType { id: EventTypeId(1), schema_version: 1, name: "moved".into() }];
         let root = crate::log::manifest::Root::default();
         Manifest { store_id: 1, shards: 1, segment_bytes: SEGMENT_BYTES, root, types }
-            .save(&Files, dir.path())
+            .save(&Files::open(dir.path()).expect("opened"), dir.path())
             .expect("saved");
         fs::create_dir(shard_dir(dir.path(), ShardId(0))).expect("made");
         Self {
