@@ -491,7 +491,8 @@ fn shard_metrics<A: Aggregate>(id: ShardId, shard: &Handle<A>) -> ShardMetrics {
     metrics.appended_to = Offset(log.appended.get());
     metrics.durable_to = Offset(log.durable.get());
     metrics.segments = log.segments_len();
-    metrics.storage_full = log.storage_full.load(Ordering::Relaxed);
+    metrics.storage_full_why = log.why_storage_full();
+    metrics.storage_full = metrics.storage_full_why.is_some();
     metrics.failure = log.failure().cloned();
     metrics
 }

@@ -354,8 +354,9 @@ pub enum Rejected<E> {
     /// The lane is full (or stayed full until the deadline). On an engine's own thread, which must not wait, this is said at once.
     #[error("the lane is full")]
     Full(E),
-    /// The lane is full because the disk is; the shard goes on when space returns.
-    #[error("the lane is full and the disk has no space for a new segment")]
+    /// The lane is full because the shard waits for its storage: for space, or because quota, descriptors or memory are exhausted
+    /// ([`crate::ShardMetrics::storage_full_why`]). It goes on by itself when there are some again.
+    #[error("the lane is full and the storage has no room for a new segment")]
     StorageFull(E),
     /// The call would wait for the very thread that makes it: an engine's own, or that of a consumer it asks for. Nothing was sent.
     #[error("this thread would wait for itself")]
@@ -428,8 +429,8 @@ pub enum RejectedReason {
     /// The lane is full.
     #[error("the lane is full")]
     Full,
-    /// The lane is full because the disk is.
-    #[error("the lane is full and the disk has no space for a new segment")]
+    /// The lane is full because the storage is.
+    #[error("the lane is full and the storage has no room for a new segment")]
     StorageFull,
     /// The call would wait for the very thread that makes it. Nothing was sent.
     #[error("this thread would wait for itself")]
@@ -466,7 +467,7 @@ impl RejectedReason {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum GateError {
-    /// What stands in front cannot be published now, or there is no space for its record (`StorageFull`).
+    /// What stands in front cannot be published now, or the storage has no room for its record (`StorageFull`).
     #[error(transparent)]
     Publish(RejectedReason),
     /// The record of a gap, or of where a partition started, could not be made durable, so nothing behind it may be published. It is

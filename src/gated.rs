@@ -34,7 +34,7 @@ use crate::producer::{Producer, Receipt, ShardDoor};
 use crate::sync::{Mutex, Patience, lock};
 
 pub use answer::{Accepted, GateRefused, LateEvent};
-pub(crate) use files::{GateFiles, Positions, Recorded, Standing, gates_dir, is_full};
+pub(crate) use files::{GateFiles, Positions, Recorded, Standing, gates_dir};
 pub use record::Gap;
 pub(crate) use record::{Entry, Start};
 pub(crate) use recovered::{Counts, Recovered, Uncounted};

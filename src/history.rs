@@ -265,9 +265,9 @@ pub(crate) fn state_at<A: Aggregate>(
     };
     let around = || match checkpoints {
         true => store.around_with_checkpoints(key, reaches),
-        false => store.around(key, reaches),
+        false => Ok(store.around(key, reaches)),
     };
-    let (mut base, next) = around();
+    let (mut base, next) = around()?;
     // In the middle of a batch a state is saved a moment before its event can be read.
     let appended = finder.log().appended.get();
     let upper = match next.filter(|next| next.head.0 < appended) {
@@ -284,12 +284,12 @@ pub(crate) fn state_at<A: Aggregate>(
         let state = match base {
             None => Some(A::default()),
             Some(saved) => {
-                guard("upgrade", finder.log().shard, || store.read(key, &saved, |entry| entry.state::<A>()))?
+                guard("upgrade", finder.log().shard, || store.read(key, &saved, |entry| entry.state::<A>()))??
             }
         };
         let Some(state) = state else {
             // Unreadable: an earlier one, or the log from its beginning, gives the same.
-            (base, _) = around();
+            (base, _) = around()?;
             continue;
         };
         let from = base.map_or(Version(0), |saved| saved.version);

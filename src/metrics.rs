@@ -237,8 +237,10 @@ macro_rules! counters {
             pub durable_to: Offset,
             /// Segments held.
             pub segments: usize,
-            /// The shard waits for disk space.
+            /// The shard waits for its storage: for space, or because quota, descriptors or memory are exhausted.
             pub storage_full: bool,
+            /// What was to be done then, and what the system said.
+            pub storage_full_why: Option<std::sync::Arc<str>>,
             /// Why the shard failed, if it did.
             pub failure: Option<ShardFailure>,
         }
@@ -255,6 +257,7 @@ macro_rules! counters {
                     durable_to: Offset(0),
                     segments: 0,
                     storage_full: false,
+                    storage_full_why: None,
                     failure: None,
                 }
             }

@@ -233,7 +233,7 @@ impl ShardDoor {
     }
 
     pub(crate) fn full<E>(&self, event: E) -> Rejected<E> {
-        if self.log.storage_full.load(Ordering::Relaxed) { Rejected::StorageFull(event) } else { Rejected::Full(event) }
+        if self.log.is_storage_full() { Rejected::StorageFull(event) } else { Rejected::Full(event) }
     }
 }
 

@@ -1,7 +1,6 @@
 //! The thread of a shard: pinning, waiting, ending. What the shard does in a turn is not known here.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::time::Instant;
 
 use crate::aggregate::Aggregate;
 use crate::clock::wall_now;
@@ -62,8 +61,7 @@ fn turn_until_closed<A: Aggregate>(
         if shard.turn()? > 0 {
             idle.reset();
         } else {
-            let wake_at = shard.taker.rest().map(|rest| Instant::now() + rest);
-            idle.step(&door.signal, wake_at, || {
+            idle.step(&door.signal, shard.wake_at(), || {
                 shard.has_work() || door.closing.load(Ordering::SeqCst) || shard.log.failure().is_some()
             });
         }
@@ -84,7 +82,7 @@ fn turn_until_closed<A: Aggregate>(
                 source: std::sync::Arc::new(full),
             });
         } else {
-            idle.step(&door.signal, None, || {
+            idle.step(&door.signal, shard.wake_at(), || {
                 // What it waits for may be what retention frees once the states are saved.
                 (!shard.is_stalled() && shard.has_events())
                     || shard.taker.has_work()

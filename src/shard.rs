@@ -8,6 +8,7 @@ mod commands;
 mod handling;
 
 use std::path::PathBuf;
+use std::time::Instant;
 
 use crate::aggregate::{Aggregate, Emit};
 use crate::clock::{Clock, Nanos, wall_now};
@@ -96,6 +97,10 @@ pub(crate) struct Work<A: Aggregate> {
     client_next: usize,
     keeper_told_at: u64,
     stalled: bool,
+    /// Notes of handlers' failures that are not in their file yet. Nothing is appended before they are.
+    notes: Vec<u8>,
+    /// When writing them is tried again, after the storage had no room.
+    notes_at: Option<Instant>,
 }
 
 impl<A: Aggregate> Work<A> {
@@ -114,6 +119,8 @@ impl<A: Aggregate> Work<A> {
             client_next: 0,
             keeper_told_at: 0,
             stalled: false,
+            notes: Vec::new(),
+            notes_at: None,
         }
     }
 }
@@ -133,6 +140,12 @@ impl<A: Aggregate> Shard<A> {
         self.adopt();
         let began = self.clock.now();
         self.work.stalled = false;
+        if !self.write_notes()? {
+            let looked = self.answer_questions();
+            self.save(false);
+            self.recorder.exchange();
+            return Ok(looked);
+        }
         if self.work.held.is_some() && !self.append_held()? {
             // What was decided rests on the state as it is now: nothing may come in between. But the segment it waits for may
             // be one that retention frees once the states are saved, and who only looks need not wait.
@@ -185,15 +198,23 @@ impl<A: Aggregate> Shard<A> {
     pub(crate) fn has_events(&self) -> bool {
         !self.work.taken.is_empty()
             || self.work.held.is_some()
+            || !self.work.notes.is_empty()
             || !self.shared_lane.queue.is_empty()
             || self.lanes.iter().any(|lane| !lane.ring.is_empty())
             || self.clients.iter().any(|client| !client.orders.is_empty())
     }
 
-    /// Whether the last turn had to leave events because no segment was ready, and none is now. Looked at before
-    /// sleeping: the keeper may have handed one over, and notified, between the turn and the sleep.
+    /// Whether the last turn had to leave events because no segment was ready, and none is now; or because notes of failures
+    /// cannot be written before a later time. Looked at before sleeping: the keeper may have handed one over, and notified,
+    /// between the turn and the sleep.
     pub(crate) fn is_stalled(&self) -> bool {
-        self.work.stalled && !self.writer.segment_ready()
+        (self.work.stalled && !self.writer.segment_ready()) || self.work.notes_at.is_some_and(|at| Instant::now() < at)
+    }
+
+    /// When there is something to do again, if nothing else happens.
+    pub(crate) fn wake_at(&self) -> Option<Instant> {
+        let saving = self.taker.rest().map(|rest| Instant::now() + rest);
+        saving.into_iter().chain(self.work.notes_at).min()
     }
 
     /// Saves states, if it is time to.

@@ -35,6 +35,8 @@ struct Disk {
     segment_bytes_left: Option<u64>,
     operations: u64,
     fail_operation_at: Option<u64>,
+    /// From this operation on none but syncs of folders succeeds; the system's number for why.
+    exhausted: Option<(u64, i32)>,
     /// Operations and syncs together.
     gone_at: Option<u64>,
     held: bool,
@@ -162,6 +164,20 @@ impl FaultyStorage {
         disk.fail_operation_at = Some(disk.operations + n);
     }
 
+    /// From the `n`-th operation from now on (1 is the next) every operation fails for want of something, until [`FaultyStorage::heal`]:
+    /// `errno` is the system's number for what, such as that for too many open files. Syncs go on.
+    pub fn exhaust(&self, n: u64, errno: i32) {
+        let mut disk = lock(&self.0);
+        disk.exhausted = Some((disk.operations + n, errno));
+    }
+
+    /// Whether an operation has failed for what [`FaultyStorage::exhaust`] says.
+    #[must_use]
+    pub fn is_exhausted(&self) -> bool {
+        let disk = lock(&self.0);
+        disk.exhausted.is_some_and(|(from, _)| disk.operations >= from)
+    }
+
     /// Before the `n`-th operation or sync from now (1 is the next) the disk is gone: that one and all others fail, and what it holds
     /// stays as it is until a power cut.
     pub fn be_gone(&self, n: u64) {
@@ -179,6 +195,7 @@ impl FaultyStorage {
     pub fn heal(&self) {
         let mut disk = lock(&self.0);
         (disk.fail_sync_at, disk.fail_operation_at, disk.gone_at) = (None, None, None);
+        disk.exhausted = None;
     }
 
     /// From now on nothing can be written into any file but segments that are there, as on a full disk, until this is taken back.
@@ -215,6 +232,17 @@ impl FaultyStorage {
     }
 
     fn operation<T>(&self, body: impl FnOnce(&mut Disk) -> io::Result<T>) -> io::Result<T> {
+        self.numbered(|disk| {
+            if let Some((from, errno)) = disk.exhausted
+                && disk.operations >= from
+            {
+                return Err(io::Error::from_raw_os_error(errno));
+            }
+            body(disk)
+        })
+    }
+
+    fn numbered<T>(&self, body: impl FnOnce(&mut Disk) -> io::Result<T>) -> io::Result<T> {
         let mut disk = self.answering();
         disk.operations += 1;
         if disk.is_gone() || disk.fail_operation_at == Some(disk.operations) {
@@ -455,7 +483,7 @@ impl Storage for FaultyStorage {
     }
 
     fn sync_dir(&self, dir: &Path) -> io::Result<()> {
-        self.operation(|disk| {
+        self.numbered(|disk| {
             let here = |path: &PathBuf| path.parent() == Some(dir);
             disk.durable_names.retain(|path, _| !here(path));
             let live: Vec<_> = disk

@@ -75,7 +75,7 @@ fn may_use(file: &str) -> Option<&'static [&'static str]> {
         "snapshot.rs" => &[],
         "snapshot/format.rs" => &["aggregate", "command", "event", "keys", "log"],
         "snapshot/taker.rs" => &["aggregate", "clock", "command", "event", "keys", "snapshot", "sync", "Engine"],
-        "snapshot/store.rs" => &["event", "log", "snapshot", "sync"],
+        "snapshot/store.rs" => &["error", "event", "log", "snapshot", "sync"],
         "snapshot/snapshotter.rs" => &["config", "error", "event", "log", "snapshot", "sync", "clock"],
         "snapshot/load.rs" => &["aggregate", "event", "keys", "log", "snapshot", "sync"],
         _ if file.starts_with("view/") => &["aggregate", "event", "error", "config", "sync", "view"],

@@ -8,11 +8,11 @@ use crate::error::{GateError, GateOpenError, OpenError, ReadError};
 use crate::event::Offset;
 use crate::gated::{
     Counts, Entry, Gap, GateFiles, GatedProducer, GatedShard, Parts, Positions, Recorded, Recovered, Start, TakenName,
-    Uncounted, gates_dir, hold_name, is_full,
+    Uncounted, gates_dir, hold_name,
 };
 use crate::log::manifest::is_folder_name;
 use crate::log::reader::Reader;
-use crate::log::storage::Storage;
+use crate::log::storage::{Storage, is_exhausted};
 use crate::sync::Arc;
 
 /// What the gates of a store have not counted.
@@ -134,7 +134,7 @@ impl<A: Aggregate> Engine<A> {
         match gated.save_counted(counted) {
             Ok(()) => Ok(gated),
             // A cache: the older ones stay, and so does what they keep retention from.
-            Err(GateError::Positions(OpenError::Io { source, .. })) if is_full(&source) => {
+            Err(GateError::Positions(OpenError::Io { source, .. })) if is_exhausted(&source) => {
                 tracing::warn!(name, "no space for a gate's positions; they are saved by the next call that does");
                 Ok(gated)
             }

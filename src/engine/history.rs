@@ -186,7 +186,7 @@ impl<A: Aggregate> Engine<A> {
     fn earliest(&self, shard: &Handle<A>, key: Key) -> Result<Version, HistoryError> {
         // Where the record itself is held, all that come after it are.
         let earliest = shard.door.log.earliest();
-        let (_, saved) = shard.store.around_with_checkpoints(key, |saved| saved.head < earliest);
+        let (_, saved) = shard.store.around_with_checkpoints(key, |saved| saved.head < earliest)?;
         match saved {
             Some(saved) => Ok(saved.version),
             None => Ok(self.head(key)?.version),

@@ -11,7 +11,7 @@ use super::record::{self, Entry, FileEnd, Gap, Start, WITNESSES_UNSYNCED_MAX};
 use crate::error::{GateError, OpenError, RejectedReason};
 use crate::log::format::{ALIGN, FORMAT_VERSION, OFFSETS_END, u16_at, u64_at};
 use crate::log::manifest::checked;
-use crate::log::storage::{SideFile, Storage, replace};
+use crate::log::storage::{SideFile, Storage, is_exhausted, replace};
 
 const POSITIONS_MAGIC: [u8; 8] = *b"corelpos";
 const GAPS: &str = "gaps";
@@ -251,7 +251,7 @@ impl GateFiles {
             let path = self.dir.join(GAPS);
             tracing::warn!(path = %path.display(), bytes = found.torn, "a torn gap record is cut");
             match replace(&*self.storage, &self.dir, GAPS, &found.whole) {
-                Err(error) if is_full(&error) => {
+                Err(error) if is_exhausted(&error) => {
                     tracing::warn!(path = %path.display(), "no space to cut it; the next entry is written over it");
                 }
                 cut => cut.map_err(self.io("cutting", GAPS))?,
@@ -276,7 +276,7 @@ impl GateFiles {
             let file = self.storage.edit_side(&self.dir.join(name))?;
             match file.write_at(0, content) {
                 // The same bytes are there already.
-                Err(error) if is_full(&error) && !has_more => {}
+                Err(error) if is_exhausted(&error) && !has_more => {}
                 written => written?,
             }
             file.sync()
@@ -319,7 +319,8 @@ impl GateFiles {
 
     fn write(&mut self, entry: &Entry) -> Result<(), Unwritten> {
         let ends = self.ends.expect("a gate that records is open");
-        let failed = |name| move |error| if is_full(&error) { Unwritten::Full } else { Unwritten::Failed(name, error) };
+        let failed =
+            |name| move |error| if is_exhausted(&error) { Unwritten::Full } else { Unwritten::Failed(name, error) };
         // Both before anything is written: where one was taken away, nothing is recorded.
         let gaps = self.as_left(GAPS, ends.gaps).map_err(failed(GAPS))?;
         let witnesses = self.as_left(WITNESS, ends.witness).map_err(failed(WITNESS))?;
@@ -391,11 +392,6 @@ impl GateFiles {
         self.storage.remove(&self.dir.join(POSITIONS)).map_err(self.io("removing", POSITIONS))?;
         self.storage.sync_dir(&self.dir).map_err(self.io("syncing", ""))
     }
-}
-
-/// Whether an error says that there is no space.
-pub(crate) fn is_full(error: &io::Error) -> bool {
-    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }
 
 #[cfg(test)]

@@ -18,8 +18,8 @@ use crate::log::age::{Ages, Now};
 use crate::log::format::{HEADER_BYTES, OFFSETS_END, encode_prepared};
 use crate::log::manifest::Span;
 use crate::log::mmap::{Memory, WriteHalf};
-use crate::log::segment::{Segment, ShardLog};
-use crate::log::storage::Storage;
+use crate::log::segment::{Segment, ShardLog, Waits};
+use crate::log::storage::{Storage, is_exhausted};
 use crate::log::writer::{Prepared, PreparedQueue};
 use crate::metrics::Counters;
 use crate::snapshot::taker::CheckpointRequests;
@@ -38,7 +38,7 @@ pub(crate) struct KeeperRequests {
 const PREFAULT_BYTES: usize = 64 << 20;
 /// How much of that is done before looking at the other shards.
 const PREFAULT_STEP_BYTES: usize = 4 << 20;
-/// How long after a failed attempt for lack of space the next is made.
+/// How long after an attempt for which something was exhausted the next is made.
 const RETRY: Duration = Duration::from_millis(100);
 /// How often it is looked at whether the log has become durable, where retention waits for that. (A syncer that woke the keeper would
 /// do so a thousand times a second.)
@@ -123,12 +123,16 @@ impl Keeper {
                 continue;
             }
             match self.step_shard(i) {
-                Ok(did) => worked |= did,
-                Err((_, error)) if is_full(&error) => {
-                    let kept = &mut self.shards[i];
-                    if !kept.log.storage_full.swap(true, Ordering::SeqCst) {
-                        tracing::error!(shard = kept.log.shard.0, %error, "no space for a new segment; publishers wait until there is");
+                Ok(did) => {
+                    worked |= did;
+                    let kept = &self.shards[i];
+                    if kept.log.is_storage_full() && kept.prepared.is_full() {
+                        kept.log.wait_for_storage(Waits::Segment, None);
                     }
+                }
+                Err((action, error)) if is_exhausted(&error) => {
+                    let kept = &mut self.shards[i];
+                    kept.log.wait_for_storage(Waits::Segment, Some((action, &error)));
                     kept.retry_at = Some(Instant::now() + RETRY);
                 }
                 Err((action, source)) => {
@@ -187,7 +191,7 @@ impl Keeper {
                 };
                 let memory = match usable {
                     Ok(memory) => memory,
-                    Err(error) if is_full(&error) => {
+                    Err(error) if is_exhausted(&error) => {
                         kept.spares.push((spare, None));
                         return Err(error);
                     }
@@ -200,7 +204,10 @@ impl Keeper {
                     }
                 };
                 let memory = blank(&*self.storage, memory, salt)?;
-                self.storage.rename(&spare, &path)?;
+                if let Err(error) = self.storage.rename(&spare, &path) {
+                    kept.spares.push((spare, Some(memory)));
+                    return Err(error);
+                }
                 memory
             }
             None => {
@@ -231,12 +238,14 @@ impl Keeper {
         }
         // The first is wanted now; for later ones there is time.
         let ahead = if kept.log.segments_len() == 0 { PREFAULT_STEP_BYTES } else { PREFAULT_BYTES };
-        memory.prefault(0..ahead.min(memory.len()))?;
+        if let Err(error) = memory.prefault(0..ahead.min(memory.len())) {
+            kept.spares.push((path, Some(memory)));
+            return Err(error);
+        }
         kept.next_index += 1;
         if kept.prepared.push(Prepared { index, salt, memory }).is_err() {
             unreachable!("only the keeper prepares, and there was room");
         }
-        kept.log.storage_full.store(false, Ordering::SeqCst);
         kept.shard_signal.notify();
         Ok(true)
     }
@@ -342,8 +351,12 @@ impl Keeper {
         if kept.spares.len() <= self.spares_max || !kept.prepared.is_full() {
             return Ok(false);
         }
-        let (path, _) = kept.spares.remove(0);
+        let (path, memory) = kept.spares.remove(0);
         match self.storage.remove(&path) {
+            Err(error) if is_exhausted(&error) => {
+                kept.spares.insert(0, (path, memory));
+                return Err(error);
+            }
             Err(error) => tracing::warn!(path = %path.display(), %error, "a spare too many cannot be removed"),
             Ok(()) => self.storage.sync_dir(&kept.log.dir)?,
         }
@@ -353,25 +366,36 @@ impl Keeper {
     fn reuse_retired(&mut self, i: usize) -> io::Result<bool> {
         let kept = &mut self.shards[i];
         let mut worked = false;
+        let mut failed = None;
         for (path, memory) in std::mem::take(&mut kept.retiring) {
-            match std::sync::Arc::try_unwrap(memory) {
-                Err(held) => kept.retiring.push((path, held)),
-                Ok(memory) if kept.spares.len() < self.spares_max => {
-                    let spare = kept.log.dir.join(format!("spare-{:06}.seg", kept.spare_number));
-                    kept.spare_number += 1;
-                    self.storage.rename(&path, &spare)?;
-                    self.storage.sync_dir(&kept.log.dir)?;
-                    kept.spares.push((spare, Some(memory)));
-                    worked = true;
+            let memory = match std::sync::Arc::try_unwrap(memory) {
+                Ok(memory) if failed.is_none() => memory,
+                Ok(memory) => {
+                    kept.retiring.push((path, std::sync::Arc::new(memory)));
+                    continue;
                 }
-                Ok(_) => {
-                    self.storage.remove(&path)?;
-                    self.storage.sync_dir(&kept.log.dir)?;
-                    worked = true;
+                Err(held) => {
+                    kept.retiring.push((path, held));
+                    continue;
                 }
+            };
+            let is_kept = kept.spares.len() < self.spares_max;
+            let spare = kept.log.dir.join(format!("spare-{:06}.seg", kept.spare_number));
+            let done = if is_kept { self.storage.rename(&path, &spare) } else { self.storage.remove(&path) };
+            if let Err(error) = done {
+                // It stays what it is, for the next attempt.
+                kept.retiring.push((path, std::sync::Arc::new(memory)));
+                failed = Some(error);
+                continue;
             }
+            self.storage.sync_dir(&kept.log.dir)?;
+            if is_kept {
+                kept.spare_number += 1;
+                kept.spares.push((spare, Some(memory)));
+            }
+            worked = true;
         }
-        Ok(worked)
+        failed.map_or(Ok(worked), Err)
     }
 }
 
@@ -453,10 +477,6 @@ fn reopen(storage: &dyn Storage, path: &Path, segment_bytes: u64, small_pages: b
         storage.zero(path, HEADER_BYTES as u64)?;
     }
     Ok(memory)
-}
-
-fn is_full(error: &io::Error) -> bool {
-    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }
 
 /// When a segment was begun, which is when the one before it got its newest record.

@@ -140,7 +140,9 @@ impl Memory {
             // Whole pages below the end are not written any more. Taken out of the address space all at once they need
             // one flush of the other cores' translations; the sync would make one for every page it cleans. Whoever
             // reads them finds them again in the system's cache.
-            self.advise(start..range.end / page * page, rustix::mm::Advice::LinuxDontNeed)?;
+            if let Err(error) = self.advise(start..range.end / page * page, rustix::mm::Advice::LinuxDontNeed) {
+                tracing::debug!(%error, "synced pages stay in the address space");
+            }
         }
         // SAFETY: start <= end <= bytes: the place lies in the memory.
         let at = unsafe { self.base.add(start) };

@@ -47,8 +47,19 @@ pub(crate) struct ShardLog {
     pub(crate) holds: Holds,
     failed: AtomicBool,
     failure: OnceLock<ShardFailure>,
-    /// The shard wants a segment and the disk has no space for one.
-    pub(crate) storage_full: AtomicBool,
+    /// Something of the shard waits for its storage.
+    storage_full: AtomicBool,
+    /// What waits, and why.
+    waiting: Mutex<[Option<std::sync::Arc<str>>; 2]>,
+}
+
+/// What of a shard waits while its storage is full, or descriptors or memory are exhausted.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Waits {
+    /// The keeper: to prepare a segment, or to free one.
+    Segment,
+    /// The shard: to note that an inline handler failed.
+    Note,
 }
 
 impl ShardLog {
@@ -74,7 +85,33 @@ impl ShardLog {
             failed: AtomicBool::new(false),
             failure: OnceLock::new(),
             storage_full: AtomicBool::new(false),
+            waiting: Mutex::default(),
         }
+    }
+
+    /// Whether something waits for the storage, which is why nothing is taken out of the lanes for long.
+    pub(crate) fn is_storage_full(&self) -> bool {
+        self.storage_full.load(Ordering::Relaxed)
+    }
+
+    /// Notes why something waits for the storage, and says so once; `None`: it does no longer.
+    pub(crate) fn wait_for_storage(&self, what: Waits, why: Option<(&'static str, &std::io::Error)>) {
+        let mut waiting = lock(&self.waiting);
+        let place = &mut waiting[what as usize];
+        match why {
+            None => *place = None,
+            Some(_) if place.is_some() => {}
+            Some((action, error)) => {
+                tracing::error!(shard = self.shard.0, action, %error, "the storage has no room; publishers wait until it has");
+                *place = Some(format!("{action}: {error}").into());
+            }
+        }
+        self.storage_full.store(waiting.iter().any(Option::is_some), Ordering::SeqCst);
+    }
+
+    /// Why something waits for the storage.
+    pub(crate) fn why_storage_full(&self) -> Option<std::sync::Arc<str>> {
+        lock(&self.waiting).iter().flatten().next().cloned()
     }
 
     pub(crate) fn segment_of(&self, offset: Offset) -> u64 {

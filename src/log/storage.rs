@@ -16,9 +16,10 @@ use std::path::{Path, PathBuf, absolute};
 use std::sync::Arc;
 
 use rustix::fs::{
-    AtFlags, Dir, FallocateFlags, Mode, OFlags, Stat, fstat, fsync, mkdirat, openat, renameat, statat, unlinkat,
+    AtFlags, Dir, FallocateFlags, Mode, OFlags, Stat, fallocate, fstat, fsync, mkdirat, openat, renameat, statat,
+    unlinkat,
 };
-use rustix::io::retry_on_intr;
+use rustix::io::{Errno, retry_on_intr};
 
 use crate::log::mmap::Memory;
 use crate::sync::{Mutex, lock};
@@ -101,7 +102,7 @@ impl SideFile for File {
     }
 
     fn sync(&self) -> io::Result<()> {
-        self.sync_data()
+        synced(self.sync_data())
     }
 }
 
@@ -157,7 +158,7 @@ impl Files {
             match statat(&*folder, name.as_os_str(), AtFlags::SYMLINK_NOFOLLOW) {
                 Ok(stat) => all.push((name.to_string_lossy().into_owned(), stat)),
                 // It went while the folder was read.
-                Err(rustix::io::Errno::NOENT) => {}
+                Err(Errno::NOENT) => {}
                 Err(error) => return Err(error.into()),
             }
         }
@@ -224,10 +225,10 @@ impl Storage for Files {
         self.create_dir(dir.parent().unwrap_or(&self.root))?;
         let (parent, name) = self.place(dir)?;
         match mkdirat(&*parent, name, Mode::from_raw_mode(0o777)) {
-            Err(rustix::io::Errno::EXIST) => {}
+            Err(Errno::EXIST) => {}
             made => made?,
         }
-        fsync(&*parent)?;
+        synced(fsync(&*parent).map_err(io::Error::from))?;
         self.folder(dir).map(drop)
     }
 
@@ -256,13 +257,19 @@ impl Storage for Files {
     fn write(&self, path: &Path, content: &[u8]) -> io::Result<()> {
         let mut file = self.file(path, OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC)?;
         file.write_all(content)?;
-        file.sync_all()
+        synced(file.sync_all())
     }
 
     fn append(&self, path: &Path, content: &[u8]) -> io::Result<()> {
         let mut file = self.file(path, OFlags::WRONLY | OFlags::CREATE | OFlags::APPEND)?;
-        file.write_all(content)?;
-        file.sync_all()
+        let before = file.metadata()?.len();
+        file.write_all(content).inspect_err(|error| {
+            // What is tried again must not stand behind a part of itself.
+            if let Err(again) = file.set_len(before) {
+                tracing::warn!(path = %path.display(), %error, %again, "a part of what was appended stays");
+            }
+        })?;
+        synced(file.sync_all())
     }
 
     fn create_side(&self, path: &Path) -> io::Result<Box<dyn SideFile>> {
@@ -279,10 +286,8 @@ impl Storage for Files {
 
     fn create_segment(&self, path: &Path, bytes: u64) -> io::Result<Memory> {
         let file = self.file(path, OFlags::RDWR | OFlags::CREATE | OFlags::EXCL)?;
-        let made = rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, bytes)
-            .map_err(io::Error::from)
-            .and_then(|()| file.sync_all())
-            .and_then(|()| Memory::map(&file, true));
+        let made =
+            allocate(&file, bytes).and_then(|()| synced(file.sync_all())).and_then(|()| Memory::map(&file, true));
         if made.is_err()
             && let Err(error) = self.remove(path)
         {
@@ -302,11 +307,11 @@ impl Storage for Files {
             file.write_all_at(&zeros[..(end - at) as usize], at)?;
             // Left to the system, all of it would be written at some time between two syncs that somebody waits for.
             if end.is_multiple_of(ZERO_STEP_BYTES) {
-                file.sync_data()?;
+                synced(file.sync_data())?;
             }
             at = end;
         }
-        file.sync_data()
+        synced(file.sync_data())
     }
 
     fn open_segment(&self, path: &Path, writable: bool) -> io::Result<Memory> {
@@ -317,13 +322,13 @@ impl Storage for Files {
         }
         if writable {
             // A copied or restored file may have holes; storing into one could be a SIGBUS on a full disk.
-            rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, bytes)?;
+            allocate(&file, bytes)?;
         }
         Memory::map(&file, writable)
     }
 
     fn sync(&self, memory: &Memory, range: Range<usize>) -> io::Result<()> {
-        memory.sync(range)
+        synced(memory.sync(range))
     }
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
@@ -337,7 +342,7 @@ impl Storage for Files {
     }
 
     fn sync_dir(&self, dir: &Path) -> io::Result<()> {
-        Ok(fsync(&*self.folder(dir)?)?)
+        synced(fsync(&*self.folder(dir)?).map_err(io::Error::from))
     }
 
     fn boot_id(&self) -> u64 {
@@ -357,6 +362,29 @@ fn sync_found(dir: &Path, parent: &Path) -> io::Result<()> {
         Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Ok(()),
         parent => parent?.sync_all(),
     }
+}
+
+/// A sync that failed. It is final, whatever the system's reason: what was to be durable may be lost, and the next sync does not tell.
+#[derive(Debug, thiserror::Error)]
+#[error("a sync failed: {0}")]
+struct SyncFailed(io::Error);
+
+fn synced(result: io::Result<()>) -> io::Result<()> {
+    result.map_err(|error| io::Error::other(SyncFailed(error)))
+}
+
+/// Whether an operation that is no sync was refused for want of what may come back: space, quota, descriptors, memory; or was
+/// interrupted. It changed nothing then, and is tried again.
+pub(crate) fn is_exhausted(error: &io::Error) -> bool {
+    use io::ErrorKind::{Interrupted, OutOfMemory, QuotaExceeded, StorageFull, WouldBlock};
+    let kinds = [StorageFull, QuotaExceeded, OutOfMemory, Interrupted, WouldBlock];
+    let descriptors = [Errno::MFILE, Errno::NFILE].map(|errno| Some(errno.raw_os_error()));
+    kinds.contains(&error.kind()) || descriptors.contains(&error.raw_os_error())
+}
+
+/// Gives a file real blocks up to its end.
+fn allocate(file: &File, bytes: u64) -> io::Result<()> {
+    Ok(retry_on_intr(|| fallocate(file, FallocateFlags::empty(), 0, bytes))?)
 }
 
 /// How a folder is opened. Reading it is enough, for its descriptor to be synced and locked too.
@@ -426,5 +454,41 @@ mod tests {
                 assert!(found[kept..].iter().all(|&byte| byte == 0), "{bytes} bytes from {from}");
             }
         }
+    }
+
+    #[test]
+    fn only_what_may_come_back_is_exhausted_and_a_sync_never_is() {
+        let again = [Errno::NOSPC, Errno::DQUOT, Errno::MFILE, Errno::NFILE, Errno::NOMEM, Errno::INTR, Errno::AGAIN];
+        for errno in again {
+            assert!(is_exhausted(&errno.into()), "{errno}");
+            let error = synced(Err(errno.into())).expect_err("failed");
+            assert!(!is_exhausted(&error), "{error}");
+            assert!(error.to_string().contains(&io::Error::from(errno).to_string()), "{error}");
+        }
+        for errno in [Errno::IO, Errno::NOENT, Errno::ACCESS, Errno::ROFS, Errno::NODEV, Errno::FBIG, Errno::BADF] {
+            assert!(!is_exhausted(&errno.into()), "{errno}");
+        }
+    }
+
+    #[test]
+    fn what_was_appended_in_part_is_taken_back() {
+        let dir = tempfile::tempdir().expect("a folder");
+        let mount = |args: &[&str]| {
+            let mounted = std::process::Command::new(args[0]).args(&args[1..]).arg(dir.path()).output();
+            mounted.is_ok_and(|output| output.status.success())
+        };
+        if !mount(&["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs"]) {
+            eprintln!("skipped: mounting needs root");
+            return;
+        }
+        let path = dir.path().join("notes");
+        let files = Files::open(dir.path()).expect("opened");
+        let done = files.append(&path, b"one\n").and_then(|()| Ok(files.append(&path, &[b'x'; 100_000]).err()));
+        let left = files.read(&path);
+        drop(files);
+        assert!(mount(&["umount"]));
+        let error = done.expect("there is room for one").expect("there is none for the other");
+        assert!(is_exhausted(&error), "{error}");
+        assert_eq!(left.expect("read"), b"one\n");
     }
 }

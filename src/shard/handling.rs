@@ -1,6 +1,7 @@
 //! The inline handlers of one shard over one batch, and what becomes of their errors.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::time::{Duration, Instant};
 
 use super::Shard;
 use crate::aggregate::Aggregate;
@@ -9,6 +10,11 @@ use crate::event::{Meta, Offset};
 use crate::handler::panic_text;
 use crate::handler::{BatchEnd, HandlerError, OnError, Registered};
 use crate::log::format::RECORD_HEADER_BYTES;
+use crate::log::segment::Waits;
+use crate::log::storage::is_exhausted;
+
+/// How long after an attempt for which something was exhausted the next is made.
+const RETRY_NOTES: Duration = Duration::from_millis(100);
 
 impl<A: Aggregate> Shard<A> {
     /// Runs every inline handler over this batch.
@@ -23,8 +29,44 @@ impl<A: Aggregate> Shard<A> {
         outcome
     }
 
+    /// Writes down which events handlers failed on, if any waits for that. `false`: the storage has no room for it now, and the shard
+    /// takes nothing more in until it has.
+    #[inline]
+    pub(super) fn write_notes(&mut self) -> Result<bool, FailureCause> {
+        if self.work.notes.is_empty() { Ok(true) } else { self.try_notes() }
+    }
+
+    #[cold]
+    fn try_notes(&mut self) -> Result<bool, FailureCause> {
+        if self.work.notes_at.is_some_and(|at| Instant::now() < at) {
+            return Ok(false);
+        }
+        let file = self.quarantine.join("handlers.jsonl");
+        let noted = self
+            .storage
+            .create_dir(&self.quarantine)
+            .and_then(|()| self.storage.append(&file, &self.work.notes))
+            .and_then(|()| self.storage.sync_dir(&self.quarantine));
+        let action = "noting a quarantined event";
+        match noted {
+            Ok(()) => {
+                self.work.notes.clear();
+                if self.work.notes_at.take().is_some() {
+                    self.log.wait_for_storage(Waits::Note, None);
+                }
+                Ok(true)
+            }
+            Err(error) if is_exhausted(&error) => {
+                self.log.wait_for_storage(Waits::Note, Some((action, &error)));
+                self.work.notes_at = Some(Instant::now() + RETRY_NOTES);
+                Ok(false)
+            }
+            Err(source) => Err(FailureCause::Storage { action, source: std::sync::Arc::new(source) }),
+        }
+    }
+
     fn run_handler(
-        &self,
+        &mut self,
         registered: &mut Registered<A::Event>,
         placed: &[(Meta, usize)],
         end: &BatchEnd,
@@ -64,7 +106,7 @@ impl<A: Aggregate> Shard<A> {
 
     #[cold]
     fn on_handler_error(
-        &self,
+        &mut self,
         registered: &Registered<A::Event>,
         meta: Option<&Meta>,
         error: String,
@@ -83,15 +125,9 @@ impl<A: Aggregate> Shard<A> {
                 self.counters.quarantined.add(1);
                 let event_id = meta.map(|meta| meta.id().to_string());
                 let line = serde_json::json!({ "handler": registered.name, "event_id": event_id, "shard": self.id.0, "offset": offset.0, "error": error });
-                let file = self.quarantine.join("handlers.jsonl");
-                self.storage
-                    .create_dir(&self.quarantine)
-                    .and_then(|()| self.storage.append(&file, format!("{line}\n").as_bytes()))
-                    .and_then(|()| self.storage.sync_dir(&self.quarantine))
-                    .map_err(|source| FailureCause::Storage {
-                        action: "noting a quarantined event",
-                        source: std::sync::Arc::new(source),
-                    })
+                self.work.notes.extend_from_slice(format!("{line}\n").as_bytes());
+                // Where there is no room for it, no further turn takes an event in before there is.
+                self.try_notes().map(drop)
             }
         }
     }

@@ -9,9 +9,10 @@ use std::sync::OnceLock;
 use hashbrown::HashMap;
 use rkyv::util::AlignedVec;
 
+use crate::error::ReadError;
 use crate::event::{Key, Offset, Time, Version};
 use crate::log::format::{ALIGN, padded, u32_at};
-use crate::log::storage::{SideFile, Storage};
+use crate::log::storage::{SideFile, Storage, is_exhausted};
 use crate::snapshot::format::{ENTRY_HEADER_BYTES, Entry, FILE_HEADER_BYTES, Kind, entry_at};
 use crate::sync::{AtomicU64, Keyed, Mutex, Ordering, lock};
 
@@ -79,6 +80,8 @@ pub struct SnapshotStats {
     pub checkpoints_failed: u64,
 }
 
+const UNREADABLE: &str = "it cannot be read";
+
 /// Entries that are added under one lock.
 const ADDED_AT_A_TIME: usize = 1024;
 
@@ -122,12 +125,18 @@ impl SnapshotStore {
         &self,
         key: Key,
         reaches: impl Fn(&Saved) -> bool,
-    ) -> (Option<Saved>, Option<Saved>) {
+    ) -> Result<(Option<Saved>, Option<Saved>), ReadError> {
         let (mut before, mut behind) = self.around(key, &reaches);
         let checkpoints: Vec<Held> =
             lock(&self.index).files.iter().filter(|file| file.kind == Kind::Checkpoint).cloned().collect();
         for held in checkpoints {
-            let places = held.places.get_or_init(|| self.places(&held));
+            let places = match held.places.get() {
+                Some(places) => places,
+                None => {
+                    let places = self.places(&held)?;
+                    held.places.get_or_init(|| places)
+                }
+            };
             let Ok(at) = places.binary_search_by_key(&key, |(key, _)| *key) else { continue };
             let saved = places[at].1;
             if reaches(&saved) {
@@ -136,14 +145,13 @@ impl SnapshotStore {
                 behind = behind.filter(|other| other.version <= saved.version).or(Some(saved));
             }
         }
-        (before, behind)
+        Ok((before, behind))
     }
 
     /// Where the entries of a checkpoint are.
-    fn places(&self, held: &Held) -> Vec<(Key, Saved)> {
+    fn places(&self, held: &Held) -> Result<Vec<(Key, Saved)>, ReadError> {
         let mut places = Vec::new();
-        let bytes = self.storage.open_side(&held.path).and_then(|file| whole(&*file));
-        let read = bytes.map_err(|_| "it cannot be read").and_then(|bytes| {
+        let read = self.open(held)?.and_then(|file| whole(&*file).map_err(|_| UNREADABLE)).and_then(|bytes| {
             let mut at = FILE_HEADER_BYTES;
             while let Some(entry) = entry_at(&bytes, at)? {
                 if entry.version.0 > 0 {
@@ -156,12 +164,22 @@ impl SnapshotStore {
         if let Err(why) = read {
             tracing::warn!(path = %held.path.display(), why, "a checkpoint is unreadable");
             self.unreadable.fetch_add(1, Ordering::Relaxed);
-            return Vec::new();
+            return Ok(Vec::new());
         }
         // A part of the table that grew while it was saved comes twice; the later entry is no older.
         places.sort_by_key(|(key, saved)| (*key, std::cmp::Reverse(saved.version)));
         places.dedup_by_key(|(key, _)| *key);
-        places
+        Ok(places)
+    }
+
+    /// Opens a file. One that no descriptor is left for is not unreadable: that is an error, and it can be read later.
+    fn open(&self, held: &Held) -> Result<Result<Box<dyn SideFile>, &'static str>, ReadError> {
+        match self.storage.open_side(&held.path) {
+            Err(source) if is_exhausted(&source) => {
+                Err(ReadError::Io { action: "reading", path: held.path.clone(), source })
+            }
+            file => Ok(file.map_err(|_| UNREADABLE)),
+        }
     }
 
     /// Reads one entry, as it lies in its file, and shows it. An unreadable one is forgotten and counted.
@@ -170,14 +188,14 @@ impl SnapshotStore {
         key: Key,
         saved: &Saved,
         show: impl FnOnce(&Entry<'_>) -> Result<T, &'static str>,
-    ) -> Option<T> {
-        let held = lock(&self.index).files.iter().find(|file| file.number == saved.file).cloned()?;
-        let file = self.storage.open_side(&held.path).map_err(|_| "it cannot be read");
-        let shown = file.and_then(|file| read_entry(&*file, saved.position())).and_then(|bytes| {
+    ) -> Result<Option<T>, ReadError> {
+        let held = lock(&self.index).files.iter().find(|file| file.number == saved.file).cloned();
+        let Some(held) = held else { return Ok(None) };
+        let shown = self.open(&held)?.and_then(|file| read_entry(&*file, saved.position())).and_then(|bytes| {
             let entry = entry_at(&bytes, 0)?.filter(|entry| entry.key == key && entry.version == saved.version);
             show(&entry.ok_or("an entry of another key")?)
         });
-        shown
+        let shown = shown
             .map_err(|why| {
                 tracing::warn!(path = %held.path.display(), %key, version = %saved.version, why, "a saved state is unreadable");
                 self.unreadable.fetch_add(1, Ordering::Relaxed);
@@ -190,7 +208,8 @@ impl SnapshotStore {
                     file.places = std::sync::Arc::new(OnceLock::from(Vec::new()));
                 }
             })
-            .ok()
+            .ok();
+        Ok(shown)
     }
 
     /// Files of which nothing will be wanted any more: nothing before `earliest` is held of the log.
