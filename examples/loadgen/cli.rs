@@ -13,6 +13,8 @@ const EVENTS: u64 = 20_000_000;
 const WARMUP: u64 = 2_000_000;
 const RECORD_HEADER_BYTES: u64 = 48;
 const REPEATS_LIMIT: u32 = 5;
+/// Clocks have an end.
+const TIME_MAX: Duration = Duration::from_secs(1000 * 24 * 3600);
 /// Segments that `--limit` keeps in a synced mode, so that the run gets to recycled blocks.
 const SEGMENTS_KEPT: u64 = 2;
 
@@ -20,6 +22,7 @@ const SEGMENTS_KEPT: u64 = 2;
 ///
 /// Without flags: 20 million synthetic game events of 10,000 users, one producer, one shard, left to the
 /// operating system's cache, read back and checked. Numbers take k, M and G; times ms, s, m and h.
+/// A run in which nothing is appended for 30 s, as on a full disk, ends with the reason and status 1.
 #[derive(Parser, Debug, Clone)]
 #[command(name = "loadgen", max_term_width = 110)]
 pub(crate) struct Args {
@@ -33,7 +36,7 @@ pub(crate) struct Args {
     #[arg(long, default_value = "0", value_parser = count)]
     pub(crate) rate: u64,
     /// Search the highest offered rate that the engine sustains with p99 within --p99-max
-    #[arg(long, conflicts_with_all = ["rate", "events", "duration", "input", "limit"])]
+    #[arg(long, conflicts_with_all = ["rate", "events", "duration", "input", "limit", "repeat"])]
     pub(crate) find_max: bool,
     /// The p99 that --find-max accepts, from the intended time to appended (os) or durable
     #[arg(long, default_value = "10ms", value_parser = time, requires = "find_max")]
@@ -148,12 +151,20 @@ impl Args {
         args
     }
 
-    fn check(&self) -> Result<(), String> {
+    pub(crate) fn check(&self) -> Result<(), String> {
         if !self.payload.is_multiple_of(8) {
             return Err(format!("--payload {} is not a multiple of 8", self.payload));
         }
         if self.events == Some(0) || self.duration == Some(Duration::ZERO) {
             return Err("nothing to send".to_owned());
+        }
+        if self.step.is_zero() || self.p99_max.is_zero() {
+            return Err("--step and --p99-max must be more than nothing".to_owned());
+        }
+        // What the library takes unless it is asked for more.
+        let payload_max = self.segment_bytes / 4;
+        if u64::from(self.payload) > payload_max {
+            return Err(format!("--payload {} is more than a fourth of --segment-bytes", self.payload));
         }
         self.config(PathBuf::from("unused")).validate().map(drop).map_err(|error| error.to_string())
     }
@@ -219,11 +230,21 @@ impl Args {
     /// the one being prepared.
     pub(crate) fn warmup(&self) -> u64 {
         let round = |kept: u64| {
-            let records = (kept + 2 * self.segment_bytes) / (RECORD_HEADER_BYTES + u64::from(self.payload));
-            records.div_ceil(1_000_000) * 1_000_000 * u64::from(self.shards)
+            let bytes = kept.saturating_add(2 * self.segment_bytes);
+            let records = bytes / (RECORD_HEADER_BYTES + u64::from(self.payload));
+            (records.div_ceil(1_000_000) * 1_000_000).saturating_mul(u64::from(self.shards))
         };
         let default = || self.retention().map_or(WARMUP, round).min(self.events_max().unwrap_or(u64::MAX));
         if self.input.is_some() { 0 } else { self.warmup.unwrap_or_else(default) }
+    }
+
+    /// The least that a new store takes on the disk: what is kept of the events, and in every shard a segment more than is full.
+    pub(crate) fn bytes_min(&self) -> u64 {
+        let record = RECORD_HEADER_BYTES + u64::from(self.payload);
+        let known = self.events_max().unwrap_or(0).saturating_add(self.warmup());
+        let shards = u64::from(self.shards);
+        let kept = self.retention().map_or(u64::MAX, |kept| kept.saturating_mul(shards));
+        known.saturating_mul(record).min(kept).saturating_add(self.segment_bytes.saturating_mul(shards))
     }
 
     /// The durability mode in words, for every number.
@@ -282,7 +303,8 @@ fn time(text: &str) -> Result<Duration, String> {
         other => return Err(format!("unknown unit {other:?} (ms, s, m or h)")),
     };
     let number: f64 = digits.parse().map_err(|_| format!("{digits:?} is not a number"))?;
-    Duration::try_from_secs_f64(number * unit).map_err(|error| error.to_string())
+    let time = Duration::try_from_secs_f64(number * unit).map_err(|error| error.to_string())?;
+    if time <= TIME_MAX { Ok(time) } else { Err("more than 1000 days".to_owned()) }
 }
 
 fn durability(text: &str) -> Result<Durability, String> {
@@ -327,6 +349,6 @@ mod tests {
             assert!(count(bad).is_err(), "{bad:?}");
         }
         assert_eq!(time("250ms"), Ok(Duration::from_millis(250)));
-        assert!(time("-1s").is_err() && time("1 day").is_err());
+        assert!(time("-1s").is_err() && time("1 day").is_err() && time("1e300h").is_err() && time("99999h").is_err());
     }
 }

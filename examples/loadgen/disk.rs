@@ -220,7 +220,7 @@ impl Mapping {
 impl Drop for Mapping {
     fn drop(&mut self) {
         if let Err(error) = fs::remove_file(&self.path) {
-            eprintln!("the probe's file {} stays behind: {error}", self.path.display());
+            say!("the probe's file {} stays behind: {error}", self.path.display());
         }
     }
 }

@@ -155,10 +155,16 @@ impl<A: Carried, F: Feed<A::Event>> Session<A, F> {
             drop(done_tx);
             control.start.wait();
             let mut watch = Watch::new(engine, before.clone(), synced, keep, phase);
-            watch_over(&mut watch, phase, &control, &done);
+            let watched = watch_over(&mut watch, phase, &control, &done);
+            if watched.is_err() {
+                // Lets go of producers that wait for room. What else has to end is the drop's business.
+                control.stop.store(true, Ordering::Relaxed);
+                drop(engine.shutdown(Some(Instant::now())));
+            }
             let sent: Result<Vec<Sent>> =
                 threads.into_iter().map(|thread| thread.join().map_err(|_| anyhow!("a producer panicked"))?).collect();
             control.stop.store(true, Ordering::Relaxed);
+            watched?;
             let sent = sent?;
             let published = published() - published_before;
             let began = sent.iter().map(|sent| sent.began).min().context("there is at least one producer")?;
@@ -182,20 +188,58 @@ impl<A: Carried, F: Feed<A::Event>> Session<A, F> {
 }
 
 /// Looks at the engine from time to time until every producer is done, and stops them when time is up.
-fn watch_over<A: Carried>(watch: &mut Watch<'_, A>, phase: &Phase, control: &Control, done: &Receiver<()>) {
+fn watch_over<A: Carried>(
+    watch: &mut Watch<'_, A>,
+    phase: &Phase,
+    control: &Control,
+    done: &Receiver<()>,
+) -> Result<()> {
     let ends = phase.duration.map(|duration| Instant::now() + duration);
     loop {
         let next = ends.map_or(watch.due(), |ends| ends.min(watch.due()));
         match done.recv_timeout(next.saturating_duration_since(Instant::now())) {
             Ok(()) => {}
-            Err(std::sync::mpsc::RecvTimeoutError::Disconnected) => return,
+            Err(std::sync::mpsc::RecvTimeoutError::Disconnected) => return Ok(()),
             Err(std::sync::mpsc::RecvTimeoutError::Timeout) => {
                 if ends.is_some_and(|ends| Instant::now() >= ends) {
                     control.stop.store(true, Ordering::Relaxed);
                 }
                 watch.look();
+                watch.progress.check(watch.engine)?;
             }
         }
+    }
+}
+
+/// How long an engine that has events to append may append none before the run is given up.
+const STALL_MAX: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 30 });
+
+/// Sees whether an engine gets on.
+#[derive(Debug)]
+pub(crate) struct Progress {
+    appended: u64,
+    since: Instant,
+}
+
+impl Progress {
+    pub(crate) fn new() -> Self {
+        Self { appended: 0, since: Instant::now() }
+    }
+
+    /// An error, with the engine's reason, where events have waited for too long and none was appended.
+    pub(crate) fn check<A: Carried>(&mut self, engine: &Engine<A>) -> Result<()> {
+        let shards = engine.shard_metrics();
+        let appended = shards.iter().map(|shard| shard.appended).sum();
+        let waits = shards.iter().any(|shard| shard.backlog > 0);
+        if !waits || appended != self.appended {
+            *self = Self { appended, since: Instant::now() };
+        }
+        if self.since.elapsed() < STALL_MAX {
+            return Ok(());
+        }
+        let why =
+            shards.iter().find_map(|shard| shard.storage_full_why.as_deref()).unwrap_or("the engine does not say why");
+        bail!("nothing was appended for {} s: {why}", STALL_MAX.as_secs())
     }
 }
 
@@ -203,10 +247,12 @@ fn watch_over<A: Carried>(watch: &mut Watch<'_, A>, phase: &Phase, control: &Con
 fn wait_appended<A: Carried>(engine: &Engine<A>, before: &Metrics, published: u64) -> Result<()> {
     let appended = |shards: &[corelane::ShardMetrics]| shards.iter().map(|shard| shard.appended).sum::<u64>();
     let target = appended(&before.shards) + published;
+    let mut progress = Progress::new();
     while appended(&engine.shard_metrics()) < target {
         if let Some(failure) = engine.failures().into_iter().next() {
             bail!("a shard failed: {failure}");
         }
+        progress.check(engine)?;
         std::thread::sleep(Duration::from_micros(20));
     }
     Ok(())

@@ -5,7 +5,13 @@
 //! cargo run --release --example loadgen
 //! cargo run --release --example loadgen -- --help
 //! ```
-#![expect(clippy::print_stdout, reason = "a tool's results belong on standard output")]
+
+/// As `eprintln`, where the standard error may be closed or full: what is said to nobody is no reason to end a run.
+macro_rules! say {
+    ($($arg:tt)*) => {
+        drop(std::io::Write::write_fmt(&mut std::io::stderr(), format_args!("{}\n", format_args!($($arg)*))))
+    };
+}
 
 mod cli;
 mod disk;
@@ -22,6 +28,7 @@ mod search;
 mod verify;
 mod watch;
 
+use std::io;
 use std::process::ExitCode;
 
 use anyhow::{Context as _, Result};
@@ -46,7 +53,7 @@ fn main() -> ExitCode {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
         Err(error) => {
-            eprintln!("error: {error:#}");
+            say!("error: {error:#}");
             ExitCode::FAILURE
         }
     }
@@ -55,10 +62,11 @@ fn main() -> ExitCode {
 /// Whether everything that was sent was kept.
 fn start(args: &Args) -> Result<bool> {
     run::remove_leftovers();
+    run::check_places(args)?;
     let producers = 0..args.producers;
     if let Some(path) = &args.input {
         let input = Input::load(path, args.events)?;
-        eprintln!("{} events loaded in {:.1} s", input.len(), input.loading.as_secs_f64());
+        say!("{} events loaded in {:.1} s", input.len(), input.loading.as_secs_f64());
         let histories = input.histories();
         // A run that time or a smaller number ends early leaves some unsent.
         let expected = args.duration.is_none().then_some(&histories);
@@ -100,17 +108,30 @@ fn measure<A: events::Carried, F: events::Feed<A::Event>>(
     };
     let summary = Summary::new(args, &machine, &runs, loading).context("no run")?;
     let mut json = summary.json();
+    let mut text = String::new();
     if let Some(found) = &found {
         json["find_max"] = found.json(args);
-        print!("{}", found.text(args));
+        text += &found.text(args);
     }
-    print!("{}", summary.text());
+    text += &summary.text();
     if let Some(dir) = &args.out {
         save(dir, &summary, &json, found.as_ref().map_or(&[], |found| &found.steps))?;
-        println!("report: {}", dir.join("report.html").display());
+        text += &format!("report: {}\n", dir.join("report.html").display());
     }
     if args.json {
-        println!("{json}");
+        text += &format!("{json}\n");
     }
+    print_to(&mut io::stdout(), &text)?;
     Ok(summary.is_whole())
 }
+
+/// Prints the results. Nobody who reads on, as behind `| head`, is no error.
+fn print_to(out: &mut impl io::Write, text: &str) -> Result<()> {
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        printed => printed.context("writing the results"),
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use corelane::{Durability, Engine, Stage};
 use hdrhistogram::Histogram;
 
@@ -13,6 +13,7 @@ use crate::disk::{DiskLimit, disk_limit, paced_disk};
 use crate::events::{Carried, Feed};
 use crate::limit::{LimitConfig, engine_limit, keyed_limit};
 use crate::load::{Measured, Phase, Session, WARM_UP, first_pair};
+use crate::output::byte_size;
 use crate::verify::{ByKey, History, Replay, replay};
 
 const BATCHES: [usize; 4] = [64, 128, 256, 512];
@@ -82,7 +83,7 @@ pub(crate) fn remove_leftovers() {
     let entries = fs::read_dir(TARGET).into_iter().flatten().flatten();
     for dir in entries.map(|entry| entry.path()).filter(|dir| is_leftover(dir)) {
         if let Err(error) = fs::remove_dir_all(&dir) {
-            eprintln!("{} stays behind: {error}", dir.display());
+            say!("{} stays behind: {error}", dir.display());
         }
     }
 }
@@ -93,6 +94,36 @@ fn is_leftover(dir: &Path) -> bool {
     let process = name.strip_prefix(PREFIX).and_then(|rest| rest.split_once('-')?.0.parse::<u32>().ok());
     let is_gone = process.is_some_and(|process| !Path::new(&format!("/proc/{process}")).exists());
     is_gone && fs::File::open(dir).is_ok_and(|folder| folder.try_lock().is_ok())
+}
+
+/// What can be known of the places before a run: that the report can be written, apart from the store, and that the disk has room for the
+/// least that the run takes.
+pub(crate) fn check_places(args: &Args) -> Result<()> {
+    if let Some(out) = &args.out {
+        if let Some(data) = &args.data_dir {
+            let (out, data) = (std::path::absolute(out)?, std::path::absolute(data)?);
+            ensure!(!out.starts_with(&data), "--out must not lie in --data-dir");
+        }
+        fs::create_dir_all(out).with_context(|| format!("--out: creating {}", out.display()))?;
+        tempfile::tempfile_in(out).with_context(|| format!("--out: writing to {}", out.display()))?;
+    }
+    if let Some(dir) = args.data_dir.as_ref().filter(|dir| !is_empty(dir)) {
+        let is_store = args.repeats() > 1 || dir.join("manifest").exists();
+        ensure!(is_store, "--data-dir: {} is neither empty nor a store", dir.display());
+        // Segments may be there to be written again.
+        return Ok(());
+    }
+    let place = Place::new(&Args { keep: false, ..args.clone() }, None)?;
+    let free = rustix::fs::statvfs(&place.dir).context("asking for the free space")?;
+    let (free, least) = (free.f_bavail.saturating_mul(free.f_frsize), args.bytes_min());
+    ensure!(
+        free >= least,
+        "{} has {} free, and the run takes at least {}",
+        place.dir.display(),
+        byte_size(free as f64),
+        byte_size(least as f64)
+    );
+    Ok(())
 }
 
 /// A folder for a store.
@@ -127,14 +158,14 @@ impl Place {
 impl Drop for Place {
     fn drop(&mut self) {
         if !self.remove {
-            eprintln!("the store stays in {}", self.dir.display());
+            say!("the store stays in {}", self.dir.display());
         } else if let Err(error) = fs::remove_dir_all(&self.dir) {
-            eprintln!("{} stays behind: {error}", self.dir.display());
+            say!("{} stays behind: {error}", self.dir.display());
         }
         if let Some(parent) = &self.parent
             && let Err(error) = fs::remove_dir(parent)
         {
-            eprintln!("{} stays behind: {error}", parent.display());
+            say!("{} stays behind: {error}", parent.display());
         }
     }
 }
@@ -146,7 +177,7 @@ pub(crate) fn all<A: Carried, F: Feed<A::Event>>(args: &Args, load: &Load<'_, F>
     let mut batch = None;
     for n in 1..=repeats {
         if repeats > 1 {
-            eprintln!("run {n} of {repeats}");
+            say!("run {n} of {repeats}");
         }
         let place = Place::new(args, (repeats > 1).then_some(n))?;
         let limits = if args.limit { Some(limits(args, &place.dir, &mut batch)?) } else { None };

@@ -78,7 +78,7 @@ impl<A: Carried, F: Feed<A::Event>> Search<'_, A, F> {
         let measured = self.session.run(&phase)?;
         self.appended += measured.appended;
         let step = Step::new(self.args, rate, &measured);
-        eprintln!("{}", line(&step));
+        say!("{}", line(&step));
         // Rates that hold come in rising order.
         if step.held || self.shown.is_none() {
             self.shown = Some((rate, measured));

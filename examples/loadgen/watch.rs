@@ -9,7 +9,7 @@ use hdrhistogram::Histogram;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::events::Carried;
-use crate::load::{Phase, difference, histogram};
+use crate::load::{Phase, Progress, difference, histogram};
 use crate::report;
 
 /// Between two looks at first, so that a short run has a curve too; one second later on.
@@ -49,7 +49,8 @@ impl Interval {
 
 /// The watcher of one phase.
 pub(crate) struct Watch<'a, A: Carried> {
-    engine: &'a Engine<A>,
+    pub(crate) engine: &'a Engine<A>,
+    pub(crate) progress: Progress,
     /// When the histograms were last read, and what they were.
     last: (Instant, Metrics),
     counters: Vec<ShardMetrics>,
@@ -80,6 +81,7 @@ impl<'a, A: Carried> Watch<'a, A> {
         let p99_of = if phase.rate.is_some() { Stage::AppendedDue } else { Stage::Appended };
         Self {
             engine,
+            progress: Progress::new(),
             counters: before.shards.clone(),
             last: (now, before),
             began: now,
@@ -136,19 +138,23 @@ impl<'a, A: Carried> Watch<'a, A> {
             stages,
         };
         self.done += interval.appended;
-        self.say(&interval, now);
+        let waits = counters.iter().find_map(|shard| shard.storage_full_why.clone());
+        self.say(&interval, now, waits.as_deref());
         self.intervals.push(interval);
         self.counters = counters;
         self.looked = now;
     }
 
-    fn say(&mut self, interval: &Interval, now: Instant) {
-        let text = format!(
+    fn say(&mut self, interval: &Interval, now: Instant, waits: Option<&str>) {
+        let mut text = format!(
             "{}, backlog {}, p99 to appended {}",
             report::rate(interval.per_second()),
             interval.backlog,
             report::ns(self.p99_ns)
         );
+        if let Some(why) = waits {
+            text += &format!("; waits: {why}");
+        }
         match &self.bar {
             Some(bar) => {
                 bar.set_position(self.done);
@@ -159,7 +165,7 @@ impl<'a, A: Carried> Watch<'a, A> {
                 let share = self
                     .total
                     .map_or(String::new(), |total| format!("{:3.0} % ", 100.0 * self.done as f64 / total as f64));
-                eprintln!("{:>5.1} s  {}  {share}{text}", interval.to.as_secs_f64(), self.name);
+                say!("{:>5.1} s  {}  {share}{text}", interval.to.as_secs_f64(), self.name);
             }
             None => {}
         }

@@ -483,7 +483,7 @@ mod tests {
         }
         let path = dir.path().join("notes");
         let files = Files::open(dir.path()).expect("opened");
-        let done = files.append(&path, b"one\n").and_then(|()| Ok(files.append(&path, &[b'x'; 100_000]).err()));
+        let done = files.append(&path, b"one\n").map(|()| files.append(&path, &[b'x'; 100_000]).err());
         let left = files.read(&path);
         drop(files);
         assert!(mount(&["umount"]));

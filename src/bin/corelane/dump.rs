@@ -66,6 +66,11 @@ impl Filter {
 }
 
 pub(super) fn dump(store: &Store, args: DumpArgs, out: &mut Output) -> Result<Verdict, Failure> {
+    if let (Some(from), Some(until)) = (args.from, args.until)
+        && from > until
+    {
+        return Err(Failure::Usage(format!("--from {from} lies behind --until {until}")));
+    }
     let key = args.key.map(Key::new).or(args.user.as_deref().map(Key::of));
     let shards = match (args.shard, key) {
         (Some(shard), _) if shard >= store.shards() => {

@@ -170,11 +170,32 @@ enum Verdict {
     Damaged,
 }
 
-type Output = BufWriter<File>;
+type Output = BufWriter<Stdout>;
+
+/// The standard output without the line buffer that std puts before it.
+struct Stdout {
+    file: File,
+    /// What the status tells is looked for to the end, also when nobody reads on.
+    goes_on: bool,
+}
+
+impl io::Write for Stdout {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        match self.file.write(bytes) {
+            Err(error) if error.kind() == ErrorKind::BrokenPipe && self.goes_on => Ok(bytes.len()),
+            written => written,
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.file.flush()
+    }
+}
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    match stdout().map_err(Failure::from).and_then(|out| run(cli.command, out)) {
+    let goes_on = matches!(cli.command, Command::Inspect { .. } | Command::Verify { .. });
+    match stdout(goes_on).map_err(Failure::from).and_then(|out| run(cli.command, out)) {
         Ok(Verdict::Sound) => ExitCode::SUCCESS,
         Ok(Verdict::Damaged) => ExitCode::from(1),
         // Whoever reads has enough, as `head` does.
@@ -186,13 +207,14 @@ fn main() -> ExitCode {
     }
 }
 
-/// The standard output without the line buffer that std puts before it.
-fn stdout() -> io::Result<Output> {
-    Ok(BufWriter::with_capacity(256 << 10, io::stdout().as_fd().try_clone_to_owned()?.into()))
+fn stdout(goes_on: bool) -> io::Result<Output> {
+    let file = io::stdout().as_fd().try_clone_to_owned()?.into();
+    Ok(BufWriter::with_capacity(256 << 10, Stdout { file, goes_on }))
 }
 
 fn warn(message: &dyn fmt::Display) {
-    eprintln!("corelane: {message}");
+    // What is said to nobody is no reason to end otherwise.
+    drop(writeln!(io::stderr(), "corelane: {message}"));
 }
 
 fn run(command: Command, mut out: Output) -> Result<Verdict, Failure> {
@@ -208,9 +230,11 @@ fn run(command: Command, mut out: Output) -> Result<Verdict, Failure> {
         }
         Command::Dlq(dlq) => dlq::dlq(dlq, &mut out),
     };
-    // What was found before a failure is written all the same.
-    out.flush()?;
-    done
+    // What was found before a failure is written all the same. The failure says more than that it could not be.
+    let flushed = out.flush();
+    let verdict = done?;
+    flushed?;
+    Ok(verdict)
 }
 
 /// The generic event, where that is what a record holds.
