@@ -97,7 +97,8 @@ pub trait Aggregate: Default + Stored {
     /// when the event is appended and again whenever the state is rebuilt. `meta.version` is the event's number in its key;
     /// `meta.sequence` is always [`crate::Sequence::UNKNOWN`] here, since a key's history is read without its neighbours.
     ///
-    /// A panic stops the shard; the event is then not part of the log.
+    /// A panic stops the shard; the event is then not part of the log. Where the event is read again, it is an error:
+    /// `OpenError::Panicked` of an opening, which leaves the store as it was, and `HistoryError::Panicked`.
     fn evolve(&mut self, event: &<Self::Event as Archive>::Archived, meta: &Meta);
 
     /// Decides on a command: gives out the events that carry it out, or says why not. Runs on the shard that owns the

@@ -508,7 +508,8 @@ pub(crate) fn spare_number(name: &str) -> Option<u64> {
     if !digits.bytes().all(|b| b.is_ascii_digit()) {
         return None;
     }
-    digits.parse().ok()
+    // Counted on from the highest: a name beyond what is ever counted to is not of a spare.
+    digits.parse().ok().filter(|&number| number < 1 << 48)
 }
 
 #[cfg(test)]
@@ -518,6 +519,7 @@ mod tests {
     #[test]
     fn a_spare_is_named_by_digits_alone() {
         assert_eq!(spare_number("spare-000007.seg"), Some(7));
+        assert_eq!(spare_number(&format!("spare-{}.seg", u64::MAX)), None, "no number comes behind it");
         assert_eq!(spare_number("spare-1234567.seg"), Some(1_234_567));
         for name in ["spare-.seg", "spare-+7.seg", "spare-7.tmp", "spare-backup.seg", "spare-99999999999999999999.seg"]
         {

@@ -310,7 +310,8 @@ impl Opening<'_> {
                     let is_blank = SegmentHeader::decode(whole) == Err(HeaderError::Blank);
                     let version_of = |key| scan.folder.keys.get(key).map_or(Version(0), |slot| slot.version);
                     let is_whole = tail.as_ref().is_some_and(|(_, end)| end.damaged.is_none());
-                    if !is_blank && !(is_whole && are_of_an_earlier_life(whole, version_of)) {
+                    let was_begun = !(is_blank || is_whole && are_of_an_earlier_life(whole, version_of));
+                    if was_begun {
                         return Err(self.corruption(index, 0, LOST_MAGIC).into());
                     }
                 }

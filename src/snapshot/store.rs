@@ -310,10 +310,12 @@ pub(crate) fn file_number(name: &str) -> Option<(Kind, u32)> {
         ("checkpoint", digits) => (Kind::Checkpoint, digits),
         _ => return None,
     };
-    if digits.len() != 9 || !digits.bytes().all(|b| b.is_ascii_digit()) {
+    if digits.len() < 9 || !digits.bytes().all(|b| b.is_ascii_digit()) {
         return None;
     }
-    Some((kind, digits.parse().ok()?))
+    // Counted on from the highest: a name beyond what is ever counted to is not one of saved states.
+    let number = digits.parse().ok().filter(|&number: &u32| number < 1 << 31)?;
+    (file_name(kind, number) == name).then_some((kind, number))
 }
 
 /// Where a checkpoint is made before it gets its name.
@@ -330,6 +332,20 @@ mod tests {
         let (path, places) = (PathBuf::from(file_name(kind, number)), std::sync::Arc::default());
         let (start, last_head) = (Offset(start), Offset(last_head));
         Held { number, kind, path, start, last_head, entries: 1, bytes: 64, places }
+    }
+
+    #[test]
+    fn every_number_that_is_counted_to_has_a_name_that_is_read_back() {
+        for kind in [Kind::Snapshots, Kind::Checkpoint] {
+            for number in [0, 1, 999_999_999, 1_000_000_000, (1 << 31) - 1] {
+                assert_eq!(file_number(&file_name(kind, number)), Some((kind, number)));
+            }
+        }
+        for name in
+            ["snapshots-4294967295.snp", "checkpoint-2147483648.snp", "checkpoint-0000000001.snp", "checkpoint-1.snp"]
+        {
+            assert_eq!(file_number(name), None, "{name}");
+        }
     }
 
     #[test]

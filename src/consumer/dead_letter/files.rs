@@ -30,7 +30,8 @@ pub(super) fn path(dir: &Path, number: u32) -> PathBuf {
 fn number_of(name: &str) -> Option<u32> {
     let digits = name.strip_prefix("letters-")?.strip_suffix(".log")?;
     let is_number = digits.len() >= 6 && digits.bytes().all(|byte| byte.is_ascii_digit());
-    if is_number { digits.parse().ok().filter(|&number| number > 0) } else { None }
+    // Counted on from the highest: a name beyond what is ever counted to is not one of letters.
+    if is_number { digits.parse().ok().filter(|number| (1..1 << 31).contains(number)) } else { None }
 }
 
 /// Whether a file of this name is one of letters.
