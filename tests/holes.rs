@@ -488,3 +488,71 @@ fn the_tools_name_a_hole() {
         assert!(text.contains(&place.offset().to_string()), "{command}: {text}");
     }
 }
+
+#[test]
+fn a_batch_of_deliveries_ends_before_a_hole_and_the_next_one_names_it() {
+    let sound = sound();
+    let (i, place) = sound.records.iter().enumerate().find(|(_, place)| place.events == 5).unwrap();
+    let damaged = sound.damaged(0, |bytes| bytes[place.at..place.at + 4].fill(0));
+    let engine = open(damaged.dir.path()).unwrap();
+    let mut poller = engine.consumer("poller").start_at(Start::Beginning).concurrency(64).poller().unwrap();
+    let batch = poller.next_batch(100).unwrap();
+    assert_eq!(batch.len(), 5, "record {i}");
+    assert!(poller.next_batch(100).unwrap().is_empty(), "what comes before it is still out");
+    batch.into_iter().for_each(|delivery| poller.succeeded(delivery).unwrap());
+    for _ in 0..2 {
+        let Err(ConsumerError::Read(error)) = poller.next_batch(100) else { panic!("a hole") };
+        damaged.is_named("a batch", Some(&error));
+    }
+    poller.save().unwrap();
+    assert_eq!(poller.report().positions, [place.offset()]);
+}
+
+/// These records fill a segment to its last byte, unless a mark lies among them: then its end has no zero word.
+#[test]
+fn a_reader_goes_through_every_seam_and_begins_at_either_side_of_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let engine = Engine::<Total>::open(common::os_cache(dir.path())).unwrap();
+    let (mut producer, mut follower) = (engine.producer(), engine.reader(ShardId(0)));
+    let mut seen = 0;
+    for n in 0..EVENTS {
+        let receipt = producer.publish(Key(n % KEYS), Note::new(n)).unwrap();
+        if n % 300 != 299 {
+            continue;
+        }
+        receipt.appended().wait().unwrap();
+        while let Some(record) = follower.next().unwrap() {
+            assert_eq!(n_of(&record), seen);
+            seen += 1;
+        }
+    }
+    assert_eq!(seen, EVENTS);
+    let word = |bytes: &[u8], at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap());
+    for (segment, bytes) in (0..).zip(&segments(dir.path())).skip(1) {
+        let (previous_end, first_sequence) = (word(bytes, 48), word(bytes, 56));
+        assert!(((segment * SEGMENT - 112)..=segment * SEGMENT).contains(&previous_end), "{previous_end}");
+        for offset in [previous_end, segment * SEGMENT + PAGE as u64] {
+            let mut reader = engine.reader_at(ShardId(0), Offset(offset)).unwrap();
+            let record = reader.next().unwrap().unwrap();
+            assert_eq!((n_of(&record), record.meta.sequence.0), (first_sequence, first_sequence));
+        }
+    }
+    engine.checkpoint(soon()).unwrap();
+    engine.shutdown(soon()).unwrap();
+    drop((producer, follower, engine));
+    let end = word(&segments(dir.path())[2], 48);
+    // The last record of segment 1, an event or a mark.
+    let last = (1..).map(|back| end - 16 * back).find(|at| {
+        let bytes = &segments(dir.path())[1][(at % SEGMENT) as usize..];
+        u64::from(u32::from_le_bytes(bytes[..4].try_into().unwrap())).next_multiple_of(16) == end - at
+    });
+    let last = last.unwrap();
+    let mut bytes = segments(dir.path())[1].clone();
+    bytes[(last % SEGMENT) as usize..][..4].fill(0);
+    std::fs::write(segment_path(dir.path(), 1), bytes).unwrap();
+    let engine = Engine::<Total>::open(common::os_cache(dir.path())).unwrap();
+    let Some(ReadError::Corruption(corruption)) = read(&engine).1 else { panic!("a hole") };
+    assert_eq!((corruption.segment, corruption.offset), (1, Offset(last)));
+    // The end of that segment is behind the hole.
+    assert!(matches!(engine.reader_at(ShardId(0), Offset(end)), Err(ReadError::Corruption(_))));
+}

@@ -87,13 +87,17 @@ impl<E: Event> Poller<E> {
     /// As many deliveries as may be out at once, at most `max`.
     ///
     /// # Errors
-    /// As [`Poller::next`].
+    /// As [`Poller::next`]. What was given out before the error is returned; the next call says it then.
     pub fn next_batch(&mut self, max: usize) -> Result<Vec<Delivery>, ConsumerError> {
         let mut batch = Vec::new();
-        while batch.len() < max
-            && let Some(delivery) = self.next()?
-        {
-            batch.push(delivery);
+        while batch.len() < max {
+            match self.next() {
+                Ok(Some(delivery)) => batch.push(delivery),
+                Ok(None) => break,
+                Err(error) if batch.is_empty() => return Err(error),
+                // Dropped deliveries would be out for ever.
+                Err(_) => break,
+            }
         }
         Ok(batch)
     }
