@@ -4,6 +4,7 @@
 
 mod common;
 
+use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 use std::sync::{Arc, Mutex, OnceLock};
 
@@ -40,6 +41,8 @@ impl Aggregate for Total {
 
 const EVENTS: u64 = 3000;
 const KEYS: u64 = 10;
+/// The segment being written.
+const LAST: u64 = 3;
 
 fn open(dir: &Path) -> Result<Engine<Total>, OpenError> {
     Engine::<Total>::open(small(dir))
@@ -118,19 +121,22 @@ fn sound() -> &'static Sound {
 }
 
 impl Sound {
-    /// A copy of the store in which `damage` has changed one segment.
+    /// A copy of the store in which `damage` has changed one segment; for the last segment, whose records are always read when the
+    /// store is opened, see [`Damaged::open`].
     fn damaged(&self, segment: u64, damage: impl FnOnce(&mut Vec<u8>)) -> Damaged {
         let dir = tempfile::tempdir().unwrap();
         common::copy(self.dir.path(), dir.path());
         let mut bytes = self.segments[segment as usize].clone();
         damage(&mut bytes);
-        std::fs::write(segment_path(dir.path(), segment), &bytes).unwrap();
+        if segment < LAST {
+            std::fs::write(segment_path(dir.path(), segment), &bytes).unwrap();
+        }
         let was = &self.segments[segment as usize];
         let is_changed = |place: &&Place| {
             let range = place.at..place.at + place.len;
             place.segment == segment && bytes[range.clone()] != was[range]
         };
-        Damaged { hole: self.records.iter().find(is_changed).copied(), dir }
+        Damaged { hole: self.records.iter().find(is_changed).copied(), late: (segment == LAST).then_some(bytes), dir }
     }
 
     /// The events from record `from` on, with their offsets.
@@ -150,12 +156,28 @@ struct Damaged {
     dir: tempfile::TempDir,
     /// The first record that is not what it was.
     hole: Option<Place>,
+    /// What becomes of the last segment while the store is open.
+    late: Option<Vec<u8>>,
 }
 
 /// What a way of reading got, in order, and what ended it.
 type Got = (Vec<u64>, Option<ReadError>);
 
 impl Damaged {
+    fn open(&self) -> Engine<Total> {
+        let engine = open(self.dir.path()).unwrap();
+        if let Some(bytes) = &self.late {
+            let path = segment_path(self.dir.path(), LAST);
+            let (file, was) =
+                (std::fs::OpenOptions::new().write(true).open(&path).unwrap(), std::fs::read(&path).unwrap());
+            let end = sound().records.last().unwrap().at;
+            (0..end)
+                .filter(|at| was[*at] != bytes[*at])
+                .for_each(|at| file.write_all_at(&bytes[at..=at], at as u64).unwrap());
+        }
+        engine
+    }
+
     fn check(&self, way: &str, (got, error): Got) {
         let Some(hole) = self.hole else {
             assert!(error.is_none() && got.len() as u64 == EVENTS, "{way}: {} events, {error:?}", got.len());
@@ -235,7 +257,7 @@ fn read_error(error: HistoryError) -> ReadError {
 
 /// Everything that reads the log once, on the caller's thread.
 fn check_readers(damaged: &Damaged) {
-    let engine = open(damaged.dir.path()).unwrap();
+    let engine = damaged.open();
     damaged.check("a reader", read(&engine));
     damaged.check("events between times", between(&engine));
     let counts = engine.counts();
@@ -326,7 +348,7 @@ impl Sink<Note> for Kept {
 
 /// What follows the log with a position of its own.
 fn check_followers(damaged: &Damaged) {
-    let engine = open(damaged.dir.path()).unwrap();
+    let engine = damaged.open();
     let (kept, seen, many) = (Kept::default(), Kept::default(), Kept::default());
     let note = |kept: &Kept| {
         let kept = kept.clone();
@@ -407,7 +429,7 @@ fn a_flipped_length_is_a_hole_for_every_reader() {
 
 /// From outside, a hole in the last segment is an end with records behind it.
 fn damaged_outside(damaged: &Damaged) {
-    if damaged.hole.is_some_and(|hole| hole.segment == 3) {
+    if damaged.hole.is_some_and(|hole| hole.segment == LAST) {
         let mut records = Store::open(damaged.dir.path()).unwrap().records(ShardId(0));
         while records.next().unwrap().is_some() {}
         let hole = damaged.hole.unwrap();
@@ -456,6 +478,7 @@ fn a_segment_of_another_store_is_refused() {
     let sound = sound();
     for segment in 0..4 {
         let damaged = sound.damaged(segment, |bytes| bytes.clone_from(&sound.other[segment as usize]));
+        std::fs::write(segment_path(damaged.dir.path(), segment), &sound.other[segment as usize]).unwrap();
         let error = open(damaged.dir.path()).map(drop).unwrap_err();
         assert!(matches!(error, OpenError::Corruption(_)), "segment {segment}: {error}");
         // A tool meets it at the first seam beside it, though every record in it holds.
@@ -494,7 +517,7 @@ fn a_batch_of_deliveries_ends_before_a_hole_and_the_next_one_names_it() {
     let sound = sound();
     let (i, place) = sound.records.iter().enumerate().find(|(_, place)| place.events == 5).unwrap();
     let damaged = sound.damaged(0, |bytes| bytes[place.at..place.at + 4].fill(0));
-    let engine = open(damaged.dir.path()).unwrap();
+    let engine = damaged.open();
     let mut poller = engine.consumer("poller").start_at(Start::Beginning).concurrency(64).poller().unwrap();
     let batch = poller.next_batch(100).unwrap();
     assert_eq!(batch.len(), 5, "record {i}");
@@ -555,4 +578,17 @@ fn a_reader_goes_through_every_seam_and_begins_at_either_side_of_it() {
     assert_eq!((corruption.segment, corruption.offset), (1, Offset(last)));
     // The end of that segment is behind the hole.
     assert!(matches!(engine.reader_at(ShardId(0), Offset(end)), Err(ReadError::Corruption(_))));
+}
+
+#[test]
+fn a_hole_in_the_last_segment_is_met_when_the_store_is_opened() {
+    let sound = sound();
+    let mut bytes = sound.segments[LAST as usize].clone();
+    zero_pages(&mut bytes, 1..2);
+    let dir = tempfile::tempdir().unwrap();
+    common::copy(sound.dir.path(), dir.path());
+    std::fs::write(segment_path(dir.path(), LAST), bytes).unwrap();
+    let error = open(dir.path()).map(drop).unwrap_err();
+    let OpenError::Corruption(corruption) = error else { panic!("{error}") };
+    assert_eq!((corruption.segment, corruption.offset), (LAST, Offset(LAST * SEGMENT + PAGE as u64)));
 }
