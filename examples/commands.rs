@@ -13,7 +13,7 @@ use std::time::Instant;
 
 use anyhow::{Context as _, Result, ensure};
 use corelane::{
-    Aggregate, Config, Durability, Emit, Engine, Event, EventType, EventTypeId, Key, Meta, Retention, Wait,
+    Aggregate, Bounded, Config, Durability, Emit, Engine, Event, EventType, EventTypeId, Key, Meta, Retention, Wait,
 };
 use hdrhistogram::Histogram;
 use rkyv::{Archive, Deserialize, Serialize};
@@ -27,7 +27,7 @@ const LIMIT_CENTS: u64 = 1 << 50;
 const ON_THEIR_WAY: usize = 2048;
 const ONE_AT_A_TIME: u64 = 200_000;
 
-#[derive(Archive, Serialize, Deserialize, Debug, Clone)]
+#[derive(Archive, Serialize, Deserialize, Bounded, Debug, Clone)]
 struct Deposited {
     cents: u64,
 }
@@ -40,12 +40,12 @@ impl Event for Deposited {
     }
 }
 
-#[derive(Archive, Serialize, Deserialize, Debug, Clone, Default)]
+#[derive(Archive, Serialize, Deserialize, Bounded, Debug, Clone, Default)]
 struct Account {
     cents: u64,
 }
 
-#[derive(Archive, Serialize, Deserialize, Debug, Clone)]
+#[derive(Archive, Serialize, Deserialize, Bounded, Debug, Clone)]
 struct Refused;
 
 impl Aggregate for Account {

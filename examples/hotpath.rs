@@ -24,8 +24,8 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use corelane::{
-    Aggregate, Client, Config, Durability, Emit, Engine, Key, Meta, Pin, Producer, Reader, ShardId, Stateless, Ticket,
-    Wait,
+    Aggregate, Bounded, Client, Config, Durability, Emit, Engine, Key, Meta, Pin, Producer, Reader, ShardId, Stateless,
+    Ticket, Wait,
 };
 use rkyv::{Archive, Deserialize, Serialize};
 
@@ -40,7 +40,7 @@ const BATCH: usize = 256;
 const ROUND: usize = 1 << 16;
 
 /// A player who takes commands: each is the event it asks for.
-#[derive(Archive, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
+#[derive(Archive, Serialize, Deserialize, Bounded, Clone, Debug, Default, PartialEq)]
 struct Commanded(Player);
 
 impl Aggregate for Commanded {

@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use corelane::consumer::{Consumer, HealthPolicy, HealthReport, HealthStatus, Judgement, LetterKind, Letters, Retry};
-use corelane::{Config, Event, EventLog, EventType, EventTypeId, HandlerError, Key};
+use corelane::{Bounded, Config, Event, EventLog, EventType, EventTypeId, HandlerError, Key};
 use rand::rngs::StdRng;
 use rand::{Rng as _, SeedableRng as _};
 use rkyv::{Archive, Serialize};
@@ -26,7 +26,7 @@ const PLAYERS: u64 = 200;
 /// Orders of each player in each of the three phases.
 const ORDERS: u64 = 10;
 
-#[derive(Archive, Serialize)]
+#[derive(Archive, Serialize, Bounded)]
 struct Ordered {
     number: u64,
     is_malformed: bool,

@@ -11,6 +11,7 @@ use rkyv::api::low::LowDeserializer;
 use rkyv::rancor::Error as RkyvError;
 use rkyv::{Archive, Deserialize, Serialize};
 
+use crate::bounded::Bounded;
 use crate::event::{Correlation, Encode, Event, Key, Meta, Time, Version};
 
 /// A type that is archived to disk and turned back into itself. Implemented for every fitting rkyv type; nobody
@@ -36,10 +37,10 @@ where
 /// The state of one key, and its rules. `Default` is the state of a key without events.
 ///
 /// ```
-/// use corelane::{Aggregate, Emit, Event, EventType, EventTypeId, Meta};
+/// use corelane::{Aggregate, Bounded, Emit, Event, EventType, EventTypeId, Meta};
 /// use rkyv::{Archive, Deserialize, Serialize};
 ///
-/// #[derive(Archive, Serialize, Deserialize)]
+/// #[derive(Archive, Serialize, Deserialize, Bounded)]
 /// enum Money { Deposited { cents: u64 }, Withdrawn { cents: u64 } }
 ///
 /// impl Event for Money {
@@ -49,10 +50,10 @@ where
 ///     }
 /// }
 ///
-/// #[derive(Archive, Serialize, Deserialize, Clone, Default)]
+/// #[derive(Archive, Serialize, Deserialize, Bounded, Clone, Default)]
 /// struct Account { cents: u64 }
 ///
-/// #[derive(Archive, Serialize, Deserialize, Clone, Debug, PartialEq)]
+/// #[derive(Archive, Serialize, Deserialize, Bounded, Clone, Debug, PartialEq)]
 /// enum Refused { NotEnough { missing: u64 } }
 ///
 /// enum Order { Deposit(u64), Withdraw(u64) }
@@ -90,7 +91,8 @@ pub trait Aggregate: Default + Stored {
     type Rejection: Stored + fmt::Debug;
 
     /// Version of the archived layout of `Self`. Count it up when the layout, or what `evolve` makes of old events, changes:
-    /// snapshots of other versions are then passed over, and what they saved is folded again from the log.
+    /// snapshots of other versions are then passed over, and what they saved is folded again from the log. Saved states of
+    /// another size or alignment are passed over in any case; two fields of one type that change places show in neither.
     const STATE_VERSION: u16 = 1;
 
     /// Changes the state by one event. It must be deterministic and must not depend on anything but its arguments: it runs
@@ -116,12 +118,21 @@ pub trait Aggregate: Default + Stored {
         let _unused = (state_version, archived);
         None
     }
+
+    /// Turns a rejection whose archive has another size or alignment than today's into one of today. Rejections are kept where
+    /// a command carried an idempotency key. `None`: it cannot be read, and a store that holds one is refused
+    /// ([`crate::OpenError::RejectionLayout`]).
+    #[must_use]
+    fn upgrade_rejection(archived: &[u8]) -> Option<Self::Rejection> {
+        let _unused = archived;
+        None
+    }
 }
 
 /// The state of keys that have none: an engine of this carries events and keeps versions and chains, and folds nothing.
 ///
 /// [`crate::EventLog`] is an engine of this.
-#[derive(Archive, Serialize, Deserialize)]
+#[derive(Archive, Serialize, Deserialize, Bounded)]
 pub struct Stateless<E>(PhantomData<fn() -> E>);
 
 impl<E> Default for Stateless<E> {

@@ -127,8 +127,7 @@ pub(crate) struct Order<C> {
     pub(crate) hash: KeyHash,
     pub(crate) published: Nanos,
     pub(crate) expected: ExpectedVersion,
-    /// 0: none.
-    pub(crate) idempotency: u64,
+    pub(crate) idempotency: Option<u64>,
     pub(crate) command: C,
 }
 

@@ -4,7 +4,7 @@ use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use crate::event::{EventTypeId, Offset, ShardId};
+use crate::event::{EventTypeId, Offset, Root, ShardId};
 
 /// A configuration that cannot be used, found by [`crate::Config::validate`].
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -122,15 +122,19 @@ pub enum OpenError {
     /// Archived events of the program have another size (or alignment) than those in the store, and a type kept its schema
     /// version: its records would be read as something else. Where the size changes, every type's layout has changed.
     #[error(
-        "archived events take {declared} bytes, in the store {stored}: event type {event_type} and all others need a new schema version and an upcaster"
+        "archived events take {declared} bytes (aligned to {declared_align}), in the store {stored} (aligned to {stored_align}): event type {event_type} and all others need a new schema version and an upcaster"
     )]
     ArchiveSize {
         /// The first such type.
         event_type: EventTypeId,
         /// Bytes of the root in the store.
         stored: u32,
+        /// Its alignment in the store.
+        stored_align: u16,
         /// Bytes of the root in the program.
         declared: u32,
+        /// Its alignment in the program.
+        declared_align: u16,
     },
     /// A file in the store is not what its name says.
     #[error("{}: {why}", path.display())]
@@ -183,6 +187,40 @@ pub enum OpenError {
         /// The earliest offset still held.
         earliest: Offset,
     },
+    /// Retention has freed the beginning of the log, and the newest checkpoint has states of the program's own state version
+    /// whose archives have another size (or alignment) than the program's: they would be read as something else.
+    #[error(
+        "shard {shard}: saved states take {stored} bytes (aligned to {stored_align}), the program's {declared} (aligned to {declared_align}), and the log before them is freed: count up STATE_VERSION and read them with Aggregate::upgrade"
+    )]
+    StateLayout {
+        /// The shard.
+        shard: ShardId,
+        /// Bytes of an archived state's root in the checkpoint.
+        stored: u32,
+        /// Its alignment there.
+        stored_align: u16,
+        /// Bytes of the root in the program.
+        declared: u32,
+        /// Its alignment in the program.
+        declared_align: u16,
+    },
+    /// A command was rejected by a program whose rejections have another size (or alignment): this one cannot say any more why,
+    /// should the command be repeated.
+    #[error(
+        "shard {shard}: rejections take {stored} bytes (aligned to {stored_align}), the program's {declared} (aligned to {declared_align}): read them with Aggregate::upgrade_rejection"
+    )]
+    RejectionLayout {
+        /// The shard.
+        shard: ShardId,
+        /// Bytes of an archived rejection's root in the store.
+        stored: u32,
+        /// Its alignment there.
+        stored_align: u16,
+        /// Bytes of the root in the program.
+        declared: u32,
+        /// Its alignment in the program.
+        declared_align: u16,
+    },
     /// Bytes that had been durable are damaged. Nothing is skipped.
     #[error(transparent)]
     Corruption(#[from] Corruption),
@@ -209,6 +247,18 @@ pub enum OpenError {
         /// What the system said.
         source: io::Error,
     },
+}
+
+impl OpenError {
+    pub(crate) fn state_layout(shard: ShardId, stored: Root, declared: Root) -> Self {
+        let (stored_align, declared_align) = (stored.align, declared.align);
+        Self::StateLayout { shard, stored: stored.bytes, stored_align, declared: declared.bytes, declared_align }
+    }
+
+    pub(crate) fn rejection_layout(shard: ShardId, stored: Root, declared: Root) -> Self {
+        let (stored_align, declared_align) = (stored.align, declared.align);
+        Self::RejectionLayout { shard, stored: stored.bytes, stored_align, declared: declared.bytes, declared_align }
+    }
 }
 
 /// Code of the program panicked where the engine reads what is stored: while a store is opened or its history is read.
@@ -320,8 +370,9 @@ pub enum FailureCause {
         /// What it said.
         error: String,
     },
-    /// An event named a type that its `TYPES` do not declare. It was not appended: nobody could read it again.
-    #[error("an event of key {key} is of type {event_type}, which its TYPES do not declare")]
+    /// An event changed its type after it was accepted, to one that its `TYPES` do not declare. It was not appended: nobody
+    /// could read it again.
+    #[error("an accepted event of key {key} is of type {event_type}, which its TYPES do not declare")]
     UndeclaredType {
         /// Whose event.
         key: u64,
@@ -375,6 +426,14 @@ pub enum Rejected<E> {
         /// The configured limit.
         bytes_max: usize,
     },
+    /// Its `event_type()` is none of its `TYPES`: nobody could read it again.
+    #[error("the event is of type {event_type}, which its TYPES do not declare")]
+    UndeclaredType {
+        /// The event.
+        event: E,
+        /// What `event_type()` returned.
+        event_type: EventTypeId,
+    },
 }
 
 impl<E> Rejected<E> {
@@ -386,7 +445,7 @@ impl<E> Rejected<E> {
             | Self::OnEngineThread(e)
             | Self::Closed(e)
             | Self::ShardFailed(e, _) => e,
-            Self::TooLarge { event, .. } => event,
+            Self::TooLarge { event, .. } | Self::UndeclaredType { event, .. } => event,
         }
     }
 
@@ -399,6 +458,7 @@ impl<E> Rejected<E> {
             Self::Closed(e) => Rejected::Closed(change(e)),
             Self::ShardFailed(e, failure) => Rejected::ShardFailed(change(e), failure),
             Self::TooLarge { event, bytes_max } => Rejected::TooLarge { event: change(event), bytes_max },
+            Self::UndeclaredType { event, event_type } => Rejected::UndeclaredType { event: change(event), event_type },
         }
     }
 
@@ -411,6 +471,7 @@ impl<E> Rejected<E> {
             Self::Closed(_) => RejectedReason::Closed,
             Self::ShardFailed(_, failure) => RejectedReason::ShardFailed(failure.clone()),
             Self::TooLarge { bytes_max, .. } => RejectedReason::TooLarge { bytes_max: *bytes_max },
+            Self::UndeclaredType { event_type, .. } => RejectedReason::UndeclaredType { event_type: *event_type },
         }
     }
 }
@@ -447,6 +508,12 @@ pub enum RejectedReason {
         /// The configured limit.
         bytes_max: usize,
     },
+    /// Its `event_type()` is none of its `TYPES`.
+    #[error("the event is of type {event_type}, which its TYPES do not declare")]
+    UndeclaredType {
+        /// What `event_type()` returned.
+        event_type: EventTypeId,
+    },
 }
 
 impl RejectedReason {
@@ -459,6 +526,7 @@ impl RejectedReason {
             Self::Closed => Rejected::Closed(event),
             Self::ShardFailed(failure) => Rejected::ShardFailed(event, failure),
             Self::TooLarge { bytes_max } => Rejected::TooLarge { event, bytes_max },
+            Self::UndeclaredType { event_type } => Rejected::UndeclaredType { event, event_type },
         }
     }
 }

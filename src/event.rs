@@ -3,15 +3,21 @@
 //! Leaf module: positions are newtypes, events are data. Nothing here knows how an event travels.
 
 use std::fmt;
+use std::num::NonZeroUsize;
 use std::str::FromStr;
 
+use rkyv::api::access_with_context;
 use rkyv::api::low::{LowDeserializer, LowSerializer, LowValidator};
 use rkyv::bytecheck::CheckBytes;
+use rkyv::primitive::FixedUsize;
 use rkyv::rancor::Error as RkyvError;
 use rkyv::ser::allocator::SubAllocator;
 use rkyv::ser::writer::Buffer;
+use rkyv::validation::Validator;
+use rkyv::validation::archive::ArchiveValidator;
 use rkyv::{Archive, Deserialize, Serialize};
 
+use crate::bounded::{Bounded, DEPTH_MAX};
 use crate::sync::keyed;
 
 macro_rules! position {
@@ -216,14 +222,14 @@ impl EventType {
 ///
 /// ```
 /// use corelane::{Stored, Upcaster};
-/// # use corelane::{Event, EventType, EventTypeId};
+/// # use corelane::{Bounded, Event, EventType, EventTypeId};
 /// use rkyv::{Archive, Deserialize, Serialize};
 ///
 /// /// As the program was when schema version 1 was current; kept for reading.
-/// #[derive(Archive, Serialize, Deserialize, Clone)]
+/// #[derive(Archive, Serialize, Deserialize, Bounded, Clone)]
 /// enum GameEventV1 { Moved { x: i32, y: i32 } }
 ///
-/// #[derive(Archive, Serialize, Deserialize, Clone, PartialEq, Debug)]
+/// #[derive(Archive, Serialize, Deserialize, Bounded, Clone, PartialEq, Debug)]
 /// enum GameEvent { Moved { x: f64, y: f64 } }
 ///
 /// impl Event for GameEvent {
@@ -273,6 +279,41 @@ impl Schemas {
     }
 }
 
+/// The ids of a program's event types, as a constant.
+#[derive(Debug)]
+struct DeclaredIds {
+    first: u16,
+    last: u16,
+    /// There is a type for every id in between.
+    is_dense: bool,
+}
+
+impl DeclaredIds {
+    const fn of(types: &[EventType]) -> Self {
+        let (mut first, mut last, mut i) = (u16::MAX, 0, 0);
+        while i < types.len() {
+            let id = types[i].id.0;
+            first = if id < first { id } else { first };
+            last = if id > last { id } else { last };
+            i += 1;
+        }
+        // No two types of an engine have one id.
+        Self { first, last, is_dense: types.len() > 0 && (last - first) as usize + 1 == types.len() }
+    }
+}
+
+/// Whether `event_type` is one of `E::TYPES`. Where their ids are consecutive, which they nearly always are, one comparison, and
+/// often none: the compiler knows what `event_type()` can return.
+#[inline(always)]
+pub(crate) fn is_declared<E: Event>(event_type: EventTypeId) -> bool {
+    let declared = const { DeclaredIds::of(E::TYPES) };
+    if declared.is_dense {
+        (declared.first..=declared.last).contains(&event_type.0)
+    } else {
+        E::TYPES.iter().any(|declared| declared.id == event_type)
+    }
+}
+
 /// The upcaster for records of this kind, if there is one.
 pub(crate) fn upcaster<E: Event>(event_type: EventTypeId, schema_version: u16) -> Option<&'static Upcaster<E>> {
     E::UPCASTERS.iter().find(|u| u.event_type == event_type && u.schema_version == schema_version)
@@ -282,10 +323,10 @@ pub(crate) fn upcaster<E: Event>(event_type: EventTypeId, schema_version: u16) -
 /// variants are the event types.
 ///
 /// ```
-/// use corelane::{Event, EventType, EventTypeId};
+/// use corelane::{Bounded, Event, EventType, EventTypeId};
 /// use rkyv::{Archive, Deserialize, Serialize};
 ///
-/// #[derive(Archive, Serialize, Deserialize)]
+/// #[derive(Archive, Serialize, Deserialize, Bounded)]
 /// enum GameEvent { Moved { x: f32, y: f32 }, LevelledUp { level: u32 } }
 ///
 /// impl Event for GameEvent {
@@ -308,7 +349,8 @@ pub trait Event: Encode + Send + 'static {
     /// type that is not declared, or of a version that is not older than the type's ([`crate::ConfigError::UselessUpcaster`]).
     const UPCASTERS: &'static [Upcaster<Self>] = &[];
 
-    /// Which of [`Event::TYPES`] this one is.
+    /// Which of [`Event::TYPES`] this one is. An event of another type is refused when it is published
+    /// ([`crate::Rejected::UndeclaredType`]).
     fn event_type(&self) -> EventTypeId;
 
     /// The time the event itself carries; `None` means its publish time.
@@ -324,12 +366,39 @@ pub trait Event: Encode + Send + 'static {
 
 /// How an event becomes bytes and is read in place. Implemented for every fitting rkyv type;
 /// nobody implements it by hand.
-pub trait Encode: Archive<Archived: Send> + Sized {
+///
+/// A type that is aligned to more than 16 bytes, where archives begin, does not compile:
+///
+/// ```compile_fail,E0080
+/// use corelane::{Bounded, Encode, Scratch};
+///
+/// #[derive(rkyv::Archive, rkyv::Serialize, Bounded)]
+/// #[rkyv(attr(repr(C, align(32))))]
+/// struct Wide { bytes: [u8; 32] }
+///
+/// Wide { bytes: [0; 32] }.encode(&mut [0; 64], &mut Scratch::new(0));
+/// ```
+///
+/// Neither does one that nests deeper than [`DEPTH_MAX`] levels:
+///
+/// ```compile_fail,E0080
+/// use corelane::{Bounded, Encode, Scratch};
+///
+/// #[derive(rkyv::Archive, rkyv::Serialize)]
+/// struct Deep(u8);
+///
+/// impl Bounded for Deep {
+///     const DEPTH: u32 = 65;
+/// }
+///
+/// Deep(0).encode(&mut [0; 64], &mut Scratch::new(0));
+/// ```
+pub trait Encode: Archive<Archived: Send> + Bounded + Sized {
     /// Archives `self` into `out`, with `scratch` for unsized parts. Returns the exact length,
     /// or `None` when it does not fit.
     fn encode(&self, out: &mut [u8], scratch: &mut Scratch) -> Option<usize>;
 
-    /// Reads an archive in place after checking every byte of it (bytecheck).
+    /// Reads an archive in place after checking every byte of it (bytecheck). More than [`DEPTH_MAX`] levels are an error.
     ///
     /// # Errors
     /// What the validator found wrong.
@@ -340,9 +409,11 @@ impl<T> Encode for T
 where
     T: for<'a> Serialize<LowSerializer<Buffer<'a>, SubAllocator<'a>, RkyvError>>,
     T: Archive<Archived: Send + for<'a> CheckBytes<LowValidator<'a, RkyvError>>>,
+    T: Bounded,
 {
     #[inline]
     fn encode(&self, out: &mut [u8], scratch: &mut Scratch) -> Option<usize> {
+        const { assert_storable::<T>() };
         let allocator = SubAllocator::new(&mut scratch.0);
         rkyv::api::low::to_bytes_in_with_alloc::<_, _, RkyvError>(self, Buffer::from(out), allocator)
             .ok()
@@ -351,7 +422,47 @@ where
 
     #[inline]
     fn access(bytes: &[u8]) -> Result<&Self::Archived, RkyvError> {
-        rkyv::api::low::access::<Self::Archived, RkyvError>(bytes)
+        const { assert_storable::<T>() };
+        let archive = ArchiveValidator::with_max_depth(bytes, NonZeroUsize::new(LEVELS_MAX));
+        access_with_context::<Self::Archived, _, RkyvError>(bytes, &mut Validator::new(archive, ()))
+    }
+}
+
+/// The validator's count for [`DEPTH_MAX`] levels: the root is one, and it stops before it has counted down to nothing.
+const LEVELS_MAX: usize = DEPTH_MAX as usize + 2;
+
+/// Fails to compile for a type that could not be read back.
+const fn assert_storable<T: Archive + Bounded>() {
+    assert!(align_of::<T::Archived>() <= ARCHIVE_ALIGN, "an archive cannot be aligned to more than 16 bytes");
+    assert!(T::DEPTH <= DEPTH_MAX, "a stored type nests deeper than DEPTH_MAX levels");
+}
+
+/// Archives begin at multiples of this.
+pub(crate) const ARCHIVE_ALIGN: usize = 16;
+
+/// Whether all archives of `T` are just its root, and so of one size: of a part that stands elsewhere, the resolver would know
+/// the position.
+pub(crate) const fn has_one_size<T: Archive>() -> bool {
+    align_of::<T::Resolver>() < align_of::<FixedUsize>()
+}
+
+/// Size and alignment of an archive's root. An archive is read from its end, so both must be what they were when it was
+/// written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) struct Root {
+    pub(crate) bytes: u32,
+    pub(crate) align: u16,
+}
+
+impl Root {
+    pub(crate) const fn of<T: Archive>() -> Self {
+        Self { bytes: size_of::<T::Archived>() as u32, align: align_of::<T::Archived>() as u16 }
+    }
+}
+
+impl fmt::Display for Root {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} bytes (aligned to {})", self.bytes, self.align)
     }
 }
 

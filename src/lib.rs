@@ -4,7 +4,11 @@
 //! user, kept durably and handed on, at millions of events per second per core and with nothing lost.
 #![cfg_attr(loom, allow(dead_code, unused_imports, reason = "loom builds the protocols without their users"))]
 
+// The derive macro names this crate by its name, here too.
+extern crate self as corelane;
+
 // Under `--cfg loom` only the protocols between threads are built, for their models.
+mod bounded;
 mod config;
 mod error;
 mod event;
@@ -58,6 +62,7 @@ pub mod testing;
 #[cfg(not(loom))]
 pub mod view;
 
+pub use bounded::{Bounded, DEPTH_MAX};
 pub use config::{Checked, Config, Durability, Pin, Retention, Wait};
 pub use error::{
     CodePanic, ConfigError, Corruption, FailureCause, GateError, GateOpenError, HistoryError, OpenError, PanickedEvent,

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use crate::clock::{Clock, Lateness, NOT_DUE, Nanos, lateness};
 use crate::config::{Durability, Wait};
 use crate::error::{Rejected, RejectedReason};
-use crate::event::{Event, Key, Scratch, Time};
+use crate::event::{Event, Key, Scratch, Time, has_one_size, is_declared};
 use crate::log::segment::ShardLog;
 use crate::ring::{Slot, free_slots, push_chunk};
 use crate::sync::{
@@ -283,13 +283,14 @@ pub(crate) struct Bounds {
 
 impl Bounds {
     pub(crate) fn new<E: Event>(bytes_max: usize) -> Self {
-        // A type without drop glue owns nothing outside itself, so its archive has one size and needs no trial.
-        if std::mem::needs_drop::<E>() { Self::with_trial(bytes_max) } else { Self { bytes_max, trial: None } }
+        // What has one size needs no trial.
+        if has_one_size::<E>() { Self { bytes_max, trial: None } } else { Self::with_trial(bytes_max) }
     }
 
     /// For who keeps no trial memory: checks one event.
     pub(crate) fn check_once<E: Event>(event: E, bytes_max: usize) -> Result<E, Rejected<E>> {
-        if !std::mem::needs_drop::<E>() && size_of::<E::Archived>() <= bytes_max {
+        let event = declared(event)?;
+        if has_one_size::<E>() && size_of::<E::Archived>() <= bytes_max {
             return Ok(event);
         }
         thread_local! {
@@ -311,10 +312,14 @@ impl Bounds {
         }
     }
 
-    /// How many events from the front fit.
+    /// How many events from the front can be accepted, and why the next cannot.
     #[inline]
-    fn fitting<E: Event>(&mut self, events: &[(Key, E)]) -> usize {
-        match &mut self.trial {
+    fn fitting<E: Event>(&mut self, events: &[(Key, E)]) -> (usize, Option<RejectedReason>) {
+        let event_type = |at: usize| events[at].1.event_type();
+        let undeclared = (0..events.len()).find(|&at| !is_declared::<E>(event_type(at)));
+        let mut reason = undeclared.map(|at| RejectedReason::UndeclaredType { event_type: event_type(at) });
+        let events = &events[..undeclared.unwrap_or(events.len())];
+        let fitting = match &mut self.trial {
             None if size_of::<E::Archived>() <= self.bytes_max => events.len(),
             None => 0,
             Some((out, scratch)) => {
@@ -323,11 +328,16 @@ impl Bounds {
                     |(_, event): &(Key, E)| event.encode(&mut out[skip..skip + self.bytes_max], scratch).is_none();
                 events.iter().position(unfit).unwrap_or(events.len())
             }
+        };
+        if fitting < events.len() {
+            reason = Some(RejectedReason::TooLarge { bytes_max: self.bytes_max });
         }
+        (fitting, reason)
     }
 
     #[inline]
     pub(crate) fn check<E: Event>(&mut self, event: E) -> Result<E, Rejected<E>> {
+        let event = declared(event)?;
         let fits = match &mut self.trial {
             None => size_of::<E::Archived>() <= self.bytes_max,
             Some((out, scratch)) => {
@@ -338,6 +348,13 @@ impl Bounds {
         };
         if fits { Ok(event) } else { Err(Rejected::TooLarge { event, bytes_max: self.bytes_max }) }
     }
+}
+
+/// Hands an event back whose type could not be read again.
+#[inline(always)]
+fn declared<E: Event>(event: E) -> Result<E, Rejected<E>> {
+    let event_type = event.event_type();
+    if is_declared::<E>(event_type) { Ok(event) } else { Err(Rejected::UndeclaredType { event, event_type }) }
 }
 
 impl<E: Event> Producer<E> {
@@ -352,7 +369,8 @@ impl<E: Event> Producer<E> {
     /// Publishes an event, waiting for room as the wait strategy says.
     ///
     /// # Errors
-    /// The event and why it was refused: the engine is closed, the shard failed, the event is too large.
+    /// The event and why it was refused: the engine is closed, the shard failed, the event is too large or of a type that it does
+    /// not declare.
     #[inline]
     pub fn publish(&mut self, key: Key, event: E) -> Result<Receipt, Rejected<E>> {
         let published = self.clock.now();
@@ -483,11 +501,7 @@ impl<E: Event> Producer<E> {
     fn batch(&mut self, events: &mut Vec<(Key, E)>, patience: Patience) -> Result<(), BatchRejected> {
         let total = events.len();
         let published = self.clock.now();
-        let mut refused = None;
-        let fitting = self.bounds.fitting(events);
-        if fitting < total {
-            refused = Some(RejectedReason::TooLarge { bytes_max: self.bounds.bytes_max });
-        }
+        let (fitting, mut refused) = self.bounds.fitting(events);
         let slot = |(key, event)| Slot::new(key, published, NOT_DUE, event);
         if let [lane] = &mut self.lanes[..] {
             if let Err(reason) = lane.push_all(events, fitting, slot, self.wait, patience) {

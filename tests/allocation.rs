@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use common::soon;
 use corelane::view::{Area, ById, Leaderboard, Presence, ServerStatus};
 use corelane::{
-    Aggregate, Builder, Config, Durability, Emit, Engine, Event, EventType, EventTypeId, Key, Meta, Retention,
+    Aggregate, Bounded, Builder, Config, Durability, Emit, Engine, Event, EventType, EventTypeId, Key, Meta, Retention,
     Stateless,
 };
 use rkyv::{Archive, Deserialize, Serialize};
@@ -38,7 +38,7 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static COUNTING: Counting = Counting;
 
-#[derive(Archive, Serialize, Deserialize, Debug, Clone, Copy)]
+#[derive(Archive, Serialize, Deserialize, Bounded, Debug, Clone, Copy)]
 struct Step {
     x: f32,
     y: f32,
@@ -52,7 +52,7 @@ impl Event for Step {
 }
 
 /// A state that owns no memory besides itself.
-#[derive(Archive, Serialize, Deserialize, Debug, Clone, Default, PartialEq)]
+#[derive(Archive, Serialize, Deserialize, Bounded, Debug, Clone, Default, PartialEq)]
 struct Player {
     x: f32,
     y: f32,

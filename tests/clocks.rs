@@ -9,7 +9,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use common::{Note, open_on, read_shard, small, soon, until};
 use corelane::consumer::Start;
 use corelane::testing::FaultyStorage;
-use corelane::{Event, EventLog, EventType, EventTypeId, Key, Retention, Time};
+use corelane::{Bounded, Event, EventLog, EventType, EventTypeId, Key, Retention, Time};
 use rkyv::{Archive, Deserialize, Serialize};
 
 const DIR: &str = "/store";
@@ -82,7 +82,7 @@ fn segments_begun_while_the_clock_read_the_past_are_not_freed_for_it() {
 }
 
 /// An event that says its own time.
-#[derive(Archive, Serialize, Deserialize, Debug, Clone)]
+#[derive(Archive, Serialize, Deserialize, Bounded, Debug, Clone)]
 struct Said {
     at: u64,
 }

@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 use common::bank::{Account, Order, Refused};
 use common::{small, soon};
 use corelane::{
-    Aggregate, CommandError, Durability, Emit, Engine, Event, EventType, EventTypeId, ExpectedVersion, Key, Meta,
-    Rejected, RejectedReason, Version, WaitError,
+    Aggregate, Bounded, CommandError, Durability, Emit, Engine, Event, EventType, EventTypeId, ExpectedVersion, Key,
+    Meta, Rejected, RejectedReason, Version, WaitError,
 };
 use rkyv::{Archive, Deserialize, Serialize};
 
@@ -234,7 +234,7 @@ fn a_durable_answer_comes_also_where_nothing_is_appended() {
 }
 
 /// An event without drop glue whose archive is longer than itself.
-#[derive(Archive, Serialize)]
+#[derive(Archive, Serialize, Bounded)]
 struct Named {
     #[rkyv(with = rkyv::with::InlineAsBox)]
     name: &'static str,
@@ -248,7 +248,7 @@ impl Event for Named {
     }
 }
 
-#[derive(Archive, Serialize, Deserialize, Clone, Default)]
+#[derive(Archive, Serialize, Deserialize, Bounded, Clone, Default)]
 struct Names {
     bytes: usize,
 }
@@ -330,10 +330,10 @@ fn polling_tells_failures_too_and_a_ticket_is_its_client_s() {
 }
 
 /// Refuses everything, and its rejection archives to no byte at all.
-#[derive(rkyv::Archive, rkyv::Serialize, rkyv::Deserialize, Clone, Default)]
+#[derive(rkyv::Archive, rkyv::Serialize, rkyv::Deserialize, corelane::Bounded, Clone, Default)]
 struct Wall(u64);
 
-#[derive(rkyv::Archive, rkyv::Serialize, rkyv::Deserialize, Clone, Debug, PartialEq)]
+#[derive(rkyv::Archive, rkyv::Serialize, rkyv::Deserialize, corelane::Bounded, Clone, Debug, PartialEq)]
 struct No;
 
 impl corelane::Aggregate for Wall {

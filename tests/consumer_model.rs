@@ -18,7 +18,8 @@ use corelane::consumer::{
 };
 use corelane::testing::{FaultyStorage, Unsynced};
 use corelane::{
-    Config, Durability, Event, EventId, EventLog, EventType, EventTypeId, Key, Offset, Producer, Retention, ShardId,
+    Bounded, Config, Durability, Event, EventId, EventLog, EventType, EventTypeId, Key, Offset, Producer, Retention,
+    ShardId,
 };
 use rkyv::{Archive, Deserialize, Serialize};
 
@@ -29,7 +30,7 @@ const GAP_WAIT: Duration = Duration::from_secs(5);
 const NAMES: [&str; 3] = ["paid", "noted", "left"];
 
 /// An event of one of three types.
-#[derive(Archive, Serialize, Deserialize, Debug, Clone, PartialEq)]
+#[derive(Archive, Serialize, Deserialize, Bounded, Debug, Clone, PartialEq)]
 enum Deed {
     Paid { n: u64, text: String },
     Noted { n: u64, text: String },

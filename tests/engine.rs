@@ -2,10 +2,10 @@
 
 use std::time::{Duration, Instant};
 
-use corelane::{Config, Durability, Event, EventLog, EventType, EventTypeId, Key, ShardId, WaitError};
+use corelane::{Bounded, Config, Durability, Event, EventLog, EventType, EventTypeId, Key, ShardId, WaitError};
 use rkyv::{Archive, Deserialize, Serialize};
 
-#[derive(Archive, Serialize, Deserialize, Debug, Clone, PartialEq)]
+#[derive(Archive, Serialize, Deserialize, Bounded, Debug, Clone, PartialEq)]
 enum Ping {
     Numbered { n: u64 },
     Named { name: String },

@@ -11,14 +11,14 @@ use std::sync::{Arc, Mutex};
 use common::{soon, until};
 use corelane::consumer::{Batch, Sink, Start};
 use corelane::{
-    Event, EventLog, EventType, EventTypeId, HandlerError, Key, Offset, ReadError, ShardId, Stored, Time, Upcaster,
-    Version,
+    Bounded, Event, EventLog, EventType, EventTypeId, HandlerError, Key, Offset, ReadError, ShardId, Stored, Time,
+    Upcaster, Version,
 };
 use rkyv::rancor::{Error as Refusal, Source};
 use rkyv::{Archive, Deserialize, Serialize};
 
 /// As it was written.
-#[derive(Archive, Serialize, Deserialize, Clone)]
+#[derive(Archive, Serialize, Deserialize, Bounded, Clone)]
 struct Old {
     n: u64,
 }
@@ -35,7 +35,7 @@ macro_rules! reading {
     ($name:ident, $refuses:ident) => {
         static $refuses: AtomicBool = AtomicBool::new(true);
 
-        #[derive(Archive, Serialize, Deserialize)]
+        #[derive(Archive, Serialize, Deserialize, Bounded)]
         struct $name {
             n: u64,
         }

@@ -7,8 +7,8 @@ use common::bank::{Account, Money, Order, Refused};
 use common::{os_cache, soon};
 use corelane::testing::given;
 use corelane::{
-    Aggregate, Correlation, Emit, Engine, Event, EventType, EventTypeId, Key, Meta, Offset, Stored, Time, Upcaster,
-    Version,
+    Aggregate, Bounded, Correlation, Emit, Engine, Event, EventType, EventTypeId, Key, Meta, Offset, Stored, Time,
+    Upcaster, Version,
 };
 use rkyv::{Archive, Deserialize, Serialize};
 
@@ -67,12 +67,12 @@ fn what_does_not_hold_is_said_so_that_it_can_be_read() {
 }
 
 /// Remembers everything that it is shown.
-#[derive(Archive, Serialize, Deserialize, Debug, Clone, Default, PartialEq)]
+#[derive(Archive, Serialize, Deserialize, Bounded, Debug, Clone, Default, PartialEq)]
 struct Witness {
     seen: Vec<Seen>,
 }
 
-#[derive(Archive, Serialize, Deserialize, Debug, Clone, Default, PartialEq)]
+#[derive(Archive, Serialize, Deserialize, Bounded, Debug, Clone, Default, PartialEq)]
 struct Seen {
     key: u64,
     version: u64,
@@ -85,12 +85,12 @@ struct Seen {
     text_bytes: u64,
 }
 
-#[derive(Archive, Serialize, Deserialize, Debug, Clone, PartialEq)]
+#[derive(Archive, Serialize, Deserialize, Bounded, Debug, Clone, PartialEq)]
 struct SaidV1 {
     times: u32,
 }
 
-#[derive(Archive, Serialize, Deserialize, Debug, Clone, PartialEq)]
+#[derive(Archive, Serialize, Deserialize, Bounded, Debug, Clone, PartialEq)]
 struct Said {
     text: String,
     at: Option<u64>,

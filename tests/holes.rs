@@ -12,13 +12,13 @@ use common::{ArchivedNote, Note, PAGE, SEGMENT, segment_path, small, soon, until
 use corelane::consumer::{Batch, ConsumerError, GatePolicy, Sink, Start, outside};
 use corelane::scan::Store;
 use corelane::{
-    Aggregate, Engine, GateOpenError, HandlerError, HistoryError, Key, Meta, Offset, OpenError, ReadError, ShardId,
-    Time, Version,
+    Aggregate, Bounded, Engine, GateOpenError, HandlerError, HistoryError, Key, Meta, Offset, OpenError, ReadError,
+    ShardId, Time, Version,
 };
 use rkyv::{Archive, Deserialize, Serialize};
 
 /// What a key's events come to.
-#[derive(Archive, Serialize, Deserialize, Debug, Clone, Default, PartialEq)]
+#[derive(Archive, Serialize, Deserialize, Bounded, Debug, Clone, Default, PartialEq)]
 struct Total {
     events: u64,
     sum: u64,

@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 use common::{Note, SEGMENT, numbers, open_on, os_cache, small, soon};
 use corelane::testing::FaultyStorage;
 use corelane::{
-    Durability, Event, EventLog, EventType, EventTypeId, FailureCause, Handler, HandlerError, Key, Meta, OnError,
-    Rejected, RejectedReason, ShardId, WaitError,
+    Bounded, Durability, Event, EventLog, EventType, EventTypeId, FailureCause, Handler, HandlerError, Key, Meta,
+    OnError, Rejected, RejectedReason, ShardId, WaitError,
 };
 use rkyv::rancor::{Fallible, Source};
 use rkyv::ser::Writer;
@@ -113,7 +113,7 @@ fn a_lane_without_room_refuses_at_once_or_at_the_deadline_and_goes_on() {
 }
 
 /// A text that is longer where it is appended than where it was checked.
-#[derive(Debug)]
+#[derive(Bounded, Debug)]
 struct Swelling;
 
 fn swelling_text() -> String {
@@ -135,7 +135,7 @@ impl<S: Fallible<Error: Source> + Writer + ?Sized> Serialize<S> for Swelling {
     }
 }
 
-#[derive(Archive, Serialize, Debug)]
+#[derive(Archive, Serialize, Bounded, Debug)]
 enum Text {
     Plain(String),
     Swelling(Swelling),

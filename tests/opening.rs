@@ -458,7 +458,7 @@ fn wounded() -> Files {
 const POSITION: usize = 16;
 
 /// A program that knows one more type of event, so that the manifest has to be extended.
-#[derive(rkyv::Archive, rkyv::Serialize, rkyv::Deserialize, Debug)]
+#[derive(rkyv::Archive, rkyv::Serialize, rkyv::Deserialize, corelane::Bounded, Debug)]
 struct More {
     n: u64,
     text: String,
@@ -598,7 +598,7 @@ mod panicking {
         assert_ne!(PANICS.load(Ordering::SeqCst), what, "as it must");
     }
 
-    #[derive(Archive, Serialize, Deserialize, Debug, Clone)]
+    #[derive(Archive, Serialize, Deserialize, corelane::Bounded, Debug, Clone)]
     pub(crate) struct Added<const VERSION: u16> {
         pub(crate) n: u64,
     }
@@ -618,7 +618,7 @@ mod panicking {
         }
     }
 
-    #[derive(Archive, Serialize, Deserialize, Debug, Clone, PartialEq)]
+    #[derive(Archive, Serialize, Deserialize, corelane::Bounded, Debug, Clone, PartialEq)]
     pub(crate) struct Sum<const VERSION: u16> {
         pub(crate) sum: u64,
     }

@@ -17,7 +17,7 @@ use corelane::consumer::{
 };
 use corelane::view::ById;
 use corelane::{
-    Aggregate, BatchEnd, Client, CommandError, Config, Durability, Emit, Engine, Event, EventId, EventType,
+    Aggregate, BatchEnd, Bounded, Client, CommandError, Config, Durability, Emit, Engine, Event, EventId, EventType,
     EventTypeId, GatedProducer, Handler, HandlerError, HistoryError, Key, Meta, Offset, OnError, OpenError, Producer,
     Rejected, RejectedReason, ShardId, SharedProducer, SyncError, Time, Version, WaitError,
 };
@@ -64,7 +64,7 @@ fn fire(place: Place, n: u64) -> bool {
     hook.map(|hook| hook()).is_some()
 }
 
-#[derive(Archive, Serialize, Deserialize, Debug, Clone, PartialEq)]
+#[derive(Archive, Serialize, Deserialize, Bounded, Debug, Clone, PartialEq)]
 struct Ping {
     n: u64,
 }
@@ -76,7 +76,7 @@ impl Event for Ping {
     }
 }
 
-#[derive(Archive, Serialize, Deserialize, Debug, Clone, Default, PartialEq)]
+#[derive(Archive, Serialize, Deserialize, Bounded, Debug, Clone, Default, PartialEq)]
 struct State {
     last: u64,
 }

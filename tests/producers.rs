@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use common::{Note, env_number, numbers, open_on, os_cache, read_shard, small, soon};
 use corelane::testing::FaultyStorage;
-use corelane::{Event, EventLog, EventType, EventTypeId, Key, Rejected, RejectedReason, WaitError};
+use corelane::{Bounded, Event, EventLog, EventType, EventTypeId, Key, Rejected, RejectedReason, WaitError};
 use rkyv::{Archive, Deserialize, Serialize};
 
 #[test]
@@ -42,7 +42,7 @@ fn a_producer_thread_that_panics_loses_nothing_it_published() {
 }
 
 /// An event whose own code panics while it is archived.
-#[derive(Archive, Serialize, Deserialize, Debug)]
+#[derive(Archive, Serialize, Deserialize, Bounded, Debug)]
 struct Treacherous {
     #[rkyv(with = Explosive)]
     fuse: u64,
@@ -119,7 +119,7 @@ fn an_oversized_event_comes_back_at_the_limit_and_not_below() {
 }
 
 /// A plain event larger than the limit.
-#[derive(Archive, Serialize, Deserialize, Debug)]
+#[derive(Archive, Serialize, Deserialize, Bounded, Debug)]
 struct Block([u64; 32]);
 impl Event for Block {
     const TYPES: &'static [EventType] = &[EventType::new(1, "block", 1)];

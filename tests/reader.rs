@@ -6,8 +6,8 @@ mod common;
 use common::{Note, SEGMENT, numbers, os_cache, small, soon};
 use corelane::testing::FaultyStorage;
 use corelane::{
-    Event, EventLog, EventType, EventTypeId, FailureCause, Key, Offset, OpenError, ReadError, Retention, ShardId,
-    WaitError,
+    Bounded, Event, EventLog, EventType, EventTypeId, FailureCause, Key, Offset, OpenError, ReadError, RejectedReason,
+    Retention, ShardId, WaitError,
 };
 use rkyv::{Archive, Deserialize, Serialize};
 
@@ -69,7 +69,7 @@ fn what_retention_freed_is_beyond_retention() {
 }
 
 /// An event that does not say which of its types it is.
-#[derive(Archive, Serialize, Deserialize, Debug)]
+#[derive(Archive, Serialize, Deserialize, Bounded, Debug)]
 struct Undeclared {
     id: u16,
 }
@@ -82,18 +82,83 @@ impl Event for Undeclared {
 }
 
 #[test]
-fn an_undeclared_type_fails_the_shard_and_the_store_opens_again() {
+fn an_event_of_an_undeclared_type_comes_back_and_nothing_else_is_lost() {
     for id in [0, 2, 7, u16::MAX] {
         let storage = FaultyStorage::new();
         let open = || EventLog::<Undeclared>::builder(small("/s")).faulty_storage(&storage).open();
         let engine = open().unwrap();
-        let mut producer = engine.producer();
-        producer.publish(Key(1), Undeclared { id: 1 }).unwrap().durable().wait_until(soon().unwrap()).unwrap();
-        let failed = producer.publish(Key(1), Undeclared { id }).unwrap().appended().wait_until(soon().unwrap());
-        let Err(WaitError::ShardFailed(failure)) = failed else { panic!("type {id}: {failed:?}") };
-        let FailureCause::UndeclaredType { event_type, .. } = failure.cause else { panic!("type {id}: {failure}") };
-        assert_eq!(event_type.0, id);
-        drop(engine);
-        assert_eq!(open().unwrap().recovery().events(), 1, "type {id}");
+        let (mut producer, shared) = (engine.producer(), engine.shared_producer());
+        let (good, bad) = (|| (Key(1), Undeclared { id: 1 }), || (Key(1), Undeclared { id }));
+        for refused in [
+            producer.publish(Key(1), Undeclared { id }).unwrap_err(),
+            producer.try_publish(Key(1), Undeclared { id }).unwrap_err(),
+            shared.publish(Key(1), Undeclared { id }).unwrap_err(),
+        ] {
+            let RejectedReason::UndeclaredType { event_type } = refused.reason() else { panic!("{refused}") };
+            assert_eq!((event_type.0, refused.into_event().id), (id, id));
+        }
+        let mut batch = vec![good(), good(), bad(), good()];
+        let refused = producer.publish_batch(&mut batch).unwrap_err();
+        assert!(matches!(refused.reason, RejectedReason::UndeclaredType { .. }), "{refused}");
+        assert_eq!((refused.accepted, batch.len(), batch[0].1.id), (2, 2, id));
+        producer.publish(Key(1), good().1).unwrap();
+        engine.flush(soon()).unwrap();
+        engine.shutdown(soon()).unwrap();
+        drop((engine, producer, shared));
+        assert_eq!(open().unwrap().recovery().events(), 3, "type {id}");
     }
+}
+
+/// Types whose ids are not consecutive.
+#[derive(Archive, Serialize, Deserialize, Bounded, Debug)]
+struct Sparse {
+    id: u16,
+}
+
+impl Event for Sparse {
+    const TYPES: &'static [EventType] =
+        &[EventType::new(900, "c", 1), EventType::new(3, "a", 1), EventType::new(u16::MAX, "d", 1)];
+    fn event_type(&self) -> EventTypeId {
+        EventTypeId(self.id)
+    }
+}
+
+#[test]
+fn ids_with_gaps_are_told_from_those_in_the_gaps() {
+    let storage = FaultyStorage::new();
+    let engine = EventLog::<Sparse>::builder(small("/s")).faulty_storage(&storage).open().unwrap();
+    let mut producer = engine.producer();
+    let declared = (0..=u16::MAX).filter(|&id| producer.publish(Key(1), Sparse { id }).is_ok());
+    assert_eq!(declared.collect::<Vec<_>>(), [3, 900, u16::MAX]);
+}
+
+/// An event that is of another type each time it is asked.
+#[derive(Archive, Serialize, Deserialize, Bounded, Debug)]
+struct Fickle {
+    asked: u8,
+    #[rkyv(with = rkyv::with::Skip)]
+    #[bounded(depth = 0)]
+    times: std::sync::Mutex<u16>,
+}
+
+impl Event for Fickle {
+    const TYPES: &'static [EventType] = &[EventType::new(1, "fickle", 1)];
+    fn event_type(&self) -> EventTypeId {
+        let mut times = self.times.lock().unwrap();
+        *times += 1;
+        EventTypeId(*times)
+    }
+}
+
+#[test]
+fn an_event_that_changes_its_type_behind_the_check_fails_the_shard_and_the_store_opens_again() {
+    let storage = FaultyStorage::new();
+    let open = || EventLog::<Fickle>::builder(small("/s")).faulty_storage(&storage).open();
+    let engine = open().unwrap();
+    let event = Fickle { asked: 0, times: std::sync::Mutex::new(0) };
+    let failed = engine.producer().publish(Key(1), event).unwrap().appended().wait_until(soon().unwrap());
+    let Err(WaitError::ShardFailed(failure)) = failed else { panic!("{failed:?}") };
+    assert!(matches!(failure.cause, FailureCause::UndeclaredType { .. }), "{failure}");
+    drop(engine);
+    assert_eq!(open().unwrap().recovery().events(), 0);
 }

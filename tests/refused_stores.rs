@@ -6,7 +6,7 @@ mod common;
 use std::path::{Path, PathBuf};
 
 use common::{Note, numbers, os_cache, segment_path, small, soon, tree, until};
-use corelane::{ConfigError, Event, EventLog, EventType, EventTypeId, Key, OpenError, scan};
+use corelane::{Bounded, ConfigError, Event, EventLog, EventType, EventTypeId, Key, OpenError, scan};
 use rkyv::{Archive, Deserialize, Serialize};
 
 /// A cleanly closed store of three segments and two shards.
@@ -230,7 +230,7 @@ const LONG_NAME: &str = match std::str::from_utf8(&[b'n'; 65_536]) {
 
 macro_rules! other_schema {
     ($name:ident, $($types:expr),+) => {
-        #[derive(Archive, Serialize, Deserialize, Debug)]
+        #[derive(Archive, Serialize, Deserialize, Bounded, Debug)]
         struct $name { n: u64, text: String }
         impl Event for $name {
             const TYPES: &'static [EventType] = &[$($types),+];
@@ -349,7 +349,7 @@ fn a_segment_in_use_beyond_the_span_is_refused() {
 
 #[test]
 fn events_whose_archive_has_another_size_are_refused_unless_every_type_has_a_new_version() {
-    #[derive(rkyv::Archive, rkyv::Serialize)]
+    #[derive(rkyv::Archive, rkyv::Serialize, corelane::Bounded)]
     struct Wide<const VERSION: u16> {
         n: u64,
         text: String,
@@ -386,7 +386,7 @@ fn events_whose_archive_has_another_size_are_refused_unless_every_type_has_a_new
 
 #[test]
 fn a_layout_that_nobody_can_read_is_refused_also_where_a_checkpoint_has_its_events() {
-    #[derive(rkyv::Archive, rkyv::Serialize)]
+    #[derive(rkyv::Archive, rkyv::Serialize, corelane::Bounded)]
     struct Newer {
         n: u64,
         text: String,

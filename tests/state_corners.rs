@@ -9,8 +9,8 @@ use common::bank::{Account, Money, Order};
 use common::{SEGMENT, settle, small, soon};
 use corelane::testing::{FaultyStorage, Unsynced};
 use corelane::{
-    Aggregate, CommandError, Config, Durability, Emit, Engine, Event, EventType, EventTypeId, Key, Meta, Retention,
-    Time, Version, WaitError,
+    Aggregate, Bounded, CommandError, Config, Durability, Emit, Engine, Event, EventType, EventTypeId, Key, Meta,
+    Retention, Time, Version, WaitError,
 };
 use rkyv::{Archive, Deserialize, Serialize};
 
@@ -19,7 +19,7 @@ fn open(storage: &FaultyStorage, config: Config) -> Engine<Account> {
 }
 
 /// An event that says its own time, which need not rise.
-#[derive(Archive, Serialize, Deserialize, Debug, Clone)]
+#[derive(Archive, Serialize, Deserialize, Bounded, Debug, Clone)]
 struct Said {
     at: u64,
 }
@@ -34,7 +34,7 @@ impl Event for Said {
     }
 }
 
-#[derive(Archive, Serialize, Deserialize, Debug, Clone, Default, PartialEq)]
+#[derive(Archive, Serialize, Deserialize, Bounded, Debug, Clone, Default, PartialEq)]
 struct Times(Vec<u64>);
 
 impl Aggregate for Times {
@@ -119,7 +119,7 @@ fn a_checkpoint_that_was_told_survives_a_power_cut() {
 }
 
 /// Too large to be saved once it has an event.
-#[derive(Archive, Serialize, Deserialize, Debug, Clone, Default, PartialEq)]
+#[derive(Archive, Serialize, Deserialize, Bounded, Debug, Clone, Default, PartialEq)]
 struct Large(Vec<u8>);
 
 impl Aggregate for Large {
@@ -168,7 +168,7 @@ fn newest_checkpoint(storage: &FaultyStorage) -> (u64, u64) {
 }
 
 /// Says something, and then no.
-#[derive(Archive, Serialize, Deserialize, Debug, Clone, Default, PartialEq)]
+#[derive(Archive, Serialize, Deserialize, Bounded, Debug, Clone, Default, PartialEq)]
 struct Hasty(u64);
 
 impl Aggregate for Hasty {

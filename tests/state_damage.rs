@@ -10,7 +10,9 @@ use std::path::PathBuf;
 use common::bank::{Account, ArchivedAccount, ArchivedMoney, Money, Order, Refused};
 use common::{SEGMENT, env_number, small, soon};
 use corelane::testing::FaultyStorage;
-use corelane::{Aggregate, Config, Durability, Emit, Engine, HistoryError, Key, Meta, OpenError, Retention, Version};
+use corelane::{
+    Aggregate, Bounded, Config, Durability, Emit, Engine, HistoryError, Key, Meta, OpenError, Retention, Version,
+};
 use rkyv::{Archive, Deserialize, Serialize};
 
 type Files = BTreeMap<PathBuf, Vec<u8>>;
@@ -159,7 +161,7 @@ fn a_damaged_checkpoint_is_counted_as_unreadable() {
 }
 
 /// The account with another layout.
-#[derive(Archive, Serialize, Deserialize, Debug, Clone, Default, PartialEq)]
+#[derive(Archive, Serialize, Deserialize, Bounded, Debug, Clone, Default, PartialEq)]
 struct Wide<const UPGRADES: bool> {
     notes: u64,
     cents: u64,

@@ -421,7 +421,7 @@ fn a_state_is_told_while_its_snapshots_are_taken() {
 }
 
 /// A state of 4 KiB.
-#[derive(rkyv::Archive, rkyv::Serialize, rkyv::Deserialize, Debug, Clone, PartialEq)]
+#[derive(rkyv::Archive, rkyv::Serialize, rkyv::Deserialize, corelane::Bounded, Debug, Clone, PartialEq)]
 struct Big {
     events: u64,
     rest: Vec<u64>,

@@ -57,7 +57,8 @@ fn may_use(file: &str) -> Option<&'static [&'static str]> {
         // Windows into everything, for the benches.
         "lib.rs" | "engine.rs" | "bench_support.rs" => return None,
         _ if file.starts_with("engine/") => return None,
-        "event.rs" => &["event", "Config", "sync"],
+        "bounded.rs" => &[],
+        "event.rs" => &["bounded", "event", "Config", "sync"],
         "error.rs" => &["event", "Config"],
         "clock.rs" => &["event"],
         "config.rs" => &["error", "sync"],
@@ -65,7 +66,7 @@ fn may_use(file: &str) -> Option<&'static [&'static str]> {
         _ if file.starts_with("sync/") => &[],
         "metrics.rs" => &["event", "error", "sync", "clock"],
         "handler.rs" => &["event", "error"],
-        "aggregate.rs" => &["event", "Sequence", "EventLog"],
+        "aggregate.rs" => &["bounded", "event", "Sequence", "EventLog"],
         "command.rs" => {
             &["aggregate", "event", "error", "config", "sync", "clock", "keys", "producer", "promise", "Engine"]
         }

@@ -13,13 +13,13 @@ use std::time::Duration;
 use common::{os_cache, soon, tree};
 use corelane::consumer::{HealthPolicy, LetterKind, Letters, Retry};
 use corelane::{
-    Aggregate, Config, ConfigError, Durability, Emit, Engine, Event, EventLog, EventType, EventTypeId, Key, Meta,
-    OpenError, ShardId, Stateless, Stored, Upcaster, Version, deserialize,
+    Aggregate, Bounded, Config, ConfigError, Durability, Emit, Engine, Event, EventLog, EventType, EventTypeId, Key,
+    Meta, OpenError, ShardId, Stateless, Stored, Upcaster, Version, deserialize,
 };
 use rkyv::{Archive, Deserialize, Serialize};
 
 /// The event as the older program had it.
-#[derive(Archive, Serialize, Deserialize, Debug, Clone, PartialEq)]
+#[derive(Archive, Serialize, Deserialize, Bounded, Debug, Clone, PartialEq)]
 enum GameEventV1 {
     Moved { x: i32, y: i32 },
     Said { text: String, times: u32 },
@@ -118,7 +118,7 @@ macro_rules! today {
         mod $module {
             use super::*;
 
-            #[derive(Archive, Serialize, Deserialize, Debug, Clone, PartialEq)]
+            #[derive(Archive, Serialize, Deserialize, Bounded, Debug, Clone, PartialEq)]
             pub(super) enum GameEvent {
                 Moved { x: f64, y: f64, running: bool },
                 Said { text: String },
@@ -142,7 +142,7 @@ macro_rules! today {
                 }
             }
 
-            #[derive(Archive, Serialize, Deserialize, Debug, Clone, Default, PartialEq)]
+            #[derive(Archive, Serialize, Deserialize, Bounded, Debug, Clone, Default, PartialEq)]
             pub(super) struct Player {
                 pub(super) x: f64,
                 pub(super) y: f64,
@@ -377,7 +377,7 @@ fn an_upcaster_that_fails_is_an_error_at_the_event_and_no_panic() {
 /// A program that declares type 1 in version 3, type 2 in version 1, and these upcasters.
 macro_rules! declaring {
     ($name:ident, $upcasters:expr) => {
-        #[derive(Archive, Serialize, Deserialize)]
+        #[derive(Archive, Serialize, Deserialize, Bounded)]
         struct $name;
 
         impl Event for $name {

@@ -7,7 +7,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use corelane::bench_support::only_place;
 use corelane::view::{Area, View as _, ViewWriter};
-use corelane::{Aggregate, Correlation, Emit, Event, EventTypeId, Key, Meta, Offset, Sequence, ShardId, Time, Version};
+use corelane::{
+    Aggregate, Bounded, Correlation, Emit, Event, EventTypeId, Key, Meta, Offset, Sequence, ShardId, Time, Version,
+};
 use criterion::{BenchmarkId, Criterion, Throughput};
 use rand::rngs::SmallRng;
 use rand::{Rng as _, SeedableRng as _};
@@ -21,7 +23,7 @@ const SIDE: f64 = 10_000.0;
 const CELL: f64 = 100.0;
 const MOVES: usize = 1 << 16;
 
-#[derive(Archive, Serialize, Deserialize, Clone, Default)]
+#[derive(Archive, Serialize, Deserialize, Bounded, Clone, Default)]
 pub(crate) struct Walker {
     pub(crate) x: f64,
     pub(crate) y: f64,

@@ -1,7 +1,7 @@
 //! The game's rules: what players may want, when they are refused, and what becomes of them.
 
 use corelane::view::ById;
-use corelane::{Aggregate, Emit, Event, EventType, EventTypeId, Key, Meta, Time};
+use corelane::{Aggregate, Bounded, Emit, Event, EventType, EventTypeId, Key, Meta, Time};
 use rkyv::{Archive, Deserialize, Serialize};
 
 /// The map is so long and so wide.
@@ -22,7 +22,7 @@ pub(crate) fn reach(skill: u32) -> f64 {
 }
 
 /// What happened to a player.
-#[derive(Archive, Serialize, Deserialize, Debug, Clone, PartialEq)]
+#[derive(Archive, Serialize, Deserialize, Bounded, Debug, Clone, PartialEq)]
 pub(crate) enum Happened {
     Joined {
         x: f64,
@@ -67,7 +67,7 @@ impl Event for Happened {
 }
 
 /// The side that decides: everything that its rules need, and no more.
-#[derive(Archive, Serialize, Deserialize, Debug, Clone, PartialEq, Default)]
+#[derive(Archive, Serialize, Deserialize, Bounded, Debug, Clone, PartialEq, Default)]
 pub(crate) struct Player {
     pub(crate) place: Option<Place>,
     /// Since when it is there.
@@ -76,7 +76,7 @@ pub(crate) struct Player {
     pub(crate) score: i64,
 }
 
-#[derive(Archive, Serialize, Deserialize, Debug, Clone, Copy, PartialEq)]
+#[derive(Archive, Serialize, Deserialize, Bounded, Debug, Clone, Copy, PartialEq)]
 pub(crate) struct Place {
     pub(crate) x: f64,
     pub(crate) y: f64,
@@ -93,7 +93,7 @@ impl Place {
 }
 
 /// The side that is asked: what others see of a player.
-#[derive(Archive, Serialize, Deserialize, Debug, Clone, PartialEq)]
+#[derive(Archive, Serialize, Deserialize, Bounded, Debug, Clone, PartialEq)]
 pub(crate) struct Card {
     /// `None`: not in the game any more.
     pub(crate) place: Option<Place>,
@@ -126,7 +126,7 @@ pub(crate) enum Command {
 }
 
 /// Why not.
-#[derive(Archive, Serialize, Deserialize, Debug, Clone, PartialEq)]
+#[derive(Archive, Serialize, Deserialize, Bounded, Debug, Clone, PartialEq)]
 pub(crate) enum Refused {
     NotInTheGame,
     InTheGameAlready,

@@ -1,9 +1,9 @@
 //! The game: what happens in it, and how often.
 
-use corelane::{Event, EventType, EventTypeId, Key};
+use corelane::{Bounded, Event, EventType, EventTypeId, Key};
 use rkyv::{Archive, Serialize};
 
-#[derive(Archive, Serialize, Clone, Copy, Debug)]
+#[derive(Archive, Serialize, Bounded, Clone, Copy, Debug)]
 pub(crate) enum GameEvent {
     Moved { x: f64, y: f64 },
     Killed { victim: u64 },

@@ -2,11 +2,11 @@
 
 use std::convert::Infallible;
 
-use corelane::{Aggregate, Correlation, Emit, Event, EventType, EventTypeId, Meta, Time};
+use corelane::{Aggregate, Bounded, Correlation, Emit, Event, EventType, EventTypeId, Meta, Time};
 use rkyv::{Archive, Deserialize, Serialize};
 
 /// What happened to a player. Variants are what the game computes with; everything else it keeps under its number.
-#[derive(Archive, Serialize, Deserialize, Debug, Clone, PartialEq)]
+#[derive(Archive, Serialize, Deserialize, Bounded, Debug, Clone, PartialEq)]
 pub(crate) enum GameEvent {
     LevelledUp {
         new_level: i64,
@@ -33,7 +33,7 @@ pub(crate) enum GameEvent {
 }
 
 /// What every event has, as its source told it.
-#[derive(Archive, Serialize, Deserialize, Debug, Clone, PartialEq, Default)]
+#[derive(Archive, Serialize, Deserialize, Bounded, Debug, Clone, PartialEq, Default)]
 pub(crate) struct Source {
     /// `None`: the time at which it is published.
     pub(crate) timestamp_ms: Option<u64>,
@@ -44,7 +44,7 @@ pub(crate) struct Source {
 }
 
 /// A place on the map.
-#[derive(Archive, Serialize, Deserialize, Debug, Clone, Copy, PartialEq)]
+#[derive(Archive, Serialize, Deserialize, Bounded, Debug, Clone, Copy, PartialEq)]
 pub(crate) struct Place {
     pub(crate) x: f64,
     pub(crate) y: f64,
@@ -186,7 +186,7 @@ pub(crate) fn kind_of(name: &str) -> Option<EventTypeId> {
 const EXPERIENCE_PER_KILL: i64 = 100;
 
 /// The state of a player: what the events make of it, and nothing else.
-#[derive(Archive, Serialize, Deserialize, Debug, Clone, PartialEq)]
+#[derive(Archive, Serialize, Deserialize, Bounded, Debug, Clone, PartialEq)]
 pub(crate) struct Player {
     pub(crate) level: i64,
     pub(crate) experience: i64,
@@ -197,7 +197,7 @@ pub(crate) struct Player {
     pub(crate) last_update_ms: u64,
 }
 
-#[derive(Archive, Serialize, Deserialize, Debug, Clone, PartialEq)]
+#[derive(Archive, Serialize, Deserialize, Bounded, Debug, Clone, PartialEq)]
 pub(crate) struct Item {
     pub(crate) name: String,
     pub(crate) quantity: i64,

@@ -4,7 +4,7 @@ use std::convert::Infallible;
 use std::str::FromStr;
 
 use corelane::envelope::{ArchivedEnvelope, Envelope};
-use corelane::{Aggregate, Emit, Event, EventType, EventTypeId, Key, Meta};
+use corelane::{Aggregate, Bounded, Emit, Event, EventType, EventTypeId, Key, Meta};
 use rand::rngs::SmallRng;
 use rand::{Rng as _, SeedableRng as _};
 use rand_distr::{Distribution as _, Zipf};
@@ -24,7 +24,7 @@ const ZIPF_EXPONENT: f64 = 0.99;
 const TICK_BITS: u32 = 48;
 
 /// An event of a game.
-#[derive(Archive, Serialize, Clone, Copy, Debug)]
+#[derive(Archive, Serialize, Bounded, Clone, Copy, Debug)]
 pub(crate) enum GameEvent {
     Moved { x: f64, y: f64, heading: f64, zone: u64, tick: u64 },
     Attacked { target: u64, damage: u64, x: f64, y: f64, tick: u64 },
@@ -54,7 +54,7 @@ impl Event for GameEvent {
 }
 
 /// What a player's events have made of it: small enough to lie in the key's slot.
-#[derive(Archive, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
+#[derive(Archive, Serialize, Deserialize, Bounded, Clone, Debug, Default, PartialEq)]
 pub(crate) struct Player {
     x: f32,
     y: f32,
@@ -100,7 +100,7 @@ impl Aggregate for Player {
 }
 
 /// An event of any size.
-#[derive(Archive, Serialize, Clone, Debug)]
+#[derive(Archive, Serialize, Bounded, Clone, Debug)]
 pub(crate) struct Padded {
     tick: u64,
     filling: Box<[u8]>,

@@ -26,6 +26,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, Result, anyhow, ensure};
 use core_affinity::CoreId;
+use corelane::Bounded;
 use rkyv::rancor::Failure;
 use rkyv::ser::allocator::SubAllocator;
 use rkyv::ser::writer::Buffer;
@@ -71,7 +72,7 @@ pub(crate) struct LimitConfig {
 }
 
 /// A game's events in the size the load generator publishes.
-#[derive(Archive, Serialize, Clone, Copy, Debug)]
+#[derive(Archive, Serialize, Bounded, Clone, Copy, Debug)]
 enum ProbeEvent {
     Moved { x: f64, y: f64, heading: f64, zone: u64, tick: u64 },
     Attacked { target: u64, damage: u64, x: f64, y: f64, tick: u64 },

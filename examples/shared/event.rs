@@ -1,9 +1,9 @@
 //! The event of a game that examples and benches measure with: 48 bytes archived, as the load generator's.
 
-use corelane::{Event, EventType, EventTypeId};
+use corelane::{Bounded, Event, EventType, EventTypeId};
 use rkyv::{Archive, Serialize};
 
-#[derive(Archive, Serialize, Clone, Copy, Debug)]
+#[derive(Archive, Serialize, Bounded, Clone, Copy, Debug)]
 pub(crate) enum GameEvent {
     Moved { x: f64, y: f64, heading: f64, zone: u64, tick: u64 },
     Attacked { target: u64, damage: u64, x: f64, y: f64, tick: u64 },

@@ -2,13 +2,13 @@
 
 use std::convert::Infallible;
 
-use corelane::{Aggregate, Emit, Meta};
+use corelane::{Aggregate, Bounded, Emit, Meta};
 use rkyv::{Archive, Deserialize, Serialize};
 
 use crate::event::{ArchivedGameEvent, GameEvent};
 
 /// What a player's events have made of it.
-#[derive(Archive, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
+#[derive(Archive, Serialize, Deserialize, Bounded, Clone, Debug, Default, PartialEq)]
 pub(crate) struct Player {
     pub(crate) x: f64,
     pub(crate) y: f64,

@@ -8,7 +8,7 @@ use std::time::Instant;
 use super::{Client, CommandError, ExpectedVersion, Order, Outcome, Ticket};
 use crate::aggregate::Aggregate;
 use crate::error::{Rejected, RejectedReason};
-use crate::event::{Correlation, Key, KeyHash};
+use crate::event::{Key, KeyHash};
 use crate::sync::{Patience, may_wait};
 
 /// A command that is not sent yet.
@@ -32,7 +32,7 @@ impl<'c, A: Aggregate> Sending<'c, A> {
             hash: KeyHash::of(key),
             published: client.clock.now(),
             expected: ExpectedVersion::Any,
-            idempotency: 0,
+            idempotency: None,
             command,
         };
         Self { client, order, durable: false }
@@ -50,7 +50,7 @@ impl<'c, A: Aggregate> Sending<'c, A> {
     ///
     /// A text is told from others by its 64-bit hash. The numbers that [`Correlation`] can have are all fine except 0.
     pub fn once(mut self, idempotency: impl Into<IdempotencyKey>) -> Self {
-        self.order.idempotency = idempotency.into().0;
+        self.order.idempotency = Some(idempotency.into().0);
         self
     }
 
@@ -219,19 +219,18 @@ impl<A: Aggregate> Drop for SendingFuture<'_, A> {
     }
 }
 
-/// Names a command, so that it is carried out once however often it is sent. Not 0.
+/// Names a command, so that it is carried out once however often it is sent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct IdempotencyKey(pub(crate) u64);
 
 impl From<u64> for IdempotencyKey {
-    /// 0 stands for "none" in the log; it is taken for 1.
     fn from(number: u64) -> Self {
-        Self(number.max(1))
+        Self(number)
     }
 }
 
 impl From<&str> for IdempotencyKey {
     fn from(text: &str) -> Self {
-        Self(Correlation::of(text).0)
+        Self(Key::of(text).0)
     }
 }

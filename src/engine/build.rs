@@ -7,7 +7,7 @@ use crate::aggregate::Aggregate;
 use crate::clock::{Clock, wall_now};
 use crate::config::{Checked, Durability};
 use crate::error::{CodePanic, guard};
-use crate::event::{Sequence, ShardId};
+use crate::event::{Root, Sequence, ShardId};
 use crate::handler::{Factory, Registered};
 use crate::keys::KeyTable;
 use crate::log::age::Ages;
@@ -162,6 +162,7 @@ impl Context<'_> {
             messages,
             used,
             state_version: A::STATE_VERSION,
+            state: Root::of::<A>(),
             indexed: size_of::<A>() > 0,
             next_number: saved.next_number,
             snapshots: None,

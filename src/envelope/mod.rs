@@ -87,7 +87,7 @@ pub enum JsonError {
 }
 
 /// A user id as it stood in the JSON.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, rkyv::Archive, rkyv::Serialize, rkyv::Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, rkyv::Archive, rkyv::Serialize, rkyv::Deserialize, corelane::Bounded)]
 #[rkyv(derive(Debug))]
 pub enum UserId {
     /// A number; it is the key.
@@ -120,7 +120,7 @@ impl From<&str> for UserId {
 }
 
 /// An event of any kind, with its payload as JSON text, byte for byte as it came in.
-#[derive(Debug, Clone, PartialEq, Eq, rkyv::Archive, rkyv::Serialize, rkyv::Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, rkyv::Archive, rkyv::Serialize, rkyv::Deserialize, corelane::Bounded)]
 #[rkyv(derive(Debug))]
 pub struct Envelope {
     event_type: String,

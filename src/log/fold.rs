@@ -7,9 +7,9 @@ use rkyv::util::AlignedVec;
 use crate::aggregate::{Aggregate, Stored};
 use crate::command::{Outcomes, Remembered};
 use crate::error::{CodePanic, PanickedEvent};
-use crate::event::{Event, EventTypeId, Key, KeyHash, Offset, Schemas, Scratch, Sequence, ShardId, upcaster};
+use crate::event::{Event, EventTypeId, Key, KeyHash, Offset, Root, Schemas, Scratch, Sequence, ShardId, upcaster};
 use crate::keys::{KeyTable, Seen};
-use crate::log::format::{ALIGN, RECORD_HEADER_BYTES, REJECTED, RecordHeader};
+use crate::log::format::{ALIGN, Ending, RECORD_HEADER_BYTES, RecordHeader};
 use crate::log::mmap::Memory;
 
 /// Reads events in place, and those of older layouts through their upcasters.
@@ -98,6 +98,12 @@ const NONE: Pending = Pending { offset: Offset(0), at: 0, len: 0, hash: KeyHash(
 /// Records read before their keys are looked up.
 const LOOK_AHEAD: usize = 16;
 
+/// A command's rejection, whose archive has this root, as it is laid out today. `None`: it is not valid, or of another layout
+/// that the program does not read.
+pub(crate) fn rejection<A: Aggregate>(root: Root, archive: &[u8]) -> Option<A::Rejection> {
+    if root == Root::of::<A::Rejection>() { A::Rejection::decode(archive).ok() } else { A::upgrade_rejection(archive) }
+}
+
 /// Folds records, in the order of the log, into a table.
 pub(crate) struct Folder<A: Aggregate> {
     pub(crate) keys: KeyTable<A>,
@@ -114,6 +120,8 @@ pub(crate) struct Folder<A: Aggregate> {
     pub(crate) knows_all_keys: bool,
     /// The event that is being folded.
     folding: PanickedEvent,
+    /// The layout of a rejection that could not be read, where that is why reading ended.
+    pub(crate) unreadable_rejection: Option<Root>,
 }
 
 /// The header of the record at `at`.
@@ -138,6 +146,7 @@ impl<A: Aggregate> Folder<A> {
             sequence: 0,
             knows_all_keys: false,
             folding: PanickedEvent { offset: Offset(0), key: Key(0), event_type: EventTypeId(0) },
+            unreadable_rejection: None,
         }
     }
 
@@ -236,12 +245,18 @@ impl<A: Aggregate> Folder<A> {
         let Pending { offset, at, len, .. } = pending;
         let header = header_at(memory, *at).ok_or((*offset, "a record is gone while it is read"))?;
         let body = memory.read(at + RECORD_HEADER_BYTES, *len as usize - RECORD_HEADER_BYTES).unwrap_or_default();
-        let outcome = match header.outcome_events() {
-            REJECTED => {
-                let rejection = A::Rejection::decode(body);
-                Remembered::Rejected(rejection.map_err(|_| (*offset, "the rejection of a command is not valid"))?)
-            }
-            events => Remembered::Done { version: header.version, events },
+        let outcome = match header.ending().ok_or((*offset, "an outcome ends in no known way"))? {
+            Ending::Done { events } => Remembered::Done { version: header.version, events },
+            Ending::Rejected(root) => match rejection::<A>(root, body) {
+                Some(rejection) => Remembered::Rejected(rejection),
+                None if root == Root::of::<A::Rejection>() => {
+                    return Err((*offset, "the rejection of a command is not valid"));
+                }
+                None => {
+                    self.unreadable_rejection = Some(root);
+                    return Err((*offset, "the rejection of a command has another layout"));
+                }
+            },
         };
         if self.outcomes.find(header.key, header.correlation.0).is_none() {
             self.outcomes.remember(header.key, header.version, header.correlation.0, outcome);

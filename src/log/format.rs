@@ -6,7 +6,9 @@
 //!         32 correlation u64   40 version u47, more u1 | schema version u16   48 body, zero-padded to 16
 //! ```
 
-use crate::event::{Correlation, Event, EventTypeId, Key, Meta, Offset, Sequence, ShardId, Time, Version};
+use crate::event::{
+    ARCHIVE_ALIGN, Correlation, Event, EventTypeId, Key, Meta, Offset, Root, Sequence, ShardId, Time, Version,
+};
 use crate::log::mmap::{commit, crc32c};
 
 /// Bytes of a segment header: one page.
@@ -16,7 +18,7 @@ pub(crate) const RECORD_HEADER_BYTES: usize = 48;
 /// No record is longer than this: the header and the largest archive a configuration may allow.
 pub(crate) const RECORD_BYTES_MAX: usize = RECORD_HEADER_BYTES + (16 << 20);
 /// Records begin at multiples of this.
-pub(crate) const ALIGN: usize = 16;
+pub(crate) const ALIGN: usize = ARCHIVE_ALIGN;
 /// The format this build writes, and the newest it reads.
 pub(crate) const FORMAT_VERSION: u32 = 2;
 /// The type id of the log's own records, told apart by their schema version.
@@ -24,16 +26,13 @@ const OWN: EventTypeId = EventTypeId(0);
 /// A mark: no event, no body; `key` is a position that had been synced.
 const OWN_MARK: u16 = 0;
 /// What became of a command that carried an idempotency key (in `correlation`): the key's version after it, and in the
-/// back-link how many events it had. The body is the archive of the rejection, if it was rejected.
+/// place of the back-link its [`Ending`]. The body is the archive of the rejection, if it was rejected.
 const OWN_OUTCOME: u16 = 1;
 
 const SEGMENT_MAGIC: [u8; 8] = *b"corelseg";
 const BYTE_ORDER: u32 = 0x0102_0304;
 const SALT_AT: usize = 72;
 const HEADER_CRC_AT: usize = SALT_AT + 4;
-/// In the place of a command's number of events: it was rejected. (A rejection may be of a type that archives to nothing.)
-pub(crate) const REJECTED: u32 = u32::MAX;
-
 const LOW_48: u64 = (1 << 48) - 1;
 pub(crate) const LOW_47: u64 = (1 << 47) - 1;
 /// In the word of the version: the next record belongs to the same command, and one is nothing without the other.
@@ -273,6 +272,39 @@ fn crc_holds_with_version(page: &[u8], version: u32) -> bool {
     crc32c::crc32c_append(crc, &page[12..HEADER_CRC_AT]) == u32_at(page, HEADER_CRC_AT)
 }
 
+/// How a command ended. In an outcome it stands in the place of the back-link, in 48 bits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Ending {
+    /// It was carried out, with this many events.
+    Done { events: u32 },
+    /// It was rejected; the rejection's archive has this root.
+    Rejected(Root),
+}
+
+/// In an [`Ending`]: rejected.
+const REJECTED: u64 = 1 << 47;
+
+impl Ending {
+    pub(crate) fn encode(self) -> u64 {
+        match self {
+            Self::Done { events } => u64::from(events),
+            Self::Rejected(root) => {
+                assert!(usize::from(root.align) <= ALIGN, "archives are not aligned to more");
+                REJECTED | u64::from(root.align) << 32 | u64::from(root.bytes)
+            }
+        }
+    }
+
+    pub(crate) fn decode(word: u64) -> Option<Self> {
+        if word & REJECTED == 0 {
+            return u32::try_from(word).ok().map(|events| Self::Done { events });
+        }
+        let align = (word & !REJECTED) >> 32;
+        let root = Root { bytes: word as u32, align: align as u16 };
+        (align.is_power_of_two() && align <= ALIGN as u64).then_some(Self::Rejected(root))
+    }
+}
+
 /// The header of a record, without length and CRC.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct RecordHeader {
@@ -304,11 +336,11 @@ impl RecordHeader {
     }
 
     /// What became of a command of `key` under an idempotency key.
-    pub(crate) fn outcome(key: Key, idempotency: u64, version: Version, events: u32, time: Time) -> Self {
+    pub(crate) fn outcome(key: Key, idempotency: u64, version: Version, ending: Ending, time: Time) -> Self {
         Self {
             time,
             key,
-            previous: Offset(u64::from(events) * ALIGN as u64),
+            previous: Offset(ending.encode() * ALIGN as u64),
             event_type: OWN,
             correlation: Correlation(idempotency),
             version,
@@ -335,9 +367,9 @@ impl RecordHeader {
         self.event_type == OWN && self.schema_version == OWN_OUTCOME
     }
 
-    /// How many events the command of an outcome had; [`REJECTED`] for one that was rejected.
-    pub(crate) fn outcome_events(&self) -> u32 {
-        (self.previous.0 / ALIGN as u64) as u32
+    /// How the command of an outcome ended; `None` where that is nothing this build writes.
+    pub(crate) fn ending(&self) -> Option<Ending> {
+        Ending::decode(self.previous.0 / ALIGN as u64)
     }
 
     /// Writes the fields before a body that already stands behind them, with a length word of zero: no record yet.
@@ -609,12 +641,34 @@ pub(crate) mod tests {
         let bytes = sealed(&mark, b"", 0x0bad_cafe);
         assert_golden("mark.bin", &bytes);
         assert_eq!(record_at(&bytes, 0x0bad_cafe), Found::Record(48));
+        let ending = Ending::Rejected(Root { bytes: 18, align: 1 });
         let outcome =
-            RecordHeader::outcome(Key(42), 0x5555_6666_7777_8888, Version(7), 3, Time(1_700_000_000_123_456_789));
+            RecordHeader::outcome(Key(42), 0x5555_6666_7777_8888, Version(7), ending, Time(1_700_000_000_123_456_789));
         let bytes = sealed(&outcome, b"why it was refused", 0x0bad_cafe);
         assert_golden("outcome.bin", &bytes);
         let read = RecordHeader::decode(&bytes);
-        assert!(read == outcome && read.is_outcome() && !read.is_mark() && read.outcome_events() == 3);
+        assert!(read == outcome && read.is_outcome() && !read.is_mark() && read.ending() == Some(ending));
+    }
+
+    #[test]
+    fn an_ending_is_read_as_it_was_written_and_nothing_else_is_one() {
+        let root = |bytes, align| Root { bytes, align };
+        let done = |events| Ending::Done { events };
+        for ending in [
+            done(0),
+            done(1),
+            done(u32::MAX),
+            Ending::Rejected(root(0, 1)),
+            Ending::Rejected(root(u32::MAX, 16)),
+            Ending::Rejected(root(24, 8)),
+        ] {
+            assert_eq!(Ending::decode(ending.encode()), Some(ending));
+            assert!(ending.encode() <= LOW_48, "{ending:?} has room in a back-link");
+        }
+        for word in [1 << 32, REJECTED - 1, REJECTED, REJECTED | 3 << 32, REJECTED | 32 << 32, REJECTED << 1, u64::MAX]
+        {
+            assert_eq!(Ending::decode(word), None, "{word:#x}");
+        }
     }
 
     #[test]

@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 
 use crate::error::{ConfigError, OpenError};
-use crate::event::{Event, EventType, EventTypeId, ShardId};
+use crate::event::{Event, EventType, EventTypeId, Root, ShardId};
 use crate::log::format::{FORMAT_VERSION, archive_fingerprint, u16_at, u32_at, u64_at};
 use crate::log::storage::{Storage, replace};
 
@@ -30,19 +30,6 @@ pub(crate) struct Manifest {
     pub(crate) root: Root,
     /// Every layout ever declared for the store: id, schema version, name; several versions of one type in the order they came.
     pub(crate) types: Vec<StoredType>,
-}
-
-/// An archive is read from its end, so its root must be as large as it was when it was written.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub(crate) struct Root {
-    pub(crate) bytes: u32,
-    pub(crate) align: u16,
-}
-
-impl Root {
-    fn of<E: Event>() -> Self {
-        Self { bytes: size_of::<E::Archived>() as u32, align: align_of::<E::Archived>() as u16 }
-    }
 }
 
 /// An event type as the manifest has it.
@@ -140,7 +127,9 @@ impl Manifest {
             return Err(OpenError::ArchiveSize {
                 event_type: declared.id,
                 stored: self.root.bytes,
+                stored_align: self.root.align,
                 declared: root.bytes,
+                declared_align: root.align,
             });
         }
         self.root = root;

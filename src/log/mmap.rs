@@ -14,7 +14,7 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
-use crate::event::{Encode, Scratch};
+use crate::event::{Encode, Scratch, has_one_size};
 use crate::log::format::{ALIGN, UNSUMMED_BYTES, padded};
 #[cfg(target_arch = "x86_64")]
 use crate::log::seal;
@@ -274,11 +274,11 @@ pub(crate) fn archive<'o, const HEAD: usize, E: Encode>(
     Some((head, unsafe { rkyv::access_unchecked::<E::Archived>(body) }, len))
 }
 
-/// Archives an event of a type that owns nothing outside itself, if it fits: the compiler then knows how long the archive is.
+/// Archives an event of a type whose archives have one size, which the compiler then knows, if it fits.
 #[inline(always)]
 fn encode_sized<E: Encode>(event: &E, out: &mut [u8], bytes_max: usize, scratch: &mut Scratch) -> Option<usize> {
     let len = size_of::<E::Archived>();
-    if std::mem::needs_drop::<E>() || len > bytes_max {
+    if !has_one_size::<E>() || len > bytes_max {
         return None;
     }
     let (body, padding) = out.get_mut(..padded(len))?.split_at_mut(len);

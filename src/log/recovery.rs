@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use crate::aggregate::Aggregate;
 use crate::error::{Corruption, OpenError, guard};
-use crate::event::{Offset, ShardId, Version};
+use crate::event::{Offset, Root, ShardId, Version};
 use crate::log::confirm::{Astray, sequence_at};
 use crate::log::fold::{Folder, Unreadable};
 use crate::log::format::{
@@ -26,6 +26,7 @@ use crate::log::report::ShardRecovery;
 use crate::log::segment::Segment;
 use crate::log::storage::Storage;
 use crate::log::writer::Resume;
+use crate::snapshot::format::Unusable;
 use crate::snapshot::load::{self, Candidate};
 
 /// A shard's log as found, ready to be written.
@@ -91,7 +92,7 @@ type Opened = (u64, Memory, Option<SegmentHeader>);
 
 /// Why a checkpoint is not used.
 struct Unfit {
-    why: &'static str,
+    why: Unusable,
     /// There is nothing wrong with it: it is of a log that went on further, or had not begun.
     is_sound: bool,
     /// What it would be if the checkpoint is right: damage to the log.
@@ -99,12 +100,12 @@ struct Unfit {
 }
 
 impl Unfit {
-    fn of(why: &'static str) -> Self {
-        Self { why, is_sound: false, damage: None }
+    fn of(why: impl Into<Unusable>) -> Self {
+        Self { why: why.into(), is_sound: false, damage: None }
     }
 }
 
-const EMPTY: Unfit = Unfit { why: "the log had not begun", is_sound: true, damage: None };
+const EMPTY: Unfit = Unfit { why: Unusable::Damaged("the log had not begun"), is_sound: true, damage: None };
 /// What a panic is put down to.
 const UPGRADE: &str = "upgrade";
 const EVOLVE: &str = "evolve or an upcaster";
@@ -139,6 +140,8 @@ impl Opening<'_> {
         // A folder that is not there is an error before anything else is looked for in it.
         self.names()?;
         let (mut found, mut damage) = (None, None);
+        // Of the newest checkpoint that is whole and was made by a program whose types are laid out otherwise.
+        let mut other_layout = None;
         let (candidates, mut unreadable) = load::candidates(&**self.storage, self.dir, self.shard).map_err(io)?;
         for candidate in candidates.iter().filter(|candidate| candidate.start >= earliest) {
             match self.recover_with::<A>(candidate)? {
@@ -154,9 +157,10 @@ impl Opening<'_> {
                 }
                 Err(unfit) => {
                     let why = unfit.why;
-                    tracing::warn!(shard = self.shard.0, number = candidate.number, why, "a checkpoint is not used");
+                    tracing::warn!(shard = self.shard.0, number = candidate.number, %why, "a checkpoint is not used");
                     unreadable += u64::from(!unfit.is_sound);
                     damage = damage.or(unfit.damage);
+                    other_layout = other_layout.or(Some(why).filter(|why| !matches!(why, Unusable::Damaged(_))));
                 }
             }
         }
@@ -166,7 +170,14 @@ impl Opening<'_> {
                 let recovered = self.recover_from(self.folder(), None)?;
                 let Ok(recovered) = recovered else { unreachable!("without a checkpoint there is nothing to miss") };
                 if has_lost_the_beginning && size_of::<A>() > 0 {
-                    return Err(OpenError::StatesLost { shard: self.shard, earliest });
+                    let shard = self.shard;
+                    return Err(match other_layout {
+                        Some(Unusable::State { stored }) => OpenError::state_layout(shard, stored, Root::of::<A>()),
+                        Some(Unusable::Rejection { stored }) => {
+                            OpenError::rejection_layout(shard, stored, Root::of::<A::Rejection>())
+                        }
+                        _ => OpenError::StatesLost { shard, earliest },
+                    });
                 }
                 (recovered, Vec::new())
             }
@@ -210,7 +221,8 @@ impl Opening<'_> {
             Err(error) => return Err(error),
         };
         if recovered.report.end < candidate.log_end {
-            return Ok(Err(Unfit { why: "it has states of events that are gone", is_sound: true, damage: None }));
+            let why = Unusable::Damaged("it has states of events that are gone");
+            return Ok(Err(Unfit { why, is_sound: true, damage: None }));
         }
         if newest.0 > recovered.resume.sequence {
             return Ok(Err(Unfit::of("a state has more events than the log ever had")));
@@ -591,7 +603,10 @@ impl Opening<'_> {
         }
         let base = index * self.manifest.segment_bytes;
         let mut at = from;
-        let unreadable = |(offset, why): Unreadable| self.corruption(index, (offset.0 - base) as usize, why);
+        let unreadable = |folder: &Folder<A>, (offset, why): Unreadable| match folder.unreadable_rejection {
+            Some(root) => OpenError::rejection_layout(self.shard, root, Root::of::<A::Rejection>()),
+            None => self.corruption(index, (offset.0 - base) as usize, why).into(),
+        };
         let end = loop {
             let len = match record_at(&whole[at..], salt) {
                 Found::Record(len) => len,
@@ -603,14 +618,16 @@ impl Opening<'_> {
                 scan.durable = scan.durable.max(header.key.0);
             } else {
                 self.check(index, at, &header)?;
-                scan.folder.record(memory, at, len, &header, Offset(base + at as u64)).map_err(unreadable)?;
+                let folded = scan.folder.record(memory, at, len, &header, Offset(base + at as u64));
+                folded.map_err(|why| unreadable(&scan.folder, why))?;
             }
             at += padded(len);
             if !header.is_mark() {
                 scan.events_end = base + at as u64;
             }
         };
-        scan.folder.settle(memory).map_err(unreadable)?;
+        let settled = scan.folder.settle(memory);
+        settled.map_err(|why| unreadable(&scan.folder, why))?;
         match scan.folder.open_group() {
             None => Ok(end),
             // A command is one: where its last record is missing, the others do not count either.

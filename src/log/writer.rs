@@ -5,7 +5,7 @@
 
 use crossbeam::queue::ArrayQueue;
 
-use crate::event::{Encode, Offset, Scratch, Time};
+use crate::event::{Encode, Offset, Scratch, Time, has_one_size};
 use crate::log::format::{ALIGN, HEADER_BYTES, RECORD_HEADER_BYTES, RecordHeader, SegmentHeader, padded};
 use crate::log::mmap::{Memory, WriteHalf, archive, seal};
 use crate::log::seal::LANES;
@@ -367,6 +367,9 @@ impl Writer {
 
     /// How long the archive of `event` is; `usize::MAX` where it is longer than an event may be.
     pub(crate) fn measure<E: Encode>(&mut self, event: &E) -> usize {
+        if has_one_size::<E>() {
+            return size_of::<E::Archived>();
+        }
         let trial = self.trial.get_or_insert_with(|| vec![0; self.event_bytes_max + ALIGN].into());
         let skip = trial.as_ptr().align_offset(ALIGN);
         event.encode(&mut trial[skip..skip + self.event_bytes_max], &mut self.scratch).unwrap_or(usize::MAX)

@@ -10,9 +10,9 @@ use super::batch::{Batch, Run, batch, record};
 use crate::aggregate::{Aggregate, Emit};
 use crate::command::{ClientEnd, Order, Outcomes, Remembered, Verdict};
 use crate::error::FailureCause;
-use crate::event::{Correlation, Event as _, Key, KeyHash, Sequence, Version};
+use crate::event::{Correlation, Event as _, Key, KeyHash, Root, Sequence, Version};
 use crate::handler::panic_text;
-use crate::log::format::{RECORD_HEADER_BYTES, REJECTED, RecordHeader, padded};
+use crate::log::format::{Ending, RECORD_HEADER_BYTES, RecordHeader, padded};
 use crate::log::writer::GROUP;
 use crate::sync::Arc;
 
@@ -31,7 +31,7 @@ struct Decided<R> {
     key: Key,
     hash: KeyHash,
     published: u64,
-    idempotency: u64,
+    idempotency: Option<u64>,
     /// Only what carries an idempotency key is written although it was rejected.
     rejection: Option<R>,
 }
@@ -149,7 +149,7 @@ impl<A: Aggregate> Batch<'_, A> {
         outcomes: &Outcomes<A::Rejection>,
     ) -> Result<Answered<A>, Decided<A::Rejection>> {
         let Order { key, hash, published, expected, idempotency, command } = order;
-        if idempotency != 0
+        if let Some(idempotency) = idempotency
             && let Some(outcome) = outcomes.find(key, idempotency)
         {
             return Ok(match outcome {
@@ -176,12 +176,12 @@ impl<A: Aggregate> Batch<'_, A> {
         };
         let decided = |rejection| Decided { key, hash, published, idempotency, rejection };
         match decision {
-            Err(rejection) if idempotency == 0 => Ok(Verdict::Rejected(rejection)),
+            Err(rejection) if idempotency.is_none() => Ok(Verdict::Rejected(rejection)),
             Err(rejection) => {
                 emit.events.clear();
                 Err(decided(Some(rejection)))
             }
-            Ok(()) if emit.events.is_empty() && idempotency == 0 => {
+            Ok(()) if emit.events.is_empty() && idempotency.is_none() => {
                 Ok(Verdict::Done { version, events: 0, repeated: false })
             }
             Ok(()) => {
@@ -216,7 +216,7 @@ impl<A: Aggregate> Batch<'_, A> {
         let mut staged = [0; GROUP];
         let mut appender = self.writer.appender(&mut staged);
         let begun = appender.offset().0;
-        let (count, noted) = (emit.events.len(), idempotency != 0);
+        let (count, noted) = (emit.events.len(), idempotency.is_some());
         for (i, event) in emit.events.drain(..).enumerate() {
             let seen = self.keys.look(hash);
             let known = self.keys.slot(key, hash, seen);
@@ -242,9 +242,12 @@ impl<A: Aggregate> Batch<'_, A> {
         }
         let version = self.keys.get(key).map_or(Version(0), |known| known.version);
         let events = count as u32;
-        if noted {
-            let events = if rejection.is_some() { REJECTED } else { events };
-            let header = RecordHeader::outcome(key, idempotency, version, events, emit.now);
+        if let Some(idempotency) = idempotency {
+            let ending = match rejection {
+                Some(_) => Ending::Rejected(Root::of::<A::Rejection>()),
+                None => Ending::Done { events },
+            };
+            let header = RecordHeader::outcome(key, idempotency, version, ending, emit.now);
             let noted = match rejection {
                 Some(rejection) => appender.append(&header, rejection).map(|_| ()),
                 None => appender.append_empty(&header),
@@ -258,7 +261,7 @@ impl<A: Aggregate> Batch<'_, A> {
         }
         self.writer.advance(end, count as u64);
         let Decided { rejection, .. } = decided;
-        if noted {
+        if let Some(idempotency) = idempotency {
             let outcome = match &rejection {
                 Some(rejection) => Remembered::Rejected(rejection.clone()),
                 None => Remembered::Done { version, events },
@@ -276,19 +279,18 @@ impl<A: Aggregate> Batch<'_, A> {
         &mut self,
         emit: &Emit<A::Event>,
         rejection: Option<&A::Rejection>,
-        idempotency: u64,
+        idempotency: Option<u64>,
     ) -> Result<usize, Answered<A>> {
         let mut needed = 0;
         let event_bytes_max = self.writer.event_bytes_max();
         for event in &emit.events {
-            // Also of a type without drop glue: its archive may reach beyond its own size (`&'static str` as a box).
             let bytes = self.writer.measure(event);
             if bytes > event_bytes_max {
                 return Err(Verdict::TooLarge { bytes_max: event_bytes_max });
             }
             needed += padded(RECORD_HEADER_BYTES + bytes);
         }
-        if idempotency != 0 {
+        if idempotency.is_some() {
             let bytes = rejection.map_or(0, |rejection| self.writer.measure(rejection));
             if bytes > event_bytes_max {
                 return Err(Verdict::TooLarge { bytes_max: event_bytes_max });

@@ -2,10 +2,10 @@
 //!
 //! ```text
 //! header   0 magic 8   8 format u32   12 archive fingerprint u32   16 kind u16   18 shard u16   20 state version u16   22 zero u16
-//!         24 start u64   32 sequence u64   40 time u64   48 zero u64   56 crc u32   60 zero u32
+//!         24 start u64   32 sequence u64   40 time u64   48 state root bytes u32   52 its alignment u16   54 zero u16   56 crc u32   60 zero u32
 //! entry    0 length u32   4 crc u32   8 key u64   16 version u48 | state version u16   24 head u64   32 latest time u64
 //!         40 state bytes u32   44 outcomes u32   48 state, padded to 16; then outcomes
-//! outcome  0 idempotency u64   8 version u64   16 events u32   20 rejection bytes u32   24 zero u64   32 rejection, padded to 16
+//! outcome  0 idempotency u64   8 version u64   16 ending u64   24 rejection bytes u32   28 zero u32   32 rejection, padded to 16
 //! end      an entry of version 0 and length 48 (a longer one: outcomes of a key without events): key = number of entries, head = end of the log, latest time = 1 where that was durable,
 //!          40 boot u64
 //! ```
@@ -14,11 +14,10 @@ use rkyv::util::AlignedVec;
 
 use crate::aggregate::{Aggregate, Stored};
 use crate::command::Remembered;
-use crate::event::{Encode, Key, Offset, Scratch, Sequence, ShardId, Time, Version};
+use crate::event::{Encode, Key, Offset, Root, Scratch, Sequence, ShardId, Time, Version, has_one_size};
 use crate::keys::Slot;
-use crate::log::format::{
-    ALIGN, FORMAT_VERSION, LOW_47, REJECTED, archive_fingerprint, padded, u16_at, u32_at, u64_at,
-};
+use crate::log::fold::rejection;
+use crate::log::format::{ALIGN, Ending, FORMAT_VERSION, LOW_47, archive_fingerprint, padded, u16_at, u32_at, u64_at};
 use crate::log::mmap::crc32c;
 
 const MAGIC: [u8; 8] = *b"corelsnp";
@@ -45,6 +44,8 @@ pub(crate) struct FileHeader {
     pub(crate) kind: Kind,
     pub(crate) shard: ShardId,
     pub(crate) state_version: u16,
+    /// The root of an archived state.
+    pub(crate) state: Root,
     /// Where the log stood when the file was begun, and the sequence of the next event there.
     pub(crate) start: Offset,
     pub(crate) sequence: Sequence,
@@ -63,6 +64,8 @@ impl FileHeader {
         out[24..32].copy_from_slice(&self.start.0.to_le_bytes());
         out[32..40].copy_from_slice(&self.sequence.0.to_le_bytes());
         out[40..48].copy_from_slice(&self.time.0.to_le_bytes());
+        out[48..52].copy_from_slice(&self.state.bytes.to_le_bytes());
+        out[52..54].copy_from_slice(&self.state.align.to_le_bytes());
         let crc = crc32c(0, &out[..FILE_CRC_AT]);
         out[FILE_CRC_AT..FILE_CRC_AT + 4].copy_from_slice(&crc.to_le_bytes());
         out
@@ -91,10 +94,38 @@ impl FileHeader {
             },
             shard,
             state_version: u16_at(head, 20),
+            state: Root { bytes: u32_at(head, 48), align: u16_at(head, 52) },
             start: Offset(u64_at(head, 24)),
             sequence: Sequence(u64_at(head, 32)),
             time: Time(u64_at(head, 40)),
         })
+    }
+}
+
+impl FileHeader {
+    /// Whether states of this file are of the program's state version and yet laid out otherwise: not to be read as today's.
+    pub(crate) fn is_of_another_layout<A: Aggregate>(&self) -> bool {
+        size_of::<A>() > 0 && self.state_version == A::STATE_VERSION && self.state != Root::of::<A>()
+    }
+}
+
+/// Why a saved state, or a whole checkpoint, cannot be used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum Unusable {
+    /// What does not hold.
+    #[error("{0}")]
+    Damaged(&'static str),
+    /// The states have another size or alignment under the program's state version.
+    #[error("its states take {stored} under the same state version")]
+    State { stored: Root },
+    /// A rejection has another size or alignment than the program's.
+    #[error("a rejection takes {stored}")]
+    Rejection { stored: Root },
+}
+
+impl From<&'static str> for Unusable {
+    fn from(why: &'static str) -> Self {
+        Self::Damaged(why)
     }
 }
 
@@ -233,22 +264,26 @@ impl Entry<'_> {
     }
 
     /// What became of the key's commands, oldest first.
-    pub(crate) fn outcomes<R: Stored>(&self) -> Result<Vec<(u64, Remembered<R>)>, &'static str> {
+    pub(crate) fn outcomes<A: Aggregate>(&self) -> Result<Vec<(u64, Remembered<A::Rejection>)>, Unusable> {
         let mut rest = self.rest;
         let mut outcomes = Vec::new();
         for _ in 0..self.outcomes {
             let head = rest.get(..OUTCOME_HEADER_BYTES).ok_or("an outcome is cut short")?;
-            let bytes = u32_at(head, 20) as usize;
-            let rejection = rest.get(OUTCOME_HEADER_BYTES..OUTCOME_HEADER_BYTES + bytes);
-            let rejection = rejection.ok_or("an outcome is cut short")?;
-            let outcome = match u32_at(head, 16) {
-                REJECTED => {
-                    Remembered::Rejected(R::decode(rejection).map_err(|_| "a rejection's archive is not valid")?)
-                }
-                events => Remembered::Done { version: Version(u64_at(head, 8)), events },
+            let bytes = u32_at(head, 24) as usize;
+            let archive = rest.get(OUTCOME_HEADER_BYTES..OUTCOME_HEADER_BYTES + bytes);
+            let archive = archive.ok_or("an outcome is cut short")?;
+            let outcome = match Ending::decode(u64_at(head, 16)).ok_or("an outcome ends in no known way")? {
+                Ending::Done { events } => Remembered::Done { version: Version(u64_at(head, 8)), events },
+                Ending::Rejected(root) => match rejection::<A>(root, archive) {
+                    Some(rejection) => Remembered::Rejected(rejection),
+                    None if root == Root::of::<A::Rejection>() => {
+                        return Err("a rejection's archive is not valid".into());
+                    }
+                    None => return Err(Unusable::Rejection { stored: root }),
+                },
             };
-            if u64_at(head, 8) > LOW_47 || u64_at(head, 24) != 0 {
-                return Err("an outcome is of a version that no key has");
+            if u64_at(head, 8) > LOW_47 || u32_at(head, 28) != 0 {
+                return Err("an outcome is of a version that no key has".into());
             }
             outcomes.push((u64_at(head, 0), outcome));
             rest = rest.get(OUTCOME_HEADER_BYTES + padded(bytes)..).unwrap_or_default();
@@ -352,25 +387,23 @@ impl Chunk {
     fn outcome<R: Stored>(&mut self, id: u64, outcome: &Remembered<R>, scratch: &mut Scratch) -> bool {
         let head = self.used;
         self.used += OUTCOME_HEADER_BYTES;
-        let (version, events, rejection) = match outcome {
-            Remembered::Done { version, events } => (version.0, *events, Some(0)),
-            Remembered::Rejected(rejection) => (0, REJECTED, self.archive(rejection, scratch)),
+        let (version, ending, rejection) = match outcome {
+            Remembered::Done { version, events } => (version.0, Ending::Done { events: *events }, Some(0)),
+            Remembered::Rejected(rejection) => (0, Ending::Rejected(Root::of::<R>()), self.archive(rejection, scratch)),
         };
         let Some(rejection) = rejection else { return false };
         self.reserve(0);
         let out = &mut self.bytes[head..head + OUTCOME_HEADER_BYTES];
         out[0..8].copy_from_slice(&id.to_le_bytes());
         out[8..16].copy_from_slice(&version.to_le_bytes());
-        out[16..20].copy_from_slice(&events.to_le_bytes());
-        out[20..24].copy_from_slice(&(rejection as u32).to_le_bytes());
-        out[24..32].fill(0);
+        out[16..24].copy_from_slice(&ending.encode().to_le_bytes());
+        out[24..32].copy_from_slice(&(rejection as u64).to_le_bytes());
         true
     }
 
     /// Archives `value` behind what is used, and pads it. Returns its exact length.
     fn archive<T: Encode>(&mut self, value: &T, scratch: &mut Scratch) -> Option<usize> {
-        // Of a type that owns nothing outside itself the archive has one size.
-        let mut room = if std::mem::needs_drop::<T>() { 4096 } else { padded(size_of::<T::Archived>()) };
+        let mut room = if has_one_size::<T>() { padded(size_of::<T::Archived>()) } else { 4096 };
         loop {
             self.reserve(room);
             let end = self.bytes.len();
@@ -405,11 +438,12 @@ impl Chunk {
 mod tests {
     use super::*;
     use crate::aggregate::Emit;
+    use crate::bounded::Bounded;
     use crate::event::{Event, EventType, EventTypeId, Meta};
     use crate::log::format::tests::assert_golden;
     use rkyv::{Archive, Deserialize, Serialize};
 
-    #[derive(Archive, Serialize, Deserialize, Debug, Clone, Copy)]
+    #[derive(Archive, Serialize, Deserialize, Bounded, Debug, Clone, Copy)]
     struct Happened;
 
     impl Event for Happened {
@@ -419,7 +453,7 @@ mod tests {
         }
     }
 
-    #[derive(Archive, Serialize, Deserialize, Debug, Clone, Default, PartialEq)]
+    #[derive(Archive, Serialize, Deserialize, Bounded, Debug, Clone, Default, PartialEq)]
     struct State {
         n: u64,
         name: String,
@@ -449,7 +483,15 @@ mod tests {
             Kind::Checkpoint => (Offset(0x0012_3456_7890), Sequence(0x0a0b_0c0d)),
         };
         let time = Time(1_700_000_000_123_456_789);
-        FileHeader { kind, shard: ShardId(0x0203), state_version: State::STATE_VERSION, start, sequence, time }
+        FileHeader {
+            kind,
+            shard: ShardId(0x0203),
+            state_version: State::STATE_VERSION,
+            state: Root::of::<State>(),
+            start,
+            sequence,
+            time,
+        }
     }
 
     fn slot(key: u64, version: u64) -> Slot<State> {
@@ -489,7 +531,7 @@ mod tests {
             if slot.version.0 > 0 {
                 assert_eq!(entry.state::<State>().expect("a state"), slot.state);
             }
-            assert_eq!(&entry.outcomes::<u32>().expect("outcomes"), outcomes);
+            assert_eq!(&entry.outcomes::<State>().expect("outcomes"), outcomes);
             at += entry.bytes;
         }
         at

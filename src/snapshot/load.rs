@@ -2,6 +2,7 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use rkyv::util::AlignedVec;
 
@@ -11,7 +12,9 @@ use crate::keys::Slot;
 use crate::log::fold::Folder;
 use crate::log::format::{ALIGN, HEADER_BYTES, LOW_47, OFFSETS_END};
 use crate::log::storage::{Storage, replace};
-use crate::snapshot::format::{ENTRY_HEADER_BYTES, End, Entry, FILE_HEADER_BYTES, FileHeader, Kind, entry_at};
+use crate::snapshot::format::{
+    ENTRY_HEADER_BYTES, End, Entry, FILE_HEADER_BYTES, FileHeader, Kind, Unusable, entry_at,
+};
 use crate::snapshot::store::{Held, Saved, SnapshotStore, file_name, file_number, whole};
 use crate::sync::Ordering;
 
@@ -109,10 +112,13 @@ pub(crate) fn load<A: Aggregate>(
     shard: ShardId,
     candidate: &Candidate,
     folder: &mut Folder<A>,
-) -> Result<Version, &'static str> {
+) -> Result<Version, Unusable> {
     let path = dir.join(file_name(Kind::Checkpoint, candidate.number));
     let bytes = storage.open_side(&path).and_then(|file| whole(&*file)).map_err(|_| "it cannot be read")?;
-    FileHeader::decode(&bytes, shard)?;
+    let header = FileHeader::decode(&bytes, shard)?;
+    if header.is_of_another_layout::<A>() {
+        return Err(Unusable::State { stored: header.state });
+    }
     let end = End::decode(&bytes)?;
     let (mut at, mut count, mut newest) = (FILE_HEADER_BYTES, 0, Version(0));
     while let Some(entry) = entry_at(&bytes, at)? {
@@ -122,10 +128,10 @@ pub(crate) fn load<A: Aggregate>(
         }
         count += 1;
         if !is_of(&entry, candidate.log_end) {
-            return Err("an entry is of an event that no log has");
+            return Err("an entry is of an event that no log has".into());
         }
         newest = newest.max(entry.version);
-        let outcomes = entry.outcomes::<A::Rejection>()?;
+        let outcomes = entry.outcomes::<A>()?;
         if !outcomes.is_empty() {
             folder.outcomes.restore(entry.key, entry.version, outcomes.into());
         }
@@ -148,7 +154,7 @@ pub(crate) fn load<A: Aggregate>(
         }
     }
     if count != end.entries || at != bytes.len() {
-        return Err("a checkpoint's entries are not all there");
+        return Err("a checkpoint's entries are not all there".into());
     }
     Ok(newest)
 }
@@ -233,13 +239,17 @@ pub(crate) fn index<A: Aggregate>(
         }
         let file = storage.open_side(&path)?;
         if kind == Kind::Checkpoint {
-            let (start, entries, bytes) = match ends(storage, dir, shard, number)? {
-                Ok((header, end)) => (header.start, end.entries, file.len()?),
+            let (header, entries, bytes) = match ends(storage, dir, shard, number)? {
+                Ok((header, end)) => (header, end.entries, file.len()?),
                 Err(_) => continue,
             };
+            let start = header.start;
             covered = covered.max(start);
             held_checkpoints.push(path.clone());
-            let places = std::sync::Arc::default();
+            // States that are laid out otherwise are not asked for.
+            let is_asked = !header.is_of_another_layout::<A>();
+            let places = if is_asked { OnceLock::new() } else { OnceLock::from(Vec::new()) };
+            let places = std::sync::Arc::new(places);
             let held = Held { number, kind, path, start, last_head: Offset(0), entries, bytes, places };
             store.add(held, []);
             continue;
@@ -291,6 +301,10 @@ fn scan<A: Aggregate>(bytes: &[u8], header: &FileHeader, number: u32, log: Log) 
     // States of another version are as good where the program takes them: the first one tells.
     let mut indexed = match size_of::<A>() {
         0 => Some(false),
+        _ if header.is_of_another_layout::<A>() => {
+            tracing::warn!(shard = header.shard.0, number, stored = %header.state, "saved states of another layout under the same state version are passed over");
+            Some(false)
+        }
         _ => (header.state_version == A::STATE_VERSION).then_some(true),
     };
     let mut scanned = Scanned { end: FILE_HEADER_BYTES, ..Scanned::default() };
@@ -323,7 +337,7 @@ mod tests {
     use super::*;
     use crate::aggregate::Stateless;
     use crate::envelope::Envelope;
-    use crate::event::Time;
+    use crate::event::{Root, Time};
     use crate::testing::FaultyStorage;
 
     #[test]
@@ -331,7 +345,8 @@ mod tests {
         let (storage, dir) = (FaultyStorage::new(), Path::new("/s/shard-0000"));
         let (start, sequence) = (Offset(5_008), Sequence(3));
         let (kind, shard) = (Kind::Checkpoint, ShardId(0));
-        let header = FileHeader { kind, shard, state_version: 0, start, sequence, time: Time(0) };
+        let (state_version, state) = (0, Root::default());
+        let header = FileHeader { kind, shard, state_version, state, start, sequence, time: Time(0) };
         let end = End { entries: 0, log_end: Offset(100_000), durable: true, boot: 0 };
         let content = [&header.encode()[..], &end.encode()].concat();
         storage.create_dir(dir).expect("made");

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use crate::config::Durability;
 use crate::error::FailureCause;
-use crate::event::{Key, Offset, Sequence, Time};
+use crate::event::{Key, Offset, Root, Sequence, Time};
 use crate::log::format::HEADER_BYTES;
 use crate::log::keeper::KeeperRequests;
 use crate::log::segment::ShardLog;
@@ -47,6 +47,7 @@ pub(crate) struct Sources {
     pub(crate) messages: rtrb::Consumer<Message>,
     pub(crate) used: rtrb::Producer<Chunk>,
     pub(crate) state_version: u16,
+    pub(crate) state: Root,
     /// Whether states are looked up: those of nothing need not be.
     pub(crate) indexed: bool,
     pub(crate) next_number: u32,
@@ -185,8 +186,15 @@ impl Sources {
         sequence: Sequence,
         time: Time,
     ) -> io::Result<Writing> {
-        let header =
-            FileHeader { kind, shard: self.log.shard, state_version: self.state_version, start, sequence, time };
+        let header = FileHeader {
+            kind,
+            shard: self.log.shard,
+            state_version: self.state_version,
+            state: self.state,
+            start,
+            sequence,
+            time,
+        };
         let file = storage.create_side(&path)?;
         file.append(&header.encode())?;
         let number = self.next_number;

@@ -379,7 +379,7 @@ mod tests {
     }
 
     /// As small as a state can be that is saved.
-    #[derive(rkyv::Archive, rkyv::Serialize, rkyv::Deserialize, Clone, Default)]
+    #[derive(rkyv::Archive, rkyv::Serialize, rkyv::Deserialize, corelane::Bounded, Clone, Default)]
     struct Small(u64);
 
     impl Aggregate for Small {

@@ -22,9 +22,9 @@ const ARCHIVE_BYTES_MAX: usize = 16 << 20;
 ///
 /// ```
 /// use corelane::testing::given;
-/// # use corelane::{Aggregate, Emit, Event, EventType, EventTypeId, Meta};
+/// # use corelane::{Aggregate, Bounded, Emit, Event, EventType, EventTypeId, Meta};
 /// # use rkyv::{Archive, Deserialize, Serialize};
-/// # #[derive(Archive, Serialize, Deserialize, Debug, PartialEq)]
+/// # #[derive(Archive, Serialize, Deserialize, Bounded, Debug, PartialEq)]
 /// # enum Money { Deposited { cents: u64 }, Withdrawn { cents: u64 } }
 /// # impl Event for Money {
 /// #     const TYPES: &'static [EventType] = &[EventType::new(1, "deposited", 1), EventType::new(2, "withdrawn", 1)];
@@ -32,9 +32,9 @@ const ARCHIVE_BYTES_MAX: usize = 16 << 20;
 /// #         match self { Money::Deposited { .. } => EventTypeId(1), Money::Withdrawn { .. } => EventTypeId(2) }
 /// #     }
 /// # }
-/// # #[derive(Archive, Serialize, Deserialize, Clone, Default)]
+/// # #[derive(Archive, Serialize, Deserialize, Bounded, Clone, Default)]
 /// # struct Account { cents: u64 }
-/// # #[derive(Archive, Serialize, Deserialize, Clone, Debug, PartialEq)]
+/// # #[derive(Archive, Serialize, Deserialize, Bounded, Clone, Debug, PartialEq)]
 /// # enum Refused { NotEnough { missing: u64 } }
 /// # enum Order { Withdraw(u64) }
 /// # impl Aggregate for Account {

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::convert::Infallible;
 use std::thread;
 
+use corelane::Bounded;
 use proptest::prelude::*;
 use rand::rngs::SmallRng;
 use rand::{Rng as _, SeedableRng as _};
@@ -14,14 +15,14 @@ use crate::aggregate::Emit;
 use crate::event::{Correlation, Event, EventType, EventTypeId, Offset, Time, Version};
 
 /// A state whose parts the views pick.
-#[derive(Archive, Serialize, Deserialize, Clone, Default, Debug, PartialEq)]
+#[derive(Archive, Serialize, Deserialize, Bounded, Clone, Default, Debug, PartialEq)]
 pub(super) struct Player {
     pub(super) at: Option<(f64, f64)>,
     pub(super) number: i64,
     pub(super) text: String,
 }
 
-#[derive(Archive, Serialize)]
+#[derive(Archive, Serialize, Bounded)]
 pub(super) struct Nothing;
 
 impl Event for Nothing {

@@ -2,10 +2,10 @@
 
 use std::collections::HashMap;
 
-use corelane::{Aggregate, Emit, Engine, Event, EventType, EventTypeId, Meta, ShardId, deserialize};
+use corelane::{Aggregate, Bounded, Emit, Engine, Event, EventType, EventTypeId, Meta, ShardId, deserialize};
 use rkyv::{Archive, Deserialize, Serialize};
 
-#[derive(Archive, Serialize, Deserialize, Debug, Clone, PartialEq)]
+#[derive(Archive, Serialize, Deserialize, Bounded, Debug, Clone, PartialEq)]
 pub(crate) enum Money {
     Deposited { cents: u64 },
     Withdrawn { cents: u64 },
@@ -25,7 +25,7 @@ impl Event for Money {
     }
 }
 
-#[derive(Archive, Serialize, Deserialize, Debug, Clone, Default, PartialEq)]
+#[derive(Archive, Serialize, Deserialize, Bounded, Debug, Clone, Default, PartialEq)]
 pub(crate) struct Account {
     pub(crate) cents: u64,
     pub(crate) notes: u64,
@@ -33,7 +33,7 @@ pub(crate) struct Account {
     pub(crate) hash: u64,
 }
 
-#[derive(Archive, Serialize, Deserialize, Debug, Clone, PartialEq)]
+#[derive(Archive, Serialize, Deserialize, Bounded, Debug, Clone, PartialEq)]
 pub(crate) enum Refused {
     NotEnough { missing: u64 },
 }

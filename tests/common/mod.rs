@@ -13,7 +13,9 @@ use std::task::{Context, Poll, Wake, Waker};
 use std::time::{Duration, Instant};
 
 use corelane::testing::FaultyStorage;
-use corelane::{Config, Durability, Event, EventLog, EventType, EventTypeId, Key, OpenError, Pin, Rejected, ShardId};
+use corelane::{
+    Bounded, Config, Durability, Event, EventLog, EventType, EventTypeId, Key, OpenError, Pin, Rejected, ShardId,
+};
 use rkyv::{Archive, Deserialize, Serialize};
 
 /// The bytes of a segment in these tests.
@@ -22,7 +24,7 @@ pub(crate) const SEGMENT: u64 = 64 << 10;
 pub(crate) const PAGE: usize = 4096;
 
 /// An event of any size.
-#[derive(Archive, Serialize, Deserialize, Debug, Clone, PartialEq)]
+#[derive(Archive, Serialize, Deserialize, Bounded, Debug, Clone, PartialEq)]
 pub(crate) struct Note {
     pub(crate) n: u64,
     pub(crate) text: String,

@@ -5,13 +5,13 @@
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-use corelane::{Aggregate, Client, Config, Durability, Emit, Engine, Event, EventType, EventTypeId, Key, Meta, Wait};
+use corelane::{Bounded, Aggregate, Client, Config, Durability, Emit, Engine, Event, EventType, EventTypeId, Key, Meta, Wait};
 use rkyv::{Archive, Deserialize, Serialize};
 
 use crate::bank;
 use crate::peer::Peer;
 
-#[derive(Archive, Serialize, Deserialize, Debug, Clone)]
+#[derive(Archive, Serialize, Deserialize, Bounded, Debug, Clone)]
 struct Deposited {
     cents: u64,
 }
@@ -24,7 +24,7 @@ impl Event for Deposited {
     }
 }
 
-#[derive(Archive, Serialize, Deserialize, Debug, Clone, Default)]
+#[derive(Archive, Serialize, Deserialize, Bounded, Debug, Clone, Default)]
 struct Account {
     cents: u64,
 }
@@ -33,7 +33,7 @@ struct Deposit {
     cents: u64,
 }
 
-#[derive(Archive, Serialize, Deserialize, Debug, Clone)]
+#[derive(Archive, Serialize, Deserialize, Bounded, Debug, Clone)]
 struct Refused;
 
 impl Aggregate for Account {

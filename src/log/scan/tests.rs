@@ -30,7 +30,7 @@ impl Engine {
     fn new() -> Self {
         let dir = tempfile::tempdir().expect("a folder");
         let types = vec![StoredType { id: EventTypeId(1), schema_version: 1, name: "moved".into() }];
-        let root = crate::log::manifest::Root::default();
+        let root = crate::event::Root::default();
         Manifest { store_id: 1, shards: 1, segment_bytes: SEGMENT_BYTES, root, types }
             .save(&Files::open(dir.path()).expect("opened"), dir.path())
             .expect("saved");
