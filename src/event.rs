@@ -83,6 +83,9 @@ impl Sequence {
 }
 
 impl Time {
+    /// The last time there is. As the end of a span it stands for no end: an event of this very time is in it.
+    pub const END: Self = Self(u64::MAX);
+
     /// A time given in milliseconds since 1970 (saturating in the year 2554).
     #[must_use]
     pub const fn unix_ms(ms: u64) -> Self {
@@ -97,6 +100,9 @@ impl Time {
 }
 
 impl Correlation {
+    /// Ties an event to nothing.
+    pub const NONE: Self = Self(0);
+
     /// The correlation of a text id: its xxh3 (an id that hashes to 0 becomes 1, since 0 means none).
     #[must_use]
     pub fn of(text: &str) -> Self {

@@ -213,7 +213,8 @@ impl<E: Event> Between<E> {
         let mut first: Option<(Time, usize)> = None;
         for (i, (reader, seen)) in self.shards.iter_mut().enumerate() {
             if let Seen::Unknown = seen
-                && let Some(time) = reader.seek(|header| (from..until).contains(&header.time))?
+                && let Some(time) =
+                    reader.seek(|header| header.time >= from && (header.time < until || until == Time::END))?
             {
                 *seen = Seen::At(time);
             }

@@ -147,6 +147,24 @@ fn letters_are_listed_and_shown_beside_a_running_engine_and_no_byte_changes() {
 }
 
 #[test]
+fn a_payload_is_shown_as_it_is_whatever_its_fields_are_called() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    let game = Game::open(dir);
+    let payload = r#"{"n":1,"sequence":0}"#;
+    let event = Envelope::new("hit", 7, payload).unwrap();
+    drop(game.engine.producer().publish(event.key(), event).unwrap());
+    game.engine.flush(soon()).unwrap();
+    let consumer = game.start("c");
+    assert!(consumer.drain(soon()));
+    let id = consumer.dead_letters(None, 1).unwrap()[0].id.to_string();
+    let shown = says(&["dlq", "show"], dir, &["--consumer", "c", &id], 0);
+    assert!(shown.contains(payload), "{shown}");
+    let shown = lines(&says(&["dlq", "show"], dir, &["--json", "--consumer", "c", &id], 0));
+    assert_eq!(shown[0]["event"]["payload"], serde_json::from_str::<serde_json::Value>(payload).unwrap());
+}
+
+#[test]
 fn events_of_other_types_are_shown_as_bytes() {
     let dir = tempfile::tempdir().unwrap();
     let dir = dir.path();

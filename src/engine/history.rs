@@ -127,7 +127,8 @@ impl<A: Aggregate> Engine<A> {
         Stream::new(self.finder(shard), key, from, head)
     }
 
-    /// All keys' events with a time in `[from, until)`: each shard's in the order of its log, the shards merged by time.
+    /// All keys' events with a time in `[from, until)`: each shard's in the order of its log, the shards merged by time. With
+    /// [`Time::END`] for `until` there is no end.
     #[must_use]
     pub fn events_between(&self, from: Time, until: Time) -> Between<A::Event> {
         Between::new(self.readers(), from, until)

@@ -325,7 +325,7 @@ fn scan<A: Aggregate>(bytes: &[u8], header: &FileHeader, number: u32, log: Log) 
             scanned.entries += 1;
             scanned.last_head = scanned.last_head.max(entry.head);
             if entry.version.0 > 0 && *indexed.get_or_insert_with(|| entry.state::<A>().is_ok()) {
-                scanned.saved.push((entry.key, Saved::new(&entry, number, scanned.end as u64)));
+                scanned.saved.extend(Saved::new(&entry, number, scanned.end as u64).map(|saved| (entry.key, saved)));
             }
         }
         scanned.end += entry.bytes;

@@ -17,7 +17,7 @@ use crate::log::segment::ShardLog;
 use crate::log::storage::{SideFile, Storage};
 use crate::log::syncer::SyncRequests;
 use crate::snapshot::format::{Chunk, End, FILE_HEADER_BYTES, FileHeader, Kind, seal_chunk};
-use crate::snapshot::store::{Held, Saved, SnapshotStore, file_name, fresh_path};
+use crate::snapshot::store::{Held, NUMBERS_END, Saved, SnapshotStore, file_name, fresh_path};
 use crate::snapshot::taker::{CheckpointRequests, Message};
 use crate::sync::{Arc, AtomicBool, Idle, Ordering, Signal, lock};
 
@@ -195,9 +195,12 @@ impl Sources {
             sequence,
             time,
         };
+        let number = self.next_number;
+        if number == NUMBERS_END {
+            return Err(io::Error::other("no further file of saved states can be numbered"));
+        }
         let file = storage.create_side(&path)?;
         file.append(&header.encode())?;
-        let number = self.next_number;
         self.next_number += 1;
         let (bytes, places) = (FILE_HEADER_BYTES as u64, std::sync::Arc::default());
         let held = Held { number, kind, path, start, last_head: Offset(0), entries: 0, bytes, places };
@@ -316,7 +319,7 @@ impl Writing {
         seal_chunk(chunk.filled(), |at, entry| {
             last_head = last_head.max(entry.head);
             if indexed && entry.version.0 > 0 {
-                saved.push((entry.key, Saved::new(entry, number, base + at as u64)));
+                saved.extend(Saved::new(entry, number, base + at as u64).map(|saved| (entry.key, saved)));
             }
         });
         self.file.append(chunk.filled())?;

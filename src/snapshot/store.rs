@@ -155,7 +155,7 @@ impl SnapshotStore {
             let mut at = FILE_HEADER_BYTES;
             while let Some(entry) = entry_at(&bytes, at)? {
                 if entry.version.0 > 0 {
-                    places.push((entry.key, Saved::new(&entry, held.number, at as u64)));
+                    places.extend(Saved::new(&entry, held.number, at as u64).map(|saved| (entry.key, saved)));
                 }
                 at += entry.bytes;
             }
@@ -260,9 +260,11 @@ impl SnapshotStore {
 
 impl Saved {
     /// The place of `entry`, which lies at `at` in file `file`.
-    pub(crate) fn new(entry: &Entry<'_>, file: u32, at: u64) -> Self {
-        let at = u32::try_from(at / ALIGN as u64).expect("a file of snapshots is shorter than 64 GiB");
-        Self { version: entry.version, head: entry.head, time_max: entry.time_max, file, at }
+    ///
+    /// `None` where that is beyond the first 64 GiB, as only a checkpoint can be; the log has what was saved there.
+    pub(crate) fn new(entry: &Entry<'_>, file: u32, at: u64) -> Option<Self> {
+        let at = u32::try_from(at / ALIGN as u64).ok()?;
+        Some(Self { version: entry.version, head: entry.head, time_max: entry.time_max, file, at })
     }
 
     fn position(&self) -> u64 {
@@ -302,6 +304,9 @@ pub(crate) fn file_name(kind: Kind, number: u32) -> String {
     }
 }
 
+/// Files of saved states are numbered below this.
+pub(crate) const NUMBERS_END: u32 = 1 << 31;
+
 /// What a file is by its name.
 pub(crate) fn file_number(name: &str) -> Option<(Kind, u32)> {
     let stem = name.strip_suffix(".snp")?;
@@ -314,7 +319,7 @@ pub(crate) fn file_number(name: &str) -> Option<(Kind, u32)> {
         return None;
     }
     // Counted on from the highest: a name beyond what is ever counted to is not one of saved states.
-    let number = digits.parse().ok().filter(|&number: &u32| number < 1 << 31)?;
+    let number = digits.parse().ok().filter(|&number: &u32| number < NUMBERS_END)?;
     (file_name(kind, number) == name).then_some((kind, number))
 }
 

@@ -347,12 +347,7 @@ fn event_line(store: &Store, letter: &DeadLetter, archive: &[u8]) -> Result<(Str
         warn(&Failure::Archive(letter.id.shard, letter.id.offset));
         verdict = Verdict::Damaged;
     }
-    let mut line = String::from_utf8_lossy(&line).trim_end().to_owned();
-    const UNKNOWN: &str = r#","sequence":0"#;
-    if let Some(at) = line.rfind(UNKNOWN) {
-        line.replace_range(at..at + UNKNOWN.len(), "");
-    }
-    Ok((line, verdict))
+    Ok((String::from_utf8_lossy(&line).trim_end().to_owned(), verdict))
 }
 
 fn ask(args: &AskArgs, request: Request, is_confirmed: bool, out: &mut Output) -> Result<Verdict, Failure> {
