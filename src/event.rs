@@ -304,7 +304,7 @@ impl DeclaredIds {
             i += 1;
         }
         // No two types of an engine have one id.
-        Self { first, last, is_dense: types.len() > 0 && (last - first) as usize + 1 == types.len() }
+        Self { first, last, is_dense: !types.is_empty() && (last - first) as usize + 1 == types.len() }
     }
 }
 

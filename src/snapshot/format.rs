@@ -191,6 +191,9 @@ pub(crate) fn seal_chunk(chunk: &mut [u8], mut each: impl FnMut(usize, &Entry<'_
     }
 }
 
+/// Outcomes of commands by their idempotency keys.
+pub(crate) type Kept<R> = Vec<(u64, Remembered<R>)>;
+
 /// One state, as a file has it.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Entry<'a> {
@@ -264,7 +267,7 @@ impl Entry<'_> {
     }
 
     /// What became of the key's commands, oldest first.
-    pub(crate) fn outcomes<A: Aggregate>(&self) -> Result<Vec<(u64, Remembered<A::Rejection>)>, Unusable> {
+    pub(crate) fn outcomes<A: Aggregate>(&self) -> Result<Kept<A::Rejection>, Unusable> {
         let mut rest = self.rest;
         let mut outcomes = Vec::new();
         for _ in 0..self.outcomes {
@@ -475,8 +478,6 @@ mod tests {
         }
     }
 
-    type Kept = Vec<(u64, Remembered<u32>)>;
-
     fn header(kind: Kind) -> FileHeader {
         let (start, sequence) = match kind {
             Kind::Snapshots => (Offset(0), Sequence(0)),
@@ -505,7 +506,7 @@ mod tests {
     }
 
     /// A file with these keys, and what it must be read as.
-    fn file(kind: Kind, keys: &[(Slot<State>, Kept)]) -> Vec<u8> {
+    fn file(kind: Kind, keys: &[(Slot<State>, Kept<u32>)]) -> Vec<u8> {
         let (mut chunk, mut scratch) = (Chunk::new(), Scratch::new(1 << 16));
         // Whatever its memory held before is not in the file.
         chunk.bytes.fill(0xff);
@@ -519,7 +520,7 @@ mod tests {
     }
 
     /// Reads as a reader does: from memory that is aligned.
-    fn check(bytes: &[u8], kind: Kind, keys: &[(Slot<State>, Kept)]) -> usize {
+    fn check(bytes: &[u8], kind: Kind, keys: &[(Slot<State>, Kept<u32>)]) -> usize {
         let mut file = AlignedVec::<ALIGN>::new();
         file.extend_from_slice(bytes);
         assert_eq!(FileHeader::decode(&file, ShardId(0x0203)), Ok(header(kind)));
