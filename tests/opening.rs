@@ -771,6 +771,7 @@ fn killed_while_beginning(files: &Files, stored: usize, is_ended: bool) -> Files
         end += (u32_at(before, end) as usize).next_multiple_of(16);
     }
     let mut header = before[..80].to_vec();
+    header[28..32].copy_from_slice(&before[72..76]);
     header[32..40].copy_from_slice(&2_u64.to_le_bytes());
     header[48..56].copy_from_slice(&(SEGMENT + end as u64).to_le_bytes());
     header[56..64].copy_from_slice(&EVENTS.to_le_bytes());
