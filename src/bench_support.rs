@@ -147,6 +147,7 @@ impl<E: Event> LogWriter<E> {
     /// What the file system said.
     pub fn new(dir: PathBuf, segment_bytes: u64) -> io::Result<Self> {
         let log = Arc::new(ShardLog::new(
+            1,
             ShardId(0),
             dir.clone(),
             segment_bytes,

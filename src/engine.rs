@@ -24,6 +24,7 @@ use crate::gated::OpenGates;
 use crate::handler::{Factory, Handler, OnError, Registered};
 use crate::log::keeper::{Keeper, KeeperRequests};
 use crate::log::manifest::shard_dir;
+use crate::log::position::Position;
 use crate::log::reader::Reader;
 use crate::log::report::RecoveryReport;
 use crate::log::storage::{Lock, Storage};
@@ -199,7 +200,7 @@ impl<A: Aggregate> Engine<A> {
         }
         let mut recovered = recover::<A>(&storage, &config, &manifest, standing, &mut threads)?;
         let ends: Vec<Offset> = recovered.iter().map(|shard| shard.report.end).collect();
-        let consumers = cut_all(&*storage, &config.dir, &ends)?;
+        let consumers = cut_all(&*storage, &config.dir, manifest.store_id, &ends)?;
         let holds = gated::holds(&storage, &config.dir, &ends)?;
         let own = recovered.iter().enumerate();
         let own = own.map(|(i, recovered)| own_of(&config, factories, views, ShardId(i as u16), recovered));
@@ -228,6 +229,7 @@ impl<A: Aggregate> Engine<A> {
         let cores = assign_cores(&config.pin, config.shards);
         let context = Context {
             config: &config,
+            store: manifest.store_id,
             storage: &storage,
             clock: &clock,
             keeper: &keeper,
@@ -392,6 +394,17 @@ impl<A: Aggregate> Engine<A> {
     /// When the store has no such shard.
     pub fn reader_at(&self, shard: ShardId, offset: Offset) -> Result<Reader<A::Event>, ReadError> {
         Reader::at(Arc::clone(&self.shards[usize::from(shard.0)].door.log), offset, std::sync::Arc::clone(&self.lock))
+    }
+
+    /// Reads a shard's log from a saved position on.
+    ///
+    /// # Errors
+    /// `Position` where it was not taken in this log, or the log has gone another way since; `BeyondRetention`, or what reading found.
+    pub fn reader_from(&self, position: &Position) -> Result<Reader<A::Event>, ReadError> {
+        let (shard, shards) = (position.shard(), self.shards.len());
+        // A shard that there is none of is another store's: it says so.
+        let log = &self.shards[usize::from(shard.0).min(shards - 1)].door.log;
+        position.reader(log, &self.lock)
     }
 
     /// Waits until everything accepted before this call is appended and durable, in every mode, with whatever it rests on: where retention

@@ -659,6 +659,58 @@ impl From<Corruption> for HistoryError {
     }
 }
 
+/// Why a saved position cannot be gone on from. What was saved with it was made of other events than the log holds: a copy of the
+/// store was put back, the data was, or one of them belongs elsewhere.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum PositionError {
+    /// It is no position at all.
+    #[error("not a position: {why}")]
+    Malformed {
+        /// What does not hold.
+        why: &'static str,
+    },
+    /// It was taken in another store.
+    #[error("shard {shard}: the position is of store {position:016x}, and this is store {store:016x}")]
+    OtherStore {
+        /// The shard.
+        shard: ShardId,
+        /// The id of the store it was taken in.
+        position: u64,
+        /// The id of this store.
+        store: u64,
+    },
+    /// It is of another shard.
+    #[error("shard {shard}: the position is of shard {position}")]
+    OtherShard {
+        /// The shard it was used for.
+        shard: ShardId,
+        /// The shard it is of.
+        position: ShardId,
+    },
+    /// The log ends before it: the log has lost events, or is an older copy.
+    #[error("shard {shard}: the position is at {position}, and the log ends at {end}")]
+    AheadOfLog {
+        /// The shard.
+        shard: ShardId,
+        /// Where reading was to go on.
+        position: Offset,
+        /// What there is.
+        end: Offset,
+    },
+    /// The log reaches as far, but with other events before it: it is a copy that was put back, or lost its newest events, and went
+    /// on another way.
+    #[error("shard {shard}: the position at {position} is of another history of this store: {why}")]
+    OtherHistory {
+        /// The shard.
+        shard: ShardId,
+        /// Where reading was to go on.
+        position: Offset,
+        /// What does not fit.
+        why: &'static str,
+    },
+}
+
 /// Why a read of the log ended.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -681,6 +733,9 @@ pub enum ReadError {
         /// What was asked for.
         offset: Offset,
     },
+    /// A saved position is none of this log's.
+    #[error(transparent)]
+    Position(#[from] PositionError),
     /// The bytes do not hold.
     #[error(transparent)]
     Corruption(#[from] Corruption),

@@ -66,7 +66,7 @@ pub use bounded::{Bounded, DEPTH_MAX};
 pub use config::{Checked, Config, Durability, Pin, Retention, Wait};
 pub use error::{
     CodePanic, ConfigError, Corruption, FailureCause, GateError, GateOpenError, HistoryError, OpenError, PanickedEvent,
-    ReadError, Rejected, RejectedReason, ShardFailure, WaitError,
+    PositionError, ReadError, Rejected, RejectedReason, ShardFailure, WaitError,
 };
 pub use event::{
     Correlation, Encode, Event, EventId, EventType, EventTypeId, Key, Meta, Offset, Scratch, Sequence, ShardId, Time,
@@ -81,6 +81,7 @@ pub use {
     gated::{Accepted, Gap, GateRefused, GatedProducer, LateEvent},
     handler::{BatchEnd, Handler, HandlerError, OnError},
     history::{At, Between, Counts, Past, Stream},
+    log::position::Position,
     log::reader::{Reader, Record},
     log::report::{RecoveryReport, ShardRecovery, TornTail},
     log::scan,

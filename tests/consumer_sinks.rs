@@ -9,9 +9,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use common::{ArchivedNote, Note, env_number, open_on, os_cache, read_shard, small, soon, until};
-use corelane::consumer::{Batch, ConsumerError, HaltCause, HealthPolicy, Retry, Sink, SinkConsumer};
+use corelane::consumer::{
+    Batch, ConsumerError, ConsumerReport, HaltCause, HealthPolicy, Retry, Sink, SinkConsumer, Start, prometheus,
+};
 use corelane::testing::{FaultyStorage, Unsynced};
-use corelane::{EventLog, HandlerError, Key, Meta, Offset, OpenError, ShardId};
+use corelane::{EventLog, HandlerError, Key, Meta, OpenError, Position, PositionError, Retention, ShardId};
 
 const SHARDS: u16 = 2;
 
@@ -19,7 +21,7 @@ const SHARDS: u16 = 2;
 #[derive(Default)]
 struct Committed {
     rows: BTreeMap<u16, Vec<u64>>,
-    positions: BTreeMap<u16, u64>,
+    positions: BTreeMap<u16, Position>,
     random: u64,
     fails: bool,
     failures: u64,
@@ -53,12 +55,12 @@ impl Database {
 }
 
 impl Sink<Note> for Database {
-    fn position(&mut self, shard: ShardId) -> Result<Option<Offset>, HandlerError> {
+    fn position(&mut self, shard: ShardId) -> Result<Option<Position>, HandlerError> {
         let mut committed = self.committed();
         if committed.fails && committed.below(5) == 0 {
             return Err("no connection".into());
         }
-        Ok(committed.positions.get(&shard.0).map(|at| Offset(*at)))
+        Ok(committed.positions.get(&shard.0).copied())
     }
 
     fn apply(&mut self, batch: &mut Batch<'_, Note>) -> Result<(), HandlerError> {
@@ -86,7 +88,7 @@ impl Sink<Note> for Database {
         assert_ne!(fate, 3, "inside the transaction, as it must");
         let shard = batch.shard().0;
         committed.rows.entry(shard).or_default().extend(rows);
-        committed.positions.insert(shard, batch.end().0);
+        committed.positions.insert(shard, batch.end());
         drop(committed);
         assert_ne!(fate, 4, "behind the commit, as it must");
         if fate == 5 { Err("the answer was lost".into()) } else { Ok(()) }
@@ -192,9 +194,10 @@ fn a_sink_that_is_ahead_of_its_log_ends_with_the_reason() {
     assert!(!sink.drain(soon()), "it has ended");
     let report = sink.report();
     let end = engine.recovery().shards[0].end;
-    let expected =
-        ConsumerError::AheadOfLog { shard: ShardId(0), position: Offset(database.committed().positions[&0]), end };
-    assert_eq!((report.is_running, report.failure), (false, Some(expected.to_string())));
+    let position = database.committed().positions[&0].offset();
+    let expected = PositionError::AheadOfLog { shard: ShardId(0), position, end };
+    assert_eq!((report.is_running, failed_position(&report)), (false, Some(expected)));
+    is_told_as_failed(&engine, expected);
     assert!(matches!(sink.stop(soon()), Err(ConsumerError::Ended { failure: Some(_) })));
     // Events in the place of those that it has are not taken for them.
     let mut producer = engine.producer();
@@ -202,6 +205,28 @@ fn a_sink_that_is_ahead_of_its_log_ends_with_the_reason() {
         producer.publish(Key(n), Note::new(n)).unwrap().appended().wait().unwrap();
     }
     assert_eq!(database.committed().rows, rows);
+}
+
+/// The position's failure that a report shows.
+fn failed_position(report: &ConsumerReport) -> Option<PositionError> {
+    match report.failure.as_ref()?.error() {
+        ConsumerError::Position(error) => Some(*error),
+        _ => None,
+    }
+}
+
+/// A sink that has ended is where monitoring looks.
+fn is_told_as_failed(engine: &EventLog<Note>, expected: PositionError) {
+    let report = engine.consumers().into_iter().find(|report| report.name == "sink").unwrap();
+    assert_eq!((report.is_running, failed_position(&report)), (false, Some(expected)));
+    let text = prometheus(&[report]);
+    for line in [
+        "corelane_consumer_is_failed{consumer=\"sink\"} 1".to_owned(),
+        format!("corelane_consumer_failure{{consumer=\"sink\",reason=\"{expected}\"}} 1"),
+    ] {
+        assert!(text.lines().any(|found| found == line), "{line} is not in\n{text}");
+    }
+    assert!(!engine.drain_consumers(soon()), "it has not handled what there is");
 }
 
 #[test]
@@ -225,7 +250,7 @@ fn a_store_opens_again_at_once_when_its_consumers_have_ended() {
 
 /// Takes everything in while it is `well`; takes nothing from its batches while it `idles`.
 #[derive(Clone, Default)]
-struct Moody(Arc<Mutex<(u64, bool, bool)>>);
+struct Moody(Arc<Mutex<(u64, bool, bool)>>, Arc<Mutex<Option<Position>>>);
 
 impl Moody {
     fn set(&self, is_ill: bool, idles: bool) {
@@ -239,8 +264,8 @@ impl Moody {
 }
 
 impl Sink<Note> for Moody {
-    fn position(&mut self, _shard: ShardId) -> Result<Option<Offset>, HandlerError> {
-        Ok(None)
+    fn position(&mut self, _shard: ShardId) -> Result<Option<Position>, HandlerError> {
+        Ok(*self.1.lock().unwrap())
     }
 
     fn apply(&mut self, batch: &mut Batch<'_, Note>) -> Result<(), HandlerError> {
@@ -250,6 +275,9 @@ impl Sink<Note> for Moody {
         }
         while !idles && batch.next()?.is_some() {
             self.0.lock().unwrap().0 += 1;
+        }
+        if !idles {
+            *self.1.lock().unwrap() = Some(batch.end());
         }
         Ok(())
     }
@@ -303,7 +331,13 @@ fn a_sink_under_the_name_of_a_consumer_forgets_none_of_its_dead_letters() {
     let consumer = engine.consumer("c").retry(retry).start(fails).unwrap();
     until("it is set aside", || consumer.report().letters.letters == 1);
     consumer.stop(soon()).unwrap();
+    // Events were delivered under the name, and this sink knows of none.
     let sink = engine.consumer("c").start_sink(10, Moody::default()).unwrap();
+    until("it ends", || engine.consumers()[0].failure.is_some());
+    assert_eq!(engine.consumers()[0].letters.letters, 1, "they are there whoever runs");
+    drop(sink);
+    let sink = engine.consumer("c").start_sink_over(10, Moody::default()).unwrap();
+    assert_eq!(sink.report().letters.letters, 1);
     engine.producer().publish(Key(1), Note::new(2)).unwrap();
     let position = || engine.consumers()[0].positions.clone();
     let before = position();
@@ -329,4 +363,184 @@ fn a_drained_sink_has_what_was_there_when_it_was_asked() {
         assert!(consumer.drain(soon()));
         assert_eq!(sink.taken(), n + 1);
     }
+}
+
+fn publish(engine: &EventLog<Note>, numbers: std::ops::Range<u64>) {
+    let mut producer = engine.producer();
+    for n in numbers {
+        drop(producer.publish(Key(n), Note::new(n)).unwrap());
+    }
+    engine.flush(soon()).unwrap();
+}
+
+/// Runs a sink until it has everything, and closes the store.
+fn take_everything(engine: EventLog<Note>, database: &Database) {
+    let sink = start(&engine, 7, database.clone(), false).unwrap();
+    assert!(sink.drain(soon()), "{:?}", sink.report());
+    sink.stop(soon()).unwrap();
+    engine.shutdown(soon()).unwrap();
+}
+
+fn database() -> Database {
+    let database = Database::default();
+    database.committed().random = 1;
+    database
+}
+
+#[test]
+fn a_database_that_is_ahead_of_a_copy_of_the_store_is_told_however_long_the_copy_is() {
+    // The copy goes on to before, behind, and to the same place as the database.
+    for more in [1, 20, 50, 51, 100, 2_000] {
+        let (storage, database) = (FaultyStorage::new(), database());
+        let engine = open_on(&storage, small("/s")).unwrap();
+        publish(&engine, 0..50);
+        take_everything(engine, &database);
+        let copy = storage.files();
+        let engine = open_on(&storage, small("/s")).unwrap();
+        publish(&engine, 50..100);
+        take_everything(engine, &database);
+
+        let engine = open_on(&FaultyStorage::with_files(copy), small("/s")).unwrap();
+        publish(&engine, 1_000..1_000 + more);
+        let before = engine.consumers()[0].lag_bytes;
+        let rows = database.committed().rows.clone();
+        let sink = start(&engine, 7, database.clone(), false).unwrap();
+        assert!(!sink.drain(soon()), "{more}: it ends");
+        until("it has ended", || !engine.consumers()[0].is_running);
+        let error = failed_position(&sink.report());
+        let Some(PositionError::AheadOfLog { .. } | PositionError::OtherHistory { .. }) = error else {
+            panic!("{more}: {error:?}");
+        };
+        is_told_as_failed(&engine, error.unwrap());
+        publish(&engine, 0..10);
+        assert!(engine.consumers()[0].lag_bytes > before, "{more}: its lag counts on");
+        assert_eq!(database.committed().rows, rows, "{more}: it was given nothing");
+        // With its data made anew, it begins again.
+        let anew = self::database();
+        let over = engine.consumer("sink").start_sink_over(7, anew.clone()).unwrap();
+        assert!(over.drain(soon()));
+        assert!(engine.consumers()[0].failure.is_none() && engine.drain_consumers(soon()));
+        assert_eq!(anew.committed().rows[&0], logged(&engine, 0), "{more}");
+    }
+}
+
+#[test]
+fn a_database_of_another_store_is_told() {
+    let database = database();
+    for store in ["/s", "/t"] {
+        let engine = open_on(&FaultyStorage::new(), small(store)).unwrap();
+        publish(&engine, 0..100);
+        if store == "/s" {
+            take_everything(engine, &database);
+            continue;
+        }
+        let sink = start(&engine, 7, database.clone(), false).unwrap();
+        until("it ends", || sink.report().failure.is_some());
+        let error = failed_position(&sink.report());
+        let Some(PositionError::OtherStore { position, store, .. }) = error else { panic!("{error:?}") };
+        assert_ne!(position, store);
+    }
+}
+
+#[test]
+fn positions_of_a_database_that_was_put_back_are_gone_on_from() {
+    let (storage, database) = (FaultyStorage::new(), database());
+    let engine = open_on(&storage, small("/s")).unwrap();
+    publish(&engine, 0..50);
+    take_everything(engine, &database);
+    let rows = database.committed().rows.clone();
+    let positions = database.committed().positions.clone();
+    let engine = open_on(&storage, small("/s")).unwrap();
+    publish(&engine, 50..3_000);
+    take_everything(engine, &database);
+    database.committed().rows = rows;
+    database.committed().positions = positions;
+    let engine = open_on(&storage, small("/s")).unwrap();
+    let log = logged(&engine, 0);
+    take_everything(engine, &database);
+    assert_eq!(database.committed().rows[&0], log, "every event once, those again that the older copy had not");
+}
+
+#[test]
+fn a_sink_whose_database_is_gone_begins_again_only_when_it_is_told_to() {
+    for shards in [1, SHARDS] {
+        let storage = FaultyStorage::new();
+        let config = || small("/s").shards(shards);
+        let engine = open_on(&storage, config()).unwrap();
+        publish(&engine, 0..500);
+        take_everything(engine, &database());
+        let engine = open_on(&storage, config()).unwrap();
+        publish(&engine, 500..600);
+        let gone = database();
+        let sink = start(&engine, 7, gone.clone(), false).unwrap();
+        assert!(!sink.drain(soon()));
+        let stopped = sink.stop(soon());
+        let Err(ConsumerError::Ended { failure: Some(failure) }) = stopped else { panic!("{stopped:?}") };
+        assert!(matches!(failure.error(), ConsumerError::PositionGone { .. }), "{failure}");
+        assert_eq!(engine.consumers()[0].failure, Some(failure));
+        assert!(!engine.drain_consumers(soon()) && gone.committed().rows.is_empty(), "it was given nothing");
+
+        // Told to begin again, it does so also where it takes nothing the first time.
+        let over = engine.consumer("sink").start_sink_over(7, Moody::default()).unwrap();
+        over.pause();
+        over.stop(soon()).unwrap();
+        let sink = start(&engine, 7, gone.clone(), false).unwrap();
+        assert!(sink.drain(soon()), "{:?}", sink.report());
+        for shard in 0..shards {
+            assert_eq!(gone.committed().rows[&shard], logged(&engine, shard));
+        }
+    }
+}
+
+#[test]
+fn a_sink_that_forgets_its_position_while_it_runs_is_told() {
+    let engine = open_on(&FaultyStorage::new(), small("/s")).unwrap();
+    let (sink, retry) = (Moody::default(), Retry::fixed().base(Duration::from_millis(1)));
+    let builder = engine.consumer("sink").retry(retry).checkpoint_every(Duration::from_secs(3_600));
+    let consumer = builder.start_sink(10, sink.clone()).unwrap();
+    publish(&engine, 0..100);
+    assert!(consumer.drain(soon()));
+    *sink.1.lock().unwrap() = None;
+    // A batch that fails makes it be asked.
+    sink.set(true, false);
+    publish(&engine, 100..101);
+    until("it ends", || consumer.report().failure.is_some());
+    let failure = consumer.report().failure.unwrap();
+    assert!(matches!(failure.error(), ConsumerError::PositionGone { .. }), "{failure}");
+    assert_eq!(sink.taken(), 100, "nothing twice");
+}
+
+#[test]
+fn a_sink_begins_where_it_was_registered_and_cannot_begin_again_where_that_was_freed() {
+    let engine = open_on(
+        &FaultyStorage::new(),
+        os_cache("/s").retention(Retention { bytes_max: Some(2 * common::SEGMENT), age_max: None }),
+    )
+    .unwrap();
+    publish(&engine, 0..100);
+    let builder = || engine.consumer("sink").checkpoint_every(Duration::from_millis(1));
+    let sink = builder().start_at(Start::Latest).start_sink(100, database()).unwrap();
+    assert!(sink.drain(soon()));
+    let report = sink.report();
+    assert_eq!((report.handled, report.failure), (0, None), "no position, and nothing was delivered");
+    let began = report.positions[0];
+    until("its beginning is freed", || {
+        let mut producer = engine.producer();
+        for n in 0..100 {
+            drop(producer.publish(Key(n), Note::sized(n, 100)).unwrap());
+        }
+        engine.reader(ShardId(0)).offset() > began
+    });
+    sink.stop(soon()).unwrap();
+    let over = builder().start_sink_over(100, database());
+    let Err(ConsumerError::BeginningGone { began: told, earliest, .. }) = over else { panic!("{over:?}") };
+    assert!(told == began && earliest > began);
+    let report = engine.consumers().remove(0);
+    let failure = report.failure.expect("it is shown");
+    assert!(matches!(failure.error(), ConsumerError::BeginningGone { .. }), "{failure}");
+    engine.remove_consumer("sink").unwrap();
+    assert!(
+        builder().start_sink(100, database()).unwrap().drain(soon()),
+        "registered again, it begins with what is held"
+    );
 }

@@ -6,7 +6,7 @@ use std::path::Path;
 use anyhow::Result;
 use corelane::consumer::{Batch, Sink};
 use corelane::envelope::Envelope;
-use corelane::{HandlerError, Offset, ShardId};
+use corelane::{HandlerError, Position, ShardId};
 use rusqlite::{Connection, OptionalExtension as _};
 
 pub(crate) struct Counts(Connection);
@@ -19,7 +19,7 @@ impl Counts {
         database.pragma_update(None, "synchronous", "normal")?;
         database.execute_batch(
             "create table if not exists counts (event_type text primary key, events integer not null) without rowid;
-             create table if not exists positions (shard integer primary key, position integer not null);",
+             create table if not exists positions (shard integer primary key, position blob not null);",
         )?;
         Ok(Self(database))
     }
@@ -32,10 +32,10 @@ impl Counts {
 }
 
 impl Sink<Envelope> for Counts {
-    fn position(&mut self, shard: ShardId) -> Result<Option<Offset>, HandlerError> {
+    fn position(&mut self, shard: ShardId) -> Result<Option<Position>, HandlerError> {
         let select = "select position from positions where shard = ?1";
-        let position = self.0.query_row(select, [shard.0], |row| row.get(0)).optional()?;
-        Ok(position.map(Offset))
+        let position: Option<Vec<u8>> = self.0.query_row(select, [shard.0], |row| row.get(0)).optional()?;
+        Ok(position.map(|bytes| Position::from_bytes(&bytes)).transpose()?)
     }
 
     fn apply(&mut self, batch: &mut Batch<'_, Envelope>) -> Result<(), HandlerError> {
@@ -54,7 +54,7 @@ impl Sink<Envelope> for Counts {
             transaction.prepare_cached(add)?.execute((event_type, events))?;
         }
         let stand = "insert into positions values (?1, ?2) on conflict do update set position = excluded.position";
-        transaction.prepare_cached(stand)?.execute((batch.shard().0, batch.end().0))?;
+        transaction.prepare_cached(stand)?.execute((batch.shard().0, batch.end().to_bytes()))?;
         transaction.commit()?;
         Ok(())
     }

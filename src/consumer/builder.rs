@@ -175,7 +175,7 @@ impl<E: Event> ConsumerBuilder<E> {
         let driver = self.driver()?;
         let name = driver.settings().name.to_string();
         let control = running::start(driver, std::sync::Arc::clone(&services), handler);
-        let control = control.inspect_err(|_| services.left(&name))?;
+        let control = control.inspect_err(|_| services.left(&name, None))?;
         Ok(Consumer::new(control, &name))
     }
 
@@ -204,6 +204,7 @@ impl<E: Event> ConsumerBuilder<E> {
         let name = std::sync::Arc::clone(&settings.name);
         let (places, letters) = services.drive::<E>(&name, settings.start)?;
         let storage = std::sync::Arc::clone(&services.storage);
-        Driver::open(settings, storage, services.dir(&name), places, letters).inspect_err(|_| services.left(&name))
+        let driver = Driver::open(settings, storage, services.dir(&name), places, letters);
+        driver.map_err(|error| services.refused(&name, error))
     }
 }

@@ -11,6 +11,7 @@ use crate::error::OpenError;
 use crate::event::Offset;
 use crate::log::format::{ALIGN, FORMAT_VERSION, OFFSETS_END, u16_at, u32_at, u64_at};
 use crate::log::manifest::is_folder_name;
+use crate::log::position::Position;
 use crate::log::storage::{Storage, replace};
 
 const MAGIC: [u8; 8] = *b"coreckpt";
@@ -19,7 +20,7 @@ const NAME: &str = "checkpoint";
 /// Its name in the folder of a consumer that is being removed.
 const REMOVED: &str = "removed";
 const HEADER_BYTES: usize = 16;
-const SHARD_BYTES: usize = 32;
+const SHARD_BYTES: usize = 40 + Position::BYTES;
 const LETTERS_BYTES: usize = 16;
 /// Unfinished events that are named; events after the last of them are offered again.
 const UNFINISHED_MAX: usize = 1 << 16;
@@ -33,7 +34,7 @@ pub(crate) struct Checkpoint {
 }
 
 /// How far it has come in one shard.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Progress {
     /// Everything below is done: handled, or recorded.
     pub(crate) position: Offset,
@@ -41,14 +42,25 @@ pub(crate) struct Progress {
     pub(crate) read: Offset,
     /// Below it side effects have been had once: it was `position` when the consumer was set back.
     pub(crate) effects_from: Offset,
+    /// Where it began when it was registered.
+    pub(crate) began: Offset,
+    /// The furthest that it has read: by the event before it the log is known that the positions are of.
+    pub(crate) seen: Position,
     /// What of `position..read` is not done, rising.
     pub(crate) unfinished: Vec<Offset>,
 }
 
 impl Progress {
-    /// At rest at a position.
-    pub(crate) fn at(position: Offset) -> Self {
-        Self { position, read: position, effects_from: Offset(0), unfinished: Vec::new() }
+    /// Where a consumer begins.
+    pub(crate) fn begin(seen: Position) -> Self {
+        let began = seen.offset();
+        Self { position: began, read: began, effects_from: Offset(0), began, seen, unfinished: Vec::new() }
+    }
+
+    /// At rest further on.
+    pub(crate) fn at(&self, seen: Position) -> Self {
+        let position = seen.offset();
+        Self { position, read: position, seen, unfinished: Vec::new(), ..*self }
     }
 
     /// Progress of which `unfinished` is not done, all of which is named or offered again.
@@ -56,18 +68,19 @@ impl Progress {
         position: Offset,
         read: Offset,
         effects_from: Offset,
+        (began, seen): (Offset, Position),
         unfinished: impl Iterator<Item = Offset>,
     ) -> Self {
         let mut named: Vec<Offset> = unfinished.take(UNFINISHED_MAX + 1).collect();
         let read = if named.len() > UNFINISHED_MAX { named.pop().unwrap_or(read) } else { read };
-        Self { position, read, effects_from, unfinished: named }
+        Self { position, read, effects_from, began, seen, unfinished: named }
     }
 
     /// Why no log can have these positions, if so.
     fn is_impossible(&self) -> Option<&'static str> {
-        let Self { position, read, effects_from, unfinished } = self;
+        let Self { position, read, effects_from, began, unfinished, .. } = self;
         let is_place = |at: &Offset| at.0.is_multiple_of(ALIGN as u64) && at.0 < OFFSETS_END;
-        if ![position, read, effects_from].into_iter().chain(unfinished).all(is_place) {
+        if ![position, read, effects_from, began].into_iter().chain(unfinished).all(is_place) {
             return Some("a position is no place of a log");
         }
         let follows =
@@ -83,14 +96,16 @@ impl Progress {
         self.read = self.read.min(end);
         self.position = self.position.min(end);
         self.effects_from = self.effects_from.min(end);
+        self.began = self.began.min(end);
+        self.seen = self.seen.cut(end);
         *self != before
     }
 }
 
 impl Checkpoint {
-    /// At rest at a position of every shard, without dead letters.
-    pub(crate) fn at(positions: impl IntoIterator<Item = Offset>) -> Self {
-        Self { shards: positions.into_iter().map(Progress::at).collect(), letters: FileEnd::default() }
+    /// Of a consumer that begins at a position of every shard, without dead letters.
+    pub(crate) fn begin(positions: impl IntoIterator<Item = Position>) -> Self {
+        Self { shards: positions.into_iter().map(Progress::begin).collect(), letters: FileEnd::default() }
     }
 
     fn encode(&self) -> Vec<u8> {
@@ -103,8 +118,10 @@ impl Checkpoint {
             out.extend(shard.position.0.to_le_bytes());
             out.extend(shard.read.0.to_le_bytes());
             out.extend(shard.effects_from.0.to_le_bytes());
+            out.extend(shard.began.0.to_le_bytes());
             out.extend((shard.unfinished.len() as u32).to_le_bytes());
             out.extend([0; 4]);
+            out.extend(shard.seen.to_bytes());
             shard.unfinished.iter().for_each(|offset| out.extend(offset.0.to_le_bytes()));
         }
         out.extend(self.letters.number.to_le_bytes());
@@ -136,12 +153,16 @@ impl Checkpoint {
         for _ in 0..u16_at(body, 12) {
             let short = || foreign("the file ends before its last shard");
             let (fixed, after) = rest.split_at_checked(SHARD_BYTES).ok_or_else(short)?;
-            let unfinished = u32_at(fixed, 24) as usize;
+            let unfinished = u32_at(fixed, 32) as usize;
             let (offsets, after) = after.split_at_checked(unfinished * 8).ok_or_else(short)?;
+            let seen = Position::from_bytes(&fixed[40..])
+                .map_err(|_| foreign("what it has seen of a shard is no position"))?;
             shards.push(Progress {
                 position: Offset(u64_at(fixed, 0)),
                 read: Offset(u64_at(fixed, 8)),
                 effects_from: Offset(u64_at(fixed, 16)),
+                began: Offset(u64_at(fixed, 24)),
+                seen,
                 unfinished: offsets.chunks_exact(8).map(|at| Offset(u64_at(at, 0))).collect(),
             });
             if let Some(why) = shards.last().and_then(Progress::is_impossible) {
@@ -149,12 +170,10 @@ impl Checkpoint {
             }
             rest = after;
         }
-        let letters = match rest.len() {
-            // As it was written at first.
-            0 => FileEnd::default(),
-            LETTERS_BYTES => FileEnd { number: u32_at(rest, 0), bytes: u64_at(rest, 8) },
-            _ => return Err(foreign("the file does not end behind its last shard")),
-        };
+        if rest.len() != LETTERS_BYTES {
+            return Err(foreign("the file does not end behind its last shard"));
+        }
+        let letters = FileEnd { number: u32_at(rest, 0), bytes: u64_at(rest, 8) };
         Ok(Self { shards, letters })
     }
 
@@ -261,7 +280,12 @@ fn sync_names(storage: &dyn Storage, dir: &Path) -> std::io::Result<()> {
 }
 
 /// Cuts what consumers know of a shard's log at its end as recovery found it. Changes no file.
-pub(crate) fn cut_all(storage: &dyn Storage, store: &Path, ends: &[Offset]) -> Result<Vec<Found>, OpenError> {
+pub(crate) fn cut_all(
+    storage: &dyn Storage,
+    store: &Path,
+    store_id: u64,
+    ends: &[Offset],
+) -> Result<Vec<Found>, OpenError> {
     let mut known = Vec::new();
     for name in names(storage, store)? {
         let dir = consumers_dir(store).join(&name);
@@ -270,6 +294,10 @@ pub(crate) fn cut_all(storage: &dyn Storage, store: &Path, ends: &[Offset]) -> R
         let Some(mut checkpoint) = found else { continue };
         if checkpoint.shards.len() != ends.len() {
             let why = "the consumer's checkpoint is of another number of shards";
+            return Err(OpenError::ForeignFile { path: dir.join(NAME), why });
+        }
+        if checkpoint.shards.iter().any(|progress| progress.seen.store() != store_id) {
+            let why = "the consumer's checkpoint is of another store";
             return Err(OpenError::ForeignFile { path: dir.join(NAME), why });
         }
         let mut is_cut = false;
@@ -287,14 +315,26 @@ pub(crate) fn cut_all(storage: &dyn Storage, store: &Path, ends: &[Offset]) -> R
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::event::{Sequence, ShardId};
     use crate::log::format::tests::assert_golden;
     use crate::testing::FaultyStorage;
 
+    const STORE: u64 = 0x1112_1314_1516_1718;
+
+    fn seen(offset: u64) -> Position {
+        let last = (Offset(offset - 64), 0x2122_2324);
+        Position::behind(STORE, ShardId(1), Offset(offset), last, Sequence(3))
+    }
+
+    fn begun(offset: u64) -> Progress {
+        Progress::begin(seen(offset))
+    }
+
     fn example() -> Checkpoint {
         let unfinished = vec![Offset(4096), Offset(4256)];
-        let first = Progress { position: Offset(4096), read: Offset(5008), effects_from: Offset(4096), unfinished };
+        let first = Progress { read: Offset(5008), effects_from: Offset(4096), unfinished, ..begun(4096) };
         let letters = FileEnd { number: 3, bytes: 4096 };
-        Checkpoint { shards: vec![first, Progress::at(Offset(0x0102_0304_0500))], letters }
+        Checkpoint { shards: vec![first, begun(0x0102_0304_0500)], letters }
     }
 
     #[test]
@@ -305,17 +345,14 @@ mod tests {
     }
 
     #[test]
-    fn one_that_says_nothing_of_letters_is_read() {
-        let bytes = example().encode();
-        let mut bytes = bytes[..bytes.len() - LETTERS_BYTES - 4].to_vec();
-        bytes.extend(crc32c::crc32c(&bytes).to_le_bytes());
-        let expected = Checkpoint { letters: FileEnd::default(), ..example() };
-        assert_eq!(Checkpoint::decode(Path::new("c"), &bytes).expect("decodes"), expected);
-        let mut longer = example().encode();
-        longer.truncate(longer.len() - 4);
-        longer.extend([0; 8]);
-        longer.extend(crc32c::crc32c(&longer).to_le_bytes());
-        assert!(matches!(Checkpoint::decode(Path::new("c"), &longer), Err(OpenError::ForeignFile { .. })));
+    fn one_that_ends_elsewhere_than_behind_its_letters_is_refused() {
+        for (cut, more) in [(LETTERS_BYTES + 4, 0), (4, 4)] {
+            let mut bytes = example().encode();
+            bytes.truncate(bytes.len() - cut);
+            bytes.extend(vec![0; more]);
+            bytes.extend(crc32c::crc32c(&bytes).to_le_bytes());
+            assert!(matches!(Checkpoint::decode(Path::new("c"), &bytes), Err(OpenError::ForeignFile { .. })));
+        }
     }
 
     #[test]
@@ -367,7 +404,7 @@ mod tests {
     #[test]
     fn a_crash_while_saving_leaves_the_old_or_the_new_one() {
         let dir = Path::new("/s/consumers/a");
-        let (old, new) = (example(), Checkpoint { shards: vec![Progress::at(Offset(16)); 2], ..example() });
+        let (old, new) = (example(), Checkpoint { shards: vec![begun(9008); 2], ..example() });
         for n in 1.. {
             let storage = FaultyStorage::new();
             old.save(&storage, dir).expect("saved");
@@ -388,26 +425,32 @@ mod tests {
         let storage = FaultyStorage::new();
         let store = Path::new("/s");
         example().save(&storage, &consumers_dir(store).join("a")).expect("saved");
-        let known = cut_all(&storage, store, &[Offset(4208), Offset(112)]).expect("readable");
+        let known = cut_all(&storage, store, STORE, &[Offset(4208), Offset(112)]).expect("readable");
         known.iter().for_each(|found| found.settle(&storage, store).expect("saved"));
-        let first = Progress {
-            position: Offset(4096),
-            read: Offset(4208),
-            effects_from: Offset(4096),
-            unfinished: vec![Offset(4096)],
-        };
-        let expected = Checkpoint { shards: vec![first, Progress::at(Offset(112))], ..example() };
+        let unfinished = vec![Offset(4096)];
+        let first = Progress { read: Offset(4208), effects_from: Offset(4096), unfinished, ..begun(4096) };
+        let second = begun(0x0102_0304_0500);
+        let end = Offset(112);
+        let second = Progress { position: end, read: end, began: end, seen: second.seen.cut(end), ..second };
+        assert_eq!(
+            (second.seen.offset(), second.seen.last()),
+            (end, (Offset(0), 0)),
+            "the event it knew the log by is lost"
+        );
+        let expected = Checkpoint { shards: vec![first, second], ..example() };
         assert_eq!(known, [Found { name: "a".to_owned(), checkpoint: expected.clone(), is_cut: true }]);
         storage.crash(crate::testing::Unsynced::Lost);
         let dir = consumers_dir(store).join("a");
         assert_eq!(Checkpoint::load(&storage, &dir).expect("readable"), Some(expected), "durably");
-        assert!(cut_all(&storage, store, &[Offset(1)]).is_err(), "another number of shards");
+        assert!(cut_all(&storage, store, STORE, &[Offset(1)]).is_err(), "another number of shards");
+        let foreign = cut_all(&storage, store, STORE + 1, &[Offset(4208), Offset(112)]);
+        assert!(matches!(foreign, Err(OpenError::ForeignFile { .. })), "another store: {foreign:?}");
     }
 
     #[test]
     fn what_is_not_named_is_offered_again() {
         let many = (0..UNFINISHED_MAX as u64 + 5).map(|i| Offset(i * 16));
-        let progress = Progress::new(Offset(0), Offset(u64::MAX), Offset(0), many);
+        let progress = Progress::new(Offset(0), Offset(u64::MAX), Offset(0), (Offset(0), seen(4096)), many);
         assert_eq!(progress.unfinished.len(), UNFINISHED_MAX);
         assert_eq!(progress.read, Offset(UNFINISHED_MAX as u64 * 16), "from the first that is not named");
     }
@@ -415,10 +458,14 @@ mod tests {
     #[test]
     fn what_stands_at_the_logs_end_is_forgotten_and_its_effects_are_had_again() {
         let unfinished = vec![Offset(16), Offset(32)];
-        let mut progress = Progress { position: Offset(16), read: Offset(64), effects_from: Offset(48), unfinished };
+        let whole = begun(4096).seen;
+        let mut progress =
+            Progress { position: Offset(16), read: Offset(64), effects_from: Offset(48), unfinished, ..begun(4096) };
+        progress.began = Offset(0);
         assert!(progress.cut(Offset(32)));
         let left = vec![Offset(16)];
-        let cut = Progress { position: Offset(16), read: Offset(32), effects_from: Offset(32), unfinished: left };
+        let (read, seen) = (Offset(32), whole.cut(Offset(32)));
+        let cut = Progress { position: Offset(16), read, effects_from: read, began: Offset(0), seen, unfinished: left };
         assert_eq!(progress, cut);
         assert!(!progress.cut(Offset(32)));
     }

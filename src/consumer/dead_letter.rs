@@ -369,5 +369,15 @@ pub(crate) fn open_outside(storage: &Arc<dyn Storage>, dir: &Path, known: FileEn
     }
 }
 
+/// What is known of the letters in a folder that nobody writes to. Nothing is changed.
+pub(super) fn statistics_of(
+    storage: &Arc<dyn Storage>,
+    dir: &Path,
+    known: FileEnd,
+) -> Result<LetterStatistics, OpenError> {
+    let letters = Letters::load(Arc::clone(storage), dir, DeadLetterPolicy::default(), known, Access::Outside)?;
+    Ok(letters.statistics())
+}
+
 #[cfg(test)]
 mod tests;

@@ -1,7 +1,9 @@
 //! What consumers answer when they cannot. Data only.
 
+use std::sync::Arc;
+
 use super::dead_letter::answer::{LettersError, WriteRefused};
-use crate::error::{ConfigError, OpenError, ReadError, WaitError};
+use crate::error::{ConfigError, OpenError, PositionError, ReadError, WaitError};
 use crate::event::{Offset, ShardId};
 
 /// Why a consumer does not do what was asked of it.
@@ -42,10 +44,10 @@ pub enum ConsumerError {
     #[error("the engine is closed")]
     Closed,
     /// It has ended: it was stopped or, with a reason, ended by itself.
-    #[error("the consumer has ended{}", failure.as_deref().map(|why| format!(": {why}")).unwrap_or_default())]
+    #[error("the consumer has ended{}", failure.as_ref().map(|why| format!(": {why}")).unwrap_or_default())]
     Ended {
         /// Why it ended by itself.
-        failure: Option<String>,
+        failure: Option<ConsumerFailure>,
     },
     /// It does not answer in time: its thread is inside a handler.
     #[error("consumer \"{name}\" is busy in a handler")]
@@ -56,15 +58,42 @@ pub enum ConsumerError {
     /// More keys have dead letters than it may know.
     #[error("more keys have dead letters than there is room for")]
     TooManyKeys,
-    /// A sink has taken in events that the log does not have: it is another log's, or the log lost its newest events.
-    #[error("shard {shard}: the sink stands at {position}, the log ends at {end}")]
-    AheadOfLog {
+    /// Its position, or its sink's, is none of this log's: what it made was made of other events. Nothing is delivered. A sink's data is
+    /// to be made anew ([`super::ConsumerBuilder::start_sink_over`]), another consumer to be removed and registered again.
+    #[error(transparent)]
+    Position(PositionError),
+    /// A sink knows no position of a shard of which events were delivered before: its data is gone. Nothing is delivered, unless
+    /// [`super::ConsumerBuilder::start_sink_over`] says that it is to begin again.
+    #[error(
+        "shard {shard}: the sink knows no position, but events up to {delivered} were delivered before; its data is gone"
+    )]
+    PositionGone {
         /// The shard.
         shard: ShardId,
-        /// Where the sink stands.
-        position: Offset,
-        /// What there is.
-        end: Offset,
+        /// Events were delivered up to here.
+        delivered: Offset,
+    },
+    /// It cannot begin again: retention has freed events from its beginning on.
+    #[error("shard {shard}: it began at {began}, and the earliest event held is at {earliest}")]
+    BeginningGone {
+        /// The shard.
+        shard: ShardId,
+        /// Where it began when it was registered.
+        began: Offset,
+        /// The earliest offset still held.
+        earliest: Offset,
+    },
+    /// It could not be started, for a reason that cannot be copied.
+    #[error("{why}")]
+    NotStarted {
+        /// What was said when that was tried.
+        why: String,
+    },
+    /// Its own code, or the code of its sink outside a batch, panicked.
+    #[error("the consumer's own code panicked: {text}")]
+    Panicked {
+        /// What the panic said.
+        text: String,
     },
     /// Its files.
     #[error(transparent)]
@@ -77,8 +106,60 @@ pub enum ConsumerError {
     Records(#[from] WriteRefused),
     /// The log.
     #[error(transparent)]
-    Read(#[from] ReadError),
+    Read(ReadError),
     /// Waiting for it ended.
     #[error(transparent)]
     Wait(#[from] WaitError),
+}
+
+impl ConsumerError {
+    /// The same, to be kept while this one is returned.
+    pub(super) fn to_be_kept(&self) -> ConsumerFailure {
+        let kept = match *self {
+            Self::Position(error) => Self::Position(error),
+            Self::PositionGone { shard, delivered } => Self::PositionGone { shard, delivered },
+            Self::BeginningGone { shard, began, earliest } => Self::BeginningGone { shard, began, earliest },
+            ref other => Self::NotStarted { why: other.to_string() },
+        };
+        kept.into()
+    }
+}
+
+impl From<ReadError> for ConsumerError {
+    fn from(error: ReadError) -> Self {
+        match error {
+            ReadError::Position(error) => Self::Position(error),
+            error => Self::Read(error),
+        }
+    }
+}
+
+/// Why a consumer ended by itself, or could not be started: the error, to be kept and compared. Two are equal that say the same.
+#[derive(Debug, Clone)]
+pub struct ConsumerFailure(Arc<ConsumerError>);
+
+impl ConsumerFailure {
+    /// The error.
+    #[must_use]
+    pub fn error(&self) -> &ConsumerError {
+        &self.0
+    }
+}
+
+impl From<ConsumerError> for ConsumerFailure {
+    fn from(error: ConsumerError) -> Self {
+        Self(Arc::new(error))
+    }
+}
+
+impl PartialEq for ConsumerFailure {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0) || self.to_string() == other.to_string()
+    }
+}
+
+impl std::fmt::Display for ConsumerFailure {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.0.fmt(f)
+    }
 }

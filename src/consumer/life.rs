@@ -3,7 +3,7 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::{Duration, Instant};
 
-use super::error::ConsumerError;
+use super::error::{ConsumerError, ConsumerFailure};
 use super::services::Services;
 use crate::error::WaitError;
 use crate::handler::panic_text;
@@ -102,7 +102,7 @@ impl Life {
         &self,
         name: &str,
         deadline: Option<Instant>,
-        failure: impl FnOnce() -> Option<String>,
+        failure: impl FnOnce() -> Option<ConsumerFailure>,
     ) -> Result<(), ConsumerError> {
         self.ask_to_stop();
         if !self.may_await() {
@@ -129,16 +129,16 @@ impl Life {
     }
 
     /// Runs the thread's work, whatever it does. Returns why it ended by itself, if it did.
-    pub(super) fn run(&self, name: &str, body: impl FnOnce() -> Result<(), ConsumerError>) -> Option<String> {
+    pub(super) fn run(&self, name: &str, body: impl FnOnce() -> Result<(), ConsumerError>) -> Option<ConsumerFailure> {
         *lock(&self.thread) = Some(thread::current());
         self.take_thread(true);
         let failure = match catch_unwind(AssertUnwindSafe(body)) {
             Ok(Ok(())) => None,
-            Ok(Err(error)) => Some(error.to_string()),
-            Err(panic) => Some(format!("the consumer's own code panicked: {}", panic_text(&*panic))),
+            Ok(Err(error)) => Some(error.into()),
+            Err(panic) => Some(ConsumerError::Panicked { text: panic_text(&*panic) }.into()),
         };
         if let Some(failure) = &failure {
-            tracing::error!(consumer = name, failure, "a consumer ended");
+            tracing::error!(consumer = name, %failure, "a consumer ended");
         }
         failure
     }

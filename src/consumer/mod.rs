@@ -52,7 +52,7 @@ pub use dead_letter::answer::{
 };
 pub use driver::{HaltCause, Handled, Letters};
 pub use effects::{Call, EffectKey};
-pub use error::ConsumerError;
+pub use error::{ConsumerError, ConsumerFailure};
 pub use handle::Consumer;
 pub use poller::{Delivery, Poller};
 pub use report::{ConsumerReport, prometheus};

@@ -17,7 +17,10 @@ use crate::event::{Event, EventId, Key, Meta, Offset};
 use crate::handler::HandlerError;
 use crate::log::finder::Finder;
 use crate::log::fold::Access;
-use crate::sync::{may_wait, thread_waker};
+use crate::sync::{Mutex, lock, may_wait, thread_waker};
+
+/// How often its report is renewed while it has work.
+const SHOW_EVERY: Duration = Duration::from_millis(100);
 
 /// A consumer without threads. Whoever has it takes deliveries and says what came of each; meanwhile no other event of that key
 /// is given out. Retries, dead letters and checkpoints are as with threads, and happen inside these calls: call often.
@@ -30,6 +33,9 @@ pub struct Poller<E: Event> {
     access: Access,
     clock: Box<dyn Fn() -> Duration + Send>,
     alarm: Option<Alarm>,
+    /// What `Engine::consumers` shows of it, and when that is to be renewed although there is work.
+    shown: std::sync::Arc<Mutex<ConsumerReport>>,
+    show_at: Duration,
 }
 
 impl<E: Event> std::fmt::Debug for Poller<E> {
@@ -56,7 +62,10 @@ impl<E: Event> Poller<E> {
         let finders = driver.desks().iter().map(|desk| desk.finder()).collect();
         let began = Instant::now();
         let clock = Box::new(move || began.elapsed());
-        Self { services, driver, finders, access: Access::new::<E>(), clock, alarm: None }
+        let shown = std::sync::Arc::new(Mutex::new(ConsumerReport::of(&driver, Duration::ZERO)));
+        services.shows(&driver.settings().name, &shown);
+        let (access, show_at) = (Access::new::<E>(), Duration::ZERO);
+        Self { services, driver, finders, access, clock, alarm: None, shown, show_at }
     }
 
     /// Another clock: the time since any fixed moment, monotonic. For tests of what retries do.
@@ -76,12 +85,23 @@ impl<E: Event> Poller<E> {
         loop {
             let now = (self.clock)();
             if let Some(job) = self.driver.next_job(now)? {
+                if now >= self.show_at {
+                    self.show(now);
+                }
                 return Ok(Some(Delivery(job)));
             }
             if self.driver.step(now, true)? == 0 {
-                return Ok(self.driver.next_job(now)?.map(Delivery));
+                let job = self.driver.next_job(now)?;
+                self.show(now);
+                return Ok(job.map(Delivery));
             }
         }
+    }
+
+    /// Lets `Engine::consumers` see how it is.
+    fn show(&mut self, now: Duration) {
+        *lock(&self.shown) = ConsumerReport::of(&self.driver, now);
+        self.show_at = now + SHOW_EVERY;
     }
 
     /// As many deliveries as may be out at once, at most `max`.
@@ -258,7 +278,7 @@ impl<E: Event> Drop for Poller<E> {
         if let Err(error) = self.driver.save() {
             tracing::error!(%error, "a consumer's position could not be saved; what was done since the last one is done again");
         }
-        self.services.left(&self.driver.settings().name);
+        self.services.left(&self.driver.settings().name, None);
     }
 }
 

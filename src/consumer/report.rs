@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use super::dead_letter::answer::LetterStatistics;
 use super::driver::{Driver, HaltCause};
+use super::error::ConsumerFailure;
 use super::health::HealthStatus;
 use super::health::report::HealthReport;
 use super::whole_ms;
@@ -16,14 +17,14 @@ use crate::log::segment::ShardLog;
 pub struct ConsumerReport {
     /// Its name.
     pub name: String,
-    /// Whether somebody drives it now. If not, only positions and lag are known.
+    /// Whether somebody drives it now. If not, only positions, lag, dead letters and why it failed are known.
     pub is_running: bool,
     /// It gives nothing out until it is resumed.
     pub is_paused: bool,
     /// Why it halted.
     pub halted: Option<HaltCause>,
-    /// Why it ended by itself.
-    pub failure: Option<String>,
+    /// Why it ended by itself, or could not be started when that was tried last; until it is started again.
+    pub failure: Option<ConsumerFailure>,
     /// Events in the logs it reads, of any type, now.
     pub published: u64,
     /// Events of its types handled.
@@ -48,7 +49,7 @@ pub struct ConsumerReport {
     pub lag_bytes: u64,
     /// Its durable gap-free position in every shard: retention keeps what comes after.
     pub positions: Vec<Offset>,
-    /// Its dead letters, known while it runs; [`crate::consumer::outside`] reads those of one that does not.
+    /// Its dead letters, also of one that does not run. Where their files cannot be read there are none here, and `failure` says why.
     pub letters: LetterStatistics,
     /// How its service is.
     pub health: Option<HealthReport>,
@@ -56,6 +57,8 @@ pub struct ConsumerReport {
     pub write_failures: (u64, u64),
     /// Events that it has read.
     read: u64,
+    /// Whether its files of dead letters could be read.
+    knows_letters: bool,
 }
 
 impl ConsumerReport {
@@ -83,6 +86,7 @@ impl ConsumerReport {
             health: None,
             write_failures: (0, 0),
             read: 0,
+            knows_letters: false,
         };
         report.renew(places);
         report
@@ -106,6 +110,11 @@ impl ConsumerReport {
         self.unread = self.published.saturating_sub(events);
     }
 
+    /// Notes what its dead letters are.
+    pub(crate) fn has_letters(&mut self, letters: LetterStatistics) {
+        (self.letters, self.knows_letters) = (letters, true);
+    }
+
     /// Of a driver at `now`.
     pub(crate) fn of<E: Event>(driver: &Driver<E>, now: Duration) -> Self {
         let desks = driver.desks();
@@ -124,7 +133,7 @@ impl ConsumerReport {
         report.is_paused = driver.is_paused();
         report.halted = driver.halted().cloned();
         report.running = driver.running();
-        report.letters = driver.letters().statistics();
+        report.has_letters(driver.letters().statistics());
         report.health = Some(driver.health().report(now));
         report.write_failures = driver.write_failures();
         report
@@ -147,7 +156,7 @@ impl ConsumerReport {
 /// A figure of a report, by its name for Prometheus.
 type Figure = (&'static str, &'static str, fn(&ConsumerReport) -> u64);
 
-const FIGURES: [Figure; 15] = [
+const FIGURES: [Figure; 16] = [
     ("handled_total", "counter", |report| report.handled),
     ("failed_attempts_total", "counter", |report| report.failed),
     ("skipped_total", "counter", |report| report.skipped),
@@ -156,9 +165,10 @@ const FIGURES: [Figure; 15] = [
     ("retrying_keys", "gauge", |report| report.retrying as u64),
     ("waiting_events", "gauge", ConsumerReport::waiting),
     ("lag_bytes", "gauge", |report| report.lag_bytes),
-    ("dead_letters", "gauge", |report| report.letters.letters as u64),
+    (DEAD_LETTERS, "gauge", |report| report.letters.letters as u64),
     ("running_longest_ms", "gauge", |report| report.running_since.map_or(0, whole_ms)),
     ("is_running", "gauge", |report| u64::from(report.is_running)),
+    ("is_failed", "gauge", |report| u64::from(report.failure.is_some())),
     ("is_paused", "gauge", |report| u64::from(report.is_paused)),
     ("is_halted", "gauge", |report| u64::from(report.halted.is_some())),
     ("is_unhealthy", "gauge", |report| {
@@ -168,25 +178,37 @@ const FIGURES: [Figure; 15] = [
 ];
 
 /// What is known of a consumer that does not run.
-const KNOWN_AT_REST: [&str; 2] = ["lag_bytes", "is_running"];
+const KNOWN_AT_REST: [&str; 4] = ["lag_bytes", "is_running", "is_failed", DEAD_LETTERS];
+const DEAD_LETTERS: &str = "dead_letters";
 
 /// Reports as Prometheus text, to stand behind [`crate::Metrics::prometheus`]. Counts are of the consumer's present run; of one
-/// that does not run there are only lag and that it does not: a zero would pass for an answer.
+/// that does not run there are only lag, dead letters, and whether it failed: a zero would pass for an answer. Why one has failed is the
+/// label `reason` of `corelane_consumer_failure`.
 #[must_use]
 pub fn prometheus(reports: &[ConsumerReport]) -> String {
     let mut out = String::new();
     for (name, kind, value) in FIGURES {
         out += &format!("# TYPE corelane_consumer_{name} {kind}\n");
-        for report in reports.iter().filter(|report| report.is_running || KNOWN_AT_REST.contains(&name)) {
+        let is_known = |report: &&ConsumerReport| match name {
+            DEAD_LETTERS => report.knows_letters,
+            _ => report.is_running || KNOWN_AT_REST.contains(&name),
+        };
+        for report in reports.iter().filter(is_known) {
             // A consumer's name has nothing that would have to be escaped.
             out += &format!("corelane_consumer_{name}{{consumer=\"{}\"}} {}\n", report.name, value(report));
         }
+    }
+    out += "# TYPE corelane_consumer_failure gauge\n";
+    for (report, failure) in reports.iter().filter_map(|report| Some((report, report.failure.as_ref()?))) {
+        let reason = failure.to_string().replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n");
+        out += &format!("corelane_consumer_failure{{consumer=\"{}\",reason=\"{reason}\"}} 1\n", report.name);
     }
     out
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::error::ConsumerError;
     use super::*;
 
     #[test]
@@ -195,18 +217,23 @@ mod tests {
         (report.handled, report.unread, report.unfinished) = (7, 40, 2);
         report.halted = Some(HaltCause::DeadLettersFull);
         report.is_running = true;
-        let at_rest = ConsumerReport::at_rest("sms", std::iter::empty());
+        report.has_letters(LetterStatistics { letters: 3, ..LetterStatistics::default() });
+        let mut at_rest = ConsumerReport::at_rest("sms", std::iter::empty());
+        at_rest.failure = Some(ConsumerError::Panicked { text: "a \"trap\"\nin C:\\".to_owned() }.into());
         let text = prometheus(&[report, at_rest]);
         for line in [
             "# TYPE corelane_consumer_handled_total counter",
             "corelane_consumer_handled_total{consumer=\"mail\"} 7",
             "corelane_consumer_waiting_events{consumer=\"mail\"} 42",
             "corelane_consumer_is_halted{consumer=\"mail\"} 1",
+            "corelane_consumer_dead_letters{consumer=\"mail\"} 3",
             "corelane_consumer_is_running{consumer=\"sms\"} 0",
+            "corelane_consumer_is_failed{consumer=\"sms\"} 1",
+            "corelane_consumer_failure{consumer=\"sms\",reason=\"the consumer's own code panicked: a \\\"trap\\\"\\nin C:\\\\\"} 1",
         ] {
             assert!(text.lines().any(|found| found == line), "{line} is not in\n{text}");
         }
         assert!(!text.contains("dead_letters{consumer=\"sms\"}"), "nobody knows");
-        assert_eq!(text.lines().count(), 2 * FIGURES.len() + KNOWN_AT_REST.len());
+        assert_eq!(text.lines().count(), 2 * FIGURES.len() + KNOWN_AT_REST.len() - 1 + 2);
     }
 }

@@ -155,20 +155,20 @@ pub(super) fn start<E: Event>(
     let spawned = spawn(&services, name.clone(), move || {
         let failure = ending.life.run(&left, || shell.run(&*handler));
         let is_busy = shell.driver.running() > 0;
-        lock(&ending.report).failure = failure;
+        lock(&ending.report).failure.clone_from(&failure);
         drop(shell);
         drop(ending.asks.close());
         // Without jobs they end, and with them their holds on the store's lock; one that hangs is left behind.
         if !is_busy && workers.into_iter().map(thread::JoinHandle::join).any(|joined| joined.is_err()) {
             tracing::error!(consumer = left, "a worker panicked outside the handler");
         }
-        leaving.left(&left);
+        leaving.left(&left, failure);
         // With it the store's lock: who waits for the end may open the store again.
         drop(leaving);
         ending.life.end();
     });
     if let Err(error) = spawned {
-        services.left(&name);
+        services.left(&name, None);
         return Err(error);
     }
     Ok(control)
@@ -273,7 +273,7 @@ impl<E: Event> Shell<E> {
     fn hand_out(&mut self, job: Job) -> Result<(), ConsumerError> {
         self.out.push((job.of(), self.now()));
         // There are as many places as jobs may be out.
-        self.jobs.try_send(job).map_err(|_| ConsumerError::Ended { failure: Some("its workers are gone".to_owned()) })
+        self.jobs.try_send(job).map_err(|_| ConsumerError::Panicked { text: "its workers are gone".to_owned() })
     }
 
     fn take_outcomes(&mut self) -> Result<usize, ConsumerError> {

@@ -9,9 +9,10 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use super::checkpoint::{Checkpoint, Found, clear, consumers_dir};
-use super::dead_letter::FileEnd;
+use super::dead_letter::answer::LetterStatistics;
+use super::dead_letter::{FileEnd, statistics_of};
 use super::driver::{Place, start_position};
-use super::error::ConsumerError;
+use super::error::{ConsumerError, ConsumerFailure};
 use super::life::Life;
 use super::report::ConsumerReport;
 use super::settings::Start;
@@ -41,8 +42,18 @@ struct Known {
     /// Somebody drives it: threads or a poller.
     is_driven: bool,
     running: Option<std::sync::Arc<dyn Running>>,
-    /// Why its last run ended by itself; until it is driven again.
-    failure: Option<String>,
+    /// What its poller showed last, if one drives it.
+    shown: Option<std::sync::Arc<Mutex<ConsumerReport>>>,
+    /// Why it ended by itself, or could not be started, when that was tried last.
+    failure: Option<ConsumerFailure>,
+    /// Its dead letters while nobody drives it, once they were asked for.
+    letters: Option<LetterStatistics>,
+}
+
+impl Known {
+    fn registered(holds: Vec<Arc<Hold>>) -> Self {
+        Self { holds, is_driven: false, running: None, shown: None, failure: None, letters: None }
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -90,7 +101,7 @@ impl Services {
             let holds = holds
                 .map(|((log, _), progress)| log.holds.hold(&hold_name(&name), progress.position, &keeper))
                 .collect();
-            (name, Known { holds, is_driven: false, running: None, failure: None })
+            (name, Known::registered(holds))
         };
         let known = known.into_iter().map(register).collect();
         let (known, store, closed) = (Mutex::new(known), store.to_owned(), Mutex::new(Closed::No));
@@ -119,21 +130,13 @@ impl Services {
         if known.get(name).is_some_and(|known| known.is_driven) {
             return Err(ConsumerError::AlreadyRunning { name: name.to_owned() });
         }
-        let dir = self.dir(name);
-        let checkpoint = match known.get(name) {
-            Some(_) => Checkpoint::load(&*self.storage, &dir)?.ok_or_else(|| OpenError::Io {
-                action: "reading the checkpoint in",
-                path: dir.clone(),
-                source: ErrorKind::NotFound.into(),
-            })?,
-            None => {
-                let (checkpoint, holds) = self.register::<E>(name, &dir, start)?;
-                known.insert(name.to_owned(), Known { holds, is_driven: false, running: None, failure: None });
-                checkpoint
+        let checkpoint = self.checkpoint::<E>(&mut known, name, start).inspect_err(|error| {
+            if let Some(known) = known.get_mut(name) {
+                known.failure = Some(error.to_be_kept());
             }
-        };
+        })?;
         let consumer = known.get_mut(name).expect("it is known by now");
-        (consumer.is_driven, consumer.failure) = (true, None);
+        (consumer.is_driven, consumer.failure, consumer.letters) = (true, None, None);
         let holds = consumer.holds.iter();
         let places =
             self.shards.iter().zip(holds).zip(checkpoint.shards).map(|(((log, syncer), hold), progress)| Place {
@@ -144,6 +147,32 @@ impl Services {
                 progress,
             });
         Ok((places.collect(), checkpoint.letters))
+    }
+
+    /// What is saved of a consumer, which must be of this log; one that is new is registered.
+    fn checkpoint<E: Event>(
+        &self,
+        known: &mut BTreeMap<String, Known>,
+        name: &str,
+        start: Start,
+    ) -> Result<Checkpoint, ConsumerError> {
+        let dir = self.dir(name);
+        let checkpoint = match known.get(name) {
+            Some(_) => Checkpoint::load(&*self.storage, &dir)?.ok_or_else(|| OpenError::Io {
+                action: "reading the checkpoint in",
+                path: dir.clone(),
+                source: ErrorKind::NotFound.into(),
+            })?,
+            None => {
+                let (checkpoint, holds) = self.register::<E>(name, &dir, start)?;
+                known.insert(name.to_owned(), Known::registered(holds));
+                checkpoint
+            }
+        };
+        for ((log, _), progress) in self.shards.iter().zip(&checkpoint.shards) {
+            progress.seen.check(log, &self.lock)?;
+        }
+        Ok(checkpoint)
     }
 
     fn register<E: Event>(
@@ -170,7 +199,7 @@ impl Services {
 
     fn saved_at<E: Event>(&self, dir: &Path, start: Start) -> Result<Checkpoint, ConsumerError> {
         let positions = self.shards.iter().map(|(log, _)| start_position::<E>(log, &self.lock, start));
-        let checkpoint = Checkpoint::at(positions.collect::<Result<Vec<_>, _>>()?);
+        let checkpoint = Checkpoint::begin(positions.collect::<Result<Vec<_>, _>>()?);
         let io = |action| move |source| OpenError::Io { action, path: dir.to_owned(), source };
         self.storage.create_dir(dir).map_err(io("creating"))?;
         clear(&*self.storage, dir).map_err(io("clearing"))?;
@@ -193,12 +222,25 @@ impl Services {
         }
     }
 
-    /// Nobody drives it any more.
-    pub(crate) fn left(&self, name: &str) {
+    /// Notes where its poller shows what is known of it.
+    pub(crate) fn shows(&self, name: &str, shown: &std::sync::Arc<Mutex<ConsumerReport>>) {
         if let Some(known) = lock(&self.known).get_mut(name) {
-            known.is_driven = false;
-            known.failure = known.running.take().and_then(|running| running.report().failure);
+            known.shown = Some(std::sync::Arc::clone(shown));
         }
+    }
+
+    /// Nobody drives it any more. If it ended by itself, that is remembered until it is started again.
+    pub(crate) fn left(&self, name: &str, failure: Option<ConsumerFailure>) {
+        if let Some(known) = lock(&self.known).get_mut(name) {
+            (known.is_driven, known.running, known.shown) = (false, None, None);
+            known.failure = failure;
+        }
+    }
+
+    /// It could not be started after all.
+    pub(crate) fn refused(&self, name: &str, error: ConsumerError) -> ConsumerError {
+        self.left(name, Some(error.to_be_kept()));
+        error
     }
 
     /// Unregisters a consumer, with its dead letters.
@@ -220,26 +262,47 @@ impl Services {
 
     /// What is known of every registered consumer.
     pub(crate) fn reports(&self) -> Vec<ConsumerReport> {
-        let known = lock(&self.known);
-        let report = |(name, known): (&String, &Known)| match &known.running {
-            Some(running) => running.report(),
-            None => {
-                let positions = known.holds.iter().map(|hold| hold.get());
-                let logs = self.shards.iter().map(|(log, _)| &**log);
-                let mut report = ConsumerReport::at_rest(name, logs.zip(positions));
-                report.failure.clone_from(&known.failure);
+        let mut known = lock(&self.known);
+        let report = |(name, known): (&String, &mut Known)| match (&known.running, &known.shown) {
+            (Some(running), _) => running.report(),
+            (None, Some(shown)) => {
+                let mut report = lock(shown).clone();
+                report.renew(self.places(known));
                 report
             }
+            (None, None) => self.report_at_rest(name, known),
         };
-        known.iter().map(report).collect()
+        known.iter_mut().map(report).collect()
+    }
+
+    fn places<'a>(&'a self, known: &'a Known) -> impl Iterator<Item = (&'a ShardLog, Offset)> {
+        self.shards.iter().map(|(log, _)| &**log).zip(known.holds.iter().map(|hold| hold.get()))
+    }
+
+    fn report_at_rest(&self, name: &str, known: &mut Known) -> ConsumerReport {
+        let mut report = ConsumerReport::at_rest(name, self.places(known));
+        report.failure.clone_from(&known.failure);
+        // Whoever starts it writes them; until then they stay as they are.
+        if known.letters.is_none() && !known.is_driven {
+            let dir = self.dir(name);
+            let saved = Checkpoint::load(&*self.storage, &dir).map(Option::unwrap_or_default);
+            match saved.and_then(|saved| statistics_of(&self.storage, &dir, saved.letters)) {
+                Ok(letters) => known.letters = Some(letters),
+                Err(error) => drop(report.failure.get_or_insert_with(|| ConsumerError::from(error).into())),
+            }
+        }
+        if let Some(letters) = known.letters {
+            report.has_letters(letters);
+        }
+        report
     }
 
     fn running(&self) -> Vec<std::sync::Arc<dyn Running>> {
         lock(&self.known).values().filter_map(|known| known.running.clone()).collect()
     }
 
-    /// Waits until every running consumer has handled everything there is. Whether all have: one that failed has not; nor where one
-    /// would wait for itself.
+    /// Waits until every running consumer has handled everything there is. Whether all have, and none has failed; not, where one would
+    /// wait for itself.
     pub(crate) fn drain(&self, deadline: Option<Instant>) -> bool {
         let has_failed = || lock(&self.known).values().any(|known| known.failure.is_some());
         let running = self.running();

@@ -7,8 +7,9 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::{Duration, Instant};
 
 use super::builder::ConsumerBuilder;
-use super::checkpoint::Checkpoint;
-use super::dead_letter::FileEnd;
+use super::checkpoint::{Checkpoint, Progress};
+use super::dead_letter::answer::LetterStatistics;
+use super::dead_letter::{FileEnd, statistics_of};
 use super::driver::{HaltCause, Place};
 use super::error::ConsumerError;
 use super::health::{Admission, Health, HealthChange, Pass};
@@ -23,21 +24,25 @@ use crate::error::{OpenError, ReadError};
 use crate::event::{Event, Offset, ShardId};
 use crate::handler::{HandlerError, panic_text};
 use crate::log::holds::Hold;
-use crate::log::reader::{Reader, Record, Sight};
+use crate::log::position::Position;
+use crate::log::reader::{Reader, Record};
 use crate::sync::{Arc, AtomicBool, AtomicU64, Mutex, Ordering, lock, thread, thread_waker};
 
-/// Where events go together with the position up to which they went: a database with transactions.
+/// Where events go together with the position up to which they went: a database with transactions. A [`Position`] is a blob of 40 bytes
+/// or a text of 80 characters; the sink keeps one per shard and hands it back as it is. By it the log is known: positions of another
+/// store, or of another history of this one (a copy was put back, of the store or of the database), end the sink with a typed failure.
 ///
 /// ```
 /// # use corelane::consumer::{Batch, Sink};
-/// # use corelane::{Event, HandlerError, Offset, ShardId};
+/// # use corelane::{Event, HandlerError, Position, ShardId};
 /// # use std::collections::HashMap;
-/// # #[derive(Default)] struct Transaction { rows: u64, positions: HashMap<u16, u64> }
+/// # #[derive(Default)] struct Transaction { rows: u64, positions: HashMap<u16, Vec<u8>> }
 /// # struct Database { committed: Transaction }
 /// # impl Database { fn commit(&mut self, transaction: Transaction) { self.committed = transaction } }
 /// impl<E: Event> Sink<E> for Database {
-///     fn position(&mut self, shard: ShardId) -> Result<Option<Offset>, HandlerError> {
-///         Ok(self.committed.positions.get(&shard.0).map(|at| Offset(*at)))
+///     fn position(&mut self, shard: ShardId) -> Result<Option<Position>, HandlerError> {
+///         let saved = self.committed.positions.get(&shard.0);
+///         Ok(saved.map(|bytes| Position::from_bytes(bytes)).transpose()?)
 ///     }
 ///
 ///     fn apply(&mut self, batch: &mut Batch<'_, E>) -> Result<(), HandlerError> {
@@ -45,19 +50,20 @@ use crate::sync::{Arc, AtomicBool, AtomicU64, Mutex, Ordering, lock, thread, thr
 ///         while let Some(_record) = batch.next()? {
 ///             transaction.rows += 1;
 ///         }
-///         transaction.positions.insert(batch.shard().0, batch.end().0);
+///         transaction.positions.insert(batch.shard().0, batch.end().to_bytes().to_vec());
 ///         self.commit(transaction);
 ///         Ok(())
 ///     }
 /// }
 /// ```
 pub trait Sink<E: Event>: Send + 'static {
-    /// The position that was kept with the data; `None` where there is none of this shard yet. Asked when the sink starts, and after
-    /// every failed batch.
+    /// The position that was kept with the data; `None` where there is none of this shard yet: the sink is given the events from its
+    /// beginning on. Where events were delivered before, that is [`ConsumerError::PositionGone`]. Asked when the sink starts, and after every
+    /// failed batch.
     ///
     /// # Errors
     /// Whatever kept it from being read: it is asked again, as the retry policy says.
-    fn position(&mut self, shard: ShardId) -> Result<Option<Offset>, HandlerError>;
+    fn position(&mut self, shard: ShardId) -> Result<Option<Position>, HandlerError>;
 
     /// Takes a batch in: what it makes of the events, and [`Batch::end`], in one transaction. All of it or nothing.
     ///
@@ -70,6 +76,7 @@ pub trait Sink<E: Event>: Send + 'static {
 #[derive(Debug)]
 pub struct Batch<'a, E: Event> {
     reader: &'a mut Reader<E>,
+    begun: Position,
     filter: &'a Filter,
     left: usize,
     events: u64,
@@ -118,8 +125,8 @@ impl<E: Event> Batch<'_, E> {
 
     /// Where the batch goes on behind what was taken from it so far: after its last event, the position to be kept with it.
     #[must_use]
-    pub fn end(&self) -> Offset {
-        self.reader.offset()
+    pub fn end(&self) -> Position {
+        self.reader.position_after(&self.begun)
     }
 }
 
@@ -219,7 +226,7 @@ struct Side<E: Event> {
     reader: Reader<E>,
     hold: Arc<Hold>,
     /// Up to where the sink holds all events.
-    position: Offset,
+    position: Position,
 }
 
 struct Pump<E: Event, S: Sink<E>> {
@@ -228,6 +235,9 @@ struct Pump<E: Event, S: Sink<E>> {
     places: Vec<Place>,
     /// It has no dead letters, but a consumer that had its name may have left some.
     letters: FileEnd,
+    letters_left: LetterStatistics,
+    /// What is saved of it, shard by shard.
+    progress: Vec<Progress>,
     settings: Settings,
     batch_max: usize,
     services: std::sync::Arc<Services>,
@@ -239,7 +249,7 @@ struct Pump<E: Event, S: Sink<E>> {
     /// Positions are to be asked for, since what became of the last batch is not known.
     is_lost: bool,
     next_at: Duration,
-    saved: Vec<Offset>,
+    saved: Vec<Position>,
     save_at: Duration,
     handled: u64,
     failed: u64,
@@ -255,17 +265,35 @@ impl<E: Event> ConsumerBuilder<E> {
     /// # Errors
     /// As [`ConsumerBuilder::start`].
     pub fn start_sink(self, batch_max: usize, sink: impl Sink<E>) -> Result<SinkConsumer, ConsumerError> {
+        self.run_sink(batch_max, sink, false)
+    }
+
+    /// As [`ConsumerBuilder::start_sink`], for a sink whose data is gone: where it knows no position it begins again where it began when
+    /// it was registered, whatever was delivered before. For one start; from then on [`ConsumerBuilder::start_sink`] goes on.
+    ///
+    /// # Errors
+    /// As [`ConsumerBuilder::start`], and `BeginningGone` where retention has freed events that it was given before: remove the consumer and
+    /// register it again to begin with the earliest event held.
+    pub fn start_sink_over(self, batch_max: usize, sink: impl Sink<E>) -> Result<SinkConsumer, ConsumerError> {
+        self.run_sink(batch_max, sink, true)
+    }
+
+    fn run_sink(self, batch_max: usize, sink: impl Sink<E>, over: bool) -> Result<SinkConsumer, ConsumerError> {
         in_range("sink_batch_max", batch_max as u64, 1, 1_000_000)?;
         let (services, settings) = self.settle()?;
         let health = Health::new(&settings.name, settings.health.clone())?;
         let name = settings.name.to_string();
         let (places, letters) = services.drive::<E>(&name, settings.start)?;
+        let prepared = prepare::<E>(&services, &name, &places, letters, over);
+        let (progress, letters_left) = prepared.map_err(|error| services.refused(&name, error))?;
         let positions = places.iter().map(|place| (&*place.log, place.hold.get()));
+        let mut report = ConsumerReport::at_rest(&name, positions);
+        report.has_letters(letters_left);
         let control = std::sync::Arc::new(Control {
             life: Life::new(&services),
             paused: AtomicBool::new(false),
             resumed: AtomicBool::new(false),
-            report: Mutex::new(ConsumerReport::at_rest(&name, positions)),
+            report: Mutex::new(report),
             drains: AtomicU64::new(0),
             drained: AtomicU64::new(0),
         });
@@ -273,9 +301,11 @@ impl<E: Event> ConsumerBuilder<E> {
         let pump = Pump {
             sink,
             sides: Vec::new(),
-            saved: places.iter().map(|place| place.hold.get()).collect(),
+            saved: progress.iter().map(|progress| progress.seen).collect(),
             places,
             letters,
+            letters_left,
+            progress,
             settings,
             batch_max,
             services: std::sync::Arc::clone(&services),
@@ -293,7 +323,10 @@ impl<E: Event> ConsumerBuilder<E> {
         };
         services.runs(&name, std::sync::Arc::clone(&control) as std::sync::Arc<dyn Running>);
         // Waited for by its `ended`.
-        drop(spawn(&services, name.clone(), move || pump.run_to_the_end()).inspect_err(|_| services.left(&name))?);
+        drop(
+            spawn(&services, name.clone(), move || pump.run_to_the_end())
+                .inspect_err(|_| services.left(&name, None))?,
+        );
         Ok(SinkConsumer { control, name })
     }
 }
@@ -303,14 +336,43 @@ fn panicked(panic: &(dyn std::any::Any + Send)) -> HandlerError {
     format!("the sink panicked: {}", panic_text(panic)).into()
 }
 
+/// What is saved of a sink, and the dead letters that a consumer of its name has left. To start it over, its beginning is saved.
+fn prepare<E: Event>(
+    services: &Services,
+    name: &str,
+    places: &[Place],
+    letters: FileEnd,
+    over: bool,
+) -> Result<(Vec<Progress>, LetterStatistics), ConsumerError> {
+    let dir = services.dir(name);
+    let left = statistics_of(&services.storage, &dir, letters)?;
+    let mut progress: Vec<Progress> = places.iter().map(|place| place.progress.clone()).collect();
+    if over {
+        for (Place { log, lock, hold, .. }, progress) in places.iter().zip(&mut progress) {
+            let (shard, began) = (log.shard, progress.began);
+            if !log.holds.reach(hold, began, || log.earliest()) {
+                let earliest = log.earliest();
+                return Err(ConsumerError::BeginningGone { shard, began, earliest });
+            }
+            let reader = Reader::<E>::at(Arc::clone(log), began, std::sync::Arc::clone(lock))?;
+            *progress = progress.at(reader.position()?);
+        }
+        // Before anything is delivered: a sink that takes nothing now must find it so next time.
+        let checkpoint = Checkpoint { letters, shards: progress.clone() };
+        let saved = checkpoint.save(&*services.storage, &dir);
+        saved.map_err(|source| OpenError::Io { action: "writing the checkpoint in", path: dir, source })?;
+    }
+    Ok((progress, left))
+}
+
 impl<E: Event, S: Sink<E>> Pump<E, S> {
     fn run_to_the_end(mut self) {
         let (control, services) = (std::sync::Arc::clone(&self.control), std::sync::Arc::clone(&self.services));
         let name = std::sync::Arc::clone(&self.settings.name);
         let failure = control.life.run(&name, || self.run());
-        lock(&control.report).failure = failure;
+        lock(&control.report).failure.clone_from(&failure);
         drop(self);
-        services.left(&name);
+        services.left(&name, failure);
         // With it the store's lock: who waits for the end may open the store again.
         drop(services);
         control.life.end();
@@ -420,21 +482,37 @@ impl<E: Event, S: Sink<E>> Pump<E, S> {
     /// Stands where the sink stands.
     fn find_positions(&mut self) -> Result<Result<(), HandlerError>, ConsumerError> {
         let mut sides = Vec::with_capacity(self.places.len());
-        for place in &self.places {
-            let Place { log, lock, hold, progress, .. } = place;
+        for (i, (place, progress)) in self.places.iter().zip(&self.progress).enumerate() {
+            let Place { log, lock, hold, .. } = place;
             let shard = log.shard;
             let position = match self.sink.position(shard) {
-                Ok(position) => position.unwrap_or(progress.position),
+                Ok(position) => position,
                 Err(error) => return Ok(Err(error)),
             };
-            let horizon = Offset(match self.settings.sight {
-                Sight::Appended => log.appended.get(),
-                Sight::Durable => log.durable.get(),
-            });
-            if position > horizon {
-                return Err(ConsumerError::AheadOfLog { shard, position, end: horizon });
-            }
-            let reader = Reader::at(Arc::clone(log), position, std::sync::Arc::clone(lock))?;
+            let (reader, position) = match position {
+                Some(position) => {
+                    let from = position.offset();
+                    if log.holds.reach(hold, from, || log.earliest()) {
+                        (position.reader::<E>(log, lock)?, position)
+                    } else {
+                        // Of another log, if it says so, or freed.
+                        position.check(log, lock)?;
+                        let earliest = log.earliest();
+                        return Err(ReadError::BeyondRetention { shard, asked: from, earliest }.into());
+                    }
+                }
+                None => {
+                    let taken = self.sides.get(i).map_or(Offset(0), |side| side.position.offset());
+                    let delivered = progress.read.max(taken);
+                    if delivered > progress.began {
+                        return Err(ConsumerError::PositionGone { shard, delivered });
+                    }
+                    // It holds that itself: nothing was delivered, so nothing was let go.
+                    let reader = Reader::<E>::at(Arc::clone(log), progress.began, std::sync::Arc::clone(lock))?;
+                    let position = reader.position()?;
+                    (reader, position)
+                }
+            };
             let reader = reader.with_sight(self.settings.sight);
             sides.push(Side { reader, hold: Arc::clone(hold), position });
         }
@@ -447,7 +525,8 @@ impl<E: Event, S: Sink<E>> Pump<E, S> {
         self.control.life.go_inside();
         let side = &mut self.sides[at];
         let (filter, left) = (&self.settings.filter, self.batch_max);
-        let mut batch = Batch { reader: &mut side.reader, filter, left, events: 0, is_cut: false };
+        let mut batch =
+            Batch { reader: &mut side.reader, begun: side.position, filter, left, events: 0, is_cut: false };
         let sink = &mut self.sink;
         let applied = catch_unwind(AssertUnwindSafe(|| sink.apply(&mut batch)));
         let (events, is_cut) = (batch.events, batch.is_cut);
@@ -460,27 +539,28 @@ impl<E: Event, S: Sink<E>> Pump<E, S> {
         if let Err(error) = applied.unwrap_or_else(|panic| Err(panicked(&*panic))) {
             return Ok(Err(error));
         }
-        if side.reader.offset() == side.position {
+        if side.reader.offset() == side.position.offset() {
             return Ok(Err("the sink took nothing from its batch".into()));
         }
-        side.position = side.reader.offset();
+        side.position = side.reader.position_after(&side.position);
         Ok(Ok(events))
     }
 
     /// Tells retention how far the sink is.
     fn save_if_due(&mut self) {
         let now = self.now();
-        let positions: Vec<Offset> = self.sides.iter().map(|side| side.position).collect();
+        let positions: Vec<Position> = self.sides.iter().map(|side| side.position).collect();
         if now < self.save_at || positions.is_empty() || positions == self.saved {
             return;
         }
         self.save_at = now + self.settings.checkpoint_every;
-        let checkpoint = Checkpoint { letters: self.letters, ..Checkpoint::at(positions.iter().copied()) };
+        let shards = self.progress.iter().zip(&positions).map(|(progress, position)| progress.at(*position)).collect();
+        let checkpoint = Checkpoint { letters: self.letters, shards };
         let dir = self.services.dir(&self.settings.name);
         match checkpoint.save(&*self.services.storage, &dir) {
             Ok(()) => {
-                self.sides.iter().for_each(|side| side.hold.set(side.position));
-                self.saved = positions;
+                self.sides.iter().for_each(|side| side.hold.set(side.position.offset()));
+                (self.saved, self.progress) = (positions, checkpoint.shards);
             }
             Err(source) => {
                 let error = OpenError::Io { action: "writing the checkpoint in", path: dir, source };
@@ -498,6 +578,7 @@ impl<E: Event, S: Sink<E>> Pump<E, S> {
         report.halted.clone_from(&self.halted);
         report.health = Some(self.health.report(self.now()));
         report.write_failures.0 = self.save_failures;
+        report.has_letters(self.letters_left);
         *lock(&self.control.report) = report;
     }
 

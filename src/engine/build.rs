@@ -41,6 +41,8 @@ fn snapshot_chunks(shards: u16) -> usize {
 /// What every shard is built from.
 pub(super) struct Context<'a> {
     pub(super) config: &'a Checked,
+    /// The store's id.
+    pub(super) store: u64,
     pub(super) storage: &'a std::sync::Arc<dyn Storage>,
     pub(super) clock: &'a Clock,
     pub(super) keeper: &'a std::sync::Arc<KeeperRequests>,
@@ -101,7 +103,8 @@ impl Context<'_> {
         let saved = saved.expect("recovery looks for what is saved");
         let Folder { keys, outcomes, .. } = folder;
         let dir = shard_dir(&config.dir, id);
-        let log = Arc::new(ShardLog::new(id, dir, config.segment_bytes, report.end, resume.sequence, segments));
+        let log =
+            Arc::new(ShardLog::new(self.store, id, dir, config.segment_bytes, report.end, resume.sequence, segments));
         let signal = std::sync::Arc::new(Signal::new());
         let lanes = std::sync::Arc::new(LaneRegistry::default());
         let door = std::sync::Arc::new(ShardDoor {

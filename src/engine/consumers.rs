@@ -102,9 +102,10 @@ impl<A: Aggregate> Engine<A> {
         self.services.remove(name)
     }
 
-    /// Waits until every running consumer has handled or recorded everything that there is to see. Returns `true` if all have by the
-    /// deadline; a consumer that ended with a failure has not. Call it before a shutdown to leave no backlog. (What is left over is not
-    /// lost: it is handled after the next start.) `false` at once inside a handler of one of them, whose event is not handled yet.
+    /// Waits until every running consumer has handled or recorded everything that there is to see. Whether all have, by the deadline,
+    /// and no registered consumer has failed ([`ConsumerReport::failure`]): to be called before a shutdown, to leave no backlog. (A backlog is not
+    /// lost: it is handled after the next start.) Pollers, and consumers that were stopped, are not waited for. `false` at once inside a handler
+    /// of one of them, whose event is not handled yet.
     #[must_use]
     pub fn drain_consumers(&self, deadline: Option<Instant>) -> bool {
         self.services.drain(deadline)

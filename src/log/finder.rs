@@ -66,6 +66,11 @@ impl Finder {
         Ok(Place { at, len, header: RecordHeader::decode(tail) })
     }
 
+    /// The CRC word of the record that was found last.
+    pub(crate) fn check_word(&self, place: &Place) -> Option<u32> {
+        self.memory()?.read(place.at, RECORD_HEADER_BYTES).map(|head| u32_at(head, 4))
+    }
+
     /// The memory that the last record was found in.
     pub(crate) fn memory(&self) -> Option<&Memory> {
         self.segment.as_ref().map(|segment| &*segment.memory)

@@ -55,6 +55,16 @@ impl Holds {
         hold.set(hold.get().min(from));
     }
 
+    /// As [`Holds::lower`], where that is still there: nothing before `earliest` is. `false`: it is not, and the hold stays as it is.
+    pub(crate) fn reach(&self, hold: &Hold, from: Offset, earliest: impl FnOnce() -> Offset) -> bool {
+        let _nothing_is_being_freed = lock(&self.0);
+        let is_there = from >= earliest();
+        if is_there {
+            hold.set(hold.get().min(from));
+        }
+        is_there
+    }
+
     /// Nothing from here on may be freed; `None` where nobody needs anything.
     pub(crate) fn lowest(&self) -> Option<Offset> {
         lock(&self.0).iter().map(|hold| hold.get()).min()
@@ -72,6 +82,18 @@ impl Holds {
 mod tests {
     use super::*;
     use crate::sync::{AtomicBool, Signal};
+
+    #[test]
+    fn a_hold_reaches_back_only_to_what_is_there() {
+        let holds = Holds::default();
+        let keeper = std::sync::Arc::new(KeeperRequests { signal: Signal::new(), ending: AtomicBool::new(false) });
+        let hold = holds.hold("sink", Offset(50), &keeper);
+        assert!(!holds.reach(&hold, Offset(20), || Offset(30)));
+        assert_eq!(hold.get(), Offset(50), "retention goes on where nothing can be kept");
+        assert!(holds.reach(&hold, Offset(30), || Offset(30)));
+        assert!(holds.reach(&hold, Offset(40), || Offset(30)));
+        assert_eq!(hold.get(), Offset(30));
+    }
 
     #[test]
     fn the_lowest_holds_until_it_moves_or_goes() {

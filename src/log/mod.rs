@@ -12,6 +12,7 @@ pub(crate) mod holds;
 pub(crate) mod keeper;
 pub(crate) mod manifest;
 pub(crate) mod mmap;
+pub(crate) mod position;
 pub(crate) mod reader;
 pub(crate) mod recovery;
 pub(crate) mod remains;

@@ -8,6 +8,7 @@ use crate::error::{Corruption, ReadError};
 use crate::event::{Event, Meta, Offset, Sequence, ShardId, Time};
 use crate::log::fold::{Access, Folder};
 use crate::log::format::{Found, RECORD_HEADER_BYTES, RecordHeader, Seam, padded, record_at, u32_at};
+use crate::log::position::Position;
 use crate::log::segment::{Segment, ShardLog};
 use crate::log::storage::Lock;
 use crate::sync::Arc;
@@ -34,6 +35,8 @@ pub struct Reader<E: Event> {
     log: Arc<ShardLog>,
     segment: Option<Segment>,
     at: Offset,
+    /// The event passed last; 0: none yet.
+    last: Offset,
     sequence: u64,
     sight: Sight,
     access: Access,
@@ -80,7 +83,7 @@ impl<E: Event> Reader<E> {
     pub(crate) fn earliest(log: Arc<ShardLog>, lock: std::sync::Arc<dyn Lock>) -> Self {
         let at = log.earliest();
         let (access, sight) = (Access::new::<E>(), Sight::Appended);
-        Self { log, segment: None, at, sequence: 0, sight, access, event: PhantomData, _lock: lock }
+        Self { log, segment: None, at, last: Offset(0), sequence: 0, sight, access, event: PhantomData, _lock: lock }
     }
 
     /// At the record that begins at `offset` (or at the end of the log).
@@ -135,6 +138,7 @@ impl<E: Event> Reader<E> {
         let memory = self.segment.as_ref().map(|segment| &segment.memory);
         let event = memory.and_then(|memory| self.access.event::<E>(memory, ahead.at, ahead.len, &ahead.header));
         let event = event.ok_or(damage)?;
+        self.last = self.at;
         self.at.0 += padded(ahead.len) as u64;
         self.sequence += 1;
         Ok(Record { meta, event })
@@ -172,6 +176,7 @@ impl<E: Event> Reader<E> {
     /// Goes on behind the event ahead.
     #[inline]
     pub(crate) fn pass(&mut self, ahead: &Ahead) {
+        self.last = self.at;
         self.at.0 += padded(ahead.len) as u64;
         self.sequence += 1;
     }
@@ -197,6 +202,82 @@ impl<E: Event> Reader<E> {
     /// Sequence of the next event; not exact before the first was looked at.
     pub(crate) fn sequence(&self) -> u64 {
         self.sequence
+    }
+
+    /// Sequence of the next event, also where nothing was looked at yet.
+    pub(crate) fn sequence_here(&self) -> Sequence {
+        // Before the list: where it has no such segment even now, nothing lay behind the position when this was read.
+        let of_log = self.log.sequence.get();
+        if self.segment.is_some() || self.last.0 > 0 {
+            return Sequence(self.sequence);
+        }
+        let index = self.log.segment_of(self.at);
+        Sequence(self.log.segment(index).map_or(of_log, |segment| segment.seam.sequence))
+    }
+
+    /// The last event before the position that was passed or looked past; 0: none was.
+    pub(crate) fn last(&self) -> Offset {
+        self.last
+    }
+
+    /// The CRC word of the event passed last; `None` where none was, or it was freed meanwhile.
+    pub(crate) fn last_check(&self) -> Option<u32> {
+        let index = self.log.segment_of(self.last);
+        let own = self.segment.as_ref().filter(|segment| segment.index == index).cloned();
+        let segment = own.or_else(|| self.log.segment(index)).filter(|_| self.last.0 > 0)?;
+        let at = (self.last.0 - index * self.log.segment_bytes) as usize;
+        segment.memory.read(at, RECORD_HEADER_BYTES).map(|head| u32_at(head, 4))
+    }
+
+    /// Where the next event will be read, as it can be saved: the log that goes on there is known by the event before it.
+    ///
+    /// # Errors
+    /// `BeyondRetention` when the event before it was freed meanwhile; what reading found.
+    pub fn position(&self) -> Result<Position, ReadError> {
+        let (shard, sequence) = (self.log.shard, self.sequence_here());
+        let behind = |reader: &Self| reader.last_check().map(|check| (reader.last, check));
+        let mut witness = behind(self);
+        if witness.is_none() && self.last.0 > 0 {
+            let earliest = self.log.earliest();
+            return Err(ReadError::BeyondRetention { shard, asked: self.last, earliest });
+        }
+        // Nothing was passed yet: the last event lies in a segment before.
+        let mut index = self.log.segment_of(Offset(self.at.0.saturating_sub(1)));
+        while witness.is_none() && self.log.segment(index).is_some() {
+            let mut before = Self {
+                at: self.log.first_offset(index),
+                ..Self::earliest(Arc::clone(&self.log), std::sync::Arc::clone(&self._lock))
+            };
+            while before.at < self.at
+                && let Some(step) = before.step()?
+            {
+                match step {
+                    Step::Event(ahead) => before.pass(&ahead),
+                    Step::Own(len) => before.at.0 += padded(len) as u64,
+                    Step::NextSegment => break,
+                }
+            }
+            witness = behind(&before);
+            let Some(next) = index.checked_sub(1) else { break };
+            index = next;
+        }
+        Ok(match witness {
+            Some(witness) => Position::behind(self.log.store, shard, self.at, witness, sequence),
+            None => Position::unwitnessed(self.log.store, shard, self.at, sequence),
+        })
+    }
+
+    /// As [`Reader::position`], of a reader that has gone on from `before`; for who keeps from being freed what it passes.
+    pub(crate) fn position_after(&self, before: &Position) -> Position {
+        let witness = match before.last() {
+            (last, _) if self.last > last => self.last_check().map(|check| (self.last, check)),
+            witness => Some(witness),
+        };
+        let (shard, sequence) = (self.log.shard, self.sequence_here());
+        match witness.filter(|(last, _)| last.0 > 0) {
+            Some(witness) => Position::behind(self.log.store, shard, self.at, witness, sequence),
+            None => Position::unwitnessed(self.log.store, shard, self.at, sequence),
+        }
     }
 
     /// How far it may see now.

@@ -29,6 +29,8 @@ pub(crate) struct Segment {
 /// What a shard's log shows to the other threads.
 #[derive(Debug)]
 pub(crate) struct ShardLog {
+    /// The store's id, by which a saved position knows it.
+    pub(crate) store: u64,
     pub(crate) shard: ShardId,
     pub(crate) dir: PathBuf,
     pub(crate) segment_bytes: u64,
@@ -64,6 +66,7 @@ pub(crate) enum Waits {
 
 impl ShardLog {
     pub(crate) fn new(
+        store: u64,
         shard: ShardId,
         dir: PathBuf,
         segment_bytes: u64,
@@ -72,6 +75,7 @@ impl ShardLog {
         segments: VecDeque<Segment>,
     ) -> Self {
         Self {
+            store,
             shard,
             dir,
             segment_bytes,

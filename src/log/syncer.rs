@@ -232,7 +232,7 @@ mod tests {
 
     /// A syncer of an empty shard, and a lane that it tells.
     fn syncer(durability: Durability) -> (Syncer, Arc<LaneShared>) {
-        let log = Arc::new(ShardLog::new(ShardId(0), "/s".into(), 1 << 16, Offset(4096), 0, VecDeque::new()));
+        let log = Arc::new(ShardLog::new(1, ShardId(0), "/s".into(), 1 << 16, Offset(4096), 0, VecDeque::new()));
         let lanes = std::sync::Arc::new(LaneRegistry::default());
         let lane = Arc::new(LaneShared::new(Arc::clone(&log), durability));
         lanes.register(&lane);

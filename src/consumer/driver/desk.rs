@@ -16,6 +16,7 @@ use crate::error::ReadError;
 use crate::event::{Event, EventId, Key, Offset, ShardId, Time};
 use crate::log::finder::Finder;
 use crate::log::holds::Hold;
+use crate::log::position::Position;
 use crate::log::reader::{Ahead, Reader};
 use crate::log::segment::ShardLog;
 use crate::log::storage::Lock;
@@ -56,6 +57,10 @@ pub(crate) struct Desk<E: Event> {
     pub(super) effects_from: Offset,
     /// The log cannot be read on; that is said once everything before has been given a try.
     is_stuck: bool,
+    /// Where it began when it was registered.
+    pub(super) began: Offset,
+    /// The furthest that was read, as it was saved last.
+    pub(super) seen: Position,
 }
 
 impl<E: Event> std::fmt::Debug for Desk<E> {
@@ -78,7 +83,8 @@ impl<E: Event> Desk<E> {
         let lanes = Lanes::new(policy, progress.position)?;
         let records_until = records_until(&log, letters);
         let restored = (progress.read > progress.position).then(|| (progress.read, progress.unfinished.into()));
-        let (reader, effects_from) = (reader.with_sight(settings.sight), progress.effects_from);
+        let Progress { effects_from, began, seen, .. } = progress;
+        let reader = reader.with_sight(settings.sight);
         Ok(Self {
             log,
             syncer,
@@ -91,6 +97,8 @@ impl<E: Event> Desk<E> {
             records_until,
             effects_from,
             is_stuck: false,
+            began,
+            seen,
         })
     }
 

@@ -9,6 +9,7 @@ use super::super::settings::Start;
 use super::{Desk, Driver};
 use crate::error::{OpenError, ReadError};
 use crate::event::{Event, Offset};
+use crate::log::position::Position;
 use crate::log::reader::Reader;
 use crate::log::segment::ShardLog;
 use crate::log::storage::Lock;
@@ -41,17 +42,22 @@ impl Saving {
 }
 
 impl<E: Event> Desk<E> {
-    fn progress(&self) -> Progress {
+    fn progress(&mut self) -> Progress {
         let (position, read) = (self.lanes.checkpoint(), self.reader.offset());
+        if read > self.seen.offset() {
+            let here = self.reader.position_after(&self.seen);
+            // Where all that was passed since is the log's own, what was known before says more.
+            self.seen = if here.last().0.0 > 0 { here } else { self.seen };
+        }
         let restored = self.restored.as_ref();
         // What of the last life is still unread counts on, after what was read of it.
         let read = restored.map_or(read, |(restored, _)| read.max(*restored));
         let rest = restored.into_iter().flat_map(|(_, unfinished)| unfinished.iter().copied());
-        Progress::new(position, read, self.effects_from, self.lanes.unfinished().chain(rest))
+        Progress::new(position, read, self.effects_from, (self.began, self.seen), self.lanes.unfinished().chain(rest))
     }
 
     fn reader_at(&self, start: Start) -> Result<Reader<E>, ReadError> {
-        let position = start_position::<E>(&self.log, &self.lock, start)?;
+        let position = start_position::<E>(&self.log, &self.lock, start)?.offset();
         Reader::at(Arc::clone(&self.log), position, std::sync::Arc::clone(&self.lock))
     }
 
@@ -95,8 +101,8 @@ impl<E: Event> Driver<E> {
 
     fn save_position(&mut self) -> Result<(), ConsumerError> {
         let marks = self.desks.iter().map(Desk::mark).collect();
-        let checkpoint =
-            Checkpoint { shards: self.desks.iter().map(Desk::progress).collect(), letters: self.letters.durable() };
+        let shards = self.desks.iter_mut().map(Desk::progress).collect();
+        let checkpoint = Checkpoint { shards, letters: self.letters.durable() };
         checkpoint.save(&*self.storage, &self.dir).map_err(|source| OpenError::Io {
             action: "writing the checkpoint in",
             path: self.dir.clone(),
@@ -152,14 +158,16 @@ pub(crate) fn start_position<E: Event>(
     log: &Arc<ShardLog>,
     lock: &std::sync::Arc<dyn Lock>,
     start: Start,
-) -> Result<Offset, ReadError> {
-    match start {
-        Start::Beginning => Ok(log.earliest()),
-        Start::Latest => Ok(Offset(log.appended.get())),
-        Start::Time(time) => {
-            let mut reader = Reader::<E>::earliest(Arc::clone(log), std::sync::Arc::clone(lock));
-            reader.seek(|header| header.time >= time)?;
-            Ok(reader.offset())
+) -> Result<Position, ReadError> {
+    let mut reader = match start {
+        Start::Latest => {
+            let end = Offset(log.appended.get());
+            Reader::<E>::at(Arc::clone(log), end, std::sync::Arc::clone(lock))?
         }
+        Start::Beginning | Start::Time(_) => Reader::earliest(Arc::clone(log), std::sync::Arc::clone(lock)),
+    };
+    if let Start::Time(time) = start {
+        reader.seek(|header| header.time >= time)?;
     }
+    reader.position()
 }

@@ -1,0 +1,261 @@
+//! A place in one shard's log that knows which log: what whoever follows the log saves, beside the data made of it.
+//!
+//! Writers: none; a position is made by a reader and never changes. It names the store, and the last event before it with that
+//! event's CRC. The CRC is seeded with its segment's salt and covers the event's time, so a log that went another way since (a copy
+//! that was put back, a tail that was lost and written anew) has another one there.
+//!
+//! ```text
+//!  0 store u64    8 offset u64   16 last u64   24 sequence u64   32 check u32   36 shard u16   38 version u16
+//! ```
+
+use std::fmt;
+use std::str::FromStr;
+
+use crate::error::{PositionError, ReadError};
+use crate::event::{Event, Offset, Sequence, ShardId};
+use crate::log::finder::Finder;
+use crate::log::format::{ALIGN, padded, u16_at, u32_at, u64_at};
+use crate::log::reader::Reader;
+use crate::log::segment::ShardLog;
+use crate::log::storage::Lock;
+use crate::sync::Arc;
+
+/// Of the layout of [`Position::to_bytes`].
+const VERSION: u16 = 1;
+
+/// A position in one shard's log, to be saved beside the data made of the events before it, and to be checked when reading goes on
+/// there: [`crate::Engine::reader_from`], [`crate::consumer::Sink::position`].
+///
+/// Opaque: [`Position::BYTES`] bytes for a blob column, or as text ([`fmt::Display`] and [`FromStr`]) twice as many hexadecimal digits.
+/// Both are the same for ever.
+///
+/// ```
+/// # use corelane::Position;
+/// # fn example(position: Position) -> Result<(), corelane::PositionError> {
+/// assert_eq!(Position::from_bytes(&position.to_bytes())?, position);
+/// assert_eq!(position.to_string().parse::<Position>()?, position);
+/// # Ok(()) }
+/// ```
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Position {
+    store: u64,
+    shard: ShardId,
+    offset: Offset,
+    /// The last event before `offset`; 0: none was known.
+    last: Offset,
+    /// The CRC word of the record at `last`.
+    check: u32,
+    /// Of the next event.
+    sequence: Sequence,
+}
+
+impl Position {
+    /// The length of [`Position::to_bytes`].
+    pub const BYTES: usize = 40;
+
+    /// Before the first event there ever was of `shard`, or where nothing is known of what lies before `offset`.
+    pub(crate) fn unwitnessed(store: u64, shard: ShardId, offset: Offset, sequence: Sequence) -> Self {
+        Self { store, shard, offset, last: Offset(0), check: 0, sequence }
+    }
+
+    /// Behind the event at `last`, whose CRC word is `check`.
+    pub(crate) fn behind(
+        store: u64,
+        shard: ShardId,
+        offset: Offset,
+        (last, check): (Offset, u32),
+        sequence: Sequence,
+    ) -> Self {
+        Self { store, shard, offset, last, check, sequence }
+    }
+
+    /// The store it was taken in.
+    #[must_use]
+    pub fn store(&self) -> u64 {
+        self.store
+    }
+
+    /// The shard.
+    #[must_use]
+    pub fn shard(&self) -> ShardId {
+        self.shard
+    }
+
+    /// Where reading goes on.
+    #[must_use]
+    pub fn offset(&self) -> Offset {
+        self.offset
+    }
+
+    /// The sequence of the next event: how many the shard had before it.
+    #[must_use]
+    pub fn sequence(&self) -> Sequence {
+        self.sequence
+    }
+
+    /// As it is where the log ends at `end`, because what lay behind was lost.
+    pub(crate) fn cut(self, end: Offset) -> Self {
+        let (offset, last) = (self.offset.min(end), self.last);
+        if last < end { Self { offset, ..self } } else { Self { offset, last: Offset(0), check: 0, ..self } }
+    }
+
+    /// The last event before it and its CRC word; 0: none is known.
+    pub(crate) fn last(&self) -> (Offset, u32) {
+        (self.last, self.check)
+    }
+
+    /// The bytes to be saved.
+    #[must_use]
+    pub fn to_bytes(&self) -> [u8; Self::BYTES] {
+        let mut out = [0; Self::BYTES];
+        for (at, word) in [self.store, self.offset.0, self.last.0, self.sequence.0].into_iter().enumerate() {
+            out[8 * at..][..8].copy_from_slice(&word.to_le_bytes());
+        }
+        out[32..36].copy_from_slice(&self.check.to_le_bytes());
+        out[36..38].copy_from_slice(&self.shard.0.to_le_bytes());
+        out[38..40].copy_from_slice(&VERSION.to_le_bytes());
+        out
+    }
+
+    /// The position that was saved as these bytes.
+    ///
+    /// # Errors
+    /// `Malformed`.
+    pub fn from_bytes(bytes: &[u8]) -> Result<Self, PositionError> {
+        let malformed = |why| PositionError::Malformed { why };
+        if bytes.len() != Self::BYTES {
+            return Err(malformed("it has another length"));
+        }
+        if u16_at(bytes, 38) != VERSION {
+            return Err(malformed("it is of a version this build does not know"));
+        }
+        let (offset, last) = (Offset(u64_at(bytes, 8)), Offset(u64_at(bytes, 16)));
+        let is_place = |offset: Offset| offset.0.is_multiple_of(ALIGN as u64);
+        if !is_place(offset) || !is_place(last) || (last >= offset && last.0 > 0) {
+            return Err(malformed("no event can lie where it says"));
+        }
+        let (store, sequence, check) = (u64_at(bytes, 0), Sequence(u64_at(bytes, 24)), u32_at(bytes, 32));
+        Ok(Self { store, shard: ShardId(u16_at(bytes, 36)), offset, last, check, sequence })
+    }
+
+    /// Whether it is one of `log`: of its store and shard, not beyond its end, and with its event before it. Where retention has
+    /// freed that event, the store and the end are all that is looked at.
+    pub(crate) fn check(&self, log: &Arc<ShardLog>, lock: &std::sync::Arc<dyn Lock>) -> Result<(), ReadError> {
+        let (shard, position) = (log.shard, self.offset);
+        if self.store != log.store {
+            return Err(PositionError::OtherStore { shard, position: self.store, store: log.store }.into());
+        }
+        if self.shard != shard {
+            return Err(PositionError::OtherShard { shard, position: self.shard }.into());
+        }
+        let end = Offset(log.appended.get());
+        if position > end {
+            return Err(PositionError::AheadOfLog { shard, position, end }.into());
+        }
+        if self.last.0 == 0 || self.last < log.earliest() {
+            return Ok(());
+        }
+        let other = |why| PositionError::OtherHistory { shard, position, why }.into();
+        let mut finder = Finder::new(Arc::clone(log), std::sync::Arc::clone(lock));
+        let place = match finder.find(self.last) {
+            Ok(place) => place,
+            // It was freed just now.
+            Err(ReadError::BeyondRetention { .. }) => return Ok(()),
+            Err(ReadError::NotARecord { .. }) => return Err(other("no event lies where the last one before it lay")),
+            Err(error) => return Err(error),
+        };
+        if finder.check_word(&place) != Some(self.check) {
+            return Err(other("the last event before it is another one"));
+        }
+        if self.last.0 + padded(place.len) as u64 > position.0 {
+            return Err(other("the last event before it reaches beyond it"));
+        }
+        Ok(())
+    }
+
+    /// A reader that goes on here.
+    ///
+    /// # Errors
+    /// `Position` where it is none of this log's, `BeyondRetention` where it was freed.
+    pub(crate) fn reader<E: Event>(
+        &self,
+        log: &Arc<ShardLog>,
+        lock: &std::sync::Arc<dyn Lock>,
+    ) -> Result<Reader<E>, ReadError> {
+        self.check(log, lock)?;
+        let (shard, position) = (log.shard, self.offset);
+        let other = |why| ReadError::from(PositionError::OtherHistory { shard, position, why });
+        let reader = Reader::at(Arc::clone(log), position, std::sync::Arc::clone(lock));
+        let reader = reader.map_err(|error| match error {
+            ReadError::NotARecord { .. } => other("no event ends there"),
+            error => error,
+        })?;
+        let (sequence, last) = (reader.sequence_here(), reader.last());
+        if sequence != self.sequence {
+            return Err(other("another number of events lies before it"));
+        }
+        if last.0 > 0 && self.last.0 > 0 && last != self.last {
+            return Err(other("another event is the last one before it"));
+        }
+        Ok(reader)
+    }
+}
+
+impl fmt::Display for Position {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.to_bytes().iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}
+
+impl FromStr for Position {
+    type Err = PositionError;
+
+    fn from_str(text: &str) -> Result<Self, PositionError> {
+        let malformed = |why| PositionError::Malformed { why };
+        if text.len() != 2 * Self::BYTES || !text.bytes().all(|digit| digit.is_ascii_hexdigit()) {
+            return Err(malformed("it is not of 80 hexadecimal digits"));
+        }
+        let mut bytes = [0; Self::BYTES];
+        for (byte, digits) in bytes.iter_mut().zip(text.as_bytes().chunks_exact(2)) {
+            let digits = std::str::from_utf8(digits).map_err(|_| malformed("it is not of 80 hexadecimal digits"))?;
+            *byte = u8::from_str_radix(digits, 16).map_err(|_| malformed("it is not of 80 hexadecimal digits"))?;
+        }
+        Self::from_bytes(&bytes)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn example() -> Position {
+        let store = 0x0102_0304_0506_0708;
+        Position::behind(store, ShardId(3), Offset(0x2010), (Offset(0x1000), 0x0a0b_0c0d), Sequence(17))
+    }
+
+    #[test]
+    fn bytes_and_text_are_frozen() {
+        let text = "0807060504030201102000000000000000100000000000001100000000000000\
+                    0d0c0b0a03000100";
+        assert_eq!(example().to_string(), text);
+        assert_eq!(text.parse(), Ok(example()));
+        assert_eq!(Position::from_bytes(&example().to_bytes()), Ok(example()));
+    }
+
+    #[test]
+    fn what_is_no_position_is_refused() {
+        let bytes = example().to_bytes();
+        for len in 0..bytes.len() {
+            assert!(Position::from_bytes(&bytes[..len]).is_err(), "{len} bytes");
+        }
+        for (at, byte) in [(38, 2), (8, 1), (16, 8), (17, 0x21)] {
+            let mut bytes = bytes;
+            bytes[at] = byte;
+            assert!(Position::from_bytes(&bytes).is_err(), "byte {at}");
+        }
+        let text = example().to_string();
+        for wrong in [&text[1..], &format!("{text}0"), &text.replacen('0', "g", 1), &text.replacen("08", "é", 1)] {
+            assert!(wrong.parse::<Position>().is_err(), "{wrong}");
+        }
+    }
+}
