@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use common::{Note, SEGMENT, open_on, os_cache, read_shard, small, soon, until};
-use corelane::consumer::{Consumer, HealthPolicy, Judgement, Letters, Retry, Start};
+use corelane::consumer::{Consumer, ConsumerError, HealthPolicy, Judgement, Letters, Retry, Start, WriteRefused};
 use corelane::testing::FaultyStorage;
 use corelane::{EventLog, Key, Rejected, Retention};
 
@@ -142,7 +142,9 @@ fn dead_letters_that_cannot_be_written_keep_their_keys_waiting_and_are_written_l
         let first = read_shard(&engine, 0).iter().find(|held| held.n == 7).unwrap().offset;
         assert!(report.positions[0].0 <= first, "the position stays before what is not recorded");
         if restarts {
-            consumer.stop(soon()).unwrap();
+            let stopped = consumer.stop(soon());
+            let Err(ConsumerError::Ended { failure: Some(failure) }) = stopped else { panic!("{stopped:?}") };
+            assert!(matches!(failure.error(), ConsumerError::Records(WriteRefused::Io { .. })), "{failure}");
             consumer = start(&engine, &seen, &is_well);
             until("it tries again", || consumer.report().write_failures.1 > 0);
         }

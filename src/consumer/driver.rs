@@ -137,7 +137,7 @@ impl<E: Event> Driver<E> {
         places: Vec<Place>,
         letters: FileEnd,
     ) -> Result<Self, ConsumerError> {
-        let policy = settings.letters.clone();
+        let (policy, saved_letters) = (settings.letters.clone(), letters);
         let letters = LetterStore::open(std::sync::Arc::clone(&storage), &dir, policy, letters)?;
         let mut desks = Vec::with_capacity(places.len());
         for place in places {
@@ -149,7 +149,7 @@ impl<E: Event> Driver<E> {
         Ok(Self {
             health: Health::new(&settings.name, settings.health.clone())?,
             rng: JitterRng::seeded(settings.jitter_seed),
-            saving: Saving::new(settings.checkpoint_every),
+            saving: Saving::new(settings.checkpoint_every, saved_letters),
             settings,
             storage,
             dir,
@@ -333,8 +333,14 @@ impl<E: Event> Driver<E> {
             Verdict::Retry { .. } | Verdict::AwaitGap => {}
         }
         if let Some(record) = self.desks[desk].lanes.failed(run, verdict, now) {
-            let letter = self.letter(desk, &record, Some(failed), (first_failed, wall))?;
-            self.unwritten.push_back(Unwritten { desk, record, letter });
+            match self.letter(desk, &record, Some(failed), (first_failed, wall)) {
+                Ok(letter) => self.unwritten.push_back(Unwritten { desk, record, letter }),
+                Err(error) => {
+                    // It was told all the same, and is tried again.
+                    self.desks[desk].lanes.not_recorded(record);
+                    return Err(error.into());
+                }
+            }
         }
         Ok(())
     }

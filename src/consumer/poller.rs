@@ -25,7 +25,8 @@ const SHOW_EVERY: Duration = Duration::from_millis(100);
 /// A consumer without threads. Whoever has it takes deliveries and says what came of each; meanwhile no other event of that key
 /// is given out. Retries, dead letters and checkpoints are as with threads, and happen inside these calls: call often.
 ///
-/// Dropping it saves its position; deliveries that are out then are delivered again.
+/// Dropping it saves as [`Poller::save`] does; deliveries that are out then are delivered again. What was told of an event that is tried
+/// again is known while the poller lives: after that its attempts count from 1.
 pub struct Poller<E: Event> {
     services: std::sync::Arc<Services>,
     driver: Driver<E>,
@@ -209,18 +210,21 @@ impl<E: Event> Poller<E> {
         self.driver.has_unread() || self.driver.next_due().is_some_and(|due| due <= (self.clock)())
     }
 
-    /// Saves its position; durable when it returns.
+    /// Saves its position, and what was told of every event: what was parked or skipped has its record. Durable when it returns; waits
+    /// for the log to become durable behind such events.
     ///
     /// # Errors
-    /// What the file system says.
+    /// What the file system says; `Records` where there is no room for more dead letters; `Wait` where the log does not become durable. What
+    /// could not be saved is kept, and saved with the next call or comes again.
     pub fn save(&mut self) -> Result<(), ConsumerError> {
         self.driver.save()
     }
 
-    /// Sets it elsewhere; see [`super::Consumer::seek`].
+    /// Sets it elsewhere; see [`super::Consumer::seek`]. What was told before is recorded first.
     ///
     /// # Errors
-    /// `Busy` while deliveries are out; `Read` where the place is gone.
+    /// `Busy` while deliveries are out; `Read` where the place is gone; as [`Poller::save`], where an event that was told to be parked or skipped
+    /// would be left behind without a record.
     pub fn seek(&mut self, start: Start) -> Result<(), ConsumerError> {
         if self.driver.running() > 0 {
             return Err(ConsumerError::Busy { name: self.driver.settings().name.to_string() });

@@ -247,6 +247,7 @@ impl<E: Event> Shell<E> {
                 self.idle_rounds = 0;
             }
         }
+        // What could not be recorded comes again, and whoever stops it is told.
         self.driver.save()?;
         self.report();
         Ok(())

@@ -1,15 +1,15 @@
 //! What ends by a record: dead letters and skips are written here, and letters are handled again or discarded.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::super::dead_letter::answer::{DeadLetter, Entry, WriteRefused, Written};
 use super::super::error::ConsumerError;
 use super::super::lanes::answer::{RecordKind, ToRecord};
 use super::{Driver, Failed, HaltCause, What};
 use crate::clock::wall_now;
-use crate::error::ReadError;
-use crate::event::{Event, EventId, Key, Time};
+use crate::error::{ReadError, WaitError};
+use crate::event::{Event, EventId, Key, Offset, Time};
 
 /// Records written with one sync.
 const WRITE_MAX: usize = 1024;
@@ -19,6 +19,8 @@ const GATHER: Duration = Duration::from_millis(2);
 const LOOK_AGAIN: Duration = Duration::from_micros(500);
 /// Keys that are looked at for a letter that may be handled, in one go.
 const LETTERS_LOOKED_AT: usize = 64;
+/// How long it is waited for the log to become durable, where everything is to be written before something else.
+const DURABLE_TIME: Duration = Duration::from_secs(10);
 /// How long after a failed write the next is tried.
 const WRITE_AGAIN: Duration = Duration::from_millis(500);
 
@@ -181,6 +183,7 @@ impl<E: Event> Driver<E> {
             self.tried.iter().take(count).map(|tried| self.letters.waits(tried.key, tried.id)).collect();
         let entries: Vec<Entry<'_>> = self.tried.iter().take(count).map(Tried::entry).collect();
         self.letters.write(&entries)?;
+        self.name_letters()?;
         let tried: Vec<Tried> = self.tried.drain(..count).collect();
         for (Tried { id, key, error, .. }, waited) in tried.into_iter().zip(waited) {
             if error.is_none() || !waited {
@@ -202,11 +205,19 @@ impl<E: Event> Driver<E> {
         }
         self.gather_records()?;
         self.let_go_of_unparked();
+        let written = self.write_gathered()?;
+        if written == 0 {
+            self.durable_at = now + LOOK_AGAIN;
+        }
+        Ok(written)
+    }
+
+    /// What was gathered and is durable in the log. Returns how many.
+    fn write_gathered(&mut self) -> Result<usize, WriteRefused> {
         // A record speaks of an event that the log cannot lose any more.
         let durable = |unwritten: &&Unwritten| self.desks[unwritten.desk].is_durable(unwritten.record.offset());
         let mut count = self.unwritten.iter().take(WRITE_MAX).take_while(durable).count();
         if count == 0 {
-            self.durable_at = now + LOOK_AGAIN;
             return Ok(0);
         }
         let written = loop {
@@ -216,17 +227,79 @@ impl<E: Event> Driver<E> {
                 written => break written?,
             }
         };
-        for _ in 0..count {
-            let Some(Unwritten { desk, record, .. }) = self.unwritten.pop_front() else { break };
-            self.desks[desk].lanes.recorded(record);
-        }
         for (key, id) in written.overflowed {
             // Letters that had to make room: their keys have fewer. While one is being handled, no later event of its key may run.
             if self.reprocessing.keys.get(&key) != Some(&Some(id)) {
                 self.unpark(id, key, 1);
             }
         }
+        // Before their events end: else the file could be taken away, and nobody would miss it.
+        self.name_letters()?;
+        for _ in 0..count {
+            let Some(Unwritten { desk, record, .. }) = self.unwritten.pop_front() else { break };
+            self.desks[desk].lanes.recorded(record);
+        }
         Ok(count)
+    }
+
+    /// Records everything that was told, and what stands behind it, however long the log takes to become durable. Where there is no
+    /// room for it, it halts, and what was told is kept.
+    pub(super) fn write_all_told(&mut self) -> Result<(), ConsumerError> {
+        self.write_all_tried()?;
+        loop {
+            self.gather_records()?;
+            self.let_go_of_unparked();
+            if self.unwritten.is_empty() {
+                return Ok(());
+            }
+            self.await_durable()?;
+            match self.write_gathered() {
+                Ok(_) => {}
+                Err(WriteRefused::Full) => {
+                    if self.halted != Some(HaltCause::DeadLettersFull) {
+                        self.halt(HaltCause::DeadLettersFull);
+                    }
+                    // Of what only stands behind a letter nothing was told; it is read again from the log.
+                    return if self.told().next().is_some() { Err(WriteRefused::Full.into()) } else { Ok(()) };
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    /// Events that were told to be parked or skipped, and are not recorded yet.
+    pub(super) fn told(&self) -> impl Iterator<Item = (usize, Offset)> {
+        let is_told = |unwritten: &&Unwritten| unwritten.record.kind() != RecordKind::ParkedBehind;
+        self.unwritten.iter().filter(is_told).map(|unwritten| (unwritten.desk, unwritten.record.offset()))
+    }
+
+    /// Waits until the log is durable behind the events whose records are to be written.
+    fn await_durable(&self) -> Result<(), ConsumerError> {
+        let end = Instant::now() + DURABLE_TIME;
+        for Unwritten { desk, record, .. } in &self.unwritten {
+            let desk = &self.desks[*desk];
+            while !desk.is_durable(record.offset()) {
+                if let Some(failure) = desk.log.failure() {
+                    return Err(WaitError::from(failure.clone()).into());
+                }
+                if Instant::now() >= end {
+                    return Err(WaitError::TimedOut.into());
+                }
+                crate::sync::nap(LOOK_AGAIN);
+            }
+        }
+        Ok(())
+    }
+
+    /// Saves that there is a new file of letters, if there is.
+    fn name_letters(&mut self) -> Result<(), WriteRefused> {
+        if self.are_letters_named() {
+            return Ok(());
+        }
+        self.save_position().map_err(|error| {
+            let (action, path) = ("saving the position beside the dead letters in", self.dir.clone());
+            WriteRefused::Io { action, path, source: std::io::Error::other(error) }
+        })
     }
 
     /// Events that were to be recorded behind letters which are gone by now: they run.
@@ -336,6 +409,7 @@ impl<E: Event> Driver<E> {
             self.letters.write(&entries)?;
             part.iter().for_each(|&(key, id)| self.unpark(id, key, 1));
         }
+        self.name_letters()?;
         Ok(going.len() as u64)
     }
 

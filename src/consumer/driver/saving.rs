@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use super::super::checkpoint::{Checkpoint, Progress};
 use super::super::dead_letter::FileEnd;
+use super::super::dead_letter::answer::WriteRefused;
 use super::super::error::ConsumerError;
 use super::super::settings::Start;
 use super::{Desk, Driver};
@@ -29,15 +30,8 @@ pub(super) struct Saving {
 }
 
 impl Saving {
-    pub(super) fn new(every: Duration) -> Self {
-        Self {
-            every,
-            due: Duration::ZERO,
-            saved: Vec::new(),
-            saved_letters: FileEnd::default(),
-            failures: 0,
-            record_failures: 0,
-        }
+    pub(super) fn new(every: Duration, saved_letters: FileEnd) -> Self {
+        Self { every, due: Duration::ZERO, saved: Vec::new(), saved_letters, failures: 0, record_failures: 0 }
     }
 }
 
@@ -74,6 +68,11 @@ impl<E: Event> Driver<E> {
             && self.desks.iter().map(Desk::mark).eq(self.saving.saved.iter().copied())
     }
 
+    /// Whether the checkpoint names the newest file of letters, so that it is missed where it is gone.
+    pub(super) fn are_letters_named(&self) -> bool {
+        self.letters.durable().number == self.saving.saved_letters.number
+    }
+
     pub(super) fn save_due(&self) -> Option<Duration> {
         (!self.is_saved()).then_some(self.saving.due)
     }
@@ -91,15 +90,15 @@ impl<E: Event> Driver<E> {
         true
     }
 
-    /// Saves how far all is done, and what became of letters; durable when it returns.
+    /// Saves how far all is done, what was told of events that end by a record, and what became of letters; durable when it returns.
     pub(crate) fn save(&mut self) -> Result<(), ConsumerError> {
-        let tried = self.write_all_tried();
-        // Positions say nothing of letters.
+        let told = self.write_all_told();
+        // What is not recorded is not passed.
         self.save_position()?;
-        Ok(tried?)
+        told
     }
 
-    fn save_position(&mut self) -> Result<(), ConsumerError> {
+    pub(super) fn save_position(&mut self) -> Result<(), ConsumerError> {
         let marks = self.desks.iter().map(Desk::mark).collect();
         let shards = self.desks.iter_mut().map(Desk::progress).collect();
         let checkpoint = Checkpoint { shards, letters: self.letters.durable() };
@@ -124,18 +123,28 @@ impl<E: Event> Driver<E> {
     /// Sets the consumer elsewhere. Nothing may be out. Events before where it was have no side effects again; dead letters stay.
     pub(crate) fn seek(&mut self, start: Start) -> Result<(), ConsumerError> {
         assert_eq!(self.running, 0, "a consumer is set while nothing of it runs");
+        let told = match self.write_all_told() {
+            full @ (Ok(()) | Err(ConsumerError::Records(WriteRefused::Full))) => full,
+            Err(error) => return Err(error),
+        };
         // What records say of events that ended, the checkpoint says from here on; set back, they come again.
-        self.save()?;
+        self.save_position()?;
         self.letters.forget_ended()?;
         // Nothing is freed from here on, so the positions stay what they are.
         self.desks.iter().for_each(|desk| desk.log.holds.lower(&desk.hold, Offset(0)));
         let found: Result<Vec<_>, ReadError> = self.desks.iter().map(|desk| desk.reader_at(start)).collect();
+        // What was told and could not be recorded comes again, or it may not be left behind.
+        let leaves = |readers: &[Reader<E>]| self.told().any(|(desk, offset)| offset < readers[desk].offset());
+        let found = found.map_err(ConsumerError::from).and_then(|readers| match told {
+            Err(full) if leaves(&readers) => Err(full),
+            _ => Ok(readers),
+        });
         let readers = match found {
             Ok(readers) => readers,
             Err(error) => {
                 // It stays where it is.
                 self.desks.iter().for_each(|desk| desk.hold.set(desk.lanes.checkpoint()));
-                return Err(error.into());
+                return Err(error);
             }
         };
         // What is to be recorded is read again from the log.
@@ -149,7 +158,7 @@ impl<E: Event> Driver<E> {
         for (key, shard, count) in self.letters.keys() {
             self.desks[usize::from(shard.0)].restore_parked(key, count)?;
         }
-        self.save()
+        self.save_position()
     }
 }
 
