@@ -9,14 +9,15 @@ use std::time::{Duration, Instant};
 
 use crate::clock::{Clock, Lateness, NOT_DUE, Nanos, lateness};
 use crate::config::{Durability, Wait};
-use crate::error::{Rejected, RejectedReason};
-use crate::event::{Event, Key, Scratch, Time, has_one_size, is_declared};
+use crate::error::{Rejected, RejectedReason, WaitError};
+use crate::event::{Event, Key, Offset, Scratch, Time, has_one_size, is_declared};
 use crate::log::segment::ShardLog;
 use crate::ring::{Slot, free_slots, push_chunk};
 use crate::sync::{
     Arc, AtomicBool, AtomicU64, Gate, Idle, Inside, Mutex, Ordering, Patience, Signal, Waiters, Watermark, lock,
 };
 
+use receipt::Placing;
 pub use receipt::{Pending, Receipt};
 
 /// What the two ends of a lane share besides the ring.
@@ -471,6 +472,30 @@ impl<E: Event> Producer<E> {
             }
             lane.await_room(&mut idle, patience);
         }
+    }
+
+    /// Publishes an event and waits until it is in the log, by `deadline`. Where it lies, or why that is not known.
+    ///
+    /// # Errors
+    /// As [`Producer::publish_until`]; `Full` also where what was published before is not appended by then.
+    pub(crate) fn publish_placed(
+        &mut self,
+        key: Key,
+        event: E,
+        deadline: Option<Instant>,
+    ) -> Result<Result<Option<Offset>, WaitError>, Rejected<E>> {
+        let event = self.bounds.check(event)?;
+        let lane = &self.lanes[usize::from(key.shard(self.lanes.len() as u16).0)];
+        let before = lane.receipt().appended();
+        match deadline.map_or_else(|| before.wait(), |at| before.wait_until(at)) {
+            Ok(()) => {}
+            Err(WaitError::TimedOut) => return Err(lane.door.full(event)),
+            Err(_) => return Err(lane.door.refusal(event)),
+        }
+        let placing = Placing::before(&lane.shared, lane.published + 1);
+        let (published, patience) = (self.clock.now(), deadline.map_or(Patience::Forever, Patience::Until));
+        drop(self.push_checked(key, event, published, NOT_DUE, patience)?);
+        Ok(placing.wait(deadline))
     }
 
     /// Publishes events in order, waiting for room. Slots are claimed and made visible in chunks. What was

@@ -609,7 +609,8 @@ fn publish_sync_returns_when_those_that_were_named_have_handled_it() {
             soon()
         )
         .unwrap(),
-        Handled::Yes
+        Handled::Unknown,
+        "it lies before where the consumer began"
     );
 }
 

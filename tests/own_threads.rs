@@ -121,7 +121,7 @@ impl Handler<Ping> for Inline {
 struct Taking(u64);
 
 impl Sink<Ping> for Taking {
-    fn position(&mut self, _shard: ShardId) -> Result<Option<Offset>, HandlerError> {
+    fn position(&mut self, _shard: ShardId) -> Result<Option<corelane::Position>, HandlerError> {
         fire(Place::SinkPosition, self.0);
         Ok(None)
     }

@@ -232,6 +232,11 @@ impl Letters {
         self.index.bytes_of((key, id.offset)).is_some()
     }
 
+    /// Whether the event may have had an entry that is forgotten.
+    pub(crate) fn may_have_forgotten(&self, id: EventId) -> bool {
+        self.index.may_have_forgotten(id)
+    }
+
     /// The consumer's checkpoint is durable at `offset`: nobody will ask about events below.
     pub(crate) fn forget_below(&mut self, shard: ShardId, offset: Offset) {
         self.index.forget_below(shard, offset);

@@ -24,6 +24,7 @@ use super::lanes::answer::{Run, ToRecord, Verdict};
 use super::requests::Requests;
 use super::retry::{AfterFailure, JitterRng};
 use super::settings::{Exhausted, Judgement, Settings};
+use super::watches::Watches;
 use crate::clock::wall_now;
 use crate::error::ReadError;
 use crate::event::{Event, EventId, Key, Offset, Time};
@@ -66,6 +67,9 @@ pub enum Handled {
     Yes,
     /// It is recorded as a dead letter, or as left out.
     Recorded,
+    /// It lies behind the consumer, and how it ended is not known: the consumer began or was set behind it, or has saved its position since and
+    /// forgotten the records before that.
+    Unknown,
 }
 
 /// Who waits for a key's events to be done.
@@ -119,6 +123,7 @@ pub(crate) struct Driver<E: Event> {
     is_in_place: bool,
     saving: Saving,
     waiting: Vec<Waiting>,
+    watches: std::sync::Arc<Watches>,
 }
 
 impl<E: Event> std::fmt::Debug for Driver<E> {
@@ -172,6 +177,7 @@ impl<E: Event> Driver<E> {
             halted: None,
             is_in_place: false,
             waiting: Vec::new(),
+            watches: std::sync::Arc::default(),
         })
     }
 
@@ -481,13 +487,18 @@ impl<E: Event> Driver<E> {
         self.desks[usize::from(key.shard(shards).0)].lanes.gap_filled(key)
     }
 
-    /// Promises to say when the key's events up to `offset` are done.
+    /// Where it is noted from which events on somebody will ask how they ended.
+    pub(crate) fn watches(&self) -> &std::sync::Arc<Watches> {
+        &self.watches
+    }
+
+    /// Promises to say when the key's events up to `offset` are done, and how the event there ended.
     pub(crate) fn wait_for(&mut self, key: Key, offset: Offset, keeping: Keeping<Handled>) {
         let desk = usize::from(key.shard(self.desks.len() as u16).0);
         self.waiting.push(Waiting { desk, key, offset, keeping });
     }
 
-    fn tell_waiting(&mut self) {
+    pub(super) fn tell_waiting(&mut self) {
         let (desks, letters) = (&self.desks, &self.letters);
         let mut i = 0;
         while let Some(Waiting { desk, key, offset, .. }) = self.waiting.get(i) {
@@ -496,8 +507,15 @@ impl<E: Event> Driver<E> {
                 i += 1;
                 continue;
             }
-            let is_recorded = letters.has(*key, desk.id(*offset));
-            self.waiting.swap_remove(i).keeping.keep(if is_recorded { Handled::Recorded } else { Handled::Yes });
+            let id = desk.id(*offset);
+            let handled = if letters.has(*key, id) {
+                Handled::Recorded
+            } else if *offset < desk.known_from || letters.may_have_forgotten(id) {
+                Handled::Unknown
+            } else {
+                Handled::Yes
+            };
+            self.waiting.swap_remove(i).keeping.keep(handled);
         }
     }
 

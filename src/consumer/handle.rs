@@ -9,8 +9,9 @@ use super::report::ConsumerReport;
 use super::running::Control;
 use super::services::Running as _;
 use super::settings::Start;
+use super::watches::Watch;
 use crate::error::WaitError;
-use crate::event::{Event, EventId, Key, Offset};
+use crate::event::{Event, EventId, Key, Offset, ShardId};
 use crate::promise::promise;
 
 /// How long a consumer may take to answer: its thread may be inside a handler.
@@ -122,7 +123,13 @@ impl<E: Event> Consumer<E> {
         self.ask(move |driver| driver.gap_filled(key))
     }
 
-    /// Waits until the key's events up to this one are done here, and says how the last one ended.
+    /// Events of a shard from `from` on are asked about until the watch is dropped.
+    pub(crate) fn watch(&self, shard: ShardId, from: Offset) -> Watch {
+        self.control.watches.watch(shard, from)
+    }
+
+    /// Waits until the key's events up to this one are done here, and says how this one ended. Of an event that the consumer was past when it
+    /// was asked, that may be [`Handled::Unknown`].
     ///
     /// # Errors
     /// `Ended`; `Wait` with `TimedOut` at the deadline, with `OnEngineThread` inside one of its own handlers.

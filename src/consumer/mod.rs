@@ -45,6 +45,7 @@ mod sequence_gate;
 pub(crate) mod services;
 mod settings;
 mod sink;
+mod watches;
 
 pub use builder::ConsumerBuilder;
 pub use dead_letter::answer::{

@@ -14,6 +14,7 @@ use super::error::ConsumerError;
 use super::life::Life;
 use super::report::ConsumerReport;
 use super::services::{Running, Services};
+use super::watches::Watches;
 use crate::error::OpenError;
 use crate::event::{Event, Meta, Offset};
 use crate::handler::HandlerError;
@@ -42,6 +43,7 @@ pub(super) struct Control<E: Event> {
     asks: Arrivals<Ask<E>>,
     report: Mutex<ConsumerReport>,
     places: Vec<(Arc<ShardLog>, Arc<Hold>)>,
+    pub(super) watches: std::sync::Arc<Watches>,
 }
 
 impl<E: Event> std::fmt::Debug for Control<E> {
@@ -122,6 +124,7 @@ pub(super) fn start<E: Event>(
         asks: Arrivals::new(),
         report: Mutex::new(ConsumerReport::of(&driver, Duration::ZERO)),
         places: driver.desks().iter().map(|desk| desk.place()).collect(),
+        watches: std::sync::Arc::clone(driver.watches()),
     });
     let name = driver.settings().name.to_string();
     let handler = std::sync::Arc::new(handler);

@@ -6,7 +6,7 @@ use super::Engine;
 use crate::aggregate::Aggregate;
 use crate::consumer::{Consumer, ConsumerBuilder, ConsumerError, ConsumerReport, Handled, Start};
 use crate::error::{Rejected, WaitError};
-use crate::event::{EventId, Key};
+use crate::event::{EventId, Key, Offset};
 use crate::producer::Producer;
 use crate::sync::may_wait;
 
@@ -27,6 +27,12 @@ pub enum SyncError<E> {
         consumer: String,
         /// What it said.
         error: ConsumerError,
+    },
+    /// It was appended and handled inline; this consumer was set past it meanwhile, so that nobody knows whether it was handled.
+    #[error("consumer \"{consumer}\" was set past the event")]
+    Unknown {
+        /// Its name.
+        consumer: String,
     },
     /// It was appended and handled inline; this consumer could not handle it and has recorded it.
     #[error("consumer \"{consumer}\" has recorded the event as one it could not handle")]
@@ -49,7 +55,8 @@ impl<A: Aggregate> Engine<A> {
         self.consumer(name).start_at(Start::Latest).before_durable()
     }
 
-    /// Publishes an event and returns when all inline handlers, and then these consumers, have handled it.
+    /// Publishes an event and returns when all inline handlers, and then these consumers, have handled it: this one, whatever others
+    /// publish to its key meanwhile. What `producer` published before to the same shard is appended first.
     ///
     /// # Errors
     /// [`SyncError`]: it was not accepted, or not everybody had handled it by the deadline. On a shard's own thread, and inside a handler
@@ -65,26 +72,26 @@ impl<A: Aggregate> Engine<A> {
         if !may_wait() || !consumers.iter().all(|consumer| consumer.may_await()) {
             return Err(SyncError::Rejected(Rejected::OnEngineThread(event)));
         }
-        let receipt = match deadline {
-            Some(at) => producer.publish_until(key, event, at),
-            None => producer.publish(key, event),
-        };
-        let appended = receipt.map_err(SyncError::Rejected)?.appended();
-        match deadline {
-            Some(at) => appended.wait_until(at)?,
-            None => appended.wait()?,
-        }
-        // Asked between two turns: inline handlers are through with what is appended. Of the key's events it is the newest, or a later one.
-        let head = self.head(key)?;
-        let id = EventId { shard: key.shard(self.config.shards), offset: head.offset };
+        let shard = key.shard(self.config.shards);
+        let from = Offset(self.shards[usize::from(shard.0)].door.log.appended.get());
+        // Before it is published: a consumer may be past it before it is asked.
+        let watches: Vec<_> = consumers.iter().map(|consumer| consumer.watch(shard, from)).collect();
+        let placed = producer.publish_placed(key, event, deadline).map_err(SyncError::Rejected)?;
+        let offset = placed?;
+        // Asked between two turns: inline handlers are through with what is appended.
+        self.head(key)?;
         for consumer in consumers {
             let name = || consumer.name().to_owned();
-            match consumer.wait_handled(key, id, deadline) {
+            // Retention frees nothing that a consumer has not done.
+            let Some(offset) = offset else { return Err(SyncError::Unknown { consumer: name() }) };
+            match consumer.wait_handled(key, EventId { shard, offset }, deadline) {
                 Ok(Handled::Yes) => {}
+                Ok(Handled::Unknown) => return Err(SyncError::Unknown { consumer: name() }),
                 Ok(Handled::Recorded) => return Err(SyncError::Recorded { consumer: name() }),
                 Err(error) => return Err(SyncError::Consumer { consumer: name(), error }),
             }
         }
+        drop(watches);
         Ok(())
     }
 

@@ -10,7 +10,7 @@ use std::sync::OnceLock;
 
 use crate::error::{FailureCause, ShardFailure};
 use crate::event::{Offset, ShardId};
-use crate::log::format::{HEADER_BYTES, Seam};
+use crate::log::format::{HEADER_BYTES, RECORD_HEADER_BYTES, RecordHeader, Seam, padded, u32_at};
 use crate::log::holds::Holds;
 use crate::log::manifest::segment_name;
 use crate::log::mmap::Memory;
@@ -136,6 +136,33 @@ impl ShardLog {
         let segments = lock(&self.segments);
         let first = segments.front()?.index;
         segments.get(usize::try_from(index.checked_sub(first)?).ok()?).cloned()
+    }
+
+    /// The last event of `from..end`, of what this process appended; `from` begins a record or ends one. `None`: there is none, or it was
+    /// freed meanwhile.
+    pub(crate) fn last_event_in(&self, from: Offset, end: Offset) -> Option<Offset> {
+        let (mut at, mut last) = (from, None);
+        while at < end {
+            let index = self.segment_of(at);
+            let segment = self.segment(index)?;
+            at = at.max(self.first_offset(index));
+            let mut place = (at.0 - index * self.segment_bytes) as usize;
+            while at < end {
+                let head = segment.memory.read(place, RECORD_HEADER_BYTES);
+                let Some((len, head)) = head.map(|head| (u32_at(head, 0) as usize, head)).filter(|(len, _)| *len > 0)
+                else {
+                    break;
+                };
+                if !RecordHeader::decode(head).is_own() {
+                    last = Some(at);
+                }
+                place += padded(len);
+                at.0 += padded(len) as u64;
+            }
+            // Also where the segment is filled to its last byte.
+            at = if at < end { at.max(self.first_offset(index + 1)) } else { at };
+        }
+        last
     }
 
     pub(crate) fn push_segment(&self, segment: Segment) {

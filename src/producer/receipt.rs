@@ -4,14 +4,14 @@
 
 use std::future::Future;
 use std::pin::Pin;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, Wake, Waker};
 use std::time::Instant;
 
 use super::LaneShared;
 use crate::error::WaitError;
-use crate::event::ShardId;
+use crate::event::{Offset, ShardId};
 use crate::promise::block_until;
-use crate::sync::Arc;
+use crate::sync::{Arc, AtomicU64, Ordering, thread_waker};
 
 /// Proof that an event was accepted, and the way to learn when it is appended and durable.
 ///
@@ -136,5 +136,51 @@ impl Future for Pending {
             Some(outcome) => Poll::Ready(outcome),
             None => Poll::Pending,
         }
+    }
+}
+
+/// Learns where the one event comes to lie that a lane has on its way: it is registered as a waiter before the event is published, and the
+/// shard wakes it behind the batch of that event, before it appends anything else. So events that nobody asks about cost nothing.
+pub(super) struct Placing {
+    lane: Arc<LaneShared>,
+    ticket: u64,
+    /// The log's end before the event was published.
+    from: Offset,
+    /// The log's end behind the event's batch; 0: it is on its way.
+    end: AtomicU64,
+    asker: Waker,
+}
+
+impl Wake for Placing {
+    fn wake(self: std::sync::Arc<Self>) {
+        // A failure wakes too.
+        if self.lane.appended.get() >= self.ticket {
+            let end = self.lane.log.appended.get();
+            // It is woken once, unless the shard fails, and then there is no place to tell.
+            // Release: pairs with the Acquire in `wait`.
+            self.end.store(end, Ordering::Release);
+        }
+        self.asker.wake_by_ref();
+    }
+}
+
+impl Placing {
+    /// Of the lane's next event, number `ticket`, before it is published on this thread. All before it must be appended.
+    pub(super) fn before(lane: &Arc<LaneShared>, ticket: u64) -> std::sync::Arc<Self> {
+        let (lane, from, end) = (Arc::clone(lane), Offset(lane.log.appended.get()), AtomicU64::new(0));
+        let placing = std::sync::Arc::new(Self { lane, ticket, from, end, asker: thread_waker() });
+        placing.lane.waiting_appended.register(ticket, &Waker::from(std::sync::Arc::clone(&placing)));
+        placing
+    }
+
+    /// Waits on this thread until the event is appended. Where it lies; `None`: retention has freed it meanwhile.
+    pub(super) fn wait(&self, deadline: Option<Instant>) -> Result<Option<Offset>, WaitError> {
+        let outcome = || match self.end.load(Ordering::Acquire) {
+            0 => self.lane.log.failure().map(|failure| Err(failure.clone().into())),
+            end => Some(Ok(Offset(end))),
+        };
+        let end = block_until(deadline, |_| {}, outcome)?;
+        // A batch is of one lane, and of this lane there was nothing else: the event is the last one of its batch.
+        Ok(self.lane.log.last_event_in(self.from, end))
     }
 }

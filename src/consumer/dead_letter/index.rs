@@ -55,6 +55,8 @@ pub(super) struct Index {
     again: BTreeMap<Name, Place>,
     /// Events at or above the checkpoint that have an entry.
     known: BTreeSet<EventId>,
+    /// The last event of a shard of which an entry was forgotten.
+    forgotten: BTreeMap<ShardId, Offset>,
     totals: Totals,
     letter_bytes: u64,
     again_bytes: u64,
@@ -116,13 +118,28 @@ impl Index {
         let below = EventId { shard, offset: Offset(0) }..EventId { shard, offset };
         while let Some(&id) = self.known.range(below.clone()).next() {
             self.known.remove(&id);
+            self.forget(id);
         }
+    }
+
+    fn forget(&mut self, id: EventId) {
+        let last = self.forgotten.entry(id.shard).or_insert(id.offset);
+        *last = id.offset.max(*last);
+    }
+
+    pub(super) fn may_have_forgotten(&self, id: EventId) -> bool {
+        self.forgotten.get(&id.shard).is_some_and(|last| id.offset <= *last)
     }
 
     /// Of events that had an entry, only letters that wait are known still.
     pub(super) fn forget_ended(&mut self) {
         let id = |(&(_, offset), &(_, shard)): (&Name, &(Place, ShardId))| EventId { shard, offset };
-        self.known = self.letters.iter().map(id).collect();
+        let letters = self.letters.iter().map(id).collect();
+        for id in std::mem::replace(&mut self.known, letters) {
+            if !self.known.contains(&id) {
+                self.forget(id);
+            }
+        }
     }
 
     /// A letter's bytes, if it is one that waits.
@@ -181,8 +198,8 @@ impl Index {
     pub(super) fn move_to(&mut self, moved: Self) {
         assert!(self.letters.keys().eq(moved.letters.keys()), "moving letters loses none");
         assert_eq!(self.totals, moved.totals);
-        let known = std::mem::take(&mut self.known);
-        *self = Self { known, ..moved };
+        let (known, forgotten) = (std::mem::take(&mut self.known), std::mem::take(&mut self.forgotten));
+        *self = Self { known, forgotten, ..moved };
     }
 
     pub(super) fn len(&self) -> usize {

@@ -57,6 +57,8 @@ pub(crate) struct Desk<E: Event> {
     pub(super) effects_from: Offset,
     /// The log cannot be read on; that is said once everything before has been given a try.
     is_stuck: bool,
+    /// How events before this ended is not known here: it began there, or was set there.
+    pub(super) known_from: Offset,
     /// Where it began when it was registered.
     pub(super) began: Offset,
     /// The furthest that was read, as it was saved last.
@@ -84,8 +86,9 @@ impl<E: Event> Desk<E> {
         let records_until = records_until(&log, letters);
         let restored = (progress.read > progress.position).then(|| (progress.read, progress.unfinished.into()));
         let Progress { effects_from, began, seen, .. } = progress;
-        let reader = reader.with_sight(settings.sight);
+        let (reader, known_from) = (reader.with_sight(settings.sight), progress.position);
         Ok(Self {
+            known_from,
             log,
             syncer,
             lock,
@@ -106,6 +109,7 @@ impl<E: Event> Desk<E> {
     pub(super) fn set_to(&mut self, reader: Reader<E>, settings: &Settings, letters: &Letters) {
         let done = self.lanes.checkpoint();
         self.lanes.set_to(reader.offset());
+        self.known_from = reader.offset();
         self.reader = reader.with_sight(settings.sight);
         self.restored = None;
         self.records_until = records_until(&self.log, letters);

@@ -109,7 +109,11 @@ impl<E: Event> Driver<E> {
         })?;
         for (desk, progress) in self.desks.iter().zip(&checkpoint.shards) {
             desk.hold.set(progress.position);
-            self.letters.forget_below(desk.shard(), progress.position);
+            // Whoever waits for an event asks how it ended when its answer comes.
+            let waited = self.waiting.iter().filter(|waiting| waiting.desk == usize::from(desk.shard().0));
+            let asked = waited.map(|waiting| waiting.offset).min().unwrap_or(progress.position);
+            let from = self.watches.lowest(desk.shard(), progress.position.min(asked));
+            self.letters.forget_below(desk.shard(), from);
         }
         (self.saving.saved, self.saving.saved_letters) = (marks, checkpoint.letters);
         Ok(())
@@ -123,6 +127,7 @@ impl<E: Event> Driver<E> {
     /// Sets the consumer elsewhere. Nothing may be out. Events before where it was have no side effects again; dead letters stay.
     pub(crate) fn seek(&mut self, start: Start) -> Result<(), ConsumerError> {
         assert_eq!(self.running, 0, "a consumer is set while nothing of it runs");
+        self.tell_waiting();
         let told = match self.write_all_told() {
             full @ (Ok(()) | Err(ConsumerError::Records(WriteRefused::Full))) => full,
             Err(error) => return Err(error),
