@@ -14,7 +14,7 @@ use corelane::{EventId, EventLog, HandlerError, Key, Meta, Offset, ShardId, Sync
 /// Skips odd numbers.
 fn skips_odd(engine: &EventLog<Note>, name: &str, every: Duration) -> Consumer<Note> {
     let even = |event: &ArchivedNote, _: &Meta| -> Result<(), HandlerError> {
-        if event.n.to_native() % 2 == 0 { Ok(()) } else { Err("odd".into()) }
+        if event.n.to_native().is_multiple_of(2) { Ok(()) } else { Err("odd".into()) }
     };
     let health = HealthPolicy::default().consecutive_max(1_000_000).failure_percent_max(100);
     let builder = engine.consumer(name).before_durable().health(health).checkpoint_every(every);
@@ -71,7 +71,7 @@ fn an_event_that_a_consumer_was_past_before_it_was_asked_is_not_called_handled()
     let ask = |consumer: &Consumer<Note>| -> Vec<Handled> {
         ids.iter().map(|id| consumer.wait_handled(Key(1), *id, soon()).unwrap()).collect()
     };
-    let odd_recorded = |n: usize| if n % 2 == 0 { Handled::Yes } else { Handled::Recorded };
+    let odd_recorded = |n: usize| if n.is_multiple_of(2) { Handled::Yes } else { Handled::Recorded };
     let rarely = skips_odd(&engine, "c", Duration::from_secs(3_600));
     assert_eq!(ask(&rarely), (0..10).map(odd_recorded).collect::<Vec<_>>());
     rarely.save().unwrap();
