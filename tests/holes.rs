@@ -12,8 +12,8 @@ use common::{ArchivedNote, Note, PAGE, SEGMENT, segment_path, small, soon, until
 use corelane::consumer::{Batch, ConsumerError, GatePolicy, Sink, Start, outside};
 use corelane::scan::Store;
 use corelane::{
-    Aggregate, Bounded, Engine, GateOpenError, HandlerError, HistoryError, Key, Meta, Offset, OpenError, ReadError,
-    ShardId, Time, Version,
+    Aggregate, Bounded, Engine, GateOpenError, HandlerError, HistoryError, Key, Meta, Offset, OpenError, Position,
+    ReadError, ShardId, Time, Version,
 };
 use rkyv::{Archive, Deserialize, Serialize};
 
@@ -327,10 +327,10 @@ fn check_places(damaged: &Damaged, engine: &Engine<Total>) {
 
 /// A sink that holds what it was given, with its position.
 #[derive(Clone, Default)]
-struct Kept(Arc<Mutex<(Vec<u64>, Option<Offset>)>>);
+struct Kept(Arc<Mutex<(Vec<u64>, Option<Position>)>>);
 
 impl Sink<Note> for Kept {
-    fn position(&mut self, _: ShardId) -> Result<Option<Offset>, HandlerError> {
+    fn position(&mut self, _: ShardId) -> Result<Option<Position>, HandlerError> {
         Ok(self.0.lock().unwrap().1)
     }
 
@@ -391,7 +391,7 @@ fn check_followers(damaged: &Damaged) {
     until("all three have ended", || failures().iter().all(Option::is_some));
     assert!(!engine.drain_consumers(soon()), "nothing that failed is drained");
     for (name, failure) in names.iter().zip(failures()) {
-        let failure = failure.unwrap();
+        let failure = failure.unwrap().to_string();
         assert!(failure.contains(&format!("offset {}:", hole.offset())), "{name}: {failure}");
     }
     for (name, kept) in names.iter().zip([&many, &seen, &kept]) {
