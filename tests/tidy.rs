@@ -155,6 +155,7 @@ fn may_use(file: &str) -> Option<&'static [&'static str]> {
         "log/syncer.rs" => &["event", "error", "config", "sync", "clock", "metrics", "log", "producer"],
         // Recovery folds the log into states, from what is saved of them.
         "log/recovery.rs" => &["aggregate", "event", "error", "sync", "log", "snapshot"],
+        "log/unfit.rs" => &["error", "snapshot"],
         "log/fold.rs" => &["aggregate", "command", "error", "event", "keys", "log"],
         "log/reader.rs" => &["aggregate", "event", "error", "sync", "log", "OpenError"],
         "log/keeper.rs" => &["event", "error", "config", "sync", "clock", "metrics", "log", "snapshot"],

@@ -23,4 +23,5 @@ pub(crate) mod seal;
 pub(crate) mod segment;
 pub(crate) mod storage;
 pub(crate) mod syncer;
+mod unfit;
 pub(crate) mod writer;

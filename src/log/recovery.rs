@@ -25,6 +25,7 @@ use crate::log::repair::Repair;
 use crate::log::report::ShardRecovery;
 use crate::log::segment::Segment;
 use crate::log::storage::Storage;
+use crate::log::unfit::{EMPTY, Unfit};
 use crate::log::writer::Resume;
 use crate::snapshot::format::Unusable;
 use crate::snapshot::load::{self, Candidate};
@@ -90,22 +91,6 @@ type Torn = (usize, &'static str);
 /// A segment of the span; without a header, it was never begun.
 type Opened = (u64, Memory, Option<SegmentHeader>);
 
-/// Why a checkpoint is not used.
-struct Unfit {
-    why: Unusable,
-    /// There is nothing wrong with it: it is of a log that went on further, or had not begun.
-    is_sound: bool,
-    /// What it would be if the checkpoint is right: damage to the log.
-    damage: Option<Corruption>,
-}
-
-impl Unfit {
-    fn of(why: impl Into<Unusable>) -> Self {
-        Self { why: why.into(), is_sound: false, damage: None }
-    }
-}
-
-const EMPTY: Unfit = Unfit { why: Unusable::Damaged("the log had not begun"), is_sound: true, damage: None };
 /// What a panic is put down to.
 const UPGRADE: &str = "upgrade";
 const EVOLVE: &str = "evolve or an upcaster";
