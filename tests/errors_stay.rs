@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex};
 use common::{soon, until};
 use corelane::consumer::{Batch, Sink, Start};
 use corelane::{
-    Bounded, Event, EventLog, EventType, EventTypeId, HandlerError, Key, Offset, ReadError, ShardId, Stored, Time,
+    Bounded, Event, EventLog, EventType, EventTypeId, HandlerError, Key, Position, ReadError, ShardId, Stored, Time,
     Upcaster, Version,
 };
 use rkyv::rancor::{Error as Refusal, Source};
@@ -132,10 +132,10 @@ reading!(Sunk, SINK_REFUSES);
 
 /// A sink that goes on asking its batch after an error, and believes that what it got is all there is.
 #[derive(Clone, Default)]
-struct Careless(Arc<Mutex<(Vec<u64>, Option<Offset>)>>);
+struct Careless(Arc<Mutex<(Vec<u64>, Option<Position>)>>);
 
 impl Sink<Sunk> for Careless {
-    fn position(&mut self, _: ShardId) -> Result<Option<Offset>, HandlerError> {
+    fn position(&mut self, _: ShardId) -> Result<Option<Position>, HandlerError> {
         Ok(self.0.lock().unwrap().1)
     }
 
