@@ -100,12 +100,14 @@ pub trait Aggregate: Default + Stored {
     /// `meta.sequence` is always [`crate::Sequence::UNKNOWN`] here, since a key's history is read without its neighbours.
     ///
     /// A panic stops the shard; the event is then not part of the log. Where the event is read again, it is an error:
-    /// `OpenError::Panicked` of an opening, which leaves the store as it was, and `HistoryError::Panicked`.
+    /// `OpenError::Panicked` of an opening, which leaves the store as it was, and `HistoryError::Panicked`. Calls that would wait for
+    /// the engine are refused here, as in [`crate::Handler`].
     fn evolve(&mut self, event: &<Self::Event as Archive>::Archived, meta: &Meta);
 
     /// Decides on a command: gives out the events that carry it out, or says why not. Runs on the shard that owns the
     /// key, against its current state, so nothing can come in between. What it reads besides (clock, views) is its own
-    /// business: it is never run again.
+    /// business: it is never run again. Calls that would wait for the engine are refused, as in
+    /// [`crate::Handler`].
     ///
     /// # Errors
     /// The reason for refusing the command. No event of it is appended then.

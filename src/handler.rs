@@ -23,6 +23,9 @@ pub struct BatchEnd {
 }
 
 /// Code run on a shard's thread for every event, in append order. One instance per shard.
+///
+/// It may call the engine, and must not wait for it: the shard goes on only when it returns. A publish into a full lane is
+/// [`Full`](crate::Rejected::Full) at once, a call that would wait says `OnEngineThread`; `docs/services.md` has the table.
 pub trait Handler<E: Event>: Send {
     /// One event, just appended. It may not be durable yet.
     ///

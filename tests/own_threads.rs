@@ -620,7 +620,9 @@ fn a_consumer_s_handler_that_waits_for_a_checkpoint_does_not_hold_up_the_closing
     let rig = Rig::new(dir.path(), Place::Consumer, n);
     let (done, said) = channel();
     let called = Arc::clone(&rig);
+    let (entered_tx, entered) = channel();
     let hook: Hook = Box::new(move || {
+        entered_tx.send(()).unwrap();
         until("the engine closes", || {
             matches!(called.shared.try_publish(Key(1), Ping { n: 0 }), Err(Rejected::Closed(_)))
         });
@@ -634,8 +636,10 @@ fn a_consumer_s_handler_that_waits_for_a_checkpoint_does_not_hold_up_the_closing
         done.send(words).unwrap();
     });
     bring_about(&rig, Place::Consumer, n, hook);
+    // A consumer that is asked to stop begins nothing more.
+    entered.recv_timeout(Duration::from_secs(60)).unwrap();
     rig.engine.shutdown(soon()).unwrap();
-    let words = said.recv().unwrap();
+    let words = said.recv_timeout(Duration::from_secs(60)).unwrap();
     assert_eq!(words, ["Closed", "Closed", "Ok", "Closed", "NotSent Closed"]);
 }
 

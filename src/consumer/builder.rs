@@ -141,7 +141,7 @@ impl<E: Event> ConsumerBuilder<E> {
     }
 
     /// Starts it: `handler` is called for every event, each key's in order, at least once. It may fail, panic or take long; that is
-    /// nobody else's concern.
+    /// nobody else's concern. It may wait for the engine, and not for this very consumer: such a call says `OnEngineThread`.
     ///
     /// # Errors
     /// [`ConsumerError`]: a value out of range, a name that cannot be, a consumer that runs already, files that cannot be read.
