@@ -982,6 +982,8 @@ fn a_full_disk_refuses_a_new_partition_and_hands_its_first_event_back() {
     let engine = open_on(&storage, small(DIR)).unwrap();
     let mut gate = engine.gated("in", first_seen(), source).unwrap();
     drop(offer(&mut gate, 0, 5));
+    // So that the segment is there, whose span is a file too.
+    engine.flush(soon()).unwrap();
     storage.refuse_files(true);
     let refused = gate.offer(1, 7, Key::new(1), note(1, 7)).expect_err("its start is not recorded");
     assert!(refused.is_full(), "{refused:?}");

@@ -219,7 +219,7 @@ impl Storage for Files {
         match self.folder(dir) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             // A process that was killed may have made it and not come to its sync.
-            found => return found.and_then(|_| Ok(fsync(&*self.place(dir)?.0)?)),
+            found => return found.and_then(|_| synced(fsync(&*self.place(dir)?.0).map_err(io::Error::from))),
         }
         // The root is there, so this ends.
         self.create_dir(dir.parent().unwrap_or(&self.root))?;
