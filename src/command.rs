@@ -442,7 +442,13 @@ impl<A: Aggregate> ClientLane<A> {
     }
 
     /// Waits until command `number` is answered.
+    #[inline]
     fn await_answer(&self, number: u64, wait: Wait, deadline: Option<Instant>) -> Result<(), WaitError> {
+        if self.shared.appended_count() >= number { Ok(()) } else { self.wait_for_answer(number, wait, deadline) }
+    }
+
+    #[cold]
+    fn wait_for_answer(&self, number: u64, wait: Wait, deadline: Option<Instant>) -> Result<(), WaitError> {
         let answered = || match self.shared.appended_count() >= number {
             true => Some(Ok(())),
             false => self.door.log.failure().map(|failure| Err(failure.clone().into())),

@@ -1,10 +1,15 @@
 //! One error enum per family of operations. Errors carry facts, not sentences to parse.
 
+mod code_panic;
+
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use crate::event::{EventTypeId, Offset, Root, ShardId};
+
+pub use code_panic::{CodePanic, PanickedEvent};
+pub(crate) use code_panic::{guard, panic_text};
 
 /// A configuration that cannot be used, found by [`crate::Config::validate`].
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -259,66 +264,6 @@ impl OpenError {
         let (stored_align, declared_align) = (stored.align, declared.align);
         Self::RejectionLayout { shard, stored: stored.bytes, stored_align, declared: declared.bytes, declared_align }
     }
-}
-
-/// Code of the program panicked where the engine reads what is stored: while a store is opened or its history is read.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[non_exhaustive]
-pub struct CodePanic {
-    /// Which code: `evolve or an upcaster`, `upgrade`, `a view`, `the factory of a handler`.
-    pub code: &'static str,
-    /// The shard.
-    pub shard: ShardId,
-    /// The event that was being read, if it was one.
-    pub event: Option<PanickedEvent>,
-    /// What the panic said.
-    pub message: String,
-}
-
-/// The event at which code of the program panicked.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct PanickedEvent {
-    /// Where its record begins.
-    pub offset: Offset,
-    /// Its key.
-    pub key: crate::event::Key,
-    /// Its type.
-    pub event_type: EventTypeId,
-}
-
-impl std::fmt::Display for CodePanic {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { code, shard, event, message } = self;
-        match event {
-            Some(PanickedEvent { offset, key, event_type }) => {
-                write!(
-                    f,
-                    "shard {shard}, offset {offset}: {code} panicked at an event of key {key}, type {event_type}: {message}"
-                )
-            }
-            None => write!(f, "shard {shard}: {code} panicked: {message}"),
-        }
-    }
-}
-
-/// Runs code of the program; a panic of it becomes an error.
-pub(crate) fn guard<T>(code: &'static str, shard: ShardId, body: impl FnOnce() -> T) -> Result<T, CodePanic> {
-    std::panic::catch_unwind(std::panic::AssertUnwindSafe(body)).map_err(|panic| CodePanic {
-        code,
-        shard,
-        event: None,
-        message: panic_text(&*panic),
-    })
-}
-
-/// What a panic said.
-pub(crate) fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
-    panic
-        .downcast_ref::<&str>()
-        .map(|text| (*text).to_owned())
-        .or_else(|| panic.downcast_ref::<String>().cloned())
-        .unwrap_or_else(|| "no text".to_owned())
 }
 
 /// Damage in the middle of a log: bytes that were once durable and no longer hold, or are missing.

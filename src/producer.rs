@@ -338,16 +338,30 @@ impl Bounds {
 
     #[inline]
     pub(crate) fn check<E: Event>(&mut self, event: E) -> Result<E, Rejected<E>> {
-        let event = declared(event)?;
-        let fits = match &mut self.trial {
-            None => size_of::<E::Archived>() <= self.bytes_max,
-            Some((out, scratch)) => {
-                // The log archives at 16-aligned places, so the trial must too.
-                let skip = out.as_ptr().align_offset(16);
-                event.encode(&mut out[skip..skip + self.bytes_max], scratch).is_some()
+        if self.accepts(&event) { Ok(event) } else { Err(self.refusal(event)) }
+    }
+
+    /// Whether the event can be read again and fits.
+    #[inline(always)]
+    fn accepts<E: Event>(&mut self, event: &E) -> bool {
+        is_declared::<E>(event.event_type())
+            && match &mut self.trial {
+                None => size_of::<E::Archived>() <= self.bytes_max,
+                Some((out, scratch)) => {
+                    // The log archives at 16-aligned places, so the trial must too.
+                    let skip = out.as_ptr().align_offset(16);
+                    event.encode(&mut out[skip..skip + self.bytes_max], scratch).is_some()
+                }
             }
-        };
-        if fits { Ok(event) } else { Err(Rejected::TooLarge { event, bytes_max: self.bytes_max }) }
+    }
+
+    /// Why an event was not accepted.
+    #[cold]
+    fn refusal<E: Event>(&self, event: E) -> Rejected<E> {
+        match declared(event) {
+            Ok(event) => Rejected::TooLarge { event, bytes_max: self.bytes_max },
+            Err(undeclared) => undeclared,
+        }
     }
 }
 
@@ -417,7 +431,9 @@ impl<E: Event> Producer<E> {
         late: Lateness,
         patience: Patience,
     ) -> Result<Receipt, Rejected<E>> {
-        let event = self.bounds.check(event)?;
+        if !self.bounds.accepts(&event) {
+            return Err(self.bounds.refusal(event));
+        }
         self.push_checked(key, event, published, late, patience)
     }
 

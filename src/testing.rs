@@ -124,7 +124,11 @@ impl FaultyStorage {
         disk.durable_names.clear();
         for (_, file) in disk.files.iter().filter(|(path, _)| grows(path)) {
             match file {
-                File::Small(content) => lock(content).1.clear(),
+                File::Small(content) => {
+                    let (_, durable, is_dirty) = &mut *lock(content);
+                    durable.clear();
+                    *is_dirty = true;
+                }
                 File::Segment(heap) => lock(&heap.durable).fill(0),
             }
         }

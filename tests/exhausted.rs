@@ -5,6 +5,8 @@
 mod common;
 
 use std::fs::File;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use common::bank::{Account, Money};
@@ -128,7 +130,7 @@ fn whatever_is_exhausted_at_any_operation_everything_goes_on_when_it_is_back() {
         for _ in 0..8 {
             scope.spawn(|| {
                 loop {
-                    let n = next.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
+                    let n = next.fetch_add(1, Ordering::SeqCst);
                     if n > 64 {
                         break;
                     }
@@ -171,22 +173,31 @@ fn a_process_without_descriptors_is_backpressure_and_goes_on_when_some_are_free(
     let count = std::sync::Arc::clone(&handled);
     let builder = engine.consumer("c").checkpoint_every(Duration::from_millis(1));
     let consumer = builder.start(move |_: &ArchivedNote, _: &Meta| {
-        count.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
+        count.fetch_add(1, Ordering::SeqCst);
         Ok(())
     });
     let consumer = consumer.unwrap();
     let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
     let low = rustix::process::Rlimit { current: Some(64), maximum: limit.maximum };
     rustix::process::setrlimit(rustix::process::Resource::Nofile, low).unwrap();
-    let mut taken = Vec::new();
-    let error = loop {
-        match File::open("/dev/null") {
-            Ok(file) => taken.push(file),
-            Err(error) => break error,
-        }
-    };
-    assert_eq!(error.raw_os_error(), Some(Errno::MFILE.raw_os_error()));
-    let accepted = fill(&engine, 0);
+    // Whatever the engine lets go of meanwhile is taken too.
+    let (taken, is_over) = (Mutex::new(Vec::new()), AtomicBool::new(false));
+    let accepted = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !is_over.load(Ordering::SeqCst) {
+                match File::open("/dev/null") {
+                    Ok(file) => taken.lock().unwrap().push(file),
+                    Err(error) => {
+                        assert_eq!(error.raw_os_error(), Some(Errno::MFILE.raw_os_error()));
+                        std::thread::sleep(Duration::from_micros(50));
+                    }
+                }
+            }
+        });
+        let accepted = fill(&engine, 0);
+        is_over.store(true, Ordering::SeqCst);
+        accepted
+    });
     let shard = engine.shard_metrics().remove(0);
     let why = shard.storage_full_why.unwrap();
     assert!(shard.storage_full && why.contains("Too many open files"), "{why}");
@@ -197,7 +208,7 @@ fn a_process_without_descriptors_is_backpressure_and_goes_on_when_some_are_free(
     engine.flush(soon()).unwrap();
     assert_eq!(numbers(&engine), (0..accepted).collect::<Vec<_>>());
     assert!(consumer.drain(soon()));
-    assert_eq!(handled.load(std::sync::atomic::Ordering::SeqCst), accepted);
+    assert_eq!(handled.load(Ordering::SeqCst), accepted);
     consumer.save().unwrap();
     until("nothing waits", || !engine.shard_metrics()[0].storage_full);
     engine.shutdown(soon()).unwrap();

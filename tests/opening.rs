@@ -835,8 +835,10 @@ fn no_field_of_a_consumers_or_a_gates_position_makes_opening_panic_or_change_an_
         field("position", 16, 8),
         field("read", 24, 8),
         field("effects from", 32, 8),
-        field("unfinished", 40, 4),
-        field("position of shard 1", 48, 8),
+        field("position where it began", 40, 8),
+        field("unfinished", 48, 4),
+        field("store", 56, 8),
+        field("position of shard 1", 96, 8),
     ];
     let gate = [
         field("format", 8, 4),

@@ -60,6 +60,7 @@ fn may_use(file: &str) -> Option<&'static [&'static str]> {
         "bounded.rs" => &[],
         "event.rs" => &["bounded", "event", "Config", "sync"],
         "error.rs" => &["event", "Config"],
+        "error/code_panic.rs" => &["event"],
         "clock.rs" => &["event"],
         "config.rs" => &["error", "sync"],
         "sync.rs" => &["config"],
