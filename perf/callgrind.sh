@@ -12,10 +12,11 @@
 # examples/hotpath.rs is run once for each figure with N events and once with 2N; the difference, divided by N, is the cost
 # of one event, so that starting, opening and recovering do not count. Only these functions count, with what they call:
 #
-#   turn             Shard::turn, fed with batches            read        Reader::next over what this process wrote
-#   publish_batch    Producer::publish_batch                  recovered   Reader::next over what was there before
-#   publish          Producer::publish, one event a call      send        Client::send(…).ticket()
-#   turn_commands    Shard::turn, fed with commands           claim       Client::answer(…).wait()
+#   batch       Producer::publish_batch and the Shard::turn that it feeds
+#   publish     Producer::publish, one event a call
+#   command     Client::send(…).ticket(), the Shard::turn that it feeds, and Client::answer(…).wait()
+#   read        Reader::next over what this process wrote
+#   recovered   Reader::next over what was there before
 #
 # exit: 0 within the limits   1 above one   2 the counting itself failed
 set -euo pipefail
@@ -66,29 +67,29 @@ inclusive() {
 }
 
 figures=()
-# Counts in the mode $1 the figures that follow, each as FIGURE=FUNCTION.
+# Counts, in the mode $2 of the example, the functions that follow, and what they come to as the figure $1.
 count() {
-    local mode=$1 figure functions=() once twice
-    shift
-    for figure in "$@"; do functions+=("${figure#*=}"); done
-    run "$mode" $EVENTS "${functions[@]//Shard<A>::turn/Shard*turn}"
-    run "$mode" $((2 * EVENTS)) "${functions[@]//Shard<A>::turn/Shard*turn}"
-    for figure in "$@"; do
-        once=$(inclusive "$mode" $EVENTS "${figure#*=}") twice=$(inclusive "$mode" $((2 * EVENTS)) "${figure#*=}")
+    local figure=$1 mode=$2 function once twice parts=() sum=0
+    shift 2
+    run "$mode" $EVENTS "${@//Shard<A>::turn/Shard*turn}"
+    run "$mode" $((2 * EVENTS)) "${@//Shard<A>::turn/Shard*turn}"
+    for function in "$@"; do
+        once=$(inclusive "$mode" $EVENTS "$function") twice=$(inclusive "$mode" $((2 * EVENTS)) "$function")
         # A function that was renamed, or inlined into its caller, would silently count as nothing.
-        [ -n "$once" ] && [ -n "$twice" ] || fail "${figure#*=} is not in the profile: inlined or renamed? Give it #[inline(never)]"
-        figures+=("${figure%%=*} $(awk -v a="$once" -v b="$twice" -v n=$EVENTS 'BEGIN { printf "%.1f", (b - a) / n }')")
+        [ -n "$once" ] && [ -n "$twice" ] || fail "$function is not in the profile: inlined or renamed? Give it #[inline(never)]"
+        sum=$((sum + twice - once))
+        parts+=("$function $(awk -v a=$((twice - once)) -v n=$EVENTS 'BEGIN { printf "%.1f", a / n }')")
     done
+    figures+=("$figure $(awk -v a=$sum -v n=$EVENTS 'BEGIN { printf "%.1f", a / n }')")
+    printf '  %s (%s)\n' "${figures[-1]}" "$(IFS=,; echo "${parts[*]}")"
 }
 
-count batch 'turn=Shard<A>::turn' publish_batch=publish_batch_counted
-count publish publish=publish_counted
-count command 'turn_commands=Shard<A>::turn' send=send_counted claim=claim_counted
-count read read=read_counted
-count recovered recovered=read_counted
-
 echo "instructions per event:"
-printf '  %s\n' "${figures[@]}"
+count batch batch 'Shard<A>::turn' publish_batch_counted
+count publish publish publish_counted
+count command command 'Shard<A>::turn' send_counted claim_counted
+count read read read_counted
+count recovered recovered read_counted
 echo "measured with: $(rustc --version), $(valgrind --version), profile $PROFILE, OsCache, 1 shard, 48-byte events, 10,000 users"
 
 if [ $top = 1 ]; then

@@ -365,6 +365,14 @@ impl Bounds {
     }
 }
 
+/// What did not go into a lane.
+enum NotPushed<E> {
+    /// Nobody may enter any more.
+    Closed(E),
+    /// There is no room now.
+    Full(Slot<E>),
+}
+
 /// Hands an event back whose type could not be read again.
 #[inline(always)]
 fn declared<E: Event>(event: E) -> Result<E, Rejected<E>> {
@@ -464,29 +472,13 @@ impl<E: Event> Producer<E> {
         late: Lateness,
         patience: Patience,
     ) -> Result<Receipt, Rejected<E>> {
-        let wait = self.wait;
         // Where there is one, nothing is routed.
         let shard = if let [_] = &self.lanes[..] { 0 } else { usize::from(key.shard(self.lanes.len() as u16).0) };
         let lane = &mut self.lanes[shard];
-        let mut slot = Slot::new(key, published, late, event);
-        let mut idle = Idle::new(wait);
-        loop {
-            let Some(inside) = lane.shared.enter() else { return Err(lane.door.refusal(slot.event)) };
-            match lane.ring.push(slot) {
-                Ok(()) => {
-                    lane.published += 1;
-                    lane.shared.published.store(lane.published, Ordering::Relaxed);
-                    drop(inside);
-                    lane.door.signal.notify();
-                    return Ok(lane.receipt());
-                }
-                Err(rtrb::PushError::Full(back)) => slot = back,
-            }
-            drop(inside);
-            if patience.is_over() {
-                return Err(lane.door.full(slot.event));
-            }
-            lane.await_room(&mut idle, patience);
+        match lane.try_push(Slot::new(key, published, late, event)) {
+            Ok(receipt) => Ok(receipt),
+            Err(NotPushed::Closed(event)) => Err(lane.door.refusal(event)),
+            Err(NotPushed::Full(slot)) => lane.push_when_there_is_room(slot, self.wait, patience),
         }
     }
 
@@ -627,6 +619,43 @@ impl<E> Lane<E> {
     #[inline]
     fn receipt(&self) -> Receipt {
         Receipt::new(Arc::clone(&self.shared), self.published)
+    }
+
+    #[inline(always)]
+    fn try_push(&mut self, slot: Slot<E>) -> Result<Receipt, NotPushed<E>> {
+        let Some(inside) = self.shared.enter() else { return Err(NotPushed::Closed(slot.event)) };
+        match self.ring.push(slot) {
+            Ok(()) => {
+                self.published += 1;
+                self.shared.published.store(self.published, Ordering::Relaxed);
+                drop(inside);
+                self.door.signal.notify();
+                Ok(self.receipt())
+            }
+            Err(rtrb::PushError::Full(slot)) => Err(NotPushed::Full(slot)),
+        }
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn push_when_there_is_room(
+        &mut self,
+        mut slot: Slot<E>,
+        wait: Wait,
+        patience: Patience,
+    ) -> Result<Receipt, Rejected<E>> {
+        let mut idle = Idle::new(wait);
+        loop {
+            if patience.is_over() {
+                return Err(self.door.full(slot.event));
+            }
+            self.await_room(&mut idle, patience);
+            slot = match self.try_push(slot) {
+                Ok(receipt) => return Ok(receipt),
+                Err(NotPushed::Closed(event)) => return Err(self.door.refusal(event)),
+                Err(NotPushed::Full(slot)) => slot,
+            };
+        }
     }
 
     #[cold]
