@@ -115,6 +115,7 @@ impl Checkpoint {
         out.extend((self.shards.len() as u16).to_le_bytes());
         out.extend([0; 2]);
         for shard in &self.shards {
+            assert_eq!(shard.is_impossible(), None, "it could not be read again: {shard:?}");
             out.extend(shard.position.0.to_le_bytes());
             out.extend(shard.read.0.to_le_bytes());
             out.extend(shard.effects_from.0.to_le_bytes());

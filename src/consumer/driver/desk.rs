@@ -183,7 +183,7 @@ impl<E: Event> Desk<E> {
             read += 1;
         }
         if self.reader.offset() > from {
-            self.lanes.read_up_to(self.reader.offset());
+            self.read_up_to_here();
             read = read.max(1);
         }
         self.is_stuck = unread.is_err();
@@ -191,6 +191,21 @@ impl<E: Event> Desk<E> {
         let comes_first = read > 0 || self.lanes.ready() > 0 || self.lanes.statistics().running > 0;
         unread.or_else(|error| if comes_first { Ok(()) } else { Err(error) })?;
         Ok(read)
+    }
+
+    /// What was read is offered, handled, or of a type that is not wanted.
+    fn read_up_to_here(&mut self) {
+        let here = self.reader.offset();
+        self.lanes.read_up_to(here);
+        if let Some((read, unfinished)) = &mut self.restored {
+            // Of a type that was wanted in the last life, and is not now.
+            while unfinished.front().is_some_and(|first| *first < here) {
+                unfinished.pop_front();
+            }
+            if here >= *read {
+                self.restored = None;
+            }
+        }
     }
 
     /// The next event that the consumer wants. `None`: there is none, or none among very many; ask again.
@@ -255,7 +270,7 @@ impl<E: Event> Desk<E> {
             handled += 1;
         }
         if self.reader.offset() > from {
-            self.lanes.read_up_to(self.reader.offset());
+            self.read_up_to_here();
             self.lanes.handled_at_rest(handled);
         }
         Ok((handled, failed))
