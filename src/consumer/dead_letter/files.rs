@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use crate::error::OpenError;
 use crate::log::format::u32_at;
-use crate::log::storage::{SideFile, Storage};
+use crate::log::storage::{SideFile, Storage, is_exhausted};
 
 use super::answer::LettersError;
 use super::format::{ALIGN, Change, FILE_HEADER_BYTES, FileEnd, FileHeader, HeaderFault, StoredEntry};
@@ -212,31 +212,45 @@ pub(super) fn load(
     known: FileEnd,
     each: impl FnMut(&Noted),
 ) -> Result<Loaded, OpenError> {
-    let loaded = load_all(storage, dir, access, each)?;
+    let loaded = load_all(storage, dir, each)?;
     let end = loaded.end();
     if end < known {
         let at = if end.number == known.number { end.bytes } else { 0 };
         let why = "letters that were durable are gone: the file is missing, or ends too early";
         return Err(OpenError::DamagedFile { path: path(dir, known.number), at, why });
     }
+    if let (Access::Own, Some((&number, held))) = (access, loaded.files.last_key_value()) {
+        let from = if number == known.number { known.bytes } else { 0 };
+        let settled = settle(storage, dir, number, held, from);
+        settled.map_err(|source| OpenError::Io { action: "syncing", path: path(dir, number), source })?;
+        storage.sync_dir(dir).map_err(|source| OpenError::Io { action: "syncing", path: dir.to_owned(), source })?;
+    }
     Ok(loaded)
 }
 
-fn load_all(
-    storage: &dyn Storage,
-    dir: &Path,
-    access: Access,
-    mut each: impl FnMut(&Noted),
-) -> Result<Loaded, OpenError> {
+/// Makes a file durable. What stands in it from `from` on is written once more, the same bytes: after a kill it may be in the system's
+/// cache only, and after a failed sync marked as written there.
+fn settle(storage: &dyn Storage, dir: &Path, number: u32, held: &Held, from: u64) -> io::Result<()> {
+    let file = storage.edit_side(&path(dir, number))?;
+    let (mut at, mut bytes) = (from, Vec::new());
+    while at < held.bytes {
+        bytes.resize((held.bytes - at).min(WINDOW_BYTES as u64) as usize, 0);
+        held.handle.read_at(at, &mut bytes)?;
+        match file.write_at(at, &bytes) {
+            // The same bytes are there already.
+            Err(error) if is_exhausted(&error) => {}
+            written => written?,
+        }
+        at += bytes.len() as u64;
+    }
+    file.sync()
+}
+
+fn load_all(storage: &dyn Storage, dir: &Path, mut each: impl FnMut(&Noted)) -> Result<Loaded, OpenError> {
     let numbers = numbers(storage, dir)?;
     let Some(&highest) = numbers.last() else { return Ok(Loaded { files: BTreeMap::new(), next_number: 1 }) };
     let mut files = BTreeMap::new();
     let mut link = newest(storage, dir, &numbers)?;
-    if let (Access::Own, Some((number, _, held))) = (access, &link) {
-        let io = |action, path| move |source| OpenError::Io { action, path, source };
-        held.handle.sync().map_err(io("syncing", path(dir, *number)))?;
-        storage.sync_dir(dir).map_err(io("syncing", dir.to_owned()))?;
-    }
     let mut is_complete = false;
     while let Some((number, header, held)) = link.take() {
         is_complete = header.is_complete;

@@ -662,3 +662,32 @@ fn after_compaction_what_is_known_to_be_durable_is_the_new_file() {
     assert_damaged(open_known(&disk_of(&files), durable), "the new one is gone");
     assert_eq!(durable, FileEnd { number: 2, bytes: disk.files()[&file(2)].len() as u64 });
 }
+
+#[test]
+fn what_an_opening_found_behind_a_failed_sync_is_there_after_a_power_cut() {
+    // The failed batch begins a file, or stands behind one that was durable.
+    for durable_batches in 0..2 {
+        let disk = FaultyStorage::new();
+        let mut letters = opened(&disk);
+        let mut model = Model::default();
+        for offset in 0..durable_batches {
+            write(&mut letters, &[Op::Park(1, offset)]).expect("written");
+            model.apply(&Op::Park(1, offset));
+        }
+        let known = letters.durable();
+        disk.fail_sync(1);
+        write(&mut letters, &[Op::Park(1, 10)]).expect_err("the sync fails");
+        drop(letters);
+        model.apply(&Op::Park(1, 10));
+        let mut letters = open_known(&disk, known).expect("opens");
+        model.check(&letters);
+        let found = letters.durable();
+        let lost = disk.after_crash(Unsynced::Lost);
+        model.check(&open_known(&lost, found).expect("what was found is there"));
+        // A file that goes on from it names its end.
+        write(&mut letters, &[Op::Park(1, 20)]).expect("written");
+        model.apply(&Op::Park(1, 20));
+        let lost = disk.after_crash(Unsynced::Lost);
+        model.check(&open_known(&lost, letters.durable()).expect("so is what came behind it"));
+    }
+}
