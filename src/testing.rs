@@ -346,8 +346,10 @@ impl SideFile for Side {
         let mut disk = self.0.answering();
         disk.syncs += 1;
         let (live, durable, is_dirty) = &mut *lock(&self.1);
-        let was_dirty = std::mem::take(is_dirty);
-        if disk.is_gone() || disk.fail_sync_at == Some(disk.syncs) {
+        // Who was killed has asked for nothing.
+        let is_gone = disk.is_gone();
+        let was_dirty = !is_gone && std::mem::take(is_dirty);
+        if is_gone || disk.fail_sync_at == Some(disk.syncs) {
             return Err(io::Error::other("injected failure of a sync"));
         }
         if was_dirty {

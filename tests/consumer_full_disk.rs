@@ -72,7 +72,8 @@ fn a_checkpoint_that_cannot_be_written_holds_retention_and_no_event() {
     let begun = consumer.report().positions[0];
     // Where the new checkpoint is to be written, nothing can be.
     let obstacle = dir.path().join("consumers/c/checkpoint.new");
-    std::fs::create_dir(&obstacle).unwrap();
+    // The consumer may be about to write its first one there.
+    until("the obstacle stands", || std::fs::create_dir(&obstacle).is_ok());
     assert_eq!(publish(&engine, 0, 200), 200);
     engine.flush(soon()).unwrap();
     assert!(consumer.drain(soon()));

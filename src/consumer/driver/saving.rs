@@ -44,11 +44,9 @@ impl<E: Event> Desk<E> {
             self.seen = if here.last().0.0 > 0 { here } else { self.seen };
         }
         let restored = self.restored.as_ref();
-        // What of the last life is still unread counts on, after what was read of it. (What the reader has passed without offering it
-        // is of a type that is no longer wanted.)
-        let rest = restored.into_iter().flat_map(|(_, unfinished)| unfinished.iter().copied());
-        let rest = rest.filter(move |at| *at >= read);
+        // What of the last life is still unread counts on, after what was read of it.
         let read = restored.map_or(read, |(restored, _)| read.max(*restored));
+        let rest = restored.into_iter().flat_map(|(_, unfinished)| unfinished.iter().copied());
         Progress::new(position, read, self.effects_from, (self.began, self.seen), self.lanes.unfinished().chain(rest))
     }
 
