@@ -5,7 +5,8 @@ mod common;
 
 use common::{Note, open_on, os_cache, small, soon, until};
 use corelane::consumer::{
-    ConsumerError, DeadLetterPolicy, HealthPolicy, Judgement, LetterStatistics, Poller, Start, WhenFull, WriteRefused,
+    ConsumerError, DeadLetterPolicy, HealthPolicy, Judgement, LetterStatistics, Letters, Poller, Start, WhenFull,
+    WriteRefused,
 };
 use corelane::testing::{FaultyStorage, Unsynced};
 use corelane::{Config, EventLog, HandlerError, Key, OpenError};
@@ -168,4 +169,66 @@ fn the_file_of_a_letter_is_missed_as_soon_as_the_letter_counts() {
     assert!(report.failure.is_some() && report.letters == LetterStatistics::default());
     let text = corelane::consumer::prometheus(&[report]);
     assert!(!text.contains("dead_letters{"), "nobody knows how many: {text}");
+}
+
+#[test]
+fn a_letter_that_is_discarded_before_the_checkpoint_names_its_file_parks_its_key_no_more() {
+    let mut discarded = 0;
+    for n in 1.. {
+        let storage = FaultyStorage::new();
+        let engine = open_on(&storage, small("/s")).unwrap();
+        publish(&engine, 0..1);
+        engine.flush(soon()).unwrap();
+        let mut poller = judging(&engine, Judgement::Park);
+        let delivery = poller.next().unwrap().unwrap();
+        poller.failed(delivery, "down").unwrap();
+        storage.fail_operation(n);
+        let saved = poller.save();
+        storage.fail_operation(1 << 60);
+        if saved.is_ok() {
+            break;
+        }
+        discarded += poller.discard(Letters::All).unwrap();
+        poller.save().unwrap();
+        // Where it was no letter yet, it is one now.
+        poller.discard(Letters::All).unwrap();
+        publish(&engine, 0..1);
+        let delivery = poller.next().unwrap();
+        assert!(delivery.is_some(), "failed at operation {n}: the key is live");
+        poller.succeeded(delivery.unwrap()).unwrap();
+    }
+    assert!(discarded > 0, "it was written, and the checkpoint was not");
+}
+
+#[test]
+fn an_event_behind_a_letter_that_is_discarded_before_its_file_is_named_is_not_handled_too() {
+    let mut both = 0;
+    for n in 1..20 {
+        let storage = FaultyStorage::new();
+        let engine = open_on(&storage, small("/s")).unwrap();
+        publish(&engine, 0..1);
+        engine.flush(soon()).unwrap();
+        let mut poller = judging(&engine, Judgement::Park);
+        let delivery = poller.next().unwrap().unwrap();
+        poller.failed(delivery, "down").unwrap();
+        drop(poller);
+        publish(&engine, 0..1);
+        engine.flush(soon()).unwrap();
+        let mut poller = judging(&engine, Judgement::Park);
+        // Reads it and writes it behind the first.
+        storage.fail_operation(n);
+        assert!(poller.next().unwrap().is_none());
+        storage.fail_operation(1 << 60);
+        let discarded = poller.discard(Letters::All).unwrap();
+        both += u64::from(discarded == 2 && poller.report().write_failures.1 > 0);
+        poller.save().unwrap();
+        let mut handled = 0;
+        while let Some(delivery) = poller.next().unwrap() {
+            poller.succeeded(delivery).unwrap();
+            handled += 1;
+        }
+        assert_eq!(discarded + handled, 2, "failed at operation {n}: each ends once");
+        assert_eq!(poller.report().waiting(), 0, "failed at operation {n}");
+    }
+    assert!(both > 0, "it was written, and the checkpoint was not");
 }

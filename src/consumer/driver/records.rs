@@ -236,8 +236,13 @@ impl<E: Event> Driver<E> {
         // Before their events end: else the file could be taken away, and nobody would miss it.
         self.name_letters()?;
         for _ in 0..count {
-            let Some(Unwritten { desk, record, .. }) = self.unwritten.pop_front() else { break };
+            let Some(Unwritten { desk, record, letter }) = self.unwritten.pop_front() else { break };
+            let is_parked = record.kind() != RecordKind::Skipped;
             self.desks[desk].lanes.recorded(record);
+            if is_parked && !self.letters.waits(letter.key, letter.id) {
+                // It was written when the checkpoint could not be, and discarded since.
+                self.unpark(letter.id, letter.key, 1);
+            }
         }
         Ok(count)
     }
@@ -305,7 +310,10 @@ impl<E: Event> Driver<E> {
     /// Events that were to be recorded behind letters which are gone by now: they run.
     fn let_go_of_unparked(&mut self) {
         let behind = |unwritten: &Unwritten| unwritten.record.kind() == RecordKind::ParkedBehind;
-        let is_live = |unwritten: &Unwritten| self.letters.oldest_of(unwritten.letter.key).is_none();
+        let is_live = |Unwritten { letter, .. }: &Unwritten| {
+            // One that was a letter already, and is discarded, has ended.
+            self.letters.oldest_of(letter.key).is_none() && !self.letters.has(letter.key, letter.id)
+        };
         if !self.unwritten.iter().any(|unwritten| behind(unwritten) && is_live(unwritten)) {
             return;
         }
