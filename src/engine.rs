@@ -43,7 +43,7 @@ use build::{Context, own as own_of};
 use closing::{Closing, ClosingShard};
 pub use consumers::SyncError;
 pub use history::Comparison;
-use open::{Changes, Standing, StoreLock, load_manifest, open_files, recover};
+use open::{Changes, Standing, StoreLock, load_manifest, logs_of, open_files, recover};
 use threads::{Crew, Threads};
 
 /// An engine that carries events and keeps no states.
@@ -201,7 +201,7 @@ impl<A: Aggregate> Engine<A> {
         let mut recovered = recover::<A>(&storage, &config, &manifest, standing, &mut threads)?;
         let ends: Vec<Offset> = recovered.iter().map(|shard| shard.report.end).collect();
         let consumers = cut_all(&*storage, &config.dir, manifest.store_id, &ends)?;
-        let holds = gated::holds(&storage, &config.dir, &ends)?;
+        let holds = gated::holds(&storage, (&config.dir, manifest.store_id), &logs_of(&config, &manifest, &recovered))?;
         let own = recovered.iter().enumerate();
         let own = own.map(|(i, recovered)| own_of(&config, factories, views, ShardId(i as u16), recovered));
         let own: Vec<_> = own.collect::<Result<_, _>>()?;

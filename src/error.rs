@@ -495,6 +495,9 @@ pub enum GateError {
     /// The positions could not be saved. The older ones stay.
     #[error(transparent)]
     Positions(OpenError),
+    /// The log could not be read up to where positions are to be saved. The older ones stay.
+    #[error(transparent)]
+    Read(ReadError),
     /// What was published did not become durable.
     #[error(transparent)]
     Wait(WaitError),

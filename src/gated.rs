@@ -25,9 +25,11 @@ use crate::clock::{Clock, Nanos, wall_now};
 use crate::consumer::GateStart;
 use crate::consumer::{Ahead, GateStatistics, Offered, Released, SequenceGate};
 use crate::error::{GateError, OpenError, Rejected};
-use crate::event::{Event, Key, Offset};
+use crate::event::{Event, Key};
 use crate::flush::flush_shard;
 use crate::log::keeper::KeeperRequests;
+use crate::log::position::Position;
+use crate::log::reader::Reader;
 use crate::log::storage::Lock;
 use crate::log::syncer::SyncRequests;
 use crate::producer::{Producer, Receipt, ShardDoor};
@@ -70,9 +72,13 @@ enum Front<E> {
 }
 
 /// What a gate needs of a shard.
-pub(crate) struct GatedShard {
+pub(crate) struct GatedShard<E: Event> {
     pub(crate) door: std::sync::Arc<ShardDoor>,
     pub(crate) syncer: std::sync::Arc<SyncRequests>,
+    /// Moves over what is durable whenever positions are saved.
+    pub(crate) trail: Reader<E>,
+    /// Where it stood the last time. Retention frees nothing behind it, so the trail always reads on.
+    pub(crate) counted: Position,
 }
 
 /// A gate's connections.
@@ -81,7 +87,7 @@ pub(crate) struct Parts<E: Event> {
     pub(crate) gate: SequenceGate<u64, (Key, E)>,
     pub(crate) files: GateFiles,
     pub(crate) name: TakenName,
-    pub(crate) shards: Vec<GatedShard>,
+    pub(crate) shards: Vec<GatedShard<E>>,
     pub(crate) clock: Clock,
     pub(crate) keeper: std::sync::Arc<KeeperRequests>,
     /// The gate writes files of the store, also when its engine is gone.
@@ -243,20 +249,25 @@ impl<E: Event> GatedProducer<E> {
     /// comes behind it, and retention may free what lies before it.
     ///
     /// # Errors
-    /// `Wait` where a shard failed or the deadline passed; `Positions` where they could not be written. The older ones stay.
+    /// `Wait` where a shard failed or the deadline passed; `Positions` where they could not be written, `Read` where the log could not
+    /// be read. The older ones stay.
     pub fn save(&mut self, deadline: Option<Instant>) -> Result<(), GateError> {
         self.flush(deadline)?;
-        let counted: Vec<u64> = self.parts.shards.iter().map(|shard| shard.door.log.durable.get()).collect();
-        self.save_counted(counted)
+        for shard in &mut self.parts.shards {
+            while shard.trail.ahead(|_| false).map_err(GateError::Read)?.is_some() {}
+            shard.counted = shard.trail.position_after(&shard.counted);
+        }
+        self.save_counted()
     }
 
-    /// Saves where the partitions stand, all of it being in the log before these offsets, or in gaps.
-    pub(crate) fn save_counted(&mut self, counted: Vec<u64>) -> Result<(), GateError> {
+    /// Saves where the partitions stand, all of it being in the log before the shards' positions, or in gaps.
+    pub(crate) fn save_counted(&mut self) -> Result<(), GateError> {
+        let counted = self.parts.shards.iter().map(|shard| shard.counted).collect();
         let positions = Positions { counted, standings: self.standings() };
         self.parts.files.save(&positions).map_err(GateError::Positions)?;
-        for (shard, offset) in self.parts.shards.iter().zip(positions.counted) {
+        for shard in &self.parts.shards {
             let (holds, name) = (&shard.door.log.holds, hold_name(&self.parts.name.name));
-            holds.hold(&name, Offset(offset), &self.parts.keeper);
+            holds.hold(&name, shard.counted.offset(), &self.parts.keeper);
         }
         Ok(())
     }

@@ -852,7 +852,7 @@ fn nine_gaps() -> FaultyStorage {
 #[test]
 fn a_record_that_was_cut_or_removed_is_damage_and_nothing_else_is_written_there() {
     let storage = nine_gaps();
-    let entries = |count: usize| 16 + count * 48;
+    let entries = |count: usize| 24 + count * 48;
     type Change = (&'static str, Box<dyn Fn(&mut BTreeMap<PathBuf, Vec<u8>>)>);
     let file = |name: &'static str, change: fn(&mut Vec<u8>, usize), count: usize| -> Change {
         (name, Box::new(move |files| change(files.get_mut(&gate_file(name)).unwrap(), entries(count))))
@@ -861,7 +861,7 @@ fn a_record_that_was_cut_or_removed_is_damage_and_nothing_else_is_written_there(
         (0..9).map(|count| file("gaps", |gaps, bytes| gaps.truncate(bytes), count)).collect();
     changes.extend((0..9).map(|count| file("gaps", |gaps, bytes| gaps.truncate(bytes + 20), count)));
     changes.extend((0..9).map(|count| file("gaps", |gaps, bytes| gaps[bytes + 9] ^= 1, count)));
-    changes.push(file("gaps", |gaps, _| drop(gaps.drain(16..64)), 0));
+    changes.push(file("gaps", |gaps, _| drop(gaps.drain(24..72)), 0));
     changes.push(("gaps", Box::new(|files| drop(files.remove(&gate_file("gaps"))))));
     changes.push((
         "gaps",
@@ -893,14 +893,14 @@ fn a_record_that_was_cut_or_removed_is_damage_and_nothing_else_is_written_there(
         }
     }
     // A witness that is behind, as a power cut leaves it, is brought up; the gate goes on.
-    for cut in 16..=16 + 9 * 8 {
+    for cut in 24..=24 + 9 * 8 {
         let storage = changed(&storage, "witness", |witness| witness.truncate(cut));
         let engine = open_on(&storage, small(DIR)).unwrap();
         let mut gate = gated(&engine);
         assert_eq!(gate.gaps().unwrap().len(), 9);
         drop(offer(&mut gate, 0, 21));
         close_gaps(&mut gate);
-        assert_eq!(storage.files()[&gate_file("witness")].len(), 16 + 10 * 8);
+        assert_eq!(storage.files()[&gate_file("witness")].len(), 24 + 10 * 8);
         drop(gate);
         assert_eq!(gated(&engine).gaps().unwrap().len(), 10);
     }
@@ -914,7 +914,7 @@ fn a_record_taken_away_under_a_running_gate_is_a_typed_error_at_the_next_gap() {
         ("gaps", |dir| std::fs::write(dir.join("gaps"), b"").unwrap()),
         ("gaps", |dir| {
             let gaps = std::fs::read(dir.join("gaps")).unwrap();
-            std::fs::write(dir.join("gaps"), &gaps[..16]).unwrap();
+            std::fs::write(dir.join("gaps"), &gaps[..24]).unwrap();
         }),
         ("gaps", |dir| std::fs::write(dir.join("gaps"), vec![7; 4096]).unwrap()),
         ("witness", |dir| std::fs::remove_file(dir.join("witness")).unwrap()),
@@ -961,7 +961,7 @@ fn a_full_disk_keeps_a_gap_waiting_and_the_gate_goes_on_with_space() {
     assert!(matches!(gate.save(soon()), Err(GateError::Positions(OpenError::Io { .. }))));
     // A kill now finds a torn entry.
     let torn = FaultyStorage::with_files(storage.files());
-    assert_eq!(torn.files()[&gate_file("gaps")].len(), 16 + 24, "a part of it was written");
+    assert_eq!(torn.files()[&gate_file("gaps")].len(), 24 + 24, "a part of it was written");
     let after_kill = open_on(&torn, small(DIR)).unwrap();
     assert_eq!(gated(&after_kill).gaps().unwrap(), []);
     assert_eq!(gated(&after_kill).expected(0), Some(1));

@@ -448,8 +448,8 @@ fn wounded() -> Files {
     consumer[POSITION + 8..POSITION + 16].copy_from_slice(&(read + (1 << 20)).to_le_bytes());
     repair_last(consumer);
     let gate = files.get_mut(Path::new("/s/gates/in/positions")).unwrap();
-    let counted = u64_at(gate, 24);
-    gate[24..32].copy_from_slice(&(counted + (1 << 20)).to_le_bytes());
+    let counted = u64_at(gate, 32);
+    gate[32..40].copy_from_slice(&(counted + (1 << 20)).to_le_bytes());
     repair_last(gate);
     files
 }
@@ -838,14 +838,21 @@ fn no_field_of_a_consumers_or_a_gates_position_makes_opening_panic_or_change_an_
         field("position where it began", 40, 8),
         field("unfinished", 48, 4),
         field("store", 56, 8),
+        field("seen", 64, 8),
         field("position of shard 1", 96, 8),
     ];
     let gate = [
         field("format", 8, 4),
         field("shards", 12, 2),
         field("partitions", 16, 8),
-        field("counted", 24, 8),
-        field("counted of shard 1", 32, 8),
+        field("store", 24, 8),
+        field("counted", 32, 8),
+        field("last", 40, 8),
+        field("sequence", 48, 8),
+        field("check", 56, 4),
+        field("shard", 60, 2),
+        field("version", 62, 2),
+        field("counted of shard 1", 72, 8),
     ];
     let paths = [Path::new("/s/consumers/a/checkpoint"), Path::new("/s/gates/in/positions")];
     let (mut unaligned, mut opened) = (0, 0);

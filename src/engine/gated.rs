@@ -1,6 +1,7 @@
 //! Opens gates: their files, their place in the log, and what they keep retention from.
 
 use super::Engine;
+use super::open::StoreLock;
 use crate::aggregate::Aggregate;
 use crate::clock::wall_now;
 use crate::consumer::{GatePolicy, SequenceGate};
@@ -11,8 +12,9 @@ use crate::gated::{
     Uncounted, gates_dir, hold_name,
 };
 use crate::log::manifest::is_folder_name;
-use crate::log::reader::Reader;
-use crate::log::storage::{Storage, is_exhausted};
+use crate::log::reader::{Reader, Sight};
+use crate::log::segment::ShardLog;
+use crate::log::storage::{Lock, Storage, is_exhausted};
 use crate::sync::Arc;
 
 /// What the gates of a store have not counted.
@@ -20,43 +22,51 @@ pub(super) struct Holds {
     /// By a gate's name: from these offsets on, shard by shard.
     pub(super) from: Vec<(String, Vec<u64>)>,
     /// Gates whose positions are not of this log.
-    ahead: Vec<GateFiles>,
+    foreign: Vec<GateFiles>,
 }
 
 impl Holds {
     /// Forgets positions that are not of this log. Not before the whole store was found sound, and before anything is appended.
     pub(super) fn settle(&self) -> Result<(), OpenError> {
-        self.ahead.iter().try_for_each(GateFiles::forget_positions)
+        self.foreign.iter().try_for_each(GateFiles::forget_positions)
     }
 }
 
-/// What the gates of a store still have to count. Positions that name what no shard holds are not of this log, which ends at `ends`,
-/// and are to be removed. Changes no file.
+/// What the gates of a store still have to count. Positions that are not of the logs, which are as recovery found them, are to be
+/// removed. Changes no file.
 pub(super) fn holds(
     storage: &std::sync::Arc<dyn Storage>,
-    store: &std::path::Path,
-    ends: &[Offset],
+    store: (&std::path::Path, u64),
+    logs: &[Arc<ShardLog>],
 ) -> Result<Holds, OpenError> {
-    let dir = gates_dir(store);
+    let dir = gates_dir(store.0);
     let names = match storage.list(&dir) {
         Ok(names) => names,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Vec::new(),
         Err(source) => return Err(OpenError::Io { action: "listing", path: dir, source }),
     };
-    let mut holds = Holds { from: Vec::new(), ahead: Vec::new() };
+    let mut holds = Holds { from: Vec::new(), foreign: Vec::new() };
+    // Whoever opens the store has its lock.
+    let lock: std::sync::Arc<dyn Lock> = std::sync::Arc::new(StoreLock::default());
     for name in names.into_iter().filter(|name| is_folder_name(name)) {
         let files = GateFiles::new(storage, store, &name);
-        let mut positions = files.positions(ends.len())?;
+        let positions = files.positions(logs.len())?;
         // Retention frees what they have counted, and what they say is told.
         files.make_durable()?;
-        let is_ahead =
-            |positions: &Positions| positions.counted.iter().zip(ends).any(|(counted, end)| *counted > end.0);
-        if positions.as_ref().is_some_and(is_ahead) {
-            tracing::warn!(name, "a gate has counted more than the log holds; the log is counted anew");
-            holds.ahead.push(files);
-            positions = None;
-        }
-        holds.from.push((name, positions.map_or_else(|| vec![0; ends.len()], |positions| positions.counted)));
+        let check = |positions: &Positions| {
+            positions.counted.iter().zip(logs).try_for_each(|(position, log)| position.check(log, &lock))
+        };
+        let from = match positions.as_ref().map(check) {
+            Some(Ok(())) => positions.map(|positions| positions.counted.iter().map(|at| at.offset().0).collect()),
+            Some(Err(error)) => {
+                tracing::warn!(name, %error, "a gate's positions are not of this log, which is counted anew");
+                // Where the log could not be read, opening the gate tells.
+                holds.foreign.extend(matches!(error, ReadError::Position(_)).then_some(files));
+                None
+            }
+            None => None,
+        };
+        holds.from.push((name, from.unwrap_or_else(|| vec![0; logs.len()])));
     }
     Ok(holds)
 }
@@ -84,17 +94,24 @@ impl<A: Aggregate> Engine<A> {
         let mut gate = SequenceGate::new(policy)?;
         // What an earlier gate of this name published may still be on its way to the log.
         self.flush(None)?;
-        let mut files = GateFiles::new(&self.storage, &self.config.dir, name);
+        let mut files = GateFiles::new(&self.storage, (&self.config.dir, self.shards[0].door.log.store), name);
         let record = files.open()?;
         let is_new = record.is_none();
         let Recorded { gaps, starts } = record.unwrap_or_default();
-        let positions = files.positions(self.shards.len())?;
+        let mut positions = files.positions(self.shards.len())?;
+        let readers = match positions.as_ref().map(|positions| self.uncounted(Some(positions))) {
+            Some(Err(error)) if self.are_not_of_the_log(&error) => {
+                tracing::warn!(name, %error, "a gate's positions are not of this log, which is counted anew");
+                positions = None;
+                None
+            }
+            readers => readers.transpose()?,
+        };
         if positions.is_none() {
             self.hold(&[(name.to_owned(), vec![0; self.shards.len()])]);
         }
         let has_lost_beginning = positions.is_none() && self.has_lost_beginning();
-        let counted: Vec<u64> = self.shards.iter().map(|shard| shard.door.log.durable.get()).collect();
-        let readers = self.uncounted(positions.as_ref(), &counted)?;
+        let mut readers = readers.map_or_else(|| self.uncounted(None), Ok)?;
         if has_lost_beginning {
             tracing::warn!(
                 name,
@@ -102,7 +119,7 @@ impl<A: Aggregate> Engine<A> {
             );
         }
         let mut counts = Counts::new(start, positions, &starts, has_lost_beginning);
-        counts.count_log(readers, source)?;
+        counts.count_log(&mut readers, source)?;
         let Recovered { standings, derived_starts } = counts.with_gaps(gaps);
         let partitions = standings.len();
         if is_new && partitions > 0 {
@@ -126,12 +143,12 @@ impl<A: Aggregate> Engine<A> {
             gate,
             files,
             name: taken,
-            shards: self.gated_shards(),
+            shards: self.gated_shards(readers)?,
             clock: self.clock.clone(),
             keeper: std::sync::Arc::clone(&self.keeper),
             _lock: std::sync::Arc::clone(&self.lock),
         });
-        match gated.save_counted(counted) {
+        match gated.save_counted() {
             Ok(()) => Ok(gated),
             // A cache: the older ones stay, and so does what they keep retention from.
             Err(GateError::Positions(OpenError::Io { source, .. })) if is_exhausted(&source) => {
@@ -151,7 +168,7 @@ impl<A: Aggregate> Engine<A> {
         if !is_folder_name(name) {
             return Err(GateOpenError::Name { name: name.to_owned() });
         }
-        Ok(GateFiles::new(&self.storage, &self.config.dir, name).gaps()?)
+        Ok(GateFiles::new(&self.storage, (&self.config.dir, self.shards[0].door.log.store), name).gaps()?)
     }
 
     pub(super) fn hold(&self, holds: &[(String, Vec<u64>)]) {
@@ -166,27 +183,39 @@ impl<A: Aggregate> Engine<A> {
         self.shards.iter().any(|shard| shard.door.log.segment_of(shard.door.log.earliest()) > 0)
     }
 
-    /// Readers of what is not counted, and where they end.
-    fn uncounted(&self, positions: Option<&Positions>, until: &[u64]) -> Result<Vec<Uncounted<A::Event>>, ReadError> {
-        let reader = |(i, (shard, until)): (usize, (&super::Handle<A>, &u64))| {
-            let (log, lock) = (Arc::clone(&shard.door.log), std::sync::Arc::clone(&self.lock));
-            // No record begins before the first one of a segment; an empty log has been counted up to there.
-            let from = positions.map_or(0, |positions| positions.counted[i]);
-            let reader = if from < log.first_offset(0).0 {
-                Reader::earliest(log, lock)
-            } else {
-                Reader::at(log, Offset(from), lock)?
-            };
-            Ok((reader, Offset(*until)))
-        };
-        self.shards.iter().zip(until).enumerate().map(reader).collect()
+    /// Whether an error that a gate's positions met says that they are of another log. Where nothing of the log was freed, counting it
+    /// anew is exact, so that which cannot be told from damage is left to it too.
+    fn are_not_of_the_log(&self, error: &ReadError) -> bool {
+        matches!(error, ReadError::Position(_))
+            || (matches!(error, ReadError::Corruption(_)) && !self.has_lost_beginning())
     }
 
-    fn gated_shards(&self) -> Vec<GatedShard> {
-        let of = |shard: &super::Handle<A>| GatedShard {
-            door: std::sync::Arc::clone(&shard.door),
-            syncer: std::sync::Arc::clone(&shard.syncer),
+    /// Readers of what is durable and not counted, and where they end.
+    fn uncounted(&self, positions: Option<&Positions>) -> Result<Vec<Uncounted<A::Event>>, ReadError> {
+        let reader = |(i, shard): (usize, &super::Handle<A>)| {
+            let log = &shard.door.log;
+            let until = Offset(log.durable.get());
+            // No record begins before the first one of a segment; an empty log has been counted up to there.
+            let position = positions.map(|positions| &positions.counted[i]);
+            let reader = match position.filter(|position| position.offset() >= log.first_offset(0)) {
+                Some(position) => position.reader(log, &self.lock)?,
+                None => {
+                    position.map_or(Ok(()), |position| position.check(log, &self.lock))?;
+                    Reader::earliest(Arc::clone(log), std::sync::Arc::clone(&self.lock))
+                }
+            };
+            Ok((reader.with_sight(Sight::Durable), until))
         };
-        self.shards.iter().map(of).collect()
+        self.shards.iter().enumerate().map(reader).collect()
+    }
+
+    /// The shards, and where their logs are counted up to: where these readers stand.
+    fn gated_shards(&self, readers: Vec<Uncounted<A::Event>>) -> Result<Vec<GatedShard<A::Event>>, ReadError> {
+        let of = |(shard, (trail, _)): (&super::Handle<A>, Uncounted<A::Event>)| {
+            let counted = trail.position()?;
+            let (door, syncer) = (std::sync::Arc::clone(&shard.door), std::sync::Arc::clone(&shard.syncer));
+            Ok(GatedShard { door, syncer, trail, counted })
+        };
+        self.shards.iter().zip(readers).map(of).collect()
     }
 }

@@ -13,8 +13,9 @@ use crate::event::{Event, EventTypeId, Root, ShardId, upcaster};
 use crate::log::keeper::fresh_id;
 use crate::log::manifest::{Manifest, shard_dir};
 use crate::log::recovery::{Opening, Recovered};
+use crate::log::segment::ShardLog;
 use crate::log::storage::{Files, Lock, Storage};
-use crate::sync::{Mutex, Ordering, lock};
+use crate::sync::{Arc, Mutex, Ordering, lock};
 
 /// The locks of a store's folder and of its shards'. (Links can make one shard's folder that of two stores.)
 #[derive(Debug, Default)]
@@ -191,4 +192,14 @@ pub(super) fn recover<A: Aggregate>(
     let mut results: Vec<(usize, Result<_, _>)> = std::mem::take(&mut *lock(&results)).into();
     results.sort_by_key(|(i, _)| *i);
     results.into_iter().map(|(_, result)| result).collect()
+}
+
+/// The logs as they were found, to be read before anything is changed.
+pub(super) fn logs_of<A: Aggregate>(
+    config: &Checked,
+    manifest: &Manifest,
+    recovered: &[Recovered<A>],
+) -> Vec<Arc<ShardLog>> {
+    let dir = |shard: &Recovered<A>| shard_dir(&config.dir, shard.report.shard);
+    recovered.iter().map(|shard| Arc::new(shard.log(manifest, &dir(shard)))).collect()
 }

@@ -9,8 +9,9 @@ use std::sync::Arc;
 
 use super::record::{self, Entry, FileEnd, Gap, Start, WITNESSES_UNSYNCED_MAX};
 use crate::error::{GateError, OpenError, RejectedReason};
-use crate::log::format::{ALIGN, FORMAT_VERSION, OFFSETS_END, u16_at, u64_at};
+use crate::log::format::{FORMAT_VERSION, OFFSETS_END, u16_at, u64_at};
 use crate::log::manifest::checked;
+use crate::log::position::Position;
 use crate::log::storage::{SideFile, Storage, is_exhausted, replace};
 
 const POSITIONS_MAGIC: [u8; 8] = *b"corelpos";
@@ -37,8 +38,8 @@ pub(crate) struct Standing {
 /// How far the log was counted, and what was found up to there.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Positions {
-    /// By shard: the offset below which every event is counted.
-    pub(crate) counted: Vec<u64>,
+    /// By shard: the position before which every event is counted.
+    pub(crate) counted: Vec<Position>,
     pub(crate) standings: Vec<Standing>,
 }
 
@@ -50,7 +51,7 @@ impl Positions {
         out.extend([0; 2]);
         out.extend((self.standings.len() as u64).to_le_bytes());
         debug_assert_eq!(out.len(), POSITIONS_FIXED_BYTES);
-        self.counted.iter().for_each(|offset| out.extend(offset.to_le_bytes()));
+        self.counted.iter().for_each(|position| out.extend(position.to_bytes()));
         for standing in &self.standings {
             out.extend(standing.partition.to_le_bytes());
             out.extend(standing.expected.to_le_bytes());
@@ -67,9 +68,12 @@ impl Positions {
 
     fn decode(path: &Path, bytes: &[u8]) -> Result<Self, OpenError> {
         let body = checked(path, bytes, POSITIONS_MAGIC, POSITIONS_FIXED_BYTES)?;
-        let short = || OpenError::ForeignFile { path: path.to_owned(), why: "its counts do not fit its length" };
+        let short = || OpenError::ForeignFile {
+            path: path.to_owned(),
+            why: "its counts do not fit its length, or it has no positions",
+        };
         let mut words = Words(&body[POSITIONS_FIXED_BYTES..]);
-        let counted = (0..u16_at(body, 12)).map(|_| words.next()).collect::<Option<_>>().ok_or_else(short)?;
+        let counted = (0..u16_at(body, 12)).map(|_| words.position()).collect::<Option<_>>().ok_or_else(short)?;
         let standing = |words: &mut Words<'_>| {
             let (partition, expected, runs) = (words.next()?, words.next()?, words.next()?);
             let runs = (0..runs).map(|_| Some((words.next()?, words.next()?))).collect::<Option<Vec<_>>>()?;
@@ -94,8 +98,12 @@ impl Positions {
 impl Positions {
     /// Whether a log can have been counted so.
     fn can_be(&self) -> bool {
-        let is_place = |at: &u64| at.is_multiple_of(ALIGN as u64) && *at < OFFSETS_END;
-        self.counted.iter().all(is_place)
+        let is_of = |(i, position): (usize, &Position)| {
+            usize::from(position.shard().0) == i
+                && position.store() == self.counted[0].store()
+                && position.offset().0 < OFFSETS_END
+        };
+        self.counted.iter().enumerate().all(is_of)
             && self.standings.is_sorted_by(|a, b| a.partition < b.partition)
             && self.standings.iter().all(Standing::can_be)
     }
@@ -121,6 +129,12 @@ impl Words<'_> {
         let (word, rest) = self.0.split_first_chunk::<8>()?;
         self.0 = rest;
         Some(u64::from_le_bytes(*word))
+    }
+
+    fn position(&mut self) -> Option<Position> {
+        let (bytes, rest) = self.0.split_first_chunk::<{ Position::BYTES }>()?;
+        self.0 = rest;
+        Position::from_bytes(bytes).ok()
     }
 }
 
@@ -163,6 +177,7 @@ enum Unwritten {
 pub(crate) struct GateFiles {
     storage: std::sync::Arc<dyn Storage>,
     store: PathBuf,
+    store_id: u64,
     dir: PathBuf,
     /// Once it is open to be written.
     ends: Option<Ends>,
@@ -172,10 +187,10 @@ pub(crate) struct GateFiles {
 }
 
 impl GateFiles {
-    pub(crate) fn new(storage: &std::sync::Arc<dyn Storage>, store: &Path, name: &str) -> Self {
+    pub(crate) fn new(storage: &std::sync::Arc<dyn Storage>, (store, store_id): (&Path, u64), name: &str) -> Self {
         let dir = gates_dir(store).join(name);
         let storage = std::sync::Arc::clone(storage);
-        Self { storage, store: store.to_owned(), dir, ends: None, failed: None, is_full: false }
+        Self { storage, store: store.to_owned(), store_id, dir, ends: None, failed: None, is_full: false }
     }
 
     fn io(&self, action: &'static str, name: &str) -> impl FnOnce(io::Error) -> OpenError + use<> {
@@ -205,13 +220,13 @@ impl GateFiles {
             return Ok(None);
         };
         let (path, witness_path) = (self.dir.join(GAPS), self.dir.join(WITNESS));
-        let (entries, gaps_end) = record::decode_gaps(&path, &gaps)?;
+        let (entries, gaps_end) = record::decode_gaps(&path, &gaps, self.store_id)?;
         // It is made when the record has no entries.
         if witness.is_none() && !entries.is_empty() {
             return missing(WITNESS, "it is missing, so whether all gaps are recorded is not known");
         }
-        let mut witness = witness.unwrap_or_else(record::witness_header);
-        let (end, missing) = record::check_witness(&witness_path, &witness, &path, &gaps, gaps_end)?;
+        let mut witness = witness.unwrap_or_else(|| record::witness_header(self.store_id));
+        let (end, missing) = record::check_witness((&witness_path, self.store_id), &witness, &path, &gaps, gaps_end)?;
         witness.truncate(end.at as usize);
         let unwitnessed = missing.len();
         witness.extend(missing);
@@ -236,10 +251,11 @@ impl GateFiles {
         let found = self.find()?;
         if found.is_none() {
             self.storage.create_dir(&self.dir).map_err(self.io("creating", ""))?;
-            replace(&*self.storage, &self.dir, GAPS, &record::gaps_header()).map_err(self.io("writing", GAPS))?;
+            replace(&*self.storage, &self.dir, GAPS, &record::gaps_header(self.store_id))
+                .map_err(self.io("writing", GAPS))?;
         }
         if self.read(WITNESS)?.is_none() {
-            replace(&*self.storage, &self.dir, WITNESS, &record::witness_header())
+            replace(&*self.storage, &self.dir, WITNESS, &record::witness_header(self.store_id))
                 .map_err(self.io("writing", WITNESS))?;
         }
         let is_new = found.is_none();
@@ -350,11 +366,15 @@ impl GateFiles {
         }
     }
 
-    /// The positions last saved. Damaged ones are none: the log says the same.
+    /// The positions last saved. Damaged ones and those of another store are none: the log says the same.
     pub(crate) fn positions(&self, shards: usize) -> Result<Option<Positions>, OpenError> {
         let Some(bytes) = self.read(POSITIONS)? else { return Ok(None) };
         let path = self.dir.join(POSITIONS);
         match Positions::decode(&path, &bytes) {
+            Ok(positions) if positions.counted.first().is_some_and(|position| position.store() != self.store_id) => {
+                tracing::warn!(path = %path.display(), "a gate's positions are of another store; the log is counted anew");
+                Ok(None)
+            }
             Ok(positions) if positions.counted.len() == shards => Ok(Some(positions)),
             Ok(_) => Err(OpenError::ForeignFile { path, why: "it counts another number of shards" }),
             Err(unknown @ OpenError::UnknownFormat { .. }) => Err(unknown),
@@ -397,13 +417,19 @@ impl GateFiles {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::event::{Offset, Sequence, ShardId};
     use crate::log::format::tests::assert_golden;
 
     #[test]
     fn positions_are_frozen() {
         let standing = |partition, expected, runs: &[(u64, u64)]| Standing { partition, expected, runs: runs.to_vec() };
         let standings = vec![standing(1, 10, &[(12, 13), (20, 20)]), standing(u64::MAX, 0, &[])];
-        let positions = Positions { counted: vec![4096, 0x0102_0304_0500], standings };
+        let (store, at) = (0x1112_1314_1516_1718, Offset(0x0102_0304_0500));
+        let counted = vec![
+            Position::unwitnessed(store, ShardId(0), Offset(4096), Sequence(0)),
+            Position::behind(store, ShardId(1), at, (Offset(0x0102_0304_0400), 0x2122_2324), Sequence(9)),
+        ];
+        let positions = Positions { counted, standings };
         let bytes = positions.encode();
         assert_golden("positions.bin", &bytes);
         assert_eq!(Positions::decode(Path::new("positions"), &bytes).expect("decodes"), positions);

@@ -14,7 +14,8 @@ use crate::log::mmap::crc32c;
 
 const GAPS_MAGIC: [u8; 8] = *b"corelgap";
 const WITNESS_MAGIC: [u8; 8] = *b"corelgat";
-const HEADER_BYTES: usize = 16;
+const HEADER_BYTES: usize = 24;
+const STORE_AT: usize = 12;
 const ENTRY_BYTES: usize = 48;
 const ENTRY_CRC_AT: usize = 44;
 const WITNESS_BYTES: usize = 8;
@@ -117,20 +118,22 @@ impl FileEnd {
     }
 }
 
-fn header(magic: [u8; 8]) -> Vec<u8> {
+fn header(magic: [u8; 8], store: u64) -> Vec<u8> {
     let mut out = Vec::from(magic);
     out.extend(FORMAT_VERSION.to_le_bytes());
+    debug_assert_eq!(out.len(), STORE_AT);
+    out.extend(store.to_le_bytes());
     let crc = crc32c(0, &out);
     out.extend(crc.to_le_bytes());
     out
 }
 
-pub(super) fn gaps_header() -> Vec<u8> {
-    header(GAPS_MAGIC)
+pub(super) fn gaps_header(store: u64) -> Vec<u8> {
+    header(GAPS_MAGIC, store)
 }
 
-pub(super) fn witness_header() -> Vec<u8> {
-    header(WITNESS_MAGIC)
+pub(super) fn witness_header(store: u64) -> Vec<u8> {
+    header(WITNESS_MAGIC, store)
 }
 
 /// What says that an entry with this CRC is durable.
@@ -146,10 +149,18 @@ fn damaged(path: &Path, at: usize, why: &'static str) -> OpenError {
     OpenError::DamagedFile { path: path.to_owned(), at: at as u64, why }
 }
 
-/// Checks a file's header, and splits what follows into pieces whose CRCs hold, each seeded with the one before; the last of them
+/// Checks a file's header, which must be of this store, and splits what follows into pieces whose CRCs hold, each seeded with the one before; the last of them
 /// may be cut short. Returns the end of the last piece that holds.
-fn chained(path: &Path, bytes: &[u8], magic: [u8; 8], piece_bytes: usize) -> Result<FileEnd, OpenError> {
-    checked(path, &bytes[..bytes.len().min(HEADER_BYTES)], magic, HEADER_BYTES - 4)?;
+fn chained(
+    (path, store): (&Path, u64),
+    bytes: &[u8],
+    magic: [u8; 8],
+    piece_bytes: usize,
+) -> Result<FileEnd, OpenError> {
+    let head = checked(path, &bytes[..bytes.len().min(HEADER_BYTES)], magic, HEADER_BYTES - 4)?;
+    if u64_at(head, STORE_AT) != store {
+        return Err(OpenError::ForeignFile { path: path.to_owned(), why: "the gate's record is of another store" });
+    }
     let mut end = FileEnd::of(bytes, HEADER_BYTES);
     for piece in bytes[HEADER_BYTES..].chunks_exact(piece_bytes) {
         let next = end.behind(piece);
@@ -162,8 +173,8 @@ fn chained(path: &Path, bytes: &[u8], magic: [u8; 8], piece_bytes: usize) -> Res
 }
 
 /// What stands in the file, and where it ends. One entry is written at a time, so only the last one can be torn.
-pub(super) fn decode_gaps(path: &Path, bytes: &[u8]) -> Result<(Vec<Entry>, FileEnd), OpenError> {
-    let end = chained(path, bytes, GAPS_MAGIC, ENTRY_BYTES)?;
+pub(super) fn decode_gaps(path: &Path, bytes: &[u8], store: u64) -> Result<(Vec<Entry>, FileEnd), OpenError> {
+    let end = chained((path, store), bytes, GAPS_MAGIC, ENTRY_BYTES)?;
     let whole = end.at as usize;
     if bytes.len() - whole > ENTRY_BYTES {
         return Err(damaged(path, whole, "the CRC of an entry before the last does not hold"));
@@ -176,13 +187,13 @@ pub(super) fn decode_gaps(path: &Path, bytes: &[u8]) -> Result<(Vec<Entry>, File
 /// Checks that every entry that was durable is in `gaps`, a file that holds up to `gaps_end`. Returns where the witness ends, and
 /// what is missing of it: the entries that were written last.
 pub(super) fn check_witness(
-    path: &Path,
+    (path, store): (&Path, u64),
     bytes: &[u8],
     gaps_path: &Path,
     gaps: &[u8],
     gaps_end: FileEnd,
 ) -> Result<(FileEnd, Vec<u8>), OpenError> {
-    let mut end = chained(path, bytes, WITNESS_MAGIC, WITNESS_BYTES)?;
+    let mut end = chained((path, store), bytes, WITNESS_MAGIC, WITNESS_BYTES)?;
     let whole = end.at as usize;
     if bytes.len() - whole > WITNESSES_UNSYNCED_MAX as usize * WITNESS_BYTES {
         return Err(damaged(path, whole, "the CRC of a witness that was synced does not hold"));
@@ -212,6 +223,8 @@ mod tests {
     use super::*;
     use crate::log::format::tests::assert_golden;
 
+    const STORE: u64 = 0x1112_1314_1516_1718;
+
     fn gap(partition: u64, from: u64) -> Entry {
         let time = Time::unix_ms(1_700_000_000_000);
         Entry::Gap(Gap::new(partition, from, from + 2, Duration::from_millis(5_001), time))
@@ -222,7 +235,7 @@ mod tests {
     }
 
     fn file(entries: &[Entry]) -> Vec<u8> {
-        let mut bytes = gaps_header();
+        let mut bytes = gaps_header(STORE);
         for entry in entries {
             let before = u32_at(&bytes, bytes.len() - 4);
             bytes.extend(entry.encode(before));
@@ -231,8 +244,8 @@ mod tests {
     }
 
     fn witnesses(gaps: &[u8]) -> Vec<u8> {
-        let (_, end) = decode_gaps(Path::new("gaps"), gaps).expect("decodes");
-        let mut bytes = witness_header();
+        let (_, end) = decode_gaps(Path::new("gaps"), gaps, STORE).expect("decodes");
+        let mut bytes = witness_header(STORE);
         let empty = bytes.clone();
         let (from, missing) = check(&empty, gaps, end).expect("nothing is witnessed");
         assert_eq!(from, FileEnd::of(&bytes, HEADER_BYTES));
@@ -241,7 +254,7 @@ mod tests {
     }
 
     fn check(witness: &[u8], gaps: &[u8], end: FileEnd) -> Result<(FileEnd, Vec<u8>), OpenError> {
-        check_witness(Path::new("witness"), witness, Path::new("gaps"), gaps, end)
+        check_witness((Path::new("witness"), STORE), witness, Path::new("gaps"), gaps, end)
     }
 
     #[test]
@@ -249,7 +262,7 @@ mod tests {
         let entries = [gap(7, 0x0102_0304_0506_0708), start(8, 0x1112_1314_1516_1718), gap(u64::MAX, 0)];
         let bytes = file(&entries);
         assert_golden("gaps.bin", &bytes);
-        let (decoded, end) = decode_gaps(Path::new("gaps"), &bytes).expect("decodes");
+        let (decoded, end) = decode_gaps(Path::new("gaps"), &bytes, STORE).expect("decodes");
         assert_eq!((&decoded[..], end.at), (&entries[..], bytes.len() as u64));
         assert_golden("gaps-witness.bin", &witnesses(&bytes));
     }
@@ -260,12 +273,12 @@ mod tests {
         let bytes = file(&entries);
         for cut in HEADER_BYTES..bytes.len() {
             let whole = (cut - HEADER_BYTES) / ENTRY_BYTES;
-            let (found, end) = decode_gaps(Path::new("gaps"), &bytes[..cut]).expect("torn, not damaged");
+            let (found, end) = decode_gaps(Path::new("gaps"), &bytes[..cut], STORE).expect("torn, not damaged");
             let at = (HEADER_BYTES + whole * ENTRY_BYTES) as u64;
             assert_eq!((&found[..], end.at), (&entries[..whole], at), "cut at {cut}");
         }
         for cut in 0..HEADER_BYTES {
-            assert!(decode_gaps(Path::new("gaps"), &bytes[..cut]).is_err(), "the header is written whole");
+            assert!(decode_gaps(Path::new("gaps"), &bytes[..cut], STORE).is_err(), "the header is written whole");
         }
     }
 
@@ -274,14 +287,14 @@ mod tests {
         let bytes = file(&[gap(1, 1), gap(2, 5), start(3, 7)]);
         let witness = witnesses(&bytes);
         for cut in 0..bytes.len() {
-            let decoded = decode_gaps(Path::new("gaps"), &bytes[..cut]);
+            let decoded = decode_gaps(Path::new("gaps"), &bytes[..cut], STORE);
             let checked = decoded.and_then(|(_, end)| check(&witness, &bytes[..cut], end));
             assert!(checked.is_err(), "cut at {cut}");
         }
         for at in 0..bytes.len() {
             let mut damaged = bytes.clone();
             damaged[at] ^= 1;
-            let decoded = decode_gaps(Path::new("gaps"), &damaged);
+            let decoded = decode_gaps(Path::new("gaps"), &damaged, STORE);
             let error = decoded.and_then(|(_, end)| check(&witness, &damaged, end)).expect_err("damaged");
             let is_typed = match error {
                 OpenError::ForeignFile { .. } | OpenError::UnknownFormat { .. } => at < HEADER_BYTES,
@@ -299,7 +312,7 @@ mod tests {
         for first in 0..3 {
             let mut fewer = bytes.clone();
             fewer.drain(HEADER_BYTES + first * ENTRY_BYTES..HEADER_BYTES + (first + 1) * ENTRY_BYTES);
-            let decoded = decode_gaps(Path::new("gaps"), &fewer);
+            let decoded = decode_gaps(Path::new("gaps"), &fewer, STORE);
             let whole = decoded.map(|(entries, _)| entries.len());
             assert!(first < 2 || whole.as_ref().is_ok_and(|whole| *whole == 2), "{whole:?}");
             assert!(first > 0 || whole.is_err(), "{whole:?}");
@@ -309,7 +322,7 @@ mod tests {
     #[test]
     fn a_witness_that_is_behind_is_brought_up_to_the_entries() {
         let bytes = file(&(0..100).map(|i| gap(i, i)).collect::<Vec<_>>());
-        let (_, end) = decode_gaps(Path::new("gaps"), &bytes).expect("decodes");
+        let (_, end) = decode_gaps(Path::new("gaps"), &bytes, STORE).expect("decodes");
         let whole = witnesses(&bytes);
         for cut in HEADER_BYTES..whole.len() {
             let (from, missing) = check(&whole[..cut], &bytes, end).expect("it is behind");

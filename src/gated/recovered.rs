@@ -162,15 +162,15 @@ impl Counts {
     /// missing in one is kept in mind until it comes in another.
     pub(crate) fn count_log<E: Event>(
         &mut self,
-        shards: Vec<Uncounted<E>>,
+        shards: &mut [Uncounted<E>],
         source: impl Fn(&E::Archived) -> Option<(u64, u64)>,
     ) -> Result<(), ReadError> {
-        let mut left: Vec<_> = shards.into_iter().map(|(reader, until)| (Time(0), reader, until)).collect();
+        let mut left: Vec<_> = shards.iter_mut().map(|(reader, until)| (Time(0), reader, until)).collect();
         while let Some(at) = (0..left.len()).min_by_key(|at| left[*at].0) {
             let (time, reader, until) = &mut left[at];
             let mut is_over = false;
             for _ in 0..READ_AT_A_TIME {
-                let record = if reader.offset() < *until { reader.next()? } else { None };
+                let record = if reader.offset() < **until { reader.next()? } else { None };
                 let Some(record) = record else {
                     is_over = true;
                     break;

@@ -23,7 +23,7 @@ use crate::log::mmap::{Memory, WriteHalf};
 use crate::log::remains::{are_of_an_earlier_life, later_records};
 use crate::log::repair::Repair;
 use crate::log::report::ShardRecovery;
-use crate::log::segment::Segment;
+use crate::log::segment::{Segment, ShardLog};
 use crate::log::storage::Storage;
 use crate::log::unfit::{EMPTY, Unfit};
 use crate::log::writer::Resume;
@@ -48,6 +48,13 @@ pub(crate) struct Recovered<A: Aggregate> {
 }
 
 impl<A: Aggregate> Recovered<A> {
+    /// The log as it was found, to be read before anything is changed.
+    pub(crate) fn log(&self, manifest: &Manifest, dir: &Path) -> ShardLog {
+        let (report, segments) = (&self.report, self.segments.clone());
+        let (store, segment_bytes) = (manifest.store_id, manifest.segment_bytes);
+        ShardLog::new(store, report.shard, dir.to_owned(), segment_bytes, report.end, self.resume.sequence, segments)
+    }
+
     /// Changes what has to change. Not before the whole store was found sound: one that is refused stays as it is.
     pub(crate) fn repair(&mut self, storage: &dyn Storage, dir: &Path, quarantine: &Path) -> Result<(), OpenError> {
         if let Some(repair) = self.repair.take() {
