@@ -219,7 +219,7 @@ fn a_checkpoint_whose_start_is_no_place_of_the_log_is_not_used_and_nothing_is_lo
             let bytes = files.get_mut(&newest).unwrap();
             bytes[24..32].copy_from_slice(&start.to_le_bytes());
             bytes[32..40].copy_from_slice(&sequence.to_le_bytes());
-            repair(bytes, 0, 56, 56);
+            repair(bytes, 0, 72, 72);
             let end = bytes.len() - 48;
             bytes[end + 32] = u8::from(durable);
             bytes[end + 40..end + 48].fill(0);
@@ -311,7 +311,12 @@ fn no_field_of_a_file_of_saved_states_makes_opening_lose_or_change_an_event() {
         field("start", 24, 8),
         field("sequence", 32, 8),
         field("time", 40, 8),
-        field("zero", 48, 8),
+        field("state size", 48, 4),
+        field("state alignment", 52, 2),
+        field("zero", 54, 2),
+        field("store", 56, 8),
+        field("check", 64, 4),
+        field("zero", 68, 4),
     ];
     let entry = [
         field("length", 0, 4),
@@ -323,12 +328,18 @@ fn no_field_of_a_file_of_saved_states_makes_opening_lose_or_change_an_event() {
         field("state bytes", 40, 4),
         field("outcomes", 44, 4),
     ];
-    let end = [field("entries", 8, 8), field("log end", 24, 8), field("durable", 32, 8), field("boot", 40, 8)];
+    let end = [
+        field("entries", 8, 8),
+        field("log end", 24, 8),
+        field("durable", 32, 4),
+        field("check", 36, 4),
+        field("boot", 40, 8),
+    ];
     let newest = named(&files, CHECKPOINT).pop().unwrap();
     let snapshots = named(&files, SNAPSHOTS).pop().unwrap();
     // Whatever a header or an end says: the states are right.
     for path in [&newest, &snapshots] {
-        try_fields(all, path, 0, &header, true, |bytes| repair(bytes, 0, 56, 56));
+        try_fields(all, path, 0, &header, true, |bytes| repair(bytes, 0, 72, 72));
     }
     let base = files[&newest].len() - 48;
     try_fields(all, &newest, base, &end, true, |bytes| {
@@ -337,9 +348,9 @@ fn no_field_of_a_file_of_saved_states_makes_opening_lose_or_change_an_event() {
     });
     // A forged state behind a CRC that holds is a state; the log stays what it is.
     for path in [&newest, &snapshots] {
-        try_fields(all, path, 64, &entry, false, |bytes| {
-            let len = (u32_at(bytes, 64) as usize).clamp(8, bytes.len() - 64);
-            repair(bytes, 64 + 8, 64 + len, 64 + 4);
+        try_fields(all, path, 80, &entry, false, |bytes| {
+            let len = (u32_at(bytes, 80) as usize).clamp(8, bytes.len() - 80);
+            repair(bytes, 80 + 8, 80 + len, 80 + 4);
         });
     }
 }

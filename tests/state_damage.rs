@@ -266,9 +266,9 @@ fn a_checkpoint_of_which_an_entry_is_missing_is_not_believed() {
     let mut damaged = 0;
     for (path, bytes) in files.iter().filter(|(path, _)| is_checkpoint(path)) {
         // Behind the header, a whole entry.
-        let len = u32::from_le_bytes(bytes[64..68].try_into().unwrap()).next_multiple_of(16) as usize;
+        let len = u32::from_le_bytes(bytes[80..84].try_into().unwrap()).next_multiple_of(16) as usize;
         let mut files = files.clone();
-        files.get_mut(path).unwrap().drain(64..64 + len);
+        files.get_mut(path).unwrap().drain(80..80 + len);
         let unreadable = look(files, None, &states, &format!("{path:?} without its first entry"));
         damaged += unreadable.unwrap();
     }

@@ -7,15 +7,20 @@ mod common;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
-use common::{ArchivedNote, Note, open_on, os_cache, read_shard, small, soon};
+use common::bank::{Account, Order};
+use common::{ArchivedNote, Note, SEGMENT, open_on, os_cache, read_shard, small, soon};
 use corelane::consumer::GatePolicy;
 use corelane::testing::FaultyStorage;
-use corelane::{Accepted, EventLog, GateOpenError, GatedProducer, Key, OpenError};
+use corelane::{
+    Accepted, Config, Durability, Engine, EventLog, GateOpenError, GatedProducer, Key, OpenError, Retention,
+};
 
 type Files = BTreeMap<PathBuf, Vec<u8>>;
 
 const DIR: &str = "/s";
 const SHARDS: u16 = 2;
+/// Of a file of saved states.
+const HEADER_BYTES: usize = 80;
 /// Of events that come from elsewhere.
 const NO_PARTITION: u64 = 9;
 
@@ -143,5 +148,115 @@ fn a_gates_positions_of_another_store_are_counted_anew_and_its_record_is_refused
         for name in &names {
             assert_eq!(storage.files().get(name), before.get(name), "{}", name.display());
         }
+    }
+}
+
+/// A life of a store with states: deposits of so much, and a checkpoint at the end. The same keys, and events of the same size.
+fn bank(files: &Files, config: &Config, cents: u64, events: u64) -> (Files, Vec<Account>) {
+    let storage = FaultyStorage::with_files(files.clone());
+    let engine = Engine::<Account>::builder(config.clone()).faulty_storage(&storage).open().unwrap();
+    let mut client = engine.client();
+    for n in 0..events {
+        client.send(Key(n % KEYS), Order::Deposit(cents + n)).wait().unwrap();
+    }
+    engine.checkpoint(soon()).unwrap();
+    let states = (0..KEYS).map(|key| engine.state(Key(key)).unwrap().unwrap().0).collect();
+    engine.shutdown(soon()).unwrap();
+    drop(engine);
+    (storage.files(), states)
+}
+
+const KEYS: u64 = 4;
+
+fn bank_config(keeps: Option<u64>) -> Config {
+    let retention = Retention { bytes_max: keeps.map(|segments| segments * SEGMENT), age_max: None };
+    small(DIR).snapshot_every(6).retention(retention)
+}
+
+fn saved(files: &Files, kind: &str) -> Vec<PathBuf> {
+    let is_saved = |path: &&PathBuf| path.file_name().unwrap().to_string_lossy().starts_with(kind);
+    files.keys().filter(is_saved).filter(|path| path.extension().is_some_and(|end| end == "snp")).cloned().collect()
+}
+
+/// Opens it. Its states are these, also folded anew and at every version; or it is refused.
+fn look(files: Files, config: &Config, states: &[Account], what: &str) -> Option<u64> {
+    let storage = FaultyStorage::with_files(files);
+    let engine = match Engine::<Account>::builder(config.clone()).faulty_storage(&storage).open() {
+        Ok(engine) => engine,
+        Err(OpenError::StatesLost { .. }) => return None,
+        Err(error) => panic!("{what}: {error}"),
+    };
+    for (key, state) in (0..).map(Key).zip(states) {
+        let (held, version) = engine.state(key).unwrap().unwrap();
+        assert_eq!(&held, state, "{what}: {key:?}");
+        assert_eq!(&engine.state_at(key, version).unwrap().state, state, "{what}: {key:?}");
+    }
+    assert!(engine.compare().unwrap().differing.is_empty(), "{what}");
+    let unreadable = engine.snapshot_stats().unreadable;
+    engine.shutdown(soon()).unwrap();
+    Some(unreadable)
+}
+
+#[test]
+fn a_checkpoint_of_another_history_is_not_used() {
+    for (keeps, events) in [(None, 30), (None, 1200), (Some(2), 3000)] {
+        let config = bank_config(keeps);
+        let (base, _) = bank(&Files::new(), &config, 1000, events);
+        let (one, states) = bank(&base, &config, 5000, events);
+        let (two, _) = bank(&base, &config, 7000, events);
+        let own = look(one.clone(), &config, &states, "its own").expect("it opens");
+        assert_eq!(own, 0);
+        let newest = saved(&one, "checkpoint").pop().unwrap();
+        assert_eq!(Some(&newest), saved(&two, "checkpoint").last());
+        // In the place of its own, and as the only one.
+        let what = format!("{keeps:?}, {events} events");
+        let mixed = with(&one, &two, std::slice::from_ref(&newest));
+        let unreadable = look(mixed.clone(), &config, &states, &what);
+        assert!(unreadable.is_none_or(|unreadable| unreadable > 0), "{what}: {unreadable:?}");
+        let mut alone = mixed.clone();
+        alone.retain(|path, _| !saved(&one, "checkpoint").contains(path) || *path == newest);
+        let unreadable = look(alone, &config, &states, &what);
+        assert_eq!(unreadable.is_none(), keeps.is_some(), "{what}: refused where the log's beginning is freed");
+        // Newer than its own: the older one is used.
+        let mut both = one.clone();
+        both.insert(newest.with_file_name("checkpoint-000000090.snp"), two[&newest].clone());
+        assert_eq!(look(both, &config, &states, &what), Some(1));
+    }
+}
+
+#[test]
+fn a_checkpoint_begun_before_the_histories_part_and_ended_behind_is_not_used() {
+    // Without marks while it runs: the events of both histories lie at the same places.
+    let config = bank_config(None).durability(Durability::OsCache);
+    let (base, _) = bank(&Files::new(), &config, 1000, 30);
+    let (one, states) = bank(&base, &config, 5000, 30);
+    let (two, others) = bank(&base, &config, 7000, 60);
+    let (begun, ended) = (saved(&base, "checkpoint").pop().unwrap(), saved(&two, "checkpoint").pop().unwrap());
+    // As if it had begun where the copy was taken, and its states had been saved while events came.
+    let spliced = |files: &Files| [&files[&begun][..HEADER_BYTES], &files[&ended][HEADER_BYTES..]].concat();
+    for (files, states, from) in [(&one, &states, &one), (&two, &others, &two)] {
+        let mut files = files.clone();
+        files.insert(ended.clone(), spliced(from));
+        assert_eq!(look(files, &config, states, "of this history"), Some(0));
+    }
+    // Into the longer log, which might have had it.
+    let mut mixed = two.clone();
+    mixed.insert(ended.clone(), spliced(&one));
+    assert_eq!(look(mixed, &config, &others, "of another history"), Some(1));
+}
+
+#[test]
+fn saved_states_of_another_store_are_not_used() {
+    let config = bank_config(None);
+    let (one, states) = bank(&Files::new(), &config, 5000, 60);
+    let (two, _) = bank(&Files::new(), &config, 7000, 60);
+    for kind in ["checkpoint", "snapshots"] {
+        let names = saved(&two, kind);
+        assert!(!names.is_empty());
+        let mixed = with(&one, &two, &names);
+        assert_eq!(look(mixed.clone(), &config, &states, kind), Some(names.len() as u64), "{kind}");
+        let storage = FaultyStorage::with_files(mixed);
+        drop(Engine::<Account>::builder(config.clone()).faulty_storage(&storage).open().unwrap());
+        assert!(names.iter().all(|name| storage.files()[name] == two[name]), "{kind}: they are left alone");
     }
 }

@@ -155,7 +155,7 @@ fn may_use(file: &str) -> Option<&'static [&'static str]> {
         // Only the syncer tells lanes how far they are durable.
         "log/syncer.rs" => &["event", "error", "config", "sync", "clock", "metrics", "log", "producer"],
         // Recovery folds the log into states, from what is saved of them.
-        "log/recovery.rs" => &["aggregate", "event", "error", "sync", "log", "snapshot"],
+        "log/recovery.rs" | "log/recovery/begin.rs" => &["aggregate", "event", "error", "sync", "log", "snapshot"],
         "log/unfit.rs" => &["error", "snapshot"],
         "log/fold.rs" => &["aggregate", "command", "error", "event", "keys", "log"],
         "log/reader.rs" => &["aggregate", "event", "error", "sync", "log", "OpenError"],

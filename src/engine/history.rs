@@ -350,21 +350,23 @@ impl<A: Aggregate> Engine<A> {
         folder: &mut Folder<A>,
     ) -> Result<Option<Reader<A::Event>>, HistoryError> {
         let dir = crate::log::manifest::shard_dir(&self.config.dir, id);
+        let log = &self.shards[usize::from(id.0)].door.log;
+        let owner = (log.store, id);
         let io = |source| ReadError::Io { action: "reading the checkpoints of", path: dir.clone(), source };
-        let (bases, _) = match candidates(&*self.storage, &dir, id) {
+        let (bases, _) = match candidates(&*self.storage, &dir, owner) {
             // One that a later one has replaced since the folder was listed.
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
             bases => bases.map_err(io)?,
         };
         for base in bases.iter().rev().filter(|base| base.start >= earliest && base.start <= until) {
             let reader = match self.reader_at(id, base.start) {
-                Ok(reader) if reader.sequence() == base.sequence.0 => reader,
+                Ok(reader) if reader.sequence() == base.sequence.0 && base.is_of(log) => reader,
                 // It is not one of this log.
                 Ok(_) | Err(ReadError::NotARecord { .. }) => continue,
                 Err(error) => return Err(error.into()),
             };
             *folder = Folder::new(id, self.config.keys_expected, 0);
-            if guard("upgrade", id, || load(&*self.storage, &dir, id, base, folder))?.is_ok() {
+            if guard("upgrade", id, || load(&*self.storage, &dir, owner, base, folder))?.is_ok() {
                 return Ok(Some(reader));
             }
         }

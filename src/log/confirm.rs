@@ -1,7 +1,7 @@
 //! Whether a segment has the place that a cache names. The log alone vouches for a place to read from: what is taken for a torn tail
 //! behind a wrong one would be cut.
 
-use crate::log::format::{Found, HEADER_BYTES, RecordHeader, SegmentHeader, padded, record_at};
+use crate::log::format::{Found, HEADER_BYTES, RecordHeader, SegmentHeader, padded, record_at, u32_at};
 
 /// Why a segment's records do not lead to a place.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -12,9 +12,19 @@ pub(crate) enum Astray {
     Inside,
 }
 
-/// The sequence of the next event at `place`, counted from the segment's first record.
-pub(crate) fn sequence_at(whole: &[u8], header: &SegmentHeader, place: usize) -> Result<u64, Astray> {
-    let (mut at, mut sequence, mut is_open) = (HEADER_BYTES, header.first_sequence, false);
+/// What a log has at a place.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct There {
+    /// Of the next event.
+    pub(crate) sequence: u64,
+    /// The CRC word of the record that ends there; 0 where the segment begins there. In a log that went another way up to there it is
+    /// another one: it is seeded with the segment's salt and covers the record's time.
+    pub(crate) check: u32,
+}
+
+/// What the log has at `place`, read from the segment's first record on.
+pub(crate) fn there(whole: &[u8], header: &SegmentHeader, place: usize) -> Result<There, Astray> {
+    let (mut at, mut sequence, mut is_open, mut check) = (HEADER_BYTES, header.first_sequence, false, 0);
     while at < place {
         let len = match record_at(&whole[at..], header.salt) {
             Found::Record(len) => len,
@@ -24,9 +34,10 @@ pub(crate) fn sequence_at(whole: &[u8], header: &SegmentHeader, place: usize) ->
         let record = RecordHeader::decode(&whole[at..]);
         sequence += u64::from(!record.is_own());
         is_open = record.more;
+        check = u32_at(whole, at + 4);
         at += padded(len);
     }
-    if at == place && !is_open { Ok(sequence) } else { Err(Astray::Inside) }
+    if at == place && !is_open { Ok(There { sequence, check }) } else { Err(Astray::Inside) }
 }
 
 #[cfg(test)]
@@ -66,19 +77,23 @@ mod tests {
             salt: 7,
         };
         // By the records before it: nothing, an event, a mark, the first of two of a command, its last, another event.
-        let expected = [Ok(100), Ok(101), Ok(101), Err(Astray::Inside), Ok(103), Ok(104)];
+        let sequences = [Some(100), Some(101), Some(101), None, Some(103), Some(104)];
+        let check = |records: usize| records.checked_sub(1).map_or(0, |last| u32_at(&whole, ends[last] + 4));
+        let expected: Vec<_> = (0..ends.len())
+            .map(|i| sequences[i].map(|sequence| There { sequence, check: check(i) }).ok_or(Astray::Inside))
+            .collect();
         for place in 0..whole.len() {
-            let found = sequence_at(&whole, &header, place);
+            let found = there(&whole, &header, place);
             match ends.iter().position(|&end| end == place) {
                 Some(records) => assert_eq!(found, expected[records], "behind {records} records"),
                 None => assert!(found.is_err(), "at {place}: {found:?}"),
             }
         }
         let end = *ends.last().expect("there are some");
-        assert!(matches!(sequence_at(&whole, &header, end + 16), Err(Astray::Broken(at, _)) if at == end));
+        assert!(matches!(there(&whole, &header, end + 16), Err(Astray::Broken(at, _)) if at == end));
         whole[ends[1] + 10] ^= 1;
-        assert_eq!(sequence_at(&whole, &header, ends[1]), Ok(101));
+        assert_eq!(there(&whole, &header, ends[1]), expected[1]);
         let why = "a record's CRC does not hold";
-        assert_eq!(sequence_at(&whole, &header, ends[2]), Err(Astray::Broken(ends[1], why)));
+        assert_eq!(there(&whole, &header, ends[2]), Err(Astray::Broken(ends[1], why)));
     }
 }

@@ -5,13 +5,14 @@
 //! written. Bytes that do not hold, below any mark that does, were durable once: that is damage. Bytes that do
 //! not hold above every mark were never promised to anyone: that is a tail torn by a power cut.
 
+mod begin;
+
 use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
 
 use crate::aggregate::Aggregate;
 use crate::error::{Corruption, OpenError, guard};
 use crate::event::{Offset, Root, ShardId, Version};
-use crate::log::confirm::{Astray, sequence_at};
 use crate::log::fold::{Folder, Unreadable};
 use crate::log::format::{
     Found, HEADER_BYTES, HeaderError, LOST_MAGIC, OFFSETS_END, RECORD_BYTES_MAX, RECORD_HEADER_BYTES, RecordHeader,
@@ -27,7 +28,7 @@ use crate::log::segment::{Segment, ShardLog};
 use crate::log::storage::Storage;
 use crate::log::unfit::{EMPTY, Unfit};
 use crate::log::writer::Resume;
-use crate::snapshot::format::Unusable;
+use crate::snapshot::format::{Owner, Unusable};
 use crate::snapshot::load::{self, Candidate};
 
 /// A shard's log as found, ready to be written.
@@ -134,14 +135,13 @@ impl Opening<'_> {
         let (mut found, mut damage) = (None, None);
         // Of the newest checkpoint that is whole and was made by a program whose types are laid out otherwise.
         let mut other_layout = None;
-        let (candidates, mut unreadable) = load::candidates(&**self.storage, self.dir, self.shard).map_err(io)?;
+        let (candidates, mut unreadable) = load::candidates(&**self.storage, self.dir, self.owner()).map_err(io)?;
         for candidate in candidates.iter().filter(|candidate| candidate.start >= earliest) {
             match self.recover_with::<A>(candidate)? {
                 Ok(recovered) => {
+                    let log = recovered.log(self.manifest, self.dir);
                     let is_usable = |other: &&Candidate| {
-                        other.number <= candidate.number
-                            && other.start <= candidate.start
-                            && other.log_end <= recovered.report.end
+                        other.number <= candidate.number && other.start <= candidate.start && other.is_of(&log)
                     };
                     let usable = candidates.iter().filter(is_usable).map(|candidate| candidate.number).collect();
                     found = Some((recovered, usable));
@@ -188,7 +188,7 @@ impl Opening<'_> {
         }
         let log = load::Log { end: recovered.report.end, events: recovered.resume.sequence };
         let saved = guard(UPGRADE, self.shard, || {
-            load::index::<A>(self.storage, self.dir, self.shard, log, &usable, unreadable)
+            load::index::<A>(self.storage, self.dir, self.owner(), log, &usable, unreadable)
         })?;
         recovered.saved = Some(saved.map_err(io)?);
         Ok(recovered)
@@ -198,7 +198,7 @@ impl Opening<'_> {
     fn recover_with<A: Aggregate>(&self, candidate: &Candidate) -> Result<Result<Recovered<A>, Unfit>, OpenError> {
         let mut folder = self.folder::<A>();
         let loaded =
-            guard(UPGRADE, self.shard, || load::load(&**self.storage, self.dir, self.shard, candidate, &mut folder))?;
+            guard(UPGRADE, self.shard, || load::load(&**self.storage, self.dir, self.owner(), candidate, &mut folder))?;
         let newest = match loaded {
             Ok(newest) => newest,
             Err(why) => return Ok(Err(Unfit::of(why))),
@@ -220,6 +220,10 @@ impl Opening<'_> {
             return Ok(Err(Unfit::of("a state has more events than the log ever had")));
         }
         Ok(Ok(recovered))
+    }
+
+    fn owner(&self) -> Owner {
+        (self.manifest.store_id, self.shard)
     }
 
     fn folder<A: Aggregate>(&self) -> Folder<A> {
@@ -291,7 +295,7 @@ impl Opening<'_> {
             opened.push((index, memory, header));
         }
         // Where reading begins: what lies before is not looked at, unless the checkpoint may know more than the disk.
-        let begin = checkpoint.map(|checkpoint| self.place_of(checkpoint));
+        let begin = checkpoint.map(|checkpoint| self.place_of(checkpoint.start));
         if let Some(unfit) = checkpoint.and_then(|checkpoint| self.misplaced(checkpoint, &opened)) {
             return Ok(Err(unfit));
         }
@@ -430,35 +434,6 @@ impl Opening<'_> {
             spares: names.spares,
             repair,
         }))
-    }
-
-    /// Segment and position where the log goes on behind a checkpoint.
-    fn place_of(&self, checkpoint: &Candidate) -> (u64, usize) {
-        // The end of a segment filled to its last byte still belongs to that segment.
-        let index = (checkpoint.start.0 - 1) / self.manifest.segment_bytes;
-        (index, (checkpoint.start.0 - index * self.manifest.segment_bytes) as usize)
-    }
-
-    /// Why the log does not have the place that `checkpoint` says it begins at, if so. The segment is read up to there: a cache alone
-    /// does not vouch for a place to read from, for what is taken for a torn tail behind a wrong one would be cut.
-    fn misplaced(&self, checkpoint: &Candidate, opened: &[Opened]) -> Option<Unfit> {
-        let (index, place) = self.place_of(checkpoint);
-        let Some((_, memory, header)) = opened.iter().find(|(other, _, _)| *other == index) else {
-            return Some(Unfit::of("it begins where the log is not"));
-        };
-        let Some(header) = header else {
-            return Some(if place == HEADER_BYTES { EMPTY } else { Unfit::of("it begins where no log was begun") });
-        };
-        let whole = memory.read(0, memory.len()).unwrap_or_default();
-        match sequence_at(whole, header, place) {
-            Ok(sequence) if sequence == checkpoint.sequence.0 => None,
-            Ok(_) => Some(Unfit::of("the log has another sequence where it begins")),
-            Err(Astray::Inside) => Some(Unfit::of("it begins inside a record or a command")),
-            Err(Astray::Broken(at, why)) => {
-                let damage = checkpoint.is_trusted.then(|| self.corruption(index, at, why));
-                Some(Unfit { damage, ..Unfit::of("the log does not hold up to where it begins") })
-            }
-        }
     }
 
     /// A log without records.

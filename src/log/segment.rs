@@ -165,6 +165,29 @@ impl ShardLog {
         last
     }
 
+    /// The CRC word of the record that ends at `end`, where everything below is published; 0 where the log begins there. `None`: it was
+    /// freed, or no record ends there.
+    pub(crate) fn check_before(&self, end: Offset) -> Option<u32> {
+        // The end of a segment filled to its last byte still belongs to that segment.
+        let index = self.segment_of(Offset(end.0.saturating_sub(1)));
+        let (mut at, mut check) = (HEADER_BYTES as u64, 0);
+        let end = end.0.saturating_sub(index * self.segment_bytes);
+        if end <= at {
+            return Some(0);
+        }
+        let segment = self.segment(index)?;
+        while at < end {
+            let head = segment.memory.read(at as usize, RECORD_HEADER_BYTES)?;
+            let len = u32_at(head, 0) as usize;
+            if len == 0 {
+                return None;
+            }
+            check = u32_at(head, 4);
+            at += padded(len) as u64;
+        }
+        (at == end).then_some(check)
+    }
+
     pub(crate) fn push_segment(&self, segment: Segment) {
         let mut segments = lock(&self.segments);
         debug_assert!(segments.back().is_none_or(|last| last.index + 1 == segment.index));

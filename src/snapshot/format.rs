@@ -2,12 +2,13 @@
 //!
 //! ```text
 //! header   0 magic 8   8 format u32   12 archive fingerprint u32   16 kind u16   18 shard u16   20 state version u16   22 zero u16
-//!         24 start u64   32 sequence u64   40 time u64   48 state root bytes u32   52 its alignment u16   54 zero u16   56 crc u32   60 zero u32
+//!         24 start u64   32 sequence u64   40 time u64   48 state root bytes u32   52 its alignment u16   54 zero u16   56 store u64
+//!         64 check u32   68 zero u32   72 crc u32   76 zero u32
 //! entry    0 length u32   4 crc u32   8 key u64   16 version u48 | state version u16   24 head u64   32 latest time u64
 //!         40 state bytes u32   44 outcomes u32   48 state, padded to 16; then outcomes
 //! outcome  0 idempotency u64   8 version u64   16 ending u64   24 rejection bytes u32   28 zero u32   32 rejection, padded to 16
-//! end      an entry of version 0 and length 48 (a longer one: outcomes of a key without events): key = number of entries, head = end of the log, latest time = 1 where that was durable,
-//!          40 boot u64
+//! end      an entry of version 0 and length 48 (a longer one: outcomes of a key without events): key = number of entries, head = end of the log, 32 durable u32 = 1 where that was durable,
+//!          36 check u32   40 boot u64
 //! ```
 
 use rkyv::util::AlignedVec;
@@ -22,12 +23,18 @@ use crate::log::mmap::crc32c;
 
 const MAGIC: [u8; 8] = *b"corelsnp";
 /// Bytes of a file's header.
-pub(crate) const FILE_HEADER_BYTES: usize = 64;
-const FILE_CRC_AT: usize = 56;
+pub(crate) const FILE_HEADER_BYTES: usize = 80;
+const FILE_CRC_AT: usize = 72;
 /// Bytes of an entry's header.
 pub(crate) const ENTRY_HEADER_BYTES: usize = 48;
 const OUTCOME_HEADER_BYTES: usize = 32;
 const LOW_48: u64 = (1 << 48) - 1;
+
+/// Why a file of another store is not read.
+pub(crate) const OTHER_STORE: &str = "it is another store's";
+
+/// Of which store and shard files are.
+pub(crate) type Owner = (u64, ShardId);
 
 /// What a file holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -42,6 +49,8 @@ pub(crate) enum Kind {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct FileHeader {
     pub(crate) kind: Kind,
+    /// The store's id.
+    pub(crate) store: u64,
     pub(crate) shard: ShardId,
     pub(crate) state_version: u16,
     /// The root of an archived state.
@@ -49,6 +58,8 @@ pub(crate) struct FileHeader {
     /// Where the log stood when the file was begun, and the sequence of the next event there.
     pub(crate) start: Offset,
     pub(crate) sequence: Sequence,
+    /// The CRC word of the record that ends at `start`; 0: none does.
+    pub(crate) check: u32,
     pub(crate) time: Time,
 }
 
@@ -66,13 +77,15 @@ impl FileHeader {
         out[40..48].copy_from_slice(&self.time.0.to_le_bytes());
         out[48..52].copy_from_slice(&self.state.bytes.to_le_bytes());
         out[52..54].copy_from_slice(&self.state.align.to_le_bytes());
+        out[56..64].copy_from_slice(&self.store.to_le_bytes());
+        out[64..68].copy_from_slice(&self.check.to_le_bytes());
         let crc = crc32c(0, &out[..FILE_CRC_AT]);
         out[FILE_CRC_AT..FILE_CRC_AT + 4].copy_from_slice(&crc.to_le_bytes());
         out
     }
 
-    /// The header of a file of `shard` that this build can read.
-    pub(crate) fn decode(bytes: &[u8], shard: ShardId) -> Result<Self, &'static str> {
+    /// The header of a file of this store and shard that this build can read.
+    pub(crate) fn decode(bytes: &[u8], (store, shard): Owner) -> Result<Self, &'static str> {
         let head = bytes.get(..FILE_HEADER_BYTES).ok_or("the file is shorter than its header")?;
         if head[..8] != MAGIC {
             return Err("wrong magic");
@@ -83,6 +96,9 @@ impl FileHeader {
         if u32_at(head, 8) != FORMAT_VERSION || u32_at(head, 12) != archive_fingerprint() {
             return Err("it is of another format");
         }
+        if u64_at(head, 56) != store {
+            return Err(OTHER_STORE);
+        }
         if u16_at(head, 18) != shard.0 {
             return Err("it is another shard's");
         }
@@ -92,11 +108,13 @@ impl FileHeader {
                 1 => Kind::Checkpoint,
                 _ => return Err("it is of no kind that this build knows"),
             },
+            store,
             shard,
             state_version: u16_at(head, 20),
             state: Root { bytes: u32_at(head, 48), align: u16_at(head, 52) },
             start: Offset(u64_at(head, 24)),
             sequence: Sequence(u64_at(head, 32)),
+            check: u32_at(head, 64),
             time: Time(u64_at(head, 40)),
         })
     }
@@ -135,6 +153,8 @@ pub(crate) struct End {
     pub(crate) entries: u64,
     /// No entry knows of anything at or beyond this.
     pub(crate) log_end: Offset,
+    /// The CRC word of the record that ends there; 0: none does.
+    pub(crate) check: u32,
     /// Whether the log was durable up to there.
     pub(crate) durable: bool,
     /// Which run of the machine this was: within it the system's cache keeps what was written.
@@ -146,7 +166,8 @@ impl End {
         let mut out = [0; ENTRY_HEADER_BYTES];
         out[8..16].copy_from_slice(&self.entries.to_le_bytes());
         out[24..32].copy_from_slice(&self.log_end.0.to_le_bytes());
-        out[32..40].copy_from_slice(&u64::from(self.durable).to_le_bytes());
+        out[32..36].copy_from_slice(&u32::from(self.durable).to_le_bytes());
+        out[36..40].copy_from_slice(&self.check.to_le_bytes());
         out[40..48].copy_from_slice(&self.boot.to_le_bytes());
         seal(&mut out);
         out
@@ -158,12 +179,13 @@ impl End {
         let at = at.ok_or("a checkpoint without an end")?;
         match entry_at(file, at)? {
             Some(end) if end.is_end() => {
-                let durable = match end.time_max.0 {
+                let durable = match u32_at(file, at + 32) {
                     0 => false,
                     1 => true,
                     _ => return Err("a checkpoint's end does not say whether the log was durable"),
                 };
-                Ok(Self { entries: end.key.0, log_end: end.head, durable, boot: u64_at(file, at + 40) })
+                let (check, boot) = (u32_at(file, at + 36), u64_at(file, at + 40));
+                Ok(Self { entries: end.key.0, log_end: end.head, check, durable, boot })
             }
             _ => Err("a checkpoint without an end"),
         }
@@ -478,19 +500,23 @@ mod tests {
         }
     }
 
+    const OWNER: Owner = (0x1112_1314_1516_1718, ShardId(0x0203));
+
     fn header(kind: Kind) -> FileHeader {
-        let (start, sequence) = match kind {
-            Kind::Snapshots => (Offset(0), Sequence(0)),
-            Kind::Checkpoint => (Offset(0x0012_3456_7890), Sequence(0x0a0b_0c0d)),
+        let (start, sequence, check) = match kind {
+            Kind::Snapshots => (Offset(0), Sequence(0), 0),
+            Kind::Checkpoint => (Offset(0x0012_3456_7890), Sequence(0x0a0b_0c0d), 0x3132_3334),
         };
         let time = Time(1_700_000_000_123_456_789);
         FileHeader {
             kind,
-            shard: ShardId(0x0203),
+            store: OWNER.0,
+            shard: OWNER.1,
             state_version: State::STATE_VERSION,
             state: Root::of::<State>(),
             start,
             sequence,
+            check,
             time,
         }
     }
@@ -523,7 +549,7 @@ mod tests {
     fn check(bytes: &[u8], kind: Kind, keys: &[(Slot<State>, Kept<u32>)]) -> usize {
         let mut file = AlignedVec::<ALIGN>::new();
         file.extend_from_slice(bytes);
-        assert_eq!(FileHeader::decode(&file, ShardId(0x0203)), Ok(header(kind)));
+        assert_eq!(FileHeader::decode(&file, OWNER), Ok(header(kind)));
         let mut at = FILE_HEADER_BYTES;
         for (slot, outcomes) in keys {
             let entry = entry_at(&file, at).expect("it holds").expect("there is one");
@@ -555,7 +581,13 @@ mod tests {
             (slot(7, 6), vec![(1, Remembered::Rejected(42)), (2, done)]),
             (slot(9, 1), vec![]),
         ];
-        let end = End { entries: 3, log_end: Offset(0x0012_3456_9999), durable: true, boot: 0x0102_0304_0506_0708 };
+        let end = End {
+            entries: 3,
+            log_end: Offset(0x0012_3456_9999),
+            check: 0x4142_4344,
+            durable: true,
+            boot: 0x0102_0304_0506_0708,
+        };
         let bytes = [file(Kind::Checkpoint, &keys), end.encode().to_vec()].concat();
         assert_golden("checkpoint.bin", &bytes);
         let at = check(&bytes, Kind::Checkpoint, &keys);
@@ -567,14 +599,14 @@ mod tests {
     #[test]
     fn every_flipped_bit_of_a_file_shows() {
         let keys = [(slot(7, 6), vec![(1, Remembered::Rejected(42))])];
-        let end = End { entries: 1, log_end: Offset(4096), durable: false, boot: 7 };
+        let end = End { entries: 1, log_end: Offset(4096), check: 5, durable: false, boot: 7 };
         let whole = [file(Kind::Checkpoint, &keys), end.encode().to_vec()].concat();
         let entry_bytes = u32_at(&whole, FILE_HEADER_BYTES) as usize;
         for bit in 0..whole.len() * 8 {
             let mut bytes = AlignedVec::<ALIGN>::new();
             bytes.extend_from_slice(&whole);
             bytes[bit / 8] ^= 1 << (bit % 8);
-            let holds = FileHeader::decode(&bytes, ShardId(0x0203)).is_ok()
+            let holds = FileHeader::decode(&bytes, OWNER).is_ok()
                 && matches!(entry_at(&bytes, FILE_HEADER_BYTES), Ok(Some(entry)) if !entry.is_end())
                 && End::decode(&bytes).is_ok();
             // Padding between entries means nothing.

@@ -7,13 +7,14 @@ use std::sync::OnceLock;
 use rkyv::util::AlignedVec;
 
 use crate::aggregate::Aggregate;
-use crate::event::{Key, KeyHash, Offset, Sequence, ShardId, Version};
+use crate::event::{Key, KeyHash, Offset, Sequence, Version};
 use crate::keys::Slot;
 use crate::log::fold::Folder;
 use crate::log::format::{ALIGN, HEADER_BYTES, LOW_47, OFFSETS_END};
+use crate::log::segment::ShardLog;
 use crate::log::storage::{Storage, replace};
 use crate::snapshot::format::{
-    ENTRY_HEADER_BYTES, End, Entry, FILE_HEADER_BYTES, FileHeader, Kind, Unusable, entry_at,
+    ENTRY_HEADER_BYTES, End, Entry, FILE_HEADER_BYTES, FileHeader, Kind, OTHER_STORE, Owner, Unusable, entry_at,
 };
 use crate::snapshot::store::{Held, Saved, SnapshotStore, file_name, file_number, whole};
 use crate::sync::Ordering;
@@ -27,13 +28,23 @@ pub(crate) struct Candidate {
     pub(crate) sequence: Sequence,
     /// The log must reach at least here.
     pub(crate) log_end: Offset,
+    /// The CRC words of the records that end at `start` and at `log_end`.
+    pub(crate) checks: [u32; 2],
     /// Whether the log was durable as far as the checkpoint knows, or lies in the same cache still; otherwise what lies before
     /// `start` must be looked at too.
     pub(crate) is_trusted: bool,
 }
 
+impl Candidate {
+    /// Whether the log has the records before its start and before its end, as far as they are not freed.
+    pub(crate) fn is_of(&self, log: &ShardLog) -> bool {
+        let has = |(place, check)| place < log.earliest() || log.check_before(place) == Some(check);
+        self.log_end.0 <= log.appended.get() && [self.start, self.log_end].into_iter().zip(self.checks).all(has)
+    }
+}
+
 /// The checkpoints of a shard's folder that are whole, newest first; and how many are not.
-pub(crate) fn candidates(storage: &dyn Storage, dir: &Path, shard: ShardId) -> io::Result<(Vec<Candidate>, u64)> {
+pub(crate) fn candidates(storage: &dyn Storage, dir: &Path, owner: Owner) -> io::Result<(Vec<Candidate>, u64)> {
     let mut numbers: Vec<u32> = storage
         .list(dir)?
         .iter()
@@ -44,18 +55,19 @@ pub(crate) fn candidates(storage: &dyn Storage, dir: &Path, shard: ShardId) -> i
     let boot = storage.boot_id();
     let (mut found, mut unreadable) = (Vec::new(), 0);
     for number in numbers {
-        match ends(storage, dir, shard, number)? {
+        match ends(storage, dir, owner, number)? {
             Ok((header, end)) => found.push(Candidate {
                 number,
                 start: header.start,
                 sequence: header.sequence,
                 log_end: end.log_end,
+                checks: [header.check, end.check],
                 is_trusted: end.durable || (boot != 0 && end.boot == boot),
             }),
             Err(why) => {
                 unreadable += 1;
                 tracing::warn!(
-                    shard = shard.0,
+                    shard = owner.1.0,
                     number,
                     why,
                     "a checkpoint cannot be used; an earlier one or the log is"
@@ -71,7 +83,7 @@ pub(crate) fn candidates(storage: &dyn Storage, dir: &Path, shard: ShardId) -> i
 fn ends(
     storage: &dyn Storage,
     dir: &Path,
-    shard: ShardId,
+    owner: Owner,
     number: u32,
 ) -> io::Result<Result<(FileHeader, End), &'static str>> {
     let file = storage.open_side(&dir.join(file_name(Kind::Checkpoint, number)))?;
@@ -84,7 +96,7 @@ fn ends(
     let (head, end) = ends.split_at_mut(FILE_HEADER_BYTES);
     file.read_at(0, head)?;
     file.read_at(bytes - ENTRY_HEADER_BYTES as u64, end)?;
-    Ok(FileHeader::decode(&ends, shard).and_then(|header| match header.kind {
+    Ok(FileHeader::decode(&ends, owner).and_then(|header| match header.kind {
         Kind::Checkpoint => {
             let end = End::decode(&ends)?;
             let holds = is_place(header.start) && is_place(end.log_end) && header.start <= end.log_end;
@@ -109,13 +121,13 @@ fn is_of(entry: &Entry<'_>, end: Offset) -> bool {
 pub(crate) fn load<A: Aggregate>(
     storage: &dyn Storage,
     dir: &Path,
-    shard: ShardId,
+    owner: Owner,
     candidate: &Candidate,
     folder: &mut Folder<A>,
 ) -> Result<Version, Unusable> {
     let path = dir.join(file_name(Kind::Checkpoint, candidate.number));
     let bytes = storage.open_side(&path).and_then(|file| whole(&*file)).map_err(|_| "it cannot be read")?;
-    let header = FileHeader::decode(&bytes, shard)?;
+    let header = FileHeader::decode(&bytes, owner)?;
     if header.is_of_another_layout::<A>() {
         return Err(Unusable::State { stored: header.state });
     }
@@ -214,7 +226,7 @@ impl Found {
 pub(crate) fn index<A: Aggregate>(
     storage: &std::sync::Arc<dyn Storage>,
     dir: &Path,
-    shard: ShardId,
+    owner: Owner,
     log: Log,
     usable: &[u32],
     unreadable: u64,
@@ -231,7 +243,7 @@ pub(crate) fn index<A: Aggregate>(
         let path = dir.join(file_name(kind, number));
         if kind == Kind::Checkpoint && !usable.contains(&number) {
             // A damaged one, or one of another state version, may be of use to somebody yet.
-            if ends(storage, dir, shard, number)?.is_ok_and(|(_, known)| known.log_end > log.end) {
+            if ends(storage, dir, owner, number)?.is_ok_and(|(_, known)| known.log_end > log.end) {
                 tracing::warn!(path = %path.display(), "a checkpoint of events that are gone is removed");
                 remove.push(path);
             }
@@ -239,7 +251,7 @@ pub(crate) fn index<A: Aggregate>(
         }
         let file = storage.open_side(&path)?;
         if kind == Kind::Checkpoint {
-            let (header, entries, bytes) = match ends(storage, dir, shard, number)? {
+            let (header, entries, bytes) = match ends(storage, dir, owner, number)? {
                 Ok((header, end)) => (header, end.entries, file.len()?),
                 Err(_) => continue,
             };
@@ -255,7 +267,7 @@ pub(crate) fn index<A: Aggregate>(
             continue;
         }
         let bytes = whole(&*file)?;
-        let scanned = match FileHeader::decode(&bytes, shard) {
+        let scanned = match FileHeader::decode(&bytes, owner) {
             Ok(header) if header.kind != kind => Scanned { why: Some("it is a checkpoint"), ..Scanned::default() },
             Ok(header) => scan::<A>(&bytes, &header, number, log),
             Err(why) => Scanned { why: Some(why), ..Scanned::default() },
@@ -263,6 +275,10 @@ pub(crate) fn index<A: Aggregate>(
         if let Some(why) = scanned.why {
             tracing::warn!(path = %path.display(), why, kept = scanned.entries, "saved states are unreadable or of events that are gone");
             store.unreadable.fetch_add(1, Ordering::Relaxed);
+        }
+        // Somebody else's is not ours to remove.
+        if scanned.why == Some(OTHER_STORE) {
+            continue;
         }
         if scanned.end < bytes.len() {
             if scanned.entries == 0 {
@@ -337,23 +353,23 @@ mod tests {
     use super::*;
     use crate::aggregate::Stateless;
     use crate::envelope::Envelope;
-    use crate::event::{Root, Time};
+    use crate::event::{Root, ShardId, Time};
     use crate::testing::FaultyStorage;
 
     #[test]
     fn what_a_checkpoint_covers_ends_where_it_began() {
         let (storage, dir) = (FaultyStorage::new(), Path::new("/s/shard-0000"));
         let (start, sequence) = (Offset(5_008), Sequence(3));
-        let (kind, shard) = (Kind::Checkpoint, ShardId(0));
+        let (kind, store, shard, check) = (Kind::Checkpoint, 7, ShardId(0), 0);
         let (state_version, state) = (0, Root::default());
-        let header = FileHeader { kind, shard, state_version, state, start, sequence, time: Time(0) };
-        let end = End { entries: 0, log_end: Offset(100_000), durable: true, boot: 0 };
+        let header = FileHeader { kind, store, shard, state_version, state, start, sequence, check, time: Time(0) };
+        let end = End { entries: 0, log_end: Offset(100_000), check, durable: true, boot: 0 };
         let content = [&header.encode()[..], &end.encode()].concat();
         storage.create_dir(dir).expect("made");
         replace(&storage, dir, &file_name(kind, 4), &content).expect("written");
         let storage: std::sync::Arc<dyn Storage> = std::sync::Arc::new(storage);
         let log = Log { end: Offset(200_000), events: 9 };
-        let found = index::<Stateless<Envelope>>(&storage, dir, shard, log, &[4], 0).expect("readable");
+        let found = index::<Stateless<Envelope>>(&storage, dir, (store, shard), log, &[4], 0).expect("readable");
         assert_eq!((found.covered, found.next_number), (start, 5));
     }
 }

@@ -136,7 +136,10 @@ impl Sources {
             Message::Begin { start, sequence, time } => {
                 let path = fresh_path(&self.log.dir);
                 self.checkpoint = None;
-                match self.begin(storage, Kind::Checkpoint, path, start, sequence, time) {
+                let begun = self.log.check_before(start).ok_or_else(log_is_gone);
+                match begun
+                    .and_then(|check| self.begin(storage, Kind::Checkpoint, path, (start, sequence, check), time))
+                {
                     Ok(writing) => self.checkpoint = Some(writing),
                     Err(error) => self.failed(keeper, &error),
                 }
@@ -168,7 +171,7 @@ impl Sources {
             Some(writing) => writing,
             None => {
                 let path = self.log.dir.join(file_name(Kind::Snapshots, self.next_number));
-                self.begin(storage, Kind::Snapshots, path, Offset(0), Sequence(0), crate::clock::wall_now())?
+                self.begin(storage, Kind::Snapshots, path, (Offset(0), Sequence(0), 0), crate::clock::wall_now())?
             }
         };
         let saved = writing.append(chunk, self.indexed)?;
@@ -182,17 +185,18 @@ impl Sources {
         storage: &dyn Storage,
         kind: Kind,
         path: PathBuf,
-        start: Offset,
-        sequence: Sequence,
+        (start, sequence, check): (Offset, Sequence, u32),
         time: Time,
     ) -> io::Result<Writing> {
         let header = FileHeader {
             kind,
+            store: self.log.store,
             shard: self.log.shard,
             state_version: self.state_version,
             state: self.state,
             start,
             sequence,
+            check,
             time,
         };
         let number = self.next_number;
@@ -246,7 +250,8 @@ impl Sources {
         syncs: bool,
     ) -> io::Result<(Offset, PathBuf)> {
         let Writing { mut held, file } = writing;
-        let end = End { entries: held.entries, log_end, durable, boot: storage.boot_id() }.encode();
+        let check = self.log.check_before(log_end).ok_or_else(log_is_gone)?;
+        let end = End { entries: held.entries, log_end, check, durable, boot: storage.boot_id() }.encode();
         file.append(&end)?;
         held.bytes += end.len() as u64;
         if syncs {
@@ -308,6 +313,11 @@ impl Sources {
             unreachable!("there is a place for every chunk");
         }
     }
+}
+
+/// Retention has freed what a checkpoint would be known by: this one is behind the log, and the next is not.
+fn log_is_gone() -> io::Error {
+    io::Error::other("the log was freed meanwhile")
 }
 
 impl Writing {
