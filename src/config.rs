@@ -208,10 +208,10 @@ impl Config {
         let c = &mut self.checked;
         // The default shrinks with small segments; what was asked for is refused instead.
         c.event_bytes_max = self.event_bytes_max.unwrap_or(EVENT_BYTES_MAX_DEFAULT.min((c.segment_bytes / 4) as usize));
-        in_range("shards", u64::from(c.shards), 1, 1024)?;
+        in_range("shards", u64::from(c.shards), 1, u64::from(SHARDS_MAX))?;
         power_of_two("ring_capacity", c.ring_capacity as u64, 2, 1 << 24)?;
         in_range("batch_max", c.batch_max as u64, 1, 65_536)?;
-        power_of_two("segment_bytes", c.segment_bytes, 64 << 10, 16 << 30)?;
+        power_of_two("segment_bytes", c.segment_bytes, *SEGMENT_BYTES.start(), *SEGMENT_BYTES.end())?;
         in_range("spares_max", c.spares_max as u64, 0, 1024)?;
         in_range("event_bytes_max", c.event_bytes_max as u64, 16, (16 << 20).min(c.segment_bytes / 4))?;
         in_range("snapshot_every", c.snapshot_every, 0, 1 << 40)?;
@@ -234,6 +234,10 @@ impl Config {
 }
 
 const EVENT_BYTES_MAX_DEFAULT: usize = 64 << 10;
+/// A store has no more shards.
+pub(crate) const SHARDS_MAX: u16 = 1024;
+/// Bytes of a segment, a power of two.
+pub(crate) const SEGMENT_BYTES: std::ops::RangeInclusive<u64> = 64 << 10..=16 << 30;
 
 pub(crate) fn in_range(name: &'static str, value: u64, min: u64, max: u64) -> Result<(), ConfigError> {
     if (min..=max).contains(&value) { Ok(()) } else { Err(ConfigError::OutOfRange { name, value, min, max }) }

@@ -20,6 +20,8 @@ mod aggregate;
 #[doc(hidden)]
 pub mod bench_support;
 #[cfg(not(loom))]
+pub mod check;
+#[cfg(not(loom))]
 mod clock;
 #[cfg(not(loom))]
 mod command;

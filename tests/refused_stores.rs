@@ -178,8 +178,14 @@ fn a_missing_or_damaged_span_is_refused() {
 
 #[test]
 fn a_span_that_claims_more_than_memory_holds_is_an_error_at_once() {
-    let error = refused(|dir| patch_small(&dir.join("shard-0000/span"), |bytes| bytes[20..28].fill(0xff)));
+    let span = "shard-0000/span";
+    let error = refused(|dir| {
+        patch_small(&dir.join(span), |bytes| bytes[20..28].copy_from_slice(&(1_u64 << 35).to_le_bytes()))
+    });
     assert!(matches!(error, OpenError::Corruption(_)), "{error}");
+    // Beyond the last offset there can be none.
+    let error = refused(|dir| patch_small(&dir.join(span), |bytes| bytes[20..28].fill(0xff)));
+    assert!(matches!(&error, OpenError::ForeignFile { path, .. } if path.ends_with(span)), "{error}");
 }
 
 #[test]

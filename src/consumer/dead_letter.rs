@@ -84,15 +84,16 @@ struct Plan<'a> {
 }
 
 impl Letters {
-    /// The letters in `dir`, which must reach to `known`. Where there are none yet, nothing is made.
+    /// The letters in `dir` of a store with so many shards, which must reach to `known`. Where there are none yet, nothing is made.
     pub(crate) fn open(
         storage: Arc<dyn Storage>,
         dir: &Path,
         policy: DeadLetterPolicy,
         known: FileEnd,
+        shards: usize,
     ) -> Result<Self, OpenError> {
         policy.check()?;
-        Self::load(storage, dir, policy, known, Access::Own)
+        Self::load(storage, dir, policy, known, shards, Access::Own)
     }
 
     fn load(
@@ -100,10 +101,21 @@ impl Letters {
         dir: &Path,
         policy: DeadLetterPolicy,
         known: FileEnd,
+        shards: usize,
         access: Access,
     ) -> Result<Self, OpenError> {
         let mut index = Index::default();
-        let loaded = load(&*storage, dir, access, known, |noted| index.apply(noted))?;
+        let mut strange = None;
+        let loaded = load(&*storage, dir, access, known, |noted| {
+            if usize::from(noted.id.shard.0) >= shards {
+                strange.get_or_insert(noted.place);
+            }
+            index.apply(noted);
+        })?;
+        if let Some(place) = strange {
+            let (path, at) = (path(dir, place.file), place.at());
+            return Err(OpenError::DamagedFile { path, at, why: "an entry of a shard that the store does not have" });
+        }
         let (durable, files::Loaded { files, next_number }) = (loaded.end(), loaded);
         let dir = dir.to_owned();
         Ok(Self { storage, dir, policy, index, files, tail: None, durable, next_number, oldest: VecDeque::new() })
@@ -361,13 +373,18 @@ fn archive_in(entry: &[u8]) -> Archive {
 
 /// The letters in a folder that somebody else may be writing to. Nothing is changed, and nothing may be written. What is `known` to
 /// have been durable was asked before.
-pub(crate) fn open_outside(storage: &Arc<dyn Storage>, dir: &Path, known: FileEnd) -> Result<Letters, OpenError> {
+pub(crate) fn open_outside(
+    storage: &Arc<dyn Storage>,
+    dir: &Path,
+    known: FileEnd,
+    shards: usize,
+) -> Result<Letters, OpenError> {
     /// While it looks, files may be replaced by a smaller one.
     const TRIES: usize = 8;
     let mut tries = 0;
     loop {
         tries += 1;
-        match Letters::load(Arc::clone(storage), dir, DeadLetterPolicy::default(), known, Access::Outside) {
+        match Letters::load(Arc::clone(storage), dir, DeadLetterPolicy::default(), known, shards, Access::Outside) {
             Err(OpenError::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound && tries < TRIES => {}
             letters => return letters,
         }
@@ -379,8 +396,9 @@ pub(super) fn statistics_of(
     storage: &Arc<dyn Storage>,
     dir: &Path,
     known: FileEnd,
+    shards: usize,
 ) -> Result<LetterStatistics, OpenError> {
-    let letters = Letters::load(Arc::clone(storage), dir, DeadLetterPolicy::default(), known, Access::Outside)?;
+    let letters = Letters::load(Arc::clone(storage), dir, DeadLetterPolicy::default(), known, shards, Access::Outside)?;
     Ok(letters.statistics())
 }
 

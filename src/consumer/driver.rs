@@ -143,7 +143,7 @@ impl<E: Event> Driver<E> {
         letters: FileEnd,
     ) -> Result<Self, ConsumerError> {
         let (policy, saved_letters) = (settings.letters.clone(), letters);
-        let letters = LetterStore::open(std::sync::Arc::clone(&storage), &dir, policy, letters)?;
+        let letters = LetterStore::open(std::sync::Arc::clone(&storage), &dir, policy, letters, places.len())?;
         let mut desks = Vec::with_capacity(places.len());
         for place in places {
             desks.push(Desk::open(place, &settings, &letters)?);

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use rkyv::util::AlignedVec;
 
-use super::checkpoint::{Checkpoint, consumers_dir, names as folders};
+use super::checkpoint::{Checkpoint, Progress, consumers_dir, names as folders};
 use super::dead_letter::answer::{DeadLetter, LetterStatistics, LettersError};
 use super::dead_letter::{Letters as LetterStore, open_outside};
 use super::error::ConsumerError;
@@ -14,6 +14,7 @@ use super::requests::{self, Request};
 use crate::clock::wall_now;
 use crate::error::OpenError;
 use crate::event::{EventId, Key, Offset};
+use crate::log::position::Position;
 use crate::log::scan::Store;
 use crate::log::storage::Storage;
 
@@ -25,6 +26,10 @@ pub struct Registered {
     pub name: String,
     /// Its durable gap-free position in every shard: retention keeps what comes after.
     pub positions: Vec<Offset>,
+    /// The furthest offset that its checkpoint names in every shard: opening cuts what lies behind the log's end.
+    pub reaches: Vec<Offset>,
+    /// The furthest position that it has read in every shard, which knows of which log it is.
+    pub seen: Vec<Position>,
     /// Requests that wait to be taken up, or are not carried out to their end.
     pub requests: usize,
 }
@@ -54,7 +59,25 @@ pub fn registered(store: &Store, name: &str) -> Result<Option<Registered>, OpenE
     let requests = requests::waiting(&**store.files(), &path);
     let requests = requests.map_err(|source| OpenError::Io { action: "listing", path, source })?.len();
     let positions = checkpoint.shards.iter().map(|shard| shard.position).collect();
-    Ok(Some(Registered { name: name.to_owned(), positions, requests }))
+    let reach = |shard: &Progress| {
+        [shard.position, shard.read, shard.effects_from, shard.began, shard.seen.offset()]
+            .into_iter()
+            .max()
+            .unwrap_or_default()
+    };
+    let reaches = checkpoint.shards.iter().map(reach).collect();
+    let seen = checkpoint.shards.iter().map(|shard| shard.seen).collect();
+    Ok(Some(Registered { name: name.to_owned(), positions, reaches, seen, requests }))
+}
+
+/// The requests to a consumer of `store` that do not hold, each with why: the consumer puts them aside.
+///
+/// # Errors
+/// What the file system says.
+pub fn broken_requests(store: &Store, name: &str) -> Result<Vec<(String, &'static str)>, OpenError> {
+    let path = dir_of(store, name);
+    let io = |source| OpenError::Io { action: "reading the requests in", path: path.clone(), source };
+    requests::broken(&**store.files(), &path).map_err(io)
 }
 
 /// A consumer's dead letters as they were when they were looked at.
@@ -71,8 +94,9 @@ impl DeadLetters {
         let storage: Arc<dyn Storage> = Arc::clone(store.files()) as _;
         // Before the letters: of those that it knows of, all are there. One that does not hold says nothing of them, and is told by
         // [`registered`].
-        let known = Checkpoint::load(&*storage, &path).ok().flatten().unwrap_or_default().letters;
-        open_outside(&storage, &path, known).map(Self)
+        let checkpoint = Checkpoint::load(&*storage, &path).ok().flatten();
+        let shards = checkpoint.as_ref().map_or(usize::from(store.shards()), |checkpoint| checkpoint.shards.len());
+        open_outside(&storage, &path, checkpoint.unwrap_or_default().letters, shards).map(Self)
     }
 
     /// How many there are, and what became of others.

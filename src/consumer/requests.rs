@@ -104,6 +104,21 @@ pub(crate) fn waiting(storage: &dyn Storage, dir: &Path) -> io::Result<Vec<Strin
     Ok(names)
 }
 
+/// The waiting requests that do not hold, and why.
+pub(crate) fn broken(storage: &dyn Storage, dir: &Path) -> io::Result<Vec<(String, &'static str)>> {
+    let mut broken = Vec::new();
+    for name in waiting(storage, dir)? {
+        match storage.read(&dir.join(&name)) {
+            Ok(bytes) => broken.extend(Request::decode(&bytes).err().map(|why| (name, why))),
+            // It was taken up meanwhile.
+            Err(error) if error.kind() == ErrorKind::NotFound => {}
+            Err(error) if error.kind() == ErrorKind::IsADirectory => broken.push((name, "it is a folder")),
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(broken)
+}
+
 /// A request that was taken up.
 #[derive(Debug)]
 pub(super) struct Taken {

@@ -286,7 +286,7 @@ impl Services {
         if known.letters.is_none() && !known.is_driven {
             let dir = self.dir(name);
             let saved = Checkpoint::load(&*self.storage, &dir).map(Option::unwrap_or_default);
-            match saved.and_then(|saved| statistics_of(&self.storage, &dir, saved.letters)) {
+            match saved.and_then(|saved| statistics_of(&self.storage, &dir, saved.letters, self.shards.len())) {
                 Ok(letters) => known.letters = Some(letters),
                 Err(error) => drop(report.failure.get_or_insert_with(|| ConsumerError::from(error).into())),
             }

@@ -345,7 +345,7 @@ fn prepare<E: Event>(
     over: bool,
 ) -> Result<(Vec<Progress>, LetterStatistics), ConsumerError> {
     let dir = services.dir(name);
-    let left = statistics_of(&services.storage, &dir, letters)?;
+    let left = statistics_of(&services.storage, &dir, letters, places.len())?;
     let mut progress: Vec<Progress> = places.iter().map(|place| place.progress.clone()).collect();
     if over {
         for (Place { log, lock, hold, .. }, progress) in places.iter().zip(&mut progress) {

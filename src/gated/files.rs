@@ -19,6 +19,7 @@ const GAPS: &str = "gaps";
 const WITNESS: &str = "witness";
 const POSITIONS: &str = "positions";
 const POSITIONS_FIXED_BYTES: usize = 24;
+const OTHER_SHARDS: &str = "it counts another number of shards";
 
 /// Where the gates of a store have their folders.
 pub(crate) fn gates_dir(store: &Path) -> PathBuf {
@@ -366,18 +367,35 @@ impl GateFiles {
         }
     }
 
-    /// The positions last saved. Damaged ones and those of another store are none: the log says the same.
-    pub(crate) fn positions(&self, shards: usize) -> Result<Option<Positions>, OpenError> {
+    /// The positions last saved.
+    pub(crate) fn stored_positions(&self, shards: usize) -> Result<Option<Positions>, OpenError> {
         let Some(bytes) = self.read(POSITIONS)? else { return Ok(None) };
         let path = self.dir.join(POSITIONS);
-        match Positions::decode(&path, &bytes) {
-            Ok(positions) if positions.counted.first().is_some_and(|position| position.store() != self.store_id) => {
-                tracing::warn!(path = %path.display(), "a gate's positions are of another store; the log is counted anew");
-                Ok(None)
+        let positions = Positions::decode(&path, &bytes)?;
+        if positions.counted.first().is_some_and(|position| position.store() != self.store_id) {
+            return Err(OpenError::ForeignFile { path, why: "it is of another store" });
+        }
+        if positions.counted.len() != shards {
+            return Err(OpenError::ForeignFile { path, why: OTHER_SHARDS });
+        }
+        Ok(Some(positions))
+    }
+
+    /// How many gaps are recorded, and how many bytes behind the last whole entry are torn.
+    pub(crate) fn look(&self) -> Result<(usize, usize), OpenError> {
+        let Some(found) = self.find()? else { return Ok((0, 0)) };
+        let gaps = found.entries.iter().filter(|entry| matches!(entry, Entry::Gap(_))).count();
+        Ok((gaps, found.torn))
+    }
+
+    /// The positions last saved. Damaged ones and those of another store are none: the log says the same.
+    pub(crate) fn positions(&self, shards: usize) -> Result<Option<Positions>, OpenError> {
+        match self.stored_positions(shards) {
+            Ok(positions) => Ok(positions),
+            Err(refused @ (OpenError::UnknownFormat { .. } | OpenError::Io { .. })) => Err(refused),
+            Err(OpenError::ForeignFile { path, why: OTHER_SHARDS }) => {
+                Err(OpenError::ForeignFile { path, why: OTHER_SHARDS })
             }
-            Ok(positions) if positions.counted.len() == shards => Ok(Some(positions)),
-            Ok(_) => Err(OpenError::ForeignFile { path, why: "it counts another number of shards" }),
-            Err(unknown @ OpenError::UnknownFormat { .. }) => Err(unknown),
             Err(error) => {
                 tracing::warn!(%error, "a gate's positions are not used; the log is counted anew");
                 Ok(None)

@@ -20,11 +20,19 @@ pub(crate) struct There {
     /// The CRC word of the record that ends there; 0 where the segment begins there. In a log that went another way up to there it is
     /// another one: it is seeded with the segment's salt and covers the record's time.
     pub(crate) check: u32,
+    /// A command goes on there.
+    pub(crate) is_in_command: bool,
 }
 
-/// What the log has at `place`, read from the segment's first record on.
+/// What the log has at `place`, where reading may begin anew.
 pub(crate) fn there(whole: &[u8], header: &SegmentHeader, place: usize) -> Result<There, Astray> {
-    let (mut at, mut sequence, mut is_open, mut check) = (HEADER_BYTES, header.first_sequence, false, 0);
+    let there = lead_to(whole, header, place)?;
+    if there.is_in_command { Err(Astray::Inside) } else { Ok(there) }
+}
+
+/// What a segment's records lead to at `place`, read from the first one on.
+pub(crate) fn lead_to(whole: &[u8], header: &SegmentHeader, place: usize) -> Result<There, Astray> {
+    let (mut at, mut sequence, mut is_in_command, mut check) = (HEADER_BYTES, header.first_sequence, false, 0);
     while at < place {
         let len = match record_at(&whole[at..], header.salt) {
             Found::Record(len) => len,
@@ -33,11 +41,11 @@ pub(crate) fn there(whole: &[u8], header: &SegmentHeader, place: usize) -> Resul
         };
         let record = RecordHeader::decode(&whole[at..]);
         sequence += u64::from(!record.is_own());
-        is_open = record.more;
+        is_in_command = record.more;
         check = u32_at(whole, at + 4);
         at += padded(len);
     }
-    if at == place && !is_open { Ok(There { sequence, check }) } else { Err(Astray::Inside) }
+    if at == place { Ok(There { sequence, check, is_in_command }) } else { Err(Astray::Inside) }
 }
 
 #[cfg(test)]
@@ -80,7 +88,11 @@ mod tests {
         let sequences = [Some(100), Some(101), Some(101), None, Some(103), Some(104)];
         let check = |records: usize| records.checked_sub(1).map_or(0, |last| u32_at(&whole, ends[last] + 4));
         let expected: Vec<_> = (0..ends.len())
-            .map(|i| sequences[i].map(|sequence| There { sequence, check: check(i) }).ok_or(Astray::Inside))
+            .map(|i| {
+                sequences[i]
+                    .map(|sequence| There { sequence, check: check(i), is_in_command: false })
+                    .ok_or(Astray::Inside)
+            })
             .collect();
         for place in 0..whole.len() {
             let found = there(&whole, &header, place);

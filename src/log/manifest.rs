@@ -3,9 +3,10 @@
 
 use std::path::{Path, PathBuf};
 
+use crate::config::{SEGMENT_BYTES, SHARDS_MAX};
 use crate::error::{ConfigError, OpenError};
 use crate::event::{Event, EventType, EventTypeId, Root, ShardId};
-use crate::log::format::{FORMAT_VERSION, archive_fingerprint, u16_at, u32_at, u64_at};
+use crate::log::format::{FORMAT_VERSION, OFFSETS_END, archive_fingerprint, u16_at, u32_at, u64_at};
 use crate::log::storage::{Storage, replace};
 
 const MANIFEST_MAGIC: [u8; 8] = *b"corelman";
@@ -92,7 +93,40 @@ impl Manifest {
             rest = after;
         }
         let root = Root { bytes: u32_at(body, 36), align: u16_at(body, 18) };
-        Ok(Self { store_id: u64_at(body, 40), shards: u16_at(body, 16), segment_bytes: u64_at(body, 24), root, types })
+        let manifest =
+            Self { store_id: u64_at(body, 40), shards: u16_at(body, 16), segment_bytes: u64_at(body, 24), root, types };
+        if !rest.is_empty() {
+            return Err(foreign("the manifest goes on behind its type list"));
+        }
+        manifest.impossible().map_or(Ok(manifest), |why| Err(foreign(why)))
+    }
+
+    /// What no program writes, if it says such a thing: a CRC that holds makes no number right.
+    fn impossible(&self) -> Option<&'static str> {
+        if !(1..=SHARDS_MAX).contains(&self.shards) {
+            return Some("the manifest's number of shards is out of range");
+        }
+        if !SEGMENT_BYTES.contains(&self.segment_bytes) || !self.segment_bytes.is_power_of_two() {
+            return Some("the manifest's segment size is out of range");
+        }
+        if self.store_id == 0 {
+            return Some("the manifest has no store id");
+        }
+        let Root { bytes, align } = self.root;
+        let is_known = align.is_power_of_two() && bytes.is_multiple_of(u32::from(align));
+        if self.root != Root::default() && !is_known {
+            return Some("the manifest's size and alignment of an event do not fit");
+        }
+        for (i, t) in self.types.iter().enumerate() {
+            let mut before = self.types[..i].iter();
+            if t.id.0 == 0 || before.any(|o| (o.id, o.schema_version) == (t.id, t.schema_version)) {
+                return Some("the manifest's type list has an id twice, or the id 0");
+            }
+            if self.types[..i].iter().any(|o| (o.id == t.id) != (o.name == t.name)) {
+                return Some("the manifest's type list has two names of one id, or two ids of one name");
+            }
+        }
+        None
     }
 
     /// The store's manifest, or `None` where there is no store yet.
@@ -209,19 +243,27 @@ impl Span {
         out
     }
 
-    pub(crate) fn decode(path: &Path, bytes: &[u8]) -> Result<Self, OpenError> {
+    /// The span of a shard whose segments have this size.
+    pub(crate) fn decode(path: &Path, bytes: &[u8], segment_bytes: u64) -> Result<Self, OpenError> {
+        let foreign = |why| OpenError::ForeignFile { path: path.to_owned(), why };
         let body = checked(path, bytes, SPAN_MAGIC, SPAN_BYTES - 4)?;
+        if body.len() != SPAN_BYTES - 4 {
+            return Err(foreign("the span has another length"));
+        }
         let span = Self { first: u64_at(body, 12), last: u64_at(body, 20) };
         if span.first > span.last {
-            return Err(OpenError::ForeignFile { path: path.to_owned(), why: "the span ends before it begins" });
+            return Err(foreign("the span ends before it begins"));
+        }
+        if span.last >= OFFSETS_END / segment_bytes {
+            return Err(foreign("the span lies beyond the last offset"));
         }
         Ok(span)
     }
 
-    pub(crate) fn load(storage: &dyn Storage, shard_dir: &Path) -> Result<Option<Self>, OpenError> {
+    pub(crate) fn load(storage: &dyn Storage, shard_dir: &Path, segment_bytes: u64) -> Result<Option<Self>, OpenError> {
         let path = shard_dir.join(SPAN);
         match storage.read(&path) {
-            Ok(bytes) => Self::decode(&path, &bytes).map(Some),
+            Ok(bytes) => Self::decode(&path, &bytes, segment_bytes).map(Some),
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
             Err(source) => Err(OpenError::Io { action: "reading", path, source }),
         }
@@ -309,7 +351,7 @@ mod tests {
         let span = Span { first: 3, last: 0x0102_0304_0506 };
         let bytes = span.encode();
         assert_golden("span.bin", &bytes);
-        assert_eq!(Span::decode(Path::new("span"), &bytes).expect("decodes"), span);
+        assert_eq!(Span::decode(Path::new("span"), &bytes, 1).expect("decodes"), span);
     }
 
     #[test]

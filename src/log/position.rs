@@ -164,13 +164,19 @@ impl Position {
             Err(ReadError::NotARecord { .. }) => return Err(other("no event lies where the last one before it lay")),
             Err(error) => return Err(error),
         };
-        if finder.check_word(&place) != Some(self.check) {
-            return Err(other("the last event before it is another one"));
+        match self.does_not_follow(place.len, finder.check_word(&place)) {
+            Some(why) => Err(other(why)),
+            None => Ok(()),
         }
-        if self.last.0 + padded(place.len) as u64 > position.0 {
-            return Err(other("the last event before it reaches beyond it"));
+    }
+
+    /// Why the record at `last`, of this length and with this CRC word, is not the one before it, if so.
+    pub(crate) fn does_not_follow(&self, len: usize, check_word: Option<u32>) -> Option<&'static str> {
+        if check_word != Some(self.check) {
+            return Some("the last event before it is another one");
         }
-        Ok(())
+        let is_before = self.last.0 + padded(len) as u64 <= self.offset.0;
+        (!is_before).then_some("the last event before it reaches beyond it")
     }
 
     /// A reader that goes on here.

@@ -126,9 +126,8 @@ impl Opening<'_> {
             return Ok(blank);
         }
         let io = |source| OpenError::Io { action: "reading the saved states of", path: self.dir.to_owned(), source };
-        let earliest = Span::load(&**self.storage, self.dir)?.map_or(0, |span| span.first);
-        let earliest = earliest.saturating_mul(self.manifest.segment_bytes).saturating_add(HEADER_BYTES as u64);
-        let earliest = Offset(earliest);
+        let earliest = Span::load(&**self.storage, self.dir, self.manifest.segment_bytes)?.map_or(0, |span| span.first);
+        let earliest = Offset(earliest * self.manifest.segment_bytes + HEADER_BYTES as u64);
         let has_lost_the_beginning = earliest.0 > HEADER_BYTES as u64;
         // A folder that is not there is an error before anything else is looked for in it.
         self.names()?;
@@ -237,7 +236,7 @@ impl Opening<'_> {
         checkpoint: Option<&Candidate>,
     ) -> Result<Result<Recovered<A>, Unfit>, OpenError> {
         let mut names = self.names()?;
-        let span = match Span::load(&**self.storage, self.dir)? {
+        let span = match Span::load(&**self.storage, self.dir, self.manifest.segment_bytes)? {
             Some(span) => Some(span),
             // Before the span is written for the first time, the first segment may have been prepared.
             None if self.all_blank(&names.segments)? => None,
@@ -263,10 +262,6 @@ impl Opening<'_> {
             .find(|(want, have)| want != have)
         {
             return Err(self.corruption(missing.0, 0, "a segment is missing").into());
-        }
-        if span.last >= OFFSETS_END / self.manifest.segment_bytes {
-            let path = self.dir.join(crate::log::manifest::SPAN);
-            return Err(OpenError::ForeignFile { path, why: "the span lies beyond the last offset" });
         }
         for &index in surplus.iter().filter(|&&index| index > span.last) {
             // The span is written before a segment is handed over, so one beyond it was never begun.
@@ -468,6 +463,12 @@ impl Opening<'_> {
             source,
         })? {
             if let Some(index) = segment_index(&name) {
+                if index >= OFFSETS_END / self.manifest.segment_bytes {
+                    return Err(OpenError::ForeignFile {
+                        path: self.dir.join(name),
+                        why: "a segment beyond the last offset",
+                    });
+                }
                 names.segments.push(index);
             } else if spare_number(&name).is_some() {
                 names.spares.push(self.dir.join(name));

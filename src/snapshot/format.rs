@@ -99,19 +99,25 @@ impl FileHeader {
         if u64_at(head, 56) != store {
             return Err(OTHER_STORE);
         }
+        let kind = match u16_at(head, 16) {
+            0 => Kind::Snapshots,
+            1 => Kind::Checkpoint,
+            _ => return Err("it is of no kind that this build knows"),
+        };
         if u16_at(head, 18) != shard.0 {
             return Err("it is another shard's");
         }
+        let state = Root { bytes: u32_at(head, 48), align: u16_at(head, 52) };
+        let can_be = state.align.is_power_of_two() && state.bytes.is_multiple_of(u32::from(state.align));
+        if !can_be && state != Root::default() {
+            return Err("its size and alignment of a state do not fit");
+        }
         Ok(Self {
-            kind: match u16_at(head, 16) {
-                0 => Kind::Snapshots,
-                1 => Kind::Checkpoint,
-                _ => return Err("it is of no kind that this build knows"),
-            },
+            kind,
             store,
             shard,
             state_version: u16_at(head, 20),
-            state: Root { bytes: u32_at(head, 48), align: u16_at(head, 52) },
+            state,
             start: Offset(u64_at(head, 24)),
             sequence: Sequence(u64_at(head, 32)),
             check: u32_at(head, 64),
@@ -290,15 +296,10 @@ impl Entry<'_> {
 
     /// What became of the key's commands, oldest first.
     pub(crate) fn outcomes<A: Aggregate>(&self) -> Result<Kept<A::Rejection>, Unusable> {
-        let mut rest = self.rest;
         let mut outcomes = Vec::new();
-        for _ in 0..self.outcomes {
-            let head = rest.get(..OUTCOME_HEADER_BYTES).ok_or("an outcome is cut short")?;
-            let bytes = u32_at(head, 24) as usize;
-            let archive = rest.get(OUTCOME_HEADER_BYTES..OUTCOME_HEADER_BYTES + bytes);
-            let archive = archive.ok_or("an outcome is cut short")?;
-            let outcome = match Ending::decode(u64_at(head, 16)).ok_or("an outcome ends in no known way")? {
-                Ending::Done { events } => Remembered::Done { version: Version(u64_at(head, 8)), events },
+        self.each_outcome(|StoredOutcome { id, version, ending, archive }| {
+            let outcome = match ending {
+                Ending::Done { events } => Remembered::Done { version, events },
                 Ending::Rejected(root) => match rejection::<A>(root, archive) {
                     Some(rejection) => Remembered::Rejected(rejection),
                     None if root == Root::of::<A::Rejection>() => {
@@ -307,14 +308,40 @@ impl Entry<'_> {
                     None => return Err(Unusable::Rejection { stored: root }),
                 },
             };
+            outcomes.push((id, outcome));
+            Ok(())
+        })?;
+        Ok(outcomes)
+    }
+
+    /// Tells `each` of the outcomes as they are stored, whatever the type of a rejection is.
+    pub(crate) fn each_outcome(
+        &self,
+        mut each: impl FnMut(StoredOutcome<'_>) -> Result<(), Unusable>,
+    ) -> Result<(), Unusable> {
+        let mut rest = self.rest;
+        for _ in 0..self.outcomes {
+            let head = rest.get(..OUTCOME_HEADER_BYTES).ok_or("an outcome is cut short")?;
+            let bytes = u32_at(head, 24) as usize;
+            let archive = rest.get(OUTCOME_HEADER_BYTES..OUTCOME_HEADER_BYTES + bytes);
+            let archive = archive.ok_or("an outcome is cut short")?;
+            let ending = Ending::decode(u64_at(head, 16)).ok_or("an outcome ends in no known way")?;
             if u64_at(head, 8) > LOW_47 || u32_at(head, 28) != 0 {
                 return Err("an outcome is of a version that no key has".into());
             }
-            outcomes.push((u64_at(head, 0), outcome));
+            each(StoredOutcome { id: u64_at(head, 0), version: Version(u64_at(head, 8)), ending, archive })?;
             rest = rest.get(OUTCOME_HEADER_BYTES + padded(bytes)..).unwrap_or_default();
         }
-        Ok(outcomes)
+        Ok(())
     }
+}
+
+/// What became of one command.
+pub(crate) struct StoredOutcome<'a> {
+    id: u64,
+    version: Version,
+    ending: Ending,
+    archive: &'a [u8],
 }
 
 /// Entries on their way to a file. Filled by the shard, without check sums; its memory is used again.

@@ -107,12 +107,12 @@ fn ends(
 }
 
 /// Whether a log may have a record or its end there. (Which it has, the log alone can say.)
-fn is_place(at: Offset) -> bool {
+pub(crate) fn is_place(at: Offset) -> bool {
     at.0.is_multiple_of(ALIGN as u64) && (HEADER_BYTES as u64..OFFSETS_END).contains(&at.0)
 }
 
 /// Whether an entry can be of a log that ends at `end`.
-fn is_of(entry: &Entry<'_>, end: Offset) -> bool {
+pub(crate) fn is_of(entry: &Entry<'_>, end: Offset) -> bool {
     entry.version.0 == 0 || (entry.version.0 <= LOW_47 && is_place(entry.head) && entry.head < end)
 }
 

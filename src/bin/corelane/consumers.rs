@@ -5,7 +5,7 @@ use std::io::Write as _;
 use corelane::consumer::LetterStatistics;
 use corelane::consumer::outside::{self, DeadLetters};
 use corelane::scan::{ShardFiles, Store};
-use corelane::{Meta, Offset, ShardId};
+use corelane::{Meta, Offset, Position, ShardId};
 
 use super::show::{grouped, table};
 use super::{Failure, Output, Verdict, warn};
@@ -29,6 +29,20 @@ struct Consumer {
     places: Vec<Place>,
     requests: usize,
     letters: Option<(LetterStatistics, usize)>,
+    reaches: Vec<Offset>,
+    seen: Vec<Position>,
+}
+
+/// What a check of a consumer found.
+#[derive(Debug)]
+pub(super) struct Checked {
+    /// What its files hold, in words.
+    pub(super) line: String,
+    /// Its position, and the furthest offset that it names, by shard.
+    pub(super) positions: Vec<Offset>,
+    pub(super) reaches: Vec<Offset>,
+    /// The furthest that it has read, by shard.
+    pub(super) seen: Vec<Position>,
 }
 
 impl Consumer {
@@ -181,16 +195,27 @@ impl Consumers {
     }
 }
 
-/// Checks a consumer's files and tells `problem` what does not hold. What they hold, in words; `None`: there is no such consumer.
-pub(super) fn check(store: &Store, name: &str, problem: &mut dyn FnMut(String)) -> Result<Option<String>, Failure> {
-    Ok(look_at(store, name, problem)?.map(|consumer| {
-        let letters = consumer.letters.map_or(0, |(found, _)| found.letters);
-        format!("{} dead letters, {} requests", grouped(letters as u64), consumer.requests)
-    }))
+/// Checks a consumer's files and tells `problem` what does not hold. `None`: there is no such consumer.
+pub(super) fn check(store: &Store, name: &str, problem: &mut dyn FnMut(String)) -> Result<Option<Checked>, Failure> {
+    let Some(consumer) = look_at(store, name, problem)? else { return Ok(None) };
+    for (request, why) in outside::broken_requests(store, name)? {
+        problem(format!("{request} is put aside when the consumer starts: {why}"));
+    }
+    let letters = consumer.letters.map_or(0, |(found, _)| found.letters);
+    let line = format!("{} dead letters, {} requests", grouped(letters as u64), consumer.requests);
+    let positions = consumer.places.iter().map(|place| place.position).collect();
+    Ok(Some(Checked { line, positions, reaches: consumer.reaches, seen: consumer.seen }))
 }
 
 fn look_at(store: &Store, name: &str, problem: &mut dyn FnMut(String)) -> Result<Option<Consumer>, Failure> {
-    let mut consumer = Consumer { name: name.to_owned(), places: Vec::new(), requests: 0, letters: None };
+    let mut consumer = Consumer {
+        name: name.to_owned(),
+        places: Vec::new(),
+        requests: 0,
+        letters: None,
+        reaches: Vec::new(),
+        seen: Vec::new(),
+    };
     match outside::registered(store, name) {
         Ok(None) => return Ok(None),
         Ok(Some(registered)) if registered.positions.len() != usize::from(store.shards()) => {
@@ -202,6 +227,8 @@ fn look_at(store: &Store, name: &str, problem: &mut dyn FnMut(String)) -> Result
         }
         Ok(Some(registered)) => {
             consumer.requests = registered.requests;
+            consumer.reaches.clone_from(&registered.reaches);
+            consumer.seen.clone_from(&registered.seen);
             let places = registered.positions.iter().map(|&position| Place { position, ..Place::default() });
             consumer.places = places.collect();
             for (shard, position) in store.shard_ids().zip(&registered.positions) {
@@ -224,7 +251,7 @@ fn look_at(store: &Store, name: &str, problem: &mut dyn FnMut(String)) -> Result
 
 /// Damage is told; anything else is an error.
 fn tell_damage(failure: Failure, problem: &mut dyn FnMut(String)) -> Result<(), Failure> {
-    if failure.exit_status() != 1 {
+    if !failure.is_damage() {
         return Err(failure);
     }
     problem(failure.to_string());

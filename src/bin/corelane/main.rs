@@ -39,7 +39,8 @@ enum Command {
         /// The store.
         dir: PathBuf,
     },
-    /// Checks every check sum, sequence and link of a store, and the files of its consumers.
+    /// Checks every checksum, sequence and link of a store, its saved states, and the files of its consumers and gates: whatever
+    /// opening it would refuse or report.
     ///
     /// A torn tail (bytes that do not hold at the very end, as a power cut leaves them) is reported as such and
     /// counts as damage here, although opening the store cuts it and goes on.
@@ -111,6 +112,21 @@ impl Failure {
             Self::Read(ReadError::Corruption(_) | ReadError::NotARecord { .. }) => 1,
             Self::Usage(_) | Self::Output(_) | Self::Open(_) | Self::Read(_) | Self::Letters(_) => 2,
         }
+    }
+}
+
+impl Failure {
+    /// Whether it says something of one file, and nothing of the others: it is damaged, missing, or of another format.
+    fn is_damage(&self) -> bool {
+        let is_gone = |source: &io::Error| source.kind() == ErrorKind::NotFound;
+        self.exit_status() == 1
+            || match self {
+                Self::Open(OpenError::UnknownFormat { .. } | OpenError::ArchiveFormat { .. }) => true,
+                Self::Open(OpenError::Io { source, .. }) | Self::Letters(LettersError::Io { source, .. }) => {
+                    is_gone(source)
+                }
+                _ => false,
+            }
     }
 }
 

@@ -1,12 +1,14 @@
-//! `verify`: checks every check sum, sequence and link of a store, and the files of its consumers.
+//! `verify`: checks every checksum, sequence and link of a store, its saved states, and the files of its consumers and gates: what
+//! opening it would refuse or report.
 
 use std::collections::HashMap;
 use std::fmt;
 use std::io::Write as _;
 
+use corelane::check::{self, SavedStates};
 use corelane::consumer::outside;
 use corelane::scan::{Record, Records, SegmentState, Store};
-use corelane::{Key, Meta, Offset, ReadError, ShardId, Version};
+use corelane::{Key, Meta, Offset, Position, ReadError, Sequence, ShardId, Version};
 
 use super::consumers;
 use super::show::grouped;
@@ -77,16 +79,41 @@ impl Chains {
 
 pub(super) fn verify(store: &Store, out: &mut Output) -> Result<Verdict, Failure> {
     let (mut events, mut problems) = (0, 0);
+    // What stands on the log is read before it, so that in a store that is open the log has come at least as far; and where the log
+    // begins before that, since it may be freed up to there.
+    let begins: Vec<Offset> =
+        store.shard_ids().map(|shard| check::earliest(store, shard).unwrap_or_default()).collect();
+    let mut followers = Vec::new();
+    for name in outside::names(store)? {
+        let mut found = Problems::default();
+        if let Some(checked) = consumers::check(store, &name, &mut |problem| found.add(problem))? {
+            let line = format!("consumer {name}: {}", checked.line);
+            let consumers::Checked { positions, reaches, seen, .. } = checked;
+            followers.push(Follower { line, positions, reaches, seen, found });
+        } else if found.found > 0 {
+            followers.push(Follower { line: format!("consumer {name}"), found, ..Follower::default() });
+        }
+    }
+    for gate in check::gates(store)? {
+        let mut found = Problems::default();
+        gate.problems.into_iter().for_each(|problem| found.add(problem));
+        let line = format!("gate {}: {} gaps", gate.name, grouped(gate.gaps as u64));
+        let positions: Vec<Offset> = gate.counted.iter().map(Position::offset).collect();
+        followers.push(Follower { line, reaches: positions.clone(), positions, seen: gate.counted, found });
+    }
+    let mut ends = Vec::new();
     for shard in store.shard_ids() {
         let mut found = Problems::default();
         let line = match verify_shard(store, shard, &mut found) {
             Ok(checked) => {
                 events += checked.events;
+                ends.push(checked.range.1);
                 checked.to_string()
             }
             // One shard's damaged span says nothing of the others.
-            Err(failure) if failure.exit_status() == 1 => {
+            Err(failure) if failure.is_damage() => {
                 found.add(failure.to_string());
+                ends.push(Offset(u64::MAX));
                 "not readable".to_owned()
             }
             Err(failure) => return Err(failure),
@@ -94,16 +121,61 @@ pub(super) fn verify(store: &Store, out: &mut Output) -> Result<Verdict, Failure
         found.write(&format!("shard {shard}: {line}"), out)?;
         problems += found.found;
     }
-    for name in outside::names(store)? {
-        let mut found = Problems::default();
-        if let Some(line) = consumers::check(store, &name, &mut |problem| found.add(problem))? {
-            found.write(&format!("consumer {name}: {line}"), out)?;
-        }
-        problems += found.found;
+    for mut follower in followers {
+        follower.compare(store, &begins, &ends)?;
+        follower.found.write(&follower.line, out)?;
+        problems += follower.found.found;
+    }
+    let kept = store.quarantine()?;
+    if !kept.is_empty() {
+        let bytes = kept.iter().map(|file| file.bytes).sum();
+        writeln!(out, "quarantine: {} files, {} bytes", grouped(kept.len() as u64), grouped(bytes))?;
     }
     let verdict = if problems == 0 { "ok".to_owned() } else { format!("{} PROBLEMS", grouped(problems)) };
     writeln!(out, "{} events in {} shards: {verdict}", grouped(events), store.shards())?;
     Ok(if problems == 0 { Verdict::Sound } else { Verdict::Damaged })
+}
+
+/// A consumer or a gate, and where it stands by shard.
+#[derive(Debug, Default)]
+struct Follower {
+    line: String,
+    positions: Vec<Offset>,
+    /// The furthest offset that it names.
+    reaches: Vec<Offset>,
+    /// What it knows of the log.
+    seen: Vec<Position>,
+    found: Problems,
+}
+
+impl Follower {
+    /// Compares where it stands with logs that began at `begins` before it was read, and ended at `ends` afterwards.
+    fn compare(&mut self, store: &Store, begins: &[Offset], ends: &[Offset]) -> Result<(), Failure> {
+        let Self { positions, reaches, seen, found, .. } = self;
+        for (shard, (position, (begin, end))) in store.shard_ids().zip(positions.iter().zip(begins.iter().zip(ends))) {
+            // Where nothing was done or counted yet, it begins with what is held.
+            if position < begin && position.get() > 0 {
+                found.add(format!("shard {shard}: it stands at {position}, and the log begins at {begin}"));
+            } else if (begin..=end).contains(&position)
+                && let Some(problem) = check::place(store, shard, *position)?
+            {
+                found.add(format!("shard {shard}: it stands at {position}: {problem}"));
+            }
+        }
+        for (shard, (reach, end)) in store.shard_ids().zip(reaches.iter().zip(ends)) {
+            if reach > end {
+                found.add(format!("shard {shard}: it has come to {reach}, and the log ends at {end}"));
+            }
+        }
+        for (shard, (position, end)) in store.shard_ids().zip(seen.iter().zip(ends)) {
+            if position.offset() <= *end
+                && let Some(problem) = check::position(store, shard, position)?
+            {
+                found.add(format!("shard {shard}: it has read up to {}: {problem}", position.offset()));
+            }
+        }
+        Ok(())
+    }
 }
 
 /// What a shard turned out to hold.
@@ -125,7 +197,12 @@ impl fmt::Display for Verified {
 }
 
 fn verify_shard(store: &Store, shard: ShardId, problems: &mut Problems) -> Result<Verified, Failure> {
+    for problem in check::segments(store, shard)? {
+        problems.add(problem);
+    }
+    let saved = SavedStates::read(store, shard)?;
     let files = store.shard(shard)?;
+    let before = problems.found;
     let mut records = store.records(shard).until(store.horizon(shard)?);
     let mut chains = Chains { heads: HashMap::new(), seen_from: Offset(0) };
     let (mut events, mut first, mut gaps) = (0, None, 0);
@@ -161,6 +238,13 @@ fn verify_shard(store: &Store, shard: ShardId, problems: &mut Problems) -> Resul
     }
     if let Some(message) = tail_message(&mut records)? {
         problems.add(message);
+    }
+    // Where the log is damaged, what lies behind the damage was not read to its end.
+    let is_whole = problems.found == before;
+    let end = if is_whole { records.offset() } else { Offset(u64::MAX) };
+    let sequence = if is_whole { records.sequence() } else { Sequence(u64::MAX) };
+    for problem in saved.problems(store, end, sequence)? {
+        problems.add(problem);
     }
     let (offset, sequence) = first.unwrap_or((records.offset(), records.sequence().get()));
     Ok(Verified {

@@ -61,7 +61,10 @@ pub(super) struct Held {
 #[derive(Debug)]
 pub(super) enum ReadFault {
     Io(io::Error),
+    /// The bytes do not hold.
     Damaged(&'static str),
+    /// They hold, and say what nobody writes: no write that was cut short.
+    Strange(&'static str),
 }
 
 impl From<io::Error> for ReadFault {
@@ -74,7 +77,7 @@ impl ReadFault {
     pub(super) fn of(self, path: PathBuf, at: u64) -> LettersError {
         match self {
             Self::Io(source) => LettersError::Io { action: "reading", path, source },
-            Self::Damaged(why) => LettersError::Damaged { path, at, why },
+            Self::Damaged(why) | Self::Strange(why) => LettersError::Damaged { path, at, why },
         }
     }
 }
@@ -110,7 +113,7 @@ impl<'a> Batches<'a> {
             if batch_of(bytes) != batch {
                 return Err(ReadFault::Damaged("an entry of another batch"));
             }
-            let entry = StoredEntry::decode(bytes).map_err(ReadFault::Damaged)?;
+            let entry = StoredEntry::decode(bytes).map_err(ReadFault::Strange)?;
             noted.push(Noted::new(&entry, number, at));
             at += entry.len() as u64;
             if entry.is_last {
@@ -133,7 +136,7 @@ impl<'a> Batches<'a> {
             }
             match self.entry(at) {
                 Ok(_) => return Ok(true),
-                Err(ReadFault::Damaged(_)) => {}
+                Err(ReadFault::Damaged(_) | ReadFault::Strange(_)) => {}
                 Err(ReadFault::Io(error)) => return Err(error),
             }
         }
@@ -318,6 +321,7 @@ fn header_of(dir: &Path, number: u32, held: &Held) -> Result<Result<FileHeader, 
             Err(OpenError::UnknownFormat { path: path(dir, number), found, known })
         }
         Err(HeaderFault::Damaged(why)) => Ok(Err(why)),
+        Err(HeaderFault::Strange(why)) => Err(OpenError::DamagedFile { path: path(dir, number), at: 0, why }),
         Ok(header) => Ok(Ok(header)),
     }
 }

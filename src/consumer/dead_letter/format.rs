@@ -55,8 +55,10 @@ pub(super) struct FileHeader {
 pub(super) enum HeaderFault {
     /// Of a format this build does not know.
     Version(u32),
-    /// Something else.
+    /// Its bytes do not hold.
     Damaged(&'static str),
+    /// They hold, and say what nobody writes.
+    Strange(&'static str),
 }
 
 impl FileHeader {
@@ -92,7 +94,10 @@ impl FileHeader {
         }
         let before = FileEnd { number: u32_at(head, 20), bytes: u64_at(head, 24) };
         if u32_at(head, 16) != number || before.number >= number {
-            return Err(damaged("it is another file"));
+            return Err(HeaderFault::Strange("it is another file"));
+        }
+        if before.number > 0 && before.bytes < FILE_HEADER_BYTES as u64 {
+            return Err(HeaderFault::Strange("the file before it ends within its header"));
         }
         let before = (before.number > 0).then_some(before);
         Ok(Self { number, before, is_complete: u32_at(head, 12) & 1 != 0 })
@@ -341,7 +346,13 @@ impl<'a> StoredEntry<'a> {
         let entry = Self { change, id, key: Key(u64_at(bytes, 24)), is_last: bytes[13] != 0, bytes };
         let is_whole =
             matches!(change, Change::Totals(_)) || entry.archive_at() + entry.archive_padded() == bytes.len();
-        if is_whole { Ok(entry) } else { Err("an entry is not as long as its parts") }
+        if !is_whole {
+            return Err("an entry is not as long as its parts");
+        }
+        if entry.is_letter() && (u16_at(bytes, 42) == 0 || bytes[14] > LetterKind::Undecodable as u8) {
+            return Err("a letter of an event type or a kind that cannot be");
+        }
+        Ok(entry)
     }
 
     pub(super) fn len(&self) -> usize {

@@ -33,9 +33,9 @@ impl Place {
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Noted {
     pub(super) change: Change,
-    id: EventId,
+    pub(super) id: EventId,
     key: Key,
-    place: Place,
+    pub(super) place: Place,
 }
 
 impl Noted {

@@ -20,11 +20,11 @@ fn open(disk: &FaultyStorage) -> Result<Letters, OpenError> {
 
 /// Opens letters that reached so far.
 fn open_known(disk: &FaultyStorage, known: FileEnd) -> Result<Letters, OpenError> {
-    Letters::open(Arc::new(disk.clone()), Path::new(DIR), DeadLetterPolicy::default(), known)
+    Letters::open(Arc::new(disk.clone()), Path::new(DIR), DeadLetterPolicy::default(), known, 2)
 }
 
 pub(super) fn open_with(disk: &FaultyStorage, policy: DeadLetterPolicy) -> Result<Letters, OpenError> {
-    Letters::open(Arc::new(disk.clone()), Path::new(DIR), policy, FileEnd::default())
+    Letters::open(Arc::new(disk.clone()), Path::new(DIR), policy, FileEnd::default(), 2)
 }
 
 fn opened(disk: &FaultyStorage) -> Letters {
@@ -341,7 +341,7 @@ fn damage_that_comes_after_opening_is_named_when_it_is_read() {
     let store = tempfile::tempdir().expect("a folder");
     let files: Arc<dyn Storage> = Arc::new(Files::open(store.path()).expect("opened"));
     let dir = store.path().join("consumers/mail");
-    let mut letters = Letters::open(files, &dir, DeadLetterPolicy::default(), FileEnd::default()).expect("opens");
+    let mut letters = Letters::open(files, &dir, DeadLetterPolicy::default(), FileEnd::default(), 2).expect("opens");
     write(&mut letters, &[Op::Park(1, 36)]).expect("written");
     let path = path(&dir, 1);
     let mut bytes = std::fs::read(&path).expect("read");
@@ -578,9 +578,9 @@ fn a_reader_outside_sees_whole_batches_and_changes_nothing() {
     let store = tempfile::tempdir().expect("a folder");
     let files: Arc<dyn Storage> = Arc::new(Files::open(store.path()).expect("opened"));
     let dir = store.path().join("consumers/mail");
-    assert_eq!(open_outside(&files, &dir, FileEnd::default()).expect("no folder, no letters").len(), 0);
+    assert_eq!(open_outside(&files, &dir, FileEnd::default(), 2).expect("no folder, no letters").len(), 0);
     let mut letters =
-        Letters::open(Arc::clone(&files), &dir, DeadLetterPolicy::default(), FileEnd::default()).expect("opens");
+        Letters::open(Arc::clone(&files), &dir, DeadLetterPolicy::default(), FileEnd::default(), 2).expect("opens");
     let mut model = Model::default();
     for batch in &script() {
         write(&mut letters, batch).expect("written");
@@ -589,7 +589,8 @@ fn a_reader_outside_sees_whole_batches_and_changes_nothing() {
     let path = path(&dir, 1);
     let whole = std::fs::read(&path).expect("read");
     let seen = |what: &str| {
-        let letters = open_outside(&files, &dir, FileEnd::default()).unwrap_or_else(|error| panic!("{what}: {error}"));
+        let letters =
+            open_outside(&files, &dir, FileEnd::default(), 2).unwrap_or_else(|error| panic!("{what}: {error}"));
         let found = letters.list_with_archives(None, usize::MAX).unwrap_or_else(|error| panic!("{what}: {error}"));
         assert!(found.iter().all(|(letter, bytes)| bytes[..] == archive(letter.id.offset.0)[..]));
         found.into_iter().map(|(letter, _)| letter).collect::<Vec<_>>()

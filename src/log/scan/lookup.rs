@@ -11,9 +11,9 @@ use super::{Store, io_error, read_up_to};
 use crate::error::ReadError;
 use crate::event::{Offset, Sequence, ShardId, Time};
 use crate::log::format::{
-    ALIGN, Found, HEADER_BYTES, RECORD_HEADER_BYTES, RecordHeader, SegmentHeader, padded, record_at,
+    ALIGN, Found, HEADER_BYTES, RECORD_HEADER_BYTES, RecordHeader, SegmentHeader, padded, record_at, u32_at,
 };
-use crate::log::manifest::{Span, segment_name};
+use crate::log::manifest::segment_name;
 
 /// Where a record lies, and what it takes to read it by itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -89,6 +89,21 @@ impl Lookup {
         Ok(Record { meta: header.meta(place.shard, place.offset, place.sequence), body })
     }
 
+    /// Length and CRC word of the record at `offset`.
+    pub(crate) fn check_word(&mut self, shard: ShardId, offset: Offset) -> Result<(usize, u32), ReadError> {
+        let place = |record_bytes| Place { time: Time(0), shard, offset, sequence: Sequence(0), record_bytes };
+        let (index, at) = (offset.get() / self.store.segment_bytes(), offset.get() % self.store.segment_bytes());
+        let mut head = [0; 8];
+        if self.salt(shard, index)?.is_some()
+            && let Some((file, _)) = self.open.get(&(shard, index))
+        {
+            let path = || self.store.shard_dir(shard).join(segment_name(index));
+            read_up_to(file, &mut head, at).map_err(|source| io_error(&path(), source))?;
+        }
+        let (len, word) = (u32_at(&head, 0), u32_at(&head, 4));
+        self.get(&place(len)).map(|_| (len as usize, word))
+    }
+
     fn move_window(&mut self, shard: ShardId, index: u64, at: usize, end: usize) -> Result<(), ReadError> {
         // Far jumps read only what they need; a step forward promises more steps forward.
         let near = self.window_at.is_some_and(|(was_shard, was_index, from)| {
@@ -135,7 +150,7 @@ impl Lookup {
         let shard = place.shard;
         self.open.remove(&(shard, place.offset.get() / self.store.segment_bytes()));
         // After the look: a file goes out of the span before it is written again.
-        match Span::load(&*self.store.files, &self.store.shard_dir(shard)) {
+        match self.store.span(shard) {
             Ok(Some(span)) if place.offset.get() / self.store.segment_bytes() < span.first => {
                 let earliest = Offset(span.first * self.store.segment_bytes() + HEADER_BYTES as u64);
                 ReadError::BeyondRetention { shard, asked: place.offset, earliest }

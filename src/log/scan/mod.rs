@@ -49,6 +49,8 @@ const QUARANTINE: &str = "quarantine";
 /// torn; the writer needs nanoseconds, so one more look nearly always settles it.
 const LOOKS_MAX: u32 = 5;
 const LOOK_AGAIN: Duration = Duration::from_millis(1);
+/// Of segments that are missing, so many are named.
+const MISSING_MAX: usize = 1000;
 
 /// A store, seen from outside: the one that was opened, whatever becomes of its folder's name.
 #[derive(Debug, Clone)]
@@ -95,7 +97,7 @@ impl Store {
                 path: shard_dir.clone(),
                 source,
             })?;
-            Span::load(&*store.files, &shard_dir)?;
+            store.span(shard)?;
         }
         Ok(store)
     }
@@ -149,10 +151,11 @@ impl Store {
     /// The files of one shard as they are now.
     ///
     /// # Errors
-    /// What the file system or a damaged span says. A damaged segment is an entry of the list, not an error.
+    /// What the file system or a damaged span says. A damaged segment is an entry of the list, not an error; of missing ones the first
+    /// thousand are.
     pub fn shard(&self, shard: ShardId) -> Result<ShardFiles, OpenError> {
         let dir = self.shard_dir(shard);
-        let span = Span::load(&*self.files, &dir)?;
+        let span = self.span(shard)?;
         let mut files = ShardFiles {
             shard,
             span: span.map(|span| (span.first, span.last)),
@@ -174,22 +177,25 @@ impl Store {
                 None => files.others.push(file),
             }
         }
-        if let Some(span) = span {
-            // A reasonable bound: a damaged span is refused above, so this is the number of segments.
-            for index in span.first..=span.last {
-                let at = (index - span.first) as usize;
-                if files.segments.get(at).is_none_or(|segment| segment.index != index) {
-                    let file = FileInfo { name: segment_name(index), bytes: 0, allocated_bytes: 0 };
-                    files.segments.insert(
-                        at.min(files.segments.len()),
-                        SegmentInfo { index, state: SegmentState::Missing, file },
-                    );
-                }
+        if let Some((first, last)) = files.span {
+            let mut missing = Vec::new();
+            let mut next = first;
+            for index in files.segments.iter().map(|segment| segment.index).chain([last + 1]) {
+                // Of as many as a damaged span can name, the first tell enough.
+                missing.extend((next..index).take(MISSING_MAX - missing.len()));
+                next = index + 1;
             }
+            let missing = missing.into_iter().map(|index| SegmentInfo {
+                index,
+                state: SegmentState::Missing,
+                file: FileInfo { name: segment_name(index), bytes: 0, allocated_bytes: 0 },
+            });
+            files.segments.extend(missing);
+            files.segments.sort_by_key(|segment| segment.index);
             // Looked at one after the other, while retention may free the first of them: those are no part of the log any more.
-            if let Some(now) = Span::load(&*self.files, &dir)?.filter(|now| now.first > span.first) {
+            if let Some(now) = self.span(shard)?.filter(|now| now.first > first) {
                 files.segments.retain(|segment| segment.index >= now.first);
-                files.span = Some((now.first, if now.first > span.last { now.last } else { span.last }));
+                files.span = Some((now.first, if now.first > last { now.last } else { last }));
             }
         }
         Ok(files)
@@ -206,7 +212,7 @@ impl Store {
     /// # Errors
     /// What the file system or a damaged span says.
     pub fn horizon(&self, shard: ShardId) -> Result<Offset, OpenError> {
-        let span = Span::load(&*self.files, &self.shard_dir(shard))?;
+        let span = self.span(shard)?;
         Ok(Offset(span.map_or(0, |span| span.last + 1).saturating_mul(self.segment_bytes())))
     }
 
@@ -241,7 +247,49 @@ impl Store {
         Ok(files.into_iter().map(info).collect())
     }
 
-    fn segment_state(&self, shard: ShardId, index: u64) -> Result<SegmentState, OpenError> {
+    pub(crate) fn span(&self, shard: ShardId) -> Result<Option<Span>, OpenError> {
+        Span::load(&*self.files, &self.shard_dir(shard), self.manifest.segment_bytes)
+    }
+
+    /// The numbers of the segments that have files, from `first` to `last`, rising.
+    fn segments_within(&self, shard: ShardId, first: u64, last: u64) -> Result<Vec<u64>, ReadError> {
+        let dir = self.shard_dir(shard);
+        let listed = self.files.list(&dir).map_err(|source| ReadError::Io { action: "listing", path: dir, source })?;
+        let mut indices: Vec<u64> = listed.iter().filter_map(|name| segment_index(name)).collect();
+        indices.retain(|index| (first..=last).contains(index));
+        indices.sort_unstable();
+        Ok(indices)
+    }
+
+    /// The header of segment `index` and its first `bytes` bytes, if so much of it is there and it is no blank one.
+    pub(crate) fn beginning(
+        &self,
+        shard: ShardId,
+        index: u64,
+        bytes: usize,
+    ) -> Result<Option<(SegmentHeader, Vec<u8>)>, OpenError> {
+        let path = self.shard_dir(shard).join(segment_name(index));
+        let io = |source| OpenError::Io { action: "reading", path: path.clone(), source };
+        let file = match self.files.open_file(&path) {
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+            file => file.map_err(io)?,
+        };
+        if file.metadata().map_err(io)?.len() < bytes as u64 {
+            return Ok(None);
+        }
+        // Before its header: of a file that is written again meanwhile, that goes first.
+        let mut content = vec![0; bytes];
+        if read_up_to(&file, &mut content, 0).map_err(io)? < bytes {
+            return Ok(None);
+        }
+        Ok(self.header(&file, shard, index).map_err(io)?.ok().map(|header| (header, content)))
+    }
+
+    pub(crate) fn store_id(&self) -> u64 {
+        self.manifest.store_id
+    }
+
+    pub(crate) fn segment_state(&self, shard: ShardId, index: u64) -> Result<SegmentState, OpenError> {
         let path = self.shard_dir(shard).join(segment_name(index));
         let io = |source| OpenError::Io { action: "reading", path: path.clone(), source };
         let file = match self.files.open_file(&path) {

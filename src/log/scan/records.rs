@@ -200,11 +200,14 @@ impl Records {
     /// What the file system or a damaged span says.
     pub fn skip_segment(&mut self) -> Result<bool, ReadError> {
         let span = self.span()?;
-        let Some(next) = self.index.map(|index| index + 1).filter(|next| span.is_some_and(|span| *next <= span.last))
-        else {
-            return Ok(false);
+        let (Some(index), Some(span)) = (self.index, span) else { return Ok(false) };
+        // Missing ones are passed over together: a damaged span can name more of them than anybody could look for.
+        let next = match self.store.segments_within(self.shard, index, span.last)?.first() {
+            Some(first) if *first == index => Some(index + 1),
+            first => first.copied(),
         };
         let here = self.offset();
+        let Some(next) = next.filter(|next| *next <= span.last) else { return Ok(false) };
         self.stand_before(next);
         self.given_up_at.get_or_insert(here);
         Ok(true)
@@ -531,7 +534,7 @@ impl Records {
 
     /// Whether a segment behind `index` holds records.
     fn used_behind(&self, index: u64, last: u64) -> Result<bool, ReadError> {
-        for later in index + 1..=last {
+        for later in self.store.segments_within(self.shard, index + 1, last)? {
             if let Some(Ok(_)) = self.open(later)? {
                 return Ok(true);
             }
@@ -555,7 +558,7 @@ impl Records {
 
     fn span(&self) -> Result<Option<Span>, ReadError> {
         self.look_comes();
-        Span::load(&*self.store.files, &self.store.shard_dir(self.shard)).map_err(|error| match error {
+        self.store.span(self.shard).map_err(|error| match error {
             OpenError::Io { action, path, source } => ReadError::Io { action, path, source },
             _ => self.corruption("the shard's span does not hold").into(),
         })
