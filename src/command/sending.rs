@@ -48,7 +48,7 @@ impl<'c, A: Aggregate> Sending<'c, A> {
     /// restart, for as long as it is among the key's newest (`Config::outcomes_kept`). What counts as an answer is the
     /// aggregate's own: carried out or rejected; other refusals are not remembered.
     ///
-    /// A text is told from others by its 64-bit hash. The numbers that [`Correlation`] can have are all fine except 0.
+    /// A text is told from others by its 64-bit hash. Every number is a key of its own, 0 and the largest included.
     pub fn once(mut self, idempotency: impl Into<IdempotencyKey>) -> Self {
         self.order.idempotency = Some(idempotency.into().0);
         self
