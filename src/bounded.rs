@@ -43,14 +43,14 @@ pub const DEPTH_MAX: u32 = 64;
 ///
 /// A tree goes into a list instead, its nodes naming each other by index.
 ///
-/// For a type of another crate, the field that has it says how deep it is, `#[bounded(depth = 1)]`; or the trait is implemented
-/// by hand. A value that nests deeper than its type says may overflow the stack while it is archived. Reading is safe in any
-/// case: more than [`DEPTH_MAX`] levels are an error there.
+/// For a field whose type comes from another crate, give the depth at the field, `#[bounded(depth = 1)]`, or implement the trait
+/// by hand. Both are believed: a value that nests deeper may overflow the stack while it is archived. Reading is safe in any
+/// case: it refuses more than [`DEPTH_MAX`] levels.
 #[diagnostic::on_unimplemented(
     message = "corelane does not know how deeply values of `{Self}` nest",
     label = "not `Bounded`",
     note = "add `#[derive(corelane::Bounded)]` to `{Self}`, beside rkyv's `Archive`",
-    note = "a field of another crate's type says its depth itself: `#[bounded(depth = 1)]`"
+    note = "if `{Self}` comes from another crate, give its depth at the field: `#[bounded(depth = 1)]`"
 )]
 pub trait Bounded {
     /// How many levels a value has at most: 0 for a number, 1 for a text, one more for each list, box or struct around it.
@@ -77,7 +77,7 @@ flat!(NonZero<u8>, NonZero<u16>, NonZero<u32>, NonZero<u64>, NonZero<u128>, NonZ
 flat!(NonZero<i8>, NonZero<i16>, NonZero<i32>, NonZero<i64>, NonZero<i128>, NonZero<isize>);
 flat!(Duration, RangeFull, IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6);
 
-/// What stands elsewhere, behind a pointer.
+/// Types whose content an archive keeps elsewhere, behind a relative pointer: one level more.
 macro_rules! behind_a_pointer {
     ($($(#[$why:meta])* [$($generics:tt)*] $ty:ty => $inner:expr),* $(,)?) => {
         $($(#[$why])* impl<$($generics)*> Bounded for $ty {
@@ -99,10 +99,10 @@ behind_a_pointer!(
     [T: Bounded] BTreeSet<T> => NODES_MAX + T::DEPTH,
 );
 
-/// Nodes of an archived B-tree (of at least six children each) above one another: more than fit into any archive.
+/// Levels of nodes of an archived B-tree, at least six children each: more levels than fit into any archive.
 const NODES_MAX: u32 = 12;
 
-/// What stands in its place.
+/// Types whose content an archive keeps in place: no level more.
 macro_rules! inline {
     ($([$($generics:tt)*] $ty:ty => $inner:expr),* $(,)?) => {
         $(impl<$($generics)*> Bounded for $ty {

@@ -28,7 +28,7 @@ fn listing(path: PathBuf) -> impl FnOnce(io::Error) -> OpenError {
     move |source| OpenError::Io { action: "listing", path, source }
 }
 
-/// What is wrong with the names, the lengths and the span of a shard's segments.
+/// Checks the names, the lengths and the span of a shard's segments. Returns the problems.
 ///
 /// # Errors
 /// What the file system or a damaged span says.
@@ -57,7 +57,7 @@ pub fn segments(store: &Store, shard: ShardId) -> Result<Vec<String>, OpenError>
             }
             None if spare_number(&file.name).is_some() => continue,
             None => {
-                problems.push(format!("{} has not the name of a segment", path.display()));
+                problems.push(format!("{} is not named like a segment", path.display()));
                 continue;
             }
         };
@@ -83,7 +83,7 @@ fn wrong_length(path: &Path, bytes: u64) -> String {
     format!("{} is {bytes} bytes long, not as long as a segment", path.display())
 }
 
-/// Where a shard's log begins that is held.
+/// Returns the offset at which a shard's held log begins.
 ///
 /// # Errors
 /// What the file system or a damaged span says.
@@ -97,7 +97,7 @@ pub fn earliest(store: &Store, shard: ShardId) -> Result<Offset, OpenError> {
 pub struct SavedStates {
     problems: Vec<String>,
     shard: ShardId,
-    /// Where the log begins that is held.
+    /// The offset at which the held log begins.
     earliest: Offset,
     /// Those that are whole, by their numbers.
     files: Vec<Held>,
@@ -141,7 +141,7 @@ impl SavedStates {
                 }
             };
             match held {
-                // Nobody needs it any more.
+                // It is not needed any more.
                 None => {}
                 Some(Err(why)) => found.problems.push(format!("{}: {why}", path.display())),
                 Some(Ok(held)) => found.files.push(Held { path, number, ..held }),

@@ -16,7 +16,7 @@ pub(crate) type Nanos = u64;
 /// up. So it is within 0.05 %, and ends at 26 days. A later one is a greater number.
 pub(crate) type Lateness = u32;
 
-/// That of an event that is not sent by a schedule.
+/// The lateness of an event without a due time.
 pub(crate) const NOT_DUE: Lateness = u32::MAX;
 const COARSE: Lateness = 1 << 31;
 const COARSE_BITS: u32 = 20;

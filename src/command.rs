@@ -168,7 +168,7 @@ pub(crate) struct ClientLane<A: Aggregate> {
     pending: VecDeque<Waiting<A::Rejection>>,
     /// Commands that have left `pending`, in their order.
     settled: u64,
-    /// Answers of settled commands that nobody has claimed yet: one that is claimed late holds up none behind it.
+    /// Answers of settled commands that nobody has claimed yet: an answer that is claimed late does not delay later ones.
     kept: BTreeMap<u64, (ExpectedVersion, Verdict<A::Rejection>)>,
     /// How many commands `pending` may hold: what the lane holds, less what is kept.
     room: usize,

@@ -127,7 +127,7 @@ macro_rules! setters {
 
 impl Config {
     /// A store in `dir` with one shard and `GroupCommit`. A path that is not absolute begins at the working directory
-    /// of the moment when the store is opened; what becomes of either name afterwards makes no difference.
+    /// of the moment when the store is opened; later changes of either name make no difference.
     pub fn new(dir: impl Into<PathBuf>) -> Self {
         Self {
             checked: Checked {

@@ -51,8 +51,9 @@ pub type EventLog<E> = Engine<Stateless<E>>;
 
 /// One store, open and running: the shards' threads, their syncers, and the keeper.
 ///
-/// Dropping it shuts it down, giving up after ten seconds on what a full disk keeps from being appended, and on a shard that ends no
-/// turn. Dropped on a thread of its own (in an inline handler, in a consumer's), it waits for nothing and closes behind the drop.
+/// Dropping it shuts it down. The drop gives up after ten seconds on events that a full disk keeps from being appended, and on a
+/// shard that ends no turn. On one of the engine's own threads (in an inline handler or a consumer's handler) the drop does not
+/// wait; the engine closes behind it.
 pub struct Engine<A: Aggregate> {
     config: Checked,
     clock: Clock,
@@ -402,14 +403,14 @@ impl<A: Aggregate> Engine<A> {
     /// `Position` where it was not taken in this log, or the log has gone another way since; `BeyondRetention`, or what reading found.
     pub fn reader_from(&self, position: &Position) -> Result<Reader<A::Event>, ReadError> {
         let (shard, shards) = (position.shard(), self.shards.len());
-        // A shard that there is none of is another store's: it says so.
+        // A position of a shard that this store does not have is of another store: any shard's log reports that.
         let log = &self.shards[usize::from(shard.0).min(shards - 1)].door.log;
         position.reader(log, &self.lock)
     }
 
-    /// Waits until everything accepted before this call is appended and durable, in every mode, with whatever it rests on: where retention
-    /// has freed events in `OsCache`, the first flush saves the states of all keys durably. Where a shard fails, the others are still
-    /// flushed.
+    /// Waits until everything accepted before this call is appended and durable, in every mode, together with everything it depends
+    /// on: where retention has freed events in `OsCache`, the first flush saves the states of all keys durably. If a shard fails, the
+    /// others are still flushed.
     ///
     /// # Errors
     /// `ShardFailed`, of the first shard that failed; `CheckpointFailed` where retention has freed events whose states cannot be saved;

@@ -72,8 +72,8 @@ pub enum ConfigError {
     },
 }
 
-/// Why a store could not be opened. The store is as it was, with one exception: `Io` where carrying out the repairs of a store that
-/// had been found sound failed (`action` says which). Opening it again goes on with them.
+/// Why a store could not be opened. The store is unchanged, with one exception: `Io` where a repair of a store that had been found
+/// sound failed (`action` says which). The next opening goes on with the repairs.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum OpenError {
@@ -209,8 +209,8 @@ pub enum OpenError {
         /// Its alignment in the program.
         declared_align: u16,
     },
-    /// A command was rejected by a program whose rejections have another size (or alignment): this one cannot say any more why,
-    /// should the command be repeated.
+    /// A command was rejected by a program whose rejections have another size (or alignment). This program could not tell the reason
+    /// if the command were repeated.
     #[error(
         "shard {shard}: rejections take {stored} bytes (aligned to {stored_align}), the program's {declared} (aligned to {declared_align}): read them with Aggregate::upgrade_rejection"
     )]
@@ -315,8 +315,8 @@ pub enum FailureCause {
         /// What it said.
         error: String,
     },
-    /// An event changed its type after it was accepted, to one that its `TYPES` do not declare. It was not appended: nobody
-    /// could read it again.
+    /// An event changed its type after it was accepted, to one that its `TYPES` do not declare. It was not appended: it
+    /// could not be read again.
     #[error("an accepted event of key {key} is of type {event_type}, which its TYPES do not declare")]
     UndeclaredType {
         /// Whose event.
@@ -347,15 +347,15 @@ pub enum FailureCause {
 #[derive(thiserror::Error)]
 #[non_exhaustive]
 pub enum Rejected<E> {
-    /// The lane is full (or stayed full until the deadline). On an engine's own thread, which must not wait, this is said at once.
+    /// The lane is full (or stayed full until the deadline). On an engine's own thread, which must not wait, it is returned at once.
     #[error("the lane is full")]
     Full(E),
     /// The lane is full because the shard waits for its storage: for space, or because quota, descriptors or memory are exhausted
     /// ([`crate::ShardMetrics::storage_full_why`]). It goes on by itself when there are some again.
-    #[error("the lane is full and the storage has no room for a new segment")]
+    #[error("the lane is full: the shard waits for storage (space, quota, descriptors or memory)")]
     StorageFull(E),
     /// The call would wait for the very thread that makes it: an engine's own, or that of a consumer it asks for. Nothing was sent.
-    #[error("this thread would wait for itself")]
+    #[error("the call would wait for its own thread: make it on another one")]
     OnEngineThread(E),
     /// The engine is shutting down or gone.
     #[error("the engine is closed")]
@@ -371,7 +371,7 @@ pub enum Rejected<E> {
         /// The configured limit.
         bytes_max: usize,
     },
-    /// Its `event_type()` is none of its `TYPES`: nobody could read it again.
+    /// Its `event_type()` is none of its `TYPES`: it could not be read again.
     #[error("the event is of type {event_type}, which its TYPES do not declare")]
     UndeclaredType {
         /// The event.
@@ -436,10 +436,10 @@ pub enum RejectedReason {
     #[error("the lane is full")]
     Full,
     /// The lane is full because the storage is.
-    #[error("the lane is full and the storage has no room for a new segment")]
+    #[error("the lane is full: the shard waits for storage (space, quota, descriptors or memory)")]
     StorageFull,
     /// The call would wait for the very thread that makes it. Nothing was sent.
-    #[error("this thread would wait for itself")]
+    #[error("the call would wait for its own thread: make it on another one")]
     OnEngineThread,
     /// The engine is shutting down or gone.
     #[error("the engine is closed")]
@@ -480,12 +480,12 @@ impl RejectedReason {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum GateError {
-    /// What stands in front cannot be published now, or the storage has no room for its record (`StorageFull`).
+    /// The event in front cannot be published now, or the storage has no room for its record (`StorageFull`).
     #[error(transparent)]
     Publish(RejectedReason),
     /// The record of a gap, or of where a partition started, could not be made durable, so nothing behind it may be published. It is
     /// final: open the gate again.
-    #[error("the gate's record could not be written to {}: {source}", path.display())]
+    #[error("the gate's record {} could not be written: {source} (open the gate again)", path.display())]
     GapRecord {
         /// The gate's file.
         path: PathBuf,
@@ -534,7 +534,7 @@ pub enum GateOpenError {
     /// The log could not be counted.
     #[error(transparent)]
     Read(#[from] ReadError),
-    /// Where partitions started that the log holds could not be recorded.
+    /// The starts of partitions that the log holds could not be recorded.
     #[error(transparent)]
     Record(GateError),
     /// What had been accepted before did not become durable.
@@ -563,7 +563,7 @@ pub enum WaitError {
     QuestionPanicked(String),
     /// The call would wait for the very thread that makes it: an engine's own (inline handlers, `evolve`, `decide`, views, questions),
     /// or that of the consumer that is waited for.
-    #[error("this thread would wait for itself")]
+    #[error("the call would wait for its own thread: make it on another one")]
     OnEngineThread,
     /// The durability mode never syncs by itself; call `flush`.
     #[error("durability mode OsCache acknowledges nothing as durable without flush()")]
@@ -607,8 +607,8 @@ impl From<Corruption> for HistoryError {
     }
 }
 
-/// Why a saved position cannot be gone on from. What was saved with it was made of other events than the log holds: a copy of the
-/// store was put back, the data was, or one of them belongs elsewhere.
+/// Why reading cannot go on from a saved position. The data saved with it was made of other events than the log holds: a copy of
+/// the store or of the data was put back, or one of them belongs to another store.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum PositionError {
@@ -646,8 +646,8 @@ pub enum PositionError {
         /// What there is.
         end: Offset,
     },
-    /// The log reaches as far, but with other events before it: it is a copy that was put back, or lost its newest events, and went
-    /// on another way.
+    /// The log reaches as far, but with other events before the position: a copy was put back, or the newest events were lost, and
+    /// the log went on differently since.
     #[error("shard {shard}: the position at {position} is of another history of this store: {why}")]
     OtherHistory {
         /// The shard.

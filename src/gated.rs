@@ -191,7 +191,7 @@ impl<E: Event> GatedProducer<E> {
     /// number of events published and gaps closed. Call it when [`GatedProducer::next_due`] says so.
     ///
     /// # Errors
-    /// What it stopped at. Nothing is lost or overtaken by it: the next call goes on there. A full disk is `StorageFull`, without
+    /// The reason why it stopped. Nothing is lost or overtaken: the next call goes on there. A full disk is `StorageFull`, without
     /// waiting where a gap's record has no space.
     pub fn pump(&mut self) -> Result<u64, GateError> {
         self.pump_with(Patience::Forever)

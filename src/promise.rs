@@ -83,7 +83,7 @@ pub(crate) fn block_until<T>(
     block(may_wait(), deadline, register, outcome)
 }
 
-/// As [`block_until`], for what an engine's own thread waits for.
+/// As [`block_until`], for waits of an engine's own threads.
 pub(crate) fn block_own<T>(
     register: impl Fn(&std::task::Waker),
     outcome: impl Fn() -> Option<Result<T, WaitError>>,

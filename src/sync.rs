@@ -238,7 +238,7 @@ impl Patience {
         }
     }
 
-    /// Whether there is nothing more to wait for. On a thread that an engine waits for there never is.
+    /// Returns `true` if the wait is over. A thread that an engine waits for never waits.
     pub(crate) fn is_over(self) -> bool {
         match self {
             Self::None => true,

@@ -346,7 +346,7 @@ impl SideFile for Side {
         let mut disk = self.0.answering();
         disk.syncs += 1;
         let (live, durable, is_dirty) = &mut *lock(&self.1);
-        // Who was killed has asked for nothing.
+        // A killed process has asked for nothing.
         let is_gone = disk.is_gone();
         let was_dirty = !is_gone && std::mem::take(is_dirty);
         if is_gone || disk.fail_sync_at == Some(disk.syncs) {

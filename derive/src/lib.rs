@@ -6,7 +6,7 @@ use syn::{Data, DeriveInput, Expr, Field, GenericParam, Token, parse_quote};
 
 /// Implements `Bounded`: the depth of the deepest field, and one more. A type that contains itself does not compile.
 ///
-/// A field of a type that does not implement `Bounded` says its depth itself: `#[bounded(depth = 2)]`.
+/// For a field whose type does not implement `Bounded`, give the depth at the field: `#[bounded(depth = 2)]`.
 #[proc_macro_derive(Bounded, attributes(bounded))]
 pub fn derive_bounded(input: proc_macro::TokenStream) -> proc_macro::TokenStream {
     let input = syn::parse_macro_input!(input as DeriveInput);
@@ -17,7 +17,9 @@ fn expand(mut input: DeriveInput) -> syn::Result<TokenStream> {
     let fields: Vec<&Field> = match &input.data {
         Data::Struct(data) => data.fields.iter().collect(),
         Data::Enum(data) => data.variants.iter().flat_map(|variant| &variant.fields).collect(),
-        Data::Union(data) => return Err(syn::Error::new_spanned(data.union_token, "a union is never stored")),
+        Data::Union(data) => {
+            return Err(syn::Error::new_spanned(data.union_token, "`Bounded` cannot be derived for a union"));
+        }
     };
     let depths = fields.into_iter().map(depth).collect::<syn::Result<Vec<_>>>()?;
     for param in &mut input.generics.params {
@@ -50,7 +52,7 @@ fn depth(field: &Field) -> syn::Result<TokenStream> {
     for attribute in field.attrs.iter().filter(|attribute| attribute.path().is_ident("bounded")) {
         attribute.parse_nested_meta(|meta| {
             if !meta.path.is_ident("depth") {
-                return Err(meta.error("only `depth` is known here: #[bounded(depth = 2)]"));
+                return Err(meta.error("unknown option; the only one is `depth`: #[bounded(depth = 2)]"));
             }
             meta.input.parse::<Token![=]>()?;
             said = Some(meta.input.parse()?);

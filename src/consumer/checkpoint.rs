@@ -44,7 +44,7 @@ pub(crate) struct Progress {
     pub(crate) effects_from: Offset,
     /// Where it began when it was registered.
     pub(crate) began: Offset,
-    /// The furthest that it has read: by the event before it the log is known that the positions are of.
+    /// The furthest position that it has read. The event before it identifies the log of the other positions.
     pub(crate) seen: Position,
     /// What of `position..read` is not done, rising.
     pub(crate) unfinished: Vec<Offset>,

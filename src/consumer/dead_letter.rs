@@ -84,7 +84,7 @@ struct Plan<'a> {
 }
 
 impl Letters {
-    /// The letters in `dir` of a store with so many shards, which must reach to `known`. Where there are none yet, nothing is made.
+    /// Opens the letters in `dir` of a store with `shards` shards; they must reach to `known`. Creates nothing where there are none yet.
     pub(crate) fn open(
         storage: Arc<dyn Storage>,
         dir: &Path,
@@ -391,7 +391,7 @@ pub(crate) fn open_outside(
     }
 }
 
-/// What is known of the letters in a folder that nobody writes to. Nothing is changed.
+/// Statistics of the letters in a folder that has no writer. Changes nothing.
 pub(super) fn statistics_of(
     storage: &Arc<dyn Storage>,
     dir: &Path,

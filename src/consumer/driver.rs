@@ -60,19 +60,19 @@ pub enum HaltCause {
     },
 }
 
-/// What became of an event that somebody waited for.
+/// How an event ended that a caller waited for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Handled {
     /// It was handled (or its type is none of this consumer's).
     Yes,
     /// It is recorded as a dead letter, or as left out.
     Recorded,
-    /// It lies behind the consumer, and how it ended is not known: the consumer began or was set behind it, or has saved its position since and
-    /// forgotten the records before that.
+    /// The consumer has passed it, and how it ended is not known: the consumer began or was set behind it, or has saved its position
+    /// since and forgotten the records before that.
     Unknown,
 }
 
-/// Who waits for a key's events to be done.
+/// A waiter for a key's unfinished events.
 struct Waiting {
     desk: usize,
     key: Key,
@@ -487,7 +487,7 @@ impl<E: Event> Driver<E> {
         self.desks[usize::from(key.shard(shards).0)].lanes.gap_filled(key)
     }
 
-    /// Where it is noted from which events on somebody will ask how they ended.
+    /// The events whose end a caller will ask for.
     pub(crate) fn watches(&self) -> &std::sync::Arc<Watches> {
         &self.watches
     }

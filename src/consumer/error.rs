@@ -58,14 +58,14 @@ pub enum ConsumerError {
     /// More keys have dead letters than it may know.
     #[error("more keys have dead letters than there is room for")]
     TooManyKeys,
-    /// Its position, or its sink's, is none of this log's: what it made was made of other events. Nothing is delivered. A sink's data is
-    /// to be made anew ([`super::ConsumerBuilder::start_sink_over`]), another consumer to be removed and registered again.
+    /// The consumer's position, or its sink's, is not one of this log: its data was made of other events. Nothing is delivered. Make a
+    /// sink's data anew ([`super::ConsumerBuilder::start_sink_over`]); remove any other consumer and register it again.
     #[error(transparent)]
     Position(PositionError),
-    /// A sink knows no position of a shard of which events were delivered before: its data is gone. Nothing is delivered, unless
-    /// [`super::ConsumerBuilder::start_sink_over`] says that it is to begin again.
+    /// A sink has no position for a shard whose events were delivered before: its data is gone. Nothing is delivered until it is
+    /// started over ([`super::ConsumerBuilder::start_sink_over`]).
     #[error(
-        "shard {shard}: the sink knows no position, but events up to {delivered} were delivered before; its data is gone"
+        "shard {shard}: the sink has no position, but events up to offset {delivered} were delivered before: restore its data, or use start_sink_over"
     )]
     PositionGone {
         /// The shard.
@@ -73,8 +73,10 @@ pub enum ConsumerError {
         /// Events were delivered up to here.
         delivered: Offset,
     },
-    /// It cannot begin again: retention has freed events from its beginning on.
-    #[error("shard {shard}: it began at {began}, and the earliest event held is at {earliest}")]
+    /// A sink cannot be started over: retention has freed events from its beginning on.
+    #[error(
+        "shard {shard}: the sink began at offset {began}, but the earliest event held is at {earliest}: remove it and register it again"
+    )]
     BeginningGone {
         /// The shard.
         shard: ShardId,
@@ -86,7 +88,7 @@ pub enum ConsumerError {
     /// It could not be started, for a reason that cannot be copied.
     #[error("{why}")]
     NotStarted {
-        /// What was said when that was tried.
+        /// The error of that attempt, as text.
         why: String,
     },
     /// Its own code, or the code of its sink outside a batch, panicked.
@@ -134,7 +136,7 @@ impl From<ReadError> for ConsumerError {
     }
 }
 
-/// Why a consumer ended by itself, or could not be started: the error, to be kept and compared. Two are equal that say the same.
+/// Why a consumer ended by itself, or could not be started: the error, to be kept and compared. Two with the same text are equal.
 #[derive(Debug, Clone)]
 pub struct ConsumerFailure(Arc<ConsumerError>);
 

@@ -30,7 +30,7 @@ impl<E: Event> Consumer<E> {
         Self { control, name: name.to_owned() }
     }
 
-    /// Whether the current thread may wait for it.
+    /// Returns `true` if the current thread may wait for it.
     pub(crate) fn may_await(&self) -> bool {
         self.control.life.may_await()
     }
@@ -64,9 +64,9 @@ impl<E: Event> Consumer<E> {
         self.ask(Driver::resume)
     }
 
-    /// Sets it elsewhere: to the beginning for a rebuild, for instance. What runs is waited for. Events before where it was are handled
-    /// again, but [`super::Call::effect`] has nothing again that was had. Dead letters that wait stay what they are, and older events of
-    /// their keys lie behind the same fault; what was skipped or discarded comes again. One that had halted goes on from there.
+    /// Sets it elsewhere: to the beginning for a rebuild, for instance. Waits for running calls. Events before its old position are
+    /// handled again, but [`super::Call::effect`] does not repeat side effects that have already run. Waiting dead letters stay, and
+    /// older events of their keys wait behind the same fault; skipped and discarded events come again. A halted consumer goes on from there.
     ///
     /// # Errors
     /// As [`Consumer::pause`], and from inside a handler on any of its threads; `Read` where the place is gone.
@@ -123,13 +123,13 @@ impl<E: Event> Consumer<E> {
         self.ask(move |driver| driver.gap_filled(key))
     }
 
-    /// Events of a shard from `from` on are asked about until the watch is dropped.
+    /// Keeps the records of a shard's events from `from` on until the watch is dropped: their end will be asked for.
     pub(crate) fn watch(&self, shard: ShardId, from: Offset) -> Watch {
         self.control.watches.watch(shard, from)
     }
 
-    /// Waits until the key's events up to this one are done here, and says how this one ended. Of an event that the consumer was past when it
-    /// was asked, that may be [`Handled::Unknown`].
+    /// Waits until this consumer is done with the key's events up to this one, and returns how this one ended. For an event that the
+    /// consumer had already passed, that may be [`Handled::Unknown`].
     ///
     /// # Errors
     /// `Ended`; `Wait` with `TimedOut` at the deadline, with `OnEngineThread` inside one of its own handlers.

@@ -55,12 +55,12 @@ impl Life {
         std::ptr::from_ref(self).addr()
     }
 
-    /// Whether the current thread may wait for this consumer to get something done, or to end.
+    /// Returns `true` if the current thread may wait for this consumer to finish something, or to end.
     pub(crate) fn may_await(&self) -> bool {
         may_wait() && !matches!(role(), Role::Consumer { consumer, .. } if consumer == self.identity())
     }
 
-    /// Whether the current thread may wait for the answer of whoever drives it: a worker may.
+    /// Returns `true` if the current thread may wait for an answer of the driving thread: a worker may.
     pub(super) fn may_ask(&self) -> bool {
         may_wait() && !matches!(role(), Role::Consumer { consumer, drives: true, .. } if consumer == self.identity())
     }

@@ -85,7 +85,7 @@ pub fn broken_requests(store: &Store, name: &str) -> Result<Vec<(String, &'stati
 pub struct DeadLetters(LetterStore);
 
 impl DeadLetters {
-    /// Looks at the dead letters of a consumer of `store`, and at every check sum of them.
+    /// Looks at the dead letters of a consumer of `store`, and at every checksum of them.
     ///
     /// # Errors
     /// What the file system says; files that do not hold, or end before letters that the consumer's checkpoint knows of.

@@ -22,11 +22,11 @@ use crate::sync::{Mutex, lock, may_wait, thread_waker};
 /// How often its report is renewed while it has work.
 const SHOW_EVERY: Duration = Duration::from_millis(100);
 
-/// A consumer without threads. Whoever has it takes deliveries and says what came of each; meanwhile no other event of that key
+/// A consumer without threads. Its owner takes deliveries and says how each ended; meanwhile no other event of that key
 /// is given out. Retries, dead letters and checkpoints are as with threads, and happen inside these calls: call often.
 ///
-/// Dropping it saves as [`Poller::save`] does; deliveries that are out then are delivered again. What was told of an event that is tried
-/// again is known while the poller lives: after that its attempts count from 1.
+/// Dropping it saves as [`Poller::save`] does; deliveries that are out then are delivered again. The attempts
+/// of an event that is tried again are counted while the poller lives, and from 1 by the next one.
 pub struct Poller<E: Event> {
     services: std::sync::Arc<Services>,
     driver: Driver<E>,
@@ -79,8 +79,8 @@ impl<E: Event> Poller<E> {
     /// The next event that may be handled now. `None`: none may; see [`Poller::wait`] and [`Poller::ready`].
     ///
     /// # Errors
-    /// What reading the log or writing the consumer's files said. The position stays: the next call tries the same again, and
-    /// never gives out what follows.
+    /// The error of reading the log or of writing the consumer's files. The position stays: the next call tries the same again, and
+    /// never returns a later event.
     #[expect(clippy::should_implement_trait, reason = "None is not the end")]
     pub fn next(&mut self) -> Result<Option<Delivery>, ConsumerError> {
         loop {
@@ -108,7 +108,7 @@ impl<E: Event> Poller<E> {
     /// As many deliveries as may be out at once, at most `max`.
     ///
     /// # Errors
-    /// As [`Poller::next`]. What was given out before the error is returned; the next call says it then.
+    /// As [`Poller::next`]. Deliveries taken before the error are returned, and the next call returns the error.
     pub fn next_batch(&mut self, max: usize) -> Result<Vec<Delivery>, ConsumerError> {
         let mut batch = Vec::new();
         while batch.len() < max {
@@ -210,17 +210,17 @@ impl<E: Event> Poller<E> {
         self.driver.has_unread() || self.driver.next_due().is_some_and(|due| due <= (self.clock)())
     }
 
-    /// Saves its position, and what was told of every event: what was parked or skipped has its record. Durable when it returns; waits
-    /// for the log to become durable behind such events.
+    /// Saves its position and the records of parked and skipped events. Durable when it returns; waits for the log to become durable
+    /// up to such events.
     ///
     /// # Errors
-    /// What the file system says; `Records` where there is no room for more dead letters; `Wait` where the log does not become durable. What
-    /// could not be saved is kept, and saved with the next call or comes again.
+    /// What the file system says; `Records` where there is no room for more dead letters; `Wait` where the log does not become durable.
+    /// Whatever could not be saved is saved by the next call, or the event comes again.
     pub fn save(&mut self) -> Result<(), ConsumerError> {
         self.driver.save()
     }
 
-    /// Sets it elsewhere; see [`super::Consumer::seek`]. What was told before is recorded first.
+    /// Sets it elsewhere; see [`super::Consumer::seek`]. Parked and skipped events are recorded first.
     ///
     /// # Errors
     /// `Busy` while deliveries are out; `Read` where the place is gone; as [`Poller::save`], where an event that was told to be parked or skipped

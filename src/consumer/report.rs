@@ -17,7 +17,7 @@ use crate::log::segment::ShardLog;
 pub struct ConsumerReport {
     /// Its name.
     pub name: String,
-    /// Whether somebody drives it now. If not, only positions, lag, dead letters and why it failed are known.
+    /// `true` while a thread or a poller drives it. If not, only positions, lag, dead letters and why it failed are known.
     pub is_running: bool,
     /// It gives nothing out until it is resumed.
     pub is_paused: bool,
@@ -49,7 +49,7 @@ pub struct ConsumerReport {
     pub lag_bytes: u64,
     /// Its durable gap-free position in every shard: retention keeps what comes after.
     pub positions: Vec<Offset>,
-    /// Its dead letters, also of one that does not run. Where their files cannot be read there are none here, and `failure` says why.
+    /// Its dead letters, also while it does not run. If their files cannot be read, this shows none, and `failure` says why.
     pub letters: LetterStatistics,
     /// How its service is.
     pub health: Option<HealthReport>,

@@ -250,7 +250,7 @@ impl<E: Event> Shell<E> {
                 self.idle_rounds = 0;
             }
         }
-        // What could not be recorded comes again, and whoever stops it is told.
+        // Events that could not be recorded come again, and `stop` returns the error.
         self.driver.save()?;
         self.report();
         Ok(())

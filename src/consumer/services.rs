@@ -46,7 +46,7 @@ struct Known {
     shown: Option<std::sync::Arc<Mutex<ConsumerReport>>>,
     /// Why it ended by itself, or could not be started, when that was tried last.
     failure: Option<ConsumerFailure>,
-    /// Its dead letters while nobody drives it, once they were asked for.
+    /// Its dead letters while it does not run, once they were asked for.
     letters: Option<LetterStatistics>,
 }
 
@@ -229,7 +229,7 @@ impl Services {
         }
     }
 
-    /// Nobody drives it any more. If it ended by itself, that is remembered until it is started again.
+    /// Notes that it is not driven any more. If it ended by itself, that is remembered until it is started again.
     pub(crate) fn left(&self, name: &str, failure: Option<ConsumerFailure>) {
         if let Some(known) = lock(&self.known).get_mut(name) {
             (known.is_driven, known.running, known.shown) = (false, None, None);
@@ -237,7 +237,7 @@ impl Services {
         }
     }
 
-    /// It could not be started after all.
+    /// Notes that it could not be started after all.
     pub(crate) fn refused(&self, name: &str, error: ConsumerError) -> ConsumerError {
         self.left(name, Some(error.to_be_kept()));
         error
@@ -282,7 +282,7 @@ impl Services {
     fn report_at_rest(&self, name: &str, known: &mut Known) -> ConsumerReport {
         let mut report = ConsumerReport::at_rest(name, self.places(known));
         report.failure.clone_from(&known.failure);
-        // Whoever starts it writes them; until then they stay as they are.
+        // Its next start writes them; until then they stay as they are.
         if known.letters.is_none() && !known.is_driven {
             let dir = self.dir(name);
             let saved = Checkpoint::load(&*self.storage, &dir).map(Option::unwrap_or_default);

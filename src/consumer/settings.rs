@@ -21,8 +21,8 @@ pub enum Start {
     Beginning,
     /// Behind the newest event there is then.
     Latest,
-    /// In every shard at its first event that is not earlier than this. Times need not rise, so earlier ones may lie behind it; none
-    /// that is not earlier lies before it.
+    /// At each shard's first event that is not earlier than this. Times need not rise, so earlier events may follow it; every event
+    /// before it is earlier.
     Time(Time),
 }
 

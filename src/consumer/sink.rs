@@ -28,9 +28,10 @@ use crate::log::position::Position;
 use crate::log::reader::{Reader, Record};
 use crate::sync::{Arc, AtomicBool, AtomicU64, Mutex, Ordering, lock, thread, thread_waker};
 
-/// Where events go together with the position up to which they went: a database with transactions. A [`Position`] is a blob of 40 bytes
-/// or a text of 80 characters; the sink keeps one per shard and hands it back as it is. By it the log is known: positions of another
-/// store, or of another history of this one (a copy was put back, of the store or of the database), end the sink with a typed failure.
+/// Takes events in together with the position up to which it took them: a database with transactions. A [`Position`] is a blob of
+/// 40 bytes or a text of 80 characters; the sink keeps one per shard and hands it back unchanged. It identifies the log: a position
+/// of another store, or of another history of this one (a copy of the store or of the database was put back), ends the sink with
+/// a typed failure.
 ///
 /// ```
 /// # use corelane::consumer::{Batch, Sink};
@@ -57,9 +58,9 @@ use crate::sync::{Arc, AtomicBool, AtomicU64, Mutex, Ordering, lock, thread, thr
 /// }
 /// ```
 pub trait Sink<E: Event>: Send + 'static {
-    /// The position that was kept with the data; `None` where there is none of this shard yet: the sink is given the events from its
-    /// beginning on. Where events were delivered before, that is [`ConsumerError::PositionGone`]. Asked when the sink starts, and after every
-    /// failed batch.
+    /// Returns the position that was kept with the data, or `None` if there is none for this shard yet: delivery then begins where the
+    /// sink was registered. If events were delivered before, `None` is [`ConsumerError::PositionGone`]. Called when the sink starts,
+    /// and after every failed batch.
     ///
     /// # Errors
     /// Whatever kept it from being read: it is asked again, as the retry policy says.
@@ -268,8 +269,8 @@ impl<E: Event> ConsumerBuilder<E> {
         self.run_sink(batch_max, sink, false)
     }
 
-    /// As [`ConsumerBuilder::start_sink`], for a sink whose data is gone: where it knows no position it begins again where it began when
-    /// it was registered, whatever was delivered before. For one start; from then on [`ConsumerBuilder::start_sink`] goes on.
+    /// Starts a sink whose data is gone, as [`ConsumerBuilder::start_sink`] does. Where it has no position, it begins again where it was
+    /// registered, whatever was delivered before. For one start; from then on use [`ConsumerBuilder::start_sink`].
     ///
     /// # Errors
     /// As [`ConsumerBuilder::start`], and `BeginningGone` where retention has freed events that it was given before: remove the consumer and
@@ -331,7 +332,7 @@ impl<E: Event> ConsumerBuilder<E> {
     }
 }
 
-/// What a sink that panicked is taken to have said.
+/// The error that stands for a sink's panic.
 fn panicked(panic: &(dyn std::any::Any + Send)) -> HandlerError {
     format!("the sink panicked: {}", panic_text(panic)).into()
 }
@@ -532,7 +533,7 @@ impl<E: Event, S: Sink<E>> Pump<E, S> {
         let (events, is_cut) = (batch.events, batch.is_cut);
         self.control.life.come_out();
         if is_cut && events == 0 {
-            // Whatever the sink made of it: the log itself says why.
+            // Whichever error the sink returned: the log's own says why.
             side.reader.next()?;
             return Ok(Err("the log could not be read on".into()));
         }

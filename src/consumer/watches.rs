@@ -1,6 +1,6 @@
-//! From which events on somebody will ask how they ended: the records of those are not forgotten when the position is past them.
+//! The events whose end a caller will ask for: their records are kept although the position is past them.
 //!
-//! Writers: whoever publishes and then asks. The driver looks when it saves.
+//! Writers: callers of `publish_sync`. The driver looks when it saves.
 
 use crate::event::{Offset, ShardId};
 use crate::sync::{Mutex, lock};
@@ -24,7 +24,7 @@ impl Watches {
     }
 }
 
-/// Somebody who will ask.
+/// One caller that will ask.
 #[derive(Debug)]
 pub(crate) struct Watch {
     watches: std::sync::Arc<Watches>,

@@ -50,13 +50,13 @@ pub(super) struct Context<'a> {
     pub(super) quarantine: &'a std::path::Path,
 }
 
-/// What the program has on a shard's thread: its inline handlers, and its views' parts, filled with the states that there are.
+/// The program's code on a shard's thread: its inline handlers, and its views' parts, filled with the states that there are.
 pub(super) struct Own<A: Aggregate> {
     handlers: Vec<Registered<A::Event>>,
     views: Vec<Box<dyn ViewWriter<A>>>,
 }
 
-/// Makes what the program has on a shard's thread.
+/// Makes the program's handlers and views for a shard's thread.
 pub(super) fn own<A: Aggregate>(
     config: &Checked,
     factories: &[Factory<A::Event>],

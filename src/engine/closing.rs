@@ -16,10 +16,10 @@ use crate::snapshot::snapshotter::SnapshotterRequests;
 use crate::snapshot::taker::CheckpointRequests;
 use crate::sync::{Arc, Mutex, Ordering, Role, lock_until, role, thread};
 
-/// How long a drop waits for what does not move: a full disk, a consumer's handler, a shard that ends no turn.
+/// How long a drop waits where nothing moves: for a full disk, a consumer's handler, a shard that ends no turn.
 const DROP_TIME: Duration = Duration::from_secs(10);
 
-/// What closes an engine.
+/// Everything that is needed to close an engine.
 pub(super) struct Closing {
     pub(super) shards: Vec<ClosingShard>,
     pub(super) keeper: std::sync::Arc<KeeperRequests>,
@@ -51,7 +51,7 @@ impl ClosingShard {
         self.door.signal.notify();
     }
 
-    /// Whether it has ended no turn since it was asked.
+    /// Returns `true` while the shard has ended no turn since it was asked.
     fn is_stuck(&self) -> bool {
         self.turns.is_wanted() && !self.door.turns_ended.load(Ordering::SeqCst)
     }
@@ -72,7 +72,7 @@ impl Closing {
         for shard in &self.shards {
             shard.door.closing.store(true, Ordering::SeqCst);
             shard.door.signal.notify();
-            // No further checkpoint is to come: those who wait for one look again.
+            // No further checkpoint will come: its waiters must look again.
             shard.checkpoints.waiting.reached(u64::MAX);
         }
         // Another caller may hold the list for as long as it waits.

@@ -28,7 +28,7 @@ pub enum SyncError<E> {
         /// What it said.
         error: ConsumerError,
     },
-    /// It was appended and handled inline; this consumer was set past it meanwhile, so that nobody knows whether it was handled.
+    /// It was appended and handled inline; this consumer was set past it meanwhile, so whether it was handled is not known.
     #[error("consumer \"{consumer}\" was set past the event")]
     Unknown {
         /// Its name.
@@ -55,11 +55,11 @@ impl<A: Aggregate> Engine<A> {
         self.consumer(name).start_at(Start::Latest).before_durable()
     }
 
-    /// Publishes an event and returns when all inline handlers, and then these consumers, have handled it: this one, whatever others
-    /// publish to its key meanwhile. What `producer` published before to the same shard is appended first.
+    /// Publishes an event and returns when all inline handlers, and then these consumers, have handled it. The answer is about this
+    /// event, whatever others publish to its key meanwhile. Earlier events of `producer` for the same shard are appended first.
     ///
     /// # Errors
-    /// [`SyncError`]: it was not accepted, or not everybody had handled it by the deadline. On a shard's own thread, and inside a handler
+    /// [`SyncError`]: it was not accepted, or not every consumer had handled it by the deadline. On a shard's own thread, and inside a handler
     /// of one of `consumers`, the event comes back with [`Rejected::OnEngineThread`].
     pub fn publish_sync(
         &self,
@@ -74,7 +74,7 @@ impl<A: Aggregate> Engine<A> {
         }
         let shard = key.shard(self.config.shards);
         let from = Offset(self.shards[usize::from(shard.0)].door.log.appended.get());
-        // Before it is published: a consumer may be past it before it is asked.
+        // Before the publish: a consumer may be past the event before it is asked.
         let watches: Vec<_> = consumers.iter().map(|consumer| consumer.watch(shard, from)).collect();
         let placed = producer.publish_placed(key, event, deadline).map_err(SyncError::Rejected)?;
         let offset = placed?;

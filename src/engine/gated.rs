@@ -17,7 +17,7 @@ use crate::log::segment::ShardLog;
 use crate::log::storage::{Lock, Storage, is_exhausted};
 use crate::sync::Arc;
 
-/// What the gates of a store have not counted.
+/// The parts of the log that the gates of a store have not counted.
 pub(super) struct Holds {
     /// By a gate's name: from these offsets on, shard by shard.
     pub(super) from: Vec<(String, Vec<u64>)>,
@@ -32,8 +32,8 @@ impl Holds {
     }
 }
 
-/// What the gates of a store still have to count. Positions that are not of the logs, which are as recovery found them, are to be
-/// removed. Changes no file.
+/// Returns what the gates of a store still have to count. Positions that are not of the logs, as recovery found these, are listed
+/// for removal. Changes no file.
 pub(super) fn holds(
     storage: &std::sync::Arc<dyn Storage>,
     store: (&std::path::Path, u64),
@@ -46,7 +46,7 @@ pub(super) fn holds(
         Err(source) => return Err(OpenError::Io { action: "listing", path: dir, source }),
     };
     let mut holds = Holds { from: Vec::new(), foreign: Vec::new() };
-    // Whoever opens the store has its lock.
+    // The opening thread has the store's lock.
     let lock: std::sync::Arc<dyn Lock> = std::sync::Arc::new(StoreLock::default());
     for name in names.into_iter().filter(|name| is_folder_name(name)) {
         let files = GateFiles::new(storage, store, &name);

@@ -42,10 +42,10 @@ pub(super) fn open_files(config: &mut Checked) -> Result<Files, OpenError> {
     Ok(files)
 }
 
-/// What has to be done about the manifest before anything is appended.
+/// The change of the manifest that is due before anything is appended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Standing {
-    /// It stands as it should.
+    /// None: it is complete.
     Saved,
     /// Types that are new are to be saved.
     Extended,
@@ -97,7 +97,7 @@ pub(super) fn load_manifest<E: Event>(
     Ok((manifest, standing))
 }
 
-/// What changes of a store that was found sound.
+/// The repairs of a store that was found sound.
 pub(super) struct Changes<'a> {
     pub(super) storage: &'a dyn Storage,
     pub(super) dir: &'a Path,
@@ -174,7 +174,7 @@ pub(super) fn recover<A: Aggregate>(
                 outcomes_kept: config.outcomes_kept,
                 known: &known,
             };
-            // Whatever of the program's code runs there: its panic is the answer of this shard.
+            // A panic of any of the program's code there is the answer of this shard.
             let result = guard("code of the program", opening.shard, || opening.recover::<A>());
             let result = result.map_err(OpenError::from).flatten();
             lock(&results).push_back((i, result));

@@ -64,7 +64,7 @@ impl<A: Aggregate> Engine<A> {
     }
 }
 
-/// What a question said, or its panic.
+/// A question's answer, or its panic.
 type Told<T> = Result<T, String>;
 
 fn answered<T>(told: Told<T>) -> Result<T, WaitError> {

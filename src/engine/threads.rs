@@ -18,7 +18,7 @@ impl Threads {
     }
 }
 
-/// What a thread is to run.
+/// The body of a thread.
 type Body = Box<dyn FnOnce() + Send>;
 
 /// Threads that were started and wait for what they are to run. Those that get nothing end when the rest is dropped.

@@ -2,7 +2,7 @@
 
 use crate::event::{EventTypeId, Key, Offset, ShardId};
 
-/// Code of the program panicked where the engine reads what is stored: while a store is opened or its history is read.
+/// Code of the program panicked while the engine read stored data: when a store was opened or its history was read.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub struct CodePanic {
@@ -43,7 +43,7 @@ impl std::fmt::Display for CodePanic {
     }
 }
 
-/// Runs code of the program; a panic of it becomes an error.
+/// Runs code of the program and turns its panic into an error.
 pub(crate) fn guard<T>(code: &'static str, shard: ShardId, body: impl FnOnce() -> T) -> Result<T, CodePanic> {
     std::panic::catch_unwind(std::panic::AssertUnwindSafe(body)).map_err(|panic| CodePanic {
         code,
@@ -53,7 +53,7 @@ pub(crate) fn guard<T>(code: &'static str, shard: ShardId, body: impl FnOnce() -
     })
 }
 
-/// What a panic said.
+/// The text of a panic.
 pub(crate) fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
     panic
         .downcast_ref::<&str>()

@@ -139,7 +139,7 @@ impl Words<'_> {
     }
 }
 
-/// What a gate's record holds, each in the order in which it was added.
+/// The gaps and starts of a gate's record, each in the order in which they were added.
 #[derive(Debug, Default)]
 pub(crate) struct Recorded {
     pub(crate) gaps: Vec<Gap>,

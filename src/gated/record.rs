@@ -47,7 +47,7 @@ impl Gap {
     }
 }
 
-/// Where a partition started that starts at the first of its events.
+/// The start of a partition that begins at its first offered event.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Start {
     pub(crate) partition: u64,
@@ -55,7 +55,7 @@ pub(crate) struct Start {
     pub(crate) time: Time,
 }
 
-/// What a gate makes durable before it publishes what follows.
+/// An entry that a gate makes durable before it publishes the events behind it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Entry {
     Gap(Gap),
@@ -94,7 +94,7 @@ impl Entry {
         match u32_at(bytes, 40) {
             KIND_GAP => Ok(Self::Gap(Gap::new(partition, from, to, Duration::from_nanos(u64_at(bytes, 24)), time))),
             KIND_START => Ok(Self::Start(Start { partition, sequence: from, time })),
-            _ => Err("an entry is of no known kind"),
+            _ => Err("an entry is of an unknown kind"),
         }
     }
 }
@@ -136,7 +136,7 @@ pub(super) fn witness_header(store: u64) -> Vec<u8> {
     header(WITNESS_MAGIC, store)
 }
 
-/// What says that an entry with this CRC is durable.
+/// The witness that an entry with this CRC is durable.
 pub(super) fn witness(entry_crc: u32, before: u32) -> [u8; WITNESS_BYTES] {
     let mut out = [0; WITNESS_BYTES];
     out[..4].copy_from_slice(&entry_crc.to_le_bytes());
@@ -149,8 +149,8 @@ fn damaged(path: &Path, at: usize, why: &'static str) -> OpenError {
     OpenError::DamagedFile { path: path.to_owned(), at: at as u64, why }
 }
 
-/// Checks a file's header, which must be of this store, and splits what follows into pieces whose CRCs hold, each seeded with the one before; the last of them
-/// may be cut short. Returns the end of the last piece that holds.
+/// Checks a file's header, which must be of this store, and splits the rest into pieces whose CRCs hold, each seeded with the one
+/// before. The last piece may be cut short. Returns the end of the last piece that holds.
 fn chained(
     (path, store): (&Path, u64),
     bytes: &[u8],
@@ -172,7 +172,7 @@ fn chained(
     Ok(end)
 }
 
-/// What stands in the file, and where it ends. One entry is written at a time, so only the last one can be torn.
+/// Returns the entries of the file, and where it ends. One entry is written at a time, so only the last one can be torn.
 pub(super) fn decode_gaps(path: &Path, bytes: &[u8], store: u64) -> Result<(Vec<Entry>, FileEnd), OpenError> {
     let end = chained((path, store), bytes, GAPS_MAGIC, ENTRY_BYTES)?;
     let whole = end.at as usize;
@@ -204,7 +204,7 @@ pub(super) fn check_witness(
         let at = HEADER_BYTES + i * ENTRY_BYTES;
         match entries.next() {
             Some(entry) if entry[ENTRY_CRC_AT..] == witness[..4] => {}
-            Some(_) => return Err(damaged(gaps_path, at, "an entry is another than the one that was durable here")),
+            Some(_) => return Err(damaged(gaps_path, at, "an entry differs from the one that was durable here")),
             None => return Err(damaged(gaps_path, at, "an entry that was durable is missing")),
         }
     }

@@ -1,6 +1,6 @@
 //! Where a gate's partitions stand, counted from the log and from the gaps that were closed.
 //!
-//! One writer: whoever opens the gate. A power cut takes ends of logs, so what is missing of one shard may have its successors in
+//! One writer: the thread that opens the gate. A power cut takes ends of logs, so what is missing of one shard may have its successors in
 //! another; and what came late may lie anywhere. So single sequences are told apart, and nothing depends on the order in which they
 //! are counted: where a partition started is told by the policy or by the gate's record, and else by the lowest that was counted.
 

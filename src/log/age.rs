@@ -193,7 +193,7 @@ mod tests {
     fn a_clock_that_reads_the_past_for_a_while_frees_nothing_early() {
         let a_month_back = NOVEMBER - 5 * DAY;
         for wrong in [0, a_month_back] {
-            // Four segments of the 25th of which the clock says something else.
+            // Four segments of the 25th, whose headers have another time.
             let begun = [days(&[23, 24]), vec![wrong; 4], days(&[26, 27])].concat();
             let mut log = Log::new(&begun);
             assert_eq!(log.retain(day(26), 0), 0, "{wrong}");

@@ -55,7 +55,7 @@ impl Finder {
         } else {
             match record_at(tail, segment.salt) {
                 Found::Record(len) => len,
-                // Whoever asks has the place from the log itself, so a zero word there is a hole.
+                // The caller has the place from the log itself, so a zero word there is a hole.
                 Found::End => return Err(damaged("a record that the log refers to is missing").into()),
                 Found::Damaged(why) => return Err(damaged(why).into()),
             }

@@ -245,7 +245,7 @@ impl<A: Aggregate> Folder<A> {
         let Pending { offset, at, len, .. } = pending;
         let header = header_at(memory, *at).ok_or((*offset, "a record is gone while it is read"))?;
         let body = memory.read(at + RECORD_HEADER_BYTES, *len as usize - RECORD_HEADER_BYTES).unwrap_or_default();
-        let outcome = match header.ending().ok_or((*offset, "an outcome ends in no known way"))? {
+        let outcome = match header.ending().ok_or((*offset, "an outcome has an unknown ending"))? {
             Ending::Done { events } => Remembered::Done { version: header.version, events },
             Ending::Rejected(root) => match rejection::<A>(root, body) {
                 Some(rejection) => Remembered::Rejected(rejection),

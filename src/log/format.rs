@@ -231,8 +231,8 @@ impl SegmentHeader {
             return Err(HeaderError::Damaged("not a segment: wrong magic"));
         }
         let version = u32_at(page, 8);
-        // A newer format may keep its check sum elsewhere, so its version is believed as it stands;
-        // damage to the version of a known format shows in the check sum of that format.
+        // A newer format may keep its checksum elsewhere, so its version is believed as it stands;
+        // damage to the version of a known format shows in the checksum of that format.
         if version != FORMAT_VERSION && !crc_holds_with_version(page, FORMAT_VERSION) {
             return Err(HeaderError::Version(version));
         }
@@ -265,7 +265,7 @@ impl SegmentHeader {
     }
 }
 
-/// Whether the check sum would hold if the version field said `version`.
+/// Whether the checksum would hold if the version field said `version`.
 fn crc_holds_with_version(page: &[u8], version: u32) -> bool {
     let crc = crc32c::crc32c(&page[..8]);
     let crc = crc32c::crc32c_append(crc, &version.to_le_bytes());

@@ -1,4 +1,4 @@
-//! A place in one shard's log that knows which log: what whoever follows the log saves, beside the data made of it.
+//! A position in one shard's log that identifies the log: a follower saves it beside the data made of the events.
 //!
 //! Writers: none; a position is made by a reader and never changes. It names the store, and the last event before it with that
 //! event's CRC. The CRC is seeded with its segment's salt and covers the event's time, so a log that went another way since (a copy
@@ -93,7 +93,7 @@ impl Position {
         self.sequence
     }
 
-    /// As it is where the log ends at `end`, because what lay behind was lost.
+    /// The position cut at the log's `end`, because everything behind that was lost.
     pub(crate) fn cut(self, end: Offset) -> Self {
         let (offset, last) = (self.offset.min(end), self.last);
         if last < end { Self { offset, ..self } } else { Self { offset, last: Offset(0), check: 0, ..self } }
@@ -138,8 +138,8 @@ impl Position {
         Ok(Self { store, shard: ShardId(u16_at(bytes, 36)), offset, last, check, sequence })
     }
 
-    /// Whether it is one of `log`: of its store and shard, not beyond its end, and with its event before it. Where retention has
-    /// freed that event, the store and the end are all that is looked at.
+    /// Checks that it is a position of `log`: of its store and shard, not beyond its end, and with its event before it. Where retention
+    /// has freed that event, only the store, the shard and the end are compared.
     pub(crate) fn check(&self, log: &Arc<ShardLog>, lock: &std::sync::Arc<dyn Lock>) -> Result<(), ReadError> {
         let (shard, position) = (log.shard, self.offset);
         if self.store != log.store {

@@ -229,7 +229,7 @@ impl<E: Event> Reader<E> {
         segment.memory.read(at, RECORD_HEADER_BYTES).map(|head| u32_at(head, 4))
     }
 
-    /// Where the next event will be read, as it can be saved: the log that goes on there is known by the event before it.
+    /// Returns the position of the next event, to be saved. It identifies the log by the event before it.
     ///
     /// # Errors
     /// `BeyondRetention` when the event before it was freed meanwhile; what reading found.
@@ -267,7 +267,7 @@ impl<E: Event> Reader<E> {
         })
     }
 
-    /// As [`Reader::position`], of a reader that has gone on from `before`; for who keeps from being freed what it passes.
+    /// As [`Reader::position`], of a reader that has gone on from `before`; for readers that hold back retention.
     pub(crate) fn position_after(&self, before: &Position) -> Position {
         let witness = match before.last() {
             (last, _) if self.last > last => self.last_check().map(|check| (self.last, check)),

@@ -44,7 +44,7 @@ pub(crate) struct Recovered<A: Aggregate> {
     /// Prepared and never begun: to be blanked and prepared again.
     pub(crate) unused: Vec<PathBuf>,
     pub(crate) spares: Vec<PathBuf>,
-    /// What has to change before anything is appended.
+    /// The repairs that are due before anything is appended.
     repair: Option<Repair>,
 }
 
@@ -99,7 +99,7 @@ type Torn = (usize, &'static str);
 /// A segment of the span; without a header, it was never begun.
 type Opened = (u64, Memory, Option<SegmentHeader>);
 
-/// What a panic is put down to.
+/// The code that a panic is attributed to.
 const UPGRADE: &str = "upgrade";
 const EVOLVE: &str = "evolve or an upcaster";
 

@@ -1,4 +1,4 @@
-//! What opening a store found, as it is told to the program.
+//! What opening a store found, for the program.
 
 use std::path::PathBuf;
 

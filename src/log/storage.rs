@@ -166,7 +166,7 @@ impl Files {
         Ok(all)
     }
 
-    /// Whether somebody holds the folder's lock. It is held for an instant itself to find out.
+    /// Returns `true` if the folder is locked. To find out, the lock is taken for an instant.
     pub(crate) fn is_locked(&self) -> io::Result<bool> {
         match again(&self.dir)?.try_lock_shared() {
             Ok(()) => Ok(false),
@@ -358,13 +358,13 @@ fn sync_found(dir: &Path, parent: &Path) -> io::Result<()> {
         return Ok(());
     }
     match File::open(parent) {
-        // Whoever may not read it could not make a folder there durably, and would have been told.
+        // Without permission to read it, no folder could have been made durable there: that was an error then.
         Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Ok(()),
         parent => parent?.sync_all(),
     }
 }
 
-/// A sync that failed. It is final, whatever the system's reason: what was to be durable may be lost, and the next sync does not tell.
+/// A sync that failed. It is final, whatever the system's reason: unsynced data may be lost, and the next sync would not report that.
 #[derive(Debug, thiserror::Error)]
 #[error("a sync failed: {0}")]
 struct SyncFailed(io::Error);
@@ -373,8 +373,8 @@ fn synced(result: io::Result<()>) -> io::Result<()> {
     result.map_err(|error| io::Error::other(SyncFailed(error)))
 }
 
-/// Whether an operation that is no sync was refused for want of what may come back: space, quota, descriptors, memory; or was
-/// interrupted. It changed nothing then, and is tried again.
+/// Returns `true` if an operation other than a sync failed for lack of something that may come back (space, quota, descriptors,
+/// memory) or was interrupted. It changed nothing then, and is tried again.
 pub(crate) fn is_exhausted(error: &io::Error) -> bool {
     use io::ErrorKind::{Interrupted, OutOfMemory, QuotaExceeded, StorageFull, WouldBlock};
     let kinds = [StorageFull, QuotaExceeded, OutOfMemory, Interrupted, WouldBlock];

@@ -206,7 +206,7 @@ fn seal(entry: &mut [u8]) {
     entry[4..8].copy_from_slice(&crc.to_le_bytes());
 }
 
-/// Writes the check sums of the entries in `chunk`, which was filled by [`Chunk::add`]; tells `each` where one is.
+/// Writes the checksums of the entries in `chunk`, which was filled by [`Chunk::add`]; tells `each` where one is.
 pub(crate) fn seal_chunk(chunk: &mut [u8], mut each: impl FnMut(usize, &Entry<'_>)) {
     let mut at = 0;
     while at < chunk.len() {
@@ -325,7 +325,7 @@ impl Entry<'_> {
             let bytes = u32_at(head, 24) as usize;
             let archive = rest.get(OUTCOME_HEADER_BYTES..OUTCOME_HEADER_BYTES + bytes);
             let archive = archive.ok_or("an outcome is cut short")?;
-            let ending = Ending::decode(u64_at(head, 16)).ok_or("an outcome ends in no known way")?;
+            let ending = Ending::decode(u64_at(head, 16)).ok_or("an outcome has an unknown ending")?;
             if u64_at(head, 8) > LOW_47 || u32_at(head, 28) != 0 {
                 return Err("an outcome is of a version that no key has".into());
             }
@@ -336,7 +336,7 @@ impl Entry<'_> {
     }
 }
 
-/// What became of one command.
+/// How one command ended.
 pub(crate) struct StoredOutcome<'a> {
     id: u64,
     version: Version,
@@ -344,7 +344,7 @@ pub(crate) struct StoredOutcome<'a> {
     archive: &'a [u8],
 }
 
-/// Entries on their way to a file. Filled by the shard, without check sums; its memory is used again.
+/// Entries on their way to a file. Filled by the shard, without checksums; its memory is used again.
 #[derive(Debug)]
 pub(crate) struct Chunk {
     bytes: AlignedVec<ALIGN>,
@@ -423,7 +423,7 @@ impl Chunk {
         self.reserve(0);
         let version = slot.version.0 & LOW_48 | u64::from(A::STATE_VERSION) << 48;
         let out = &mut self.bytes[begun..begun + ENTRY_HEADER_BYTES];
-        // The check sum is for who writes the file.
+        // The checksum is for who writes the file.
         out[0..8].copy_from_slice(&((end - begun) as u64).to_le_bytes());
         out[8..16].copy_from_slice(&slot.key.0.to_le_bytes());
         out[16..24].copy_from_slice(&version.to_le_bytes());

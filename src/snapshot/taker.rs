@@ -37,8 +37,8 @@ pub(crate) struct CheckpointRequests {
     wanted: AtomicBool,
     /// Everything below this is saved: a checkpoint that began there is whole and published.
     pub(crate) covered: AtomicU64,
-    /// The newest one, if it was published without a sync: retention may have freed what it stands for. Whoever publishes one holds this
-    /// from the look at how far the log is durable on, and whoever acknowledges something looks here when it is durable.
+    /// The newest one, if it was published without a sync: retention may have freed the events that it covers. The publishing
+    /// thread holds this from its look at how far the log is durable; an acknowledging thread looks here once its data is durable.
     pub(crate) unsynced: Mutex<Option<PathBuf>>,
     /// Where the newest one begins that is being made or was made.
     begun: AtomicU64,

@@ -36,7 +36,7 @@ pub(crate) fn role() -> Role {
     ROLE.get()
 }
 
-/// Whether the current thread may wait for an engine: no engine waits for it.
+/// Returns `true` if the current thread may wait for an engine, because no engine waits for it.
 pub(crate) fn may_wait() -> bool {
     role() != Role::Engine
 }

@@ -1,6 +1,6 @@
 //! The hash of tables whose keys outsiders choose: without the process's two secret words nobody can choose keys that collide.
 //!
-//! One writer: whoever makes the first such table. The words are set before a table exists, and never change.
+//! One writer: the thread that makes the first such table. The words are set before a table exists, and never change.
 
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::sync::Once;

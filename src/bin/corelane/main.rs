@@ -99,7 +99,7 @@ enum Failure {
     Open(OpenError),
     Read(ReadError),
     Letters(LettersError),
-    /// An event whose archive does not hold, although its check sum does.
+    /// An event whose archive does not hold, although its checksum does.
     Archive(ShardId, Offset),
 }
 
@@ -116,7 +116,7 @@ impl Failure {
 }
 
 impl Failure {
-    /// Whether it says something of one file, and nothing of the others: it is damaged, missing, or of another format.
+    /// Returns `true` if the error concerns one file only: it is damaged, missing, or of another format.
     fn is_damage(&self) -> bool {
         let is_gone = |source: &io::Error| source.kind() == ErrorKind::NotFound;
         self.exit_status() == 1
@@ -191,7 +191,7 @@ type Output = BufWriter<Stdout>;
 /// The standard output without the line buffer that std puts before it.
 struct Stdout {
     file: File,
-    /// What the status tells is looked for to the end, also when nobody reads on.
+    /// The check goes on to the end for the exit status, also when the output is closed.
     goes_on: bool,
 }
 
@@ -229,7 +229,7 @@ fn stdout(goes_on: bool) -> io::Result<Output> {
 }
 
 fn warn(message: &dyn fmt::Display) {
-    // What is said to nobody is no reason to end otherwise.
+    // A closed error output is no reason for another exit status.
     drop(writeln!(io::stderr(), "corelane: {message}"));
 }
 

@@ -143,7 +143,7 @@ struct Follower {
     positions: Vec<Offset>,
     /// The furthest offset that it names.
     reaches: Vec<Offset>,
-    /// What it knows of the log.
+    /// Its saved positions in the log.
     seen: Vec<Position>,
     found: Problems,
 }
@@ -155,16 +155,16 @@ impl Follower {
         for (shard, (position, (begin, end))) in store.shard_ids().zip(positions.iter().zip(begins.iter().zip(ends))) {
             // Where nothing was done or counted yet, it begins with what is held.
             if position < begin && position.get() > 0 {
-                found.add(format!("shard {shard}: it stands at {position}, and the log begins at {begin}"));
+                found.add(format!("shard {shard}: its position is {position}, but the log begins at {begin}"));
             } else if (begin..=end).contains(&position)
                 && let Some(problem) = check::place(store, shard, *position)?
             {
-                found.add(format!("shard {shard}: it stands at {position}: {problem}"));
+                found.add(format!("shard {shard}: its position is {position}: {problem}"));
             }
         }
         for (shard, (reach, end)) in store.shard_ids().zip(reaches.iter().zip(ends)) {
             if reach > end {
-                found.add(format!("shard {shard}: it has come to {reach}, and the log ends at {end}"));
+                found.add(format!("shard {shard}: it has come to {reach}, but the log ends at {end}"));
             }
         }
         for (shard, (position, end)) in store.shard_ids().zip(seen.iter().zip(ends)) {
@@ -260,7 +260,7 @@ fn segment_start(store: &Store, offset: Offset) -> Offset {
     Offset(offset.get() / store.segment_bytes() * store.segment_bytes())
 }
 
-/// What a record's own check sum cannot show.
+/// What a record's own checksum cannot show.
 fn check_record(store: &Store, record: &Record<'_>, problems: &mut Problems) {
     let meta = &record.meta;
     let owner = meta.key.shard(store.shards());

@@ -63,7 +63,7 @@ pub(super) enum ReadFault {
     Io(io::Error),
     /// The bytes do not hold.
     Damaged(&'static str),
-    /// They hold, and say what nobody writes: no write that was cut short.
+    /// They hold, but no build writes such values: this is no write that was cut short.
     Strange(&'static str),
 }
 
@@ -143,7 +143,7 @@ impl<'a> Batches<'a> {
         Ok(false)
     }
 
-    /// The entry at `at`, its check sum looked at.
+    /// The entry at `at`, its checksum looked at.
     fn entry(&mut self, at: u64) -> Result<&[u8], ReadFault> {
         const SHORT: ReadFault = ReadFault::Damaged("an entry is cut short");
         let (number, left) = (self.number, self.end.saturating_sub(at));

@@ -57,7 +57,7 @@ pub(super) enum HeaderFault {
     Version(u32),
     /// Its bytes do not hold.
     Damaged(&'static str),
-    /// They hold, and say what nobody writes.
+    /// They hold, but no build writes such values.
     Strange(&'static str),
 }
 
@@ -84,8 +84,8 @@ impl FileHeader {
         if head[..8] != MAGIC {
             return Err(damaged("wrong magic"));
         }
-        // A newer format may keep its check sum elsewhere, so its version is believed as it stands; damage to the version
-        // of this format shows in its check sum.
+        // A newer format may keep its checksum elsewhere, so its version is believed as it stands; damage to the version
+        // of this format shows in its checksum.
         if u32_at(head, 8) != FORMAT_VERSION && !holds_with_version(head, FORMAT_VERSION) {
             return Err(HeaderFault::Version(u32_at(head, 8)));
         }
@@ -326,7 +326,7 @@ pub(super) struct StoredEntry<'a> {
 }
 
 impl<'a> StoredEntry<'a> {
-    /// Reads an entry whose check sum holds.
+    /// Reads an entry whose checksum holds.
     pub(super) fn decode(bytes: &'a [u8]) -> Result<Self, &'static str> {
         let change = match bytes[12] {
             PARKED => Change::Parked,

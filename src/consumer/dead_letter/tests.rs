@@ -358,7 +358,7 @@ fn an_unknown_version_is_refused_and_left_alone() {
     write(&mut opened(&disk), &[Op::Park(1, 10)]).expect("written");
     let mut files = disk.files();
     files.get_mut(&file(1)).expect("it is")[8] = 3;
-    // As a build of that version writes it, and damaged: the check sum tells.
+    // As a build of that version writes it, and damaged: the checksum tells.
     assert_damaged_or_dropped(&files);
     let head = &mut files.get_mut(&file(1)).expect("it is")[..FILE_HEADER_BYTES];
     let crc = crate::log::mmap::crc32c(0, &head[..56]);

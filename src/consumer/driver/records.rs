@@ -19,7 +19,7 @@ const GATHER: Duration = Duration::from_millis(2);
 const LOOK_AGAIN: Duration = Duration::from_micros(500);
 /// Keys that are looked at for a letter that may be handled, in one go.
 const LETTERS_LOOKED_AT: usize = 64;
-/// How long it is waited for the log to become durable, where everything is to be written before something else.
+/// How long to wait for the log to become durable where all records must be written before something else.
 const DURABLE_TIME: Duration = Duration::from_secs(10);
 /// How long after a failed write the next is tried.
 const WRITE_AGAIN: Duration = Duration::from_millis(500);
@@ -212,7 +212,7 @@ impl<E: Event> Driver<E> {
         Ok(written)
     }
 
-    /// What was gathered and is durable in the log. Returns how many.
+    /// Writes the gathered records whose events are durable in the log. Returns how many.
     fn write_gathered(&mut self) -> Result<usize, WriteRefused> {
         // A record speaks of an event that the log cannot lose any more.
         let durable = |unwritten: &&Unwritten| self.desks[unwritten.desk].is_durable(unwritten.record.offset());
@@ -233,7 +233,7 @@ impl<E: Event> Driver<E> {
                 self.unpark(id, key, 1);
             }
         }
-        // Before their events end: else the file could be taken away, and nobody would miss it.
+        // Before their events end: else the file could be taken away unnoticed.
         self.name_letters()?;
         for _ in 0..count {
             let Some(Unwritten { desk, record, letter }) = self.unwritten.pop_front() else { break };

@@ -90,7 +90,7 @@ impl<E: Event> Driver<E> {
         true
     }
 
-    /// Saves how far all is done, what was told of events that end by a record, and what became of letters; durable when it returns.
+    /// Saves the position, the records of parked and skipped events, and how letters ended; durable when it returns.
     pub(crate) fn save(&mut self) -> Result<(), ConsumerError> {
         let told = self.write_all_told();
         // What is not recorded is not passed.
@@ -109,7 +109,7 @@ impl<E: Event> Driver<E> {
         })?;
         for (desk, progress) in self.desks.iter().zip(&checkpoint.shards) {
             desk.hold.set(progress.position);
-            // Whoever waits for an event asks how it ended when its answer comes.
+            // A waiter for an event asks how it ended when its answer comes.
             let waited = self.waiting.iter().filter(|waiting| waiting.desk == usize::from(desk.shard().0));
             let asked = waited.map(|waiting| waiting.offset).min().unwrap_or(progress.position);
             let from = self.watches.lowest(desk.shard(), progress.position.min(asked));

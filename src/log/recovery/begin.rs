@@ -20,7 +20,7 @@ impl Opening<'_> {
     pub(super) fn misplaced(&self, checkpoint: &Candidate, opened: &[Opened]) -> Option<Unfit> {
         let (index, place) = self.place_of(checkpoint.start);
         let Some((_, memory, header)) = opened.iter().find(|(other, _, _)| *other == index) else {
-            return Some(Unfit::of("it begins where the log is not"));
+            return Some(Unfit::of("it begins outside the log"));
         };
         let Some(header) = header else {
             return Some(if place == HEADER_BYTES { EMPTY } else { Unfit::of("it begins where no log was begun") });

@@ -49,10 +49,10 @@ const QUARANTINE: &str = "quarantine";
 /// torn; the writer needs nanoseconds, so one more look nearly always settles it.
 const LOOKS_MAX: u32 = 5;
 const LOOK_AGAIN: Duration = Duration::from_millis(1);
-/// Of segments that are missing, so many are named.
+/// How many missing segments are named at most.
 const MISSING_MAX: usize = 1000;
 
-/// A store, seen from outside: the one that was opened, whatever becomes of its folder's name.
+/// A store, seen from outside. It stays the one that was opened, even if its folder is renamed or replaced.
 #[derive(Debug, Clone)]
 pub struct Store {
     files: Arc<Files>,

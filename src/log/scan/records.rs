@@ -246,7 +246,7 @@ impl Records {
             if self.buffered_bytes() < RECORD_HEADER_BYTES && self.fill(RECORD_HEADER_BYTES)? < RECORD_HEADER_BYTES {
                 break;
             }
-            // Sense before check sum: the sum over any length that chance wrote would take for ever.
+            // Sense before checksum: the sum over any length that chance wrote would take for ever.
             let seen = if self.makes_sense() { self.look_once()? } else { Look::End };
             match seen {
                 Look::Record(header, len) => {
