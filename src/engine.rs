@@ -409,12 +409,11 @@ impl<A: Aggregate> Engine<A> {
     }
 
     /// Waits until everything accepted before this call is appended and durable, in every mode, together with everything it depends
-    /// on: where retention has freed events in `OsCache`, the first flush saves the states of all keys durably. If a shard fails, the
-    /// others are still flushed.
+    /// on: where retention has freed events in `OsCache`, the checkpoint that stands for them becomes durable first. If a shard
+    /// fails, the others are still flushed.
     ///
     /// # Errors
-    /// `ShardFailed`, of the first shard that failed; `CheckpointFailed` where retention has freed events whose states cannot be saved;
-    /// `TimedOut` at `deadline`.
+    /// `ShardFailed`, of the first shard that failed; `TimedOut` at `deadline`.
     pub fn flush(&self, deadline: Option<Instant>) -> Result<(), WaitError> {
         let accepted: Vec<_> = self
             .shards
@@ -443,10 +442,6 @@ impl<A: Aggregate> Engine<A> {
                 }
                 flushed => outcome = outcome.and(flushed),
             }
-        }
-        // What was freed so far may rest on checkpoints that were left to the system's cache (`OsCache`): from here on it must not.
-        if outcome.is_ok() && self.shards.iter().any(|shard| shard.checkpoints.is_unsynced()) {
-            outcome = self.checkpoint(deadline);
         }
         outcome
     }

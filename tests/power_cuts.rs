@@ -270,20 +270,59 @@ fn what_os_cache_freed_before_anything_was_acknowledged_is_made_durable_by_the_f
         for unsynced in [Unsynced::Lost, Unsynced::Random(5)] {
             model.check(&open(&storage.after_crash(unsynced), Durability::OsCache).unwrap(), "before anything else");
         }
-        if ends {
-            continue;
+    }
+}
+
+/// Whatever asks for the first sync: a flush, records of a consumer, positions of a gate.
+#[test]
+fn no_first_sync_in_os_cache_acknowledges_what_rests_on_an_unsynced_checkpoint() {
+    for how in ["flush", "letters", "gate"] {
+        let (storage, mut model) = (FaultyStorage::new(), Model::default());
+        let engine = open(&storage, Durability::OsCache).unwrap();
+        // Opened before there is anything, so that its own positions ask for no sync yet.
+        let mut gate = (how == "gate").then(|| engine.gated("h", GatePolicy::default(), from_gate).unwrap());
+        model.publish(&engine, 900);
+        let earliest = || engine.reader(corelane::ShardId(0)).offset();
+        match gate {
+            // It holds up retention until it has saved its positions.
+            Some(_) => engine.checkpoint(soon()).unwrap(),
+            None => until("retention frees", || earliest().get() > 4096),
         }
-        // The states must be saved for that, and a flush says when they are not.
+        assert_eq!(engine.shard_metrics()[0].durable_to.get(), 4096, "{how}: nothing is synced yet");
+        match &mut gate {
+            Some(gate) => gate.save(soon()).unwrap(),
+            None if how == "letters" => model.consume(&engine),
+            None => engine.flush(soon()).unwrap(),
+        }
+        model.acknowledged();
+        until("retention frees", || earliest().get() > 4096);
+        for unsynced in [Unsynced::Lost, Unsynced::Random(3)] {
+            let events = model.events.clone();
+            let again = open(&storage.after_crash(unsynced), Durability::OsCache);
+            model.check(&again.unwrap_or_else(|error| panic!("{how}, {unsynced:?}: {error}")), how);
+            model.events = events;
+        }
+    }
+}
+
+#[test]
+fn a_sync_that_fails_on_the_way_to_the_first_acknowledgement_acknowledges_nothing() {
+    for n in 1..10 {
         let (storage, mut model) = (FaultyStorage::new(), Model::default());
         let engine = open(&storage, Durability::OsCache).unwrap();
         model.publish(&engine, 900);
         until("retention frees", || engine.shard_metrics()[0].segments_freed > 0);
-        storage.refuse_side_files(true);
-        assert!(matches!(engine.flush(soon()), Err(WaitError::CheckpointFailed)));
-        storage.refuse_side_files(false);
-        engine.flush(soon()).unwrap();
-        model.acknowledged();
-        model.check(&open(&storage.after_crash(Unsynced::Lost), Durability::OsCache).unwrap(), "at the second attempt");
+        storage.fail_sync(n);
+        let flushed = engine.flush(soon());
+        storage.fail_sync(1 << 60);
+        assert!(matches!(flushed, Ok(()) | Err(WaitError::ShardFailed(_))), "sync {n}: {flushed:?}");
+        let cut = open(&storage.after_crash(Unsynced::Lost), Durability::OsCache);
+        if flushed.is_ok() {
+            model.acknowledged();
+            model.check(&cut.unwrap_or_else(|error| panic!("sync {n}: {error}")), "after a flush");
+        } else {
+            assert!(matches!(cut, Ok(_) | Err(OpenError::StatesLost { .. })), "sync {n}: {cut:?}");
+        }
     }
 }
 

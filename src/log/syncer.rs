@@ -13,7 +13,8 @@ use crate::log::segment::ShardLog;
 use crate::log::storage::Storage;
 use crate::metrics::{Counters, Recorder, Stage};
 use crate::producer::{LaneRegistry, LaneShared};
-use crate::sync::{Arc, AtomicBool, AtomicU64, Idle, Ordering, Signal};
+use crate::snapshot::taker::CheckpointRequests;
+use crate::sync::{Arc, AtomicBool, AtomicU64, Idle, Ordering, Signal, lock};
 
 /// Bytes of the word that ends a segment's records.
 const END_WORD_BYTES: usize = 4;
@@ -62,6 +63,8 @@ pub(crate) struct Syncer {
     /// Wakes the shard, which closes its lanes when a sync failed, and marks the log when one has caught up.
     pub(crate) shard_signal: std::sync::Arc<Signal>,
     pub(crate) durability: Durability,
+    /// What was freed may rest on a checkpoint that nobody has synced yet.
+    pub(crate) checkpoints: Arc<CheckpointRequests>,
     pub(crate) marks: rtrb::Consumer<SyncMark>,
     pub(crate) recorder: Recorder,
     pub(crate) counters: std::sync::Arc<Counters>,
@@ -185,8 +188,23 @@ impl Syncer {
         let target = self.log.appended.get();
         let from = self.log.durable.get();
         let started = self.clock.now();
+        // In the other modes a checkpoint is synced before it counts. Held until the log is durable: a checkpoint that is published
+        // afterwards is synced as well.
+        let checkpoints = Arc::clone(&self.checkpoints);
+        let mut unsynced = (self.durability == Durability::OsCache).then(|| lock(&checkpoints.unsynced));
+        // What was freed before anything was acknowledged rests on it: it becomes durable first, with all of the log that it knows.
+        let rests_on = unsynced.as_mut().and_then(|unsynced| unsynced.take());
+        let log_end = rests_on.as_ref().map_or(0, |(_, log_end)| log_end.0);
+        let target = target.max(log_end);
         if let Err(error) = self.sync_range(from, target) {
             self.log.fail(FailureCause::Sync(std::sync::Arc::new(error)));
+            return false;
+        }
+        if let Some((file, _)) = rests_on
+            && let Err(source) = file.sync().and_then(|()| self.storage.sync_dir(&self.log.dir))
+        {
+            let source = std::sync::Arc::new(source);
+            self.log.fail(FailureCause::Storage { action: "syncing a checkpoint", source });
             return false;
         }
         self.recorder.record(Stage::Sync, self.clock.now().saturating_sub(started), 1);
@@ -243,6 +261,7 @@ mod tests {
             lanes,
             shard_signal: std::sync::Arc::new(Signal::new()),
             durability,
+            checkpoints: Arc::new(CheckpointRequests::new()),
             marks: rtrb::RingBuffer::new(2).1,
             recorder: Recorder::new(&[], false).0,
             counters: std::sync::Arc::default(),

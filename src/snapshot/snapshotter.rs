@@ -9,7 +9,6 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use crate::config::Durability;
-use crate::error::FailureCause;
 use crate::event::{Key, Offset, Root, Sequence, Time};
 use crate::log::format::HEADER_BYTES;
 use crate::log::keeper::KeeperRequests;
@@ -97,7 +96,6 @@ impl Snapshotter {
             });
         }
         for shard in &self.shards {
-            shard.make_durable(&*self.storage);
             shard.requests.waiting.reached(u64::MAX);
         }
     }
@@ -229,8 +227,8 @@ impl Sources {
             return true;
         }
         match self.publish(storage, writing, log_end, durable, syncs) {
-            Ok((start, path)) => {
-                *unsynced = (!syncs).then_some(path);
+            Ok((start, file)) => {
+                *unsynced = (!syncs).then_some((file, log_end));
                 // Release: pairs with the Acquire in `CheckpointRequests::covered`.
                 self.requests.covered.fetch_max(start.0, Ordering::Release);
                 self.settled();
@@ -248,7 +246,7 @@ impl Sources {
         log_end: Offset,
         durable: bool,
         syncs: bool,
-    ) -> io::Result<(Offset, PathBuf)> {
+    ) -> io::Result<(Offset, Box<dyn SideFile>)> {
         let Writing { mut held, file } = writing;
         let check = self.log.check_before(log_end).ok_or_else(log_is_gone)?;
         let end = End { entries: held.entries, log_end, check, durable, boot: storage.boot_id() }.encode();
@@ -262,7 +260,7 @@ impl Sources {
         if syncs {
             storage.sync_dir(&self.log.dir)?;
         }
-        held.path = path.clone();
+        held.path = path;
         let start = held.start;
         self.store.add(held, []);
         // Another file of snapshots from here on, so that whole files become useless together; not so early that there would be
@@ -278,18 +276,7 @@ impl Sources {
                 tracing::warn!(path = %path.display(), %error, "saved states that nobody needs stay behind");
             }
         }
-        Ok((start, path))
-    }
-
-    /// Makes durable what retention relied on, when the shard has ended and its log is durable; a failure is the shard's.
-    fn make_durable(&self, storage: &dyn Storage) {
-        let mut unsynced = lock(&self.requests.unsynced);
-        let Some(path) = unsynced.take().filter(|_| self.log.failure().is_none()) else { return };
-        let synced = storage.open_side(&path).and_then(|file| file.sync());
-        if let Err(source) = synced.and_then(|()| storage.sync_dir(&self.log.dir)) {
-            let source = std::sync::Arc::new(source);
-            self.log.fail(FailureCause::Storage { action: "syncing a checkpoint", source });
-        }
+        Ok((start, file))
     }
 
     fn failed(&mut self, keeper: &KeeperRequests, error: &io::Error) {

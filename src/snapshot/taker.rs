@@ -1,6 +1,5 @@
 //! The shard's side: puts states into chunks while it works, and never waits for anyone.
 
-use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::aggregate::Aggregate;
@@ -8,8 +7,9 @@ use crate::clock::Nanos;
 use crate::command::Outcomes;
 use crate::event::{Offset, Scratch, Sequence, Time};
 use crate::keys::{KeyTable, Slot, Walk};
+use crate::log::storage::SideFile;
 use crate::snapshot::format::Chunk;
-use crate::sync::{Arc, AtomicBool, AtomicU64, Mutex, Ordering, Signal, lock};
+use crate::sync::{Arc, AtomicBool, AtomicU64, Mutex, Ordering, Signal};
 
 /// What a shard sends to the snapshotter, in the order of the log.
 #[derive(Debug)]
@@ -37,9 +37,10 @@ pub(crate) struct CheckpointRequests {
     wanted: AtomicBool,
     /// Everything below this is saved: a checkpoint that began there is whole and published.
     pub(crate) covered: AtomicU64,
-    /// The newest one, if it was published without a sync: retention may have freed the events that it covers. The publishing
-    /// thread holds this from its look at how far the log is durable; an acknowledging thread looks here once its data is durable.
-    pub(crate) unsynced: Mutex<Option<PathBuf>>,
+    /// The newest one and its log end, if it was published without a sync (`OsCache`): retention may have freed what it stands for. The
+    /// snapshotter holds this from the look at how far the log is durable until it has published; the syncer holds it from its look here
+    /// until the log is durable.
+    pub(crate) unsynced: Mutex<Option<(Box<dyn SideFile>, Offset)>>,
     /// Where the newest one begins that is being made or was made.
     begun: AtomicU64,
     /// Checkpoints that were published or given up.
@@ -86,11 +87,6 @@ impl CheckpointRequests {
     pub(crate) fn given_up(&self) {
         self.failed.fetch_add(1, Ordering::Relaxed);
         self.begun.store(self.covered(), Ordering::Release);
-    }
-
-    /// Whether what was freed rests on a file that a power cut may take.
-    pub(crate) fn is_unsynced(&self) -> bool {
-        lock(&self.unsynced).is_some()
     }
 
     /// Up to where everything is saved.
