@@ -9,7 +9,7 @@ use std::time::Duration;
 use common::{ArchivedNote, Note, open_on, small, soon};
 use corelane::consumer::{Consumer, Exhausted, Handled, HealthPolicy, Judgement, Retry, Start};
 use corelane::testing::FaultyStorage;
-use corelane::{EventId, EventLog, HandlerError, Key, Meta, Offset, ShardId, SyncError};
+use corelane::{EventId, EventLog, HandlerError, Key, Meta, Offset, OnError, ShardId, SyncError, WaitError};
 
 /// Skips odd numbers.
 fn skips_odd(engine: &EventLog<Note>, name: &str, every: Duration) -> Consumer<Note> {
@@ -93,4 +93,32 @@ fn an_event_that_a_consumer_was_past_before_it_was_asked_is_not_called_handled()
         slow.seek(Start::Latest).unwrap();
         assert_eq!(asked.join().unwrap().unwrap(), Handled::Unknown, "it was left behind");
     });
+}
+
+#[test]
+fn publish_sync_keeps_its_deadline_while_an_inline_handler_hangs() {
+    let (go_on, waits) = std::sync::mpsc::channel::<()>();
+    let waits = std::sync::Mutex::new(Some(waits));
+    let builder = EventLog::<Note>::builder(small("/s")).faulty_storage(&FaultyStorage::new());
+    let builder = builder.handler("hangs", OnError::Halt, move |_| {
+        let waits = waits.lock().unwrap().take();
+        move |_: &ArchivedNote, _: &Meta| {
+            // Until nobody can let it go on any more.
+            assert!(waits.iter().all(|waits| waits.recv().is_err()));
+            Ok(())
+        }
+    });
+    let engine = builder.open().unwrap();
+    let (told, answer) = std::sync::mpsc::channel();
+    std::thread::scope(|scope| {
+        let engine = &engine;
+        scope.spawn(move || {
+            let deadline = Some(std::time::Instant::now() + Duration::from_millis(50));
+            told.send(engine.publish_sync(&mut engine.producer(), Key(1), Note::new(1), &[], deadline)).unwrap();
+        });
+        let answer = answer.recv_timeout(Duration::from_secs(10));
+        drop(go_on);
+        assert!(matches!(answer, Ok(Err(SyncError::Wait(WaitError::TimedOut)))), "{answer:?}");
+    });
+    engine.publish_sync(&mut engine.producer(), Key(1), Note::new(2), &[], soon()).unwrap();
 }

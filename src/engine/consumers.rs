@@ -79,7 +79,7 @@ impl<A: Aggregate> Engine<A> {
         let placed = producer.publish_placed(key, event, deadline).map_err(SyncError::Rejected)?;
         let offset = placed?;
         // Asked between two turns: inline handlers are through with what is appended.
-        self.head(key)?;
+        self.head(key, deadline)?;
         for consumer in consumers {
             let name = || consumer.name().to_owned();
             // Retention frees nothing that a consumer has not done.

@@ -123,7 +123,7 @@ impl<A: Aggregate> Engine<A> {
     /// # Errors
     /// `BeyondRetention` with the earliest version that is held; what reading or asking the shard found.
     pub fn stream(&self, key: Key, from: Version) -> Result<Stream<A::Event>, HistoryError> {
-        let (shard, head) = (self.of(key), self.head(key)?);
+        let (shard, head) = (self.of(key), self.head(key, None)?);
         Stream::new(self.finder(shard), key, from, head)
     }
 
@@ -152,7 +152,7 @@ impl<A: Aggregate> Engine<A> {
         let at = at.into();
         let mut checkpoints = false;
         loop {
-            let head = || Ok(self.head(key)?);
+            let head = || Ok(self.head(key, None)?);
             match state_at::<A>(&shard.store, &mut self.finder(shard), key, at, checkpoints, head) {
                 Err(HistoryError::BeyondRetention { .. }) if !checkpoints => checkpoints = true,
                 // The state behind the first event that is held can be told only if a state before it is saved.
@@ -177,7 +177,7 @@ impl<A: Aggregate> Engine<A> {
 
     /// A key's state as it is, with its version and the latest time of its events.
     fn now(&self, key: Key) -> Result<(A, Version, Time), WaitError> {
-        self.of(key).ask(move |keys| {
+        self.of(key).ask(None, move |keys| {
             let slot = keys.get(key).cloned().unwrap_or_default();
             (slot.state, slot.version, slot.time_max)
         })
@@ -190,7 +190,7 @@ impl<A: Aggregate> Engine<A> {
         let (_, saved) = shard.store.around_with_checkpoints(key, |saved| saved.head < earliest)?;
         match saved {
             Some(saved) => Ok(saved.version),
-            None => Ok(self.head(key)?.version),
+            None => Ok(self.head(key, None)?.version),
         }
     }
 
@@ -211,7 +211,7 @@ impl<A: Aggregate> Engine<A> {
 
     fn rebuild_once(&self, key: Key) -> Result<(A, Version), HistoryError> {
         let shard = self.of(key);
-        let head = self.head(key)?;
+        let head = self.head(key, None)?;
         let (mut state, mut version) = (A::default(), Version(0));
         let mut stream = match Stream::<A::Event>::new(self.finder(shard), key, Version(1), head) {
             Err(HistoryError::BeyondRetention { .. }) => {
@@ -376,7 +376,7 @@ impl<A: Aggregate> Engine<A> {
     /// Clones of some keys' states as they are now, and where to go on.
     #[expect(clippy::type_complexity, reason = "a list and a position, used once")]
     fn states(&self, shard: &Handle<A>, walk: Walk) -> Result<(Vec<(Key, Version, A)>, Option<Walk>), WaitError> {
-        shard.ask(move |keys| {
+        shard.ask(None, move |keys| {
             let (slots, then) = keys.walk(walk, COMPARED);
             (slots.map(|slot| (slot.key, slot.version, slot.state.clone())).collect(), then)
         })
@@ -394,10 +394,10 @@ impl<A: Aggregate> Engine<A> {
         (0..self.config.shards).map(|shard| self.reader(ShardId(shard))).collect()
     }
 
-    /// Where a key stands now.
-    pub(super) fn head(&self, key: Key) -> Result<Head, WaitError> {
+    /// Where a key stands now, if its shard says so by `deadline`.
+    pub(super) fn head(&self, key: Key, deadline: Option<Instant>) -> Result<Head, WaitError> {
         let shard = self.of(key);
-        shard.ask(move |keys| {
+        shard.ask(deadline, move |keys| {
             let head = keys.get(key).map(|slot| Head { version: slot.version, offset: slot.head });
             head.unwrap_or(Head { version: Version(0), offset: Offset(0) })
         })

@@ -1,6 +1,7 @@
 //! Questions to states: by the shard that owns the key, so that what was appended before is in.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::time::Instant;
 
 use super::{Engine, Handle};
 use crate::aggregate::Aggregate;
@@ -28,7 +29,7 @@ impl<A: Aggregate> Engine<A> {
             return Err(WaitError::OnEngineThread);
         }
         let shard = self.of(key);
-        shard.answer(self.question(key, look))
+        shard.answer(self.question(key, look), None)
     }
 
     /// As [`Engine::ask`], for tasks.
@@ -85,16 +86,17 @@ impl<A: Aggregate> Handle<A> {
         promise
     }
 
-    /// As [`Handle::questioned`], and waits for the answer. On a thread that must not wait nothing is asked.
+    /// As [`Handle::questioned`], and waits for the answer, until `deadline`. On a thread that must not wait nothing is asked.
     pub(super) fn ask<T: Send + 'static>(
         &self,
+        deadline: Option<Instant>,
         look: impl FnOnce(&KeyTable<A>) -> T + Send + 'static,
     ) -> Result<T, WaitError> {
-        if may_wait() { self.answer(self.questioned(look)) } else { Err(WaitError::OnEngineThread) }
+        if may_wait() { self.answer(self.questioned(look), deadline) } else { Err(WaitError::OnEngineThread) }
     }
 
-    fn answer<T>(&self, promise: Promise<Told<T>>) -> Result<T, WaitError> {
-        promise.wait(None)?.map_or_else(|| Err(self.unanswered()), answered)
+    fn answer<T>(&self, promise: Promise<Told<T>>, deadline: Option<Instant>) -> Result<T, WaitError> {
+        promise.wait(deadline)?.map_or_else(|| Err(self.unanswered()), answered)
     }
 
     fn unanswered(&self) -> WaitError {
