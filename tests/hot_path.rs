@@ -25,8 +25,8 @@ fn no_turn_waits_for_the_disk_or_for_a_reader() {
         let mut producer = engine.producer();
         // The first segment is begun, and the second prepared.
         producer.publish(Key(0), Note::new(0)).unwrap().appended().wait().unwrap();
-        std::thread::sleep(Duration::from_millis(100));
         engine.flush(soon()).unwrap();
+        common::settle(&storage);
         let mut reader = engine.reader(ShardId(0));
         assert!(reader.next().unwrap().is_some());
         // From here on the syncer and the keeper hang in the disk, the reader stands in the segment being written, and
