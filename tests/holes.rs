@@ -9,7 +9,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, OnceLock};
 
 use common::{ArchivedNote, Note, PAGE, SEGMENT, segment_path, small, soon, until};
-use corelane::consumer::{Batch, ConsumerError, GatePolicy, Sink, Start, outside};
+use corelane::consumer::{Batch, Call, Consumer, ConsumerError, GatePolicy, Judgement, Sink, Start, outside};
 use corelane::scan::Store;
 use corelane::{
     Aggregate, Bounded, Engine, GateOpenError, HandlerError, HistoryError, Key, Meta, Offset, OpenError, Position,
@@ -591,4 +591,51 @@ fn a_hole_in_the_last_segment_is_met_when_the_store_is_opened() {
     let error = open(dir.path()).map(drop).unwrap_err();
     let OpenError::Corruption(corruption) = error else { panic!("{error}") };
     assert_eq!((corruption.segment, corruption.offset), (LAST, Offset(LAST * SEGMENT + PAGE as u64)));
+}
+
+#[test]
+fn what_was_told_before_a_hole_is_recorded_though_the_consumer_ends_there() {
+    let dir = tempfile::tempdir().unwrap();
+    let engine = Engine::<Total>::open(common::os_cache(dir.path())).unwrap();
+    let calls = Arc::new(Mutex::new(Vec::new()));
+    let start = || {
+        let calls = Arc::clone(&calls);
+        let builder = engine.consumer("c").before_durable().judge(|_, _| Judgement::Park);
+        let builder = builder.start_with(move |event: &ArchivedNote, _: &Meta, call: &Call<'_>| {
+            calls.lock().unwrap().push((event.n.to_native(), call.attempt()));
+            Err("not this one".into())
+        });
+        builder.unwrap()
+    };
+    let consumer = start();
+    // Where its letters are to be written, nothing can be.
+    let obstacle = dir.path().join("consumers/c/letters-000001.log");
+    std::fs::create_dir(&obstacle).unwrap();
+    publish(&engine, 1..2);
+    until("it is told, and cannot be recorded", || consumer.report().write_failures.1 > 0);
+    consumer.pause().unwrap();
+    publish(&engine, 2..3);
+    let offset = {
+        let mut reader = engine.reader(ShardId(0));
+        let mut offsets = std::iter::from_fn(|| reader.next().unwrap().map(|record| record.meta.offset));
+        offsets.nth(1).unwrap()
+    };
+    let file = std::fs::OpenOptions::new().write(true).open(segment_path(dir.path(), 0)).unwrap();
+    file.write_all_at(&[0; 4], offset.0).unwrap();
+    // Half a second is left until it is tried again.
+    let failures = consumer.report().write_failures.1;
+    until("it was tried just now", || consumer.report().write_failures.1 > failures);
+    std::fs::remove_dir(&obstacle).unwrap();
+    consumer.resume().unwrap();
+    let is_at_the_hole = |consumer: &Consumer<Note>| {
+        until("it ends", || consumer.report().failure.is_some());
+        let failure = consumer.report().failure.unwrap();
+        assert!(matches!(failure.error(), ConsumerError::Read(ReadError::Corruption(_))), "{failure}");
+    };
+    is_at_the_hole(&consumer);
+    drop(consumer);
+    let report = engine.consumers().remove(0);
+    assert_eq!((report.letters.letters, &report.positions[..]), (1, &[offset][..]));
+    is_at_the_hole(&start());
+    assert_eq!(*calls.lock().unwrap(), [(1, 1)], "it does not come again");
 }

@@ -208,6 +208,19 @@ impl<E: Event> Shell<E> {
     }
 
     fn run(&mut self, handler: &impl Serve<E>) -> Result<(), ConsumerError> {
+        let driven = self.drive(handler);
+        // What could not be recorded comes again, and whoever stops it is told; if it ends by an error, why it ended.
+        let saved = self.driver.save();
+        if let (Err(_), Err(error)) = (&driven, &saved) {
+            let consumer = &*self.driver.settings().name;
+            tracing::error!(consumer, %error, "what was told could not be saved when a consumer ended; it comes again");
+        }
+        self.report();
+        driven.and(saved)
+    }
+
+    /// Until it is asked to stop and nothing is out.
+    fn drive(&mut self, handler: &impl Serve<E>) -> Result<(), ConsumerError> {
         let mut finders: Vec<_> = self.driver.desks().iter().map(|desk| desk.finder()).collect();
         let mut access = Access::new::<E>();
         let name = std::sync::Arc::clone(&self.driver.settings().name);
@@ -242,7 +255,7 @@ impl<E: Event> Shell<E> {
             }
             self.report();
             if is_stopping && self.driver.running() == 0 {
-                break;
+                return Ok(());
             }
             if work == 0 {
                 self.sleep(is_stopping);
@@ -250,10 +263,6 @@ impl<E: Event> Shell<E> {
                 self.idle_rounds = 0;
             }
         }
-        // Events that could not be recorded come again, and `stop` returns the error.
-        self.driver.save()?;
-        self.report();
-        Ok(())
     }
 
     fn run_in_place(&mut self, handler: &mut Handler<'_, E>) -> Result<usize, ConsumerError> {
