@@ -175,7 +175,7 @@ impl<E: Event> ConsumerBuilder<E> {
         let driver = self.driver()?;
         let name = driver.settings().name.to_string();
         let control = running::start(driver, std::sync::Arc::clone(&services), handler);
-        let control = control.inspect_err(|_| services.left(&name, None))?;
+        let control = control.map_err(|error| services.refused(&name, error))?;
         Ok(Consumer::new(control, &name))
     }
 

@@ -170,11 +170,12 @@ pub(super) fn start<E: Event>(
         drop(leaving);
         ending.life.end();
     });
-    if let Err(error) = spawned {
-        services.left(&name, None);
-        return Err(error);
+    if spawned.is_err() {
+        // Somebody may have found it meanwhile, and wait for it. That it is driven no more, the caller notes, with the reason.
+        drop(control.asks.close());
+        control.life.end();
     }
-    Ok(control)
+    spawned.map(|_| control)
 }
 
 pub(super) fn spawn(

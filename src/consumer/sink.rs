@@ -324,10 +324,13 @@ impl<E: Event> ConsumerBuilder<E> {
         };
         services.runs(&name, std::sync::Arc::clone(&control) as std::sync::Arc<dyn Running>);
         // Waited for by its `ended`.
-        drop(
-            spawn(&services, name.clone(), move || pump.run_to_the_end())
-                .inspect_err(|_| services.left(&name, None))?,
-        );
+        let spawned = spawn(&services, name.clone(), move || pump.run_to_the_end());
+        drop(spawned.map_err(|error| {
+            let error = services.refused(&name, error);
+            // Somebody may have found it meanwhile, and wait for it.
+            control.life.end();
+            error
+        })?);
         Ok(SinkConsumer { control, name })
     }
 }
