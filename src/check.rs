@@ -344,18 +344,21 @@ pub fn gates(store: &Store) -> Result<Vec<Gate>, OpenError> {
     let storage: Arc<dyn Storage> = Arc::clone(store.files()) as _;
     let look = |name: String| {
         let files = GateFiles::new(&storage, (store.dir(), store.store_id()), &name);
+        if !files.is_there()? {
+            return Ok(None);
+        }
         let mut looks = 0;
         loop {
             let gate = gate(&files, &name, usize::from(store.shards()));
             looks += 1;
             // An entry that is being written, or a folder that is being made, is whole soon.
             if gate.problems.is_empty() || looks == LOOKS_MAX {
-                return gate;
+                return Ok(Some(gate));
             }
             std::thread::sleep(LOOK_AGAIN);
         }
     };
-    Ok(names.into_iter().filter(|name| is_folder_name(name)).map(look).collect())
+    names.into_iter().filter(|name| is_folder_name(name)).map(look).filter_map(Result::transpose).collect()
 }
 
 /// One look at a gate.

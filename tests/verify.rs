@@ -348,3 +348,26 @@ fn numbers_that_cannot_be_are_named_with_their_file_and_never_followed() {
     }
     assert!(tried > 100, "{tried}");
 }
+
+#[test]
+fn what_is_no_folder_among_consumers_and_gates_is_nobodys() {
+    let home = tempfile::tempdir().unwrap();
+    let dir = home.path().join("store");
+    store(&dir);
+    let (status, said) = verify(&dir);
+    assert_eq!(status, 0, "{said}");
+    for folder in ["consumers", "gates"] {
+        std::fs::write(dir.join(folder).join("notes.txt"), "of whoever put it there").unwrap();
+        std::os::unix::fs::symlink("nowhere", dir.join(folder).join("link")).unwrap();
+    }
+    assert_eq!(verify(&dir), (0, said), "no word of them");
+    let engine = open(&dir).unwrap();
+    drop(engine.consumer("c").poller().unwrap());
+    drop(engine.gated("g", GatePolicy::default(), from_gate).unwrap());
+    assert_eq!(engine.gaps("notes.txt").unwrap(), []);
+    let error = engine.gated("notes.txt", GatePolicy::default(), from_gate).map(drop).expect_err("no folder");
+    assert!(error.to_string().contains("gates/notes.txt"), "{error}");
+    for folder in ["consumers", "gates"] {
+        assert_eq!(std::fs::read(dir.join(folder).join("notes.txt")).unwrap(), b"of whoever put it there");
+    }
+}

@@ -274,8 +274,8 @@ impl Found {
 /// was killed may have renamed it without a sync.
 fn sync_names(storage: &dyn Storage, dir: &Path) -> std::io::Result<()> {
     match storage.sync_dir(dir) {
-        // A link to nowhere.
-        Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+        // A link to nowhere; a file that is no folder, and so no consumer's.
+        Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => Ok(()),
         synced => synced,
     }
 }

@@ -50,6 +50,9 @@ pub(super) fn holds(
     let lock: std::sync::Arc<dyn Lock> = std::sync::Arc::new(StoreLock::default());
     for name in names.into_iter().filter(|name| is_folder_name(name)) {
         let files = GateFiles::new(storage, store, &name);
+        if !files.is_there()? {
+            continue;
+        }
         let positions = files.positions(logs.len())?;
         // Retention frees what they have counted, and what they say is told.
         files.make_durable()?;

@@ -173,6 +173,11 @@ enum Unwritten {
     Failed(&'static str, io::Error),
 }
 
+/// Whether there is no such file, or no folder that it could be in.
+fn is_absent(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory)
+}
+
 /// The folder of one gate.
 #[derive(Debug)]
 pub(crate) struct GateFiles {
@@ -199,11 +204,20 @@ impl GateFiles {
         move |source| OpenError::Io { action, path, source }
     }
 
+    /// Whether there is a folder of this name: what is none is no gate's.
+    pub(crate) fn is_there(&self) -> Result<bool, OpenError> {
+        match self.storage.list(&self.dir) {
+            Ok(_) => Ok(true),
+            Err(error) if is_absent(&error) => Ok(false),
+            Err(source) => Err(OpenError::Io { action: "listing", path: self.dir.clone(), source }),
+        }
+    }
+
     /// The file's bytes, if there is one.
     fn read(&self, name: &str) -> Result<Option<Vec<u8>>, OpenError> {
         match self.storage.read(&self.dir.join(name)) {
             Ok(bytes) => Ok(Some(bytes)),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) if is_absent(&error) => Ok(None),
             Err(source) => Err(self.io("reading", name)(source)),
         }
     }
