@@ -195,9 +195,9 @@ impl<A: Aggregate> Engine<A> {
         lock.take(&*storage, &config.dir)?;
         // First everything is looked at, then anything is changed: a store that is refused is left as it was.
         let (manifest, standing) = load_manifest::<A::Event>(&*storage, &config)?;
-        let shard_dirs = || (0..config.shards).map(|shard| shard_dir(&config.dir, ShardId(shard)));
         if standing != Standing::New {
-            shard_dirs().try_for_each(|dir| lock.take(&*storage, &dir))?;
+            let mut shard_dirs = (0..config.shards).map(|shard| shard_dir(&config.dir, ShardId(shard)));
+            shard_dirs.try_for_each(|dir| lock.take(&*storage, &dir))?;
         }
         let mut recovered = recover::<A>(&storage, &config, &manifest, standing, &mut threads)?;
         let ends: Vec<Offset> = recovered.iter().map(|shard| shard.report.end).collect();
@@ -213,10 +213,7 @@ impl<A: Aggregate> Engine<A> {
             OpenError::Io { action: "starting a thread for", path, source }
         })?;
         let changes = Changes { storage: &*storage, dir: &config.dir, manifest: &manifest, standing };
-        changes.carry_out(&mut recovered, &consumers, &holds)?;
-        if standing == Standing::New {
-            shard_dirs().try_for_each(|dir| lock.take(&*storage, &dir))?;
-        }
+        changes.carry_out(&mut recovered, &consumers, &holds, &mut lock)?;
         let quarantine = config.dir.join("quarantine");
         let duration_ns = u64::try_from(began.elapsed().as_nanos()).unwrap_or(u64::MAX);
         let recovery =

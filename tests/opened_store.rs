@@ -334,3 +334,18 @@ fn whatever_of_a_gone_engine_reaches_its_files_keeps_the_store_locked_and_goes_o
         assert_eq!(numbers(&EventLog::<Note>::open(small(&away)).unwrap()), [1], "{what}");
     }
 }
+
+#[test]
+fn a_new_store_is_not_made_before_its_shards_folders_are_its_own() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = dir.path().join("store");
+    let shard = store.join("shard-0001");
+    fs::create_dir_all(&shard).unwrap();
+    let other = fs::File::open(&shard).unwrap();
+    other.try_lock().unwrap();
+    let error = EventLog::<Note>::open(small(&store).shards(2)).expect_err("shared");
+    assert!(matches!(&error, OpenError::Locked { dir } if *dir == shard), "{error}");
+    assert!(tree(&store).is_empty(), "no file was written");
+    drop(other);
+    EventLog::<Note>::open(small(&store).shards(2)).unwrap();
+}

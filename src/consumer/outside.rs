@@ -146,8 +146,8 @@ pub fn ask(store: &Store, consumer: &str, request: Request) -> Result<(), Consum
         .map_err(|source| OpenError::Io { action: "leaving a request in", path, source }.into())
 }
 
-/// Whether an engine has `store` open. It is tried with the store's lock, for an instant: an engine that is opened in that
-/// very instant is told that the store is open elsewhere.
+/// Whether an engine has `store` open. It is tried with the store's lock, for an instant, which an engine that is opened
+/// just then waits out.
 ///
 /// # Errors
 /// What the file system says.

@@ -1,7 +1,9 @@
 //! Before an engine runs: the store's lock, its manifest, and what its shards hold.
 
 use std::collections::VecDeque;
+use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use super::gated::Holds;
 use super::threads::Threads;
@@ -25,13 +27,28 @@ impl Lock for StoreLock {}
 
 impl StoreLock {
     pub(super) fn take(&mut self, storage: &dyn Storage, dir: &Path) -> Result<(), OpenError> {
-        let locked = storage.lock(dir);
+        let locked = patiently(|| storage.lock(dir));
         match locked.map_err(|source| OpenError::Io { action: "locking", path: dir.to_owned(), source })? {
             Some(lock) => self.0.push(lock),
             None => return Err(OpenError::Locked { dir: dir.to_owned() }),
         }
         Ok(())
     }
+}
+
+/// How often a lock is tried once more, and after how long each time.
+const LOCK_AGAIN: (u32, Duration) = (10, Duration::from_millis(5));
+
+/// What `try_lock` gets. Whoever only looks whether an engine has the store holds the lock for an instant, which is waited out.
+fn patiently<L>(mut try_lock: impl FnMut() -> io::Result<Option<L>>) -> io::Result<Option<L>> {
+    let (times, pause) = LOCK_AGAIN;
+    for _ in 0..times {
+        match try_lock()? {
+            None => std::thread::sleep(pause),
+            taken => return Ok(taken),
+        }
+    }
+    try_lock()
 }
 
 /// Opens the folder of a store, once and for all: from here on its name is only shown.
@@ -113,14 +130,17 @@ impl Changes<'_> {
         recovered: &mut [Recovered<A>],
         consumers: &[Found],
         gates: &Holds,
+        lock: &mut StoreLock,
     ) -> Result<(), OpenError> {
         let Self { storage, dir, .. } = *self;
         if self.standing == Standing::New {
-            // Folders before the manifest that promises them. A crash in between leaves empty folders, which
+            // Folders, and their locks, before the manifest that promises them. A crash in between leaves empty folders, which
             // the next attempt must accept.
             for shard in 0..self.manifest.shards {
                 let path = shard_dir(dir, ShardId(shard));
-                storage.create_dir(&path).map_err(|source| OpenError::Io { action: "creating", path, source })?;
+                let made = storage.create_dir(&path);
+                made.map_err(|source| OpenError::Io { action: "creating", path: path.clone(), source })?;
+                lock.take(storage, &path)?;
             }
         }
         if self.standing == Standing::Saved {
@@ -202,4 +222,27 @@ pub(super) fn logs_of<A: Aggregate>(
 ) -> Vec<Arc<ShardLog>> {
     let dir = |shard: &Recovered<A>| shard_dir(&config.dir, shard.report.shard);
     recovered.iter().map(|shard| Arc::new(shard.log(manifest, &dir(shard)))).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lock_held_for_an_instant_is_waited_out_and_one_that_is_kept_is_not() {
+        let mut tries = 0;
+        let taken = patiently(|| {
+            tries += 1;
+            Ok((tries == 4).then_some(()))
+        });
+        assert_eq!((taken.expect("no error"), tries), (Some(()), 4));
+        tries = 0;
+        let taken = patiently(|| {
+            tries += 1;
+            Ok(None::<()>)
+        });
+        assert_eq!((taken.expect("no error"), tries), (None, LOCK_AGAIN.0 + 1));
+        let failed = patiently(|| Err::<Option<()>, _>(io::ErrorKind::PermissionDenied.into()));
+        assert_eq!(failed.expect_err("at once").kind(), io::ErrorKind::PermissionDenied);
+    }
 }
