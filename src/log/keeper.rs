@@ -388,12 +388,13 @@ impl Keeper {
                 failed = Some(error);
                 continue;
             }
-            self.storage.sync_dir(&kept.log.dir)?;
             if is_kept {
                 kept.spare_number += 1;
                 kept.spares.push((spare, Some(memory)));
             }
             worked = true;
+            // The others stay what they are.
+            failed = self.storage.sync_dir(&kept.log.dir).err();
         }
         failed.map_or(Ok(worked), Err)
     }
@@ -515,6 +516,68 @@ pub(crate) fn spare_number(name: &str) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::event::ShardId;
+    use crate::testing::FaultyStorage;
+
+    #[test]
+    fn no_freed_file_is_forgotten_whatever_fails_while_they_are_kept() {
+        let dir = Path::new("/s/shard-0000");
+        for spares_max in 0..3 {
+            for n in 1.. {
+                let storage = FaultyStorage::new();
+                let retired = |index| {
+                    let path = dir.join(format!("{index:012}.seg"));
+                    let memory = storage.create_segment(&path, 4096).expect("made");
+                    (path, std::sync::Arc::new(memory))
+                };
+                let retiring = [retired(0), retired(1)].to_vec();
+                let log = ShardLog::new(1, ShardId(0), dir.to_owned(), 4096, Offset(4096), 0, [].into());
+                let kept = Kept {
+                    log: Arc::new(log),
+                    prepared: std::sync::Arc::new(PreparedQueue::new(1)),
+                    counters: std::sync::Arc::default(),
+                    shard_signal: std::sync::Arc::new(Signal::new()),
+                    span: Span { first: 2, last: 2 },
+                    next_index: 3,
+                    spares: Vec::new(),
+                    spare_number: 0,
+                    retiring,
+                    checkpoints: Arc::new(CheckpointRequests::new()),
+                    prefaulted: (u64::MAX, 0),
+                    retry_at: None,
+                    checkpoints_failed: 0,
+                    ask_at: None,
+                    waits_for: 0,
+                    held_to: 0,
+                    unsynced_to: 0,
+                    ages: Ages::default(),
+                };
+                let mut keeper = Keeper {
+                    shards: vec![kept],
+                    storage: std::sync::Arc::new(storage.clone()),
+                    requests: std::sync::Arc::new(KeeperRequests {
+                        signal: Signal::new(),
+                        ending: AtomicBool::new(false),
+                    }),
+                    durability: Durability::OsCache,
+                    retention: Retention::default(),
+                    spares_max,
+                    began: Instant::now(),
+                };
+                storage.fail_operation(n);
+                let reused = keeper.reuse_retired(0);
+                let kept = &keeper.shards[0];
+                let retiring = kept.retiring.iter().map(|(path, _)| path);
+                let known: std::collections::BTreeSet<_> =
+                    retiring.chain(kept.spares.iter().map(|(path, _)| path)).collect();
+                assert!(storage.files().keys().eq(known), "{spares_max} spares, operation {n}");
+                if reused.is_ok() {
+                    assert_eq!((kept.retiring.len(), kept.spares.len()), (0, spares_max.min(2)));
+                    break;
+                }
+            }
+        }
+    }
 
     #[test]
     fn a_spare_is_named_by_digits_alone() {
