@@ -146,9 +146,10 @@ impl Memory {
         }
         // SAFETY: start <= end <= bytes: the place lies in the memory.
         let at = unsafe { self.base.add(start) };
-        // SAFETY: the range is mapped for as long as `self` lives, and msync changes no byte.
-        unsafe { rustix::mm::msync(at.as_ptr().cast(), end - start, rustix::mm::MsyncFlags::SYNC) }?;
-        Ok(())
+        Ok(rustix::io::retry_on_intr(|| {
+            // SAFETY: the range is mapped for as long as `self` lives, and msync changes no byte.
+            unsafe { rustix::mm::msync(at.as_ptr().cast(), end - start, rustix::mm::MsyncFlags::SYNC) }
+        })?)
     }
 
     /// Makes the pages of `range` present and writable, so that storing into them does not fault.

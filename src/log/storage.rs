@@ -129,8 +129,10 @@ pub(crate) struct Files {
 impl Files {
     /// Opens the folder of a store, creating it and its parents, durably.
     pub(crate) fn create(dir: &Path) -> io::Result<Self> {
-        create_dir(&absolute(dir)?)?;
-        Self::open(dir)
+        // Once: the working directory may change in between.
+        let dir = absolute(dir)?;
+        create_dir(&dir)?;
+        Self::open(&dir)
     }
 
     /// Opens the folder of a store.
@@ -219,7 +221,7 @@ impl Storage for Files {
         match self.folder(dir) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             // A process that was killed may have made it and not come to its sync.
-            found => return found.and_then(|_| synced(fsync(&*self.place(dir)?.0).map_err(io::Error::from))),
+            found => return found.and_then(|_| sync_folder(&*self.place(dir)?.0)),
         }
         // The root is there, so this ends.
         self.create_dir(dir.parent().unwrap_or(&self.root))?;
@@ -228,7 +230,7 @@ impl Storage for Files {
             Err(Errno::EXIST) => {}
             made => made?,
         }
-        synced(fsync(&*parent).map_err(io::Error::from))?;
+        sync_folder(&*parent)?;
         self.folder(dir).map(drop)
     }
 
@@ -342,7 +344,7 @@ impl Storage for Files {
     }
 
     fn sync_dir(&self, dir: &Path) -> io::Result<()> {
-        synced(fsync(&*self.folder(dir)?).map_err(io::Error::from))
+        sync_folder(&*self.folder(dir)?)
     }
 
     fn boot_id(&self) -> u64 {
@@ -371,6 +373,11 @@ struct SyncFailed(io::Error);
 
 fn synced(result: io::Result<()>) -> io::Result<()> {
     result.map_err(|error| io::Error::other(SyncFailed(error)))
+}
+
+/// Syncs an open folder. A signal that interrupts it is no failure.
+fn sync_folder(folder: impl AsFd) -> io::Result<()> {
+    synced(retry_on_intr(|| fsync(&folder)).map_err(io::Error::from))
 }
 
 /// Returns `true` if an operation other than a sync failed for lack of something that may come back (space, quota, descriptors,
