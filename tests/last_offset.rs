@@ -5,7 +5,7 @@ mod common;
 
 use std::path::{Path, PathBuf};
 
-use common::{Note, SEGMENT, numbers, open_on, os_cache, soon};
+use common::{Note, SEGMENT, numbers, open_on, os_cache, soon, until};
 use corelane::testing::FaultyStorage;
 use corelane::{FailureCause, Key, OpenError, Rejected, WaitError};
 
@@ -15,11 +15,13 @@ const SEGMENTS: u64 = (1 << 52) / SEGMENT;
 /// A store whose one segment, not yet begun, is number `index`.
 fn store_at(index: u64) -> FaultyStorage {
     let storage = FaultyStorage::new();
-    drop(open_on(&storage, os_cache("/s")).unwrap());
+    let engine = open_on(&storage, os_cache("/s")).unwrap();
+    let is_segment = |path: &PathBuf| path.extension().is_some_and(|end| end == "seg");
+    until("the first segment is prepared", || storage.files().keys().any(is_segment));
+    drop(engine);
     let mut files = storage.files();
     let shard = Path::new("/s/shard-0000");
-    let names: Vec<PathBuf> =
-        files.keys().filter(|path| path.extension().is_some_and(|end| end == "seg")).cloned().collect();
+    let names: Vec<PathBuf> = files.keys().filter(|path| is_segment(path)).cloned().collect();
     let segment = files[&names[0]].clone();
     names.iter().for_each(|name| drop(files.remove(name)));
     files.insert(shard.join(format!("{index:012}.seg")), segment);
