@@ -4,7 +4,7 @@ test:
     cargo test
 
 lint:
-    cargo fmt --check
+    cargo fmt --all --check
     cargo clippy --all-targets --all-features -- -D warnings
     RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --all-features
 

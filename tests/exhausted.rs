@@ -202,7 +202,7 @@ fn a_process_without_descriptors_is_backpressure_and_goes_on_when_some_are_free(
     let why = shard.storage_full_why.unwrap();
     assert!(shard.storage_full && why.contains("Too many open files"), "{why}");
     until("what is appended is handled", || consumer.report().unread == 0);
-    assert!(consumer.report().failure.is_none() && consumer.report().write_failures.0 > 0);
+    assert!(consumer.report().failure.is_none(), "whether or not it could save meanwhile");
     drop(taken);
     rustix::process::setrlimit(rustix::process::Resource::Nofile, limit).unwrap();
     engine.flush(soon()).unwrap();
