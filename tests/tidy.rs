@@ -155,7 +155,7 @@ fn may_use(file: &str) -> Option<&'static [&'static str]> {
         // Rules without an engine: what a fold needs of events, and a record's header for their `Meta`.
         "testing/given.rs" => &["aggregate", "event", "log"],
         // Only the syncer tells lanes how far they are durable.
-        "log/syncer.rs" => &["event", "error", "config", "sync", "clock", "metrics", "log", "producer", "snapshot"],
+        "log/syncer.rs" => &["event", "error", "config", "sync", "clock", "metrics", "log", "producer"],
         // Recovery folds the log into states, from what is saved of them.
         "log/recovery.rs" | "log/recovery/begin.rs" => &["aggregate", "event", "error", "sync", "log", "snapshot"],
         "log/unfit.rs" => &["error", "snapshot"],

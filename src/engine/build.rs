@@ -235,7 +235,6 @@ impl Context<'_> {
             lanes,
             shard_signal,
             durability: config.durability,
-            checkpoints: Arc::clone(&checkpoints),
             marks: marks_rx,
             recorder: sync_recorder,
             counters: std::sync::Arc::clone(&counters),

@@ -14,6 +14,7 @@ use crate::log::format::{HEADER_BYTES, RECORD_HEADER_BYTES, RecordHeader, Seam, 
 use crate::log::holds::Holds;
 use crate::log::manifest::segment_name;
 use crate::log::mmap::Memory;
+use crate::log::storage::SideFile;
 use crate::sync::{AtomicBool, Mutex, Ordering, Waiters, Watermark, lock};
 
 /// One segment that holds records.
@@ -47,6 +48,10 @@ pub(crate) struct ShardLog {
     pub(crate) synced: Waiters,
     /// What consumers and gates still need.
     pub(crate) holds: Holds,
+    /// A checkpoint that was published without a sync (`OsCache`), and up to where it knows the log: retention may have freed what it
+    /// stands for. The snapshotter holds this from its look at `durable` until it has published; the syncer from its look here until
+    /// it has moved `durable`.
+    pub(crate) unsynced: Mutex<Option<(Box<dyn SideFile>, Offset)>>,
     failed: AtomicBool,
     failure: OnceLock<ShardFailure>,
     /// Something of the shard waits for its storage.
@@ -86,6 +91,7 @@ impl ShardLog {
             grown: Waiters::new(),
             synced: Waiters::new(),
             holds: Holds::default(),
+            unsynced: Mutex::new(None),
             failed: AtomicBool::new(false),
             failure: OnceLock::new(),
             storage_full: AtomicBool::new(false),

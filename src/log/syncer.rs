@@ -13,7 +13,6 @@ use crate::log::segment::ShardLog;
 use crate::log::storage::Storage;
 use crate::metrics::{Counters, Recorder, Stage};
 use crate::producer::{LaneRegistry, LaneShared};
-use crate::snapshot::taker::CheckpointRequests;
 use crate::sync::{Arc, AtomicBool, AtomicU64, Idle, Ordering, Signal, lock};
 
 /// Bytes of the word that ends a segment's records.
@@ -63,8 +62,6 @@ pub(crate) struct Syncer {
     /// Wakes the shard, which closes its lanes when a sync failed, and marks the log when one has caught up.
     pub(crate) shard_signal: std::sync::Arc<Signal>,
     pub(crate) durability: Durability,
-    /// What was freed may rest on a checkpoint that nobody has synced yet.
-    pub(crate) checkpoints: Arc<CheckpointRequests>,
     pub(crate) marks: rtrb::Consumer<SyncMark>,
     pub(crate) recorder: Recorder,
     pub(crate) counters: std::sync::Arc<Counters>,
@@ -190,8 +187,8 @@ impl Syncer {
         let started = self.clock.now();
         // In the other modes a checkpoint is synced before it counts. Held until the log is durable: a checkpoint that is published
         // afterwards is synced as well.
-        let checkpoints = Arc::clone(&self.checkpoints);
-        let mut unsynced = (self.durability == Durability::OsCache).then(|| lock(&checkpoints.unsynced));
+        let log = Arc::clone(&self.log);
+        let mut unsynced = (self.durability == Durability::OsCache).then(|| lock(&log.unsynced));
         // What was freed before anything was acknowledged rests on it: it becomes durable first, with all of the log that it knows.
         let rests_on = unsynced.as_mut().and_then(|unsynced| unsynced.take());
         let log_end = rests_on.as_ref().map_or(0, |(_, log_end)| log_end.0);
@@ -261,7 +258,6 @@ mod tests {
             lanes,
             shard_signal: std::sync::Arc::new(Signal::new()),
             durability,
-            checkpoints: Arc::new(CheckpointRequests::new()),
             marks: rtrb::RingBuffer::new(2).1,
             recorder: Recorder::new(&[], false).0,
             counters: std::sync::Arc::default(),

@@ -212,8 +212,8 @@ impl Sources {
     /// Publishes a checkpoint once the log is durable as far as it knows. Whether it did.
     fn finish(&mut self, storage: &dyn Storage, keeper: &KeeperRequests, durability: Durability, ending: bool) -> bool {
         let Some((_, log_end)) = &self.finishing else { return false };
-        let requests = Arc::clone(&self.requests);
-        let mut unsynced = lock(&requests.unsynced);
+        let log = Arc::clone(&self.log);
+        let mut unsynced = lock(&log.unsynced);
         // Left to the system's cache, log and checkpoint stay there as long as nobody was told that anything is durable.
         let syncs = durability != Durability::OsCache || self.log.durable.get() > HEADER_BYTES as u64;
         let durable = self.log.durable.get() >= log_end.0;

@@ -7,9 +7,8 @@ use crate::clock::Nanos;
 use crate::command::Outcomes;
 use crate::event::{Offset, Scratch, Sequence, Time};
 use crate::keys::{KeyTable, Slot, Walk};
-use crate::log::storage::SideFile;
 use crate::snapshot::format::Chunk;
-use crate::sync::{Arc, AtomicBool, AtomicU64, Mutex, Ordering, Signal};
+use crate::sync::{Arc, AtomicBool, AtomicU64, Ordering, Signal};
 
 /// What a shard sends to the snapshotter, in the order of the log.
 #[derive(Debug)]
@@ -37,10 +36,6 @@ pub(crate) struct CheckpointRequests {
     wanted: AtomicBool,
     /// Everything below this is saved: a checkpoint that began there is whole and published.
     pub(crate) covered: AtomicU64,
-    /// The newest one and its log end, if it was published without a sync (`OsCache`): retention may have freed what it stands for. The
-    /// snapshotter holds this from the look at how far the log is durable until it has published; the syncer holds it from its look here
-    /// until the log is durable.
-    pub(crate) unsynced: Mutex<Option<(Box<dyn SideFile>, Offset)>>,
     /// Where the newest one begins that is being made or was made.
     begun: AtomicU64,
     /// Checkpoints that were published or given up.
@@ -58,7 +53,6 @@ impl CheckpointRequests {
         Self {
             wanted: AtomicBool::new(false),
             covered: AtomicU64::new(0),
-            unsynced: Mutex::new(None),
             begun: AtomicU64::new(0),
             settled: AtomicU64::new(0),
             failed: AtomicU64::new(0),
