@@ -247,7 +247,7 @@ fn the_next_checkpoint_knows_what_became_of_letters_though_nothing_else_was_done
             assert!(driven.next().is_none());
         }
         let after = storage.files();
-        assert!(after[&letters].len() > files[&letters].len(), "what became of them is written there");
+        assert!(after[&letters].len() > files[&letters].len(), "the outcome of each letter is written there");
         assert!(after[&checkpoint] != files[&checkpoint], "and the checkpoint knows how far");
         drop((driven, engine));
         // A kill; and then somebody puts the letters of before in their place.

@@ -1,4 +1,4 @@
-//! What is known of consumers, whoever drives them and however they ended; and that none goes on in a log that is not its own.
+//! Reports about consumers, running or ended, under every kind of driver; and no consumer goes on in a log that is not its own.
 #![expect(clippy::unwrap_used, reason = "a test may unwrap")]
 
 mod common;

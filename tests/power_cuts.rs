@@ -36,7 +36,7 @@ fn open(storage: &FaultyStorage, durability: Durability) -> Result<Engine<Accoun
 #[derive(Debug, Default)]
 struct Model {
     events: BTreeMap<u64, Vec<Money>>,
-    /// By key: at least so many events.
+    /// The least number of events by key.
     versions: BTreeMap<u64, u64>,
     commands: u64,
     commands_acknowledged: u64,

@@ -74,7 +74,7 @@ fn output_that_cannot_be_written_is_status_2_and_a_reader_who_has_enough_is_none
     bytes[20_000] ^= 1;
     std::fs::write(path, bytes).unwrap();
     let status = tool(&["verify"], dir.path(), &[]).stdout(unread()).stderr(full()).status().unwrap();
-    assert_eq!(status.code(), Some(1), "damage is told by the status, whoever reads");
+    assert_eq!(status.code(), Some(1), "the status reports damage although nobody reads the output");
 }
 
 #[test]

@@ -125,7 +125,7 @@ fn measure<A: events::Carried, F: events::Feed<A::Event>>(
     Ok(summary.is_whole())
 }
 
-/// Prints the results. Nobody who reads on, as behind `| head`, is no error.
+/// Prints the results. A reader that stops early, such as `| head`, is no error.
 fn print_to(out: &mut impl io::Write, text: &str) -> Result<()> {
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),

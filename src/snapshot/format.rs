@@ -423,7 +423,7 @@ impl Chunk {
         self.reserve(0);
         let version = slot.version.0 & LOW_48 | u64::from(A::STATE_VERSION) << 48;
         let out = &mut self.bytes[begun..begun + ENTRY_HEADER_BYTES];
-        // The checksum is for who writes the file.
+        // The writer of the file adds the checksum.
         out[0..8].copy_from_slice(&((end - begun) as u64).to_le_bytes());
         out[8..16].copy_from_slice(&slot.key.0.to_le_bytes());
         out[16..24].copy_from_slice(&version.to_le_bytes());
