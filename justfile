@@ -10,7 +10,7 @@ lint:
 
 # The protocols between threads, every interleaving.
 loom:
-    RUSTFLAGS="--cfg loom" cargo test --release --no-default-features --lib --target-dir target/loom loom_
+    RUSTFLAGS="--cfg loom" cargo test --release --no-default-features --test loom --target-dir target/loom
 
 # kill -9 at random points; CI runs 500.
 kill rounds="500":

@@ -5,6 +5,7 @@ use std::io;
 use std::marker::PhantomData;
 use std::path::PathBuf;
 use std::sync::Arc as StdArc;
+use std::sync::Arc;
 
 use crossbeam::queue::ArrayQueue;
 
@@ -17,7 +18,6 @@ use crate::log::segment::ShardLog;
 use crate::log::storage::{Files, Storage as _};
 use crate::log::writer::{GROUP, Prepared, PreparedQueue, Refused, Resume, Writer};
 use crate::ring::{Slot, push_chunk};
-use crate::sync::Arc;
 use crate::view::Place;
 
 /// The place of the only shard there is.

@@ -8,17 +8,18 @@ mod outcomes;
 mod sending;
 
 use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
 use std::time::Instant;
 
 use crate::aggregate::Aggregate;
 use crate::clock::{Clock, Nanos};
-use crate::config::Wait;
 use crate::error::{Rejected, WaitError};
 use crate::event::{EventTypeId, Key, KeyHash, Version};
 use crate::keys::KeyTable;
 use crate::producer::{LaneShared, Receipt, ShardDoor};
-use crate::promise::block_until;
-use crate::sync::{Arc, Idle, Ordering, Patience, may_wait, prefetch_to_write};
+use crate::sync::Wait;
+use crate::sync::block_until;
+use crate::sync::{Idle, Ordering, Patience, may_wait, prefetch_to_write};
 
 pub use answer::Answer;
 pub(crate) use outcomes::{Outcomes, Remembered};
@@ -160,7 +161,7 @@ pub(crate) struct ClientLane<A: Aggregate> {
     orders: rtrb::Producer<Order<A::Command>>,
     answers: rtrb::Consumer<Verdict<A::Rejection>>,
     shared: Arc<LaneShared>,
-    door: std::sync::Arc<ShardDoor>,
+    door: Arc<ShardDoor>,
     sent: u64,
     /// Answers taken out of the ring.
     arrived: u64,
@@ -282,7 +283,7 @@ impl<A: Aggregate> ClientLane<A> {
         orders: rtrb::Producer<Order<A::Command>>,
         answers: rtrb::Consumer<Verdict<A::Rejection>>,
         shared: Arc<LaneShared>,
-        door: std::sync::Arc<ShardDoor>,
+        door: Arc<ShardDoor>,
     ) -> Self {
         let room = orders.buffer().capacity();
         let (pending, kept) = (VecDeque::new(), BTreeMap::new());
@@ -436,7 +437,7 @@ impl<A: Aggregate> ClientLane<A> {
             };
             let Self { shared, door, answers, .. } = self;
             idle.step(&shared.space, patience.deadline(), || {
-                !answers.is_empty() || shared.gate.is_closed() || door.log.failure().is_some()
+                !answers.is_empty() || shared.close_gate.is_closed() || door.log.failure().is_some()
             });
         }
     }
@@ -451,7 +452,7 @@ impl<A: Aggregate> ClientLane<A> {
     fn wait_for_answer(&self, number: u64, wait: Wait, deadline: Option<Instant>) -> Result<(), WaitError> {
         let answered = || match self.shared.appended_count() >= number {
             true => Some(Ok(())),
-            false => self.door.log.failure().map(|failure| Err(failure.clone().into())),
+            false => self.door.log.failure().map(|failure| Err(WaitError::from(failure.clone()))),
         };
         if let Some(outcome) = answered() {
             return outcome;

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use crate::error::ConfigError;
+use crate::sync::Wait;
 
 /// When an event counts as durable.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -16,17 +17,6 @@ pub enum Durability {
     /// A syncer runs continuously: it syncs whatever has been appended as soon as the last sync returned.
     #[default]
     GroupCommit,
-}
-
-/// What a thread does when it finds nothing to do.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Wait {
-    /// Never gives the core away. Lowest latency; needs a core for itself.
-    BusySpin,
-    /// Spins for a while, then yields the core, and never sleeps.
-    SpinYield,
-    /// Spins, yields, then sleeps until woken: an idle engine costs nothing.
-    Park,
 }
 
 /// Which cores the shards' threads are pinned to.

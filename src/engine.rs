@@ -9,6 +9,7 @@ mod open;
 mod queries;
 mod threads;
 
+use std::sync::Arc;
 use std::time::Instant;
 
 use crate::aggregate::{Aggregate, Stateless};
@@ -37,7 +38,7 @@ use crate::shared::{SharedLane, SharedProducer};
 use crate::snapshot::snapshotter::{Snapshotter, SnapshotterRequests};
 use crate::snapshot::store::SnapshotStore;
 use crate::snapshot::taker::CheckpointRequests;
-use crate::sync::{Arc, Arrivals, AtomicBool, Mutex, Ordering, Role, Signal, lock, take_role};
+use crate::sync::{Arrivals, AtomicBool, Mutex, Ordering, Role, Signal, lock, take_role};
 use crate::view::View;
 use build::{Context, own as own_of};
 use closing::{Closing, ClosingShard};
@@ -59,29 +60,29 @@ pub struct Engine<A: Aggregate> {
     clock: Clock,
     recovery: RecoveryReport,
     shards: Vec<Handle<A>>,
-    shared_lanes: std::sync::Arc<[std::sync::Arc<SharedLane<A::Event>>]>,
-    keeper: std::sync::Arc<KeeperRequests>,
+    shared_lanes: Arc<[Arc<SharedLane<A::Event>>]>,
+    keeper: Arc<KeeperRequests>,
     totals: Mutex<Totals>,
-    runner: std::sync::Arc<RunnerRequests>,
-    closing: std::sync::Arc<Closing>,
-    services: std::sync::Arc<Services>,
+    runner: Arc<RunnerRequests>,
+    closing: Arc<Closing>,
+    services: Arc<Services>,
     /// Shared with readers: while one lives, its segments are nobody else's to write.
-    lock: std::sync::Arc<dyn Lock>,
-    storage: std::sync::Arc<dyn Storage>,
+    lock: Arc<dyn Lock>,
+    storage: Arc<dyn Storage>,
     gates: OpenGates,
 }
 
 /// What the engine keeps of a running shard.
 struct Handle<A: Aggregate> {
-    door: std::sync::Arc<ShardDoor>,
-    arriving: std::sync::Arc<Arrivals<LaneEnd<A::Event>>>,
-    arriving_clients: std::sync::Arc<Arrivals<ClientEnd<A>>>,
-    questions: std::sync::Arc<Arrivals<Question<A>>>,
-    store: std::sync::Arc<SnapshotStore>,
+    door: Arc<ShardDoor>,
+    arriving: Arc<Arrivals<LaneEnd<A::Event>>>,
+    arriving_clients: Arc<Arrivals<ClientEnd<A>>>,
+    questions: Arc<Arrivals<Question<A>>>,
+    store: Arc<SnapshotStore>,
     checkpoints: Arc<CheckpointRequests>,
-    syncer: std::sync::Arc<SyncRequests>,
-    counters: std::sync::Arc<Counters>,
-    exchanges: [std::sync::Arc<Exchange>; 2],
+    syncer: Arc<SyncRequests>,
+    counters: Arc<Counters>,
+    exchanges: [Arc<Exchange>; 2],
 }
 
 impl<A: Aggregate> std::fmt::Debug for Engine<A> {
@@ -158,9 +159,9 @@ impl<A: Aggregate> Builder<A> {
     pub fn open(self) -> Result<Engine<A>, OpenError> {
         let Self { config, handlers, views, faulty, threads_max } = self;
         let mut config = config.validate()?;
-        let storage: std::sync::Arc<dyn Storage> = match faulty {
-            Some(faulty) => std::sync::Arc::new(faulty),
-            None => std::sync::Arc::new(open_files(&mut config)?),
+        let storage: Arc<dyn Storage> = match faulty {
+            Some(faulty) => Arc::new(faulty),
+            None => Arc::new(open_files(&mut config)?),
         };
         Engine::start(config, &handlers, &views, storage, Threads { left: threads_max })
     }
@@ -185,7 +186,7 @@ impl<A: Aggregate> Engine<A> {
         config: Checked,
         factories: &[Factory<A::Event>],
         views: &[Box<dyn View<A>>],
-        storage: std::sync::Arc<dyn Storage>,
+        storage: Arc<dyn Storage>,
         mut threads: Threads,
     ) -> Result<Self, OpenError> {
         let began = Instant::now();
@@ -220,10 +221,10 @@ impl<A: Aggregate> Engine<A> {
             RecoveryReport { shards: recovered.iter().map(|shard| shard.report.clone()).collect(), duration_ns };
 
         let clock = Clock::new();
-        let keeper = std::sync::Arc::new(KeeperRequests { signal: Signal::new(), ending: AtomicBool::new(false) });
-        let signal = std::sync::Arc::new(Signal::new());
-        let snapshotter = std::sync::Arc::new(SnapshotterRequests { signal, ending: AtomicBool::new(false) });
-        let runner = std::sync::Arc::new(RunnerRequests::default());
+        let keeper = Arc::new(KeeperRequests { signal: Signal::new(), ending: AtomicBool::new(false) });
+        let signal = Arc::new(Signal::new());
+        let snapshotter = Arc::new(SnapshotterRequests { signal, ending: AtomicBool::new(false) });
+        let runner = Arc::new(RunnerRequests::default());
         let cores = assign_cores(&config.pin, config.shards);
         let context = Context {
             config: &config,
@@ -246,8 +247,8 @@ impl<A: Aggregate> Engine<A> {
         }
         let keeper_parts = Keeper {
             shards: kept,
-            storage: std::sync::Arc::clone(&storage),
-            requests: std::sync::Arc::clone(&keeper),
+            storage: Arc::clone(&storage),
+            requests: Arc::clone(&keeper),
             durability: config.durability,
             retention: config.retention,
             spares_max: config.spares_max,
@@ -255,29 +256,29 @@ impl<A: Aggregate> Engine<A> {
         };
         let snapshotter_parts = Snapshotter {
             shards: sources,
-            storage: std::sync::Arc::clone(&storage),
-            requests: std::sync::Arc::clone(&snapshotter),
-            keeper: std::sync::Arc::clone(&keeper),
+            storage: Arc::clone(&storage),
+            requests: Arc::clone(&snapshotter),
+            keeper: Arc::clone(&keeper),
             durability: config.durability,
         };
-        let lock: std::sync::Arc<dyn Lock> = std::sync::Arc::new(lock);
-        let logs = handles.iter().map(|shard| (Arc::clone(&shard.door.log), std::sync::Arc::clone(&shard.syncer)));
+        let lock: Arc<dyn Lock> = Arc::new(lock);
+        let logs = handles.iter().map(|shard| (Arc::clone(&shard.door.log), Arc::clone(&shard.syncer)));
         let services = Services::new(
-            std::sync::Arc::clone(&storage),
+            Arc::clone(&storage),
             &config.dir,
-            std::sync::Arc::clone(&lock),
-            std::sync::Arc::clone(&keeper),
+            Arc::clone(&lock),
+            Arc::clone(&keeper),
             logs.collect(),
             config.durability != Durability::OsCache,
             consumers,
         );
-        let services = std::sync::Arc::new(services);
+        let services = Arc::new(services);
         let closing = Closing {
             shards: handles.iter().map(ClosingShard::of).collect(),
-            keeper: std::sync::Arc::clone(&keeper),
-            snapshotter: std::sync::Arc::clone(&snapshotter),
-            services: std::sync::Arc::clone(&services),
-            runner: std::sync::Arc::clone(&runner),
+            keeper: Arc::clone(&keeper),
+            snapshotter: Arc::clone(&snapshotter),
+            services: Arc::clone(&services),
+            runner: Arc::clone(&runner),
             threads: Mutex::new(Vec::new()),
         };
         let engine = Self {
@@ -288,10 +289,10 @@ impl<A: Aggregate> Engine<A> {
             keeper,
             totals: Mutex::new(Totals::new()),
             runner,
-            closing: std::sync::Arc::new(closing),
+            closing: Arc::new(closing),
             services,
             lock,
-            storage: std::sync::Arc::clone(&storage),
+            storage: Arc::clone(&storage),
             gates: OpenGates::default(),
             config,
         };
@@ -300,8 +301,8 @@ impl<A: Aggregate> Engine<A> {
         engine.run(&mut crew, move || snapshotter_parts.run());
         for (i, (shard, syncer)) in parts.into_iter().enumerate() {
             engine.run(&mut crew, move || syncer.run());
-            let door = std::sync::Arc::clone(&engine.shards[i].door);
-            let (requests, wait, core) = (std::sync::Arc::clone(&engine.runner), engine.config.wait, cores[i]);
+            let door = Arc::clone(&engine.shards[i].door);
+            let (requests, wait, core) = (Arc::clone(&engine.runner), engine.config.wait, cores[i]);
             engine.run(&mut crew, move || run(shard, &door, &requests, wait, core));
         }
         Ok(engine)
@@ -336,10 +337,10 @@ impl<A: Aggregate> Engine<A> {
             shard.door.lanes.register(&shared);
             if let Err(end) = shard.arriving.push(LaneEnd { ring, shared: Arc::clone(&shared), appended: 0 }) {
                 // The shard has ended: nobody may be let in.
-                end.shared.gate.close();
+                end.shared.close_gate.close();
             }
             shard.door.signal.notify();
-            (tx, shared, std::sync::Arc::clone(&shard.door))
+            (tx, shared, Arc::clone(&shard.door))
         });
         Producer::new(lanes.collect(), self.clock.clone(), self.config.wait, self.config.event_bytes_max)
     }
@@ -348,7 +349,7 @@ impl<A: Aggregate> Engine<A> {
     #[must_use]
     pub fn shared_producer(&self) -> SharedProducer<A::Event> {
         SharedProducer::new(
-            std::sync::Arc::clone(&self.shared_lanes),
+            Arc::clone(&self.shared_lanes),
             self.clock.clone(),
             self.config.wait,
             self.config.event_bytes_max,
@@ -366,10 +367,10 @@ impl<A: Aggregate> Engine<A> {
             let end = ClientEnd { orders, answers, shared: Arc::clone(&shared), answered: 0 };
             if let Err(end) = shard.arriving_clients.push(end) {
                 // The shard has ended: nobody may be let in.
-                end.shared.gate.close();
+                end.shared.close_gate.close();
             }
             shard.door.signal.notify();
-            ClientLane::new(orders_tx, answers_rx, shared, std::sync::Arc::clone(&shard.door))
+            ClientLane::new(orders_tx, answers_rx, shared, Arc::clone(&shard.door))
         });
         Client::new(lanes.collect(), self.clock.clone(), self.config.wait)
     }
@@ -380,7 +381,7 @@ impl<A: Aggregate> Engine<A> {
     /// When the store has no such shard.
     #[must_use]
     pub fn reader(&self, shard: ShardId) -> Reader<A::Event> {
-        Reader::earliest(Arc::clone(&self.shards[usize::from(shard.0)].door.log), std::sync::Arc::clone(&self.lock))
+        Reader::earliest(Arc::clone(&self.shards[usize::from(shard.0)].door.log), Arc::clone(&self.lock))
     }
 
     /// Reads a shard's log from the record that begins at `offset`.
@@ -391,7 +392,7 @@ impl<A: Aggregate> Engine<A> {
     /// # Panics
     /// When the store has no such shard.
     pub fn reader_at(&self, shard: ShardId, offset: Offset) -> Result<Reader<A::Event>, ReadError> {
-        Reader::at(Arc::clone(&self.shards[usize::from(shard.0)].door.log), offset, std::sync::Arc::clone(&self.lock))
+        Reader::at(Arc::clone(&self.shards[usize::from(shard.0)].door.log), offset, Arc::clone(&self.lock))
     }
 
     /// Reads a shard's log from a saved position on.

@@ -570,6 +570,15 @@ pub enum WaitError {
     NeverDurable,
 }
 
+impl From<crate::sync::GaveUp> for WaitError {
+    fn from(gave_up: crate::sync::GaveUp) -> Self {
+        match gave_up {
+            crate::sync::GaveUp::TimedOut => Self::TimedOut,
+            crate::sync::GaveUp::OnEngineThread => Self::OnEngineThread,
+        }
+    }
+}
+
 /// Why the past of a key cannot be told.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]

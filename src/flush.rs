@@ -2,13 +2,13 @@
 //!
 //! Runs on the caller's thread; it asks the syncer and watches what the shard and the syncer publish.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::error::WaitError;
 use crate::log::syncer::SyncRequests;
 use crate::producer::{LaneShared, ShardDoor};
-use crate::promise::block_until;
-use crate::sync::Arc;
+use crate::sync::block_until;
 
 /// How long a flush waits for a lane to be told, before it asks again.
 const SETTLE_EVERY: Duration = Duration::from_millis(1);
@@ -20,7 +20,7 @@ pub(crate) fn flush_shard(
     lanes: Vec<(Arc<LaneShared>, u64)>,
     deadline: Option<Instant>,
 ) -> Result<(), WaitError> {
-    let failed = || door.log.failure().map(|failure| Err(failure.clone().into()));
+    let failed = || door.log.failure().map(|failure| Err(WaitError::from(failure.clone())));
     let mut counted = Vec::with_capacity(lanes.len());
     for (lane, published) in lanes {
         let reached = || if lane.is_appended(published) { Some(Ok(())) } else { failed() };

@@ -18,6 +18,7 @@ mod record;
 mod recovered;
 
 use std::collections::HashSet;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::clock::{Clock, Nanos, wall_now};
@@ -42,7 +43,7 @@ pub(crate) use record::{Entry, Start};
 pub(crate) use recovered::{Counts, Recovered, Uncounted};
 
 /// The names of an engine's gates that are open.
-pub(crate) type OpenGates = std::sync::Arc<Mutex<HashSet<String>>>;
+pub(crate) type OpenGates = Arc<Mutex<HashSet<String>>>;
 
 /// A name that is taken as long as this lives.
 #[derive(Debug)]
@@ -55,7 +56,7 @@ impl TakenName {
     /// `None` where it is taken already.
     pub(crate) fn take(open: &OpenGates, name: &str) -> Option<Self> {
         let is_free = lock(open).insert(name.to_owned());
-        is_free.then(|| Self { name: name.to_owned(), open: std::sync::Arc::clone(open) })
+        is_free.then(|| Self { name: name.to_owned(), open: Arc::clone(open) })
     }
 }
 
@@ -73,8 +74,8 @@ enum Front<E> {
 
 /// What a gate needs of a shard.
 pub(crate) struct GatedShard<E: Event> {
-    pub(crate) door: std::sync::Arc<ShardDoor>,
-    pub(crate) syncer: std::sync::Arc<SyncRequests>,
+    pub(crate) door: Arc<ShardDoor>,
+    pub(crate) syncer: Arc<SyncRequests>,
     /// Moves over what is durable whenever positions are saved.
     pub(crate) trail: Reader<E>,
     /// Where it stood the last time. Retention frees nothing behind it, so the trail always reads on.
@@ -89,9 +90,9 @@ pub(crate) struct Parts<E: Event> {
     pub(crate) name: TakenName,
     pub(crate) shards: Vec<GatedShard<E>>,
     pub(crate) clock: Clock,
-    pub(crate) keeper: std::sync::Arc<KeeperRequests>,
+    pub(crate) keeper: Arc<KeeperRequests>,
     /// The gate writes files of the store, also when its engine is gone.
-    pub(crate) _lock: std::sync::Arc<dyn Lock>,
+    pub(crate) _lock: Arc<dyn Lock>,
 }
 
 /// Publishes events in the order of their sequences, each once, whatever the order in which they are offered.

@@ -6,6 +6,7 @@
 
 use std::fmt::Write as _;
 use std::io;
+use std::sync::Arc;
 
 use hdrhistogram::Histogram;
 use hdrhistogram::serialization::V2DeflateSerializer;
@@ -142,21 +143,18 @@ impl Exchange {
 #[derive(Debug)]
 pub(crate) struct Recorder {
     active: Box<Histograms>,
-    exchange: std::sync::Arc<Exchange>,
+    exchange: Arc<Exchange>,
     enabled: bool,
 }
 
 impl Recorder {
-    pub(crate) fn new(stages: &[Stage], enabled: bool) -> (Self, std::sync::Arc<Exchange>) {
-        let exchange = std::sync::Arc::new(Exchange {
+    pub(crate) fn new(stages: &[Stage], enabled: bool) -> (Self, Arc<Exchange>) {
+        let exchange = Arc::new(Exchange {
             wanted: AtomicBool::new(false),
             closed: AtomicBool::new(false),
             slot: Mutex::new(Box::new(Histograms::new(stages))),
         });
-        (
-            Self { active: Box::new(Histograms::new(stages)), exchange: std::sync::Arc::clone(&exchange), enabled },
-            exchange,
-        )
+        (Self { active: Box::new(Histograms::new(stages)), exchange: Arc::clone(&exchange), enabled }, exchange)
     }
 
     /// Records `count` events at `value`.
@@ -240,7 +238,7 @@ macro_rules! counters {
             /// The shard waits for its storage: for space, or because quota, descriptors or memory are exhausted.
             pub storage_full: bool,
             /// What was to be done then, and what the system said.
-            pub storage_full_why: Option<std::sync::Arc<str>>,
+            pub storage_full_why: Option<Arc<str>>,
             /// Why the shard failed, if it did.
             pub failure: Option<ShardFailure>,
         }

@@ -5,16 +5,18 @@
 
 mod receipt;
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::clock::{Clock, Lateness, NOT_DUE, Nanos, lateness};
-use crate::config::{Durability, Wait};
+use crate::config::Durability;
 use crate::error::{Rejected, RejectedReason, WaitError};
 use crate::event::{Event, Key, Offset, Scratch, Time, has_one_size, is_declared};
 use crate::log::segment::ShardLog;
 use crate::ring::{Slot, free_slots, push_chunk};
+use crate::sync::Wait;
 use crate::sync::{
-    Arc, AtomicBool, AtomicU64, Gate, Idle, Inside, Mutex, Ordering, Patience, Signal, Waiters, Watermark, lock,
+    AtomicBool, AtomicU64, CloseGate, Idle, Inside, Mutex, Ordering, Patience, Signal, Waiters, Watermark, lock,
 };
 
 use receipt::Placing;
@@ -26,7 +28,7 @@ pub(crate) struct LaneShared {
     pub(crate) log: Arc<ShardLog>,
     /// Whether this engine ever syncs by itself.
     syncs: bool,
-    pub(crate) gate: Gate,
+    pub(crate) close_gate: CloseGate,
     /// Wakes the producer when there is room again.
     pub(crate) space: Signal,
     /// Events accepted; in a shared lane also those being pushed, which may yet be refused. Written by producers.
@@ -48,7 +50,7 @@ impl LaneShared {
         Self {
             log,
             syncs: durability != Durability::OsCache,
-            gate: Gate::new(),
+            close_gate: CloseGate::new(),
             space: Signal::new(),
             published: AtomicU64::new(0),
             appended: Watermark::new(0),
@@ -73,7 +75,7 @@ impl LaneShared {
     /// the shard's thread sees it, and until then nobody must be let in either.
     #[inline]
     pub(crate) fn enter(&self) -> Option<Inside<'_>> {
-        if self.log.failure().is_some() { None } else { self.gate.enter() }
+        if self.log.failure().is_some() { None } else { self.close_gate.enter() }
     }
 
     /// The shard has appended `count` events of this lane in all; the log's watermark is already published.
@@ -216,12 +218,12 @@ impl LaneRegistry {
 pub(crate) struct ShardDoor {
     pub(crate) log: Arc<ShardLog>,
     /// Wakes the shard.
-    pub(crate) signal: std::sync::Arc<Signal>,
+    pub(crate) signal: Arc<Signal>,
     /// The engine no longer takes events.
     pub(crate) closing: AtomicBool,
     /// The shard takes no further turn: no code of the application runs on its thread any more.
     pub(crate) turns_ended: AtomicBool,
-    pub(crate) lanes: std::sync::Arc<LaneRegistry>,
+    pub(crate) lanes: Arc<LaneRegistry>,
 }
 
 impl ShardDoor {
@@ -251,14 +253,14 @@ pub struct BatchRejected {
 struct Lane<E> {
     ring: rtrb::Producer<Slot<E>>,
     shared: Arc<LaneShared>,
-    door: std::sync::Arc<ShardDoor>,
+    door: Arc<ShardDoor>,
     published: u64,
     /// Where a batch for several shards is sorted; empty between calls.
     staged: Vec<Slot<E>>,
 }
 
 /// What a lane's producing end is made of.
-pub(crate) type LaneParts<E> = (rtrb::Producer<Slot<E>>, Arc<LaneShared>, std::sync::Arc<ShardDoor>);
+pub(crate) type LaneParts<E> = (rtrb::Producer<Slot<E>>, Arc<LaneShared>, Arc<ShardDoor>);
 
 /// One thread's way into the engine: an SPSC lane to every shard. Events of one key published here
 /// are appended in publish order. Made by [`crate::Engine::producer`], and may outlive the engine's shutdown (it then refuses).
@@ -662,7 +664,7 @@ impl<E> Lane<E> {
     fn await_room(&mut self, idle: &mut Idle, patience: Patience) {
         let Lane { ring, shared, door, .. } = self;
         idle.step(&shared.space, patience.deadline(), || {
-            ring.slots() > 0 || shared.gate.is_closed() || door.log.failure().is_some()
+            ring.slots() > 0 || shared.close_gate.is_closed() || door.log.failure().is_some()
         });
     }
 }

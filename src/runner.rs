@@ -1,14 +1,16 @@
 //! The thread of a shard: pinning, waiting, ending. What the shard does in a turn is not known here.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
 
 use crate::aggregate::Aggregate;
 use crate::clock::wall_now;
-use crate::config::{Pin, Wait};
-use crate::error::FailureCause;
+use crate::config::Pin;
+use crate::error::{FailureCause, WaitError};
 use crate::handler::panic_text;
 use crate::producer::ShardDoor;
 use crate::shard::Shard;
+use crate::sync::Wait;
 use crate::sync::{AtomicBool, Idle, Ordering, thread};
 
 /// Requests to a runner.
@@ -77,10 +79,7 @@ fn turn_until_closed<A: Aggregate>(
             idle.reset();
         } else if shard.is_stalled() && requests.abandon.load(Ordering::SeqCst) {
             let full = std::io::Error::from(std::io::ErrorKind::StorageFull);
-            return Err(FailureCause::Storage {
-                action: "appending what was accepted",
-                source: std::sync::Arc::new(full),
-            });
+            return Err(FailureCause::Storage { action: "appending what was accepted", source: Arc::new(full) });
         } else {
             idle.step(&door.signal, shard.wake_at(), || {
                 // What it waits for may be what retention frees once the states are saved.
@@ -108,10 +107,10 @@ fn send_last_snapshots<A: Aggregate>(shard: &mut Shard<A>, idle: &mut Idle) {
 fn finish<A: Aggregate>(shard: &mut Shard<A>, door: &ShardDoor) -> Result<(), FailureCause> {
     let end = shard.log.appended.get();
     shard.syncer.flush(end);
-    let synced = crate::promise::block_own(
+    let synced = crate::sync::block_own(
         |waker| door.lanes.waiting_flush().register(end, waker),
         || {
-            let failure = shard.log.failure().map(|failure| Err(failure.clone().into()));
+            let failure = shard.log.failure().map(|failure| Err(WaitError::from(failure.clone())));
             if shard.log.durable.get() >= end { Some(Ok(())) } else { failure }
         },
     );
@@ -135,10 +134,10 @@ fn close_gates<A: Aggregate>(shard: &mut Shard<A>) {
     drop(shard.questions.close());
     let lanes = || shard.lanes.iter().map(|lane| &lane.shared);
     let gates = || lanes().chain(shard.clients.iter().map(|client| &client.shared)).chain([&shard.shared_lane.shared]);
-    gates().for_each(|lane| lane.gate.close());
+    gates().for_each(|lane| lane.close_gate.close());
     for lane in gates() {
         // Whoever is inside is between two instructions of a push, never waiting.
-        while !lane.gate.is_empty() {
+        while !lane.close_gate.is_empty() {
             thread::yield_now();
         }
         lane.space.notify();

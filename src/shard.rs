@@ -8,6 +8,7 @@ mod commands;
 mod handling;
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Instant;
 
 use crate::aggregate::{Aggregate, Emit};
@@ -27,7 +28,7 @@ use crate::producer::{LaneShared, wall_time};
 use crate::ring::Slot;
 use crate::shared::{SharedLane, SharedSlot};
 use crate::snapshot::taker::Taker;
-use crate::sync::{Arc, Arrivals, Ordering};
+use crate::sync::{Arrivals, Ordering};
 use crate::view::{Position, ViewWriter};
 use batch::{Run, batch};
 use commands::{Answered, Held};
@@ -46,14 +47,14 @@ pub(crate) struct Shard<A: Aggregate> {
     pub(crate) clock: Clock,
     pub(crate) batch_max: usize,
     /// Lanes of new producers, to be adopted.
-    pub(crate) arriving: std::sync::Arc<Arrivals<LaneEnd<A::Event>>>,
+    pub(crate) arriving: Arc<Arrivals<LaneEnd<A::Event>>>,
     pub(crate) lanes: Vec<LaneEnd<A::Event>>,
-    pub(crate) shared_lane: std::sync::Arc<SharedLane<A::Event>>,
+    pub(crate) shared_lane: Arc<SharedLane<A::Event>>,
     /// Lanes of new clients, to be adopted.
-    pub(crate) arriving_clients: std::sync::Arc<Arrivals<ClientEnd<A>>>,
+    pub(crate) arriving_clients: Arc<Arrivals<ClientEnd<A>>>,
     pub(crate) clients: Vec<ClientEnd<A>>,
     /// Who wants to look at states.
-    pub(crate) questions: std::sync::Arc<Arrivals<Question<A>>>,
+    pub(crate) questions: Arc<Arrivals<Question<A>>>,
     pub(crate) keys: KeyTable<A>,
     /// What became of commands with idempotency keys.
     pub(crate) outcomes: Outcomes<A::Rejection>,
@@ -61,17 +62,17 @@ pub(crate) struct Shard<A: Aggregate> {
     pub(crate) taker: Taker,
     pub(crate) writer: Writer,
     pub(crate) log: Arc<ShardLog>,
-    pub(crate) syncer: std::sync::Arc<SyncRequests>,
+    pub(crate) syncer: Arc<SyncRequests>,
     /// Whether anything is synced by itself.
     pub(crate) syncs: bool,
     /// `None` where nothing is synced by itself, so that nothing waits to be recorded.
     pub(crate) sync_marks: Option<rtrb::Producer<SyncMark>>,
-    pub(crate) keeper: std::sync::Arc<KeeperRequests>,
+    pub(crate) keeper: Arc<KeeperRequests>,
     pub(crate) handlers: Vec<Registered<A::Event>>,
-    pub(crate) storage: std::sync::Arc<dyn Storage>,
+    pub(crate) storage: Arc<dyn Storage>,
     pub(crate) quarantine: PathBuf,
     pub(crate) recorder: Recorder,
-    pub(crate) counters: std::sync::Arc<Counters>,
+    pub(crate) counters: Arc<Counters>,
     pub(crate) work: Work<A>,
 }
 
@@ -295,7 +296,7 @@ impl<A: Aggregate> Shard<A> {
         let now = batch.now;
         let appended = batch.append(&self.work.taken)?;
         let bytes = batch.bytes;
-        let lane = std::sync::Arc::clone(&self.shared_lane);
+        let lane = Arc::clone(&self.shared_lane);
         let stalled = appended < self.work.taken.len();
         self.stalled(stalled);
         let base = self.work.appended_count_shared;

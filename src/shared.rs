@@ -3,23 +3,24 @@
 //! Order: events of one key published by one thread keep their order (the queue is first in, first out).
 
 use std::borrow::Borrow;
+use std::sync::Arc;
 use std::time::Instant;
 
 use crossbeam::queue::ArrayQueue;
 
 use crate::clock::{Clock, NOT_DUE};
-use crate::config::Wait;
-use crate::error::Rejected;
+use crate::error::{Rejected, WaitError};
 use crate::event::{Event, Key};
 use crate::producer::{Bounds, LaneShared, Receipt, ShardDoor};
 use crate::ring::Slot;
-use crate::sync::{Arc, AtomicU64, Idle, Ordering, Patience};
+use crate::sync::Wait;
+use crate::sync::{AtomicU64, Idle, Ordering, Patience};
 
 /// One event in a shared queue: its slot, and where to write its ticket if somebody asked for a receipt.
 #[derive(Debug)]
 pub(crate) struct SharedSlot<E> {
     pub(crate) slot: Slot<E>,
-    pub(crate) ticket: Option<std::sync::Arc<AtomicU64>>,
+    pub(crate) ticket: Option<Arc<AtomicU64>>,
 }
 
 impl<E> Borrow<Slot<E>> for SharedSlot<E> {
@@ -33,13 +34,13 @@ impl<E> Borrow<Slot<E>> for SharedSlot<E> {
 pub(crate) struct SharedLane<E> {
     pub(crate) queue: ArrayQueue<SharedSlot<E>>,
     pub(crate) shared: Arc<LaneShared>,
-    pub(crate) door: std::sync::Arc<ShardDoor>,
+    pub(crate) door: Arc<ShardDoor>,
 }
 
 /// A handle that any number of threads may clone and use. Slower than a [`crate::Producer`]: its lanes are
 /// bounded multi-producer queues, and one publish is one queue operation.
 pub struct SharedProducer<E: Event> {
-    lanes: std::sync::Arc<[std::sync::Arc<SharedLane<E>>]>,
+    lanes: Arc<[Arc<SharedLane<E>>]>,
     clock: Clock,
     wait: Wait,
     event_bytes_max: usize,
@@ -48,7 +49,7 @@ pub struct SharedProducer<E: Event> {
 impl<E: Event> Clone for SharedProducer<E> {
     fn clone(&self) -> Self {
         Self {
-            lanes: std::sync::Arc::clone(&self.lanes),
+            lanes: Arc::clone(&self.lanes),
             clock: self.clock.clone(),
             wait: self.wait,
             event_bytes_max: self.event_bytes_max,
@@ -63,12 +64,7 @@ impl<E: Event> std::fmt::Debug for SharedProducer<E> {
 }
 
 impl<E: Event> SharedProducer<E> {
-    pub(crate) fn new(
-        lanes: std::sync::Arc<[std::sync::Arc<SharedLane<E>>]>,
-        clock: Clock,
-        wait: Wait,
-        event_bytes_max: usize,
-    ) -> Self {
+    pub(crate) fn new(lanes: Arc<[Arc<SharedLane<E>>]>, clock: Clock, wait: Wait, event_bytes_max: usize) -> Self {
         Self { lanes, clock, wait, event_bytes_max }
     }
 
@@ -102,8 +98,8 @@ impl<E: Event> SharedProducer<E> {
     /// # Errors
     /// As [`crate::Producer::publish`].
     pub fn publish_with_receipt(&self, key: Key, event: E) -> Result<SharedReceipt, Rejected<E>> {
-        let ticket = std::sync::Arc::new(AtomicU64::new(UNASSIGNED));
-        let lane = self.send(key, event, Some(std::sync::Arc::clone(&ticket)), Patience::Forever)?;
+        let ticket = Arc::new(AtomicU64::new(UNASSIGNED));
+        let lane = self.send(key, event, Some(Arc::clone(&ticket)), Patience::Forever)?;
         Ok(SharedReceipt { lane: Arc::clone(&lane.shared), ticket })
     }
 
@@ -111,7 +107,7 @@ impl<E: Event> SharedProducer<E> {
         &self,
         key: Key,
         event: E,
-        ticket: Option<std::sync::Arc<AtomicU64>>,
+        ticket: Option<Arc<AtomicU64>>,
         patience: Patience,
     ) -> Result<&SharedLane<E>, Rejected<E>> {
         let event = Bounds::check_once(event, self.event_bytes_max)?;
@@ -148,7 +144,7 @@ pub(crate) const UNASSIGNED: u64 = u64::MAX;
 #[derive(Debug, Clone)]
 pub struct SharedReceipt {
     lane: Arc<LaneShared>,
-    ticket: std::sync::Arc<AtomicU64>,
+    ticket: Arc<AtomicU64>,
 }
 
 impl SharedReceipt {
@@ -166,13 +162,13 @@ impl SharedReceipt {
     ///
     /// # Errors
     /// `ShardFailed` when the shard fails before.
-    pub fn wait_appended(&self) -> Result<Receipt, crate::error::WaitError> {
-        let receipt = crate::promise::block_until(
+    pub fn wait_appended(&self) -> Result<Receipt, WaitError> {
+        let receipt = crate::sync::block_until(
             None,
             |waker| self.lane.register_any(waker),
             || match self.receipt() {
                 Some(receipt) => Some(Ok(receipt)),
-                None => self.lane.log.failure().map(|failure| Err(failure.clone().into())),
+                None => self.lane.log.failure().map(|failure| Err(WaitError::from(failure.clone()))),
             },
         )?;
         receipt.appended().wait()?;

@@ -1,9 +1,10 @@
 //! Wakes a task at a time. A thread of its own, which sleeps until then: runtimes have timers, but which one is theirs to know.
 
+use std::sync::Arc;
 use std::task::Waker;
 use std::time::Instant;
 
-use crate::sync::{Arc, Mutex, lock, thread};
+use crate::sync::{Mutex, lock, thread};
 
 #[derive(Debug, Default)]
 struct Next {

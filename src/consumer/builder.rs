@@ -1,6 +1,7 @@
 //! How a consumer is told what to do and started: the way in for applications.
 
 use std::fmt;
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::dead_letter::answer::DeadLetterPolicy;
@@ -24,7 +25,7 @@ use crate::log::reader::Sight;
 /// A consumer about to be started. Everything has a default; the name is its identity in the store.
 #[must_use = "it does nothing until it is started"]
 pub struct ConsumerBuilder<E: Event> {
-    services: std::sync::Arc<Services>,
+    services: Arc<Services>,
     settings: Settings,
     types: Option<Vec<String>>,
     retry: Retry,
@@ -38,7 +39,7 @@ impl<E: Event> fmt::Debug for ConsumerBuilder<E> {
 }
 
 impl<E: Event> ConsumerBuilder<E> {
-    pub(crate) fn new(services: &std::sync::Arc<Services>, name: &str) -> Self {
+    pub(crate) fn new(services: &Arc<Services>, name: &str) -> Self {
         let settings = Settings {
             name: name.into(),
             filter: Filter::all(),
@@ -56,13 +57,7 @@ impl<E: Event> ConsumerBuilder<E> {
             jitter_seed: xxhash_rust::xxh3::xxh3_64(name.as_bytes()),
         };
         let retry = Retry::exponential(2.0);
-        Self {
-            services: std::sync::Arc::clone(services),
-            settings,
-            types: None,
-            retry,
-            event: std::marker::PhantomData,
-        }
+        Self { services: Arc::clone(services), settings, types: None, retry, event: std::marker::PhantomData }
     }
 
     /// Only events of these types, by their names in [`Event::TYPES`]; at least one. Default: all.
@@ -112,7 +107,7 @@ impl<E: Event> ConsumerBuilder<E> {
     /// Judges each error a handler returns, after so many attempts: one that no retry can help, for instance. A panic goes by the
     /// policy.
     pub fn judge(mut self, judge: impl Fn(&HandlerError, u32) -> Judgement + Send + Sync + 'static) -> Self {
-        self.settings.judge = Some(std::sync::Arc::new(judge));
+        self.settings.judge = Some(Arc::new(judge));
         self
     }
 
@@ -171,10 +166,10 @@ impl<E: Event> ConsumerBuilder<E> {
     where
         F: Fn(&E::Archived, &Meta, &Call<'_>) -> Result<(), HandlerError> + Send + Sync + 'static,
     {
-        let services = std::sync::Arc::clone(&self.services);
+        let services = Arc::clone(&self.services);
         let driver = self.driver()?;
         let name = driver.settings().name.to_string();
-        let control = running::start(driver, std::sync::Arc::clone(&services), handler);
+        let control = running::start(driver, Arc::clone(&services), handler);
         let control = control.map_err(|error| services.refused(&name, error))?;
         Ok(Consumer::new(control, &name))
     }
@@ -184,12 +179,12 @@ impl<E: Event> ConsumerBuilder<E> {
     /// # Errors
     /// As [`ConsumerBuilder::start`].
     pub fn poller(self) -> Result<Poller<E>, ConsumerError> {
-        let services = std::sync::Arc::clone(&self.services);
+        let services = Arc::clone(&self.services);
         self.driver().map(|driver| Poller::new(services, driver))
     }
 
     /// The checked settings.
-    pub(super) fn settle(mut self) -> Result<(std::sync::Arc<Services>, Settings), ConsumerError> {
+    pub(super) fn settle(mut self) -> Result<(Arc<Services>, Settings), ConsumerError> {
         self.settings.retry = self.retry.validate()?;
         in_range("consumer_checkpoint_every_ms", whole_ms(self.settings.checkpoint_every), 1, 3_600_000)?;
         in_range("consumer_concurrency", self.settings.concurrency as u64, 1, 65_536)?;
@@ -201,9 +196,9 @@ impl<E: Event> ConsumerBuilder<E> {
 
     fn driver(self) -> Result<Driver<E>, ConsumerError> {
         let (services, settings) = self.settle()?;
-        let name = std::sync::Arc::clone(&settings.name);
+        let name = Arc::clone(&settings.name);
         let (places, letters) = services.drive::<E>(&name, settings.start)?;
-        let storage = std::sync::Arc::clone(&services.storage);
+        let storage = Arc::clone(&services.storage);
         let driver = Driver::open(settings, storage, services.dir(&name), places, letters);
         driver.map_err(|error| services.refused(&name, error))
     }

@@ -14,6 +14,7 @@ mod saving;
 use std::collections::{HashMap, VecDeque};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::dead_letter::answer::DeadLetter;
@@ -30,7 +31,7 @@ use crate::error::ReadError;
 use crate::event::{Event, EventId, Key, Offset, Time};
 use crate::handler::panic_text;
 use crate::log::storage::Storage;
-use crate::promise::Keeping;
+use crate::sync::Keeping;
 pub(super) use desk::{Desk, Place};
 pub(super) use execute::{Failed, Job, What};
 pub use records::Letters;
@@ -91,7 +92,7 @@ struct Failing {
 /// A consumer's side of things.
 pub(crate) struct Driver<E: Event> {
     settings: Settings,
-    storage: std::sync::Arc<dyn Storage>,
+    storage: Arc<dyn Storage>,
     dir: PathBuf,
     desks: Vec<Desk<E>>,
     next_desk: usize,
@@ -123,7 +124,7 @@ pub(crate) struct Driver<E: Event> {
     is_in_place: bool,
     saving: Saving,
     waiting: Vec<Waiting>,
-    watches: std::sync::Arc<Watches>,
+    watches: Arc<Watches>,
 }
 
 impl<E: Event> std::fmt::Debug for Driver<E> {
@@ -137,13 +138,13 @@ impl<E: Event> Driver<E> {
     /// not done; its `letters` must reach that far.
     pub(crate) fn open(
         settings: Settings,
-        storage: std::sync::Arc<dyn Storage>,
+        storage: Arc<dyn Storage>,
         dir: PathBuf,
         places: Vec<Place>,
         letters: FileEnd,
     ) -> Result<Self, ConsumerError> {
         let (policy, saved_letters) = (settings.letters.clone(), letters);
-        let letters = LetterStore::open(std::sync::Arc::clone(&storage), &dir, policy, letters, places.len())?;
+        let letters = LetterStore::open(Arc::clone(&storage), &dir, policy, letters, places.len())?;
         let mut desks = Vec::with_capacity(places.len());
         for place in places {
             desks.push(Desk::open(place, &settings, &letters)?);
@@ -177,7 +178,7 @@ impl<E: Event> Driver<E> {
             halted: None,
             is_in_place: false,
             waiting: Vec::new(),
-            watches: std::sync::Arc::default(),
+            watches: Arc::default(),
         })
     }
 
@@ -488,7 +489,7 @@ impl<E: Event> Driver<E> {
     }
 
     /// The events whose end a caller will ask for.
-    pub(crate) fn watches(&self) -> &std::sync::Arc<Watches> {
+    pub(crate) fn watches(&self) -> &Arc<Watches> {
         &self.watches
     }
 

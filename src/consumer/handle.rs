@@ -1,5 +1,6 @@
 //! A running consumer, in the hands of the application.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::dead_letter::answer::DeadLetter;
@@ -12,7 +13,7 @@ use super::settings::Start;
 use super::watches::Watch;
 use crate::error::WaitError;
 use crate::event::{Event, EventId, Key, Offset, ShardId};
-use crate::promise::promise;
+use crate::sync::{GaveUp, promise};
 
 /// How long a consumer may take to answer: its thread may be inside a handler.
 const ANSWER_TIME: Duration = Duration::from_secs(10);
@@ -21,12 +22,12 @@ const ANSWER_TIME: Duration = Duration::from_secs(10);
 /// again.
 #[derive(Debug)]
 pub struct Consumer<E: Event> {
-    control: std::sync::Arc<Control<E>>,
+    control: Arc<Control<E>>,
     name: String,
 }
 
 impl<E: Event> Consumer<E> {
-    pub(super) fn new(control: std::sync::Arc<Control<E>>, name: &str) -> Self {
+    pub(super) fn new(control: Arc<Control<E>>, name: &str) -> Self {
         Self { control, name: name.to_owned() }
     }
 
@@ -181,9 +182,9 @@ impl<E: Event> Consumer<E> {
         })
     }
 
-    fn answer<T>(&self, answer: Result<Option<T>, WaitError>) -> Result<T, ConsumerError> {
+    fn answer<T>(&self, answer: Result<Option<T>, GaveUp>) -> Result<T, ConsumerError> {
         let ended = || ConsumerError::Ended { failure: self.control.report().failure };
-        answer?.ok_or_else(ended)
+        answer.map_err(WaitError::from)?.ok_or_else(ended)
     }
 }
 

@@ -7,7 +7,7 @@ use super::error::{ConsumerError, ConsumerFailure};
 use super::services::Services;
 use crate::error::WaitError;
 use crate::handler::panic_text;
-use crate::promise::block_until;
+use crate::sync::block_until;
 use crate::sync::{AtomicBool, AtomicU64, Mutex, Ordering, Role, Waiters, lock, may_wait, role, take_role, thread};
 
 /// How long dropping a handle waits for the thread to end.
@@ -93,7 +93,7 @@ impl Life {
 
     /// Waits until it has ended. Whether it has, by the deadline.
     pub(super) fn await_end(&self, deadline: Option<Instant>) -> bool {
-        let over = || self.has_ended().then_some(Ok(()));
+        let over = || self.has_ended().then_some(Ok::<_, WaitError>(()));
         block_until(deadline, |waker| self.ending.register(1, waker), over).is_ok()
     }
 

@@ -2,6 +2,7 @@
 
 use std::future::Future;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
@@ -28,14 +29,14 @@ const SHOW_EVERY: Duration = Duration::from_millis(100);
 /// Dropping it saves as [`Poller::save`] does; deliveries that are out then are delivered again. The attempts
 /// of an event that is tried again are counted while the poller lives, and from 1 by the next one.
 pub struct Poller<E: Event> {
-    services: std::sync::Arc<Services>,
+    services: Arc<Services>,
     driver: Driver<E>,
     finders: Vec<Finder>,
     access: Access,
     clock: Box<dyn Fn() -> Duration + Send>,
     alarm: Option<Alarm>,
     /// What `Engine::consumers` shows of it, and when that is to be renewed although there is work.
-    shown: std::sync::Arc<Mutex<ConsumerReport>>,
+    shown: Arc<Mutex<ConsumerReport>>,
     show_at: Duration,
 }
 
@@ -59,11 +60,11 @@ impl Delivery {
 }
 
 impl<E: Event> Poller<E> {
-    pub(super) fn new(services: std::sync::Arc<Services>, driver: Driver<E>) -> Self {
+    pub(super) fn new(services: Arc<Services>, driver: Driver<E>) -> Self {
         let finders = driver.desks().iter().map(|desk| desk.finder()).collect();
         let began = Instant::now();
         let clock = Box::new(move || began.elapsed());
-        let shown = std::sync::Arc::new(Mutex::new(ConsumerReport::of(&driver, Duration::ZERO)));
+        let shown = Arc::new(Mutex::new(ConsumerReport::of(&driver, Duration::ZERO)));
         services.shows(&driver.settings().name, &shown);
         let (access, show_at) = (Access::new::<E>(), Duration::ZERO);
         Self { services, driver, finders, access, clock, alarm: None, shown, show_at }

@@ -2,6 +2,7 @@
 //!
 //! They sleep while there is nothing to do: the log wakes them, a call of the handle, a worker that is done, or the time.
 
+use std::sync::Arc;
 use std::task::Waker;
 use std::time::{Duration, Instant};
 
@@ -22,8 +23,8 @@ use crate::log::finder::Finder;
 use crate::log::fold::Access;
 use crate::log::holds::Hold;
 use crate::log::segment::ShardLog;
-use crate::promise::{Promise, promise};
-use crate::sync::{Arc, Arrivals, Mutex, lock, thread, thread_waker};
+use crate::sync::{Arrivals, Mutex, lock, thread, thread_waker};
+use crate::sync::{Promise, promise};
 
 /// Events handled where they lie in one go.
 const SLICE: usize = 4096;
@@ -43,7 +44,7 @@ pub(super) struct Control<E: Event> {
     asks: Arrivals<Ask<E>>,
     report: Mutex<ConsumerReport>,
     places: Vec<(Arc<ShardLog>, Arc<Hold>)>,
-    pub(super) watches: std::sync::Arc<Watches>,
+    pub(super) watches: Arc<Watches>,
 }
 
 impl<E: Event> std::fmt::Debug for Control<E> {
@@ -116,45 +117,38 @@ impl<E: Event, F> Serve<E> for F where
 /// Starts a consumer's threads.
 pub(super) fn start<E: Event>(
     driver: Driver<E>,
-    services: std::sync::Arc<Services>,
+    services: Arc<Services>,
     handler: impl Serve<E>,
-) -> Result<std::sync::Arc<Control<E>>, ConsumerError> {
-    let control = std::sync::Arc::new(Control {
+) -> Result<Arc<Control<E>>, ConsumerError> {
+    let control = Arc::new(Control {
         life: Life::new(&services),
         asks: Arrivals::new(),
         report: Mutex::new(ConsumerReport::of(&driver, Duration::ZERO)),
         places: driver.desks().iter().map(|desk| desk.place()).collect(),
-        watches: std::sync::Arc::clone(driver.watches()),
+        watches: Arc::clone(driver.watches()),
     });
     let name = driver.settings().name.to_string();
-    let handler = std::sync::Arc::new(handler);
+    let handler = Arc::new(handler);
     let concurrency = driver.settings().concurrency;
     let (jobs, jobs_rx) = bounded(concurrency);
     let (outcomes_tx, outcomes) = unbounded();
-    let mut shell = Shell {
-        driver,
-        control: std::sync::Arc::clone(&control),
-        jobs,
-        outcomes,
-        out: Vec::new(),
-        idle_rounds: 0,
-        waker: None,
-    };
+    let mut shell =
+        Shell { driver, control: Arc::clone(&control), jobs, outcomes, out: Vec::new(), idle_rounds: 0, waker: None };
     // The workers before who drives: until it runs, they have nothing to do and end with the channel.
     let mut workers = Vec::new();
     if concurrency > 1 {
         for i in 0..concurrency {
             let worker = Worker::new(&shell, jobs_rx.clone(), outcomes_tx.clone());
-            let handler = std::sync::Arc::clone(&handler);
+            let handler = Arc::clone(&handler);
             workers.push(spawn(&services, format!("{name}-{i}"), move || worker.run(&*handler))?);
         }
     }
     drop((jobs_rx, outcomes_tx));
-    let leaving = std::sync::Arc::clone(&services);
-    let ending = std::sync::Arc::clone(&control);
+    let leaving = Arc::clone(&services);
+    let ending = Arc::clone(&control);
     let left = name.clone();
     // Before the thread may leave.
-    services.runs(&name, std::sync::Arc::clone(&control) as std::sync::Arc<dyn Running>);
+    services.runs(&name, Arc::clone(&control) as Arc<dyn Running>);
     let spawned = spawn(&services, name.clone(), move || {
         let failure = ending.life.run(&left, || shell.run(&*handler));
         let is_busy = shell.driver.running() > 0;
@@ -193,7 +187,7 @@ type Outcome = (Job, Result<(), Failed>);
 
 struct Shell<E: Event> {
     driver: Driver<E>,
-    control: std::sync::Arc<Control<E>>,
+    control: Arc<Control<E>>,
     jobs: Sender<Job>,
     outcomes: Receiver<Outcome>,
     /// Jobs that workers have, since when.
@@ -224,7 +218,7 @@ impl<E: Event> Shell<E> {
     fn drive(&mut self, handler: &impl Serve<E>) -> Result<(), ConsumerError> {
         let mut finders: Vec<_> = self.driver.desks().iter().map(|desk| desk.finder()).collect();
         let mut access = Access::new::<E>();
-        let name = std::sync::Arc::clone(&self.driver.settings().name);
+        let name = Arc::clone(&self.driver.settings().name);
         let is_alone = self.driver.settings().concurrency == 1;
         let mut handler = |event: &E::Archived, meta: &Meta, call: &Call<'_>| handler(event, meta, call);
         loop {
@@ -335,8 +329,8 @@ impl<E: Event> Shell<E> {
 
 /// Calls the handler.
 struct Worker<E: Event> {
-    control: std::sync::Arc<Control<E>>,
-    consumer: std::sync::Arc<str>,
+    control: Arc<Control<E>>,
+    consumer: Arc<str>,
     finders: Vec<Finder>,
     jobs: Receiver<Job>,
     outcomes: Sender<Outcome>,
@@ -344,9 +338,9 @@ struct Worker<E: Event> {
 
 impl<E: Event> Worker<E> {
     fn new(shell: &Shell<E>, jobs: Receiver<Job>, outcomes: Sender<Outcome>) -> Self {
-        let consumer = std::sync::Arc::clone(&shell.driver.settings().name);
+        let consumer = Arc::clone(&shell.driver.settings().name);
         let finders = shell.driver.desks().iter().map(|desk| desk.finder()).collect();
-        Self { control: std::sync::Arc::clone(&shell.control), consumer, finders, jobs, outcomes }
+        Self { control: Arc::clone(&shell.control), consumer, finders, jobs, outcomes }
     }
 
     /// Until nobody has jobs any more.

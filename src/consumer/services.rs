@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Instant;
 
 use super::checkpoint::{Checkpoint, Found, clear, consumers_dir};
@@ -24,7 +25,7 @@ use crate::log::manifest::is_folder_name;
 use crate::log::segment::ShardLog;
 use crate::log::storage::{Lock, Storage};
 use crate::log::syncer::SyncRequests;
-use crate::sync::{Arc, Mutex, lock};
+use crate::sync::{Mutex, lock};
 
 /// A consumer that has threads.
 pub(crate) trait Running: Send + Sync {
@@ -41,9 +42,9 @@ struct Known {
     holds: Vec<Arc<Hold>>,
     /// Somebody drives it: threads or a poller.
     is_driven: bool,
-    running: Option<std::sync::Arc<dyn Running>>,
+    running: Option<Arc<dyn Running>>,
     /// What its poller showed last, if one drives it.
-    shown: Option<std::sync::Arc<Mutex<ConsumerReport>>>,
+    shown: Option<Arc<Mutex<ConsumerReport>>>,
     /// Why it ended by itself, or could not be started, when that was tried last.
     failure: Option<ConsumerFailure>,
     /// Its dead letters while it does not run, once they were asked for.
@@ -67,11 +68,11 @@ enum Closed {
 
 /// All consumers of an engine.
 pub(crate) struct Services {
-    pub(crate) storage: std::sync::Arc<dyn Storage>,
+    pub(crate) storage: Arc<dyn Storage>,
     store: PathBuf,
-    lock: std::sync::Arc<dyn Lock>,
-    keeper: std::sync::Arc<KeeperRequests>,
-    shards: Vec<(Arc<ShardLog>, std::sync::Arc<SyncRequests>)>,
+    lock: Arc<dyn Lock>,
+    keeper: Arc<KeeperRequests>,
+    shards: Vec<(Arc<ShardLog>, Arc<SyncRequests>)>,
     /// Whether the durability mode syncs by itself.
     pub(crate) syncs: bool,
     known: Mutex<BTreeMap<String, Known>>,
@@ -88,11 +89,11 @@ impl std::fmt::Debug for Services {
 impl Services {
     /// Those of an engine that is being opened; `known` is what is saved of each.
     pub(crate) fn new(
-        storage: std::sync::Arc<dyn Storage>,
+        storage: Arc<dyn Storage>,
         store: &Path,
-        lock: std::sync::Arc<dyn Lock>,
-        keeper: std::sync::Arc<KeeperRequests>,
-        shards: Vec<(Arc<ShardLog>, std::sync::Arc<SyncRequests>)>,
+        lock: Arc<dyn Lock>,
+        keeper: Arc<KeeperRequests>,
+        shards: Vec<(Arc<ShardLog>, Arc<SyncRequests>)>,
         syncs: bool,
         known: Vec<Found>,
     ) -> Self {
@@ -141,8 +142,8 @@ impl Services {
         let places =
             self.shards.iter().zip(holds).zip(checkpoint.shards).map(|(((log, syncer), hold), progress)| Place {
                 log: Arc::clone(log),
-                syncer: std::sync::Arc::clone(syncer),
-                lock: std::sync::Arc::clone(&self.lock),
+                syncer: Arc::clone(syncer),
+                lock: Arc::clone(&self.lock),
                 hold: Arc::clone(hold),
                 progress,
             });
@@ -212,9 +213,9 @@ impl Services {
     }
 
     /// Notes who runs it. Where the engine was closed meanwhile, that ends at once.
-    pub(crate) fn runs(&self, name: &str, running: std::sync::Arc<dyn Running>) {
+    pub(crate) fn runs(&self, name: &str, running: Arc<dyn Running>) {
         if let Some(known) = lock(&self.known).get_mut(name) {
-            known.running = Some(std::sync::Arc::clone(&running));
+            known.running = Some(Arc::clone(&running));
         }
         // After it was noted: who closes either finds it there, or is seen here.
         if *lock(&self.closed) != Closed::No {
@@ -223,9 +224,9 @@ impl Services {
     }
 
     /// Notes where its poller shows what is known of it.
-    pub(crate) fn shows(&self, name: &str, shown: &std::sync::Arc<Mutex<ConsumerReport>>) {
+    pub(crate) fn shows(&self, name: &str, shown: &Arc<Mutex<ConsumerReport>>) {
         if let Some(known) = lock(&self.known).get_mut(name) {
-            known.shown = Some(std::sync::Arc::clone(shown));
+            known.shown = Some(Arc::clone(shown));
         }
     }
 
@@ -297,7 +298,7 @@ impl Services {
         report
     }
 
-    fn running(&self) -> Vec<std::sync::Arc<dyn Running>> {
+    fn running(&self) -> Vec<Arc<dyn Running>> {
         lock(&self.known).values().filter_map(|known| known.running.clone()).collect()
     }
 

@@ -4,6 +4,7 @@
 //! go, and follows it.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::builder::ConsumerBuilder;
@@ -26,7 +27,7 @@ use crate::handler::{HandlerError, panic_text};
 use crate::log::holds::Hold;
 use crate::log::position::Position;
 use crate::log::reader::{Reader, Record};
-use crate::sync::{Arc, AtomicBool, AtomicU64, Mutex, Ordering, lock, thread, thread_waker};
+use crate::sync::{AtomicBool, AtomicU64, Mutex, Ordering, lock, thread, thread_waker};
 
 /// Takes events in together with the position up to which it took them: a database with transactions. A [`Position`] is a blob of
 /// 40 bytes or a text of 80 characters; the sink keeps one per shard and hands it back unchanged. It identifies the log: a position
@@ -177,7 +178,7 @@ impl Running for Control {
 /// A running sink. Dropping it stops it.
 #[derive(Debug)]
 pub struct SinkConsumer {
-    control: std::sync::Arc<Control>,
+    control: Arc<Control>,
     name: String,
 }
 
@@ -241,8 +242,8 @@ struct Pump<E: Event, S: Sink<E>> {
     progress: Vec<Progress>,
     settings: Settings,
     batch_max: usize,
-    services: std::sync::Arc<Services>,
-    control: std::sync::Arc<Control>,
+    services: Arc<Services>,
+    control: Arc<Control>,
     health: Health,
     rng: JitterRng,
     /// Attempts at the batch in hand that failed.
@@ -290,7 +291,7 @@ impl<E: Event> ConsumerBuilder<E> {
         let positions = places.iter().map(|place| (&*place.log, place.hold.get()));
         let mut report = ConsumerReport::at_rest(&name, positions);
         report.has_letters(letters_left);
-        let control = std::sync::Arc::new(Control {
+        let control = Arc::new(Control {
             life: Life::new(&services),
             paused: AtomicBool::new(false),
             resumed: AtomicBool::new(false),
@@ -309,8 +310,8 @@ impl<E: Event> ConsumerBuilder<E> {
             progress,
             settings,
             batch_max,
-            services: std::sync::Arc::clone(&services),
-            control: std::sync::Arc::clone(&control),
+            services: Arc::clone(&services),
+            control: Arc::clone(&control),
             health,
             rng,
             failures: 0,
@@ -322,7 +323,7 @@ impl<E: Event> ConsumerBuilder<E> {
             save_failures: 0,
             halted: None,
         };
-        services.runs(&name, std::sync::Arc::clone(&control) as std::sync::Arc<dyn Running>);
+        services.runs(&name, Arc::clone(&control) as Arc<dyn Running>);
         // Waited for by its `ended`.
         let spawned = spawn(&services, name.clone(), move || pump.run_to_the_end());
         drop(spawned.map_err(|error| {
@@ -358,7 +359,7 @@ fn prepare<E: Event>(
                 let earliest = log.earliest();
                 return Err(ConsumerError::BeginningGone { shard, began, earliest });
             }
-            let reader = Reader::<E>::at(Arc::clone(log), began, std::sync::Arc::clone(lock))?;
+            let reader = Reader::<E>::at(Arc::clone(log), began, Arc::clone(lock))?;
             *progress = progress.at(reader.position()?);
         }
         // Before anything is delivered: a sink that takes nothing now must find it so next time.
@@ -371,8 +372,8 @@ fn prepare<E: Event>(
 
 impl<E: Event, S: Sink<E>> Pump<E, S> {
     fn run_to_the_end(mut self) {
-        let (control, services) = (std::sync::Arc::clone(&self.control), std::sync::Arc::clone(&self.services));
-        let name = std::sync::Arc::clone(&self.settings.name);
+        let (control, services) = (Arc::clone(&self.control), Arc::clone(&self.services));
+        let name = Arc::clone(&self.settings.name);
         let failure = control.life.run(&name, || self.run());
         lock(&control.report).failure.clone_from(&failure);
         drop(self);
@@ -512,7 +513,7 @@ impl<E: Event, S: Sink<E>> Pump<E, S> {
                         return Err(ConsumerError::PositionGone { shard, delivered });
                     }
                     // It holds that itself: nothing was delivered, so nothing was let go.
-                    let reader = Reader::<E>::at(Arc::clone(log), progress.began, std::sync::Arc::clone(lock))?;
+                    let reader = Reader::<E>::at(Arc::clone(log), progress.began, Arc::clone(lock))?;
                     let position = reader.position()?;
                     (reader, position)
                 }

@@ -2,6 +2,8 @@
 //!
 //! Writers: callers of `publish_sync`. The driver looks when it saves.
 
+use std::sync::Arc;
+
 use crate::event::{Offset, ShardId};
 use crate::sync::{Mutex, lock};
 
@@ -11,9 +13,9 @@ pub(crate) struct Watches(Mutex<Vec<(ShardId, Offset)>>);
 
 impl Watches {
     /// Events from `from` on are asked about until the watch is dropped. To be noted before they are published.
-    pub(crate) fn watch(self: &std::sync::Arc<Self>, shard: ShardId, from: Offset) -> Watch {
+    pub(crate) fn watch(self: &Arc<Self>, shard: ShardId, from: Offset) -> Watch {
         lock(&self.0).push((shard, from));
-        Watch { watches: std::sync::Arc::clone(self), shard, from }
+        Watch { watches: Arc::clone(self), shard, from }
     }
 
     /// The first event of a shard that is asked about, if it lies before `offset`; else `offset`.
@@ -27,7 +29,7 @@ impl Watches {
 /// One caller that will ask.
 #[derive(Debug)]
 pub(crate) struct Watch {
-    watches: std::sync::Arc<Watches>,
+    watches: Arc<Watches>,
     shard: ShardId,
     from: Offset,
 }

@@ -1,5 +1,7 @@
 //! A shard and everything around it, put together from what recovery found.
 
+use std::sync::Arc;
+
 use crossbeam::queue::ArrayQueue;
 
 use super::Handle;
@@ -27,7 +29,7 @@ use crate::shared::SharedLane;
 use crate::snapshot::format::Chunk;
 use crate::snapshot::snapshotter::{SnapshotterRequests, Sources};
 use crate::snapshot::taker::{CheckpointRequests, Message, Taker};
-use crate::sync::{Arc, Arrivals, AtomicBool, Ordering, Signal};
+use crate::sync::{Arrivals, AtomicBool, Ordering, Signal};
 use crate::view::{Place, Position, View, ViewWriter};
 
 /// Slots for runs of events between a shard and its syncer.
@@ -43,9 +45,9 @@ pub(super) struct Context<'a> {
     pub(super) config: &'a Checked,
     /// The store's id.
     pub(super) store: u64,
-    pub(super) storage: &'a std::sync::Arc<dyn Storage>,
+    pub(super) storage: &'a Arc<dyn Storage>,
     pub(super) clock: &'a Clock,
-    pub(super) keeper: &'a std::sync::Arc<KeeperRequests>,
+    pub(super) keeper: &'a Arc<KeeperRequests>,
     pub(super) snapshotter: &'a SnapshotterRequests,
     pub(super) quarantine: &'a std::path::Path,
 }
@@ -91,7 +93,7 @@ pub(super) struct Built<A: Aggregate> {
     pub(super) handle: Handle<A>,
     pub(super) kept: Kept,
     pub(super) sources: Sources,
-    pub(super) shared: std::sync::Arc<SharedLane<A::Event>>,
+    pub(super) shared: Arc<SharedLane<A::Event>>,
     pub(super) shard: Shard<A>,
     pub(super) syncer: Syncer,
 }
@@ -105,28 +107,28 @@ impl Context<'_> {
         let dir = shard_dir(&config.dir, id);
         let log =
             Arc::new(ShardLog::new(self.store, id, dir, config.segment_bytes, report.end, resume.sequence, segments));
-        let signal = std::sync::Arc::new(Signal::new());
-        let lanes = std::sync::Arc::new(LaneRegistry::default());
-        let door = std::sync::Arc::new(ShardDoor {
+        let signal = Arc::new(Signal::new());
+        let lanes = Arc::new(LaneRegistry::default());
+        let door = Arc::new(ShardDoor {
             log: Arc::clone(&log),
-            signal: std::sync::Arc::clone(&signal),
+            signal: Arc::clone(&signal),
             closing: AtomicBool::new(false),
             turns_ended: AtomicBool::new(false),
-            lanes: std::sync::Arc::clone(&lanes),
+            lanes: Arc::clone(&lanes),
         });
         let shared_end = Arc::new(LaneShared::new(Arc::clone(&log), config.durability));
         lanes.register(&shared_end);
-        let shared = std::sync::Arc::new(SharedLane {
+        let shared = Arc::new(SharedLane {
             queue: ArrayQueue::new(config.ring_capacity),
             shared: shared_end,
-            door: std::sync::Arc::clone(&door),
+            door: Arc::clone(&door),
         });
-        let arriving = std::sync::Arc::new(Arrivals::new());
-        let arriving_clients = std::sync::Arc::new(Arrivals::new());
-        let questions = std::sync::Arc::new(Arrivals::new());
-        let syncer = std::sync::Arc::new(SyncRequests::new());
-        let counters = std::sync::Arc::new(Counters::default());
-        let prepared = std::sync::Arc::new(ArrayQueue::new(1));
+        let arriving = Arc::new(Arrivals::new());
+        let arriving_clients = Arc::new(Arrivals::new());
+        let questions = Arc::new(Arrivals::new());
+        let syncer = Arc::new(SyncRequests::new());
+        let counters = Arc::new(Counters::default());
+        let prepared = Arc::new(ArrayQueue::new(1));
         let turn_stages = [
             Stage::Ring,
             Stage::Appended,
@@ -146,22 +148,22 @@ impl Context<'_> {
         let (messages_tx, messages) = rtrb::RingBuffer::<Message>::new(2 * snapshot_chunks(config.shards));
         let (mut used, used_rx) = rtrb::RingBuffer::<Chunk>::new(snapshot_chunks(config.shards));
         while used.push(Chunk::new()).is_ok() {}
-        let store = std::sync::Arc::new(saved.store);
+        let store = Arc::new(saved.store);
         let taker = Taker::new::<A>(
             config.snapshot_every,
             config.checkpoint_bytes,
             saved.covered,
             Arc::clone(&checkpoints),
-            std::sync::Arc::clone(&self.snapshotter.signal),
+            Arc::clone(&self.snapshotter.signal),
             messages_tx,
             used_rx,
         );
         let sources = Sources {
             log: Arc::clone(&log),
-            store: std::sync::Arc::clone(&store),
+            store: Arc::clone(&store),
             requests: Arc::clone(&checkpoints),
-            syncer: std::sync::Arc::clone(&syncer),
-            shard_signal: std::sync::Arc::clone(&signal),
+            syncer: Arc::clone(&syncer),
+            shard_signal: Arc::clone(&signal),
             messages,
             used,
             state_version: A::STATE_VERSION,
@@ -175,9 +177,9 @@ impl Context<'_> {
         };
         let kept = Kept {
             log: Arc::clone(&log),
-            prepared: std::sync::Arc::clone(&prepared),
-            counters: std::sync::Arc::clone(&counters),
-            shard_signal: std::sync::Arc::clone(&signal),
+            prepared: Arc::clone(&prepared),
+            counters: Arc::clone(&counters),
+            shard_signal: Arc::clone(&signal),
             next_index: resume.next_index,
             span,
             spare_number: 0,
@@ -198,12 +200,12 @@ impl Context<'_> {
             id,
             clock: self.clock.clone(),
             batch_max: config.batch_max,
-            arriving: std::sync::Arc::clone(&arriving),
+            arriving: Arc::clone(&arriving),
             lanes: Vec::new(),
-            shared_lane: std::sync::Arc::clone(&shared),
-            arriving_clients: std::sync::Arc::clone(&arriving_clients),
+            shared_lane: Arc::clone(&shared),
+            arriving_clients: Arc::clone(&arriving_clients),
             clients: Vec::new(),
-            questions: std::sync::Arc::clone(&questions),
+            questions: Arc::clone(&questions),
             keys,
             outcomes,
             views: own.views,
@@ -216,28 +218,28 @@ impl Context<'_> {
                 config.event_bytes_max,
             ),
             log: Arc::clone(&log),
-            syncer: std::sync::Arc::clone(&syncer),
+            syncer: Arc::clone(&syncer),
             syncs: config.durability != Durability::OsCache,
             sync_marks: (config.durability != Durability::OsCache && config.latency).then_some(marks_tx),
-            keeper: std::sync::Arc::clone(self.keeper),
+            keeper: Arc::clone(self.keeper),
             handlers: own.handlers,
-            storage: std::sync::Arc::clone(self.storage),
+            storage: Arc::clone(self.storage),
             quarantine: self.quarantine.to_owned(),
             recorder,
-            counters: std::sync::Arc::clone(&counters),
+            counters: Arc::clone(&counters),
             work: Work::new(config.batch_max),
         };
-        let shard_signal = std::sync::Arc::clone(&door.signal);
+        let shard_signal = Arc::clone(&door.signal);
         let syncer_parts = Syncer {
             log,
-            storage: std::sync::Arc::clone(self.storage),
-            requests: std::sync::Arc::clone(&syncer),
+            storage: Arc::clone(self.storage),
+            requests: Arc::clone(&syncer),
             lanes,
             shard_signal,
             durability: config.durability,
             marks: marks_rx,
             recorder: sync_recorder,
-            counters: std::sync::Arc::clone(&counters),
+            counters: Arc::clone(&counters),
             clock: self.clock.clone(),
         };
         let handle = Handle {

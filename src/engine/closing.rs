@@ -1,6 +1,7 @@
 //! The end of an engine: everything that is needed to close it, apart from the engine itself, so that a drop which must not
 //! wait, or has waited long enough, can leave the rest to a thread of its own.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::threads::join_until;
@@ -14,7 +15,7 @@ use crate::producer::ShardDoor;
 use crate::runner::RunnerRequests;
 use crate::snapshot::snapshotter::SnapshotterRequests;
 use crate::snapshot::taker::CheckpointRequests;
-use crate::sync::{Arc, Mutex, Ordering, Role, lock_until, role, thread};
+use crate::sync::{Mutex, Ordering, Role, lock_until, role, thread};
 
 /// How long a drop waits where nothing moves: for a full disk, a consumer's handler, a shard that ends no turn.
 const DROP_TIME: Duration = Duration::from_secs(10);
@@ -22,26 +23,26 @@ const DROP_TIME: Duration = Duration::from_secs(10);
 /// Everything that is needed to close an engine.
 pub(super) struct Closing {
     pub(super) shards: Vec<ClosingShard>,
-    pub(super) keeper: std::sync::Arc<KeeperRequests>,
-    pub(super) snapshotter: std::sync::Arc<SnapshotterRequests>,
-    pub(super) services: std::sync::Arc<Services>,
-    pub(super) runner: std::sync::Arc<RunnerRequests>,
+    pub(super) keeper: Arc<KeeperRequests>,
+    pub(super) snapshotter: Arc<SnapshotterRequests>,
+    pub(super) services: Arc<Services>,
+    pub(super) runner: Arc<RunnerRequests>,
     pub(super) threads: Mutex<Vec<thread::JoinHandle<()>>>,
 }
 
 pub(super) struct ClosingShard {
-    door: std::sync::Arc<ShardDoor>,
+    door: Arc<ShardDoor>,
     checkpoints: Arc<CheckpointRequests>,
     /// Answered between two turns.
-    turns: std::sync::Arc<Exchange>,
+    turns: Arc<Exchange>,
 }
 
 impl ClosingShard {
     pub(super) fn of<A: Aggregate>(shard: &Handle<A>) -> Self {
         Self {
-            door: std::sync::Arc::clone(&shard.door),
+            door: Arc::clone(&shard.door),
             checkpoints: Arc::clone(&shard.checkpoints),
-            turns: std::sync::Arc::clone(&shard.exchanges[0]),
+            turns: Arc::clone(&shard.exchanges[0]),
         }
     }
 
@@ -107,7 +108,7 @@ impl Closing {
 
     /// Closes an engine that is dropped. A shard that moves is waited for; whatever does not is given up after ten seconds: what a
     /// full disk keeps from being appended, consumers that do not end, and a shard that ends no turn.
-    fn close_dropped(self: &std::sync::Arc<Self>) {
+    fn close_dropped(self: &Arc<Self>) {
         if self.is_own_thread() {
             return self.leave("the engine was dropped on a thread of its own; it closes when that is done");
         }
@@ -136,9 +137,9 @@ impl Closing {
     }
 
     /// Leaves the closing to a thread of its own. The store stays locked until that is done.
-    fn leave(self: &std::sync::Arc<Self>, why: &str) {
+    fn leave(self: &Arc<Self>, why: &str) {
         tracing::warn!("{why}");
-        let closing = std::sync::Arc::clone(self);
+        let closing = Arc::clone(self);
         let rest = move || {
             if let Err(error) = closing.close(None) {
                 tracing::error!(%error, "an engine that was dropped is closed");

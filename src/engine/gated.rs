@@ -1,5 +1,7 @@
 //! Opens gates: their files, their place in the log, and what they keep retention from.
 
+use std::sync::Arc;
+
 use super::Engine;
 use super::open::StoreLock;
 use crate::aggregate::Aggregate;
@@ -15,7 +17,6 @@ use crate::log::manifest::is_folder_name;
 use crate::log::reader::{Reader, Sight};
 use crate::log::segment::ShardLog;
 use crate::log::storage::{Lock, Storage, is_exhausted};
-use crate::sync::Arc;
 
 /// The parts of the log that the gates of a store have not counted.
 pub(super) struct Holds {
@@ -35,7 +36,7 @@ impl Holds {
 /// Returns what the gates of a store still have to count. Positions that are not of the logs, as recovery found these, are listed
 /// for removal. Changes no file.
 pub(super) fn holds(
-    storage: &std::sync::Arc<dyn Storage>,
+    storage: &Arc<dyn Storage>,
     store: (&std::path::Path, u64),
     logs: &[Arc<ShardLog>],
 ) -> Result<Holds, OpenError> {
@@ -47,7 +48,7 @@ pub(super) fn holds(
     };
     let mut holds = Holds { from: Vec::new(), foreign: Vec::new() };
     // The opening thread has the store's lock.
-    let lock: std::sync::Arc<dyn Lock> = std::sync::Arc::new(StoreLock::default());
+    let lock: Arc<dyn Lock> = Arc::new(StoreLock::default());
     for name in names.into_iter().filter(|name| is_folder_name(name)) {
         let files = GateFiles::new(storage, store, &name);
         if !files.is_there()? {
@@ -148,8 +149,8 @@ impl<A: Aggregate> Engine<A> {
             name: taken,
             shards: self.gated_shards(readers)?,
             clock: self.clock.clone(),
-            keeper: std::sync::Arc::clone(&self.keeper),
-            _lock: std::sync::Arc::clone(&self.lock),
+            keeper: Arc::clone(&self.keeper),
+            _lock: Arc::clone(&self.lock),
         });
         match gated.save_counted() {
             Ok(()) => Ok(gated),
@@ -204,7 +205,7 @@ impl<A: Aggregate> Engine<A> {
                 Some(position) => position.reader(log, &self.lock)?,
                 None => {
                     position.map_or(Ok(()), |position| position.check(log, &self.lock))?;
-                    Reader::earliest(Arc::clone(log), std::sync::Arc::clone(&self.lock))
+                    Reader::earliest(Arc::clone(log), Arc::clone(&self.lock))
                 }
             };
             Ok((reader.with_sight(Sight::Durable), until))
@@ -216,7 +217,7 @@ impl<A: Aggregate> Engine<A> {
     fn gated_shards(&self, readers: Vec<Uncounted<A::Event>>) -> Result<Vec<GatedShard<A::Event>>, ReadError> {
         let of = |(shard, (trail, _)): (&super::Handle<A>, Uncounted<A::Event>)| {
             let counted = trail.position()?;
-            let (door, syncer) = (std::sync::Arc::clone(&shard.door), std::sync::Arc::clone(&shard.syncer));
+            let (door, syncer) = (Arc::clone(&shard.door), Arc::clone(&shard.syncer));
             Ok(GatedShard { door, syncer, trail, counted })
         };
         self.shards.iter().zip(readers).map(of).collect()

@@ -1,6 +1,7 @@
 //! What was: events, states of any time, and whether the log still makes the states that there are.
 
 use std::collections::HashSet;
+use std::sync::Arc;
 use std::time::Instant;
 
 use super::{Engine, Handle};
@@ -12,10 +13,10 @@ use crate::keys::Walk;
 use crate::log::finder::Finder;
 use crate::log::fold::Folder;
 use crate::log::reader::Reader;
-use crate::promise::block_until;
 use crate::snapshot::load::{candidates, load};
 use crate::snapshot::store::SnapshotStats;
-use crate::sync::{Arc, Ordering, may_wait};
+use crate::sync::block_until;
+use crate::sync::{Ordering, may_wait};
 
 /// Whether folding the log anew makes the states that the shards have.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -77,7 +78,7 @@ impl<A: Aggregate> Engine<A> {
                         return Some(Ok(()));
                     }
                     if let Some(failure) = log.failure() {
-                        return Some(Err(failure.clone().into()));
+                        return Some(Err(WaitError::from(failure.clone())));
                     }
                     if checkpoints.failed.load(Ordering::SeqCst) > failed {
                         return Some(Err(WaitError::CheckpointFailed));
@@ -387,7 +388,7 @@ impl<A: Aggregate> Engine<A> {
     }
 
     fn finder(&self, shard: &Handle<A>) -> Finder {
-        Finder::new(Arc::clone(&shard.door.log), std::sync::Arc::clone(&self.lock))
+        Finder::new(Arc::clone(&shard.door.log), Arc::clone(&self.lock))
     }
 
     fn readers(&self) -> Vec<Reader<A::Event>> {

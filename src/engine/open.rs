@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::gated::Holds;
@@ -17,7 +18,7 @@ use crate::log::manifest::{Manifest, shard_dir};
 use crate::log::recovery::{Opening, Recovered};
 use crate::log::segment::ShardLog;
 use crate::log::storage::{Files, Lock, Storage};
-use crate::sync::{Arc, Mutex, Ordering, lock};
+use crate::sync::{Mutex, Ordering, lock};
 
 /// The locks of a store's folder and of its shards'. (Links can make one shard's folder that of two stores.)
 #[derive(Debug, Default)]
@@ -164,7 +165,7 @@ impl Changes<'_> {
 
 /// Looks at all shards, side by side. Changes nothing.
 pub(super) fn recover<A: Aggregate>(
-    storage: &std::sync::Arc<dyn Storage>,
+    storage: &Arc<dyn Storage>,
     config: &Checked,
     manifest: &Manifest,
     standing: Standing,

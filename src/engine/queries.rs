@@ -9,8 +9,8 @@ use crate::error::WaitError;
 use crate::event::{Key, Version};
 use crate::handler::panic_text;
 use crate::keys::KeyTable;
-use crate::promise::{Promise, promise};
 use crate::sync::may_wait;
+use crate::sync::{Promise, promise};
 
 impl<A: Aggregate> Engine<A> {
     /// Lets `look` see a key's state and version on the shard that owns it, between two batches, and returns what it says:

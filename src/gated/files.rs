@@ -181,7 +181,7 @@ fn is_absent(error: &io::Error) -> bool {
 /// The folder of one gate.
 #[derive(Debug)]
 pub(crate) struct GateFiles {
-    storage: std::sync::Arc<dyn Storage>,
+    storage: Arc<dyn Storage>,
     store: PathBuf,
     store_id: u64,
     dir: PathBuf,
@@ -193,9 +193,9 @@ pub(crate) struct GateFiles {
 }
 
 impl GateFiles {
-    pub(crate) fn new(storage: &std::sync::Arc<dyn Storage>, (store, store_id): (&Path, u64), name: &str) -> Self {
+    pub(crate) fn new(storage: &Arc<dyn Storage>, (store, store_id): (&Path, u64), name: &str) -> Self {
         let dir = gates_dir(store).join(name);
-        let storage = std::sync::Arc::clone(storage);
+        let storage = Arc::clone(storage);
         Self { storage, store: store.to_owned(), store_id, dir, ends: None, failed: None, is_full: false }
     }
 

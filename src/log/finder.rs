@@ -1,12 +1,13 @@
 //! Reads single records of a shard's log in place, by their offsets. Any thread; sees what is `appended`.
 
+use std::sync::Arc;
+
 use crate::error::{Corruption, ReadError};
 use crate::event::Offset;
 use crate::log::format::{Found, RECORD_HEADER_BYTES, RecordHeader, padded, record_at, u32_at};
 use crate::log::mmap::Memory;
 use crate::log::segment::{Segment, ShardLog};
 use crate::log::storage::Lock;
-use crate::sync::Arc;
 
 /// Finds records. Holds the segment it found the last one in.
 #[derive(Debug)]
@@ -14,7 +15,7 @@ pub(crate) struct Finder {
     log: Arc<ShardLog>,
     segment: Option<Segment>,
     /// The store's lock: what this process wrote is taken as it is, so nobody else may write meanwhile.
-    _lock: std::sync::Arc<dyn Lock>,
+    _lock: Arc<dyn Lock>,
 }
 
 /// A record that was found: its place in [`Finder::memory`], its exact length, and its header.
@@ -26,7 +27,7 @@ pub(crate) struct Place {
 }
 
 impl Finder {
-    pub(crate) fn new(log: Arc<ShardLog>, lock: std::sync::Arc<dyn Lock>) -> Self {
+    pub(crate) fn new(log: Arc<ShardLog>, lock: Arc<dyn Lock>) -> Self {
         Self { log, segment: None, _lock: lock }
     }
 

@@ -2,16 +2,18 @@
 //!
 //! Writers: whoever has a hold moves it, to where its own progress is durable; the keeper only looks.
 
+use std::sync::Arc;
+
 use crate::event::Offset;
 use crate::log::keeper::KeeperRequests;
-use crate::sync::{Arc, Mutex, Watermark, lock};
+use crate::sync::{Mutex, Watermark, lock};
 
 /// One follower's.
 #[derive(Debug)]
 pub(crate) struct Hold {
     name: String,
     from: Watermark,
-    keeper: std::sync::Arc<KeeperRequests>,
+    keeper: Arc<KeeperRequests>,
 }
 
 impl Hold {
@@ -32,14 +34,14 @@ pub(crate) struct Holds(Mutex<Vec<Arc<Hold>>>);
 
 impl Holds {
     /// The hold of this name, which is made if there is none, at `from`.
-    pub(crate) fn hold(&self, name: &str, from: Offset, keeper: &std::sync::Arc<KeeperRequests>) -> Arc<Hold> {
+    pub(crate) fn hold(&self, name: &str, from: Offset, keeper: &Arc<KeeperRequests>) -> Arc<Hold> {
         let mut holds = lock(&self.0);
         if let Some(held) = holds.iter().find(|held| held.name == name) {
             held.set(from);
             return Arc::clone(held);
         }
         let (name, from) = (name.to_owned(), Watermark::new(from.0));
-        let hold = Arc::new(Hold { name, from, keeper: std::sync::Arc::clone(keeper) });
+        let hold = Arc::new(Hold { name, from, keeper: Arc::clone(keeper) });
         holds.push(Arc::clone(&hold));
         hold
     }
@@ -86,7 +88,7 @@ mod tests {
     #[test]
     fn a_hold_reaches_back_only_to_what_is_there() {
         let holds = Holds::default();
-        let keeper = std::sync::Arc::new(KeeperRequests { signal: Signal::new(), ending: AtomicBool::new(false) });
+        let keeper = Arc::new(KeeperRequests { signal: Signal::new(), ending: AtomicBool::new(false) });
         let hold = holds.hold("sink", Offset(50), &keeper);
         assert!(!holds.reach(&hold, Offset(20), || Offset(30)));
         assert_eq!(hold.get(), Offset(50), "retention goes on where nothing can be kept");
@@ -99,7 +101,7 @@ mod tests {
     fn the_lowest_holds_until_it_moves_or_goes() {
         let holds = Holds::default();
         assert_eq!(holds.lowest(), None);
-        let keeper = std::sync::Arc::new(KeeperRequests { signal: Signal::new(), ending: AtomicBool::new(false) });
+        let keeper = Arc::new(KeeperRequests { signal: Signal::new(), ending: AtomicBool::new(false) });
         let slow = holds.hold("slow", Offset(10), &keeper);
         let fast = holds.hold("fast", Offset(50), &keeper);
         assert_eq!(holds.lowest(), Some(Offset(10)));

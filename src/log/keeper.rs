@@ -8,6 +8,7 @@ use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hasher};
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::clock::wall_now;
@@ -23,7 +24,7 @@ use crate::log::storage::{Storage, is_exhausted};
 use crate::log::writer::{Prepared, PreparedQueue};
 use crate::metrics::Counters;
 use crate::snapshot::taker::CheckpointRequests;
-use crate::sync::{Arc, AtomicBool, Idle, Ordering, Signal};
+use crate::sync::{AtomicBool, Idle, Ordering, Signal};
 
 /// Requests to the keeper.
 #[derive(Debug)]
@@ -52,17 +53,17 @@ const AGE_CHECK: Duration = Duration::from_secs(1);
 #[derive(Debug)]
 pub(crate) struct Kept {
     pub(crate) log: Arc<ShardLog>,
-    pub(crate) prepared: std::sync::Arc<PreparedQueue>,
-    pub(crate) counters: std::sync::Arc<Counters>,
+    pub(crate) prepared: Arc<PreparedQueue>,
+    pub(crate) counters: Arc<Counters>,
     /// Wakes the shard when a segment is ready.
-    pub(crate) shard_signal: std::sync::Arc<Signal>,
+    pub(crate) shard_signal: Arc<Signal>,
     pub(crate) span: Span,
     /// Index of the next segment to prepare.
     pub(crate) next_index: u64,
     pub(crate) spares: Vec<(PathBuf, Option<Memory>)>,
     pub(crate) spare_number: u64,
     /// Freed, but somebody may still be reading them.
-    pub(crate) retiring: Vec<(PathBuf, std::sync::Arc<Memory>)>,
+    pub(crate) retiring: Vec<(PathBuf, Arc<Memory>)>,
     /// Up to where the states are saved; nothing above is freed.
     pub(crate) checkpoints: Arc<CheckpointRequests>,
     /// Segment and position up to which pages are present.
@@ -84,8 +85,8 @@ pub(crate) struct Kept {
 #[derive(Debug)]
 pub(crate) struct Keeper {
     pub(crate) shards: Vec<Kept>,
-    pub(crate) storage: std::sync::Arc<dyn Storage>,
-    pub(crate) requests: std::sync::Arc<KeeperRequests>,
+    pub(crate) storage: Arc<dyn Storage>,
+    pub(crate) requests: Arc<KeeperRequests>,
     pub(crate) durability: Durability,
     pub(crate) retention: Retention,
     pub(crate) spares_max: usize,
@@ -137,7 +138,7 @@ impl Keeper {
                 }
                 Err((action, source)) => {
                     let kept = &self.shards[i];
-                    kept.log.fail(FailureCause::Storage { action, source: std::sync::Arc::new(source) });
+                    kept.log.fail(FailureCause::Storage { action, source: Arc::new(source) });
                     kept.shard_signal.notify();
                 }
             }
@@ -368,10 +369,10 @@ impl Keeper {
         let mut worked = false;
         let mut failed = None;
         for (path, memory) in std::mem::take(&mut kept.retiring) {
-            let memory = match std::sync::Arc::try_unwrap(memory) {
+            let memory = match Arc::try_unwrap(memory) {
                 Ok(memory) if failed.is_none() => memory,
                 Ok(memory) => {
-                    kept.retiring.push((path, std::sync::Arc::new(memory)));
+                    kept.retiring.push((path, Arc::new(memory)));
                     continue;
                 }
                 Err(held) => {
@@ -384,7 +385,7 @@ impl Keeper {
             let done = if is_kept { self.storage.rename(&path, &spare) } else { self.storage.remove(&path) };
             if let Err(error) = done {
                 // It stays what it is, for the next attempt.
-                kept.retiring.push((path, std::sync::Arc::new(memory)));
+                kept.retiring.push((path, Arc::new(memory)));
                 failed = Some(error);
                 continue;
             }
@@ -528,15 +529,15 @@ mod tests {
                 let retired = |index| {
                     let path = dir.join(format!("{index:012}.seg"));
                     let memory = storage.create_segment(&path, 4096).expect("made");
-                    (path, std::sync::Arc::new(memory))
+                    (path, Arc::new(memory))
                 };
                 let retiring = [retired(0), retired(1)].to_vec();
                 let log = ShardLog::new(1, ShardId(0), dir.to_owned(), 4096, Offset(4096), 0, [].into());
                 let kept = Kept {
                     log: Arc::new(log),
-                    prepared: std::sync::Arc::new(PreparedQueue::new(1)),
-                    counters: std::sync::Arc::default(),
-                    shard_signal: std::sync::Arc::new(Signal::new()),
+                    prepared: Arc::new(PreparedQueue::new(1)),
+                    counters: Arc::default(),
+                    shard_signal: Arc::new(Signal::new()),
                     span: Span { first: 2, last: 2 },
                     next_index: 3,
                     spares: Vec::new(),
@@ -554,11 +555,8 @@ mod tests {
                 };
                 let mut keeper = Keeper {
                     shards: vec![kept],
-                    storage: std::sync::Arc::new(storage.clone()),
-                    requests: std::sync::Arc::new(KeeperRequests {
-                        signal: Signal::new(),
-                        ending: AtomicBool::new(false),
-                    }),
+                    storage: Arc::new(storage.clone()),
+                    requests: Arc::new(KeeperRequests { signal: Signal::new(), ending: AtomicBool::new(false) }),
                     durability: Durability::OsCache,
                     retention: Retention::default(),
                     spares_max,

@@ -10,6 +10,7 @@
 
 use std::fmt;
 use std::str::FromStr;
+use std::sync::Arc;
 
 use crate::error::{PositionError, ReadError};
 use crate::event::{Event, Offset, Sequence, ShardId};
@@ -18,7 +19,6 @@ use crate::log::format::{ALIGN, padded, u16_at, u32_at, u64_at};
 use crate::log::reader::Reader;
 use crate::log::segment::ShardLog;
 use crate::log::storage::Lock;
-use crate::sync::Arc;
 
 /// Of the layout of [`Position::to_bytes`].
 const VERSION: u16 = 1;
@@ -140,7 +140,7 @@ impl Position {
 
     /// Checks that it is a position of `log`: of its store and shard, not beyond its end, and with its event before it. Where retention
     /// has freed that event, only the store, the shard and the end are compared.
-    pub(crate) fn check(&self, log: &Arc<ShardLog>, lock: &std::sync::Arc<dyn Lock>) -> Result<(), ReadError> {
+    pub(crate) fn check(&self, log: &Arc<ShardLog>, lock: &Arc<dyn Lock>) -> Result<(), ReadError> {
         let (shard, position) = (log.shard, self.offset);
         if self.store != log.store {
             return Err(PositionError::OtherStore { shard, position: self.store, store: log.store }.into());
@@ -156,7 +156,7 @@ impl Position {
             return Ok(());
         }
         let other = |why| PositionError::OtherHistory { shard, position, why }.into();
-        let mut finder = Finder::new(Arc::clone(log), std::sync::Arc::clone(lock));
+        let mut finder = Finder::new(Arc::clone(log), Arc::clone(lock));
         let place = match finder.find(self.last) {
             Ok(place) => place,
             // It was freed just now.
@@ -183,15 +183,11 @@ impl Position {
     ///
     /// # Errors
     /// `Position` where it is none of this log's, `BeyondRetention` where it was freed.
-    pub(crate) fn reader<E: Event>(
-        &self,
-        log: &Arc<ShardLog>,
-        lock: &std::sync::Arc<dyn Lock>,
-    ) -> Result<Reader<E>, ReadError> {
+    pub(crate) fn reader<E: Event>(&self, log: &Arc<ShardLog>, lock: &Arc<dyn Lock>) -> Result<Reader<E>, ReadError> {
         self.check(log, lock)?;
         let (shard, position) = (log.shard, self.offset);
         let other = |why| ReadError::from(PositionError::OtherHistory { shard, position, why });
-        let reader = Reader::at(Arc::clone(log), position, std::sync::Arc::clone(lock));
+        let reader = Reader::at(Arc::clone(log), position, Arc::clone(lock));
         let reader = reader.map_err(|error| match error {
             ReadError::NotARecord { .. } => other("no event ends there"),
             error => error,

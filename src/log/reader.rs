@@ -1,6 +1,7 @@
 //! Reads a shard's log in place, also while the shard writes. Any thread; sees what is `appended`.
 
 use std::marker::PhantomData;
+use std::sync::Arc;
 use std::task::Waker;
 
 use crate::aggregate::Aggregate;
@@ -11,7 +12,6 @@ use crate::log::format::{Found, RECORD_HEADER_BYTES, RecordHeader, Seam, padded,
 use crate::log::position::Position;
 use crate::log::segment::{Segment, ShardLog};
 use crate::log::storage::Lock;
-use crate::sync::Arc;
 
 /// One event in place: borrowed from the segment it lies in.
 pub struct Record<'a, E: Event> {
@@ -43,7 +43,7 @@ pub struct Reader<E: Event> {
     event: PhantomData<fn() -> E>,
     /// The store's lock. A reader trusts what this process wrote, so while it lives no other engine may open
     /// the store and write its segments again, also when its own engine is gone.
-    _lock: std::sync::Arc<dyn Lock>,
+    _lock: Arc<dyn Lock>,
 }
 
 impl<E: Event> std::fmt::Debug for Reader<E> {
@@ -80,14 +80,14 @@ pub(crate) struct Ahead {
 
 impl<E: Event> Reader<E> {
     /// At the earliest event still held.
-    pub(crate) fn earliest(log: Arc<ShardLog>, lock: std::sync::Arc<dyn Lock>) -> Self {
+    pub(crate) fn earliest(log: Arc<ShardLog>, lock: Arc<dyn Lock>) -> Self {
         let at = log.earliest();
         let (access, sight) = (Access::new::<E>(), Sight::Appended);
         Self { log, segment: None, at, last: Offset(0), sequence: 0, sight, access, event: PhantomData, _lock: lock }
     }
 
     /// At the record that begins at `offset` (or at the end of the log).
-    pub(crate) fn at(log: Arc<ShardLog>, offset: Offset, lock: std::sync::Arc<dyn Lock>) -> Result<Self, ReadError> {
+    pub(crate) fn at(log: Arc<ShardLog>, offset: Offset, lock: Arc<dyn Lock>) -> Result<Self, ReadError> {
         let earliest = log.earliest();
         let shard = log.shard;
         if offset < earliest {
@@ -246,7 +246,7 @@ impl<E: Event> Reader<E> {
         while witness.is_none() && self.log.segment(index).is_some() {
             let mut before = Self {
                 at: self.log.first_offset(index),
-                ..Self::earliest(Arc::clone(&self.log), std::sync::Arc::clone(&self._lock))
+                ..Self::earliest(Arc::clone(&self.log), Arc::clone(&self._lock))
             };
             while before.at < self.at
                 && let Some(step) = before.step()?

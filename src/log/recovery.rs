@@ -9,6 +9,7 @@ mod begin;
 
 use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use crate::aggregate::Aggregate;
 use crate::error::{Corruption, OpenError, guard};
@@ -71,7 +72,7 @@ impl<A: Aggregate> Recovered<A> {
 
 /// What to open.
 pub(crate) struct Opening<'a> {
-    pub(crate) storage: &'a std::sync::Arc<dyn Storage>,
+    pub(crate) storage: &'a Arc<dyn Storage>,
     pub(crate) dir: &'a Path,
     /// The store is being created: it has no folder yet.
     pub(crate) is_new: bool,
@@ -356,10 +357,7 @@ impl Opening<'_> {
                 }
                 _ => self.scan(index, &memory, header.salt, HEADER_BYTES, &mut scan)?,
             };
-            tail = Some((
-                Segment { index, seam: header.seam(), salt: header.salt, memory: std::sync::Arc::new(memory) },
-                end,
-            ));
+            tail = Some((Segment { index, seam: header.seam(), salt: header.salt, memory: Arc::new(memory) }, end));
         }
         let mut lost = Vec::new();
         for (index, memory, salt) in &beyond {
@@ -397,9 +395,9 @@ impl Opening<'_> {
             let offset = Offset(index * self.manifest.segment_bytes + at as u64);
             Repair { shard, offset, bytes, torn: until - at, why, beyond }
         });
-        let memory = std::sync::Arc::try_unwrap(memory).expect("recovery alone holds the segment");
+        let memory = Arc::try_unwrap(memory).expect("recovery alone holds the segment");
         let half = WriteHalf::new(memory, at);
-        let last = Segment { index, seam, salt, memory: std::sync::Arc::clone(half.memory()) };
+        let last = Segment { index, seam, salt, memory: Arc::clone(half.memory()) };
         segments.push_back(last.clone());
         let end = Offset(index * self.manifest.segment_bytes + at as u64);
         // Marks alone behind the last event need not be marked again.

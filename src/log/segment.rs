@@ -6,6 +6,7 @@
 
 use std::collections::VecDeque;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::OnceLock;
 
 use crate::error::{FailureCause, ShardFailure};
@@ -24,7 +25,7 @@ pub(crate) struct Segment {
     /// What the segment before it must come to; its own first sequence is there too.
     pub(crate) seam: Seam,
     pub(crate) salt: u32,
-    pub(crate) memory: std::sync::Arc<Memory>,
+    pub(crate) memory: Arc<Memory>,
 }
 
 /// What a shard's log shows to the other threads.
@@ -57,7 +58,7 @@ pub(crate) struct ShardLog {
     /// Something of the shard waits for its storage.
     storage_full: AtomicBool,
     /// What waits, and why.
-    waiting: Mutex<[Option<std::sync::Arc<str>>; 2]>,
+    waiting: Mutex<[Option<Arc<str>>; 2]>,
 }
 
 /// What of a shard waits while its storage is full, or descriptors or memory are exhausted.
@@ -120,7 +121,7 @@ impl ShardLog {
     }
 
     /// Why something waits for the storage.
-    pub(crate) fn why_storage_full(&self) -> Option<std::sync::Arc<str>> {
+    pub(crate) fn why_storage_full(&self) -> Option<Arc<str>> {
         lock(&self.waiting).iter().flatten().next().cloned()
     }
 

@@ -3,17 +3,19 @@
 //! A failed sync is final: what the device holds is unknown, so the shard is failed, nothing later
 //! is acknowledged, and there is no second try.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::clock::{Clock, Lateness, Nanos};
-use crate::config::{Durability, Wait};
+use crate::config::Durability;
 use crate::error::FailureCause;
 use crate::event::Offset;
 use crate::log::segment::ShardLog;
 use crate::log::storage::Storage;
 use crate::metrics::{Counters, Recorder, Stage};
 use crate::producer::{LaneRegistry, LaneShared};
-use crate::sync::{Arc, AtomicBool, AtomicU64, Idle, Ordering, Signal, lock};
+use crate::sync::Wait;
+use crate::sync::{AtomicBool, AtomicU64, Idle, Ordering, Signal, lock};
 
 /// Bytes of the word that ends a segment's records.
 const END_WORD_BYTES: usize = 4;
@@ -56,15 +58,15 @@ const _: () = assert!(size_of::<SyncMark>() == 32);
 #[derive(Debug)]
 pub(crate) struct Syncer {
     pub(crate) log: Arc<ShardLog>,
-    pub(crate) storage: std::sync::Arc<dyn Storage>,
-    pub(crate) requests: std::sync::Arc<SyncRequests>,
-    pub(crate) lanes: std::sync::Arc<LaneRegistry>,
+    pub(crate) storage: Arc<dyn Storage>,
+    pub(crate) requests: Arc<SyncRequests>,
+    pub(crate) lanes: Arc<LaneRegistry>,
     /// Wakes the shard, which closes its lanes when a sync failed, and marks the log when one has caught up.
-    pub(crate) shard_signal: std::sync::Arc<Signal>,
+    pub(crate) shard_signal: Arc<Signal>,
     pub(crate) durability: Durability,
     pub(crate) marks: rtrb::Consumer<SyncMark>,
     pub(crate) recorder: Recorder,
-    pub(crate) counters: std::sync::Arc<Counters>,
+    pub(crate) counters: Arc<Counters>,
     pub(crate) clock: Clock,
 }
 
@@ -194,13 +196,13 @@ impl Syncer {
         let log_end = rests_on.as_ref().map_or(0, |(_, log_end)| log_end.0);
         let target = target.max(log_end);
         if let Err(error) = self.sync_range(from, target) {
-            self.log.fail(FailureCause::Sync(std::sync::Arc::new(error)));
+            self.log.fail(FailureCause::Sync(Arc::new(error)));
             return false;
         }
         if let Some((file, _)) = rests_on
             && let Err(source) = file.sync().and_then(|()| self.storage.sync_dir(&self.log.dir))
         {
-            let source = std::sync::Arc::new(source);
+            let source = Arc::new(source);
             self.log.fail(FailureCause::Storage { action: "syncing a checkpoint", source });
             return false;
         }
@@ -248,19 +250,19 @@ mod tests {
     /// A syncer of an empty shard, and a lane that it tells.
     fn syncer(durability: Durability) -> (Syncer, Arc<LaneShared>) {
         let log = Arc::new(ShardLog::new(1, ShardId(0), "/s".into(), 1 << 16, Offset(4096), 0, VecDeque::new()));
-        let lanes = std::sync::Arc::new(LaneRegistry::default());
+        let lanes = Arc::new(LaneRegistry::default());
         let lane = Arc::new(LaneShared::new(Arc::clone(&log), durability));
         lanes.register(&lane);
         let syncer = Syncer {
             log,
-            storage: std::sync::Arc::new(FaultyStorage::new()),
-            requests: std::sync::Arc::new(SyncRequests::new()),
+            storage: Arc::new(FaultyStorage::new()),
+            requests: Arc::new(SyncRequests::new()),
             lanes,
-            shard_signal: std::sync::Arc::new(Signal::new()),
+            shard_signal: Arc::new(Signal::new()),
             durability,
             marks: rtrb::RingBuffer::new(2).1,
             recorder: Recorder::new(&[], false).0,
-            counters: std::sync::Arc::default(),
+            counters: Arc::default(),
             clock: Clock::new(),
         };
         (syncer, lane)

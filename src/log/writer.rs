@@ -3,6 +3,8 @@
 //! Nothing here waits: when the current segment is full and the keeper has not handed over the next,
 //! the answer is [`Refused::NeedsSegment`], and the shard tries again in a later turn.
 
+use std::sync::Arc;
+
 use crossbeam::queue::ArrayQueue;
 
 use crate::event::{Encode, Offset, Scratch, Time, has_one_size};
@@ -10,7 +12,7 @@ use crate::log::format::{ALIGN, HEADER_BYTES, RECORD_HEADER_BYTES, RecordHeader,
 use crate::log::mmap::{Memory, WriteHalf, archive, seal};
 use crate::log::seal::LANES;
 use crate::log::segment::{Segment, ShardLog};
-use crate::sync::{Arc, prefetch};
+use crate::sync::prefetch;
 
 /// A segment that is ready to be written: named, allocated, blank-headed and (mostly) prefaulted.
 #[derive(Debug)]
@@ -49,7 +51,7 @@ pub(crate) struct Resume {
 #[derive(Debug)]
 pub(crate) struct Writer {
     log: Arc<ShardLog>,
-    prepared: std::sync::Arc<PreparedQueue>,
+    prepared: Arc<PreparedQueue>,
     current: Option<Current>,
     next_index: u64,
     /// Sequence of the next event.
@@ -192,7 +194,7 @@ const MARK_EVERY_NS: u64 = 1_000_000;
 impl Writer {
     pub(crate) fn new(
         log: Arc<ShardLog>,
-        prepared: std::sync::Arc<PreparedQueue>,
+        prepared: Arc<PreparedQueue>,
         resume: Resume,
         schema: u32,
         event_bytes_max: usize,
@@ -286,7 +288,7 @@ impl Writer {
             index: prepared.index,
             seam: header.seam(),
             salt: prepared.salt,
-            memory: std::sync::Arc::clone(half.memory()),
+            memory: Arc::clone(half.memory()),
         });
         self.current = Some(Current { half, base: prepared.index * self.log.segment_bytes, salt: prepared.salt });
         self.next_index += 1;
@@ -394,7 +396,7 @@ impl Writer {
 
     /// The current segment's first offset and its memory.
     #[inline]
-    pub(crate) fn current_memory(&self) -> Option<(u64, &std::sync::Arc<Memory>)> {
+    pub(crate) fn current_memory(&self) -> Option<(u64, &Arc<Memory>)> {
         self.current.as_ref().map(|current| (current.base, current.half.memory()))
     }
 }
@@ -412,7 +414,7 @@ mod tests {
     fn an_event_of_one_size_is_padded_and_refused_like_any_other() {
         let header = RecordHeader::mark(16, Time(1));
         let bytes = 4 * padded(RECORD_HEADER_BYTES + 21);
-        let mut half = WriteHalf::new(Memory::heap(std::sync::Arc::new(Heap::new(vec![0xff; bytes]))), 0);
+        let mut half = WriteHalf::new(Memory::heap(Arc::new(Heap::new(vec![0xff; bytes]))), 0);
         let (mut scratch, mut staged) = (Scratch::new(16), [0; GROUP]);
         let mut appender = Appender {
             open: half.tail(),
@@ -441,7 +443,7 @@ mod tests {
     /// What stood there before must not show, neither behind an archive of odd length nor behind the last record.
     #[test]
     fn records_are_whole_padded_with_zeros_and_ended() {
-        let mut half = WriteHalf::new(Memory::heap(std::sync::Arc::new(Heap::new(vec![0xff; 1 << 16]))), 0);
+        let mut half = WriteHalf::new(Memory::heap(Arc::new(Heap::new(vec![0xff; 1 << 16]))), 0);
         let header = |i: u64| RecordHeader {
             time: Time(i),
             key: Key(i),

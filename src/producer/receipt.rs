@@ -4,14 +4,15 @@
 
 use std::future::Future;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll, Wake, Waker};
 use std::time::Instant;
 
 use super::LaneShared;
 use crate::error::WaitError;
 use crate::event::{Offset, ShardId};
-use crate::promise::block_until;
-use crate::sync::{Arc, AtomicU64, Ordering, thread_waker};
+use crate::sync::block_until;
+use crate::sync::{AtomicU64, Ordering, thread_waker};
 
 /// Proof that an event was accepted, and the way to learn when it is appended and durable.
 ///
@@ -85,7 +86,7 @@ impl Pending {
             return Some(Ok(()));
         }
         if let Some(failure) = failure {
-            return Some(Err(failure.clone().into()));
+            return Some(Err(WaitError::from(failure.clone())));
         }
         (self.durable && !lane.syncs).then_some(Err(WaitError::NeverDurable))
     }
@@ -152,7 +153,7 @@ pub(super) struct Placing {
 }
 
 impl Wake for Placing {
-    fn wake(self: std::sync::Arc<Self>) {
+    fn wake(self: Arc<Self>) {
         // A failure wakes too.
         if self.lane.appended.get() >= self.ticket {
             let end = self.lane.log.appended.get();
@@ -166,17 +167,17 @@ impl Wake for Placing {
 
 impl Placing {
     /// Of the lane's next event, number `ticket`, before it is published on this thread. All before it must be appended.
-    pub(super) fn before(lane: &Arc<LaneShared>, ticket: u64) -> std::sync::Arc<Self> {
+    pub(super) fn before(lane: &Arc<LaneShared>, ticket: u64) -> Arc<Self> {
         let (lane, from, end) = (Arc::clone(lane), Offset(lane.log.appended.get()), AtomicU64::new(0));
-        let placing = std::sync::Arc::new(Self { lane, ticket, from, end, asker: thread_waker() });
-        placing.lane.waiting_appended.register(ticket, &Waker::from(std::sync::Arc::clone(&placing)));
+        let placing = Arc::new(Self { lane, ticket, from, end, asker: thread_waker() });
+        placing.lane.waiting_appended.register(ticket, &Waker::from(Arc::clone(&placing)));
         placing
     }
 
     /// Waits on this thread until the event is appended. Where it lies; `None`: retention has freed it meanwhile.
     pub(super) fn wait(&self, deadline: Option<Instant>) -> Result<Option<Offset>, WaitError> {
         let outcome = || match self.end.load(Ordering::Acquire) {
-            0 => self.lane.log.failure().map(|failure| Err(failure.clone().into())),
+            0 => self.lane.log.failure().map(|failure| Err(WaitError::from(failure.clone()))),
             end => Some(Ok(Offset(end))),
         };
         let end = block_until(deadline, |_| {}, outcome)?;

@@ -4,6 +4,7 @@
 //! appends nothing else before them.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
 
 use super::Shard;
 use super::batch::{Batch, Run, batch, record};
@@ -14,7 +15,6 @@ use crate::event::{Correlation, Event as _, Key, KeyHash, Root, Sequence, Versio
 use crate::handler::panic_text;
 use crate::log::format::{Ending, RECORD_HEADER_BYTES, RecordHeader, padded};
 use crate::log::writer::GROUP;
-use crate::sync::Arc;
 
 /// What the shard says to a command.
 pub(super) type Answered<A> = Verdict<<A as Aggregate>::Rejection>;

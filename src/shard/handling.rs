@@ -1,6 +1,7 @@
 //! The inline handlers of one shard over one batch, and what becomes of their errors.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::Shard;
@@ -61,7 +62,7 @@ impl<A: Aggregate> Shard<A> {
                 self.work.notes_at = Some(Instant::now() + RETRY_NOTES);
                 Ok(false)
             }
-            Err(source) => Err(FailureCause::Storage { action, source: std::sync::Arc::new(source) }),
+            Err(source) => Err(FailureCause::Storage { action, source: Arc::new(source) }),
         }
     }
 
@@ -132,9 +133,9 @@ impl<A: Aggregate> Shard<A> {
         }
     }
 
-    fn memory_of(&self, offset: Offset) -> Option<std::sync::Arc<crate::log::mmap::Memory>> {
+    fn memory_of(&self, offset: Offset) -> Option<Arc<crate::log::mmap::Memory>> {
         match self.writer.current_memory() {
-            Some((base, memory)) if offset.0 >= base => Some(std::sync::Arc::clone(memory)),
+            Some((base, memory)) if offset.0 >= base => Some(Arc::clone(memory)),
             _ => self.log.segment(self.log.segment_of(offset)).map(|segment| segment.memory),
         }
     }

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::OnceLock;
 
 use rkyv::util::AlignedVec;
@@ -194,8 +195,8 @@ pub(crate) struct Log {
 
 impl Found {
     /// What a shard has whose store is being created.
-    pub(crate) fn nothing(storage: &std::sync::Arc<dyn Storage>) -> Self {
-        let store = SnapshotStore::new(std::sync::Arc::clone(storage));
+    pub(crate) fn nothing(storage: &Arc<dyn Storage>) -> Self {
+        let store = SnapshotStore::new(Arc::clone(storage));
         Self { store, next_number: 0, covered: Offset(0), remove: Vec::new(), cut: Vec::new(), usable: Vec::new() }
     }
 
@@ -224,14 +225,14 @@ impl Found {
 
 /// Builds the index of everything saved of a log. Changes no file.
 pub(crate) fn index<A: Aggregate>(
-    storage: &std::sync::Arc<dyn Storage>,
+    storage: &Arc<dyn Storage>,
     dir: &Path,
     owner: Owner,
     log: Log,
     usable: &[u32],
     unreadable: u64,
 ) -> io::Result<Found> {
-    let store = SnapshotStore::new(std::sync::Arc::clone(storage));
+    let store = SnapshotStore::new(Arc::clone(storage));
     let storage = &**storage;
     store.unreadable.store(unreadable, Ordering::Relaxed);
     let (mut next_number, mut covered) = (0, Offset(0));
@@ -261,7 +262,7 @@ pub(crate) fn index<A: Aggregate>(
             // States that are laid out otherwise are not asked for.
             let is_asked = !header.is_of_another_layout::<A>();
             let places = if is_asked { OnceLock::new() } else { OnceLock::from(Vec::new()) };
-            let places = std::sync::Arc::new(places);
+            let places = Arc::new(places);
             let held = Held { number, kind, path, start, last_head: Offset(0), entries, bytes, places };
             store.add(held, []);
             continue;
@@ -295,7 +296,7 @@ pub(crate) fn index<A: Aggregate>(
             last_head: scanned.last_head,
             entries: scanned.entries,
             bytes: scanned.end as u64,
-            places: std::sync::Arc::default(),
+            places: Arc::default(),
         };
         store.add(held, scanned.saved);
     }
@@ -367,7 +368,7 @@ mod tests {
         let content = [&header.encode()[..], &end.encode()].concat();
         storage.create_dir(dir).expect("made");
         replace(&storage, dir, &file_name(kind, 4), &content).expect("written");
-        let storage: std::sync::Arc<dyn Storage> = std::sync::Arc::new(storage);
+        let storage: Arc<dyn Storage> = Arc::new(storage);
         let log = Log { end: Offset(200_000), events: 9 };
         let found = index::<Stateless<Envelope>>(&storage, dir, (store, shard), log, &[4], 0).expect("readable");
         assert_eq!((found.covered, found.next_number), (start, 5));

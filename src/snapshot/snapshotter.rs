@@ -6,6 +6,7 @@
 
 use std::io;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::config::Durability;
@@ -18,13 +19,13 @@ use crate::log::syncer::SyncRequests;
 use crate::snapshot::format::{Chunk, End, FILE_HEADER_BYTES, FileHeader, Kind, seal_chunk};
 use crate::snapshot::store::{Held, NUMBERS_END, Saved, SnapshotStore, file_name, fresh_path};
 use crate::snapshot::taker::{CheckpointRequests, Message};
-use crate::sync::{Arc, AtomicBool, Idle, Ordering, Signal, lock};
+use crate::sync::{AtomicBool, Idle, Ordering, Signal, lock};
 
 /// Requests to the snapshotter.
 #[derive(Debug)]
 pub(crate) struct SnapshotterRequests {
     /// Wakes it.
-    pub(crate) signal: std::sync::Arc<Signal>,
+    pub(crate) signal: Arc<Signal>,
     /// The engine ends.
     pub(crate) ending: AtomicBool,
 }
@@ -39,10 +40,10 @@ const RETRY: Duration = Duration::from_secs(1);
 /// What the snapshotter has of one shard.
 pub(crate) struct Sources {
     pub(crate) log: Arc<ShardLog>,
-    pub(crate) store: std::sync::Arc<SnapshotStore>,
+    pub(crate) store: Arc<SnapshotStore>,
     pub(crate) requests: Arc<CheckpointRequests>,
-    pub(crate) syncer: std::sync::Arc<SyncRequests>,
-    pub(crate) shard_signal: std::sync::Arc<Signal>,
+    pub(crate) syncer: Arc<SyncRequests>,
+    pub(crate) shard_signal: Arc<Signal>,
     pub(crate) messages: rtrb::Consumer<Message>,
     pub(crate) used: rtrb::Producer<Chunk>,
     pub(crate) state_version: u16,
@@ -66,9 +67,9 @@ pub(crate) struct Writing {
 /// The snapshotter of an engine.
 pub(crate) struct Snapshotter {
     pub(crate) shards: Vec<Sources>,
-    pub(crate) storage: std::sync::Arc<dyn Storage>,
-    pub(crate) requests: std::sync::Arc<SnapshotterRequests>,
-    pub(crate) keeper: std::sync::Arc<KeeperRequests>,
+    pub(crate) storage: Arc<dyn Storage>,
+    pub(crate) requests: Arc<SnapshotterRequests>,
+    pub(crate) keeper: Arc<KeeperRequests>,
     pub(crate) durability: Durability,
 }
 
@@ -204,7 +205,7 @@ impl Sources {
         let file = storage.create_side(&path)?;
         file.append(&header.encode())?;
         self.next_number += 1;
-        let (bytes, places) = (FILE_HEADER_BYTES as u64, std::sync::Arc::default());
+        let (bytes, places) = (FILE_HEADER_BYTES as u64, Arc::default());
         let held = Held { number, kind, path, start, last_head: Offset(0), entries: 0, bytes, places };
         Ok(Writing { held, file })
     }

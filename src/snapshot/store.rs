@@ -4,6 +4,7 @@
 //! that nobody holds for long, and read files without one.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::OnceLock;
 
 use hashbrown::HashMap;
@@ -42,7 +43,7 @@ pub(crate) struct Held {
     pub(crate) bytes: u64,
     /// Of a checkpoint: where each key's entry is, in the order of the keys. Made when it is first asked for, which is when
     /// somebody looks back to where the log has lost its beginning; empty where the file turned out to be unreadable.
-    pub(crate) places: std::sync::Arc<OnceLock<Vec<(Key, Saved)>>>,
+    pub(crate) places: Arc<OnceLock<Vec<(Key, Saved)>>>,
 }
 
 #[derive(Debug, Default)]
@@ -55,7 +56,7 @@ struct Index {
 #[derive(Debug)]
 pub(crate) struct SnapshotStore {
     index: Mutex<Index>,
-    storage: std::sync::Arc<dyn Storage>,
+    storage: Arc<dyn Storage>,
     /// Entries that could not be read when they were wanted, or when the store was opened.
     pub(crate) unreadable: AtomicU64,
 }
@@ -86,7 +87,7 @@ const UNREADABLE: &str = "it cannot be read";
 const ADDED_AT_A_TIME: usize = 1024;
 
 impl SnapshotStore {
-    pub(crate) fn new(storage: std::sync::Arc<dyn Storage>) -> Self {
+    pub(crate) fn new(storage: Arc<dyn Storage>) -> Self {
         Self { index: Mutex::new(Index::default()), storage, unreadable: AtomicU64::new(0) }
     }
 
@@ -205,7 +206,7 @@ impl SnapshotStore {
                 }
                 // A checkpoint is no longer asked.
                 for file in index.files.iter_mut().filter(|file| file.number == saved.file) {
-                    file.places = std::sync::Arc::new(OnceLock::from(Vec::new()));
+                    file.places = Arc::new(OnceLock::from(Vec::new()));
                 }
             })
             .ok();
@@ -334,7 +335,7 @@ mod tests {
     use crate::testing::FaultyStorage;
 
     fn held(kind: Kind, number: u32, start: u64, last_head: u64) -> Held {
-        let (path, places) = (PathBuf::from(file_name(kind, number)), std::sync::Arc::default());
+        let (path, places) = (PathBuf::from(file_name(kind, number)), Arc::default());
         let (start, last_head) = (Offset(start), Offset(last_head));
         Held { number, kind, path, start, last_head, entries: 1, bytes: 64, places }
     }
@@ -355,7 +356,7 @@ mod tests {
 
     #[test]
     fn what_time_travel_begins_from_and_the_newest_two_checkpoints_stay() {
-        let store = SnapshotStore::new(std::sync::Arc::new(FaultyStorage::new()));
+        let store = SnapshotStore::new(Arc::new(FaultyStorage::new()));
         // A file of snapshots, and a checkpoint behind it, by turns.
         for n in 1..=5_u32 {
             let at = u64::from(n) * 1_000;

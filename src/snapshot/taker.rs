@@ -1,5 +1,6 @@
 //! The shard's side: puts states into chunks while it works, and never waits for anyone.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::aggregate::Aggregate;
@@ -8,7 +9,7 @@ use crate::command::Outcomes;
 use crate::event::{Offset, Scratch, Sequence, Time};
 use crate::keys::{KeyTable, Slot, Walk};
 use crate::snapshot::format::Chunk;
-use crate::sync::{Arc, AtomicBool, AtomicU64, Ordering, Signal};
+use crate::sync::{AtomicBool, AtomicU64, Ordering, Signal};
 
 /// What a shard sends to the snapshotter, in the order of the log.
 #[derive(Debug)]
@@ -145,7 +146,7 @@ pub(crate) struct Taker {
     every: Option<Every>,
     checkpoint_bytes: u64,
     requests: Arc<CheckpointRequests>,
-    snapshotter: std::sync::Arc<Signal>,
+    snapshotter: Arc<Signal>,
     messages: rtrb::Producer<Message>,
     /// Empty chunks: their number is fixed, and so is their memory.
     used: rtrb::Consumer<Chunk>,
@@ -168,7 +169,7 @@ impl Taker {
         checkpoint_bytes: u64,
         begun_at: Offset,
         requests: Arc<CheckpointRequests>,
-        snapshotter: std::sync::Arc<Signal>,
+        snapshotter: Arc<Signal>,
         messages: rtrb::Producer<Message>,
         used: rtrb::Consumer<Chunk>,
     ) -> Self {
@@ -390,7 +391,7 @@ mod tests {
         let (messages, sent) = rtrb::RingBuffer::new(64);
         let (mut empty, used) = rtrb::RingBuffer::new(3);
         while empty.push(Chunk::new()).is_ok() {}
-        let signal = std::sync::Arc::new(Signal::new());
+        let signal = Arc::new(Signal::new());
         let mut taker = Taker::new::<Small>(1, 0, Offset(0), Arc::clone(&requests), signal, messages, used);
         // Large enough that a checkpoint takes several steps.
         let (keys, outcomes) = (KeyTable::<Small>::new(50_000), Outcomes::new(0));
@@ -412,7 +413,7 @@ mod tests {
         let (messages, mut sent) = rtrb::RingBuffer::new(4);
         let (mut empty, used) = rtrb::RingBuffer::new(2);
         while empty.push(Chunk::new()).is_ok() {}
-        let signal = std::sync::Arc::new(Signal::new());
+        let signal = Arc::new(Signal::new());
         let mut taker = Taker::new::<State>(1, 0, Offset(0), Arc::clone(&requests), signal, messages, used);
         let (mut keys, outcomes) = (KeyTable::<State>::new(1), Outcomes::new(0));
         let key = crate::event::Key(1);

@@ -81,8 +81,9 @@ impl Journal {
 
 #[cfg(all(test, loom))]
 mod models {
-    use super::super::{Arc, SeqLock, thread};
+    use super::super::{SeqLock, thread};
     use super::*;
+    use loom::sync::Arc;
 
     /// A place that holds an item or does not.
     struct Place(SeqLock, AtomicU32);

@@ -82,8 +82,9 @@ fn pause(_spins: &mut u32) {
 
 #[cfg(all(test, loom))]
 mod models {
-    use super::super::{Arc, thread};
+    use super::super::thread;
     use super::*;
+    use loom::sync::Arc;
 
     struct Pair(SeqLock, AtomicU64, AtomicU64);
 

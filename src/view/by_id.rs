@@ -3,12 +3,13 @@
 //! One writer per part: its shard. Values lie in slots that never move, each under a version of its own.
 
 use std::fmt;
+use std::sync::Arc;
 
 use rkyv::util::AlignedVec;
 
 use crate::aggregate::{Aggregate, Stored};
 use crate::event::{Key, Meta, Scratch, ShardId};
-use crate::sync::{Arc, AtomicU64, Ordering, SeqLock};
+use crate::sync::{AtomicU64, Ordering, SeqLock};
 use crate::view::grow::Grow;
 use crate::view::index::Index;
 use crate::view::parts::{Part, Parts, Progress};

@@ -6,10 +6,11 @@
 
 use std::cmp::Reverse;
 use std::fmt;
+use std::sync::Arc;
 
 use crate::aggregate::Aggregate;
 use crate::event::{Key, Meta, ShardId};
-use crate::sync::{Arc, AtomicU64, Ordering, SeqLock};
+use crate::sync::{AtomicU64, Ordering, SeqLock};
 use crate::view::index::Index;
 use crate::view::parts::{Part, Parts, Progress};
 use crate::view::{Place, Position, View, ViewWriter};

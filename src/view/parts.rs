@@ -4,9 +4,10 @@
 //! that nothing is left over and an engine that is still stopping writes where nobody looks.
 
 use std::fmt;
+use std::sync::Arc;
 
 use crate::event::{Sequence, ShardId, Time};
-use crate::sync::{Arc, AtomicU64, CachePadded, Ordering, SeqLock, ShardedLock};
+use crate::sync::{AtomicU64, CachePadded, Ordering, SeqLock, ShardedLock};
 use crate::view::{Place, Position};
 
 /// A position that is read whole.

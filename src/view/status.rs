@@ -4,10 +4,11 @@
 //! figures are exactly those at its published position.
 
 use std::fmt;
+use std::sync::Arc;
 
 use crate::aggregate::Aggregate;
 use crate::event::{Key, Meta, Sequence, ShardId, Time};
-use crate::sync::{Arc, AtomicU64, Ordering, SeqLock};
+use crate::sync::{AtomicU64, Ordering, SeqLock};
 use crate::view::index::Index;
 use crate::view::leaderboard::{Leaderboard, Ranked};
 use crate::view::parts::Parts;

@@ -1,6 +1,7 @@
 //! Letters against a plain model, and what is left of them after cuts, flips, failures and power cuts.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use proptest::prelude::*;
 

@@ -1,5 +1,6 @@
 //! Carries out what was asked from outside: the files of `requests.rs`.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::super::requests::Request;
@@ -12,7 +13,7 @@ impl<E: Event> Driver<E> {
         if now < self.requests.look_at {
             return 0;
         }
-        let name = std::sync::Arc::clone(&self.settings.name);
+        let name = Arc::clone(&self.settings.name);
         let begun = self.requests.look(&*self.storage, &self.dir, &name, now);
         let mut work = begun;
         let mut all = std::mem::take(&mut self.requests.taken);

@@ -1,6 +1,7 @@
 //! One shard of a consumer: reads the log, and offers what is not done to the lanes.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 use std::task::Waker;
 
 use super::super::checkpoint::Progress;
@@ -21,7 +22,6 @@ use crate::log::reader::{Ahead, Reader};
 use crate::log::segment::ShardLog;
 use crate::log::storage::Lock;
 use crate::log::syncer::SyncRequests;
-use crate::sync::Arc;
 
 /// Events read in one go, before other shards and other work have their turn.
 const READ_MAX: usize = 1024;
@@ -34,8 +34,8 @@ const READY_SPARE: usize = 64;
 #[derive(Debug)]
 pub(crate) struct Place {
     pub(crate) log: Arc<ShardLog>,
-    pub(crate) syncer: std::sync::Arc<SyncRequests>,
-    pub(crate) lock: std::sync::Arc<dyn Lock>,
+    pub(crate) syncer: Arc<SyncRequests>,
+    pub(crate) lock: Arc<dyn Lock>,
     pub(crate) hold: Arc<Hold>,
     pub(crate) progress: Progress,
 }
@@ -43,8 +43,8 @@ pub(crate) struct Place {
 /// One shard of a consumer.
 pub(crate) struct Desk<E: Event> {
     pub(crate) log: Arc<ShardLog>,
-    syncer: std::sync::Arc<SyncRequests>,
-    pub(super) lock: std::sync::Arc<dyn Lock>,
+    syncer: Arc<SyncRequests>,
+    pub(super) lock: Arc<dyn Lock>,
     pub(super) hold: Arc<Hold>,
     pub(super) reader: Reader<E>,
     finder: Finder,
@@ -80,8 +80,8 @@ impl<E: Event> Desk<E> {
     pub(super) fn open(place: Place, settings: &Settings, letters: &Letters) -> Result<Self, ConsumerError> {
         let Place { log, syncer, lock, hold, progress } = place;
         let policy = settings.lanes.clone().concurrency(settings.concurrency);
-        let reader = Reader::at(Arc::clone(&log), progress.position, std::sync::Arc::clone(&lock))?;
-        let finder = Finder::new(Arc::clone(&log), std::sync::Arc::clone(&lock));
+        let reader = Reader::at(Arc::clone(&log), progress.position, Arc::clone(&lock))?;
+        let finder = Finder::new(Arc::clone(&log), Arc::clone(&lock));
         let lanes = Lanes::new(policy, progress.position)?;
         let records_until = records_until(&log, letters);
         let restored = (progress.read > progress.position).then(|| (progress.read, progress.unfinished.into()));
@@ -341,7 +341,7 @@ impl<E: Event> Desk<E> {
 
     /// A finder and what else a job needs that is run elsewhere.
     pub(crate) fn finder(&self) -> Finder {
-        Finder::new(Arc::clone(&self.log), std::sync::Arc::clone(&self.lock))
+        Finder::new(Arc::clone(&self.log), Arc::clone(&self.lock))
     }
 
     /// Its log, and its hold on it.

@@ -1,5 +1,6 @@
 //! Saves how far a consumer has come, and lets retention go on behind that.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::super::checkpoint::{Checkpoint, Progress};
@@ -14,7 +15,6 @@ use crate::log::position::Position;
 use crate::log::reader::Reader;
 use crate::log::segment::ShardLog;
 use crate::log::storage::Lock;
-use crate::sync::Arc;
 
 /// When the next checkpoint is due, and what became of the last ones.
 #[derive(Debug)]
@@ -52,7 +52,7 @@ impl<E: Event> Desk<E> {
 
     fn reader_at(&self, start: Start) -> Result<Reader<E>, ReadError> {
         let position = start_position::<E>(&self.log, &self.lock, start)?.offset();
-        Reader::at(Arc::clone(&self.log), position, std::sync::Arc::clone(&self.lock))
+        Reader::at(Arc::clone(&self.log), position, Arc::clone(&self.lock))
     }
 
     /// What changes when anything was done.
@@ -170,15 +170,15 @@ impl<E: Event> Driver<E> {
 /// Where a start lies in a shard's log.
 pub(crate) fn start_position<E: Event>(
     log: &Arc<ShardLog>,
-    lock: &std::sync::Arc<dyn Lock>,
+    lock: &Arc<dyn Lock>,
     start: Start,
 ) -> Result<Position, ReadError> {
     let mut reader = match start {
         Start::Latest => {
             let end = Offset(log.appended.get());
-            Reader::<E>::at(Arc::clone(log), end, std::sync::Arc::clone(lock))?
+            Reader::<E>::at(Arc::clone(log), end, Arc::clone(lock))?
         }
-        Start::Beginning | Start::Time(_) => Reader::earliest(Arc::clone(log), std::sync::Arc::clone(lock)),
+        Start::Beginning | Start::Time(_) => Reader::earliest(Arc::clone(log), Arc::clone(lock)),
     };
     if let Start::Time(time) = start {
         reader.seek(|header| header.time >= time)?;

@@ -8,10 +8,10 @@ mod part;
 mod writer;
 
 use std::fmt;
+use std::sync::Arc;
 
 use crate::aggregate::Aggregate;
 use crate::event::{Key, ShardId};
-use crate::sync::Arc;
 use crate::view::parts::Parts;
 use crate::view::{Place, Position, View, ViewWriter};
 

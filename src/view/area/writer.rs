@@ -3,11 +3,13 @@
 //! Every way of a player into another block is noted first and settled last; what a reader looks at again (the player by
 //! number) is right before the first block changes.
 
+use std::sync::Arc;
+
 use super::part::{BLOCK, Players};
 use super::{Found, Inner};
 use crate::aggregate::Aggregate;
 use crate::event::{Key, Meta};
-use crate::sync::{Arc, Ordering};
+use crate::sync::Ordering;
 use crate::view::index::Index;
 use crate::view::{Place, Position, ViewWriter};
 

@@ -1,12 +1,21 @@
-//! One value from one thread to another that waits for it, by blocking or as a task.
+//! One value from one thread to another, which waits for it by blocking or as a task; and blocking until any condition holds.
 
 use std::future::Future;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
-use crate::error::WaitError;
-use crate::sync::{Arc, Mutex, lock, may_wait, thread_waker, wake};
+use super::{Mutex, lock, may_wait, thread, wake};
+
+/// Why a wait ended without its outcome.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum GaveUp {
+    /// The deadline passed.
+    TimedOut,
+    /// An engine waits for the current thread, so it must not wait for an engine.
+    OnEngineThread,
+}
 
 #[derive(Debug)]
 struct Shared<T> {
@@ -52,7 +61,7 @@ impl<T> Drop for Keeping<T> {
 
 impl<T> Promise<T> {
     /// Blocks until there is a value. `Ok(None)`: there will be none.
-    pub(crate) fn wait(&self, deadline: Option<Instant>) -> Result<Option<T>, WaitError> {
+    pub(crate) fn wait(&self, deadline: Option<Instant>) -> Result<Option<T>, GaveUp> {
         block_until(deadline, |waker| lock(&self.0).waker = Some(waker.clone()), || self.take().map(Ok))
     }
 
@@ -75,28 +84,28 @@ impl<T> Future for Promise<T> {
 }
 
 /// Blocks until there is an outcome or the deadline has passed. A thread that an engine waits for is refused instead of blocked.
-pub(crate) fn block_until<T>(
+pub(crate) fn block_until<T, E: From<GaveUp>>(
     deadline: Option<Instant>,
-    register: impl Fn(&std::task::Waker),
-    outcome: impl Fn() -> Option<Result<T, WaitError>>,
-) -> Result<T, WaitError> {
+    register: impl Fn(&Waker),
+    outcome: impl Fn() -> Option<Result<T, E>>,
+) -> Result<T, E> {
     block(may_wait(), deadline, register, outcome)
 }
 
 /// As [`block_until`], for waits of an engine's own threads.
-pub(crate) fn block_own<T>(
-    register: impl Fn(&std::task::Waker),
-    outcome: impl Fn() -> Option<Result<T, WaitError>>,
-) -> Result<T, WaitError> {
+pub(crate) fn block_own<T, E: From<GaveUp>>(
+    register: impl Fn(&Waker),
+    outcome: impl Fn() -> Option<Result<T, E>>,
+) -> Result<T, E> {
     block(true, None, register, outcome)
 }
 
-fn block<T>(
+fn block<T, E: From<GaveUp>>(
     may_wait: bool,
     deadline: Option<Instant>,
-    register: impl Fn(&std::task::Waker),
-    outcome: impl Fn() -> Option<Result<T, WaitError>>,
-) -> Result<T, WaitError> {
+    register: impl Fn(&Waker),
+    outcome: impl Fn() -> Option<Result<T, E>>,
+) -> Result<T, E> {
     let waker = thread_waker();
     loop {
         register(&waker);
@@ -104,12 +113,23 @@ fn block<T>(
             return outcome;
         }
         if !may_wait {
-            return Err(WaitError::OnEngineThread);
+            return Err(GaveUp::OnEngineThread.into());
         }
         match deadline.map(|at| at.saturating_duration_since(Instant::now())) {
-            Some(Duration::ZERO) => return Err(WaitError::TimedOut),
-            Some(left) => crate::sync::thread::park_timeout(left),
-            None => crate::sync::thread::park(),
+            Some(Duration::ZERO) => return Err(GaveUp::TimedOut.into()),
+            Some(left) => thread::park_timeout(left),
+            None => thread::park(),
         }
     }
+}
+
+/// A waker that unparks the current thread.
+pub(crate) fn thread_waker() -> Waker {
+    struct Unpark(thread::Thread);
+    impl std::task::Wake for Unpark {
+        fn wake(self: Arc<Self>) {
+            self.0.unpark();
+        }
+    }
+    Waker::from(Arc::new(Unpark(thread::current())))
 }

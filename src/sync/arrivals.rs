@@ -1,0 +1,76 @@
+//! A mailbox that one thread empties, until it closes it.
+
+use super::{AtomicBool, Mutex, Ordering, lock};
+
+/// Where things are left for one thread to take in, until it closes.
+#[derive(Debug)]
+pub(crate) struct Arrivals<T> {
+    any: AtomicBool,
+    /// `None` once closed.
+    list: Mutex<Option<Vec<T>>>,
+}
+
+impl<T> Arrivals<T> {
+    pub(crate) fn new() -> Self {
+        Self { any: AtomicBool::new(false), list: Mutex::new(Some(Vec::new())) }
+    }
+
+    /// Leaves `item`, or returns it when closed. The caller wakes the taker afterwards.
+    pub(crate) fn push(&self, item: T) -> Result<(), T> {
+        match &mut *lock(&self.list) {
+            Some(list) => {
+                list.push(item);
+                // Release: pairs with the Acquire in `is_empty`.
+                self.any.store(true, Ordering::Release);
+                Ok(())
+            }
+            None => Err(item),
+        }
+    }
+
+    #[inline]
+    pub(crate) fn is_empty(&self) -> bool {
+        !self.any.load(Ordering::Acquire)
+    }
+
+    /// Takes what has arrived.
+    pub(crate) fn take(&self) -> Vec<T> {
+        let mut list = lock(&self.list);
+        self.any.store(false, Ordering::Release);
+        list.as_mut().map(std::mem::take).unwrap_or_default()
+    }
+
+    /// Takes what has arrived, and lets nothing more arrive.
+    pub(crate) fn close(&self) -> Vec<T> {
+        let mut list = lock(&self.list);
+        self.any.store(false, Ordering::Release);
+        list.take().unwrap_or_default()
+    }
+}
+
+#[cfg(all(test, loom))]
+mod models {
+    use super::*;
+    use crate::sync::{CloseGate, thread};
+    use loom::sync::Arc;
+
+    /// A lane that is registered while the shard closes is closed by one of the two, and never both adopted and forgotten.
+    #[test]
+    fn loom_a_lane_registered_while_closing_is_closed_by_somebody() {
+        loom::model(|| {
+            let arrivals = Arc::new(Arrivals::<Arc<CloseGate>>::new());
+            let lane = Arc::new(CloseGate::new());
+            let (other, registered) = (Arc::clone(&arrivals), Arc::clone(&lane));
+            let registrar = thread::spawn(move || {
+                if let Err(lane) = other.push(registered) {
+                    lane.close();
+                }
+            });
+            let mut adopted = if arrivals.is_empty() { Vec::new() } else { arrivals.take() };
+            adopted.extend(arrivals.close());
+            adopted.iter().for_each(|lane| lane.close());
+            registrar.join().unwrap();
+            assert!(lane.is_closed(), "nobody closed the lane");
+        });
+    }
+}

@@ -1,0 +1,58 @@
+//! The protocols between threads, one per file. This folder names no other module of the crate.
+//!
+//! It is the only importer of atomics, locks and threads for protocols, so that one switch, `--cfg loom`, puts all of
+//! them under a model checker (`tests/loom.rs` compiles this folder alone). What loom cannot model stays outside: the
+//! atomic view of mapped bytes, and the start of threads. `tests/tidy.rs` lists the exceptions.
+//!
+//! `Arc` is always the standard library's, here and everywhere else: counting references is no protocol of ours, and
+//! loom's `Arc` cannot hold a trait object. Only the models use loom's.
+
+mod arrivals;
+mod close_gate;
+mod cpu;
+mod idle;
+mod journal;
+mod lock;
+#[cfg(not(loom))]
+mod promise;
+mod role;
+mod seed;
+mod seqlock;
+mod signal;
+mod waiters;
+mod watermark;
+
+#[cfg(loom)]
+pub(crate) use loom::{
+    sync::Mutex,
+    sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, fence},
+    thread,
+};
+#[cfg(not(loom))]
+pub(crate) use std::{
+    sync::Mutex,
+    sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, fence},
+    thread,
+};
+
+#[cfg(not(loom))]
+pub(crate) use crossbeam::sync::ShardedLock;
+pub(crate) use crossbeam::utils::CachePadded;
+
+pub(crate) use arrivals::Arrivals;
+pub(crate) use close_gate::{CloseGate, Inside};
+pub(crate) use cpu::{cores, prefetch, prefetch_at, prefetch_to_write};
+pub use idle::Wait;
+pub(crate) use idle::{Idle, Patience, nap};
+pub(crate) use journal::Journal;
+pub(crate) use lock::lock;
+#[cfg(not(loom))]
+pub(crate) use lock::lock_until;
+#[cfg(not(loom))]
+pub(crate) use promise::{GaveUp, Keeping, Promise, block_own, block_until, promise, thread_waker};
+pub(crate) use role::{Role, may_wait, role, take_role};
+pub(crate) use seed::{Keyed, keyed, plant};
+pub(crate) use seqlock::SeqLock;
+pub(crate) use signal::Signal;
+pub(crate) use waiters::{Waiters, wake};
+pub(crate) use watermark::Watermark;

@@ -1,0 +1,54 @@
+//! A published position: one thread moves it forward, any thread reads it.
+//!
+//! One writer. Everything written before `publish` is visible to a thread that reads the new position.
+
+use super::{AtomicU64, CachePadded, Ordering};
+
+/// A position that one thread moves forward and others read. What was written before
+/// [`Watermark::publish`] is visible to who sees the position.
+#[derive(Debug)]
+pub(crate) struct Watermark(CachePadded<AtomicU64>);
+
+impl Watermark {
+    pub(crate) fn new(at: u64) -> Self {
+        Self(CachePadded::new(AtomicU64::new(at)))
+    }
+
+    /// Only the one writer calls this, with positions that never fall.
+    #[inline]
+    pub(crate) fn publish(&self, at: u64) {
+        // Release: pairs with the Acquire in `get`.
+        self.0.store(at, Ordering::Release);
+    }
+
+    #[inline]
+    pub(crate) fn get(&self) -> u64 {
+        // Acquire: pairs with the Release in `publish`.
+        self.0.load(Ordering::Acquire)
+    }
+}
+
+#[cfg(all(test, loom))]
+mod models {
+    use super::*;
+    use crate::sync::thread;
+    use loom::sync::Arc;
+    use loom::sync::atomic::AtomicUsize;
+
+    /// Who sees the watermark sees everything below it.
+    #[test]
+    fn loom_watermark_publishes_what_lies_below() {
+        loom::model(|| {
+            let shared = Arc::new((Watermark::new(0), AtomicUsize::new(0)));
+            let other = Arc::clone(&shared);
+            let writer = thread::spawn(move || {
+                other.1.store(7, Ordering::Relaxed);
+                other.0.publish(1);
+            });
+            if shared.0.get() == 1 {
+                assert_eq!(shared.1.load(Ordering::Relaxed), 7);
+            }
+            writer.join().unwrap();
+        });
+    }
+}
