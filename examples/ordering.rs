@@ -17,7 +17,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail, ensure};
-use corelane::consumer::GatePolicy;
+use corelane::ingress::GatePolicy;
 use corelane::{Accepted, Config, Durability, EventLog, Gap, GatedProducer, Key, Receipt, ShardId};
 use event::{ArchivedGameEvent, GameEvent};
 use rand::rngs::SmallRng;

@@ -70,6 +70,12 @@ pub(crate) fn wall_now() -> Time {
     Time(u64::try_from(since.as_nanos()).unwrap_or(u64::MAX))
 }
 
+/// The wall time at which an event of this publish time happened.
+#[inline]
+pub(crate) fn wall_time(published: Nanos, wall_offset: u64) -> Time {
+    Time(published.wrapping_add(wall_offset))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

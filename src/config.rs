@@ -6,6 +6,20 @@ use std::time::Duration;
 use crate::error::ConfigError;
 use crate::sync::Wait;
 
+/// Methods of a builder, one per field.
+macro_rules! setters {
+    ($($(#[$doc:meta])* $name:ident: $kind:ty),+ $(,)?) => {
+        $($(#[$doc])*
+        #[must_use]
+        pub fn $name(mut self, $name: $kind) -> Self {
+            self.$name = $name;
+            self
+        })+
+    };
+}
+
+pub(crate) use setters;
+
 /// When an event counts as durable.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Durability {
@@ -104,7 +118,7 @@ impl Checked {
     }
 }
 
-macro_rules! setters {
+macro_rules! checked_setters {
     ($($(#[$doc:meta])* $name:ident: $kind:ty),+ $(,)?) => {
         $($(#[$doc])*
         #[must_use]
@@ -143,7 +157,7 @@ impl Config {
         }
     }
 
-    setters! {
+    checked_setters! {
         /// Number of shards, 1..=1024. Fixed when the store is created. Several may share a core.
         shards: u16,
         /// When an event counts as durable. Default: `GroupCommit`.
@@ -231,6 +245,11 @@ pub(crate) const SEGMENT_BYTES: std::ops::RangeInclusive<u64> = 64 << 10..=16 <<
 
 pub(crate) fn in_range(name: &'static str, value: u64, min: u64, max: u64) -> Result<(), ConfigError> {
     if (min..=max).contains(&value) { Ok(()) } else { Err(ConfigError::OutOfRange { name, value, min, max }) }
+}
+
+/// Whole milliseconds, for checks of ranges.
+pub(crate) fn whole_ms(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
 
 fn power_of_two(name: &'static str, value: u64, min: u64, max: u64) -> Result<(), ConfigError> {

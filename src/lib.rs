@@ -8,65 +8,77 @@
 // The derive macro names this crate by its name, here too.
 extern crate self as corelane;
 
-mod bounded;
-mod config;
-mod error;
-mod event;
+// The layers, lowest first; `tests/tidy.rs` checks that no file names a higher one.
 mod sync;
 
-mod aggregate;
-#[cfg(feature = "bench-support")]
-#[doc(hidden)]
-pub mod bench_support;
-pub mod check;
+mod bounded;
 mod clock;
-mod command;
-pub mod consumer;
-mod engine;
+mod config;
 pub mod envelope;
-mod flush;
-mod gated;
-mod handler;
-mod history;
-mod keys;
-mod log;
+mod error;
+mod event;
 mod metrics;
-mod producer;
-mod ring;
-mod runner;
+
+mod storage;
+
+mod log;
+
+mod lane;
+
+mod state;
+
+mod command;
+
+pub mod ingress;
+
 mod shard;
-mod shared;
-mod snapshot;
+
+mod recovery;
+
+mod background;
+
+pub mod consumer;
+
+mod engine;
+
+mod ops;
 pub mod testing;
-pub mod view;
+#[cfg(feature = "cli")]
+pub mod tools;
 
 pub use bounded::{Bounded, DEPTH_MAX};
 pub use config::{Checked, Config, Durability, Pin, Retention};
 pub use error::{
-    CodePanic, ConfigError, Corruption, FailureCause, GateError, GateOpenError, HistoryError, OpenError, PanickedEvent,
-    PositionError, ReadError, Rejected, RejectedReason, ShardFailure, WaitError,
+    CodePanic, ConfigError, Corruption, FailureCause, GateError, GateOpenError, HandlerError, HistoryError, OpenError,
+    PanickedEvent, PositionError, ReadError, Rejected, RejectedReason, ShardFailure, WaitError,
 };
 pub use event::{
     Correlation, Encode, Event, EventId, EventType, EventTypeId, Key, Meta, Offset, Scratch, Sequence, ShardId, Time,
     Upcaster, Version, deserialize,
 };
 pub use sync::Wait;
+#[cfg(feature = "bench-support")]
+#[doc(hidden)]
+pub use testing::bench_support;
 pub use {
-    aggregate::{Aggregate, Emit, Stateless, Stored},
     command::{Answer, Client, CommandError, ExpectedVersion, IdempotencyKey, Outcome, Sending, Ticket},
     engine::{Builder, Engine, EventLog},
     engine::{Comparison, SyncError},
-    gated::{Accepted, Gap, GateRefused, GatedProducer, LateEvent},
-    handler::{BatchEnd, Handler, HandlerError, OnError},
-    history::{At, Between, Counts, Past, Stream},
+    ingress::gated::{Accepted, Gap, GateRefused, GatedProducer, LateEvent},
+    ingress::producer::{BatchRejected, Producer},
+    ingress::shared::{SharedProducer, SharedReceipt},
+    lane::receipt::{Pending, Receipt},
     log::position::Position,
     log::reader::{Reader, Record},
-    log::report::{RecoveryReport, ShardRecovery, TornTail},
     log::scan,
     metrics::{Metrics, ShardMetrics, Stage, write_hgrm, write_hlog},
-    producer::{BatchRejected, Pending, Producer, Receipt},
-    shared::{SharedProducer, SharedReceipt},
-    snapshot::store::SnapshotStats,
+    ops::check,
+    recovery::report::{RecoveryReport, ShardRecovery, TornTail},
+    shard::handler::{BatchEnd, Handler, OnError},
+    state::aggregate::{Aggregate, Emit, Stateless, Stored},
+    state::history::{At, Between, Counts, Past, Stream},
+    state::snapshot::store::SnapshotStats,
+    state::view,
 };
 
 /// The README's quick start is compiled and run with the other examples.

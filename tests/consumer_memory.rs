@@ -6,7 +6,8 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 use std::time::{Duration, Instant};
 
-use corelane::consumer::{GatePolicy, Lanes, LanesPolicy, Offered, SequenceGate, Verdict};
+use corelane::consumer::{Lanes, LanesPolicy, Verdict};
+use corelane::ingress::{GatePolicy, Offered, SequenceGate};
 use corelane::{Key, Offset};
 
 struct Counting;

@@ -175,7 +175,7 @@ reading!(Gated, GATE_REFUSES);
 fn a_gate_does_not_count_past_an_event_that_cannot_be_read() {
     let dir = store();
     let engine = open::<Gated>(dir.path());
-    let policy = corelane::consumer::GatePolicy::default;
+    let policy = corelane::ingress::GatePolicy::default;
     for _ in 0..2 {
         let opened = engine.gated("in", policy(), |event| Some((event.n.to_native(), 0)));
         assert!(matches!(opened, Err(corelane::GateOpenError::Read(ReadError::Corruption(_)))));

@@ -11,7 +11,8 @@ use std::time::{Duration, Instant};
 
 use common::bank::{Account, Money};
 use common::{ArchivedNote, Note, SEGMENT, fill, numbers, open_on, os_cache, small, soon, until};
-use corelane::consumer::{Consumer, GatePolicy, HealthPolicy, Retry};
+use corelane::consumer::{Consumer, HealthPolicy, Retry};
+use corelane::ingress::GatePolicy;
 use corelane::testing::FaultyStorage;
 use corelane::{
     Accepted, Config, Engine, EventLog, GateError, GatedProducer, HandlerError, HistoryError, Key, Meta, OnError,

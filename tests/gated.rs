@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use common::{ArchivedNote, Note, SEGMENT, env_number, open_on, os_cache, read_shard, small, soon};
-use corelane::consumer::{GatePolicy, GateStart, Refused};
+use corelane::ingress::{GatePolicy, GateStart, Refused};
 use corelane::testing::{FaultyStorage, Unsynced};
 use corelane::{
     Accepted, Config, EventLog, Gap, GateError, GateOpenError, GateRefused, GatedProducer, Key, OpenError, Rejected,

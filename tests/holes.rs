@@ -9,7 +9,8 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, OnceLock};
 
 use common::{ArchivedNote, Note, PAGE, SEGMENT, segment_path, small, soon, until};
-use corelane::consumer::{Batch, Call, Consumer, ConsumerError, GatePolicy, Judgement, Sink, Start, outside};
+use corelane::consumer::{Batch, Call, Consumer, ConsumerError, Judgement, Sink, Start, outside};
+use corelane::ingress::GatePolicy;
 use corelane::scan::Store;
 use corelane::{
     Aggregate, Bounded, Engine, GateOpenError, HandlerError, HistoryError, Key, Meta, Offset, OpenError, Position,

@@ -11,7 +11,8 @@ use std::time::Duration;
 
 use common::{ArchivedNote, Note, SEGMENT, copy, numbers, small, soon, tree, until};
 use corelane::consumer::outside::{self, DeadLetters};
-use corelane::consumer::{Consumer, GatePolicy, HealthPolicy, Request, Retry};
+use corelane::consumer::{Consumer, HealthPolicy, Request, Retry};
+use corelane::ingress::GatePolicy;
 use corelane::scan::Store;
 use corelane::{
     Accepted, Config, EventLog, GatedProducer, HandlerError, Key, Meta, Offset, OnError, OpenError, Retention, ShardId,

@@ -414,7 +414,7 @@ fn partition(event: &common::ArchivedNote) -> Option<(u64, u64)> {
 fn wounded() -> Files {
     let storage = FaultyStorage::new();
     let engine = open_on(&storage, shards_config()).unwrap();
-    let mut gated = engine.gated("in", corelane::consumer::GatePolicy::default(), partition).unwrap();
+    let mut gated = engine.gated("in", corelane::ingress::GatePolicy::default(), partition).unwrap();
     for n in 0..150 {
         drop(gated.offer(0, n, Key(n % 11), text(n)).unwrap());
     }
@@ -824,7 +824,7 @@ fn a_process_killed_at_any_store_of_a_new_segments_header_leaves_a_store_that_op
 fn no_field_of_a_consumers_or_a_gates_position_makes_opening_panic_or_change_an_event() {
     let storage = FaultyStorage::new();
     let engine = open_on(&storage, shards_config()).unwrap();
-    let mut gated = engine.gated("in", corelane::consumer::GatePolicy::default(), partition).unwrap();
+    let mut gated = engine.gated("in", corelane::ingress::GatePolicy::default(), partition).unwrap();
     for n in (0..40).chain([50, 51, 60]) {
         drop(gated.offer(0, n, Key(n % 11), text(n)).unwrap());
     }
@@ -880,7 +880,7 @@ fn no_field_of_a_consumers_or_a_gates_position_makes_opening_panic_or_change_an_
                 match engine {
                     Ok(engine) => {
                         assert_eq!(engine.recovery().events(), 40, "{what}");
-                        drop(engine.gated("in", corelane::consumer::GatePolicy::default(), partition));
+                        drop(engine.gated("in", corelane::ingress::GatePolicy::default(), partition));
                         opened += 1;
                     }
                     Err(error) => {

@@ -12,9 +12,8 @@ use std::task::{Context, Wake, Waker};
 use std::time::{Duration, Instant};
 
 use common::{small, soon, until};
-use corelane::consumer::{
-    Batch, Consumer, ConsumerError, GatePolicy, GateStart, Judgement, Letters, Poller, Sink, SinkConsumer, Start,
-};
+use corelane::consumer::{Batch, Consumer, ConsumerError, Judgement, Letters, Poller, Sink, SinkConsumer, Start};
+use corelane::ingress::{GatePolicy, GateStart};
 use corelane::view::ById;
 use corelane::{
     Aggregate, BatchEnd, Bounded, Client, CommandError, Config, Durability, Emit, Engine, Event, EventId, EventType,

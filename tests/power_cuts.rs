@@ -9,7 +9,8 @@ use std::time::Duration;
 
 use common::bank::{Account, ArchivedMoney, Money, Order, Refused};
 use common::{SEGMENT, small, soon, until};
-use corelane::consumer::{GatePolicy, Judgement};
+use corelane::consumer::Judgement;
+use corelane::ingress::GatePolicy;
 use corelane::testing::{FaultyStorage, Unsynced};
 use corelane::{CommandError, Config, Durability, Engine, Key, OpenError, Retention, WaitError};
 

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use common::bank::{Account, Order};
 use common::{ArchivedNote, Note, SEGMENT, open_on, os_cache, read_shard, small, soon};
-use corelane::consumer::GatePolicy;
+use corelane::ingress::GatePolicy;
 use corelane::testing::FaultyStorage;
 use corelane::{
     Accepted, Config, Durability, Engine, EventLog, GateOpenError, GatedProducer, Key, OpenError, Retention,

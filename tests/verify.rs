@@ -11,7 +11,8 @@ use std::time::{Duration, Instant};
 
 use common::bank::{Account, ArchivedMoney, Money, Order};
 use common::{SEGMENT, copy, small, soon, tree, until};
-use corelane::consumer::{GatePolicy, Judgement, Letters, Request, outside};
+use corelane::consumer::{Judgement, Letters, Request, outside};
+use corelane::ingress::GatePolicy;
 use corelane::scan::Store;
 use corelane::{Config, Durability, Engine, Key, OpenError, Retention};
 

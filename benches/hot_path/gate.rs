@@ -3,7 +3,7 @@
 use std::hint::black_box;
 use std::time::Duration;
 
-use corelane::consumer::{GatePolicy, Offered, Released, SequenceGate};
+use corelane::ingress::{GatePolicy, Offered, Released, SequenceGate};
 use criterion::{BenchmarkId, Criterion, Throughput};
 use rand::rngs::SmallRng;
 use rand::seq::SliceRandom as _;

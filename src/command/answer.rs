@@ -6,7 +6,7 @@ use std::task::{Context, Poll};
 use std::time::Instant;
 
 use super::{Client, ClientLane, CommandError, Outcome, Ticket, Verdict, Waiting};
-use crate::aggregate::Aggregate;
+use crate::state::aggregate::Aggregate;
 
 /// An answer that is waited for.
 #[must_use = "nothing waits until `.wait()` or `.await`"]

@@ -6,9 +6,9 @@ use std::task::{Context, Poll};
 use std::time::Instant;
 
 use super::{Client, CommandError, ExpectedVersion, Order, Outcome, Ticket};
-use crate::aggregate::Aggregate;
 use crate::error::{Rejected, RejectedReason};
 use crate::event::{Key, KeyHash};
+use crate::state::aggregate::Aggregate;
 use crate::sync::{Patience, may_wait};
 
 /// A command that is not sent yet.

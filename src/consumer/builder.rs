@@ -10,16 +10,16 @@ use super::effects::Call;
 use super::error::ConsumerError;
 use super::handle::Consumer;
 use super::health::HealthPolicy;
-use super::lanes::answer::LanesPolicy;
 use super::poller::Poller;
 use super::retry::Retry;
 use super::running;
 use super::services::Services;
 use super::settings::{Exhausted, Filter, Judgement, Settings, Start};
-use super::whole_ms;
 use crate::config::in_range;
+use crate::config::whole_ms;
+use crate::consumer::key_queues::answer::LanesPolicy;
+use crate::error::HandlerError;
 use crate::event::{Event, Meta};
-use crate::handler::HandlerError;
 use crate::log::reader::Sight;
 
 /// A consumer about to be started. Everything has a default; the name is its identity in the store.

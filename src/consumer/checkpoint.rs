@@ -9,10 +9,12 @@ use std::path::{Path, PathBuf};
 use super::dead_letter::{FileEnd, is_letters_name};
 use crate::error::OpenError;
 use crate::event::Offset;
-use crate::log::format::{ALIGN, FORMAT_VERSION, OFFSETS_END, u16_at, u32_at, u64_at};
+use crate::log::format::{FORMAT_VERSION, OFFSETS_END};
 use crate::log::manifest::is_folder_name;
 use crate::log::position::Position;
-use crate::log::storage::{Storage, replace};
+use crate::storage::framed::{u16_at, u32_at, u64_at};
+use crate::storage::memory::ALIGN;
+use crate::storage::{Storage, replace};
 
 const MAGIC: [u8; 8] = *b"coreckpt";
 /// Its file name in the consumer's folder.

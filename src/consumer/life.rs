@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use super::error::{ConsumerError, ConsumerFailure};
 use super::services::Services;
 use crate::error::WaitError;
-use crate::handler::panic_text;
+use crate::error::panic_text;
 use crate::sync::block_until;
 use crate::sync::{AtomicBool, AtomicU64, Mutex, Ordering, Role, Waiters, lock, may_wait, role, take_role, thread};
 

@@ -10,20 +10,6 @@
 //! | [`RetryPolicy`] | An attempt failed: when is the next, if any? |
 //! | [`Health`] | Does this service work, and may it be called now? |
 
-use std::time::Duration;
-
-/// Builders' methods, one per field. Above the modules that use it.
-macro_rules! setters {
-    ($($(#[$doc:meta])* $name:ident: $kind:ty),+ $(,)?) => {
-        $($(#[$doc])*
-        #[must_use]
-        pub fn $name(mut self, $name: $kind) -> Self {
-            self.$name = $name;
-            self
-        })+
-    };
-}
-
 mod alarm;
 mod builder;
 pub(crate) mod checkpoint;
@@ -33,7 +19,7 @@ mod effects;
 mod error;
 mod handle;
 mod health;
-mod lanes;
+mod key_queues;
 mod life;
 pub mod outside;
 mod poller;
@@ -41,7 +27,6 @@ mod report;
 mod requests;
 mod retry;
 mod running;
-mod sequence_gate;
 pub(crate) mod services;
 mod settings;
 mod sink;
@@ -63,17 +48,8 @@ pub use sink::{Batch, Sink, SinkConsumer};
 
 pub use health::report::HealthReport;
 pub use health::{Admission, Cause, Health, HealthChange, HealthPolicy, HealthStatus, Pass};
-pub use lanes::Lanes;
-pub use lanes::answer::{
+pub use key_queues::Lanes;
+pub use key_queues::answer::{
     KeyState, LaneStatistics, LanesPolicy, NotParked, OfferRefused, RecordKind, Run, ToRecord, Verdict,
 };
 pub use retry::{AfterFailure, JitterRng, Retry, RetryPolicy};
-pub use sequence_gate::SequenceGate;
-pub use sequence_gate::answer::{GateStatistics, Offered, Refused, Released, StartRefused};
-pub(crate) use sequence_gate::partition::Ahead;
-pub use sequence_gate::policy::{GatePolicy, GateStart};
-
-/// Whole milliseconds, for checks of ranges.
-fn whole_ms(duration: Duration) -> u64 {
-    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
-}

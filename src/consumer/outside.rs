@@ -16,7 +16,7 @@ use crate::error::OpenError;
 use crate::event::{EventId, Key, Offset};
 use crate::log::position::Position;
 use crate::log::scan::Store;
-use crate::log::storage::Storage;
+use crate::storage::Storage;
 
 /// A consumer that is registered in a store.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -14,10 +14,10 @@ use super::error::ConsumerError;
 use super::report::ConsumerReport;
 use super::services::Services;
 use super::settings::Start;
+use crate::error::HandlerError;
 use crate::event::{Event, EventId, Key, Meta, Offset};
-use crate::handler::HandlerError;
+use crate::log::access::Access;
 use crate::log::finder::Finder;
-use crate::log::fold::Access;
 use crate::sync::{Mutex, lock, may_wait, thread_waker};
 
 /// How often its report is renewed while it has work.

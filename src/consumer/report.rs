@@ -7,7 +7,7 @@ use super::driver::{Driver, HaltCause};
 use super::error::ConsumerFailure;
 use super::health::HealthStatus;
 use super::health::report::HealthReport;
-use super::whole_ms;
+use crate::config::whole_ms;
 use crate::event::{Event, Offset};
 use crate::log::segment::ShardLog;
 

@@ -9,8 +9,9 @@ use std::time::Duration;
 
 use super::driver::Letters;
 use crate::event::{Key, Time};
-use crate::log::format::{FORMAT_VERSION, u16_at, u32_at, u64_at};
-use crate::log::storage::{Storage, replace};
+use crate::log::format::FORMAT_VERSION;
+use crate::storage::framed::{u16_at, u32_at, u64_at};
+use crate::storage::{Storage, replace};
 use crate::sync::{AtomicU64, Ordering};
 
 const MAGIC: [u8; 8] = *b"corerqst";

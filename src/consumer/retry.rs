@@ -4,8 +4,8 @@
 
 use std::time::Duration;
 
-use super::whole_ms;
 use crate::config::in_range;
+use crate::config::whole_ms;
 use crate::error::ConfigError;
 use crate::event::Key;
 

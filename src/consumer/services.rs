@@ -19,12 +19,12 @@ use super::report::ConsumerReport;
 use super::settings::Start;
 use crate::error::OpenError;
 use crate::event::{Event, Offset};
+use crate::lane::requests::KeeperRequests;
+use crate::lane::requests::SyncRequests;
 use crate::log::holds::Hold;
-use crate::log::keeper::KeeperRequests;
 use crate::log::manifest::is_folder_name;
 use crate::log::segment::ShardLog;
-use crate::log::storage::{Lock, Storage};
-use crate::log::syncer::SyncRequests;
+use crate::storage::{Lock, Storage};
 use crate::sync::{Mutex, lock};
 
 /// A consumer that has threads.
@@ -100,7 +100,7 @@ impl Services {
         let register = |Found { name, checkpoint, .. }: Found| {
             let holds = shards.iter().zip(&checkpoint.shards);
             let holds = holds
-                .map(|((log, _), progress)| log.holds.hold(&hold_name(&name), progress.position, &keeper))
+                .map(|((log, _), progress)| log.holds.hold(&hold_name(&name), progress.position, &keeper.signal))
                 .collect();
             (name, Known::registered(holds))
         };
@@ -183,8 +183,11 @@ impl Services {
         start: Start,
     ) -> Result<(Checkpoint, Vec<Arc<Hold>>), ConsumerError> {
         // Nothing is freed from here on, so the positions stay what they are.
-        let holds: Vec<_> =
-            self.shards.iter().map(|(log, _)| log.holds.hold(&hold_name(name), Offset(0), &self.keeper)).collect();
+        let holds: Vec<_> = self
+            .shards
+            .iter()
+            .map(|(log, _)| log.holds.hold(&hold_name(name), Offset(0), &self.keeper.signal))
+            .collect();
         let registered = self.saved_at::<E>(dir, start);
         match registered {
             Ok(checkpoint) => {

@@ -7,10 +7,10 @@ use std::time::Duration;
 use super::dead_letter::answer::DeadLetterPolicy;
 use super::error::ConsumerError;
 use super::health::HealthPolicy;
-use super::lanes::answer::LanesPolicy;
 use super::retry::RetryPolicy;
+use crate::consumer::key_queues::answer::LanesPolicy;
+use crate::error::HandlerError;
 use crate::event::{Event, EventTypeId, Time};
-use crate::handler::HandlerError;
 use crate::log::reader::Sight;
 
 /// Where a consumer starts that has no checkpoint yet, or goes to when it is set.

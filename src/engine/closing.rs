@@ -6,15 +6,15 @@ use std::time::{Duration, Instant};
 
 use super::threads::join_until;
 use super::{Engine, Handle};
-use crate::aggregate::Aggregate;
+use crate::background::snapshotter::SnapshotterRequests;
 use crate::consumer::services::Services;
+use crate::engine::runner::RunnerRequests;
 use crate::error::{ShardFailure, WaitError};
-use crate::log::keeper::KeeperRequests;
+use crate::lane::door::ShardDoor;
+use crate::lane::requests::CheckpointRequests;
+use crate::lane::requests::KeeperRequests;
 use crate::metrics::Exchange;
-use crate::producer::ShardDoor;
-use crate::runner::RunnerRequests;
-use crate::snapshot::snapshotter::SnapshotterRequests;
-use crate::snapshot::taker::CheckpointRequests;
+use crate::state::aggregate::Aggregate;
 use crate::sync::{Mutex, Ordering, Role, lock_until, role, thread};
 
 /// How long a drop waits where nothing moves: for a full disk, a consumer's handler, a shard that ends no turn.
@@ -81,7 +81,7 @@ impl Closing {
         // Keeper and snapshotter, which were started first, go last: the shards may need segments, and retention saved states,
         // to the end.
         let helpers =
-            [(&self.keeper.ending, &self.keeper.signal), (&self.snapshotter.ending, &*self.snapshotter.signal)];
+            [(&self.keeper.ending, &*self.keeper.signal), (&self.snapshotter.ending, &*self.snapshotter.signal)];
         for left in (0..=helpers.len()).rev() {
             while threads.len() > left {
                 if !join_until(&mut threads, deadline) {

@@ -3,11 +3,11 @@
 use std::time::Instant;
 
 use super::Engine;
-use crate::aggregate::Aggregate;
 use crate::consumer::{Consumer, ConsumerBuilder, ConsumerError, ConsumerReport, Handled, Start};
 use crate::error::{Rejected, WaitError};
 use crate::event::{EventId, Key, Offset};
-use crate::producer::Producer;
+use crate::ingress::producer::Producer;
+use crate::state::aggregate::Aggregate;
 use crate::sync::may_wait;
 
 /// Why an event that was to be published and handled was not, or is not yet.

@@ -4,19 +4,20 @@ use std::sync::Arc;
 
 use super::Engine;
 use super::open::StoreLock;
-use crate::aggregate::Aggregate;
 use crate::clock::wall_now;
-use crate::consumer::{GatePolicy, SequenceGate};
 use crate::error::{GateError, GateOpenError, OpenError, ReadError};
 use crate::event::Offset;
-use crate::gated::{
+use crate::ingress::gated::{
     Counts, Entry, Gap, GateFiles, GatedProducer, GatedShard, Parts, Positions, Recorded, Recovered, Start, TakenName,
     Uncounted, gates_dir, hold_name,
 };
+use crate::ingress::sequence_gate::SequenceGate;
+use crate::ingress::sequence_gate::policy::GatePolicy;
 use crate::log::manifest::is_folder_name;
 use crate::log::reader::{Reader, Sight};
 use crate::log::segment::ShardLog;
-use crate::log::storage::{Lock, Storage, is_exhausted};
+use crate::state::aggregate::Aggregate;
+use crate::storage::{Lock, Storage, is_exhausted};
 
 /// The parts of the log that the gates of a store have not counted.
 pub(super) struct Holds {
@@ -178,7 +179,7 @@ impl<A: Aggregate> Engine<A> {
     pub(super) fn hold(&self, holds: &[(String, Vec<u64>)]) {
         for (name, offsets) in holds {
             for (shard, offset) in self.shards.iter().zip(offsets) {
-                shard.door.log.holds.hold(&hold_name(name), Offset(*offset), &self.keeper);
+                shard.door.log.holds.hold(&hold_name(name), Offset(*offset), &self.keeper.signal);
             }
         }
     }

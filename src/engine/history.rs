@@ -5,16 +5,16 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::{Engine, Handle};
-use crate::aggregate::Aggregate;
 use crate::error::{CodePanic, HistoryError, PanickedEvent, ReadError, WaitError, guard};
 use crate::event::{Key, Meta, Offset, ShardId, Time, Version};
-use crate::history::{At, Between, Counts, Head, Past, Stream, count, state_at};
-use crate::keys::Walk;
 use crate::log::finder::Finder;
-use crate::log::fold::Folder;
 use crate::log::reader::Reader;
-use crate::snapshot::load::{candidates, load};
-use crate::snapshot::store::SnapshotStats;
+use crate::recovery::fold::Folder;
+use crate::recovery::load::{candidates, load};
+use crate::state::aggregate::Aggregate;
+use crate::state::history::{At, Between, Counts, Head, Past, Stream, count, state_at};
+use crate::state::keys::Walk;
+use crate::state::snapshot::store::SnapshotStats;
 use crate::sync::block_until;
 use crate::sync::{Ordering, may_wait};
 
@@ -336,7 +336,7 @@ impl<A: Aggregate> Engine<A> {
             let lost = ReadError::BeyondRetention { shard: id, asked: log.first_offset(0), earliest };
             reader = base.ok_or(lost)?;
         }
-        let folded = guard("evolve or an upcaster", id, || reader.fold(&mut folder, until));
+        let folded = guard("evolve or an upcaster", id, || folder.read(&mut reader, until));
         folded.map_err(|panic| folder.at_fault(panic))??;
         Ok(folder)
     }

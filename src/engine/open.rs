@@ -8,16 +8,16 @@ use std::time::Duration;
 
 use super::gated::Holds;
 use super::threads::Threads;
-use crate::aggregate::Aggregate;
 use crate::config::Checked;
 use crate::consumer::checkpoint::Found;
 use crate::error::{OpenError, guard};
 use crate::event::{Event, EventTypeId, Root, ShardId, upcaster};
-use crate::log::keeper::fresh_id;
+use crate::log::manifest::fresh_id;
 use crate::log::manifest::{Manifest, shard_dir};
-use crate::log::recovery::{Opening, Recovered};
 use crate::log::segment::ShardLog;
-use crate::log::storage::{Files, Lock, Storage};
+use crate::recovery::{Opening, Recovered};
+use crate::state::aggregate::Aggregate;
+use crate::storage::{Files, Lock, Storage};
 use crate::sync::{Mutex, Ordering, lock};
 
 /// The locks of a store's folder and of its shards'. (Links can make one shard's folder that of two stores.)

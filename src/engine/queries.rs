@@ -4,11 +4,11 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Instant;
 
 use super::{Engine, Handle};
-use crate::aggregate::Aggregate;
 use crate::error::WaitError;
+use crate::error::panic_text;
 use crate::event::{Key, Version};
-use crate::handler::panic_text;
-use crate::keys::KeyTable;
+use crate::state::aggregate::Aggregate;
+use crate::state::keys::KeyTable;
 use crate::sync::may_wait;
 use crate::sync::{Promise, promise};
 

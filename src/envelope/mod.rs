@@ -25,13 +25,13 @@ use rkyv::rancor::Error as RkyvError;
 use serde::de::DeserializeOwned;
 use serde_json::value::RawValue;
 
-use slots::{CORRELATION_ID, EVENT_TYPE, PAYLOAD, Slots, not_json, optional_string, required, string, without_place};
+use slots::{
+    CORRELATION_ID, EVENT_TYPE, PAYLOAD, Slots, TIMESTAMP_MS_MAX, not_json, optional_string, required, string,
+    without_place,
+};
 use write::{Cause, Outer, User, write_raw};
 
 use crate::event::{Correlation, Encode, Event, EventType, EventTypeId, Key, Meta, Time};
-
-/// Latest timestamp in ms that a [`Time`] can hold (in the year 2554).
-const TIMESTAMP_MS_MAX: u64 = u64::MAX / 1_000_000;
 
 /// Why a line of JSON is not an event.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

@@ -6,7 +6,7 @@ use std::fmt;
 use serde::de::{IgnoredAny, MapAccess, Visitor};
 use serde_json::value::RawValue;
 
-use super::{JsonError, TIMESTAMP_MS_MAX, UserId};
+use super::{JsonError, UserId};
 
 const FIELDS: [&str; 11] = [
     "event_type",
@@ -30,6 +30,9 @@ pub(super) const EVENT_ID: usize = 5;
 pub(super) const SHARD: usize = 6;
 pub(super) const OFFSET: usize = 7;
 pub(super) const SOURCE_EVENT_ID: usize = 10;
+
+/// Latest timestamp in ms that a [`Time`] can hold (in the year 2554).
+pub(super) const TIMESTAMP_MS_MAX: u64 = u64::MAX / 1_000_000;
 
 /// The top level of a line: the text of each known field, in the order of [`FIELDS`].
 pub(super) struct Slots<'a> {

@@ -4,10 +4,12 @@ use std::sync::Arc;
 
 use crate::error::{Corruption, ReadError};
 use crate::event::Offset;
-use crate::log::format::{Found, RECORD_HEADER_BYTES, RecordHeader, padded, record_at, u32_at};
-use crate::log::mmap::Memory;
+use crate::log::format::{Found, RECORD_HEADER_BYTES, RecordHeader, record_at};
 use crate::log::segment::{Segment, ShardLog};
-use crate::log::storage::Lock;
+use crate::storage::Lock;
+use crate::storage::framed::u32_at;
+use crate::storage::memory::Memory;
+use crate::storage::memory::padded;
 
 /// Finds records. Holds the segment it found the last one in.
 #[derive(Debug)]

@@ -6,10 +6,10 @@
 //!         32 correlation u64   40 version u47, more u1 | schema version u16   48 body, zero-padded to 16
 //! ```
 
-use crate::event::{
-    ARCHIVE_ALIGN, Correlation, Event, EventTypeId, Key, Meta, Offset, Root, Sequence, ShardId, Time, Version,
-};
-use crate::log::mmap::{commit, crc32c};
+use crate::event::{Correlation, Event, EventTypeId, Key, Meta, Offset, Root, Sequence, ShardId, Time, Version};
+use crate::log::seal::{commit, crc32c};
+use crate::storage::framed::{u16_at, u32_at, u64_at};
+use crate::storage::memory::{ALIGN, padded};
 
 /// Bytes of a segment header: one page.
 pub(crate) const HEADER_BYTES: usize = 4096;
@@ -17,8 +17,6 @@ pub(crate) const HEADER_BYTES: usize = 4096;
 pub(crate) const RECORD_HEADER_BYTES: usize = 48;
 /// No record is longer than this: the header and the largest archive a configuration may allow.
 pub(crate) const RECORD_BYTES_MAX: usize = RECORD_HEADER_BYTES + (16 << 20);
-/// Records begin at multiples of this.
-pub(crate) const ALIGN: usize = ARCHIVE_ALIGN;
 /// The format this build writes, and the newest it reads.
 pub(crate) const FORMAT_VERSION: u32 = 2;
 /// The type id of the log's own records, told apart by their schema version.
@@ -72,32 +70,6 @@ pub(crate) fn schema_fingerprint<E: Event>() -> u32 {
         let crc = crc32c::crc32c_append(crc, &t.schema_version.to_le_bytes());
         crc32c::crc32c_append(crc, t.name.as_bytes())
     })
-}
-
-/// Rounds a record's exact length up to where the next one begins.
-#[inline]
-pub(crate) const fn padded(len: usize) -> usize {
-    (len + ALIGN - 1) & !(ALIGN - 1)
-}
-
-pub(crate) fn u16_at(bytes: &[u8], at: usize) -> u16 {
-    let mut raw = [0; 2];
-    raw.copy_from_slice(&bytes[at..at + 2]);
-    u16::from_le_bytes(raw)
-}
-
-#[inline]
-pub(crate) fn u32_at(bytes: &[u8], at: usize) -> u32 {
-    let mut raw = [0; 4];
-    raw.copy_from_slice(&bytes[at..at + 4]);
-    u32::from_le_bytes(raw)
-}
-
-#[inline]
-pub(crate) fn u64_at(bytes: &[u8], at: usize) -> u64 {
-    let mut raw = [0; 8];
-    raw.copy_from_slice(&bytes[at..at + 8]);
-    u64::from_le_bytes(raw)
 }
 
 /// The head of a segment.
@@ -423,9 +395,6 @@ impl RecordHeader {
     }
 }
 
-/// The bytes of a header that the CRC does not cover: the length word and the CRC itself.
-pub(crate) const UNSUMMED_BYTES: usize = 8;
-
 /// What stands at a place where a record may begin.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Found {
@@ -462,7 +431,7 @@ pub(crate) fn record_at(tail: &[u8], salt: u32) -> Found {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
-    use crate::log::mmap::seal;
+    use crate::log::seal::seal;
 
     fn header() -> RecordHeader {
         RecordHeader {

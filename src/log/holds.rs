@@ -5,22 +5,22 @@
 use std::sync::Arc;
 
 use crate::event::Offset;
-use crate::log::keeper::KeeperRequests;
-use crate::sync::{Mutex, Watermark, lock};
+use crate::sync::{Mutex, Signal, Watermark, lock};
 
 /// One follower's.
 #[derive(Debug)]
 pub(crate) struct Hold {
     name: String,
     from: Watermark,
-    keeper: Arc<KeeperRequests>,
+    /// Wakes the thread that frees segments.
+    freer: Arc<Signal>,
 }
 
 impl Hold {
     /// Everything below may go; the keeper is told.
     pub(crate) fn set(&self, from: Offset) {
         self.from.publish(from.0);
-        self.keeper.signal.notify();
+        self.freer.notify();
     }
 
     pub(crate) fn get(&self) -> Offset {
@@ -34,21 +34,21 @@ pub(crate) struct Holds(Mutex<Vec<Arc<Hold>>>);
 
 impl Holds {
     /// The hold of this name, which is made if there is none, at `from`.
-    pub(crate) fn hold(&self, name: &str, from: Offset, keeper: &Arc<KeeperRequests>) -> Arc<Hold> {
+    pub(crate) fn hold(&self, name: &str, from: Offset, freer: &Arc<Signal>) -> Arc<Hold> {
         let mut holds = lock(&self.0);
         if let Some(held) = holds.iter().find(|held| held.name == name) {
             held.set(from);
             return Arc::clone(held);
         }
         let (name, from) = (name.to_owned(), Watermark::new(from.0));
-        let hold = Arc::new(Hold { name, from, keeper: Arc::clone(keeper) });
+        let hold = Arc::new(Hold { name, from, freer: Arc::clone(freer) });
         holds.push(Arc::clone(&hold));
         hold
     }
 
     pub(crate) fn remove(&self, hold: &Arc<Hold>) {
         lock(&self.0).retain(|other| !Arc::ptr_eq(other, hold));
-        hold.keeper.signal.notify();
+        hold.freer.notify();
     }
 
     /// Everything from here on is needed again, as far as it is there when this returns.
@@ -83,13 +83,12 @@ impl Holds {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sync::{AtomicBool, Signal};
 
     #[test]
     fn a_hold_reaches_back_only_to_what_is_there() {
         let holds = Holds::default();
-        let keeper = Arc::new(KeeperRequests { signal: Signal::new(), ending: AtomicBool::new(false) });
-        let hold = holds.hold("sink", Offset(50), &keeper);
+        let freer = Arc::new(Signal::new());
+        let hold = holds.hold("sink", Offset(50), &freer);
         assert!(!holds.reach(&hold, Offset(20), || Offset(30)));
         assert_eq!(hold.get(), Offset(50), "retention goes on where nothing can be kept");
         assert!(holds.reach(&hold, Offset(30), || Offset(30)));
@@ -101,13 +100,13 @@ mod tests {
     fn the_lowest_holds_until_it_moves_or_goes() {
         let holds = Holds::default();
         assert_eq!(holds.lowest(), None);
-        let keeper = Arc::new(KeeperRequests { signal: Signal::new(), ending: AtomicBool::new(false) });
-        let slow = holds.hold("slow", Offset(10), &keeper);
-        let fast = holds.hold("fast", Offset(50), &keeper);
+        let freer = Arc::new(Signal::new());
+        let slow = holds.hold("slow", Offset(10), &freer);
+        let fast = holds.hold("fast", Offset(50), &freer);
         assert_eq!(holds.lowest(), Some(Offset(10)));
         slow.set(Offset(60));
         assert_eq!(holds.lowest(), Some(Offset(50)));
-        assert!(Arc::ptr_eq(&fast, &holds.hold("fast", Offset(70), &keeper)), "one of a name");
+        assert!(Arc::ptr_eq(&fast, &holds.hold("fast", Offset(70), &freer)), "one of a name");
         assert_eq!(holds.lowest(), Some(Offset(60)));
         holds.remove(&slow);
         assert_eq!(holds.lowest(), Some(Offset(70)));

@@ -1,13 +1,16 @@
 //! The store's manifest (what is fixed when a store is created, and the event types it has seen) and
 //! each shard's span (which segments must exist). Small binary files with a CRC; see `FORMAT.md`.
 
+use std::hash::{BuildHasher as _, Hasher as _, RandomState};
 use std::path::{Path, PathBuf};
 
+use crate::clock::wall_now;
 use crate::config::{SEGMENT_BYTES, SHARDS_MAX};
 use crate::error::{ConfigError, OpenError};
 use crate::event::{Event, EventType, EventTypeId, Root, ShardId};
-use crate::log::format::{FORMAT_VERSION, OFFSETS_END, archive_fingerprint, u16_at, u32_at, u64_at};
-use crate::log::storage::{Storage, replace};
+use crate::log::format::{FORMAT_VERSION, OFFSETS_END, archive_fingerprint};
+use crate::storage::framed::{u16_at, u32_at, u64_at};
+use crate::storage::{Storage, replace};
 
 const MANIFEST_MAGIC: [u8; 8] = *b"corelman";
 const SPAN_MAGIC: [u8; 8] = *b"corelspn";
@@ -322,6 +325,36 @@ pub(crate) fn segment_index(name: &str) -> Option<u64> {
 pub(crate) fn is_folder_name(text: &str) -> bool {
     let fits = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || b"._-".contains(&byte);
     (1..=64).contains(&text.len()) && !text.starts_with('.') && text.bytes().all(fits)
+}
+
+/// Where a new segment is made before it gets its name.
+pub(crate) const FRESH: &str = "fresh.tmp";
+
+/// A salt that no earlier life of the file had: random per process, different per segment.
+pub(crate) fn fresh_salt(index: u64) -> u32 {
+    (random(index) as u32).max(1)
+}
+
+/// A number for a new store, never 0.
+pub(crate) fn fresh_id() -> u64 {
+    random(0).max(1)
+}
+
+fn random(seed: u64) -> u64 {
+    let mut hasher = RandomState::new().build_hasher();
+    hasher.write_u64(seed);
+    hasher.write_u64(wall_now().0);
+    hasher.finish()
+}
+
+/// The number of a file that waits to be written again, if the name is that of one.
+pub(crate) fn spare_number(name: &str) -> Option<u64> {
+    let digits = name.strip_prefix("spare-")?.strip_suffix(".seg")?;
+    if !digits.bytes().all(|b| b.is_ascii_digit()) {
+        return None;
+    }
+    // Counted on from the highest: a name beyond what is ever counted to is not of a spare.
+    digits.parse().ok().filter(|&number| number < 1 << 48)
 }
 
 #[cfg(test)]

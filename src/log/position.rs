@@ -13,12 +13,12 @@ use std::str::FromStr;
 use std::sync::Arc;
 
 use crate::error::{PositionError, ReadError};
-use crate::event::{Event, Offset, Sequence, ShardId};
+use crate::event::{Offset, Sequence, ShardId};
 use crate::log::finder::Finder;
-use crate::log::format::{ALIGN, padded, u16_at, u32_at, u64_at};
-use crate::log::reader::Reader;
 use crate::log::segment::ShardLog;
-use crate::log::storage::Lock;
+use crate::storage::Lock;
+use crate::storage::framed::{u16_at, u32_at, u64_at};
+use crate::storage::memory::{ALIGN, padded};
 
 /// Of the layout of [`Position::to_bytes`].
 const VERSION: u16 = 1;
@@ -40,13 +40,13 @@ const VERSION: u16 = 1;
 pub struct Position {
     store: u64,
     shard: ShardId,
-    offset: Offset,
+    pub(super) offset: Offset,
     /// The last event before `offset`; 0: none was known.
-    last: Offset,
+    pub(super) last: Offset,
     /// The CRC word of the record at `last`.
     check: u32,
     /// Of the next event.
-    sequence: Sequence,
+    pub(super) sequence: Sequence,
 }
 
 impl Position {
@@ -177,29 +177,6 @@ impl Position {
         }
         let is_before = self.last.0 + padded(len) as u64 <= self.offset.0;
         (!is_before).then_some("the last event before it reaches beyond it")
-    }
-
-    /// A reader that goes on here.
-    ///
-    /// # Errors
-    /// `Position` where it is none of this log's, `BeyondRetention` where it was freed.
-    pub(crate) fn reader<E: Event>(&self, log: &Arc<ShardLog>, lock: &Arc<dyn Lock>) -> Result<Reader<E>, ReadError> {
-        self.check(log, lock)?;
-        let (shard, position) = (log.shard, self.offset);
-        let other = |why| ReadError::from(PositionError::OtherHistory { shard, position, why });
-        let reader = Reader::at(Arc::clone(log), position, Arc::clone(lock));
-        let reader = reader.map_err(|error| match error {
-            ReadError::NotARecord { .. } => other("no event ends there"),
-            error => error,
-        })?;
-        let (sequence, last) = (reader.sequence_here(), reader.last());
-        if sequence != self.sequence {
-            return Err(other("another number of events lies before it"));
-        }
-        if last.0 > 0 && self.last.0 > 0 && last != self.last {
-            return Err(other("another event is the last one before it"));
-        }
-        Ok(reader)
     }
 }
 

@@ -4,14 +4,24 @@ use std::marker::PhantomData;
 use std::sync::Arc;
 use std::task::Waker;
 
-use crate::aggregate::Aggregate;
-use crate::error::{Corruption, ReadError};
+use crate::error::{Corruption, PositionError, ReadError};
 use crate::event::{Event, Meta, Offset, Sequence, ShardId, Time};
-use crate::log::fold::{Access, Folder};
-use crate::log::format::{Found, RECORD_HEADER_BYTES, RecordHeader, Seam, padded, record_at, u32_at};
+use crate::log::access::Access;
+use crate::log::format::{Found, RECORD_HEADER_BYTES, RecordHeader, Seam, record_at};
 use crate::log::position::Position;
 use crate::log::segment::{Segment, ShardLog};
-use crate::log::storage::Lock;
+use crate::storage::Lock;
+use crate::storage::framed::u32_at;
+use crate::storage::memory::Memory;
+use crate::storage::memory::padded;
+
+/// What [`Reader::walk`] meets.
+pub(crate) enum Walked<'a> {
+    /// A record other than a mark, in `memory`.
+    Record { memory: &'a Memory, at: usize, len: usize, header: &'a RecordHeader, offset: Offset },
+    /// The last record of this memory has been handed out.
+    SegmentEnd(&'a Memory),
+}
 
 /// One event in place: borrowed from the segment it lies in.
 pub struct Record<'a, E: Event> {
@@ -353,11 +363,11 @@ impl<E: Event> Reader<E> {
         Ok(self.ahead(is_wanted)?.map(|ahead| ahead.header.time))
     }
 
-    /// Folds every record below `until` into `folder`, whose events must be of this type.
-    pub(crate) fn fold<A: Aggregate<Event = E>>(
+    /// Hands every record below `until` to `take` (marks left out), and each segment's memory when it is left.
+    pub(crate) fn walk(
         &mut self,
-        folder: &mut Folder<A>,
         until: Offset,
+        mut take: impl FnMut(Walked<'_>) -> Result<(), (Offset, &'static str)>,
     ) -> Result<(), ReadError> {
         let shard = self.log.shard;
         while self.at < until {
@@ -368,7 +378,7 @@ impl<E: Event> Reader<E> {
             let (len, events) = match step {
                 None => break,
                 Some(Step::NextSegment) => {
-                    folder.settle(&segment.memory).map_err(unreadable)?;
+                    take(Walked::SegmentEnd(&segment.memory)).map_err(unreadable)?;
                     self.leave()?;
                     continue;
                 }
@@ -377,14 +387,15 @@ impl<E: Event> Reader<E> {
             };
             let header = RecordHeader::decode(segment.memory.read(at, len).unwrap_or_default());
             if !header.is_mark() {
-                folder.record(&segment.memory, at, len, &header, self.at).map_err(unreadable)?;
+                let record = Walked::Record { memory: &segment.memory, at, len, header: &header, offset: self.at };
+                take(record).map_err(unreadable)?;
             }
             self.at.0 += padded(len) as u64;
             self.sequence += events;
         }
         if let Some(segment) = &self.segment {
             let unreadable = |(offset, why): (Offset, _)| Corruption { shard, segment: segment.index, offset, why };
-            folder.settle(&segment.memory).map_err(unreadable)?;
+            take(Walked::SegmentEnd(&segment.memory)).map_err(unreadable)?;
         }
         Ok(())
     }
@@ -416,5 +427,30 @@ impl<E: Event> Reader<E> {
     fn corruption(&self, why: &'static str) -> Corruption {
         let segment = self.segment.as_ref().map_or(self.log.segment_of(self.at), |segment| segment.index);
         Corruption { shard: self.log.shard, segment, offset: self.at, why }
+    }
+}
+
+impl Position {
+    /// A reader that goes on here.
+    ///
+    /// # Errors
+    /// `Position` where it is none of this log's, `BeyondRetention` where it was freed.
+    pub(crate) fn reader<E: Event>(&self, log: &Arc<ShardLog>, lock: &Arc<dyn Lock>) -> Result<Reader<E>, ReadError> {
+        self.check(log, lock)?;
+        let (shard, position) = (log.shard, self.offset);
+        let other = |why| ReadError::from(PositionError::OtherHistory { shard, position, why });
+        let reader = Reader::at(Arc::clone(log), position, Arc::clone(lock));
+        let reader = reader.map_err(|error| match error {
+            ReadError::NotARecord { .. } => other("no event ends there"),
+            error => error,
+        })?;
+        let (sequence, last) = (reader.sequence_here(), reader.last());
+        if sequence != self.sequence {
+            return Err(other("another number of events lies before it"));
+        }
+        if last.0 > 0 && self.last.0 > 0 && last != self.last {
+            return Err(other("another event is the last one before it"));
+        }
+        Ok(reader)
     }
 }

@@ -3,10 +3,15 @@
 //! The processor's instruction takes 8 bytes each cycle but answers after three, so one record alone waits most
 //! of the time. Four side by side do not. Long inputs go to the crate, which splits them likewise.
 
+use std::sync::atomic::{AtomicU64, Ordering};
+
 #[cfg(target_arch = "x86_64")]
-use crate::log::format::{UNSUMMED_BYTES, padded};
 #[cfg(target_arch = "x86_64")]
-use crate::log::mmap::commit;
+#[cfg(target_arch = "x86_64")]
+use crate::storage::memory::padded;
+
+/// The bytes of a header that the CRC does not cover: the length word and the CRC itself.
+pub(crate) const UNSUMMED_BYTES: usize = 8;
 
 /// Records whose sums are computed side by side.
 pub(crate) const LANES: usize = 4;
@@ -131,11 +136,56 @@ fn finish(mut sum: u64, input: &[u8]) -> u32 {
     !sum
 }
 
+/// Stores the length and the CRC of a record that is complete but for these, both at once, which makes it part of the log for
+/// whoever reads the file. Readers of this process see it after `publish`.
+#[inline]
+pub(crate) fn commit(record: &mut [u8], len: u32, crc: u32) {
+    let start: &mut [u8; UNSUMMED_BYTES] =
+        record.first_chunk_mut().expect("a record is longer than its first two words");
+    let word = start.as_mut_ptr().cast::<u64>();
+    assert!(word.is_aligned(), "records begin at 16-byte steps");
+    // SAFETY: aligned, 8 bytes, borrowed from their one owner.
+    let word = unsafe { AtomicU64::from_ptr(word) };
+    // Release: pairs with whoever reads the length word first in another process.
+    word.store((u64::from(len) | u64::from(crc) << 32).to_le(), Ordering::Release);
+}
+
+/// CRC-32C of one input, begun with `seed`. (In this file for the sake of the fence around unsafe code.)
+#[inline]
+pub(crate) fn crc32c(seed: u32, input: &[u8]) -> u32 {
+    #[cfg(target_arch = "x86_64")]
+    if std::arch::is_x86_feature_detected!("sse4.2") {
+        // SAFETY: the processor has what the function is compiled for.
+        return unsafe { one(seed, input) };
+    }
+    crc32c::crc32c_append(seed, input)
+}
+
+/// Seals, in order, the records of these exact lengths that stand one behind the other in `bytes`.
+#[inline]
+pub(crate) fn seal(salt: u32, bytes: &mut [u8], lens: &[u32]) {
+    #[cfg(target_arch = "x86_64")]
+    if std::arch::is_x86_feature_detected!("sse4.2") {
+        // SAFETY: the processor has what the function is compiled for.
+        return unsafe { each(salt, bytes, lens) };
+    }
+    let mut at = 0;
+    for &len in lens {
+        let record = &mut bytes[at..];
+        let crc = crc32c(salt, &record[UNSUMMED_BYTES..len as usize]);
+        commit(record, len, crc);
+        at += padded(len as usize);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::log::format::{ALIGN, RECORD_HEADER_BYTES, UNSUMMED_BYTES, padded, u32_at};
-    use crate::log::mmap::{crc32c, seal};
+    use crate::log::format::RECORD_HEADER_BYTES;
+    use crate::log::seal::UNSUMMED_BYTES;
+    use crate::log::seal::{crc32c, seal};
+    use crate::storage::framed::u32_at;
+    use crate::storage::memory::{ALIGN, padded};
 
     #[test]
     fn every_record_gets_its_length_and_the_sum_that_the_crate_computes() {

@@ -11,11 +11,13 @@ use std::sync::OnceLock;
 
 use crate::error::{FailureCause, ShardFailure};
 use crate::event::{Offset, ShardId};
-use crate::log::format::{HEADER_BYTES, RECORD_HEADER_BYTES, RecordHeader, Seam, padded, u32_at};
+use crate::log::format::{HEADER_BYTES, RECORD_HEADER_BYTES, RecordHeader, Seam};
 use crate::log::holds::Holds;
 use crate::log::manifest::segment_name;
-use crate::log::mmap::Memory;
-use crate::log::storage::SideFile;
+use crate::storage::SideFile;
+use crate::storage::framed::u32_at;
+use crate::storage::memory::Memory;
+use crate::storage::memory::padded;
 use crate::sync::{AtomicBool, Mutex, Ordering, Waiters, Watermark, lock};
 
 /// One segment that holds records.

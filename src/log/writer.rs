@@ -8,10 +8,12 @@ use std::sync::Arc;
 use crossbeam::queue::ArrayQueue;
 
 use crate::event::{Encode, Offset, Scratch, Time, has_one_size};
-use crate::log::format::{ALIGN, HEADER_BYTES, RECORD_HEADER_BYTES, RecordHeader, SegmentHeader, padded};
-use crate::log::mmap::{Memory, WriteHalf, archive, seal};
+use crate::log::format::{HEADER_BYTES, RECORD_HEADER_BYTES, RecordHeader, SegmentHeader};
 use crate::log::seal::LANES;
+use crate::log::seal::seal;
 use crate::log::segment::{Segment, ShardLog};
+use crate::storage::memory::{ALIGN, padded};
+use crate::storage::memory::{Memory, WriteHalf, archive};
 use crate::sync::prefetch;
 
 /// A segment that is ready to be written: named, allocated, blank-headed and (mostly) prefaulted.
@@ -407,7 +409,7 @@ mod tests {
     use crate::envelope::Envelope;
     use crate::event::{Correlation, EventTypeId, Key, Version};
     use crate::log::format::{Found, record_at};
-    use crate::log::mmap::Heap;
+    use crate::storage::memory::Heap;
 
     /// Whose archive has one size is archived by another way than the rest.
     #[test]

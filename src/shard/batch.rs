@@ -2,18 +2,18 @@
 
 use std::borrow::Borrow;
 
-use crate::aggregate::Aggregate;
+use crate::clock::wall_time;
 use crate::clock::{Lateness, NOT_DUE, Nanos};
 use crate::error::FailureCause;
 use crate::event::{Event as _, Meta, Offset, Schemas, Sequence, ShardId, Time, Version};
-use crate::keys::{self, KeyTable, Seen};
+use crate::lane::ring::Slot;
 use crate::log::format::RecordHeader;
 use crate::log::writer::{Appended, Appender, GROUP, Refused, Writer};
-use crate::producer::wall_time;
-use crate::ring::Slot;
-use crate::snapshot::taker::Taker;
+use crate::state::aggregate::Aggregate;
+use crate::state::keys::{self, KeyTable, Seen};
+use crate::state::snapshot::taker::Taker;
+use crate::state::view::ViewWriter;
 use crate::sync::prefetch;
-use crate::view::ViewWriter;
 
 /// Events of one batch with one publish time.
 #[derive(Debug, Clone, Copy)]

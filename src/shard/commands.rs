@@ -8,13 +8,15 @@ use std::sync::Arc;
 
 use super::Shard;
 use super::batch::{Batch, Run, batch, record};
-use crate::aggregate::{Aggregate, Emit};
-use crate::command::{ClientEnd, Order, Outcomes, Remembered, Verdict};
+use crate::command::{ClientEnd, Order, Verdict};
 use crate::error::FailureCause;
+use crate::error::panic_text;
 use crate::event::{Correlation, Event as _, Key, KeyHash, Root, Sequence, Version};
-use crate::handler::panic_text;
-use crate::log::format::{Ending, RECORD_HEADER_BYTES, RecordHeader, padded};
+use crate::log::format::{Ending, RECORD_HEADER_BYTES, RecordHeader};
 use crate::log::writer::GROUP;
+use crate::state::aggregate::{Aggregate, Emit};
+use crate::state::outcomes::{Outcomes, Remembered};
+use crate::storage::memory::padded;
 
 /// What the shard says to a command.
 pub(super) type Answered<A> = Verdict<<A as Aggregate>::Rejection>;

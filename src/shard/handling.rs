@@ -5,14 +5,15 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::Shard;
-use crate::aggregate::Aggregate;
 use crate::error::FailureCause;
+use crate::error::HandlerError;
+use crate::error::panic_text;
 use crate::event::{Meta, Offset};
-use crate::handler::panic_text;
-use crate::handler::{BatchEnd, HandlerError, OnError, Registered};
 use crate::log::format::RECORD_HEADER_BYTES;
 use crate::log::segment::Waits;
-use crate::log::storage::is_exhausted;
+use crate::shard::handler::{BatchEnd, OnError, Registered};
+use crate::state::aggregate::Aggregate;
+use crate::storage::is_exhausted;
 
 /// How long after an attempt for which something was exhausted the next is made.
 const RETRY_NOTES: Duration = Duration::from_millis(100);
@@ -133,7 +134,7 @@ impl<A: Aggregate> Shard<A> {
         }
     }
 
-    fn memory_of(&self, offset: Offset) -> Option<Arc<crate::log::mmap::Memory>> {
+    fn memory_of(&self, offset: Offset) -> Option<Arc<crate::storage::memory::Memory>> {
         match self.writer.current_memory() {
             Some((base, memory)) if offset.0 >= base => Some(Arc::clone(memory)),
             _ => self.log.segment(self.log.segment_of(offset)).map(|segment| segment.memory),

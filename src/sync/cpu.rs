@@ -1,4 +1,6 @@
-//! The processor: the cores this process may use, and prefetch instructions.
+//! The processor: the cores this process may use, prefetch instructions, and giving the core away for a while.
+
+use std::time::Duration;
 
 /// Cores this process may use (cgroup- and affinity-aware), at least 1.
 pub(crate) fn cores() -> usize {
@@ -44,4 +46,9 @@ pub(crate) fn prefetch_to_write<T>(item: *const T) {
     }
     #[cfg(not(all(target_arch = "x86_64", not(miri))))]
     let _ = item;
+}
+
+/// Sleeps; for cold paths that poll.
+pub(crate) fn nap(time: Duration) {
+    std::thread::sleep(time);
 }

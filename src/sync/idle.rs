@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use super::{Signal, may_wait, thread};
+use super::{Signal, may_wait, nap, thread};
 
 /// What a thread does when it finds nothing to do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -91,11 +91,6 @@ impl Idle {
             }
         }
     }
-}
-
-/// Sleeps; for cold paths that poll.
-pub(crate) fn nap(time: Duration) {
-    std::thread::sleep(time);
 }
 
 /// How long a publish may wait for room.

@@ -41,9 +41,9 @@ pub(crate) use crossbeam::utils::CachePadded;
 
 pub(crate) use arrivals::Arrivals;
 pub(crate) use close_gate::{CloseGate, Inside};
-pub(crate) use cpu::{cores, prefetch, prefetch_at, prefetch_to_write};
+pub(crate) use cpu::{cores, nap, prefetch, prefetch_at, prefetch_to_write};
 pub use idle::Wait;
-pub(crate) use idle::{Idle, Patience, nap};
+pub(crate) use idle::{Idle, Patience};
 pub(crate) use journal::Journal;
 pub(crate) use lock::lock;
 #[cfg(not(loom))]

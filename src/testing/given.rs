@@ -7,12 +7,13 @@ use std::fmt::{Debug, Write as _};
 
 use rkyv::util::AlignedVec;
 
-use crate::aggregate::{Aggregate, Emit};
 use crate::event::{
     Correlation, Encode, Event, EventTypeId, Key, Meta, Offset, Schemas, Scratch, Sequence, ShardId, Time, Version,
     upcaster,
 };
-use crate::log::format::{ALIGN, HEADER_BYTES, RECORD_HEADER_BYTES, RecordHeader, padded};
+use crate::log::format::{HEADER_BYTES, RECORD_HEADER_BYTES, RecordHeader};
+use crate::state::aggregate::{Aggregate, Emit};
+use crate::storage::memory::{ALIGN, padded};
 
 /// An archive's first buffer, and its largest: that of the largest event that any configuration allows.
 const ARCHIVE_BYTES_MIN: usize = 4 << 10;

@@ -4,6 +4,7 @@ use std::io;
 use std::path::PathBuf;
 
 use crate::config::in_range;
+use crate::config::setters;
 use crate::error::{ConfigError, OpenError};
 use crate::event::{Correlation, EventId, EventTypeId, Key, Meta, Sequence, Time, Version};
 

@@ -8,8 +8,8 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use crate::error::OpenError;
-use crate::log::format::u32_at;
-use crate::log::storage::{SideFile, Storage, is_exhausted};
+use crate::storage::framed::u32_at;
+use crate::storage::{SideFile, Storage, is_exhausted};
 
 use super::answer::LettersError;
 use super::format::{ALIGN, Change, FILE_HEADER_BYTES, FileEnd, FileHeader, HeaderFault, StoredEntry};
@@ -35,7 +35,7 @@ fn number_of(name: &str) -> Option<u32> {
 }
 
 /// Whether a file of this name is one of letters.
-pub(in super::super) fn is_letters_name(name: &str) -> bool {
+pub(crate) fn is_letters_name(name: &str) -> bool {
     number_of(name).is_some()
 }
 

@@ -14,8 +14,9 @@
 //! The CRC of an entry is seeded with the file's number and where the entry stands: a copy of it holds nowhere else.
 
 use crate::event::{Correlation, EventId, EventTypeId, Key, Offset, ShardId, Time, Version};
-use crate::log::format::{FORMAT_VERSION, RECORD_BYTES_MAX, u16_at, u32_at, u64_at};
-use crate::log::mmap::crc32c;
+use crate::log::format::{FORMAT_VERSION, RECORD_BYTES_MAX};
+use crate::log::seal::crc32c;
+use crate::storage::framed::{u16_at, u32_at, u64_at};
 
 use super::answer::{DeadLetter, Entry, LetterKind};
 

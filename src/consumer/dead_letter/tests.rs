@@ -10,7 +10,7 @@ use super::format::{ENTRY_BYTES, FILE_HEADER_BYTES, Totals};
 use super::*;
 use crate::event::{Correlation, EventTypeId, Version};
 use crate::log::format::tests::assert_golden;
-use crate::log::storage::Files;
+use crate::storage::Files;
 use crate::testing::{FaultyStorage, Unsynced};
 
 const DIR: &str = "/store/consumers/mail";
@@ -362,7 +362,7 @@ fn an_unknown_version_is_refused_and_left_alone() {
     // As a build of that version writes it, and damaged: the checksum tells.
     assert_damaged_or_dropped(&files);
     let head = &mut files.get_mut(&file(1)).expect("it is")[..FILE_HEADER_BYTES];
-    let crc = crate::log::mmap::crc32c(0, &head[..56]);
+    let crc = crate::log::seal::crc32c(0, &head[..56]);
     head[56..60].copy_from_slice(&crc.to_le_bytes());
     let disk = disk_of(&files);
     let found = open(&disk);

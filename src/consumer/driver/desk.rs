@@ -9,19 +9,19 @@ use super::super::dead_letter::Letters;
 use super::super::dead_letter::answer::{DeadLetter, LetterKind};
 use super::super::effects::Call;
 use super::super::error::ConsumerError;
-use super::super::lanes::Lanes;
-use super::super::lanes::answer::{RecordKind, Run, ToRecord};
 use super::super::settings::{Filter, Settings};
 use super::execute::{Failed, Handler, guarded};
+use crate::consumer::key_queues::Lanes;
+use crate::consumer::key_queues::answer::{RecordKind, Run, ToRecord};
 use crate::error::ReadError;
 use crate::event::{Event, EventId, Key, Offset, ShardId, Time};
+use crate::lane::requests::SyncRequests;
 use crate::log::finder::Finder;
 use crate::log::holds::Hold;
 use crate::log::position::Position;
 use crate::log::reader::{Ahead, Reader};
 use crate::log::segment::ShardLog;
-use crate::log::storage::Lock;
-use crate::log::syncer::SyncRequests;
+use crate::storage::Lock;
 
 /// Events read in one go, before other shards and other work have their turn.
 const READ_MAX: usize = 1024;

@@ -8,12 +8,12 @@ use rkyv::util::AlignedVec;
 use super::super::dead_letter::answer::DeadLetter;
 use super::super::effects::Call;
 use super::super::health::Pass;
-use super::super::lanes::answer::Run;
+use crate::consumer::key_queues::answer::Run;
 use crate::error::ReadError;
+use crate::error::{HandlerError, panic_text};
 use crate::event::{Event, Meta, Offset, Sequence};
-use crate::handler::{HandlerError, panic_text};
+use crate::log::access::Access;
 use crate::log::finder::Finder;
-use crate::log::fold::Access;
 
 /// What a consumer's owner does with events.
 pub(crate) type Handler<'a, E> =

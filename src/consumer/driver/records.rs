@@ -5,9 +5,9 @@ use std::time::{Duration, Instant};
 
 use super::super::dead_letter::answer::{DeadLetter, Entry, WriteRefused, Written};
 use super::super::error::ConsumerError;
-use super::super::lanes::answer::{RecordKind, ToRecord};
 use super::{Driver, Failed, HaltCause, What};
 use crate::clock::wall_now;
+use crate::consumer::key_queues::answer::{RecordKind, ToRecord};
 use crate::error::{ReadError, WaitError};
 use crate::event::{Event, EventId, Key, Offset, Time};
 

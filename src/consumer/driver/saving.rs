@@ -14,7 +14,7 @@ use crate::event::{Event, Offset};
 use crate::log::position::Position;
 use crate::log::reader::Reader;
 use crate::log::segment::ShardLog;
-use crate::log::storage::Lock;
+use crate::storage::Lock;
 
 /// When the next checkpoint is due, and what became of the last ones.
 #[derive(Debug)]

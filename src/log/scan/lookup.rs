@@ -10,10 +10,10 @@ use super::records::Record;
 use super::{Store, io_error, read_up_to};
 use crate::error::ReadError;
 use crate::event::{Offset, Sequence, ShardId, Time};
-use crate::log::format::{
-    ALIGN, Found, HEADER_BYTES, RECORD_HEADER_BYTES, RecordHeader, SegmentHeader, padded, record_at, u32_at,
-};
+use crate::log::format::{Found, HEADER_BYTES, RECORD_HEADER_BYTES, RecordHeader, SegmentHeader, record_at};
 use crate::log::manifest::segment_name;
+use crate::storage::framed::u32_at;
+use crate::storage::memory::{ALIGN, padded};
 
 /// Where a record lies, and what it takes to read it by itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]

@@ -38,7 +38,7 @@ use crate::error::{OpenError, ReadError};
 use crate::event::{EventTypeId, Offset, Sequence, ShardId, Time};
 use crate::log::format::{HEADER_BYTES, HeaderError, SegmentHeader};
 use crate::log::manifest::{MANIFEST, Manifest, Span, StoredType, segment_index, segment_name, shard_dir};
-use crate::log::storage::{Files, Storage as _};
+use crate::storage::{Files, Storage as _};
 
 pub use lookup::{Lookup, Place};
 pub use records::{Gap, Record, Records, Tail};

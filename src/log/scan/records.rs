@@ -10,10 +10,11 @@ use super::{LOOK_AGAIN, LOOKS_MAX, Place, Store, Unusable, io_error, read_up_to}
 use crate::error::{Corruption, OpenError, ReadError};
 use crate::event::{Meta, Offset, Sequence, ShardId};
 use crate::log::format::{
-    ALIGN, Found, HEADER_BYTES, RECORD_BYTES_MAX, RECORD_HEADER_BYTES, RecordHeader, Seam, SegmentHeader, padded,
-    record_at, u32_at,
+    Found, HEADER_BYTES, RECORD_BYTES_MAX, RECORD_HEADER_BYTES, RecordHeader, Seam, SegmentHeader, record_at,
 };
 use crate::log::manifest::{Span, segment_name};
+use crate::storage::framed::u32_at;
+use crate::storage::memory::{ALIGN, padded};
 
 /// Bytes read at once, unless asked otherwise.
 const BUFFER_BYTES: usize = 1 << 20;

@@ -8,8 +8,9 @@ use proptest::prelude::*;
 use super::*;
 use crate::event::{Correlation, Key, Meta, Version};
 use crate::log::format::tests::sealed;
-use crate::log::format::{ALIGN, RECORD_HEADER_BYTES, RecordHeader, padded};
+use crate::log::format::{RECORD_HEADER_BYTES, RecordHeader};
 use crate::log::manifest::StoredType;
+use crate::storage::memory::{ALIGN, padded};
 
 const SEGMENT_BYTES: u64 = 64 << 10;
 

@@ -1,0 +1,546 @@
+//! The rules of the lanes one by one, and all of them against a model that looks through everything every time.
+
+use std::collections::{BTreeMap, HashMap};
+
+use crate::consumer::key_queues::answer::NotParked;
+use crate::consumer::key_queues::*;
+use proptest::prelude::*;
+
+const MS: Duration = Duration::from_millis(1);
+const T0: Duration = Duration::ZERO;
+const A: Key = Key(1);
+const B: Key = Key(2);
+
+fn lanes(policy: LanesPolicy) -> Lanes {
+    Lanes::new(policy, Offset(0)).expect("valid")
+}
+
+/// Lanes with events at 0, 1, 2, … of these keys.
+fn with(concurrency: usize, keys: &[Key]) -> Lanes {
+    let mut lanes = lanes(LanesPolicy::default().concurrency(concurrency));
+    for (offset, key) in keys.iter().enumerate() {
+        lanes.offer(*key, Offset(offset as u64)).expect("room");
+    }
+    lanes.read_up_to(Offset(keys.len() as u64));
+    lanes
+}
+
+fn run(lanes: &mut Lanes, offset: u64) -> Run {
+    let run = lanes.next().expect("something may run");
+    assert_eq!(run.offset(), Offset(offset));
+    run
+}
+
+fn record(lanes: &mut Lanes, offset: u64, kind: RecordKind) -> ToRecord {
+    let record = lanes.next_record().expect("something is to be recorded");
+    assert_eq!((record.offset(), record.kind()), (Offset(offset), kind));
+    record
+}
+
+#[test]
+fn a_fresh_event_goes_before_those_that_failed_and_one_of_those_where_there_is_no_other() {
+    let mut lanes = with(9, &[A, B, Key(3), Key(4)]);
+    for _ in 0..2 {
+        let failed = lanes.next().expect("a or b");
+        assert!(lanes.failed(failed, Verdict::Retry { after: T0 }, T0).is_none());
+    }
+    lanes.tick(T0);
+    assert!(lanes.has_fresh() && lanes.ready() == 4);
+    // In the order in which they may run: 2, 3, 0, 1.
+    let from = |lanes: &mut Lanes, place| lanes.next_fresh(place).map(|run| run.offset().0);
+    assert_eq!(from(&mut lanes, 1), Some(3));
+    assert_eq!(from(&mut lanes, 2), Some(2), "round to the front");
+    assert!(!lanes.has_fresh() && lanes.may_run());
+    assert_eq!((from(&mut lanes, 1), from(&mut lanes, 0), from(&mut lanes, 0)), (Some(0), Some(1), None));
+}
+
+#[test]
+fn keys_run_side_by_side_and_each_in_order() {
+    let mut lanes = with(2, &[A, A, B, Key(3)]);
+    let (a, b) = (run(&mut lanes, 0), run(&mut lanes, 2));
+    assert_eq!(lanes.next(), None, "two at once");
+    lanes.succeeded(b);
+    assert_eq!(lanes.checkpoint(), Offset(0), "a is not done");
+    let c = run(&mut lanes, 3);
+    lanes.succeeded(a);
+    assert_eq!(lanes.checkpoint(), Offset(1));
+    let a = run(&mut lanes, 1);
+    lanes.succeeded(c);
+    lanes.succeeded(a);
+    assert_eq!(lanes.checkpoint(), Offset(4));
+    assert_eq!(lanes.statistics().keys, 0, "a key at rest takes no place");
+}
+
+#[test]
+fn a_retry_lets_nothing_of_its_key_overtake_and_other_keys_go_on() {
+    let mut lanes = with(8, &[A, A, B]);
+    let a = run(&mut lanes, 0);
+    assert_eq!(lanes.failed(a, Verdict::Retry { after: 5 * MS }, 10 * MS), None);
+    let b = run(&mut lanes, 2);
+    lanes.succeeded(b);
+    assert_eq!(
+        (lanes.next(), lanes.state(A), lanes.next_due()),
+        (None, KeyState::Retrying { due: 15 * MS }, Some(15 * MS))
+    );
+    assert_eq!((lanes.tick(15 * MS - Duration::from_nanos(1)), lanes.next()), (0, None));
+    assert_eq!(lanes.tick(15 * MS), 1);
+    let a = run(&mut lanes, 0);
+    assert_eq!(a.attempt(), 2);
+    lanes.succeeded(a);
+    assert_eq!(run(&mut lanes, 1).attempt(), 1, "the next event begins anew");
+}
+
+#[test]
+fn a_parked_key_records_what_comes_until_its_last_letter_is_gone() {
+    let mut lanes = with(8, &[A, A]);
+    let a = run(&mut lanes, 0);
+    let letter = lanes.failed(a, Verdict::Park, T0).expect("a record");
+    assert_eq!((letter.kind(), letter.attempts(), letter.offset()), (RecordKind::Parked, 1, Offset(0)));
+    assert_eq!((lanes.next(), lanes.next_record(), lanes.checkpoint()), (None, None, Offset(0)), "not durable yet");
+    lanes.recorded(letter);
+    assert_eq!((lanes.checkpoint(), lanes.state(A)), (Offset(1), KeyState::Parked { letters: 1 }));
+    let behind = record(&mut lanes, 1, RecordKind::ParkedBehind);
+    assert_eq!(behind.attempts(), 0);
+    lanes.recorded(behind);
+    assert_eq!((lanes.checkpoint(), lanes.state(A)), (Offset(2), KeyState::Parked { letters: 2 }));
+    lanes.offer(A, Offset(2)).expect("room");
+    assert_eq!(lanes.unpark(A, 1), Ok(1));
+    assert_eq!(lanes.next(), None);
+    assert_eq!(lanes.unpark(A, 1), Ok(0));
+    assert_eq!(lanes.next_record(), None, "what was not recorded yet may run");
+    let a = run(&mut lanes, 2);
+    lanes.succeeded(a);
+    assert_eq!(lanes.statistics().keys, 0);
+    assert_eq!(lanes.unpark(A, 1), Err(NotParked { key: A, letters: 0 }));
+}
+
+#[test]
+fn a_letter_that_is_being_written_keeps_its_key_parked() {
+    let mut lanes = lanes(LanesPolicy::default());
+    lanes.restore_parked(A, 1).expect("room");
+    for offset in 0..3 {
+        lanes.offer(A, Offset(offset)).expect("room");
+    }
+    let behind = record(&mut lanes, 0, RecordKind::ParkedBehind);
+    assert_eq!(lanes.unpark(A, 1), Ok(0));
+    assert_eq!(lanes.next(), None, "an earlier event is on its way to the letters");
+    lanes.recorded(behind);
+    assert_eq!(lanes.state(A), KeyState::Parked { letters: 1 });
+    let behind = record(&mut lanes, 1, RecordKind::ParkedBehind);
+    assert_eq!(lanes.unpark(A, 1), Ok(0));
+    lanes.not_recorded(behind);
+    assert_eq!(run(&mut lanes, 1).attempt(), 1, "no letter lies before it any more");
+}
+
+#[test]
+fn a_record_that_could_not_be_written_comes_again() {
+    let mut lanes = with(8, &[A, A, B]);
+    let (a, b) = (run(&mut lanes, 0), run(&mut lanes, 2));
+    let letter = lanes.failed(a, Verdict::Park, T0).expect("a record");
+    let skip = lanes.failed(b, Verdict::Skip, T0).expect("a record");
+    lanes.not_recorded(letter);
+    lanes.not_recorded(skip);
+    assert_eq!((lanes.checkpoint(), lanes.state(A)), (Offset(0), KeyState::Parked { letters: 0 }));
+    let letter = record(&mut lanes, 0, RecordKind::Parked);
+    assert_eq!(letter.attempts(), 1);
+    let skip = record(&mut lanes, 2, RecordKind::Skipped);
+    lanes.recorded(letter);
+    lanes.recorded(skip);
+    assert_eq!(lanes.checkpoint(), Offset(1));
+}
+
+#[test]
+fn a_skipped_event_lets_its_key_go_on_once_it_is_recorded() {
+    let mut lanes = with(8, &[A, A]);
+    let a = run(&mut lanes, 0);
+    let skip = lanes.failed(a, Verdict::Skip, T0).expect("a record");
+    assert_eq!((lanes.next(), lanes.checkpoint()), (None, Offset(0)));
+    lanes.recorded(skip);
+    let a = run(&mut lanes, 1);
+    assert_eq!((a.attempt(), lanes.checkpoint()), (1, Offset(1)));
+    lanes.succeeded(a);
+    assert_eq!((lanes.statistics().skipped, lanes.statistics().succeeded), (1, 1));
+}
+
+#[test]
+fn an_event_that_awaits_a_gap_runs_when_it_is_filled_or_its_time_is_over() {
+    let mut lanes = with(8, &[A, B]);
+    let (a, b) = (run(&mut lanes, 0), run(&mut lanes, 1));
+    assert_eq!(lanes.failed(a, Verdict::AwaitGap, MS), None);
+    assert_eq!(lanes.failed(b, Verdict::AwaitGap, 2 * MS), None);
+    assert_eq!(lanes.state(A), KeyState::AwaitingGap { since: MS });
+    assert!(lanes.gap_filled(A) && !lanes.gap_filled(A));
+    let a = run(&mut lanes, 0);
+    assert_eq!((a.attempt(), a.is_gap_over()), (1, false), "waiting is no failure");
+    assert_eq!(lanes.next_due(), Some(5002 * MS));
+    assert_eq!(lanes.tick(5002 * MS), 1);
+    let b = run(&mut lanes, 1);
+    assert!(b.is_gap_over());
+    lanes.succeeded(a);
+    lanes.succeeded(b);
+    assert_eq!(lanes.checkpoint(), Offset(2));
+}
+
+#[test]
+fn a_halt_lets_nothing_run_and_goes_on_with_the_same_event() {
+    let mut lanes = with(2, &[A, B, Key(3)]);
+    let (a, b) = (run(&mut lanes, 0), run(&mut lanes, 1));
+    assert_eq!(lanes.failed(a, Verdict::Halt, T0), None);
+    lanes.succeeded(b);
+    assert_eq!((lanes.next(), lanes.halted(), lanes.checkpoint()), (None, Some((A, Offset(0))), Offset(0)));
+    lanes.resume();
+    assert_eq!(run(&mut lanes, 0).attempt(), 2);
+}
+
+#[test]
+fn what_is_full_refuses_and_takes_in_again_when_something_ended() {
+    let mut lanes = lanes(LanesPolicy::default().unfinished_max(2).keys_max(1));
+    lanes.offer(A, Offset(0)).expect("room");
+    assert_eq!(lanes.offer(B, Offset(1)), Err(OfferRefused::TooManyKeys));
+    assert_eq!(lanes.restore_parked(B, 1), Err(OfferRefused::TooManyKeys));
+    lanes.offer(A, Offset(1)).expect("its key has a place, and a refusal changes nothing");
+    assert_eq!(lanes.offer(A, Offset(2)), Err(OfferRefused::Full));
+    let a = run(&mut lanes, 0);
+    lanes.succeeded(a);
+    lanes.offer(A, Offset(2)).expect("room again");
+}
+
+#[test]
+fn events_that_concern_nobody_move_the_checkpoint() {
+    let mut lanes = lanes(LanesPolicy::default());
+    lanes.read_up_to(Offset(100));
+    assert_eq!(lanes.checkpoint(), Offset(100));
+    lanes.offer(A, Offset(200)).expect("room");
+    lanes.read_up_to(Offset(300));
+    assert_eq!(lanes.checkpoint(), Offset(200));
+    assert_eq!(lanes.unfinished().collect::<Vec<_>>(), [Offset(200)]);
+    let a = run(&mut lanes, 200);
+    lanes.succeeded(a);
+    assert_eq!(lanes.checkpoint(), Offset(300));
+}
+
+#[test]
+#[should_panic(expected = "in the order of the log")]
+fn an_event_offered_twice_is_a_fault() {
+    with(1, &[A]).offer(A, Offset(0)).ok();
+}
+
+#[test]
+#[should_panic(expected = "that is not out")]
+fn a_run_of_other_lanes_is_a_fault() {
+    let run = run(&mut with(1, &[A]), 0);
+    let mut other = with(1, &[B]);
+    let _kept = other.next();
+    other.succeeded(run);
+}
+
+#[test]
+fn what_cannot_be_used_is_named() {
+    let d = LanesPolicy::default;
+    let bad = [
+        (d().concurrency(0), "lanes_concurrency"),
+        (d().unfinished_max(0), "lanes_unfinished_max"),
+        (d().keys_max(usize::MAX), "lanes_keys_max"),
+        (d().gap_wait_max(Duration::MAX), "lanes_gap_wait_max_ms"),
+    ];
+    for (policy, expected) in bad {
+        match Lanes::new(policy, Offset(0)) {
+            Err(ConfigError::OutOfRange { name, .. }) => assert_eq!(name, expected),
+            other => panic!("{expected}: {other:?}"),
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Stands {
+    Free,
+    Out,
+    Until(Duration),
+    Gap(Duration),
+    /// To be recorded; nobody has taken the record.
+    Due,
+    Recording,
+}
+
+/// One key as the model sees it.
+#[derive(Debug)]
+struct Lot {
+    stands: Stands,
+    failures: u32,
+    letters: u32,
+    /// Events offered and not ended, in order.
+    open: VecDeque<u64>,
+    /// Events that ended, in order.
+    ended: Vec<u64>,
+}
+
+#[derive(Debug, Default)]
+struct Model {
+    lots: BTreeMap<u64, Lot>,
+    offered: u64,
+    position: u64,
+    is_halted: bool,
+    counts: HashMap<&'static str, u64>,
+}
+
+const CONCURRENCY: usize = 3;
+const UNFINISHED_MAX: usize = 12;
+
+impl Model {
+    fn lot(&mut self, key: Key) -> &mut Lot {
+        let new = || Lot { stands: Stands::Free, failures: 0, letters: 0, open: VecDeque::new(), ended: Vec::new() };
+        self.lots.entry(key.0).or_insert_with(new)
+    }
+
+    fn may_run(lot: &Lot) -> bool {
+        lot.stands == Stands::Free && lot.letters == 0 && !lot.open.is_empty()
+    }
+
+    fn must_record(lot: &Lot) -> bool {
+        lot.stands == Stands::Due || (lot.stands == Stands::Free && lot.letters > 0 && !lot.open.is_empty())
+    }
+
+    fn out(&self) -> usize {
+        self.lots.values().filter(|lot| lot.stands == Stands::Out).count()
+    }
+
+    fn open(&self) -> impl Iterator<Item = u64> + '_ {
+        self.lots.values().flat_map(|lot| lot.open.iter().copied())
+    }
+
+    fn tick(&mut self, now: Duration) {
+        for lot in self.lots.values_mut() {
+            if matches!(lot.stands, Stands::Until(due) | Stands::Gap(due) if due <= now) {
+                lot.stands = Stands::Free;
+            }
+        }
+    }
+
+    fn end(&mut self, key: Key, how: &'static str, offset: u64) {
+        let lot = self.lot(key);
+        assert_eq!(lot.open.pop_front(), Some(offset), "a key's events end in the order offered");
+        lot.ended.push(offset);
+        (lot.stands, lot.failures) = (Stands::Free, 0);
+        *self.counts.entry(how).or_default() += 1;
+    }
+
+    fn check(&self, lanes: &Lanes) {
+        let oldest = self.open().min().unwrap_or(self.position);
+        assert_eq!(lanes.checkpoint(), Offset(oldest));
+        let mut open: Vec<u64> = self.open().collect();
+        open.sort_unstable();
+        assert_eq!(lanes.unfinished().map(|offset| offset.0).collect::<Vec<_>>(), open);
+        let statistics = lanes.statistics();
+        let count = |how| self.counts.get(how).copied().unwrap_or(0);
+        assert_eq!(
+            (statistics.succeeded, statistics.parked, statistics.skipped),
+            (count("ok"), count("park"), count("skip"))
+        );
+        assert_eq!(
+            statistics.unfinished as u64 + statistics.succeeded + statistics.parked + statistics.skipped,
+            self.offered
+        );
+        assert_eq!(statistics.running, self.out());
+        let keys = self.lots.values().filter(|lot| lot.letters > 0 || !lot.open.is_empty()).count();
+        assert_eq!(statistics.keys, keys, "keys at rest take no place");
+        for (key, lot) in &self.lots {
+            let expected = match (lot.stands, lot.letters) {
+                (Stands::Until(due), _) => KeyState::Retrying { due },
+                (Stands::Gap(due), _) => KeyState::AwaitingGap { since: due - 50 * MS },
+                (_, letters @ 1..) => KeyState::Parked { letters },
+                // Whether it is recorded as skipped or parked the model does not know.
+                (Stands::Due | Stands::Recording, 0) => continue,
+                _ => KeyState::Live,
+            };
+            assert_eq!(lanes.state(Key(*key)), expected);
+        }
+    }
+}
+
+/// The lanes and the model, and what is out.
+struct Both {
+    lanes: Lanes,
+    model: Model,
+    runs: Vec<Run>,
+    records: Vec<ToRecord>,
+    now: Duration,
+    next_offset: u64,
+}
+
+impl Both {
+    fn new() -> Self {
+        let policy = LanesPolicy::default()
+            .concurrency(CONCURRENCY)
+            .unfinished_max(UNFINISHED_MAX)
+            .keys_max(5)
+            .gap_wait_max(50 * MS);
+        let model = Model::default();
+        Self { lanes: lanes(policy), model, runs: Vec::new(), records: Vec::new(), now: T0, next_offset: 0 }
+    }
+
+    fn offer(&mut self, key: Key, step: u64) {
+        let offset = self.next_offset + step;
+        let has_place = self.model.lot(key).letters > 0 || !self.model.lot(key).open.is_empty();
+        let places = self.model.lots.values().filter(|lot| lot.letters > 0 || !lot.open.is_empty()).count();
+        let expected = if self.model.open().count() >= UNFINISHED_MAX {
+            Err(OfferRefused::Full)
+        } else if !has_place && places >= 5 {
+            Err(OfferRefused::TooManyKeys)
+        } else {
+            Ok(())
+        };
+        assert_eq!(self.lanes.offer(key, Offset(offset)), expected);
+        if expected.is_ok() {
+            self.model.lot(key).open.push_back(offset);
+            self.model.offered += 1;
+            (self.model.position, self.next_offset) = (offset, offset + 1);
+        }
+    }
+
+    fn take_run(&mut self) {
+        let can = self.model.out() < CONCURRENCY && !self.model.is_halted;
+        let Some(run) = self.lanes.next() else {
+            assert!(!can || !self.model.lots.values().any(Model::may_run), "something may run and does not");
+            return;
+        };
+        let lot = self.model.lot(run.key());
+        assert!(can && Model::may_run(lot), "{run:?} runs and may not");
+        assert_eq!((lot.open.front(), lot.failures + 1), (Some(&run.offset().0), run.attempt()));
+        lot.stands = Stands::Out;
+        self.runs.push(run);
+    }
+
+    fn take_record(&mut self) {
+        let Some(record) = self.lanes.next_record() else {
+            assert!(!self.model.lots.values().any(Model::must_record), "something is to be recorded and is not");
+            return;
+        };
+        let lot = self.model.lot(record.key());
+        assert!(Model::must_record(lot), "{record:?} is recorded and must not be");
+        assert_eq!(lot.open.front(), Some(&record.offset().0));
+        assert_eq!(record.kind() == RecordKind::ParkedBehind, lot.letters > 0);
+        lot.stands = Stands::Recording;
+        self.records.push(record);
+    }
+
+    fn complete(&mut self, which: usize, fate: u8, after: u64) {
+        if self.runs.is_empty() {
+            return;
+        }
+        let run = self.runs.swap_remove(which % self.runs.len());
+        let (key, offset, attempt) = (run.key(), run.offset().0, run.attempt());
+        let verdict = match fate {
+            0..40 => {
+                self.lanes.succeeded(run);
+                return self.model.end(key, "ok", offset);
+            }
+            40..60 => Verdict::Retry { after: MS * after as u32 },
+            60..70 => Verdict::AwaitGap,
+            70..85 => Verdict::Park,
+            85..97 => Verdict::Skip,
+            _ => Verdict::Halt,
+        };
+        let record = self.lanes.failed(run, verdict, self.now);
+        self.model.is_halted |= verdict == Verdict::Halt;
+        let lot = self.model.lot(key);
+        lot.failures = if verdict == Verdict::AwaitGap { lot.failures } else { attempt };
+        lot.stands = match verdict {
+            Verdict::Retry { after } => Stands::Until(self.now + after),
+            Verdict::AwaitGap => Stands::Gap(self.now + 50 * MS),
+            Verdict::Park | Verdict::Skip => Stands::Recording,
+            Verdict::Halt => Stands::Free,
+        };
+        assert_eq!(record.is_some(), lot.stands == Stands::Recording);
+        self.records.extend(record);
+    }
+
+    fn record(&mut self, which: usize, is_written: bool) {
+        if self.records.is_empty() {
+            return;
+        }
+        let record = self.records.swap_remove(which % self.records.len());
+        let (key, offset, kind) = (record.key(), record.offset().0, record.kind());
+        if is_written {
+            self.lanes.recorded(record);
+            self.model.end(key, if kind == RecordKind::Skipped { "skip" } else { "park" }, offset);
+            self.model.lot(key).letters += u32::from(kind != RecordKind::Skipped);
+        } else {
+            self.lanes.not_recorded(record);
+            self.model.lot(key).stands = if kind == RecordKind::ParkedBehind { Stands::Free } else { Stands::Due };
+        }
+    }
+
+    fn unpark(&mut self, key: Key, letters: u32) {
+        let lot = self.model.lot(key);
+        if lot.letters < letters {
+            assert_eq!(self.lanes.unpark(key, letters), Err(NotParked { key, letters: lot.letters }));
+            return;
+        }
+        lot.letters -= letters;
+        assert_eq!(self.lanes.unpark(key, letters), Ok(lot.letters));
+    }
+
+    fn step(&mut self, op: u8, key: u64, a: u64, fate: u8) {
+        match op {
+            0..30 => self.offer(Key(key), a % 3),
+            30..55 => self.take_run(),
+            55..75 => self.complete(a as usize, fate, a),
+            75..80 => self.take_record(),
+            80..85 => self.record(a as usize, fate < 70),
+            85..90 => self.unpark(Key(key), (a % 3) as u32),
+            90..93 => {
+                let is_waiting = matches!(self.model.lot(Key(key)).stands, Stands::Gap(_));
+                assert_eq!(self.lanes.gap_filled(Key(key)), is_waiting);
+                if is_waiting {
+                    self.model.lot(Key(key)).stands = Stands::Free;
+                }
+            }
+            93..95 => {
+                self.next_offset += a % 5;
+                self.model.position = self.next_offset;
+                self.lanes.read_up_to(Offset(self.next_offset));
+            }
+            95..96 => {
+                self.lanes.resume();
+                self.model.is_halted = false;
+            }
+            _ => {
+                self.now += MS * (a % 40) as u32;
+                self.model.tick(self.now);
+                self.lanes.tick(self.now);
+                assert!(self.lanes.next_due().is_none_or(|due| due > self.now));
+            }
+        }
+        self.model.check(&self.lanes);
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(256))]
+    #[test]
+    fn agree_with_the_model(
+        steps in prop::collection::vec((0..100_u8, 0..7_u64, 0..60_u64, 0..100_u8), 1..600),
+    ) {
+        let mut both = Both::new();
+        for (op, key, a, fate) in steps {
+            both.step(op, key, a, fate);
+        }
+        // Now everything goes well, and nothing may be left.
+        both.lanes.resume();
+        both.model.is_halted = false;
+        for _ in 0..1000 {
+            both.take_run();
+            both.complete(0, 0, 0);
+            both.take_record();
+            both.record(0, true);
+            both.step(99, 0, 39, 0);
+        }
+        prop_assert_eq!(both.model.open().count(), 0, "{:?}", both.model);
+        prop_assert_eq!(both.lanes.checkpoint(), Offset(both.model.position));
+        for lot in both.model.lots.values() {
+            prop_assert!(lot.ended.is_sorted_by(|a, b| a < b), "each ended once and in order");
+        }
+        let ended: usize = both.model.lots.values().map(|lot| lot.ended.len()).sum();
+        prop_assert_eq!(ended as u64, both.model.offered);
+    }
+}

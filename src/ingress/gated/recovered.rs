@@ -1,0 +1,311 @@
+//! Where a gate's partitions stand, counted from the log and from the gaps that were closed.
+//!
+//! One writer: the thread that opens the gate. A power cut takes ends of logs, so what is missing of one shard may have its successors in
+//! another; and what came late may lie anywhere. So single sequences are told apart, and nothing depends on the order in which they
+//! are counted: where a partition started is told by the policy or by the gate's record, and else by the lowest that was counted.
+
+use std::collections::{BTreeMap, HashMap};
+
+use crate::error::ReadError;
+use crate::event::{Event, Offset, Time};
+use crate::ingress::gated::files::{Positions, Standing};
+use crate::ingress::gated::record::{Gap, Start};
+use crate::ingress::sequence_gate::partition::Ahead;
+use crate::ingress::sequence_gate::policy::GateStart;
+use crate::log::reader::Reader;
+
+/// Events read from one shard before the one that is furthest behind is looked for again.
+const READ_AT_A_TIME: usize = 1024;
+
+/// What is known of one partition.
+#[derive(Debug)]
+struct Counted {
+    /// Everything below it has been counted, or came before the partition's start; `None`: the start is not known before the end.
+    expected: Option<u64>,
+    /// What of the sequences above it has been: first and last.
+    runs: BTreeMap<u64, u64>,
+}
+
+impl Counted {
+    fn new(expected: Option<u64>) -> Self {
+        Self { expected, runs: BTreeMap::new() }
+    }
+
+    fn count(&mut self, sequence: u64) {
+        match &mut self.expected {
+            Some(expected) if sequence == *expected => {
+                *expected += 1;
+                while let Some(first) = self.runs.first_entry().filter(|first| first.key() == expected) {
+                    *expected = first.remove() + 1;
+                }
+            }
+            Some(expected) if sequence < *expected => {}
+            _ => self.add(sequence),
+        }
+    }
+
+    /// Starts it at the lowest sequence that is known of it, if it has no start. Returns where that is.
+    fn settle(&mut self, gaps: &[Gap]) -> Option<u64> {
+        if self.expected.is_some() {
+            return None;
+        }
+        let (run, gap) = (self.runs.first_key_value().map(|(from, _)| *from), gaps.first().map(|gap| gap.from));
+        let start = run.into_iter().chain(gap).min()?;
+        let expected = self.runs.remove(&start).map_or(start, |to| to + 1);
+        self.expected = Some(expected);
+        Some(start)
+    }
+
+    /// Joins it with the runs beside it.
+    fn add(&mut self, sequence: u64) {
+        let before = self.runs.range(..=sequence).next_back().map(|(from, to)| (*from, *to));
+        if before.is_some_and(|(_, to)| sequence <= to) {
+            return;
+        }
+        let to = self.runs.remove(&(sequence + 1)).unwrap_or(sequence);
+        let from = before.filter(|(_, to)| to + 1 == sequence).map_or(sequence, |(from, _)| from);
+        self.runs.insert(from, to);
+    }
+
+    /// What is known beforehand, with `gaps` between the runs.
+    fn ahead(&self, expected: u64, gaps: &[Gap]) -> Vec<(u64, u64, Ahead)> {
+        let mut known: BTreeMap<u64, (u64, Ahead)> =
+            self.runs.iter().map(|(from, to)| (*from, (*to, Ahead::Passed))).collect();
+        for gap in gaps.iter().filter(|gap| gap.to >= expected) {
+            let mut from = gap.from.max(expected);
+            while from <= gap.to {
+                let at_or_before = known.range(..=from).next_back().map(|(_, (to, _))| *to);
+                if let Some(to) = at_or_before.filter(|to| *to >= from) {
+                    from = to + 1;
+                    continue;
+                }
+                let next = known.range(from..).next().map_or(u64::MAX, |(next, _)| *next);
+                let to = gap.to.min(next - 1);
+                known.insert(from, (to, Ahead::Missing));
+                from = to + 1;
+            }
+        }
+        known.into_iter().map(|(from, (to, what))| (from, to, what)).collect()
+    }
+}
+
+/// A partition, what it expects, and what is known of the sequences from there on.
+pub(crate) type Resumed = (u64, u64, Vec<(u64, u64, Ahead)>);
+
+/// A shard's reader, and where it is to end.
+pub(crate) type Uncounted<E> = (Reader<E>, Offset);
+
+/// What was found of all partitions.
+#[derive(Debug)]
+pub(crate) struct Recovered {
+    pub(crate) standings: Vec<Resumed>,
+    /// Starts that nothing told but what was counted: as partition and sequence.
+    pub(crate) derived_starts: Vec<(u64, u64)>,
+}
+
+/// All partitions of a gate.
+#[derive(Debug)]
+pub(crate) struct Counts {
+    start: GateStart,
+    /// Retention has freed what was not counted: what is missing below the highest may have been there.
+    has_lost_beginning: bool,
+    /// By partition; of two the later one, as a partition of which all is freed begins anew.
+    starts: HashMap<u64, u64>,
+    partitions: HashMap<u64, Counted>,
+}
+
+impl Counts {
+    pub(crate) fn new(
+        start: GateStart,
+        positions: Option<Positions>,
+        starts: &[Start],
+        has_lost_beginning: bool,
+    ) -> Self {
+        let standings = positions.map(|positions| positions.standings).unwrap_or_default();
+        let counted = |standing: Standing| {
+            let Standing { partition, expected, runs } = standing;
+            (partition, Counted { expected: Some(expected), runs: runs.into_iter().collect() })
+        };
+        let starts = starts.iter().map(|start| (start.partition, start.sequence)).collect();
+        Self { start, has_lost_beginning, starts, partitions: standings.into_iter().map(counted).collect() }
+    }
+
+    pub(crate) fn count(&mut self, partition: u64, sequence: u64) {
+        // None has this sequence: the gate refuses it.
+        if sequence == u64::MAX {
+            return;
+        }
+        let counted = Self::known(&mut self.partitions, &self.starts, self.start, partition);
+        if self.has_lost_beginning {
+            counted.expected = counted.expected.max(Some(sequence + 1));
+        } else {
+            counted.count(sequence);
+        }
+    }
+
+    /// What is counted of a partition; it begins where it started.
+    fn known<'a>(
+        partitions: &'a mut HashMap<u64, Counted>,
+        starts: &HashMap<u64, u64>,
+        start: GateStart,
+        partition: u64,
+    ) -> &'a mut Counted {
+        partitions.entry(partition).or_insert_with(|| {
+            let recorded = starts.get(&partition).copied();
+            Counted::new(recorded.or(match start {
+                GateStart::At(first) => Some(first),
+                GateStart::FirstSeen => None,
+            }))
+        })
+    }
+
+    /// Counts what lies before `until` in each shard. The shards go side by side by the times of their events, because what is
+    /// missing in one is kept in mind until it comes in another.
+    pub(crate) fn count_log<E: Event>(
+        &mut self,
+        shards: &mut [Uncounted<E>],
+        source: impl Fn(&E::Archived) -> Option<(u64, u64)>,
+    ) -> Result<(), ReadError> {
+        let mut left: Vec<_> = shards.iter_mut().map(|(reader, until)| (Time(0), reader, until)).collect();
+        while let Some(at) = (0..left.len()).min_by_key(|at| left[*at].0) {
+            let (time, reader, until) = &mut left[at];
+            let mut is_over = false;
+            for _ in 0..READ_AT_A_TIME {
+                let record = if reader.offset() < **until { reader.next()? } else { None };
+                let Some(record) = record else {
+                    is_over = true;
+                    break;
+                };
+                *time = record.meta.time;
+                if let Some((partition, sequence)) = source(record.event) {
+                    self.count(partition, sequence);
+                }
+            }
+            if is_over {
+                left.swap_remove(at);
+            }
+        }
+        Ok(())
+    }
+
+    /// Every partition: where it stands, and what is known of the sequences from there on.
+    pub(crate) fn with_gaps(mut self, mut gaps: Vec<Gap>) -> Recovered {
+        gaps.sort_by_key(|gap| (gap.partition, gap.from));
+        for gap in &gaps {
+            let counted = Self::known(&mut self.partitions, &self.starts, self.start, gap.partition);
+            if self.has_lost_beginning {
+                counted.expected = counted.expected.max(Some(gap.to + 1));
+            }
+        }
+        // One that started has been waiting for its start since, also if nothing of it got into the log. What is freed is not known.
+        if !self.has_lost_beginning {
+            for partition in self.starts.keys() {
+                Self::known(&mut self.partitions, &self.starts, self.start, *partition);
+            }
+        }
+        let gaps_of = |partition: u64| {
+            let from = gaps.partition_point(|gap| gap.partition < partition);
+            &gaps[from..from + gaps[from..].partition_point(|gap| gap.partition == partition)]
+        };
+        let mut recovered = Recovered { standings: Vec::new(), derived_starts: Vec::new() };
+        for (partition, mut counted) in self.partitions {
+            let gaps = gaps_of(partition);
+            recovered.derived_starts.extend(counted.settle(gaps).map(|start| (partition, start)));
+            let expected = counted.expected.expect("a partition without a start has a run or a gap");
+            recovered.standings.push((partition, expected, counted.ahead(expected, gaps)));
+        }
+        recovered
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+    use std::time::Duration;
+
+    use super::*;
+    use proptest::prelude::*;
+
+    fn gap(from: u64, to: u64) -> Gap {
+        Gap::new(0, from, to, Duration::ZERO, Time(0))
+    }
+
+    proptest! {
+        /// Against plain sets: what is in the log, and what is in gaps, in any order and with repeats.
+        #[test]
+        fn every_sequence_is_known_for_what_it_is(
+            log in proptest::collection::vec(0u64..60, 0..80),
+            gaps in proptest::collection::vec((0u64..60, 0u64..5), 0..6),
+            start in 0u64..5,
+        ) {
+            let mut counts = Counts::new(GateStart::At(start), None, &[], false);
+            log.iter().for_each(|sequence| counts.count(0, *sequence));
+            let gaps: Vec<Gap> = gaps.into_iter().map(|(from, more)| gap(from, from + more)).collect();
+            let in_log: BTreeSet<u64> = log.into_iter().collect();
+            let in_gap: BTreeSet<u64> = gaps.iter().flat_map(|gap| gap.from..=gap.to).collect();
+            let is_known = in_log.iter().chain(&in_gap).next().is_some();
+            let Recovered { standings, derived_starts } = counts.with_gaps(gaps);
+            prop_assert_eq!(derived_starts, []);
+            prop_assert_eq!(standings.len(), usize::from(is_known));
+            for (_, expected, ahead) in standings {
+                prop_assert!((start..expected).all(|sequence| in_log.contains(&sequence)));
+                prop_assert!(!in_log.contains(&expected));
+                prop_assert!(ahead.windows(2).all(|pair| pair[0].1 < pair[1].0), "rising: {:?}", ahead);
+                for sequence in expected..70 {
+                    let known = ahead.iter().find(|(from, to, _)| (*from..=*to).contains(&sequence));
+                    let wanted = match (in_log.contains(&sequence), in_gap.contains(&sequence)) {
+                        (true, _) => Some(Ahead::Passed),
+                        (false, true) => Some(Ahead::Missing),
+                        (false, false) => None,
+                    };
+                    prop_assert_eq!(known.map(|(.., what)| *what), wanted, "{}", sequence);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn where_the_beginning_is_lost_nothing_below_the_highest_is_waited_for() {
+        let mut counts = Counts::new(GateStart::At(0), None, &[], true);
+        [500, 502].into_iter().for_each(|sequence| counts.count(0, sequence));
+        assert_eq!(counts.with_gaps(vec![gap(503, 505)]).standings, [(0, 506, vec![])]);
+    }
+
+    proptest! {
+        /// Whatever lies in whichever shard, and whichever shard is read first.
+        #[test]
+        fn nothing_depends_on_the_order_in_which_it_is_counted(
+            log in proptest::collection::vec(0u64..20, 1..30),
+            shuffle in proptest::collection::vec(any::<prop::sample::Index>(), 30),
+            recorded in proptest::option::of(0u64..20),
+            gaps in proptest::collection::vec((0u64..20, 0u64..3), 0..3),
+            policy in proptest::option::of(0u64..20),
+            has_lost_beginning in any::<bool>(),
+        ) {
+            let start = policy.map_or(GateStart::FirstSeen, GateStart::At);
+            let starts: Vec<Start> =
+                recorded.map(|sequence| Start { partition: 0, sequence, time: Time(0) }).into_iter().collect();
+            let gaps: Vec<Gap> = gaps.into_iter().map(|(from, more)| gap(from, from + more)).collect();
+            let mut other = log.clone();
+            for (i, at) in shuffle.iter().enumerate() {
+                let (i, at) = (i % log.len(), at.index(log.len()));
+                other.swap(i, at);
+            }
+            let counted = |log: &[u64]| {
+                let mut counts = Counts::new(start, None, &starts, has_lost_beginning);
+                log.iter().for_each(|sequence| counts.count(0, *sequence));
+                counts.with_gaps(gaps.clone())
+            };
+            let (one, two) = (counted(&log), counted(&other));
+            prop_assert_eq!(&one.standings, &two.standings);
+            prop_assert_eq!(&one.derived_starts, &two.derived_starts);
+            // The oracle: what lies from the start on, without a hole.
+            let lowest = log.iter().copied().chain(gaps.iter().map(|gap| gap.from)).min().expect("not empty");
+            let start = recorded.or(policy).unwrap_or(lowest);
+            if !has_lost_beginning {
+                let expected = (start..).find(|sequence| !log.contains(sequence)).expect("it ends");
+                prop_assert_eq!(one.standings[0].1, expected);
+            }
+        }
+    }
+}

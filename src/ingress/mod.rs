@@ -1,0 +1,10 @@
+//! Ingress: how events enter the engine.
+
+pub(crate) mod gated;
+pub(crate) mod producer;
+pub(crate) mod sequence_gate;
+pub(crate) mod shared;
+
+pub use sequence_gate::SequenceGate;
+pub use sequence_gate::answer::{GateStatistics, Offered, Refused, Released, StartRefused};
+pub use sequence_gate::policy::{GatePolicy, GateStart};

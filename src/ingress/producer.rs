@@ -1,0 +1,456 @@
+//! The way in: key → shard → lane, with backpressure, and receipts on the way out.
+//!
+//! One [`Producer`] is one thread's own lanes, one per shard. [`crate::SharedProducer`] is for those who
+//! cannot have their own.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::clock::{Clock, Lateness, NOT_DUE, Nanos, lateness};
+use crate::error::{Rejected, RejectedReason, WaitError};
+use crate::event::{Event, Key, Offset, Scratch, has_one_size, is_declared};
+use crate::lane::counts::LaneShared;
+use crate::lane::door::ShardDoor;
+use crate::lane::ring::{Slot, free_slots, push_chunk};
+use crate::sync::Wait;
+use crate::sync::{Idle, Ordering, Patience};
+
+use crate::lane::receipt::Placing;
+use crate::lane::receipt::Receipt;
+
+/// Why a batch stopped early: its reason, and how many of its events were accepted before.
+#[derive(Debug, Clone, thiserror::Error)]
+#[error("after {accepted} events: {reason}")]
+pub struct BatchRejected {
+    /// Events of this batch that were accepted; they are no longer in the vector.
+    pub accepted: usize,
+    /// Why the first one left in the vector was refused.
+    pub reason: RejectedReason,
+}
+
+struct Lane<E> {
+    ring: rtrb::Producer<Slot<E>>,
+    shared: Arc<LaneShared>,
+    door: Arc<ShardDoor>,
+    published: u64,
+    /// Where a batch for several shards is sorted; empty between calls.
+    staged: Vec<Slot<E>>,
+}
+
+/// What a lane's producing end is made of.
+pub(crate) type LaneParts<E> = (rtrb::Producer<Slot<E>>, Arc<LaneShared>, Arc<ShardDoor>);
+
+/// One thread's way into the engine: an SPSC lane to every shard. Events of one key published here
+/// are appended in publish order. Made by [`crate::Engine::producer`], and may outlive the engine's shutdown (it then refuses).
+pub struct Producer<E: Event> {
+    lanes: Vec<Lane<E>>,
+    clock: Clock,
+    wait: Wait,
+    bounds: Bounds,
+}
+
+impl<E: Event> std::fmt::Debug for Producer<E> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Producer").field("shards", &self.lanes.len()).finish_non_exhaustive()
+    }
+}
+
+/// Finds out, before an event is accepted, whether it will fit.
+#[derive(Debug)]
+pub(crate) struct Bounds {
+    bytes_max: usize,
+    trial: Option<(Box<[u8]>, Scratch)>,
+}
+
+impl Bounds {
+    pub(crate) fn new<E: Event>(bytes_max: usize) -> Self {
+        // What has one size needs no trial.
+        if has_one_size::<E>() { Self { bytes_max, trial: None } } else { Self::with_trial(bytes_max) }
+    }
+
+    /// For who keeps no trial memory: checks one event.
+    pub(crate) fn check_once<E: Event>(event: E, bytes_max: usize) -> Result<E, Rejected<E>> {
+        let event = declared(event)?;
+        if has_one_size::<E>() && size_of::<E::Archived>() <= bytes_max {
+            return Ok(event);
+        }
+        thread_local! {
+            // Kept between events of one thread; grows to the largest limit in use.
+            static TRIAL: std::cell::RefCell<Bounds> = const { std::cell::RefCell::new(Bounds { bytes_max: 0, trial: None }) };
+        }
+        TRIAL.with_borrow_mut(|bounds| {
+            if bounds.bytes_max != bytes_max {
+                *bounds = Bounds::with_trial(bytes_max);
+            }
+            bounds.check(event)
+        })
+    }
+
+    fn with_trial(bytes_max: usize) -> Self {
+        Self {
+            bytes_max,
+            trial: Some((vec![0; bytes_max + 16].into_boxed_slice(), Scratch::new(4 * bytes_max.max(1024)))),
+        }
+    }
+
+    /// How many events from the front can be accepted, and why the next cannot.
+    #[inline]
+    fn fitting<E: Event>(&mut self, events: &[(Key, E)]) -> (usize, Option<RejectedReason>) {
+        let event_type = |at: usize| events[at].1.event_type();
+        let undeclared = (0..events.len()).find(|&at| !is_declared::<E>(event_type(at)));
+        let mut reason = undeclared.map(|at| RejectedReason::UndeclaredType { event_type: event_type(at) });
+        let events = &events[..undeclared.unwrap_or(events.len())];
+        let fitting = match &mut self.trial {
+            None if size_of::<E::Archived>() <= self.bytes_max => events.len(),
+            None => 0,
+            Some((out, scratch)) => {
+                let skip = out.as_ptr().align_offset(16);
+                let unfit =
+                    |(_, event): &(Key, E)| event.encode(&mut out[skip..skip + self.bytes_max], scratch).is_none();
+                events.iter().position(unfit).unwrap_or(events.len())
+            }
+        };
+        if fitting < events.len() {
+            reason = Some(RejectedReason::TooLarge { bytes_max: self.bytes_max });
+        }
+        (fitting, reason)
+    }
+
+    #[inline]
+    pub(crate) fn check<E: Event>(&mut self, event: E) -> Result<E, Rejected<E>> {
+        if self.accepts(&event) { Ok(event) } else { Err(self.refusal(event)) }
+    }
+
+    /// Whether the event can be read again and fits.
+    #[inline(always)]
+    fn accepts<E: Event>(&mut self, event: &E) -> bool {
+        is_declared::<E>(event.event_type())
+            && match &mut self.trial {
+                None => size_of::<E::Archived>() <= self.bytes_max,
+                Some((out, scratch)) => {
+                    // The log archives at 16-aligned places, so the trial must too.
+                    let skip = out.as_ptr().align_offset(16);
+                    event.encode(&mut out[skip..skip + self.bytes_max], scratch).is_some()
+                }
+            }
+    }
+
+    /// Why an event was not accepted.
+    #[cold]
+    fn refusal<E: Event>(&self, event: E) -> Rejected<E> {
+        match declared(event) {
+            Ok(event) => Rejected::TooLarge { event, bytes_max: self.bytes_max },
+            Err(undeclared) => undeclared,
+        }
+    }
+}
+
+/// What did not go into a lane.
+enum NotPushed<E> {
+    /// Nobody may enter any more.
+    Closed(E),
+    /// There is no room now.
+    Full(Slot<E>),
+}
+
+/// Hands an event back whose type could not be read again.
+#[inline(always)]
+fn declared<E: Event>(event: E) -> Result<E, Rejected<E>> {
+    let event_type = event.event_type();
+    if is_declared::<E>(event_type) { Ok(event) } else { Err(Rejected::UndeclaredType { event, event_type }) }
+}
+
+impl<E: Event> Producer<E> {
+    pub(crate) fn new(lanes: Vec<LaneParts<E>>, clock: Clock, wait: Wait, event_bytes_max: usize) -> Self {
+        let lanes = lanes
+            .into_iter()
+            .map(|(ring, shared, door)| Lane { ring, shared, door, published: 0, staged: Vec::new() })
+            .collect();
+        Self { lanes, clock, wait, bounds: Bounds::new::<E>(event_bytes_max) }
+    }
+
+    /// Publishes an event, waiting for room as the wait strategy says.
+    ///
+    /// # Errors
+    /// The event and why it was refused: the engine is closed, the shard failed, the event is too large or of a type that it does
+    /// not declare.
+    #[inline]
+    pub fn publish(&mut self, key: Key, event: E) -> Result<Receipt, Rejected<E>> {
+        let published = self.clock.now();
+        self.send(key, event, published, NOT_DUE, Patience::Forever)
+    }
+
+    /// Publishes an event if there is room for it now.
+    ///
+    /// # Errors
+    /// As [`Producer::publish`], and `Full` (or `StorageFull`).
+    #[inline]
+    pub fn try_publish(&mut self, key: Key, event: E) -> Result<Receipt, Rejected<E>> {
+        let published = self.clock.now();
+        self.send(key, event, published, NOT_DUE, Patience::None)
+    }
+
+    /// Publishes an event, waiting for room until `deadline`.
+    ///
+    /// # Errors
+    /// As [`Producer::try_publish`].
+    pub fn publish_until(&mut self, key: Key, event: E, deadline: Instant) -> Result<Receipt, Rejected<E>> {
+        let published = self.clock.now();
+        self.send(key, event, published, NOT_DUE, Patience::Until(deadline))
+    }
+
+    /// Publishes an event that should have been published `late` ago, as an open-loop load does: the `*Due` histograms
+    /// then count from when it was due, so that a stall of the engine is not forgotten (no coordinated omission). It is told apart
+    /// to within 0.05 % up to 26 days.
+    ///
+    /// # Errors
+    /// As [`Producer::publish`].
+    pub fn publish_due(&mut self, key: Key, event: E, late: Duration) -> Result<Receipt, Rejected<E>> {
+        let published = self.clock.now();
+        self.send(key, event, published, lateness(late), Patience::Forever)
+    }
+
+    #[inline]
+    fn send(
+        &mut self,
+        key: Key,
+        event: E,
+        published: Nanos,
+        late: Lateness,
+        patience: Patience,
+    ) -> Result<Receipt, Rejected<E>> {
+        if !self.bounds.accepts(&event) {
+            return Err(self.bounds.refusal(event));
+        }
+        self.push_checked(key, event, published, late, patience)
+    }
+
+    /// Hands an event back if it would never fit.
+    #[inline]
+    pub(crate) fn check(&mut self, event: E) -> Result<E, Rejected<E>> {
+        self.bounds.check(event)
+    }
+
+    /// Publishes an event that was checked.
+    #[inline]
+    pub(crate) fn push(
+        &mut self,
+        key: Key,
+        event: E,
+        published: Nanos,
+        patience: Patience,
+    ) -> Result<Receipt, Rejected<E>> {
+        self.push_checked(key, event, published, NOT_DUE, patience)
+    }
+
+    #[inline]
+    fn push_checked(
+        &mut self,
+        key: Key,
+        event: E,
+        published: Nanos,
+        late: Lateness,
+        patience: Patience,
+    ) -> Result<Receipt, Rejected<E>> {
+        // Where there is one, nothing is routed.
+        let shard = if let [_] = &self.lanes[..] { 0 } else { usize::from(key.shard(self.lanes.len() as u16).0) };
+        let lane = &mut self.lanes[shard];
+        match lane.try_push(Slot::new(key, published, late, event)) {
+            Ok(receipt) => Ok(receipt),
+            Err(NotPushed::Closed(event)) => Err(lane.door.refusal(event)),
+            Err(NotPushed::Full(slot)) => lane.push_when_there_is_room(slot, self.wait, patience),
+        }
+    }
+
+    /// Publishes an event and waits until it is in the log, by `deadline`. Where it lies, or why that is not known.
+    ///
+    /// # Errors
+    /// As [`Producer::publish_until`]; `Full` also where what was published before is not appended by then.
+    pub(crate) fn publish_placed(
+        &mut self,
+        key: Key,
+        event: E,
+        deadline: Option<Instant>,
+    ) -> Result<Result<Option<Offset>, WaitError>, Rejected<E>> {
+        let event = self.bounds.check(event)?;
+        let lane = &self.lanes[usize::from(key.shard(self.lanes.len() as u16).0)];
+        let before = lane.receipt().appended();
+        match deadline.map_or_else(|| before.wait(), |at| before.wait_until(at)) {
+            Ok(()) => {}
+            Err(WaitError::TimedOut) => return Err(lane.door.full(event)),
+            Err(_) => return Err(lane.door.refusal(event)),
+        }
+        let placing = Placing::before(&lane.shared, lane.published + 1);
+        let (published, patience) = (self.clock.now(), deadline.map_or(Patience::Forever, Patience::Until));
+        drop(self.push_checked(key, event, published, NOT_DUE, patience)?);
+        Ok(placing.wait(deadline))
+    }
+
+    /// Publishes events in order, waiting for room. Slots are claimed and made visible in chunks. What was
+    /// accepted is taken out of `events`; after an error the rest stays, every key's events in order.
+    ///
+    /// # Errors
+    /// How many were accepted, and why the next was not.
+    pub fn publish_batch(&mut self, events: &mut Vec<(Key, E)>) -> Result<(), BatchRejected> {
+        self.batch(events, Patience::Forever)
+    }
+
+    /// As [`Producer::publish_batch`], without waiting.
+    ///
+    /// # Errors
+    /// As [`Producer::publish_batch`], and `Full` (or `StorageFull`).
+    pub fn try_publish_batch(&mut self, events: &mut Vec<(Key, E)>) -> Result<(), BatchRejected> {
+        self.batch(events, Patience::None)
+    }
+
+    /// As [`Producer::publish_batch`], waiting for room until `deadline`.
+    ///
+    /// # Errors
+    /// As [`Producer::try_publish_batch`].
+    pub fn publish_batch_until(&mut self, events: &mut Vec<(Key, E)>, deadline: Instant) -> Result<(), BatchRejected> {
+        self.batch(events, Patience::Until(deadline))
+    }
+
+    fn batch(&mut self, events: &mut Vec<(Key, E)>, patience: Patience) -> Result<(), BatchRejected> {
+        let total = events.len();
+        let published = self.clock.now();
+        let (fitting, mut refused) = self.bounds.fitting(events);
+        let slot = |(key, event)| Slot::new(key, published, NOT_DUE, event);
+        if let [lane] = &mut self.lanes[..] {
+            if let Err(reason) = lane.push_all(events, fitting, slot, self.wait, patience) {
+                refused = Some(reason);
+            }
+        } else {
+            let shards = self.lanes.len() as u16;
+            for event in events.drain(..fitting) {
+                self.lanes[usize::from(event.0.shard(shards).0)].staged.push(slot(event));
+            }
+            let mut rest = Vec::new();
+            for lane in &mut self.lanes {
+                let mut staged = std::mem::take(&mut lane.staged);
+                let count = staged.len();
+                if let Err(reason) = lane.push_all(&mut staged, count, |slot| slot, self.wait, patience) {
+                    refused.get_or_insert(reason);
+                    rest.extend(staged.drain(..).map(|slot| (slot.key, slot.event)));
+                }
+                lane.staged = staged;
+            }
+            events.splice(..0, rest);
+        }
+        match refused {
+            None => Ok(()),
+            Some(reason) => Err(BatchRejected { accepted: total - events.len(), reason }),
+        }
+    }
+
+    /// A receipt per shard for everything published here so far.
+    #[must_use]
+    pub fn receipts(&self) -> Vec<Receipt> {
+        self.lanes.iter().map(Lane::receipt).collect()
+    }
+
+    /// Its lane of every shard, with what it published there so far.
+    pub(crate) fn lanes(&self) -> impl Iterator<Item = (Arc<LaneShared>, u64)> + '_ {
+        self.lanes.iter().map(|lane| (Arc::clone(&lane.shared), lane.published))
+    }
+
+    /// Events accepted by this producer so far.
+    #[must_use]
+    pub fn published(&self) -> u64 {
+        self.lanes.iter().map(|lane| lane.published).sum()
+    }
+}
+
+impl<E> Lane<E> {
+    /// Moves everything in `source` into the ring, in order, in chunks that become visible at once.
+    /// What was not accepted stays in `source`.
+    fn push_all<T>(
+        &mut self,
+        source: &mut Vec<T>,
+        count: usize,
+        slot: impl Fn(T) -> Slot<E>,
+        wait: Wait,
+        patience: Patience,
+    ) -> Result<(), RejectedReason> {
+        let mut left = count;
+        let mut idle = Idle::new(wait);
+        while left > 0 {
+            let Some(inside) = self.shared.enter() else { return Err(self.door.refusal(()).reason()) };
+            let room = free_slots(&self.ring, left);
+            if room > 0 {
+                let pushed = push_chunk(&mut self.ring, room, source.drain(..room).map(&slot));
+                debug_assert_eq!(pushed, room);
+                left -= pushed;
+                self.published += pushed as u64;
+                self.shared.published.store(self.published, Ordering::Relaxed);
+                drop(inside);
+                self.door.signal.notify();
+                idle.reset();
+            } else if patience.is_over() {
+                return Err(self.door.full(()).reason());
+            } else {
+                drop(inside);
+                self.await_room(&mut idle, patience);
+            }
+        }
+        Ok(())
+    }
+
+    #[inline]
+    fn receipt(&self) -> Receipt {
+        Receipt::new(Arc::clone(&self.shared), self.published)
+    }
+
+    #[inline(always)]
+    fn try_push(&mut self, slot: Slot<E>) -> Result<Receipt, NotPushed<E>> {
+        let Some(inside) = self.shared.enter() else { return Err(NotPushed::Closed(slot.event)) };
+        match self.ring.push(slot) {
+            Ok(()) => {
+                self.published += 1;
+                self.shared.published.store(self.published, Ordering::Relaxed);
+                drop(inside);
+                self.door.signal.notify();
+                Ok(self.receipt())
+            }
+            Err(rtrb::PushError::Full(slot)) => Err(NotPushed::Full(slot)),
+        }
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn push_when_there_is_room(
+        &mut self,
+        mut slot: Slot<E>,
+        wait: Wait,
+        patience: Patience,
+    ) -> Result<Receipt, Rejected<E>> {
+        let mut idle = Idle::new(wait);
+        loop {
+            if patience.is_over() {
+                return Err(self.door.full(slot.event));
+            }
+            self.await_room(&mut idle, patience);
+            slot = match self.try_push(slot) {
+                Ok(receipt) => return Ok(receipt),
+                Err(NotPushed::Closed(event)) => return Err(self.door.refusal(event)),
+                Err(NotPushed::Full(slot)) => slot,
+            };
+        }
+    }
+
+    #[cold]
+    fn await_room(&mut self, idle: &mut Idle, patience: Patience) {
+        let Lane { ring, shared, door, .. } = self;
+        idle.step(&shared.space, patience.deadline(), || {
+            ring.slots() > 0 || shared.close_gate.is_closed() || door.log.failure().is_some()
+        });
+    }
+}
+
+impl<E> Drop for Lane<E> {
+    fn drop(&mut self) {
+        // The shard notices an abandoned lane only when it looks. (The ring's own end is dropped after this
+        // and the shard may look too early; it looks again before it sleeps the next time.)
+        self.door.signal.notify();
+    }
+}

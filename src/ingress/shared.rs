@@ -1,0 +1,180 @@
+//! A way in for many threads at once: per shard one bounded queue, `Clone + Send + Sync`.
+//!
+//! Order: events of one key published by one thread keep their order (the queue is first in, first out).
+
+use std::borrow::Borrow;
+use std::sync::Arc;
+use std::time::Instant;
+
+use crossbeam::queue::ArrayQueue;
+
+use crate::clock::{Clock, NOT_DUE};
+use crate::error::{Rejected, WaitError};
+use crate::event::{Event, Key};
+use crate::ingress::producer::Bounds;
+use crate::lane::counts::LaneShared;
+use crate::lane::door::ShardDoor;
+use crate::lane::receipt::Receipt;
+use crate::lane::ring::Slot;
+use crate::sync::Wait;
+use crate::sync::{AtomicU64, Idle, Ordering, Patience};
+
+/// One event in a shared queue: its slot, and where to write its ticket if somebody asked for a receipt.
+#[derive(Debug)]
+pub(crate) struct SharedSlot<E> {
+    pub(crate) slot: Slot<E>,
+    pub(crate) ticket: Option<Arc<AtomicU64>>,
+}
+
+impl<E> Borrow<Slot<E>> for SharedSlot<E> {
+    fn borrow(&self) -> &Slot<E> {
+        &self.slot
+    }
+}
+
+/// What both ends of a shared lane hold.
+#[derive(Debug)]
+pub(crate) struct SharedLane<E> {
+    pub(crate) queue: ArrayQueue<SharedSlot<E>>,
+    pub(crate) shared: Arc<LaneShared>,
+    pub(crate) door: Arc<ShardDoor>,
+}
+
+/// A handle that any number of threads may clone and use. Slower than a [`crate::Producer`]: its lanes are
+/// bounded multi-producer queues, and one publish is one queue operation.
+pub struct SharedProducer<E: Event> {
+    lanes: Arc<[Arc<SharedLane<E>>]>,
+    clock: Clock,
+    wait: Wait,
+    event_bytes_max: usize,
+}
+
+impl<E: Event> Clone for SharedProducer<E> {
+    fn clone(&self) -> Self {
+        Self {
+            lanes: Arc::clone(&self.lanes),
+            clock: self.clock.clone(),
+            wait: self.wait,
+            event_bytes_max: self.event_bytes_max,
+        }
+    }
+}
+
+impl<E: Event> std::fmt::Debug for SharedProducer<E> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("SharedProducer").field("shards", &self.lanes.len()).finish_non_exhaustive()
+    }
+}
+
+impl<E: Event> SharedProducer<E> {
+    pub(crate) fn new(lanes: Arc<[Arc<SharedLane<E>>]>, clock: Clock, wait: Wait, event_bytes_max: usize) -> Self {
+        Self { lanes, clock, wait, event_bytes_max }
+    }
+
+    /// Publishes an event, waiting for room.
+    ///
+    /// # Errors
+    /// As [`crate::Producer::publish`].
+    pub fn publish(&self, key: Key, event: E) -> Result<(), Rejected<E>> {
+        self.send(key, event, None, Patience::Forever).map(drop)
+    }
+
+    /// Publishes an event if there is room for it now.
+    ///
+    /// # Errors
+    /// As [`crate::Producer::try_publish`].
+    pub fn try_publish(&self, key: Key, event: E) -> Result<(), Rejected<E>> {
+        self.send(key, event, None, Patience::None).map(drop)
+    }
+
+    /// Publishes an event, waiting for room until `deadline`.
+    ///
+    /// # Errors
+    /// As [`crate::Producer::publish_until`].
+    pub fn publish_until(&self, key: Key, event: E, deadline: Instant) -> Result<(), Rejected<E>> {
+        self.send(key, event, None, Patience::Until(deadline)).map(drop)
+    }
+
+    /// Publishes an event, waiting for room, and returns a receipt. Unlike a lane of one's own, a shared one
+    /// has to remember who asked: one small allocation per receipt.
+    ///
+    /// # Errors
+    /// As [`crate::Producer::publish`].
+    pub fn publish_with_receipt(&self, key: Key, event: E) -> Result<SharedReceipt, Rejected<E>> {
+        let ticket = Arc::new(AtomicU64::new(UNASSIGNED));
+        let lane = self.send(key, event, Some(Arc::clone(&ticket)), Patience::Forever)?;
+        Ok(SharedReceipt { lane: Arc::clone(&lane.shared), ticket })
+    }
+
+    fn send(
+        &self,
+        key: Key,
+        event: E,
+        ticket: Option<Arc<AtomicU64>>,
+        patience: Patience,
+    ) -> Result<&SharedLane<E>, Rejected<E>> {
+        let event = Bounds::check_once(event, self.event_bytes_max)?;
+        let lane = &*self.lanes[usize::from(key.shard(self.lanes.len() as u16).0)];
+        let mut slot = SharedSlot { slot: Slot::new(key, self.clock.now(), NOT_DUE, event), ticket };
+        let mut idle = Idle::new(self.wait);
+        loop {
+            let Some(inside) = lane.shared.enter() else { return Err(lane.door.refusal(slot.slot.event)) };
+            // Counted before it can be seen: whoever counts then counts every event that is in the queue before its own.
+            lane.shared.published.fetch_add(1, Ordering::SeqCst);
+            match lane.queue.push(slot) {
+                Ok(()) => {
+                    drop(inside);
+                    lane.door.signal.notify();
+                    return Ok(lane);
+                }
+                Err(back) => slot = back,
+            }
+            lane.shared.unpublish();
+            drop(inside);
+            if patience.is_over() {
+                return Err(lane.door.full(slot.slot.event));
+            }
+            // Many may wait for room here, and a signal has one sleeper; so they poll, yielding the core.
+            idle.poll(patience.deadline());
+        }
+    }
+}
+
+/// The ticket before the shard has taken the event out of the queue.
+pub(crate) const UNASSIGNED: u64 = u64::MAX;
+
+/// A receipt of a [`SharedProducer`].
+#[derive(Debug, Clone)]
+pub struct SharedReceipt {
+    lane: Arc<LaneShared>,
+    ticket: Arc<AtomicU64>,
+}
+
+impl SharedReceipt {
+    /// The plain receipt, once the shard has taken the event out of the queue. `None` before.
+    #[must_use]
+    pub fn receipt(&self) -> Option<Receipt> {
+        // Acquire: pairs with the shard's Release when it assigns the ticket.
+        match self.ticket.load(Ordering::Acquire) {
+            UNASSIGNED => None,
+            ticket => Some(Receipt::new(Arc::clone(&self.lane), ticket)),
+        }
+    }
+
+    /// Blocks until the event is in the log, then returns the plain receipt (for `durable()` and the like).
+    ///
+    /// # Errors
+    /// `ShardFailed` when the shard fails before.
+    pub fn wait_appended(&self) -> Result<Receipt, WaitError> {
+        let receipt = crate::sync::block_until(
+            None,
+            |waker| self.lane.register_any(waker),
+            || match self.receipt() {
+                Some(receipt) => Some(Ok(receipt)),
+                None => self.lane.log.failure().map(|failure| Err(WaitError::from(failure.clone()))),
+            },
+        )?;
+        receipt.appended().wait()?;
+        Ok(receipt)
+    }
+}

@@ -1,0 +1,77 @@
+//! Reads one event where it lies in the log, through its upcaster where its layout is an older one.
+
+use rkyv::util::AlignedVec;
+
+use crate::event::{Event, EventTypeId, Schemas, Scratch, upcaster};
+use crate::log::format::{RECORD_HEADER_BYTES, RecordHeader};
+use crate::storage::memory::{ALIGN, Memory};
+
+/// Reads events in place, and those of older layouts through their upcasters.
+#[derive(Debug)]
+pub(crate) struct Access {
+    schemas: Schemas,
+    upcasted: AlignedVec<ALIGN>,
+    /// Made when it is first needed.
+    scratch: Option<Scratch>,
+}
+
+/// An upcasted event's first buffer, and its largest.
+const UPCAST_BYTES_MIN: usize = 4 << 10;
+const UPCAST_BYTES_MAX: usize = 16 << 20;
+
+impl Access {
+    pub(crate) fn new<E: Event>() -> Self {
+        Self { schemas: Schemas::of::<E>(), upcasted: AlignedVec::new(), scratch: None }
+    }
+
+    /// The event of the record that begins at `at` and has this exact length and header; its CRC holds, or this process
+    /// wrote it. `None` where the archive is not valid.
+    #[inline]
+    pub(crate) fn event<'a, E: Event>(
+        &'a mut self,
+        memory: &'a Memory,
+        at: usize,
+        len: usize,
+        header: &RecordHeader,
+    ) -> Option<&'a E::Archived> {
+        let (at, len) = (at + RECORD_HEADER_BYTES, len.checked_sub(RECORD_HEADER_BYTES)?);
+        if self.schemas.current(header.event_type) == Some(header.schema_version) {
+            return memory.archived::<E>(at, len);
+        }
+        self.upcast::<E>(memory.read(at, len)?, header.event_type, header.schema_version)
+    }
+
+    /// The event of an archive that was kept elsewhere; its CRC holds. `None` where it is not valid.
+    pub(crate) fn kept<'a, E: Event>(
+        &'a mut self,
+        archive: &'a [u8],
+        event_type: EventTypeId,
+        schema_version: u16,
+    ) -> Option<&'a E::Archived> {
+        if self.schemas.current(event_type) == Some(schema_version) {
+            return E::access(archive).ok();
+        }
+        self.upcast::<E>(archive, event_type, schema_version)
+    }
+
+    #[cold]
+    fn upcast<E: Event>(
+        &mut self,
+        archive: &[u8],
+        event_type: EventTypeId,
+        schema_version: u16,
+    ) -> Option<&E::Archived> {
+        let event = (upcaster::<E>(event_type, schema_version)?.upcast)(archive).ok()?;
+        let scratch = self.scratch.get_or_insert_with(|| Scratch::new(4 * UPCAST_BYTES_MAX.min(1 << 20)));
+        let mut bytes = self.upcasted.len().max(UPCAST_BYTES_MIN);
+        let len = loop {
+            self.upcasted.resize(bytes, 0);
+            match event.encode(&mut self.upcasted, scratch) {
+                Some(len) => break len,
+                None if bytes >= UPCAST_BYTES_MAX => return None,
+                None => bytes *= 2,
+            }
+        };
+        E::access(&self.upcasted[..len]).ok()
+    }
+}

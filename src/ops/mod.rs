@@ -1,0 +1,3 @@
+//! Operations: what is known of a store from its files alone.
+
+pub mod check;

@@ -1,0 +1,377 @@
+//! What was: a key's events one by one, everybody's events of a span of time, and a key's state at any time.
+//!
+//! All of it reads the log in place, on the caller's thread, while the shard works on. Memory is bounded however long a
+//! history is: a chain, which leads backwards, is gone along once to find where its parts begin, and then part by part.
+
+use crate::error::{CodePanic, HistoryError, PanickedEvent, ReadError, guard};
+use crate::event::{Event, EventType, Key, Offset, Sequence, ShardId, Time, Version};
+use crate::log::access::Access;
+use crate::log::finder::{Finder, Place};
+use crate::log::format::RecordHeader;
+use crate::log::reader::{Reader, Record};
+use crate::state::aggregate::Aggregate;
+use crate::state::snapshot::store::{Saved, SnapshotStore};
+
+/// A moment of a key.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum At {
+    /// After its event number so many; 0 is before the first.
+    Version(Version),
+    /// Before its first event that is later than this. (Where an event is earlier than the one before it, that one decides.)
+    Time(Time),
+}
+
+impl From<Version> for At {
+    fn from(version: Version) -> Self {
+        Self::Version(version)
+    }
+}
+
+impl From<Time> for At {
+    fn from(time: Time) -> Self {
+        Self::Time(time)
+    }
+}
+
+/// A state of the past.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Past<A> {
+    /// The state.
+    pub state: A,
+    /// The number of the newest event that is in it.
+    pub version: Version,
+    /// How many events were applied to the saved state that was nearest.
+    pub applied: u64,
+}
+
+/// How many events of each type the log holds.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub struct Counts {
+    /// All of them.
+    pub events: u64,
+    /// Type by type, in the order of `TYPES`.
+    pub by_type: Vec<(EventType, u64)>,
+}
+
+/// Offsets of one part of a chain that are kept at a time.
+const PART: usize = 1024;
+
+/// Where a key stands: its newest event.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Head {
+    pub(crate) version: Version,
+    pub(crate) offset: Offset,
+}
+
+/// A key's events in order, as far as they had been appended when this was asked for.
+pub struct Stream<E: Event> {
+    key: Key,
+    finder: Finder,
+    access: Access,
+    /// The newest offsets of the parts that are still to come, the next one last.
+    parts: Vec<Offset>,
+    /// The offsets of this part, the next one last.
+    part: Vec<Offset>,
+    /// Version of the next event.
+    next: Version,
+    until: Version,
+    event: std::marker::PhantomData<fn() -> E>,
+}
+
+impl<E: Event> std::fmt::Debug for Stream<E> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Stream").field("key", &self.key).field("next", &self.next).finish_non_exhaustive()
+    }
+}
+
+impl<E: Event> Stream<E> {
+    /// The events `from..=head.version` of `key`.
+    pub(crate) fn new(finder: Finder, key: Key, from: Version, head: Head) -> Result<Self, HistoryError> {
+        let from = Version(from.0.max(1));
+        let mut stream = Self {
+            key,
+            finder,
+            access: Access::new::<E>(),
+            parts: Vec::new(),
+            part: Vec::new(),
+            next: from,
+            until: head.version,
+            event: std::marker::PhantomData,
+        };
+        let mut at = head.offset;
+        for version in (from.0..=head.version.0).rev() {
+            // The last of each part, and the newest of all.
+            if (version - from.0 + 1).is_multiple_of(PART as u64) || version == head.version.0 {
+                stream.parts.push(at);
+            }
+            at = match stream.finder.find(at) {
+                Ok(place) => stream.before(at, &place, Version(version))?,
+                Err(ReadError::BeyondRetention { .. }) => {
+                    return Err(HistoryError::BeyondRetention { key, earliest: Version(version + 1) });
+                }
+                Err(error) => return Err(error.into()),
+            };
+        }
+        Ok(stream)
+    }
+
+    /// Where the event before `place` is, which must be this version of the key.
+    fn before(&self, at: Offset, place: &Place, version: Version) -> Result<Offset, ReadError> {
+        let Place { header, .. } = place;
+        if header.is_own() || header.key != self.key || header.version != version {
+            return Err(self.finder.corruption(at, "a key's chain leads to a record of something else"));
+        }
+        Ok(header.previous)
+    }
+
+    pub(crate) fn shard(&self) -> ShardId {
+        self.finder.log().shard
+    }
+
+    /// The number of the next event.
+    #[must_use]
+    pub fn version(&self) -> Version {
+        self.next
+    }
+
+    /// The next event; its `meta.sequence` is [`Sequence::UNKNOWN`].
+    ///
+    /// # Errors
+    /// `BeyondRetention` when the log was freed up to here meanwhile; `Corruption` when bytes that come from before this process
+    /// do not hold. The position stays: the next call says the same, and never what follows.
+    #[expect(clippy::should_implement_trait, reason = "lends from the stream, which Iterator cannot")]
+    pub fn next(&mut self) -> Result<Option<Record<'_, E>>, ReadError> {
+        if self.next > self.until {
+            return Ok(None);
+        }
+        if self.part.is_empty() {
+            self.collect()?;
+        }
+        let Some(&offset) = self.part.last() else { return Ok(None) };
+        let place = self.finder.find(offset)?;
+        self.before(offset, &place, self.next)?;
+        let damage = self.finder.corruption(offset, "an archive is not valid");
+        let (shard, memory) = (self.finder.log().shard, self.finder.memory());
+        let event = memory.and_then(|memory| self.access.event::<E>(memory, place.at, place.len, &place.header));
+        let event = event.ok_or(damage)?;
+        self.part.pop();
+        self.next.0 += 1;
+        Ok(Some(Record { meta: place.header.meta(shard, offset, Sequence::UNKNOWN), event }))
+    }
+
+    /// Finds the offsets of the next part.
+    fn collect(&mut self) -> Result<(), ReadError> {
+        let Some(&(mut at)) = self.parts.last() else { return Ok(()) };
+        let last = self.until.0.min(self.next.0 + PART as u64 - 1);
+        // Kept as a whole: half a part would go on behind what could not be read.
+        let mut part = Vec::new();
+        for version in (self.next.0..=last).rev() {
+            part.push(at);
+            let place = self.finder.find(at)?;
+            at = self.before(at, &place, Version(version))?;
+        }
+        self.part = part;
+        self.parts.pop();
+        Ok(())
+    }
+}
+
+/// All keys' events of a span of time: every shard's in the order of its log, the shards merged by time.
+pub struct Between<E: Event> {
+    shards: Vec<(Reader<E>, Seen)>,
+    from: Time,
+    until: Time,
+}
+
+/// What is known of a shard's next event.
+#[derive(Debug, Clone, Copy)]
+enum Seen {
+    Unknown,
+    At(Time),
+}
+
+impl<E: Event> std::fmt::Debug for Between<E> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Between").field("from", &self.from).field("until", &self.until).finish_non_exhaustive()
+    }
+}
+
+impl<E: Event> Between<E> {
+    pub(crate) fn new(readers: Vec<Reader<E>>, from: Time, until: Time) -> Self {
+        Self { shards: readers.into_iter().map(|reader| (reader, Seen::Unknown)).collect(), from, until }
+    }
+
+    /// The next event of the span, or `None` at the end of what is appended; call again later for more.
+    ///
+    /// # Errors
+    /// As [`Reader::next`]. Where one shard's log cannot be read on, the others' events wait too: which comes first is not known.
+    #[expect(clippy::should_implement_trait, reason = "lends from the readers, which Iterator cannot")]
+    pub fn next(&mut self) -> Result<Option<Record<'_, E>>, ReadError> {
+        let (from, until) = (self.from, self.until);
+        let mut first: Option<(Time, usize)> = None;
+        for (i, (reader, seen)) in self.shards.iter_mut().enumerate() {
+            if let Seen::Unknown = seen
+                && let Some(time) =
+                    reader.seek(|header| header.time >= from && (header.time < until || until == Time::END))?
+            {
+                *seen = Seen::At(time);
+            }
+            if let Seen::At(time) = *seen
+                && first.is_none_or(|(earliest, _)| time < earliest)
+            {
+                first = Some((time, i));
+            }
+        }
+        let Some((_, i)) = first else { return Ok(None) };
+        let (reader, seen) = &mut self.shards[i];
+        *seen = Seen::Unknown;
+        reader.next()
+    }
+}
+
+/// Counts what `readers` have before them, by their headers alone.
+pub(crate) fn count<E: Event>(readers: Vec<Reader<E>>) -> Result<Counts, ReadError> {
+    let mut by_id = vec![0_u64; E::TYPES.iter().map(|t| usize::from(t.id.0) + 1).max().unwrap_or(0)];
+    for mut reader in readers {
+        reader.seek(|header| {
+            if let Some(count) = by_id.get_mut(usize::from(header.event_type.0)) {
+                *count += 1;
+            }
+            false
+        })?;
+    }
+    let by_type: Vec<_> = E::TYPES.iter().map(|t| (*t, by_id[usize::from(t.id.0)])).collect();
+    Ok(Counts { events: by_type.iter().map(|(_, count)| count).sum(), by_type })
+}
+
+/// A key's state at a moment: the nearest saved state before it, and the events between. `head` says where the key is now; it is
+/// asked only when nothing is saved behind that moment. What checkpoints saved is looked at if asked for: they are needed where
+/// the log has lost its beginning.
+pub(crate) fn state_at<A: Aggregate>(
+    store: &SnapshotStore,
+    finder: &mut Finder,
+    key: Key,
+    at: At,
+    checkpoints: bool,
+    head: impl FnOnce() -> Result<Head, HistoryError>,
+) -> Result<Past<A>, HistoryError> {
+    if at == At::Version(Version(0)) {
+        return Ok(Past { state: A::default(), version: Version(0), applied: 0 });
+    }
+    let reaches = |saved: &Saved| match at {
+        At::Version(version) => saved.version <= version,
+        At::Time(time) => saved.time_max <= time,
+    };
+    let around = || match checkpoints {
+        true => store.around_with_checkpoints(key, reaches),
+        false => Ok(store.around(key, reaches)),
+    };
+    let (mut base, next) = around()?;
+    // In the middle of a batch a state is saved a moment before its event can be read.
+    let appended = finder.log().appended.get();
+    let upper = match next.filter(|next| next.head.0 < appended) {
+        Some(next) => Head { version: next.version, offset: next.head },
+        None => head()?,
+    };
+    if let At::Version(version) = at
+        && version > upper.version
+    {
+        return Err(HistoryError::NotYet { key, newest: upper.version });
+    }
+    let mut chain = Chain { key, offsets: Vec::new(), version: upper.version, at: upper.offset };
+    loop {
+        let state = match base {
+            None => Some(A::default()),
+            Some(saved) => {
+                guard("upgrade", finder.log().shard, || store.read(key, &saved, |entry| entry.state::<A>()))??
+            }
+        };
+        let Some(state) = state else {
+            // Unreadable: an earlier one, or the log from its beginning, gives the same.
+            (base, _) = around()?;
+            continue;
+        };
+        let from = base.map_or(Version(0), |saved| saved.version);
+        chain.back_to(from, at, finder)?;
+        return chain.apply(from, state, at, finder);
+    }
+}
+
+/// A panic at an event.
+fn at_event(panic: CodePanic, offset: Offset, header: &RecordHeader) -> CodePanic {
+    let event = PanickedEvent { offset, key: header.key, event_type: header.event_type };
+    CodePanic { event: Some(event), ..panic }
+}
+
+/// The way back from an event.
+struct Chain {
+    key: Key,
+    /// Of the events that may be wanted, the newest first.
+    offsets: Vec<Offset>,
+    /// The next event on the way back.
+    version: Version,
+    at: Offset,
+}
+
+impl Chain {
+    /// Goes back until `from` is the next event on the way.
+    fn back_to(&mut self, from: Version, at: At, finder: &mut Finder) -> Result<(), HistoryError> {
+        while self.version > from {
+            let place = match finder.find(self.at) {
+                Ok(place) => place,
+                Err(ReadError::BeyondRetention { .. }) => {
+                    // The first state that can be told is the one behind the earliest event held, if that can be told.
+                    let earliest = Version(self.version.0 + 1);
+                    return Err(HistoryError::BeyondRetention { key: self.key, earliest });
+                }
+                Err(error) => return Err(error.into()),
+            };
+            if place.header.is_own() || place.header.key != self.key || place.header.version != self.version {
+                let why = "a key's chain leads to a record of something else";
+                return Err(finder.corruption(self.at, why).into());
+            }
+            let is_wanted = match at {
+                At::Version(version) => self.version <= version,
+                At::Time(_) => true,
+            };
+            if is_wanted {
+                self.offsets.push(self.at);
+            }
+            self.version.0 -= 1;
+            self.at = place.header.previous;
+        }
+        Ok(())
+    }
+
+    /// Applies the events on the way to `state`, whose version is `from`.
+    fn apply<A: Aggregate>(
+        self,
+        from: Version,
+        mut state: A,
+        at: At,
+        finder: &mut Finder,
+    ) -> Result<Past<A>, HistoryError> {
+        let mut access = Access::new::<A::Event>();
+        let (mut version, shard) = (from, finder.log().shard);
+        for offset in self.offsets.into_iter().rev() {
+            let place = finder.find(offset)?;
+            let header = &place.header;
+            if matches!(at, At::Time(time) if header.time > time) {
+                break;
+            }
+            let meta = header.meta(shard, offset, Sequence::UNKNOWN);
+            let memory = finder.memory();
+            let evolved = guard("evolve or an upcaster", shard, || {
+                let event = memory.and_then(|memory| access.event::<A::Event>(memory, place.at, place.len, header));
+                event.map(|event| state.evolve(event, &meta))
+            });
+            evolved
+                .map_err(|panic| at_event(panic, offset, header))?
+                .ok_or_else(|| finder.corruption(offset, "an archive is not valid"))?;
+            version.0 += 1;
+        }
+        Ok(Past { state, version, applied: version.0 - from.0 })
+    }
+}

@@ -1,0 +1,646 @@
+//! The bytes of a snapshot file: a header, and one entry per state. Pure functions; `FORMAT.md` draws the same tables.
+//!
+//! ```text
+//! header   0 magic 8   8 format u32   12 archive fingerprint u32   16 kind u16   18 shard u16   20 state version u16   22 zero u16
+//!         24 start u64   32 sequence u64   40 time u64   48 state root bytes u32   52 its alignment u16   54 zero u16   56 store u64
+//!         64 check u32   68 zero u32   72 crc u32   76 zero u32
+//! entry    0 length u32   4 crc u32   8 key u64   16 version u48 | state version u16   24 head u64   32 latest time u64
+//!         40 state bytes u32   44 outcomes u32   48 state, padded to 16; then outcomes
+//! outcome  0 idempotency u64   8 version u64   16 ending u64   24 rejection bytes u32   28 zero u32   32 rejection, padded to 16
+//! end      an entry of version 0 and length 48 (a longer one: outcomes of a key without events): key = number of entries, head = end of the log, 32 durable u32 = 1 where that was durable,
+//!          36 check u32   40 boot u64
+//! ```
+
+use rkyv::util::AlignedVec;
+
+use crate::event::{Encode, Key, Offset, Root, Scratch, Sequence, ShardId, Time, Version, has_one_size};
+use crate::log::format::{Ending, FORMAT_VERSION, LOW_47, archive_fingerprint};
+use crate::log::seal::crc32c;
+use crate::state::aggregate::{Aggregate, Stored};
+use crate::state::keys::Slot;
+use crate::state::outcomes::Remembered;
+use crate::state::outcomes::rejection;
+use crate::storage::framed::{u16_at, u32_at, u64_at};
+use crate::storage::memory::{ALIGN, padded};
+
+const MAGIC: [u8; 8] = *b"corelsnp";
+/// Bytes of a file's header.
+pub(crate) const FILE_HEADER_BYTES: usize = 80;
+const FILE_CRC_AT: usize = 72;
+/// Bytes of an entry's header.
+pub(crate) const ENTRY_HEADER_BYTES: usize = 48;
+const OUTCOME_HEADER_BYTES: usize = 32;
+const LOW_48: u64 = (1 << 48) - 1;
+
+/// Why a file of another store is not read.
+pub(crate) const OTHER_STORE: &str = "it is another store's";
+
+/// Of which store and shard files are.
+pub(crate) type Owner = (u64, ShardId);
+
+/// What a file holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// Every so many events of a key its state, in the order of the log.
+    Snapshots,
+    /// The states of all keys, each as it was at some moment between `start` and the end.
+    Checkpoint,
+}
+
+/// The head of a file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct FileHeader {
+    pub(crate) kind: Kind,
+    /// The store's id.
+    pub(crate) store: u64,
+    pub(crate) shard: ShardId,
+    pub(crate) state_version: u16,
+    /// The root of an archived state.
+    pub(crate) state: Root,
+    /// Where the log stood when the file was begun, and the sequence of the next event there.
+    pub(crate) start: Offset,
+    pub(crate) sequence: Sequence,
+    /// The CRC word of the record that ends at `start`; 0: none does.
+    pub(crate) check: u32,
+    pub(crate) time: Time,
+}
+
+impl FileHeader {
+    pub(crate) fn encode(&self) -> [u8; FILE_HEADER_BYTES] {
+        let mut out = [0; FILE_HEADER_BYTES];
+        out[0..8].copy_from_slice(&MAGIC);
+        out[8..12].copy_from_slice(&FORMAT_VERSION.to_le_bytes());
+        out[12..16].copy_from_slice(&archive_fingerprint().to_le_bytes());
+        out[16..18].copy_from_slice(&u16::from(self.kind == Kind::Checkpoint).to_le_bytes());
+        out[18..20].copy_from_slice(&self.shard.0.to_le_bytes());
+        out[20..22].copy_from_slice(&self.state_version.to_le_bytes());
+        out[24..32].copy_from_slice(&self.start.0.to_le_bytes());
+        out[32..40].copy_from_slice(&self.sequence.0.to_le_bytes());
+        out[40..48].copy_from_slice(&self.time.0.to_le_bytes());
+        out[48..52].copy_from_slice(&self.state.bytes.to_le_bytes());
+        out[52..54].copy_from_slice(&self.state.align.to_le_bytes());
+        out[56..64].copy_from_slice(&self.store.to_le_bytes());
+        out[64..68].copy_from_slice(&self.check.to_le_bytes());
+        let crc = crc32c(0, &out[..FILE_CRC_AT]);
+        out[FILE_CRC_AT..FILE_CRC_AT + 4].copy_from_slice(&crc.to_le_bytes());
+        out
+    }
+
+    /// The header of a file of this store and shard that this build can read.
+    pub(crate) fn decode(bytes: &[u8], (store, shard): Owner) -> Result<Self, &'static str> {
+        let head = bytes.get(..FILE_HEADER_BYTES).ok_or("the file is shorter than its header")?;
+        if head[..8] != MAGIC {
+            return Err("wrong magic");
+        }
+        if crc32c(0, &head[..FILE_CRC_AT]) != u32_at(head, FILE_CRC_AT) || head[FILE_CRC_AT + 4..] != [0; 4] {
+            return Err("the header's CRC does not hold");
+        }
+        if u32_at(head, 8) != FORMAT_VERSION || u32_at(head, 12) != archive_fingerprint() {
+            return Err("it is of another format");
+        }
+        if u64_at(head, 56) != store {
+            return Err(OTHER_STORE);
+        }
+        let kind = match u16_at(head, 16) {
+            0 => Kind::Snapshots,
+            1 => Kind::Checkpoint,
+            _ => return Err("it is of no kind that this build knows"),
+        };
+        if u16_at(head, 18) != shard.0 {
+            return Err("it is another shard's");
+        }
+        let state = Root { bytes: u32_at(head, 48), align: u16_at(head, 52) };
+        let can_be = state.align.is_power_of_two() && state.bytes.is_multiple_of(u32::from(state.align));
+        if !can_be && state != Root::default() {
+            return Err("its size and alignment of a state do not fit");
+        }
+        Ok(Self {
+            kind,
+            store,
+            shard,
+            state_version: u16_at(head, 20),
+            state,
+            start: Offset(u64_at(head, 24)),
+            sequence: Sequence(u64_at(head, 32)),
+            check: u32_at(head, 64),
+            time: Time(u64_at(head, 40)),
+        })
+    }
+}
+
+impl FileHeader {
+    /// Whether states of this file are of the program's state version and yet laid out otherwise: not to be read as today's.
+    pub(crate) fn is_of_another_layout<A: Aggregate>(&self) -> bool {
+        size_of::<A>() > 0 && self.state_version == A::STATE_VERSION && self.state != Root::of::<A>()
+    }
+}
+
+/// Why a saved state, or a whole checkpoint, cannot be used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum Unusable {
+    /// What does not hold.
+    #[error("{0}")]
+    Damaged(&'static str),
+    /// The states have another size or alignment under the program's state version.
+    #[error("its states take {stored} under the same state version")]
+    State { stored: Root },
+    /// A rejection has another size or alignment than the program's.
+    #[error("a rejection takes {stored}")]
+    Rejection { stored: Root },
+}
+
+impl From<&'static str> for Unusable {
+    fn from(why: &'static str) -> Self {
+        Self::Damaged(why)
+    }
+}
+
+/// How a checkpoint ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct End {
+    pub(crate) entries: u64,
+    /// No entry knows of anything at or beyond this.
+    pub(crate) log_end: Offset,
+    /// The CRC word of the record that ends there; 0: none does.
+    pub(crate) check: u32,
+    /// Whether the log was durable up to there.
+    pub(crate) durable: bool,
+    /// Which run of the machine this was: within it the system's cache keeps what was written.
+    pub(crate) boot: u64,
+}
+
+impl End {
+    pub(crate) fn encode(&self) -> [u8; ENTRY_HEADER_BYTES] {
+        let mut out = [0; ENTRY_HEADER_BYTES];
+        out[8..16].copy_from_slice(&self.entries.to_le_bytes());
+        out[24..32].copy_from_slice(&self.log_end.0.to_le_bytes());
+        out[32..36].copy_from_slice(&u32::from(self.durable).to_le_bytes());
+        out[36..40].copy_from_slice(&self.check.to_le_bytes());
+        out[40..48].copy_from_slice(&self.boot.to_le_bytes());
+        seal(&mut out);
+        out
+    }
+
+    /// The end of a whole checkpoint.
+    pub(crate) fn decode(file: &[u8]) -> Result<Self, &'static str> {
+        let at = file.len().checked_sub(ENTRY_HEADER_BYTES).filter(|&at| at >= FILE_HEADER_BYTES);
+        let at = at.ok_or("a checkpoint without an end")?;
+        match entry_at(file, at)? {
+            Some(end) if end.is_end() => {
+                let durable = match u32_at(file, at + 32) {
+                    0 => false,
+                    1 => true,
+                    _ => return Err("a checkpoint's end does not say whether the log was durable"),
+                };
+                let (check, boot) = (u32_at(file, at + 36), u64_at(file, at + 40));
+                Ok(Self { entries: end.key.0, log_end: end.head, check, durable, boot })
+            }
+            _ => Err("a checkpoint without an end"),
+        }
+    }
+}
+
+/// Completes an entry, whose length is that of `entry` before its padding.
+fn seal(entry: &mut [u8]) {
+    let len = entry.len() as u32;
+    entry[0..4].copy_from_slice(&len.to_le_bytes());
+    let crc = crc32c(0, &entry[8..]);
+    entry[4..8].copy_from_slice(&crc.to_le_bytes());
+}
+
+/// Writes the checksums of the entries in `chunk`, which was filled by [`Chunk::add`]; tells `each` where one is.
+pub(crate) fn seal_chunk(chunk: &mut [u8], mut each: impl FnMut(usize, &Entry<'_>)) {
+    let mut at = 0;
+    while at < chunk.len() {
+        let len = u32_at(chunk, at) as usize;
+        seal(&mut chunk[at..at + len]);
+        if let Ok(Some(entry)) = entry_at_unchecked(chunk, at) {
+            each(at, &entry);
+        }
+        at += padded(len);
+    }
+}
+
+/// Outcomes of commands by their idempotency keys.
+pub(crate) type Kept<R> = Vec<(u64, Remembered<R>)>;
+
+/// One state, as a file has it.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Entry<'a> {
+    pub(crate) key: Key,
+    pub(crate) version: Version,
+    pub(crate) state_version: u16,
+    pub(crate) head: Offset,
+    pub(crate) time_max: Time,
+    /// Its length with padding: where the next one begins.
+    pub(crate) bytes: usize,
+    pub(crate) state: &'a [u8],
+    outcomes: u32,
+    rest: &'a [u8],
+}
+
+/// The entry at `at`, its CRC checked; `None` at the end of the bytes.
+pub(crate) fn entry_at(bytes: &[u8], at: usize) -> Result<Option<Entry<'_>>, &'static str> {
+    if at == bytes.len() {
+        return Ok(None);
+    }
+    let head = bytes.get(at..at + ENTRY_HEADER_BYTES).ok_or("an entry is cut short")?;
+    let len = u32_at(head, 0) as usize;
+    if len < ENTRY_HEADER_BYTES {
+        return Err("an entry's length is out of range");
+    }
+    let entry = bytes.get(at..at + len).ok_or("an entry is cut short")?;
+    if crc32c(0, &entry[8..]) != u32_at(head, 4) {
+        return Err("an entry's CRC does not hold");
+    }
+    entry_at_unchecked(bytes, at)
+}
+
+fn entry_at_unchecked(bytes: &[u8], at: usize) -> Result<Option<Entry<'_>>, &'static str> {
+    let len = u32_at(bytes, at) as usize;
+    let entry = &bytes[at..at + len];
+    let version = Version(u64_at(entry, 16) & LOW_48);
+    // An end has other things there.
+    let is_end = version.0 == 0 && len == ENTRY_HEADER_BYTES;
+    let (state_bytes, outcomes) = if is_end { (0, 0) } else { (u32_at(entry, 40) as usize, u32_at(entry, 44)) };
+    let body = &entry[ENTRY_HEADER_BYTES..];
+    let state = body.get(..state_bytes).ok_or("an entry's state is cut short")?;
+    let rest = body.get(padded(state_bytes).min(body.len())..).unwrap_or_default();
+    Ok(Some(Entry {
+        key: Key(u64_at(entry, 8)),
+        version,
+        state_version: u16_at(entry, 22),
+        head: Offset(u64_at(entry, 24)),
+        time_max: Time(u64_at(entry, 32)),
+        bytes: padded(len),
+        state,
+        outcomes,
+        rest,
+    }))
+}
+
+impl Entry<'_> {
+    /// Whether this is no entry but the end of a checkpoint.
+    pub(crate) fn is_end(&self) -> bool {
+        self.version.0 == 0 && self.bytes == ENTRY_HEADER_BYTES
+    }
+
+    /// The state, as it is laid out today.
+    pub(crate) fn state<A: Aggregate>(&self) -> Result<A, &'static str> {
+        if size_of::<A>() == 0 {
+            return Ok(A::default());
+        }
+        if self.state_version == A::STATE_VERSION {
+            return A::decode(self.state).map_err(|_| "a state's archive is not valid");
+        }
+        A::upgrade(self.state_version, self.state).ok_or("a state of a version that this program cannot read")
+    }
+
+    /// What became of the key's commands, oldest first.
+    pub(crate) fn outcomes<A: Aggregate>(&self) -> Result<Kept<A::Rejection>, Unusable> {
+        let mut outcomes = Vec::new();
+        self.each_outcome(|StoredOutcome { id, version, ending, archive }| {
+            let outcome = match ending {
+                Ending::Done { events } => Remembered::Done { version, events },
+                Ending::Rejected(root) => match rejection::<A>(root, archive) {
+                    Some(rejection) => Remembered::Rejected(rejection),
+                    None if root == Root::of::<A::Rejection>() => {
+                        return Err("a rejection's archive is not valid".into());
+                    }
+                    None => return Err(Unusable::Rejection { stored: root }),
+                },
+            };
+            outcomes.push((id, outcome));
+            Ok(())
+        })?;
+        Ok(outcomes)
+    }
+
+    /// Tells `each` of the outcomes as they are stored, whatever the type of a rejection is.
+    pub(crate) fn each_outcome(
+        &self,
+        mut each: impl FnMut(StoredOutcome<'_>) -> Result<(), Unusable>,
+    ) -> Result<(), Unusable> {
+        let mut rest = self.rest;
+        for _ in 0..self.outcomes {
+            let head = rest.get(..OUTCOME_HEADER_BYTES).ok_or("an outcome is cut short")?;
+            let bytes = u32_at(head, 24) as usize;
+            let archive = rest.get(OUTCOME_HEADER_BYTES..OUTCOME_HEADER_BYTES + bytes);
+            let archive = archive.ok_or("an outcome is cut short")?;
+            let ending = Ending::decode(u64_at(head, 16)).ok_or("an outcome has an unknown ending")?;
+            if u64_at(head, 8) > LOW_47 || u32_at(head, 28) != 0 {
+                return Err("an outcome is of a version that no key has".into());
+            }
+            each(StoredOutcome { id: u64_at(head, 0), version: Version(u64_at(head, 8)), ending, archive })?;
+            rest = rest.get(OUTCOME_HEADER_BYTES + padded(bytes)..).unwrap_or_default();
+        }
+        Ok(())
+    }
+}
+
+/// How one command ended.
+pub(crate) struct StoredOutcome<'a> {
+    id: u64,
+    version: Version,
+    ending: Ending,
+    archive: &'a [u8],
+}
+
+/// Entries on their way to a file. Filled by the shard, without checksums; its memory is used again.
+#[derive(Debug)]
+pub(crate) struct Chunk {
+    bytes: AlignedVec<ALIGN>,
+    used: usize,
+    pub(crate) entries: u64,
+}
+
+/// A chunk's memory at first, and when it counts as full.
+const CHUNK_BYTES: usize = 64 << 10;
+/// A chunk that grew beyond this for a large state gives its memory back.
+const CHUNK_BYTES_KEPT: usize = 1 << 20;
+/// Up to here the scratch memory that the shard brings along is enough.
+const SCRATCH_BYTES: usize = 256 << 10;
+/// The largest state that can be saved.
+const STATE_BYTES_MAX: usize = 16 << 20;
+
+impl Chunk {
+    pub(crate) fn new() -> Self {
+        let mut bytes = AlignedVec::with_capacity(CHUNK_BYTES);
+        bytes.resize(CHUNK_BYTES, 0);
+        Self { bytes, used: 0, entries: 0 }
+    }
+
+    pub(crate) fn clear(&mut self) {
+        if self.bytes.len() > CHUNK_BYTES_KEPT {
+            *self = Self::new();
+        }
+        (self.used, self.entries) = (0, 0);
+    }
+
+    /// Whether it should be sent before more is added.
+    pub(crate) fn is_full(&self) -> bool {
+        self.used > CHUNK_BYTES - CHUNK_BYTES / 4
+    }
+
+    /// Whether the states in it are so large that few of them fill a chunk.
+    pub(crate) fn is_of_large_states(&self) -> bool {
+        self.used as u64 > self.entries * (CHUNK_BYTES as u64 / 64)
+    }
+
+    pub(crate) fn filled(&mut self) -> &mut [u8] {
+        &mut self.bytes[..self.used]
+    }
+
+    /// Adds what `slot` knows of its key, and what became of its commands. `false` where the state is too large.
+    #[inline]
+    pub(crate) fn add<'o, A: Aggregate>(
+        &mut self,
+        slot: &Slot<A>,
+        mut outcomes: impl Iterator<Item = &'o (u64, Remembered<A::Rejection>)>,
+        scratch: &mut Scratch,
+    ) -> bool
+    where
+        A::Rejection: 'o,
+    {
+        let begun = self.used;
+        self.used += ENTRY_HEADER_BYTES;
+        let has_state = size_of::<A>() > 0 && slot.version.0 > 0;
+        let state_bytes = if has_state { self.archive(&slot.state, scratch) } else { Some(0) };
+        let Some(state_bytes) = state_bytes else {
+            self.used = begun;
+            return false;
+        };
+        let (mut end, mut count) = (begun + ENTRY_HEADER_BYTES + state_bytes, 0_u32);
+        if let Some(first) = outcomes.next() {
+            for (id, outcome) in std::iter::once(first).chain(outcomes) {
+                if !self.outcome(*id, outcome, scratch) {
+                    self.used = begun;
+                    return false;
+                }
+                count += 1;
+            }
+            end = self.used;
+        }
+        assert!(slot.version.0 > 0 || count > 0, "an entry of nothing would be taken for the end");
+        self.reserve(0);
+        let version = slot.version.0 & LOW_48 | u64::from(A::STATE_VERSION) << 48;
+        let out = &mut self.bytes[begun..begun + ENTRY_HEADER_BYTES];
+        // The writer of the file adds the checksum.
+        out[0..8].copy_from_slice(&((end - begun) as u64).to_le_bytes());
+        out[8..16].copy_from_slice(&slot.key.0.to_le_bytes());
+        out[16..24].copy_from_slice(&version.to_le_bytes());
+        out[24..32].copy_from_slice(&slot.head.0.to_le_bytes());
+        out[32..40].copy_from_slice(&slot.time_max.0.to_le_bytes());
+        out[40..48].copy_from_slice(&(state_bytes as u64 | u64::from(count) << 32).to_le_bytes());
+        self.entries += 1;
+        true
+    }
+
+    /// Adds what became of a command. `false` where its rejection is too large.
+    #[cold]
+    fn outcome<R: Stored>(&mut self, id: u64, outcome: &Remembered<R>, scratch: &mut Scratch) -> bool {
+        let head = self.used;
+        self.used += OUTCOME_HEADER_BYTES;
+        let (version, ending, rejection) = match outcome {
+            Remembered::Done { version, events } => (version.0, Ending::Done { events: *events }, Some(0)),
+            Remembered::Rejected(rejection) => (0, Ending::Rejected(Root::of::<R>()), self.archive(rejection, scratch)),
+        };
+        let Some(rejection) = rejection else { return false };
+        self.reserve(0);
+        let out = &mut self.bytes[head..head + OUTCOME_HEADER_BYTES];
+        out[0..8].copy_from_slice(&id.to_le_bytes());
+        out[8..16].copy_from_slice(&version.to_le_bytes());
+        out[16..24].copy_from_slice(&ending.encode().to_le_bytes());
+        out[24..32].copy_from_slice(&(rejection as u64).to_le_bytes());
+        true
+    }
+
+    /// Archives `value` behind what is used, and pads it. Returns its exact length.
+    fn archive<T: Encode>(&mut self, value: &T, scratch: &mut Scratch) -> Option<usize> {
+        let mut room = if has_one_size::<T>() { padded(size_of::<T::Archived>()) } else { 4096 };
+        loop {
+            self.reserve(room);
+            let end = self.bytes.len();
+            if let Some(len) = value.encode(&mut self.bytes[self.used..end], scratch) {
+                let at = self.used;
+                self.used = at + padded(len);
+                self.reserve(0);
+                self.bytes[at + len..at + padded(len)].fill(0);
+                return Some(len);
+            }
+            if end - self.used >= STATE_BYTES_MAX {
+                return None;
+            }
+            room = ((end - self.used) * 2).max(4096);
+            // Whether room or scratch was too little is not told; what has inner parts needs much of both.
+            if room > SCRATCH_BYTES {
+                *scratch = Scratch::new(4 * room);
+            }
+        }
+    }
+
+    /// Makes sure that `room` bytes stand behind what is used.
+    fn reserve(&mut self, room: usize) {
+        let wanted = self.used + room;
+        if self.bytes.len() < wanted {
+            self.bytes.resize(wanted.next_power_of_two(), 0);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bounded::Bounded;
+    use crate::event::{Event, EventType, EventTypeId, Meta};
+    use crate::log::format::tests::assert_golden;
+    use crate::state::aggregate::Emit;
+    use rkyv::{Archive, Deserialize, Serialize};
+
+    #[derive(Archive, Serialize, Deserialize, Bounded, Debug, Clone, Copy)]
+    struct Happened;
+
+    impl Event for Happened {
+        const TYPES: &'static [EventType] = &[EventType::new(1, "happened", 1)];
+        fn event_type(&self) -> EventTypeId {
+            EventTypeId(1)
+        }
+    }
+
+    #[derive(Archive, Serialize, Deserialize, Bounded, Debug, Clone, Default, PartialEq)]
+    struct State {
+        n: u64,
+        name: String,
+    }
+
+    impl Aggregate for State {
+        type Event = Happened;
+        type Command = ();
+        type Rejection = u32;
+
+        const STATE_VERSION: u16 = 0x0102;
+
+        fn evolve(&mut self, _: &ArchivedHappened, _: &Meta) {
+            self.n += 1;
+        }
+
+        fn decide(&self, (): (), _: &mut Emit<Happened>) -> Result<(), u32> {
+            Ok(())
+        }
+    }
+
+    const OWNER: Owner = (0x1112_1314_1516_1718, ShardId(0x0203));
+
+    fn header(kind: Kind) -> FileHeader {
+        let (start, sequence, check) = match kind {
+            Kind::Snapshots => (Offset(0), Sequence(0), 0),
+            Kind::Checkpoint => (Offset(0x0012_3456_7890), Sequence(0x0a0b_0c0d), 0x3132_3334),
+        };
+        let time = Time(1_700_000_000_123_456_789);
+        FileHeader {
+            kind,
+            store: OWNER.0,
+            shard: OWNER.1,
+            state_version: State::STATE_VERSION,
+            state: Root::of::<State>(),
+            start,
+            sequence,
+            check,
+            time,
+        }
+    }
+
+    fn slot(key: u64, version: u64) -> Slot<State> {
+        Slot {
+            key: Key(key),
+            version: Version(version),
+            head: Offset(0x0010_2030_4050),
+            time_max: Time(1_700_000_000_000_000_001),
+            state: State { n: version, name: "somebody, longer than eight".into() },
+        }
+    }
+
+    /// A file with these keys, and what it must be read as.
+    fn file(kind: Kind, keys: &[(Slot<State>, Kept<u32>)]) -> Vec<u8> {
+        let (mut chunk, mut scratch) = (Chunk::new(), Scratch::new(1 << 16));
+        // Whatever its memory held before is not in the file.
+        chunk.bytes.fill(0xff);
+        for (slot, outcomes) in keys {
+            assert!(chunk.add(slot, outcomes.iter(), &mut scratch));
+        }
+        let mut seen = Vec::new();
+        seal_chunk(chunk.filled(), |at, entry| seen.push((at, entry.key)));
+        assert_eq!(seen.len(), keys.len());
+        [&header(kind).encode()[..], chunk.filled()].concat()
+    }
+
+    /// Reads as a reader does: from memory that is aligned.
+    fn check(bytes: &[u8], kind: Kind, keys: &[(Slot<State>, Kept<u32>)]) -> usize {
+        let mut file = AlignedVec::<ALIGN>::new();
+        file.extend_from_slice(bytes);
+        assert_eq!(FileHeader::decode(&file, OWNER), Ok(header(kind)));
+        let mut at = FILE_HEADER_BYTES;
+        for (slot, outcomes) in keys {
+            let entry = entry_at(&file, at).expect("it holds").expect("there is one");
+            assert_eq!((entry.key, entry.version, entry.head), (slot.key, slot.version, slot.head));
+            assert_eq!((entry.time_max, entry.is_end()), (slot.time_max, false));
+            if slot.version.0 > 0 {
+                assert_eq!(entry.state::<State>().expect("a state"), slot.state);
+            }
+            assert_eq!(&entry.outcomes::<State>().expect("outcomes"), outcomes);
+            at += entry.bytes;
+        }
+        at
+    }
+
+    #[test]
+    fn a_file_of_snapshots_is_frozen() {
+        let keys = [(slot(0xfedc_ba98_7654_3210, 0x0000_2abb_ccdd_eeff), vec![])];
+        let bytes = file(Kind::Snapshots, &keys);
+        assert_golden("snapshots.bin", &bytes);
+        assert_eq!(check(&bytes, Kind::Snapshots, &keys), bytes.len());
+    }
+
+    #[test]
+    fn a_checkpoint_is_frozen() {
+        let done = Remembered::Done { version: Version(6), events: 3 };
+        let nobody = Slot { key: Key(8), ..Slot::default() };
+        let keys = [
+            (nobody, vec![(0x5555_6666_7777_8888, Remembered::Rejected(41))]),
+            (slot(7, 6), vec![(1, Remembered::Rejected(42)), (2, done)]),
+            (slot(9, 1), vec![]),
+        ];
+        let end = End {
+            entries: 3,
+            log_end: Offset(0x0012_3456_9999),
+            check: 0x4142_4344,
+            durable: true,
+            boot: 0x0102_0304_0506_0708,
+        };
+        let bytes = [file(Kind::Checkpoint, &keys), end.encode().to_vec()].concat();
+        assert_golden("checkpoint.bin", &bytes);
+        let at = check(&bytes, Kind::Checkpoint, &keys);
+        assert_eq!(bytes.len() - at, ENTRY_HEADER_BYTES);
+        assert_eq!(End::decode(&bytes), Ok(end));
+        assert!(entry_at(&bytes, at).expect("it holds").expect("there is one").is_end());
+    }
+
+    #[test]
+    fn every_flipped_bit_of_a_file_shows() {
+        let keys = [(slot(7, 6), vec![(1, Remembered::Rejected(42))])];
+        let end = End { entries: 1, log_end: Offset(4096), check: 5, durable: false, boot: 7 };
+        let whole = [file(Kind::Checkpoint, &keys), end.encode().to_vec()].concat();
+        let entry_bytes = u32_at(&whole, FILE_HEADER_BYTES) as usize;
+        for bit in 0..whole.len() * 8 {
+            let mut bytes = AlignedVec::<ALIGN>::new();
+            bytes.extend_from_slice(&whole);
+            bytes[bit / 8] ^= 1 << (bit % 8);
+            let holds = FileHeader::decode(&bytes, OWNER).is_ok()
+                && matches!(entry_at(&bytes, FILE_HEADER_BYTES), Ok(Some(entry)) if !entry.is_end())
+                && End::decode(&bytes).is_ok();
+            // Padding between entries means nothing.
+            let is_padding = (FILE_HEADER_BYTES + entry_bytes..whole.len() - ENTRY_HEADER_BYTES).contains(&(bit / 8));
+            assert_eq!(holds, is_padding, "bit {bit}");
+        }
+    }
+}

@@ -1,0 +1,229 @@
+//! Windows into the hot path for `benches/`: thin wrappers, nothing of their own. No part of the API;
+//! whatever is here may change at any time.
+
+use std::io;
+use std::marker::PhantomData;
+use std::path::PathBuf;
+use std::sync::Arc as StdArc;
+use std::sync::Arc;
+
+use crossbeam::queue::ArrayQueue;
+
+use crate::clock::NOT_DUE;
+use crate::event::{Correlation, Event, Key, KeyHash, Offset, Scratch, ShardId, Time, Version};
+use crate::lane::ring::{Slot, push_chunk};
+use crate::log::format::{RecordHeader, encode_prepared, schema_fingerprint};
+use crate::log::segment::ShardLog;
+use crate::log::writer::{GROUP, Prepared, PreparedQueue, Refused, Resume, Writer};
+use crate::state::keys::KeyTable;
+use crate::state::view::Place;
+use crate::storage::memory::{ALIGN, padded};
+use crate::storage::memory::{Heap, Memory, WriteHalf};
+use crate::storage::{Files, Storage as _};
+
+/// The place of the only shard there is.
+#[must_use]
+pub fn only_place(keys_expected: usize) -> Place {
+    Place::new(ShardId(0), 1, keys_expected)
+}
+
+/// Both ends of a lane's ring.
+#[derive(Debug)]
+pub struct Ring<E> {
+    tx: rtrb::Producer<Slot<E>>,
+    rx: rtrb::Consumer<Slot<E>>,
+}
+
+impl<E> Ring<E> {
+    /// A ring of `capacity` slots.
+    #[must_use]
+    pub fn new(capacity: usize) -> Self {
+        let (tx, rx) = rtrb::RingBuffer::new(capacity);
+        Self { tx, rx }
+    }
+
+    /// Pushes up to `count` events as one chunk. Returns how many.
+    #[inline]
+    pub fn push(&mut self, count: usize, events: impl Iterator<Item = (Key, E)>) -> usize {
+        push_chunk(&mut self.tx, count, events.map(|(key, event)| Slot::new(key, 1, NOT_DUE, event)))
+    }
+
+    /// Shows up to `count` events to `see` and lets go of them, as one chunk. Returns how many.
+    #[inline]
+    pub fn pop(&mut self, count: usize, mut see: impl FnMut(Key, &E)) -> usize {
+        let ready = self.rx.slots().min(count);
+        let Ok(chunk) = self.rx.read_chunk(ready) else { return 0 };
+        let (front, back) = chunk.as_slices();
+        front.iter().chain(back).for_each(|slot| see(slot.key, &slot.event));
+        chunk.commit_all();
+        ready
+    }
+}
+
+/// A shard's key table.
+#[derive(Debug)]
+pub struct Keys(KeyTable<()>);
+
+impl Keys {
+    /// A table with room for this many keys.
+    #[must_use]
+    pub fn new(keys_expected: usize) -> Self {
+        Self(KeyTable::new(keys_expected))
+    }
+
+    /// Asks for the place of this key to be brought near.
+    #[inline]
+    pub fn prefetch(&self, key: Key) {
+        self.0.look(KeyHash::of(key));
+    }
+
+    /// What the table does for one event: finds the key, counts its version, moves its chain's head.
+    #[inline]
+    pub fn append(&mut self, key: Key, head: Offset) -> (Version, Offset) {
+        let hash = KeyHash::of(key);
+        let seen = self.0.look(hash);
+        let known = self.0.slot(key, hash, seen);
+        let (version, previous) = (Version(known.version.0 + 1), known.head);
+        (known.version, known.head) = (version, head);
+        (version, previous)
+    }
+}
+
+/// Archives in a segment's memory, as the process that wrote them reads them: unchecked.
+#[derive(Debug)]
+pub struct Archives<E> {
+    memory: StdArc<Memory>,
+    places: Vec<(usize, usize)>,
+    event: PhantomData<fn() -> E>,
+}
+
+impl<E: Event> Archives<E> {
+    /// Archives `events` one behind the other.
+    ///
+    /// # Panics
+    /// When one takes more than 4 KiB.
+    #[must_use]
+    pub fn new(events: &[E]) -> Self {
+        let mut half = WriteHalf::new(Memory::heap(StdArc::new(Heap::new(vec![0; (events.len() + 1) << 12]))), 0);
+        let mut scratch = Scratch::new(1 << 14);
+        let places = events.iter().map(|event| {
+            let at = half.at();
+            let len = event.encode(&mut half.tail()[..1 << 12], &mut scratch).expect("an event takes at most 4 KiB");
+            half.skip(len.next_multiple_of(ALIGN));
+            (at, len)
+        });
+        let places = places.collect();
+        half.publish();
+        Self { memory: StdArc::clone(half.memory()), places, event: PhantomData }
+    }
+
+    /// Every event in order, as the process that wrote it sees it.
+    pub fn unchecked(&self) -> impl Iterator<Item = &E::Archived> {
+        self.places.iter().filter_map(|&(at, len)| self.memory.archived::<E>(at, len))
+    }
+
+    /// Every archive's bytes in order.
+    pub fn bytes(&self) -> impl Iterator<Item = &[u8]> {
+        self.places.iter().filter_map(|&(at, len)| self.memory.read(at, len))
+    }
+}
+
+/// A shard's writer over two files, which it writes in turn. No shard, no key table, no thread.
+#[derive(Debug)]
+pub struct LogWriter<E> {
+    writer: Writer,
+    log: Arc<ShardLog>,
+    prepared: StdArc<PreparedQueue>,
+    files: Files,
+    paths: [PathBuf; 2],
+    next_index: u64,
+    left: u64,
+    event: PhantomData<fn(E)>,
+}
+
+impl<E: Event> LogWriter<E> {
+    /// A writer over two new files of `segment_bytes` in `dir`, their pages present.
+    ///
+    /// # Errors
+    /// What the file system said.
+    pub fn new(dir: PathBuf, segment_bytes: u64) -> io::Result<Self> {
+        let log = Arc::new(ShardLog::new(
+            1,
+            ShardId(0),
+            dir.clone(),
+            segment_bytes,
+            Offset(0),
+            0,
+            std::collections::VecDeque::new(),
+        ));
+        let prepared = StdArc::new(ArrayQueue::new(1));
+        let files = Files::open(&dir)?;
+        let dir = files.root();
+        let paths = [dir.join("0"), dir.join("1")];
+        for path in &paths {
+            drop(files.create_segment(path, segment_bytes)?);
+        }
+        let resume = Resume { segment: None, next_index: 0, sequence: 0, marked: 0 };
+        let event_bytes_max = 64 << 10;
+        let writer =
+            Writer::new(Arc::clone(&log), StdArc::clone(&prepared), resume, schema_fingerprint::<E>(), event_bytes_max);
+        Ok(Self { writer, log, prepared, files, paths, next_index: 0, left: 0, event: PhantomData })
+    }
+
+    /// Makes room for `bytes` of records, beginning the next segment if need be.
+    ///
+    /// # Errors
+    /// What the file system said.
+    ///
+    /// # Panics
+    /// When a segment is too small for that.
+    pub fn make_room(&mut self, bytes: u64) -> io::Result<()> {
+        if bytes <= self.left {
+            return Ok(());
+        }
+        // At most one segment is listed here, and it is the other file.
+        let memory = self.files.open_segment(&self.paths[(self.next_index % 2) as usize], true)?;
+        memory.prefault(0..memory.len())?;
+        let mut half = WriteHalf::new(memory, 0);
+        encode_prepared(0x5a17, half.tail());
+        let prepared = Prepared { index: self.next_index, salt: 0x5a17, memory: half.into_memory() };
+        assert!(
+            self.prepared.push(prepared).is_ok() && self.writer.roll(Time(1)).is_ok(),
+            "the one segment prepared is taken"
+        );
+        self.log.pop_oldest();
+        self.next_index += 1;
+        self.left = self.log.segment_bytes - (self.log.first_offset(0).0);
+        assert!(bytes <= self.left, "a segment is too small");
+        Ok(())
+    }
+
+    /// Appends events, archive and header and CRC, and lets readers see them. Returns the log's new end.
+    ///
+    /// # Panics
+    /// When there is no room.
+    #[inline]
+    pub fn append(&mut self, events: &[(Key, E)]) -> Offset {
+        let mut staged = [0; GROUP];
+        let mut appender = self.writer.appender(&mut staged);
+        for (key, event) in events {
+            let header = RecordHeader {
+                time: Time(1),
+                key: *key,
+                previous: Offset(0),
+                event_type: event.event_type(),
+                correlation: Correlation(0),
+                version: Version(1),
+                schema_version: 1,
+                more: false,
+            };
+            match appender.append(&header, event) {
+                Ok(appended) => self.left = self.left.saturating_sub(padded(appended.len) as u64),
+                Err(Refused::NeedsSegment | Refused::TooLarge { .. }) => panic!("room was not made"),
+            }
+        }
+        let appended = appender.finish();
+        self.writer.advance(appended, events.len() as u64);
+        Offset(self.writer.publish())
+    }
+}

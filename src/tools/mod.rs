@@ -1,0 +1,305 @@
+//! The operator's tool: looks at a store, checks it, writes its events as JSON lines, and deals with dead letters.
+//!
+//! It only reads: it keeps no lock, changes no byte, and works beside a running engine and on read-only media. The one exception are
+//! `dlq reprocess` and `dlq discard`: they leave a file in a consumer's folder, which the consumer itself takes up.
+
+mod consumers;
+mod dlq;
+mod dump;
+mod inspect;
+mod show;
+mod verify;
+
+use std::fmt;
+use std::fs::File;
+use std::io::{self, BufWriter, ErrorKind, Write as _};
+use std::os::fd::AsFd as _;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use corelane::consumer::{ConsumerError, LettersError};
+use corelane::envelope::{ArchivedEnvelope, Envelope};
+use corelane::scan::{Record, Records, Store};
+use corelane::{Event as _, EventTypeId, Offset, OpenError, ReadError, ShardId};
+
+/// Looks at a corelane store, also beside a running engine. Reads only; `dlq reprocess` and `dlq discard` leave a request.
+#[derive(Debug, Parser)]
+#[command(version, about, after_help = "Exit status: 0 ok, 1 damage, 2 wrong usage or an I/O error.")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Shows what a store holds: event types and their rates, shards, segments, spares, quarantine; its consumers, how far
+    /// behind each is, and what retention keeps for it.
+    Inspect {
+        /// The store.
+        dir: PathBuf,
+    },
+    /// Checks every checksum, sequence and link of a store, its saved states, and the files of its consumers and gates: whatever
+    /// opening it would refuse or report.
+    ///
+    /// A torn tail (bytes that do not hold at the very end, as a power cut leaves them) is reported as such and
+    /// counts as damage here, although opening the store cuts it and goes on.
+    Verify {
+        /// The store.
+        dir: PathBuf,
+    },
+    /// Writes events as JSON lines.
+    Dump(DumpArgs),
+    /// Dead letters: events that a consumer could not handle and set aside.
+    #[command(subcommand)]
+    Dlq(dlq::Dlq),
+}
+
+#[derive(Debug, Args)]
+struct DumpArgs {
+    /// The store.
+    dir: PathBuf,
+    /// `log`: shard by shard, as they were appended. `time`: over all shards by time, then shard, then offset.
+    #[arg(long, value_enum, default_value_t = Order::Log)]
+    order: Order,
+    /// Only this key.
+    #[arg(long, conflicts_with = "user")]
+    key: Option<u64>,
+    /// Only this user, whose id is a text.
+    #[arg(long)]
+    user: Option<String>,
+    /// Only this event type: a name (for generic events their own `event_type`) or a number of the manifest.
+    #[arg(long = "type", value_name = "NAME|ID")]
+    event_type: Option<String>,
+    /// Only events at or after this time, in ms since 1970.
+    #[arg(long, value_name = "MS")]
+    from: Option<u64>,
+    /// Only events at or before this time, in ms since 1970.
+    #[arg(long, value_name = "MS")]
+    until: Option<u64>,
+    /// Only this shard.
+    #[arg(long)]
+    shard: Option<u16>,
+    /// At most so many events.
+    #[arg(long)]
+    limit: Option<u64>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Order {
+    Log,
+    Time,
+}
+
+/// Why a command ended early.
+#[derive(Debug)]
+enum Failure {
+    Usage(String),
+    Output(io::Error),
+    Open(OpenError),
+    Read(ReadError),
+    Letters(LettersError),
+    /// An event whose archive does not hold, although its checksum does.
+    Archive(ShardId, Offset),
+}
+
+impl Failure {
+    fn exit_status(&self) -> u8 {
+        match self {
+            Self::Archive(..) => 1,
+            Self::Open(OpenError::Corruption(_) | OpenError::ForeignFile { .. } | OpenError::DamagedFile { .. }) => 1,
+            Self::Letters(LettersError::Damaged { .. }) => 1,
+            Self::Read(ReadError::Corruption(_) | ReadError::NotARecord { .. }) => 1,
+            Self::Usage(_) | Self::Output(_) | Self::Open(_) | Self::Read(_) | Self::Letters(_) => 2,
+        }
+    }
+}
+
+impl Failure {
+    /// Returns `true` if the error concerns one file only: it is damaged, missing, or of another format.
+    fn is_damage(&self) -> bool {
+        let is_gone = |source: &io::Error| source.kind() == ErrorKind::NotFound;
+        self.exit_status() == 1
+            || match self {
+                Self::Open(OpenError::UnknownFormat { .. } | OpenError::ArchiveFormat { .. }) => true,
+                Self::Open(OpenError::Io { source, .. }) | Self::Letters(LettersError::Io { source, .. }) => {
+                    is_gone(source)
+                }
+                _ => false,
+            }
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Usage(why) => f.write_str(why),
+            Self::Output(error) => write!(f, "writing the output: {error}"),
+            Self::Open(error) => error.fmt(f),
+            Self::Read(error) => error.fmt(f),
+            Self::Letters(error) => error.fmt(f),
+            Self::Archive(shard, offset) => {
+                write!(f, "shard {shard}, offset {offset}: the event's archive does not hold")
+            }
+        }
+    }
+}
+
+impl From<io::Error> for Failure {
+    fn from(error: io::Error) -> Self {
+        Self::Output(error)
+    }
+}
+
+impl From<OpenError> for Failure {
+    fn from(error: OpenError) -> Self {
+        Self::Open(error)
+    }
+}
+
+impl From<ReadError> for Failure {
+    fn from(error: ReadError) -> Self {
+        Self::Read(error)
+    }
+}
+
+impl From<LettersError> for Failure {
+    fn from(error: LettersError) -> Self {
+        Self::Letters(error)
+    }
+}
+
+impl From<ConsumerError> for Failure {
+    fn from(error: ConsumerError) -> Self {
+        match error {
+            ConsumerError::Files(error) => Self::Open(error),
+            ConsumerError::Letters(error) => Self::Letters(error),
+            error => Self::Usage(error.to_string()),
+        }
+    }
+}
+
+/// Whether everything that was looked at holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Verdict {
+    Sound,
+    Damaged,
+}
+
+type Output = BufWriter<Stdout>;
+
+/// The standard output without the line buffer that std puts before it.
+struct Stdout {
+    file: File,
+    /// The check goes on to the end for the exit status, also when the output is closed.
+    goes_on: bool,
+}
+
+impl io::Write for Stdout {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        match self.file.write(bytes) {
+            Err(error) if error.kind() == ErrorKind::BrokenPipe && self.goes_on => Ok(bytes.len()),
+            written => written,
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.file.flush()
+    }
+}
+
+/// Runs the tool with the arguments of this process.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let goes_on = matches!(cli.command, Command::Inspect { .. } | Command::Verify { .. });
+    match stdout(goes_on).map_err(Failure::from).and_then(|out| run(cli.command, out)) {
+        Ok(Verdict::Sound) => ExitCode::SUCCESS,
+        Ok(Verdict::Damaged) => ExitCode::from(1),
+        // Whoever reads has enough, as `head` does.
+        Err(Failure::Output(error)) if error.kind() == ErrorKind::BrokenPipe => ExitCode::SUCCESS,
+        Err(failure) => {
+            warn(&failure);
+            ExitCode::from(failure.exit_status())
+        }
+    }
+}
+
+fn stdout(goes_on: bool) -> io::Result<Output> {
+    let file = io::stdout().as_fd().try_clone_to_owned()?.into();
+    Ok(BufWriter::with_capacity(256 << 10, Stdout { file, goes_on }))
+}
+
+fn warn(message: &dyn fmt::Display) {
+    // A closed error output is no reason for another exit status.
+    drop(writeln!(io::stderr(), "corelane: {message}"));
+}
+
+fn run(command: Command, mut out: Output) -> Result<Verdict, Failure> {
+    let done = match command {
+        Command::Inspect { dir } => {
+            Store::open(dir).map_err(Failure::from).and_then(|store| inspect::inspect(&store, &mut out))
+        }
+        Command::Verify { dir } => {
+            Store::open(dir).map_err(Failure::from).and_then(|store| verify::verify(&store, &mut out))
+        }
+        Command::Dump(args) => {
+            Store::open(&args.dir).map_err(Failure::from).and_then(|store| dump::dump(&store, args, &mut out))
+        }
+        Command::Dlq(dlq) => dlq::dlq(dlq, &mut out),
+    };
+    // What was found before a failure is written all the same. The failure says more than that it could not be.
+    let flushed = out.flush();
+    let verdict = done?;
+    flushed?;
+    Ok(verdict)
+}
+
+/// The generic event, where that is what a record holds.
+fn envelope_in<'a>(store: &Store, record: &Record<'a>) -> Result<Option<&'a ArchivedEnvelope>, Failure> {
+    let meta = &record.meta;
+    envelope_of(store, meta.event_type, meta.schema_version, record.body)
+        .map_err(|()| Failure::Archive(meta.shard, meta.offset))
+}
+
+/// The generic event, where that is what an archive is; an error where it should be and does not hold.
+fn envelope_of<'a>(
+    store: &Store,
+    event_type: EventTypeId,
+    schema_version: u16,
+    archive: &'a [u8],
+) -> Result<Option<&'a ArchivedEnvelope>, ()> {
+    let known = Envelope::TYPES[0];
+    if schema_version != known.schema_version || store.type_name(event_type) != Some(known.name) {
+        return Ok(None);
+    }
+    ArchivedEnvelope::access(archive).map(Some).map_err(drop)
+}
+
+/// What is wrong with the end of a log, if anything is.
+fn tail_message(records: &mut Records) -> Result<Option<String>, Failure> {
+    let tail = records.tail()?;
+    if tail.events == 0 && !tail.was_durable {
+        return Ok(None);
+    }
+    let kind = if tail.was_durable {
+        "damage: what follows had been synced"
+    } else {
+        "a torn tail: opening the store cuts it"
+    };
+    let events = tail.events;
+    Ok(Some(format!(
+        "the log ends at offset {}, but {events} events that hold follow up to {} ({kind})",
+        tail.offset, tail.end
+    )))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        use clap::CommandFactory as _;
+        Cli::command().debug_assert();
+    }
+}
