@@ -1,4 +1,4 @@
-//! Configuration: parsed once. `Config` → [`Config::validate`] → [`Checked`]; nothing else takes `Config`.
+//! Configuration: parsed once. `Config` → [`Config::validate`] → [`ValidConfig`]; nothing else takes `Config`.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -66,14 +66,14 @@ pub struct Retention {
 /// ```
 #[derive(Debug, Clone)]
 pub struct Config {
-    checked: Checked,
+    checked: ValidConfig,
     wait: Option<Wait>,
     event_bytes_max: Option<usize>,
 }
 
 /// A configuration that holds: every value in range.
 #[derive(Debug, Clone)]
-pub struct Checked {
+pub struct ValidConfig {
     pub(crate) dir: PathBuf,
     pub(crate) shards: u16,
     pub(crate) durability: Durability,
@@ -92,7 +92,7 @@ pub struct Checked {
     pub(crate) latency: bool,
 }
 
-impl Checked {
+impl ValidConfig {
     /// Where the store lives.
     #[must_use]
     pub fn dir(&self) -> &Path {
@@ -134,7 +134,7 @@ impl Config {
     /// of the moment when the store is opened; later changes of either name make no difference.
     pub fn new(dir: impl Into<PathBuf>) -> Self {
         Self {
-            checked: Checked {
+            checked: ValidConfig {
                 dir: dir.into(),
                 shards: 1,
                 durability: Durability::default(),
@@ -208,7 +208,7 @@ impl Config {
     ///
     /// # Errors
     /// The first value that cannot be used.
-    pub fn validate(mut self) -> Result<Checked, ConfigError> {
+    pub fn validate(mut self) -> Result<ValidConfig, ConfigError> {
         let c = &mut self.checked;
         // The default shrinks with small segments; what was asked for is refused instead.
         c.event_bytes_max = self.event_bytes_max.unwrap_or(EVENT_BYTES_MAX_DEFAULT.min((c.segment_bytes / 4) as usize));

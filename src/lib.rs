@@ -47,7 +47,7 @@ pub mod testing;
 pub mod tools;
 
 pub use bounded::{Bounded, DEPTH_MAX};
-pub use config::{Checked, Config, Durability, Pin, Retention};
+pub use config::{Config, Durability, Pin, Retention, ValidConfig};
 pub use error::{
     CodePanic, ConfigError, Corruption, FailureCause, GateError, GateOpenError, HandlerError, HistoryError, OpenError,
     PanickedEvent, PositionError, ReadError, Rejected, RejectedReason, ShardFailure, WaitError,
@@ -63,7 +63,7 @@ pub use testing::bench_support;
 pub use {
     command::{Answer, Client, CommandError, ExpectedVersion, IdempotencyKey, Outcome, Sending, Ticket},
     engine::{Builder, Engine, EventLog},
-    engine::{Comparison, SyncError},
+    engine::{Comparison, PublishSyncError},
     ingress::gated::{Accepted, Gap, GateRefused, GatedProducer, LateEvent},
     ingress::producer::{BatchRejected, Producer},
     ingress::shared::{SharedProducer, SharedReceipt},
@@ -76,7 +76,7 @@ pub use {
     recovery::report::{RecoveryReport, ShardRecovery, TornTail},
     shard::handler::{BatchEnd, Handler, OnError},
     state::aggregate::{Aggregate, Emit, Stateless, Stored},
-    state::history::{At, Between, Counts, Past, Stream},
+    state::history::{AsOf, Counts, EventsBetween, PastState, Stream},
     state::snapshot::store::SnapshotStats,
     state::view,
 };

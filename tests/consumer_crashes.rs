@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use common::{Note, open_on, os_cache, read_shard, small, soon};
-use corelane::consumer::{ConsumerError, HealthPolicy, Judgement, LanesPolicy, Letters, Poller};
+use corelane::consumer::{ConsumerError, HealthPolicy, Judgement, Letters, Poller, QueuePolicy};
 use corelane::testing::{FaultyStorage, Unsynced};
 use corelane::{EventId, EventLog, Key, Offset, ShardId};
 
@@ -25,7 +25,7 @@ fn poller(
 ) -> Result<Poller<Note>, ConsumerError> {
     let builder = engine.consumer("c").concurrency(2).checkpoint_every(Duration::from_millis(50));
     let builder = builder.health(HealthPolicy::default().consecutive_max(1_000_000).failure_percent_max(100));
-    let builder = builder.lanes(LanesPolicy::default()).judge(|error, _| match error.to_string().as_str() {
+    let builder = builder.lanes(QueuePolicy::default()).judge(|error, _| match error.to_string().as_str() {
         "park" => Judgement::Park,
         "skip" => Judgement::Skip,
         _ => Judgement::RetryIn(Duration::from_millis(10)),

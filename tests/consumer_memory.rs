@@ -6,7 +6,7 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 use std::time::{Duration, Instant};
 
-use corelane::consumer::{Lanes, LanesPolicy, Verdict};
+use corelane::consumer::{KeyQueues, QueuePolicy, Verdict};
 use corelane::ingress::{GatePolicy, Offered, SequenceGate};
 use corelane::{Key, Offset};
 
@@ -48,14 +48,14 @@ static COUNTING: Counting = Counting;
 const KEYS: u64 = 1_000_000;
 const SECOND: Duration = Duration::from_secs(1);
 
-fn offer_all(lanes: &mut Lanes, from: u64) {
+fn offer_all(lanes: &mut KeyQueues, from: u64) {
     for n in 0..KEYS {
         lanes.offer(Key::new(n), Offset(from + n)).unwrap();
     }
 }
 
 /// Lets everything run that may; `fate` says what becomes of it.
-fn run_all(lanes: &mut Lanes, now: Duration, verdict: Option<Verdict>) -> u64 {
+fn run_all(lanes: &mut KeyQueues, now: Duration, verdict: Option<Verdict>) -> u64 {
     let mut runs = 0;
     loop {
         let ticked = lanes.tick(now);
@@ -78,9 +78,9 @@ fn run_all(lanes: &mut Lanes, now: Duration, verdict: Option<Verdict>) -> u64 {
 
 #[test]
 fn a_million_keys_wait_or_are_parked_in_bounded_memory() {
-    let policy = LanesPolicy::default().unfinished_max(1 << 20).keys_max(1 << 20).concurrency(64);
+    let policy = QueuePolicy::default().unfinished_max(1 << 20).keys_max(1 << 20).concurrency(64);
     let before = BYTES.get();
-    let mut lanes = Lanes::new(policy, Offset(0)).unwrap();
+    let mut lanes = KeyQueues::new(policy, Offset(0)).unwrap();
     let began = Instant::now();
 
     offer_all(&mut lanes, 0);
@@ -113,7 +113,7 @@ fn a_million_keys_wait_or_are_parked_in_bounded_memory() {
     assert_eq!(BYTES.get(), before);
 
     // Parked keys alone, as after a restart.
-    let mut lanes = Lanes::new(LanesPolicy::default(), Offset(0)).unwrap();
+    let mut lanes = KeyQueues::new(QueuePolicy::default(), Offset(0)).unwrap();
     for n in 0..KEYS {
         lanes.restore_parked(Key::new(n), 1).unwrap();
     }

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use common::{SEGMENT, env_number, small, soon};
 use corelane::consumer::{
-    DeadLetterPolicy, Delivery, Exhausted, HealthPolicy, Judgement, LanesPolicy, Letters, Poller, Retry, Start,
+    DeadLetterPolicy, Delivery, Exhausted, HealthPolicy, Judgement, Letters, Poller, QueuePolicy, Retry, Start,
     WhenFull,
 };
 use corelane::testing::{FaultyStorage, Unsynced};
@@ -349,7 +349,7 @@ impl World {
             .retry(Retry::fixed().base(Duration::from_millis(50)).jitter(1.0, 1.0).attempts(ATTEMPTS))
             .when_exhausted(self.setting.exhausted)
             .health(HealthPolicy::default().consecutive_max(1_000_000).failure_percent_max(100))
-            .lanes(LanesPolicy::default().gap_wait_max(GAP_WAIT).unfinished_max(self.setting.unfinished_max))
+            .lanes(QueuePolicy::default().gap_wait_max(GAP_WAIT).unfinished_max(self.setting.unfinished_max))
             .dead_letters(DeadLetterPolicy::default().letters_max(self.setting.letters_max).when_full(when_full))
             .checkpoint_every(Duration::from_millis(200))
             .judge(|error, _| match error.to_string().as_str() {

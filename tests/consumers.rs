@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use common::{Note, SEGMENT, os_cache, small, soon, until};
 use corelane::consumer::{
     Consumer, ConsumerError, ConsumerReport, DeadLetterPolicy, Exhausted, HaltCause, Handled, HealthPolicy, Judgement,
-    LanesPolicy, LetterKind, Letters, Retry, Start,
+    LetterKind, Letters, QueuePolicy, Retry, Start,
 };
 use corelane::{EventLog, HandlerError, Key, Meta, Retention};
 use rkyv::Archived;
@@ -313,7 +313,7 @@ fn verdicts_skip_halt_and_await_a_gap() {
     let (seen, is_there) = (Seen::default(), Arc::new(AtomicBool::new(false)));
     let (saw, there) = (seen.clone(), Arc::clone(&is_there));
     let builder =
-        engine.consumer("c").health(patient()).lanes(LanesPolicy::default().gap_wait_max(Duration::from_secs(3600)));
+        engine.consumer("c").health(patient()).lanes(QueuePolicy::default().gap_wait_max(Duration::from_secs(3600)));
     let builder = builder.judge(|error, _| match error.to_string().as_str() {
         "skip" => Judgement::Skip,
         "halt" => Judgement::Halt,
@@ -595,7 +595,7 @@ fn publish_sync_returns_when_those_that_were_named_have_handled_it() {
         assert_eq!(saw.of(1).last(), Some(&n), "the consumer has had it");
     }
     let refused = engine.publish_sync(&mut producer, Key::new(1), Note::new(7), &[&slow], soon());
-    assert!(matches!(refused, Err(corelane::SyncError::Recorded { .. })), "{refused:?}");
+    assert!(matches!(refused, Err(corelane::PublishSyncError::Recorded { .. })), "{refused:?}");
     let late = Some(Instant::now());
     let late = engine.publish_sync(&mut producer, Key::new(2), Note::new(1), &[&slow], late);
     assert!(late.is_err(), "the deadline counts");

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use common::{ArchivedNote, Note, SEGMENT, env_number, open_on, os_cache, read_shard, small, soon};
-use corelane::ingress::{GatePolicy, GateStart, Refused};
+use corelane::ingress::{GatePolicy, GateStart, OfferRefused};
 use corelane::testing::{FaultyStorage, Unsynced};
 use corelane::{
     Accepted, Config, EventLog, Gap, GateError, GateOpenError, GateRefused, GatedProducer, Key, OpenError, Rejected,
@@ -648,7 +648,7 @@ fn a_late_event_is_published_only_by_who_says_so_and_moves_nothing() {
     assert!(matches!(offer(&mut gate, 0, 1), Accepted::TooOld(_)), "not known any more, and not dropped");
     assert!(matches!(offer(&mut gate, 0, 4), Accepted::Published(_)));
     let refused = gate.offer(0, u64::MAX, Key::new(1), note(0, 0)).expect_err("no sequence");
-    assert!(matches!(refused, GateRefused::Gate(Refused::TooFarAhead(_))));
+    assert!(matches!(refused, GateRefused::Gate(OfferRefused::TooFarAhead(_))));
     let large = Note::sized(0, 1 << 20);
     let refused = gate.offer(0, 5, Key::new(1), large).expect_err("too large for a segment of this size");
     assert!(matches!(&refused, GateRefused::Publish(Rejected::TooLarge { event, .. }) if event.text.len() == 1 << 20));

@@ -9,7 +9,7 @@ use std::time::Duration;
 use common::{ArchivedNote, Note, open_on, small, soon};
 use corelane::consumer::{Consumer, Exhausted, Handled, HealthPolicy, Judgement, Retry, Start};
 use corelane::testing::FaultyStorage;
-use corelane::{EventId, EventLog, HandlerError, Key, Meta, Offset, OnError, ShardId, SyncError, WaitError};
+use corelane::{EventId, EventLog, HandlerError, Key, Meta, Offset, OnError, PublishSyncError, ShardId, WaitError};
 
 /// Skips odd numbers.
 fn skips_odd(engine: &EventLog<Note>, name: &str, every: Duration) -> Consumer<Note> {
@@ -45,7 +45,7 @@ fn publish_sync_answers_about_its_own_event() {
                     let answer = engine.publish_sync(&mut producer, Key(1), Note::new(n), named, soon());
                     let is_right = match answer {
                         Ok(()) => n % 2 == 0,
-                        Err(SyncError::Recorded { .. }) => n % 2 == 1,
+                        Err(PublishSyncError::Recorded { .. }) => n % 2 == 1,
                         Err(error) => panic!("{n}: {error}"),
                     };
                     wrong.fetch_add(u64::from(!is_right), Ordering::Relaxed);
@@ -118,7 +118,7 @@ fn publish_sync_keeps_its_deadline_while_an_inline_handler_hangs() {
         });
         let answer = answer.recv_timeout(Duration::from_secs(10));
         drop(go_on);
-        assert!(matches!(answer, Ok(Err(SyncError::Wait(WaitError::TimedOut)))), "{answer:?}");
+        assert!(matches!(answer, Ok(Err(PublishSyncError::Wait(WaitError::TimedOut)))), "{answer:?}");
     });
     engine.publish_sync(&mut engine.producer(), Key(1), Note::new(2), &[], soon()).unwrap();
 }

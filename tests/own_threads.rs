@@ -18,7 +18,7 @@ use corelane::view::ById;
 use corelane::{
     Aggregate, BatchEnd, Bounded, Client, CommandError, Config, Durability, Emit, Engine, Event, EventId, EventType,
     EventTypeId, GatedProducer, Handler, HandlerError, HistoryError, Key, Meta, Offset, OnError, OpenError, Producer,
-    Rejected, RejectedReason, ShardId, SharedProducer, SyncError, Time, Version, WaitError,
+    PublishSyncError, Rejected, RejectedReason, ShardId, SharedProducer, Time, Version, WaitError,
 };
 use rkyv::{Archive, Deserialize, Serialize};
 
@@ -279,7 +279,7 @@ fn calls(rig: &Rig) -> BTreeMap<&'static str, String> {
         said.insert(
             "Engine::publish_sync",
             match sync {
-                Err(SyncError::Rejected(rejected)) => format!("{:?}", rejected.reason()),
+                Err(PublishSyncError::Rejected(rejected)) => format!("{:?}", rejected.reason()),
                 Err(error) => format!("{error:?}"),
                 Ok(()) => "Ok".into(),
             },

@@ -11,7 +11,7 @@ use common::bank::{Account, ArchivedMoney, Money, Order, Refused};
 use common::{SEGMENT, env_number, small, soon};
 use corelane::testing::{FaultyStorage, Unsynced};
 use corelane::{
-    At, Client, CommandError, Config, Durability, Engine, HistoryError, Key, OpenError, Producer, Retention, Time,
+    AsOf, Client, CommandError, Config, Durability, Engine, HistoryError, Key, OpenError, Producer, Retention, Time,
     Version,
 };
 use proptest::prelude::*;
@@ -392,7 +392,7 @@ impl Run {
                 Err(error) => panic!("{error}"),
             }
         }
-        let now = self.engine().state_at(Key(key), At::Time(Time(u64::MAX))).unwrap();
+        let now = self.engine().state_at(Key(key), AsOf::Time(Time(u64::MAX))).unwrap();
         assert_eq!(&now.state, known.now());
     }
 

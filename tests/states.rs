@@ -6,7 +6,7 @@ mod common;
 use common::bank::{Account, Money};
 use common::{SEGMENT, small, soon};
 use corelane::testing::FaultyStorage;
-use corelane::{At, Config, Durability, Engine, HistoryError, Key, OpenError, Retention, Time, Version};
+use corelane::{AsOf, Config, Durability, Engine, HistoryError, Key, OpenError, Retention, Time, Version};
 
 fn open(config: Config) -> Engine<Account> {
     Engine::<Account>::open(config).unwrap()
@@ -79,7 +79,7 @@ fn a_state_of_any_time_has_the_events_up_to_then() {
         let past = engine.state_at(Key(1), Time(time)).unwrap();
         assert_eq!((past.version.get(), past.state.cents), (version as u64, sum(version as u64)));
     }
-    assert_eq!(engine.state_at(Key(1), At::Time(Time(0))).unwrap().version, Version(0));
+    assert_eq!(engine.state_at(Key(1), AsOf::Time(Time(0))).unwrap().version, Version(0));
     assert_eq!(engine.state_at(Key(1), Time(u64::MAX)).unwrap().version, Version(199));
     assert_eq!(engine.state_at(Key(77), Time(u64::MAX)).unwrap().state, Account::default());
 }

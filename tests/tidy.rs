@@ -1,6 +1,7 @@
 //! The rules of the house, run as a test.
 #![expect(clippy::unwrap_used, reason = "a test may unwrap")]
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 /// Every source file with its path below `src/`.
@@ -39,152 +40,229 @@ fn code(text: &str) -> impl Iterator<Item = (usize, &str)> {
         .filter(|(_, line)| !line.trim().is_empty())
 }
 
-/// Modules that a file names through `crate::`.
-fn uses(text: &str) -> Vec<(usize, String)> {
-    let mut found = Vec::new();
-    for (at, line) in code(text) {
-        for part in line.split("crate::").skip(1) {
-            let module: String = part.chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect();
-            found.push((at, module));
+/// The layers, lowest first, and the folders and files of `src/` that belong to each (ARCHITECTURE.md, "Layers"). A file may
+/// name its own layer and those before it.
+const LAYERS: &[(&str, &[&str])] = &[
+    ("sync", &["sync"]),
+    ("words", &["bounded", "clock", "config", "envelope", "error", "event", "metrics"]),
+    ("storage", &["storage"]),
+    ("log", &["log"]),
+    ("lane", &["lane"]),
+    ("state", &["state"]),
+    ("command", &["command"]),
+    ("ingress", &["ingress"]),
+    ("shard", &["shard"]),
+    ("recovery", &["recovery"]),
+    ("background", &["background"]),
+    ("consumer", &["consumer"]),
+    ("engine", &["engine"]),
+    ("outside", &["kafka", "ops", "testing", "tools"]),
+];
+
+/// A module's path, without `crate`: `["log", "reader"]`.
+type Module = Vec<String>;
+
+/// The modules of the crate with what they name of each other.
+struct Modules {
+    /// Their files and code, without comments and unit tests.
+    code: BTreeMap<Module, (String, String)>,
+    /// Names that a module passes on with `pub use`, and what they stand for.
+    passed_on: BTreeMap<Module, Module>,
+}
+
+/// A `use` declaration: whether it passes names on, and its paths, one a name.
+fn uses(code: &str) -> Vec<(bool, Vec<String>)> {
+    let mut uses = Vec::new();
+    let mut rest = code;
+    while let Some(at) = rest.find("use ") {
+        let before = rest[..at].rsplit('\n').next().unwrap_or_default().trim();
+        let (body, behind) = rest[at + 4..].split_once(';').unwrap_or((&rest[at + 4..], ""));
+        let is_declaration = before.is_empty() || before.starts_with("pub");
+        if is_declaration && body.chars().all(|c| c.is_alphanumeric() || "_:{}, *\n".contains(c)) {
+            let body: String = body.split_whitespace().collect::<Vec<_>>().join(" ");
+            uses.push((before.starts_with("pub"), leaves(&body, "")));
+            rest = behind;
+        } else {
+            rest = &rest[at + 4..];
+        }
+    }
+    uses
+}
+
+/// The single paths of a path with braces.
+fn leaves(path: &str, prefix: &str) -> Vec<String> {
+    let path = path.trim();
+    let Some(open) = path.find('{') else {
+        let name = path.split(" as ").next().unwrap_or(path);
+        return vec![format!("{prefix}{name}").trim_end_matches("::self").to_owned()];
+    };
+    let (head, inner) = (&path[..open], &path[open + 1..path.rfind('}').unwrap_or(path.len())]);
+    let (mut depth, mut from, mut found) = (0, 0, Vec::new());
+    for (at, c) in inner.char_indices().chain([(inner.len(), ',')]) {
+        match c {
+            '{' => depth += 1,
+            '}' => depth -= 1,
+            ',' if depth == 0 => {
+                let part = &inner[from..at];
+                from = (at + 1).min(inner.len());
+                if !part.trim().is_empty() {
+                    found.extend(leaves(part, &format!("{prefix}{head}")));
+                }
+            }
+            _ => {}
         }
     }
     found
 }
 
-/// What each module may know of (DESIGN §10): itself, the leaves, and these.
-fn may_use(file: &str) -> Option<&'static [&'static str]> {
-    Some(match file {
-        // Windows into everything, for the benches.
-        "lib.rs" | "engine.rs" | "bench_support.rs" => return None,
-        _ if file.starts_with("engine/") => return None,
-        "bounded.rs" => &[],
-        "event.rs" => &["bounded", "event", "Config", "sync"],
-        "error.rs" => &["event", "Config"],
-        "error/code_panic.rs" => &["event"],
-        "clock.rs" => &["event"],
-        "config.rs" => &["error", "sync"],
-        "sync.rs" => &["config"],
-        _ if file.starts_with("sync/") => &[],
-        "metrics.rs" => &["event", "error", "sync", "clock"],
-        "handler.rs" => &["event", "error"],
-        "aggregate.rs" => &["bounded", "event", "Sequence", "EventLog"],
-        "command.rs" => {
-            &["aggregate", "event", "error", "config", "sync", "clock", "keys", "producer", "promise", "Engine"]
+impl Modules {
+    fn read() -> Self {
+        let mut modules = Self { code: BTreeMap::new(), passed_on: BTreeMap::new() };
+        for (file, text) in sources() {
+            let mut path: Module = file.trim_end_matches(".rs").split('/').map(str::to_owned).collect();
+            if path.last().is_some_and(|last| last == "mod" || last == "lib") {
+                path.pop();
+            }
+            if path.first().is_none_or(|first| first != "bin") {
+                let code: String = code(&text).map(|(_, line)| format!("{line}\n")).collect();
+                modules.code.insert(path, (file, code));
+            }
         }
-        _ if file.starts_with("command/") => &["aggregate", "event", "error", "sync"],
-        "promise.rs" => &["error", "sync"],
-        "history.rs" => &["aggregate", "event", "error", "log", "snapshot"],
-        "snapshot.rs" => &[],
-        "snapshot/format.rs" => &["aggregate", "command", "event", "keys", "log"],
-        "snapshot/taker.rs" => &["aggregate", "clock", "command", "event", "keys", "snapshot", "sync", "Engine"],
-        "snapshot/store.rs" => &["error", "event", "log", "snapshot", "sync"],
-        "snapshot/snapshotter.rs" => &["config", "error", "event", "log", "snapshot", "sync", "clock"],
-        "snapshot/load.rs" => &["aggregate", "event", "keys", "log", "snapshot", "sync"],
-        _ if file.starts_with("view/") => &["aggregate", "event", "error", "config", "sync", "view"],
-        "keys.rs" => &["event", "sync"],
-        "ring.rs" => &["event", "clock", "sync"],
-        "producer.rs" => {
-            &["event", "error", "config", "sync", "clock", "ring", "log", "shared", "SharedProducer", "Engine"]
+        for (module, (_, code)) in &modules.code {
+            for leaf in uses(code).into_iter().filter(|(passes_on, _)| *passes_on).flat_map(|(_, leaves)| leaves) {
+                let name = leaf.rsplit("::").next().unwrap_or_default().to_owned();
+                if let Some(target) = modules.absolute(&leaf, module) {
+                    modules.passed_on.insert([module.clone(), vec![name]].concat(), target);
+                }
+            }
         }
-        "producer/receipt.rs" => &["event", "error", "promise", "sync"],
-        "shared.rs" => &["event", "error", "config", "sync", "clock", "ring", "producer", "promise", "Producer"],
-        "shard.rs" => &[
-            "aggregate",
-            "command",
-            "event",
-            "error",
-            "config",
-            "sync",
-            "clock",
-            "ring",
-            "producer",
-            "shared",
-            "handler",
-            "keys",
-            "log",
-            "metrics",
-            "snapshot",
-            "view",
-        ],
-        "shard/batch.rs" => &[
-            "aggregate",
-            "event",
-            "error",
-            "sync",
-            "clock",
-            "ring",
-            "producer",
-            "keys",
-            "log",
-            "shard",
-            "snapshot",
-            "view",
-        ],
-        "shard/commands.rs" => &["aggregate", "command", "event", "error", "handler", "log", "sync"],
-        "shard/handling.rs" => &["aggregate", "event", "error", "handler", "log"],
-        "gated.rs" => &["clock", "consumer", "error", "event", "flush", "log", "producer", "sync", "Engine"],
-        // What the gate's owner is told, and what a gate leaves on the disk: no lanes.
-        "gated/answer.rs" => &["consumer", "error", "event", "producer"],
-        "gated/files.rs" => &["error", "event", "log"],
-        "gated/record.rs" => &["error", "event", "log"],
-        "gated/recovered.rs" => &["consumer", "error", "event", "log"],
-        // From outside: every file, and no engine.
-        "check.rs" => &["error", "event", "gated", "log", "scan", "snapshot"],
-        "flush.rs" => &["error", "sync", "log", "producer", "promise"],
-        "runner.rs" => {
-            &["aggregate", "event", "error", "config", "handler", "sync", "clock", "producer", "promise", "shard"]
+        modules
+    }
+
+    /// A path as seen from the crate's root; `None` where it is of another crate.
+    fn absolute(&self, path: &str, module: &Module) -> Option<Module> {
+        let mut parts = path.split("::").map(|part| part.trim().to_owned()).peekable();
+        let mut base = module.clone();
+        match parts.peek().map(String::as_str)? {
+            "crate" => {
+                parts.next();
+                base.clear();
+            }
+            "super" | "self" => {
+                while let Some(part) = parts.next_if(|part| part == "super" || part == "self") {
+                    if part == "super" {
+                        base.pop();
+                    }
+                }
+            }
+            first => {
+                let child = [base.clone(), vec![first.to_owned()]].concat();
+                self.code.contains_key(&child).then_some(())?;
+            }
         }
-        _ if file.starts_with("envelope/") => &["event", "error"],
-        // Durable: the log's storage and words of bytes, none of its segments.
-        _ if file.starts_with("consumer/dead_letter") => &["event", "error", "config", "log"],
-        // The leaves: plain data, not even the log.
-        _ if ["lanes", "retry", "health", "sequence_gate", "mod.rs", "error.rs", "effects.rs"]
-            .iter()
-            .any(|leaf| file.strip_prefix("consumer/").is_some_and(|file| file.starts_with(leaf))) =>
-        {
-            &["event", "error", "config", "consumer", "handler", "sync"]
+        base.extend(parts);
+        Some(base)
+    }
+
+    /// The module whose file defines what a path names.
+    fn defining(&self, path: &Module) -> Option<Module> {
+        let passed_on = (1..=path.len())
+            .filter(|&len| !self.code.contains_key(&path[..len]))
+            .find_map(|len| Some([self.passed_on.get(&path[..len])?.clone(), path[len..].to_vec()].concat()));
+        match passed_on {
+            Some(target) if target != *path => self.defining(&target),
+            _ => (1..=path.len()).rev().map(|len| path[..len].to_vec()).find(|path| self.code.contains_key(path)),
         }
-        // Reads the log, never a shard.
-        _ if file.starts_with("consumer/") => {
-            &["event", "error", "config", "consumer", "handler", "log", "sync", "clock", "promise"]
+    }
+
+    /// Every module with the modules that it names.
+    fn named(&self) -> BTreeMap<&Module, BTreeSet<Module>> {
+        let mut named = BTreeMap::new();
+        for (module, (_, code)) in &self.code {
+            let mut paths: Vec<String> = Vec::new();
+            for (passes_on, leaves) in uses(code) {
+                if !passes_on {
+                    paths.extend(leaves);
+                }
+            }
+            for line in code.lines().filter(|line| !line.trim_start().starts_with("use ") && !line.contains(" use ")) {
+                for root in ["crate::", "super::"] {
+                    for (at, _) in line.match_indices(root) {
+                        let path = line[at..].split(|c: char| !c.is_alphanumeric() && c != '_' && c != ':').next();
+                        paths.extend(path.map(|path| path.trim_end_matches(':').to_owned()));
+                    }
+                }
+            }
+            let targets = paths.iter().filter_map(|path| self.defining(&self.absolute(path, module)?));
+            named.insert(module, targets.filter(|target| target != module && !target.is_empty()).collect());
         }
-        // Read models see states, never who keeps them.
-        _ if file.starts_with("view/") => &["event", "error", "config", "sync", "aggregate", "view"],
-        // The faulty twin stands beside the log's storage.
-        "testing.rs" => &["log", "sync"],
-        // Rules without an engine: what a fold needs of events, and a record's header for their `Meta`.
-        "testing/given.rs" => &["aggregate", "event", "log"],
-        // Only the syncer tells lanes how far they are durable.
-        "log/syncer.rs" => &["event", "error", "config", "sync", "clock", "metrics", "log", "producer"],
-        // Recovery folds the log into states, from what is saved of them.
-        "log/recovery.rs" | "log/recovery/begin.rs" => &["aggregate", "event", "error", "sync", "log", "snapshot"],
-        "log/unfit.rs" => &["error", "snapshot"],
-        "log/fold.rs" => &["aggregate", "command", "error", "event", "keys", "log"],
-        "log/reader.rs" => &["aggregate", "event", "error", "sync", "log", "OpenError"],
-        "log/keeper.rs" => &["event", "error", "config", "sync", "clock", "metrics", "log", "snapshot"],
-        _ if file.starts_with("log/") => &["event", "error", "config", "sync", "clock", "metrics", "log"],
-        _ if file.starts_with("bin/") => &[],
-        _ => panic!("{file}: a new module; say in tests/tidy.rs what it may know of"),
-    })
+        named
+    }
+}
+
+/// A module's place in the order of the layers.
+fn layer(module: &Module) -> Option<usize> {
+    let first = module.first()?.as_str();
+    LAYERS.iter().position(|(_, folders)| folders.contains(&first))
 }
 
 #[test]
-fn dependencies_point_one_way() {
+fn a_file_names_only_its_own_layer_and_lower_ones() {
+    let modules = Modules::read();
     let mut wrong = Vec::new();
-    for (file, text) in sources() {
-        let Some(allowed) = may_use(&file) else { continue };
-        for (line, module) in uses(&text) {
-            if !allowed.contains(&module.as_str()) {
-                wrong.push(format!("src/{file}:{line} knows of {module}"));
-            }
+    for (module, targets) in modules.named() {
+        let (file, _) = &modules.code[module];
+        if module.is_empty() {
+            continue;
         }
+        let Some(own) = layer(module) else { panic!("src/{file} is in no layer: add its folder to LAYERS") };
+        let higher = targets.iter().filter(|target| layer(target).is_some_and(|layer| layer > own));
+        wrong.extend(higher.map(|target| format!("src/{file} ({}) names {}", LAYERS[own].0, target.join("::"))));
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
 #[test]
+fn files_do_not_import_each_other_in_circles() {
+    let modules = Modules::read();
+    let named = modules.named();
+    let reaches = |from: &Module, to: &Module| {
+        let (mut seen, mut due) = (BTreeSet::new(), vec![from.clone()]);
+        while let Some(module) = due.pop() {
+            for target in named.get(&module).into_iter().flatten() {
+                if target == to {
+                    return true;
+                }
+                if seen.insert(target.clone()) {
+                    due.push(target.clone());
+                }
+            }
+        }
+        false
+    };
+    let mut circles = Vec::new();
+    for (module, targets) in &named {
+        for target in targets.iter().filter(|target| reaches(target, module)) {
+            circles.push(format!("src/{} and src/{}", modules.code[*module].0, modules.code[target].0));
+        }
+    }
+    assert!(circles.is_empty(), "in a circle of imports:\n{}", circles.join("\n"));
+}
+
+#[test]
+fn the_folders_are_the_layers_of_the_documents() {
+    let text = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("ARCHITECTURE.md")).unwrap();
+    let rows: Vec<&str> = LAYERS.iter().map(|(name, _)| *name).collect();
+    let mut at = 0;
+    for row in rows {
+        let found = text[at..].find(&format!("| `{row}`"));
+        at += found.unwrap_or_else(|| panic!("ARCHITECTURE.md does not list the layer {row} in its order"));
+    }
+}
+
+#[test]
 fn unsafe_stays_where_it_is_argued() {
-    let places = ["log/mmap.rs", "ring.rs", "sync.rs"];
+    let places = ["storage/memory.rs", "log/seal.rs", "sync/cpu.rs"];
     for (file, text) in sources() {
         if places.contains(&file.as_str()) {
             continue;
@@ -203,11 +281,13 @@ fn unsafe_stays_where_it_is_argued() {
 fn atomics_and_threads_come_through_sync() {
     // Exceptions, and why:
     let excepted = [
-        ("sync.rs", "", "the importer"),
+        ("sync/mod.rs", "", "the importer"),
+        ("sync/lock.rs", "std::sync::Mutex", "locks what `sync` imports"),
+        ("sync/cpu.rs", "std::thread", "a sleep, and the number of cores"),
         ("sync/seed.rs", "std::sync::atomic", "two words of a process, set once; loom has no statics"),
-        ("log/mmap.rs", "std::sync::atomic", "an atomic view of mapped bytes, which loom cannot model"),
+        ("log/seal.rs", "std::sync::atomic", "an atomic view of mapped bytes, which loom cannot model"),
         ("engine/open.rs", "std::sync::atomic", "counts shards to recover, inside one scope"),
-        ("check.rs", "std::thread", "a sleep of a tool that reads files"),
+        ("ops/check.rs", "std::thread", "a sleep of a tool that reads files"),
         ("log/scan/mod.rs", "std::thread", "a sleep of a tool that reads files; no thread of the engine runs it"),
         ("log/scan/records.rs", "std::thread", "likewise"),
         ("engine/open.rs", "std::thread", "helpers inside one scope"),
@@ -216,7 +296,7 @@ fn atomics_and_threads_come_through_sync() {
     for (file, text) in sources() {
         for (line, code) in code(&text) {
             for what in ["std::sync::atomic", "std::sync::Mutex", "std::sync::RwLock", "std::thread", "core::sync"] {
-                if code.contains(what) && !file.starts_with("bin/") {
+                if code.contains(what) && !file.starts_with("tools/") {
                     let is_excepted =
                         excepted.iter().any(|(at, which, _)| *at == file && (which.is_empty() || *which == what));
                     assert!(is_excepted, "src/{file}:{line}: {what} comes through crate::sync");
@@ -258,5 +338,119 @@ fn errors_are_not_dropped_unseen() {
             let dropped = code.strip_prefix("let _ = ").is_some_and(|what| what.find('(').is_some_and(|at| at > 0));
             assert!(!dropped, "src/{file}:{line}: a result dropped unseen");
         }
+    }
+}
+
+/// Lines of a function, from its signature to its closing brace.
+const FUNCTION_LINES_MAX: usize = 70;
+
+#[test]
+fn functions_stay_readable() {
+    let mut long = Vec::new();
+    for (file, text) in files() {
+        let lines: Vec<&str> = text.lines().collect();
+        for (at, line) in lines.iter().enumerate() {
+            let indent = line.len() - line.trim_start().len();
+            let words: Vec<&str> = line.trim_start().split(' ').take_while(|word| !word.contains('(')).collect();
+            let is_function = line.contains('(')
+                && line.trim_start().starts_with(['p', 'f', 'c', 'u', 'a', 'e'])
+                && (words.contains(&"fn") || line.trim_start().starts_with("fn "));
+            if !is_function || line.trim_end().ends_with(';') || line.contains('$') {
+                continue;
+            }
+            let end = format!("{}}}", " ".repeat(indent));
+            let Some(length) = lines[at..].iter().position(|line| *line == end) else { continue };
+            if length + 1 > FUNCTION_LINES_MAX {
+                long.push(format!("src/{file}:{}: {} lines", at + 1, length + 1));
+            }
+        }
+    }
+    assert!(long.is_empty(), "functions of more than {FUNCTION_LINES_MAX} lines:\n{}", long.join("\n"));
+}
+
+/// Wordings that a reader must read twice; `CONTRIBUTING.md` gives better ones.
+const REFUSED: &[&str] = &[
+    "so many",
+    "brought near",
+    "bring near",
+    "way in",
+    "check sum",
+    "was had",
+    "is had",
+    "in the eyes of",
+    "of which the",
+    "what became of",
+];
+const PRONOUNS: &[&str] = &["who", "whoever"];
+const VERBS: &[&str] = &["waits", "wants", "looks", "asks", "has", "is", "drives", "sees", "reads", "writes", "may"];
+
+/// What is wrong with a sentence, if anything.
+fn refused_wording(text: &str) -> Option<String> {
+    let words: Vec<String> = text
+        .split(|c: char| !c.is_alphanumeric() && c != '\'')
+        .filter(|word| !word.is_empty())
+        .map(str::to_lowercase)
+        .collect();
+    let pair = words.windows(2).find(|pair| PRONOUNS.contains(&&*pair[0]) && VERBS.contains(&&*pair[1]));
+    let phrase = |phrase: &&&str| {
+        let phrase: Vec<&str> = phrase.split(' ').collect();
+        words.windows(phrase.len()).any(|words| words == phrase)
+    };
+    pair.map(|pair| pair.join(" ")).or_else(|| REFUSED.iter().find(phrase).map(|phrase| (*phrase).to_owned()))
+}
+
+/// Every file with sentences: sources, tests, examples and documents, by its path.
+fn texts() -> Vec<(String, String)> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut texts = Vec::new();
+    let mut folders: Vec<PathBuf> = vec![root.to_owned()];
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            let name = path.file_name().unwrap().to_str().unwrap();
+            let extension = path.extension().and_then(|extension| extension.to_str());
+            if path.is_dir() && name != "target" && !name.starts_with('.') {
+                folders.push(path);
+            } else if matches!(extension, Some("rs" | "md" | "toml" | "sh")) && name != "tidy.rs" {
+                let name = path.strip_prefix(root).unwrap().to_str().unwrap().to_owned();
+                texts.push((name, std::fs::read_to_string(&path).unwrap()));
+            }
+        }
+    }
+    texts.sort();
+    texts
+}
+
+#[test]
+fn sentences_are_plain_english() {
+    let mut wrong = Vec::new();
+    for (file, text) in texts() {
+        if file == "CONTRIBUTING.md" {
+            // It quotes what it refuses.
+            continue;
+        }
+        let lines: Vec<&str> = text.lines().collect();
+        for (at, line) in lines.iter().enumerate() {
+            // A phrase may go over the end of a line.
+            let next = lines.get(at + 1).map_or("", |next| next.trim_start().trim_start_matches(['/', '!', '#']));
+            let next = next.split_whitespace().take(2).collect::<Vec<_>>().join(" ");
+            if let Some(phrase) = refused_wording(line).or_else(|| {
+                let last = line.split_whitespace().rev().take(2).collect::<Vec<_>>().into_iter().rev();
+                refused_wording(&format!("{} {next}", last.collect::<Vec<_>>().join(" ")))
+            }) {
+                wrong.push(format!("{file}:{}: \"{phrase}\"", at + 1));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{} sentences to rewrite:\n{}", wrong.len(), wrong.join("\n"));
+}
+
+#[test]
+fn refused_wordings_are_found() {
+    for text in ["for who waits", "Who has it.", "each time so many orders", "brought near", "a run of which the end"] {
+        assert!(refused_wording(text).is_some(), "{text}");
+    }
+    for text in ["the thread that waits", "so much, many times", "away in time", "whoever comes"] {
+        assert_eq!(refused_wording(text), None, "{text}");
     }
 }

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use corelane::consumer::{Lanes, LanesPolicy, Verdict};
+use corelane::consumer::{KeyQueues, QueuePolicy, Verdict};
 use corelane::{Key, Offset};
 use criterion::{BenchmarkId, Criterion, Throughput};
 
@@ -23,8 +23,8 @@ pub(crate) fn benches(c: &mut Criterion) {
 }
 
 fn run(keys: &[Key], retries_every: usize) {
-    let policy = LanesPolicy::default().concurrency(CONCURRENCY);
-    let mut lanes = Lanes::new(policy, Offset(0)).expect("the policy holds");
+    let policy = QueuePolicy::default().concurrency(CONCURRENCY);
+    let mut lanes = KeyQueues::new(policy, Offset(0)).expect("the policy holds");
     let mut runs = Vec::with_capacity(CONCURRENCY);
     let (mut count, mut ended) = (0, 0);
     let mut now = Duration::ZERO;

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
-use corelane::consumer::{ConsumerReport, DeadLetterPolicy, HealthPolicy, LanesPolicy, Letters, Retry, Start};
+use corelane::consumer::{ConsumerReport, DeadLetterPolicy, HealthPolicy, Letters, QueuePolicy, Retry, Start};
 
 use crate::follow::measure;
 use crate::tools::{engine, memory_bytes, publish};
@@ -28,7 +28,7 @@ pub(crate) fn run(keys: u64, what: What) -> Result<()> {
     let attempts = if what == What::Parked { 1 } else { 5 };
     let builder = engine
         .consumer("million")
-        .lanes(LanesPolicy::default().unfinished_max(room).keys_max(room))
+        .lanes(QueuePolicy::default().unfinished_max(room).keys_max(room))
         .retry(Retry::fixed().base(Duration::from_secs(600)).cap(Duration::from_secs(600)).attempts(attempts))
         .health(HealthPolicy::default().samples_min(1_000_000).consecutive_max(1_000_000).failure_percent_max(100))
         .dead_letters(DeadLetterPolicy::default().letters_max(room));

@@ -17,7 +17,7 @@ use super::services::Services;
 use super::settings::{Exhausted, Filter, Judgement, Settings, Start};
 use crate::config::in_range;
 use crate::config::whole_ms;
-use crate::consumer::key_queues::answer::LanesPolicy;
+use crate::consumer::key_queues::answer::QueuePolicy;
 use crate::error::HandlerError;
 use crate::event::{Event, Meta};
 use crate::log::reader::Sight;
@@ -46,7 +46,7 @@ impl<E: Event> ConsumerBuilder<E> {
             start: Start::Beginning,
             sight: if services.syncs { Sight::Durable } else { Sight::Appended },
             concurrency: 1,
-            lanes: LanesPolicy::default(),
+            lanes: QueuePolicy::default(),
             retry: super::retry::RetryPolicy::default(),
             health: HealthPolicy::default(),
             letters: DeadLetterPolicy::default(),
@@ -86,8 +86,8 @@ impl<E: Event> ConsumerBuilder<E> {
         self
     }
 
-    /// How much it remembers of what is not done. Default: [`LanesPolicy::default`]; its concurrency is [`ConsumerBuilder::concurrency`].
-    pub fn lanes(mut self, policy: LanesPolicy) -> Self {
+    /// How much it remembers of what is not done. Default: [`QueuePolicy::default`]; its concurrency is [`ConsumerBuilder::concurrency`].
+    pub fn lanes(mut self, policy: QueuePolicy) -> Self {
         self.settings.lanes = policy;
         self
     }

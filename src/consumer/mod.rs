@@ -6,7 +6,7 @@
 //! | part | question it answers |
 //! |---|---|
 //! | [`SequenceGate`] | Input came out of order: what is its order, and what is missing? |
-//! | [`Lanes`] | What may run now so that every key keeps its order, and how far is all of it done? |
+//! | [`KeyQueues`] | What may run now so that every key keeps its order, and how far is all of it done? |
 //! | [`RetryPolicy`] | An attempt failed: when is the next, if any? |
 //! | [`Health`] | Does this service work, and may it be called now? |
 
@@ -47,9 +47,9 @@ pub use settings::{Exhausted, Judgement, Start};
 pub use sink::{Batch, Sink, SinkConsumer};
 
 pub use health::report::HealthReport;
-pub use health::{Admission, Cause, Health, HealthChange, HealthPolicy, HealthStatus, Pass};
-pub use key_queues::Lanes;
+pub use health::{Admission, CallPermit, Health, HealthChange, HealthPolicy, HealthStatus, UnhealthyCause};
+pub use key_queues::KeyQueues;
 pub use key_queues::answer::{
-    KeyState, LaneStatistics, LanesPolicy, NotParked, OfferRefused, RecordKind, Run, ToRecord, Verdict,
+    InFlight, KeyState, NotParked, QueuePolicy, QueueRefused, QueueStatistics, RecordKind, ToRecord, Verdict,
 };
 pub use retry::{AfterFailure, JitterRng, Retry, RetryPolicy};

@@ -8,7 +8,7 @@ use super::dead_letter::answer::DeadLetterPolicy;
 use super::error::ConsumerError;
 use super::health::HealthPolicy;
 use super::retry::RetryPolicy;
-use crate::consumer::key_queues::answer::LanesPolicy;
+use crate::consumer::key_queues::answer::QueuePolicy;
 use crate::error::HandlerError;
 use crate::event::{Event, EventTypeId, Time};
 use crate::log::reader::Sight;
@@ -78,7 +78,7 @@ pub(crate) struct Settings {
     pub(crate) start: Start,
     pub(crate) sight: Sight,
     pub(crate) concurrency: usize,
-    pub(crate) lanes: LanesPolicy,
+    pub(crate) lanes: QueuePolicy,
     pub(crate) retry: RetryPolicy,
     pub(crate) health: HealthPolicy,
     pub(crate) letters: DeadLetterPolicy,

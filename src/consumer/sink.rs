@@ -13,7 +13,7 @@ use super::dead_letter::answer::LetterStatistics;
 use super::dead_letter::{FileEnd, statistics_of};
 use super::driver::{HaltCause, Place};
 use super::error::ConsumerError;
-use super::health::{Admission, Health, HealthChange, Pass};
+use super::health::{Admission, CallPermit, Health, HealthChange};
 use super::life::Life;
 use super::report::ConsumerReport;
 use super::retry::{AfterFailure, JitterRng};
@@ -455,7 +455,7 @@ impl<E: Event, S: Sink<E>> Pump<E, S> {
         Ok(taken)
     }
 
-    fn admit(&mut self) -> Option<Pass> {
+    fn admit(&mut self) -> Option<CallPermit> {
         let now = self.now();
         match self.health.admit(now) {
             Admission::Go(pass) => Some(pass),
@@ -466,7 +466,7 @@ impl<E: Event, S: Sink<E>> Pump<E, S> {
         }
     }
 
-    fn failed(&mut self, pass: Pass, error: &HandlerError) {
+    fn failed(&mut self, pass: CallPermit, error: &HandlerError) {
         let now = self.now();
         HealthChange::note(self.health.failed(pass, now), &self.settings.name);
         self.failures = self.failures.saturating_add(1);

@@ -10,7 +10,7 @@ use crate::background::keeper::Kept;
 use crate::background::snapshotter::{SnapshotterRequests, Sources};
 use crate::background::syncer::Syncer;
 use crate::clock::{Clock, wall_now};
-use crate::config::{Checked, Durability};
+use crate::config::{Durability, ValidConfig};
 use crate::error::{CodePanic, guard};
 use crate::event::{Root, Sequence, ShardId};
 use crate::ingress::shared::SharedLane;
@@ -47,7 +47,7 @@ fn snapshot_chunks(shards: u16) -> usize {
 
 /// What every shard is built from.
 pub(super) struct Context<'a> {
-    pub(super) config: &'a Checked,
+    pub(super) config: &'a ValidConfig,
     /// The store's id.
     pub(super) store: u64,
     pub(super) storage: &'a Arc<dyn Storage>,
@@ -65,7 +65,7 @@ pub(super) struct Own<A: Aggregate> {
 
 /// Makes the program's handlers and views for a shard's thread.
 pub(super) fn own<A: Aggregate>(
-    config: &Checked,
+    config: &ValidConfig,
     factories: &[Factory<A::Event>],
     views: &[Box<dyn View<A>>],
     id: ShardId,
@@ -79,7 +79,7 @@ pub(super) fn own<A: Aggregate>(
 
 /// A shard's parts of all views, filled with the states that there are.
 fn filled<A: Aggregate>(
-    config: &Checked,
+    config: &ValidConfig,
     views: &[Box<dyn View<A>>],
     id: ShardId,
     keys: &KeyTable<A>,

@@ -13,7 +13,7 @@ use crate::sync::may_wait;
 /// Why an event that was to be published and handled was not, or is not yet.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
-pub enum SyncError<E> {
+pub enum PublishSyncError<E> {
     /// It was not accepted.
     #[error(transparent)]
     Rejected(Rejected<E>),
@@ -59,7 +59,7 @@ impl<A: Aggregate> Engine<A> {
     /// event, whatever others publish to its key meanwhile. Earlier events of `producer` for the same shard are appended first.
     ///
     /// # Errors
-    /// [`SyncError`]: it was not accepted, or not every consumer had handled it by the deadline. On a shard's own thread, and inside a handler
+    /// [`PublishSyncError`]: it was not accepted, or not every consumer had handled it by the deadline. On a shard's own thread, and inside a handler
     /// of one of `consumers`, the event comes back with [`Rejected::OnEngineThread`].
     pub fn publish_sync(
         &self,
@@ -68,27 +68,27 @@ impl<A: Aggregate> Engine<A> {
         event: A::Event,
         consumers: &[&Consumer<A::Event>],
         deadline: Option<Instant>,
-    ) -> Result<(), SyncError<A::Event>> {
+    ) -> Result<(), PublishSyncError<A::Event>> {
         if !may_wait() || !consumers.iter().all(|consumer| consumer.may_await()) {
-            return Err(SyncError::Rejected(Rejected::OnEngineThread(event)));
+            return Err(PublishSyncError::Rejected(Rejected::OnEngineThread(event)));
         }
         let shard = key.shard(self.config.shards);
         let from = Offset(self.shards[usize::from(shard.0)].door.log.appended.get());
         // Before the publish: a consumer may be past the event before it is asked.
         let watches: Vec<_> = consumers.iter().map(|consumer| consumer.watch(shard, from)).collect();
-        let placed = producer.publish_placed(key, event, deadline).map_err(SyncError::Rejected)?;
+        let placed = producer.publish_placed(key, event, deadline).map_err(PublishSyncError::Rejected)?;
         let offset = placed?;
         // Asked between two turns: inline handlers are through with what is appended.
         self.head(key, deadline)?;
         for consumer in consumers {
             let name = || consumer.name().to_owned();
             // Retention frees nothing that a consumer has not done.
-            let Some(offset) = offset else { return Err(SyncError::Unknown { consumer: name() }) };
+            let Some(offset) = offset else { return Err(PublishSyncError::Unknown { consumer: name() }) };
             match consumer.wait_handled(key, EventId { shard, offset }, deadline) {
                 Ok(Handled::Yes) => {}
-                Ok(Handled::Unknown) => return Err(SyncError::Unknown { consumer: name() }),
-                Ok(Handled::Recorded) => return Err(SyncError::Recorded { consumer: name() }),
-                Err(error) => return Err(SyncError::Consumer { consumer: name(), error }),
+                Ok(Handled::Unknown) => return Err(PublishSyncError::Unknown { consumer: name() }),
+                Ok(Handled::Recorded) => return Err(PublishSyncError::Recorded { consumer: name() }),
+                Err(error) => return Err(PublishSyncError::Consumer { consumer: name(), error }),
             }
         }
         drop(watches);

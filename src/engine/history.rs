@@ -12,7 +12,7 @@ use crate::log::reader::Reader;
 use crate::recovery::fold::Folder;
 use crate::recovery::load::{candidates, load};
 use crate::state::aggregate::Aggregate;
-use crate::state::history::{At, Between, Counts, Head, Past, Stream, count, state_at};
+use crate::state::history::{AsOf, Counts, EventsBetween, Head, PastState, Stream, count, state_at};
 use crate::state::keys::Walk;
 use crate::state::snapshot::store::SnapshotStats;
 use crate::sync::block_until;
@@ -131,8 +131,8 @@ impl<A: Aggregate> Engine<A> {
     /// All keys' events with a time in `[from, until)`: each shard's in the order of its log, the shards merged by time. With
     /// [`Time::END`] for `until` there is no end.
     #[must_use]
-    pub fn events_between(&self, from: Time, until: Time) -> Between<A::Event> {
-        Between::new(self.readers(), from, until)
+    pub fn events_between(&self, from: Time, until: Time) -> EventsBetween<A::Event> {
+        EventsBetween::new(self.readers(), from, until)
     }
 
     /// How many events the log holds, type by type. Goes over all headers.
@@ -148,7 +148,7 @@ impl<A: Aggregate> Engine<A> {
     ///
     /// # Errors
     /// `BeyondRetention` with the earliest version that can be told; `NotYet` for a version that does not exist; what reading found.
-    pub fn state_at(&self, key: Key, at: impl Into<At>) -> Result<Past<A>, HistoryError> {
+    pub fn state_at(&self, key: Key, at: impl Into<AsOf>) -> Result<PastState<A>, HistoryError> {
         let shard = self.of(key);
         let at = at.into();
         let mut checkpoints = false;
@@ -160,11 +160,11 @@ impl<A: Aggregate> Engine<A> {
                 Err(HistoryError::BeyondRetention { key, .. }) => {
                     let (state, version, time_max) = self.now(key)?;
                     let is_now = match at {
-                        At::Version(asked) => asked == version,
-                        At::Time(asked) => asked >= time_max,
+                        AsOf::Version(asked) => asked == version,
+                        AsOf::Time(asked) => asked >= time_max,
                     };
                     if is_now {
-                        return Ok(Past { state, version, applied: 0 });
+                        return Ok(PastState { state, version, applied: 0 });
                     }
                     let earliest = self.earliest(shard, key)?;
                     return Err(HistoryError::BeyondRetention { key, earliest });

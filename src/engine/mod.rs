@@ -17,7 +17,7 @@ use crate::background::keeper::Keeper;
 use crate::background::snapshotter::{Snapshotter, SnapshotterRequests};
 use crate::clock::Clock;
 use crate::command::{Client, ClientEnd, ClientLane, Question};
-use crate::config::{Checked, Config, Durability};
+use crate::config::{Config, Durability, ValidConfig};
 use crate::consumer::checkpoint::cut_all;
 use crate::consumer::services::Services;
 use crate::engine::runner::{RunnerRequests, assign_cores, run};
@@ -46,7 +46,7 @@ use crate::storage::{Lock, Storage};
 use crate::sync::{Arrivals, AtomicBool, Mutex, Ordering, Role, Signal, lock, take_role};
 use build::{Context, own as own_of};
 use closing::{Closing, ClosingShard};
-pub use consumers::SyncError;
+pub use consumers::PublishSyncError;
 pub use history::Comparison;
 use open::{Changes, Standing, StoreLock, load_manifest, logs_of, open_files, recover};
 use threads::{Crew, Threads};
@@ -60,7 +60,7 @@ pub type EventLog<E> = Engine<Stateless<E>>;
 /// shard that ends no turn. On one of the engine's own threads (in an inline handler or a consumer's handler) the drop does not
 /// wait; the engine closes behind it.
 pub struct Engine<A: Aggregate> {
-    config: Checked,
+    config: ValidConfig,
     clock: Clock,
     recovery: RecoveryReport,
     shards: Vec<Handle<A>>,
@@ -181,7 +181,7 @@ impl<A: Aggregate> Engine<A> {
     }
 
     fn start(
-        config: Checked,
+        config: ValidConfig,
         factories: &[Factory<A::Event>],
         views: &[Box<dyn View<A>>],
         storage: Arc<dyn Storage>,
@@ -322,7 +322,7 @@ impl<A: Aggregate> Engine<A> {
 
     /// The configuration in force.
     #[must_use]
-    pub fn config(&self) -> &Checked {
+    pub fn config(&self) -> &ValidConfig {
         &self.config
     }
 

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use super::gated::Holds;
 use super::threads::Threads;
-use crate::config::Checked;
+use crate::config::ValidConfig;
 use crate::consumer::checkpoint::Found;
 use crate::error::{OpenError, guard};
 use crate::event::{Event, EventTypeId, Root, ShardId, upcaster};
@@ -53,7 +53,7 @@ fn patiently<L>(mut try_lock: impl FnMut() -> io::Result<Option<L>>) -> io::Resu
 }
 
 /// Opens the folder of a store, once and for all: from here on its name is only shown.
-pub(super) fn open_files(config: &mut Checked) -> Result<Files, OpenError> {
+pub(super) fn open_files(config: &mut ValidConfig) -> Result<Files, OpenError> {
     let files = Files::create(&config.dir);
     let files = files.map_err(|source| OpenError::Io { action: "creating", path: config.dir.clone(), source })?;
     files.root().clone_into(&mut config.dir);
@@ -74,7 +74,7 @@ pub(super) enum Standing {
 /// The store's manifest as it is, extended by types that are new; or that of a new store. Nothing is written yet.
 pub(super) fn load_manifest<E: Event>(
     storage: &dyn Storage,
-    config: &Checked,
+    config: &ValidConfig,
 ) -> Result<(Manifest, Standing), OpenError> {
     let dir = &config.dir;
     let stored = Manifest::load(storage, dir)?;
@@ -166,7 +166,7 @@ impl Changes<'_> {
 /// Looks at all shards, side by side. Changes nothing.
 pub(super) fn recover<A: Aggregate>(
     storage: &Arc<dyn Storage>,
-    config: &Checked,
+    config: &ValidConfig,
     manifest: &Manifest,
     standing: Standing,
     threads: &mut Threads,
@@ -217,7 +217,7 @@ pub(super) fn recover<A: Aggregate>(
 
 /// The logs as they were found, to be read before anything is changed.
 pub(super) fn logs_of<A: Aggregate>(
-    config: &Checked,
+    config: &ValidConfig,
     manifest: &Manifest,
     recovered: &[Recovered<A>],
 ) -> Vec<Arc<ShardLog>> {

@@ -6,5 +6,5 @@ pub(crate) mod sequence_gate;
 pub(crate) mod shared;
 
 pub use sequence_gate::SequenceGate;
-pub use sequence_gate::answer::{GateStatistics, Offered, Refused, Released, StartRefused};
+pub use sequence_gate::answer::{GateStatistics, OfferRefused, Offered, Released, StartRefused};
 pub use sequence_gate::policy::{GatePolicy, GateStart};

@@ -14,20 +14,20 @@ use crate::state::snapshot::store::{Saved, SnapshotStore};
 
 /// A moment of a key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum At {
+pub enum AsOf {
     /// After its event number so many; 0 is before the first.
     Version(Version),
     /// Before its first event that is later than this. (Where an event is earlier than the one before it, that one decides.)
     Time(Time),
 }
 
-impl From<Version> for At {
+impl From<Version> for AsOf {
     fn from(version: Version) -> Self {
         Self::Version(version)
     }
 }
 
-impl From<Time> for At {
+impl From<Time> for AsOf {
     fn from(time: Time) -> Self {
         Self::Time(time)
     }
@@ -36,7 +36,7 @@ impl From<Time> for At {
 /// A state of the past.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
-pub struct Past<A> {
+pub struct PastState<A> {
     /// The state.
     pub state: A,
     /// The number of the newest event that is in it.
@@ -179,7 +179,7 @@ impl<E: Event> Stream<E> {
 }
 
 /// All keys' events of a span of time: every shard's in the order of its log, the shards merged by time.
-pub struct Between<E: Event> {
+pub struct EventsBetween<E: Event> {
     shards: Vec<(Reader<E>, Seen)>,
     from: Time,
     until: Time,
@@ -192,13 +192,13 @@ enum Seen {
     At(Time),
 }
 
-impl<E: Event> std::fmt::Debug for Between<E> {
+impl<E: Event> std::fmt::Debug for EventsBetween<E> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Between").field("from", &self.from).field("until", &self.until).finish_non_exhaustive()
+        f.debug_struct("EventsBetween").field("from", &self.from).field("until", &self.until).finish_non_exhaustive()
     }
 }
 
-impl<E: Event> Between<E> {
+impl<E: Event> EventsBetween<E> {
     pub(crate) fn new(readers: Vec<Reader<E>>, from: Time, until: Time) -> Self {
         Self { shards: readers.into_iter().map(|reader| (reader, Seen::Unknown)).collect(), from, until }
     }
@@ -253,16 +253,16 @@ pub(crate) fn state_at<A: Aggregate>(
     store: &SnapshotStore,
     finder: &mut Finder,
     key: Key,
-    at: At,
+    at: AsOf,
     checkpoints: bool,
     head: impl FnOnce() -> Result<Head, HistoryError>,
-) -> Result<Past<A>, HistoryError> {
-    if at == At::Version(Version(0)) {
-        return Ok(Past { state: A::default(), version: Version(0), applied: 0 });
+) -> Result<PastState<A>, HistoryError> {
+    if at == AsOf::Version(Version(0)) {
+        return Ok(PastState { state: A::default(), version: Version(0), applied: 0 });
     }
     let reaches = |saved: &Saved| match at {
-        At::Version(version) => saved.version <= version,
-        At::Time(time) => saved.time_max <= time,
+        AsOf::Version(version) => saved.version <= version,
+        AsOf::Time(time) => saved.time_max <= time,
     };
     let around = || match checkpoints {
         true => store.around_with_checkpoints(key, reaches),
@@ -275,7 +275,7 @@ pub(crate) fn state_at<A: Aggregate>(
         Some(next) => Head { version: next.version, offset: next.head },
         None => head()?,
     };
-    if let At::Version(version) = at
+    if let AsOf::Version(version) = at
         && version > upper.version
     {
         return Err(HistoryError::NotYet { key, newest: upper.version });
@@ -317,7 +317,7 @@ struct Chain {
 
 impl Chain {
     /// Goes back until `from` is the next event on the way.
-    fn back_to(&mut self, from: Version, at: At, finder: &mut Finder) -> Result<(), HistoryError> {
+    fn back_to(&mut self, from: Version, at: AsOf, finder: &mut Finder) -> Result<(), HistoryError> {
         while self.version > from {
             let place = match finder.find(self.at) {
                 Ok(place) => place,
@@ -333,8 +333,8 @@ impl Chain {
                 return Err(finder.corruption(self.at, why).into());
             }
             let is_wanted = match at {
-                At::Version(version) => self.version <= version,
-                At::Time(_) => true,
+                AsOf::Version(version) => self.version <= version,
+                AsOf::Time(_) => true,
             };
             if is_wanted {
                 self.offsets.push(self.at);
@@ -350,15 +350,15 @@ impl Chain {
         self,
         from: Version,
         mut state: A,
-        at: At,
+        at: AsOf,
         finder: &mut Finder,
-    ) -> Result<Past<A>, HistoryError> {
+    ) -> Result<PastState<A>, HistoryError> {
         let mut access = Access::new::<A::Event>();
         let (mut version, shard) = (from, finder.log().shard);
         for offset in self.offsets.into_iter().rev() {
             let place = finder.find(offset)?;
             let header = &place.header;
-            if matches!(at, At::Time(time) if header.time > time) {
+            if matches!(at, AsOf::Time(time) if header.time > time) {
                 break;
             }
             let meta = header.meta(shard, offset, Sequence::UNKNOWN);
@@ -372,6 +372,6 @@ impl Chain {
                 .ok_or_else(|| finder.corruption(offset, "an archive is not valid"))?;
             version.0 += 1;
         }
-        Ok(Past { state, version, applied: version.0 - from.0 })
+        Ok(PastState { state, version, applied: version.0 - from.0 })
     }
 }

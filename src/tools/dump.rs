@@ -7,7 +7,7 @@ use std::io::Write;
 use std::ops::Range;
 
 use corelane::envelope::{self, ArchivedEnvelope, ArchivedUserId};
-use corelane::scan::{Lookup, Place, Record, Records, Store};
+use corelane::scan::{Lookup, RecordPosition, Records, ScannedRecord, Store};
 use corelane::{Key, Offset, ReadError, ShardId, Time};
 
 use super::{DumpArgs, Failure, Order, Output, Verdict, envelope_in, tail_message, warn};
@@ -26,7 +26,7 @@ struct Filter {
 
 impl Filter {
     /// Writes the record's line if it is wanted.
-    fn write(&self, store: &Store, record: &Record<'_>, out: &mut impl Write) -> Result<bool, Failure> {
+    fn write(&self, store: &Store, record: &ScannedRecord<'_>, out: &mut impl Write) -> Result<bool, Failure> {
         let Some(event) = self.pick(store, record)? else { return Ok(false) };
         match event {
             Some(event) => envelope::write_envelope(out, &record.meta, event)?,
@@ -39,7 +39,11 @@ impl Filter {
     }
 
     /// The event as far as it can be read, if it is wanted.
-    fn pick<'a>(&self, store: &Store, record: &Record<'a>) -> Result<Option<Option<&'a ArchivedEnvelope>>, Failure> {
+    fn pick<'a>(
+        &self,
+        store: &Store,
+        record: &ScannedRecord<'a>,
+    ) -> Result<Option<Option<&'a ArchivedEnvelope>>, Failure> {
         let meta = &record.meta;
         let ms = meta.time.as_ms();
         let hidden = self.key.is_some_and(|key| key != meta.key) || ms < self.from_ms || ms > self.until_ms;
@@ -237,7 +241,7 @@ impl Source {
 
 /// A shard's wanted events sorted by time, fetched batch by batch in the order of the log.
 struct Index {
-    places: Vec<Place>,
+    places: Vec<RecordPosition>,
     /// The next place to be given out.
     next: usize,
     /// The batch that was fetched last: its places, and where the line of each is in `lines`.

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::io::Write as _;
 
 use comfy_table::Table;
-use corelane::scan::{FileInfo, Record, SegmentState, ShardFiles, Store};
+use corelane::scan::{FileInfo, ScannedRecord, SegmentState, ShardFiles, Store};
 use corelane::{Offset, ReadError, ShardId, Time};
 
 use super::consumers::Consumers;
@@ -25,7 +25,7 @@ struct Summary {
 }
 
 impl Summary {
-    fn add(&mut self, record: &Record<'_>) {
+    fn add(&mut self, record: &ScannedRecord<'_>) {
         let meta = &record.meta;
         let place = record.place();
         self.events += 1;

@@ -20,7 +20,7 @@ use std::process::ExitCode;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use corelane::consumer::{ConsumerError, LettersError};
 use corelane::envelope::{ArchivedEnvelope, Envelope};
-use corelane::scan::{Record, Records, Store};
+use corelane::scan::{Records, ScannedRecord, Store};
 use corelane::{Event as _, EventTypeId, Offset, OpenError, ReadError, ShardId};
 
 /// Looks at a corelane store, also beside a running engine. Reads only; `dlq reprocess` and `dlq discard` leave a request.
@@ -255,7 +255,7 @@ fn run(command: Command, mut out: Output) -> Result<Verdict, Failure> {
 }
 
 /// The generic event, where that is what a record holds.
-fn envelope_in<'a>(store: &Store, record: &Record<'a>) -> Result<Option<&'a ArchivedEnvelope>, Failure> {
+fn envelope_in<'a>(store: &Store, record: &ScannedRecord<'a>) -> Result<Option<&'a ArchivedEnvelope>, Failure> {
     let meta = &record.meta;
     envelope_of(store, meta.event_type, meta.schema_version, record.body)
         .map_err(|()| Failure::Archive(meta.shard, meta.offset))

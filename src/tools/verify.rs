@@ -7,7 +7,7 @@ use std::io::Write as _;
 
 use corelane::check::{self, SavedStates};
 use corelane::consumer::outside;
-use corelane::scan::{Record, Records, SegmentState, Store};
+use corelane::scan::{Records, ScannedRecord, SegmentState, Store};
 use corelane::{Key, Meta, Offset, Position, ReadError, Sequence, ShardId, Version};
 
 use super::consumers;
@@ -261,7 +261,7 @@ fn segment_start(store: &Store, offset: Offset) -> Offset {
 }
 
 /// What a record's own checksum cannot show.
-fn check_record(store: &Store, record: &Record<'_>, problems: &mut Problems) {
+fn check_record(store: &Store, record: &ScannedRecord<'_>, problems: &mut Problems) {
     let meta = &record.meta;
     let owner = meta.key.shard(store.shards());
     if owner != meta.shard {

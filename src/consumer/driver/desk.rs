@@ -11,8 +11,8 @@ use super::super::effects::Call;
 use super::super::error::ConsumerError;
 use super::super::settings::{Filter, Settings};
 use super::execute::{Failed, Handler, guarded};
-use crate::consumer::key_queues::Lanes;
-use crate::consumer::key_queues::answer::{RecordKind, Run, ToRecord};
+use crate::consumer::key_queues::KeyQueues;
+use crate::consumer::key_queues::answer::{InFlight, RecordKind, ToRecord};
 use crate::error::ReadError;
 use crate::event::{Event, EventId, Key, Offset, ShardId, Time};
 use crate::lane::requests::SyncRequests;
@@ -48,7 +48,7 @@ pub(crate) struct Desk<E: Event> {
     pub(super) hold: Arc<Hold>,
     pub(super) reader: Reader<E>,
     finder: Finder,
-    pub(super) lanes: Lanes,
+    pub(super) lanes: KeyQueues,
     /// From the last life: of what lies below `read`, only `unfinished` is not done.
     pub(super) restored: Option<(Offset, VecDeque<Offset>)>,
     /// Events below may have a record of the last life, or of before the consumer was set back.
@@ -82,7 +82,7 @@ impl<E: Event> Desk<E> {
         let policy = settings.lanes.clone().concurrency(settings.concurrency);
         let reader = Reader::at(Arc::clone(&log), progress.position, Arc::clone(&lock))?;
         let finder = Finder::new(Arc::clone(&log), Arc::clone(&lock));
-        let lanes = Lanes::new(policy, progress.position)?;
+        let lanes = KeyQueues::new(policy, progress.position)?;
         let records_until = records_until(&log, letters);
         let restored = (progress.read > progress.position).then(|| (progress.read, progress.unfinished.into()));
         let Progress { effects_from, began, seen, .. } = progress;
@@ -228,7 +228,7 @@ impl<E: Event> Desk<E> {
         letters: &Letters,
         is_called: &mut dyn FnMut() -> bool,
         handler: &mut Handler<'_, E>,
-    ) -> Result<(u64, Option<(Run, Failed)>), ReadError> {
+    ) -> Result<(u64, Option<(InFlight, Failed)>), ReadError> {
         if self.lanes.may_run() {
             return Ok((0, None));
         }
@@ -368,7 +368,7 @@ impl<E: Event> Desk<E> {
         self.reader.register(waker);
     }
 
-    pub(crate) fn lanes(&self) -> &Lanes {
+    pub(crate) fn lanes(&self) -> &KeyQueues {
         &self.lanes
     }
 

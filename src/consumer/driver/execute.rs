@@ -7,8 +7,8 @@ use rkyv::util::AlignedVec;
 
 use super::super::dead_letter::answer::DeadLetter;
 use super::super::effects::Call;
-use super::super::health::Pass;
-use crate::consumer::key_queues::answer::Run;
+use super::super::health::CallPermit;
+use crate::consumer::key_queues::answer::InFlight;
 use crate::error::ReadError;
 use crate::error::{HandlerError, panic_text};
 use crate::event::{Event, Meta, Offset, Sequence};
@@ -24,14 +24,14 @@ pub(crate) type Handler<'a, E> =
 pub(crate) struct Job {
     pub(crate) desk: usize,
     pub(crate) what: What,
-    pub(super) pass: Pass,
+    pub(super) pass: CallPermit,
     /// Side effects below this have been had.
     effects_from: Offset,
 }
 
 #[derive(Debug)]
 pub(crate) enum What {
-    Event(Run),
+    Event(InFlight),
     Letter { letter: Box<DeadLetter>, archive: AlignedVec<16> },
 }
 
@@ -58,7 +58,7 @@ impl fmt::Display for Failed {
 }
 
 impl Job {
-    pub(super) fn new(desk: usize, what: What, pass: Pass, effects_from: Offset) -> Self {
+    pub(super) fn new(desk: usize, what: What, pass: CallPermit, effects_from: Offset) -> Self {
         Self { desk, what, pass, effects_from }
     }
 

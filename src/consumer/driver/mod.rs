@@ -20,13 +20,13 @@ use std::time::Duration;
 use super::dead_letter::answer::DeadLetter;
 use super::dead_letter::{FileEnd, Letters as LetterStore};
 use super::error::ConsumerError;
-use super::health::{Admission, Health, HealthChange, HealthStatus, Pass};
+use super::health::{Admission, CallPermit, Health, HealthChange, HealthStatus};
 use super::requests::Requests;
 use super::retry::{AfterFailure, JitterRng};
 use super::settings::{Exhausted, Judgement, Settings};
 use super::watches::Watches;
 use crate::clock::wall_now;
-use crate::consumer::key_queues::answer::{Run, ToRecord, Verdict};
+use crate::consumer::key_queues::answer::{InFlight, ToRecord, Verdict};
 use crate::error::ReadError;
 use crate::error::panic_text;
 use crate::event::{Event, EventId, Key, Offset, Time};
@@ -241,12 +241,12 @@ impl<E: Event> Driver<E> {
         Ok(Some(self.job(desk, What::Event(run), pass)))
     }
 
-    fn job(&mut self, desk: usize, what: What, pass: Pass) -> Job {
+    fn job(&mut self, desk: usize, what: What, pass: CallPermit) -> Job {
         self.running += 1;
         Job::new(desk, what, pass, self.desks[desk].effects_from)
     }
 
-    fn admit(&mut self, now: Duration) -> Option<Pass> {
+    fn admit(&mut self, now: Duration) -> Option<CallPermit> {
         match self.health.admit(now) {
             Admission::Go(pass) => Some(pass),
             Admission::Wait { until } => {
@@ -320,7 +320,7 @@ impl<E: Event> Driver<E> {
     fn failed(
         &mut self,
         desk: usize,
-        run: Run,
+        run: InFlight,
         failed: &Failed,
         verdict: Verdict,
         now: Duration,

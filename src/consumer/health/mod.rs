@@ -90,12 +90,12 @@ impl HealthPolicy {
 /// Leave for one call; its outcome goes to [`Health::succeeded`] or [`Health::failed`].
 #[derive(Debug)]
 #[must_use = "the outcome of the call is to be reported"]
-pub struct Pass {
+pub struct CallPermit {
     epoch: u64,
     is_probe: bool,
 }
 
-impl Pass {
+impl CallPermit {
     /// Whether it is the one call by which an unhealthy service is tried.
     #[must_use]
     pub fn is_probe(&self) -> bool {
@@ -108,7 +108,7 @@ impl Pass {
 #[must_use]
 pub enum Admission {
     /// Call.
-    Go(Pass),
+    Go(CallPermit),
     /// Do not call; ask again at this time, or when an outcome was reported.
     Wait {
         /// On the clock of `now`.
@@ -118,7 +118,7 @@ pub enum Admission {
 
 /// Why a service became unhealthy.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Cause {
+pub enum UnhealthyCause {
     /// So many failures in a row.
     Consecutive(u32),
     /// Too large a share of the window.
@@ -137,7 +137,7 @@ pub enum HealthChange {
     /// From now on only probes are let through.
     BecameUnhealthy {
         /// Why.
-        cause: Cause,
+        cause: UnhealthyCause,
         /// When the first probe may go.
         probe_at: Duration,
     },
@@ -211,7 +211,7 @@ pub struct Health {
     /// Passes of older epochs no longer change anything. Every probe has one of its own.
     epoch: u64,
     consecutive: u32,
-    cause: Option<Cause>,
+    cause: Option<UnhealthyCause>,
     pause: Duration,
     probes_succeeded: u32,
     window: Window,
@@ -254,7 +254,7 @@ impl Health {
     pub fn admit(&mut self, now: Duration) -> Admission {
         self.now = self.now.max(now);
         match self.status {
-            HealthStatus::Healthy => return Admission::Go(Pass { epoch: self.epoch, is_probe: false }),
+            HealthStatus::Healthy => return Admission::Go(CallPermit { epoch: self.epoch, is_probe: false }),
             HealthStatus::Probing { give_up_at } if give_up_at <= self.now => {
                 self.epoch += 1;
                 self.totals.failed += 1;
@@ -266,18 +266,18 @@ impl Health {
             HealthStatus::Unhealthy { probe_at } if probe_at <= self.now => {
                 self.epoch += 1;
                 self.status = HealthStatus::Probing { give_up_at: self.now + self.policy.probe_wait_max };
-                Admission::Go(Pass { epoch: self.epoch, is_probe: true })
+                Admission::Go(CallPermit { epoch: self.epoch, is_probe: true })
             }
             HealthStatus::Unhealthy { probe_at: until } | HealthStatus::Probing { give_up_at: until } => {
                 self.totals.held_back += 1;
                 Admission::Wait { until }
             }
-            HealthStatus::Healthy => Admission::Go(Pass { epoch: self.epoch, is_probe: false }),
+            HealthStatus::Healthy => Admission::Go(CallPermit { epoch: self.epoch, is_probe: false }),
         }
     }
 
     /// A call went well. One that was let through before the last change of health is counted and changes nothing.
-    pub fn succeeded(&mut self, pass: Pass, now: Duration) -> Option<HealthChange> {
+    pub fn succeeded(&mut self, pass: CallPermit, now: Duration) -> Option<HealthChange> {
         self.now = self.now.max(now);
         self.totals.succeeded += 1;
         if pass.epoch != self.epoch {
@@ -322,7 +322,7 @@ impl Health {
     }
 
     /// A call failed. One that was let through before the last change of health is counted and changes nothing.
-    pub fn failed(&mut self, pass: Pass, now: Duration) -> Option<HealthChange> {
+    pub fn failed(&mut self, pass: CallPermit, now: Duration) -> Option<HealthChange> {
         self.now = self.now.max(now);
         self.totals.failed += 1;
         if pass.epoch != self.epoch {
@@ -339,7 +339,7 @@ impl Health {
 
     /// A call failed, and that says nothing about the service: its event had failed before, and others have gone well since. A
     /// probe then told nothing: the next goes after the same pause again.
-    pub fn told_nothing(&mut self, pass: Pass, now: Duration) {
+    pub fn told_nothing(&mut self, pass: CallPermit, now: Duration) {
         self.now = self.now.max(now);
         self.totals.failed += 1;
         if pass.epoch == self.epoch && pass.is_probe {
@@ -354,9 +354,9 @@ impl Health {
         let is_share = samples >= u64::from(self.policy.samples_min)
             && failures * 100 > samples * u64::from(self.policy.failure_percent_max);
         let cause = if self.consecutive >= self.policy.consecutive_max {
-            Cause::Consecutive(self.consecutive)
+            UnhealthyCause::Consecutive(self.consecutive)
         } else if is_share {
-            Cause::Share { failures, samples }
+            UnhealthyCause::Share { failures, samples }
         } else {
             return None;
         };

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::time::Duration;
 
-use super::{Cause, HealthStatus};
+use super::{HealthStatus, UnhealthyCause};
 
 /// What is known of a service's health. Times are on the clock of `now`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -18,7 +18,7 @@ pub struct HealthReport {
     /// Since when it is healthy, or is not.
     pub since: Duration,
     /// Why it became unhealthy the last time.
-    pub cause: Option<Cause>,
+    pub cause: Option<UnhealthyCause>,
     /// Failures since the last success, as of when it was last healthy.
     pub consecutive_failures: u32,
     /// How far back the next two look.
@@ -37,7 +37,7 @@ pub struct HealthReport {
     pub outages: u64,
 }
 
-impl fmt::Display for Cause {
+impl fmt::Display for UnhealthyCause {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Consecutive(count) => write!(f, "{count} failures in a row"),

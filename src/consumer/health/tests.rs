@@ -10,7 +10,7 @@ fn health(policy: HealthPolicy) -> Health {
     Health::new("mail", policy).expect("valid")
 }
 
-fn go(health: &mut Health, now: Duration) -> Pass {
+fn go(health: &mut Health, now: Duration) -> CallPermit {
     match health.admit(now) {
         Admission::Go(pass) => pass,
         Admission::Wait { until } => panic!("held back until {until:?} at {now:?}"),
@@ -34,7 +34,7 @@ fn the_fifth_failure_in_a_row_opens_the_circuit_and_a_success_starts_the_count_a
     }
     let pass = go(&mut health, S);
     let change = health.failed(pass, S);
-    assert_eq!(change, Some(HealthChange::BecameUnhealthy { cause: Cause::Consecutive(5), probe_at: 2 * S }));
+    assert_eq!(change, Some(HealthChange::BecameUnhealthy { cause: UnhealthyCause::Consecutive(5), probe_at: 2 * S }));
     assert_eq!(wait(&mut health, S), 2 * S);
 }
 
@@ -72,7 +72,7 @@ fn more_than_a_tenth_of_a_full_enough_window_opens_the_circuit() {
         assert_eq!(change, None, "after {n}");
     }
     let pass = go(&mut health, S);
-    let cause = Cause::Share { failures: 11, samples: 100 };
+    let cause = UnhealthyCause::Share { failures: 11, samples: 100 };
     assert_eq!(health.succeeded(pass, S), Some(HealthChange::BecameUnhealthy { cause, probe_at: 2 * S }));
 }
 

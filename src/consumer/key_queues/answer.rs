@@ -10,20 +10,20 @@ use crate::event::{Key, Offset};
 
 /// How much the lanes keep, and how much runs at once.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct LanesPolicy {
+pub struct QueuePolicy {
     pub(super) concurrency: usize,
     pub(super) unfinished_max: usize,
     pub(super) keys_max: usize,
     pub(super) gap_wait_max: Duration,
 }
 
-impl Default for LanesPolicy {
+impl Default for QueuePolicy {
     fn default() -> Self {
         Self { concurrency: 1, unfinished_max: 1 << 16, keys_max: 1 << 20, gap_wait_max: Duration::from_secs(5) }
     }
 }
 
-impl LanesPolicy {
+impl QueuePolicy {
     setters! {
         /// Keys of which an event runs at once, 1..=65,536. Default: 1.
         concurrency: usize,
@@ -46,7 +46,7 @@ impl LanesPolicy {
 
 /// Why an event was not taken in. Nothing changed: whoever reads the log stops there and offers it again later.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub enum OfferRefused {
+pub enum QueueRefused {
     /// `unfinished_max` events are unfinished.
     #[error("too many events are unfinished")]
     Full,
@@ -73,22 +73,22 @@ pub enum Verdict {
         /// From `now`.
         after: Duration,
     },
-    /// Something is missing before it: try it again when [`crate::consumer::key_queues::Lanes::gap_filled`] says so, or `gap_wait_max` has
+    /// Something is missing before it: try it again when [`crate::consumer::key_queues::KeyQueues::gap_filled`] says so, or `gap_wait_max` has
     /// passed. It does not count as a failure.
     AwaitGap,
     /// It becomes a dead letter, and so do later events of its key until its letters are dealt with.
     Park,
     /// It is left out, with a record. Its key goes on when the record is durable.
     Skip,
-    /// Nothing runs any more until [`crate::consumer::key_queues::Lanes::resume`]; then it is tried again.
+    /// Nothing runs any more until [`crate::consumer::key_queues::KeyQueues::resume`]; then it is tried again.
     Halt,
 }
 
-/// An event that is out to be handled; it goes back with [`crate::consumer::key_queues::Lanes::succeeded`] or [`crate::consumer::key_queues::Lanes::failed`]. While
+/// An event that is out to be handled; it goes back with [`crate::consumer::key_queues::KeyQueues::succeeded`] or [`crate::consumer::key_queues::KeyQueues::failed`]. While
 /// it is out no other event of its key is.
 #[derive(Debug, PartialEq, Eq)]
 #[must_use = "its key waits until the outcome is told"]
-pub struct Run {
+pub struct InFlight {
     pub(super) lane: u32,
     pub(super) key: Key,
     pub(super) offset: Offset,
@@ -96,7 +96,7 @@ pub struct Run {
     pub(super) is_gap_over: bool,
 }
 
-impl Run {
+impl InFlight {
     /// Whose event.
     #[must_use]
     pub fn key(&self) -> Key {
@@ -133,8 +133,8 @@ pub enum RecordKind {
     Skipped,
 }
 
-/// An event that ends when a record of it is durable; it goes back with [`crate::consumer::key_queues::Lanes::recorded`] or
-/// [`crate::consumer::key_queues::Lanes::not_recorded`].
+/// An event that ends when a record of it is durable; it goes back with [`crate::consumer::key_queues::KeyQueues::recorded`] or
+/// [`crate::consumer::key_queues::KeyQueues::not_recorded`].
 #[derive(Debug, PartialEq, Eq)]
 #[must_use = "its key and the checkpoint wait until the outcome is told"]
 pub struct ToRecord {
@@ -194,10 +194,10 @@ pub enum KeyState {
 }
 
 /// Counts since the lanes were made. Every event offered is in exactly one of `succeeded`, `parked`, `skipped` and
-/// `unfinished` (or was left behind by [`crate::consumer::key_queues::Lanes::set_to`]).
+/// `unfinished` (or was left behind by [`crate::consumer::key_queues::KeyQueues::set_to`]).
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
-pub struct LaneStatistics {
+pub struct QueueStatistics {
     /// Events handled.
     pub succeeded: u64,
     /// Events that became dead letters.

@@ -7,7 +7,7 @@
 //! ```text
 //!                 ┌───────────────── due ────────────────┐
 //!                 ▼                                      │
-//!  offer ─▶ Live: next() ─▶ a Run is out ─▶ failed: Retry ─▶ Retrying { due }
+//!  offer ─▶ Live: next() ─▶ a InFlight is out ─▶ failed: Retry ─▶ Retrying { due }
 //!                 ▲            │    │   │          AwaitGap ─▶ AwaitingGap { since } ─▶ filled or over: Live
 //!                 └─ succeeded ┘    │   └─▶ failed: Skip ─▶ recorded ─▶ Live
 //!                                   └─────▶ failed: Park ─▶ recorded ─▶ Parked { letters }: what comes is recorded behind it
@@ -31,7 +31,7 @@ mod events;
 mod keys;
 mod parking;
 
-use answer::{KeyState, LaneStatistics, LanesPolicy, OfferRefused, RecordKind, Run, ToRecord, Verdict};
+use answer::{InFlight, KeyState, QueuePolicy, QueueRefused, QueueStatistics, RecordKind, ToRecord, Verdict};
 use events::Events;
 use keys::{Keys, Stage};
 
@@ -43,10 +43,10 @@ const TICK_MAX: usize = 1024;
 /// `now` is the time since any fixed moment on a monotonic clock, the same in all calls.
 ///
 /// ```
-/// # use corelane::consumer::{Lanes, LanesPolicy, Verdict};
+/// # use corelane::consumer::{KeyQueues, QueuePolicy, Verdict};
 /// # use corelane::{Key, Offset};
 /// # use std::time::Duration;
-/// let mut lanes = Lanes::new(LanesPolicy::default().concurrency(64), Offset(0))?;
+/// let mut lanes = KeyQueues::new(QueuePolicy::default().concurrency(64), Offset(0))?;
 /// let (alice, bob) = (Key::new(1), Key::new(2));
 /// lanes.offer(alice, Offset(0))?;
 /// lanes.offer(alice, Offset(100))?;
@@ -69,8 +69,8 @@ const TICK_MAX: usize = 1024;
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Debug)]
-pub struct Lanes {
-    policy: LanesPolicy,
+pub struct KeyQueues {
+    policy: QueuePolicy,
     keys: Keys,
     events: Events,
     /// Keys in `Ready`, each once.
@@ -85,15 +85,15 @@ pub struct Lanes {
     offers_from: Offset,
     halted: Option<(Key, Offset)>,
     /// Gauges are filled in when asked for.
-    statistics: LaneStatistics,
+    statistics: QueueStatistics,
 }
 
-impl Lanes {
-    /// Lanes without events; the log is read from `position`.
+impl KeyQueues {
+    /// KeyQueues without events; the log is read from `position`.
     ///
     /// # Errors
     /// The first value of the policy that cannot be used.
-    pub fn new(policy: LanesPolicy, position: Offset) -> Result<Self, ConfigError> {
+    pub fn new(policy: QueuePolicy, position: Offset) -> Result<Self, ConfigError> {
         policy.check()?;
         Ok(Self {
             policy,
@@ -105,7 +105,7 @@ impl Lanes {
             position,
             offers_from: position,
             halted: None,
-            statistics: LaneStatistics::default(),
+            statistics: QueueStatistics::default(),
         })
     }
 
@@ -127,14 +127,14 @@ impl Lanes {
     ///
     /// # Panics
     /// When `offset` does not lie above all that was offered and read.
-    pub fn offer(&mut self, key: Key, offset: Offset) -> Result<(), OfferRefused> {
+    pub fn offer(&mut self, key: Key, offset: Offset) -> Result<(), QueueRefused> {
         assert!(offset >= self.offers_from, "events are offered in the order of the log");
         if self.events.len() >= self.policy.unfinished_max {
-            return Err(OfferRefused::Full);
+            return Err(QueueRefused::Full);
         }
         let lane = match self.keys.find(key) {
             Some(lane) => lane,
-            None if self.keys.len() >= self.policy.keys_max => return Err(OfferRefused::TooManyKeys),
+            None if self.keys.len() >= self.policy.keys_max => return Err(QueueRefused::TooManyKeys),
             None => {
                 let lane = self.keys.add(key, Stage::Ready);
                 self.ready.push_back(lane);
@@ -152,22 +152,22 @@ impl Lanes {
         Ok(())
     }
 
-    /// Takes in the next event of the log and gives it out at once: its key must be at rest ([`Lanes::is_at_rest`]). For
+    /// Takes in the next event of the log and gives it out at once: its key must be at rest ([`KeyQueues::is_at_rest`]). For
     /// an owner that runs events as it reads them, and brings here only those that fail.
     ///
     /// # Errors
-    /// As [`Lanes::offer`].
+    /// As [`KeyQueues::offer`].
     ///
     /// # Panics
-    /// As [`Lanes::offer`], and when the key is not at rest.
-    pub fn offer_running(&mut self, key: Key, offset: Offset) -> Result<Run, OfferRefused> {
+    /// As [`KeyQueues::offer`], and when the key is not at rest.
+    pub fn offer_running(&mut self, key: Key, offset: Offset) -> Result<InFlight, QueueRefused> {
         assert!(self.is_at_rest(key), "an event of key {key} is unfinished");
         self.offer(key, offset)?;
         let lane = self.ready.pop_back().expect("a key at rest becomes ready");
         let state = self.keys.lane_mut(lane);
         state.stage = Stage::Running;
         self.statistics.running += 1;
-        Ok(Run { lane, key, offset, attempt: 1, is_gap_over: false })
+        Ok(InFlight { lane, key, offset, attempt: 1, is_gap_over: false })
     }
 
     /// So many events were handled as they were read, each of a key at rest.
@@ -187,7 +187,7 @@ impl Lanes {
 
     /// The next event that may run now. `None` when `concurrency` are out, when nothing may run, or while halted.
     #[expect(clippy::should_implement_trait, reason = "None is not the end")]
-    pub fn next(&mut self) -> Option<Run> {
+    pub fn next(&mut self) -> Option<InFlight> {
         if self.statistics.running >= self.policy.concurrency || self.halted.is_some() {
             return None;
         }
@@ -195,9 +195,9 @@ impl Lanes {
         Some(self.give_out(lane))
     }
 
-    /// As [`Lanes::next`], but rather an event that has not failed yet, the first from place `from` of those that may run: by one
+    /// As [`KeyQueues::next`], but rather an event that has not failed yet, the first from place `from` of those that may run: by one
     /// that has, nobody can tell whether it or the service is at fault.
-    pub fn next_fresh(&mut self, from: usize) -> Option<Run> {
+    pub fn next_fresh(&mut self, from: usize) -> Option<InFlight> {
         if !self.may_run() {
             return None;
         }
@@ -218,17 +218,17 @@ impl Lanes {
         places.find(|at| self.keys.lane(self.ready[*at]).failures == 0)
     }
 
-    fn give_out(&mut self, lane: u32) -> Run {
+    fn give_out(&mut self, lane: u32) -> InFlight {
         let state = self.keys.lane_mut(lane);
         assert_eq!(state.stage, Stage::Ready);
         state.stage = Stage::Running;
         self.statistics.running += 1;
         let offset = self.events.offset(self.events.first(state.tail));
         let is_gap_over = std::mem::take(&mut state.is_gap_over);
-        Run { lane, key: state.key, offset, attempt: state.failures.saturating_add(1), is_gap_over }
+        InFlight { lane, key: state.key, offset, attempt: state.failures.saturating_add(1), is_gap_over }
     }
 
-    /// Whether [`Lanes::next`] has an event.
+    /// Whether [`KeyQueues::next`] has an event.
     #[must_use]
     pub fn may_run(&self) -> bool {
         self.statistics.running < self.policy.concurrency && self.halted.is_none() && !self.ready.is_empty()
@@ -264,7 +264,7 @@ impl Lanes {
     ///
     /// # Panics
     /// When the run is not of these lanes.
-    pub fn succeeded(&mut self, run: Run) {
+    pub fn succeeded(&mut self, run: InFlight) {
         self.take_back(&run);
         self.statistics.succeeded += 1;
         self.end_first(run.lane);
@@ -274,9 +274,9 @@ impl Lanes {
     ///
     /// # Panics
     /// When the run is not of these lanes.
-    pub fn failed(&mut self, run: Run, verdict: Verdict, now: Duration) -> Option<ToRecord> {
+    pub fn failed(&mut self, run: InFlight, verdict: Verdict, now: Duration) -> Option<ToRecord> {
         self.take_back(&run);
-        let Run { lane, key, offset, attempt: attempts, .. } = run;
+        let InFlight { lane, key, offset, attempt: attempts, .. } = run;
         if verdict != Verdict::AwaitGap {
             self.keys.lane_mut(lane).failures = attempts;
             self.statistics.failures += 1;
@@ -302,7 +302,7 @@ impl Lanes {
     }
 
     /// A run comes back.
-    fn take_back(&mut self, run: &Run) {
+    fn take_back(&mut self, run: &InFlight) {
         let state = self.keys.lane(run.lane);
         let is_ours = state.stage == Stage::Running
             && state.key == run.key
@@ -360,7 +360,7 @@ impl Lanes {
         moved
     }
 
-    /// When the next [`Lanes::tick`] has something to do; `None` when nothing waits for a time.
+    /// When the next [`KeyQueues::tick`] has something to do; `None` when nothing waits for a time.
     #[must_use]
     pub fn next_due(&self) -> Option<Duration> {
         self.timed.first().map(|(due_ns, _)| Duration::from_nanos(*due_ns))
@@ -419,8 +419,8 @@ impl Lanes {
 
     /// What was done so far, and what waits.
     #[must_use]
-    pub fn statistics(&self) -> LaneStatistics {
-        LaneStatistics {
+    pub fn statistics(&self) -> QueueStatistics {
+        QueueStatistics {
             unfinished: self.events.len(),
             ready: self.ready.len(),
             waiting: self.timed.len(),

@@ -4,11 +4,11 @@
 
 use crate::event::Key;
 
-use crate::consumer::key_queues::Lanes;
-use crate::consumer::key_queues::answer::{NotParked, OfferRefused, RecordKind, ToRecord};
+use crate::consumer::key_queues::KeyQueues;
+use crate::consumer::key_queues::answer::{NotParked, QueueRefused, RecordKind, ToRecord};
 use crate::consumer::key_queues::keys::Stage;
 
-impl Lanes {
+impl KeyQueues {
     /// The next event that is to be recorded because its key is parked, or because recording it failed before.
     pub fn next_record(&mut self) -> Option<ToRecord> {
         let lane = self.to_record.pop_front()?;
@@ -25,7 +25,7 @@ impl Lanes {
         Some(ToRecord { lane, key: state.key, offset, attempts: state.failures, kind })
     }
 
-    /// Whether [`Lanes::next_record`] has something.
+    /// Whether [`KeyQueues::next_record`] has something.
     #[must_use]
     pub fn has_records(&self) -> bool {
         !self.to_record.is_empty()
@@ -47,7 +47,7 @@ impl Lanes {
         self.end_first(record.lane);
     }
 
-    /// The record could not be written. It comes again from [`Lanes::next_record`].
+    /// The record could not be written. It comes again from [`KeyQueues::next_record`].
     ///
     /// # Panics
     /// When the record is not of these lanes.
@@ -82,13 +82,13 @@ impl Lanes {
     ///
     /// # Panics
     /// When the key has unfinished events.
-    pub fn restore_parked(&mut self, key: Key, letters: u32) -> Result<(), OfferRefused> {
+    pub fn restore_parked(&mut self, key: Key, letters: u32) -> Result<(), QueueRefused> {
         if letters == 0 {
             return Ok(());
         }
         let lane = match self.keys.find(key) {
             Some(lane) => lane,
-            None if self.keys.len() >= self.policy.keys_max => return Err(OfferRefused::TooManyKeys),
+            None if self.keys.len() >= self.policy.keys_max => return Err(QueueRefused::TooManyKeys),
             None => self.keys.add(key, Stage::Parked),
         };
         let state = self.keys.lane_mut(lane);

@@ -11,13 +11,13 @@ const T0: Duration = Duration::ZERO;
 const A: Key = Key(1);
 const B: Key = Key(2);
 
-fn lanes(policy: LanesPolicy) -> Lanes {
-    Lanes::new(policy, Offset(0)).expect("valid")
+fn lanes(policy: QueuePolicy) -> KeyQueues {
+    KeyQueues::new(policy, Offset(0)).expect("valid")
 }
 
-/// Lanes with events at 0, 1, 2, … of these keys.
-fn with(concurrency: usize, keys: &[Key]) -> Lanes {
-    let mut lanes = lanes(LanesPolicy::default().concurrency(concurrency));
+/// KeyQueues with events at 0, 1, 2, … of these keys.
+fn with(concurrency: usize, keys: &[Key]) -> KeyQueues {
+    let mut lanes = lanes(QueuePolicy::default().concurrency(concurrency));
     for (offset, key) in keys.iter().enumerate() {
         lanes.offer(*key, Offset(offset as u64)).expect("room");
     }
@@ -25,13 +25,13 @@ fn with(concurrency: usize, keys: &[Key]) -> Lanes {
     lanes
 }
 
-fn run(lanes: &mut Lanes, offset: u64) -> Run {
+fn run(lanes: &mut KeyQueues, offset: u64) -> InFlight {
     let run = lanes.next().expect("something may run");
     assert_eq!(run.offset(), Offset(offset));
     run
 }
 
-fn record(lanes: &mut Lanes, offset: u64, kind: RecordKind) -> ToRecord {
+fn record(lanes: &mut KeyQueues, offset: u64, kind: RecordKind) -> ToRecord {
     let record = lanes.next_record().expect("something is to be recorded");
     assert_eq!((record.offset(), record.kind()), (Offset(offset), kind));
     record
@@ -47,7 +47,7 @@ fn a_fresh_event_goes_before_those_that_failed_and_one_of_those_where_there_is_n
     lanes.tick(T0);
     assert!(lanes.has_fresh() && lanes.ready() == 4);
     // In the order in which they may run: 2, 3, 0, 1.
-    let from = |lanes: &mut Lanes, place| lanes.next_fresh(place).map(|run| run.offset().0);
+    let from = |lanes: &mut KeyQueues, place| lanes.next_fresh(place).map(|run| run.offset().0);
     assert_eq!(from(&mut lanes, 1), Some(3));
     assert_eq!(from(&mut lanes, 2), Some(2), "round to the front");
     assert!(!lanes.has_fresh() && lanes.may_run());
@@ -116,7 +116,7 @@ fn a_parked_key_records_what_comes_until_its_last_letter_is_gone() {
 
 #[test]
 fn a_letter_that_is_being_written_keeps_its_key_parked() {
-    let mut lanes = lanes(LanesPolicy::default());
+    let mut lanes = lanes(QueuePolicy::default());
     lanes.restore_parked(A, 1).expect("room");
     for offset in 0..3 {
         lanes.offer(A, Offset(offset)).expect("room");
@@ -194,12 +194,12 @@ fn a_halt_lets_nothing_run_and_goes_on_with_the_same_event() {
 
 #[test]
 fn what_is_full_refuses_and_takes_in_again_when_something_ended() {
-    let mut lanes = lanes(LanesPolicy::default().unfinished_max(2).keys_max(1));
+    let mut lanes = lanes(QueuePolicy::default().unfinished_max(2).keys_max(1));
     lanes.offer(A, Offset(0)).expect("room");
-    assert_eq!(lanes.offer(B, Offset(1)), Err(OfferRefused::TooManyKeys));
-    assert_eq!(lanes.restore_parked(B, 1), Err(OfferRefused::TooManyKeys));
+    assert_eq!(lanes.offer(B, Offset(1)), Err(QueueRefused::TooManyKeys));
+    assert_eq!(lanes.restore_parked(B, 1), Err(QueueRefused::TooManyKeys));
     lanes.offer(A, Offset(1)).expect("its key has a place, and a refusal changes nothing");
-    assert_eq!(lanes.offer(A, Offset(2)), Err(OfferRefused::Full));
+    assert_eq!(lanes.offer(A, Offset(2)), Err(QueueRefused::Full));
     let a = run(&mut lanes, 0);
     lanes.succeeded(a);
     lanes.offer(A, Offset(2)).expect("room again");
@@ -207,7 +207,7 @@ fn what_is_full_refuses_and_takes_in_again_when_something_ended() {
 
 #[test]
 fn events_that_concern_nobody_move_the_checkpoint() {
-    let mut lanes = lanes(LanesPolicy::default());
+    let mut lanes = lanes(QueuePolicy::default());
     lanes.read_up_to(Offset(100));
     assert_eq!(lanes.checkpoint(), Offset(100));
     lanes.offer(A, Offset(200)).expect("room");
@@ -236,7 +236,7 @@ fn a_run_of_other_lanes_is_a_fault() {
 
 #[test]
 fn what_cannot_be_used_is_named() {
-    let d = LanesPolicy::default;
+    let d = QueuePolicy::default;
     let bad = [
         (d().concurrency(0), "lanes_concurrency"),
         (d().unfinished_max(0), "lanes_unfinished_max"),
@@ -244,7 +244,7 @@ fn what_cannot_be_used_is_named() {
         (d().gap_wait_max(Duration::MAX), "lanes_gap_wait_max_ms"),
     ];
     for (policy, expected) in bad {
-        match Lanes::new(policy, Offset(0)) {
+        match KeyQueues::new(policy, Offset(0)) {
             Err(ConfigError::OutOfRange { name, .. }) => assert_eq!(name, expected),
             other => panic!("{expected}: {other:?}"),
         }
@@ -324,7 +324,7 @@ impl Model {
         *self.counts.entry(how).or_default() += 1;
     }
 
-    fn check(&self, lanes: &Lanes) {
+    fn check(&self, lanes: &KeyQueues) {
         let oldest = self.open().min().unwrap_or(self.position);
         assert_eq!(lanes.checkpoint(), Offset(oldest));
         let mut open: Vec<u64> = self.open().collect();
@@ -359,9 +359,9 @@ impl Model {
 
 /// The lanes and the model, and what is out.
 struct Both {
-    lanes: Lanes,
+    lanes: KeyQueues,
     model: Model,
-    runs: Vec<Run>,
+    runs: Vec<InFlight>,
     records: Vec<ToRecord>,
     now: Duration,
     next_offset: u64,
@@ -369,7 +369,7 @@ struct Both {
 
 impl Both {
     fn new() -> Self {
-        let policy = LanesPolicy::default()
+        let policy = QueuePolicy::default()
             .concurrency(CONCURRENCY)
             .unfinished_max(UNFINISHED_MAX)
             .keys_max(5)
@@ -383,9 +383,9 @@ impl Both {
         let has_place = self.model.lot(key).letters > 0 || !self.model.lot(key).open.is_empty();
         let places = self.model.lots.values().filter(|lot| lot.letters > 0 || !lot.open.is_empty()).count();
         let expected = if self.model.open().count() >= UNFINISHED_MAX {
-            Err(OfferRefused::Full)
+            Err(QueueRefused::Full)
         } else if !has_place && places >= 5 {
-            Err(OfferRefused::TooManyKeys)
+            Err(QueueRefused::TooManyKeys)
         } else {
             Ok(())
         };

@@ -6,7 +6,7 @@ use crate::error::{GateError, Rejected, RejectedReason};
 use crate::event::Key;
 #[expect(unused_imports, reason = "named by the documentation")]
 use crate::ingress::gated::GatedProducer;
-use crate::ingress::sequence_gate::answer::Refused;
+use crate::ingress::sequence_gate::answer::OfferRefused;
 use crate::lane::receipt::Receipt;
 
 /// What became of an event that was offered and not refused.
@@ -57,7 +57,7 @@ impl<E> fmt::Debug for LateEvent<E> {
 pub enum GateRefused<E> {
     /// The gate has no room for an early one, or its sequence cannot be.
     #[error(transparent)]
-    Gate(Refused<E>),
+    Gate(OfferRefused<E>),
     /// What stands in front cannot be published now; or the event is too large and never could be.
     #[error(transparent)]
     Publish(Rejected<E>),
@@ -87,7 +87,7 @@ impl<E> GateRefused<E> {
     /// Whether it is worth offering again later: there was no room.
     pub fn is_full(&self) -> bool {
         match self {
-            Self::Gate(refused) => matches!(refused, Refused::Full(_) | Refused::PartitionFull(_)),
+            Self::Gate(refused) => matches!(refused, OfferRefused::Full(_) | OfferRefused::PartitionFull(_)),
             Self::Publish(rejected) => {
                 matches!(rejected.reason(), RejectedReason::Full | RejectedReason::StorageFull)
             }

@@ -26,7 +26,7 @@ pub enum Offered<T> {
 /// always go on. Who is refused pulls [`SequenceGate::next`](crate::ingress::SequenceGate::next) and offers again later: at the latest when the gap in
 /// front is closed there is room.
 #[derive(thiserror::Error, PartialEq, Eq)]
-pub enum Refused<T> {
+pub enum OfferRefused<T> {
     /// The partition has `early_max_per_partition` items buffered.
     #[error("the partition has no room for more early items")]
     PartitionFull(T),
@@ -42,7 +42,7 @@ pub enum Refused<T> {
     TooManyPartitions(T),
 }
 
-impl<T> Refused<T> {
+impl<T> OfferRefused<T> {
     /// Takes the item back.
     pub fn into_item(self) -> T {
         match self {
@@ -53,18 +53,18 @@ impl<T> Refused<T> {
     }
 
     /// The same refusal of something else.
-    pub(crate) fn map<U>(self, change: impl FnOnce(T) -> U) -> Refused<U> {
+    pub(crate) fn map<U>(self, change: impl FnOnce(T) -> U) -> OfferRefused<U> {
         match self {
-            Self::PartitionFull(item) => Refused::PartitionFull(change(item)),
-            Self::Full(item) => Refused::Full(change(item)),
-            Self::TooFarAhead(item) => Refused::TooFarAhead(change(item)),
-            Self::TooManyPartitions(item) => Refused::TooManyPartitions(change(item)),
+            Self::PartitionFull(item) => OfferRefused::PartitionFull(change(item)),
+            Self::Full(item) => OfferRefused::Full(change(item)),
+            Self::TooFarAhead(item) => OfferRefused::TooFarAhead(change(item)),
+            Self::TooManyPartitions(item) => OfferRefused::TooManyPartitions(change(item)),
         }
     }
 }
 
 // Not derived: an item need not be Debug for its refusal to be.
-impl<T> fmt::Debug for Refused<T> {
+impl<T> fmt::Debug for OfferRefused<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::PartitionFull(_) => "PartitionFull",

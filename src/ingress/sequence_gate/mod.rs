@@ -25,7 +25,7 @@ pub(crate) mod answer;
 pub(crate) mod partition;
 pub(crate) mod policy;
 
-use answer::{GateStatistics, Offered, Refused, Released, StartRefused};
+use answer::{GateStatistics, OfferRefused, Offered, Released, StartRefused};
 use partition::{Ahead, Behind, Partition};
 use policy::{GatePolicy, GateStart};
 
@@ -144,7 +144,13 @@ impl<P: Eq + Hash + Clone, T> SequenceGate<P, T> {
     /// # Errors
     /// The item, with the reason why there is no room for it.
     #[inline]
-    pub fn offer(&mut self, partition: P, sequence: u64, item: T, now: Duration) -> Result<Offered<T>, Refused<T>> {
+    pub fn offer(
+        &mut self,
+        partition: P,
+        sequence: u64,
+        item: T,
+        now: Duration,
+    ) -> Result<Offered<T>, OfferRefused<T>> {
         self.now = self.now.max(now);
         if let Some(known) = self.partitions.get_mut(&partition)
             && known.expected == sequence
@@ -161,15 +167,15 @@ impl<P: Eq + Hash + Clone, T> SequenceGate<P, T> {
     }
 
     /// An item of a partition that is new or in disorder, or one that is not the next.
-    fn offer_any(&mut self, partition: P, sequence: u64, item: T) -> Result<Offered<T>, Refused<T>> {
+    fn offer_any(&mut self, partition: P, sequence: u64, item: T) -> Result<Offered<T>, OfferRefused<T>> {
         if sequence == u64::MAX {
-            return Err(Refused::TooFarAhead(item));
+            return Err(OfferRefused::TooFarAhead(item));
         }
         let is_full = self.partitions.len() >= self.policy.partitions_max;
         let (start, wait) = (self.policy.start, self.policy.gap_wait_max);
         let mut entry = match self.partitions.entry(partition) {
             Entry::Occupied(known) => known,
-            Entry::Vacant(_) if is_full => return Err(Refused::TooManyPartitions(item)),
+            Entry::Vacant(_) if is_full => return Err(OfferRefused::TooManyPartitions(item)),
             Entry::Vacant(vacant) => vacant.insert_entry(Partition::new(match start {
                 GateStart::At(first) => first,
                 GateStart::FirstSeen => sequence,
@@ -208,13 +214,13 @@ impl<P: Eq + Hash + Clone, T> SequenceGate<P, T> {
             return Ok(offered);
         }
         if sequence - known.open_from(sequence) > self.policy.ahead_max {
-            return Err(Refused::TooFarAhead(item));
+            return Err(OfferRefused::TooFarAhead(item));
         }
         if known.early() >= self.policy.early_max_per_partition {
-            return Err(Refused::PartitionFull(item));
+            return Err(OfferRefused::PartitionFull(item));
         }
         if self.statistics.waiting >= self.policy.early_max as u64 {
-            return Err(Refused::Full(item));
+            return Err(OfferRefused::Full(item));
         }
         known.buffer(sequence, item, self.now);
         self.statistics.waiting += 1;

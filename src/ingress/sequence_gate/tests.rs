@@ -124,11 +124,11 @@ fn a_full_gate_refuses_early_items_and_never_the_expected_one() {
     for sequence in [1, 2] {
         assert_eq!(gate.offer(0, sequence, sequence, T0), Ok(Offered::Buffered));
     }
-    assert_eq!(gate.offer(0, 3, 3, T0), Err(Refused::PartitionFull(3)));
+    assert_eq!(gate.offer(0, 3, 3, T0), Err(OfferRefused::PartitionFull(3)));
     assert_eq!(gate.offer(0, 2, 2, T0), Ok(Offered::Duplicate), "what waits already is no question of room");
     assert_eq!(gate.offer(1, 1, 1, T0), Ok(Offered::Buffered));
-    assert_eq!(gate.offer(1, 2, 2, T0), Err(Refused::Full(2)));
-    assert_eq!(gate.offer(2, 0, 0, T0), Err(Refused::TooManyPartitions(0)));
+    assert_eq!(gate.offer(1, 2, 2, T0), Err(OfferRefused::Full(2)));
+    assert_eq!(gate.offer(2, 0, 0, T0), Err(OfferRefused::TooManyPartitions(0)));
     assert_eq!(gate.start_at(2, 0), Err(StartRefused::TooManyPartitions));
     assert_eq!(gate.offer(0, 0, 0, T0), Ok(Offered::Passed(0)));
     assert_eq!([gate.next(T0), gate.next(T0)], [item(1), item(2)]);
@@ -139,12 +139,12 @@ fn a_full_gate_refuses_early_items_and_never_the_expected_one() {
 #[test]
 fn one_wrong_number_does_not_close_a_gap_over_everything() {
     let mut gate = gate(GatePolicy::default().ahead_max(100));
-    assert_eq!(gate.offer(0, u64::MAX, 1, T0), Err(Refused::TooFarAhead(1)));
-    assert_eq!(gate.offer(0, 101, 1, T0), Err(Refused::TooFarAhead(1)));
+    assert_eq!(gate.offer(0, u64::MAX, 1, T0), Err(OfferRefused::TooFarAhead(1)));
+    assert_eq!(gate.offer(0, 101, 1, T0), Err(OfferRefused::TooFarAhead(1)));
     assert_eq!(gate.offer(0, 100, 1, T0), Ok(Offered::Buffered));
     gate.start_at(1, u64::MAX - 1).expect("new");
     assert_eq!(gate.offer(1, u64::MAX - 1, 1, T0), Ok(Offered::Passed(1)));
-    assert_eq!(gate.offer(1, u64::MAX, 1, T0), Err(Refused::TooFarAhead(1)), "and nothing overflows");
+    assert_eq!(gate.offer(1, u64::MAX, 1, T0), Err(OfferRefused::TooFarAhead(1)), "and nothing overflows");
 }
 
 #[test]

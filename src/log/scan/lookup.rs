@@ -6,7 +6,7 @@ use std::io::ErrorKind;
 
 use rkyv::util::AlignedVec;
 
-use super::records::Record;
+use super::records::ScannedRecord;
 use super::{Store, io_error, read_up_to};
 use crate::error::ReadError;
 use crate::event::{Offset, Sequence, ShardId, Time};
@@ -17,7 +17,7 @@ use crate::storage::memory::{ALIGN, padded};
 
 /// Where a record lies, and what it takes to read it by itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Place {
+pub struct RecordPosition {
     /// The event's time.
     pub time: Time,
     /// The shard.
@@ -30,9 +30,9 @@ pub struct Place {
     pub record_bytes: u32,
 }
 
-const _: () = assert!(size_of::<Place>() == 32, "an index holds one per event");
+const _: () = assert!(size_of::<RecordPosition>() == 32, "an index holds one per event");
 
-/// Reads single records by their [`Place`]; cheapest where the places ascend.
+/// Reads single records by their [`RecordPosition`]; cheapest where the places ascend.
 #[derive(Debug)]
 pub struct Lookup {
     store: Store,
@@ -57,7 +57,7 @@ impl Lookup {
     /// # Errors
     /// `BeyondRetention` when it was freed meanwhile, `NotARecord` when no such record is there (or what is there does not hold), `Io`.
     /// Asked again, it looks again.
-    pub fn get(&mut self, place: &Place) -> Result<Record<'_>, ReadError> {
+    pub fn get(&mut self, place: &RecordPosition) -> Result<ScannedRecord<'_>, ReadError> {
         let segment_bytes = self.store.segment_bytes();
         let (index, at) = (place.offset.get() / segment_bytes, (place.offset.get() % segment_bytes) as usize);
         let len = place.record_bytes as usize;
@@ -86,12 +86,12 @@ impl Lookup {
         }
         let header = RecordHeader::decode(tail);
         let body = &self.window[start + RECORD_HEADER_BYTES..start + len];
-        Ok(Record { meta: header.meta(place.shard, place.offset, place.sequence), body })
+        Ok(ScannedRecord { meta: header.meta(place.shard, place.offset, place.sequence), body })
     }
 
     /// Length and CRC word of the record at `offset`.
     pub(crate) fn check_word(&mut self, shard: ShardId, offset: Offset) -> Result<(usize, u32), ReadError> {
-        let place = |record_bytes| Place { time: Time(0), shard, offset, sequence: Sequence(0), record_bytes };
+        let place = |record_bytes| RecordPosition { time: Time(0), shard, offset, sequence: Sequence(0), record_bytes };
         let (index, at) = (offset.get() / self.store.segment_bytes(), offset.get() % self.store.segment_bytes());
         let mut head = [0; 8];
         if self.salt(shard, index)?.is_some()
@@ -144,7 +144,7 @@ impl Lookup {
         Ok(Some(header.salt))
     }
 
-    fn gone(&mut self, place: &Place) -> ReadError {
+    fn gone(&mut self, place: &RecordPosition) -> ReadError {
         // The file may have been written again since it was opened: the next look is a fresh one.
         self.window_at = None;
         let shard = place.shard;

@@ -40,8 +40,8 @@ use crate::log::format::{HEADER_BYTES, HeaderError, SegmentHeader};
 use crate::log::manifest::{MANIFEST, Manifest, Span, StoredType, segment_index, segment_name, shard_dir};
 use crate::storage::{Files, Storage as _};
 
-pub use lookup::{Lookup, Place};
-pub use records::{Gap, Record, Records, Tail};
+pub use lookup::{Lookup, RecordPosition};
+pub use records::{MissedEvents, Records, ScannedRecord, Tail};
 
 /// Where recovery keeps what it cut.
 const QUARANTINE: &str = "quarantine";

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use rkyv::util::AlignedVec;
 
-use super::{LOOK_AGAIN, LOOKS_MAX, Place, Store, Unusable, io_error, read_up_to};
+use super::{LOOK_AGAIN, LOOKS_MAX, RecordPosition, Store, Unusable, io_error, read_up_to};
 use crate::error::{Corruption, OpenError, ReadError};
 use crate::event::{Meta, Offset, Sequence, ShardId};
 use crate::log::format::{
@@ -21,7 +21,7 @@ const BUFFER_BYTES: usize = 1 << 20;
 
 /// Events that retention took away while they were about to be read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Gap {
+pub struct MissedEvents {
     /// The shard.
     pub shard: ShardId,
     /// Where the next record would have been.
@@ -48,21 +48,21 @@ pub struct Tail {
 
 /// One event, as it stands in the log.
 #[derive(Debug, Clone, Copy)]
-pub struct Record<'a> {
+pub struct ScannedRecord<'a> {
     /// What the log knows of it.
     pub meta: Meta,
     /// Its archive, CRC checked and beginning at a multiple of 16. Whether it is a valid archive is for bytecheck to say.
     pub body: &'a [u8],
 }
 
-impl Record<'_> {
+impl ScannedRecord<'_> {
     /// Where it lies.
     #[must_use]
-    pub fn place(&self) -> Place {
+    pub fn place(&self) -> RecordPosition {
         let Meta { time, shard, offset, sequence, .. } = self.meta;
         // No record is longer than its length word can say.
         let record_bytes = (RECORD_HEADER_BYTES + self.body.len()) as u32;
-        Place { time, shard, offset, sequence, record_bytes }
+        RecordPosition { time, shard, offset, sequence, record_bytes }
     }
 }
 
@@ -95,7 +95,7 @@ pub struct Records {
     /// The log's position when a segment disappeared, until the next is entered; `sequence` is of there.
     lost_at: Option<Offset>,
     until: Offset,
-    gaps: Vec<Gap>,
+    gaps: Vec<MissedEvents>,
     buffer: AlignedVec<16>,
     buffer_bytes: usize,
     /// Position in the segment of the buffer's first byte; a multiple of 16, so bodies are aligned in it.
@@ -175,7 +175,7 @@ impl Records {
 
     /// What retention took away from under this reader.
     #[must_use]
-    pub fn gaps(&self) -> &[Gap] {
+    pub fn gaps(&self) -> &[MissedEvents] {
         &self.gaps
     }
 
@@ -185,13 +185,13 @@ impl Records {
     /// `Corruption` when bytes do not hold or are missing, `Io`. The position stays: the next call says the same (or has the record,
     /// where the cause is gone), and never what follows. [`Records::skip_segment`] goes on behind damage.
     #[expect(clippy::should_implement_trait, reason = "lends from the buffer, which Iterator cannot")]
-    pub fn next(&mut self) -> Result<Option<Record<'_>>, ReadError> {
+    pub fn next(&mut self) -> Result<Option<ScannedRecord<'_>>, ReadError> {
         let Some((header, len)) = self.step()? else { return Ok(None) };
         let start = self.at - self.buffer_at;
         let meta = header.meta(self.shard, self.offset(), self.sequence());
         self.at += padded(len);
         self.sequence = Some(meta.sequence.0 + 1);
-        Ok(Some(Record { meta, body: &self.buffer[start + RECORD_HEADER_BYTES..start + len] }))
+        Ok(Some(ScannedRecord { meta, body: &self.buffer[start + RECORD_HEADER_BYTES..start + len] }))
     }
 
     /// Gives up what is left of the segment after damage and stands at the beginning of the next one.
@@ -431,7 +431,7 @@ impl Records {
         if let Some((from, sequence)) = self.lost_at.take().zip(self.sequence) {
             let events = current.header.first_sequence.saturating_sub(sequence);
             if events > 0 {
-                self.gaps.push(Gap { shard: self.shard, from, until: current.header.first_offset(), events });
+                self.gaps.push(MissedEvents { shard: self.shard, from, until: current.header.first_offset(), events });
             }
         }
         self.sequence = Some(current.header.first_sequence);

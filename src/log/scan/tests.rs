@@ -222,7 +222,7 @@ fn everything_written_is_read_over_segments_and_marks() {
             assert_eq!((record.meta, record.body.to_vec()), all[i]);
         }
     }
-    let wrong = Place { offset: Offset(places[5].offset.get() + 16), ..places[5] };
+    let wrong = RecordPosition { offset: Offset(places[5].offset.get() + 16), ..places[5] };
     assert!(matches!(lookup.get(&wrong), Err(ReadError::NotARecord { .. })));
 }
 
@@ -323,7 +323,12 @@ fn the_end_of_a_file_written_again_is_not_taken_for_the_end_of_the_old_segment()
     }
     assert!(records.next().expect("a sound log").is_some());
     let per_segment = (SEGMENT_BYTES - 4096) / 144;
-    let gap = Gap { shard: ShardId(0), from, until: Offset(2 * SEGMENT_BYTES + 4096), events: 2 * per_segment - seen };
+    let gap = MissedEvents {
+        shard: ShardId(0),
+        from,
+        until: Offset(2 * SEGMENT_BYTES + 4096),
+        events: 2 * per_segment - seen,
+    };
     assert_eq!(records.gaps(), [gap]);
     assert_eq!(drain(&mut records).last().map(|(meta, _)| meta.sequence.get() + 1), Some(engine.sequence));
 }
