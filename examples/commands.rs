@@ -13,7 +13,8 @@ use std::time::Instant;
 
 use anyhow::{Context as _, Result, ensure};
 use corelane::{
-    Aggregate, Bounded, Config, Durability, Emit, Engine, Event, EventType, EventTypeId, Key, Meta, Retention, Wait,
+    Aggregate, Bounded, Config, Deadline, Durability, Emit, Engine, Event, EventType, EventTypeId, Key, Meta,
+    Retention, Wait,
 };
 use hdrhistogram::Histogram;
 use rkyv::{Archive, Deserialize, Serialize};
@@ -114,6 +115,6 @@ fn main() -> Result<()> {
     }
     let expected = 1 + ONE_AT_A_TIME + (0..commands).map(|i| 1 + i % 100).sum::<u64>();
     ensure!(total == expected, "the accounts hold {total} cents instead of {expected}");
-    engine.shutdown(None)?;
+    engine.shutdown(Deadline::NEVER)?;
     Ok(())
 }

@@ -24,8 +24,8 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use corelane::{
-    Aggregate, Bounded, Client, Config, Durability, Emit, Engine, Key, Meta, Pin, Producer, Reader, ShardId, Stateless,
-    Ticket, Wait,
+    Aggregate, Bounded, Client, Config, Deadline, Durability, Emit, Engine, Key, Meta, Pin, Producer, Reader, ShardId,
+    Stateless, Ticket, Wait,
 };
 use rkyv::{Archive, Deserialize, Serialize};
 
@@ -115,7 +115,7 @@ fn publish<A: Aggregate<Event = GameEvent>>(
         await_appended(&engine, made)?;
     }
     drop(producer);
-    engine.shutdown(None)?;
+    engine.shutdown(Deadline::NEVER)?;
     ensure!(appended(&engine) == events, "not every event was appended");
     Ok(engine)
 }
@@ -135,7 +135,7 @@ fn command(dir: &Path, events: u64) -> Result<()> {
         claim_counted(&mut client, &mut tickets)?;
     }
     drop(client);
-    engine.shutdown(None)?;
+    engine.shutdown(Deadline::NEVER)?;
     ensure!(appended(&engine) == events, "not every command was carried out");
     Ok(())
 }

@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail, ensure};
 use corelane::ingress::GatePolicy;
-use corelane::{Accepted, Config, Durability, EventLog, Gap, GatedProducer, Key, Receipt, ShardId};
+use corelane::{Accepted, Config, Deadline, Durability, EventLog, Gap, GatedProducer, Key, Receipt, ShardId};
 use event::{ArchivedGameEvent, GameEvent};
 use rand::rngs::SmallRng;
 use rand::seq::SliceRandom as _;
@@ -133,7 +133,7 @@ fn offer_all(gated: &mut GatedProducer<GameEvent>, blocks: &[Vec<(u64, u64)>]) -
 
 /// Everything the log holds. Each shard must hold every partition by rising sequence, and nothing may be there twice.
 fn read(engine: &EventLog<GameEvent>) -> Result<BTreeSet<(u64, u64)>> {
-    engine.flush(None)?;
+    engine.flush(Deadline::NEVER)?;
     let mut all = BTreeSet::new();
     for shard in 0..engine.config().shards() {
         let mut last = [None; PARTITIONS];
@@ -173,7 +173,7 @@ fn in_order(events: u64) -> Result<(f64, f64)> {
     }
     let behind_gate = rate(events, began, &gated.receipts())?;
     drop(gated);
-    engine.shutdown(None)?;
+    engine.shutdown(Deadline::NEVER)?;
     Ok((plain, behind_gate))
 }
 
@@ -226,8 +226,8 @@ fn main() -> Result<()> {
             gap.time.as_ms()
         );
     }
-    gated.close(None)?;
-    engine.shutdown(None)?;
+    gated.close(Deadline::NEVER)?;
+    engine.shutdown(Deadline::NEVER)?;
     drop(engine);
 
     // Once more without a break, for the figures; in `OsCache`, so that the disk is not what is measured.
@@ -248,7 +248,7 @@ fn main() -> Result<()> {
     );
     println!("           {} gaps closed over {} events", figures.gaps_closed, figures.missing);
     drop(gated);
-    engine.shutdown(None)?;
+    engine.shutdown(Deadline::NEVER)?;
     let (plain, behind_gate) = in_order(offered as u64)?;
     println!(
         "rate:      {shuffled:.2} M/s shuffled, with a sync for each gap; in order {behind_gate:.2}, without a gate {plain:.2}"

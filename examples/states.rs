@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use corelane::view::Area;
-use corelane::{Config, Durability, Engine, Key, Retention, Version, Wait};
+use corelane::{Config, Deadline, Durability, Engine, Key, Retention, Version, Wait};
 use hdrhistogram::Histogram;
 
 use crate::event::GameEvent;
@@ -87,14 +87,14 @@ fn fill(engine: &Engine<Player>, events: u64, users: u64) -> Result<()> {
 fn replay(dir: &Path, events: u64, users: u64) -> Result<()> {
     let engine = Engine::<Player>::open(config(dir, users).checkpoint_bytes(0))?;
     fill(&engine, events, users)?;
-    engine.shutdown(None)?;
+    engine.shutdown(Deadline::NEVER)?;
     drop(engine);
     let mut rates = Vec::new();
     for _ in 0..5 {
         let engine = Engine::<Player>::open(config(dir, users).checkpoint_bytes(0))?;
         ensure!(engine.recovery().events() == events, "not every event was found");
         rates.push(events as f64 / (engine.recovery().duration_ns as f64 / 1e9) / 1e6);
-        engine.shutdown(None)?;
+        engine.shutdown(Deadline::NEVER)?;
     }
     rates.sort_by(f64::total_cmp);
     println!(
@@ -108,16 +108,16 @@ fn replay(dir: &Path, events: u64, users: u64) -> Result<()> {
 fn open(dir: &Path, events: u64, users: u64) -> Result<()> {
     let engine = Engine::<Player>::open(config(dir, users))?;
     fill(&engine, events - events / 100, users)?;
-    engine.checkpoint(None)?;
+    engine.checkpoint(Deadline::NEVER)?;
     fill(&engine, events / 100, users)?;
-    engine.shutdown(None)?;
+    engine.shutdown(Deadline::NEVER)?;
     drop(engine);
     let began = Instant::now();
     let engine = Engine::<Player>::open(config(dir, users))?;
     let seconds = began.elapsed().as_secs_f64();
     ensure!(engine.recovery().events() == events, "not every event was found");
     println!("open  {seconds:.2} s: {events} events, {users} users, the newest 1 % behind the checkpoint");
-    engine.shutdown(None)?;
+    engine.shutdown(Deadline::NEVER)?;
     Ok(())
 }
 
@@ -138,11 +138,11 @@ fn travel(dir: &Path, events: u64) -> Result<()> {
     producer.publish_batch(&mut batch)?;
     producer.receipts().iter().try_for_each(|receipt| receipt.appended().wait())?;
     look_back(&engine, events, "as written")?;
-    engine.shutdown(None)?;
+    engine.shutdown(Deadline::NEVER)?;
     drop(engine);
     let engine = Engine::<Player>::open(config(dir, 1000))?;
     look_back(&engine, events, "reopened")?;
-    engine.shutdown(None)?;
+    engine.shutdown(Deadline::NEVER)?;
     Ok(())
 }
 
@@ -201,7 +201,7 @@ fn area(dir: &Path, players: u64) -> Result<()> {
         let (rate, asked, slowest) = load(&engine, &nearby, players, readers, radius)?;
         println!("shard with {readers} readers  {rate:.2} M events/s; {asked} queries, p50 {slowest:.1} µs");
     }
-    engine.shutdown(None)?;
+    engine.shutdown(Deadline::NEVER)?;
     Ok(())
 }
 

@@ -56,7 +56,7 @@ pub use event::{
     Correlation, Encode, Event, EventId, EventType, EventTypeId, Key, Meta, Offset, Scratch, Sequence, ShardId, Time,
     Upcaster, Version, deserialize,
 };
-pub use sync::Wait;
+pub use sync::{Deadline, Wait};
 #[cfg(feature = "bench-support")]
 #[doc(hidden)]
 pub use testing::bench_support;

@@ -16,9 +16,9 @@ use corelane::consumer::{Batch, Consumer, ConsumerError, Judgement, Letters, Pol
 use corelane::ingress::{GatePolicy, GateStart};
 use corelane::view::ById;
 use corelane::{
-    Aggregate, BatchEnd, Bounded, Client, CommandError, Config, Durability, Emit, Engine, Event, EventId, EventType,
-    EventTypeId, GatedProducer, Handler, HandlerError, HistoryError, Key, Meta, Offset, OnError, OpenError, Producer,
-    PublishSyncError, Rejected, RejectedReason, ShardId, SharedProducer, Time, Version, WaitError,
+    Aggregate, BatchEnd, Bounded, Client, CommandError, Config, Deadline, Durability, Emit, Engine, Event, EventId,
+    EventType, EventTypeId, GatedProducer, Handler, HandlerError, HistoryError, Key, Meta, Offset, OnError, OpenError,
+    Producer, PublishSyncError, Rejected, RejectedReason, ShardId, SharedProducer, Time, Version, WaitError,
 };
 use rkyv::{Archive, Deserialize, Serialize};
 
@@ -275,7 +275,7 @@ fn calls(rig: &Rig) -> BTreeMap<&'static str, String> {
         said.insert("Producer::publish_batch", published.map_or_else(|r| format!("{:?}", r.reason), |()| "Ok".into()));
         // With room, as any: nothing is waited for then.
         let consumer = rig.consumer.lock().unwrap();
-        let sync = engine.publish_sync(&mut producer, key, ping(), &[consumer.as_ref().unwrap()], None);
+        let sync = engine.publish_sync(&mut producer, key, ping(), &[consumer.as_ref().unwrap()], Deadline::NEVER);
         said.insert(
             "Engine::publish_sync",
             match sync {
@@ -316,7 +316,7 @@ fn calls(rig: &Rig) -> BTreeMap<&'static str, String> {
         );
         said.insert(
             "GatedProducer::save",
-            match gated.save(None) {
+            match gated.save(Deadline::NEVER) {
                 Err(corelane::GateError::Wait(error)) => format!("{error:?}"),
                 Err(error) => format!("{error:?}"),
                 Ok(()) => "Ok".into(),
@@ -329,11 +329,11 @@ fn calls(rig: &Rig) -> BTreeMap<&'static str, String> {
     said.insert("Engine::state_at", history_word(engine.state_at(key, Time(u64::MAX))));
     said.insert("Engine::rebuild", history_word(engine.rebuild(key)));
     said.insert("Engine::compare", history_word(engine.compare()));
-    said.insert("Engine::checkpoint", wait_word(engine.checkpoint(None)));
-    said.insert("Engine::flush", wait_word(engine.flush(None)));
-    said.insert("Engine::shutdown", wait_word(engine.shutdown(None)));
+    said.insert("Engine::checkpoint", wait_word(engine.checkpoint(Deadline::NEVER)));
+    said.insert("Engine::flush", wait_word(engine.flush(Deadline::NEVER)));
+    said.insert("Engine::shutdown", wait_word(engine.shutdown(Deadline::NEVER)));
     said.insert("Engine::shutdown (until)", wait_word(engine.shutdown(Some(late()))));
-    said.insert("Engine::drain_consumers", engine.drain_consumers(None).to_string());
+    said.insert("Engine::drain_consumers", engine.drain_consumers(Deadline::NEVER).to_string());
     said.insert("Engine::remove_consumer", consumer_word(engine.remove_consumer("own")));
     said.insert("Engine::metrics", engine.metrics().shards.len().to_string());
     rig.poller.lock().unwrap().wait(Some(Instant::now() + Duration::from_millis(1)));
@@ -351,8 +351,8 @@ fn calls(rig: &Rig) -> BTreeMap<&'static str, String> {
         "Consumer::wait_handled",
         consumer_word(consumer.wait_handled(key, id, Some(Instant::now() + Duration::from_millis(50)))),
     );
-    said.insert("Consumer::drain", consumer.drain(None).to_string());
-    said.insert("Consumer::stop", consumer_word(consumer.stop(None)));
+    said.insert("Consumer::drain", consumer.drain(Deadline::NEVER).to_string());
+    said.insert("Consumer::stop", consumer_word(consumer.stop(Deadline::NEVER)));
     said
 }
 
@@ -543,7 +543,7 @@ fn no_call_in_a_sink_waits_for_the_sink() {
                 sink.is_some()
             });
             let sink = sink.unwrap();
-            (sink.drain(None), consumer_word(sink.stop(None)))
+            (sink.drain(Deadline::NEVER), consumer_word(sink.stop(Deadline::NEVER)))
         });
         assert_eq!((drained, stopped.as_str()), (false, "OnEngineThread"), "{place:?}");
         rig.engine.shutdown(soon()).unwrap();
@@ -626,9 +626,9 @@ fn a_consumer_s_handler_that_waits_for_a_checkpoint_does_not_hold_up_the_closing
             matches!(called.shared.try_publish(Key(1), Ping { n: 0 }), Err(Rejected::Closed(_)))
         });
         let words = [
-            wait_word(called.engine.checkpoint(None)),
+            wait_word(called.engine.checkpoint(Deadline::NEVER)),
             wait_word(called.engine.ask(Key(1), |_, _| ())),
-            wait_word(called.engine.flush(None)),
+            wait_word(called.engine.flush(Deadline::NEVER)),
             rejected_word(called.shared.publish(Key(1), Ping { n: 0 })),
             command_word(called.client.lock().unwrap().send(Key(1), 0).wait()),
         ];

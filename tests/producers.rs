@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use common::{Note, env_number, numbers, open_on, os_cache, read_shard, small, soon};
 use corelane::testing::FaultyStorage;
-use corelane::{Bounded, Event, EventLog, EventType, EventTypeId, Key, Rejected, RejectedReason, WaitError};
+use corelane::{Bounded, Deadline, Event, EventLog, EventType, EventTypeId, Key, Rejected, RejectedReason, WaitError};
 use rkyv::{Archive, Deserialize, Serialize};
 
 #[test]
@@ -151,7 +151,7 @@ fn after_shutdown_everything_is_refused_and_nothing_accepted_is_lost() {
     }
     let receipts = producer.receipts();
     engine.shutdown(soon()).unwrap();
-    engine.shutdown(None).unwrap();
+    engine.shutdown(Deadline::NEVER).unwrap();
     assert!(
         receipts.iter().all(|receipt| receipt.is_appended() && receipt.is_durable()),
         "shutdown syncs, in OsCache mode too"

@@ -6,7 +6,7 @@ mod common;
 use common::bank::{Account, Money};
 use common::{SEGMENT, small, soon};
 use corelane::testing::FaultyStorage;
-use corelane::{AsOf, Config, Durability, Engine, HistoryError, Key, OpenError, Retention, Time, Version};
+use corelane::{AsOf, Config, Deadline, Durability, Engine, HistoryError, Key, OpenError, Retention, Time, Version};
 
 fn open(config: Config) -> Engine<Account> {
     Engine::<Account>::open(config).unwrap()
@@ -319,7 +319,7 @@ fn a_checkpoint_that_is_waited_for_ends_with_its_shard() {
     storage.fail_sync(1);
     deposit(&engine, 3, 101, 102);
     // Without a deadline: it would wait for ever.
-    let failed = engine.checkpoint(None);
+    let failed = engine.checkpoint(Deadline::NEVER);
     assert!(matches!(failed, Err(corelane::WaitError::ShardFailed(_))), "{failed:?}");
 }
 

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use common::{Note, PATIENCE, fill, numbers, os_cache, small, soon};
 use corelane::testing::FaultyStorage;
-use corelane::{EventLog, Key, OpenError, WaitError};
+use corelane::{Deadline, EventLog, Key, OpenError, WaitError};
 
 #[test]
 fn a_thread_that_cannot_be_started_is_an_error_and_a_clean_end() {
@@ -43,7 +43,7 @@ fn a_shutdown_keeps_its_deadline_while_another_one_waits() {
     let accepted = fill(&engine, 0);
     std::thread::scope(|scope| {
         // The disk is full, so nothing that was accepted can be appended, and this waits.
-        let patient = scope.spawn(|| engine.shutdown(None));
+        let patient = scope.spawn(|| engine.shutdown(Deadline::NEVER));
         std::thread::sleep(Duration::from_millis(100));
         let impatient = scope.spawn(|| engine.shutdown(Some(Instant::now() + Duration::from_millis(200))));
         let end = soon().unwrap();

@@ -1,7 +1,7 @@
 //! A reader from the earliest event to the end: over a live store (bytes this process wrote, taken as they
 //! are) and over a recovered one (every CRC and every archive checked).
 
-use corelane::{Config, Durability, EventLog, ShardId};
+use corelane::{Config, Deadline, Durability, EventLog, ShardId};
 use criterion::{Criterion, Throughput};
 
 use crate::game::{GameEvent, events, tick};
@@ -18,10 +18,10 @@ pub(crate) fn benches(c: &mut Criterion) {
     let engine = open();
     let mut producer = engine.producer();
     producer.publish_batch(&mut events(EVENTS)).expect("accepted");
-    engine.flush(None).expect("flushed");
+    engine.flush(Deadline::NEVER).expect("flushed");
     group.bench_function("live", |b| b.iter(|| replay(&engine)));
     drop(producer);
-    engine.shutdown(None).expect("shut down");
+    engine.shutdown(Deadline::NEVER).expect("shut down");
     drop(engine);
     let engine = open();
     group.bench_function("recovered", |b| b.iter(|| replay(&engine)));

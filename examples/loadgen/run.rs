@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use corelane::{Durability, Engine, Stage};
+use corelane::{Deadline, Durability, Engine, Stage};
 use hdrhistogram::Histogram;
 
 use crate::cli::Args;
@@ -207,7 +207,7 @@ fn once<A: Carried, F: Feed<A::Event>>(args: &Args, dir: &Path, load: &Load<'_, 
     let rate = (args.rate > 0).then_some(args.rate as f64);
     let phase = Phase { events: args.events_max(), duration: args.duration, rate, name: "measuring" };
     let measured = session.run(&phase)?;
-    session.engine.shutdown(None).context("shutting down")?;
+    session.engine.shutdown(Deadline::NEVER).context("shutting down")?;
     drop(session);
     let replay = if args.verifies() {
         Some(replay::<A>(args.config_keeping_all(dir.to_owned()), fresh, load.expected)?)
@@ -229,7 +229,7 @@ pub(crate) fn events_before<A: Carried>(args: &Args, dir: &Path) -> Result<u64> 
         let freed = reader.next().context("reading the first event")?.map_or(0, |record| record.meta.sequence.get());
         events += freed + recovered.events;
     }
-    engine.shutdown(None).context("closing the store")?;
+    engine.shutdown(Deadline::NEVER).context("closing the store")?;
     Ok(events)
 }
 

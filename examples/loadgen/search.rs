@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
-use corelane::Stage;
+use corelane::{Deadline, Stage};
 use serde_json::{Value, json};
 
 use crate::cli::Args;
@@ -119,7 +119,7 @@ pub(crate) fn find_max<A: Carried, F: Feed<A::Event>>(args: &Args, load: &Load<'
     }
     let best = search.climb()?;
     let Search { session, mut steps, shown, appended, .. } = search;
-    session.engine.shutdown(None).context("shutting down")?;
+    session.engine.shutdown(Deadline::NEVER).context("shutting down")?;
     drop(session);
     let (shown, measured) = shown.context("no rate was tried")?;
     let replay = if args.verifies() {

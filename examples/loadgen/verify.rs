@@ -5,7 +5,7 @@ use std::hash::{BuildHasherDefault, Hasher};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
-use corelane::{Config, Engine, Key, ShardId};
+use corelane::{Config, Deadline, Engine, Key, ShardId};
 
 use crate::events::{Carried, Traced as _};
 
@@ -98,7 +98,7 @@ pub(crate) fn replay<A: Carried>(config: Config, fresh: bool, expected: Option<&
     {
         compare(expected, &keys, &mut replay);
     }
-    engine.shutdown(None).context("closing the store again")?;
+    engine.shutdown(Deadline::NEVER).context("closing the store again")?;
     Ok(replay)
 }
 
@@ -189,7 +189,7 @@ mod tests {
         let engine = EventLog::<Envelope>::open(config()).expect("opens");
         let mut events = vec![event(1, "1"), event(2, "2"), event(1, "3")];
         engine.producer().publish_batch(&mut events).expect("publishes");
-        engine.shutdown(None).expect("shuts down");
+        engine.shutdown(Deadline::NEVER).expect("shuts down");
         drop(engine);
         let faults = |expected: &[(u64, History)]| {
             let expected = expected.iter().copied().collect();

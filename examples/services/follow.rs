@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use corelane::consumer::Consumer;
-use corelane::{Config, Durability, EventLog, Retention};
+use corelane::{Config, Deadline, Durability, EventLog, Retention};
 
 use crate::event::GameEvent;
 use crate::tools::{median, publish_of, thread_times};
@@ -48,7 +48,7 @@ pub(crate) fn run(rate: u64, consumers: usize, phase: Duration, repeats: usize) 
             ensure!(consumer.drain(Some(Instant::now() + Duration::from_secs(10))), "round {round}: it lags behind");
             let handled = consumer.report().handled;
             ensure!(before == 0 && handled >= tick - first, "round {round}: {handled} of {}", tick - first);
-            consumer.stop(None)?;
+            consumer.stop(Deadline::NEVER)?;
         }
         (0..consumers).try_for_each(|i| engine.remove_consumer(&format!("follows-{i}")))?;
     }

@@ -1,5 +1,6 @@
 //! So many keys whose one event fails: all of them retrying at once, or all of them parked. What it takes in memory, and what the way of an event into the log notices of it.
 
+use corelane::Deadline;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -21,7 +22,7 @@ pub(crate) fn run(keys: u64, what: What) -> Result<()> {
     let dir = tempfile::tempdir()?;
     let engine = engine(&dir)?;
     publish(&mut engine.producer(), 0, keys, keys)?;
-    engine.flush(None)?;
+    engine.flush(Deadline::NEVER)?;
     let is_well = Arc::new(AtomicBool::new(true));
     let room = usize::try_from(keys)? + 1024;
     let well = Arc::clone(&is_well);
@@ -35,13 +36,13 @@ pub(crate) fn run(keys: u64, what: What) -> Result<()> {
     let consumer = builder.start(move |_, meta| {
         if meta.key.get() < FREE_KEY && !well.load(Ordering::Relaxed) { Err("down".into()) } else { Ok(()) }
     })?;
-    ensure!(consumer.drain(None), "the consumer ended");
+    ensure!(consumer.drain(Deadline::NEVER), "the consumer ended");
     // The same consumer, following, with no key that fails.
     let (mut tick, phase) = (0, Duration::from_secs(5));
     let mut ingest = || measure(&engine, &mut tick, FREE_KEY..FREE_KEY + 10_000, RATE, phase);
     ingest()?;
     let quiet = ingest()?;
-    ensure!(consumer.drain(None), "the consumer ended");
+    ensure!(consumer.drain(Deadline::NEVER), "the consumer ended");
     is_well.store(false, Ordering::Relaxed);
     let (before, began) = (memory_bytes()?, Instant::now());
     consumer.seek(Start::Beginning)?;
@@ -72,7 +73,7 @@ pub(crate) fn run(keys: u64, what: What) -> Result<()> {
         }
         println!("{keys} keys reprocessed in {:.1} s", began.elapsed().as_secs_f64());
     }
-    consumer.stop(None)?;
+    consumer.stop(Deadline::NEVER)?;
     Ok(())
 }
 

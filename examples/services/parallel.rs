@@ -1,5 +1,6 @@
 //! Many keys at once over a handler that sleeps, each key in order.
 
+use corelane::Deadline;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 use std::thread;
@@ -16,7 +17,7 @@ pub(crate) fn run(events: u64, keys: u64, concurrency: usize, sleep: Duration, r
         let dir = tempfile::tempdir()?;
         let engine = engine(&dir)?;
         publish(&mut engine.producer(), 0, events, keys)?;
-        engine.flush(None)?;
+        engine.flush(Deadline::NEVER)?;
         let newest = Arc::new(Mutex::new(HashMap::<u64, u64>::new()));
         let seen = Arc::clone(&newest);
         let began = Instant::now();
@@ -28,7 +29,7 @@ pub(crate) fn run(events: u64, keys: u64, concurrency: usize, sleep: Duration, r
             // An error would be tried again; out of order is for ever.
             if before.is_some_and(|before| before >= tick) { Err("out of order".into()) } else { Ok(()) }
         })?;
-        ensure!(consumer.drain(None), "the consumer ended");
+        ensure!(consumer.drain(Deadline::NEVER), "the consumer ended");
         seconds.push(began.elapsed().as_secs_f64());
         let report = consumer.report();
         ensure!((report.handled, report.failed) == (events, 0), "{report:?}");

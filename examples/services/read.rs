@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use anyhow::{Result, ensure};
-use corelane::ShardId;
+use corelane::{Deadline, ShardId};
 
 use crate::tools::{engine, median, publish};
 
@@ -11,7 +11,7 @@ pub(crate) fn run(events: u64, repeats: usize) -> Result<()> {
     let dir = tempfile::tempdir()?;
     let engine = engine(&dir)?;
     publish(&mut engine.producer(), 0, events, 10_000)?;
-    engine.flush(None)?;
+    engine.flush(Deadline::NEVER)?;
     let (mut bare, mut idle, mut typed) = (Vec::new(), Vec::new(), Vec::new());
     for round in 0..repeats {
         let began = Instant::now();
@@ -29,11 +29,11 @@ pub(crate) fn run(events: u64, repeats: usize) -> Result<()> {
             }
             let began = Instant::now();
             let consumer = builder.start(|_, _| Ok(()))?;
-            ensure!(consumer.drain(None), "the consumer ended");
+            ensure!(consumer.drain(Deadline::NEVER), "the consumer ended");
             figures.push(events as f64 / began.elapsed().as_secs_f64() / 1e6);
             let handled = consumer.report().handled;
             ensure!(handled == if is_typed { events / 2 } else { events }, "the consumer handled {handled} events");
-            consumer.stop(None)?;
+            consumer.stop(Deadline::NEVER)?;
         }
     }
     let (bare, idle, typed) = (median(bare), median(idle), median(typed));

@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use super::{Client, ClientLane, CommandError, Outcome, Ticket, Verdict, Waiting};
 use crate::state::aggregate::Aggregate;
+use crate::sync::Deadline;
 
 /// An answer that is waited for.
 #[must_use = "nothing waits until `.wait()` or `.await`"]
@@ -39,8 +40,9 @@ impl<'c, A: Aggregate> Answer<'c, A> {
     ///
     /// # Errors
     /// Why the command was not carried out; `Unanswered` with `TimedOut`.
-    pub fn wait_until(self, deadline: Instant) -> Result<Outcome, CommandError<A::Rejection>> {
-        self.block(Some(deadline))
+    pub fn wait_until(self, deadline: impl Into<Deadline>) -> Result<Outcome, CommandError<A::Rejection>> {
+        let deadline = deadline.into().instant();
+        self.block(deadline)
     }
 
     fn block(mut self, deadline: Option<Instant>) -> Result<Outcome, CommandError<A::Rejection>> {

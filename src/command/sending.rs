@@ -3,13 +3,12 @@
 use std::future::{Future, IntoFuture};
 use std::pin::Pin;
 use std::task::{Context, Poll};
-use std::time::Instant;
 
 use super::{Client, CommandError, ExpectedVersion, Order, Outcome, Ticket};
 use crate::error::{Rejected, RejectedReason};
 use crate::event::{Key, KeyHash};
 use crate::state::aggregate::Aggregate;
-use crate::sync::{Patience, may_wait};
+use crate::sync::{Deadline, Patience, may_wait};
 
 /// A command that is not sent yet.
 #[must_use = "nothing is sent until `.wait()`, `.await`, `.ticket()` or `.tell()`"]
@@ -80,8 +79,9 @@ impl<'c, A: Aggregate> Sending<'c, A> {
     ///
     /// # Errors
     /// As [`Sending::ticket`].
-    pub fn ticket_until(self, deadline: Instant) -> Result<Ticket, Rejected<A::Command>> {
-        self.dispatch(true, Patience::Until(deadline))
+    pub fn ticket_until(self, deadline: impl Into<Deadline>) -> Result<Ticket, Rejected<A::Command>> {
+        let deadline = deadline.into().instant();
+        self.dispatch(true, Patience::until(deadline))
     }
 
     /// Sends it, waiting for room, and wants no answer. What is rejected is counted in the metrics.
@@ -107,8 +107,9 @@ impl<'c, A: Aggregate> Sending<'c, A> {
     ///
     /// # Errors
     /// Why it was not carried out; `Unanswered` with `TimedOut`.
-    pub fn wait_until(self, deadline: Instant) -> Result<Outcome, CommandError<A::Rejection>> {
-        let (client, ticket) = self.sent(Patience::Until(deadline))?;
+    pub fn wait_until(self, deadline: impl Into<Deadline>) -> Result<Outcome, CommandError<A::Rejection>> {
+        let deadline = deadline.into().instant();
+        let (client, ticket) = self.sent(Patience::until(deadline))?;
         client.answer(ticket).wait_until(deadline)
     }
 

@@ -13,7 +13,7 @@ use super::settings::Start;
 use super::watches::Watch;
 use crate::error::WaitError;
 use crate::event::{Event, EventId, Key, Offset, ShardId};
-use crate::sync::{GaveUp, promise};
+use crate::sync::{Deadline, GaveUp, promise};
 
 /// How long a consumer may take to answer: its thread may be inside a handler.
 const ANSWER_TIME: Duration = Duration::from_secs(10);
@@ -134,7 +134,8 @@ impl<E: Event> Consumer<E> {
     ///
     /// # Errors
     /// `Ended`; `Wait` with `TimedOut` at the deadline, with `OnEngineThread` inside one of its own handlers.
-    pub fn wait_handled(&self, key: Key, id: EventId, deadline: Option<Instant>) -> Result<Handled, ConsumerError> {
+    pub fn wait_handled(&self, key: Key, id: EventId, deadline: impl Into<Deadline>) -> Result<Handled, ConsumerError> {
+        let deadline = deadline.into().instant();
         if !self.control.life.may_await() {
             return Err(WaitError::OnEngineThread.into());
         }
@@ -147,7 +148,8 @@ impl<E: Event> Consumer<E> {
     /// Waits until everything there is has been handled or recorded. Whether it came to that by the deadline; one that is paused or
     /// halted does not come to it. `false` at once inside one of its own handlers, whose event is not handled yet.
     #[must_use]
-    pub fn drain(&self, deadline: Option<Instant>) -> bool {
+    pub fn drain(&self, deadline: impl Into<Deadline>) -> bool {
+        let deadline = deadline.into().instant();
         self.control.drain(deadline)
     }
 
@@ -165,7 +167,8 @@ impl<E: Event> Consumer<E> {
     /// # Errors
     /// `Busy`; `Ended` where it had ended by itself, with the reason. `Wait` with `OnEngineThread` from inside its own handler, or on a
     /// shard's thread: it is asked to stop and not waited for.
-    pub fn stop(self, deadline: Option<Instant>) -> Result<(), ConsumerError> {
+    pub fn stop(self, deadline: impl Into<Deadline>) -> Result<(), ConsumerError> {
+        let deadline = deadline.into().instant();
         self.control.life.stop(&self.name, deadline, || self.control.report().failure)
     }
 

@@ -18,7 +18,7 @@ use crate::error::HandlerError;
 use crate::event::{Event, EventId, Key, Meta, Offset};
 use crate::log::access::Access;
 use crate::log::finder::Finder;
-use crate::sync::{Mutex, lock, may_wait, thread_waker};
+use crate::sync::{Deadline, Mutex, lock, may_wait, thread_waker};
 
 /// How often its report is renewed while it has work.
 const SHOW_EVERY: Duration = Duration::from_millis(100);
@@ -174,7 +174,8 @@ impl<E: Event> Poller<E> {
 
     /// Blocks until there may be something for [`Poller::next`], or the deadline. On a shard's own thread, which must not wait, it
     /// returns at once.
-    pub fn wait(&mut self, deadline: Option<Instant>) {
+    pub fn wait(&mut self, deadline: impl Into<Deadline>) {
+        let deadline = deadline.into().instant();
         let waker = thread_waker();
         if !may_wait() || self.may_go_on(&waker) {
             return;

@@ -27,7 +27,7 @@ use crate::event::{Event, Offset, ShardId};
 use crate::log::holds::Hold;
 use crate::log::position::Position;
 use crate::log::reader::{Reader, Record};
-use crate::sync::{AtomicBool, AtomicU64, Mutex, Ordering, lock, thread, thread_waker};
+use crate::sync::{AtomicBool, AtomicU64, Deadline, Mutex, Ordering, lock, thread, thread_waker};
 
 /// Takes events in together with the position up to which it took them: a database with transactions. A [`Position`] is a blob of
 /// 40 bytes or a text of 80 characters; the sink keeps one per shard and hands it back unchanged. It identifies the log: a position
@@ -204,7 +204,8 @@ impl SinkConsumer {
 
     /// Waits until everything there is has been taken in. Whether it came to that by the deadline.
     #[must_use]
-    pub fn drain(&self, deadline: Option<Instant>) -> bool {
+    pub fn drain(&self, deadline: impl Into<Deadline>) -> bool {
+        let deadline = deadline.into().instant();
         self.control.drain(deadline)
     }
 
@@ -212,7 +213,8 @@ impl SinkConsumer {
     ///
     /// # Errors
     /// `Busy` at the deadline; `Ended` where it had ended by itself.
-    pub fn stop(self, deadline: Option<Instant>) -> Result<(), ConsumerError> {
+    pub fn stop(self, deadline: impl Into<Deadline>) -> Result<(), ConsumerError> {
+        let deadline = deadline.into().instant();
         self.control.life.stop(&self.name, deadline, || self.control.report().failure)
     }
 }

@@ -1,14 +1,12 @@
 //! Services that follow the log: durable consumers, and the event bus made of them.
 
-use std::time::Instant;
-
 use super::Engine;
 use crate::consumer::{Consumer, ConsumerBuilder, ConsumerError, ConsumerReport, Handled, Start};
 use crate::error::{Rejected, WaitError};
 use crate::event::{EventId, Key, Offset};
 use crate::ingress::producer::Producer;
 use crate::state::aggregate::Aggregate;
-use crate::sync::may_wait;
+use crate::sync::{Deadline, may_wait};
 
 /// Why an event that was to be published and handled was not, or is not yet.
 #[derive(Debug, thiserror::Error)]
@@ -67,8 +65,9 @@ impl<A: Aggregate> Engine<A> {
         key: Key,
         event: A::Event,
         consumers: &[&Consumer<A::Event>],
-        deadline: Option<Instant>,
+        deadline: impl Into<Deadline>,
     ) -> Result<(), PublishSyncError<A::Event>> {
+        let deadline = deadline.into().instant();
         if !may_wait() || !consumers.iter().all(|consumer| consumer.may_await()) {
             return Err(PublishSyncError::Rejected(Rejected::OnEngineThread(event)));
         }
@@ -114,7 +113,8 @@ impl<A: Aggregate> Engine<A> {
     /// lost: it is handled after the next start.) Pollers, and consumers that were stopped, are not waited for. `false` at once inside a handler
     /// of one of them, whose event is not handled yet.
     #[must_use]
-    pub fn drain_consumers(&self, deadline: Option<Instant>) -> bool {
+    pub fn drain_consumers(&self, deadline: impl Into<Deadline>) -> bool {
+        let deadline = deadline.into().instant();
         self.services.drain(deadline)
     }
 }

@@ -18,6 +18,7 @@ use crate::log::reader::{Reader, Sight};
 use crate::log::segment::ShardLog;
 use crate::state::aggregate::Aggregate;
 use crate::storage::{Lock, Storage, is_exhausted};
+use crate::sync::Deadline;
 
 /// The parts of the log that the gates of a store have not counted.
 pub(super) struct Holds {
@@ -98,7 +99,7 @@ impl<A: Aggregate> Engine<A> {
         let start = policy.starts();
         let mut gate = SequenceGate::new(policy)?;
         // What an earlier gate of this name published may still be on its way to the log.
-        self.flush(None)?;
+        self.flush(Deadline::NEVER)?;
         let mut files = GateFiles::new(&self.storage, (&self.config.dir, self.shards[0].door.log.store), name);
         let record = files.open()?;
         let is_new = record.is_none();

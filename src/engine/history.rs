@@ -16,7 +16,7 @@ use crate::state::history::{AsOf, Counts, EventsBetween, Head, PastState, Stream
 use crate::state::keys::Walk;
 use crate::state::snapshot::store::SnapshotStats;
 use crate::sync::block_until;
-use crate::sync::{Ordering, may_wait};
+use crate::sync::{Deadline, Ordering, may_wait};
 
 /// Whether folding the log anew makes the states that the shards have.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -55,7 +55,8 @@ impl<A: Aggregate> Engine<A> {
     /// # Errors
     /// `ShardFailed`; `CheckpointFailed` when it (or one that was under way when this was called) could not be written; `TimedOut`;
     /// `Closed` once the engine closes; `OnEngineThread`.
-    pub fn checkpoint(&self, deadline: Option<Instant>) -> Result<(), WaitError> {
+    pub fn checkpoint(&self, deadline: impl Into<Deadline>) -> Result<(), WaitError> {
+        let deadline = deadline.into().instant();
         if !may_wait() {
             return Err(WaitError::OnEngineThread);
         }

@@ -43,7 +43,7 @@ use crate::state::aggregate::{Aggregate, Stateless};
 use crate::state::snapshot::store::SnapshotStore;
 use crate::state::view::View;
 use crate::storage::{Lock, Storage};
-use crate::sync::{Arrivals, AtomicBool, Mutex, Ordering, Role, Signal, lock, take_role};
+use crate::sync::{Arrivals, AtomicBool, Deadline, Mutex, Ordering, Role, Signal, lock, take_role};
 use build::{Context, own as own_of};
 use closing::{Closing, ClosingShard};
 pub use consumers::PublishSyncError;
@@ -410,7 +410,8 @@ impl<A: Aggregate> Engine<A> {
     ///
     /// # Errors
     /// `ShardFailed`, of the first shard that failed; `TimedOut` at `deadline`.
-    pub fn flush(&self, deadline: Option<Instant>) -> Result<(), WaitError> {
+    pub fn flush(&self, deadline: impl Into<Deadline>) -> Result<(), WaitError> {
+        let deadline = deadline.into().instant();
         let accepted: Vec<_> = self
             .shards
             .iter()
@@ -473,7 +474,8 @@ impl<A: Aggregate> Engine<A> {
     /// # Errors
     /// The first shard's failure; `TimedOut` when the deadline passes first (the threads then go on, and a
     /// later call or the drop waits again); `OnEngineThread` on a thread of this engine or its consumers, and nothing is closed.
-    pub fn shutdown(&self, deadline: Option<Instant>) -> Result<(), WaitError> {
+    pub fn shutdown(&self, deadline: impl Into<Deadline>) -> Result<(), WaitError> {
+        let deadline = deadline.into().instant();
         if self.closing.is_own_thread() {
             return Err(WaitError::OnEngineThread);
         }

@@ -13,7 +13,7 @@ use crate::lane::counts::LaneShared;
 use crate::lane::door::ShardDoor;
 use crate::lane::ring::{Slot, free_slots, push_chunk};
 use crate::sync::Wait;
-use crate::sync::{Idle, Ordering, Patience};
+use crate::sync::{Deadline, Idle, Ordering, Patience};
 
 use crate::lane::receipt::Placing;
 use crate::lane::receipt::Receipt;
@@ -194,9 +194,10 @@ impl<E: Event> Producer<E> {
     ///
     /// # Errors
     /// As [`Producer::try_publish`].
-    pub fn publish_until(&mut self, key: Key, event: E, deadline: Instant) -> Result<Receipt, Rejected<E>> {
+    pub fn publish_until(&mut self, key: Key, event: E, deadline: impl Into<Deadline>) -> Result<Receipt, Rejected<E>> {
+        let deadline = deadline.into().instant();
         let published = self.clock.now();
-        self.send(key, event, published, NOT_DUE, Patience::Until(deadline))
+        self.send(key, event, published, NOT_DUE, Patience::until(deadline))
     }
 
     /// Publishes an event that should have been published `late` ago, as an open-loop load does: the `*Due` histograms
@@ -281,7 +282,7 @@ impl<E: Event> Producer<E> {
             Err(_) => return Err(lane.door.refusal(event)),
         }
         let placing = Placing::before(&lane.shared, lane.published + 1);
-        let (published, patience) = (self.clock.now(), deadline.map_or(Patience::Forever, Patience::Until));
+        let (published, patience) = (self.clock.now(), Patience::until(deadline));
         drop(self.push_checked(key, event, published, NOT_DUE, patience)?);
         Ok(placing.wait(deadline))
     }
@@ -307,8 +308,13 @@ impl<E: Event> Producer<E> {
     ///
     /// # Errors
     /// As [`Producer::try_publish_batch`].
-    pub fn publish_batch_until(&mut self, events: &mut Vec<(Key, E)>, deadline: Instant) -> Result<(), BatchRejected> {
-        self.batch(events, Patience::Until(deadline))
+    pub fn publish_batch_until(
+        &mut self,
+        events: &mut Vec<(Key, E)>,
+        deadline: impl Into<Deadline>,
+    ) -> Result<(), BatchRejected> {
+        let deadline = deadline.into().instant();
+        self.batch(events, Patience::until(deadline))
     }
 
     fn batch(&mut self, events: &mut Vec<(Key, E)>, patience: Patience) -> Result<(), BatchRejected> {

@@ -4,7 +4,6 @@
 
 use std::borrow::Borrow;
 use std::sync::Arc;
-use std::time::Instant;
 
 use crossbeam::queue::ArrayQueue;
 
@@ -17,7 +16,7 @@ use crate::lane::door::ShardDoor;
 use crate::lane::receipt::Receipt;
 use crate::lane::ring::Slot;
 use crate::sync::Wait;
-use crate::sync::{AtomicU64, Idle, Ordering, Patience};
+use crate::sync::{AtomicU64, Deadline, Idle, Ordering, Patience};
 
 /// One event in a shared queue: its slot, and where to write its ticket if somebody asked for a receipt.
 #[derive(Debug)]
@@ -91,8 +90,9 @@ impl<E: Event> SharedProducer<E> {
     ///
     /// # Errors
     /// As [`crate::Producer::publish_until`].
-    pub fn publish_until(&self, key: Key, event: E, deadline: Instant) -> Result<(), Rejected<E>> {
-        self.send(key, event, None, Patience::Until(deadline)).map(drop)
+    pub fn publish_until(&self, key: Key, event: E, deadline: impl Into<Deadline>) -> Result<(), Rejected<E>> {
+        let deadline = deadline.into().instant();
+        self.send(key, event, None, Patience::until(deadline)).map(drop)
     }
 
     /// Publishes an event, waiting for room, and returns a receipt. Unlike a lane of one's own, a shared one

@@ -12,7 +12,7 @@ use crate::error::WaitError;
 use crate::event::{Offset, ShardId};
 use crate::lane::counts::LaneShared;
 use crate::sync::block_until;
-use crate::sync::{AtomicU64, Ordering, thread_waker};
+use crate::sync::{AtomicU64, Deadline, Ordering, thread_waker};
 
 /// Proof that an event was accepted, and the way to learn when it is appended and durable.
 ///
@@ -109,8 +109,9 @@ impl Pending {
     ///
     /// # Errors
     /// As [`Pending::wait`], and `TimedOut`.
-    pub fn wait_until(&self, deadline: Instant) -> Result<(), WaitError> {
-        self.block(Some(deadline))
+    pub fn wait_until(&self, deadline: impl Into<Deadline>) -> Result<(), WaitError> {
+        let deadline = deadline.into().instant();
+        self.block(deadline)
     }
 
     fn block(&self, deadline: Option<Instant>) -> Result<(), WaitError> {

@@ -102,6 +102,11 @@ pub(crate) enum Patience {
 }
 
 impl Patience {
+    /// Waits until `deadline`, or for ever where there is none.
+    pub(crate) fn until(deadline: Option<Instant>) -> Self {
+        deadline.map_or(Self::Forever, Self::Until)
+    }
+
     pub(crate) fn deadline(self) -> Option<Instant> {
         match self {
             Self::Until(at) => Some(at),

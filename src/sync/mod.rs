@@ -10,6 +10,7 @@
 mod arrivals;
 mod close_gate;
 mod cpu;
+mod deadline;
 mod idle;
 mod journal;
 mod lock;
@@ -42,6 +43,7 @@ pub(crate) use crossbeam::utils::CachePadded;
 pub(crate) use arrivals::Arrivals;
 pub(crate) use close_gate::{CloseGate, Inside};
 pub(crate) use cpu::{cores, nap, prefetch, prefetch_at, prefetch_to_write};
+pub use deadline::Deadline;
 pub use idle::Wait;
 pub(crate) use idle::{Idle, Patience};
 pub(crate) use journal::Journal;

@@ -38,7 +38,7 @@ use crate::lane::requests::SyncRequests;
 use crate::log::position::Position;
 use crate::log::reader::Reader;
 use crate::storage::Lock;
-use crate::sync::{Mutex, Patience, lock};
+use crate::sync::{Deadline, Mutex, Patience, lock};
 
 pub use answer::{Accepted, GateRefused, LateEvent};
 pub(crate) use files::{GateFiles, Positions, Recorded, Standing, gates_dir};
@@ -256,7 +256,8 @@ impl<E: Event> GatedProducer<E> {
     /// # Errors
     /// `Wait` where a shard failed or the deadline passed; `Positions` where they could not be written, `Read` where the log could not
     /// be read. The older ones stay.
-    pub fn save(&mut self, deadline: Option<Instant>) -> Result<(), GateError> {
+    pub fn save(&mut self, deadline: impl Into<Deadline>) -> Result<(), GateError> {
+        let deadline = deadline.into().instant();
         self.flush(deadline)?;
         for shard in &mut self.parts.shards {
             while shard.trail.ahead(|_| false).map_err(GateError::Read)?.is_some() {}
@@ -281,7 +282,8 @@ impl<E: Event> GatedProducer<E> {
     ///
     /// # Errors
     /// As [`GatedProducer::save`].
-    pub fn close(mut self, deadline: Option<Instant>) -> Result<(), GateError> {
+    pub fn close(mut self, deadline: impl Into<Deadline>) -> Result<(), GateError> {
+        let deadline = deadline.into().instant();
         self.save(deadline)
     }
 

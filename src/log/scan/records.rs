@@ -583,7 +583,7 @@ mod tests {
     use std::fs::File;
 
     use crate::envelope::Envelope;
-    use crate::{Config, EventLog, Key, ReadError, ShardId};
+    use crate::{Config, Deadline, EventLog, Key, ReadError, ShardId};
 
     #[test]
     fn what_could_not_be_read_is_neither_an_end_nor_passed_over() {
@@ -593,7 +593,7 @@ mod tests {
         for n in 0..300 {
             producer.publish(Key(1), Envelope::new("said", 1, &n.to_string()).expect("it is JSON")).expect("published");
         }
-        engine.flush(None).expect("flushed");
+        engine.flush(Deadline::NEVER).expect("flushed");
         let mut records = crate::scan::Store::open(dir.path()).expect("a store").records(ShardId(0)).buffered(4096);
         let mut next = 0;
         while next < 300 {
