@@ -257,11 +257,23 @@ pub struct Upcaster<E> {
     pub upcast: fn(&[u8]) -> Result<E, RkyvError>,
 }
 
+/// An archive holds a variant that does not belong to the event type of its record.
+#[derive(Debug, thiserror::Error)]
+#[error("the archive holds another variant than its event type says")]
+struct AnotherVariant;
+
 impl<E> Upcaster<E> {
     /// Reads records of this type and schema version with `upcast`.
     #[must_use]
     pub const fn new(event_type: u16, schema_version: u16, upcast: fn(&[u8]) -> Result<E, RkyvError>) -> Self {
         Self { event_type: EventTypeId(event_type), schema_version, upcast }
+    }
+
+    /// The error of an upcaster that meets a variant other than its own. For code that `#[derive(Event)]` writes.
+    #[doc(hidden)]
+    #[must_use]
+    pub fn another_variant() -> RkyvError {
+        <RkyvError as rkyv::rancor::Source>::new(AnotherVariant)
     }
 }
 
@@ -324,6 +336,8 @@ pub(crate) fn is_declared<E: Event>(event_type: EventTypeId) -> bool {
 pub(crate) fn upcaster<E: Event>(event_type: EventTypeId, schema_version: u16) -> Option<&'static Upcaster<E>> {
     E::UPCASTERS.iter().find(|u| u.event_type == event_type && u.schema_version == schema_version)
 }
+
+pub use corelane_derive::Event;
 
 /// An event that corelane carries: an rkyv type with stable type ids. Normally an enum whose
 /// variants are the event types.
