@@ -1,0 +1,14 @@
+//! Events on their way in: producers, gates, receipts, inline handlers.
+#![expect(clippy::unwrap_used, reason = "a test may unwrap")]
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod engine;
+mod gated;
+mod handlers;
+mod hot_path;
+mod latency;
+mod own_event;
+mod producers;
+mod told;

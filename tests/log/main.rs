@@ -1,0 +1,15 @@
+//! The log: what it holds, what readers see, and what damage does to it.
+#![expect(clippy::unwrap_used, reason = "a test may unwrap")]
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod bit_flips;
+mod holes;
+mod last_offset;
+mod marks;
+mod model;
+mod pollers;
+mod reader;
+mod spares;
+mod torn_tail;
