@@ -5,6 +5,7 @@
 mod common;
 
 mod consumer_full_disk;
+mod exhausted;
 mod full_disk;
 mod power_cuts;
 mod real_sync;

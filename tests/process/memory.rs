@@ -1,34 +1,11 @@
-//! Memory stays flat over time with retention on. A binary of its own, because it counts every byte of the process.
-#![expect(clippy::unwrap_used, reason = "a test may unwrap")]
+//! Memory stays flat over time with retention on.
 
-mod common;
-
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
-use common::{Note, env_number, soon};
+use crate::common::own_process::is_own_process;
+use crate::common::{Note, env_number, soon};
+use crate::counting;
 use corelane::{Config, Durability, EventLog, Key, Pin, Retention};
-
-struct Weighing;
-static HELD_BYTES: AtomicU64 = AtomicU64::new(0);
-
-// SAFETY: everything is handed on to the system's allocator as it came.
-unsafe impl GlobalAlloc for Weighing {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        HELD_BYTES.fetch_add(layout.size() as u64, Ordering::Relaxed);
-        // SAFETY: the caller's promises are passed on.
-        unsafe { System.alloc(layout) }
-    }
-    unsafe fn dealloc(&self, at: *mut u8, layout: Layout) {
-        HELD_BYTES.fetch_sub(layout.size() as u64, Ordering::Relaxed);
-        // SAFETY: the caller's promises are passed on.
-        unsafe { System.dealloc(at, layout) }
-    }
-}
-
-#[global_allocator]
-static WEIGHING: Weighing = Weighing;
 
 /// Anonymous memory of the process that is resident, in KiB. (Segments are pages of files.)
 fn resident_kib() -> u64 {
@@ -64,6 +41,9 @@ fn run(engine: &EventLog<Note>, segments: u64) {
 
 #[test]
 fn memory_does_not_grow_over_time_with_retention() {
+    if !is_own_process("memory::memory_does_not_grow_over_time_with_retention") {
+        return;
+    }
     let segments = env_number("CORELANE_MEMORY_SEGMENTS", 40);
     for durability in [Durability::OsCache, Durability::GroupCommit] {
         let dir = tempfile::tempdir().unwrap();
@@ -71,9 +51,9 @@ fn memory_does_not_grow_over_time_with_retention() {
         let config = Config::new(dir.path()).segment_bytes(1 << 20).event_bytes_max(1024).pin(Pin::None);
         let engine = EventLog::<Note>::open(config.durability(durability).retention(retention)).unwrap();
         run(&engine, 15);
-        let (held, resident) = (HELD_BYTES.load(Ordering::Relaxed), resident_kib());
+        let (held, resident) = (counting::bytes_held(), resident_kib());
         run(&engine, segments);
-        let (held_after, resident_after) = (HELD_BYTES.load(Ordering::Relaxed), resident_kib());
+        let (held_after, resident_after) = (counting::bytes_held(), resident_kib());
         eprintln!(
             "{durability:?}: {segments} segments freed; {held} -> {held_after} B, {resident} -> {resident_after} KiB"
         );

@@ -1,49 +1,11 @@
 //! Memory of what services are made of: bytes per waiting and parked key, and no allocation per item in order.
-//! A binary of its own, because it counts allocations.
-#![expect(clippy::unwrap_used, reason = "a test may unwrap")]
 
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::cell::Cell;
 use std::time::{Duration, Instant};
 
+use crate::counting;
 use corelane::consumer::{KeyQueues, QueuePolicy, Verdict};
 use corelane::ingress::{GatePolicy, Offered, SequenceGate};
 use corelane::{Key, Offset};
-
-struct Counting;
-
-thread_local! {
-    static BYTES: Cell<i64> = const { Cell::new(0) };
-    static ALLOCATIONS: Cell<u64> = const { Cell::new(0) };
-}
-
-fn count(bytes: i64) {
-    BYTES.set(BYTES.get() + bytes);
-    ALLOCATIONS.set(ALLOCATIONS.get() + u64::from(bytes > 0));
-}
-
-// SAFETY: everything is handed on to the system's allocator as it came.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        count(layout.size() as i64);
-        // SAFETY: the caller's promises are passed on.
-        unsafe { System.alloc(layout) }
-    }
-    unsafe fn dealloc(&self, at: *mut u8, layout: Layout) {
-        count(-(layout.size() as i64));
-        // SAFETY: the caller's promises are passed on.
-        unsafe { System.dealloc(at, layout) }
-    }
-    unsafe fn realloc(&self, at: *mut u8, layout: Layout, bytes: usize) -> *mut u8 {
-        count(-(layout.size() as i64));
-        count(bytes as i64);
-        // SAFETY: the caller's promises are passed on.
-        unsafe { System.realloc(at, layout, bytes) }
-    }
-}
-
-#[global_allocator]
-static COUNTING: Counting = Counting;
 
 const KEYS: u64 = 1_000_000;
 const SECOND: Duration = Duration::from_secs(1);
@@ -79,7 +41,7 @@ fn run_all(lanes: &mut KeyQueues, now: Duration, verdict: Option<Verdict>) -> u6
 #[test]
 fn a_million_keys_wait_or_are_parked_in_bounded_memory() {
     let policy = QueuePolicy::default().unfinished_max(1 << 20).keys_max(1 << 20).concurrency(64);
-    let before = BYTES.get();
+    let before = counting::thread_bytes();
     let mut lanes = KeyQueues::new(policy, Offset(0)).unwrap();
     let began = Instant::now();
 
@@ -91,7 +53,7 @@ fn a_million_keys_wait_or_are_parked_in_bounded_memory() {
         lanes.failed(run, Verdict::Retry { after }, Duration::ZERO);
     }
     assert_eq!(lanes.statistics().waiting as u64, KEYS);
-    let retrying_bytes = (BYTES.get() - before) as u64;
+    let retrying_bytes = (counting::thread_bytes() - before) as u64;
 
     assert_eq!(run_all(&mut lanes, SECOND, Some(Verdict::Park)), KEYS);
     assert_eq!((lanes.statistics().keys as u64, lanes.statistics().unfinished), (KEYS, 0));
@@ -106,18 +68,18 @@ fn a_million_keys_wait_or_are_parked_in_bounded_memory() {
     let retry = Verdict::Retry { after: SECOND };
     assert_eq!(run_all(&mut lanes, Duration::ZERO, Some(retry)), KEYS);
     assert_eq!(run_all(&mut lanes, SECOND, None), KEYS);
-    let after_bytes = (BYTES.get() - before) as u64;
+    let after_bytes = (counting::thread_bytes() - before) as u64;
     assert!(after_bytes <= retrying_bytes, "{after_bytes} bytes after {retrying_bytes}");
     let took = began.elapsed();
     drop(lanes);
-    assert_eq!(BYTES.get(), before);
+    assert_eq!(counting::thread_bytes(), before);
 
     // Parked keys alone, as after a restart.
     let mut lanes = KeyQueues::new(QueuePolicy::default(), Offset(0)).unwrap();
     for n in 0..KEYS {
         lanes.restore_parked(Key::new(n), 1).unwrap();
     }
-    let parked_bytes = (BYTES.get() - before) as u64;
+    let parked_bytes = (counting::thread_bytes() - before) as u64;
     let (retrying, parked) = (retrying_bytes / KEYS, parked_bytes / KEYS);
     eprintln!("bytes per key: {retrying} retrying with one event, {parked} parked; 8 M steps in {took:?}");
     // A table that has just doubled takes twice what it holds.
@@ -131,28 +93,28 @@ fn the_gate_allocates_nothing_per_item_in_order() {
     assert_eq!(gate.offer(0_u64, 0, [0_u8; 48], SECOND), Ok(Offered::Passed([0; 48])));
     assert_eq!(gate.offer(1, 1, [0; 48], SECOND), Ok(Offered::Buffered));
     while gate.next(SECOND).is_some() {}
-    let before = ALLOCATIONS.get();
+    let before = counting::thread_allocations();
     for sequence in 0..100_000 {
         assert!(matches!(gate.offer(0, 1 + sequence, [0; 48], SECOND), Ok(Offered::Passed(_))));
         assert!(matches!(gate.offer(1, 2 + sequence, [0; 48], SECOND), Ok(Offered::Passed(_))));
         assert!(gate.next(SECOND).is_none());
     }
-    assert_eq!(ALLOCATIONS.get(), before);
+    assert_eq!(counting::thread_allocations(), before);
 }
 
 #[test]
 fn a_gate_of_a_million_partitions_in_order_is_small() {
-    let before = BYTES.get();
+    let before = counting::thread_bytes();
     let mut gate = SequenceGate::new(GatePolicy::default()).unwrap();
     for partition in 0..KEYS {
         assert!(matches!(gate.offer(partition, 0, (), SECOND), Ok(Offered::Passed(()))));
     }
-    let partition = (BYTES.get() - before) as u64 / KEYS;
-    let before = BYTES.get();
+    let partition = (counting::thread_bytes() - before) as u64 / KEYS;
+    let before = counting::thread_bytes();
     for partition in 0..KEYS {
         assert!(matches!(gate.offer(partition, 2, (), SECOND), Ok(Offered::Buffered)));
     }
-    let disorder = (BYTES.get() - before) as u64 / KEYS;
+    let disorder = (counting::thread_bytes() - before) as u64 / KEYS;
     eprintln!("bytes per partition: {partition} in order, {disorder} more with one early item");
     assert!(partition <= 96 && disorder <= 400, "{partition} and {disorder} bytes per partition");
 }

@@ -1,11 +1,9 @@
-//! Consumers for which the system starts no thread. A binary of its own, because it takes all the room there is for threads.
-#![expect(clippy::unwrap_used, reason = "a test may unwrap")]
-
-mod common;
+//! Consumers for which the system starts no thread.
 
 use std::sync::mpsc::{Sender, channel};
 
-use common::{ArchivedNote, Note, open_on, settle, small, soon};
+use crate::common::own_process::is_own_process;
+use crate::common::{ArchivedNote, Note, open_on, settle, small, soon};
 use corelane::consumer::{Batch, Consumer, ConsumerBuilder, ConsumerError, Sink, SinkConsumer};
 use corelane::testing::FaultyStorage;
 use corelane::{EventLog, HandlerError, Key, Meta, Position, ShardId};
@@ -78,6 +76,9 @@ fn handle(_: &ArchivedNote, _: &Meta) -> Result<(), HandlerError> {
 
 #[test]
 fn a_consumer_whose_thread_cannot_be_started_is_shown_with_the_reason() {
+    if !is_own_process("refused_threads::a_consumer_whose_thread_cannot_be_started_is_shown_with_the_reason") {
+        return;
+    }
     let starts: [(&str, Start); 3] = [
         ("one", |builder| builder.start(handle).map(Started::Consumer)),
         ("four", |builder| builder.concurrency(4).start(handle).map(Started::Consumer)),

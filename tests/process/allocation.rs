@@ -1,42 +1,14 @@
-//! No allocation per event on the hot path. A binary of its own, because it counts every allocation of the process.
-#![expect(clippy::unwrap_used, reason = "a test may unwrap")]
+//! No allocation per event on the hot path.
 
-mod common;
-
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::sync::atomic::{AtomicU64, Ordering};
-
-use common::soon;
+use crate::common::own_process::is_own_process;
+use crate::common::{env_number, soon};
+use crate::counting;
 use corelane::view::{Area, ById, Leaderboard, Presence, ServerStatus};
 use corelane::{
     Aggregate, Bounded, Builder, Config, Durability, Emit, Engine, Event, EventType, EventTypeId, Key, Meta, Retention,
     Stateless,
 };
 use rkyv::{Archive, Deserialize, Serialize};
-
-struct Counting;
-static ALLOCATIONS: AtomicU64 = AtomicU64::new(0);
-
-// SAFETY: everything is handed on to the system's allocator as it came.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
-        // SAFETY: the caller's promises are passed on.
-        unsafe { System.alloc(layout) }
-    }
-    unsafe fn dealloc(&self, at: *mut u8, layout: Layout) {
-        // SAFETY: the caller's promises are passed on.
-        unsafe { System.dealloc(at, layout) }
-    }
-    unsafe fn realloc(&self, at: *mut u8, layout: Layout, bytes: usize) -> *mut u8 {
-        ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
-        // SAFETY: the caller's promises are passed on.
-        unsafe { System.realloc(at, layout, bytes) }
-    }
-}
-
-#[global_allocator]
-static COUNTING: Counting = Counting;
 
 #[derive(Archive, Serialize, Deserialize, Bounded, Debug, Clone, Copy)]
 struct Step {
@@ -108,11 +80,11 @@ fn allocations<A: Aggregate<Event = Step>>(
     let mut batch = Vec::with_capacity(256);
     publish(&mut producer, &mut batch, 100_000);
     engine.flush(soon()).unwrap();
-    let before = ALLOCATIONS.load(Ordering::Relaxed);
+    let before = counting::allocations();
     publish(&mut producer, &mut batch, events);
     more(&engine);
     engine.flush(soon()).unwrap();
-    let allocations = ALLOCATIONS.load(Ordering::Relaxed) - before;
+    let allocations = counting::allocations() - before;
     engine.shutdown(soon()).unwrap();
     allocations
 }
@@ -120,7 +92,10 @@ fn allocations<A: Aggregate<Event = Step>>(
 // One test, one after the other: it counts what the whole process allocates.
 #[test]
 fn nothing_is_allocated_per_event() {
-    let events = common::env_number("CORELANE_ALLOCATION_EVENTS", 600_000);
+    if !is_own_process("allocation::nothing_is_allocated_per_event") {
+        return;
+    }
+    let events = env_number("CORELANE_ALLOCATION_EVENTS", 600_000);
     // What remains belongs to segments (some 60,000 events each) and to syncs, not to events.
     for (durability, bound) in [(Durability::OsCache, events / 1_000), (Durability::GroupCommit, events / 200)] {
         let plain = allocations::<Stateless<Step>>(durability, events, |builder| builder, |_| ());
