@@ -1,4 +1,5 @@
-//! Answers that are claimed late, out of order or never take a place each, and nothing more.
+//! Unclaimed answers: each takes one slot of the lane and nothing more, whether it is claimed late, out of order or
+//! never.
 
 use std::collections::VecDeque;
 use std::future::IntoFuture;
@@ -15,7 +16,7 @@ fn open(dir: &std::path::Path) -> Engine<Account> {
 }
 
 #[test]
-fn an_unclaimed_answer_takes_one_place_however_many_come_after_it() {
+fn an_unclaimed_answer_takes_one_slot_however_many_answers_follow() {
     let dir = tempfile::tempdir().unwrap();
     let engine = open(dir.path());
     let mut client = engine.client();
@@ -24,7 +25,7 @@ fn an_unclaimed_answer_takes_one_place_however_many_come_after_it() {
         let outcome = client.send(Key(1), Order::Deposit(1)).wait().unwrap();
         assert_eq!(outcome.version, Version(i));
     }
-    // As a task too.
+    // The same for a task.
     for i in 1..=10 * RING as u64 {
         let outcome = block_on(client.send(Key(2), Order::Deposit(1)).into_future()).unwrap();
         assert_eq!(outcome.version, Version(i));
@@ -35,7 +36,7 @@ fn an_unclaimed_answer_takes_one_place_however_many_come_after_it() {
 }
 
 #[test]
-fn full_is_said_where_as_many_answers_as_the_lane_holds_are_unclaimed_and_not_before() {
+fn sending_is_refused_as_full_exactly_when_the_unclaimed_answers_fill_the_lane() {
     let dir = tempfile::tempdir().unwrap();
     let engine = open(dir.path());
     let mut client = engine.client();
@@ -51,7 +52,7 @@ fn full_is_said_where_as_many_answers_as_the_lane_holds_are_unclaimed_and_not_be
         assert!(matches!(refused, Rejected::Full(Order::Deposit(1))), "{refused:?}");
         let refused = block_on(client.send(Key(1), Order::Deposit(1)).into_future());
         assert!(matches!(refused, Err(CommandError::NotSent(RejectedReason::Full))), "{refused:?}");
-        // A place given back is a place for one.
+        // A slot that is given back takes one command.
         let at = kept.len() / 2;
         client.forget(kept.remove(at));
         client.send(Key(1), Order::Deposit(1)).wait().unwrap();
@@ -61,7 +62,7 @@ fn full_is_said_where_as_many_answers_as_the_lane_holds_are_unclaimed_and_not_be
 }
 
 #[test]
-fn a_durable_answer_that_is_polled_early_keeps_its_place_and_is_given_once() {
+fn a_durable_answer_that_is_polled_early_keeps_its_slot_and_is_returned_once() {
     let dir = tempfile::tempdir().unwrap();
     let config = small(dir.path()).ring_capacity(RING).durability(Durability::Periodic(Duration::from_secs(3600)));
     let engine = Engine::<Account>::open(config).unwrap();
@@ -77,7 +78,7 @@ fn a_durable_answer_that_is_polled_early_keeps_its_place_and_is_given_once() {
     assert!(matches!(client.try_answer(&ticket), Some(Err(CommandError::Claimed))));
 }
 
-/// What a client promises, without rings: every command sent has a version, and its answer is there until it is claimed.
+/// A client without rings: every sent command gets a version, and its answer stays until it is claimed.
 #[derive(Default)]
 struct Oracle {
     versions: [u64; 4],
@@ -96,7 +97,7 @@ fn is_answer(outcome: Result<Outcome, CommandError<crate::common::bank::Refused>
     assert_eq!((outcome.key, outcome.version, outcome.repeated), (key, Version(version), false));
 }
 
-/// One random step. Returns how many commands it sent.
+/// Takes one random step. Returns the number of commands that it sent.
 fn step(client: &mut Client<Account>, oracle: &mut Oracle, random: &mut impl FnMut(u64) -> u64) -> u64 {
     let key = Key(random(4));
     let is_full = oracle.unclaimed.len() == RING;
@@ -126,7 +127,7 @@ fn step(client: &mut Client<Account>, oracle: &mut Oracle, random: &mut impl FnM
             Err(refused) => assert!(is_full && matches!(refused, Rejected::Full(_)), "{refused:?}"),
         },
         4 => {
-            // Cancelled: sent, and dropped before its answer, or after it has come.
+            // Cancelled: sent, and dropped before or after its answer came.
             let mut future = Box::pin(client.send(key, order).into_future());
             let answer = poll_once(&mut future);
             drop(future);
@@ -137,7 +138,7 @@ fn step(client: &mut Client<Account>, oracle: &mut Oracle, random: &mut impl FnM
                     is_answer(outcome, key, oracle.next(key));
                     return 1;
                 }
-                // Sent, or waiting for a place that a command nobody asks for still has.
+                // Either sent, or waiting for the slot of a command whose answer is not wanted.
                 None => return cancelled(client, oracle, key),
             }
         }
@@ -147,7 +148,7 @@ fn step(client: &mut Client<Account>, oracle: &mut Oracle, random: &mut impl FnM
             match random(3) {
                 0 => client.forget(ticket),
                 1 => drop(client.answer(ticket)),
-                // Given up at once, or answered: no more of it either way.
+                // Given up at once, or answered: claimed in both cases.
                 _ => drop(client.answer(ticket).wait_until(Instant::now())),
             }
         }
@@ -171,16 +172,16 @@ fn step(client: &mut Client<Account>, oracle: &mut Oracle, random: &mut impl FnM
     0
 }
 
-/// Whether a command whose future was dropped had been sent, as the key's version says.
+/// Returns 1 if a command whose future was dropped had been sent, by the key's version.
 fn cancelled(client: &mut Client<Account>, oracle: &mut Oracle, key: Key) -> u64 {
     let outcome = match client.send(key, Order::Nothing).wait() {
         Ok(outcome) => outcome,
-        // Only where no answer takes a place is there one to ask with; it was sent then, and its place is the last.
-        Err(CommandError::NotSent(RejectedReason::Full)) => panic!("a forgotten command keeps its place"),
+        // A free slot is needed to ask. The cancelled command must have given its slot back.
+        Err(CommandError::NotSent(RejectedReason::Full)) => panic!("a cancelled command keeps its slot"),
         Err(error) => panic!("{error}"),
     };
     let sent = outcome.version.0 - oracle.versions[key.0 as usize];
-    assert!(sent <= 1, "once");
+    assert!(sent <= 1, "sent more than once");
     oracle.versions[key.0 as usize] += sent;
     sent
 }
@@ -210,7 +211,7 @@ fn answers_claimed_in_any_order_given_up_or_cancelled_agree_with_an_oracle() {
         while let Some((ticket, key, version)) = oracle.unclaimed.pop_back() {
             is_answer(client.answer(ticket).wait(), key, version);
         }
-        until("everything is answered", || client.on_their_way() == 0);
+        until("every command is answered", || client.on_their_way() == 0);
         for _ in 0..RING {
             oracle.unclaimed.push_back((client.send(Key(0), Order::Nothing).ticket().unwrap(), Key(0), 0));
         }

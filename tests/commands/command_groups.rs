@@ -1,5 +1,5 @@
-//! The events of a command and its outcome are one: whatever a power cut or damage leaves of them, all of them are there or
-//! none is, and what was answered as durable is there.
+//! The events of a command and its outcome are atomic: after a power cut or damage all of them exist or none does, and
+//! every command answered as durable exists.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -17,7 +17,7 @@ fn open(storage: &FaultyStorage, durability: Durability) -> Engine<Account> {
     Engine::<Account>::builder(config).faulty_storage(storage).open().unwrap()
 }
 
-/// A command that was carried out: with which id, and which of its key's versions are its own.
+/// A command that was carried out: its id and the versions of its events.
 #[derive(Debug, Clone)]
 struct Done {
     key: u64,
@@ -35,8 +35,7 @@ fn notes(client: &mut Client<Account>, key: u64, id: u64, sizes: Vec<usize>, dur
     Done { key, id, first: outcome.version.0 - sizes.len() as u64 + 1, last: outcome.version.0, sizes, durable }
 }
 
-/// Checks that of each command all is there or nothing, the outcome included, and that the first so many are whole. Returns
-/// how many are there.
+/// Checks that the log holds a prefix of the commands, each whole and with its outcome. Returns the number of commands.
 fn check(how: &str, engine: &Engine<Account>, done: &[Done]) -> usize {
     let log = logged(engine, 0);
     for (key, (state, version)) in folded(&log) {
@@ -58,7 +57,7 @@ fn check(how: &str, engine: &Engine<Account>, done: &[Done]) -> usize {
     assert!(rest.is_empty(), "{how}: invented events: {rest:?}");
     let durable = done.iter().rposition(|command| command.durable).map_or(0, |last| last + 1);
     assert!(whole >= durable, "{how}: {whole} commands, but {durable} had been durable");
-    // Those that are there are repeats. The others are carried out, and for the first time.
+    // The commands of the log are answered as repeats. The others are carried out for the first time.
     let mut client = engine.client();
     for (i, Done { key, id, last, sizes, .. }) in done.iter().enumerate() {
         let again = client.send(Key(*key), Order::NotesOf(vec![1; sizes.len()])).once(*id).wait().unwrap();
@@ -69,12 +68,12 @@ fn check(how: &str, engine: &Engine<Account>, done: &[Done]) -> usize {
 }
 
 fn seen(event: &Logged) -> (u64, u64, usize) {
-    let Money::Noted { text } = &event.money else { panic!("nobody's event: {event:?}") };
+    let Money::Noted { text } = &event.money else { panic!("an invented event: {event:?}") };
     (event.key, event.version, text.len())
 }
 
 #[test]
-fn a_power_cut_leaves_all_of_a_command_or_nothing() {
+fn a_power_cut_keeps_all_of_a_command_or_nothing() {
     let mut kept = [0; 2];
     for seed in 1..=env_number("CORELANE_POWER_CUTS", 60) {
         let durability = if seed % 2 == 0 { Durability::OsCache } else { Durability::GroupCommit };
@@ -109,7 +108,7 @@ fn a_power_cut_leaves_all_of_a_command_or_nothing() {
 }
 
 #[test]
-fn a_rejection_that_was_remembered_goes_with_what_came_before_it() {
+fn a_remembered_rejection_is_lost_with_the_events_before_it() {
     for seed in 1..=env_number("CORELANE_POWER_CUTS", 60) {
         let storage = FaultyStorage::new();
         let engine = open(&storage, Durability::OsCache);
@@ -136,16 +135,16 @@ fn a_rejection_that_was_remembered_goes_with_what_came_before_it() {
         let cents = engine.ask(Key(1), |state, _| state.cents).unwrap();
         let first = client.send(Key(1), Order::Deposit(10)).once(1).wait().unwrap();
         assert!(first.repeated || !durable, "seed {seed}");
-        assert_eq!(first.repeated, cents == 10, "seed {seed}: an outcome with its event or without");
+        assert_eq!(first.repeated, cents == 10, "seed {seed}: an outcome exists if and only if its event does");
         client.send(Key(1), Order::Deposit(3)).wait().unwrap();
-        // Decided again now, it would lack less.
+        // If the command is decided again now, less is missing.
         let missing = refuse(&mut client, 100);
         assert!(if flushed { missing == 90 } else { [90, 87].contains(&missing) }, "seed {seed}: {missing}");
-        assert!(first.repeated || missing == 87, "seed {seed}: what came after is there, and what came before is not");
+        assert!(first.repeated || missing == 87, "seed {seed}: a later outcome exists without an earlier one");
     }
 }
 
-/// How many bytes the record of a note takes, by those of its text.
+/// The number of bytes of a note's record, by the length of its text.
 fn note_bytes(text_bytes_max: usize) -> Vec<usize> {
     let (mut out, mut scratch) = (rkyv::util::AlignedVec::<16>::with_capacity(64 << 10), Scratch::new(1 << 10));
     out.resize(64 << 10, 0);
@@ -154,7 +153,7 @@ fn note_bytes(text_bytes_max: usize) -> Vec<usize> {
 }
 
 #[test]
-fn commands_that_just_fit_into_a_segment_and_commands_that_just_do_not() {
+fn a_command_goes_whole_into_the_segment_if_it_just_fits_and_else_into_the_next() {
     let note_bytes = note_bytes(13_000);
     let mut places = [0; 2];
     for (delta, noted) in (-5_i64..=5).flat_map(|steps| [(16 * steps, false), (16 * steps, true)]) {
@@ -164,7 +163,7 @@ fn commands_that_just_fit_into_a_segment_and_commands_that_just_do_not() {
         let mut done = vec![notes(&mut client, 0, 1, vec![10, 20], false)];
         let sizes = vec![700, 0, 90];
         let needed = sizes.iter().map(|&bytes| note_bytes[bytes]).sum::<usize>() + if noted { 48 } else { 0 };
-        // Filled so that `needed + delta` bytes are left, in steps of 16 bytes.
+        // Fills the segment so that `needed + delta` bytes are left, in steps of 16 bytes.
         let target = (SEGMENT as i64 - needed as i64 - delta) as u64;
         let mut id = 2;
         loop {
@@ -173,7 +172,7 @@ fn commands_that_just_fit_into_a_segment_and_commands_that_just_do_not() {
             if left == 0 {
                 break;
             }
-            // Room for one note and its outcome; the last one fills it up.
+            // Leaves room for another note and its outcome; the last note fills the segment up.
             let bytes = (0..=13_000).rev().find(|&bytes| {
                 let taken = note_bytes[bytes] + 48;
                 taken == left || taken + note_bytes[0] + 48 <= left
@@ -214,7 +213,8 @@ fn first_segment() -> PathBuf {
     Path::new("/s/shard-0000/000000000000.seg").to_owned()
 }
 
-/// Opens the store with other bytes in its first segment; returns how many commands are there. `ends`: where whole commands end.
+/// Opens the store with other bytes in its first segment. `ends` are the ends of the commands. Returns the number of
+/// commands found.
 fn damaged(how: &str, files: &BTreeMap<PathBuf, Vec<u8>>, bytes: Vec<u8>, done: &[Done], ends: &[usize]) -> usize {
     let mut files = files.clone();
     files.insert(first_segment(), bytes.clone());
@@ -222,7 +222,7 @@ fn damaged(how: &str, files: &BTreeMap<PathBuf, Vec<u8>>, bytes: Vec<u8>, done: 
     let engine = open(&disk, Durability::OsCache);
     let torn = engine.recovery().shards[0].torn_tail.clone().map(|tail| tail.offset.0 as usize);
     let whole = check(how, &engine, done);
-    // Zeros between two commands are an end like any other.
+    // Zeros between two commands are an ordinary end of the log.
     let end = ends[whole];
     assert_eq!(torn, bytes[end..].iter().any(|byte| *byte != 0).then_some(end), "{how}");
     engine.shutdown(soon()).unwrap();
@@ -233,7 +233,7 @@ fn damaged(how: &str, files: &BTreeMap<PathBuf, Vec<u8>>, bytes: Vec<u8>, done: 
 }
 
 #[test]
-fn a_command_cut_at_every_step_of_its_records_is_gone_whole() {
+fn a_command_cut_anywhere_in_its_records_is_lost_whole() {
     let storage = FaultyStorage::new();
     let engine = open(&storage, Durability::OsCache);
     let mut client = engine.client();
@@ -248,15 +248,15 @@ fn a_command_cut_at_every_step_of_its_records_is_gone_whole() {
     let end = ends[4];
     let files = storage.files();
     let content = files[&first_segment()].clone();
-    assert_eq!(damaged("as it is", &files, content.clone(), &done, &ends), 4);
-    // `CORELANE_TORN_ALL=1`: each way at every step. Default: the ways take turns.
+    assert_eq!(damaged("undamaged", &files, content.clone(), &done, &ends), 4);
+    // `CORELANE_TORN_ALL=1` damages in each way at every step. By default the ways take turns.
     let all = env_number("CORELANE_TORN_ALL", 0) == 1;
     for at in (ends[2]..end).step_by(16) {
         let whole = if at < ends[3] { 2 } else { 3 };
         let ways = if all { 0..4 } else { at / 16 % 4..at / 16 % 4 + 1 };
         for way in ways {
             let mut bytes = content.clone();
-            let (how, may_mean_nothing) = match way {
+            let (how, may_be_padding) = match way {
                 0 => {
                     bytes[at..].fill(0);
                     ("zeroed from", false)
@@ -276,17 +276,17 @@ fn a_command_cut_at_every_step_of_its_records_is_gone_whole() {
                 }
             };
             let found = damaged(&format!("{how} {at}"), &files, bytes, &done, &ends);
-            // No check sum covers the padding behind a record.
-            assert!(found == whole || may_mean_nothing && found == 4, "{how} {at}: {found} commands, not {whole}");
+            // No checksum covers the padding after a record.
+            assert!(found == whole || may_be_padding && found == 4, "{how} {at}: {found} commands, not {whole}");
         }
     }
 }
 
 #[test]
-fn the_answer_to_a_command_that_waited_for_a_segment_goes_to_its_client_though_another_leaves() {
+fn the_answer_to_a_command_that_waited_for_a_segment_reaches_its_client_although_another_client_leaves() {
     let storage = FaultyStorage::new();
     let engine = open(&storage, Durability::OsCache);
-    // In the shard's list, one that leaves comes before the one that waits, and one that stays behind it.
+    // In the shard's list, a client that leaves precedes the one that waits, and one that stays follows it.
     let mut leaving = engine.client();
     leaving.send(Key(0), Order::Nothing).wait().unwrap();
     let mut waiting = engine.client();
@@ -295,7 +295,7 @@ fn the_answer_to_a_command_that_waited_for_a_segment_goes_to_its_client_though_a
     let mut version = 0;
     for round in 0..50 {
         staying.send(Key(0), Order::Nothing).wait().unwrap();
-        // Each takes more than half a segment, and the keeper, which prepares them, is held up.
+        // Each command takes more than half a segment, and the keeper cannot prepare segments.
         storage.hold(true);
         let order = || Order::NotesOf(vec![14_000; 3]);
         let tickets: Vec<_> = (0..3).map(|_| waiting.send(Key(1), order()).ticket().unwrap()).collect();
@@ -307,7 +307,7 @@ fn the_answer_to_a_command_that_waited_for_a_segment_goes_to_its_client_though_a
             let outcome = waiting.answer(ticket).wait_until(soon().unwrap()).unwrap_or_else(|e| panic!("{round}: {e}"));
             assert_eq!((outcome.version.0, outcome.events), (version, 3), "round {round}");
         }
-        // The next one to leave is before the others again.
+        // The next client to leave precedes the others again.
         (leaving, waiting, staying) = (waiting, staying, engine.client());
     }
 }

@@ -1,6 +1,5 @@
-//! Commands of several threads against a sequential model: whatever is sent, in whatever order it comes to the shards,
-//! restarts and power cuts in between, there is one order of all commands of a key that explains every answer and every
-//! event in the log. `CORELANE_MODEL_CASES` sets the cases.
+//! Commands of several threads against a sequential model, with restarts and power cuts: one order of a key's commands
+//! explains every answer and every event in the log. `CORELANE_MODEL_CASES` sets the cases (24).
 
 use std::collections::{HashMap, VecDeque};
 
@@ -16,11 +15,11 @@ const THREADS: usize = 3;
 /// Bytes of records that a segment holds.
 const ROOM: usize = crate::common::SEGMENT as usize - crate::common::PAGE;
 
-/// What a thread does.
+/// A step of a thread.
 #[derive(Debug, Clone)]
 enum Step {
     Command(Sent),
-    /// Deposits so many times this plus the thread's number, so that the log tells whose it was.
+    /// Publishes a deposit whose amount encodes the thread, so that the log shows the sender.
     Publish {
         key: u64,
         triple: u64,
@@ -47,7 +46,7 @@ enum How {
 #[derive(Debug, Clone, Copy)]
 enum End {
     Restart,
-    /// Flushed before or not; what of the rest survives.
+    /// After a flush or not; `unsynced` decides which unsynced bytes survive.
     PowerCut {
         flushed: bool,
         unsynced: Option<u64>,
@@ -100,7 +99,7 @@ fn scripts() -> impl Strategy<Value = Scripts> {
     prop::collection::vec(prop::collection::vec(step(), 0..40), THREADS)
 }
 
-/// Does what the script says; returns every answer, in the order of sending.
+/// Runs the script. Returns every answer, in sending order.
 fn perform(engine: &Engine<Account>, thread: usize, script: &[Step], durable: bool) -> Vec<(Sent, Answer)> {
     fn claim(client: &mut Client<Account>, open: &mut VecDeque<(Ticket, usize)>, answers: &mut [Option<Answer>]) {
         let (ticket, at) = open.pop_front().unwrap();
@@ -140,27 +139,27 @@ fn perform(engine: &Engine<Account>, thread: usize, script: &[Step], durable: bo
     sent.into_iter().zip(answers.into_iter().map(Option::unwrap)).collect()
 }
 
-/// Commands deposit multiples of three below 100, producers this.
+/// The amount that a producer deposits. Commands deposit multiples of three below 100.
 fn published(triple: u64, thread: usize) -> u64 {
     1000 + triple * 3 + thread as u64
 }
 
-/// What is known of a command with an idempotency key.
+/// The known outcome of a command with an idempotency key.
 #[derive(Debug, Clone, PartialEq)]
-enum Told {
+enum Known {
     Done { version: u64, events: u64 },
     Rejected(Refused),
 }
 
-/// What a store that lived through all that must hold.
+/// The expected contents of the store.
 #[derive(Default)]
 struct Model {
-    /// Whether answers can be durable ones.
+    /// Answers can be durable.
     durable: bool,
-    /// By shard, what the log held last.
+    /// The last contents of each shard's log.
     log: [Vec<Logged>; SHARDS as usize],
-    /// By key and idempotency key. `false`: a power cut may have taken it.
-    told: HashMap<(u64, u64), (Told, bool)>,
+    /// The outcome by key and idempotency key. `false`: a power cut may have lost it.
+    known: HashMap<(u64, u64), (Known, bool)>,
 }
 
 /// The states of one key, by version.
@@ -196,11 +195,11 @@ fn holds(expected: ExpectedVersion, version: u64) -> bool {
 }
 
 impl Model {
-    /// Checks what the threads were answered against what the log holds.
+    /// Checks the threads' answers against the log.
     fn check(&mut self, engine: &Engine<Account>, scripts: &Scripts, histories: &[Vec<(Sent, Answer)>]) {
         for shard in 0..SHARDS {
             let (log, before) = (logged(engine, shard), &mut self.log[usize::from(shard)]);
-            assert!(log.starts_with(before), "what was in the log is still there");
+            assert!(log.starts_with(before), "the earlier log is unchanged");
             for key in (0..KEYS).filter(|key| Key(*key).shard(SHARDS).0 == shard) {
                 let first = before.iter().filter(|event| event.key == key).count() as u64;
                 let past = Past::of(key, &log);
@@ -209,18 +208,19 @@ impl Model {
                     .map(|history| history.iter().filter(|(sent, _)| sent.key == key).collect())
                     .collect();
                 check_versions(key, first, &past, scripts, &of_key);
-                check_answers(key, first, &past, &mut self.told, &of_key);
+                check_answers(key, first, &past, &mut self.known, &of_key);
             }
             check_states(engine, shard, &log);
             *before = log;
         }
     }
 
-    /// After a power cut: what was durable is there, and of the rest a prefix that ends between two commands.
+    /// Checks the log after a power cut: every durable event exists, and of the rest a prefix that ends between two
+    /// commands.
     fn cut(&mut self, engine: &Engine<Account>, flushed: bool, histories: &[Vec<(Sent, Answer)>]) {
         for shard in 0..SHARDS {
             let (log, before) = (logged(engine, shard), &mut self.log[usize::from(shard)]);
-            assert!(before.starts_with(&log), "shard {shard}: a prefix of what was there");
+            assert!(before.starts_with(&log), "shard {shard}: a prefix of the earlier log");
             assert!(!flushed || log.len() == before.len(), "shard {shard}: {} of {}", log.len(), before.len());
             let survived = |key: u64| log.iter().filter(|event| event.key == key).count() as u64;
             for (sent, answer) in histories.iter().flatten() {
@@ -234,16 +234,16 @@ impl Model {
                 let durable = self.durable && sent.how == How::Durable;
                 assert!(!durable || *repeated || survived >= last, "a durable command is gone: {sent:?}, {survived}");
             }
-            self.told.retain(|(key, _), (told, certain)| {
+            self.known.retain(|(key, _), (known, certain)| {
                 if Key(*key).shard(SHARDS).0 != shard || flushed {
                     return true;
                 }
-                match told {
-                    Told::Done { version, events } => {
+                match known {
+                    Known::Done { version, events } => {
                         *certain &= *events > 0;
                         *version <= survived(*key)
                     }
-                    Told::Rejected(_) => {
+                    Known::Rejected(_) => {
                         *certain = false;
                         true
                     }
@@ -263,14 +263,14 @@ fn check_states(engine: &Engine<Account>, shard: u16, log: &[Logged]) {
     }
 }
 
-/// The versions above `first` are those of the commands that were carried out, each with its own events, and those of
-/// published events, each thread's in its order.
+/// Checks that every version above `first` belongs to a command that was carried out, with its own events, or to a
+/// published event, in each thread's order.
 fn check_versions(key: u64, first: u64, past: &Past, scripts: &Scripts, of_key: &[Vec<&(Sent, Answer)>]) {
     let mut claimed = vec![false; past.events.len()];
     for (sent, answer) in of_key.iter().flatten() {
         let Ok(Outcome { version, events, repeated: false, .. }) = answer else { continue };
         let before = version.0.checked_sub(u64::from(*events)).expect("no more events than versions");
-        assert!(before >= first && version.0 <= past.last(), "a version of another time: {sent:?}: {answer:?}");
+        assert!(before >= first && version.0 <= past.last(), "a version outside of this run: {sent:?}: {answer:?}");
         assert!(holds(sent.expected, before), "{sent:?}: {answer:?}");
         let range = before as usize..version.0 as usize;
         let would = past.states[range.start].would(&sent.order);
@@ -287,7 +287,7 @@ fn check_versions(key: u64, first: u64, past: &Past, scripts: &Scripts, of_key: 
         .filter(|at| !claimed[*at])
         .map(|at| match past.events[at] {
             Money::Deposited { cents } if cents >= 1000 => cents,
-            ref other => panic!("key {key}, version {}: nobody's {other:?}", at + 1),
+            ref other => panic!("key {key}, version {}: invented {other:?}", at + 1),
         })
         .collect();
     for (thread, script) in scripts.iter().enumerate() {
@@ -299,30 +299,30 @@ fn check_versions(key: u64, first: u64, past: &Past, scripts: &Scripts, of_key: 
                 _ => None,
             })
             .collect();
-        assert_eq!(theirs, wanted, "key {key}: what thread {thread} published, in its order");
+        assert_eq!(theirs, wanted, "key {key}: the events of thread {thread}, in its order");
     }
 }
 
-/// One order explains the answers: those of one thread can be placed, in the order of sending, between the key's versions so
-/// that each is right there; and all of one idempotency key are one.
+/// Checks that one order explains the answers: each thread's answers fit, in sending order, between the key's versions,
+/// and all answers of one idempotency key are equal.
 fn check_answers(
     key: u64,
     first: u64,
     past: &Past,
-    told: &mut HashMap<(u64, u64), (Told, bool)>,
+    known: &mut HashMap<(u64, u64), (Known, bool)>,
     of_key: &[Vec<&(Sent, Answer)>],
 ) {
-    let before: HashMap<u64, (Told, bool)> =
-        told.iter().filter(|((of, _), _)| *of == key).map(|((_, id), known)| (*id, known.clone())).collect();
-    // Under each idempotency key: what was decided now, what was answered, and whether a rejection could be explained.
-    let mut decided: HashMap<u64, Told> = HashMap::new();
-    let mut answered: HashMap<u64, Vec<Told>> = HashMap::new();
+    let before: HashMap<u64, (Known, bool)> =
+        known.iter().filter(|((of, _), _)| *of == key).map(|((_, id), known)| (*id, known.clone())).collect();
+    // By idempotency key: the new outcome, all answers, and whether a rejection is explained.
+    let mut decided: HashMap<u64, Known> = HashMap::new();
+    let mut answered: HashMap<u64, Vec<Known>> = HashMap::new();
     let mut explained: HashMap<u64, bool> = HashMap::new();
     for history in of_key {
         let mut at = first;
         let mut settled: Vec<u64> = Vec::new();
         for (sent, answer) in history {
-            // Whoever was answered under an idempotency key is answered the same from then on.
+            // Once answered, an idempotency key gets the same answer again.
             let repeats = sent
                 .once
                 .is_some_and(|id| settled.contains(&id) || before.get(&id).is_some_and(|(_, certain)| *certain));
@@ -331,7 +331,7 @@ fn check_answers(
             };
             match answer {
                 Ok(Outcome { version, events, repeated, .. }) => {
-                    let done = Told::Done { version: version.0, events: u64::from(*events) };
+                    let done = Known::Done { version: version.0, events: u64::from(*events) };
                     assert!(*repeated || !repeats, "carried out again: {sent:?}: {answer:?}");
                     if *repeated {
                         at = at.max(version.0);
@@ -339,7 +339,7 @@ fn check_answers(
                         let before = version.0 - u64::from(*events);
                         assert!(
                             before >= at,
-                            "overtook an earlier one of its client, which was at {at}: {sent:?}: {answer:?}"
+                            "overtook an earlier command of its client, at {at}: {sent:?}: {answer:?}"
                         );
                         at = version.0;
                         if let Some(id) = sent.once {
@@ -360,22 +360,22 @@ fn check_answers(
                         }
                         Some(id) => {
                             *explained.entry(id).or_default() |= place.is_some() && !repeats;
-                            answered.entry(id).or_default().push(Told::Rejected(refused.clone()));
+                            answered.entry(id).or_default().push(Known::Rejected(refused.clone()));
                             settled.push(id);
                         }
                     }
                 }
                 Err(CommandError::WrongVersion { expected, found }) => {
-                    assert!(!repeats, "a repeat that was decided on: {sent:?}: {answer:?}");
+                    assert!(!repeats, "a repeat was decided again: {sent:?}: {answer:?}");
                     assert_eq!(*expected, sent.expected);
                     assert!(!holds(sent.expected, found.0), "{sent:?}: {answer:?}");
                     assert!((at..=past.last()).contains(&found.0), "{sent:?}: {answer:?}, was at {at}");
                     at = found.0;
                 }
                 Err(CommandError::TooLarge { .. }) => {
-                    assert!(!repeats, "a repeat that was decided on: {sent:?}: {answer:?}");
+                    assert!(!repeats, "a repeat was decided again: {sent:?}: {answer:?}");
                     let Order::Notes { count, bytes } = sent.order else { panic!("{sent:?}: {answer:?}") };
-                    assert!(count * (bytes + 96) + 48 > ROOM, "there was room: {sent:?}: {answer:?}");
+                    assert!(count * (bytes + 96) + 48 > ROOM, "the command would fit: {sent:?}: {answer:?}");
                 }
                 Err(other) => panic!("{sent:?}: {other:?}"),
             }
@@ -388,11 +388,11 @@ fn check_answers(
             Some((before, true)) => assert_eq!(one, before, "key {key}, idempotency key {id}: the first outcome"),
             Some((before, false)) if one == before => {}
             _ => match one {
-                Told::Done { .. } => assert_eq!(decided.get(&id), Some(one), "key {key}: repeated, but never done"),
-                Told::Rejected(_) => assert!(explained[&id], "key {key}, idempotency key {id}: no reason for {one:?}"),
+                Known::Done { .. } => assert_eq!(decided.get(&id), Some(one), "key {key}: repeated, but never done"),
+                Known::Rejected(_) => assert!(explained[&id], "key {key}, idempotency key {id}: no reason for {one:?}"),
             },
         }
-        told.insert((key, id), (one.clone(), true));
+        known.insert((key, id), (one.clone(), true));
     }
 }
 
@@ -424,7 +424,7 @@ fn run(runs: &[(Scripts, End)], durability: Durability) {
                 assert!(engine.recovery().shards.iter().all(|shard| shard.torn_tail.is_none()));
                 let held = model.log.clone();
                 model.cut(&engine, true, &histories);
-                assert_eq!(model.log, held, "everything is there");
+                assert_eq!(model.log, held, "a restart loses nothing");
             }
             End::PowerCut { flushed, unsynced } => {
                 if flushed {

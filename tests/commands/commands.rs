@@ -1,5 +1,5 @@
-//! Commands: decided against the state as it is, all of their events or none, answered in order, once under one
-//! idempotency key.
+//! Commands are decided against the current state, append all of their events or none, are answered in order, and run
+//! once per idempotency key.
 
 use std::time::{Duration, Instant};
 
@@ -16,7 +16,7 @@ fn open(dir: &std::path::Path) -> Engine<Account> {
 }
 
 #[test]
-fn a_command_is_decided_against_the_state_and_its_outcome_told() {
+fn a_command_is_decided_against_the_state_and_its_outcome_is_returned() {
     let dir = tempfile::tempdir().unwrap();
     let engine = open(dir.path());
     let mut client = engine.client();
@@ -40,7 +40,7 @@ fn a_command_is_decided_against_the_state_and_its_outcome_told() {
 }
 
 #[test]
-fn an_expected_version_holds_or_nothing_happens() {
+fn a_command_with_a_wrong_expected_version_does_nothing() {
     let dir = tempfile::tempdir().unwrap();
     let engine = open(dir.path());
     let mut client = engine.client();
@@ -55,12 +55,12 @@ fn an_expected_version_holds_or_nothing_happens() {
 }
 
 #[test]
-fn pipelined_commands_are_answered_each_and_in_order() {
+fn pipelined_commands_are_each_answered_once() {
     let dir = tempfile::tempdir().unwrap();
     let engine = Engine::<Account>::open(small(dir.path()).shards(2)).unwrap();
     let mut client = engine.client();
     let tickets: Vec<_> = (0..60).map(|i| client.send(Key(i % 5), Order::Deposit(i)).ticket().unwrap()).collect();
-    // In any order, each once.
+    // Claims the answers in reverse order, each once.
     for (i, ticket) in tickets.into_iter().enumerate().rev() {
         let outcome = client.answer(ticket.clone()).wait().unwrap();
         assert_eq!((outcome.key, outcome.version), (Key(i as u64 % 5), Version(i as u64 / 5 + 1)));
@@ -70,7 +70,7 @@ fn pipelined_commands_are_answered_each_and_in_order() {
 }
 
 #[test]
-fn answers_nobody_claims_fill_the_lane_and_are_refused_not_waited_for() {
+fn unclaimed_answers_fill_the_lane_and_further_commands_are_refused_without_waiting() {
     let dir = tempfile::tempdir().unwrap();
     let engine = open(dir.path());
     let mut client = engine.client();
@@ -82,7 +82,7 @@ fn answers_nobody_claims_fill_the_lane_and_are_refused_not_waited_for() {
         }
     };
     assert!(matches!(refused, Rejected::Full(Order::Deposit(1))), "{refused:?}");
-    assert_eq!(tickets.len(), 64, "as many as the lane has room for");
+    assert_eq!(tickets.len(), 64, "the capacity of the lane");
     client.forget(tickets.remove(0));
     tickets.push(client.send(Key(1), Order::Deposit(1)).ticket().unwrap());
     for ticket in tickets {
@@ -95,7 +95,7 @@ fn answers_nobody_claims_fill_the_lane_and_are_refused_not_waited_for() {
 }
 
 #[test]
-fn a_panic_in_a_decision_is_its_sender_s_to_know() {
+fn a_panic_in_a_decision_is_returned_to_the_sender() {
     let dir = tempfile::tempdir().unwrap();
     let engine = open(dir.path());
     let mut client = engine.client();
@@ -107,12 +107,12 @@ fn a_panic_in_a_decision_is_its_sender_s_to_know() {
 }
 
 #[test]
-fn what_does_not_fit_is_refused_whole() {
+fn a_command_that_does_not_fit_is_refused_as_a_whole() {
     let dir = tempfile::tempdir().unwrap();
     let engine = open(dir.path());
     let mut client = engine.client();
     client.send(Key(1), Order::Deposit(5)).wait().unwrap();
-    // 64 KiB segments: 16 KiB an event at most, 60 KiB a command.
+    // With 64 KiB segments an event may take 16 KiB and a command 60 KiB.
     let refused = client.send(Key(1), Order::Notes { count: 2, bytes: 20_000 }).wait();
     assert!(matches!(refused, Err(CommandError::TooLarge { .. })), "{refused:?}");
     let refused = client.send(Key(1), Order::Notes { count: 5, bytes: 15_000 }).wait();
@@ -120,11 +120,11 @@ fn what_does_not_fit_is_refused_whole() {
     let outcome = client.send(Key(1), Order::Notes { count: 3, bytes: 15_000 }).wait().unwrap();
     assert_eq!((outcome.version, outcome.events), (Version(4), 3));
     let (state, _) = engine.state(Key(1)).unwrap().unwrap();
-    assert_eq!((state.cents, state.notes), (5, 3), "nothing of what was refused");
+    assert_eq!((state.cents, state.notes), (5, 3), "no event of a refused command");
 }
 
 #[test]
-fn commands_larger_than_what_is_left_of_a_segment_go_whole_into_the_next() {
+fn a_command_larger_than_the_rest_of_a_segment_goes_whole_into_the_next() {
     let dir = tempfile::tempdir().unwrap();
     let engine = open(dir.path());
     let mut client = engine.client();
@@ -143,7 +143,7 @@ fn commands_larger_than_what_is_left_of_a_segment_go_whole_into_the_next() {
 }
 
 #[test]
-fn a_repeat_under_an_idempotency_key_has_the_first_outcome_also_after_a_restart() {
+fn a_repeat_under_an_idempotency_key_gets_the_first_outcome_even_after_a_restart() {
     let dir = tempfile::tempdir().unwrap();
     let (a, b) = (Key(1), Key(2));
     for restart in 0..3 {
@@ -151,16 +151,16 @@ fn a_repeat_under_an_idempotency_key_has_the_first_outcome_also_after_a_restart(
         let mut client = engine.client();
         let paid = client.send(a, Order::Deposit(10)).once("payment-1").durable().wait().unwrap();
         assert_eq!((paid.version, paid.events, paid.repeated), (Version(1), 1, restart > 0));
-        // A rejection is an answer too, although it would not be rejected any more.
+        // A remembered rejection is repeated although the command would now succeed.
         let refused = client.send(a, Order::Withdraw(15)).once("payment-2").wait();
         assert!(matches!(refused, Err(CommandError::Rejected(Refused::NotEnough { missing: 5 }))), "{refused:?}");
         if restart == 0 {
             client.send(a, Order::Deposit(10)).wait().unwrap();
         }
-        // Another key's are its own.
+        // Another key has idempotency keys of its own.
         let other = client.send(b, Order::Deposit(3)).once("payment-1").wait().unwrap();
         assert_eq!((other.version, other.repeated), (Version(1), restart > 0));
-        // Nothing to do is an outcome as well.
+        // A command without events has an outcome as well.
         let nothing = client.send(b, Order::Nothing).once(77).wait().unwrap();
         assert_eq!((nothing.version, nothing.events, nothing.repeated), (Version(1), 0, restart > 0));
         assert_eq!(engine.state(a).unwrap().unwrap().0.cents, 20);
@@ -193,7 +193,7 @@ fn tasks_await_answers() {
         let durable = client.send(Key(1), Order::Deposit(1)).durable().await.unwrap();
         assert!(durable.receipt().is_durable());
         assert_eq!(engine.ask_async(Key(1), |state, _| state.cents).await.unwrap(), 201);
-        // Dropped before it is answered: its place is free again.
+        // A future dropped before its answer frees its slot.
         for _ in 0..200 {
             let mut sending = Box::pin(std::future::IntoFuture::into_future(client.send(Key(1), Order::Deposit(1))));
             crate::common::poll_once(&mut sending);
@@ -214,13 +214,13 @@ fn accepted_commands_are_carried_out_when_the_engine_is_shut_down() {
 }
 
 #[test]
-fn a_durable_answer_comes_also_where_nothing_is_appended() {
+fn a_durable_answer_comes_even_if_nothing_is_appended() {
     let dir = tempfile::tempdir().unwrap();
     let engine = Engine::<Account>::open(small(dir.path()).durability(Durability::GroupCommit)).unwrap();
     let mut client = engine.client();
     client.send(Key(1), Order::Deposit(10)).once(1).durable().wait().unwrap();
     for _ in 0..3 {
-        // Until everybody sleeps who has nothing to do.
+        // Lets every idle thread fall asleep.
         std::thread::sleep(Duration::from_millis(30));
         let repeated = client.send(Key(1), Order::Deposit(10)).once(1).durable().wait_until(soon().unwrap()).unwrap();
         assert!(repeated.repeated && repeated.receipt().is_durable());
@@ -230,7 +230,7 @@ fn a_durable_answer_comes_also_where_nothing_is_appended() {
     }
 }
 
-/// An event without drop glue whose archive is longer than itself.
+/// An event without drop glue whose archive is longer than its value.
 #[derive(Archive, Serialize, Bounded)]
 struct Named {
     #[rkyv(with = rkyv::with::InlineAsBox)]
@@ -266,7 +266,7 @@ impl Aggregate for Names {
 }
 
 #[test]
-fn an_event_that_is_longer_archived_than_in_memory_is_measured_before_the_first_of_its_command_is_appended() {
+fn an_event_whose_archive_is_longer_than_its_value_is_measured_before_its_command_is_appended() {
     const LONG: &str = "longer than sixty-four bytes, which is what this store allows an event to be";
     let dir = tempfile::tempdir().unwrap();
     let engine = Engine::<Names>::open(small(dir.path()).event_bytes_max(64)).unwrap();
@@ -274,7 +274,7 @@ fn an_event_that_is_longer_archived_than_in_memory_is_measured_before_the_first_
     assert_eq!(client.send(Key(1), &["short"]).wait().unwrap().version, Version(1));
     let refused = client.send(Key(1), &["first", LONG]).wait();
     assert!(matches!(refused, Err(CommandError::TooLarge { bytes_max: 64, .. })), "{refused:?}");
-    // Over the end of a segment, too.
+    // The commands also cross the end of a segment.
     for i in 0..500 {
         let outcome = client.send(Key(1), &["forty bytes of text, more or less, of it"; 9]).wait().unwrap();
         assert_eq!(outcome.version, Version(10 + 9 * i));
@@ -283,7 +283,7 @@ fn an_event_that_is_longer_archived_than_in_memory_is_measured_before_the_first_
 }
 
 #[test]
-fn polling_tells_failures_too_and_a_ticket_is_its_client_s() {
+fn polling_returns_failures_and_a_ticket_belongs_to_its_client() {
     let storage = corelane::testing::FaultyStorage::new();
     let engine = Engine::<Account>::builder(small("/s")).faulty_storage(&storage).open().unwrap();
     let (mut client, mut other) = (engine.client(), engine.client());
@@ -293,14 +293,14 @@ fn polling_tells_failures_too_and_a_ticket_is_its_client_s() {
     assert!(matches!(other.answer(ticket.clone()).wait(), Err(CommandError::Claimed)));
     client.answer(ticket.clone()).wait().unwrap();
     assert!(matches!(client.try_answer(&ticket), Some(Err(CommandError::Claimed))));
-    // Durable: told when it is, and that it never will be.
+    // A durable answer comes when the event is durable, or with the failure.
     let ticket = client.send(Key(1), Order::Deposit(1)).durable().ticket().unwrap();
     let deadline = soon().unwrap();
     let answer = loop {
         if let Some(answer) = client.try_answer(&ticket) {
             break answer;
         }
-        assert!(Instant::now() < deadline, "never told");
+        assert!(Instant::now() < deadline, "the answer never comes");
     };
     assert!(answer.unwrap().receipt().is_durable());
     engine.flush(soon()).unwrap();
@@ -310,7 +310,7 @@ fn polling_tells_failures_too_and_a_ticket_is_its_client_s() {
         if let Some(answer) = client.try_answer(&ticket) {
             break answer;
         }
-        assert!(Instant::now() < deadline, "a failed sync is never told");
+        assert!(Instant::now() < deadline, "the failed sync is never reported");
     };
     assert!(matches!(answer, Err(CommandError::NotDurable(WaitError::ShardFailed(_)))), "{answer:?}");
 
@@ -326,7 +326,7 @@ fn polling_tells_failures_too_and_a_ticket_is_its_client_s() {
     assert!(matches!(answer, Err(CommandError::NotDurable(WaitError::NeverDurable))), "{answer:?}");
 }
 
-/// Refuses everything, and its rejection archives to no byte at all.
+/// An aggregate that rejects every command with a rejection whose archive is empty.
 #[derive(rkyv::Archive, rkyv::Serialize, rkyv::Deserialize, corelane::Bounded, Clone, Default)]
 struct Wall(u64);
 
@@ -346,7 +346,7 @@ impl corelane::Aggregate for Wall {
 }
 
 #[test]
-fn a_rejection_without_content_is_remembered_as_one() {
+fn an_empty_rejection_is_remembered() {
     let dir = tempfile::tempdir().unwrap();
     for saved in [false, false, true, true] {
         let engine = Engine::<Wall>::open(small(dir.path())).unwrap();

@@ -1,5 +1,5 @@
-//! A consumer's machine stops at every operation and sync of a scripted run: between an effect, a checkpoint, a dead letter and what
-//! becomes of it. Then it goes on, and nothing has left unseen.
+//! The machine stops at every operation and sync of a scripted consumer run: between effects, saved positions, dead
+//! letters and their outcomes. After the restart no event is missed.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -11,7 +11,7 @@ use corelane::consumer::{ConsumerError, HealthPolicy, Judgement, Letters, Poller
 use corelane::testing::{FaultyStorage, Unsynced};
 use corelane::{EventId, EventLog, Key, Offset, ShardId};
 
-/// Whose letters are made, and whose event is skipped.
+/// The key whose events become letters, and the key whose event is skipped.
 const PARKED: u64 = 1;
 const SKIPPED: u64 = 2;
 
@@ -33,7 +33,7 @@ fn poller(
     Ok(poller.clock(move || Duration::from_millis(clock.load(Ordering::SeqCst))))
 }
 
-/// What survives a crash because it is outside: which effects were had, and what was asked of the consumer.
+/// The knowledge outside of the machine, which survives a crash: the effects, and the requests to the consumer.
 #[derive(Default)]
 struct Outside {
     /// In order.
@@ -44,7 +44,7 @@ struct Outside {
     skipped: BTreeSet<u64>,
     reprocessed: BTreeSet<u64>,
     discarded: BTreeSet<u64>,
-    /// Handled when a checkpoint was durable.
+    /// Handled before a durable save of the position.
     saved: BTreeSet<u64>,
     next: u64,
     now_ms: Arc<AtomicU64>,
@@ -69,7 +69,7 @@ impl Outside {
         Ok(())
     }
 
-    /// Takes what there is; the newest parked and skipped keys' events fail as `fails` says.
+    /// Handles every delivery; events fail as `fails` decides.
     fn take(
         &mut self,
         poller: &mut Poller<Note>,
@@ -95,7 +95,7 @@ impl Outside {
                     }
                 }
             }
-            // Its key's next ones wait for a record that waits for a sync.
+            // The next events of a key wait for a record, which waits for a sync.
             std::thread::sleep(Duration::from_micros(200));
         }
         Ok(())
@@ -107,12 +107,12 @@ impl Outside {
         Ok(())
     }
 
-    /// The life that is cut short.
+    /// The run that the fault interrupts.
     fn script(&mut self, engine: &EventLog<Note>, before_durable: bool) -> Result<(), Stops> {
         let clock = Arc::clone(&self.now_ms);
         let mut poller = poller(engine, &clock, before_durable).map_err(|_| Stops)?;
         self.publish(engine, &[1, 2, 3, 1, 2, 3, 1, 4])?;
-        // Key 1 is parked with its second event, key 2's second is skipped, key 3's second is late.
+        // The second event of key 1 is parked, that of key 2 is skipped, and that of key 3 is retried.
         self.take(&mut poller, |_, n| match n {
             3 => Some("park"),
             4 => Some("skip"),
@@ -134,7 +134,7 @@ impl Outside {
         Ok(())
     }
 
-    /// Lets key 1's letters be handled until one fails.
+    /// Reprocesses the letters of key 1 until one fails.
     fn reprocess(&mut self, poller: &mut Poller<Note>, fails: impl Fn(u64) -> bool) -> Result<(), Stops> {
         poller.reprocess(Letters::Of(Key(PARKED)));
         while let Some(delivery) = poller.next().map_err(|_| Stops)? {
@@ -162,13 +162,13 @@ impl Outside {
         letters.iter().map(|letter| number(letter.id)).collect()
     }
 
-    /// The life after: everything works.
-    fn goes_on(mut self, storage: &FaultyStorage, before_durable: bool, what: &str) {
+    /// The run after the crash, in which everything works.
+    fn continue_after(mut self, storage: &FaultyStorage, before_durable: bool, what: &str) {
         let engine = open_on(storage, small("/s")).unwrap();
         let ids = self.ids(&engine);
         let alive: BTreeSet<u64> = ids.values().copied().collect();
         assert!(alive.is_superset(&self.durable), "{what}: durable events are lost");
-        let had: BTreeSet<u64> = self.effects.iter().map(|(_, n)| *n).collect();
+        let handled: BTreeSet<u64> = self.effects.iter().map(|(_, n)| *n).collect();
         let clock = Arc::clone(&self.now_ms);
         let mut poller = poller(&engine, &clock, before_durable).unwrap();
         let letters = Self::letters(&poller, &ids);
@@ -176,26 +176,26 @@ impl Outside {
         let position = poller.report().positions[0];
         for (id, n) in ids.iter().filter(|(id, _)| id.offset < position) {
             let is_recorded = letters.contains(n) || self.skipped.contains(n) || self.discarded.contains(n);
-            assert!(had.contains(n) || is_recorded, "{what}: the checkpoint is behind {n} at {id}");
+            assert!(handled.contains(n) || is_recorded, "{what}: the position is after the unfinished {n} at {id}");
         }
-        for n in letters.intersection(&had) {
+        for n in letters.intersection(&handled) {
             assert!(self.reprocessed.contains(n), "{what}: {n} was handled, and is a letter");
-            assert!(Some(n) == self.reprocessed.last(), "{what}: {n} was handled, and its letter waits still");
+            assert!(Some(n) == self.reprocessed.last(), "{what}: {n} was handled, and its letter still waits");
         }
         let parked: BTreeSet<u64> = letters.iter().map(|n| self.published[n]).collect();
         let skips = poller.report().letters.skipped;
 
-        // Whose letters wait are not among them.
+        // Events of parked keys must not come.
         let mut again = Vec::new();
         let before = self.effects.len();
         self.take(&mut poller, |_, _| None).unwrap();
         for (key, n) in &self.effects[before..] {
-            assert!(!parked.contains(key), "{what}: {n} is handled though its key is parked");
+            assert!(!parked.contains(key), "{what}: {n} is handled although its key is parked");
             assert!(!self.saved.contains(n), "{what}: {n} was handled and saved, and is handled again");
             again.push(*n);
         }
         let was_skipped = self.skipped.iter().filter(|n| alive.contains(n) && !again.contains(n)).count();
-        assert_eq!(was_skipped as u64, skips, "{what}: skips are recorded, or not skips");
+        assert_eq!(was_skipped as u64, skips, "{what}: an event is skipped if and only if the skip is recorded");
 
         self.publish(&engine, &[1, 2, 3, 4, 5]).unwrap();
         let end = soon().unwrap();
@@ -204,17 +204,17 @@ impl Outside {
             poller.reprocess(Letters::All);
             self.take(&mut poller, |_, _| None).unwrap();
         }
-        let had: BTreeSet<u64> = self.effects.iter().map(|(_, n)| *n).collect();
+        let handled: BTreeSet<u64> = self.effects.iter().map(|(_, n)| *n).collect();
         for n in self.ids(&engine).values() {
             let is_recorded = self.skipped.contains(n) || self.discarded.contains(n);
-            assert!(had.contains(n) || is_recorded, "{what}: {n} is neither handled nor recorded");
+            assert!(handled.contains(n) || is_recorded, "{what}: {n} is neither handled nor recorded");
         }
         self.check_order(what);
         let counts = poller.report().letters;
         assert_eq!(counts.parked, counts.handled + counts.discarded, "{what}: every letter ended");
     }
 
-    /// Of every key, what was handled first was published first.
+    /// Checks that every key's events were first handled in publish order.
     fn check_order(&self, what: &str) {
         let mut first: BTreeMap<u64, Vec<u64>> = BTreeMap::new();
         for (key, n) in &self.effects {
@@ -231,7 +231,7 @@ impl Outside {
 
 #[derive(Debug, Clone, Copy)]
 enum Fault {
-    /// Everything stops there.
+    /// Everything stops at this operation.
     Gone(u64),
     Operation(u64),
     Sync(u64),
@@ -247,14 +247,14 @@ impl Fault {
     }
 }
 
-/// Runs the script with a fault, cuts the power, and goes on. Whether the script came to its end.
+/// Runs the script with a fault, cuts the power, and continues. Returns `true` if the script reached its end.
 fn run(fault: Fault, unsynced: Unsynced, before_durable: bool, opening_stops_at: Option<u64>) -> bool {
     let what = format!("{fault:?}, {unsynced:?}, before durable: {before_durable}, opening {opening_stops_at:?}");
     let storage = FaultyStorage::new();
     let mut outside = Outside::default();
     let ran = {
         let engine = open_on(&storage, small("/s")).unwrap();
-        // Its first segment is there.
+        // Creates the first segment.
         outside.publish(&engine, &[]).unwrap();
         let mut producer = engine.producer();
         producer.publish(Key(9), Note::new(1000)).unwrap();
@@ -263,7 +263,7 @@ fn run(fault: Fault, unsynced: Unsynced, before_durable: bool, opening_stops_at:
         fault.set(&storage);
         let ran = outside.script(&engine, before_durable);
         if !matches!(fault, Fault::Gone(_)) {
-            // At the moment of the end; not after the last sync of a good one.
+            // The cut comes when the script ends, before the shutdown syncs.
             let cut = storage.after_crash(unsynced);
             drop((producer, engine));
             return ended(outside, &cut, before_durable, ran.is_ok(), &what);
@@ -280,11 +280,11 @@ fn run(fault: Fault, unsynced: Unsynced, before_durable: bool, opening_stops_at:
 }
 
 fn ended(outside: Outside, storage: &FaultyStorage, before_durable: bool, ran: bool, what: &str) -> bool {
-    outside.goes_on(storage, before_durable, what);
+    outside.continue_after(storage, before_durable, what);
     ran
 }
 
-/// Every fault of a kind until the script runs through, which it does for so many in a row.
+/// Tries every fault of a kind until the script runs through three times in a row.
 fn all(kind: fn(u64) -> Fault, opening: bool) {
     let (mut n, mut in_a_row) = (0, 0);
     while in_a_row < 3 {
@@ -297,34 +297,34 @@ fn all(kind: fn(u64) -> Fault, opening: bool) {
         in_a_row = if ran { in_a_row + 1 } else { 0 };
         assert!(n < 500, "the script never runs through");
     }
-    assert!(n > 20, "{n}: there was nothing to fail");
+    assert!(n > 20, "only {n} faults were tried");
 }
 
 #[test]
-fn the_machine_stops_at_every_operation_and_nothing_leaves_unseen() {
+fn a_machine_that_stops_at_any_operation_misses_no_event() {
     all(Fault::Gone, false);
 }
 
 #[test]
-fn it_stops_again_while_the_store_is_opened() {
+fn a_machine_that_stops_again_during_opening_misses_no_event() {
     all(Fault::Gone, true);
 }
 
 #[test]
-fn an_operation_fails_and_then_the_machine_stops() {
+fn a_machine_that_stops_after_a_failed_operation_misses_no_event() {
     for n in 1..60 {
         run(Fault::Operation(n), if n % 2 == 0 { Unsynced::Lost } else { Unsynced::Random(n) }, n % 4 < 2, None);
     }
 }
 
 #[test]
-fn a_sync_fails_and_then_the_machine_stops() {
+fn a_machine_that_stops_after_a_failed_sync_misses_no_event() {
     for n in 1..40 {
         run(Fault::Sync(n), if n % 2 == 0 { Unsynced::Lost } else { Unsynced::Random(n) }, n % 4 < 2, None);
     }
 }
 
-/// Takes everything and handles it; the numbers in order.
+/// Handles every delivery. Returns the numbers in order.
 fn take_all(poller: &mut Poller<Note>, now_ms: &AtomicU64) -> Vec<u64> {
     let mut taken = Vec::new();
     let end = soon().unwrap();
@@ -342,8 +342,9 @@ fn take_all(poller: &mut Poller<Note>, now_ms: &AtomicU64) -> Vec<u64> {
 }
 
 #[test]
-fn events_that_the_log_lost_are_cut_from_the_checkpoint_and_those_in_their_place_are_handled() {
-    // So many are durable, the rest is lost; some are out when the position is saved, one waits for a retry.
+fn events_that_the_log_lost_are_removed_from_the_position_and_their_replacements_are_handled() {
+    // The first `durable` events are durable and the rest is lost. Some are out when the position is saved, and one
+    // waits for a retry.
     for (durable, out, seed) in (0..6).flat_map(|durable| (0..4).map(move |out| (durable * 3, out, durable + 10 * out)))
     {
         let what = format!("{durable} durable, {out} out");
@@ -381,7 +382,7 @@ fn events_that_the_log_lost_are_cut_from_the_checkpoint_and_those_in_their_place
         assert!(kept.len() as u64 >= durable, "{what}");
         assert!(engine.consumers()[0].positions[0] <= engine.recovery().shards[0].end, "{what}");
         let mut producer = engine.producer();
-        // Beyond where the old position was, in records of other sizes; read only when all of them are there.
+        // Appends beyond the old position, in records of other sizes, before anything is read.
         for n in 100..160 {
             producer.publish(Key(n % 25), Note::sized(n, (n as usize * 37) % 500)).unwrap();
         }
@@ -395,7 +396,7 @@ fn events_that_the_log_lost_are_cut_from_the_checkpoint_and_those_in_their_place
 }
 
 #[test]
-fn no_record_speaks_of_an_event_that_the_log_may_lose() {
+fn no_record_names_an_event_that_the_log_may_lose() {
     let mut lost = 0;
     for round in 0..40_u64 {
         let (storage, now_ms) = (FaultyStorage::new(), Arc::new(AtomicU64::new(0)));
@@ -410,7 +411,7 @@ fn no_record_speaks_of_an_event_that_the_log_may_lose() {
             let how = if meta.key.0 == SKIPPED { "skip" } else { "park" };
             poller.failed(delivery, how).unwrap();
         }
-        // The log is made durable for the records' sake; the power goes before, between or after.
+        // The log becomes durable before the records are written; the power fails before, between or after.
         let began = Instant::now();
         while began.elapsed() < Duration::from_micros(100 * (round % 8)) {
             now_ms.fetch_add(1, Ordering::SeqCst);
@@ -426,7 +427,7 @@ fn no_record_speaks_of_an_event_that_the_log_may_lose() {
         let letters = Outside::letters(&poller, &ids);
         let skips = poller.report().letters.skipped as usize;
         assert!(letters.len() + skips <= ids.len(), "{skips} skips, {letters:?}, {ids:?}");
-        // In the place of what was lost.
+        // New events take the offsets of the lost ones.
         let mut producer = engine.producer();
         for n in 100..106 {
             producer.publish(Key(10 + n % 3), Note::sized(n, 200)).unwrap().appended().wait().unwrap();
@@ -434,11 +435,11 @@ fn no_record_speaks_of_an_event_that_the_log_may_lose() {
         let taken = take_all(&mut poller, &now_ms);
         assert_eq!(taken.iter().filter(|n| **n >= 100).count(), 6, "round {round}: {taken:?}");
     }
-    assert!(lost > 0, "no round lost anything");
+    assert!(lost > 0, "no round lost an event");
 }
 
 #[test]
-fn a_restart_repeats_only_what_was_not_done_when_the_position_was_saved() {
+fn a_restart_repeats_only_events_unfinished_at_the_last_save() {
     let (storage, now_ms) = (FaultyStorage::new(), Arc::new(AtomicU64::new(0)));
     {
         let engine = open_on(&storage, small("/s")).unwrap();

@@ -1,4 +1,4 @@
-//! Dead letters where something else happens to their consumer: it is set back, started again, or has no room for more.
+//! Dead letters of a consumer that seeks back, restarts, or has no room for more.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -38,7 +38,7 @@ impl Driven {
         Some((n, delivery))
     }
 
-    /// Handles what comes, but what `fails`. The numbers of what was handled.
+    /// Handles every delivery except those that `fails` names. Returns the numbers of the handled events.
     fn take(&mut self, fails: impl Fn(u64) -> Option<&'static str>) -> Vec<u64> {
         let mut taken = Vec::new();
         while let Some((n, delivery)) = self.next() {
@@ -71,7 +71,7 @@ fn policy() -> DeadLetterPolicy {
 }
 
 #[test]
-fn a_consumer_set_back_keeps_its_letters_and_they_are_no_more_than_they_were() {
+fn a_consumer_that_seeks_back_keeps_its_letters_without_duplicates() {
     let storage = FaultyStorage::new();
     let engine = open_on(&storage, small("/s")).unwrap();
     let mut consumer = Driven::new(&engine, policy());
@@ -80,16 +80,20 @@ fn a_consumer_set_back_keeps_its_letters_and_they_are_no_more_than_they_were() {
     assert_eq!(consumer.letters(), 2);
     consumer.poller.save().unwrap();
     consumer.poller.seek(Start::Beginning).unwrap();
-    assert_eq!(consumer.take(|_| None), [20], "what came before the letters lies behind the same fault, and is one");
+    assert_eq!(
+        consumer.take(|_| None),
+        [20],
+        "the event before the letters is behind the same fault, and becomes a letter"
+    );
     assert_eq!(consumer.letters(), 3);
     consumer.poller.reprocess(Letters::All);
     assert_eq!(consumer.take(|_| None), [10, 11, 12], "in order");
     publish(&engine, [13]);
-    assert_eq!(consumer.take(|_| None), [13], "with the last one its key is live again");
+    assert_eq!(consumer.take(|_| None), [13], "with the last letter its key is unparked");
 }
 
 #[test]
-fn letters_asked_for_before_older_events_are_read_again_wait_for_them() {
+fn letters_reprocessed_before_older_events_are_read_again_wait_for_them() {
     let storage = FaultyStorage::new();
     let engine = open_on(&storage, small("/s")).unwrap();
     let mut consumer = Driven::new(&engine, policy());
@@ -102,7 +106,7 @@ fn letters_asked_for_before_older_events_are_read_again_wait_for_them() {
 }
 
 #[test]
-fn a_rebuild_handles_again_what_had_a_record_also_after_a_restart_in_the_middle() {
+fn a_rebuild_handles_recorded_events_again_even_after_a_restart_in_the_middle() {
     for restarts in [false, true] {
         let storage = FaultyStorage::new();
         let engine = open_on(&storage, small("/s")).unwrap();
@@ -126,7 +130,7 @@ fn a_rebuild_handles_again_what_had_a_record_also_after_a_restart_in_the_middle(
         let mut taken = consumer.take(|_| None);
         taken.sort_unstable();
         assert_eq!(taken, [10, 11, 20, 30, 40], "restarts: {restarts}");
-        assert_eq!(consumer.poller.report().letters, counts, "what became of them is counted still");
+        assert_eq!(consumer.poller.report().letters, counts, "the outcomes of the letters stay counted");
     }
 }
 
@@ -161,7 +165,7 @@ fn a_letter_that_makes_room_while_it_is_handled_frees_its_key_once() {
     assert!(consumer.next().is_none());
     assert_eq!(consumer.poller.report().letters.overflowed, 2, "10 and 11 made room for 20 and 12");
     consumer.poller.succeeded(oldest).unwrap();
-    // 12 is a letter: what comes waits behind it.
+    // 12 is a letter, so later events of its key wait.
     publish(&engine, [13]);
     let (n, younger) = consumer.next().unwrap();
     assert_eq!((n, consumer.next().map(|(n, _)| n)), (12, None));
@@ -170,7 +174,7 @@ fn a_letter_that_makes_room_while_it_is_handled_frees_its_key_once() {
 }
 
 #[test]
-fn letters_are_handled_where_there_is_no_room_for_more() {
+fn letters_are_handled_while_there_is_no_room_for_more() {
     let storage = FaultyStorage::new();
     let engine = open_on(&storage, small("/s")).unwrap();
     let mut consumer = Driven::new(&engine, policy().letters_max(2));
@@ -194,14 +198,14 @@ fn letters_are_handled_where_there_is_no_room_for_more() {
 }
 
 #[test]
-fn a_position_is_saved_though_what_became_of_a_letter_cannot_be_written() {
+fn a_position_is_saved_although_the_outcome_of_a_letter_cannot_be_written() {
     let storage = FaultyStorage::new();
     let engine = open_on(&storage, small("/s")).unwrap();
     publish(&engine, [10, 20]);
     let mut driven = Driven::new(&engine, policy());
     assert_eq!(driven.take(|n| (n == 10).then_some("park")), [20]);
     drop(driven);
-    // The next life's file of letters cannot be made.
+    // The next run cannot create its file of letters.
     storage.refuse_side_files(true);
     let mut driven = Driven::new(&engine, policy());
     assert_eq!(driven.poller.reprocess(Letters::All), 1);
@@ -209,17 +213,17 @@ fn a_position_is_saved_though_what_became_of_a_letter_cannot_be_written() {
     let mut taken = driven.take(|_| None);
     taken.sort_unstable();
     assert_eq!((taken, driven.letters()), (vec![10, 21, 30], 1));
-    assert!(driven.poller.save().is_err(), "not all could be saved");
+    assert!(driven.poller.save().is_err(), "the letter's outcome is not saved");
     let unsaved = engine.consumers()[0].lag_bytes;
-    assert_eq!(unsaved, 0, "but the position was");
+    assert_eq!(unsaved, 0, "the position is saved");
     drop(driven);
     storage.refuse_side_files(false);
     let mut driven = Driven::new(&engine, policy());
-    assert_eq!((driven.take(|_| None), driven.letters()), (vec![], 1), "at least once: the letter waits still");
+    assert_eq!((driven.take(|_| None), driven.letters()), (vec![], 1), "at least once: the letter still waits");
 }
 
 #[test]
-fn the_next_checkpoint_knows_what_became_of_letters_though_nothing_else_was_done() {
+fn the_next_position_covers_the_outcomes_of_letters_although_nothing_else_was_handled() {
     for is_discarded in [true, false] {
         let storage = FaultyStorage::new();
         let engine = open_on(&storage, small("/s")).unwrap();
@@ -238,16 +242,16 @@ fn the_next_checkpoint_knows_what_became_of_letters_though_nothing_else_was_done
             assert_eq!(driven.poller.reprocess(Letters::All), 1);
             assert_eq!(driven.take(|_| None), [10, 11]);
         }
-        // The time of a checkpoint passes.
+        // Lets the interval between two saves pass.
         for _ in 0..3 {
             driven.now_ms.fetch_add(2000, Ordering::SeqCst);
             assert!(driven.next().is_none());
         }
         let after = storage.files();
-        assert!(after[&letters].len() > files[&letters].len(), "the outcome of each letter is written there");
-        assert!(after[&checkpoint] != files[&checkpoint], "and the checkpoint knows how far");
+        assert!(after[&letters].len() > files[&letters].len(), "the outcome of each letter is written to the letters");
+        assert!(after[&checkpoint] != files[&checkpoint], "the position covers them");
         drop((driven, engine));
-        // A kill; and then somebody puts the letters of before in their place.
+        // After a kill, the earlier file of letters replaces the current one.
         let mut replaced = after;
         replaced.insert(letters.clone(), files[&letters].clone());
         let engine = open_on(&FaultyStorage::with_files(replaced), small("/s")).unwrap();

@@ -1,7 +1,8 @@
-//! A consumer against a plain oracle: whatever is published, failed, retried, parked, handled again, discarded, saved, set elsewhere,
-//! restarted, refused by the disk and cut off, every key keeps its order, and no event leaves unseen.
+//! A consumer against a plain oracle: after any series of events, failures, retries, letters, saves, seeks, restarts,
+//! disk errors and power cuts, every key keeps its order and no event is missed.
 //!
-//! `CORELANE_MODEL_CASES` sets how many runs, `CORELANE_MODEL_SEED` the first one's seed (a run is repeated as far as threads repeat).
+//! `CORELANE_MODEL_CASES` sets the number of runs (30) and `CORELANE_MODEL_SEED` the first seed. A seed repeats a run
+//! except for thread timing.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -73,16 +74,16 @@ impl Random {
     }
 }
 
-/// How an event ended, the first time.
+/// How an event ended for the first time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum End {
     Handled,
-    /// Was judged so; whether it is recorded is not seen by itself.
+    /// Judged to be skipped; the record of it is not visible by itself.
     Skipped,
     Discarded,
 }
 
-/// What is known of an event.
+/// The oracle's knowledge of an event.
 #[derive(Debug)]
 struct Known {
     key: u64,
@@ -90,23 +91,23 @@ struct Known {
     id: EventId,
     /// The log cannot lose it.
     is_durable: bool,
-    /// Every filter since it was published wants it, and no seek left it behind.
+    /// Every filter since it was published includes it, and no seek skipped it.
     must_end: bool,
     end: Option<End>,
-    /// It ended in this life of the poller, since it was last set elsewhere.
+    /// It ended in this run of the poller, since the last seek.
     ended_here: bool,
-    /// It must not be delivered from the log again, also in another life.
+    /// It must not be delivered from the log again, even in another run.
     ended_for_good: bool,
-    /// It was told to be parked in this life and is not recorded yet, as far as was seen.
+    /// It was judged to be parked in this run, and no letter of it has been seen yet.
     to_park: bool,
-    /// It was judged to be skipped and has not come again since.
+    /// It was judged to be skipped and has not been delivered since.
     skipped: bool,
-    /// Failed attempts in this life.
+    /// Failed attempts in this run.
     attempts: u32,
 }
 
 impl Known {
-    /// It comes again, so there was no record of it.
+    /// Notes that the event was delivered again, so its skip was not recorded.
     fn is_not_skipped(&mut self) {
         self.skipped = false;
         self.end = self.end.filter(|end| *end != End::Skipped);
@@ -168,25 +169,26 @@ struct World {
     events: BTreeMap<u64, Known>,
     /// By key, oldest first.
     letters: BTreeMap<u64, BTreeSet<u64>>,
-    /// Keys whose last letter has gone and of which nothing came since: a record may be under way.
+    /// Keys whose last letter has ended and that had no delivery since: a record may be in flight.
     freed: BTreeSet<u64>,
     /// Keys that ever had letters.
     parked: BTreeSet<u64>,
-    /// Keys whose letters are asked for.
+    /// Keys whose letters are being reprocessed.
     asked: BTreeSet<u64>,
-    /// Keys of which a letter failed while the disk may have refused the record of that: until it is written they are asked for.
+    /// Keys of which a letter failed while the disk may have refused the record of the failure: until it is written,
+    /// they may still be reprocessed.
     perhaps_asked: BTreeSet<u64>,
-    /// Letters of which it could not be written what became of them.
+    /// Letters whose outcome could not be written.
     unsure: BTreeSet<u64>,
-    /// The newest event of each key that was delivered from the log in this life.
+    /// The newest event of each key that was delivered from the log in this run.
     newest: BTreeMap<u64, u64>,
     gaps: BTreeSet<u64>,
     is_armed: bool,
     /// A failure may have stopped a shard since the store was opened.
     is_suspect: bool,
-    /// The poller that is gone could record all it was told.
+    /// The previous poller could record every outcome.
     was_saved: bool,
-    /// Counts of records can be foretold.
+    /// The counts of records are predictable.
     counts: bool,
     trace: Vec<String>,
 }
@@ -265,7 +267,7 @@ impl World {
         self.is_armed = false;
     }
 
-    /// Opens the store and looks at what the log has lost.
+    /// Opens the store and removes the events that the log has lost.
     fn open(&mut self) {
         let open = |world: &Self| EventLog::<Deed>::builder(world.config()).faulty_storage(&world.storage).open();
         let engine = match open(self) {
@@ -292,13 +294,13 @@ impl World {
             assert!(!known.is_durable, "the log lost event {n}: {known:?}");
             assert!(
                 self.letters.get(&known.key).is_none_or(|letters| !letters.contains(&n)),
-                "the letter {n} is of no event"
+                "the letter {n} has no event"
             );
             self.note(format!("the log lost {n}"));
         }
     }
 
-    /// A new life of the poller.
+    /// Begins a new run of the poller.
     fn attach(&mut self, refilter: bool) {
         if refilter && self.random.one_in(3) {
             let wanted = 1 + self.random.below(7);
@@ -325,12 +327,12 @@ impl World {
                 Some(self.build().unwrap())
             }
         };
-        self.note(format!("a life with filter {:?}, concurrency {}", self.filter, self.concurrency));
-        self.look(&BTreeSet::new());
+        self.note(format!("a run with filter {:?}, concurrency {}", self.filter, self.concurrency));
+        self.check_letters(&BTreeSet::new());
         if std::mem::take(&mut self.was_saved) {
-            self.told_is_recorded();
+            self.all_is_recorded();
         }
-        // What a poller was told and could not record is forgotten with it: the event comes again.
+        // An outcome that a poller could not record is forgotten with it, and the event comes again.
         self.events.values_mut().for_each(|known| known.to_park = false);
         self.unsure.clear();
     }
@@ -361,46 +363,47 @@ impl World {
             .map(|poller| poller.clock(move || Duration::from_nanos(clock.load(Ordering::SeqCst))))
     }
 
-    /// Ends the poller's life; saved, if the disk lets it.
+    /// Ends the poller's run, which saves its position if the disk allows it.
     fn detach(&mut self) {
         self.out.clear();
         self.poller = None;
-        // A log that has failed becomes durable no more, and no record speaks of what it may lose.
+        // A failed log never becomes durable, and no record names an event that it may lose.
         self.was_saved = !self.is_armed && !self.is_suspect;
         if !self.is_armed {
             self.saved(self.was_saved);
         }
     }
 
-    /// A checkpoint is durable: what has ended here is not delivered again, nor are skipped events where their records are written.
+    /// Notes that the position is durable: events that ended here are not delivered again, nor are skipped events whose
+    /// records are written.
     fn saved(&mut self, is_recorded: bool) {
         for known in self.events.values_mut().filter(|known| known.ended_here && (is_recorded || !known.skipped)) {
             known.ended_for_good = true;
         }
     }
 
-    /// All that was told is recorded; the letters were looked at since.
-    fn told_is_recorded(&mut self) {
+    /// Notes that every outcome is recorded and the letters are up to date.
+    fn all_is_recorded(&mut self) {
         for (n, known) in self.events.iter_mut().filter(|(_, known)| known.to_park) {
-            assert!(!self.setting.has_room(), "event {n} was told to be parked, and is no letter: {known:?}");
+            assert!(!self.setting.has_room(), "event {n} was judged to be parked, and is no letter: {known:?}");
             // Its letter made room for others.
             known.end.get_or_insert(End::Discarded);
             (known.to_park, known.ended_for_good) = (false, true);
         }
     }
 
-    /// Looks at the dead letters. `gone` may have left them.
-    fn look(&mut self, gone: &BTreeSet<u64>) {
+    /// Checks the dead letters against the oracle. Those of `gone` may have ended.
+    fn check_letters(&mut self, gone: &BTreeSet<u64>) {
         let listed = self.poller.as_ref().unwrap().dead_letters(None, usize::MAX).unwrap();
         let by_id: BTreeMap<EventId, u64> = self.events.iter().map(|(n, known)| (known.id, *n)).collect();
         let mut letters: BTreeMap<u64, BTreeSet<u64>> = BTreeMap::new();
         for letter in &listed {
-            let n = *by_id.get(&letter.id).unwrap_or_else(|| panic!("a letter of no event: {letter:?}"));
+            let n = *by_id.get(&letter.id).unwrap_or_else(|| panic!("a letter without an event: {letter:?}"));
             assert_eq!(letter.key.0, self.events[&n].key);
             letters.entry(letter.key.0).or_default().insert(n);
         }
         let count: usize = letters.values().map(BTreeSet::len).sum();
-        assert_eq!(count, listed.len(), "each letter once");
+        assert_eq!(count, listed.len(), "each letter is listed once");
         assert_eq!(self.poller.as_ref().unwrap().report().letters.letters, count);
         assert!(count <= self.setting.letters_max);
         let flat =
@@ -422,7 +425,7 @@ impl World {
             self.trace.push(format!("{n} of {} is a letter", known.key));
         }
         for n in before.difference(&after) {
-            // What was handled and could not be recorded is recorded later.
+            // A handled letter whose outcome could not be recorded is recorded later.
             let may = gone.contains(n) || self.unsure.contains(n) || !self.setting.has_room();
             assert!(may, "the letter {n} is lost");
             self.trace.push(format!("the letter {n} is gone"));
@@ -431,7 +434,7 @@ impl World {
         for n in &after {
             let known = self.events.get_mut(n).unwrap();
             known.is_not_skipped();
-            // While it is a letter, and when it is none any more.
+            // This holds while the event is a letter and afterwards.
             (known.to_park, known.ended_for_good) = (false, true);
         }
         self.freed.extend(self.letters.keys().filter(|key| !letters.contains_key(key)));
@@ -465,7 +468,7 @@ impl World {
             self.restart_after_failure();
         }
         let Some(id) = self.find(shard, n) else {
-            self.note(format!("{n} is not there"));
+            self.note(format!("{n} is not in the log"));
             return;
         };
         let must_end = self.filter.contains(&kind);
@@ -486,7 +489,7 @@ impl World {
         self.events.insert(n, known);
     }
 
-    /// Where the event lies in its shard, if it is there.
+    /// Finds the event in its shard.
     fn find(&self, shard: ShardId, n: u64) -> Option<EventId> {
         for _ in 0..100 {
             let mut reader = self.engine().reader(shard);
@@ -495,7 +498,7 @@ impl World {
                     Ok(Some(record)) if number(record.event) == n => return Some(record.meta.id()),
                     Ok(Some(_)) => {}
                     Ok(None) => return None,
-                    // Freed while it was read.
+                    // A segment was freed while it was read.
                     Err(_) => break,
                 }
             }
@@ -503,7 +506,7 @@ impl World {
         panic!("the log cannot be read");
     }
 
-    /// The log stopped with an injected failure: only a restart helps.
+    /// Restarts the engine after an injected failure stopped the log.
     fn restart_after_failure(&mut self) {
         self.disarm();
         self.out.clear();
@@ -526,7 +529,7 @@ impl World {
 
     fn take(&mut self) {
         let next = self.poller().next();
-        self.look(&BTreeSet::new());
+        self.check_letters(&BTreeSet::new());
         let delivery = match next {
             Ok(Some(delivery)) => delivery,
             Ok(None) => return,
@@ -543,7 +546,7 @@ impl World {
         self.trace.push(format!("{n} of {key} is delivered, {}", if is_letter { "a letter" } else { "from the log" }));
         let known = self.events.get(&n).unwrap_or_else(|| panic!("event {n} is not in the log"));
         assert_eq!((known.key, known.id), (key, id));
-        assert!(self.out.len() < self.concurrency, "more than may be out");
+        assert!(self.out.len() < self.concurrency, "more than `concurrency` deliveries are out");
         assert!(self.out.iter().all(|out| self.events[&out.n].key != key), "two of key {key} are out");
         self.overflow(key, n);
         let known = &self.events[&n];
@@ -552,23 +555,23 @@ impl World {
         }
         if is_letter {
             assert_eq!(self.letters[&key].first(), Some(&n), "oldest first");
-            assert!(self.asked.contains(&key) || !self.setting.has_room(), "nobody asked for the letter {n}");
+            assert!(self.asked.contains(&key) || !self.setting.has_room(), "the letter {n} is not being reprocessed");
         } else {
-            assert!(!self.letters.contains_key(&key), "event {n} is delivered though key {key} is parked");
-            assert!(self.filter.contains(&known.kind), "nobody wants event {n}");
+            assert!(!self.letters.contains_key(&key), "event {n} is delivered although key {key} is parked");
+            assert!(self.filter.contains(&known.kind), "the filter excludes event {n}");
             assert!(!known.ended_for_good, "event {n} had ended: {known:?}");
             assert!(!known.ended_here, "event {n} had ended here: {known:?}");
-            assert!(!known.to_park, "event {n} was told to be parked: {known:?}");
+            assert!(!known.to_park, "event {n} was judged to be parked: {known:?}");
             assert!(
                 self.newest.get(&key).is_none_or(|newest| *newest <= n),
-                "event {n} behind {:?}",
+                "event {n} after {:?}",
                 self.newest.get(&key)
             );
             assert_eq!(delivery.attempt(), known.attempts + 1);
             self.newest.insert(key, n);
             self.freed.remove(&key);
             self.events.get_mut(&n).unwrap().is_not_skipped();
-            // Those before it that were skipped are recorded.
+            // The skips before it in its key are recorded.
             for (_, earlier) in self.events.range_mut(..n).filter(|(_, earlier)| earlier.key == key) {
                 earlier.ended_for_good |= earlier.skipped && earlier.ended_here;
             }
@@ -576,7 +579,7 @@ impl World {
         self.out.push(Out { n, is_letter, delivery });
     }
 
-    /// With little room, letters may come and go unseen; they are counted.
+    /// With little room, letters may come and end unseen; only their counts show them.
     fn overflow(&mut self, key: u64, before: u64) {
         if self.setting.has_room() || !self.parked.contains(&key) {
             return;
@@ -587,7 +590,7 @@ impl World {
         }
     }
 
-    /// The poller is built anew.
+    /// Replaces the poller.
     fn again(&mut self) {
         self.detach();
         self.disarm();
@@ -609,7 +612,7 @@ impl World {
 
     fn letter_is_done(&mut self, n: u64) {
         let key = self.events[&n].key;
-        self.look(&BTreeSet::from([n]));
+        self.check_letters(&BTreeSet::from([n]));
         match self.letters.get(&key) {
             Some(letters) if letters.contains(&n) => {
                 assert!(self.is_armed, "the letter {n} is handled and still there");
@@ -639,7 +642,7 @@ impl World {
             if self.is_armed {
                 self.perhaps_asked.insert(key);
             }
-            return self.look(&BTreeSet::new());
+            return self.check_letters(&BTreeSet::new());
         }
         let how = match (how, exhausted) {
             ("policy", _) if attempt < ATTEMPTS => "retry",
@@ -663,9 +666,9 @@ impl World {
                 assert!(self.poller().report().halted.is_some());
                 let next = self.poller().next();
                 if !self.is_armed {
-                    assert!(next.unwrap().is_none(), "it has halted");
+                    assert!(next.unwrap().is_none(), "the consumer has halted");
                 }
-                self.look(&BTreeSet::new());
+                self.check_letters(&BTreeSet::new());
                 self.poller().resume();
             }
             _ => {}
@@ -687,8 +690,8 @@ impl World {
         let perhaps = keys.iter().filter(|key| self.perhaps_asked.contains(key)).count();
         let new = keys.into_iter().filter(|key| self.asked.insert(*key)).count();
         let asked = self.poller().reprocess(which);
-        // Letters that made room may still be asked for.
-        assert!(asked.abs_diff(new) <= perhaps || !self.setting.has_room(), "{asked} are asked for, not {new}");
+        // Keys whose letters made room may still be reprocessed.
+        assert!(asked.abs_diff(new) <= perhaps || !self.setting.has_room(), "{asked} keys are reprocessed, not {new}");
     }
 
     fn discard(&mut self) {
@@ -699,12 +702,12 @@ impl World {
         let keys: BTreeSet<u64> = keys.difference(&out).copied().collect();
         let gone: BTreeSet<u64> = keys.iter().filter_map(|key| self.letters.get(key)).flatten().copied().collect();
         let discarded = self.poller().discard(which);
-        self.look(&gone);
+        self.check_letters(&gone);
         let left: BTreeSet<u64> =
             gone.iter().filter(|n| self.letters.values().any(|of| of.contains(n))).copied().collect();
         match discarded {
             Ok(count) => {
-                // What was handled and not recorded yet is recorded as that.
+                // A handled letter that is not recorded yet is recorded as handled.
                 let handled = gone.intersection(&self.unsure).count();
                 assert!((gone.len() - handled..=gone.len()).contains(&(count as usize)) && left.is_empty());
             }
@@ -715,7 +718,7 @@ impl World {
             }
         }
         self.asked.retain(|key| !keys.contains(key) || self.letters.contains_key(key));
-        // What could not be discarded is no longer asked for.
+        // The reprocessing of keys that could not be discarded has ended.
         let still: Vec<u64> = self.asked.intersection(&keys).copied().collect();
         for key in still {
             self.poller().reprocess(Letters::Of(Key(key)));
@@ -733,8 +736,8 @@ impl World {
         let sought = self.poller().seek(if to_end { Start::Latest } else { Start::Beginning });
         match &sought {
             Ok(()) => {
-                self.look(&BTreeSet::new());
-                self.told_is_recorded();
+                self.check_letters(&BTreeSet::new());
+                self.all_is_recorded();
             }
             Err(error) => assert!(self.is_suspect, "{error}"),
         }
@@ -754,7 +757,7 @@ impl World {
             }
             (known.ended_here, known.ended_for_good) = (false, false);
             if sought.is_ok() {
-                // All that is there is handled again, as if it were new.
+                // Every event of the log is handled again as if it were new.
                 let is_there = known.id.offset >= positions[usize::from(known.id.shard.0)];
                 (known.end, known.skipped) = (None, false);
                 known.must_end = is_there && self.filter.contains(&known.kind);
@@ -767,10 +770,10 @@ impl World {
 
     fn save(&mut self) {
         let saved = self.poller().save();
-        self.look(&BTreeSet::new());
+        self.check_letters(&BTreeSet::new());
         match saved {
             Ok(()) => {
-                self.told_is_recorded();
+                self.all_is_recorded();
                 self.saved(true);
             }
             Err(error) => assert!(self.is_suspect, "{error}"),
@@ -792,7 +795,7 @@ impl World {
         self.attach(true);
     }
 
-    /// The machine stops now.
+    /// Cuts the power.
     fn cut(&mut self) {
         let unsynced = if self.random.one_in(2) { Unsynced::Lost } else { Unsynced::Random(self.random.next()) };
         self.note(format!("a power cut, {unsynced:?}"));
@@ -842,7 +845,7 @@ impl World {
             90 => {
                 let key = self.random.below(KEYS);
                 let waited = self.poller().gap_filled(Key(key));
-                assert!(!waited || self.gaps.remove(&key), "key {key} waited for nothing");
+                assert!(!waited || self.gaps.remove(&key), "key {key} waited for no gap");
             }
             91 if !self.is_armed => {
                 self.note("the poller is dropped");
@@ -855,7 +858,7 @@ impl World {
         }
     }
 
-    /// Everything works again: takes all there is, until nothing waits.
+    /// Removes every fault and handles deliveries until none is left.
     fn settle(&mut self) {
         self.disarm();
         if self.is_suspect {
@@ -897,9 +900,9 @@ impl World {
             let skipped = self.events.values().filter(|known| known.skipped).count();
             let discarded = self.events.values().filter(|known| known.end == Some(End::Discarded)).count();
             assert_eq!(counts.skipped as usize, skipped, "skips are recorded");
-            assert!(discarded <= counts.discarded as usize, "what was discarded is recorded");
+            assert!(discarded <= counts.discarded as usize, "discards are recorded");
         }
-        // All keys are live: what comes now is handled at once.
+        // Every key is unparked, so new events are handled at once.
         self.check_live();
         self.restart();
         self.check_live();
@@ -914,13 +917,13 @@ impl World {
         }
         self.settle();
         for (n, known) in self.events.range(from..) {
-            assert_eq!(known.end, Some(End::Handled), "event {n} of a live key");
+            assert_eq!(known.end, Some(End::Handled), "event {n} of an unparked key");
         }
-        assert_eq!(self.poller().report().letters.parked, parked, "all keys are live");
+        assert_eq!(self.poller().report().letters.parked, parked, "every key is unparked");
     }
 }
 
-/// Nothing goes wrong by itself.
+/// A setting without faults.
 fn plain() -> Setting {
     Setting {
         durability: Durability::GroupCommit,
@@ -936,12 +939,12 @@ fn plain() -> Setting {
 }
 
 #[test]
-fn an_unfinished_event_of_a_type_no_longer_wanted_is_not_saved_behind_the_position() {
+fn an_unfinished_event_of_a_newly_excluded_type_is_not_saved_with_the_position() {
     let mut world = World::of(Random(0), plain());
     world.poller = None;
     world.concurrency = 8;
     world.poller = Some(world.build().unwrap());
-    // Of one shard.
+    // All keys belong to one shard.
     for (kind, key) in [1, 2].into_iter().enumerate() {
         assert_eq!(Key(key).shard(SHARDS), ShardId(1));
         world.publish_one(kind as u64, key, kind);
@@ -951,7 +954,7 @@ fn an_unfinished_event_of_a_type_no_longer_wanted_is_not_saved_behind_the_positi
     let at = world.out.iter().position(|out| out.n == 1).unwrap();
     world.succeed(at);
     world.detach();
-    // 0 was out, 1 is done; now nobody wants either, and nothing else comes.
+    // 0 was out and 1 is done. Now the filter excludes both, and no other event comes.
     world.filter = vec![2];
     world.attach(false);
     world.take();
@@ -962,12 +965,12 @@ fn an_unfinished_event_of_a_type_no_longer_wanted_is_not_saved_behind_the_positi
 }
 
 #[test]
-fn an_unfinished_event_of_a_type_no_longer_wanted_hides_none_behind_it() {
+fn an_unfinished_event_of_a_newly_excluded_type_hides_no_later_event() {
     let mut world = World::of(Random(0), plain());
     world.poller = None;
     world.concurrency = 8;
     world.poller = Some(world.build().unwrap());
-    // Of one shard.
+    // All keys belong to one shard.
     for (kind, key) in [1, 2, 4].into_iter().enumerate() {
         assert_eq!(Key(key).shard(SHARDS), ShardId(1));
         world.publish_one(kind as u64, key, kind);
@@ -979,7 +982,7 @@ fn an_unfinished_event_of_a_type_no_longer_wanted_hides_none_behind_it() {
     let at = world.out.iter().position(|out| out.n == 2).unwrap();
     world.succeed(at);
     world.detach();
-    // 0 and 1 were out, 2 is done; now nobody wants 0.
+    // 0 and 1 were out and 2 is done. Now the filter excludes 0.
     world.filter = vec![1, 2];
     world.attach(false);
     world.take();
@@ -987,7 +990,7 @@ fn an_unfinished_event_of_a_type_no_longer_wanted_hides_none_behind_it() {
 }
 
 #[test]
-fn every_key_keeps_its_order_and_no_event_leaves_unseen() {
+fn every_key_keeps_its_order_and_no_event_is_missed() {
     let (cases, first) = (env_number("CORELANE_MODEL_CASES", 30), env_number("CORELANE_MODEL_SEED", 1));
     for seed in first..first + cases {
         let run = std::panic::catch_unwind(|| {
@@ -998,7 +1001,7 @@ fn every_key_keeps_its_order_and_no_event_leaves_unseen() {
             world.finish();
         });
         if let Err(panic) = run {
-            eprintln!("CORELANE_MODEL_SEED={seed} CORELANE_MODEL_CASES=1 repeats it");
+            eprintln!("CORELANE_MODEL_SEED={seed} CORELANE_MODEL_CASES=1 repeats this run");
             std::panic::resume_unwind(panic);
         }
     }

@@ -1,5 +1,5 @@
-//! Sinks that keep their position with their data: whatever fails, panics, restarts or loses power, every event is in it once and in
-//! order; and one that is ahead of its log says so.
+//! Sinks that keep their position with their data hold every event once and in order, whatever fails, panics, restarts
+//! or loses power. A sink that is ahead of its log ends with an error.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -14,7 +14,7 @@ use corelane::{EventLog, HandlerError, Key, Meta, OpenError, Position, PositionE
 
 const SHARDS: u16 = 2;
 
-/// What is committed, and how the next transactions end.
+/// The committed data, and how the next transactions end.
 #[derive(Default)]
 struct Committed {
     rows: BTreeMap<u16, Vec<u64>>,
@@ -33,7 +33,7 @@ impl Committed {
     }
 }
 
-/// A database on another machine: it survives.
+/// A database on another machine, which survives crashes.
 #[derive(Clone, Default)]
 struct Database(Arc<Mutex<Committed>>);
 
@@ -68,12 +68,12 @@ impl Sink<Note> for Database {
             (fate, committed.below(20))
         };
         let mut rows = Vec::new();
-        assert_ne!(fate, 0, "before anything, as it must");
+        assert_ne!(fate, 0, "a panic before the first event");
         while let Some(record) = batch.next()? {
             rows.push(record.event.n.to_native());
             match fate {
                 1 if rows.len() as u64 > stops_after => return Err("inside".into()),
-                // It commits what it took, and leaves the rest of the batch.
+                // Commits the events so far and leaves the rest of the batch.
                 6 if rows.len() as u64 > stops_after => break,
                 _ => {}
             }
@@ -82,12 +82,12 @@ impl Sink<Note> for Database {
             return Err("before the commit".into());
         }
         let mut committed = self.committed();
-        assert_ne!(fate, 3, "inside the transaction, as it must");
+        assert_ne!(fate, 3, "a panic inside the transaction");
         let shard = batch.shard().0;
         committed.rows.entry(shard).or_default().extend(rows);
         committed.positions.insert(shard, batch.end());
         drop(committed);
-        assert_ne!(fate, 4, "behind the commit, as it must");
+        assert_ne!(fate, 4, "a panic after the commit");
         if fate == 5 { Err("the answer was lost".into()) } else { Ok(()) }
     }
 }
@@ -111,7 +111,7 @@ fn logged(engine: &EventLog<Note>, shard: u16) -> Vec<u64> {
 }
 
 #[test]
-fn every_event_is_in_the_sink_once_whatever_fails_restarts_or_loses_power() {
+fn a_sink_holds_every_event_once_despite_failures_restarts_and_power_cuts() {
     let (mut failures, mut cuts) = (0, 0);
     for seed in 1..=env_number("CORELANE_POWER_CUTS", 40) {
         let database = Database::seeded(seed);
@@ -138,7 +138,7 @@ fn every_event_is_in_the_sink_once_whatever_fails_restarts_or_loses_power() {
                 next += 1;
             }
             if ends_hard {
-                // Until the disk is gone, or everything was in time.
+                // Waits until the disk is gone or everything is flushed.
                 drop(engine.flush(Some(Instant::now() + Duration::from_secs(2))));
                 std::thread::sleep(Duration::from_millis(seed % 4));
                 drop((sink, producer, engine));
@@ -188,15 +188,15 @@ fn a_sink_that_is_ahead_of_its_log_ends_with_the_reason() {
     assert!(logged(&engine, 0).len() < 50);
     let rows = database.committed().rows.clone();
     let sink = start(&engine, 10, database.clone(), true).unwrap();
-    assert!(!sink.drain(soon()), "it has ended");
+    assert!(!sink.drain(soon()), "the sink has ended");
     let report = sink.report();
     let end = engine.recovery().shards[0].end;
     let position = database.committed().positions[&0].offset();
     let expected = PositionError::AheadOfLog { shard: ShardId(0), position, end };
     assert_eq!((report.is_running, failed_position(&report)), (false, Some(expected)));
-    is_told_as_failed(&engine, expected);
+    assert_shown_as_failed(&engine, expected);
     assert!(matches!(sink.stop(soon()), Err(ConsumerError::Ended { failure: Some(_) })));
-    // Events in the place of those that it has are not taken for them.
+    // New events at the offsets of the sink's events are not mistaken for them.
     let mut producer = engine.producer();
     for n in 100..200 {
         producer.publish(Key(n), Note::new(n)).unwrap().appended().wait().unwrap();
@@ -204,7 +204,7 @@ fn a_sink_that_is_ahead_of_its_log_ends_with_the_reason() {
     assert_eq!(database.committed().rows, rows);
 }
 
-/// The position's failure that a report shows.
+/// The position error that a report shows.
 fn failed_position(report: &ConsumerReport) -> Option<PositionError> {
     match report.failure.as_ref()?.error() {
         ConsumerError::Position(error) => Some(*error),
@@ -212,8 +212,8 @@ fn failed_position(report: &ConsumerReport) -> Option<PositionError> {
     }
 }
 
-/// A sink that has ended is where monitoring looks.
-fn is_told_as_failed(engine: &EventLog<Note>, expected: PositionError) {
+/// Checks that the report and the metrics show the ended sink.
+fn assert_shown_as_failed(engine: &EventLog<Note>, expected: PositionError) {
     let report = engine.consumers().into_iter().find(|report| report.name == "sink").unwrap();
     assert_eq!((report.is_running, failed_position(&report)), (false, Some(expected)));
     let text = prometheus(&[report]);
@@ -223,7 +223,7 @@ fn is_told_as_failed(engine: &EventLog<Note>, expected: PositionError) {
     ] {
         assert!(text.lines().any(|found| found == line), "{line} is not in\n{text}");
     }
-    assert!(!engine.drain_consumers(soon()), "it has not handled what there is");
+    assert!(!engine.drain_consumers(soon()), "the sink has not handled every event");
 }
 
 #[test]
@@ -245,7 +245,7 @@ fn a_store_opens_again_at_once_when_its_consumers_have_ended() {
     }
 }
 
-/// Takes everything in while it is `well`; takes nothing from its batches while it `idles`.
+/// A sink that takes every event, fails while `is_ill` is set, and takes nothing from its batches while `idles` is set.
 #[derive(Clone, Default)]
 struct Moody(Arc<Mutex<(u64, bool, bool)>>, Arc<Mutex<Option<Position>>>);
 
@@ -281,7 +281,7 @@ impl Sink<Note> for Moody {
 }
 
 #[test]
-fn a_sink_that_halted_and_counts_as_unhealthy_goes_on_soon_after_it_was_put_right() {
+fn a_halted_unhealthy_sink_continues_soon_after_it_is_repaired() {
     let storage = FaultyStorage::new();
     let engine = open_on(&storage, small("/s")).unwrap();
     let sink = Moody::default();
@@ -290,14 +290,14 @@ fn a_sink_that_halted_and_counts_as_unhealthy_goes_on_soon_after_it_was_put_righ
     let retry = Retry::fixed().base(Duration::from_millis(1)).attempts(3);
     let consumer = engine.consumer("sink").health(health).retry(retry).start_sink(10, sink.clone()).unwrap();
     engine.producer().publish(Key(1), Note::new(1)).unwrap();
-    until("it halts", || matches!(consumer.report().halted, Some(HaltCause::Batch { .. })));
-    assert_eq!((consumer.report().failure, consumer.report().is_running), (None, true), "it has not ended");
+    until("the sink halts", || matches!(consumer.report().halted, Some(HaltCause::Batch { .. })));
+    assert_eq!((consumer.report().failure, consumer.report().is_running), (None, true), "the sink has not ended");
     assert!(consumer.report().health.unwrap().outages > 0);
     sink.set(false, false);
     consumer.resume();
-    // Long before a probe would be given up, of which nothing is heard.
-    until("it goes on", || sink.taken() == 1);
-    until("and says so", || consumer.report().halted.is_none());
+    // Much earlier than the timeout of an unanswered probe.
+    until("the sink continues", || sink.taken() == 1);
+    until("the report shows it", || consumer.report().halted.is_none());
     consumer.stop(soon()).unwrap();
 }
 
@@ -310,7 +310,7 @@ fn a_sink_that_takes_nothing_from_its_batches_halts() {
     let retry = Retry::fixed().base(Duration::from_millis(1)).attempts(2);
     let consumer = engine.consumer("sink").retry(retry).start_sink(10, sink.clone()).unwrap();
     engine.producer().publish(Key(1), Note::new(1)).unwrap();
-    until("it halts", || consumer.report().halted.is_some());
+    until("the sink halts", || consumer.report().halted.is_some());
     assert_eq!(consumer.report().failed, 2);
     sink.set(false, false);
     consumer.resume();
@@ -319,26 +319,26 @@ fn a_sink_that_takes_nothing_from_its_batches_halts() {
 }
 
 #[test]
-fn a_sink_under_the_name_of_a_consumer_forgets_none_of_its_dead_letters() {
+fn a_sink_with_the_name_of_a_consumer_keeps_the_consumers_dead_letters() {
     let storage = FaultyStorage::new();
     let engine = open_on(&storage, small("/s")).unwrap();
     engine.producer().publish(Key(1), Note::new(1)).unwrap();
     let retry = Retry::fixed().base(Duration::from_millis(1)).attempts(1);
     let fails = |_: &ArchivedNote, _: &Meta| -> Result<(), HandlerError> { Err("down".into()) };
     let consumer = engine.consumer("c").retry(retry).start(fails).unwrap();
-    until("it is set aside", || consumer.report().letters.letters == 1);
+    until("the event is a dead letter", || consumer.report().letters.letters == 1);
     consumer.stop(soon()).unwrap();
-    // Events were delivered under the name, and this sink knows of none.
+    // Events were delivered under this name, and the sink has no position.
     let sink = engine.consumer("c").start_sink(10, Moody::default()).unwrap();
-    until("it ends", || engine.consumers()[0].failure.is_some());
-    assert_eq!(engine.consumers()[0].letters.letters, 1, "they are there whoever runs");
+    until("the sink ends", || engine.consumers()[0].failure.is_some());
+    assert_eq!(engine.consumers()[0].letters.letters, 1, "the sink keeps the letters");
     drop(sink);
     let sink = engine.consumer("c").start_sink_over(10, Moody::default()).unwrap();
     assert_eq!(sink.report().letters.letters, 1);
     engine.producer().publish(Key(1), Note::new(2)).unwrap();
     let position = || engine.consumers()[0].positions.clone();
     let before = position();
-    until("it has saved", || position() > before);
+    until("the sink has saved", || position() > before);
     sink.stop(soon()).unwrap();
     engine.shutdown(soon()).unwrap();
     let mut files = storage.files();
@@ -349,7 +349,7 @@ fn a_sink_under_the_name_of_a_consumer_forgets_none_of_its_dead_letters() {
 }
 
 #[test]
-fn a_drained_sink_has_what_was_there_when_it_was_asked() {
+fn a_drained_sink_has_every_event_appended_before_the_call() {
     let storage = FaultyStorage::new();
     let engine = open_on(&storage, os_cache("/s")).unwrap();
     let sink = Moody::default();
@@ -370,7 +370,7 @@ fn publish(engine: &EventLog<Note>, numbers: std::ops::Range<u64>) {
     engine.flush(soon()).unwrap();
 }
 
-/// Runs a sink until it has everything, and closes the store.
+/// Runs a sink until it has every event, and closes the store.
 fn take_everything(engine: EventLog<Note>, database: &Database) {
     let sink = start(&engine, 7, database.clone(), false).unwrap();
     assert!(sink.drain(soon()), "{:?}", sink.report());
@@ -385,8 +385,8 @@ fn database() -> Database {
 }
 
 #[test]
-fn a_database_that_is_ahead_of_a_copy_of_the_store_is_told_however_long_the_copy_is() {
-    // The copy goes on to before, behind, and to the same place as the database.
+fn a_database_ahead_of_a_copy_of_the_store_is_detected_however_long_the_copy_is() {
+    // The copy continues to before, after, and exactly the database's position.
     for more in [1, 20, 50, 51, 100, 2_000] {
         let (storage, database) = (FaultyStorage::new(), database());
         let engine = open_on(&storage, small("/s")).unwrap();
@@ -402,17 +402,17 @@ fn a_database_that_is_ahead_of_a_copy_of_the_store_is_told_however_long_the_copy
         let before = engine.consumers()[0].lag_bytes;
         let rows = database.committed().rows.clone();
         let sink = start(&engine, 7, database.clone(), false).unwrap();
-        assert!(!sink.drain(soon()), "{more}: it ends");
-        until("it has ended", || !engine.consumers()[0].is_running);
+        assert!(!sink.drain(soon()), "{more}: the sink ends");
+        until("the sink has ended", || !engine.consumers()[0].is_running);
         let error = failed_position(&sink.report());
         let Some(PositionError::AheadOfLog { .. } | PositionError::OtherHistory { .. }) = error else {
             panic!("{more}: {error:?}");
         };
-        is_told_as_failed(&engine, error.unwrap());
+        assert_shown_as_failed(&engine, error.unwrap());
         publish(&engine, 0..10);
-        assert!(engine.consumers()[0].lag_bytes > before, "{more}: its lag counts on");
-        assert_eq!(database.committed().rows, rows, "{more}: it was given nothing");
-        // With its data made anew, it begins again.
+        assert!(engine.consumers()[0].lag_bytes > before, "{more}: the lag keeps growing");
+        assert_eq!(database.committed().rows, rows, "{more}: the sink got no event");
+        // With empty data the sink begins again.
         let anew = self::database();
         let over = engine.consumer("sink").start_sink_over(7, anew.clone()).unwrap();
         assert!(over.drain(soon()));
@@ -422,7 +422,7 @@ fn a_database_that_is_ahead_of_a_copy_of_the_store_is_told_however_long_the_copy
 }
 
 #[test]
-fn a_database_of_another_store_is_told() {
+fn a_database_of_another_store_is_detected() {
     let database = database();
     for store in ["/s", "/t"] {
         let engine = open_on(&FaultyStorage::new(), small(store)).unwrap();
@@ -432,7 +432,7 @@ fn a_database_of_another_store_is_told() {
             continue;
         }
         let sink = start(&engine, 7, database.clone(), false).unwrap();
-        until("it ends", || sink.report().failure.is_some());
+        until("the sink ends", || sink.report().failure.is_some());
         let error = failed_position(&sink.report());
         let Some(PositionError::OtherStore { position, store, .. }) = error else { panic!("{error:?}") };
         assert_ne!(position, store);
@@ -440,7 +440,7 @@ fn a_database_of_another_store_is_told() {
 }
 
 #[test]
-fn positions_of_a_database_that_was_put_back_are_gone_on_from() {
+fn a_sink_continues_from_the_positions_of_a_restored_database() {
     let (storage, database) = (FaultyStorage::new(), database());
     let engine = open_on(&storage, small("/s")).unwrap();
     publish(&engine, 0..50);
@@ -455,11 +455,15 @@ fn positions_of_a_database_that_was_put_back_are_gone_on_from() {
     let engine = open_on(&storage, small("/s")).unwrap();
     let log = logged(&engine, 0);
     take_everything(engine, &database);
-    assert_eq!(database.committed().rows[&0], log, "every event once, those again that the older copy had not");
+    assert_eq!(
+        database.committed().rows[&0],
+        log,
+        "every event once, including those that the older copy did not have"
+    );
 }
 
 #[test]
-fn a_sink_whose_database_is_gone_begins_again_only_when_it_is_told_to() {
+fn a_sink_without_its_database_begins_again_only_on_request() {
     for shards in [1, SHARDS] {
         let storage = FaultyStorage::new();
         let config = || small("/s").shards(shards);
@@ -475,9 +479,9 @@ fn a_sink_whose_database_is_gone_begins_again_only_when_it_is_told_to() {
         let Err(ConsumerError::Ended { failure: Some(failure) }) = stopped else { panic!("{stopped:?}") };
         assert!(matches!(failure.error(), ConsumerError::PositionGone { .. }), "{failure}");
         assert_eq!(engine.consumers()[0].failure, Some(failure));
-        assert!(!engine.drain_consumers(soon()) && gone.committed().rows.is_empty(), "it was given nothing");
+        assert!(!engine.drain_consumers(soon()) && gone.committed().rows.is_empty(), "the sink got no event");
 
-        // Told to begin again, it does so also where it takes nothing the first time.
+        // The request to begin again stays valid if the sink takes no event the first time.
         let over = engine.consumer("sink").start_sink_over(7, Moody::default()).unwrap();
         over.pause();
         over.stop(soon()).unwrap();
@@ -490,7 +494,7 @@ fn a_sink_whose_database_is_gone_begins_again_only_when_it_is_told_to() {
 }
 
 #[test]
-fn a_sink_that_forgets_its_position_while_it_runs_is_told() {
+fn a_sink_that_forgets_its_position_while_it_runs_ends_with_an_error() {
     let engine = open_on(&FaultyStorage::new(), small("/s")).unwrap();
     let (sink, retry) = (Moody::default(), Retry::fixed().base(Duration::from_millis(1)));
     let builder = engine.consumer("sink").retry(retry).checkpoint_every(Duration::from_secs(3_600));
@@ -498,17 +502,17 @@ fn a_sink_that_forgets_its_position_while_it_runs_is_told() {
     publish(&engine, 0..100);
     assert!(consumer.drain(soon()));
     *sink.1.lock().unwrap() = None;
-    // A batch that fails makes it be asked.
+    // After a failed batch the sink's position is read again.
     sink.set(true, false);
     publish(&engine, 100..101);
-    until("it ends", || consumer.report().failure.is_some());
+    until("the sink ends", || consumer.report().failure.is_some());
     let failure = consumer.report().failure.unwrap();
     assert!(matches!(failure.error(), ConsumerError::PositionGone { .. }), "{failure}");
-    assert_eq!(sink.taken(), 100, "nothing twice");
+    assert_eq!(sink.taken(), 100, "no event came twice");
 }
 
 #[test]
-fn a_sink_begins_where_it_was_registered_and_cannot_begin_again_where_that_was_freed() {
+fn a_sink_begins_where_it_was_registered_and_cannot_begin_again_once_that_is_freed() {
     let engine = open_on(
         &FaultyStorage::new(),
         os_cache("/s").retention(Retention { bytes_max: Some(2 * crate::common::SEGMENT), age_max: None }),
@@ -519,9 +523,9 @@ fn a_sink_begins_where_it_was_registered_and_cannot_begin_again_where_that_was_f
     let sink = builder().start_at(Start::Latest).start_sink(100, database()).unwrap();
     assert!(sink.drain(soon()));
     let report = sink.report();
-    assert_eq!((report.handled, report.failure), (0, None), "no position, and nothing was delivered");
+    assert_eq!((report.handled, report.failure), (0, None), "no position, and no event was delivered");
     let began = report.positions[0];
-    until("its beginning is freed", || {
+    until("its start is freed", || {
         let mut producer = engine.producer();
         for n in 0..100 {
             drop(producer.publish(Key(n), Note::sized(n, 100)).unwrap());
@@ -533,11 +537,11 @@ fn a_sink_begins_where_it_was_registered_and_cannot_begin_again_where_that_was_f
     let Err(ConsumerError::BeginningGone { began: told, earliest, .. }) = over else { panic!("{over:?}") };
     assert!(told == began && earliest > began);
     let report = engine.consumers().remove(0);
-    let failure = report.failure.expect("it is shown");
+    let failure = report.failure.expect("the failure is shown");
     assert!(matches!(failure.error(), ConsumerError::BeginningGone { .. }), "{failure}");
     engine.remove_consumer("sink").unwrap();
     assert!(
         builder().start_sink(100, database()).unwrap().drain(soon()),
-        "registered again, it begins with what is held"
+        "registered again, the sink begins with the earliest event"
     );
 }

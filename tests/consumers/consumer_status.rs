@@ -1,17 +1,18 @@
-//! Reports about consumers, running or ended, under every kind of driver; and no consumer goes on in a log that is not its own.
+//! Reports about running and ended consumers, under every kind of driver; and a consumer is refused in a log that is
+//! not its own.
 
 use crate::common::{ArchivedNote, Note, open_on, small, soon, until};
 use corelane::consumer::{ConsumerError, Judgement};
 use corelane::testing::FaultyStorage;
 use corelane::{EventLog, HandlerError, Key, Meta, OpenError, PositionError};
 
-/// What `Engine::consumers` says of one.
+/// The report of `Engine::consumers` about this one.
 fn shown(engine: &EventLog<Note>, name: &str) -> corelane::consumer::ConsumerReport {
     engine.consumers().into_iter().find(|report| report.name == name).unwrap()
 }
 
 #[test]
-fn a_consumer_whose_position_is_of_another_history_is_refused_and_shown_as_failed() {
+fn a_consumer_with_a_position_of_another_history_is_refused_and_shown_as_failed() {
     let (storage, dir) = (FaultyStorage::new(), "/s");
     let run = |storage: &FaultyStorage, numbers: std::ops::Range<u64>| {
         let engine = open_on(storage, small(dir)).unwrap();
@@ -28,7 +29,7 @@ fn a_consumer_whose_position_is_of_another_history_is_refused_and_shown_as_faile
     run(&storage, 0..50);
     let older = storage.files();
     run(&storage, 50..100);
-    // The log is put back and goes on another way; the consumer's folder is not.
+    // The log is restored and continues differently; the consumer's folder is not restored.
     let checkpoint = std::path::Path::new("/s/consumers/c/checkpoint");
     let newer = storage.files().remove(checkpoint).unwrap();
     let other = FaultyStorage::with_files(older);
@@ -38,7 +39,7 @@ fn a_consumer_whose_position_is_of_another_history_is_refused_and_shown_as_faile
     let engine = open_on(&FaultyStorage::with_files(files), small(dir)).unwrap();
     let refused = engine.consumer("c").start(|_, _| Ok(()));
     assert!(matches!(refused, Err(ConsumerError::Position(PositionError::OtherHistory { .. }))), "{refused:?}");
-    let failure = shown(&engine, "c").failure.expect("it is shown");
+    let failure = shown(&engine, "c").failure.expect("the failure is shown");
     assert!(matches!(failure.error(), ConsumerError::Position(PositionError::OtherHistory { .. })), "{failure}");
     assert!(!engine.drain_consumers(soon()));
     engine.remove_consumer("c").unwrap();
@@ -56,14 +57,14 @@ fn a_consumer_whose_position_is_of_another_history_is_refused_and_shown_as_faile
 }
 
 #[test]
-fn whatever_a_consumer_is_driven_by_or_ended_with_is_shown() {
+fn reports_show_every_driver_and_how_a_consumer_ended() {
     let engine = open_on(&FaultyStorage::new(), small("/s")).unwrap();
     let mut producer = engine.producer();
     let mut publish = |n| producer.publish(Key(n), Note::new(n)).unwrap().appended().wait().unwrap();
     (0..3).for_each(&mut publish);
     engine.flush(soon()).unwrap();
     let mut poller = engine.consumer("poller").poller().unwrap();
-    assert!(shown(&engine, "poller").is_running, "somebody drives it");
+    assert!(shown(&engine, "poller").is_running, "a poller drives it");
     let delivery = poller.next().unwrap().unwrap();
     poller.failed(delivery, "down").unwrap();
     while let Some(delivery) = poller.next().unwrap() {
@@ -79,12 +80,16 @@ fn whatever_a_consumer_is_driven_by_or_ended_with_is_shown() {
     let parks = |_: &ArchivedNote, _: &Meta| -> Result<(), HandlerError> { Err("down".into()) };
     let judge = |_: &HandlerError, _| Judgement::Park;
     let consumer = engine.consumer("parks").judge(judge).start(parks).unwrap();
-    until("letters", || consumer.report().letters.letters == 3);
+    until("every event is a letter", || consumer.report().letters.letters == 3);
     consumer.stop(soon()).unwrap();
     let report = shown(&engine, "parks");
-    assert_eq!((report.is_running, report.letters.letters, report.letters.parked), (false, 3, 3), "at rest too");
+    assert_eq!(
+        (report.is_running, report.letters.letters, report.letters.parked),
+        (false, 3, 3),
+        "the stopped consumer keeps its counts"
+    );
     let text = corelane::consumer::prometheus(&[report]);
     assert!(text.contains("corelane_consumer_dead_letters{consumer=\"parks\"} 3"), "{text}");
-    // Paused, halted and stopped ones are no failures.
+    // A stopped consumer is not a failed one.
     assert!(engine.drain_consumers(soon()));
 }

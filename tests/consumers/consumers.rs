@@ -1,4 +1,4 @@
-//! Consumers in their threads: order, restarts, failures, dead letters; and what they may do to others, which is nothing.
+//! Consumers on their own threads: order, restarts, failures, dead letters, and their independence of each other.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -13,7 +13,7 @@ use corelane::consumer::{
 use corelane::{EventLog, HandlerError, Key, Meta, Retention};
 use rkyv::Archived;
 
-/// What a handler saw, by key.
+/// The events that a handler saw, by key.
 #[derive(Clone, Default)]
 struct Seen(Arc<Mutex<BTreeMap<u64, Vec<u64>>>>);
 
@@ -39,7 +39,7 @@ fn publish(engine: &EventLog<Note>, events: impl IntoIterator<Item = (u64, u64)>
     engine.flush(soon()).unwrap();
 }
 
-/// `count` events, round robin over so many keys; each key's numbers rise.
+/// `count` events, round robin over `keys` keys; each key's numbers rise.
 fn events(keys: u64, count: u64) -> impl Iterator<Item = (u64, u64)> {
     (0..count).map(move |n| (n % keys, n))
 }
@@ -52,7 +52,7 @@ fn quick(attempts: u32) -> Retry {
     Retry::fixed().base(Duration::from_millis(1)).jitter(1.0, 1.0).attempts(attempts)
 }
 
-/// A service that is never given up.
+/// A health policy that never calls the service unhealthy.
 fn patient() -> HealthPolicy {
     HealthPolicy::default().consecutive_max(1_000_000).failure_percent_max(100)
 }
@@ -62,7 +62,7 @@ fn report(engine: &EventLog<Note>, name: &str) -> ConsumerReport {
 }
 
 #[test]
-fn every_event_is_handled_in_order_and_a_restart_goes_on_behind_them() {
+fn every_event_is_handled_in_order_and_a_restart_continues_after_them() {
     let dir = tempfile::tempdir().unwrap();
     for concurrency in [1, 4] {
         let name = format!("all-{concurrency}");
@@ -76,7 +76,7 @@ fn every_event_is_handled_in_order_and_a_restart_goes_on_behind_them() {
                 Ok(())
             });
             let consumer = consumer.unwrap();
-            // While it runs as well.
+            // The same while the consumer runs.
             publish(&engine, (0..100).map(|i| (i % 7, round * 900 + 800 + i)).take(0));
             assert!(consumer.drain(soon()));
             let report = consumer.report();
@@ -90,8 +90,8 @@ fn every_event_is_handled_in_order_and_a_restart_goes_on_behind_them() {
         for key in 0..7 {
             let all = seen.of(key);
             let per_round = (0..900).filter(|i| i % 7 == key).count();
-            assert_eq!(all.len(), per_round * rounds, "{name}: each once");
-            // The second consumer begins with what the first one's rounds had published.
+            assert_eq!(all.len(), per_round * rounds, "{name}: each event once");
+            // The second consumer begins with the events of the first consumer's rounds.
             let expected = (0..rounds as u64)
                 .flat_map(|round| (0..900).filter(move |i| i % 7 == key).map(move |i| (round % 3) * 900 + i));
             assert_eq!(all, expected.collect::<Vec<_>>(), "{name}: in order");
@@ -99,18 +99,19 @@ fn every_event_is_handled_in_order_and_a_restart_goes_on_behind_them() {
     }
 }
 
-/// Their retries come due together and fail one behind the other, and that is no news of the service: others go well.
+/// The retries come due together and fail one after the other. That says nothing about the service, because other
+/// events succeed.
 #[test]
-fn events_that_always_fail_do_not_make_the_service_look_ill() {
+fn events_that_always_fail_do_not_make_the_service_unhealthy() {
     let dir = tempfile::tempdir().unwrap();
     let engine = EventLog::<Note>::open(small(dir.path())).unwrap();
     for concurrency in [1, 16] {
         let name = format!("c-{concurrency}");
-        // As by default, but for the times.
+        // The default policy with shorter times.
         let health = HealthPolicy::default().pause(Duration::from_millis(100));
         let retry = Retry::exponential(2.0).base(Duration::from_millis(10)).attempts(5);
         let builder = engine.consumer(&name).retry(retry).health(health).concurrency(concurrency);
-        // Ten keys of 200, never two of them one behind the other.
+        // Ten keys of 200, and never two of them in a row.
         let bad = |_: &Archived<Note>, meta: &Meta| {
             if meta.key.0.is_multiple_of(20) { Err("bad player".into()) } else { Ok(()) }
         };
@@ -118,7 +119,7 @@ fn events_that_always_fail_do_not_make_the_service_look_ill() {
         if concurrency == 1 {
             publish(&engine, events(200, 4000));
         }
-        until("the good ones are handled and the bad ones parked", || {
+        until("the good events are handled and the bad ones parked", || {
             let report = consumer.report();
             (report.handled, report.letters.letters) == (190 * 20, 10 * 20)
         });
@@ -129,12 +130,12 @@ fn events_that_always_fail_do_not_make_the_service_look_ill() {
 }
 
 #[test]
-fn a_probe_is_an_event_that_has_not_failed_yet() {
+fn probes_are_events_that_have_not_failed_yet() {
     let dir = tempfile::tempdir().unwrap();
     let engine = EventLog::<Note>::open(small(dir.path())).unwrap();
     let calls = Arc::new(Mutex::new(Vec::new()));
     let called = Arc::clone(&calls);
-    // Long enough for what is published meanwhile to be there at the first probe.
+    // Long enough for the next events to be appended before the first probe.
     let health = HealthPolicy::default().pause(Duration::from_secs(2));
     let consumer = engine.consumer("c").retry(quick(1000)).health(health).start(move |_, meta| {
         called.lock().unwrap().push(meta.key.0);
@@ -142,9 +143,9 @@ fn a_probe_is_an_event_that_has_not_failed_yet() {
     });
     let consumer = consumer.unwrap();
     publish(&engine, (0..5).map(|key| (key, key)));
-    until("it is unhealthy", || consumer.report().health.is_some_and(|health| health.outages == 1));
+    until("the service is unhealthy", || consumer.report().health.is_some_and(|health| health.outages == 1));
     publish(&engine, (5..20).map(|key| (key, key)));
-    until("it is healthy again", || calls.lock().unwrap().len() >= 8);
+    until("the service is healthy again", || calls.lock().unwrap().len() >= 8);
     let calls = calls.lock().unwrap();
     assert!(calls[5..8].iter().all(|key| *key >= 5), "the three probes: {calls:?}");
 }
@@ -172,26 +173,26 @@ fn a_stop_that_gives_up_at_its_deadline_does_not_wait_again() {
     });
     let dropped = dropped.unwrap();
     publish(&engine, events(1, 1));
-    until("both are inside", || is_inside.load(Ordering::SeqCst) && dropped.report().running_since.is_some());
+    until("both handlers run", || is_inside.load(Ordering::SeqCst) && dropped.report().running_since.is_some());
     let began = Instant::now();
     let stopped = consumer.stop(Some(began + Duration::from_millis(50)));
     assert!(matches!(stopped, Err(ConsumerError::Busy { .. })), "{stopped:?}");
     let stopped_in = began.elapsed();
     let began = Instant::now();
     drop(dropped);
-    assert!(stopped_in < began.elapsed(), "dropping a handle waits five seconds, and a stop that gave up does not");
+    assert!(stopped_in < began.elapsed(), "a stop at its deadline waits less than the five seconds of a drop");
     may_go.store(true, Ordering::SeqCst);
     engine.shutdown(soon()).unwrap();
 }
 
 #[test]
-fn a_failing_event_is_tried_again_before_its_keys_next_and_holds_up_no_other_key() {
+fn a_failing_event_is_retried_before_the_next_of_its_key_and_delays_no_other_key() {
     let dir = tempfile::tempdir().unwrap();
     let engine = EventLog::<Note>::open(small(dir.path())).unwrap();
     let (seen, attempts) = (Seen::default(), Arc::new(AtomicU64::new(0)));
     let (saw, tried) = (seen.clone(), Arc::clone(&attempts));
     let consumer = engine.consumer("c").retry(quick(1000)).health(patient()).start(move |event, meta| {
-        // The first of key 3 works at the 200th attempt only.
+        // The first event of key 3 succeeds at the 200th attempt.
         if event.n == 3 && tried.fetch_add(1, Ordering::SeqCst) < 199 {
             return Err("not yet".into());
         }
@@ -200,8 +201,8 @@ fn a_failing_event_is_tried_again_before_its_keys_next_and_holds_up_no_other_key
     });
     let consumer = consumer.unwrap();
     publish(&engine, events(10, 500));
-    until("the others are through", || seen.len() >= 450);
-    assert_eq!(seen.of(3), [0; 0], "its later events wait");
+    until("the other keys are handled", || seen.len() >= 450);
+    assert_eq!(seen.of(3), [0; 0], "the later events of its key wait");
     assert!(consumer.drain(soon()));
     for key in 0..10 {
         assert_eq!(seen.of(key), rising(10, 500, key));
@@ -210,12 +211,13 @@ fn a_failing_event_is_tried_again_before_its_keys_next_and_holds_up_no_other_key
 }
 
 #[test]
-fn a_panicking_handler_is_a_failing_one_and_nobody_elses_concern() {
+fn a_panicking_handler_counts_as_failing_and_affects_no_other_consumer() {
     let dir = tempfile::tempdir().unwrap();
     let engine = EventLog::<Note>::open(small(dir.path())).unwrap();
     let seen = Seen::default();
     let saw = seen.clone();
-    let bad = engine.subscribe("bad").retry(quick(2)).health(patient()).on(|_, _| panic!("as it must")).unwrap();
+    let bad =
+        engine.subscribe("bad").retry(quick(2)).health(patient()).on(|_, _| panic!("a panic on purpose")).unwrap();
     let good = engine.subscribe("good").on(move |event, meta| {
         saw.add(event, meta);
         Ok(())
@@ -227,7 +229,7 @@ fn a_panicking_handler_is_a_failing_one_and_nobody_elses_concern() {
     let report = bad.report();
     assert_eq!((report.handled, report.parked, report.letters.letters), (0, 50, 50));
     let letters = bad.dead_letters(None, 100).unwrap();
-    assert!(letters[0].error.contains("as it must"), "{}", letters[0].error);
+    assert!(letters[0].error.contains("a panic on purpose"), "{}", letters[0].error);
     assert_eq!(letters.iter().filter(|letter| letter.why == LetterKind::Failed).count(), 5, "one per key");
 }
 
@@ -253,16 +255,16 @@ fn a_parked_key_keeps_its_order_through_reprocessing_and_a_restart() {
         assert!(consumer.drain(soon()));
         assert_eq!((seen.of(0), seen.of(1)), (rising(3, 30, 0), vec![]));
         assert_eq!(consumer.report().letters.letters, 10);
-        // Stopped at the first failure, which is the oldest.
+        // Reprocessing stops at the first failure, the oldest letter.
         assert_eq!(consumer.reprocess(Letters::All).unwrap(), 1);
-        until("it was tried again", || consumer.dead_letters(None, 1).unwrap()[0].attempts == 4);
+        until("the letter was retried", || consumer.dead_letters(None, 1).unwrap()[0].attempts == 4);
         assert_eq!(consumer.report().letters.letters, 10);
     }
     let engine = EventLog::<Note>::open(small(dir.path())).unwrap();
     let consumer = start(&engine);
     publish(&engine, (30..60).map(|n| (n % 3, n)));
     assert!(consumer.drain(soon()));
-    assert_eq!(consumer.report().letters.letters, 20, "later ones park behind, also in another life");
+    assert_eq!(consumer.report().letters.letters, 20, "later events are parked behind it, even after a restart");
     let letters = consumer.dead_letters(None, 100).unwrap();
     assert!(letters.iter().skip(1).all(|letter| letter.why == LetterKind::Behind && letter.attempts == 0));
     is_well.store(true, Ordering::SeqCst);
@@ -277,7 +279,7 @@ fn a_parked_key_keeps_its_order_through_reprocessing_and_a_restart() {
 }
 
 #[test]
-fn discarded_letters_are_counted_and_free_their_key() {
+fn discarded_letters_are_counted_and_unpark_their_key() {
     let dir = tempfile::tempdir().unwrap();
     let engine = EventLog::<Note>::open(small(dir.path())).unwrap();
     let (seen, saw) = (Seen::default(), Seen::default());
@@ -304,7 +306,7 @@ fn discarded_letters_are_counted_and_free_their_key() {
 }
 
 #[test]
-fn verdicts_skip_halt_and_await_a_gap() {
+fn judgements_skip_halt_and_await_a_gap() {
     let dir = tempfile::tempdir().unwrap();
     let engine = EventLog::<Note>::open(small(dir.path())).unwrap();
     let (seen, is_there) = (Seen::default(), Arc::new(AtomicBool::new(false)));
@@ -330,16 +332,16 @@ fn verdicts_skip_halt_and_await_a_gap() {
     });
     let consumer = consumer.unwrap();
     publish(&engine, [(1, 10), (1, 11), (2, 20), (2, 21), (3, 30), (3, 31), (4, 40)]);
-    until("it halts", || consumer.report().halted.is_some());
+    until("the consumer halts", || consumer.report().halted.is_some());
     assert!(matches!(consumer.report().halted, Some(HaltCause::Event { key: Key(2), .. })));
-    assert_eq!(seen.of(4), [0; 0], "nothing runs behind a halt");
+    assert_eq!(seen.of(4), [0; 0], "no event runs after a halt");
     halts.store(false, Ordering::SeqCst);
     consumer.resume().unwrap();
-    until("it went on", || seen.of(4) == [40]);
+    until("the consumer continues", || seen.of(4) == [40]);
     assert_eq!((seen.of(2), seen.of(3)), (vec![20, 21], vec![]));
-    assert!(!consumer.gap_filled(Key::new(4)).unwrap(), "that key waits for nothing");
+    assert!(!consumer.gap_filled(Key::new(4)).unwrap(), "that key waits for no gap");
     is_there.store(true, Ordering::SeqCst);
-    until("it waits", || consumer.gap_filled(Key::new(3)).unwrap());
+    until("the key waits for its gap", || consumer.gap_filled(Key::new(3)).unwrap());
     assert!(consumer.drain(soon()));
     assert_eq!((seen.of(1), seen.of(3)), (vec![11], vec![30, 31]));
     let report = consumer.report();
@@ -347,25 +349,25 @@ fn verdicts_skip_halt_and_await_a_gap() {
 }
 
 #[test]
-fn an_event_at_fault_says_nothing_of_the_service_and_a_judge_that_panics_leaves_it_to_the_policy() {
+fn parked_events_do_not_count_against_the_service_and_a_panicking_judge_leaves_the_decision_to_the_policy() {
     let dir = tempfile::tempdir().unwrap();
     let engine = EventLog::<Note>::open(small(dir.path())).unwrap();
     let builder = engine.consumer("c").retry(quick(2)).health(HealthPolicy::default().consecutive_max(50));
     let builder = builder.judge(|error, _| match error.to_string().as_str() {
         "poison" => Judgement::Park,
-        _ => panic!("as it must"),
+        _ => panic!("a panic on purpose"),
     });
     let consumer = builder.start(|event, _| Err(if event.n == 7 { "what" } else { "poison" }.into())).unwrap();
     publish(&engine, (0..100).map(|n| (n, n)));
     assert!(consumer.drain(soon()));
     let report = consumer.report();
-    assert_eq!((report.parked, report.failed), (100, 101), "the one that nobody judged was tried twice");
+    assert_eq!((report.parked, report.failed), (100, 101), "the event without a judgement was tried twice");
     let health = report.health.unwrap();
     assert_eq!((health.failed, health.outages), (2, 0));
 }
 
 #[test]
-fn used_up_attempts_end_as_they_are_told() {
+fn exhausted_attempts_end_as_configured() {
     for (exhausted, parked, skipped) in [(Exhausted::Park, 2, 0), (Exhausted::Skip, 0, 1)] {
         let dir = tempfile::tempdir().unwrap();
         let engine = EventLog::<Note>::open(small(dir.path())).unwrap();
@@ -379,7 +381,7 @@ fn used_up_attempts_end_as_they_are_told() {
 }
 
 #[test]
-fn no_room_for_dead_letters_halts_and_loses_nothing() {
+fn a_consumer_without_room_for_dead_letters_halts_and_loses_nothing() {
     let dir = tempfile::tempdir().unwrap();
     let engine = EventLog::<Note>::open(small(dir.path())).unwrap();
     let is_well = Arc::new(AtomicBool::new(false));
@@ -389,12 +391,12 @@ fn no_room_for_dead_letters_halts_and_loses_nothing() {
     let consumer =
         builder.start(move |_, _| if well.load(Ordering::SeqCst) { Ok(()) } else { Err("no".into()) }).unwrap();
     publish(&engine, events(100, 100));
-    until("it halts", || consumer.report().halted == Some(HaltCause::DeadLettersFull));
+    until("the consumer halts", || consumer.report().halted == Some(HaltCause::DeadLettersFull));
     assert!(consumer.report().letters.letters <= 3);
     is_well.store(true, Ordering::SeqCst);
     consumer.discard(Letters::All).unwrap();
-    until("all are done", || {
-        // What failed before is recorded, three at a time.
+    until("every event is done", || {
+        // The earlier failures are recorded, three at a time.
         consumer.discard(Letters::All).unwrap();
         consumer.resume().unwrap();
         consumer.drain(Some(Instant::now() + Duration::from_millis(20)))
@@ -405,11 +407,11 @@ fn no_room_for_dead_letters_halts_and_loses_nothing() {
 }
 
 #[test]
-fn a_pause_gives_nothing_out_and_a_rebuild_has_no_side_effect_twice() {
+fn a_paused_consumer_handles_nothing_and_a_rebuild_repeats_no_side_effect() {
     let dir = tempfile::tempdir().unwrap();
     let engine = EventLog::<Note>::open(small(dir.path())).unwrap();
-    let (handled, had) = (Arc::new(AtomicU64::new(0)), Arc::new(Mutex::new(Vec::new())));
-    let (count, effects) = (Arc::clone(&handled), Arc::clone(&had));
+    let (handled, effect_keys) = (Arc::new(AtomicU64::new(0)), Arc::new(Mutex::new(Vec::new())));
+    let (count, effects) = (Arc::clone(&handled), Arc::clone(&effect_keys));
     let consumer = engine.consumer("mail").start_with(move |_, _, call| {
         count.fetch_add(1, Ordering::SeqCst);
         call.effect(|key| -> Result<(), HandlerError> {
@@ -427,16 +429,16 @@ fn a_pause_gives_nothing_out_and_a_rebuild_has_no_side_effect_twice() {
     assert_eq!(handled.load(Ordering::SeqCst), 40);
     assert!(consumer.report().is_paused && consumer.report().unread >= 20);
     consumer.seek(Start::Beginning).unwrap();
-    assert_eq!(handled.load(Ordering::SeqCst), 40, "it is paused still");
+    assert_eq!(handled.load(Ordering::SeqCst), 40, "the consumer is still paused");
     consumer.resume().unwrap();
     assert!(consumer.drain(soon()));
-    assert_eq!(handled.load(Ordering::SeqCst), 100, "40, and all 60 again");
-    assert_eq!(consumer.report().handled, 100, "counts go on");
-    let mut keys = had.lock().unwrap().clone();
+    assert_eq!(handled.load(Ordering::SeqCst), 100, "40, and then all 60 again");
+    assert_eq!(consumer.report().handled, 100, "the counts continue");
+    let mut keys = effect_keys.lock().unwrap().clone();
     assert_eq!(keys.len(), 60, "each effect once");
     keys.sort();
     keys.dedup();
-    assert_eq!(keys.len(), 60, "each of a name of its own");
+    assert_eq!(keys.len(), 60, "each effect has its own key");
     consumer.seek(Start::Latest).unwrap();
     publish(&engine, events(4, 5));
     assert!(consumer.drain(soon()));
@@ -444,7 +446,7 @@ fn a_pause_gives_nothing_out_and_a_rebuild_has_no_side_effect_twice() {
 }
 
 #[test]
-fn retention_waits_for_the_slowest_consumer_and_not_for_one_that_is_gone() {
+fn retention_waits_for_the_slowest_consumer_and_not_for_a_removed_one() {
     let dir = tempfile::tempdir().unwrap();
     let retention = Retention { bytes_max: Some(2 * SEGMENT), age_max: None };
     let config = || os_cache(dir.path()).retention(retention).spares_max(1);
@@ -468,31 +470,31 @@ fn retention_waits_for_the_slowest_consumer_and_not_for_one_that_is_gone() {
         });
         let slow = slow.unwrap();
         big(&engine, 100);
-        assert!(engine.shard_metrics()[0].segments >= 6, "nothing was freed");
-        assert!(slow.report().running_since.is_some(), "and one can see who is to blame");
+        assert!(engine.shard_metrics()[0].segments >= 6, "no segment was freed");
+        assert!(slow.report().running_since.is_some(), "the report shows which handler is slow");
         assert!(report(&engine, "slow").lag_bytes > 100 * 4000);
         is_open.store(true, Ordering::SeqCst);
-        until("retention goes on", || engine.shard_metrics()[0].segments <= 3);
+        until("retention continues", || engine.shard_metrics()[0].segments <= 3);
         slow.stop(soon()).unwrap();
-        // Registered, though it does not run.
+        // The stopped consumer is still registered.
         big(&engine, 100);
         assert!(engine.shard_metrics()[0].segments >= 6);
     }
     let engine = EventLog::<Note>::open(config()).unwrap();
     big(&engine, 1);
-    assert!(engine.shard_metrics()[0].segments >= 6, "also after a restart");
+    assert!(engine.shard_metrics()[0].segments >= 6, "the same after a restart");
     engine.remove_consumer("slow").unwrap();
     assert!(matches!(engine.remove_consumer("slow"), Err(ConsumerError::NotRegistered { .. })));
     big(&engine, 20);
-    until("nothing holds it any more", || engine.shard_metrics()[0].segments <= 3);
+    until("no consumer holds the segments", || engine.shard_metrics()[0].segments <= 3);
     assert_eq!(engine.consumers(), []);
     drop(engine);
     let engine = EventLog::<Note>::open(config()).unwrap();
-    assert_eq!(engine.consumers(), [], "gone for good");
+    assert_eq!(engine.consumers(), [], "the consumer stays removed");
 }
 
 #[test]
-fn a_hanging_handler_is_visible_stoppable_and_alone() {
+fn a_hanging_handler_is_visible_and_stoppable_and_affects_no_other_consumer() {
     let dir = tempfile::tempdir().unwrap();
     for concurrency in [1, 3] {
         let engine = EventLog::<Note>::open(small(dir.path())).unwrap();
@@ -515,25 +517,30 @@ fn a_hanging_handler_is_visible_stoppable_and_alone() {
         publish(&engine, events(3, 30));
         assert!(other.drain(soon()));
         assert_eq!(seen.len(), 30);
-        until("one sees it", || hanging.report().running_since.is_some_and(|since| since > Duration::from_millis(30)));
+        until("the report shows it", || {
+            hanging.report().running_since.is_some_and(|since| since > Duration::from_millis(30))
+        });
         if concurrency == 3 {
-            until("other keys go on", || hanging.report().handled == 20);
+            until("other keys are handled", || hanging.report().handled == 20);
         }
         assert!(!hanging.drain(Some(Instant::now() + Duration::from_millis(20))));
         let began = Instant::now();
         let stopped = hanging.stop(Some(began + Duration::from_millis(50)));
         assert!(matches!(stopped, Err(ConsumerError::Busy { .. })), "{stopped:?}");
         let again = engine.consumer(&name).start(|_, _| Ok(()));
-        assert!(matches!(again, Err(ConsumerError::AlreadyRunning { .. })), "while it hangs nobody takes its place");
+        assert!(
+            matches!(again, Err(ConsumerError::AlreadyRunning { .. })),
+            "the name stays taken while the handler hangs"
+        );
         release.store(true, Ordering::SeqCst);
-        until("it ends by itself then", || engine.consumer(&name).start(|_, _| Ok(())).is_ok());
+        until("the consumer ends by itself", || engine.consumer(&name).start(|_, _| Ok(())).is_ok());
         drop(other);
         engine.shutdown(soon()).unwrap();
     }
 }
 
 #[test]
-fn an_engine_that_is_dropped_leaves_a_hanging_handler_behind_and_stops_all_others() {
+fn a_dropped_engine_leaves_a_hanging_handler_behind_and_stops_every_other_consumer() {
     let dir = tempfile::tempdir().unwrap();
     let engine = EventLog::<Note>::open(small(dir.path())).unwrap();
     let release = Arc::new(AtomicBool::new(false));
@@ -547,10 +554,10 @@ fn an_engine_that_is_dropped_leaves_a_hanging_handler_behind_and_stops_all_other
     let hanging = hanging.unwrap();
     let other = engine.consumer("other").concurrency(2).start(|_, _| Ok(())).unwrap();
     publish(&engine, events(3, 30));
-    until("it hangs", || hanging.report().running_since.is_some());
+    until("the handler hangs", || hanging.report().running_since.is_some());
     drop(engine);
-    assert!(!release.load(Ordering::SeqCst), "it gave up on it");
-    until("the other ended", || !other.report().is_running);
+    assert!(!release.load(Ordering::SeqCst), "the drop gave up on the handler");
+    until("the other consumer has ended", || !other.report().is_running);
     assert!(matches!(EventLog::<Note>::open(small(dir.path())), Err(corelane::OpenError::Locked { .. })));
     release.store(true, Ordering::SeqCst);
     drop((hanging, other));
@@ -558,7 +565,7 @@ fn an_engine_that_is_dropped_leaves_a_hanging_handler_behind_and_stops_all_other
 }
 
 #[test]
-fn publish_sync_returns_when_those_that_were_named_have_handled_it() {
+fn publish_sync_returns_when_the_named_consumers_have_handled_the_event() {
     let dir = tempfile::tempdir().unwrap();
     let inline = Arc::new(AtomicU64::new(0));
     let count = Arc::clone(&inline);
@@ -585,17 +592,17 @@ fn publish_sync_returns_when_those_that_were_named_have_handled_it() {
     let mut producer = engine.producer();
     for n in 0..5 {
         engine.publish_sync(&mut producer, Key::new(1), Note::new(n), &[], soon()).unwrap();
-        assert_eq!(inline.load(Ordering::SeqCst), n + 1, "inline handlers have had it");
+        assert_eq!(inline.load(Ordering::SeqCst), n + 1, "the inline handler has handled the event");
     }
     for n in 8..12 {
         engine.publish_sync(&mut producer, Key::new(1), Note::new(n), &[&slow], soon()).unwrap();
-        assert_eq!(saw.of(1).last(), Some(&n), "the consumer has had it");
+        assert_eq!(saw.of(1).last(), Some(&n), "the consumer has handled the event");
     }
     let refused = engine.publish_sync(&mut producer, Key::new(1), Note::new(7), &[&slow], soon());
     assert!(matches!(refused, Err(corelane::PublishSyncError::Recorded { .. })), "{refused:?}");
     let late = Some(Instant::now());
     let late = engine.publish_sync(&mut producer, Key::new(2), Note::new(1), &[&slow], late);
-    assert!(late.is_err(), "the deadline counts");
+    assert!(late.is_err(), "the deadline has passed");
     drop(seen);
     let head = engine.stream(Key::new(1), corelane::Version(10)).unwrap();
     drop(head);
@@ -607,7 +614,7 @@ fn publish_sync_returns_when_those_that_were_named_have_handled_it() {
         )
         .unwrap(),
         Handled::Unknown,
-        "it lies before where the consumer began"
+        "the event precedes the consumer's start"
     );
 }
 
@@ -625,7 +632,7 @@ fn misuse_is_a_typed_error_and_changes_nothing() {
     assert!(matches!(none, Err(ConsumerError::NoTypes)));
     assert!(matches!(engine.consumer("c").concurrency(0).start(|_, _| Ok(())), Err(ConsumerError::Config(_))));
     assert!(matches!(engine.consumer("c").retry(quick(0)).start(|_, _| Ok(())), Err(ConsumerError::Config(_))));
-    assert_eq!(engine.consumers(), [], "nobody was registered");
+    assert_eq!(engine.consumers(), [], "no consumer was registered");
     let first = start("c").unwrap();
     assert!(matches!(start("c"), Err(ConsumerError::AlreadyRunning { .. })));
     assert!(matches!(engine.remove_consumer("c"), Err(ConsumerError::AlreadyRunning { .. })));
@@ -636,7 +643,7 @@ fn misuse_is_a_typed_error_and_changes_nothing() {
 }
 
 #[test]
-fn starts_are_where_they_say() {
+fn consumers_begin_at_the_configured_start() {
     let dir = tempfile::tempdir().unwrap();
     let engine = EventLog::<Note>::open(small(dir.path()).shards(2)).unwrap();
     publish(&engine, events(8, 80));

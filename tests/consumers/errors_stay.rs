@@ -1,5 +1,5 @@
-//! What reads in order stays where it failed: asked again it says the same, or has the item once the cause is gone, and never what
-//! follows.
+//! A reader in order stays at the item that it cannot read: asked again it returns the same error, or the item once the
+//! cause is gone, and never the next item.
 
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -14,7 +14,7 @@ use corelane::{
 use rkyv::rancor::{Error as Refusal, Source};
 use rkyv::{Archive, Deserialize, Serialize};
 
-/// As it was written.
+/// The event as it was written.
 #[derive(Archive, Serialize, Deserialize, Bounded, Clone)]
 struct Old {
     n: u64,
@@ -27,7 +27,7 @@ impl Event for Old {
     }
 }
 
-/// As it is read: by an upcaster that refuses 14 while `$refuses`.
+/// Declares the event as it is read: through an upcaster that refuses 14 while `$refuses` is set.
 macro_rules! reading {
     ($name:ident, $refuses:ident) => {
         static $refuses: AtomicBool = AtomicBool::new(true);
@@ -69,7 +69,7 @@ fn open<E: Event>(dir: &Path) -> EventLog<E> {
     EventLog::<E>::open(crate::common::small(dir)).unwrap()
 }
 
-/// Calls `next` until the end: errors are noted as `None`, and end after three with what makes them go away.
+/// Calls `next` until the end. Notes errors as `None`, and removes their cause after the third.
 fn ask(mut next: impl FnMut() -> Result<Option<u64>, ReadError>, refuses: &AtomicBool) -> Vec<Option<u64>> {
     refuses.store(true, Ordering::SeqCst);
     let mut got = Vec::new();
@@ -127,7 +127,7 @@ fn events_between_times_stay_at_an_event_that_cannot_be_read() {
 
 reading!(Sunk, SINK_REFUSES);
 
-/// A sink that goes on asking its batch after an error, and believes that what it got is all there is.
+/// A sink that keeps calling its batch after an error and ignores the error.
 #[derive(Clone, Default)]
 struct Careless(Arc<Mutex<(Vec<u64>, Option<Position>)>>);
 
@@ -149,7 +149,7 @@ impl Sink<Sunk> for Careless {
 }
 
 #[test]
-fn a_sink_never_gets_what_follows_an_event_that_cannot_be_read() {
+fn a_sink_never_gets_an_event_after_one_that_cannot_be_read() {
     let dir = store();
     let engine = open::<Sunk>(dir.path());
     let kept = Careless::default();
@@ -158,7 +158,7 @@ fn a_sink_never_gets_what_follows_an_event_that_cannot_be_read() {
     assert!(!engine.drain_consumers(soon()));
     assert_eq!(kept.0.lock().unwrap().0, [1]);
     drop(sink);
-    // Where the cause is gone, it goes on where it was.
+    // Without the cause, the sink continues where it stopped.
     SINK_REFUSES.store(false, Ordering::SeqCst);
     let sink = engine.consumer("sink").start_sink(10, kept.clone()).unwrap();
     assert!(sink.drain(soon()));
@@ -169,7 +169,7 @@ fn a_sink_never_gets_what_follows_an_event_that_cannot_be_read() {
 reading!(Gated, GATE_REFUSES);
 
 #[test]
-fn a_gate_does_not_count_past_an_event_that_cannot_be_read() {
+fn a_gate_does_not_skip_an_event_that_cannot_be_read() {
     let dir = store();
     let engine = open::<Gated>(dir.path());
     let policy = corelane::ingress::GatePolicy::default;

@@ -1,4 +1,4 @@
-//! Calls into the engine from its own threads and from those of its consumers: none waits for itself.
+//! Calls into the engine from its own threads and from those of its consumers never wait for themselves.
 
 use std::collections::BTreeMap;
 use std::fmt::Debug;
@@ -19,9 +19,9 @@ use corelane::{
 };
 use rkyv::{Archive, Deserialize, Serialize};
 
-/// Where the application's code is run by the engine.
+/// A place at which the engine runs application code.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-enum Place {
+enum CallSite {
     Handler,
     BatchEnd,
     Evolve,
@@ -37,25 +37,25 @@ enum Place {
     SinkPosition,
 }
 
-const OF_SHARDS: [Place; 8] = [
-    Place::Handler,
-    Place::BatchEnd,
-    Place::Evolve,
-    Place::Decide,
-    Place::View,
-    Place::Question,
-    Place::WakerOfShard,
-    Place::WakerOfSyncer,
+const OF_SHARDS: [CallSite; 8] = [
+    CallSite::Handler,
+    CallSite::BatchEnd,
+    CallSite::Evolve,
+    CallSite::Decide,
+    CallSite::View,
+    CallSite::Question,
+    CallSite::WakerOfShard,
+    CallSite::WakerOfSyncer,
 ];
-const OF_CONSUMERS: [Place; 3] = [Place::Consumer, Place::Worker, Place::Judge];
-const OF_SINKS: [Place; 2] = [Place::Sink, Place::SinkPosition];
+const OF_CONSUMERS: [CallSite; 3] = [CallSite::Consumer, CallSite::Worker, CallSite::Judge];
+const OF_SINKS: [CallSite; 2] = [CallSite::Sink, CallSite::SinkPosition];
 
 type Hook = Box<dyn FnOnce() + Send>;
-static HOOKS: LazyLock<Mutex<BTreeMap<(Place, u64), Hook>>> = LazyLock::new(Mutex::default);
+static HOOKS: LazyLock<Mutex<BTreeMap<(CallSite, u64), Hook>>> = LazyLock::new(Mutex::default);
 static NEXT: AtomicU64 = AtomicU64::new(1);
 
-/// Runs what is to be run at this place, once.
-fn fire(place: Place, n: u64) -> bool {
+/// Runs the hook of this place, once.
+fn fire(place: CallSite, n: u64) -> bool {
     let hook = HOOKS.lock().unwrap().remove(&(place, n));
     hook.map(|hook| hook()).is_some()
 }
@@ -84,31 +84,31 @@ impl Aggregate for State {
 
     fn evolve(&mut self, event: &ArchivedPing, _meta: &Meta) {
         self.last = event.n.to_native();
-        fire(Place::Evolve, self.last);
+        fire(CallSite::Evolve, self.last);
     }
 
     fn decide(&self, n: u64, emit: &mut Emit<Ping>) -> Result<(), ()> {
-        fire(Place::Decide, n);
+        fire(CallSite::Decide, n);
         emit.event(Ping { n: 0 });
         Ok(())
     }
 }
 
-/// The numbers of this batch.
+/// An inline handler that collects the numbers of a batch.
 #[derive(Default)]
 struct Inline(Vec<u64>);
 
 impl Handler<Ping> for Inline {
     fn on_event(&mut self, event: &ArchivedPing, _meta: &Meta) -> Result<(), HandlerError> {
         let n = event.n.to_native();
-        fire(Place::Handler, n);
+        fire(CallSite::Handler, n);
         self.0.push(n);
         Ok(())
     }
 
     fn on_batch_end(&mut self, _batch: &BatchEnd) -> Result<(), HandlerError> {
         for n in self.0.drain(..) {
-            fire(Place::BatchEnd, n);
+            fire(CallSite::BatchEnd, n);
         }
         Ok(())
     }
@@ -118,18 +118,18 @@ struct Taking(u64);
 
 impl Sink<Ping> for Taking {
     fn position(&mut self, _shard: ShardId) -> Result<Option<corelane::Position>, HandlerError> {
-        fire(Place::SinkPosition, self.0);
+        fire(CallSite::SinkPosition, self.0);
         Ok(None)
     }
 
     fn apply(&mut self, batch: &mut Batch<'_, Ping>) -> Result<(), HandlerError> {
         while batch.next()?.is_some() {}
-        fire(Place::Sink, self.0);
+        fire(CallSite::Sink, self.0);
         Ok(())
     }
 }
 
-struct Firing(Place, u64);
+struct Firing(CallSite, u64);
 
 impl Wake for Firing {
     fn wake(self: Arc<Self>) {
@@ -137,7 +137,7 @@ impl Wake for Firing {
     }
 }
 
-/// An engine, and everything of it that can be called.
+/// An engine and every handle of it.
 struct Rig {
     engine: Arc<Engine<State>>,
     shared: SharedProducer<Ping>,
@@ -157,26 +157,26 @@ fn config(dir: &std::path::Path) -> Config {
 
 fn open(dir: &std::path::Path) -> Result<Engine<State>, OpenError> {
     let view = ById::new(8, |state: &State| {
-        fire(Place::View, state.last);
+        fire(CallSite::View, state.last);
         state.last
     });
     Engine::<State>::builder(config(dir)).handler("inline", OnError::Halt, |_| Inline::default()).view(&view).open()
 }
 
-fn start(engine: &Engine<State>, place: Place, n: u64) -> Consumer<Ping> {
-    let builder = engine.subscribe("own").concurrency(if place == Place::Worker { 2 } else { 1 });
+fn start(engine: &Engine<State>, place: CallSite, n: u64) -> Consumer<Ping> {
+    let builder = engine.subscribe("own").concurrency(if place == CallSite::Worker { 2 } else { 1 });
     let builder = builder.judge(move |_, _| {
-        fire(Place::Judge, n);
+        fire(CallSite::Judge, n);
         Judgement::Skip
     });
     let handler = move |event: &ArchivedPing, _: &Meta| -> Result<(), HandlerError> {
         let is_it = event.n.to_native() == n;
-        if is_it && place == Place::Judge {
+        if is_it && place == CallSite::Judge {
             return Err("to be judged".into());
         }
         if is_it {
-            fire(Place::Consumer, n);
-            fire(Place::Worker, n);
+            fire(CallSite::Consumer, n);
+            fire(CallSite::Worker, n);
         }
         Ok(())
     };
@@ -184,7 +184,7 @@ fn start(engine: &Engine<State>, place: Place, n: u64) -> Consumer<Ping> {
 }
 
 impl Rig {
-    fn new(dir: &std::path::Path, place: Place, n: u64) -> Arc<Self> {
+    fn new(dir: &std::path::Path, place: CallSite, n: u64) -> Arc<Self> {
         let engine = Arc::new(open(dir).unwrap());
         Arc::new(Self {
             shared: engine.shared_producer(),
@@ -235,12 +235,12 @@ fn rejected_word<T, E>(outcome: Result<T, Rejected<E>>) -> String {
     outcome.map_or_else(|rejected| format!("{:?}", rejected.reason()), |_| "Ok".into())
 }
 
-/// Until it is refused, many times what a lane holds.
+/// Publishes until an event is refused, at most 20 times the capacity of a lane.
 fn often(mut publish: impl FnMut() -> String) -> String {
     (0..20 * RING).map(|_| publish()).find(|word| word != "Ok").unwrap_or_else(|| "Ok".into())
 }
 
-/// Everything that may wait, and what it says here.
+/// Makes every call that may wait and returns the results by name.
 fn calls(rig: &Rig) -> BTreeMap<&'static str, String> {
     let mut said = BTreeMap::new();
     let key = Key(1);
@@ -270,7 +270,7 @@ fn calls(rig: &Rig) -> BTreeMap<&'static str, String> {
         let mut batch: Vec<_> = (0..20 * RING).map(|_| (key, ping())).collect();
         let published = producer.publish_batch(&mut batch);
         said.insert("Producer::publish_batch", published.map_or_else(|r| format!("{:?}", r.reason), |()| "Ok".into()));
-        // With room, as any: nothing is waited for then.
+        // With room in the lane, this call does not wait for it.
         let consumer = rig.consumer.lock().unwrap();
         let sync = engine.publish_sync(&mut producer, key, ping(), &[consumer.as_ref().unwrap()], Deadline::NEVER);
         said.insert(
@@ -353,7 +353,7 @@ fn calls(rig: &Rig) -> BTreeMap<&'static str, String> {
     said
 }
 
-/// What the calls say on a thread that the engine itself waits for.
+/// The expected results on a thread for which the engine itself waits.
 fn on_a_shard() -> BTreeMap<&'static str, &'static str> {
     let refused = |names: &'static [&'static str], word| names.iter().map(move |name| (*name, word));
     refused(
@@ -411,8 +411,8 @@ fn on_a_shard() -> BTreeMap<&'static str, &'static str> {
     .collect()
 }
 
-/// In a handler of the consumer itself: the engine can be waited for, the consumer cannot.
-fn in_its_own_handler(place: Place) -> BTreeMap<&'static str, &'static str> {
+/// The expected results in a handler of the consumer itself: it may wait for the engine, but not for the consumer.
+fn in_its_own_handler(place: CallSite) -> BTreeMap<&'static str, &'static str> {
     let itself = [
         "Engine::publish_sync",
         "Engine::shutdown",
@@ -421,7 +421,7 @@ fn in_its_own_handler(place: Place) -> BTreeMap<&'static str, &'static str> {
         "Consumer::wait_handled",
         "Consumer::stop",
     ];
-    // Asked of the thread that drives: where workers call the handler, that one is free.
+    // Requests to the driver's thread, which is free if workers call the handler.
     let driving = [
         "Consumer::pause",
         "Consumer::resume",
@@ -433,19 +433,20 @@ fn in_its_own_handler(place: Place) -> BTreeMap<&'static str, &'static str> {
     ];
     let word = |name: &'static str, word: &'static str| match name {
         _ if itself.contains(&name) => "OnEngineThread",
-        _ if driving.contains(&name) && place != Place::Worker => "OnEngineThread",
+        _ if driving.contains(&name) && place != CallSite::Worker => "OnEngineThread",
         _ if ["false", "AlreadyRunning", "1"].contains(&word) => word,
         _ => "Ok",
     };
     on_a_shard().into_iter().map(|(name, of_shard)| (name, word(name, of_shard))).collect()
 }
 
-/// A thread of somebody else's consumer may wait for this one, and for the engine; not for the engine's end.
+/// The expected results in another consumer's sink: it may wait for this consumer and for the engine, but not for the
+/// engine's end.
 fn in_a_sink() -> BTreeMap<&'static str, &'static str> {
     let word = |name: &'static str, word: &'static str| match name {
         "Engine::shutdown" | "Engine::shutdown (until)" => "OnEngineThread",
         "Consumer::drain" => "true",
-        // The event that it is to wait for is none: it ends, and the promise with it.
+        // No such event exists, so the call waits until its deadline.
         "Consumer::wait_handled" => "TimedOut",
         _ if ["false", "AlreadyRunning", "1"].contains(&word) => word,
         _ => "Ok",
@@ -454,28 +455,28 @@ fn in_a_sink() -> BTreeMap<&'static str, &'static str> {
 }
 
 /// Makes the engine run `hook` at `place`.
-fn bring_about(rig: &Arc<Rig>, place: Place, n: u64, hook: Hook) {
+fn bring_about(rig: &Arc<Rig>, place: CallSite, n: u64, hook: Hook) {
     HOOKS.lock().unwrap().insert((place, n), hook);
     match place {
-        Place::Decide => drop(rig.client.lock().unwrap().send(Key(1), n).ticket().unwrap()),
-        Place::Question => {
-            let mut asked = Box::pin(rig.engine.ask_async(Key(1), move |_, _| fire(Place::Question, n)));
+        CallSite::Decide => drop(rig.client.lock().unwrap().send(Key(1), n).ticket().unwrap()),
+        CallSite::Question => {
+            let mut asked = Box::pin(rig.engine.ask_async(Key(1), move |_, _| fire(CallSite::Question, n)));
             assert!(crate::common::poll_once(&mut asked).is_none_or(|fired| fired.unwrap()));
         }
-        Place::WakerOfShard | Place::WakerOfSyncer => {
+        CallSite::WakerOfShard | CallSite::WakerOfSyncer => {
             let receipt = rig.producer.lock().unwrap().publish(Key(1), Ping { n }).unwrap();
-            let mut pending = if place == Place::WakerOfShard { receipt.appended() } else { receipt.durable() };
+            let mut pending = if place == CallSite::WakerOfShard { receipt.appended() } else { receipt.durable() };
             let waker = Waker::from(Arc::new(Firing(place, n)));
-            // It may have been too late; then another event does.
+            // The event may already be appended. Then tries another one.
             if std::pin::Pin::new(&mut pending).poll(&mut Context::from_waker(&waker)).is_ready() {
                 let hook = HOOKS.lock().unwrap().remove(&(place, n)).unwrap();
                 bring_about(rig, place, n, hook);
             }
         }
-        Place::SinkPosition => {
+        CallSite::SinkPosition => {
             *rig.sink.lock().unwrap() = Some(rig.engine.consumer("sink").start_sink(100, Taking(n)).unwrap());
         }
-        Place::Sink => {
+        CallSite::Sink => {
             *rig.sink.lock().unwrap() = Some(rig.engine.consumer("sink").start_sink(100, Taking(n)).unwrap());
             rig.shared.publish(Key(1), Ping { n }).unwrap();
         }
@@ -485,7 +486,7 @@ fn bring_about(rig: &Arc<Rig>, place: Place, n: u64, hook: Hook) {
 
 fn run_at<T: Send + 'static>(
     rig: &Arc<Rig>,
-    place: Place,
+    place: CallSite,
     n: u64,
     calls: impl FnOnce(&Rig) -> T + Send + 'static,
 ) -> T {
@@ -493,7 +494,7 @@ fn run_at<T: Send + 'static>(
     let called = Arc::clone(rig);
     let hook = Box::new(move || {
         let answer = calls(&called);
-        // Before the answer: the last handle is to be the test's.
+        // Dropped before the answer is sent, so that the test has the last handle.
         drop(called);
         done.send(answer).unwrap();
     });
@@ -501,7 +502,7 @@ fn run_at<T: Send + 'static>(
     answers.recv_timeout(Duration::from_secs(60)).unwrap_or_else(|_| panic!("{place:?}: a call waits for itself"))
 }
 
-fn every_call_at(place: Place, expected: &BTreeMap<&'static str, &'static str>) {
+fn every_call_at(place: CallSite, expected: &BTreeMap<&'static str, &'static str>) {
     let dir = tempfile::tempdir().unwrap();
     let n = NEXT.fetch_add(1, Ordering::Relaxed);
     let rig = Rig::new(dir.path(), place, n);
@@ -515,12 +516,12 @@ fn every_call_at(place: Place, expected: &BTreeMap<&'static str, &'static str>) 
 }
 
 #[test]
-fn no_call_on_a_shard_s_thread_waits_for_it() {
+fn no_call_on_a_shards_thread_waits_for_that_thread() {
     OF_SHARDS.into_iter().for_each(|place| every_call_at(place, &on_a_shard()));
 }
 
 #[test]
-fn no_call_in_a_consumer_s_handler_waits_for_the_consumer() {
+fn no_call_in_a_consumers_handler_waits_for_the_consumer() {
     OF_CONSUMERS.into_iter().for_each(|place| every_call_at(place, &in_its_own_handler(place)));
 }
 
@@ -529,13 +530,13 @@ fn no_call_in_a_sink_waits_for_the_sink() {
     let expected = in_a_sink();
     for place in OF_SINKS {
         every_call_at(place, &expected);
-        // Its own handle.
+        // The same through the sink's own handle.
         let dir = tempfile::tempdir().unwrap();
         let n = NEXT.fetch_add(1, Ordering::Relaxed);
         let rig = Rig::new(dir.path(), place, n);
         let (drained, stopped) = run_at(&rig, place, n, |rig| {
             let mut sink = None;
-            until("the handle is there", || {
+            until("the handle is set", || {
                 sink = rig.sink.lock().unwrap().take();
                 sink.is_some()
             });
@@ -547,7 +548,7 @@ fn no_call_in_a_sink_waits_for_the_sink() {
     }
 }
 
-/// The store can be opened again: whoever closed it has ended.
+/// Returns `true` if the store can be opened again, so that its engine has ended.
 fn is_closed(dir: &std::path::Path) -> bool {
     match open(dir) {
         Ok(engine) => engine.shutdown(soon()).is_ok(),
@@ -557,8 +558,8 @@ fn is_closed(dir: &std::path::Path) -> bool {
 }
 
 #[test]
-fn the_last_handle_may_be_dropped_anywhere_and_the_engine_closes_behind_it() {
-    for place in OF_SHARDS.into_iter().chain(OF_CONSUMERS).chain([Place::Sink]) {
+fn the_last_handle_may_be_dropped_on_any_thread_and_the_engine_closes() {
+    for place in OF_SHARDS.into_iter().chain(OF_CONSUMERS).chain([CallSite::Sink]) {
         let dir = tempfile::tempdir().unwrap();
         let n = NEXT.fetch_add(1, Ordering::Relaxed);
         let rig = Rig::new(dir.path(), place, n);
@@ -567,7 +568,7 @@ fn the_last_handle_may_be_dropped_anywhere_and_the_engine_closes_behind_it() {
         let last = Arc::clone(&rig);
         let hook: Hook = Box::new(move || {
             gone.recv().unwrap_err();
-            // The rig with all handles, the engine's among them.
+            // Drops the rig with every handle, including the engine.
             drop(last);
             done.send(()).unwrap();
         });
@@ -582,7 +583,7 @@ fn the_last_handle_may_be_dropped_anywhere_and_the_engine_closes_behind_it() {
 }
 
 #[test]
-fn a_drop_gives_up_on_a_shard_that_hangs_and_the_rest_is_done_when_it_goes_on() {
+fn a_drop_gives_up_on_a_hanging_shard_which_closes_the_store_when_it_continues() {
     let dir = tempfile::tempdir().unwrap();
     let n = NEXT.fetch_add(1, Ordering::Relaxed);
     let engine = open(dir.path()).unwrap();
@@ -592,28 +593,28 @@ fn a_drop_gives_up_on_a_shard_that_hangs_and_the_rest_is_done_when_it_goes_on() 
         entered_tx.send(()).unwrap();
         gone.recv().unwrap_err();
     });
-    HOOKS.lock().unwrap().insert((Place::Handler, n), hook);
+    HOOKS.lock().unwrap().insert((CallSite::Handler, n), hook);
     let mut producer = engine.producer();
     producer.publish(Key(1), Ping { n }).unwrap();
     entered.recv().unwrap();
     for _ in 0..3 {
         producer.publish(Key(1), Ping { n: 0 }).unwrap();
     }
-    // Returns at all: after the ten seconds that it promises.
+    // Returns after the promised ten seconds.
     drop(engine);
-    assert!(matches!(open(dir.path()), Err(OpenError::Locked { .. })), "its threads are still there");
+    assert!(matches!(open(dir.path()), Err(OpenError::Locked { .. })), "its threads still run");
     assert!(matches!(producer.try_publish(Key(1), Ping { n: 0 }), Ok(_) | Err(Rejected::Closed(_))));
     drop(go);
     until("the engine closes", || is_closed(dir.path()));
     let engine = open(dir.path()).unwrap();
-    assert!(engine.state(Key(1)).unwrap().unwrap().1 >= Version(4), "nothing accepted is lost");
+    assert!(engine.state(Key(1)).unwrap().unwrap().1 >= Version(4), "no accepted event is lost");
 }
 
 #[test]
-fn a_consumer_s_handler_that_waits_for_a_checkpoint_does_not_hold_up_the_closing() {
+fn a_consumers_handler_that_waits_for_a_checkpoint_does_not_block_the_shutdown() {
     let dir = tempfile::tempdir().unwrap();
     let n = NEXT.fetch_add(1, Ordering::Relaxed);
-    let rig = Rig::new(dir.path(), Place::Consumer, n);
+    let rig = Rig::new(dir.path(), CallSite::Consumer, n);
     let (done, said) = channel();
     let called = Arc::clone(&rig);
     let (entered_tx, entered) = channel();
@@ -631,8 +632,8 @@ fn a_consumer_s_handler_that_waits_for_a_checkpoint_does_not_hold_up_the_closing
         ];
         done.send(words).unwrap();
     });
-    bring_about(&rig, Place::Consumer, n, hook);
-    // A consumer that is asked to stop begins nothing more.
+    bring_about(&rig, CallSite::Consumer, n, hook);
+    // Waits for the handler, because a stopping consumer handles no further event.
     entered.recv_timeout(Duration::from_secs(60)).unwrap();
     rig.engine.shutdown(soon()).unwrap();
     let words = said.recv_timeout(Duration::from_secs(60)).unwrap();
@@ -640,7 +641,7 @@ fn a_consumer_s_handler_that_waits_for_a_checkpoint_does_not_hold_up_the_closing
 }
 
 #[test]
-fn a_question_that_panics_says_so_and_the_shard_goes_on() {
+fn a_panicking_question_returns_the_panic_and_the_shard_continues() {
     let dir = tempfile::tempdir().unwrap();
     let engine = open(dir.path()).unwrap();
     let asked = engine.ask(Key(1), |_, _| -> u64 { panic!("no such {}", "thing") });
@@ -656,10 +657,10 @@ fn a_question_that_panics_says_so_and_the_shard_goes_on() {
 }
 
 #[test]
-fn a_waker_that_panics_is_its_own_concern() {
+fn a_panicking_waker_affects_nothing_else() {
     let dir = tempfile::tempdir().unwrap();
-    let rig = Rig::new(dir.path(), Place::WakerOfSyncer, 0);
-    for place in [Place::WakerOfShard, Place::WakerOfSyncer] {
+    let rig = Rig::new(dir.path(), CallSite::WakerOfSyncer, 0);
+    for place in [CallSite::WakerOfShard, CallSite::WakerOfSyncer] {
         let n = NEXT.fetch_add(1, Ordering::Relaxed);
         let (done, said) = channel();
         let hook: Hook = Box::new(move || {

@@ -1,5 +1,5 @@
-//! Consumers on a full disk: what cannot be saved or recorded waits, with it retention and at the end who publishes; with new space
-//! everything goes on, and nothing is lost.
+//! Consumers on a full disk: unsaved positions and records wait, then retention waits, and finally publishers wait.
+//! When space returns, everything continues and no event is lost.
 
 use std::path::Path;
 use std::process::Command;
@@ -18,7 +18,8 @@ fn retention() -> Retention {
     Retention { bytes_max: Some(2 * SEGMENT), age_max: None }
 }
 
-/// Parks events whose number ends with 7, until it is well; sees the others.
+/// Starts a consumer that records the events that it handles and, until `is_well`, parks those whose number ends with
+/// 7.
 fn start(engine: &EventLog<Note>, seen: &Seen, is_well: &Arc<AtomicBool>) -> Consumer<Note> {
     let (seen, is_well) = (Arc::clone(seen), Arc::clone(is_well));
     let builder = engine.consumer("c").checkpoint_every(Duration::from_millis(1));
@@ -34,7 +35,7 @@ fn start(engine: &EventLog<Note>, seen: &Seen, is_well: &Arc<AtomicBool>) -> Con
     consumer.unwrap()
 }
 
-/// Publishes until refused for good, or so many; returns how many were accepted.
+/// Publishes up to `count` events until the full disk refuses one. Returns the number after the last accepted one.
 fn publish(engine: &EventLog<Note>, from: u64, count: u64) -> u64 {
     let mut producer = engine.producer();
     let mut n = from;
@@ -42,7 +43,7 @@ fn publish(engine: &EventLog<Note>, from: u64, count: u64) -> u64 {
         match producer.publish_until(Key(n % 10), Note::sized(n, 3000), Instant::now() + Duration::from_millis(250)) {
             Ok(_) => n += 1,
             Err(Rejected::StorageFull(_)) => break,
-            // A machine that is slow.
+            // The machine is slow.
             Err(Rejected::Full(_)) => {}
             Err(other) => panic!("{other:?}"),
         }
@@ -61,27 +62,27 @@ fn segments(engine: &EventLog<Note>) -> usize {
 }
 
 #[test]
-fn a_checkpoint_that_cannot_be_written_holds_retention_and_no_event() {
+fn a_position_that_cannot_be_saved_blocks_retention_and_no_event() {
     let dir = tempfile::tempdir().unwrap();
     let engine = EventLog::<Note>::open(os_cache(dir.path()).retention(retention()).spares_max(1)).unwrap();
     let (seen, is_well) = (Seen::default(), Arc::new(AtomicBool::new(true)));
     let consumer = start(&engine, &seen, &is_well);
     let begun = consumer.report().positions[0];
-    // Where the new checkpoint is to be written, nothing can be.
+    // A folder in place of the new file makes every save of the position fail.
     let obstacle = dir.path().join("consumers/c/checkpoint.new");
-    // The consumer may be about to write its first one there.
-    until("the obstacle stands", || std::fs::create_dir(&obstacle).is_ok());
+    // The consumer may be writing its first one there.
+    until("the obstacle is in place", || std::fs::create_dir(&obstacle).is_ok());
     assert_eq!(publish(&engine, 0, 200), 200);
     engine.flush(soon()).unwrap();
     assert!(consumer.drain(soon()));
-    assert_eq!(sorted(&seen), (0..200).collect::<Vec<_>>(), "it goes on handling");
+    assert_eq!(sorted(&seen), (0..200).collect::<Vec<_>>(), "the consumer keeps handling events");
     until("failures are counted", || consumer.report().write_failures.0 > 3);
     let report = consumer.report();
     assert_eq!((report.positions[0], report.waiting(), report.write_failures.1), (begun, 0, 0));
     assert!(report.lag_bytes > 200 * 3000);
     assert!(segments(&engine) >= 9, "retention waits");
     std::fs::remove_dir(&obstacle).unwrap();
-    until("retention goes on", || segments(&engine) <= 3);
+    until("retention continues", || segments(&engine) <= 3);
     assert!(consumer.report().positions[0] > begun);
     consumer.stop(soon()).unwrap();
 }
@@ -96,32 +97,32 @@ fn a_full_disk_is_backpressure_for_publishers_and_a_delay_for_consumers() {
     engine.flush(soon()).unwrap();
     assert!(consumer.drain(soon()));
     storage.refuse_files(true);
-    // There is room for these in the segment at hand.
+    // These fit into the active segment.
     let before = publish(&engine, before, 10);
     assert_eq!(before, 34);
     engine.flush(soon()).unwrap();
     storage.set_space(Some(2 * SEGMENT));
     let accepted = publish(&engine, before, 5000);
-    assert!(accepted < 1000, "who publishes is told");
-    until("what is appended is handled", || consumer.report().unread == 0);
+    assert!(accepted < 1000, "the publisher is refused");
+    until("every appended event is handled", || consumer.report().unread == 0);
     let report = consumer.report();
     assert!(report.write_failures.0 > 0 && report.failure.is_none() && report.halted.is_none(), "{report:?}");
     assert!(report.unfinished > 0, "the key of a letter that cannot be written waits");
-    until("that is counted", || consumer.report().write_failures.1 > 0);
+    until("the failed writes are counted", || consumer.report().write_failures.1 > 0);
     storage.refuse_files(false);
     storage.set_space(None);
     engine.flush(soon()).unwrap();
     assert!(consumer.drain(soon()), "{:?}", consumer.report());
     let is_letter = |n: &u64| n % 10 == 7;
-    assert_eq!(sorted(&seen), (0..accepted).filter(|n| !is_letter(n)).collect::<Vec<_>>(), "each once");
+    assert_eq!(sorted(&seen), (0..accepted).filter(|n| !is_letter(n)).collect::<Vec<_>>(), "each event once");
     assert_eq!(consumer.report().letters.letters, (0..accepted).filter(is_letter).count());
-    until("retention goes on", || segments(&engine) <= 3);
+    until("retention continues", || segments(&engine) <= 3);
     is_well.store(true, Ordering::SeqCst);
     consumer.reprocess(Letters::All).unwrap();
     until("letters are handled", || consumer.report().letters.letters == 0);
     assert_eq!(sorted(&seen), (0..accepted).collect::<Vec<_>>());
     let sevens: Vec<u64> = seen.lock().unwrap().iter().copied().filter(is_letter).collect();
-    assert!(sevens.is_sorted(), "and in order: {sevens:?}");
+    assert!(sevens.is_sorted(), "in order: {sevens:?}");
 }
 
 #[test]
@@ -133,31 +134,31 @@ fn dead_letters_that_cannot_be_written_keep_their_keys_waiting_and_are_written_l
         let mut consumer = start(&engine, &seen, &is_well);
         storage.refuse_side_files(true);
         publish(&engine, 0, 100);
-        until("the others go on", || seen.lock().unwrap().len() == 90);
-        until("it is counted", || consumer.report().write_failures.1 > 1);
+        until("the other keys are handled", || seen.lock().unwrap().len() == 90);
+        until("the failed writes are counted", || consumer.report().write_failures.1 > 1);
         let report = consumer.report();
         assert_eq!((report.letters.letters, report.parked, report.unfinished), (0, 0, 10));
         let first = read_shard(&engine, 0).iter().find(|held| held.n == 7).unwrap().offset;
-        assert!(report.positions[0].0 <= first, "the position stays before what is not recorded");
+        assert!(report.positions[0].0 <= first, "the position stays before the unrecorded event");
         if restarts {
             let stopped = consumer.stop(soon());
             let Err(ConsumerError::Ended { failure: Some(failure) }) = stopped else { panic!("{stopped:?}") };
             assert!(matches!(failure.error(), ConsumerError::Records(WriteRefused::Io { .. })), "{failure}");
             consumer = start(&engine, &seen, &is_well);
-            until("it tries again", || consumer.report().write_failures.1 > 0);
+            until("the consumer tries again", || consumer.report().write_failures.1 > 0);
         }
         storage.refuse_side_files(false);
         assert!(consumer.drain(soon()));
         let letters = consumer.dead_letters(None, 100).unwrap();
-        assert_eq!(letters.len(), 10, "all of key 7's");
+        assert_eq!(letters.len(), 10, "every event of key 7");
         assert!(letters.iter().map(|letter| letter.id.offset).is_sorted());
         assert_eq!(letters.iter().map(|letter| letter.attempts).collect::<Vec<_>>(), [1, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
-        assert_eq!(seen.lock().unwrap().len(), 90, "and nothing was handled twice");
+        assert_eq!(seen.lock().unwrap().len(), 90, "no event was handled twice");
     }
 }
 
 #[test]
-fn who_comes_while_segments_are_freed_starts_at_one_that_is_there() {
+fn a_consumer_created_while_segments_are_freed_starts_at_an_existing_one() {
     let dir = tempfile::tempdir().unwrap();
     let engine = EventLog::<Note>::open(os_cache(dir.path()).retention(retention()).spares_max(1)).unwrap();
     let is_over = AtomicBool::new(false);
@@ -205,11 +206,11 @@ fn on_real_disk(dir: &Path) {
     let before = publish(&engine, 0, 40);
     engine.flush(soon()).unwrap();
     assert!(consumer.drain(soon()));
-    // To the last byte.
+    // Fills the disk to the last byte.
     drop(std::fs::write(&ballast, vec![1; 16 << 20]));
     let accepted = publish(&engine, before, 5000);
-    assert!(accepted < 5000, "who publishes is told");
-    until("what is appended is handled", || consumer.report().unread == 0);
+    assert!(accepted < 5000, "the publisher is refused");
+    until("every appended event is handled", || consumer.report().unread == 0);
     assert!(consumer.report().failure.is_none());
     std::fs::remove_file(&ballast).unwrap();
     engine.flush(soon()).unwrap();
@@ -217,13 +218,13 @@ fn on_real_disk(dir: &Path) {
     is_well.store(true, Ordering::SeqCst);
     consumer.reprocess(Letters::All).unwrap();
     until("letters are handled", || consumer.report().letters.letters == 0);
-    assert_eq!(sorted(&seen), (0..accepted).collect::<Vec<_>>(), "each once");
-    until("retention goes on", || segments(&engine) <= 3);
+    assert_eq!(sorted(&seen), (0..accepted).collect::<Vec<_>>(), "each event once");
+    until("retention continues", || segments(&engine) <= 3);
     consumer.stop(soon()).unwrap();
 }
 
 #[test]
-fn a_small_tmpfs_fills_and_consumers_go_on() {
+fn consumers_continue_after_a_small_tmpfs_was_full() {
     let dir = tempfile::tempdir().unwrap();
     let at = dir.path().display();
     if !sh(&format!("mount -t tmpfs -o size=3m tmpfs {at}")) {

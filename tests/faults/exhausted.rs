@@ -1,5 +1,5 @@
-//! What is exhausted for a while (descriptors, memory, quota, space) or interrupted is backpressure like a full disk: no shard fails, and
-//! everything goes on by itself.
+//! Resources exhausted for a while (descriptors, memory, quota, space) and interrupted calls are backpressure like a
+//! full disk: no shard fails, and the engine continues by itself.
 
 use std::fs::File;
 use std::sync::Mutex;
@@ -24,7 +24,8 @@ fn config() -> Config {
     small("/s").retention(Retention { bytes_max: Some(2 * SEGMENT), age_max: None }).spares_max(1)
 }
 
-/// Everything that writes files: an inline handler whose failures are noted, a consumer with dead letters, a gate, checkpoints.
+/// Every writer of files: an inline handler whose failures are recorded, a consumer with dead letters, a gate,
+/// checkpoints.
 struct Busy {
     engine: EventLog<Note>,
     consumer: Consumer<Note>,
@@ -60,7 +61,7 @@ impl Busy {
         Self { consumer: consumer.unwrap(), gate, engine }
     }
 
-    /// Publishes as much as is taken before the storage is found exhausted, and the rest when it is healed.
+    /// Publishes until the storage is exhausted, heals it after a while, and publishes the rest.
     fn run(mut self, storage: &FaultyStorage, what: &str) {
         let mut producer = self.engine.producer();
         assert!(matches!(self.gate.offer(1, 5, Key(1), Note::new(0)).unwrap(), Accepted::Buffered));
@@ -77,7 +78,7 @@ impl Busy {
                 if storage.is_exhausted() {
                     exhausted_at.get_or_insert_with(Instant::now);
                 }
-                // For a while in which everything is tried again.
+                // Long enough for every operation to be retried.
                 if !is_healed && exhausted_at.is_some_and(|at| at.elapsed() > Duration::from_millis(250)) {
                     let shard = &self.engine.shard_metrics()[0];
                     assert_eq!(shard.storage_full, shard.storage_full_why.is_some(), "{what}");
@@ -103,8 +104,8 @@ impl Busy {
         self.engine.checkpoint(soon()).unwrap();
         assert_eq!(self.consumer.report().letters.letters, (0..EVENTS).filter(|n| is_parked(*n)).count(), "{what}");
         assert_eq!(self.engine.failures().len(), 0, "{what}");
-        until("retention goes on", || self.engine.shard_metrics()[0].segments <= 3);
-        until("nothing waits", || !self.engine.shard_metrics()[0].storage_full);
+        until("retention continues", || self.engine.shard_metrics()[0].segments <= 3);
+        until("the shard is no longer waiting", || !self.engine.shard_metrics()[0].storage_full);
         let Self { engine, consumer, gate } = self;
         drop((consumer, gate, producer));
         engine.shutdown(soon()).unwrap();
@@ -113,19 +114,23 @@ impl Busy {
         let files = storage.files();
         let notes = files.iter().find(|(path, _)| path.ends_with("handlers.jsonl")).unwrap().1;
         let noted = String::from_utf8(notes.clone()).unwrap();
-        assert_eq!(noted.lines().count(), (0..EVENTS).filter(|n| is_noted(*n)).count(), "{what}: each is noted once");
+        assert_eq!(
+            noted.lines().count(),
+            (0..EVENTS).filter(|n| is_noted(*n)).count(),
+            "{what}: each failure is recorded once"
+        );
         let engine = open_on(storage, config()).unwrap();
         assert_eq!(engine.shard_metrics()[0].sequence.0, EVENTS + 1, "{what}");
         let spares = files.keys().filter(|path| path.to_string_lossy().contains("spare-")).count();
-        assert!(spares <= 2, "{what}: no file is forgotten");
+        assert!(spares <= 2, "{what}: unused files are removed");
     }
 }
 
 #[test]
-fn whatever_is_exhausted_at_any_operation_everything_goes_on_when_it_is_back() {
+fn the_engine_continues_after_a_resource_was_exhausted_at_any_operation() {
     let next = std::sync::atomic::AtomicU64::new(1);
     std::thread::scope(|scope| {
-        // Each sleeps most of its time.
+        // Each of the threads sleeps most of its time.
         for _ in 0..8 {
             scope.spawn(|| {
                 loop {
@@ -145,7 +150,7 @@ fn whatever_is_exhausted_at_any_operation_everything_goes_on_when_it_is_back() {
 }
 
 #[test]
-fn saved_states_that_cannot_be_opened_now_are_not_taken_for_unreadable() {
+fn saved_states_that_cannot_be_opened_for_now_do_not_count_as_unreadable() {
     let storage = FaultyStorage::new();
     let engine = Engine::<Account>::builder(small("/s").snapshot_every(10)).faulty_storage(&storage).open().unwrap();
     let mut producer = engine.producer();
@@ -153,7 +158,7 @@ fn saved_states_that_cannot_be_opened_now_are_not_taken_for_unreadable() {
         producer.publish(Key(1), Money::Deposited { cents }).unwrap();
     }
     engine.flush(soon()).unwrap();
-    until("snapshots are taken", || engine.snapshot_stats().count == 5);
+    until("the snapshots are saved", || engine.snapshot_stats().count == 5);
     storage.exhaust(1, Errno::MFILE.raw_os_error());
     let error = engine.state_at(Key(1), Version(25)).unwrap_err();
     assert!(matches!(error, HistoryError::Read(ReadError::Io { .. })), "{error}");
@@ -164,8 +169,8 @@ fn saved_states_that_cannot_be_opened_now_are_not_taken_for_unreadable() {
 }
 
 #[test]
-fn a_process_without_descriptors_is_backpressure_and_goes_on_when_some_are_free() {
-    if !is_own_process("exhausted::a_process_without_descriptors_is_backpressure_and_goes_on_when_some_are_free") {
+fn a_process_without_free_descriptors_is_backpressure_until_some_are_free() {
+    if !is_own_process("exhausted::a_process_without_free_descriptors_is_backpressure_until_some_are_free") {
         return;
     }
     let dir = tempfile::tempdir().unwrap();
@@ -181,7 +186,7 @@ fn a_process_without_descriptors_is_backpressure_and_goes_on_when_some_are_free(
     let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
     let low = rustix::process::Rlimit { current: Some(64), maximum: limit.maximum };
     rustix::process::setrlimit(rustix::process::Resource::Nofile, low).unwrap();
-    // Whatever the engine lets go of meanwhile is taken too.
+    // Also takes every descriptor that the engine closes.
     let (taken, is_over) = (Mutex::new(Vec::new()), AtomicBool::new(false));
     let accepted = std::thread::scope(|scope| {
         scope.spawn(|| {
@@ -202,8 +207,8 @@ fn a_process_without_descriptors_is_backpressure_and_goes_on_when_some_are_free(
     let shard = engine.shard_metrics().remove(0);
     let why = shard.storage_full_why.unwrap();
     assert!(shard.storage_full && why.contains("Too many open files"), "{why}");
-    until("what is appended is handled", || consumer.report().unread == 0);
-    assert!(consumer.report().failure.is_none(), "whether or not it could save meanwhile");
+    until("every appended event is handled", || consumer.report().unread == 0);
+    assert!(consumer.report().failure.is_none(), "a failed save is no failure of the consumer");
     drop(taken);
     rustix::process::setrlimit(rustix::process::Resource::Nofile, limit).unwrap();
     engine.flush(soon()).unwrap();
@@ -211,6 +216,6 @@ fn a_process_without_descriptors_is_backpressure_and_goes_on_when_some_are_free(
     assert!(consumer.drain(soon()));
     assert_eq!(handled.load(Ordering::SeqCst), accepted);
     consumer.save().unwrap();
-    until("nothing waits", || !engine.shard_metrics()[0].storage_full);
+    until("the shard is no longer waiting", || !engine.shard_metrics()[0].storage_full);
     engine.shutdown(soon()).unwrap();
 }

@@ -1,4 +1,5 @@
-//! A full disk is backpressure: refusals that hand the event back, nothing acknowledged lost, and on it goes with new space.
+//! A full disk is backpressure: refusals return the event, no acknowledged event is lost, and publishing continues when
+//! space returns.
 
 use std::path::Path;
 use std::process::Command;
@@ -9,7 +10,7 @@ use corelane::testing::FaultyStorage;
 use corelane::{Durability, EventLog, Key, Rejected};
 
 #[test]
-fn a_disk_full_at_any_segment_is_backpressure_and_goes_on_with_space() {
+fn a_disk_that_fills_at_any_segment_is_backpressure_until_space_returns() {
     for segments in 0..6_u64 {
         let storage = FaultyStorage::new();
         storage.set_space(Some(segments * crate::common::SEGMENT));
@@ -21,7 +22,7 @@ fn a_disk_full_at_any_segment_is_backpressure_and_goes_on_with_space() {
         assert_eq!(appended.is_empty(), segments == 0);
         storage.set_space(None);
         engine.flush(soon()).unwrap();
-        assert_eq!(numbers(&engine), (0..accepted).collect::<Vec<_>>(), "{segments} segments: all that was accepted");
+        assert_eq!(numbers(&engine), (0..accepted).collect::<Vec<_>>(), "{segments} segments: every accepted event");
         assert!(!engine.metrics().shards[0].storage_full);
         engine.shutdown(soon()).unwrap();
         drop(engine);
@@ -30,7 +31,7 @@ fn a_disk_full_at_any_segment_is_backpressure_and_goes_on_with_space() {
 }
 
 #[test]
-fn a_publisher_that_waits_for_a_full_disk_goes_on_with_space() {
+fn a_publisher_that_waits_for_a_full_disk_continues_when_space_returns() {
     let storage = FaultyStorage::new();
     storage.set_space(Some(2 * crate::common::SEGMENT));
     let engine = open_on(&storage, small("/s")).unwrap();
@@ -54,7 +55,8 @@ fn sh(script: &str) -> bool {
     Command::new("sh").args(["-c", script]).output().is_ok_and(|output| output.status.success())
 }
 
-/// On a real small file system with a ballast file: fill, free, go on; and restarts in the full state.
+/// Fills a small real file system that holds a ballast file, restarts while it is full, removes the ballast, and
+/// continues.
 fn on_real_disk(dir: &Path, durability: Durability) {
     let (store, ballast) = (dir.join("store"), dir.join("ballast"));
     let config = || small(&store).durability(durability);
@@ -63,7 +65,7 @@ fn on_real_disk(dir: &Path, durability: Durability) {
     let accepted = fill(&engine, 0);
     let appended = numbers(&engine).len() as u64;
     assert!(appended > 0);
-    // Gives up what was accepted and finds no place, and says so; what was appended stays.
+    // The drop gives up accepted events without space, and reports them; appended events stay.
     drop(engine);
     let engine = EventLog::<Note>::open(config()).unwrap();
     let kept = numbers(&engine).len() as u64;
@@ -79,7 +81,7 @@ fn on_real_disk(dir: &Path, durability: Durability) {
 }
 
 #[test]
-fn a_small_tmpfs_fills_and_goes_on() {
+fn a_small_tmpfs_fills_up_and_continues_when_space_returns() {
     let dir = tempfile::tempdir().unwrap();
     let at = dir.path().display();
     if !sh(&format!("mount -t tmpfs -o size=3m tmpfs {at}")) {
@@ -92,7 +94,7 @@ fn a_small_tmpfs_fills_and_goes_on() {
 }
 
 #[test]
-fn a_small_ext4_fills_and_goes_on() {
+fn a_small_ext4_fills_up_and_continues_when_space_returns() {
     let dir = tempfile::tempdir().unwrap();
     let (image, at) = (dir.path().join("image"), dir.path().join("mnt"));
     std::fs::create_dir(&at).unwrap();
@@ -111,7 +113,7 @@ fn a_small_ext4_fills_and_goes_on() {
 }
 
 #[test]
-fn a_store_on_a_disk_that_is_full_from_the_start_opens_or_says_why() {
+fn a_store_on_a_full_disk_opens_and_refuses_events_until_space_returns() {
     let storage = FaultyStorage::new();
     storage.set_space(Some(0));
     let engine = open_on(&storage, os_cache("/s")).unwrap();
@@ -127,5 +129,5 @@ fn a_store_on_a_disk_that_is_full_from_the_start_opens_or_says_why() {
     assert!(matches!(refused, Rejected::StorageFull(_) | Rejected::Full(_)), "{refused:?}");
     storage.set_space(None);
     engine.flush(soon()).unwrap();
-    assert_eq!(numbers(&engine).len(), 64, "the ring's worth");
+    assert_eq!(numbers(&engine).len(), 64, "the capacity of the ring");
 }

@@ -1,4 +1,4 @@
-//! Disks that fail, fill up or lose power, and threads that cannot be started.
+//! Faults: disks that fail, fill up or lose power, exhausted resources, and threads that cannot be started.
 #![expect(clippy::unwrap_used, reason = "a test may unwrap")]
 
 #[path = "../common/mod.rs"]

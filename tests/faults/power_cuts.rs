@@ -1,4 +1,5 @@
-//! Power cuts after lives in different durability modes: what was acknowledged rests on files that are synced, whoever wrote them.
+//! Power cuts after runs in different durability modes: every acknowledgement rests on synced files, whichever run
+//! wrote them.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -17,7 +18,7 @@ const MODES: [Durability; 3] =
 const KEYS: u64 = 5;
 /// The key whose only content is outcomes of commands.
 const REFUSED: Key = Key(1_000);
-/// Deposits of this and above come through the gate; what is above it is their sequence.
+/// Deposits of at least this amount come through the gate; the rest of the amount is their sequence.
 const GATED: u64 = 1 << 40;
 const HOUR: Duration = Duration::from_secs(3600);
 
@@ -30,7 +31,7 @@ fn open(storage: &FaultyStorage, durability: Durability) -> Result<Engine<Accoun
     Engine::<Account>::builder(config(durability)).faulty_storage(storage).open()
 }
 
-/// What was given to the store, and what of it must never be missing again.
+/// The contents given to the store, and the part of it that must not be lost.
 #[derive(Debug, Default)]
 struct Model {
     events: BTreeMap<u64, Vec<Money>>,
@@ -46,8 +47,8 @@ struct Model {
 }
 
 impl Model {
-    /// Publishes several segments, so that retention frees the log's beginning, and something of everything else. All of it is
-    /// appended when this returns.
+    /// Publishes several segments, so that retention frees the log's beginning, and uses every other feature. Returns
+    /// when all of it is appended.
     fn live(&mut self, engine: &Engine<Account>) {
         self.lives += 1;
         for _ in 0..3 {
@@ -58,7 +59,7 @@ impl Model {
         self.command(engine);
     }
 
-    /// Commands of which only the outcomes are remembered.
+    /// Sends commands without events, whose outcomes are remembered.
     fn command(&mut self, engine: &Engine<Account>) {
         for _ in 0..5 {
             self.commands += 1;
@@ -67,7 +68,7 @@ impl Model {
         }
     }
 
-    /// Events of several keys, appended.
+    /// Publishes events of several keys and waits until they are appended.
     fn publish(&mut self, engine: &Engine<Account>, count: u64) {
         let mut producer = engine.producer();
         for n in 0..count {
@@ -78,7 +79,7 @@ impl Model {
         producer.receipts().iter().for_each(|receipt| receipt.appended().wait().unwrap());
     }
 
-    /// A consumer handles everything, and sets one event aside.
+    /// Runs a consumer that handles every event and parks one.
     fn consume(&mut self, engine: &Engine<Account>) {
         let judge = engine.consumer("c").before_durable().judge(|_, _| Judgement::Park);
         let mut poller = judge.poller().unwrap();
@@ -94,7 +95,7 @@ impl Model {
         self.letters = poller.report().letters.letters;
     }
 
-    /// Events through the gate, with a gap.
+    /// Offers events with a gap to the gate.
     fn offer(&mut self, engine: &Engine<Account>) {
         let policy = GatePolicy::default().gap_wait_max(HOUR);
         let mut gate = engine.gated("g", policy, from_gate).unwrap();
@@ -109,13 +110,13 @@ impl Model {
         self.gaps += 1;
     }
 
-    /// From here on a power cut takes none of it.
+    /// Notes that all contents are acknowledged, so a power cut must not lose them.
     fn acknowledged(&mut self) {
         self.versions = self.events.iter().map(|(key, events)| (*key, events.len() as u64)).collect();
         self.commands_acknowledged = self.commands;
     }
 
-    /// The store says what was acknowledged; what is missing behind it was not.
+    /// Checks that the store holds everything acknowledged, and removes what it lost from the model.
     fn check(&mut self, engine: &Engine<Account>, what: &str) {
         for (key, events) in &mut self.events {
             let (state, version) = engine.state(Key(*key)).unwrap().unwrap_or_default();
@@ -129,17 +130,19 @@ impl Model {
         assert!(engine.compare().unwrap().differing.is_empty(), "{what}");
         let (mut client, kept) = (engine.client(), self.commands_acknowledged);
         for id in kept.saturating_sub(3).max(1)..=kept {
-            let told = client.send(REFUSED, Order::Withdraw(7_777)).once(id).wait();
-            let Err(CommandError::Rejected(Refused::NotEnough { missing })) = told else { panic!("{what}: {told:?}") };
+            let again = client.send(REFUSED, Order::Withdraw(7_777)).once(id).wait();
+            let Err(CommandError::Rejected(Refused::NotEnough { missing })) = again else {
+                panic!("{what}: {again:?}")
+            };
             assert_eq!(missing, id, "{what}: the first answer to command {id} was forgotten");
         }
         assert_eq!(engine.gaps("g").unwrap().len(), self.gaps, "{what}: gaps");
         let reports = engine.consumers();
-        assert!(self.letters == 0 || reports.iter().any(|report| report.name == "c"), "{what}: the consumer is gone");
+        assert!(self.letters == 0 || reports.iter().any(|report| report.name == "c"), "{what}: the consumer is lost");
         if self.letters > 0 {
             let mut poller = engine.consumer("c").judge(|_, _| Judgement::Park).poller().unwrap();
             assert_eq!(poller.report().letters.letters, self.letters, "{what}: letters");
-            // What it has not handled is held.
+            // The consumer's unfinished events must be in the log.
             drop(poller.next().unwrap());
         }
         if self.sequence > 0 {
@@ -156,7 +159,7 @@ fn from_gate(money: &ArchivedMoney) -> Option<(u64, u64)> {
     }
 }
 
-/// The process is killed: the system still has every byte, synced or not.
+/// Kills the process: the operating system still has every byte, synced or not.
 fn kill(storage: &FaultyStorage, engine: Engine<Account>) {
     storage.be_gone(1);
     drop(engine);
@@ -171,7 +174,7 @@ enum End {
 }
 
 #[test]
-fn what_a_mode_acknowledged_survives_a_power_cut_whatever_mode_wrote_what_it_rests_on() {
+fn acknowledged_events_survive_a_power_cut_in_every_sequence_of_durability_modes() {
     for (n, first) in MODES.into_iter().enumerate() {
         for (m, second) in MODES.into_iter().enumerate() {
             for end in [End::Shutdown, End::FlushAndKill, End::Kill] {
@@ -179,7 +182,7 @@ fn what_a_mode_acknowledged_survives_a_power_cut_whatever_mode_wrote_what_it_res
                 let (storage, mut model) = (FaultyStorage::new(), Model::default());
                 let engine = open(&storage, first).unwrap();
                 model.live(&engine);
-                // Its beginning is gone: there are states that only a checkpoint knows.
+                // The log's beginning is freed, so some states exist only in a checkpoint.
                 until("retention frees", || engine.shard_metrics()[0].segments_freed > 0);
                 match end {
                     End::Shutdown => engine.shutdown(soon()).unwrap(),
@@ -188,7 +191,7 @@ fn what_a_mode_acknowledged_survives_a_power_cut_whatever_mode_wrote_what_it_res
                 }
                 if end != End::Kill {
                     model.acknowledged();
-                    // At once, before anything else can sync it.
+                    // The cut comes before anything else can sync the files.
                     for unsynced in [Unsynced::Lost, Unsynced::Random(7 + n as u64)] {
                         let cut = storage.after_crash(unsynced);
                         model.check(&open(&cut, second).expect(&what), &what);
@@ -223,7 +226,7 @@ fn what_a_mode_acknowledged_survives_a_power_cut_whatever_mode_wrote_what_it_res
 }
 
 #[test]
-fn what_a_flush_covered_survives_what_os_cache_goes_on_with_and_frees() {
+fn flushed_events_survive_later_appends_and_retention_in_os_cache_mode() {
     for lives in 1..6_u64 {
         let (storage, mut model) = (FaultyStorage::new(), Model::default());
         let engine = open(&storage, Durability::OsCache).unwrap();
@@ -235,7 +238,7 @@ fn what_a_flush_covered_survives_what_os_cache_goes_on_with_and_frees() {
         for _ in 0..lives {
             model.publish(&engine, 250);
         }
-        // Beyond what was flushed: nothing else asks for a sync here.
+        // Retention passes the flushed events; nothing else requests a sync here.
         until("retention frees", || engine.shard_metrics()[0].segments_freed >= freed + lives);
         for unsynced in [Unsynced::Lost, Unsynced::Random(lives)] {
             let events = model.events.clone();
@@ -247,18 +250,14 @@ fn what_a_flush_covered_survives_what_os_cache_goes_on_with_and_frees() {
 }
 
 #[test]
-fn what_os_cache_freed_before_anything_was_acknowledged_is_made_durable_by_the_first_flush_and_by_a_shutdown() {
+fn the_first_flush_or_a_shutdown_makes_durable_what_os_cache_freed_before_it() {
     for ends in [false, true] {
         let (storage, mut model) = (FaultyStorage::new(), Model::default());
         let engine = open(&storage, Durability::OsCache).unwrap();
         model.publish(&engine, 900);
         model.command(&engine);
         until("retention frees", || engine.shard_metrics()[0].segments_freed > 0);
-        assert_eq!(
-            engine.shard_metrics()[0].durable_to.get(),
-            4096,
-            "nothing is synced in this mode until it is asked for"
-        );
+        assert_eq!(engine.shard_metrics()[0].durable_to.get(), 4096, "this mode syncs nothing until a flush");
         if ends {
             engine.shutdown(soon()).unwrap();
         } else {
@@ -271,22 +270,22 @@ fn what_os_cache_freed_before_anything_was_acknowledged_is_made_durable_by_the_f
     }
 }
 
-/// Whatever asks for the first sync: a flush, records of a consumer, positions of a gate.
+/// The first sync comes from a flush, from a consumer's records, or from a gate's positions.
 #[test]
-fn no_first_sync_in_os_cache_acknowledges_what_rests_on_an_unsynced_checkpoint() {
+fn the_first_sync_in_os_cache_acknowledges_nothing_that_rests_on_an_unsynced_checkpoint() {
     for how in ["flush", "letters", "gate"] {
         let (storage, mut model) = (FaultyStorage::new(), Model::default());
         let engine = open(&storage, Durability::OsCache).unwrap();
-        // Opened before there is anything, so that its own positions ask for no sync yet.
+        // Opened while the log is empty, so that its own positions need no sync yet.
         let mut gate = (how == "gate").then(|| engine.gated("h", GatePolicy::default(), from_gate).unwrap());
         model.publish(&engine, 900);
         let earliest = || engine.reader(corelane::ShardId(0)).offset();
         match gate {
-            // It holds up retention until it has saved its positions.
+            // The gate blocks retention until it has saved its positions.
             Some(_) => engine.checkpoint(soon()).unwrap(),
             None => until("retention frees", || earliest().get() > 4096),
         }
-        assert_eq!(engine.shard_metrics()[0].durable_to.get(), 4096, "{how}: nothing is synced yet");
+        assert_eq!(engine.shard_metrics()[0].durable_to.get(), 4096, "{how}: no event is synced yet");
         match &mut gate {
             Some(gate) => gate.save(soon()).unwrap(),
             None if how == "letters" => model.consume(&engine),
@@ -304,7 +303,7 @@ fn no_first_sync_in_os_cache_acknowledges_what_rests_on_an_unsynced_checkpoint()
 }
 
 #[test]
-fn a_sync_that_fails_on_the_way_to_the_first_acknowledgement_acknowledges_nothing() {
+fn a_failed_sync_before_the_first_acknowledgement_acknowledges_nothing() {
     for n in 1..10 {
         let (storage, mut model) = (FaultyStorage::new(), Model::default());
         let engine = open(&storage, Durability::OsCache).unwrap();
@@ -329,7 +328,7 @@ fn is_letters(path: &Path) -> bool {
 }
 
 #[test]
-fn opening_makes_everything_durable_that_is_built_on_from_then_on() {
+fn opening_makes_everything_durable_on_which_later_acknowledgements_rest() {
     for first in MODES {
         for second in MODES {
             let what = format!("{first:?}, then {second:?}");
@@ -342,8 +341,8 @@ fn opening_makes_everything_durable_that_is_built_on_from_then_on() {
             drop(engine);
             let held = storage.files();
             let newest_letters = held.keys().rfind(|path| is_letters(path)).unwrap();
-            // Small files are written under another name, synced and renamed; these grow. A file of letters is begun when the one
-            // before it is durable.
+            // Small files are written under another name, synced and renamed; the files named here grow. A new file of
+            // letters is begun once the previous one is durable.
             let grows = |path: &Path| {
                 let name = path.file_name().unwrap().to_str().unwrap();
                 ["gaps", "witness"].contains(&name)
@@ -354,17 +353,20 @@ fn opening_makes_everything_durable_that_is_built_on_from_then_on() {
             storage.forget_syncs(grows);
             let engine = open(&storage, second).unwrap();
             let cut = storage.after_crash(Unsynced::Lost);
-            assert!(cut.files().contains_key(Path::new("/s/consumers/c/checkpoint")), "{what}: with the store");
-            // The dead letters are opened with their consumer.
+            assert!(
+                cut.files().contains_key(Path::new("/s/consumers/c/checkpoint")),
+                "{what}: the consumer's position is durable"
+            );
+            // Opening the consumer opens its dead letters.
             drop(engine.consumer("c").poller().unwrap());
             let cut = storage.after_crash(Unsynced::Lost);
             for path in held.keys().filter(|path| !path.ends_with("lock")) {
                 let name = path.file_name().unwrap().to_str().unwrap();
-                // Caches of the log, and what is not used yet.
+                // Caches of the log, and spare files.
                 let is_spared = name.starts_with("snapshots-") || name.starts_with("spare-");
-                // The engine goes on, and may have freed it.
+                // The running engine may have freed it.
                 let is_there = cut.files().contains_key(path) || !storage.files().contains_key(path);
-                assert!(is_spared || is_there, "{what}: {} is gone", path.display());
+                assert!(is_spared || is_there, "{what}: {} is lost", path.display());
             }
             drop(engine);
             model.check(&open(&cut, first).expect(&what), &what);
@@ -373,13 +375,13 @@ fn opening_makes_everything_durable_that_is_built_on_from_then_on() {
 }
 
 #[test]
-fn a_checkpoint_that_was_told_to_be_written_is_durable_in_every_mode() {
+fn an_acknowledged_checkpoint_is_durable_in_every_mode() {
     for durability in MODES {
         let storage = FaultyStorage::new();
         let engine = open(&storage, durability).unwrap();
         let mut model = Model::default();
         model.publish(&engine, 50);
-        // In `OsCache` it is left to the system until something was acknowledged.
+        // In `OsCache` mode a checkpoint is not synced before the first acknowledgement.
         engine.flush(soon()).unwrap();
         engine.checkpoint(soon()).unwrap();
         let cut = storage.after_crash(Unsynced::Lost);
@@ -390,7 +392,7 @@ fn a_checkpoint_that_was_told_to_be_written_is_durable_in_every_mode() {
 }
 
 #[test]
-fn a_kill_at_any_operation_leaves_nothing_that_a_later_acknowledgement_cannot_rest_on() {
+fn after_a_kill_at_any_operation_later_acknowledgements_survive_a_power_cut() {
     for durability in [Durability::OsCache, Durability::GroupCommit] {
         let (mut n, mut step) = (1, 1);
         loop {
@@ -425,7 +427,7 @@ fn a_kill_at_any_operation_leaves_nothing_that_a_later_acknowledgement_cannot_re
             if let Ok(Some(())) = ended {
                 break;
             }
-            // Every one at first, where a store and its parts are made, then one in a few.
+            // Every operation at first, while the store is created, and then a sample.
             (n, step) = (n + step, if n > 40 { 23 } else { 1 });
         }
     }

@@ -1,8 +1,8 @@
-//! The real file system: that a sync reaches the kernel, and what happens when the kernel refuses it.
+//! The real file system: a sync reaches the kernel, and a sync that the kernel fails acknowledges nothing.
 //!
-//! The storage twin of the other tests stands in for the disk, so it cannot see whether the real one is
-//! ever asked. Here a child process is traced: its `msync` calls are counted, or made to fail.
-#![expect(clippy::print_stdout, reason = "a child answers its parent, and a skip says so")]
+//! The storage twin of the other tests replaces the disk, so it cannot show that the real one is synced. Here strace
+//! counts the `msync` calls of a child process, or makes them fail.
+#![expect(clippy::print_stdout, reason = "the child reports to its parent, and a skip is reported")]
 
 use std::path::Path;
 use std::process::Command;
@@ -13,7 +13,7 @@ use corelane::{EventLog, Key, Rejected, WaitError};
 const DIR: &str = "CORELANE_REAL_SYNC_DIR";
 const EVENTS: u64 = 20;
 
-/// Publishes one event at a time, each waited for, and prints how many were acknowledged before a failure.
+/// Publishes one event at a time, waits for each, and prints the number acknowledged before a failure.
 #[test]
 fn child_that_waits_for_every_event() {
     let Ok(dir) = std::env::var(DIR) else { return };
@@ -33,10 +33,10 @@ fn child_that_waits_for_every_event() {
         }
     }
     println!("acknowledged={acknowledged}");
-    // The engine's own end may fail too, and must not hang; its answer is not the point here.
+    // The drop of the engine may fail too, but must not hang.
 }
 
-/// Runs the child under strace and returns (acknowledged, trace). `None` where there is no strace to run.
+/// Runs the child under strace. Returns (acknowledged, trace), or `None` without a usable strace.
 fn traced(dir: &Path, inject: Option<&str>) -> Option<(u64, String)> {
     let trace = dir.join("trace");
     let mut strace = Command::new("strace");
@@ -48,7 +48,7 @@ fn traced(dir: &Path, inject: Option<&str>) -> Option<(u64, String)> {
     strace.args(["--exact", "real_sync::child_that_waits_for_every_event", "--nocapture"]).env(DIR, dir.join("store"));
     let Ok(output) = strace.output() else {
         assert!(std::env::var_os("CI").is_none(), "CI must have strace");
-        println!("skipped: no strace here");
+        println!("skipped: strace is not installed");
         return None;
     };
     let said = String::from_utf8_lossy(&output.stdout).into_owned();
@@ -69,11 +69,11 @@ fn every_acknowledged_event_was_synced_by_the_kernel() {
     let Some((acknowledged, trace)) = traced(dir.path(), None) else { return };
     let syncs = trace.lines().filter(|line| line.contains("MS_SYNC") && line.contains("= 0")).count() as u64;
     assert_eq!(acknowledged, EVENTS);
-    assert!(syncs >= EVENTS, "{EVENTS} events waited for one by one, {syncs} syncs");
+    assert!(syncs >= EVENTS, "{EVENTS} events, each waited for, with {syncs} syncs");
 }
 
 #[test]
-fn a_sync_that_the_kernel_fails_acknowledges_nothing_more_and_loses_nothing() {
+fn a_sync_that_the_kernel_fails_acknowledges_no_later_event_and_loses_none() {
     for n in 1..=8 {
         let dir = tempfile::tempdir().unwrap();
         let Some((acknowledged, trace)) = traced(dir.path(), Some(&format!("error=EIO:when={n}"))) else { return };
@@ -82,6 +82,6 @@ fn a_sync_that_the_kernel_fails_acknowledges_nothing_more_and_loses_nothing() {
         let engine = EventLog::<Note>::open(os_cache(dir.path().join("store"))).unwrap();
         let found = numbers(&engine);
         assert!(found.len() as u64 >= acknowledged, "sync {n}: {} of {acknowledged}", found.len());
-        assert_eq!(found, (0..found.len() as u64).collect::<Vec<_>>(), "sync {n}: nothing invented");
+        assert_eq!(found, (0..found.len() as u64).collect::<Vec<_>>(), "sync {n}: no event is invented");
     }
 }

@@ -1,5 +1,5 @@
-//! States, snapshots and checkpoints while the disk fails, is full or hangs: right states or a typed error, nothing hangs, and
-//! what retention waits for is tried again.
+//! States, snapshots and checkpoints while the disk fails, is full or hangs: right states or a typed error, no call
+//! hangs, and checkpoints that retention needs are retried.
 
 use std::time::{Duration, Instant};
 
@@ -23,19 +23,19 @@ fn note(bytes: usize) -> Money {
 fn eventually(what: &str, mut is_so: impl FnMut() -> bool) {
     let deadline = soon().unwrap();
     while !is_so() {
-        assert!(Instant::now() < deadline, "never: {what}");
+        assert!(Instant::now() < deadline, "{what} does not happen");
         std::thread::sleep(Duration::from_millis(1));
     }
 }
 
-/// Runs `body` on a thread of its own and fails where it hangs.
+/// Runs `body` on a thread of its own and aborts the process if it hangs.
 fn in_time<T: Send>(what: &str, body: impl FnOnce() -> T + Send) -> T {
     std::thread::scope(|scope| {
         let running = scope.spawn(body);
         let deadline = soon().unwrap();
         while !running.is_finished() {
             if Instant::now() >= deadline {
-                eprintln!("hangs: {what}");
+                eprintln!("this hangs: {what}");
                 // The thread cannot be ended.
                 std::process::abort();
             }
@@ -46,7 +46,7 @@ fn in_time<T: Send>(what: &str, body: impl FnOnce() -> T + Send) -> T {
 }
 
 #[test]
-fn a_checkpoint_that_events_overtake_is_still_answered() {
+fn a_checkpoint_completes_although_events_keep_coming() {
     let storage = FaultyStorage::new();
     let engine = open(&storage, small("/s").durability(Durability::OsCache).shards(2)).unwrap();
     let stop = std::sync::atomic::AtomicBool::new(false);
@@ -70,7 +70,7 @@ fn a_checkpoint_that_events_overtake_is_still_answered() {
 }
 
 #[test]
-fn a_checkpoint_that_failed_is_one_failure_and_the_next_succeeds() {
+fn a_failed_checkpoint_counts_once_and_the_next_one_succeeds() {
     let storage = FaultyStorage::new();
     let engine = open(&storage, small("/s").durability(Durability::OsCache).keys_expected(100_000)).unwrap();
     let mut producer = engine.producer();
@@ -89,18 +89,18 @@ fn a_checkpoint_that_failed_is_one_failure_and_the_next_succeeds() {
 }
 
 #[test]
-fn states_are_told_while_a_command_waits_for_a_full_disk() {
+fn states_can_be_read_while_a_command_waits_for_a_full_disk() {
     let storage = FaultyStorage::new();
     storage.set_space(Some(2 * SEGMENT));
     let engine = open(&storage, small("/s")).unwrap();
     let mut client = engine.client();
     eventually("the disk is full", || {
-        // The last one is not answered.
+        // The last command is not answered.
         let order = Order::Notes { count: 3, bytes: 10_000 };
         drop(client.send(Key(1), order).wait_until(Instant::now() + Duration::from_millis(300)));
         engine.shard_metrics()[0].storage_full
     });
-    in_time("a question while a command is held", || {
+    in_time("a question while a command waits", || {
         let (state, version) = engine.state(Key(1)).unwrap().unwrap();
         assert_eq!(state.notes, version.get());
         assert_eq!(engine.state_at(Key(1), version).unwrap().state, state);
@@ -110,14 +110,14 @@ fn states_are_told_while_a_command_waits_for_a_full_disk() {
 }
 
 #[test]
-fn a_client_that_is_gone_leaves_the_command_that_waits_for_a_full_disk() {
+fn a_command_that_waits_for_a_full_disk_survives_its_client() {
     for _ in 0..30 {
         let storage = FaultyStorage::new();
         storage.set_space(Some(2 * SEGMENT));
         let engine = open(&storage, small("/s").durability(Durability::OsCache)).unwrap();
         let mut sent = 0;
         for _ in 0..8 {
-            // Each client gives one command and is gone at once. Four of them fit.
+            // Each client sends one command and is dropped at once. Four of the commands fit.
             let mut client = engine.client();
             client.send(Key(1), Order::Notes { count: 2, bytes: 15_000 }).tell().unwrap();
             drop(client);
@@ -125,7 +125,7 @@ fn a_client_that_is_gone_leaves_the_command_that_waits_for_a_full_disk() {
             std::thread::sleep(Duration::from_millis(2));
         }
         storage.set_space(None);
-        eventually("everything is appended", || {
+        eventually("every command is appended", || {
             assert!(engine.failures().is_empty(), "{:?}", engine.failures());
             engine.state(Key(1)).unwrap().is_some_and(|(state, _)| state.notes == sent)
         });
@@ -133,13 +133,13 @@ fn a_client_that_is_gone_leaves_the_command_that_waits_for_a_full_disk() {
 }
 
 #[test]
-fn a_checkpoint_that_retention_needs_is_tried_again_when_nothing_else_happens() {
+fn a_checkpoint_that_retention_needs_is_retried_while_the_engine_is_idle() {
     for durability in [Durability::GroupCommit, Durability::OsCache] {
         let storage = FaultyStorage::new();
         let engine =
             open(&storage, small("/s").durability(durability).retention(keeping(2)).snapshot_every(0)).unwrap();
         let mut producer = engine.producer();
-        // Every checkpoint fails for a while: the folder's file cannot be made.
+        // Every checkpoint fails for a while, because its file cannot be created.
         let deadline = soon().unwrap();
         let mut n = 0;
         while engine.snapshot_stats().checkpoints_failed < 3 || engine.shard_metrics()[0].segments < 5 {
@@ -149,10 +149,10 @@ fn a_checkpoint_that_retention_needs_is_tried_again_when_nothing_else_happens() 
             n += 1;
         }
         engine.flush(soon()).unwrap();
-        // Until everybody sleeps.
+        // Waits until every thread sleeps.
         settle(&storage);
         storage.refuse_side_files(false);
-        eventually("retention goes on", || engine.shard_metrics()[0].segments <= 2);
+        eventually("retention continues", || engine.shard_metrics()[0].segments <= 2);
         assert!(engine.failures().is_empty());
         assert!(engine.compare().unwrap().differing.is_empty());
     }
@@ -160,7 +160,7 @@ fn a_checkpoint_that_retention_needs_is_tried_again_when_nothing_else_happens() 
 
 #[test]
 fn a_full_disk_under_retention_that_needs_a_checkpoint_recovers_by_itself() {
-    // Room for as many segments as retention keeps, and one: what is freed must be written again.
+    // Space for the segments that retention keeps and few more, so that freed ones must be reused.
     for segments in 3..6 {
         let storage = FaultyStorage::new();
         storage.set_space(Some(segments * SEGMENT));
@@ -176,11 +176,11 @@ fn a_full_disk_under_retention_that_needs_a_checkpoint_recovers_by_itself() {
             let order = Order::Notes { count: 4, bytes: 3000 };
             client.send(Key(1), order).wait_until(soon().unwrap()).unwrap();
         }
-        // To the end, and also of what is accepted and not appended when it closes.
+        // Publishes until the shutdown, which must append the accepted events.
         for n in 0..60_u64 {
             producer.publish_until(Key(n % 5), note(3000), soon().unwrap()).unwrap();
         }
-        in_time("closing", || engine.shutdown(soon()).unwrap());
+        in_time("the shutdown", || engine.shutdown(soon()).unwrap());
         drop(engine);
         let engine = open(&storage, config()).unwrap();
         for key in 0..5 {
@@ -191,12 +191,12 @@ fn a_full_disk_under_retention_that_needs_a_checkpoint_recovers_by_itself() {
     }
 }
 
-/// What was published to each of three keys: deposits of 1, 2, 3, …; and how much of it was acknowledged as durable.
+/// By key, the number of published events, which deposit 1, 2, 3, …, and of events acknowledged as durable.
 #[derive(Default)]
 struct Published([(u64, u64); 3]);
 
 impl Published {
-    /// Fills some segments, with snapshots, checkpoints and retention on the way; ends at the first refusal.
+    /// Fills several segments, with snapshots, checkpoints and retention in between. Ends at the first refusal.
     fn fill(&mut self, engine: &Engine<Account>) -> Result<(), Box<dyn std::error::Error>> {
         let mut producer = engine.producer();
         for round in 0..8 {
@@ -206,7 +206,7 @@ impl Published {
                     producer.publish_until(Key(key), event, soon().unwrap()).map_err(|rejected| rejected.reason())?;
                     *published += 1;
                 }
-                // To fill the log; of a key that nobody looks at.
+                // Fills the log with events of an unchecked key.
                 producer.publish_until(Key(9), note(800), soon().unwrap()).map_err(|rejected| rejected.reason())?;
             }
             if round % 3 == 1 {
@@ -221,7 +221,7 @@ impl Published {
         Ok(())
     }
 
-    /// Every state is one that was, and at least the one that was acknowledged.
+    /// Checks that every state is an earlier one, and not older than the acknowledged one.
     fn check(&mut self, engine: &Engine<Account>) {
         for (key, (published, durable)) in (0..).zip(&mut self.0) {
             let (state, version) = engine.state(Key(key)).unwrap().unwrap_or((Account::default(), Version(0)));
@@ -240,7 +240,7 @@ impl Published {
     }
 }
 
-/// One failure while states are saved and segments freed, wherever `fail` puts it; then what is left.
+/// Runs with one failure, placed by `fail`, while states are saved and segments freed, and checks the store after it.
 fn with_failure(what: &str, durability: Durability, fail: impl Fn(&FaultyStorage)) -> bool {
     let config = || small("/s").durability(durability).retention(keeping(2)).snapshot_every(7);
     let storage = FaultyStorage::new();
@@ -248,21 +248,22 @@ fn with_failure(what: &str, durability: Durability, fail: impl Fn(&FaultyStorage
     let mut published = Published::default();
     fail(&storage);
     let outcome = in_time(what, || published.fill(&engine).map_err(|error| error.to_string()));
-    // What has not failed by now does not.
+    // Disarms faults that have not happened yet.
     storage.fail_operation(1 << 40);
     storage.fail_sync(1 << 40);
     let failures = engine.failures();
     assert!(outcome.is_ok() || !failures.is_empty(), "{what}: {outcome:?}, {failures:?}");
     if failures.is_empty() {
         published.check(&engine);
-        eventually("retention goes on", || engine.shard_metrics()[0].segments <= 2);
+        eventually("retention continues", || engine.shard_metrics()[0].segments <= 2);
         assert!(engine.compare().unwrap().differing.is_empty(), "{what}");
     }
     let ended = in_time(what, || engine.shutdown(soon()));
     assert_eq!(ended.is_err(), !engine.failures().is_empty(), "{what}: {ended:?}");
     let failed = !engine.failures().is_empty();
     drop(engine);
-    // In OsCache mode what retention kept may not have been synced, unless the shutdown said so: only what the system had is there.
+    // In `OsCache` mode the log may be unsynced unless the shutdown succeeded, so only the state after a kill is
+    // checked.
     let killed = FaultyStorage::with_files(storage.files());
     let disks = match durability {
         Durability::OsCache if ended.is_err() => vec![killed],
@@ -272,7 +273,7 @@ fn with_failure(what: &str, durability: Durability, fail: impl Fn(&FaultyStorage
         let engine = open(&disk, config()).unwrap_or_else(|error| panic!("{what}: {error}"));
         let mut left = Published(published.0);
         left.check(&engine);
-        // And on it goes.
+        // The store keeps working.
         in_time(what, || left.fill(&engine).map_err(|error| error.to_string())).unwrap();
         left.check(&engine);
         engine.shutdown(soon()).unwrap();
@@ -280,10 +281,10 @@ fn with_failure(what: &str, durability: Durability, fail: impl Fn(&FaultyStorage
     failed
 }
 
-/// The operations that a run takes in all.
+/// The numbers of the operations to fail, out of `count`.
 fn places(count: u64) -> impl Iterator<Item = u64> {
     let step = env_number("CORELANE_FAILURE_STEP", 13);
-    // The first ones all: they are those of the start.
+    // All of the first ones, which belong to opening, and then a sample.
     (1..20).chain((20..count).step_by(step as usize))
 }
 
@@ -310,11 +311,11 @@ fn a_sync_that_fails_while_states_are_saved_ends_in_right_states_or_a_typed_erro
 }
 
 #[test]
-fn a_stream_that_was_overtaken_by_retention_says_so_again_and_again() {
+fn a_stream_overtaken_by_retention_keeps_returning_the_error() {
     let storage = FaultyStorage::new();
     let engine = open(&storage, small("/s").retention(keeping(2))).unwrap();
     let mut producer = engine.producer();
-    // One segment and a little, so that nothing is freed yet.
+    // Slightly more than one segment, so that no segment is freed yet.
     for _ in 0..25 {
         producer.publish(Key(1), note(3000)).unwrap();
     }
@@ -324,7 +325,7 @@ fn a_stream_that_was_overtaken_by_retention_says_so_again_and_again() {
         producer.publish(Key(2), note(3000)).unwrap();
     }
     engine.flush(soon()).unwrap();
-    eventually("retention", || engine.state_at(Key(1), Version(1)).is_err());
+    eventually("retention frees the first event", || engine.state_at(Key(1), Version(1)).is_err());
     for _ in 0..3 {
         let gone = stream.next();
         assert!(matches!(gone, Err(corelane::ReadError::BeyondRetention { .. })), "{:?}", gone.map(|_| ()));
@@ -332,7 +333,7 @@ fn a_stream_that_was_overtaken_by_retention_says_so_again_and_again() {
 }
 
 #[test]
-fn outcomes_of_keys_without_events_are_remembered_over_a_checkpoint() {
+fn outcomes_of_keys_without_events_are_remembered_across_a_checkpoint() {
     let storage = FaultyStorage::new();
     let config = || small("/s").outcomes_kept(2);
     let engine = open(&storage, config()).unwrap();
@@ -343,7 +344,7 @@ fn outcomes_of_keys_without_events_are_remembered_over_a_checkpoint() {
         let done = client.send(Key(key), Order::Nothing).once(8).wait().unwrap();
         assert_eq!((done.version, done.events), (Version(0), 0));
     }
-    // One of them gets an event behind the checkpoint, one before it.
+    // One of the keys gets an event before the checkpoint, and one after it.
     client.send(Key(3), Order::Deposit(1000)).wait().unwrap();
     engine.checkpoint(soon()).unwrap();
     client.send(Key(4), Order::Deposit(1000)).wait().unwrap();
@@ -369,7 +370,7 @@ fn outcomes_of_keys_without_events_are_remembered_over_a_checkpoint() {
 }
 
 #[test]
-fn snapshots_of_the_last_events_are_there_after_a_shutdown() {
+fn a_shutdown_writes_the_snapshots_of_the_last_events() {
     for _ in 0..20 {
         let storage = FaultyStorage::new();
         let config = || small("/s").snapshot_every(1).ring_capacity(256);
@@ -388,8 +389,8 @@ fn snapshots_of_the_last_events_are_there_after_a_shutdown() {
 }
 
 #[test]
-fn a_state_is_told_while_its_snapshots_are_taken() {
-    // Large states fill chunks in the middle of a batch: a snapshot is then saved before its event can be read.
+fn a_state_can_be_read_while_its_snapshots_are_taken() {
+    // Large states fill a chunk in the middle of a batch, so a snapshot is saved before its event can be read.
     let storage = FaultyStorage::new();
     let config = small("/s").segment_bytes(1 << 20).snapshot_every(2).ring_capacity(4096).batch_max(4096);
     let engine = Engine::<Big>::builder(config).faulty_storage(&storage).open().unwrap();
@@ -403,17 +404,17 @@ fn a_state_is_told_while_its_snapshots_are_taken() {
             }
             stop.store(true, std::sync::atomic::Ordering::SeqCst);
         });
-        let mut told = 0;
+        let mut answers = 0;
         while !stop.load(std::sync::atomic::Ordering::SeqCst) {
             let Some((_, newest)) = engine.state(Key(1)).unwrap() else { continue };
             for back in 0..4 {
                 let version = Version(newest.get().saturating_sub(back));
                 let past = engine.state_at(Key(1), version).unwrap();
                 assert_eq!(past.state.events, version.get());
-                told += 1;
+                answers += 1;
             }
         }
-        assert!(told > 0);
+        assert!(answers > 0);
     });
 }
 

@@ -1,5 +1,5 @@
-//! A failed sync is final: the shard stops with the cause, nothing later is acknowledged, and after the power
-//! cut that may follow, every acknowledged event is there.
+//! A failed sync is final: the shard stops with the cause, no later event is acknowledged, and after a power cut every
+//! acknowledged event exists.
 
 use std::time::{Duration, Instant};
 
@@ -7,7 +7,7 @@ use crate::common::{Note, env_number, numbers, open_on, read_shard, settle, smal
 use corelane::testing::{FaultyStorage, Unsynced};
 use corelane::{EventLog, FailureCause, Key, Rejected, WaitError};
 
-/// Publishes one by one until something fails. Returns (acknowledged as durable, accepted).
+/// Publishes events one by one until one fails. Returns (acknowledged as durable, accepted).
 fn publish_until_failure(engine: &EventLog<Note>, from: u64, events: u64) -> (u64, u64) {
     let mut producer = engine.producer();
     let (mut durable, mut accepted) = (from, from);
@@ -35,9 +35,9 @@ fn publish_until_failure(engine: &EventLog<Note>, from: u64, events: u64) -> (u6
     (durable, accepted)
 }
 
-/// After the failure, everything says so at once. Returns how many were accepted until the shard's thread had closed
-/// its lanes; none of those is acknowledged.
-fn everybody_is_told(engine: &EventLog<Note>, durable: u64, before: u64, what: &str) -> u64 {
+/// Checks that every call returns the failure. Returns the number of events accepted until the shard closed its lanes;
+/// none of the later ones is acknowledged.
+fn assert_all_calls_fail(engine: &EventLog<Note>, durable: u64, before: u64, what: &str) -> u64 {
     let end = soon().unwrap();
     let mut producer = engine.producer();
     let mut accepted = before;
@@ -45,9 +45,9 @@ fn everybody_is_told(engine: &EventLog<Note>, durable: u64, before: u64, what: &
         accepted += 1;
         assert!(matches!(receipt.durable().wait(), Err(WaitError::ShardFailed(_))), "{what}");
         assert!(!receipt.is_durable(), "{what}");
-        assert!(Instant::now() < end, "{what}: a failed shard goes on accepting");
+        assert!(Instant::now() < end, "{what}: a failed shard keeps accepting events");
     }
-    // Where everything accepted was durable before, that is what a flush says.
+    // The flush succeeds if every accepted event was durable before.
     let flushed = engine.flush(soon());
     assert!(
         matches!(flushed, Err(WaitError::ShardFailed(_))) || flushed.is_ok() && accepted == durable,
@@ -58,13 +58,13 @@ fn everybody_is_told(engine: &EventLog<Note>, durable: u64, before: u64, what: &
 }
 
 fn after_power_cut(storage: &FaultyStorage, unsynced: Unsynced, durable: u64, accepted: u64, what: &str) -> u64 {
-    // What has not failed by now will not.
+    // Disarms faults that have not happened yet.
     storage.fail_sync(1 << 60);
     storage.fail_operation(1 << 60);
     storage.crash(unsynced);
     let engine = open_on(storage, small("/s")).unwrap_or_else(|error| panic!("{what}: {error}"));
     let found = numbers(&engine);
-    assert_eq!(found, (0..found.len() as u64).collect::<Vec<_>>(), "{what}: nothing invented, nothing out of order");
+    assert_eq!(found, (0..found.len() as u64).collect::<Vec<_>>(), "{what}: no event is invented or out of order");
     assert!(found.len() as u64 >= durable, "{what}: {} found of {durable} durable", found.len());
     assert!(found.len() as u64 <= accepted, "{what}: {} found of {accepted} accepted", found.len());
     for (i, held) in read_shard(&engine, 0).iter().enumerate() {
@@ -75,7 +75,7 @@ fn after_power_cut(storage: &FaultyStorage, unsynced: Unsynced, durable: u64, ac
 }
 
 #[test]
-fn a_failed_sync_at_any_time_poisons_the_shard_and_loses_nothing_acknowledged() {
+fn a_failed_sync_at_any_time_fails_the_shard_and_loses_no_acknowledged_event() {
     for n in 1..=env_number("CORELANE_SYNC_FAILURES", 60) {
         let storage = FaultyStorage::new();
         let engine = open_on(&storage, small("/s")).unwrap();
@@ -83,10 +83,10 @@ fn a_failed_sync_at_any_time_poisons_the_shard_and_loses_nothing_acknowledged() 
         let (durable, mut accepted) = publish_until_failure(&engine, 0, 50 + n);
         let what = format!("sync {n}");
         let failure = engine.failures().into_iter().next().unwrap_or_else(|| panic!("{what}: no failure"));
-        // The keeper syncs the page of a segment it prepares.
+        // The keeper syncs the header page of a segment that it prepares.
         let preparing = matches!(failure.cause, FailureCause::Storage { action: "preparing a segment", .. });
         assert!(preparing || matches!(failure.cause, FailureCause::Sync(_)), "{what}: {failure}");
-        accepted = everybody_is_told(&engine, durable, accepted, &what);
+        accepted = assert_all_calls_fail(&engine, durable, accepted, &what);
         drop(engine);
         let unsynced = if n % 2 == 0 { Unsynced::Lost } else { Unsynced::Random(n) };
         after_power_cut(&storage, unsynced, durable, accepted, &what);
@@ -94,7 +94,7 @@ fn a_failed_sync_at_any_time_poisons_the_shard_and_loses_nothing_acknowledged() 
 }
 
 #[test]
-fn a_failed_sync_while_opening_again_is_an_error_and_loses_nothing() {
+fn a_failed_sync_during_reopening_is_an_error_and_loses_no_event() {
     let storage = FaultyStorage::new();
     let engine = open_on(&storage, small("/s")).unwrap();
     let (mut durable, _) = publish_until_failure(&engine, 0, 60);
@@ -110,7 +110,7 @@ fn a_failed_sync_while_opening_again_is_an_error_and_loses_nothing() {
 }
 
 #[test]
-fn a_failed_operation_at_any_time_is_a_typed_error_and_loses_nothing_acknowledged() {
+fn a_failed_operation_at_any_time_is_a_typed_error_and_loses_no_acknowledged_event() {
     let (mut refused_open, mut failed) = (0, 0);
     for n in 1..=env_number("CORELANE_OPERATION_FAILURES", 70) {
         let storage = FaultyStorage::new();
@@ -123,7 +123,7 @@ fn a_failed_operation_at_any_time_is_a_typed_error_and_loses_nothing_acknowledge
                 if let Some(failure) = engine.failures().first() {
                     failed += 1;
                     assert!(matches!(failure.cause, FailureCause::Storage { .. }), "{what}: {failure}");
-                    accepted = everybody_is_told(&engine, durable, accepted, &what);
+                    accepted = assert_all_calls_fail(&engine, durable, accepted, &what);
                 }
             }
             Err(corelane::OpenError::Io { .. }) => refused_open += 1,
@@ -141,8 +141,8 @@ fn a_failed_operation_at_any_time_is_a_typed_error_and_loses_nothing_acknowledge
 }
 
 #[test]
-fn publishers_that_wait_for_room_are_told_of_closing() {
-    // The disk is full, the shard stalls and sleeps, the ring is full, and then the engine closes.
+fn publishers_that_wait_for_space_are_refused_at_shutdown() {
+    // The disk is full, the shard sleeps, the ring is full, and then the engine shuts down.
     let storage = FaultyStorage::new();
     storage.set_space(Some(2 * crate::common::SEGMENT));
     let engine = open_on(&storage, small("/s").durability(corelane::Durability::OsCache)).unwrap();
@@ -158,8 +158,8 @@ fn publishers_that_wait_for_room_are_told_of_closing() {
         });
         std::thread::sleep(Duration::from_millis(300));
         let flush = engine.flush(Some(Instant::now() + Duration::from_millis(200)));
-        assert!(matches!(flush, Err(WaitError::TimedOut)), "{flush:?}: what is accepted cannot be appended");
-        // A flush waits for the appending, which the disk keeps from going on; closing refuses the publisher.
+        assert!(matches!(flush, Err(WaitError::TimedOut)), "{flush:?}: accepted events cannot be appended");
+        // The full disk keeps events from being appended, for which a flush waits. The shutdown refuses the publisher.
         let engine = &engine;
         let closer = scope.spawn(move || engine.shutdown(Some(Instant::now() + Duration::from_secs(1))));
         let rejected = publisher.join().unwrap();
@@ -170,7 +170,7 @@ fn publishers_that_wait_for_room_are_told_of_closing() {
 }
 
 #[test]
-fn a_group_commit_publisher_waiting_on_a_full_disk_is_told_of_a_failed_sync() {
+fn a_publisher_that_waits_for_a_full_disk_is_refused_after_a_failed_sync() {
     let storage = FaultyStorage::new();
     storage.set_space(Some(2 * crate::common::SEGMENT));
     let engine =
@@ -188,7 +188,7 @@ fn a_group_commit_publisher_waiting_on_a_full_disk_is_told_of_a_failed_sync() {
 }
 
 #[test]
-fn a_flush_goes_on_to_the_shards_that_have_not_failed() {
+fn a_flush_covers_the_other_shards_when_one_has_failed() {
     let storage = FaultyStorage::new();
     let engine = open_on(&storage, small("/s").shards(3).durability(corelane::Durability::OsCache)).unwrap();
     let key_of = |shard: u16| (0..).map(Key).find(|key| key.shard(3).0 == shard).unwrap();
@@ -201,11 +201,11 @@ fn a_flush_goes_on_to_the_shards_that_have_not_failed() {
     let lost = engine.flush(soon());
     let Err(WaitError::ShardFailed(failure)) = lost else { panic!("{lost:?}") };
     assert_eq!(engine.failures().len(), 1);
-    // Everything of the others is durable when it returns, whichever of the three failed.
+    // Every event of the other two shards is durable when the flush returns.
     for shard in engine.metrics().shards {
         assert_eq!(shard.durable_to >= shard.appended_to, shard.shard != failure.shard, "{shard:?}");
     }
-    // And again, with the failed one in front of them.
+    // The same again, with a shard that has already failed.
     let receipts: Vec<_> =
         (0..3).filter(|&n| n != failure.shard.0).map(|n| producer.publish(key_of(n), Note::new(1)).unwrap()).collect();
     assert!(matches!(engine.flush(soon()), Err(WaitError::ShardFailed(_))));
@@ -222,7 +222,7 @@ fn a_shard_that_fails_leaves_the_others_running() {
     for shard in 0..4 {
         producer.publish(key_of(shard), Note::new(1000)).unwrap().durable().wait().unwrap();
     }
-    // The keeper syncs the segments that it prepares.
+    // Waits until the keeper has synced the segments that it prepares.
     settle(&storage);
     storage.fail_sync(1);
     let first = producer.publish(key_of(2), Note::new(1)).unwrap();

@@ -1,4 +1,4 @@
-//! One event's way from `publish` to `durable`, and back after a restart.
+//! An event from `publish` to `durable`, and read back after a restart.
 
 use std::time::{Duration, Instant};
 
@@ -41,7 +41,7 @@ fn read_all(engine: &EventLog<Ping>, shards: u16) -> Vec<(u64, u64, Ping)> {
 }
 
 #[test]
-fn what_is_published_is_durable_and_there_after_a_restart() {
+fn published_events_become_durable_and_survive_a_restart() {
     for durability in [Durability::GroupCommit, Durability::Periodic(Duration::from_millis(5)), Durability::OsCache] {
         let dir = tempfile::tempdir().expect("a temporary folder");
         let config = || Config::new(dir.path()).shards(2).segment_bytes(64 << 10).durability(durability);
@@ -84,7 +84,7 @@ fn what_is_published_is_durable_and_there_after_a_restart() {
             }
         }
         let mut producer = engine.producer();
-        producer.publish(Key::new(1), Ping::Numbered { n: 1 }).expect("goes on");
+        producer.publish(Key::new(1), Ping::Numbered { n: 1 }).expect("accepted after the restart");
         engine.flush(soon()).expect("flushes");
         assert_eq!(
             read_all(&engine, 2).iter().filter(|(k, _, _)| *k == 1).map(|(_, version, _)| *version).max(),

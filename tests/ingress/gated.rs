@@ -1,4 +1,4 @@
-//! A producer behind the sequence gate, against plain oracles: what the log holds, over restarts and power cuts.
+//! Gated producers against plain oracles: the log's contents across restarts and power cuts.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -19,7 +19,7 @@ const DIR: &str = "/store";
 const HOUR: Duration = Duration::from_secs(3600);
 const WINDOW: usize = 64;
 
-/// Where it comes from stands in the event itself.
+/// An event that carries its partition and sequence.
 fn note(partition: u64, sequence: u64) -> Note {
     Note::new(partition << 32 | sequence)
 }
@@ -29,7 +29,7 @@ fn source(note: &ArchivedNote) -> Option<(u64, u64)> {
     Some((n >> 32, n & 0xffff_ffff))
 }
 
-/// Many keys in each partition, so that its events spread over the shards.
+/// Each partition has many keys, so that its events spread over the shards.
 fn key(partition: u64, sequence: u64) -> Key {
     Key::new((partition * 31 + sequence) % 7)
 }
@@ -46,27 +46,27 @@ fn offer(gated: &mut GatedProducer<Note>, partition: u64, sequence: u64) -> Acce
     gated.offer(partition, sequence, key(partition, sequence), note(partition, sequence)).unwrap()
 }
 
-/// Time passes, and with it every gap's.
+/// Advances the gate's time so that every gap times out.
 fn close_gaps(gated: &mut GatedProducer<Note>) {
     gated.pass_time(2 * HOUR);
     gated.pump().unwrap();
 }
 
-/// What each shard's log holds, as partition and sequence, in its order.
+/// The partitions and sequences in each shard's log, in log order.
 fn logs(engine: &EventLog<Note>) -> Vec<Vec<(u64, u64)>> {
     engine.flush(soon()).unwrap();
     let shard = |shard| read_shard(engine, shard).iter().map(|held| (held.n >> 32, held.n & 0xffff_ffff)).collect();
     (0..engine.config().shards()).map(shard).collect()
 }
 
-/// What all shards hold of each partition; every shard holds it by rising sequence, and nothing is held twice.
+/// The sequences of each partition in all shards. Checks that they rise within a shard and that none occurs twice.
 fn by_partition(engine: &EventLog<Note>) -> BTreeMap<u64, BTreeSet<u64>> {
     let mut all: BTreeMap<u64, BTreeSet<u64>> = BTreeMap::new();
     for log in logs(engine) {
         let mut last: BTreeMap<u64, u64> = BTreeMap::new();
         for (partition, sequence) in log {
             if let Some(before) = last.insert(partition, sequence) {
-                assert!(before < sequence, "{sequence} of partition {partition} lies behind {before}");
+                assert!(before < sequence, "{sequence} of partition {partition} follows {before}");
             }
             assert!(all.entry(partition).or_default().insert(sequence), "{sequence} of partition {partition} twice");
         }
@@ -84,7 +84,7 @@ fn spans(gaps: &[Gap]) -> BTreeSet<(u64, u64)> {
     spans
 }
 
-/// A source: partitions by turns, some sequences missing, some twice, shuffled within blocks.
+/// A source with several partitions: some sequences are missing, some come twice, and each block is shuffled.
 struct Input {
     blocks: Vec<Vec<(u64, u64)>>,
     offered: BTreeMap<u64, BTreeSet<u64>>,
@@ -112,7 +112,7 @@ impl Input {
         Self { blocks: made, offered }
     }
 
-    /// What is missing below the last that came.
+    /// The sequences missing below the last one of each partition.
     fn missing(&self) -> BTreeSet<(u64, u64)> {
         let of = |(partition, offered): (&u64, &BTreeSet<u64>)| {
             let partition = *partition;
@@ -125,14 +125,14 @@ impl Input {
 }
 
 #[test]
-fn the_log_holds_each_partition_by_rising_sequence_and_all_that_came_in_time() {
+fn the_log_holds_every_partition_in_rising_sequence_and_every_event_that_came_in_time() {
     for shards in [1, 3] {
         let mut random = SmallRng::seed_from_u64(shards.into());
         let dir = tempfile::tempdir().unwrap();
         let engine = EventLog::<Note>::open(os_cache(dir.path()).shards(shards)).unwrap();
         let mut gated = gated(&engine);
         let input = Input::new(&mut random, 5, 60);
-        // The oracle: per partition, what is expected, what came early, what came in time.
+        // The oracle: per partition the expected sequence, the early ones, and those that passed in time.
         let mut model: BTreeMap<u64, (u64, BTreeSet<u64>, BTreeSet<u64>)> = BTreeMap::new();
         let (mut gaps, mut duplicates, mut behind) = (BTreeSet::new(), 0, 0);
         for block in &input.blocks {
@@ -144,7 +144,7 @@ fn the_log_holds_each_partition_by_rising_sequence_and_all_that_came_in_time() {
                     assert!(matches!(answer, Accepted::Duplicate), "{answer:?}");
                     duplicates += 1;
                 } else if sequence < *expected {
-                    // In the middle of a block time may have passed; a late one may come twice.
+                    // The gaps may have been closed in the middle of the block, and a late event may come twice.
                     assert!(matches!(answer, Accepted::Late(_) | Accepted::Duplicate), "{answer:?}");
                     behind += 1;
                 } else {
@@ -187,7 +187,7 @@ fn the_log_holds_each_partition_by_rising_sequence_and_all_that_came_in_time() {
     }
 }
 
-/// How a life of the engine ends.
+/// How one run of the engine ends.
 #[derive(Debug, Clone, Copy)]
 enum End {
     Dropped,
@@ -197,7 +197,7 @@ enum End {
 }
 
 #[test]
-fn a_source_that_begins_anew_after_any_end_has_nothing_lost_and_nothing_twice() {
+fn a_source_replayed_after_any_end_loses_nothing_and_duplicates_nothing() {
     let seeds = env_number("CORELANE_GATED_SEEDS", 40);
     let (mut lost, mut found) = (0, 0);
     for seed in 0..seeds {
@@ -226,7 +226,10 @@ fn a_source_that_begins_anew_after_any_end_has_nothing_lost_and_nothing_twice() 
         for block in &input.blocks {
             for (partition, sequence) in block {
                 let answer = offer(&mut gated, *partition, *sequence);
-                assert!(!matches!(answer, Accepted::Late(_)), "seed {seed}: what is missing never comes: {answer:?}");
+                assert!(
+                    !matches!(answer, Accepted::Late(_)),
+                    "seed {seed}: a missing sequence never comes: {answer:?}"
+                );
             }
             close_gaps(&mut gated);
         }
@@ -238,8 +241,8 @@ fn a_source_that_begins_anew_after_any_end_has_nothing_lost_and_nothing_twice() 
     assert!(lost > 1000 && found > 1000, "both happen: {lost} lost, {found} left");
 }
 
-/// One life: offers the input from its beginning until it stops. Before a power cut: how many events the log held, and the disk
-/// behind it.
+/// Runs one engine: offers the input from its beginning up to `stop`. For a power cut, returns the number of events in
+/// the log before it and the disk after it.
 fn live(
     storage: &FaultyStorage,
     config: &Config,
@@ -265,7 +268,7 @@ fn live(
             }
             offered += 1;
             match gated.offer(partition, sequence, key(partition, sequence), note(partition, sequence)) {
-                Ok(answer) => assert!(!matches!(answer, Accepted::Late(_)), "what is missing never comes"),
+                Ok(answer) => assert!(!matches!(answer, Accepted::Late(_)), "a missing sequence never comes"),
                 Err(refused) => {
                     assert!(matches!(end, End::SyncFailed), "{refused:?}");
                     break 'offering;
@@ -285,7 +288,7 @@ fn live(
     if !matches!(end, End::PowerCut) {
         return (0, None);
     }
-    // What is accepted is appended but, in `OsCache`, not synced: the disk is as a power cut finds it now.
+    // Every accepted event is appended, but not synced in `OsCache` mode. The power cut happens in this state.
     while engine.shard_metrics().iter().any(|shard| shard.backlog > 0) {
         std::thread::yield_now();
     }
@@ -293,11 +296,11 @@ fn live(
     (held, Some(storage.after_crash(Unsynced::Random(random.random()))))
 }
 
-/// A small story: 1 never comes, so 2 and 3 wait behind a gap.
+/// A short run: sequence 1 never comes, so 2 and 3 wait behind a gap.
 fn story(gated: &mut GatedProducer<Note>) -> Result<(), GateError> {
     for sequence in [0, 3, 2] {
         if let Err(refused) = gated.offer(0, sequence, Key::new(1), note(0, sequence)) {
-            // What stands in the way tells why.
+            // `pump` returns the reason.
             refused.into_event();
             return gated.pump().map(drop);
         }
@@ -308,20 +311,20 @@ fn story(gated: &mut GatedProducer<Note>) -> Result<(), GateError> {
 }
 
 #[test]
-fn a_crash_at_any_operation_leaves_no_event_behind_a_gap_without_its_record() {
+fn a_crash_at_any_operation_leaves_no_event_behind_an_unrecorded_gap() {
     for unsynced in [Unsynced::Lost, Unsynced::Random(7)] {
         let mut outcomes = BTreeSet::new();
         for at in 2..50 {
             let storage = FaultyStorage::new();
             let engine = open_on(&storage, small(DIR)).unwrap();
             let mut gate = gated(&engine);
-            // The keeper works beside it, so the n-th operation is not always the same; all kinds come.
+            // The keeper runs concurrently, so the n-th operation varies; every kind of operation occurs.
             if at % 2 == 0 {
                 storage.fail_sync(at / 2)
             } else {
                 storage.fail_operation(at / 2)
             }
-            let told = story(&mut gate);
+            let outcome = story(&mut gate);
             drop((gate, engine));
             storage.heal();
             storage.crash(unsynced);
@@ -331,11 +334,11 @@ fn a_crash_at_any_operation_leaves_no_event_behind_a_gap_without_its_record() {
             let held: Vec<u64> = logs(&engine)[0].iter().map(|(_, sequence)| *sequence).collect();
             assert!([0, 2, 3].starts_with(&held), "{held:?}");
             assert!(held.len() < 2 || spans(&gaps) == BTreeSet::from([(0, 1)]), "{at}: {held:?} behind {gaps:?}");
-            if told.is_ok() {
-                assert_eq!((held.len(), gaps.len()), (3, 1), "saved, so all of it is durable");
+            if outcome.is_ok() {
+                assert_eq!((held.len(), gaps.len()), (3, 1), "the save succeeded, so all of it is durable");
             }
             outcomes.insert((held.len(), gaps.len()));
-            // From the beginning, and this time 1 comes too: in time if nothing says otherwise.
+            // Replays the source, now with 1: it comes in time unless its gap is recorded.
             let mut gate = gated(&engine);
             let late = gaps.len() == 1;
             for sequence in 0..4 {
@@ -354,26 +357,26 @@ fn a_crash_at_any_operation_leaves_no_event_behind_a_gap_without_its_record() {
 }
 
 #[test]
-fn a_crash_between_a_gaps_record_and_what_follows_it_keeps_the_gap_and_takes_the_rest_again() {
+fn a_crash_after_a_gap_is_recorded_keeps_the_gap_and_accepts_the_lost_events_again() {
     let storage = FaultyStorage::new();
     let engine = open_on(&storage, os_cache(DIR)).unwrap();
     story_without_save(&mut gated(&engine));
     while engine.shard_metrics()[0].backlog > 0 {
         std::thread::yield_now();
     }
-    // In `OsCache` nothing of the log is synced, but the record is.
+    // In `OsCache` mode the log is not synced, but the gap's record is.
     let cut = storage.after_crash(Unsynced::Lost);
     let engine = open_on(&cut, os_cache(DIR)).unwrap();
     assert_eq!(spans(&engine.gaps("in").unwrap()), BTreeSet::from([(0, 1)]));
     assert_eq!(logs(&engine)[0], []);
     let mut gated = gated(&engine);
-    assert!(matches!(offer(&mut gated, 0, 2), Accepted::Buffered), "0 was lost and comes before it");
+    assert!(matches!(offer(&mut gated, 0, 2), Accepted::Buffered), "0 was lost and must come first");
     assert!(matches!(offer(&mut gated, 0, 1), Accepted::Late(_)), "the gap stays closed");
     assert!(matches!(offer(&mut gated, 0, 0), Accepted::Published(_)));
     assert!(matches!(offer(&mut gated, 0, 3), Accepted::Published(_)));
-    assert!(matches!(offer(&mut gated, 0, 1), Accepted::Duplicate), "a second time");
+    assert!(matches!(offer(&mut gated, 0, 1), Accepted::Duplicate), "it came a second time");
     assert_eq!(by_partition(&engine)[&0], BTreeSet::from([0, 2, 3]));
-    assert_eq!(gated.gaps().unwrap().len(), 1, "it is not recorded twice");
+    assert_eq!(gated.gaps().unwrap().len(), 1, "the gap is not recorded twice");
 }
 
 fn story_without_save(gated: &mut GatedProducer<Note>) {
@@ -381,7 +384,7 @@ fn story_without_save(gated: &mut GatedProducer<Note>) {
     close_gaps(gated);
 }
 
-/// A store with two recorded gaps, closed as it should be.
+/// A store with two recorded gaps, closed cleanly.
 fn with_gaps() -> FaultyStorage {
     let storage = FaultyStorage::new();
     let engine = open_on(&storage, small(DIR)).unwrap();
@@ -406,7 +409,7 @@ fn gate_file(name: &str) -> PathBuf {
 }
 
 #[test]
-fn a_torn_gap_record_is_cut_and_the_gate_goes_on() {
+fn a_torn_gap_record_is_cut_and_the_gate_continues() {
     let storage = with_gaps();
     let whole = storage.files()[&gate_file("gaps")].clone();
     let torn = whole[whole.len() - 48..].to_vec();
@@ -416,9 +419,9 @@ fn a_torn_gap_record_is_cut_and_the_gate_goes_on() {
             *gaps.last_mut().unwrap() ^= u8::from(kept == 48);
         });
         let engine = open_on(&storage, small(DIR)).unwrap();
-        assert_eq!(engine.gaps("in").unwrap().len(), 2, "a torn one is not there");
+        assert_eq!(engine.gaps("in").unwrap().len(), 2, "a torn record does not count");
         let mut gated = gated(&engine);
-        assert!(storage.files()[&gate_file("gaps")] == whole, "and cut");
+        assert!(storage.files()[&gate_file("gaps")] == whole, "the torn record is cut");
         assert!(matches!(offer(&mut gated, 0, 7), Accepted::Buffered));
         gated.finish().unwrap();
         let gaps = spans(&gated.gaps().unwrap());
@@ -428,9 +431,9 @@ fn a_torn_gap_record_is_cut_and_the_gate_goes_on() {
 }
 
 #[test]
-fn damaged_gap_records_are_a_typed_error_and_stay_as_they_are() {
+fn damaged_gap_records_are_a_typed_error_and_stay_unchanged() {
     let storage = with_gaps();
-    // The header, and each of the two entries.
+    // Bytes of the header and of each of the two entries.
     for at in [0, 8, 13, 16, 30, 63, 64, 80, 111] {
         let storage = changed(&storage, "gaps", |gaps| gaps[at] ^= 4);
         let before = storage.files()[&gate_file("gaps")].clone();
@@ -442,14 +445,14 @@ fn damaged_gap_records_are_a_typed_error_and_stay_as_they_are() {
         };
         assert_eq!(*path, gate_file("gaps"), "byte {at}");
         assert!(storage.files()[&gate_file("gaps")] == before);
-        // The rest of the store is as good as before, and so is a gate of another name.
+        // The rest of the store works, and so does a gate of another name.
         engine.gated("other", policy(), |_| None).unwrap();
         assert!(matches!(engine.gated("in", policy(), source), Err(GateOpenError::File(_))), "its name is free again");
     }
 }
 
 #[test]
-fn without_positions_or_with_damaged_ones_the_log_says_the_same() {
+fn a_gate_with_missing_or_damaged_positions_rebuilds_them_from_the_log() {
     let storage = with_gaps();
     let changes: [fn(&mut Vec<u8>); 3] =
         [|_| {}, |positions| positions[20] ^= 1, |positions| positions.truncate(positions.len() / 2)];
@@ -474,13 +477,13 @@ fn without_positions_or_with_damaged_ones_the_log_says_the_same() {
 }
 
 #[test]
-fn positions_ahead_of_the_log_are_not_believed() {
+fn positions_ahead_of_the_log_are_ignored() {
     let storage = FaultyStorage::new();
     let engine = open_on(&storage, small(DIR)).unwrap();
     let mut gate = gated(&engine);
     (0..10).for_each(|sequence| drop(offer(&mut gate, 0, sequence)));
     gate.save(soon()).unwrap();
-    // A copy of the store, as a backup has it; then more, of which only the positions come into the copy.
+    // A backup of the store, into which only the positions of later events are copied.
     let backup = storage.after_crash(Unsynced::Lost);
     (10..20).for_each(|sequence| drop(offer(&mut gate, 0, sequence)));
     gate.save(soon()).unwrap();
@@ -494,7 +497,7 @@ fn positions_ahead_of_the_log_are_not_believed() {
 }
 
 #[test]
-fn a_full_disk_loses_nothing_and_changes_no_order() {
+fn a_full_disk_loses_nothing_and_keeps_the_order() {
     let storage = FaultyStorage::new();
     let engine = open_on(&storage, small(DIR)).unwrap();
     let mut gated = gated(&engine);
@@ -504,7 +507,7 @@ fn a_full_disk_loses_nothing_and_changes_no_order() {
     input.chunks_mut(WINDOW).for_each(|block| block.shuffle(&mut random));
     for sequence in input {
         let mut event = Note::sized(sequence, 100);
-        // Until nothing moves any more, a lane is full only for a moment.
+        // The lane may be full only for a moment until the shard stops on the full disk.
         let stuck_at = Instant::now() + Duration::from_millis(if refused.is_empty() { 300 } else { 0 });
         loop {
             match gated.try_offer(0, sequence, Key::new(1), event) {
@@ -512,7 +515,7 @@ fn a_full_disk_loses_nothing_and_changes_no_order() {
                 Err(error) => {
                     assert!(error.is_full(), "{error:?}");
                     event = error.into_event();
-                    assert_eq!((event.n, event.text.len()), (sequence, 100), "it comes back");
+                    assert_eq!((event.n, event.text.len()), (sequence, 100), "the event comes back");
                     if Instant::now() < stuck_at {
                         continue;
                     }
@@ -537,12 +540,12 @@ fn a_full_disk_loses_nothing_and_changes_no_order() {
 }
 
 #[test]
-fn what_stands_in_front_is_neither_saved_as_published_nor_overtaken() {
+fn a_waiting_event_is_neither_saved_as_published_nor_overtaken() {
     let storage = FaultyStorage::new();
     let engine = open_on(&storage, small(DIR)).unwrap();
     let mut gate = gated(&engine);
     offer(&mut gate, 0, 0).await_durable();
-    // The shard fails under it; one event may be taken in and stand in front.
+    // The shard fails; the gate may take one event that then waits in front.
     storage.fail_sync(1);
     let mut offered = 1;
     let refused = loop {
@@ -555,7 +558,10 @@ fn what_stands_in_front_is_neither_saved_as_published_nor_overtaken() {
     };
     assert!(matches!(&refused, GateRefused::Publish(Rejected::ShardFailed(event, _)) if event.n == offered));
     assert!(matches!(gate.pump(), Err(GateError::Publish(RejectedReason::ShardFailed(_)))));
-    assert!(matches!(gate.save(soon()), Err(GateError::Wait(_))), "what is not durable is not saved");
+    assert!(
+        matches!(gate.save(soon()), Err(GateError::Wait(_))),
+        "positions of events that are not durable are not saved"
+    );
     drop((gate, engine));
     storage.crash(Unsynced::Lost);
     let engine = open_on(&storage, small(DIR)).unwrap();
@@ -576,7 +582,7 @@ impl AwaitDurable for Accepted<Note> {
 }
 
 #[test]
-fn positions_saved_while_something_stands_in_front_do_not_count_it() {
+fn positions_saved_while_an_event_waits_do_not_count_it() {
     let storage = FaultyStorage::new();
     let engine = open_on(&storage, os_cache(DIR)).unwrap();
     let mut gate = gated(&engine);
@@ -587,15 +593,15 @@ fn positions_saved_while_something_stands_in_front_do_not_count_it() {
             Ok(Accepted::Published(_)) => offered += 1,
             Ok(Accepted::Waiting) => {
                 offered += 1;
-                assert_eq!(gate.next_due(), Some(Duration::ZERO), "it stands in front until the next call");
+                assert_eq!(gate.next_due(), Some(Duration::ZERO), "it waits until the next call");
             }
-            // The lane was full for a moment, or the disk has just become so.
+            // The lane was full for a moment, or the disk has just filled up.
             Err(refused) => assert!(matches!(refused, GateRefused::Publish(_)), "{refused:?}"),
             Ok(other) => panic!("{other:?}"),
         }
         assert!(offered < 1000);
     }
-    // Flushing waits for space; what stands in front is not accepted by the engine yet.
+    // `flush` waits for space; the engine has not accepted the waiting event yet.
     storage.set_space(None);
     gate.save(soon()).unwrap();
     let cut = storage.after_crash(Unsynced::Lost);
@@ -606,7 +612,7 @@ fn positions_saved_while_something_stands_in_front_do_not_count_it() {
 }
 
 #[test]
-fn a_gate_is_opened_again_in_the_same_engine_where_it_was_left() {
+fn a_gate_reopened_in_the_same_engine_continues_where_it_stopped() {
     let dir = tempfile::tempdir().unwrap();
     let engine = EventLog::<Note>::open(os_cache(dir.path()).shards(2)).unwrap();
     for round in 0..20 {
@@ -629,7 +635,7 @@ fn a_gate_is_opened_again_in_the_same_engine_where_it_was_left() {
 }
 
 #[test]
-fn a_late_event_is_published_only_by_who_says_so_and_moves_nothing() {
+fn a_late_event_is_published_only_on_request_and_does_not_move_the_gate() {
     let storage = FaultyStorage::new();
     let engine = open_on(&storage, os_cache(DIR)).unwrap();
     let mut gate = gated(&engine);
@@ -638,22 +644,22 @@ fn a_late_event_is_published_only_by_who_says_so_and_moves_nothing() {
     assert_eq!((late.partition, late.sequence, late.event.n), (0, 1, 1));
     gate.publish_late(late).unwrap();
     assert_eq!(gate.expected(0), Some(4));
-    assert_eq!(logs(&engine)[0], [(0, 0), (0, 2), (0, 3), (0, 1)], "out of order, as was asked for");
+    assert_eq!(logs(&engine)[0], [(0, 0), (0, 2), (0, 3), (0, 1)], "out of order, as requested");
     drop(gate);
     let mut gate = gated(&engine);
     assert_eq!(gate.expected(0), Some(4));
-    assert!(matches!(offer(&mut gate, 0, 1), Accepted::TooOld(_)), "not known any more, and not dropped");
+    assert!(matches!(offer(&mut gate, 0, 1), Accepted::TooOld(_)), "no longer known, and handed back");
     assert!(matches!(offer(&mut gate, 0, 4), Accepted::Published(_)));
     let refused = gate.offer(0, u64::MAX, Key::new(1), note(0, 0)).expect_err("no sequence");
     assert!(matches!(refused, GateRefused::Gate(OfferRefused::TooFarAhead(_))));
     let large = Note::sized(0, 1 << 20);
     let refused = gate.offer(0, 5, Key::new(1), large).expect_err("too large for a segment of this size");
     assert!(matches!(&refused, GateRefused::Publish(Rejected::TooLarge { event, .. }) if event.text.len() == 1 << 20));
-    assert_eq!(gate.expected(0), Some(5), "it is still waited for");
+    assert_eq!(gate.expected(0), Some(5), "the gate still expects it");
 }
 
 #[test]
-fn a_partition_that_starts_where_it_is_first_seen_goes_on_there_after_a_restart() {
+fn a_partition_that_starts_at_its_first_sequence_keeps_that_start_after_a_restart() {
     let storage = FaultyStorage::new();
     let first_seen = || policy().start(GateStart::FirstSeen);
     let engine = open_on(&storage, small(DIR)).unwrap();
@@ -671,7 +677,7 @@ fn a_partition_that_starts_where_it_is_first_seen_goes_on_there_after_a_restart(
 }
 
 #[test]
-fn retention_frees_nothing_that_the_gate_has_not_counted() {
+fn retention_frees_nothing_that_the_gate_has_not_saved() {
     let dir = tempfile::tempdir().unwrap();
     let config = os_cache(dir.path()).retention(Retention { bytes_max: Some(2 * SEGMENT), age_max: None });
     let fill = |gated: &mut GatedProducer<Note>, from: u64| {
@@ -690,18 +696,18 @@ fn retention_frees_nothing_that_the_gate_has_not_counted() {
     let engine = EventLog::<Note>::open(config.clone()).unwrap();
     let mut gate = gated(&engine);
     fill(&mut gate, 0);
-    assert!(!is_freed(&engine), "the gate has not saved where it is");
+    assert!(!is_freed(&engine), "the gate has not saved its positions");
     drop((gate, engine));
-    // Also where the gate is not opened at all.
+    // The same while the gate is not open.
     let engine = EventLog::<Note>::open(config.clone()).unwrap();
     assert!(!is_freed(&engine));
     let mut gate = gated(&engine);
     assert_eq!(gate.expected(0), Some(400));
     fill(&mut gate, 400);
     gate.save(soon()).unwrap();
-    assert!(is_freed(&engine), "now it has");
+    assert!(is_freed(&engine), "now the gate has saved its positions");
     drop((gate, engine));
-    // The log has lost its beginning. With its positions the gate is exact; without them it waits for nothing older.
+    // The log has lost its beginning. With its positions the gate is exact; without them it expects nothing older.
     let engine = EventLog::<Note>::open(config.clone()).unwrap();
     assert_eq!(gated(&engine).expected(0), Some(800));
     drop(engine);
@@ -709,29 +715,32 @@ fn retention_frees_nothing_that_the_gate_has_not_counted() {
     let engine = EventLog::<Note>::open(config).unwrap();
     let mut gate = gated(&engine);
     assert_eq!(gate.expected(0), Some(800));
-    assert!(matches!(offer(&mut gate, 0, 3), Accepted::TooOld(_)), "handed back, since nobody knows");
+    assert!(matches!(offer(&mut gate, 0, 3), Accepted::TooOld(_)), "handed back, because it may be new");
     assert_eq!(engine.reader(ShardId(0)).next().unwrap().unwrap().event.text.len(), 1000);
 }
 
 #[test]
-fn a_gate_is_closed_after_its_engine_was_shut_down_too() {
+fn a_gate_can_be_closed_after_its_engine_has_shut_down() {
     let storage = FaultyStorage::new();
     let engine = open_on(&storage, os_cache(DIR).shards(2)).unwrap();
     let mut gate = gated(&engine);
     (0..50).for_each(|sequence| drop(offer(&mut gate, 0, sequence)));
     engine.shutdown(soon()).unwrap();
     let refused = gate.offer(0, 50, Key::new(1), note(0, 50));
-    assert!(matches!(refused, Ok(Accepted::Waiting)), "it was the next one, and stands in front");
+    assert!(matches!(refused, Ok(Accepted::Waiting)), "it is the next one, and waits");
     assert!(matches!(gate.pump(), Err(GateError::Publish(RejectedReason::Closed))));
     drop(engine);
-    assert!(matches!(open_on(&storage, os_cache(DIR).shards(2)), Err(OpenError::Locked { .. })), "it writes there yet");
+    assert!(
+        matches!(open_on(&storage, os_cache(DIR).shards(2)), Err(OpenError::Locked { .. })),
+        "the gate still holds the store"
+    );
     gate.close(soon()).unwrap();
     let engine = open_on(&storage, os_cache(DIR).shards(2)).unwrap();
     assert_eq!(gated(&engine).expected(0), Some(50));
 }
 
 #[test]
-fn behind_a_gap_whose_record_failed_nothing_is_published_however_often_it_is_asked() {
+fn no_event_is_published_behind_a_gap_whose_record_failed() {
     let failed = |_| {
         let storage = FaultyStorage::new();
         let engine = open_on(&storage, small(DIR)).unwrap();
@@ -743,16 +752,16 @@ fn behind_a_gap_whose_record_failed_nothing_is_published_however_often_it_is_ask
         storage.fail_sync(1);
         let pumped = gate.pump();
         storage.heal();
-        // Else it was a sync of somebody else that failed.
+        // Otherwise another thread's sync failed.
         matches!(pumped, Err(GateError::GapRecord { .. })).then_some((storage, engine, gate))
     };
     let (storage, engine, mut gate) = (0..100).find_map(failed).unwrap();
     for _ in 0..3 {
-        assert!(matches!(gate.pump(), Err(GateError::GapRecord { .. })), "it is final");
+        assert!(matches!(gate.pump(), Err(GateError::GapRecord { .. })), "the failure is final");
         assert!(gate.offer(0, 4, Key::new(1), note(0, 4)).is_err());
     }
     assert_eq!(by_partition(&engine)[&0], BTreeSet::from([0]));
-    // What the failed sync left is made durable before anything is published behind it.
+    // The record that the failed sync left behind is made durable before an event is published after it.
     drop(gate);
     let mut gate = gated(&engine);
     assert_eq!(spans(&gate.gaps().unwrap()), BTreeSet::from([(0, 1)]));
@@ -781,7 +790,7 @@ fn retention_frees_nothing_for_positions_that_could_not_be_saved() {
         storage.refuse_files(true);
         let saved = gate.save(soon());
         storage.refuse_files(false);
-        // Else the keeper was refused a file too.
+        // Otherwise the keeper was refused a file too.
         let is_alone = matches!(saved, Err(GateError::Positions(_))) && engine.failures().is_empty();
         is_alone.then_some((engine, gate))
     };
@@ -807,7 +816,7 @@ fn first_seen() -> GatePolicy {
 }
 
 #[test]
-fn a_late_event_in_another_shard_does_not_set_a_partition_back() {
+fn a_late_event_in_another_shard_does_not_move_a_partition_back() {
     let [k0, k1] = keys_of_two_shards();
     for (late_in, first_in) in [(k0, k1), (k1, k0)] {
         let storage = FaultyStorage::new();
@@ -833,7 +842,7 @@ fn a_late_event_in_another_shard_does_not_set_a_partition_back() {
     }
 }
 
-/// As the gate's folder is after a life that closed nine gaps.
+/// A store whose gate has closed nine gaps.
 fn nine_gaps() -> FaultyStorage {
     let storage = FaultyStorage::new();
     let engine = open_on(&storage, small(DIR)).unwrap();
@@ -847,7 +856,7 @@ fn nine_gaps() -> FaultyStorage {
 }
 
 #[test]
-fn a_record_that_was_cut_or_removed_is_damage_and_nothing_else_is_written_there() {
+fn a_cut_or_removed_gap_record_is_reported_as_damage_and_the_folder_stays_unchanged() {
     let storage = nine_gaps();
     let entries = |count: usize| 24 + count * 48;
     type Change = (&'static str, Box<dyn Fn(&mut BTreeMap<PathBuf, Vec<u8>>)>);
@@ -872,7 +881,7 @@ fn a_record_that_was_cut_or_removed_is_damage_and_nothing_else_is_written_there(
             if !has_positions {
                 files.remove(&gate_file("positions"));
             }
-            // All of a gate's files removed is what giving it up looks like.
+            // Removing all files of a gate is how an operator gives it up.
             if files.keys().all(|path| path.parent() != gate_file("gaps").parent()) {
                 continue;
             }
@@ -886,10 +895,10 @@ fn a_record_that_was_cut_or_removed_is_damage_and_nothing_else_is_written_there(
             }
             let after = storage.files();
             let after: Vec<_> = after.iter().filter(|(path, _)| path.starts_with("/store/gates")).collect();
-            assert!(before == after, "{i}: it is left as it is");
+            assert!(before == after, "{i}: the folder is unchanged");
         }
     }
-    // A witness that is behind, as a power cut leaves it, is brought up; the gate goes on.
+    // A witness that lags behind, as after a power cut, is completed, and the gate continues.
     for cut in 24..=24 + 9 * 8 {
         let storage = changed(&storage, "witness", |witness| witness.truncate(cut));
         let engine = open_on(&storage, small(DIR)).unwrap();
@@ -904,7 +913,7 @@ fn a_record_that_was_cut_or_removed_is_damage_and_nothing_else_is_written_there(
 }
 
 #[test]
-fn a_record_taken_away_under_a_running_gate_is_a_typed_error_at_the_next_gap() {
+fn gap_records_removed_under_a_running_gate_are_a_typed_error_at_the_next_gap() {
     type Change = fn(&Path);
     let changes: [(&str, Change); 6] = [
         ("gaps", |dir| std::fs::remove_file(dir.join("gaps")).unwrap()),
@@ -930,18 +939,18 @@ fn a_record_taken_away_under_a_running_gate_is_a_typed_error_at_the_next_gap() {
         drop(offer(&mut gate, 0, 4));
         gate.pass_time(2 * HOUR);
         for _ in 0..2 {
-            let Err(GateError::GapRecord { path, .. }) = gate.pump() else { panic!("{i}: nothing was recorded") };
+            let Err(GateError::GapRecord { path, .. }) = gate.pump() else { panic!("{i}: the gap was recorded") };
             assert!(path.ends_with(name), "{i}: {}", path.display());
         }
         let after =
             crate::common::tree(dir.path()).into_keys().filter(|path| path.starts_with(&folder)).collect::<Vec<_>>();
-        assert_eq!(before, after, "{i}: no file is made in its place");
+        assert_eq!(before, after, "{i}: no file is created in its place");
         assert_eq!(by_partition(&engine)[&0], BTreeSet::from([0, 2]), "{i}: nothing is published behind it");
     }
 }
 
 #[test]
-fn a_full_disk_keeps_a_gap_waiting_and_the_gate_goes_on_with_space() {
+fn a_gap_waits_while_the_disk_is_full_and_is_recorded_when_space_returns() {
     let storage = FaultyStorage::new();
     let engine = open_on(&storage, small(DIR)).unwrap();
     let mut gate = gated(&engine);
@@ -958,15 +967,15 @@ fn a_full_disk_keeps_a_gap_waiting_and_the_gate_goes_on_with_space() {
     assert_eq!(by_partition(&engine)[&0], BTreeSet::from([0]));
     assert_eq!(gate.gaps().unwrap(), []);
     assert!(matches!(gate.save(soon()), Err(GateError::Positions(OpenError::Io { .. }))));
-    // A kill now finds a torn entry.
+    // A kill at this point leaves a torn entry.
     let torn = FaultyStorage::with_files(storage.files());
-    assert_eq!(torn.files()[&gate_file("gaps")].len(), 24 + 24, "a part of it was written");
+    assert_eq!(torn.files()[&gate_file("gaps")].len(), 24 + 24, "half of the entry was written");
     let after_kill = open_on(&torn, small(DIR)).unwrap();
     assert_eq!(gated(&after_kill).gaps().unwrap(), []);
     assert_eq!(gated(&after_kill).expected(0), Some(1));
 
     storage.refuse_files(false);
-    assert_eq!(gate.pump().unwrap(), 4, "two gaps, and what waited behind each");
+    assert_eq!(gate.pump().unwrap(), 4, "two gaps and the event behind each");
     gate.save(soon()).unwrap();
     drop((gate, engine));
     let engine = open_on(&storage.after_crash(Unsynced::Lost), small(DIR)).unwrap();
@@ -981,14 +990,17 @@ fn a_full_disk_refuses_a_new_partition_and_hands_its_first_event_back() {
     let engine = open_on(&storage, small(DIR)).unwrap();
     let mut gate = engine.gated("in", first_seen(), source).unwrap();
     drop(offer(&mut gate, 0, 5));
-    // So that the segment is there, whose span is a file too.
+    // Creates the segment, because its span is a file too.
     engine.flush(soon()).unwrap();
     storage.refuse_files(true);
-    let refused = gate.offer(1, 7, Key::new(1), note(1, 7)).expect_err("its start is not recorded");
+    let refused = gate.offer(1, 7, Key::new(1), note(1, 7)).expect_err("its start cannot be recorded");
     assert!(refused.is_full(), "{refused:?}");
     assert_eq!((refused.into_event().n, gate.expected(1)), (1 << 32 | 7, None));
-    assert!(matches!(gate.offer(0, 6, Key::new(1), note(0, 6)), Ok(Accepted::Published(_))), "another goes on");
-    // The positions are a cache, so a gate is opened without them, too.
+    assert!(
+        matches!(gate.offer(0, 6, Key::new(1), note(0, 6)), Ok(Accepted::Published(_))),
+        "another partition continues"
+    );
+    // The positions are a cache, so a gate can be opened without them.
     drop(gate);
     let mut gate = engine.gated("in", first_seen(), source).unwrap();
     assert_eq!(gate.expected(0), Some(7));
@@ -996,11 +1008,11 @@ fn a_full_disk_refuses_a_new_partition_and_hands_its_first_event_back() {
     assert!(matches!(gate.offer(1, 9, Key::new(1), note(1, 9)), Ok(Accepted::Published(_))));
     assert!(
         matches!(gate.offer(1, 7, Key::new(1), note(1, 7)), Ok(Accepted::TooOld(_))),
-        "it starts where it was taken"
+        "it starts at the first accepted sequence"
     );
 }
 
-/// What a partition is by plain sets. What is in `log` or in `gaps` from `start` on is behind `expected`.
+/// A partition as plain sets. Every sequence from `start` up to `expected` is in `log` or in `gaps`.
 #[derive(Debug, Default)]
 struct Plain {
     start: Option<u64>,
@@ -1008,7 +1020,7 @@ struct Plain {
     log: BTreeSet<u64>,
     gaps: BTreeSet<u64>,
     early: BTreeSet<u64>,
-    /// Told to be late in this life.
+    /// Reported as late in this run.
     late: BTreeSet<u64>,
 }
 
@@ -1060,14 +1072,14 @@ fn offer_and_compare(gate: &mut GatedProducer<Note>, plain: &mut Plain, at: (u64
                 drop(gate.publish_late(late).unwrap());
             }
         }
-        Accepted::Waiting => panic!("there is room"),
+        Accepted::Waiting => panic!("the lane has room"),
     }
     plain.settle(false);
     assert_eq!(gate.expected(partition), Some(plain.expected), "{at:?} {plain:?}");
 }
 
 #[test]
-fn a_gate_stands_after_any_restart_where_plain_sets_say() {
+fn after_any_restart_a_gate_agrees_with_plain_sets() {
     const PARTITIONS: u64 = 3;
     let (mut lates, mut cuts) = (0, 0);
     for seed in 0..env_number("CORELANE_GATED_SEEDS", 10) {
@@ -1140,7 +1152,7 @@ fn a_gate_stands_after_any_restart_where_plain_sets_say() {
                 disk = Some(FaultyStorage::with_files(files));
             }
             storage = disk.unwrap_or(storage);
-            // The oracle after it: the log as it is, which nothing but a power cut changes.
+            // Restarts the oracle from the log, which only a power cut may have changed.
             let held = held_by_partition(&open_on(&storage, config.clone()).unwrap());
             for (partition, plain) in &mut plains {
                 let held = held.get(partition);
@@ -1155,7 +1167,7 @@ fn a_gate_stands_after_any_restart_where_plain_sets_say() {
     assert!(lates > 100 && cuts > 30, "both happen: {lates} late, {cuts} cut");
 }
 
-/// What the logs hold of each partition, each once.
+/// The sequences of each partition in the logs. Checks that each occurs once.
 fn held_by_partition(engine: &EventLog<Note>) -> BTreeMap<u64, BTreeSet<u64>> {
     let mut all: BTreeMap<u64, BTreeSet<u64>> = BTreeMap::new();
     for (partition, sequence) in logs(engine).into_iter().flatten() {

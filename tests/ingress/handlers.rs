@@ -1,4 +1,5 @@
-//! Inline handlers that fail: their policy decides, never a hang. And archives that lie behind a CRC that holds.
+//! Inline handlers that fail follow their error policy and never hang. Invalid archives with a valid checksum are typed
+//! errors.
 
 use std::path::Path;
 use std::sync::{Arc, Mutex};
@@ -11,7 +12,7 @@ use corelane::{
 };
 use rkyv::{Archive, Deserialize, Serialize};
 
-/// Notes what it sees; errs at 5 and panics at 7.
+/// Records the events that it handles; returns an error at 5 and panics at 7, if those faults are enabled.
 struct Fussy(Arc<Mutex<Vec<u64>>>, u64);
 
 impl Handler<Note> for Fussy {
@@ -50,16 +51,20 @@ fn an_error_or_panic_under_halt_stops_the_shard_with_the_cause() {
         assert_eq!(handler, "fussy");
         assert!(error.contains(said), "{error}");
         if at > 0 {
-            assert_eq!(*seen.lock().unwrap(), (0..at).collect::<Vec<_>>(), "nothing after the event that failed");
+            assert_eq!(
+                *seen.lock().unwrap(),
+                (0..at).collect::<Vec<_>>(),
+                "the handler sees no event after the failed one"
+            );
         }
         match engine.flush(soon()) {
             Err(WaitError::ShardFailed(_)) => (),
-            // All that was accepted may have been durable before.
+            // Every accepted event may have been durable before the failure.
             outcome => assert!(outcome.is_ok() && numbers(&engine).len() as u64 == producer.published(), "{outcome:?}"),
         }
         assert!(matches!(engine.shutdown(soon()), Err(WaitError::ShardFailed(_))));
         drop(engine);
-        // The event is in the log: only its handling failed.
+        // The event is in the log; only its handler failed.
         let engine = open_on(&storage, small("/s")).unwrap();
         let found = numbers(&engine);
         assert!(found.len() as u64 > at);
@@ -68,7 +73,7 @@ fn an_error_or_panic_under_halt_stops_the_shard_with_the_cause() {
 }
 
 #[test]
-fn an_error_or_panic_under_quarantine_is_noted_and_the_shard_goes_on() {
+fn an_error_or_panic_under_quarantine_is_recorded_and_the_shard_continues() {
     let storage = FaultyStorage::new();
     let (engine, seen) = engine(&storage, OnError::Quarantine, 3);
     let mut producer = engine.producer();
@@ -90,13 +95,13 @@ fn an_error_or_panic_under_quarantine_is_noted_and_the_shard_goes_on() {
     assert!(lines[1]["error"].as_str().unwrap().contains("seven"));
 }
 
-/// Events whose own code panics on the shard's thread.
+/// An event whose code panics on the shard's thread.
 #[derive(Archive, Serialize, Deserialize, Bounded, Debug)]
 struct Trap(u64);
 impl Event for Trap {
     const TYPES: &'static [EventType] = &[EventType::new(1, "trap", 1)];
     fn event_type(&self) -> EventTypeId {
-        // Publishing asks for the type, too.
+        // `publish` calls this function too, on the producer's thread.
         let on_shard = std::thread::current().name().is_some_and(|name| name.starts_with("corelane-shard"));
         assert!(self.0 != 3 || !on_shard, "a trap");
         EventTypeId(1)
@@ -119,7 +124,7 @@ fn an_event_that_panics_on_the_shards_thread_fails_that_shard_alone() {
     drop((producer, engine));
 }
 
-/// An event with much to get wrong.
+/// An event type with many kinds of invalid archives.
 #[derive(Archive, Serialize, Deserialize, Bounded, Debug)]
 enum Rich {
     Text(String),
@@ -133,7 +138,7 @@ impl Event for Rich {
     }
 }
 
-/// Puts `body` into the first record of the store's first segment, CRC and all.
+/// Changes the body of the first record of the first segment and makes its checksum valid again.
 fn forge(disk: &FaultyStorage, change: impl FnOnce(&mut [u8])) -> FaultyStorage {
     let mut files = disk.files();
     let bytes = files.get_mut(Path::new("/s/shard-0000/000000000000.seg")).unwrap();
@@ -147,7 +152,7 @@ fn forge(disk: &FaultyStorage, change: impl FnOnce(&mut [u8])) -> FaultyStorage 
 }
 
 #[test]
-fn hostile_archives_behind_a_crc_that_holds_are_typed_errors() {
+fn invalid_archives_with_a_valid_checksum_are_typed_errors() {
     let storage = FaultyStorage::new();
     let open = |disk: &FaultyStorage| EventLog::<Rich>::builder(os_cache("/s")).faulty_storage(disk).open();
     let engine = open(&storage).unwrap();
@@ -178,7 +183,7 @@ fn hostile_archives_behind_a_crc_that_holds_are_typed_errors() {
         let mut reader = engine.reader(ShardId(0));
         match reader.next() {
             Ok(Some(record)) => {
-                // Whatever it says, it is a valid value of the type: read all of it.
+                // The archive passed validation, so every part of it must be readable.
                 std::hint::black_box(format!("{:?}", corelane::deserialize::<Rich>(record.event).unwrap()));
                 harmless += 1;
             }

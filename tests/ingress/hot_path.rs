@@ -1,4 +1,4 @@
-//! What the shard's thread does not do (wait), and what a lane answers that has no room.
+//! The shard's thread never waits for the disk or for readers, and a full lane refuses events.
 
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -20,14 +20,14 @@ fn no_turn_waits_for_the_disk_or_for_a_reader() {
         let storage = FaultyStorage::new();
         let engine = open_on(&storage, small("/s").durability(durability)).unwrap();
         let mut producer = engine.producer();
-        // The first segment is begun, and the second prepared.
+        // Begins the first segment and waits until the second is prepared.
         producer.publish(Key(0), Note::new(0)).unwrap().appended().wait().unwrap();
         engine.flush(soon()).unwrap();
         crate::common::settle(&storage);
         let mut reader = engine.reader(ShardId(0));
         assert!(reader.next().unwrap().is_some());
-        // From here on the syncer and the keeper hang in the disk, the reader stands in the segment being written, and
-        // somebody waits for a flush.
+        // From here on the syncer and the keeper hang in disk calls, the reader holds the active segment, and a thread
+        // waits in `flush`.
         storage.hold(true);
         std::thread::scope(|scope| {
             let flusher = scope.spawn(|| engine.flush(soon()));
@@ -38,8 +38,11 @@ fn no_turn_waits_for_the_disk_or_for_a_reader() {
                 receipts.push(receipt);
             }
             assert_eq!(numbers(&engine), (0..=25).collect::<Vec<_>>(), "{durability:?}");
-            assert!(engine.metrics().shards[0].segments == 2 && 26 * 3000 > SEGMENT, "over the end of a segment too");
-            assert!(receipts.iter().all(|receipt| !receipt.is_durable()), "{durability:?}: nothing was synced");
+            assert!(
+                engine.metrics().shards[0].segments == 2 && 26 * 3000 > SEGMENT,
+                "the events cross the end of a segment"
+            );
+            assert!(receipts.iter().all(|receipt| !receipt.is_durable()), "{durability:?}: no event was synced");
             storage.hold(false);
             flusher.join().unwrap().unwrap();
             engine.flush(soon()).unwrap();
@@ -48,7 +51,7 @@ fn no_turn_waits_for_the_disk_or_for_a_reader() {
     }
 }
 
-/// Holds the shard up for as long as the test holds the lock.
+/// Blocks the shard while the test holds the lock.
 struct Slow(Arc<Mutex<()>>);
 impl Handler<Note> for Slow {
     fn on_event(&mut self, _event: &<Note as Archive>::Archived, _meta: &Meta) -> Result<(), HandlerError> {
@@ -58,7 +61,7 @@ impl Handler<Note> for Slow {
 }
 
 #[test]
-fn a_lane_without_room_refuses_at_once_or_at_the_deadline_and_goes_on() {
+fn a_full_lane_refuses_at_once_or_at_the_deadline_and_accepts_again_later() {
     let storage = FaultyStorage::new();
     let gate = Arc::new(Mutex::new(()));
     let theirs = Arc::clone(&gate);
@@ -74,7 +77,7 @@ fn a_lane_without_room_refuses_at_once_or_at_the_deadline_and_goes_on() {
     let full = (0..).find_map(|n| match producer.try_publish(Key(1), Note::new(n)) {
         Ok(_) => {
             accepted.push(n);
-            // The shard takes what there is before it hangs in the handler.
+            // Lets the shard take the event before it blocks in the handler.
             std::thread::sleep(Duration::from_millis(5));
             None
         }
@@ -85,7 +88,7 @@ fn a_lane_without_room_refuses_at_once_or_at_the_deadline_and_goes_on() {
     assert!((8..100).contains(&accepted.len()), "{accepted:?}");
     let began = Instant::now();
     refused(n, producer.publish_until(Key(1), Note::new(n), began + Duration::from_millis(50)).unwrap_err());
-    assert!(began.elapsed() >= Duration::from_millis(50), "not before its deadline");
+    assert!(began.elapsed() >= Duration::from_millis(50), "not before the deadline");
     let mut batch = vec![(Key(1), Note::new(n)), (Key(1), Note::new(n + 1))];
     let error = producer.try_publish_batch(&mut batch).unwrap_err();
     assert!(error.accepted == 0 && matches!(error.reason, RejectedReason::Full), "{error}");
@@ -96,11 +99,11 @@ fn a_lane_without_room_refuses_at_once_or_at_the_deadline_and_goes_on() {
             Ok(()) => through_shared += 1,
             Err(rejected) => break rejected,
         }
-        assert!(through_shared <= 8, "more than the queue has room for");
+        assert!(through_shared <= 8, "more events than the queue has slots");
     };
     refused(1000, rejected);
     drop(held);
-    // Room again.
+    // The lane has room again.
     producer.publish_batch(&mut batch).unwrap();
     engine.flush(soon()).unwrap();
     accepted.extend([n, n + 1]);
@@ -109,7 +112,7 @@ fn a_lane_without_room_refuses_at_once_or_at_the_deadline_and_goes_on() {
     assert_eq!(found.len(), accepted.len() + through_shared);
 }
 
-/// A text that is longer where it is appended than where it was checked.
+/// A text that is longer on the shard's thread than on the producer's.
 #[derive(Bounded, Debug)]
 struct Swelling;
 

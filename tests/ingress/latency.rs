@@ -1,4 +1,4 @@
-//! Latencies that are long: told as they were, and counted where they are longer than can be told.
+//! Long latencies: recorded up to an hour, and counted as beyond range above that.
 
 use std::time::Duration;
 
@@ -7,7 +7,7 @@ use corelane::{Durability, EventLog, Key, Metrics, Stage};
 
 const DUE: [Stage; 4] = [Stage::RingDue, Stage::AppendedDue, Stage::HandledDue, Stage::DurableDue];
 
-/// What is recorded of one event that was published this late.
+/// The metrics of an engine with one event that was published `late` after it was due.
 fn published(late: Duration) -> Metrics {
     let dir = tempfile::tempdir().unwrap();
     let config = small(dir.path()).latency(true).durability(Durability::GroupCommit);
@@ -18,7 +18,7 @@ fn published(late: Duration) -> Metrics {
 }
 
 #[test]
-fn how_late_an_event_is_published_is_told_from_nanoseconds_to_an_hour() {
+fn lateness_is_recorded_from_nanoseconds_to_an_hour() {
     for ms in [1, 2_147, 2_148, 4_294, 4_295, 50_000, 600_000, 3_600_000] {
         let late = Duration::from_millis(ms);
         let metrics = published(late);
@@ -32,13 +32,13 @@ fn how_late_an_event_is_published_is_told_from_nanoseconds_to_an_hour() {
                 histogram.max()
             );
         }
-        // The stages from the publish on know nothing of it.
+        // The stages that start at `publish` do not include the lateness.
         assert!(metrics.histogram(Stage::Appended).max() < 60_000_000_000);
     }
 }
 
 #[test]
-fn what_is_longer_than_can_be_told_is_counted() {
+fn latencies_beyond_the_range_are_counted() {
     for late in [Duration::from_secs(2 * 3600), Duration::from_secs(365 * 86_400), Duration::MAX] {
         let metrics = published(late);
         for stage in DUE {
@@ -51,7 +51,7 @@ fn what_is_longer_than_can_be_told_is_counted() {
 }
 
 #[test]
-fn events_of_one_moment_that_were_late_by_different_times_are_told_apart() {
+fn events_published_at_one_moment_keep_their_own_lateness() {
     let dir = tempfile::tempdir().unwrap();
     let engine = EventLog::<Note>::open(small(dir.path()).latency(true).durability(Durability::GroupCommit)).unwrap();
     let mut producer = engine.producer();

@@ -1,4 +1,4 @@
-//! Events on their way in: producers, gates, receipts, inline handlers.
+//! Ingress: producers, gated producers, receipts and inline handlers.
 #![expect(clippy::unwrap_used, reason = "a test may unwrap")]
 
 #[path = "../common/mod.rs"]

@@ -1,4 +1,4 @@
-//! Answers about an event are about that event, whatever else is published to its key.
+//! An answer about an event concerns that event, whatever else is published to its key.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -8,7 +8,7 @@ use corelane::consumer::{Consumer, Exhausted, Handled, HealthPolicy, Judgement, 
 use corelane::testing::FaultyStorage;
 use corelane::{EventId, EventLog, HandlerError, Key, Meta, Offset, OnError, PublishSyncError, ShardId, WaitError};
 
-/// Skips odd numbers.
+/// Starts a consumer that skips events with odd numbers.
 fn skips_odd(engine: &EventLog<Note>, name: &str, every: Duration) -> Consumer<Note> {
     let even = |event: &ArchivedNote, _: &Meta| -> Result<(), HandlerError> {
         if event.n.to_native().is_multiple_of(2) { Ok(()) } else { Err("odd".into()) }
@@ -21,7 +21,7 @@ fn skips_odd(engine: &EventLog<Note>, name: &str, every: Duration) -> Consumer<N
 #[test]
 fn publish_sync_answers_about_its_own_event() {
     let engine = open_on(&FaultyStorage::new(), small("/s").shards(2)).unwrap();
-    // One saves its position all the time, and forgets what it recorded before it.
+    // One consumer saves its position every millisecond and forgets the outcomes before it; the other keeps them.
     let often = skips_odd(&engine, "often", Duration::from_millis(1));
     let rarely = skips_odd(&engine, "rarely", Duration::from_secs(3_600));
     let (next, wrong) = (AtomicU64::new(0), AtomicU64::new(0));
@@ -34,7 +34,7 @@ fn publish_sync_answers_about_its_own_event() {
                 for round in 0..700 {
                     let n = next.fetch_add(1, Ordering::Relaxed);
                     if round % 7 == 0 {
-                        // On its way before, to the same key and to others.
+                        // Earlier events of the same key and of others.
                         drop(producer.publish(Key(1), Note::new(n % 2 + 1)).unwrap());
                         drop(producer.publish(Key(thread), Note::new(n % 2 + 1)).unwrap());
                     }
@@ -54,7 +54,7 @@ fn publish_sync_answers_about_its_own_event() {
 }
 
 #[test]
-fn an_event_that_a_consumer_was_past_before_it_was_asked_is_not_called_handled() {
+fn an_event_that_the_consumer_has_forgotten_is_reported_as_unknown_not_as_handled() {
     let engine = open_on(&FaultyStorage::new(), small("/s")).unwrap();
     let mut producer = engine.producer();
     for n in 0..10 {
@@ -72,23 +72,23 @@ fn an_event_that_a_consumer_was_past_before_it_was_asked_is_not_called_handled()
     let rarely = skips_odd(&engine, "c", Duration::from_secs(3_600));
     assert_eq!(ask(&rarely), (0..10).map(odd_recorded).collect::<Vec<_>>());
     rarely.save().unwrap();
-    // The last, which was the last to be skipped, is forgotten with all before it.
+    // The save makes the consumer forget the outcome of the last event and of all before it.
     assert_eq!(ask(&rarely), [Handled::Unknown; 10]);
     rarely.stop(soon()).unwrap();
     let again = skips_odd(&engine, "c", Duration::from_secs(3_600));
-    assert!(ask(&again).iter().all(|handled| *handled != Handled::Yes), "of an earlier run");
+    assert!(ask(&again).iter().all(|handled| *handled != Handled::Yes), "the events belong to an earlier run");
 
     let latest = engine.subscribe("latest").start(|_, _| Ok(())).unwrap();
-    assert_eq!(ask(&latest), [Handled::Unknown; 10], "it never saw them");
+    assert_eq!(ask(&latest), [Handled::Unknown; 10], "it starts after the events");
     let slow = engine.consumer("slow").before_durable().judge(|_, _| Judgement::RetryIn(Duration::from_secs(60)));
     let slow = slow.start(|_, _| Err("down".into())).unwrap();
     std::thread::scope(|scope| {
         let asked = scope.spawn(|| slow.wait_handled(Key(1), ids[9], soon()));
         let id = EventId { shard: ShardId(0), offset: Offset(u64::MAX) };
         let late = slow.wait_handled(Key(1), id, Some(std::time::Instant::now() + Duration::from_millis(5)));
-        assert!(late.is_err(), "nothing is known of it");
+        assert!(late.is_err(), "no such event exists");
         slow.seek(Start::Latest).unwrap();
-        assert_eq!(asked.join().unwrap().unwrap(), Handled::Unknown, "it was left behind");
+        assert_eq!(asked.join().unwrap().unwrap(), Handled::Unknown, "the seek skipped the event");
     });
 }
 
@@ -100,7 +100,7 @@ fn publish_sync_keeps_its_deadline_while_an_inline_handler_hangs() {
     let builder = builder.handler("hangs", OnError::Halt, move |_| {
         let waits = waits.lock().unwrap().take();
         move |_: &ArchivedNote, _: &Meta| {
-            // Until nobody can let it go on any more.
+            // Blocks until the sender is dropped.
             assert!(waits.iter().all(|waits| waits.recv().is_err()));
             Ok(())
         }

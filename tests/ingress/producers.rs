@@ -1,4 +1,5 @@
-//! The way in and its refusals: sizes, closing, producers that come, go and die, receipts.
+//! Producers: event sizes, refusals, shutdown, producers that are created and dropped while the engine runs, and
+//! receipts.
 
 use std::future::Future;
 use std::pin::pin;
@@ -38,7 +39,7 @@ fn a_producer_thread_that_panics_loses_nothing_it_published() {
     engine.shutdown(soon()).unwrap();
 }
 
-/// An event whose own code panics while it is archived.
+/// An event whose serializer panics.
 #[derive(Archive, Serialize, Deserialize, Bounded, Debug)]
 struct Treacherous {
     #[rkyv(with = Explosive)]
@@ -74,7 +75,7 @@ impl Event for Treacherous {
 }
 
 #[test]
-fn an_event_that_panics_while_it_is_checked_harms_only_its_own_thread() {
+fn an_event_that_panics_while_it_is_checked_affects_only_its_own_thread() {
     let storage = FaultyStorage::new();
     let engine = EventLog::<Treacherous>::builder(small("/s")).faulty_storage(&storage).open().unwrap();
     let mut producer = engine.producer();
@@ -84,17 +85,17 @@ fn an_event_that_panics_while_it_is_checked_harms_only_its_own_thread() {
     assert!(outcome.is_err());
     producer.publish_batch(&mut vec![event(4), event(5)]).unwrap();
     engine.flush(soon()).unwrap();
-    assert_eq!(engine.metrics().shards[0].appended, 2, "nothing of the batch that died, all of the next");
+    assert_eq!(engine.metrics().shards[0].appended, 2, "no event of the batch that panicked, every event of the next");
     engine.shutdown(soon()).unwrap();
 }
 
 #[test]
-fn an_oversized_event_comes_back_at_the_limit_and_not_below() {
+fn an_event_larger_than_the_limit_comes_back_and_one_at_the_limit_is_accepted() {
     let storage = FaultyStorage::new();
     let engine = open_on(&storage, small("/s").event_bytes_max(1024)).unwrap();
     let mut producer = engine.producer();
     let shared = engine.shared_producer();
-    // A note of inline fields takes 16 bytes; a text beyond 8 lies before them, padded to 8.
+    // The fixed part of a note takes 16 bytes. A text of more than 8 bytes precedes it, padded to a multiple of 8.
     let fits = Note::sized(1, 1024 - 16);
     let too_large = Note::sized(2, 1024 - 15);
     producer.publish(Key(1), fits.clone()).unwrap();
@@ -162,11 +163,14 @@ fn after_shutdown_everything_is_refused_and_nothing_accepted_is_lost() {
     assert_eq!((rejected.accepted, batch.len()), (0, 2));
     assert!(
         matches!(engine.producer().publish(Key(1), Note::new(7)), Err(Rejected::Closed(_))),
-        "a producer made too late"
+        "a producer created after the shutdown"
     );
     engine.flush(soon()).unwrap();
     drop(engine);
-    assert!(matches!(producer.publish(Key(1), Note::new(7)), Err(Rejected::Closed(_))), "it outlives the engine");
+    assert!(
+        matches!(producer.publish(Key(1), Note::new(7)), Err(Rejected::Closed(_))),
+        "a producer that outlives the engine"
+    );
     drop(producer);
     assert_eq!(open_on(&storage, os_cache("/s").shards(2)).unwrap().recovery().events(), 80);
 }
@@ -187,7 +191,7 @@ fn a_drop_without_shutdown_keeps_everything_accepted() {
 }
 
 #[test]
-fn shutdown_while_many_publish_keeps_exactly_what_was_accepted() {
+fn a_shutdown_during_publishing_keeps_exactly_the_accepted_events() {
     for _ in 0..20 {
         let storage = FaultyStorage::new();
         let engine = open_on(&storage, small("/s").shards(2)).unwrap();
@@ -237,7 +241,8 @@ fn producers_come_and_go_while_the_engine_runs() {
                     if n % 10 == 0 {
                         producer.publish(Key(t), Note::new(1000)).unwrap().durable().wait().unwrap();
                     }
-                    // Order across two producers of one thread is the shard's; wait so that it is this one.
+                    // The shard decides the order across two producers of one thread. Waiting makes it the publish
+                    // order.
                     producer.receipts().iter().for_each(|receipt| receipt.appended().wait().unwrap());
                 }
             });
@@ -250,7 +255,7 @@ fn producers_come_and_go_while_the_engine_runs() {
         assert_eq!(of_key, (0..100).collect::<Vec<_>>());
     }
     let published: u64 = engine.metrics().shards.iter().map(|shard| shard.published).sum();
-    assert_eq!(published, 4 * 110, "events of lanes that are gone stay counted");
+    assert_eq!(published, 4 * 110, "events of closed lanes stay counted");
 }
 
 #[test]
@@ -319,7 +324,7 @@ fn a_receipt_can_be_awaited_without_any_runtime() {
 
 #[test]
 fn every_event_waited_for_alone_becomes_durable() {
-    // Nothing follows an event until it is durable, so nothing later can make up for a wake-up that was missed.
+    // No event is published before the previous one is durable, so no later event can hide a missed wake-up.
     let storage = FaultyStorage::new();
     let engine = open_on(&storage, small("/s").segment_bytes(4 << 20)).unwrap();
     let mut producer = engine.producer();
@@ -331,8 +336,8 @@ fn every_event_waited_for_alone_becomes_durable() {
 }
 
 #[test]
-fn a_flush_covers_what_its_own_thread_published_through_a_shared_producer() {
-    // A ring of two: refusals, whose counts are taken back, are everywhere.
+fn a_flush_covers_the_events_that_its_own_thread_published_through_a_shared_producer() {
+    // With a ring of two slots most attempts are refused, and each refusal takes its count back.
     for ring in [2, 64] {
         let storage = FaultyStorage::new();
         let engine = open_on(&storage, os_cache("/s").ring_capacity(ring)).unwrap();

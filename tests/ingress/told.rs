@@ -1,4 +1,4 @@
-//! What a poller or a consumer was told is not forgotten: once `save` has returned, before a `seek`, and at its end.
+//! A poller or consumer records every reported failure: by the time `save` returns, before a `seek`, and when it ends.
 
 use crate::common::{Note, open_on, os_cache, small, soon, until};
 use corelane::consumer::{
@@ -20,7 +20,7 @@ fn judging(engine: &EventLog<Note>, judgement: Judgement) -> Poller<Note> {
     engine.consumer("c").before_durable().health(health).judge(move |_, _| judgement).poller().unwrap()
 }
 
-/// How the poller that was told ends.
+/// How the poller ends after the failures were reported.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum End {
     Save,
@@ -31,7 +31,7 @@ enum End {
 }
 
 #[test]
-fn what_a_poller_was_told_of_an_event_is_recorded_whatever_follows() {
+fn a_reported_failure_is_recorded_however_the_poller_ends() {
     let configs: [fn(&'static str) -> Config; 2] = [|dir| small(dir), |dir| os_cache(dir)];
     for config in configs {
         for judgement in [Judgement::Park, Judgement::Skip] {
@@ -51,21 +51,21 @@ fn what_a_poller_was_told_of_an_event_is_recorded_whatever_follows() {
                     End::SeekLatest => poller.seek(Start::Latest).unwrap(),
                     End::SeekBeginning => poller.seek(Start::Beginning).unwrap(),
                 }
-                let told = |letters: LetterStatistics| match judgement {
+                let recorded = |letters: LetterStatistics| match judgement {
                     Judgement::Park => letters.letters,
                     _ => letters.skipped as usize,
                 };
                 if end != End::Drop {
-                    assert_eq!(told(poller.report().letters), 2, "{what}");
+                    assert_eq!(recorded(poller.report().letters), 2, "{what}");
                 }
                 if end == End::SaveAndPowerCut {
                     storage = storage.after_crash(Unsynced::Lost);
                 }
                 drop(poller);
-                assert_eq!(told(engine.consumers()[0].letters), 2, "{what}");
+                assert_eq!(recorded(engine.consumers()[0].letters), 2, "{what}");
                 if end == End::SaveAndPowerCut {
                     engine = open_on(&storage, config("/s")).unwrap();
-                    assert_eq!(told(engine.consumers()[0].letters), 2, "{what}");
+                    assert_eq!(recorded(engine.consumers()[0].letters), 2, "{what}");
                 }
                 let mut again = judging(&engine, judgement);
                 let mut numbers = Vec::new();
@@ -74,10 +74,10 @@ fn what_a_poller_was_told_of_an_event_is_recorded_whatever_follows() {
                     again.succeeded(delivery).unwrap();
                 }
                 let expected: &[u64] = match (end, judgement) {
-                    // What only the crash has forgotten comes again: the last event, where it was durable at all.
+                    // Only the unrecorded last event comes again, provided that it was durable.
                     (End::SaveAndPowerCut, _) => &numbers.clone(),
                     (End::SeekLatest, _) => &[],
-                    // Set back, skipped events come again, and letters do not.
+                    // After a seek back, skipped events come again and letters do not.
                     (End::SeekBeginning, Judgement::Skip) => &[0, 1, 2],
                     _ => &[2],
                 };
@@ -89,7 +89,7 @@ fn what_a_poller_was_told_of_an_event_is_recorded_whatever_follows() {
 }
 
 #[test]
-fn a_poller_that_cannot_record_what_it_was_told_says_so() {
+fn a_poller_that_cannot_record_a_failure_returns_an_error() {
     let storage = FaultyStorage::new();
     let engine = open_on(&storage, small("/s")).unwrap();
     publish(&engine, 0..2);
@@ -106,17 +106,17 @@ fn a_poller_that_cannot_record_what_it_was_told_says_so() {
         let saved = poller.save();
         assert!(matches!(saved, Err(ConsumerError::Records(WriteRefused::Full))), "{saved:?}");
         let sought = poller.seek(Start::Latest);
-        assert!(matches!(sought, Err(ConsumerError::Records(WriteRefused::Full))), "it stays: {sought:?}");
+        assert!(matches!(sought, Err(ConsumerError::Records(WriteRefused::Full))), "the position stays: {sought:?}");
     }
     assert_eq!(poller.report().letters.letters, 1);
     drop(poller);
     let mut again = engine.consumer("c").poller().unwrap();
     let delivery = again.next().unwrap().unwrap();
-    assert_eq!(again.event(&delivery).unwrap().0.n.to_native(), 1, "it comes again");
+    assert_eq!(again.event(&delivery).unwrap().0.n.to_native(), 1, "the unrecorded event comes again");
 }
 
 #[test]
-fn a_consumer_that_is_stopped_has_recorded_what_it_was_told() {
+fn a_stopped_consumer_has_recorded_every_failure() {
     for n in 0..30 {
         let engine = open_on(&FaultyStorage::new(), os_cache("/s")).unwrap();
         publish(&engine, 0..10);
@@ -129,15 +129,15 @@ fn a_consumer_that_is_stopped_has_recorded_what_it_was_told() {
         let health = HealthPolicy::default().consecutive_max(1_000_000).failure_percent_max(100);
         let builder = engine.consumer("c").health(health).judge(|_, _| Judgement::Park).concurrency(1 + n % 3);
         let consumer = builder.start(fails).unwrap();
-        until("some were told", || handled.load(std::sync::atomic::Ordering::SeqCst) > n as u64 % 9);
+        until("some events were handled", || handled.load(std::sync::atomic::Ordering::SeqCst) > n as u64 % 9);
         consumer.stop(soon()).unwrap();
-        let told = handled.load(std::sync::atomic::Ordering::SeqCst) as usize;
-        assert_eq!(engine.consumers()[0].letters.letters, told, "round {n}");
+        let recorded = handled.load(std::sync::atomic::Ordering::SeqCst) as usize;
+        assert_eq!(engine.consumers()[0].letters.letters, recorded, "round {n}");
     }
 }
 
 #[test]
-fn the_file_of_a_letter_is_missed_as_soon_as_the_letter_counts() {
+fn a_missing_letters_file_is_an_error_as_soon_as_the_letter_is_counted() {
     let storage = FaultyStorage::new();
     let engine = open_on(&storage, small("/s")).unwrap();
     publish(&engine, 0..3);
@@ -146,15 +146,15 @@ fn the_file_of_a_letter_is_missed_as_soon_as_the_letter_counts() {
     let hour = std::time::Duration::from_secs(3_600);
     let builder = engine.consumer("c").health(health).checkpoint_every(hour).judge(|_, _| Judgement::Park);
     let mut poller = builder.poller().unwrap();
-    // With the first call the position is saved, and the next time in an hour.
+    // The first call saves the position; the next save is due in an hour.
     let delivery = poller.next().unwrap().unwrap();
     poller.failed(delivery, "down").unwrap();
     let mut out = Vec::new();
-    until("it is recorded", || {
+    until("the letter is recorded", || {
         out.extend(poller.next().unwrap());
         poller.report().letters.letters == 1
     });
-    // As after a kill: nothing is saved any more.
+    // As after a kill: no further save happens.
     let mut files = storage.after_crash(Unsynced::Lost).files();
     let letters = files.keys().filter(|path| path.to_str().unwrap().contains("letters-")).cloned().collect::<Vec<_>>();
     assert_eq!(letters.len(), 1);
@@ -165,11 +165,11 @@ fn the_file_of_a_letter_is_missed_as_soon_as_the_letter_counts() {
     let report = engine.consumers().remove(0);
     assert!(report.failure.is_some() && report.letters == LetterStatistics::default());
     let text = corelane::consumer::prometheus(&[report]);
-    assert!(!text.contains("dead_letters{"), "nobody knows how many: {text}");
+    assert!(!text.contains("dead_letters{"), "the count is unknown, so it is not exported: {text}");
 }
 
 #[test]
-fn a_letter_that_is_discarded_before_the_checkpoint_names_its_file_parks_its_key_no_more() {
+fn a_letter_discarded_before_the_position_names_its_file_no_longer_parks_its_key() {
     let mut discarded = 0;
     for n in 1.. {
         let storage = FaultyStorage::new();
@@ -187,18 +187,18 @@ fn a_letter_that_is_discarded_before_the_checkpoint_names_its_file_parks_its_key
         }
         discarded += poller.discard(Letters::All).unwrap();
         poller.save().unwrap();
-        // Where it was no letter yet, it is one now.
+        // The event may have become a letter only with this save.
         poller.discard(Letters::All).unwrap();
         publish(&engine, 0..1);
         let delivery = poller.next().unwrap();
-        assert!(delivery.is_some(), "failed at operation {n}: the key is live");
+        assert!(delivery.is_some(), "failed at operation {n}: the key is not parked");
         poller.succeeded(delivery.unwrap()).unwrap();
     }
-    assert!(discarded > 0, "it was written, and the checkpoint was not");
+    assert!(discarded > 0, "in some run the letter was written and the position was not");
 }
 
 #[test]
-fn an_event_behind_a_letter_that_is_discarded_before_its_file_is_named_is_not_handled_too() {
+fn an_event_behind_a_letter_discarded_before_its_file_is_named_ends_exactly_once() {
     let mut both = 0;
     for n in 1..20 {
         let storage = FaultyStorage::new();
@@ -212,7 +212,7 @@ fn an_event_behind_a_letter_that_is_discarded_before_its_file_is_named_is_not_ha
         publish(&engine, 0..1);
         engine.flush(soon()).unwrap();
         let mut poller = judging(&engine, Judgement::Park);
-        // Reads it and writes it behind the first.
+        // Reads the event and writes it behind the first letter.
         storage.fail_operation(n);
         assert!(poller.next().unwrap().is_none());
         storage.fail_operation(1 << 60);
@@ -224,8 +224,8 @@ fn an_event_behind_a_letter_that_is_discarded_before_its_file_is_named_is_not_ha
             poller.succeeded(delivery).unwrap();
             handled += 1;
         }
-        assert_eq!(discarded + handled, 2, "failed at operation {n}: each ends once");
+        assert_eq!(discarded + handled, 2, "failed at operation {n}: each event ends once");
         assert_eq!(poller.report().waiting(), 0, "failed at operation {n}");
     }
-    assert!(both > 0, "it was written, and the checkpoint was not");
+    assert!(both > 0, "in some run the letter was written and the position was not");
 }

@@ -1,5 +1,5 @@
-//! kill -9 at random points: every event acknowledged as durable is there, per key a prefix, none invented.
-//! `CORELANE_KILL_ROUNDS` sets the rounds (25), `CORELANE_KILL_SEED` repeats a run.
+//! kill -9 at random points: every event acknowledged as durable exists, each key holds a prefix of its events, and
+//! none is invented. `CORELANE_KILL_ROUNDS` sets the rounds (25), and `CORELANE_KILL_SEED` repeats a run.
 
 use std::collections::{HashMap, VecDeque};
 use std::fs::OpenOptions;
@@ -19,7 +19,7 @@ fn config(dir: &Path) -> Config {
     small(dir).shards(SHARDS).segment_bytes(256 << 10).retention(Retention::default())
 }
 
-/// Per key, how many events the log holds; checks that they are 0, 1, 2, … with the right text.
+/// The number of events in the log by key. Checks that they are 0, 1, 2, … with the right text.
 fn counts(engine: &EventLog<Note>) -> HashMap<u64, u64> {
     let mut counts = HashMap::new();
     for shard in 0..SHARDS {
@@ -35,7 +35,7 @@ fn counts(engine: &EventLog<Note>) -> HashMap<u64, u64> {
     counts
 }
 
-/// Runs in a process of its own, until it is killed; does nothing otherwise.
+/// The child: publishes until it is killed. Does nothing in the parent.
 #[test]
 fn child_that_publishes() {
     let Some(dir) = std::env::var_os("CORELANE_TEST_DIR") else { return };
@@ -59,7 +59,7 @@ fn child_that_publishes() {
                     out.extend(n.to_le_bytes());
                 }
             }
-            // One write call of 16-byte pairs: what reached the file survives the kill.
+            // One write call of 16-byte pairs, so that the file survives the kill without torn pairs.
             if !out.is_empty() {
                 acked.write_all(&out).unwrap();
                 out.clear();
@@ -69,7 +69,7 @@ fn child_that_publishes() {
 }
 
 #[test]
-fn a_killed_process_loses_nothing_it_acknowledged() {
+fn a_killed_process_loses_no_acknowledged_event() {
     let seed = env_number("CORELANE_KILL_SEED", std::process::id().into());
     let rounds = env_number("CORELANE_KILL_ROUNDS", 25);
     eprintln!("seed {seed}, {rounds} rounds");
@@ -78,13 +78,13 @@ fn a_killed_process_loses_nothing_it_acknowledged() {
     let (mut store, acked) = (dir.path().join("store-0"), dir.path().join("acked"));
     let (mut events, mut acknowledged) = (0, 0);
     for round in 0..rounds {
-        // A new store now and then, so that the creation is killed too and the log stays short.
+        // A new store every ten rounds, so that its creation is killed too and the log stays short.
         if round % 10 == 0 {
             std::fs::remove_dir_all(&store).ok();
             store = dir.path().join(format!("store-{round}"));
             std::fs::write(&acked, b"").unwrap();
         }
-        // Every fourth is killed while it starts, the others a little after their first acknowledgement.
+        // Every fourth child is killed while it starts, the others shortly after their first acknowledgement.
         let env = [("CORELANE_TEST_DIR", store.as_os_str())];
         let delay = Duration::from_micros(random.random_range(100..30_000));
         run_and_kill("kill::child_that_publishes", &env, &acked, round % 4 == 0, delay);
@@ -98,12 +98,12 @@ fn a_killed_process_loses_nothing_it_acknowledged() {
             let n = u64::from_le_bytes(pair[8..].try_into().unwrap());
             assert!(
                 found.get(&key).is_some_and(|count| *count > n),
-                "seed {seed}, round {round}: event {n} of key {key} was acknowledged and is gone"
+                "seed {seed}, round {round}: event {n} of key {key} was acknowledged and is lost"
             );
         }
         events += found.values().sum::<u64>();
         acknowledged += pairs.len() / 16;
     }
     eprintln!("{events} events found, {acknowledged} acknowledgements checked");
-    assert!(rounds < 25 || acknowledged > 0, "no round got far enough to acknowledge anything");
+    assert!(rounds < 25 || acknowledged > 0, "no round acknowledged an event");
 }

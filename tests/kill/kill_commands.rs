@@ -1,6 +1,6 @@
-//! kill -9 at random points while commands are sent: each command that was answered as durable is there once, and sent again
-//! under its idempotency key it is answered as it was; each that was not answered is there once or not at all.
-//! `CORELANE_KILL_ROUNDS` sets the rounds (25), `CORELANE_KILL_SEED` repeats a run.
+//! kill -9 at random points while commands are sent: each command answered as durable exists once, and a repeat under
+//! its idempotency key gets the same answer. An unanswered command exists once or not at all. `CORELANE_KILL_ROUNDS`
+//! sets the rounds (25), and `CORELANE_KILL_SEED` repeats a run.
 
 use std::collections::{HashMap, VecDeque};
 use std::fs::OpenOptions;
@@ -16,18 +16,18 @@ use rand::{Rng, SeedableRng};
 
 const KEYS: u64 = 40;
 const SHARDS: u16 = 2;
-/// Outcomes remembered of each key.
+/// The number of outcomes remembered per key.
 const KEPT: usize = 1024;
-/// Between the first ids of two rounds.
+/// The distance between the first ids of two rounds.
 const IDS: u64 = 10_000_000;
-/// Commands on their way at once.
+/// The number of commands in flight.
 const PIPELINED: usize = 100;
 
 fn config(dir: &Path) -> Config {
     small(dir).shards(SHARDS).segment_bytes(256 << 10).outcomes_kept(KEPT)
 }
 
-/// The key of the command with this id, and the command: 1 to 4 deposits of its number.
+/// The key of the command with this id, and the command: 1 to 4 deposits of its id.
 fn command(id: u64) -> (Key, Order) {
     (Key(id.wrapping_mul(0x9e37_79b9_7f4a_7c15) % KEYS), Order::Deposits(vec![id; events(id)]))
 }
@@ -36,7 +36,7 @@ fn events(id: u64) -> usize {
     1 + (id % 4) as usize
 }
 
-/// Runs in a process of its own, until it is killed; does nothing otherwise.
+/// The child: sends commands until it is killed. Does nothing in the parent.
 #[test]
 fn child_that_commands() {
     let Some(dir) = std::env::var_os("CORELANE_TEST_DIR") else { return };
@@ -54,7 +54,7 @@ fn child_that_commands() {
             assert!(!outcome.repeated && outcome.events as usize == events(id));
             out.extend(id.to_le_bytes());
             out.extend(outcome.version.0.to_le_bytes());
-            // One write call of 16-byte pairs: what reached the file survives the kill.
+            // One write call of 16-byte pairs, so that the file survives the kill without torn pairs.
             if id % 8 == 0 {
                 acked.write_all(&out).unwrap();
                 out.clear();
@@ -63,7 +63,8 @@ fn child_that_commands() {
     }
 }
 
-/// Every id in the log with the version of its last event, by key in the order of the log. Checks that each is there once, whole.
+/// Every command id in the log with the version of its last event, by key in log order. Checks that each command occurs
+/// once and whole.
 fn found(engine: &Engine<Account>) -> HashMap<u64, Vec<(u64, u64)>> {
     let mut found: HashMap<u64, Vec<(u64, u64)>> = HashMap::new();
     let mut seen = std::collections::HashSet::new();
@@ -75,7 +76,7 @@ fn found(engine: &Engine<Account>) -> HashMap<u64, Vec<(u64, u64)>> {
         }
         let mut rest = &log[..];
         while let Some(first) = rest.first() {
-            let Money::Deposited { cents: id } = first.money else { panic!("nobody's event: {first:?}") };
+            let Money::Deposited { cents: id } = first.money else { panic!("an invented event: {first:?}") };
             let group = rest.iter().take_while(|event| event.money == first.money).count();
             assert_eq!(group, events(id), "command {id}: the events of one command, together and once");
             assert!(seen.insert(id), "command {id} twice");
@@ -90,7 +91,7 @@ fn found(engine: &Engine<Account>) -> HashMap<u64, Vec<(u64, u64)>> {
 }
 
 #[test]
-fn a_killed_process_carries_out_no_command_twice_and_forgets_none_it_answered() {
+fn a_killed_process_runs_no_command_twice_and_forgets_no_answer() {
     let seed = env_number("CORELANE_KILL_SEED", std::process::id().into());
     let rounds = env_number("CORELANE_KILL_ROUNDS", 25);
     eprintln!("seed {seed}, {rounds} rounds");
@@ -99,7 +100,7 @@ fn a_killed_process_carries_out_no_command_twice_and_forgets_none_it_answered() 
     let (mut store, acked) = (dir.path().join("store-0"), dir.path().join("acked"));
     let (mut repeats, mut unanswered) = (0, [0, 0]);
     for round in 0..rounds {
-        // A new store now and then, so that the log stays short.
+        // A new store every eight rounds, so that the log stays short.
         if round % 8 == 0 {
             std::fs::remove_dir_all(&store).ok();
             store = dir.path().join(format!("store-{round}"));
@@ -107,7 +108,7 @@ fn a_killed_process_carries_out_no_command_twice_and_forgets_none_it_answered() 
         }
         let first = (round + 1) * IDS;
         let first_text = first.to_string();
-        // Every fourth is killed while it starts, the others a little after their first acknowledgement.
+        // Every fourth child is killed while it starts, the others shortly after their first acknowledgement.
         let env = [("CORELANE_TEST_DIR", store.as_os_str()), ("CORELANE_TEST_FIRST", first_text.as_ref())];
         let delay = Duration::from_micros(random.random_range(100..30_000));
         run_and_kill("kill_commands::child_that_commands", &env, &acked, round % 4 == 0, delay);
@@ -122,10 +123,10 @@ fn a_killed_process_carries_out_no_command_twice_and_forgets_none_it_answered() 
         for pair in pairs.chunks_exact(16) {
             let id = u64::from_le_bytes(pair[..8].try_into().unwrap());
             let version = u64::from_le_bytes(pair[8..].try_into().unwrap());
-            assert_eq!(versions.get(&id), Some(&version), "{how}: command {id} was acknowledged and is gone");
+            assert_eq!(versions.get(&id), Some(&version), "{how}: command {id} was acknowledged and is lost");
             last = last.max(id);
         }
-        // What is remembered of a key is answered as it was, whatever is asked for now.
+        // A repeat of a remembered command gets the first answer, whatever the repeat requests.
         for (key, commands) in &there {
             for (id, version) in commands.iter().rev().take(KEPT) {
                 let again = client.send(Key(*key), Order::Deposit(1)).once(*id).wait().unwrap();
@@ -134,8 +135,9 @@ fn a_killed_process_carries_out_no_command_twice_and_forgets_none_it_answered() 
                 repeats += 1;
             }
         }
-        assert_eq!(found(&engine), there, "{how}: repeats did nothing");
-        // What nobody knows of is sent again: it is there once then, whether it was before or not.
+        assert_eq!(found(&engine), there, "{how}: a repeat changed the log");
+        // Sends the last commands again, whose answers may be missing: each exists once afterwards, whether or not it
+        // existed before.
         for id in (first..last + PIPELINED as u64).filter(|id| *id + 2 * PIPELINED as u64 > last) {
             let (key, order) = command(id);
             let outcome = client.send(key, order).once(id).durable().wait().unwrap();
@@ -147,5 +149,5 @@ fn a_killed_process_carries_out_no_command_twice_and_forgets_none_it_answered() 
         assert!(ids >= versions.len(), "{how}");
     }
     eprintln!("{repeats} repeats checked; sent again without having been answered: {unanswered:?} (new, repeated)");
-    assert!(rounds < 25 || repeats > 0, "no round got far enough to carry anything out");
+    assert!(rounds < 25 || repeats > 0, "no round carried out a command");
 }

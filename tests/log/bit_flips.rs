@@ -1,5 +1,5 @@
-//! No flipped bit goes unnoticed: after a clean shutdown the store is refused with a typed error, or opens
-//! with every event (where the bit lies in the last mark or in unused space).
+//! Every flipped bit is noticed: after a clean shutdown the store is refused with a typed error, or opens with every
+//! event (if the bit lies in the last mark or in unused space).
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
@@ -8,7 +8,7 @@ use crate::common::{Note, PAGE, SEGMENT, env_number, numbers, open_on, read_shar
 use corelane::testing::FaultyStorage;
 use corelane::{Durability, Key, OpenError};
 
-/// `CORELANE_FLIPS=1`: every bit of the segment. Default: a sample.
+/// `CORELANE_FLIPS=1` flips every bit of the segment. The default is a sample.
 #[test]
 fn every_flipped_bit_of_a_segment_is_refused_or_harmless() {
     let storage = FaultyStorage::new();
@@ -27,7 +27,7 @@ fn every_flipped_bit_of_a_segment_is_refused_or_harmless() {
     let segment = PathBuf::from("/s/shard-0000/000000000000.seg");
     let expected: Vec<u64> = (0..300).collect();
 
-    // Where the bit is harmless a whole engine starts and stops, so fewer of those.
+    // A harmless bit starts and stops a whole engine, so the sample has fewer of those.
     let (every, every_unused) = if env_number("CORELANE_FLIPS", 0) == 1 { (1, 1) } else { (83, 4099) };
     let used = (0..events_end * 8).step_by(every);
     let unused = (events_end * 8..SEGMENT as usize * 8).step_by(every_unused);
@@ -58,9 +58,9 @@ fn every_flipped_bit_of_a_segment_is_refused_or_harmless() {
     assert!(refused > 0 && opened > 0);
 }
 
-/// The manifest and the span: every bit.
+/// Flips every bit of the manifest and of the span.
 #[test]
-fn every_flipped_bit_of_manifest_and_span_is_refused() {
+fn every_flipped_bit_of_the_manifest_and_the_span_is_refused() {
     let storage = FaultyStorage::new();
     let engine = open_on(&storage, small("/s")).unwrap();
     engine.producer().publish(Key(1), Note::new(1)).unwrap();

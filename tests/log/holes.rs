@@ -1,5 +1,6 @@
-//! Holes in the log: a zero word, zeroed pages, an older copy of a segment, a segment of another store. Whatever reads the log gets
-//! every event, or exactly those before the hole and then a typed error; nothing is saved behind it.
+//! Holes in the log: a zero word, zeroed pages, an older copy of a segment, a segment of another store. Every reader of
+//! the log gets every event, or exactly those before the hole and then a typed error. No position is saved behind a
+//! hole.
 
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
@@ -15,7 +16,7 @@ use corelane::{
 };
 use rkyv::{Archive, Deserialize, Serialize};
 
-/// What a key's events come to.
+/// The number and sum of a key's events.
 #[derive(Archive, Serialize, Deserialize, Bounded, Debug, Clone, Default, PartialEq)]
 struct Total {
     events: u64,
@@ -39,16 +40,16 @@ impl Aggregate for Total {
 
 const EVENTS: u64 = 3000;
 const KEYS: u64 = 10;
-/// The segment being written.
+/// The active segment.
 const LAST: u64 = 3;
 
 fn open(dir: &Path) -> Result<Engine<Total>, OpenError> {
     Engine::<Total>::open(small(dir))
 }
 
-/// A record of the sound log.
+/// A record of the undamaged log.
 #[derive(Debug, Clone, Copy)]
-struct Place {
+struct RecordPlace {
     segment: u64,
     at: usize,
     len: usize,
@@ -56,18 +57,18 @@ struct Place {
     events: u64,
 }
 
-impl Place {
+impl RecordPlace {
     fn offset(&self) -> Offset {
         Offset(self.segment * SEGMENT + self.at as u64)
     }
 }
 
-/// A sound store that a checkpoint covers, and what may come to lie in its place.
+/// An undamaged store that a checkpoint covers, and the segments that replace its own.
 struct Sound {
     dir: tempfile::TempDir,
     segments: Vec<Vec<u8>>,
-    records: Vec<Place>,
-    /// Segment 1 as it was while it was written.
+    records: Vec<RecordPlace>,
+    /// Segment 1 as it was while events were appended to it.
     older: Vec<u8>,
     /// The segments of another store, with as many events of the same lengths.
     other: Vec<Vec<u8>>,
@@ -107,7 +108,7 @@ fn sound() -> &'static Sound {
                 if len == 0 {
                     break;
                 }
-                records.push(Place { segment, at, len, events });
+                records.push(RecordPlace { segment, at, len, events });
                 events += u64::from(bytes[at + 30..at + 32] != [0, 0]);
                 at += len.next_multiple_of(16);
             }
@@ -119,8 +120,8 @@ fn sound() -> &'static Sound {
 }
 
 impl Sound {
-    /// A copy of the store in which `damage` has changed one segment; for the last segment, whose records are always read when the
-    /// store is opened, see [`Damaged::open`].
+    /// Copies the store and damages one segment. Opening always reads the records of the last segment, so
+    /// [`Damaged::open`] damages that one later.
     fn damaged(&self, segment: u64, damage: impl FnOnce(&mut Vec<u8>)) -> Damaged {
         let dir = tempfile::tempdir().unwrap();
         crate::common::copy(self.dir.path(), dir.path());
@@ -130,16 +131,16 @@ impl Sound {
             std::fs::write(segment_path(dir.path(), segment), &bytes).unwrap();
         }
         let was = &self.segments[segment as usize];
-        let is_changed = |place: &&Place| {
+        let is_changed = |place: &&RecordPlace| {
             let range = place.at..place.at + place.len;
             place.segment == segment && bytes[range.clone()] != was[range]
         };
         Damaged { hole: self.records.iter().find(is_changed).copied(), late: (segment == LAST).then_some(bytes), dir }
     }
 
-    /// The events from record `from` on, with their offsets.
-    fn events(&self) -> Vec<Place> {
-        let mut events: Vec<Place> = Vec::new();
+    /// The records that are events.
+    fn events(&self) -> Vec<RecordPlace> {
+        let mut events: Vec<RecordPlace> = Vec::new();
         for (i, place) in self.records.iter().enumerate() {
             let until = self.records.get(i + 1).map_or(EVENTS, |next| next.events);
             if until > place.events {
@@ -152,13 +153,13 @@ impl Sound {
 
 struct Damaged {
     dir: tempfile::TempDir,
-    /// The first record that is not what it was.
-    hole: Option<Place>,
-    /// What becomes of the last segment while the store is open.
+    /// The first changed record.
+    hole: Option<RecordPlace>,
+    /// The contents that the last segment gets while the store is open.
     late: Option<Vec<u8>>,
 }
 
-/// What a way of reading got, in order, and what ended it.
+/// The events that a reader returned, in order, and the error that ended it.
 type Got = (Vec<u64>, Option<ReadError>);
 
 impl Damaged {
@@ -181,7 +182,7 @@ impl Damaged {
             assert!(error.is_none() && got.len() as u64 == EVENTS, "{way}: {} events, {error:?}", got.len());
             return;
         };
-        assert_eq!(got, (0..hole.events).collect::<Vec<_>>(), "{way}: exactly what lies before {hole:?}");
+        assert_eq!(got, (0..hole.events).collect::<Vec<_>>(), "{way}: exactly the events before {hole:?}");
         self.is_named(way, error.as_ref());
     }
 
@@ -196,7 +197,7 @@ fn n_of(record: &corelane::Record<'_, Note>) -> u64 {
     record.event.n.to_native()
 }
 
-/// A reader, asked again after its error: it says the same, and never what follows.
+/// Reads with a `Reader`. Asked again after an error, it returns the same error and never the next record.
 fn read(engine: &Engine<Total>) -> Got {
     let mut reader = engine.reader(ShardId(0));
     let mut got = Vec::new();
@@ -253,7 +254,7 @@ fn read_error(error: HistoryError) -> ReadError {
     }
 }
 
-/// Everything that reads the log once, on the caller's thread.
+/// Checks everything that reads the log once on the caller's thread.
 fn check_readers(damaged: &Damaged) {
     let engine = damaged.open();
     damaged.check("a reader", read(&engine));
@@ -278,11 +279,11 @@ fn check_readers(damaged: &Damaged) {
         }
     }
     check_keys(damaged, &engine);
-    check_places(damaged, &engine);
+    check_starts(damaged, &engine);
     drop(engine);
 }
 
-/// Each key's stream: all of its events, or an error that lies in what is damaged.
+/// Checks each key's stream: it returns all of the key's events, or an error at or behind the hole.
 fn check_keys(damaged: &Damaged, engine: &Engine<Total>) {
     for key in 0..KEYS {
         let wanted: Vec<u64> = (key..EVENTS).step_by(KEYS as usize).collect();
@@ -308,8 +309,8 @@ fn check_keys(damaged: &Damaged, engine: &Engine<Total>) {
     }
 }
 
-/// Readers that begin at a given event: none begins behind a hole in its own segment.
-fn check_places(damaged: &Damaged, engine: &Engine<Total>) {
+/// Checks readers that begin at a given event: none begins behind a hole of its own segment.
+fn check_starts(damaged: &Damaged, engine: &Engine<Total>) {
     let events = sound().events();
     for place in events.iter().step_by(131).chain(events.last()) {
         let reader = engine.reader_at(ShardId(0), place.offset());
@@ -323,7 +324,7 @@ fn check_places(damaged: &Damaged, engine: &Engine<Total>) {
     }
 }
 
-/// A sink that holds what it was given, with its position.
+/// A sink that keeps the applied events with its position.
 #[derive(Clone, Default)]
 struct Kept(Arc<Mutex<(Vec<u64>, Option<Position>)>>);
 
@@ -344,7 +345,7 @@ impl Sink<Note> for Kept {
     }
 }
 
-/// What follows the log with a position of its own.
+/// Checks everything that follows the log with a position of its own.
 fn check_followers(damaged: &Damaged) {
     let engine = damaged.open();
     let (kept, seen, many) = (Kept::default(), Kept::default(), Kept::default());
@@ -386,8 +387,8 @@ fn check_followers(damaged: &Damaged) {
         let reports = engine.consumers();
         names.map(|name| reports.iter().find(|report| report.name == name).and_then(|report| report.failure.clone()))
     };
-    until("all three have ended", || failures().iter().all(Option::is_some));
-    assert!(!engine.drain_consumers(soon()), "nothing that failed is drained");
+    until("all three have failed", || failures().iter().all(Option::is_some));
+    assert!(!engine.drain_consumers(soon()), "no failed consumer is drained");
     for (name, failure) in names.iter().zip(failures()) {
         let failure = failure.unwrap().to_string();
         assert!(failure.contains(&format!("offset {}:", hole.offset())), "{name}: {failure}");
@@ -395,10 +396,13 @@ fn check_followers(damaged: &Damaged) {
     for (name, kept) in names.iter().zip([&many, &seen, &kept]) {
         let mut got = kept.0.lock().unwrap().0.clone();
         got.sort_unstable();
-        assert_eq!(got, (0..hole.events).collect::<Vec<_>>(), "{name}: exactly what lies before {hole:?}");
+        assert_eq!(got, (0..hole.events).collect::<Vec<_>>(), "{name}: exactly the events before {hole:?}");
     }
     drop((sink, one, four));
-    assert!(engine.consumers().iter().all(|report| report.positions[0] <= hole.offset()), "none is saved behind it");
+    assert!(
+        engine.consumers().iter().all(|report| report.positions[0] <= hole.offset()),
+        "no position is saved behind the hole"
+    );
     engine.shutdown(soon()).unwrap();
     let store = Store::open(damaged.dir.path()).unwrap();
     for name in outside::names(&store).unwrap() {
@@ -412,7 +416,7 @@ fn zero_pages(bytes: &mut [u8], pages: std::ops::Range<usize>) {
 }
 
 #[test]
-fn a_flipped_length_is_a_hole_for_every_reader() {
+fn every_reader_reports_a_zeroed_length() {
     let sound = sound();
     for (i, place) in sound.records.iter().enumerate().step_by(211).chain([(0, &sound.records[0])]) {
         let is_last_of_the_log = i + 3 > sound.records.len();
@@ -425,7 +429,7 @@ fn a_flipped_length_is_a_hole_for_every_reader() {
     }
 }
 
-/// From outside, a hole in the last segment is an end with records behind it.
+/// For a tool, a hole in the last segment is an end of the log with records behind it.
 fn damaged_outside(damaged: &Damaged) {
     if damaged.hole.is_some_and(|hole| hole.segment == LAST) {
         let mut records = Store::open(damaged.dir.path()).unwrap().records(ShardId(0));
@@ -435,11 +439,11 @@ fn damaged_outside(damaged: &Damaged) {
         assert!(records.tail().unwrap().was_durable);
         return;
     }
-    damaged.check("a reader from outside", from_outside(damaged.dir.path()));
+    damaged.check("a tool", from_outside(damaged.dir.path()));
 }
 
 #[test]
-fn zeroed_pages_are_a_hole_for_every_reader() {
+fn every_reader_reports_zeroed_pages() {
     let sound = sound();
     for (segment, pages) in [(0, 1..2), (1, 1..2), (1, 3..4), (1, 5..9), (1, 1..16), (2, 15..16), (3, 1..2), (2, 9..10)]
     {
@@ -451,7 +455,7 @@ fn zeroed_pages_are_a_hole_for_every_reader() {
 }
 
 #[test]
-fn an_older_copy_of_a_segment_is_a_hole_for_every_reader() {
+fn every_reader_reports_an_older_copy_of_a_segment() {
     let sound = sound();
     let damaged = sound.damaged(1, |bytes| bytes.clone_from(&sound.older));
     assert!(damaged.hole.is_some_and(|hole| (960..1300).contains(&hole.events)), "{:?}", damaged.hole);
@@ -461,7 +465,7 @@ fn an_older_copy_of_a_segment_is_a_hole_for_every_reader() {
 }
 
 #[test]
-fn whatever_follows_the_log_stops_at_a_hole_and_says_so() {
+fn every_follower_of_the_log_stops_at_a_hole_with_an_error() {
     let sound = sound();
     check_followers(&sound.damaged(0, |_| {}));
     let flipped = sound.records[1200];
@@ -479,12 +483,12 @@ fn a_segment_of_another_store_is_refused() {
         std::fs::write(segment_path(damaged.dir.path(), segment), &sound.other[segment as usize]).unwrap();
         let error = open(damaged.dir.path()).map(drop).unwrap_err();
         assert!(matches!(error, OpenError::Corruption(_)), "segment {segment}: {error}");
-        // A tool meets it at the first seam beside it, though every record in it holds.
+        // A tool finds it at the boundary to a neighbouring segment, although every record in it is valid.
         let mut records = Store::open(damaged.dir.path()).unwrap().records(ShardId(0));
         let error = loop {
             match records.next() {
                 Ok(Some(_)) => {}
-                Ok(None) => panic!("segment {segment} passes for one of this store"),
+                Ok(None) => panic!("segment {segment} of another store is accepted"),
                 Err(error) => break error,
             }
         };
@@ -494,7 +498,7 @@ fn a_segment_of_another_store_is_refused() {
 }
 
 #[test]
-fn the_tools_name_a_hole() {
+fn the_tools_report_the_offset_of_a_hole() {
     let sound = sound();
     let place = sound.records[1200];
     let damaged = sound.damaged(place.segment, |bytes| bytes[place.at..place.at + 4].fill(0));
@@ -511,7 +515,7 @@ fn the_tools_name_a_hole() {
 }
 
 #[test]
-fn a_batch_of_deliveries_ends_before_a_hole_and_the_next_one_names_it() {
+fn a_batch_of_deliveries_ends_before_a_hole_and_the_next_call_reports_it() {
     let sound = sound();
     let (i, place) = sound.records.iter().enumerate().find(|(_, place)| place.events == 5).unwrap();
     let damaged = sound.damaged(0, |bytes| bytes[place.at..place.at + 4].fill(0));
@@ -519,19 +523,19 @@ fn a_batch_of_deliveries_ends_before_a_hole_and_the_next_one_names_it() {
     let mut poller = engine.consumer("poller").start_at(Start::Beginning).concurrency(64).poller().unwrap();
     let batch = poller.next_batch(100).unwrap();
     assert_eq!(batch.len(), 5, "record {i}");
-    assert!(poller.next_batch(100).unwrap().is_empty(), "what comes before it is still out");
+    assert!(poller.next_batch(100).unwrap().is_empty(), "the events before the hole are still out");
     batch.into_iter().for_each(|delivery| poller.succeeded(delivery).unwrap());
     for _ in 0..2 {
-        let Err(ConsumerError::Read(error)) = poller.next_batch(100) else { panic!("a hole") };
+        let Err(ConsumerError::Read(error)) = poller.next_batch(100) else { panic!("the hole is reported") };
         damaged.is_named("a batch", Some(&error));
     }
     poller.save().unwrap();
     assert_eq!(poller.report().positions, [place.offset()]);
 }
 
-/// These records fill a segment to its last byte, unless a mark lies among them: then its end has no zero word.
+/// These records fill a segment to its last byte unless a mark lies among them; then no zero word ends the segment.
 #[test]
-fn a_reader_goes_through_every_seam_and_begins_at_either_side_of_it() {
+fn a_reader_crosses_every_segment_boundary_and_can_begin_at_either_side() {
     let dir = tempfile::tempdir().unwrap();
     let engine = Engine::<Total>::open(crate::common::os_cache(dir.path())).unwrap();
     let (mut producer, mut follower) = (engine.producer(), engine.reader(ShardId(0)));
@@ -572,14 +576,14 @@ fn a_reader_goes_through_every_seam_and_begins_at_either_side_of_it() {
     bytes[(last % SEGMENT) as usize..][..4].fill(0);
     std::fs::write(segment_path(dir.path(), 1), bytes).unwrap();
     let engine = Engine::<Total>::open(crate::common::os_cache(dir.path())).unwrap();
-    let Some(ReadError::Corruption(corruption)) = read(&engine).1 else { panic!("a hole") };
+    let Some(ReadError::Corruption(corruption)) = read(&engine).1 else { panic!("the hole is reported") };
     assert_eq!((corruption.segment, corruption.offset), (1, Offset(last)));
     // The end of that segment is behind the hole.
     assert!(matches!(engine.reader_at(ShardId(0), Offset(end)), Err(ReadError::Corruption(_))));
 }
 
 #[test]
-fn a_hole_in_the_last_segment_is_met_when_the_store_is_opened() {
+fn opening_refuses_a_hole_in_the_last_segment() {
     let sound = sound();
     let mut bytes = sound.segments[LAST as usize].clone();
     zero_pages(&mut bytes, 1..2);
@@ -592,7 +596,7 @@ fn a_hole_in_the_last_segment_is_met_when_the_store_is_opened() {
 }
 
 #[test]
-fn what_was_told_before_a_hole_is_recorded_though_the_consumer_ends_there() {
+fn failures_before_a_hole_are_recorded_although_the_consumer_ends_there() {
     let dir = tempfile::tempdir().unwrap();
     let engine = Engine::<Total>::open(crate::common::os_cache(dir.path())).unwrap();
     let calls = Arc::new(Mutex::new(Vec::new()));
@@ -606,11 +610,11 @@ fn what_was_told_before_a_hole_is_recorded_though_the_consumer_ends_there() {
         builder.unwrap()
     };
     let consumer = start();
-    // Where its letters are to be written, nothing can be.
+    // A folder in place of the letters file makes every write of a letter fail.
     let obstacle = dir.path().join("consumers/c/letters-000001.log");
     std::fs::create_dir(&obstacle).unwrap();
     publish(&engine, 1..2);
-    until("it is told, and cannot be recorded", || consumer.report().write_failures.1 > 0);
+    until("the failure cannot be recorded", || consumer.report().write_failures.1 > 0);
     consumer.pause().unwrap();
     publish(&engine, 2..3);
     let offset = {
@@ -620,13 +624,13 @@ fn what_was_told_before_a_hole_is_recorded_though_the_consumer_ends_there() {
     };
     let file = std::fs::OpenOptions::new().write(true).open(segment_path(dir.path(), 0)).unwrap();
     file.write_all_at(&[0; 4], offset.0).unwrap();
-    // Half a second is left until it is tried again.
+    // The next attempt comes half a second after the last one.
     let failures = consumer.report().write_failures.1;
-    until("it was tried just now", || consumer.report().write_failures.1 > failures);
+    until("an attempt has just failed", || consumer.report().write_failures.1 > failures);
     std::fs::remove_dir(&obstacle).unwrap();
     consumer.resume().unwrap();
     let is_at_the_hole = |consumer: &Consumer<Note>| {
-        until("it ends", || consumer.report().failure.is_some());
+        until("the consumer fails", || consumer.report().failure.is_some());
         let failure = consumer.report().failure.unwrap();
         assert!(matches!(failure.error(), ConsumerError::Read(ReadError::Corruption(_))), "{failure}");
     };
@@ -635,5 +639,5 @@ fn what_was_told_before_a_hole_is_recorded_though_the_consumer_ends_there() {
     let report = engine.consumers().remove(0);
     assert_eq!((report.letters.letters, &report.positions[..]), (1, &[offset][..]));
     is_at_the_hole(&start());
-    assert_eq!(*calls.lock().unwrap(), [(1, 1)], "it does not come again");
+    assert_eq!(*calls.lock().unwrap(), [(1, 1)], "the event does not come again");
 }

@@ -1,4 +1,4 @@
-//! The log ends before the offset that a back-link cannot name, with an error and in time.
+//! The log ends with an error before an offset that a back-link cannot express.
 
 use std::path::{Path, PathBuf};
 
@@ -6,10 +6,10 @@ use crate::common::{Note, SEGMENT, numbers, open_on, os_cache, soon, until};
 use corelane::testing::FaultyStorage;
 use corelane::{FailureCause, Key, OpenError, Rejected, WaitError};
 
-/// Segments that a log can have.
+/// The largest number of segments of a log.
 const SEGMENTS: u64 = (1 << 52) / SEGMENT;
 
-/// A store whose one segment, not yet begun, is number `index`.
+/// A store whose only segment has number `index` and holds no record.
 fn store_at(index: u64) -> FaultyStorage {
     let storage = FaultyStorage::new();
     let engine = open_on(&storage, os_cache("/s")).unwrap();
@@ -47,13 +47,13 @@ fn a_log_at_its_last_offset_fails_its_shard_and_stays_readable() {
             Err(Rejected::ShardFailed(_, failure)) => break failure,
             Err(other) => panic!("{other:?}"),
         }
-        assert!(n < 1000, "no end");
+        assert!(n < 1000, "the log does not end");
     };
     assert!(matches!(failure.cause, FailureCause::OffsetsExhausted { .. }), "{failure}");
-    assert!(appended.len() > 10, "{}: not before it must", appended.len());
+    assert!(appended.len() > 10, "{}: the log ends too early", appended.len());
     assert!(matches!(engine.shutdown(soon()), Err(WaitError::ShardFailed(_))));
     drop((producer, engine));
-    // Links right up to the end are right.
+    // The back-links are correct up to the end.
     let engine = open_on(&disk, os_cache("/s")).unwrap();
     let found = crate::common::read_shard(&engine, 0);
     assert!(found.len() >= appended.len());

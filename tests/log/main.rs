@@ -1,4 +1,4 @@
-//! The log: what it holds, what readers see, and what damage does to it.
+//! The log: its contents, its readers, and damage to its files.
 #![expect(clippy::unwrap_used, reason = "a test may unwrap")]
 
 #[path = "../common/mod.rs"]

@@ -1,4 +1,4 @@
-//! A shard at rest notes in its log that everything is synced, once.
+//! A shard at rest writes one mark to its log: everything before it is synced.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -9,7 +9,7 @@ use corelane::{Durability, EventLog, Key, OpenError};
 
 const SEGMENT: &str = "/s/shard-0000/000000000000.seg";
 
-/// Lengths and types of what stands from `at` on, to the end.
+/// The lengths and types of the records from `at` to the end.
 fn records(bytes: &[u8], mut at: usize) -> Vec<(usize, u16)> {
     let mut found = Vec::new();
     loop {
@@ -26,7 +26,7 @@ fn last_event(engine: &EventLog<Note>) -> usize {
     read_shard(engine, 0).last().unwrap().offset as usize
 }
 
-/// Waits for the mark behind the last event; returns the files.
+/// Waits for the mark after the last event and returns the files.
 fn at_rest(storage: &FaultyStorage, last: usize) -> std::collections::BTreeMap<std::path::PathBuf, Vec<u8>> {
     let deadline = soon().unwrap();
     loop {
@@ -36,7 +36,7 @@ fn at_rest(storage: &FaultyStorage, last: usize) -> std::collections::BTreeMap<s
             assert_eq!(found[1..], [(48, 0)], "one mark");
             return files;
         }
-        assert!(Instant::now() < deadline, "an idle shard writes no mark");
+        assert!(Instant::now() < deadline, "the idle shard writes no mark");
         std::thread::sleep(Duration::from_millis(2));
     }
 }
@@ -61,7 +61,7 @@ fn damage_to_the_last_events_before_a_rest_is_corruption_after_a_kill() {
             }
             let last = last_event(&engine);
             let mut files = at_rest(&storage, last);
-            // As a kill would leave it, then damaged.
+            // The files as a kill leaves them, then damaged.
             files.get_mut(Path::new(SEGMENT)).unwrap()[last + 50] ^= 1;
             let error = open_on(&FaultyStorage::with_files(files), config()).expect_err("opened");
             assert!(matches!(&error, OpenError::Corruption(at) if at.offset.0 as usize == last), "{error}");
@@ -82,14 +82,14 @@ fn a_shard_at_rest_writes_one_mark_and_syncs_nothing_for_it() {
     for n in 0..5 {
         producer.publish(Key(n), Note::new(n)).unwrap().durable().wait().unwrap();
         let files = at_rest(&storage, last_event(&engine));
-        // The keeper syncs the segment that it prepares.
+        // Waits until the keeper has synced the segment that it prepares.
         settle(&storage);
         let syncs = storage.syncs();
         std::thread::sleep(Duration::from_millis(30));
-        assert!(storage.files() == files, "event {n}: the log grows by itself");
+        assert!(storage.files() == files, "event {n}: the idle log does not grow");
         assert_eq!(storage.syncs(), syncs, "event {n}");
     }
     let before = storage.files()[Path::new(SEGMENT)].clone();
     engine.shutdown(soon()).unwrap();
-    assert!(storage.files()[Path::new(SEGMENT)] == before, "nor is there anything to mark at the end");
+    assert!(storage.files()[Path::new(SEGMENT)] == before, "the shutdown writes no further mark");
 }

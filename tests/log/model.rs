@@ -1,5 +1,6 @@
-//! The log against an in-memory model: whatever is published, flushed, closed, cut off and freed, what is read is
-//! what the model holds: keys, versions, order, sequences, back-links.
+//! The log against an in-memory model: after any series of publishes, flushes, restarts, power cuts and retention, a
+//! reader returns what the model holds: keys, versions, order, sequences and back-links. `CORELANE_MODEL_CASES` sets
+//! the cases (24).
 
 use std::collections::HashMap;
 
@@ -29,7 +30,7 @@ fn step() -> impl Strategy<Value = Step> {
     ]
 }
 
-/// What must be in the log, shard by shard.
+/// The events that each shard's log must hold.
 #[derive(Default)]
 struct Model {
     events: [Vec<(u64, u64, usize)>; SHARDS as usize],
@@ -49,7 +50,8 @@ impl Model {
         self.durable = [self.events[0].len(), self.events[1].len()];
     }
 
-    /// Retention may have freed all that was durable; then only the next event's sequence tells where the log goes on.
+    /// Retention may have freed every durable event. Then only the sequence of the next event shows where the log
+    /// continues.
     fn probe_empty_shards(&mut self, engine: &EventLog<Note>, producer: &mut corelane::Producer<Note>) {
         for shard in 0..SHARDS {
             let i = usize::from(shard);
@@ -61,14 +63,14 @@ impl Model {
             producer.publish(Key(key), self.add(key, 0)).unwrap();
             engine.flush(soon()).unwrap();
             let sequence = read_shard(engine, shard)[0].sequence as usize;
-            assert!((self.durable[i]..=before).contains(&sequence), "shard {shard} goes on at {sequence}");
+            assert!((self.durable[i]..=before).contains(&sequence), "shard {shard} continues at {sequence}");
             let event = self.events[i].pop().unwrap();
             self.events[i].truncate(sequence);
             self.events[i].push(event);
         }
     }
 
-    /// After a power cut the log may end anywhere behind what was durable.
+    /// After a power cut the log may end anywhere after the last durable event.
     fn cut(&mut self, engine: &EventLog<Note>) {
         for shard in 0..SHARDS {
             let i = usize::from(shard);
@@ -165,13 +167,13 @@ proptest! {
     #![proptest_config(cases())]
 
     #[test]
-    fn the_log_holds_what_the_model_holds(steps in prop::collection::vec(step(), 1..24), group in any::<bool>()) {
+    fn the_log_agrees_with_the_model(steps in prop::collection::vec(step(), 1..24), group in any::<bool>()) {
         let durability = if group { Durability::GroupCommit } else { Durability::OsCache };
         run(&steps, durability, Retention::default());
     }
 
     #[test]
-    fn with_retention_the_log_holds_the_end_of_what_the_model_holds(steps in prop::collection::vec(step(), 1..24)) {
+    fn the_log_with_retention_agrees_with_the_end_of_the_model(steps in prop::collection::vec(step(), 1..24)) {
         run(&steps, Durability::GroupCommit, Retention { bytes_max: Some(3 * crate::common::SEGMENT), age_max: None });
     }
 }

@@ -1,4 +1,4 @@
-//! Reading in place: what a reader keeps others from doing, and what it says where there is nothing to read.
+//! Readers in place: the lock they hold, invalid offsets, freed segments, and undeclared event types.
 
 use crate::common::{Note, SEGMENT, numbers, os_cache, small, soon};
 use corelane::testing::FaultyStorage;
@@ -9,7 +9,7 @@ use corelane::{
 use rkyv::{Archive, Deserialize, Serialize};
 
 #[test]
-fn a_store_stays_locked_while_a_reader_of_a_gone_engine_lives() {
+fn a_store_stays_locked_while_a_reader_outlives_its_engine() {
     let dir = tempfile::tempdir().unwrap();
     let engine = EventLog::<Note>::open(small(dir.path())).unwrap();
     engine.producer().publish(Key(1), Note::new(1)).unwrap();
@@ -17,13 +17,13 @@ fn a_store_stays_locked_while_a_reader_of_a_gone_engine_lives() {
     let mut reader = engine.reader(ShardId(0));
     drop(engine);
     assert!(matches!(EventLog::<Note>::open(small(dir.path())), Err(OpenError::Locked { .. })));
-    assert_eq!(reader.next().unwrap().unwrap().event.n.to_native(), 1, "what it stands in is still there");
+    assert_eq!(reader.next().unwrap().unwrap().event.n.to_native(), 1, "the reader's segment is still mapped");
     drop(reader);
     assert_eq!(numbers(&EventLog::<Note>::open(small(dir.path())).unwrap()), [1]);
 }
 
 #[test]
-fn an_offset_inside_a_record_is_not_a_record_and_the_end_is_one() {
+fn an_offset_inside_a_record_is_refused_and_the_end_of_the_log_is_accepted() {
     let dir = tempfile::tempdir().unwrap();
     let engine = EventLog::<Note>::open(small(dir.path())).unwrap();
     let mut producer = engine.producer();
@@ -45,7 +45,7 @@ fn an_offset_inside_a_record_is_not_a_record_and_the_end_is_one() {
 }
 
 #[test]
-fn what_retention_freed_is_beyond_retention() {
+fn reading_a_freed_offset_is_a_beyond_retention_error() {
     let dir = tempfile::tempdir().unwrap();
     let keep = Retention { bytes_max: Some(2 * SEGMENT), age_max: None };
     let engine = EventLog::<Note>::open(os_cache(dir.path()).retention(keep)).unwrap();
@@ -65,7 +65,7 @@ fn what_retention_freed_is_beyond_retention() {
     assert!(first.offset >= earliest && first.version.0 > 1);
 }
 
-/// An event that does not say which of its types it is.
+/// An event whose type id is a field, so that it may be undeclared.
 #[derive(Archive, Serialize, Deserialize, Bounded, Debug)]
 struct Undeclared {
     id: u16,
@@ -79,7 +79,7 @@ impl Event for Undeclared {
 }
 
 #[test]
-fn an_event_of_an_undeclared_type_comes_back_and_nothing_else_is_lost() {
+fn an_event_of_an_undeclared_type_comes_back_and_no_other_event_is_lost() {
     for id in [0, 2, 7, u16::MAX] {
         let storage = FaultyStorage::new();
         let open = || EventLog::<Undeclared>::builder(small("/s")).faulty_storage(&storage).open();
@@ -121,7 +121,7 @@ impl Event for Sparse {
 }
 
 #[test]
-fn ids_with_gaps_are_told_from_those_in_the_gaps() {
+fn ids_between_the_declared_type_ids_are_refused() {
     let storage = FaultyStorage::new();
     let engine = EventLog::<Sparse>::builder(small("/s")).faulty_storage(&storage).open().unwrap();
     let mut producer = engine.producer();
@@ -129,7 +129,7 @@ fn ids_with_gaps_are_told_from_those_in_the_gaps() {
     assert_eq!(declared.collect::<Vec<_>>(), [3, 900, u16::MAX]);
 }
 
-/// An event that is of another type each time it is asked.
+/// An event that returns another type id on each call.
 #[derive(Archive, Serialize, Deserialize, Bounded, Debug)]
 struct Fickle {
     asked: u8,
@@ -148,7 +148,7 @@ impl Event for Fickle {
 }
 
 #[test]
-fn an_event_that_changes_its_type_behind_the_check_fails_the_shard_and_the_store_opens_again() {
+fn an_event_that_changes_its_type_after_the_check_fails_the_shard_and_the_store_opens_again() {
     let storage = FaultyStorage::new();
     let open = || EventLog::<Fickle>::builder(small("/s")).faulty_storage(&storage).open();
     let engine = open().unwrap();

@@ -1,4 +1,4 @@
-//! Files that wait to be written again: what cannot be used is not, and does no harm.
+//! Spare segment files: unusable ones are removed and do no harm.
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -16,7 +16,7 @@ fn spares(store: &Path) -> Vec<PathBuf> {
     found
 }
 
-/// Opens a store among whose spares are these files, and fills some segments.
+/// Opens a store with these spare files and fills some segments.
 fn use_with(files: &[(&str, usize)], config: impl Fn(&Path) -> Config) {
     let dir = tempfile::tempdir().unwrap();
     let store = dir.path().join("store");
@@ -31,7 +31,7 @@ fn use_with(files: &[(&str, usize)], config: impl Fn(&Path) -> Config) {
     }
     engine.shutdown(soon()).unwrap_or_else(|error| panic!("{files:?}: {error}"));
     assert_eq!(numbers(&engine), (0..100).collect::<Vec<_>>(), "{files:?}");
-    assert_eq!(spares(&store), Vec::<PathBuf>::new(), "{files:?}: used or removed");
+    assert_eq!(spares(&store), Vec::<PathBuf>::new(), "{files:?}: every spare is used or removed");
 }
 
 #[test]
@@ -46,7 +46,7 @@ fn an_empty_or_wrongly_sized_spare_is_removed() {
 }
 
 #[test]
-fn a_folder_under_the_name_of_a_spare_is_left_alone() {
+fn a_folder_with_the_name_of_a_spare_is_left_unchanged() {
     let dir = tempfile::tempdir().unwrap();
     drop(EventLog::<Note>::open(small(dir.path())).unwrap());
     std::fs::create_dir(dir.path().join("shard-0000/spare-000000.seg")).unwrap();

@@ -1,4 +1,4 @@
-//! A tail torn at any byte is cut at the last record that holds; what was cut is kept and reported.
+//! A torn tail is cut at the last valid record; the cut bytes are quarantined and reported.
 
 use crate::common::{Note, PAGE, SEGMENT, env_number, numbers, open_on, os_cache, read_shard, small, soon};
 use corelane::testing::{FaultyStorage, Unsynced};
@@ -7,7 +7,7 @@ use std::path::Path;
 
 const EVENTS: u64 = 8;
 
-/// A store with eight events that were never synced, its files, and where its last three records and its end lie.
+/// The files of a store with eight events that were never synced, the positions of its last three records, and its end.
 fn torn_store() -> (std::collections::BTreeMap<std::path::PathBuf, Vec<u8>>, [usize; 3], usize) {
     let storage = FaultyStorage::new();
     let engine = open_on(&storage, os_cache("/s")).unwrap();
@@ -39,11 +39,11 @@ fn check(
     let changed = before != bytes;
     let engine = open_on(&disk, os_cache("/s")).unwrap_or_else(|error| panic!("{how} at {at}: {error}"));
     let found = numbers(&engine);
-    // A record survives if the bytes behind `at` happen to be as they were.
+    // A record survives if the bytes from `at` on happen to be unchanged.
     let expected: Vec<u64> = (0..if changed { whole.max(found.len() as u64).min(EVENTS) } else { EVENTS }).collect();
     assert_eq!(found, expected, "{how} at {at}");
     let cut = last.iter().copied().chain([end]).nth(found.len() - 5).unwrap();
-    assert_eq!(bytes[..cut], before[..cut], "{how} at {at}: only what is as it was was kept");
+    assert_eq!(bytes[..cut], before[..cut], "{how} at {at}: only unchanged bytes are kept");
     match &engine.recovery().shards[0].torn_tail {
         Some(tail) => {
             assert_eq!(tail.offset.0 as usize, cut, "{how} at {at}");
@@ -52,7 +52,7 @@ fn check(
             assert_eq!(kept[..], bytes[cut..cut + kept.len()], "{how} at {at}: the quarantined bytes");
             assert!(
                 bytes[cut + kept.len()..].iter().all(|&byte| byte == 0),
-                "{how} at {at}: nothing is left behind the cut"
+                "{how} at {at}: only zeros follow the cut"
             );
         }
         None => assert!(bytes[cut..].iter().all(|&byte| byte == 0) || !changed, "{how} at {at}: cut without a report"),
@@ -67,10 +67,10 @@ fn check(
 }
 
 #[test]
-fn a_tail_torn_at_every_byte_of_the_last_three_records_is_cut_there() {
+fn a_torn_tail_is_cut_at_the_last_valid_record() {
     let (files, last, end) = torn_store();
     let content = files[Path::new("/s/shard-0000/000000000000.seg")].clone();
-    // `CORELANE_TORN_ALL=1`: each way at every byte. Default: the ways take turns.
+    // `CORELANE_TORN_ALL=1` tears in each way at every byte. By default the ways take turns.
     let all = env_number("CORELANE_TORN_ALL", 0) == 1;
     for at in last[0]..end {
         let ways = if all { 0..3 } else { at % 3..at % 3 + 1 };
@@ -89,7 +89,7 @@ fn a_tail_torn_at_every_byte_of_the_last_three_records_is_cut_there() {
 }
 
 #[test]
-fn the_same_on_real_files() {
+fn a_torn_tail_in_real_files_is_cut_at_the_last_valid_record() {
     let dir = tempfile::tempdir().unwrap();
     let engine = EventLog::<Note>::open(os_cache(dir.path().join("a"))).unwrap();
     let mut producer = engine.producer();
@@ -97,7 +97,7 @@ fn the_same_on_real_files() {
         producer.publish(Key(n % 3), Note::sized(n, 20)).unwrap().appended().wait().unwrap();
     }
     let last = read_shard(&engine, 0)[7].offset as usize;
-    // A copy made while the engine runs is what a kill would leave.
+    // A copy made while the engine runs has the state that a kill leaves.
     let torn = dir.path().join("b");
     crate::common::copy(&dir.path().join("a"), &torn);
     let segment = crate::common::segment_path(&torn, 0);
@@ -113,7 +113,7 @@ fn the_same_on_real_files() {
 }
 
 #[test]
-fn a_power_cut_may_tear_a_log_across_segments_without_losing_what_was_durable() {
+fn a_power_cut_that_tears_several_segments_loses_no_durable_event() {
     // Headers of later segments may reach the disk before the earlier tail.
     for seed in 1..=env_number("CORELANE_POWER_CUTS", 60) {
         let storage = FaultyStorage::new();
@@ -146,7 +146,7 @@ fn a_power_cut_may_tear_a_log_across_segments_without_losing_what_was_durable() 
 }
 
 #[test]
-fn a_power_cut_before_anything_of_two_segments_was_synced_costs_only_what_was_not_durable() {
+fn a_power_cut_before_the_first_sync_loses_only_events_that_were_not_durable() {
     let storage = FaultyStorage::new();
     let engine = open_on(&storage, os_cache("/s")).unwrap();
     let mut producer = engine.producer();
@@ -191,7 +191,7 @@ fn a_recycled_segment_never_replays_its_old_records() {
         assert_eq!(
             found,
             (first..published).collect::<Vec<_>>(),
-            "round {round}: old records came back, or new ones are gone"
+            "round {round}: old records came back, or new ones are missing"
         );
     }
     assert!(engine.metrics().shards[0].segments_freed > 10, "segments were recycled");
@@ -204,11 +204,11 @@ fn a_crash_at_any_point_of_preparing_a_segment_is_no_corruption() {
         let storage = FaultyStorage::new();
         let engine = open_on(&storage, os_cache("/s").retention(retention).spares_max(1)).unwrap();
         let mut producer = engine.producer();
-        // Past the first segments, so that they are freed and written again.
+        // Enough events that the first segments are freed and reused.
         for i in 0..60 {
             producer.publish(Key(1), Note::sized(i, 3000)).unwrap().appended().wait().unwrap();
         }
-        // Half of the time a sync, half of the time something else is where the shard ends.
+        // In half of the runs a sync fails, in the other half another operation.
         if n % 2 == 0 {
             storage.fail_operation(n / 2 + 1)
         } else {
@@ -237,12 +237,12 @@ fn a_crash_at_any_point_of_preparing_a_segment_is_no_corruption() {
 }
 
 #[test]
-fn a_tail_torn_again_at_the_same_place_does_not_replace_the_first() {
+fn a_tail_torn_again_at_the_same_place_does_not_replace_the_first_quarantine() {
     let segment = Path::new("/s/shard-0000/000000000000.seg");
     let (mut files, last, _) = torn_store();
     let mut kept = Vec::new();
     for n in 0..3 {
-        // A byte of the record's key: from the second time on, of the mark that stands there.
+        // A byte of the record's key; from the second round on, of the mark at that place.
         files.get_mut(segment).unwrap()[last[2] + 20] ^= 1;
         let disk = FaultyStorage::with_files(files);
         let engine = open_on(&disk, os_cache("/s")).unwrap();
@@ -253,7 +253,7 @@ fn a_tail_torn_again_at_the_same_place_does_not_replace_the_first() {
         files = disk.files();
     }
     for (i, (path, content)) in kept.iter().enumerate() {
-        assert!(files[path] == *content, "{} is as it was kept", path.display());
+        assert!(files[path] == *content, "{} is unchanged", path.display());
         assert!(kept[..i].iter().all(|(other, others)| other != path && others != content));
     }
 }

@@ -1,4 +1,5 @@
-//! Wall clocks that jump, forwards and backwards: what is decided by them holds, or waits. (Their arithmetic: `src/log/age.rs`.)
+//! Wall clocks that jump forwards and backwards: retention and reading by time stay correct. `src/log/age.rs` has the
+//! arithmetic.
 
 use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -15,7 +16,7 @@ const YEAR_2090: u64 = 3_786_912_000_000_000_000;
 const CREATED_AT: usize = 64;
 const CRC_AT: usize = 76;
 
-/// A closed store of some segments; returns how many.
+/// A closed store of several segments, and their number.
 fn store() -> (FaultyStorage, u64) {
     let storage = FaultyStorage::new();
     let engine = open_on(&storage, small(DIR)).unwrap();
@@ -31,7 +32,7 @@ fn fill(engine: &EventLog<Note>, events: u64) {
     engine.flush(soon()).unwrap();
 }
 
-/// The same store, as if the clock had read something else when these segments were begun.
+/// The same store with `created` as the time at which these segments were begun.
 fn begun_at(storage: &FaultyStorage, segments: std::ops::Range<u64>, created: u64) -> FaultyStorage {
     let mut files = storage.files();
     for index in segments {
@@ -57,14 +58,14 @@ fn segments_begun_in_the_future_are_freed_when_later_ones_are_old_enough() {
 }
 
 #[test]
-fn segments_begun_while_the_clock_read_the_past_are_not_freed_for_it() {
+fn segments_begun_while_the_clock_was_slow_are_not_freed_early() {
     let (storage, segments) = store();
-    // All are some seconds old; of the first ones the clock says a day and half a century.
+    // All segments are some seconds old; by their stored times the first ones are a day or half a century old.
     let yesterday = SystemTime::now().duration_since(UNIX_EPOCH).unwrap() - Duration::from_secs(86_400);
     for wrong in [0, yesterday.as_nanos() as u64] {
         let storage = begun_at(&storage, 1..4, wrong);
         let engine = open_on(&storage, aged(Duration::from_secs(3600))).unwrap();
-        // New segments are prepared by the thread that frees, and freeing comes first.
+        // The thread that prepares new segments frees old ones first.
         for _ in 0..4 {
             fill(&engine, 200);
             engine.checkpoint(soon()).unwrap();
@@ -73,12 +74,12 @@ fn segments_begun_while_the_clock_read_the_past_are_not_freed_for_it() {
         assert_eq!(read_shard(&engine, 0).len(), 600 + 4 * 200);
         assert!(
             read_shard(&engine, 0).last().unwrap().offset / crate::common::SEGMENT > segments + 6,
-            "the thread has worked"
+            "the thread has prepared new segments"
         );
     }
 }
 
-/// An event that says its own time.
+/// An event with a time of its own.
 #[derive(Archive, Serialize, Deserialize, Bounded, Debug, Clone)]
 struct Said {
     at: u64,
@@ -95,14 +96,14 @@ impl Event for Said {
 }
 
 #[test]
-fn what_is_asked_by_time_misses_nothing_where_times_do_not_rise() {
+fn reading_by_time_misses_no_event_where_times_do_not_rise() {
     let times = [10, 20, YEAR_2090, 15, 30, 0, 40, 25, 50];
     let engine = EventLog::<Said>::builder(small(DIR)).faulty_storage(&FaultyStorage::new()).open().unwrap();
     let mut producer = engine.producer();
     times.into_iter().for_each(|at| drop(producer.publish(Key(1), Said { at }).unwrap()));
     engine.flush(soon()).unwrap();
     for from in [0, 1, 11, 20, 21, 30, 41, 60] {
-        // A consumer begins at the first event that is not earlier: with all that are not, and those that lie behind it.
+        // A consumer begins at the first event that is not earlier than `from`, and reads everything after it.
         let mut poller = engine.consumer(&format!("from-{from}")).start_at(Start::Time(Time(from))).poller().unwrap();
         let mut got = Vec::new();
         while let Some(delivery) = poller.next().unwrap() {

@@ -1,4 +1,4 @@
-//! One store, one engine: whoever comes second is told so and changes nothing.
+//! A store belongs to one engine: a second one is refused and changes nothing.
 
 use std::path::Path;
 use std::process::Command;
@@ -11,7 +11,7 @@ fn running(dir: &Path) -> EventLog<Note> {
     let mut producer = engine.producer();
     producer.publish(Key(1), Note::new(1)).unwrap();
     engine.flush(soon()).unwrap();
-    // Until nothing is prepared any more, so that the files stand still.
+    // Waits until the next segment is prepared, so that the files no longer change.
     let mut before = tree(dir);
     loop {
         std::thread::sleep(std::time::Duration::from_millis(50));
@@ -48,7 +48,7 @@ fn a_second_process_is_refused() {
         .output()
         .unwrap();
     assert!(second.status.success(), "{}", String::from_utf8_lossy(&second.stderr));
-    assert!(String::from_utf8_lossy(&second.stderr).contains("locked, as it should be"));
+    assert!(String::from_utf8_lossy(&second.stderr).contains("the store is locked"));
     assert!(tree(dir.path()) == before, "no byte changed");
     drop(engine);
 }
@@ -58,14 +58,14 @@ fn a_second_process_is_refused() {
 fn child_that_opens() {
     let Some(dir) = std::env::var_os("CORELANE_TEST_DIR") else { return };
     assert!(matches!(EventLog::<Note>::open(small(dir)), Err(OpenError::Locked { .. })));
-    eprintln!("locked, as it should be");
+    eprintln!("the store is locked");
 }
 
 fn mount(args: &[&str], at: &Path) -> bool {
     Command::new("mount").args(args).arg(at).output().is_ok_and(|output| output.status.success())
 }
 
-/// As root, permissions do not bind, so the folder lies on a file system that is mounted read-only.
+/// File permissions do not bind root, so the folder is on a file system mounted read-only.
 #[test]
 fn a_read_only_store_is_an_error_and_not_a_panic() {
     let dir = tempfile::tempdir().unwrap();

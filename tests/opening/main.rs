@@ -1,4 +1,4 @@
-//! Opening a store: locks, refusals, older layouts, exchanged files.
+//! Opening a store: locks, refused stores, older layouts, files of other stores.
 #![expect(clippy::unwrap_used, reason = "a test may unwrap")]
 
 #[path = "../common/mod.rs"]

@@ -1,4 +1,4 @@
-//! A store is the folder that was opened, whatever becomes of its name; and nobody else's while it is open.
+//! A store is the folder that was opened, even if its path changes; while it is open, it belongs to one engine.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -17,8 +17,8 @@ use corelane::{
     Time, Version,
 };
 
-/// A store with everything that has files: two shards that recycle segments, checkpoints, a consumer with dead letters, a gate, and
-/// an inline handler whose failures are noted.
+/// A store with every kind of file: two shards that recycle segments, checkpoints, a consumer with dead letters, a
+/// gate, and an inline handler whose failures are recorded.
 struct Busy {
     engine: EventLog<Note>,
     consumer: Consumer<Note>,
@@ -49,7 +49,7 @@ impl Busy {
         Self { engine, consumer, gate, next: 0 }
     }
 
-    /// Publishes 200 events of 2 KiB, each of its own key; all but the failing ones are handled, and everything is saved.
+    /// Publishes 200 events of 2 KiB, each with its own key, waits until they are handled, and saves everything.
     fn work(&mut self) {
         let mut producer = self.engine.producer();
         for n in self.next..self.next + 200 {
@@ -59,7 +59,7 @@ impl Busy {
         self.engine.flush(soon()).unwrap();
         assert!(self.consumer.drain(soon()));
         self.consumer.save().unwrap();
-        // A gap of one.
+        // A gap of one sequence.
         let offered = self.gate.offer(1, self.next + 1, Key::new(1), Note::new(0)).unwrap();
         assert!(matches!(offered, Accepted::Buffered), "{offered:?}");
         until("the gap is closed", || {
@@ -79,7 +79,7 @@ impl Busy {
     }
 }
 
-/// What `rounds` rounds of work leave is in this folder.
+/// Checks that this folder holds the results of `rounds` rounds of work.
 fn assert_worked(dir: &Path, rounds: u64, what: &str) {
     let store = Store::open(dir).unwrap();
     let letters = DeadLetters::open(&store, "c").unwrap();
@@ -94,9 +94,10 @@ fn assert_worked(dir: &Path, rounds: u64, what: &str) {
 }
 
 #[test]
-fn a_store_stays_what_was_opened_when_its_name_comes_to_mean_something_else() {
+fn an_open_store_stays_the_same_folder_when_its_path_leads_elsewhere() {
     type Move = fn(&Path) -> PathBuf;
-    // Each is done below a folder with `in/store`, which `in/link` leads to, and a second store `in/other`; and says where the store is.
+    // Each changes a folder with `in/store`, to which `in/link` leads, and a second store `in/other`. Returns the
+    // store's new path.
     let moves: [(&str, &str, Move); 5] = [
         ("renamed", "in/store", |at| {
             fs::rename(at.join("in/store"), at.join("in/away")).unwrap();
@@ -139,7 +140,7 @@ fn a_store_stays_what_was_opened_when_its_name_comes_to_mean_something_else() {
         busy.work();
         let place = change(at);
         busy.work();
-        // One that is new, in folders that were not there.
+        // A new consumer, whose folders are created now.
         let late = busy.engine.consumer("late").start(|_: &ArchivedNote, _: &Meta| Ok(())).unwrap();
         assert!(late.drain(soon()));
         drop(late);
@@ -158,15 +159,15 @@ fn a_store_stays_what_was_opened_when_its_name_comes_to_mean_something_else() {
             }
             None => panic!("{what}: the other store is gone"),
         }
-        assert!(what != "renamed" || !at.join("in/store").exists(), "nothing is built under the old name");
-        assert!(what != "a parent renamed" || !at.join("in").exists(), "nothing is built under the old name");
+        assert!(what != "renamed" || !at.join("in/store").exists(), "no folder is created at the old path");
+        assert!(what != "a parent renamed" || !at.join("in").exists(), "no folder is created at the old path");
     }
 }
 
 #[test]
-fn a_store_opened_by_a_relative_path_stays_where_it_is_when_the_working_directory_changes() {
+fn a_store_opened_by_a_relative_path_stays_in_place_when_the_working_directory_changes() {
     if !is_own_process(
-        "opened_store::a_store_opened_by_a_relative_path_stays_where_it_is_when_the_working_directory_changes",
+        "opened_store::a_store_opened_by_a_relative_path_stays_in_place_when_the_working_directory_changes",
     ) {
         return;
     }
@@ -188,13 +189,13 @@ fn a_store_opened_by_a_relative_path_stays_where_it_is_when_the_working_director
         busy.work();
         busy.end();
         std::env::set_current_dir("/").unwrap();
-        assert!(tree(&b) == before && b.join("store").exists() == has_other, "nothing happens in the other directory");
-        assert_worked(&a.join("store"), 2, "in the first");
+        assert!(tree(&b) == before && b.join("store").exists() == has_other, "the other directory is unchanged");
+        assert_worked(&a.join("store"), 2, "the first directory");
     }
 }
 
 #[test]
-fn a_shards_folder_stays_what_was_opened_too() {
+fn the_folders_of_shards_consumers_and_gates_stay_the_opened_ones() {
     let dir = tempfile::tempdir().unwrap();
     let (store, away) = (dir.path().join("store"), dir.path().join("away"));
     let mut busy = Busy::open(&store);
@@ -213,7 +214,7 @@ fn a_shards_folder_stays_what_was_opened_too() {
         fs::remove_dir_all(store.join(folder)).unwrap();
         fs::rename(away.join(folder), store.join(folder)).unwrap();
     }
-    assert_worked(&store, 2, "put back");
+    assert_worked(&store, 2, "moved back");
 }
 
 #[test]
@@ -227,8 +228,8 @@ fn no_file_that_is_removed_or_replaced_lets_a_second_engine_in() {
         assert!(matches!(error, OpenError::Locked { .. }), "{what}: {error}");
         assert!(outside::is_open(&Store::open(name).unwrap()).unwrap(), "{what}");
     };
-    refused(&store, "at once");
-    refused(&link, "by another name");
+    refused(&store, "unchanged");
+    refused(&link, "through a link");
     fs::write(store.join("lock"), b"").unwrap();
     refused(&store, "with a file called lock");
     fs::remove_file(store.join("lock")).unwrap();
@@ -243,7 +244,7 @@ fn no_file_that_is_removed_or_replaced_lets_a_second_engine_in() {
 }
 
 #[test]
-fn a_shards_folder_belongs_to_one_engine_also_where_links_make_it_that_of_two_stores() {
+fn a_shards_folder_that_two_stores_share_through_a_link_belongs_to_one_engine() {
     let dir = tempfile::tempdir().unwrap();
     let (first, second) = (dir.path().join("first"), dir.path().join("second"));
     let engine = EventLog::<Note>::open(small(&first)).unwrap();
@@ -261,7 +262,7 @@ fn a_shards_folder_belongs_to_one_engine_also_where_links_make_it_that_of_two_st
 }
 
 #[test]
-fn a_store_seen_from_outside_stays_what_was_opened() {
+fn a_store_opened_by_a_tool_stays_the_same_folder() {
     let dir = tempfile::tempdir().unwrap();
     let (name, away) = (dir.path().join("store"), dir.path().join("away"));
     for (path, n) in [(&name, 1), (&away, 2)] {
@@ -279,12 +280,12 @@ fn a_store_seen_from_outside_stays_what_was_opened() {
     let all = corelane::consumer::Letters::All;
     outside::ask(&store, "c", Request::Reprocess(all)).unwrap();
     let asked = |dir: &Path| fs::read_dir(dir.join("consumers/c")).unwrap().count();
-    assert_eq!(asked(&dir.path().join("first")), asked(&name) + 1, "the request is where the store is");
+    assert_eq!(asked(&dir.path().join("first")), asked(&name) + 1, "the request is in the opened folder");
 }
 
 #[test]
-fn whatever_of_a_gone_engine_reaches_its_files_keeps_the_store_locked_and_goes_on_reading_them() {
-    /// Something that outlives its engine, and shows that it still works.
+fn readers_and_gates_that_outlive_their_engine_keep_the_store_locked_and_keep_working() {
+    /// Uses something that outlives its engine, and returns `true` if it works.
     type Left = Box<dyn FnMut() -> bool>;
     type Leave = fn(&EventLog<Note>) -> Left;
     let left: [(&str, Leave); 6] = [
@@ -316,7 +317,7 @@ fn whatever_of_a_gone_engine_reaches_its_files_keeps_the_store_locked_and_goes_o
         }),
         ("a gated producer", |engine| {
             let mut gate = engine.gated("g", GatePolicy::default(), |_| None).unwrap();
-            // Its shards have ended, so that it can wait for none; its files are there.
+            // The shards have ended, so nothing can be published, but the gate's files are usable.
             Box::new(move || gate.save(soon()).is_ok() && gate.gaps().unwrap().is_empty())
         }),
     ];
@@ -331,7 +332,7 @@ fn whatever_of_a_gone_engine_reaches_its_files_keeps_the_store_locked_and_goes_o
         assert!(matches!(EventLog::<Note>::open(small(&store)), Err(OpenError::Locked { .. })), "{what}");
         fs::rename(&store, &away).unwrap();
         assert!(matches!(EventLog::<Note>::open(small(&away)), Err(OpenError::Locked { .. })), "{what}, renamed");
-        assert!(left(), "{what} goes on");
+        assert!(left(), "{what} keeps working");
         assert!(!store.exists(), "{what}");
         drop(left);
         assert_eq!(numbers(&EventLog::<Note>::open(small(&away)).unwrap()), [1], "{what}");
@@ -339,7 +340,7 @@ fn whatever_of_a_gone_engine_reaches_its_files_keeps_the_store_locked_and_goes_o
 }
 
 #[test]
-fn a_new_store_is_not_made_before_its_shards_folders_are_its_own() {
+fn a_new_store_is_not_created_before_its_shards_folders_are_locked() {
     let dir = tempfile::tempdir().unwrap();
     let store = dir.path().join("store");
     let shard = store.join("shard-0001");

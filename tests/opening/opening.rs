@@ -1,5 +1,4 @@
-//! What opening believes, and what it changes: a cache is checked against the log before it is used, and a store that is refused is
-//! left as it was found.
+//! Opening a store: a cache is checked against the log before it is used, and a refused store stays unchanged.
 
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -20,13 +19,13 @@ fn u64_at(bytes: &[u8], at: usize) -> u64 {
     u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap())
 }
 
-/// Stores the CRC of `bytes[from..until]` at `at`.
+/// Stores the checksum of `bytes[from..until]` at `at`.
 fn repair(bytes: &mut [u8], from: usize, until: usize, at: usize) {
     let crc = crc32c::crc32c(&bytes[from..until]);
     bytes[at..at + 4].copy_from_slice(&crc.to_le_bytes());
 }
 
-/// A file whose CRC is its last four bytes.
+/// Repairs a file whose checksum is its last four bytes.
 fn repair_last(bytes: &mut [u8]) {
     let end = bytes.len() - 4;
     repair(bytes, 0, end, end);
@@ -45,7 +44,7 @@ const EVENTS: u64 = 84;
 const CHECKPOINT: &str = "/s/shard-0000/checkpoint-";
 const SNAPSHOTS: &str = "/s/shard-0000/snapshots-";
 
-/// A closed store of two segments, with two checkpoints and events behind each; and its events.
+/// The files of a closed store of two segments with two checkpoints and events after each, and its events.
 fn bank() -> (Files, Vec<Logged>) {
     let storage = FaultyStorage::new();
     let engine = open_bank(&storage, bank_config()).unwrap();
@@ -72,7 +71,7 @@ fn named(files: &Files, beginning: &str) -> Vec<PathBuf> {
     files.keys().filter(|path| path.to_str().unwrap().starts_with(beginning)).cloned().collect()
 }
 
-/// The bytes of `content` that its fields do not reach are the same in every life of the store.
+/// Removes the lock file.
 fn without_lock(files: Files) -> Files {
     files.into_iter().filter(|(path, _)| !path.ends_with("lock")).collect()
 }
@@ -80,11 +79,11 @@ fn without_lock(files: Files) -> Files {
 #[derive(Debug, PartialEq)]
 enum Opened {
     Refused(String),
-    /// With this many files of saved states that could not be used.
+    /// With this number of unusable files of saved states.
     Right(u64),
 }
 
-/// Opens these files. Either the store is refused with an error and unchanged, or everything durable is there, unchanged.
+/// Opens these files. Checks that the store is either refused and unchanged, or holds every durable event unchanged.
 fn open_and_look(files: &Files, events: &[Logged], what: &str, states_too: bool) -> Opened {
     let storage = FaultyStorage::with_files(files.clone());
     let outcome = catch_unwind(AssertUnwindSafe(|| {
@@ -92,8 +91,8 @@ fn open_and_look(files: &Files, events: &[Logged], what: &str, states_too: bool)
             Ok(engine) => engine,
             Err(error) => return Opened::Refused(error.to_string()),
         };
-        assert_eq!(engine.recovery().shards[0].torn_tail, None, "{what}: nothing was torn");
-        assert!(logged(&engine, 0) == events, "{what}: the log reads as it was written");
+        assert_eq!(engine.recovery().shards[0].torn_tail, None, "{what}: no tail is torn");
+        assert!(logged(&engine, 0) == events, "{what}: the log holds the written events");
         if states_too {
             for (key, (state, version)) in folded(events) {
                 let found = engine.state(Key(key)).unwrap();
@@ -103,7 +102,7 @@ fn open_and_look(files: &Files, events: &[Logged], what: &str, states_too: bool)
         }
         for key in 0..KEYS {
             for version in [1, 17, EVENTS / KEYS] {
-                // Right or an error; never a panic.
+                // The right state or an error, and never a panic.
                 drop(engine.state_at(Key(key), Version(version)));
             }
         }
@@ -115,7 +114,7 @@ fn open_and_look(files: &Files, events: &[Logged], what: &str, states_too: bool)
         engine.shutdown(soon()).unwrap();
         Opened::Right(unreadable)
     }));
-    let Ok(outcome) = outcome else { panic!("{what}: it panicked") };
+    let Ok(outcome) = outcome else { panic!("{what}: opening panicked") };
     let after = without_lock(storage.files());
     assert!(!after.keys().any(|path| path.starts_with("/s/quarantine")), "{what}: something was quarantined");
     match &outcome {
@@ -123,7 +122,7 @@ fn open_and_look(files: &Files, events: &[Logged], what: &str, states_too: bool)
             assert!(after == without_lock(files.clone()), "{what}: refused ({why}) and changed");
         }
         Opened::Right(_) => {
-            // What was published since stands behind; what was durable is the same, byte for byte.
+            // The new events follow the durable ones, whose bytes are unchanged.
             let end = events.last().unwrap().offset;
             for (index, path) in named(files, "/s/shard-0000/0000").iter().enumerate() {
                 let held = end.saturating_sub(index as u64 * SEGMENT).min(SEGMENT) as usize;
@@ -134,7 +133,7 @@ fn open_and_look(files: &Files, events: &[Logged], what: &str, states_too: bool)
     outcome
 }
 
-/// Offsets of the records of the log, with the sequence that the next event has there.
+/// The offsets of the log's records, each with the sequence of the next event there.
 fn boundaries(files: &Files) -> Vec<(u64, u64)> {
     let (mut all, mut sequence) = (Vec::new(), 0);
     for (index, path) in named(files, "/s/shard-0000/0000").iter().enumerate() {
@@ -154,13 +153,13 @@ fn boundaries(files: &Files) -> Vec<(u64, u64)> {
 }
 
 #[test]
-fn a_checkpoint_whose_start_is_no_place_of_the_log_is_not_used_and_nothing_is_lost() {
+fn a_checkpoint_that_starts_at_no_record_is_not_used_and_no_event_is_lost() {
     let (files, events) = bank();
     assert_eq!(open_and_look(&files, &events, "undamaged", true), Opened::Right(0));
     let newest = named(&files, CHECKPOINT).pop().unwrap();
     let (start, sequence) = (u64_at(&files[&newest], 24), u64_at(&files[&newest], 32));
     let places = boundaries(&files);
-    let here = places.iter().position(|(offset, _)| *offset == start).expect("it begins at a record");
+    let here = places.iter().position(|(offset, _)| *offset == start).expect("the checkpoint begins at a record");
     let (before, behind) = (places[here - 1], places[here + 3]);
     let end = places.last().unwrap().0;
     let mut starts: Vec<(u64, u64)> = [
@@ -204,10 +203,10 @@ fn a_checkpoint_whose_start_is_no_place_of_the_log_is_not_used_and_nothing_is_lo
     .into_iter()
     .map(|start| (start, sequence))
     .collect();
-    // The right place, and another sequence.
+    // The right offset with a wrong sequence.
     starts.extend([0, 1, sequence - 1, sequence + 1, u64::MAX].map(|sequence| (start, sequence)));
     for (start, sequence) in starts {
-        // With and without a checkpoint before it, with and without the word that the log was durable.
+        // With and without an older checkpoint, with and without the statement that the log was durable.
         for (alone, durable) in [(false, true), (true, true), (true, false)] {
             let mut files = files.clone();
             if alone {
@@ -229,7 +228,7 @@ fn a_checkpoint_whose_start_is_no_place_of_the_log_is_not_used_and_nothing_is_lo
     }
 }
 
-/// A field of a small file.
+/// A field of a file.
 struct Field {
     name: &'static str,
     at: usize,
@@ -240,7 +239,7 @@ const fn field(name: &'static str, at: usize, bytes: usize) -> Field {
     Field { name, at, bytes }
 }
 
-/// What a field might be set to: 0, 1, the largest, near misses, unaligned, another power.
+/// Wrong values for a field: 0, 1, the largest, near misses, unaligned ones, and one other bit.
 fn values(now: u64, bytes: usize) -> Vec<u64> {
     let max = if bytes == 8 { u64::MAX } else { (1 << (8 * bytes)) - 1 };
     let mut all = vec![0, 1, 4096, 4097, max, max - 15, max / 2 + 1];
@@ -255,7 +254,7 @@ fn values(now: u64, bytes: usize) -> Vec<u64> {
     all
 }
 
-/// Sets a field, and repairs what `repair` repairs.
+/// Sets a field and calls `repair`.
 fn with_field(files: &Files, path: &Path, at: usize, bytes: usize, value: u64, repair: impl Fn(&mut [u8])) -> Files {
     let mut files = files.clone();
     let content = files.get_mut(path).unwrap();
@@ -264,7 +263,7 @@ fn with_field(files: &Files, path: &Path, at: usize, bytes: usize, value: u64, r
     files
 }
 
-/// Every value of every field, and what came of it: how many were refused, and how many opened.
+/// Opens the store with every wrong value of every field. Returns the number of refused and of opened stores.
 fn try_fields(
     (files, events): (&Files, &[Logged]),
     path: &Path,
@@ -280,7 +279,8 @@ fn try_fields(
         now[..*bytes].copy_from_slice(&files[path][at..at + bytes]);
         for value in values(u64::from_le_bytes(now), *bytes) {
             if *name == "first" && value <= 2 {
-                // The span says what is held: behind a CRC that holds, a later beginning is one that retention made.
+                // The span defines the start of the log. With a valid checksum, a later start is one that retention
+                // made.
                 continue;
             }
             let changed = with_field(files, path, at, *bytes, value, repair);
@@ -334,7 +334,7 @@ fn no_field_of_a_file_of_saved_states_makes_opening_lose_or_change_an_event() {
     ];
     let newest = named(&files, CHECKPOINT).pop().unwrap();
     let snapshots = named(&files, SNAPSHOTS).pop().unwrap();
-    // Whatever a header or an end says: the states are right.
+    // The states are right whatever a header or an end says.
     for path in [&newest, &snapshots] {
         try_fields(all, path, 0, &header, true, |bytes| repair(bytes, 0, 72, 72));
     }
@@ -343,7 +343,7 @@ fn no_field_of_a_file_of_saved_states_makes_opening_lose_or_change_an_event() {
         let len = bytes.len();
         repair(bytes, base + 8, len, base + 4);
     });
-    // A forged state behind a CRC that holds is a state; the log stays what it is.
+    // A forged state with a valid checksum is accepted as a state; the log stays unchanged.
     for path in [&newest, &snapshots] {
         try_fields(all, path, 80, &entry, false, |bytes| {
             let len = (u32_at(bytes, 80) as usize).clamp(8, bytes.len() - 80);
@@ -353,9 +353,9 @@ fn no_field_of_a_file_of_saved_states_makes_opening_lose_or_change_an_event() {
 }
 
 #[test]
-fn no_field_of_manifest_span_or_segment_header_makes_opening_panic_or_change_an_event() {
+fn no_field_of_the_manifest_span_or_segment_header_makes_opening_panic_or_change_an_event() {
     let (mut files, events) = bank();
-    // Without saved states, all of the log is looked at.
+    // Without saved states, opening reads the whole log.
     files.retain(|path, _| path.extension().is_none_or(|extension| extension != "snp"));
     let all = (&files, &events[..]);
     let manifest = [
@@ -373,7 +373,7 @@ fn no_field_of_manifest_span_or_segment_header_makes_opening_panic_or_change_an_
     ];
     try_fields(all, Path::new("/s/manifest"), 0, &manifest, true, repair_last);
     let span = [field("format", 8, 4), field("first", 12, 8), field("last", 20, 8)];
-    // A span that ends before a segment that was prepared and not begun says the same.
+    // A span that ends before a prepared but unused segment is equivalent.
     let (refused, right) = try_fields(all, Path::new("/s/shard-0000/span"), 0, &span, true, repair_last);
     assert!(refused > 15 && right <= 1, "{refused} refused, {right} opened");
     let header = [
@@ -391,7 +391,7 @@ fn no_field_of_manifest_span_or_segment_header_makes_opening_panic_or_change_an_
     }
 }
 
-/// Text in a store of several shards.
+/// An event of the store with several shards.
 fn text(n: u64) -> crate::common::Note {
     crate::common::Note::sized(n, 700)
 }
@@ -406,9 +406,10 @@ fn partition(event: &crate::common::ArchivedNote) -> Option<(u64, u64)> {
     Some((0, event.n.to_native()))
 }
 
-/// A closed store of three shards with a consumer "a" and "b", a gate and checkpoints, in which opening has something to mend
-/// everywhere: a torn tail in every shard, positions of a consumer and of a gate beyond the log, saved states of events that are gone.
-fn wounded() -> Files {
+/// The files of a store of three shards with consumers "a" and "b", a gate and checkpoints, in which opening repairs
+/// every part: a torn tail in every shard, positions of a consumer and of a gate beyond the log, and saved states of
+/// lost events.
+fn damaged_everywhere() -> Files {
     let storage = FaultyStorage::new();
     let engine = open_on(&storage, shards_config()).unwrap();
     let mut gated = engine.gated("in", corelane::ingress::GatePolicy::default(), partition).unwrap();
@@ -439,10 +440,10 @@ fn wounded() -> Files {
         while u32_at(bytes, at) != 0 {
             at += (u32_at(bytes, at) as usize).next_multiple_of(16);
         }
-        // Behind the final mark: a record that was begun.
+        // A partial record after the final mark.
         bytes[at..at + 200].fill(0x33);
         bytes[at..at + 4].copy_from_slice(&100_u32.to_le_bytes());
-        // A checkpoint that knows of more than the log has.
+        // A checkpoint beyond the end of the log.
         let checkpoint = named(&files, &format!("{dir}checkpoint-")).pop().unwrap();
         let bytes = files.get_mut(&checkpoint).unwrap();
         let end = bytes.len() - 48;
@@ -463,10 +464,10 @@ fn wounded() -> Files {
     files
 }
 
-/// Where the first shard's position stands in a consumer's checkpoint.
+/// The offset of the first shard's position in the file of a consumer's position.
 const POSITION: usize = 16;
 
-/// A program that knows one more type of event, so that the manifest has to be extended.
+/// The event of a program that declares one more type, so that opening extends the manifest.
 #[derive(rkyv::Archive, rkyv::Serialize, rkyv::Deserialize, corelane::Bounded, Debug)]
 struct More {
     n: u64,
@@ -485,9 +486,9 @@ fn open_more(storage: &FaultyStorage) -> Result<EventLog<More>, OpenError> {
 }
 
 #[test]
-fn a_store_that_is_refused_is_left_as_it_was_whatever_opening_would_have_mended() {
-    let files = wounded();
-    // It can be opened, and then there is something to mend in every place.
+fn a_refused_store_stays_unchanged_whatever_opening_would_have_repaired() {
+    let files = damaged_everywhere();
+    // Without a fault the store opens, and opening repairs every part.
     {
         let storage = FaultyStorage::with_files(files.clone());
         let engine = open_more(&storage).unwrap();
@@ -498,7 +499,7 @@ fn a_store_that_is_refused_is_left_as_it_was_whatever_opening_would_have_mended(
         let after = storage.files();
         assert_eq!(named(&after, "/s/quarantine/").len(), usize::from(SHARDS));
         for path in ["/s/consumers/a/checkpoint", "/s/gates/in/positions", "/s/manifest"].map(Path::new) {
-            assert!(files.get(path) != after.get(path), "{}: nothing to mend", path.display());
+            assert!(files.get(path) != after.get(path), "{}: not repaired", path.display());
         }
     }
     let mut faults: Vec<(String, Files)> = Vec::new();
@@ -554,8 +555,8 @@ fn a_store_that_is_refused_is_left_as_it_was_whatever_opening_would_have_mended(
 }
 
 #[test]
-fn a_store_whose_threads_cannot_be_started_is_left_as_it_was() {
-    let files = wounded();
+fn a_store_whose_threads_cannot_be_started_stays_unchanged() {
+    let files = damaged_everywhere();
     let mut refused = 0;
     for threads in 0..32 {
         let storage = FaultyStorage::with_files(files.clone());
@@ -571,11 +572,11 @@ fn a_store_whose_threads_cannot_be_started_is_left_as_it_was() {
         assert!(storage.files() == files, "{threads} threads: refused and changed");
         refused += 1;
     }
-    panic!("{refused} times refused");
+    panic!("every one of {refused} attempts was refused");
 }
 
 #[test]
-fn a_new_store_that_cannot_be_opened_is_not_made() {
+fn a_new_store_that_cannot_be_opened_is_not_created() {
     let storage = FaultyStorage::new();
     let opened = EventLog::<More>::builder(shards_config()).faulty_storage(&storage).threads_max(3).open();
     assert!(matches!(opened, Err(OpenError::Io { .. })), "{opened:?}");
@@ -599,12 +600,12 @@ mod panicking {
     pub(crate) const WRITER: u8 = 6;
     pub(crate) const FACTORY: u8 = 7;
 
-    /// What panics in the tests of one process; they take turns.
+    /// The code that panics now. The tests that use it take turns, because all of a process share it.
     pub(crate) static PANICS: AtomicU8 = AtomicU8::new(NOTHING);
     pub(crate) static TURN: std::sync::Mutex<()> = std::sync::Mutex::new(());
 
-    pub(crate) fn meet(what: u8) {
-        assert_ne!(PANICS.load(Ordering::SeqCst), what, "as it must");
+    pub(crate) fn panic_if_chosen(what: u8) {
+        assert_ne!(PANICS.load(Ordering::SeqCst), what, "a panic on purpose");
     }
 
     #[derive(Archive, Serialize, Deserialize, corelane::Bounded, Debug, Clone)]
@@ -616,7 +617,7 @@ mod panicking {
         const TYPES: &'static [EventType] = &[EventType::new(9, "added", VERSION)];
         const UPCASTERS: &'static [Upcaster<Self>] = if VERSION > 1 {
             &[Upcaster::new(9, 1, |bytes| {
-                meet(UPCASTER);
+                panic_if_chosen(UPCASTER);
                 Ok(Self { n: <Added<1> as corelane::Stored>::decode(bytes)?.n })
             })]
         } else {
@@ -634,7 +635,7 @@ mod panicking {
 
     impl<const VERSION: u16> Default for Sum<VERSION> {
         fn default() -> Self {
-            meet(DEFAULT);
+            panic_if_chosen(DEFAULT);
             Self { sum: 0 }
         }
     }
@@ -649,7 +650,7 @@ mod panicking {
         fn evolve(&mut self, event: &ArchivedAdded<VERSION>, _: &Meta) {
             let n = event.n.to_native();
             if n == 30 {
-                meet(EVOLVE);
+                panic_if_chosen(EVOLVE);
             }
             self.sum += n;
         }
@@ -659,7 +660,7 @@ mod panicking {
         }
 
         fn upgrade(_: u16, archived: &[u8]) -> Option<Self> {
-            meet(UPGRADE);
+            panic_if_chosen(UPGRADE);
             <Sum<1> as corelane::Stored>::decode(archived).ok().map(|Sum { sum }| Self { sum })
         }
     }
@@ -669,21 +670,21 @@ mod panicking {
 
     impl<const VERSION: u16> View<Sum<VERSION>> for Shown {
         fn writer(&self, _: &Place) -> Box<dyn ViewWriter<Sum<VERSION>>> {
-            meet(WRITER);
+            panic_if_chosen(WRITER);
             Box::new(Self)
         }
     }
 
     impl<const VERSION: u16> ViewWriter<Sum<VERSION>> for Shown {
         fn load(&mut self, _: Key, _: &Sum<VERSION>) {
-            meet(LOAD);
+            panic_if_chosen(LOAD);
         }
         fn changed(&mut self, _: Key, _: &Sum<VERSION>, _: &Meta) {}
         fn publish(&mut self, _: Position) {}
     }
 }
 
-/// A closed store of events of the first version, with a checkpoint and events behind it.
+/// The files of a closed store of events of the first version, with a checkpoint and events after it.
 fn sums() -> Files {
     let storage = FaultyStorage::new();
     let engine = Engine::<panicking::Sum<1>>::builder(shards_config()).faulty_storage(&storage).open().unwrap();
@@ -702,7 +703,7 @@ fn sums() -> Files {
 
 fn open_sums<const VERSION: u16>(storage: &FaultyStorage) -> Result<Engine<panicking::Sum<VERSION>>, OpenError> {
     let factory = |_| {
-        panicking::meet(panicking::FACTORY);
+        panicking::panic_if_chosen(panicking::FACTORY);
         |_: &panicking::ArchivedAdded<VERSION>, _: &corelane::Meta| -> Result<(), corelane::HandlerError> { Ok(()) }
     };
     let builder = Engine::<panicking::Sum<VERSION>>::builder(shards_config()).faulty_storage(storage);
@@ -710,7 +711,7 @@ fn open_sums<const VERSION: u16>(storage: &FaultyStorage) -> Result<Engine<panic
 }
 
 #[test]
-fn code_of_the_program_that_panics_while_a_store_is_opened_is_an_error_and_leaves_the_store() {
+fn application_code_that_panics_during_opening_is_an_error_and_leaves_the_store_unchanged() {
     use panicking::{DEFAULT, EVOLVE, FACTORY, LOAD, NOTHING, PANICS, UPCASTER, UPGRADE, WRITER};
     use std::sync::atomic::Ordering;
     let _turn = panicking::TURN.lock().unwrap();
@@ -730,9 +731,9 @@ fn code_of_the_program_that_panics_while_a_store_is_opened_is_an_error_and_leave
         PANICS.store(NOTHING, Ordering::SeqCst);
         let Err(OpenError::Panicked(panic)) = opened else { panic!("{code}: {opened:?}") };
         assert!(what == DEFAULT || panic.code == code, "{panic}");
-        assert!(panic.message.contains("as it must"), "{panic}");
+        assert!(panic.message.contains("a panic on purpose"), "{panic}");
         if what == EVOLVE {
-            let event = panic.event.expect("it was at an event");
+            let event = panic.event.expect("the panic names its event");
             assert_eq!((event.key, event.event_type), (Key(30 % 7), EventTypeId(9)));
             assert_eq!(panic.shard, event.key.shard(SHARDS));
             assert!(panic.to_string().contains(&event.offset.to_string()), "{panic}");
@@ -745,7 +746,7 @@ fn code_of_the_program_that_panics_while_a_store_is_opened_is_an_error_and_leave
 }
 
 #[test]
-fn evolve_that_panics_while_history_is_read_is_an_error_that_names_the_event() {
+fn an_evolve_that_panics_while_history_is_read_is_an_error_that_names_the_event() {
     use panicking::{EVOLVE, NOTHING, PANICS};
     use std::sync::atomic::Ordering;
     let _turn = panicking::TURN.lock().unwrap();
@@ -762,15 +763,16 @@ fn evolve_that_panics_while_history_is_read_is_an_error_that_names_the_event() {
     PANICS.store(NOTHING, Ordering::SeqCst);
     for asked in asked {
         let Err(HistoryError::Panicked(panic)) = asked else { panic!("{asked:?}") };
-        let event = panic.event.expect("it was at an event");
+        let event = panic.event.expect("the panic names its event");
         assert_eq!((event.key, panic.shard), (key, key.shard(SHARDS)));
-        assert!(panic.message.contains("as it must"), "{panic}");
+        assert!(panic.message.contains("a panic on purpose"), "{panic}");
     }
     assert_eq!(engine.rebuild(key).unwrap().0, engine.state(key).unwrap().unwrap().0);
 }
 
-/// A store whose last segment is as a process leaves it that is killed before the `stored`-th byte of the segment's header is stored;
-/// 72: all of its fields, 80: the word that commits them too. Behind the page stand records of an earlier life of the file.
+/// The files that a process leaves when it is killed before it stores byte `stored` of the last segment's header. At 72
+/// all fields are stored, at 80 also the word that commits them. After the header's page come records of the file's
+/// earlier use.
 fn killed_while_beginning(files: &Files, stored: usize, is_ended: bool) -> Files {
     let mut files = files.clone();
     let last = PathBuf::from("/s/shard-0000/000000000002.seg");
@@ -786,7 +788,7 @@ fn killed_while_beginning(files: &Files, stored: usize, is_ended: bool) -> Files
     header[56..64].copy_from_slice(&EVENTS.to_le_bytes());
     header[72..76].copy_from_slice(&0x0bad_cafe_u32.to_le_bytes());
     repair(&mut header, 0, 76, 76);
-    // Prepared: nothing but the salt, and a CRC.
+    // A prepared page holds only the salt and a checksum.
     let mut bytes = before.clone();
     bytes[..PAGE].fill(0);
     bytes[72..76].copy_from_slice(&0x0bad_cafe_u32.to_le_bytes());
@@ -806,7 +808,7 @@ fn killed_while_beginning(files: &Files, stored: usize, is_ended: bool) -> Files
 fn a_process_killed_at_any_store_of_a_new_segments_header_leaves_a_store_that_opens() {
     let (files, events) = bank();
     for stored in (0..=72).chain([80]) {
-        // The word behind the page is zeroed first; a power cut may take that and leave the page.
+        // The word after the page is zeroed first. A power cut may lose that write and keep the page.
         for is_ended in [true, false] {
             if stored == 80 && !is_ended {
                 continue;
@@ -895,9 +897,9 @@ fn no_field_of_a_consumers_or_a_gates_position_makes_opening_panic_or_change_an_
 }
 
 #[test]
-fn a_page_that_an_earlier_build_had_not_begun_before_old_records_is_blank() {
+fn an_unused_page_of_an_earlier_build_before_old_records_counts_as_blank() {
     let (files, events) = bank();
-    // Such a page was zeros, and its magic was stored last.
+    // In earlier builds such a page was zero, and its magic was stored last.
     for stored in 0..=80 {
         let mut files = killed_while_beginning(&files, stored, false);
         let bytes = files.get_mut(Path::new("/s/shard-0000/000000000002.seg")).unwrap();
@@ -911,20 +913,20 @@ fn a_page_that_an_earlier_build_had_not_begun_before_old_records_is_blank() {
 }
 
 #[test]
-fn a_page_that_is_gone_before_a_segments_own_records_is_damage_and_stays() {
+fn a_zeroed_page_before_a_segments_own_records_is_damage_and_stays_unchanged() {
     let (files, events) = bank();
     for checkpoints in [true, false] {
         let mut files = files.clone();
         files.retain(|path, _| checkpoints || path.extension().is_none_or(|extension| extension != "snp"));
         files.get_mut(Path::new("/s/shard-0000/000000000001.seg")).unwrap()[..PAGE].fill(0);
-        let opened = open_and_look(&files, &events, "the last header is gone", true);
+        let opened = open_and_look(&files, &events, "the last header is zeroed", true);
         assert!(matches!(&opened, Opened::Refused(why) if why.contains("magic")), "{opened:?}");
     }
 }
 
 #[test]
-fn damage_before_the_start_of_a_checkpoint_is_no_torn_tail_where_no_mark_tells() {
-    // Nothing was flushed, so the log has no mark. The system's cache is the same still, and the checkpoint is trusted.
+fn damage_before_the_start_of_a_checkpoint_is_corruption_even_without_a_mark() {
+    // Without a flush the log has no mark. The system has not restarted, so the checkpoint is trusted.
     let storage = FaultyStorage::new();
     let engine = open_bank(&storage, bank_config()).unwrap();
     let mut producer = engine.producer();
@@ -939,7 +941,7 @@ fn damage_before_the_start_of_a_checkpoint_is_no_torn_tail_where_no_mark_tells()
     let files = storage.files();
     let undamaged = FaultyStorage::with_files(files.clone());
     assert_eq!(open_bank(&undamaged, bank_config()).unwrap().recovery().events(), 20);
-    // A byte of the first record, and its length, so that the log seems to end there.
+    // A byte of the first record, and its length, with which the log seems to end there.
     for at in [PAGE + 60, PAGE] {
         let mut damaged = files.clone();
         let byte = &mut damaged.get_mut(Path::new("/s/shard-0000/000000000000.seg")).unwrap()[at];

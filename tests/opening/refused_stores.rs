@@ -1,4 +1,4 @@
-//! A store that is not what it should be is refused with the error that says so, and no byte of it changes.
+//! Damaged or unsuitable stores are refused with a precise error, and no byte of them changes.
 
 use std::path::{Path, PathBuf};
 
@@ -15,7 +15,7 @@ fn store() -> (tempfile::TempDir, PathBuf) {
     for n in 0..100 {
         producer.publish(Key(n % 9), Note::sized(n, 2500)).unwrap();
     }
-    // The last of them is prepared ahead, by a thread that does not do so any more once the engine ends.
+    // The third segment is prepared ahead by a thread that stops with the engine.
     until("shard 0 has three segments", || segment_path(&path, 2).exists());
     engine.shutdown(soon()).unwrap();
     drop((producer, engine));
@@ -103,7 +103,7 @@ fn a_truncated_or_grown_segment_is_corruption() {
 }
 
 #[test]
-fn a_segment_of_another_shard_or_place_is_foreign() {
+fn a_segment_of_another_shard_or_size_is_foreign() {
     let error = refused(|dir| {
         std::fs::copy(dir.join("shard-0001/000000000000.seg"), segment_path(dir, 0)).unwrap();
     });
@@ -117,8 +117,8 @@ fn a_segment_of_another_shard_or_place_is_foreign() {
 }
 
 #[test]
-fn a_segment_of_another_life_does_not_follow() {
-    // The same place in another store: another salt, another first sequence.
+fn a_segment_of_another_store_is_corruption() {
+    // The same segment of another store has another salt and another first sequence.
     let (_other_dir, other) = store();
     let error = refused(|dir| {
         let n = std::fs::read(segment_path(&other, 1)).unwrap();
@@ -141,7 +141,7 @@ fn a_newer_format_is_refused_by_its_version() {
 }
 
 #[test]
-fn another_archive_format_is_refused() {
+fn an_unknown_archive_format_is_refused() {
     let error = refused(|dir| patch_header(&segment_path(dir, 0), |page| page[16] ^= 1));
     assert!(matches!(error, OpenError::ArchiveFormat { .. }), "{error}");
     let error = refused(|dir| patch_small(&dir.join("manifest"), |bytes| bytes[12] ^= 1));
@@ -156,7 +156,7 @@ fn a_missing_or_damaged_manifest_is_refused() {
         let error = refused(|dir| patch(&dir.join("manifest"), |bytes| bytes.truncate(len)));
         assert!(matches!(error, OpenError::ForeignFile { .. }), "{len}: {error}");
     }
-    // A type list that claims more than there is, behind a CRC that holds.
+    // A type list that claims more entries than the file has, with a valid checksum.
     let error = refused(|dir| patch_small(&dir.join("manifest"), |bytes| bytes[32..36].fill(0xff)));
     assert!(matches!(error, OpenError::ForeignFile { .. }), "{error}");
     let error = refused(|dir| patch_small(&dir.join("manifest"), |bytes| bytes[54] = 0xff));
@@ -180,7 +180,7 @@ fn a_span_that_claims_more_than_memory_holds_is_an_error_at_once() {
         patch_small(&dir.join(span), |bytes| bytes[20..28].copy_from_slice(&(1_u64 << 35).to_le_bytes()))
     });
     assert!(matches!(error, OpenError::Corruption(_)), "{error}");
-    // Beyond the last offset there can be none.
+    // A span beyond the last offset is impossible.
     let error = refused(|dir| patch_small(&dir.join(span), |bytes| bytes[20..28].fill(0xff)));
     assert!(matches!(&error, OpenError::ForeignFile { path, .. } if path.ends_with(span)), "{error}");
 }
@@ -194,7 +194,7 @@ fn a_missing_shard_folder_is_an_error() {
         matches!(&error, OpenError::Io { path, source, .. } if path.ends_with("shard-0001") && is_missing(source)),
         "{error}"
     );
-    // Who looks from outside takes it for no empty shard either.
+    // A tool does not take the missing folder for an empty shard either.
     let (_dir, path) = store();
     remove(&path);
     let error = scan::Store::open(&path).expect_err("a store without a shard");
@@ -202,7 +202,7 @@ fn a_missing_shard_folder_is_an_error() {
 }
 
 #[test]
-fn a_stray_segment_name_is_foreign_and_other_strays_are_left_alone() {
+fn a_stray_segment_file_is_refused_and_other_stray_files_are_ignored() {
     let error = refused(|dir| std::fs::write(dir.join("shard-0000/backup.seg"), b"x").unwrap());
     assert!(matches!(error, OpenError::ForeignFile { .. }), "{error}");
     let (_dir, path) = store();
@@ -215,7 +215,7 @@ fn a_stray_segment_name_is_foreign_and_other_strays_are_left_alone() {
 }
 
 #[test]
-fn another_shard_count_or_segment_size_is_refused() {
+fn a_different_shard_count_or_segment_size_is_refused() {
     let error = refused_as::<Note>(|_| (), 3);
     assert!(matches!(error, OpenError::ShardCount { stored: 2, asked: 3 }), "{error}");
     let (_dir, path) = store();
@@ -225,7 +225,7 @@ fn another_shard_count_or_segment_size_is_refused() {
     assert!(tree(&path) == before);
 }
 
-/// One byte more than a name may have.
+/// A name that is one byte too long.
 const LONG_NAME: &str = match std::str::from_utf8(&[b'n'; 65_536]) {
     Ok(name) => name,
     Err(_) => "",
@@ -252,7 +252,7 @@ other_schema!(Moved, EventType::new(7, "note", 1));
 other_schema!(More, EventType::new(1, "note", 1), EventType::new(2, "other", 1));
 
 #[test]
-fn event_types_the_program_cannot_read_are_refused() {
+fn event_types_that_the_program_cannot_read_are_refused() {
     let error = refused_as::<Renamed>(|_| (), 2);
     assert!(
         matches!(&error, OpenError::EventTypeRenamed { stored, declared, .. } if stored == "note" && declared == "memo"),
@@ -267,7 +267,7 @@ fn event_types_the_program_cannot_read_are_refused() {
 }
 
 #[test]
-fn event_types_that_names_cannot_tell_apart_are_refused() {
+fn event_types_with_ambiguous_names_are_refused() {
     let error = refused_as::<OneName>(|_| (), 2);
     assert!(
         matches!(&error, OpenError::Config(ConfigError::DuplicateEventName { name, .. }) if name == "same"),
@@ -279,7 +279,7 @@ fn event_types_that_names_cannot_tell_apart_are_refused() {
     let error = refused_as::<Moved>(|_| (), 2);
     let OpenError::EventTypeRenumbered { stored, declared, .. } = error else { panic!("{error}") };
     assert_eq!((stored, declared), (EventTypeId(1), EventTypeId(7)));
-    // Nor is a new store made for them.
+    // A new store with them is not created either.
     let dir = tempfile::tempdir().unwrap();
     let error = EventLog::<OneName>::open(small(dir.path())).expect_err("opened");
     assert!(matches!(error, OpenError::Config(_)), "{error}");
@@ -288,7 +288,7 @@ fn event_types_that_names_cannot_tell_apart_are_refused() {
 }
 
 #[test]
-fn a_program_with_more_types_opens_and_is_remembered() {
+fn a_program_with_more_event_types_opens_the_store_and_extends_its_manifest() {
     let (_dir, path) = store();
     drop(EventLog::<More>::open(small(&path).shards(2)).unwrap());
     let engine = EventLog::<Note>::open(small(&path).shards(2)).unwrap();
@@ -296,12 +296,12 @@ fn a_program_with_more_types_opens_and_is_remembered() {
 }
 
 #[test]
-fn what_a_kill_leaves_of_a_store_being_created_opens() {
+fn a_store_killed_during_its_creation_opens() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("folders");
     std::fs::create_dir_all(path.join("shard-0000")).unwrap();
     drop(EventLog::<Note>::open(os_cache(&path)).unwrap());
-    // Prepared and named, but not yet in a span.
+    // A segment that is prepared and named, but not yet in a span.
     let path = dir.path().join("segment");
     drop(EventLog::<Note>::open(os_cache(&path)).unwrap());
     std::fs::write(segment_path(&path, 0), vec![0; 65_536]).unwrap();
@@ -315,7 +315,7 @@ fn what_a_kill_leaves_of_a_store_being_created_opens() {
 
 #[test]
 fn a_segment_in_use_whose_header_lost_its_magic_is_corruption() {
-    // The third is prepared and not yet in use.
+    // The third segment is prepared and not yet in use.
     for index in 0..2 {
         let error = refused(|dir| {
             patch(&segment_path(dir, index), |bytes| {
@@ -329,7 +329,7 @@ fn a_segment_in_use_whose_header_lost_its_magic_is_corruption() {
 
 #[test]
 fn a_segment_in_use_whose_header_page_is_gone_is_corruption() {
-    // The magic and more, all that is used of the page, all of it; in the newest segment in use as well.
+    // Zeroes the magic and more, the used part of the page, or all of it; also in the newest segment in use.
     for bytes in [9, 72, 76, 80, 512, 4096] {
         for index in 0..2 {
             let error = refused(|dir| patch(&segment_path(dir, index), |content| content[..bytes].fill(0)));
@@ -380,7 +380,7 @@ fn events_whose_archive_has_another_size_are_refused_unless_every_type_has_a_new
     let before = tree(dir.path());
     let refused = EventLog::<Wide<1>>::open(small(dir.path()));
     assert!(matches!(refused, Err(OpenError::ArchiveSize { event_type: EventTypeId(1), .. })), "{refused:?}");
-    assert_eq!(tree(dir.path()), before, "and left as it was");
+    assert_eq!(tree(dir.path()), before, "the refused store is unchanged");
     let engine = EventLog::<Wide<2>>::open(small(dir.path())).unwrap();
     let mut reader = engine.reader(corelane::ShardId(0));
     let event = reader.next().unwrap().unwrap().event;
@@ -388,7 +388,7 @@ fn events_whose_archive_has_another_size_are_refused_unless_every_type_has_a_new
 }
 
 #[test]
-fn a_layout_that_nobody_can_read_is_refused_also_where_a_checkpoint_has_its_events() {
+fn an_unreadable_event_layout_is_refused_even_if_a_checkpoint_covers_its_events() {
     #[derive(rkyv::Archive, rkyv::Serialize, corelane::Bounded)]
     struct Newer {
         n: u64,
@@ -410,5 +410,5 @@ fn a_layout_that_nobody_can_read_is_refused_also_where_a_checkpoint_has_its_even
     let before = tree(dir.path());
     let refused = EventLog::<Newer>::open(small(dir.path()));
     assert!(matches!(refused, Err(OpenError::UnknownEventType { schema_version: 1, .. })), "{refused:?}");
-    assert_eq!(tree(dir.path()), before, "and left as it was");
+    assert_eq!(tree(dir.path()), before, "the refused store is unchanged");
 }

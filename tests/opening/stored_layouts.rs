@@ -1,4 +1,5 @@
-//! What is stored can be read back: by size and alignment of its root, by its length, and by its depth. What cannot is refused.
+//! Stored archives can be read back: size and alignment of the root, length and depth are checked, and unreadable ones
+//! are refused.
 
 use std::collections::BTreeMap;
 
@@ -37,7 +38,7 @@ fn paid(cents: u64) -> Paid {
     Paid { cents, text: "x".repeat(1000) }
 }
 
-/// An aggregate that sums, with a state of its own and one rejection.
+/// Declares an aggregate that sums its events, with the given state and rejection.
 macro_rules! summing {
     ($(#[$attr:meta])* $state:ident { $($field:ident: $ty:ty),* }, $version:expr, $rejection:ty, |$no:ident| $refusal:expr
         $(, $name:ident = $upgrade:expr)*) => {
@@ -97,7 +98,7 @@ struct Wide {
 summing!(Counted { events: u64 }, 1, Narrow, |sum| Narrow { code: sum });
 summing!(Plain {}, 1, Narrow, |sum| Narrow { code: sum });
 summing!(
-    /// As large as `Counted`, and aligned otherwise.
+    /// The size of `Counted` with another alignment.
     #[rkyv(attr(repr(C, align(16))))]
     Aligned { events: u64 },
     1,
@@ -130,7 +131,7 @@ summing!(
 const KEYS: u64 = 3;
 const EVENTS: u64 = 250;
 
-/// A store of `Counted` with snapshots and two checkpoints, each key at 1,000 an event.
+/// A store of `Counted` with snapshots and checkpoints; each event adds 1,000 to its key.
 fn store(keeps: Option<u64>) -> FaultyStorage {
     let storage = FaultyStorage::new();
     let engine = open::<Counted>(&storage, config(keeps)).unwrap();
@@ -148,7 +149,7 @@ fn store(keeps: Option<u64>) -> FaultyStorage {
         let has_freed = || engine.reader_at(ShardId(0), Offset(4096)).is_err();
         let deadline = soon().unwrap();
         while !has_freed() {
-            assert!(std::time::Instant::now() < deadline, "nothing was freed");
+            assert!(std::time::Instant::now() < deadline, "no segment was freed");
             std::thread::sleep(std::time::Duration::from_millis(5));
         }
     }
@@ -167,10 +168,10 @@ fn states_of_another_size_under_the_same_state_version_are_folded_again() {
             assert_eq!(past.state, Plain { sum: 1000 * version }, "key {key} at {version}");
         }
     }
-    assert!(engine.snapshot_stats().unreadable > 0, "and that is counted");
+    assert!(engine.snapshot_stats().unreadable > 0, "unusable files are counted");
     engine.checkpoint(soon()).unwrap();
     drop(engine);
-    // Its own checkpoint is the newest now; those of the other layout lie beside it.
+    // The newest checkpoint has the new layout; the others are still in the folder.
     let engine = open::<Plain>(&storage, config(None)).unwrap();
     for version in 0..=EVENTS {
         assert_eq!(engine.state_at(Key(1), Version(version)).unwrap().state, Plain { sum: 1000 * version });
@@ -181,14 +182,14 @@ fn states_of_another_size_under_the_same_state_version_are_folded_again() {
 fn states_of_another_alignment_under_the_same_state_version_are_folded_again() {
     let storage = store(None);
     let engine = open::<Aligned>(&storage, config(None)).unwrap();
-    assert!(engine.snapshot_stats().unreadable > 0, "the checkpoints are passed over");
+    assert!(engine.snapshot_stats().unreadable > 0, "the checkpoints are skipped");
     assert_eq!(engine.state(Key(1)).unwrap().unwrap().0.sum, 1000 * EVENTS);
     let past = engine.state_at(Key(1), Version(77)).unwrap();
-    assert_eq!((past.state.sum, past.applied), (77_000, 77), "and so are the snapshots");
+    assert_eq!((past.state.sum, past.applied), (77_000, 77), "the snapshots are skipped");
 }
 
 #[test]
-fn states_of_another_layout_whose_events_are_freed_are_refused_until_they_are_upgraded() {
+fn states_of_another_layout_whose_events_are_freed_need_an_upgrade() {
     let storage = store(Some(2));
     let refused = open::<Plain>(&storage, config(Some(2)));
     let Err(OpenError::StateLayout { stored: 16, declared: 8, .. }) = refused else { panic!("{refused:?}") };
@@ -222,7 +223,7 @@ fn rejections_of_another_layout_are_upgraded_or_refused() {
     }
 }
 
-/// Owns nothing, and yet its archive is longer than itself.
+/// An event without owned memory whose archive is longer than its value.
 #[derive(Archive, Serialize, Bounded, Debug, Clone, Copy)]
 struct Named {
     #[rkyv(with = rkyv::with::InlineAsBox)]
@@ -238,7 +239,7 @@ impl Event for Named {
 }
 
 #[test]
-fn an_event_that_is_longer_archived_than_in_memory_is_measured_when_it_is_published() {
+fn an_event_whose_archive_is_longer_than_its_value_is_measured_when_it_is_published() {
     let storage = FaultyStorage::new();
     let config = small("/s").event_bytes_max(1024);
     let engine = EventLog::<Named>::builder(config).faulty_storage(&storage).open().unwrap();
@@ -251,14 +252,14 @@ fn an_event_that_is_longer_archived_than_in_memory_is_measured_when_it_is_publis
     let mut batch = vec![(Key(1), short), (Key(1), short), (Key(1), long), (Key(1), short)];
     let refused = producer.publish_batch(&mut batch).unwrap_err();
     assert!(refused.accepted == 2 && is_too_large(refused.reason.clone()), "{refused}");
-    assert_eq!(batch.len(), 2, "what was refused stays, and what follows");
+    assert_eq!(batch.len(), 2, "the refused event and those after it stay in the batch");
     shared.publish(Key(1), short).unwrap();
     engine.flush(soon()).unwrap();
     assert_eq!(engine.metrics().shards[0].appended, 3);
     engine.shutdown(soon()).unwrap();
 }
 
-/// Says that it is flat, and is as deep as one likes.
+/// An event of any depth that declares depth 1.
 #[derive(Archive, Serialize, Deserialize, Debug, Clone)]
 #[rkyv(serialize_bounds(__S: rkyv::ser::Writer, __S::Error: rkyv::rancor::Source))]
 #[rkyv(deserialize_bounds(__D::Error: rkyv::rancor::Source))]
@@ -287,7 +288,7 @@ impl Event for Nested {
 }
 
 #[test]
-fn archives_are_read_down_to_the_depth_limit_and_no_deeper() {
+fn archives_are_read_up_to_the_depth_limit() {
     let mut bytes = rkyv::util::AlignedVec::<16>::new();
     for (levels, holds) in [(0, true), (DEPTH_MAX as usize, true), (DEPTH_MAX as usize + 1, false), (1000, false)] {
         bytes.resize(1 << 16, 0);
@@ -333,7 +334,7 @@ fn a_stored_event_that_is_too_deep_is_an_error_for_every_reader() {
     assert!(reader.next().unwrap().is_some());
     let error = reader.next().unwrap_err();
     assert!(matches!(error, ReadError::Corruption(_)), "{error}");
-    // A consumer cannot make anything of it: it becomes a dead letter.
+    // A consumer cannot read the event, so it becomes a dead letter.
     let consumer = engine.consumer("c").start(|_, _| Ok(())).unwrap();
     let deadline = soon().unwrap();
     while consumer.report().parked == 0 {

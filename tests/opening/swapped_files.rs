@@ -1,5 +1,5 @@
-//! Files of a copy of a store that went on differently, or of another store, in the place of a store's own: nothing is taken from
-//! them that this log does not say.
+//! Files of another history of the store, or of another store, in place of a store's own: they are not used, or
+//! contradict nothing in the log.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -16,9 +16,9 @@ type Files = BTreeMap<PathBuf, Vec<u8>>;
 
 const DIR: &str = "/s";
 const SHARDS: u16 = 2;
-/// Of a file of saved states.
+/// The header's length in a file of saved states.
 const HEADER_BYTES: usize = 80;
-/// Of events that come from elsewhere.
+/// The partition of events that do not come through the gate.
 const NO_PARTITION: u64 = 9;
 
 fn open(files: &Files) -> (FaultyStorage, EventLog<Note>) {
@@ -42,7 +42,8 @@ fn offer(gate: &mut GatedProducer<Note>, sequences: impl Iterator<Item = u64>, b
     }
 }
 
-/// A life of a store with a gate: these sequences, each in an event of this size, among this many events from elsewhere.
+/// Runs a store with a gate: offers these sequences in events of `bytes` bytes and publishes `others` other events.
+/// Returns its files.
 fn life(files: &Files, sequences: std::ops::Range<u64>, bytes: usize, others: u64) -> Files {
     let (storage, engine) = open(files);
     let mut gate = gate(&engine).unwrap();
@@ -79,13 +80,13 @@ fn held(engine: &EventLog<Note>) -> Vec<u64> {
 }
 
 #[test]
-fn a_gates_positions_of_another_history_are_counted_anew() {
+fn gate_positions_of_another_history_are_rebuilt_from_the_log() {
     let base = life(&Files::new(), 0..10, 40, 5);
     for (bytes, others) in [(40, 300), (41, 300), (200, 300), (200, 0), (1000, 40)] {
         let (ahead, behind) = (life(&base, 10..40, 40, 20), life(&base, 10..15, bytes, others));
         for (files, other, expected) in [(&behind, &ahead, 15), (&ahead, &behind, 40)] {
             let what = format!("{bytes} bytes, {others} others, {expected}");
-            // Put there while the store is closed, and while it is open.
+            // Replaces the file while the store is closed, and while it is open.
             let mixed = with(files, other, &[gate_file("positions")]);
             let (_, closed) = open(&mixed);
             let dir = tempfile::tempdir().unwrap();
@@ -108,11 +109,11 @@ fn a_gates_positions_of_another_history_are_counted_anew() {
 }
 
 #[test]
-fn a_gates_positions_of_this_history_are_used() {
+fn gate_positions_of_this_history_are_used() {
     let base = life(&Files::new(), 0..10, 40, 5);
     let mut files = life(&base, 10..40, 40, 20);
     files.insert(gate_file("positions"), base[&gate_file("positions")].clone());
-    // What was counted is not looked at again, so the source is not asked about it.
+    // The gate reads no counted event again, so it does not call the source for it.
     let (_, engine) = open(&files);
     let asked = std::sync::Mutex::new(BTreeSet::new());
     let source = |note: &ArchivedNote| {
@@ -127,7 +128,7 @@ fn a_gates_positions_of_this_history_are_used() {
 }
 
 #[test]
-fn a_gates_positions_of_another_store_are_counted_anew_and_its_record_is_refused() {
+fn gate_positions_of_another_store_are_rebuilt_and_its_gap_records_are_refused() {
     let (own, other) = (life(&Files::new(), 0..10, 40, 5), life(&Files::new(), 0..30, 40, 0));
     let (_, engine) = open(&with(&own, &other, &[gate_file("positions")]));
     let mut gated = gate(&engine).unwrap();
@@ -148,7 +149,8 @@ fn a_gates_positions_of_another_store_are_counted_anew_and_its_record_is_refused
     }
 }
 
-/// A life of a store with states: deposits of so much, and a checkpoint at the end. The same keys, and events of the same size.
+/// Runs a store with states: deposits, and a checkpoint at the end. Keys and event sizes are always the same. Returns
+/// its files and states.
 fn bank(files: &Files, config: &Config, cents: u64, events: u64) -> (Files, Vec<Account>) {
     let storage = FaultyStorage::with_files(files.clone());
     let engine = Engine::<Account>::builder(config.clone()).faulty_storage(&storage).open().unwrap();
@@ -175,8 +177,9 @@ fn saved(files: &Files, kind: &str) -> Vec<PathBuf> {
     files.keys().filter(is_saved).filter(|path| path.extension().is_some_and(|end| end == "snp")).cloned().collect()
 }
 
-/// Opens it. Its states are these, also folded anew and at every version; or it is refused.
-fn look(files: Files, config: &Config, states: &[Account], what: &str) -> Option<u64> {
+/// Opens the store and checks its states, also against the log. Returns the number of unusable files, or `None` if the
+/// store is refused.
+fn check_states(files: Files, config: &Config, states: &[Account], what: &str) -> Option<u64> {
     let storage = FaultyStorage::with_files(files);
     let engine = match Engine::<Account>::builder(config.clone()).faulty_storage(&storage).open() {
         Ok(engine) => engine,
@@ -201,45 +204,45 @@ fn a_checkpoint_of_another_history_is_not_used() {
         let (base, _) = bank(&Files::new(), &config, 1000, events);
         let (one, states) = bank(&base, &config, 5000, events);
         let (two, _) = bank(&base, &config, 7000, events);
-        let own = look(one.clone(), &config, &states, "its own").expect("it opens");
+        let own = check_states(one.clone(), &config, &states, "its own").expect("the store opens");
         assert_eq!(own, 0);
         let newest = saved(&one, "checkpoint").pop().unwrap();
         assert_eq!(Some(&newest), saved(&two, "checkpoint").last());
-        // In the place of its own, and as the only one.
+        // In place of the store's own checkpoint, and as the only one.
         let what = format!("{keeps:?}, {events} events");
         let mixed = with(&one, &two, std::slice::from_ref(&newest));
-        let unreadable = look(mixed.clone(), &config, &states, &what);
+        let unreadable = check_states(mixed.clone(), &config, &states, &what);
         assert!(unreadable.is_none_or(|unreadable| unreadable > 0), "{what}: {unreadable:?}");
         let mut alone = mixed.clone();
         alone.retain(|path, _| !saved(&one, "checkpoint").contains(path) || *path == newest);
-        let unreadable = look(alone, &config, &states, &what);
-        assert_eq!(unreadable.is_none(), keeps.is_some(), "{what}: refused where the log's beginning is freed");
-        // Newer than its own: the older one is used.
+        let unreadable = check_states(alone, &config, &states, &what);
+        assert_eq!(unreadable.is_none(), keeps.is_some(), "{what}: refused if the beginning of the log is freed");
+        // With a foreign newest checkpoint, the older one is used.
         let mut both = one.clone();
         both.insert(newest.with_file_name("checkpoint-000000090.snp"), two[&newest].clone());
-        assert_eq!(look(both, &config, &states, &what), Some(1));
+        assert_eq!(check_states(both, &config, &states, &what), Some(1));
     }
 }
 
 #[test]
-fn a_checkpoint_begun_before_the_histories_part_and_ended_behind_is_not_used() {
-    // Without marks while it runs: the events of both histories lie at the same places.
+fn a_checkpoint_that_spans_the_split_of_two_histories_is_not_used() {
+    // Without marks, the events of both histories have the same offsets.
     let config = bank_config(None).durability(Durability::OsCache);
     let (base, _) = bank(&Files::new(), &config, 1000, 30);
     let (one, states) = bank(&base, &config, 5000, 30);
     let (two, others) = bank(&base, &config, 7000, 60);
     let (begun, ended) = (saved(&base, "checkpoint").pop().unwrap(), saved(&two, "checkpoint").pop().unwrap());
-    // As if it had begun where the copy was taken, and its states had been saved while events came.
+    // A checkpoint begun where the histories split, whose states were saved while events came.
     let spliced = |files: &Files| [&files[&begun][..HEADER_BYTES], &files[&ended][HEADER_BYTES..]].concat();
     for (files, states, from) in [(&one, &states, &one), (&two, &others, &two)] {
         let mut files = files.clone();
         files.insert(ended.clone(), spliced(from));
-        assert_eq!(look(files, &config, states, "of this history"), Some(0));
+        assert_eq!(check_states(files, &config, states, "of this history"), Some(0));
     }
-    // Into the longer log, which might have had it.
+    // In the longer log, whose length fits the checkpoint.
     let mut mixed = two.clone();
     mixed.insert(ended.clone(), spliced(&one));
-    assert_eq!(look(mixed, &config, &others, "of another history"), Some(1));
+    assert_eq!(check_states(mixed, &config, &others, "of another history"), Some(1));
 }
 
 #[test]
@@ -251,9 +254,9 @@ fn saved_states_of_another_store_are_not_used() {
         let names = saved(&two, kind);
         assert!(!names.is_empty());
         let mixed = with(&one, &two, &names);
-        assert_eq!(look(mixed.clone(), &config, &states, kind), Some(names.len() as u64), "{kind}");
+        assert_eq!(check_states(mixed.clone(), &config, &states, kind), Some(names.len() as u64), "{kind}");
         let storage = FaultyStorage::with_files(mixed);
         drop(Engine::<Account>::builder(config.clone()).faulty_storage(&storage).open().unwrap());
-        assert!(names.iter().all(|name| storage.files()[name] == two[name]), "{kind}: they are left alone");
+        assert!(names.iter().all(|name| storage.files()[name] == two[name]), "{kind}: the files stay unchanged");
     }
 }

@@ -1,5 +1,5 @@
-//! Events written under older layouts: a store that an older program wrote opens under today's, its events read as
-//! today's, and what cannot be read is refused before anything is changed.
+//! Events of older layouts: a current program opens a store of an older one and reads its events as current ones. A
+//! store with unreadable events is refused unchanged.
 
 use std::collections::HashMap;
 use std::io::{Read, Write};
@@ -15,7 +15,7 @@ use corelane::{
 };
 use rkyv::{Archive, Deserialize, Serialize};
 
-/// The event as the older program had it.
+/// The event type of the older program.
 #[derive(Archive, Serialize, Deserialize, Bounded, Debug, Clone, PartialEq)]
 enum GameEventV1 {
     Moved { x: i32, y: i32 },
@@ -33,7 +33,7 @@ impl Event for GameEventV1 {
     }
 }
 
-/// What lies in the golden store: key and event, in the order of the log.
+/// The keys and events of the golden store, in log order.
 fn golden_events() -> Vec<(u64, GameEventV1)> {
     let moved = |n: i32| GameEventV1::Moved { x: n * 37 - 500, y: -n };
     let said = |n: i32| GameEventV1::Said { text: format!("ho{n}"), times: [1, 3, 4000][n as usize % 3] };
@@ -49,7 +49,7 @@ fn oldest() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/store-v1")
 }
 
-/// A copy of the golden store, whose files lie compressed: they are mostly zeros.
+/// An unpacked copy of the golden store. Its files are stored compressed, because they are mostly zeros.
 fn golden_store() -> tempfile::TempDir {
     unpacked(&golden())
 }
@@ -57,7 +57,7 @@ fn golden_store() -> tempfile::TempDir {
 fn unpacked(golden: &Path) -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
     let files = tree(golden);
-    assert!(!files.is_empty(), "the golden store is there");
+    assert!(!files.is_empty(), "the golden store exists");
     for (path, compressed) in files {
         let target = dir.path().join(path.strip_prefix(golden).unwrap().with_extension(""));
         std::fs::create_dir_all(target.parent().unwrap()).unwrap();
@@ -68,9 +68,10 @@ fn unpacked(golden: &Path) -> tempfile::TempDir {
     dir
 }
 
-/// With `CORELANE_GOLDEN=write`, writes the golden store. It is never to be written again: it is what older programs left.
+/// With `CORELANE_GOLDEN=write`, writes the golden store. It must never be written again: it stands for stores of older
+/// programs.
 #[test]
-fn the_golden_store_is_what_the_older_program_wrote() {
+fn the_golden_store_holds_the_events_of_the_older_program() {
     if std::env::var("CORELANE_GOLDEN").is_ok_and(|what| what == "write") && !golden().exists() {
         let dir = tempfile::tempdir().unwrap();
         let engine = EventLog::<GameEventV1>::open(os_cache(dir.path())).unwrap();
@@ -101,7 +102,7 @@ fn the_golden_store_is_what_the_older_program_wrote() {
 }
 
 #[test]
-fn a_store_of_an_older_format_is_refused_and_left_as_it_is() {
+fn a_store_of_an_older_format_is_refused_and_stays_unchanged() {
     let dir = unpacked(&oldest());
     let before = tree(dir.path());
     let refused = EventLog::<GameEventV1>::open(os_cache(dir.path())).err();
@@ -109,7 +110,7 @@ fn a_store_of_an_older_format_is_refused_and_left_as_it_is() {
     assert_eq!(tree(dir.path()), before);
 }
 
-/// A program of today: the same layout each time, with other upcasters.
+/// A current program: always the same layout, with the given upcasters.
 macro_rules! today {
     ($module:ident, $upcasters:expr) => {
         mod $module {
@@ -153,7 +154,7 @@ macro_rules! today {
                     self.order = (self.order ^ n ^ version << 40).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(29);
                 }
 
-                /// The fold once more, on owned events.
+                /// The same fold on owned events.
                 pub(super) fn apply(&mut self, event: &GameEvent, version: u64) {
                     match event {
                         GameEvent::Moved { x, y, .. } => {
@@ -206,7 +207,7 @@ today!(
     &[
         Upcaster::new(1, 1, GameEvent::from_v1),
         Upcaster::new(2, 1, |archive| match GameEvent::from_v1(archive)? {
-            // What a program says that finds sense in no such event.
+            // The upcaster of a program that refuses this event.
             GameEvent::Said { text } if text == "ho4ho4ho4" => GameEvent::from_v1(&[]),
             event => Ok(event),
         }),
@@ -215,7 +216,7 @@ today!(
 
 use now::{GameEvent, Player};
 
-/// What the golden events are today, by rules written apart from the upcasters.
+/// The golden events in their current form, by rules independent of the upcasters.
 fn expected() -> Vec<(u64, u16, GameEvent)> {
     let today = |event| match event {
         GameEventV1::Moved { x, y } => GameEvent::Moved { x: f64::from(x), y: f64::from(y), running: false },
@@ -236,7 +237,11 @@ fn found(engine: &Engine<Player>) -> Vec<(u64, u16, GameEvent)> {
 }
 
 fn check(engine: &Engine<Player>, expected: &[(u64, u16, GameEvent)]) {
-    assert_eq!(found(engine), expected, "readers see them as they are today, and what they were written as");
+    assert_eq!(
+        found(engine),
+        expected,
+        "readers see current events with the schema versions under which they were written"
+    );
     let mut states: HashMap<u64, (Player, u64)> = HashMap::new();
     for (key, _, event) in expected {
         let (state, version) = states.entry(*key).or_default();
@@ -249,7 +254,7 @@ fn check(engine: &Engine<Player>, expected: &[(u64, u16, GameEvent)]) {
 }
 
 #[test]
-fn a_store_of_older_events_opens_as_if_todays_program_had_written_it() {
+fn a_store_of_older_events_opens_as_if_the_current_program_had_written_it() {
     let dir = golden_store();
     let config = || os_cache(dir.path());
     let mut expected = expected();
@@ -258,7 +263,7 @@ fn a_store_of_older_events_opens_as_if_todays_program_had_written_it() {
     assert_eq!(engine.recovery().events(), 36);
     check(&engine, &expected);
 
-    // Goes on under today's versions, also of a type that the older program did not have.
+    // New events have the current versions, and one has a type that the older program did not have.
     let news = [
         (0, 2, GameEvent::Moved { x: 0.5, y: -0.25, running: true }),
         (1, 3, GameEvent::Said { text: "new".into() }),
@@ -281,7 +286,7 @@ fn a_store_of_older_events_opens_as_if_todays_program_had_written_it() {
         let engine = Engine::<Player>::open(config()).unwrap();
         check(&engine, &expected);
     }
-    // An engine without states reads them as well.
+    // An engine without states reads the events as well.
     let log = EventLog::<GameEvent>::open(config()).unwrap();
     let mut reader = log.reader(ShardId(0));
     let mut count = 0;
@@ -290,7 +295,7 @@ fn a_store_of_older_events_opens_as_if_todays_program_had_written_it() {
         count += 1;
     }
     assert_eq!(count, expected.len());
-    // And the older program does not: it cannot know what it would miss.
+    // The older program refuses the store, because it cannot read the new events.
     drop((log, reader));
     match EventLog::<GameEventV1>::open(config()).unwrap_err() {
         OpenError::UnknownEventType { event_type, name, schema_version, .. } => {
@@ -316,11 +321,11 @@ fn an_older_version_without_an_upcaster_is_refused_before_any_byte_changes() {
             other => panic!("{other:?}"),
         }
     }
-    assert!(tree(dir.path()) == before, "nothing was changed, created or removed");
+    assert!(tree(dir.path()) == before, "no file was changed, created or removed");
 }
 
 #[test]
-fn an_older_version_without_an_upcaster_is_refused_behind_a_checkpoint_too() {
+fn an_older_version_without_an_upcaster_is_refused_even_if_a_checkpoint_covers_it() {
     let dir = golden_store();
     let engine = Engine::<Player>::open(os_cache(dir.path())).unwrap();
     engine.flush(soon()).unwrap();
@@ -330,11 +335,11 @@ fn an_older_version_without_an_upcaster_is_refused_behind_a_checkpoint_too() {
     let before = tree(dir.path());
     let error = EventLog::<forgetful::GameEvent>::open(os_cache(dir.path())).map(drop).unwrap_err();
     assert!(matches!(error, OpenError::UnknownEventType { .. }), "{error:?}");
-    assert!(tree(dir.path()) == before, "nothing was changed, created or removed");
+    assert!(tree(dir.path()) == before, "no file was changed, created or removed");
 }
 
 #[test]
-fn an_upcaster_that_fails_is_an_error_at_the_event_and_no_panic() {
+fn a_failing_upcaster_is_an_error_that_names_the_event() {
     let dir = golden_store();
     let before = tree(dir.path());
     let nth = expected().iter().position(|(.., event)| *event == GameEvent::Said { text: "ho4".repeat(3) }).unwrap();
@@ -348,7 +353,7 @@ fn an_upcaster_that_fails_is_an_error_at_the_event_and_no_panic() {
     match Engine::<refusing::Player>::open(os_cache(dir.path())).map(drop).unwrap_err() {
         OpenError::Corruption(corruption) => {
             assert_eq!((corruption.shard, corruption.segment), (ShardId(0), 0));
-            assert!(corruption.offset >= at, "at the record: {corruption}");
+            assert!(corruption.offset >= at, "the error names the record: {corruption}");
         }
         other => panic!("{other:?}"),
     }
@@ -357,9 +362,9 @@ fn an_upcaster_that_fails_is_an_error_at_the_event_and_no_panic() {
         after.keys().map(|path| path.file_name()).collect::<Vec<_>>(),
         before.keys().map(|path| path.file_name()).collect::<Vec<_>>()
     );
-    assert!(after.values().eq(before.values()), "nothing was changed");
+    assert!(after.values().eq(before.values()), "no file was changed");
 
-    // Without states nothing is folded, and the reader meets it.
+    // Without states opening folds nothing, and the reader reports the error.
     let log = EventLog::<refusing::GameEvent>::open(os_cache(dir.path())).unwrap();
     let mut reader = log.reader(ShardId(0));
     (0..nth).for_each(|_| assert!(reader.next().unwrap().is_some()));
@@ -371,7 +376,7 @@ fn an_upcaster_that_fails_is_an_error_at_the_event_and_no_panic() {
     }
 }
 
-/// A program that declares type 1 in version 3, type 2 in version 1, and these upcasters.
+/// Declares an event with type 1 in version 3, type 2 in version 1, and these upcasters.
 macro_rules! declaring {
     ($name:ident, $upcasters:expr) => {
         #[derive(Archive, Serialize, Deserialize, Bounded)]
@@ -401,7 +406,7 @@ declaring!(
 );
 
 #[test]
-fn an_upcaster_that_nothing_is_read_with_is_a_mistake() {
+fn an_upcaster_that_no_stored_version_needs_is_refused() {
     fn refused<E: Event>(config: Config) -> (u16, u16) {
         match EventLog::<E>::open(config).map(drop) {
             Err(OpenError::Config(ConfigError::UselessUpcaster { event_type, schema_version })) => {
@@ -412,7 +417,7 @@ fn an_upcaster_that_nothing_is_read_with_is_a_mistake() {
     }
     let dir = tempfile::tempdir().unwrap();
     let config = || os_cache(dir.path()).durability(Durability::OsCache);
-    // Both of a store that is not there yet and of one that is.
+    // For a store that does not exist yet, and for one that does.
     for _ in 0..2 {
         assert_eq!(refused::<Undeclared>(config()), (3, 1));
         assert_eq!(refused::<OfToday>(config()), (1, 3));
@@ -429,14 +434,14 @@ today!(
     &[
         Upcaster::new(1, 1, GameEvent::from_v1),
         Upcaster::new(2, 1, |archive| {
-            assert!(!PANICS.load(Ordering::SeqCst), "as it must");
+            assert!(!PANICS.load(Ordering::SeqCst), "a panic on purpose");
             GameEvent::from_v1(archive)
         })
     ]
 );
 
 #[test]
-fn a_consumer_outlives_an_upcaster_that_panics() {
+fn a_consumer_survives_a_panicking_upcaster() {
     for concurrency in [1, 3] {
         let dir = golden_store();
         let engine = EventLog::<panicking::GameEvent>::open(os_cache(dir.path())).unwrap();
@@ -448,7 +453,7 @@ fn a_consumer_outlives_an_upcaster_that_panics() {
         assert!(consumer.drain(soon()));
         let letters = consumer.dead_letters(None, 100).unwrap();
         let failed = letters.iter().find(|letter| letter.why == LetterKind::Failed).unwrap();
-        assert!(failed.error.contains("as it must"), "{}", failed.error);
+        assert!(failed.error.contains("a panic on purpose"), "{}", failed.error);
         PANICS.store(false, Ordering::SeqCst);
         consumer.reprocess(Letters::All).unwrap();
         while consumer.report().letters.letters > 0 {

@@ -1,4 +1,4 @@
-//! No allocation per event on the hot path.
+//! The hot path allocates nothing per event.
 
 use crate::common::own_process::is_own_process;
 use crate::common::{env_number, soon};
@@ -23,7 +23,7 @@ impl Event for Step {
     }
 }
 
-/// A state that owns no memory besides itself.
+/// A state without owned memory.
 #[derive(Archive, Serialize, Deserialize, Bounded, Debug, Clone, Default, PartialEq)]
 struct Player {
     x: f32,
@@ -65,7 +65,7 @@ fn publish(producer: &mut corelane::Producer<Step>, batch: &mut Vec<(Key, Step)>
     }
 }
 
-/// Allocations while `events` events go through, one shard, histograms on.
+/// The allocations while one shard processes `events` events, with histograms.
 fn allocations<A: Aggregate<Event = Step>>(
     durability: Durability,
     events: u64,
@@ -89,14 +89,14 @@ fn allocations<A: Aggregate<Event = Step>>(
     allocations
 }
 
-// One test, one after the other: it counts what the whole process allocates.
+// One test for all cases, because it counts the allocations of the whole process.
 #[test]
 fn nothing_is_allocated_per_event() {
     if !is_own_process("allocation::nothing_is_allocated_per_event") {
         return;
     }
     let events = env_number("CORELANE_ALLOCATION_EVENTS", 600_000);
-    // What remains belongs to segments (some 60,000 events each) and to syncs, not to events.
+    // The remaining allocations belong to segments (about 60,000 events each) and to syncs, not to events.
     for (durability, bound) in [(Durability::OsCache, events / 1_000), (Durability::GroupCommit, events / 200)] {
         let plain = allocations::<Stateless<Step>>(durability, events, |builder| builder, |_| ());
         eprintln!("{durability:?}: {plain} allocations for {events} events");
@@ -122,8 +122,8 @@ fn states_snapshots_and_views_allocate_nothing_per_event(events: u64) {
             client.send(Key(n % USERS), n).tell().unwrap();
         }
     };
-    // Snapshots besides: each hundredth event's place is noted in the index, in lists that grow by doubling, and a chunk of
-    // some hundred of them is one write and one list. Checkpoints, which retention wants, list the places of all keys.
+    // Snapshots allocate as well: the index notes every hundredth event in lists that grow by doubling, and a chunk of
+    // about a hundred snapshots is one write and one list. Checkpoints, which retention requests, list all keys.
     for (durability, bound) in [(Durability::OsCache, events / 200), (Durability::GroupCommit, events / 100)] {
         let all = allocations::<Player>(durability, events, with_views, with_commands);
         eprintln!("{durability:?} with states, snapshots, views, commands: {all} allocations for {events} events");

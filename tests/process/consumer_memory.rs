@@ -1,4 +1,4 @@
-//! Memory of what services are made of: bytes per waiting and parked key, and no allocation per item in order.
+//! Memory of a consumer's parts: bytes per waiting and parked key, and no allocation per item in order.
 
 use std::time::{Duration, Instant};
 
@@ -10,24 +10,24 @@ use corelane::{Key, Offset};
 const KEYS: u64 = 1_000_000;
 const SECOND: Duration = Duration::from_secs(1);
 
-fn offer_all(lanes: &mut KeyQueues, from: u64) {
+fn offer_all(queues: &mut KeyQueues, from: u64) {
     for n in 0..KEYS {
-        lanes.offer(Key::new(n), Offset(from + n)).unwrap();
+        queues.offer(Key::new(n), Offset(from + n)).unwrap();
     }
 }
 
-/// Lets everything run that may; `fate` says what becomes of it.
-fn run_all(lanes: &mut KeyQueues, now: Duration, verdict: Option<Verdict>) -> u64 {
+/// Runs every event that may run and ends it as `verdict` says. Returns the number of runs.
+fn run_all(queues: &mut KeyQueues, now: Duration, verdict: Option<Verdict>) -> u64 {
     let mut runs = 0;
     loop {
-        let ticked = lanes.tick(now);
-        while let Some(run) = lanes.next() {
+        let ticked = queues.tick(now);
+        while let Some(run) = queues.next() {
             runs += 1;
             match verdict {
-                None => lanes.succeeded(run),
+                None => queues.succeeded(run),
                 Some(verdict) => {
-                    if let Some(record) = lanes.failed(run, verdict, now) {
-                        lanes.recorded(record);
+                    if let Some(record) = queues.failed(run, verdict, now) {
+                        queues.recorded(record);
                     }
                 }
             }
@@ -42,54 +42,54 @@ fn run_all(lanes: &mut KeyQueues, now: Duration, verdict: Option<Verdict>) -> u6
 fn a_million_keys_wait_or_are_parked_in_bounded_memory() {
     let policy = QueuePolicy::default().unfinished_max(1 << 20).keys_max(1 << 20).concurrency(64);
     let before = counting::thread_bytes();
-    let mut lanes = KeyQueues::new(policy, Offset(0)).unwrap();
+    let mut queues = KeyQueues::new(policy, Offset(0)).unwrap();
     let began = Instant::now();
 
-    offer_all(&mut lanes, 0);
-    // Spread over a second, as jitter does.
+    offer_all(&mut queues, 0);
+    // The retries spread over a second, as with jitter.
     for n in 0..KEYS {
-        let run = lanes.next().unwrap();
+        let run = queues.next().unwrap();
         let after = Duration::from_nanos(Key::new(n).hash() % 1_000_000_000);
-        lanes.failed(run, Verdict::Retry { after }, Duration::ZERO);
+        queues.failed(run, Verdict::Retry { after }, Duration::ZERO);
     }
-    assert_eq!(lanes.statistics().waiting as u64, KEYS);
+    assert_eq!(queues.statistics().waiting as u64, KEYS);
     let retrying_bytes = (counting::thread_bytes() - before) as u64;
 
-    assert_eq!(run_all(&mut lanes, SECOND, Some(Verdict::Park)), KEYS);
-    assert_eq!((lanes.statistics().keys as u64, lanes.statistics().unfinished), (KEYS, 0));
-    assert_eq!(lanes.checkpoint(), Offset(KEYS - 1), "all but the last are passed");
+    assert_eq!(run_all(&mut queues, SECOND, Some(Verdict::Park)), KEYS);
+    assert_eq!((queues.statistics().keys as u64, queues.statistics().unfinished), (KEYS, 0));
+    assert_eq!(queues.checkpoint(), Offset(KEYS - 1), "the position passes all but the last event");
 
-    // Live again, and all of it once more: everything is used again.
+    // Unparks every key and repeats all of it: the memory is reused.
     for n in 0..KEYS {
-        assert_eq!(lanes.unpark(Key::new(n), 1), Ok(0));
+        assert_eq!(queues.unpark(Key::new(n), 1), Ok(0));
     }
-    assert_eq!(lanes.statistics().keys, 0);
-    offer_all(&mut lanes, KEYS);
+    assert_eq!(queues.statistics().keys, 0);
+    offer_all(&mut queues, KEYS);
     let retry = Verdict::Retry { after: SECOND };
-    assert_eq!(run_all(&mut lanes, Duration::ZERO, Some(retry)), KEYS);
-    assert_eq!(run_all(&mut lanes, SECOND, None), KEYS);
+    assert_eq!(run_all(&mut queues, Duration::ZERO, Some(retry)), KEYS);
+    assert_eq!(run_all(&mut queues, SECOND, None), KEYS);
     let after_bytes = (counting::thread_bytes() - before) as u64;
     assert!(after_bytes <= retrying_bytes, "{after_bytes} bytes after {retrying_bytes}");
     let took = began.elapsed();
-    drop(lanes);
+    drop(queues);
     assert_eq!(counting::thread_bytes(), before);
 
-    // Parked keys alone, as after a restart.
-    let mut lanes = KeyQueues::new(QueuePolicy::default(), Offset(0)).unwrap();
+    // Only parked keys, as after a restart.
+    let mut queues = KeyQueues::new(QueuePolicy::default(), Offset(0)).unwrap();
     for n in 0..KEYS {
-        lanes.restore_parked(Key::new(n), 1).unwrap();
+        queues.restore_parked(Key::new(n), 1).unwrap();
     }
     let parked_bytes = (counting::thread_bytes() - before) as u64;
     let (retrying, parked) = (retrying_bytes / KEYS, parked_bytes / KEYS);
     eprintln!("bytes per key: {retrying} retrying with one event, {parked} parked; 8 M steps in {took:?}");
-    // A table that has just doubled takes twice what it holds.
+    // A table that has just doubled takes twice the size of its entries.
     assert!(retrying <= 120 && parked <= 50, "{retrying} and {parked} bytes per key");
 }
 
 #[test]
 fn the_gate_allocates_nothing_per_item_in_order() {
     let mut gate = SequenceGate::new(GatePolicy::default().gap_wait_max(Duration::ZERO)).unwrap();
-    // One partition that never lost anything, and one that remembers a closed gap.
+    // One partition without gaps, and one that remembers a closed gap.
     assert_eq!(gate.offer(0_u64, 0, [0_u8; 48], SECOND), Ok(Offered::Passed([0; 48])));
     assert_eq!(gate.offer(1, 1, [0; 48], SECOND), Ok(Offered::Buffered));
     while gate.next(SECOND).is_some() {}
@@ -103,7 +103,7 @@ fn the_gate_allocates_nothing_per_item_in_order() {
 }
 
 #[test]
-fn a_gate_of_a_million_partitions_in_order_is_small() {
+fn a_gate_of_a_million_partitions_in_order_takes_little_memory() {
     let before = counting::thread_bytes();
     let mut gate = SequenceGate::new(GatePolicy::default()).unwrap();
     for partition in 0..KEYS {

@@ -7,15 +7,15 @@ use crate::common::own_process::is_own_process;
 use crate::common::{Note, small, soon};
 use corelane::{Durability, EventLog, Key, Retention, Wait};
 
-/// A thread of the engine as the kernel sees it.
+/// The kernel's view of a thread of the engine.
 #[derive(Debug, PartialEq, Eq)]
 struct Thread {
     name: String,
-    /// `S`: it sleeps until somebody wakes it.
+    /// `S` if it sleeps until it is woken.
     state: char,
-    /// How often it went to sleep or waited for the disk.
+    /// The number of times that it went to sleep or waited for the disk.
     sleeps: u64,
-    /// Calls of the kernel that read or write, which leave their own count.
+    /// The number of system calls that read or write, which the kernel counts separately.
     calls: u64,
 }
 
@@ -43,7 +43,7 @@ fn threads() -> BTreeMap<u64, Thread> {
         .collect()
 }
 
-/// The threads once all of them have slept through a tenth of a second.
+/// Returns the threads once all of them have slept for a tenth of a second.
 fn at_rest() -> BTreeMap<u64, Thread> {
     let (end, mut before) = (soon().unwrap(), threads());
     loop {
@@ -52,14 +52,14 @@ fn at_rest() -> BTreeMap<u64, Thread> {
         if now == before && now.values().all(|thread| thread.state == 'S') {
             return now;
         }
-        assert!(Instant::now() < end, "they never rest: {now:?}");
+        assert!(Instant::now() < end, "the threads never rest: {now:?}");
         before = now;
     }
 }
 
 #[test]
-fn an_idle_engine_that_parks_is_woken_by_nobody() {
-    if !is_own_process("idle::an_idle_engine_that_parks_is_woken_by_nobody") {
+fn no_thread_of_an_idle_parking_engine_wakes_up() {
+    if !is_own_process("idle::no_thread_of_an_idle_parking_engine_wakes_up") {
         return;
     }
     for durability in [Durability::GroupCommit, Durability::Periodic(Duration::from_millis(5)), Durability::OsCache] {
@@ -72,7 +72,7 @@ fn an_idle_engine_that_parks_is_woken_by_nobody() {
             producer.publish(Key(n), Note::sized(n, 100)).unwrap();
             shared.publish(Key(n), Note::new(n)).unwrap();
         }
-        // Flushes that meet each other's events ask for more than one sync; none may be asked for that never comes.
+        // Concurrent flushes request more syncs than one; no requested sync may be missed.
         std::thread::scope(|scope| {
             for thread in 0..4 {
                 let (engine, shared) = (&engine, shared.clone());
@@ -85,7 +85,7 @@ fn an_idle_engine_that_parks_is_woken_by_nobody() {
             }
         });
         let before = at_rest();
-        assert_eq!(before.len(), 6, "the keeper, the saver, and two for each shard: {before:?}");
+        assert_eq!(before.len(), 6, "a keeper, a saver, and two threads per shard: {before:?}");
         let began = Instant::now();
         std::thread::sleep(Duration::from_secs(2));
         let after = threads();
@@ -93,13 +93,13 @@ fn an_idle_engine_that_parks_is_woken_by_nobody() {
         for (id, before) in &before {
             let (after, name) = (&after[id], &before.name);
             let (woken, calls) = (after.sleeps - before.sleeps, after.calls - before.calls);
-            // The keeper looks at the segments' age once a second, and asks nobody for it.
+            // The keeper checks the segments' age once a second and needs no other thread for it.
             let woken_max = if name == "corelane-keeper" { seconds } else { 0 };
-            assert!(woken <= woken_max, "{durability:?}: {name} was woken {woken} times in {seconds} s");
+            assert!(woken <= woken_max, "{durability:?}: {name} woke up {woken} times in {seconds} s");
             assert_eq!(calls, 0, "{durability:?}: {name} read or wrote");
         }
         assert!(after.values().all(|thread| thread.state == 'S' || thread.name == "corelane-keeper"), "{after:?}");
-        // And wakes up.
+        // The engine wakes up for an event.
         producer.publish(Key(1), Note::new(1)).unwrap().appended().wait_until(soon().unwrap()).unwrap();
         engine.shutdown(soon()).unwrap();
     }

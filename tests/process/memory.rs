@@ -1,4 +1,4 @@
-//! Memory stays flat over time with retention on.
+//! With retention, memory does not grow over time.
 
 use std::time::Instant;
 
@@ -7,24 +7,25 @@ use crate::common::{Note, env_number, soon};
 use crate::counting;
 use corelane::{Config, Durability, EventLog, Key, Pin, Retention};
 
-/// Anonymous memory of the process that is resident, in KiB. (Segments are pages of files.)
+/// The resident anonymous memory of the process in KiB. Segments are pages of files and do not count.
 fn resident_kib() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap();
     let line = status.lines().find(|line| line.starts_with("RssAnon")).unwrap();
     line.split_whitespace().nth(1).unwrap().parse().unwrap()
 }
 
-/// Segments mapped.
+/// The number of mapped segments.
 fn mappings() -> usize {
     std::fs::read_to_string("/proc/self/maps").unwrap().lines().filter(|line| line.contains(".seg")).count()
 }
 
-/// Publishes so that many segments are freed, from every kind of producer; some come and go.
+/// Publishes until `segments` more segments are freed, from every kind of producer; most are created and dropped on the
+/// way.
 fn run(engine: &EventLog<Note>, segments: u64) {
     let freed = || engine.metrics().shards[0].segments_freed;
-    let (until, end, mut n) = (freed() + segments, soon().unwrap(), 0);
+    let (target, end, mut n) = (freed() + segments, soon().unwrap(), 0);
     let shared = engine.shared_producer();
-    while freed() < until {
+    while freed() < target {
         assert!(Instant::now() < end, "{} segments freed", freed());
         let mut producer = engine.producer();
         let mut receipt = None;
@@ -59,7 +60,7 @@ fn memory_does_not_grow_over_time_with_retention() {
         );
         assert!(held_after < held + (64 << 10), "{durability:?}: {held} -> {held_after} bytes held");
         assert!(resident_after < resident + 4096, "{durability:?}: {resident} -> {resident_after} KiB resident");
-        // 4 in retention, one more for a moment, one prepared, two spares.
+        // Four segments in retention, one about to be freed, one prepared, two spares.
         assert!(mappings() <= 8, "{durability:?}: {} segments mapped", mappings());
         engine.shutdown(soon()).unwrap();
     }

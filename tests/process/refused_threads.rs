@@ -1,4 +1,4 @@
-//! Consumers for which the system starts no thread.
+//! Consumers whose threads the operating system refuses to start.
 
 use std::sync::mpsc::{Sender, channel};
 
@@ -9,7 +9,7 @@ use corelane::testing::FaultyStorage;
 use corelane::{EventLog, HandlerError, Key, Meta, Position, ShardId};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
-/// Takes everything in, and keeps nothing.
+/// A sink that takes every event and keeps none.
 struct Taker;
 
 impl Sink<Note> for Taker {
@@ -23,10 +23,10 @@ impl Sink<Note> for Taker {
     }
 }
 
-/// No thread can be started until it is dropped.
+/// While this exists, no thread can be started.
 struct NoThreads {
     before: Rlimit,
-    /// While it is there, so are the threads that took what room there was.
+    /// Keeps the threads alive that fill the address space.
     _ends: Vec<Sender<()>>,
 }
 
@@ -35,7 +35,7 @@ impl NoThreads {
         let before = getrlimit(Resource::As);
         let mut ends = Vec::new();
         limit(&before, 8 << 20);
-        // Stacks of threads that have ended are used again.
+        // Cached stacks of ended threads are reused, so uses them up first.
         loop {
             let (end, ended) = channel::<()>();
             match std::thread::Builder::new().spawn(move || ended.recv()) {
@@ -43,7 +43,7 @@ impl NoThreads {
                 Err(_) => break,
             }
         }
-        // Room for what is allocated, and not for a stack.
+        // Leaves room for allocations, but not for a stack.
         limit(&before, 1 << 20);
         Self { before, _ends: ends }
     }
@@ -55,7 +55,7 @@ impl Drop for NoThreads {
     }
 }
 
-/// Lets this process have so much more address space than it has.
+/// Limits the address space of this process to `more_bytes` more than it has.
 fn limit(before: &Rlimit, more_bytes: u64) {
     let status = std::fs::read_to_string("/proc/self/status").unwrap();
     let size = status.lines().find_map(|line| line.strip_prefix("VmSize:")).unwrap();
@@ -87,11 +87,11 @@ fn a_consumer_whose_thread_cannot_be_started_is_shown_with_the_reason() {
     let storage = FaultyStorage::new();
     let engine: EventLog<Note> = open_on(&storage, small("/s")).unwrap();
     engine.producer().publish(Key(1), Note::new(1)).unwrap().appended().wait().unwrap();
-    // What the engine's threads prepare needs room too.
+    // Waits until the engine's threads have prepared their files, which needs memory too.
     settle(&storage);
-    let nothing_more = NoThreads::new();
+    let no_threads = NoThreads::new();
     let refused = starts.map(|(name, start)| start(engine.consumer(name)).map(drop));
-    drop(nothing_more);
+    drop(no_threads);
     for ((name, start), refused) in starts.iter().zip(refused) {
         let error = refused.unwrap_err().to_string();
         assert!(error.contains("starting a thread"), "{name}: {error}");

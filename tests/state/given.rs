@@ -1,4 +1,4 @@
-//! The kit for rules without an engine: it decides and folds as a shard does, and says what is wrong so that a person can read it.
+//! The test kit for aggregates without an engine: it decides and folds as a shard does, and its failures are readable.
 
 use crate::common::bank::{Account, Money, Order, Refused};
 use crate::common::{os_cache, soon};
@@ -9,9 +9,9 @@ use corelane::{
 };
 use rkyv::{Archive, Deserialize, Serialize};
 
-/// What a test that fails says.
+/// Returns the message of a failing test.
 fn complaint<T>(failing: impl FnOnce() -> T) -> String {
-    let panic = std::panic::catch_unwind(std::panic::AssertUnwindSafe(failing)).err().expect("it fails");
+    let panic = std::panic::catch_unwind(std::panic::AssertUnwindSafe(failing)).err().expect("the test fails");
     match panic.downcast::<String>() {
         Ok(text) => *text,
         Err(panic) => (*panic.downcast::<&str>().unwrap()).to_owned(),
@@ -36,7 +36,7 @@ fn rules_are_tested_without_an_engine() {
 }
 
 #[test]
-fn what_does_not_hold_is_said_so_that_it_can_be_read() {
+fn failures_show_the_expected_and_the_actual_result() {
     let deposited = || given::<Account>([Money::Deposited { cents: 100 }]);
     let says = complaint(|| deposited().when(Order::Withdraw(70)).then([Money::Withdrawn { cents: 71 }]));
     assert_eq!(
@@ -63,7 +63,7 @@ fn what_does_not_hold_is_said_so_that_it_can_be_read() {
     );
 }
 
-/// Remembers everything that it is shown.
+/// An aggregate that records everything passed to `evolve`.
 #[derive(Archive, Serialize, Deserialize, Bounded, Debug, Clone, Default, PartialEq)]
 struct Witness {
     seen: Vec<Seen>,
@@ -149,7 +149,7 @@ impl Aggregate for Witness {
 }
 
 #[test]
-fn events_meet_the_fold_as_they_do_in_an_engine() {
+fn the_kit_folds_events_as_an_engine_does() {
     let commands = || {
         vec![
             (0, vec![Said { at: Some(5), ..Said::plain("first") }]),
@@ -175,24 +175,24 @@ fn events_meet_the_fold_as_they_do_in_an_engine() {
     for command in commands() {
         kit = kit.when(command).and([]);
     }
-    // A live log has marks between its events.
-    let placeless = |witness: &Witness| {
+    // The log of an engine has marks between its events.
+    let without_offsets = |witness: &Witness| {
         let mut seen = witness.seen.clone();
         let places: Vec<_> = std::iter::once(None).chain(seen.iter().map(|seen| Some(seen.offset))).collect();
         seen.iter_mut().zip(places).for_each(|(seen, place)| {
-            assert_eq!(seen.previous, place, "linked to the one before");
+            assert_eq!(seen.previous, place, "each event is linked to the previous one");
             (seen.offset, seen.previous) = (0, None);
         });
         seen
     };
     drop(kit.then_state(|witness| {
-        assert_eq!(placeless(witness), placeless(&live));
+        assert_eq!(without_offsets(witness), without_offsets(&live));
         assert_eq!(witness.seen[0].offset, live.seen[0].offset);
     }));
 }
 
 #[test]
-fn a_decision_is_told_key_version_and_time() {
+fn a_decision_gets_the_key_version_and_time() {
     let now = Time(123);
     let (key, version) = (Key(9), 2);
     given::<Witness>([])
@@ -219,7 +219,7 @@ fn events_of_older_layouts_go_through_their_upcasters() {
 }
 
 #[test]
-fn what_an_engine_would_refuse_is_refused() {
+fn the_kit_refuses_events_that_an_engine_refuses() {
     let undeclared = || Said { event_type: 4, ..Said::plain("") };
     let says = complaint(|| given::<Witness>([undeclared()]));
     assert_eq!(says, "the event is of type 4, which its TYPES do not declare");

@@ -1,4 +1,4 @@
-//! The least and the greatest ids, keys, times, versions and offsets are values like any other, or are refused.
+//! The smallest and largest ids, keys, times, versions and offsets are ordinary values, or are refused.
 
 use std::convert::Infallible;
 
@@ -15,7 +15,7 @@ use rkyv::{Archive, Deserialize, Serialize};
 
 const KEYS: [Key; 4] = [Key(0), Key(1), Key(u64::MAX - 1), Key(u64::MAX)];
 
-/// An event that says everything itself.
+/// An event with its own time and correlation, under the largest type id and schema version.
 #[derive(Archive, Serialize, Deserialize, Bounded, Debug, Clone)]
 struct Said {
     time: u64,
@@ -61,7 +61,7 @@ impl Aggregate for Heard {
     }
 }
 
-/// Opens a store of three events per key, of times 0, 1 and the last there is.
+/// Opens a store of three events per key, at times 0, 1 and the last possible one.
 fn heard(storage: &FaultyStorage) -> Engine<Heard> {
     let open = || Engine::<Heard>::builder(small("/s").snapshot_every(2)).faulty_storage(storage).open().unwrap();
     let engine = open();
@@ -79,7 +79,7 @@ fn heard(storage: &FaultyStorage) -> Engine<Heard> {
 }
 
 #[test]
-fn the_first_and_the_last_key_are_keys_like_others() {
+fn the_smallest_and_largest_keys_are_ordinary_keys() {
     let storage = FaultyStorage::new();
     drop(heard(&storage));
     let values = ById::<Heard, u64>::new(64, |heard: &Heard| heard.events);
@@ -97,13 +97,13 @@ fn the_first_and_the_last_key_are_keys_like_others() {
             let meta = stream.next().unwrap().unwrap().meta;
             assert_eq!((meta.key, meta.version.0, meta.previous.is_none()), (key, version, version == 1));
             let type_ends = (meta.event_type.0, meta.schema_version);
-            assert_eq!(type_ends, (u16::MAX, u16::MAX), "the last type id and version, too");
+            assert_eq!(type_ends, (u16::MAX, u16::MAX), "the largest type id and schema version");
             assert_eq!(meta.correlation.0, u64::MAX - meta.time.0);
         }
         assert_eq!(values.get(key).unwrap(), Some(3), "{key}");
     }
     let mut ranked: Vec<_> = best.top(10).iter().map(|ranked| ranked.key).collect();
-    assert_eq!(ranked.pop(), Some(Key(u64::MAX)), "the least score of the last key");
+    assert_eq!(ranked.pop(), Some(Key(u64::MAX)), "the last key has the lowest score");
     ranked.sort();
     assert_eq!(ranked, KEYS[..3]);
 
@@ -118,7 +118,7 @@ fn the_first_and_the_last_key_are_keys_like_others() {
 }
 
 #[test]
-fn the_first_and_the_last_time_are_times_like_others() {
+fn the_smallest_and_largest_times_are_ordinary_times() {
     let storage = FaultyStorage::new();
     let engine = heard(&storage);
     let counted = |from, until| {
@@ -126,11 +126,7 @@ fn the_first_and_the_last_time_are_times_like_others() {
         std::iter::from_fn(|| between.next().unwrap().map(|_| ())).count()
     };
     assert_eq!((counted(0, 1), counted(0, 2), counted(1, 2)), (4, 8, 4));
-    assert_eq!(
-        (counted(2, u64::MAX), counted(u64::MAX, u64::MAX)),
-        (4, 4),
-        "up to the last, which has no end behind it"
-    );
+    assert_eq!((counted(2, u64::MAX), counted(u64::MAX, u64::MAX)), (4, 4), "the last time is included");
     assert_eq!(counted(0, u64::MAX - 1), 8);
     for (time, events) in [(0, 1), (1, 2), (u64::MAX - 1, 2), (u64::MAX, 3)] {
         assert_eq!(engine.state_at(Key(1), Time(time)).unwrap().state.events, events, "at {time}");
@@ -138,7 +134,7 @@ fn the_first_and_the_last_time_are_times_like_others() {
 }
 
 #[test]
-fn versions_and_offsets_beyond_all_there_are_give_errors_and_overflow_nothing() {
+fn versions_and_offsets_beyond_the_log_are_errors_without_overflow() {
     let storage = FaultyStorage::new();
     let engine = heard(&storage);
     for version in [4, u64::MAX - 1, u64::MAX] {
@@ -147,7 +143,7 @@ fn versions_and_offsets_beyond_all_there_are_give_errors_and_overflow_nothing() 
         assert!(engine.stream(Key(0), Version(version)).unwrap().next().unwrap().is_none());
     }
     for offset in [1, 4097, u64::MAX - 15, u64::MAX] {
-        // Between records, or beyond all: an error now or at the first step, or nothing.
+        // Between records, or beyond the log: an error from `reader_at` or from the first `next`, or no event.
         if let Ok(mut reader) = engine.reader_at(ShardId(0), Offset(offset)) {
             assert!(!matches!(reader.next(), Ok(Some(_))), "offset {offset}");
         }
@@ -155,7 +151,7 @@ fn versions_and_offsets_beyond_all_there_are_give_errors_and_overflow_nothing() 
     let consumer = engine.consumer("c").start(|_, _| Ok(())).unwrap();
     for offset in [0, u64::MAX] {
         let id = EventId { shard: ShardId(0), offset: Offset(offset) };
-        let _told = consumer.wait_handled(Key(0), id, Some(std::time::Instant::now()));
+        let _outcome = consumer.wait_handled(Key(0), id, Some(std::time::Instant::now()));
     }
     assert!(consumer.drain(soon()));
 }
@@ -173,7 +169,7 @@ fn idempotency_keys_and_expected_versions_have_no_special_values() {
             assert!(matches!(rejected, Err(CommandError::Rejected(Refused::NotEnough { .. }))), "{rejected:?}");
         }
         let state = engine.state(Key(1)).unwrap().unwrap().0;
-        assert_eq!(state.cents, 30, "each of them once");
+        assert_eq!(state.cents, 30, "each deposit counts once");
         let refused = client.send(Key(1), Order::Deposit(1)).expect(ExpectedVersion::Exact(Version(u64::MAX))).wait();
         assert!(matches!(refused, Err(CommandError::WrongVersion { .. })), "{refused:?}");
         if round == 1 {

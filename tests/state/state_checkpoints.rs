@@ -1,4 +1,4 @@
-//! What a kill or a power cut leaves of checkpoints that were made while events went on, and of commands cut in the middle.
+//! Kills and power cuts: checkpoints written while events are appended, and commands cut in the middle.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -13,7 +13,7 @@ fn open(storage: &FaultyStorage, config: Config) -> Engine<Account> {
     Engine::<Account>::builder(config).faulty_storage(storage).open().unwrap()
 }
 
-/// The segment that is written, and where its records end.
+/// The active segment, and the end of its records.
 fn last_segment(files: &BTreeMap<PathBuf, Vec<u8>>, end: u64) -> (PathBuf, usize) {
     let path = PathBuf::from(format!("/s/shard-0000/{:012}.seg", end / crate::common::SEGMENT));
     assert!(files.contains_key(&path), "{path:?}");
@@ -23,7 +23,7 @@ fn last_segment(files: &BTreeMap<PathBuf, Vec<u8>>, end: u64) -> (PathBuf, usize
 const KEYS: u64 = 8_000;
 
 #[test]
-fn a_checkpoint_made_while_events_go_on_gives_the_states_that_there_were() {
+fn a_checkpoint_written_while_events_are_appended_gives_the_right_states() {
     for round in 0..3_u64 {
         let storage = FaultyStorage::new();
         let durability = if round == 2 { Durability::GroupCommit } else { Durability::OsCache };
@@ -39,7 +39,7 @@ fn a_checkpoint_made_while_events_go_on_gives_the_states_that_there_were() {
                     if stop.load(Ordering::SeqCst) {
                         break;
                     }
-                    // Some keys often, so that most of what a checkpoint saves has gone on since it began.
+                    // Some keys change often, so that most states change while the checkpoint is written.
                     let key = if n % 2 == 0 { n % 50 } else { n * 7919 % (KEYS + 500) };
                     producer.publish(Key(key), Money::Deposited { cents: n }).unwrap();
                 }
@@ -57,7 +57,7 @@ fn a_checkpoint_made_while_events_go_on_gives_the_states_that_there_were() {
         let killed = FaultyStorage::with_files(storage.files());
         let mut disks = vec![killed.clone()];
         if durability == Durability::OsCache {
-            // All of it had reached the disk, and the machine went down: nobody can know that it had.
+            // All of it had reached the disk when the machine went down, which opening cannot know.
             killed.crash(Unsynced::Lost);
             disks.push(killed);
         }
@@ -72,7 +72,7 @@ fn a_checkpoint_made_while_events_go_on_gives_the_states_that_there_were() {
     }
 }
 
-/// Where the log ends within what a checkpoint knows, the checkpoint is not believed: the states are those of the log.
+/// Cuts the log before the end of the checkpoint and checks that the states come from the log, not from the checkpoint.
 fn cut_everywhere(files: &BTreeMap<PathBuf, Vec<u8>>, config: impl Fn() -> Config) {
     let segments: Vec<_> = files.keys().filter(|path| path.extension().is_some_and(|end| end == "seg")).collect();
     for path in segments.iter().skip(1).step_by(segments.len() / 16 + 1) {
@@ -86,7 +86,7 @@ fn cut_everywhere(files: &BTreeMap<PathBuf, Vec<u8>>, config: impl Fn() -> Confi
 }
 
 #[test]
-fn a_checkpoint_of_which_the_log_lost_a_part_is_not_believed() {
+fn a_checkpoint_beyond_the_end_of_the_log_is_not_used() {
     let storage = FaultyStorage::new();
     let engine = open(&storage, os_cache("/s").snapshot_every(3));
     let mut client = engine.client();
@@ -105,11 +105,11 @@ fn a_checkpoint_of_which_the_log_lost_a_part_is_not_believed() {
         let mut cut = files.clone();
         cut.get_mut(&path).unwrap()[from..].fill(0);
         let disk = FaultyStorage::with_files(cut);
-        // Another run of the machine: what was not synced may be gone.
+        // The machine restarts, so unsynced bytes may be lost.
         disk.crash(Unsynced::Lost);
         let again = open(&disk, os_cache("/s").snapshot_every(3));
         let version = again.state(Key(1)).unwrap().map_or(0, |(_, version)| version.get());
-        assert!(version >= seen, "the log is longer, the version not: {version} after {seen}");
+        assert!(version >= seen, "a longer log has an earlier version: {version} after {seen}");
         assert!((from - 4096) / 64 >= version as usize, "{version} events in {} bytes", from - 4096);
         seen = version;
         for version in 0..=version {
@@ -117,7 +117,7 @@ fn a_checkpoint_of_which_the_log_lost_a_part_is_not_believed() {
             assert_eq!(past.state, states[version as usize], "cut at {from}, version {version}");
         }
         assert!(again.compare().unwrap().differing.is_empty());
-        // Other events take the places of those that are gone.
+        // Other events take the offsets of the lost ones.
         again.client().send(Key(1), Order::Deposit(7000)).wait().unwrap();
         let newest = again.state_at(Key(1), Version(version + 1)).unwrap();
         assert_eq!(newest.state.cents, states[version as usize].cents + 7000);
@@ -126,7 +126,7 @@ fn a_checkpoint_of_which_the_log_lost_a_part_is_not_believed() {
 }
 
 #[test]
-fn a_command_torn_anywhere_is_there_with_its_outcome_or_not_at_all() {
+fn a_torn_command_is_kept_whole_with_its_outcome_or_not_at_all() {
     let storage = FaultyStorage::new();
     let engine = open(&storage, os_cache("/s").snapshot_every(1));
     let mut client = engine.client();
@@ -149,7 +149,7 @@ fn a_command_torn_anywhere_is_there_with_its_outcome_or_not_at_all() {
         while reader.next().unwrap().is_some() {
             read += 1;
         }
-        assert_eq!(read, version.get(), "what is read is what counts");
+        assert_eq!(read, version.get(), "a reader returns the events of the state");
         assert_eq!((state.cents, state.notes), (100, version.get() - 1));
         let outcome = again.client().send(Key(1), Order::Notes { count: 3, bytes: 100 }).once(5).wait().unwrap();
         assert_eq!((outcome.version, outcome.repeated), (Version(4), is_whole), "cut at {from}");

@@ -1,4 +1,5 @@
-//! States where times do not rise or a state is too large, and checkpoints that fail, are lost, or come and go.
+//! Corner cases of states: times that do not rise, states that are too large, and checkpoints that fail, are lost or
+//! are replaced.
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -15,7 +16,7 @@ fn open(storage: &FaultyStorage, config: Config) -> Engine<Account> {
     Engine::<Account>::builder(config).faulty_storage(storage).open().unwrap()
 }
 
-/// An event that says its own time, which need not rise.
+/// An event with its own time, which need not rise.
 #[derive(Archive, Serialize, Deserialize, Bounded, Debug, Clone)]
 struct Said {
     at: u64,
@@ -47,7 +48,7 @@ impl Aggregate for Times {
 }
 
 #[test]
-fn a_time_is_looked_back_to_also_where_times_do_not_rise() {
+fn a_state_at_a_time_is_right_even_if_times_do_not_rise() {
     for (every, restarts) in [(1, false), (2, true), (3, true), (5, true), (3, false)] {
         let storage = FaultyStorage::new();
         let open = || {
@@ -81,7 +82,7 @@ fn a_time_is_looked_back_to_also_where_times_do_not_rise() {
 }
 
 #[test]
-fn with_fewer_outcomes_kept_the_newest_are() {
+fn with_a_smaller_outcomes_kept_the_newest_outcomes_stay() {
     let storage = FaultyStorage::new();
     let engine = open(&storage, small("/s").outcomes_kept(4));
     let mut client = engine.client();
@@ -102,20 +103,20 @@ fn with_fewer_outcomes_kept_the_newest_are() {
 }
 
 #[test]
-fn a_checkpoint_that_was_told_survives_a_power_cut() {
+fn an_acknowledged_checkpoint_survives_a_power_cut() {
     let storage = FaultyStorage::new();
     let config = || small("/s").durability(Durability::GroupCommit).snapshot_every(0);
     let engine = open(&storage, config());
     engine.producer().publish(Key(1), Money::Deposited { cents: 1 }).unwrap();
     engine.flush(soon()).unwrap();
-    // Until the keeper has prepared what it wants: it syncs the folder too.
+    // Waits until the keeper has prepared its segments, because it syncs the folder too.
     settle(&storage);
     engine.checkpoint(soon()).unwrap();
     let disk = storage.after_crash(Unsynced::Lost);
     assert_eq!(open(&disk, config()).snapshot_stats().checkpoints, 1);
 }
 
-/// Too large to be saved once it has an event.
+/// A state whose size an event sets, possibly too large to be saved.
 #[derive(Archive, Serialize, Deserialize, Bounded, Debug, Clone, Default, PartialEq)]
 struct Large(Vec<u8>);
 
@@ -132,7 +133,7 @@ impl Aggregate for Large {
 }
 
 #[test]
-fn a_checkpoint_without_a_state_that_is_too_large_does_not_count() {
+fn a_checkpoint_that_omits_a_too_large_state_fails() {
     let storage = FaultyStorage::new();
     let open = || Engine::<Large>::builder(small("/s").snapshot_every(0)).faulty_storage(&storage).open().unwrap();
     let engine = open();
@@ -148,14 +149,14 @@ fn a_checkpoint_without_a_state_that_is_too_large_does_not_count() {
     drop(engine);
     let engine = open();
     assert_eq!(engine.state(Key(1)).unwrap().unwrap().0.0.len(), 40 << 20);
-    // Once it is smaller again, a checkpoint is one.
+    // A checkpoint succeeds when the state is small again.
     let mut producer = engine.producer();
     producer.publish(Key(1), Said { at: 5 }).unwrap();
     engine.flush(soon()).unwrap();
     engine.checkpoint(soon()).unwrap();
 }
 
-/// Where a shard's newest checkpoint began, and how far it knows of.
+/// The start and the end of the log that the newest checkpoint covers.
 fn newest_checkpoint(storage: &FaultyStorage) -> (u64, u64) {
     let files = storage.files();
     let is_one = |path: &std::path::Path| path.file_name().unwrap().to_str().unwrap().starts_with("checkpoint-");
@@ -164,7 +165,7 @@ fn newest_checkpoint(storage: &FaultyStorage) -> (u64, u64) {
     (u64_at(24), u64_at(bytes.len() - 48 + 24))
 }
 
-/// Says something, and then no.
+/// An aggregate that emits an event and then rejects.
 #[derive(Archive, Serialize, Deserialize, Bounded, Debug, Clone, Default, PartialEq)]
 struct Hasty(u64);
 
@@ -182,7 +183,7 @@ impl Aggregate for Hasty {
 }
 
 #[test]
-fn what_a_decision_emits_before_it_rejects_is_not_appended() {
+fn events_emitted_before_a_rejection_are_not_appended() {
     let storage = FaultyStorage::new();
     let open = || Engine::<Hasty>::builder(small("/s")).faulty_storage(&storage).open().unwrap();
     let engine = open();
@@ -201,7 +202,7 @@ fn what_a_decision_emits_before_it_rejects_is_not_appended() {
 }
 
 #[test]
-fn retention_asks_again_after_a_checkpoint_that_failed_when_everybody_slept() {
+fn retention_requests_a_checkpoint_again_after_a_failure_while_every_thread_sleeps() {
     let storage = FaultyStorage::new();
     let config = small("/s")
         .durability(Durability::OsCache)
@@ -209,7 +210,7 @@ fn retention_asks_again_after_a_checkpoint_that_failed_when_everybody_slept() {
         .retention(Retention { bytes_max: Some(2 * SEGMENT), age_max: None });
     let engine = Engine::<Large>::builder(config).faulty_storage(&storage).open().unwrap();
     let mut producer = engine.producer();
-    // A checkpoint fails at its end, because of this one.
+    // This state makes every checkpoint fail at its end.
     producer.publish(Key(1), Said { at: 40 << 20 }).unwrap();
     for _ in 0..5_000 {
         producer.publish(Key(2), Said { at: 5 }).unwrap();
@@ -228,7 +229,7 @@ fn retention_asks_again_after_a_checkpoint_that_failed_when_everybody_slept() {
 }
 
 #[test]
-fn a_checkpoint_of_events_that_a_power_cut_took_is_forgotten_for_good() {
+fn a_checkpoint_of_events_lost_in_a_power_cut_is_forgotten_for_good() {
     let storage = FaultyStorage::new();
     let config = || small("/s").durability(Durability::OsCache).snapshot_every(0);
     let engine = open(&storage, config());
@@ -241,24 +242,25 @@ fn a_checkpoint_of_events_that_a_power_cut_took_is_forgotten_for_good() {
     publish(1, 101);
     let is_appended = |count| engine.shard_metrics()[0].sequence.get() == count;
     crate::common::until("appended", || is_appended(100));
-    // So far the system has written the log back by itself: nothing was acknowledged, so nothing is synced.
+    // The operating system has written back this part of the log. No event was acknowledged as durable, so none is
+    // synced.
     let log = storage.files();
     publish(101, 201);
     crate::common::until("appended", || is_appended(200));
     engine.checkpoint(soon()).unwrap();
     let end = newest_checkpoint(&storage).1;
-    // The checkpoint may have reached the disk, and no more of the log.
+    // The checkpoint may have reached the disk, but no later part of the log.
     let is_saved = |path: &std::path::Path| path.extension().is_some_and(|extension| extension == "snp");
     let mut files = storage.files();
     files.retain(|path, _| is_saved(path));
     assert_eq!(files.len(), 1);
     files.extend(log.into_iter().filter(|(path, _)| !is_saved(path)));
     let disk = FaultyStorage::with_files(files);
-    // Another run of the machine.
+    // The machine restarts.
     disk.crash(Unsynced::Lost);
     let other = open(&disk, config());
     assert_eq!(other.state(Key(0)).unwrap().unwrap().1, Version(100));
-    // Other events take the places of those that are gone, and go beyond.
+    // Other events take the offsets of the lost ones and continue beyond them.
     let mut producer = other.producer();
     for _ in 0..150 {
         producer.publish(Key(0), Money::Deposited { cents: 7 }).unwrap();
@@ -274,7 +276,7 @@ fn a_checkpoint_of_events_that_a_power_cut_took_is_forgotten_for_good() {
 }
 
 #[test]
-fn a_checkpoint_that_could_not_be_made_durable_covers_nothing() {
+fn a_checkpoint_that_cannot_be_made_durable_does_not_count() {
     let failed = |_| {
         let storage = FaultyStorage::new();
         let engine = open(&storage, small("/s").durability(Durability::GroupCommit).snapshot_every(0));
@@ -282,10 +284,10 @@ fn a_checkpoint_that_could_not_be_made_durable_covers_nothing() {
         engine.flush(soon()).unwrap();
         settle(&storage);
         storage.fail_sync(1);
-        let told = engine.checkpoint(soon());
+        let results = engine.checkpoint(soon());
         storage.heal();
-        // Else it was a sync of somebody else that failed.
-        let is_alone = matches!(told, Err(WaitError::CheckpointFailed)) && engine.failures().is_empty();
+        // Otherwise another thread's sync failed.
+        let is_alone = matches!(results, Err(WaitError::CheckpointFailed)) && engine.failures().is_empty();
         is_alone.then_some(engine)
     };
     let engine = (0..100).find_map(failed).unwrap();
@@ -295,7 +297,7 @@ fn a_checkpoint_that_could_not_be_made_durable_covers_nothing() {
 }
 
 #[test]
-fn retention_goes_on_when_the_log_becomes_durable_after_its_last_segment_was_begun() {
+fn retention_continues_when_the_log_becomes_durable_after_its_last_segment_was_begun() {
     let storage = FaultyStorage::new();
     let config = small("/s")
         .durability(Durability::Periodic(Duration::from_secs(3)))
@@ -309,7 +311,7 @@ fn retention_goes_on_when_the_log_becomes_durable_after_its_last_segment_was_beg
         producer.receipts()[0].appended().wait().unwrap();
         let now = engine.shard_metrics()[0].segments;
         if now > segments {
-            // The keeper prepares the next one, looks at retention, and sleeps.
+            // Lets the keeper prepare the next segment, check retention, and sleep.
             std::thread::sleep(Duration::from_millis(50));
             segments = now;
         }
@@ -323,7 +325,7 @@ fn retention_goes_on_when_the_log_becomes_durable_after_its_last_segment_was_beg
 }
 
 #[test]
-fn states_are_compared_while_checkpoints_come_and_go() {
+fn states_are_compared_while_checkpoints_are_replaced() {
     let storage = FaultyStorage::new();
     let config = small("/s")
         .durability(Durability::OsCache)
@@ -351,10 +353,10 @@ fn states_are_compared_while_checkpoints_come_and_go() {
                 }
             }
         });
-        let told: Vec<_> = (0..1_500).map(|_| engine.compare().map(|compared| compared.differing.len())).collect();
+        let results: Vec<_> = (0..1_500).map(|_| engine.compare().map(|compared| compared.differing.len())).collect();
         stop.store(true, Ordering::SeqCst);
-        let is_right = |told: &_| matches!(told, Ok(0) | Err(corelane::HistoryError::BeyondRetention { .. }));
-        let failed: Vec<_> = told.iter().filter(|told| !is_right(*told)).collect();
-        assert!(failed.is_empty(), "{} of {}, the first {:?}", failed.len(), told.len(), failed[0]);
+        let is_right = |result: &_| matches!(result, Ok(0) | Err(corelane::HistoryError::BeyondRetention { .. }));
+        let failed: Vec<_> = results.iter().filter(|result| !is_right(*result)).collect();
+        assert!(failed.is_empty(), "{} of {}, the first {:?}", failed.len(), results.len(), failed[0]);
     });
 }

@@ -1,5 +1,5 @@
-//! Damaged files of saved states, and states of other layouts: opening gives the right states or a typed error, and says what
-//! could not be read.
+//! Damaged files of saved states, and states of other layouts: opening gives the right states or a typed error, and
+//! counts the unreadable files.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -25,7 +25,7 @@ fn config(keeps: Option<u64>) -> Config {
     small("/s").snapshot_every(6).durability(Durability::OsCache).retention(retention)
 }
 
-/// A store with snapshots, checkpoints and outcomes, closed; and every state of every key.
+/// The files of a closed store with snapshots, checkpoints and outcomes, and every state of every key.
 fn store(keeps: Option<u64>) -> (Files, Vec<Vec<Account>>) {
     let storage = FaultyStorage::new();
     let mut states = vec![vec![Account::default()]; KEYS as usize];
@@ -52,8 +52,8 @@ fn saved_files(files: &Files) -> Vec<PathBuf> {
     files.keys().filter(|path| path.extension().is_some_and(|extension| extension == "snp")).cloned().collect()
 }
 
-/// Opens `files` and looks at every version. Returns how much was unreadable, or `None` where the store was refused.
-fn look(files: Files, keeps: Option<u64>, states: &[Vec<Account>], what: &str) -> Option<u64> {
+/// Opens `files` and checks every version. Returns the number of unreadable parts, or `None` if the store is refused.
+fn check_versions(files: Files, keeps: Option<u64>, states: &[Vec<Account>], what: &str) -> Option<u64> {
     let storage = FaultyStorage::with_files(files);
     let engine = match open::<Account>(&storage, config(keeps)) {
         Ok(engine) => engine,
@@ -76,7 +76,7 @@ fn look(files: Files, keeps: Option<u64>, states: &[Vec<Account>], what: &str) -
         }
     }
     assert!(engine.compare().unwrap().differing.is_empty(), "{what}");
-    // A repeat of a command whose outcome the newest checkpoint or the log behind it has.
+    // Repeats a command whose outcome is in the newest checkpoint or in the log after it.
     let repeat = engine.client().send(Key(1), Order::Deposit(1)).once(2000 + states_of_a_round(keeps)).wait().unwrap();
     assert!(repeat.repeated, "{what}");
     let unreadable = engine.snapshot_stats().unreadable;
@@ -96,13 +96,13 @@ fn damage(keeps: Option<u64>, spares_one: bool) -> (u64, u64, u64) {
         let newest = files.keys().filter(is_checkpoint).max().cloned();
         files.retain(|path, _| !is_checkpoint(&path) || Some(path) == newest.as_ref());
     }
-    assert_eq!(look(files.clone(), keeps, &states, "undamaged"), Some(0));
+    assert_eq!(check_versions(files.clone(), keeps, &states, "undamaged"), Some(0));
     let places = env_number("CORELANE_DAMAGE_PLACES", 24);
     let (mut noticed, mut refused, mut tried) = (0, 0, 0);
     for path in saved_files(&files) {
         let bytes = files[&path].len() as u64;
         for place in 0..places {
-            // The head and the tail whole, and steps between.
+            // Steps of 8 bytes at the head and at the tail, and larger ones between.
             let at = match place {
                 0..8 => place * 8,
                 8..14 => bytes - 1 - (place - 8) * 8,
@@ -116,7 +116,7 @@ fn damage(keeps: Option<u64>, spares_one: bool) -> (u64, u64, u64) {
             for (damaged, how) in [(flipped, "flipped"), (truncated, "truncated")] {
                 let what = format!("{} {how} at {at} of {bytes}", path.display());
                 tried += 1;
-                match look(damaged, keeps, &states, &what) {
+                match check_versions(damaged, keeps, &states, &what) {
                     Some(unreadable) => noticed += u64::from(unreadable > 0),
                     None => refused += 1,
                 }
@@ -130,7 +130,7 @@ fn damage(keeps: Option<u64>, spares_one: bool) -> (u64, u64, u64) {
 #[test]
 fn damaged_files_of_saved_states_never_give_a_wrong_state() {
     let (noticed, refused, tried) = damage(None, false);
-    // Not noticed is damage to bytes that mean nothing (padding), and a file of snapshots cut between two entries.
+    // Damage to padding is not noticed, nor is a file of snapshots cut between two entries.
     assert!(refused == 0 && noticed * 10 > tried * 8, "{noticed} and {refused} of {tried}");
 }
 
@@ -138,7 +138,7 @@ fn damaged_files_of_saved_states_never_give_a_wrong_state() {
 fn damaged_files_of_a_store_that_lost_its_beginning_give_right_states_or_are_refused() {
     let (noticed, refused, tried) = damage(Some(2), false);
     assert!((noticed + refused) * 10 > tried * 8, "{noticed} and {refused} of {tried}");
-    // The only checkpoint there is.
+    // The same with only one checkpoint.
     let (noticed, refused, tried) = damage(Some(2), true);
     assert!(refused > 10 && (noticed + refused) * 10 > tried * 8, "{noticed} and {refused} of {tried}");
 }
@@ -148,12 +148,12 @@ fn a_damaged_checkpoint_is_counted_as_unreadable() {
     let (mut files, states) = store(None);
     let checkpoints: Vec<_> =
         saved_files(&files).into_iter().filter(|path| path.to_string_lossy().contains("checkpoint-")).collect();
-    // The newest first: an older one is not read while that holds.
+    // Begins with the newest: an older one is not read while a newer one is valid.
     for (count, path) in (1..).zip(checkpoints.iter().rev()) {
         let bytes = files.get_mut(path).unwrap();
         let middle = bytes.len() / 2;
         bytes[middle] ^= 1;
-        assert_eq!(look(files.clone(), None, &states, "checkpoints"), Some(count));
+        assert_eq!(check_versions(files.clone(), None, &states, "checkpoints"), Some(count));
     }
 }
 
@@ -198,15 +198,15 @@ impl<const UPGRADES: bool> Aggregate for Wide<UPGRADES> {
     }
 }
 
-fn look_wide<const UPGRADES: bool>(engine: &Engine<Wide<UPGRADES>>, states: &[Vec<Account>], keeps: bool) -> u64 {
-    let mut told = 0;
+fn check_wide<const UPGRADES: bool>(engine: &Engine<Wide<UPGRADES>>, states: &[Vec<Account>], keeps: bool) -> u64 {
+    let mut found = 0;
     for (key, states) in (0..).zip(states) {
         let newest = states.len() as u64 - 1;
         assert_eq!(engine.state(Key(key)).unwrap().unwrap().0, states[newest as usize].clone().into());
         for version in 0..=newest {
             match engine.state_at(Key(key), Version(version)) {
                 Ok(past) => {
-                    told += 1;
+                    found += 1;
                     assert_eq!(past.state, states[version as usize].clone().into(), "key {key} at {version}");
                 }
                 Err(HistoryError::BeyondRetention { earliest, .. }) if keeps => {
@@ -219,7 +219,7 @@ fn look_wide<const UPGRADES: bool>(engine: &Engine<Wide<UPGRADES>>, states: &[Ve
         assert_eq!(engine.rebuild(Key(key)).unwrap().0, states[newest as usize].clone().into());
     }
     assert!(engine.compare().unwrap().differing.is_empty());
-    told
+    found
 }
 
 #[test]
@@ -227,14 +227,14 @@ fn states_of_an_older_layout_are_upgraded_or_folded_again() {
     let (files, states) = store(None);
     let storage = FaultyStorage::with_files(files.clone());
     let engine = open::<Wide<true>>(&storage, config(None)).unwrap();
-    look_wide(&engine, &states, false);
+    check_wide(&engine, &states, false);
     let past = engine.state_at(Key(1), Version(12)).unwrap();
-    assert_eq!(past.applied, 0, "an upgraded snapshot is one");
+    assert_eq!(past.applied, 0, "the upgraded snapshot is used");
     drop(engine);
     let storage = FaultyStorage::with_files(files);
     for _ in 0..2 {
         let engine = open::<Wide<false>>(&storage, config(None)).unwrap();
-        look_wide(&engine, &states, false);
+        check_wide(&engine, &states, false);
         engine.checkpoint(soon()).unwrap();
     }
 }
@@ -245,29 +245,29 @@ fn states_of_an_older_layout_without_their_events_are_upgraded_or_refused() {
     let storage = FaultyStorage::with_files(files.clone());
     for _ in 0..2 {
         let engine = open::<Wide<true>>(&storage, config(Some(2))).unwrap();
-        assert!(look_wide(&engine, &states, true) > 0);
+        assert!(check_wide(&engine, &states, true) > 0);
         engine.checkpoint(soon()).unwrap();
     }
     let storage = FaultyStorage::with_files(files);
     let refused = open::<Wide<false>>(&storage, config(Some(2)));
     assert!(matches!(refused, Err(OpenError::StatesLost { .. })), "{refused:?}");
-    // Refused, it is as it was.
+    // The refused store is unchanged.
     let engine = open::<Account>(&storage, config(Some(2))).unwrap();
     assert_eq!(engine.state(Key(1)).unwrap().unwrap().0, *states[1].last().unwrap());
 }
 
 #[test]
-fn a_checkpoint_of_which_an_entry_is_missing_is_not_believed() {
+fn a_checkpoint_with_a_missing_entry_is_not_used() {
     let (files, states) = store(None);
     let is_checkpoint = |path: &PathBuf| path.file_name().unwrap().to_str().unwrap().starts_with("checkpoint-");
     let mut damaged = 0;
     for (path, bytes) in files.iter().filter(|(path, _)| is_checkpoint(path)) {
-        // Behind the header, a whole entry.
+        // Removes the first entry after the header.
         let len = u32::from_le_bytes(bytes[80..84].try_into().unwrap()).next_multiple_of(16) as usize;
         let mut files = files.clone();
         files.get_mut(path).unwrap().drain(80..80 + len);
-        let unreadable = look(files, None, &states, &format!("{path:?} without its first entry"));
+        let unreadable = check_versions(files, None, &states, &format!("{path:?} without its first entry"));
         damaged += unreadable.unwrap();
     }
-    assert!(damaged > 0, "and it is counted");
+    assert!(damaged > 0, "the damage is counted");
 }

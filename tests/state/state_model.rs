@@ -1,5 +1,6 @@
-//! States against an in-memory model: whatever is published, commanded, saved, flushed, closed, cut off and freed, snapshot and
-//! tail == full replay == incremental == live, at every version and time of every key.
+//! States against an in-memory model: after any series of events, commands, checkpoints, flushes, restarts, power cuts
+//! and retention, snapshot and tail == full replay == incremental == live, at every version and time of every key.
+//! `CORELANE_MODEL_CASES` sets the cases.
 
 use std::collections::VecDeque;
 use std::time::Instant;
@@ -49,27 +50,27 @@ fn step() -> impl Strategy<Value = Step> {
     ]
 }
 
-/// What became of a command.
+/// The outcome of a command.
 #[derive(Debug, Clone, PartialEq)]
 enum Outcome {
     Done { version: u64, events: u32 },
     Rejected(Refused),
 }
 
-/// One key, as it must be.
+/// The expected contents of one key.
 #[derive(Default)]
 struct Known {
     events: Vec<Money>,
-    /// After each version, 0 included.
+    /// The state after each version, including 0.
     states: Vec<Account>,
-    /// Versions behind which a log may not end: the command goes on.
+    /// Versions after which the log may not end, because the command has more events.
     inside: Vec<bool>,
     durable: usize,
     outcomes: VecDeque<(u64, Outcome)>,
 }
 
 impl Known {
-    fn add(&mut self, event: Money, goes_on: bool) {
+    fn add(&mut self, event: Money, is_continued: bool) {
         let mut state = self.states.last().unwrap().clone();
         let n = match &event {
             Money::Deposited { cents } => {
@@ -89,7 +90,7 @@ impl Known {
         state.hash = (state.hash ^ n ^ version << 32).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(23);
         self.states.push(state);
         self.events.push(event);
-        self.inside.push(goes_on);
+        self.inside.push(is_continued);
     }
 
     fn version(&self) -> usize {
@@ -100,7 +101,7 @@ impl Known {
         self.states.last().unwrap()
     }
 
-    /// What `order` comes to; its events are added.
+    /// Adds the events of `order` and returns its outcome.
     fn command(&mut self, order: &Order) -> Outcome {
         let cents = self.now().cents;
         let events = match *order {
@@ -135,12 +136,12 @@ struct Setting {
 struct Run {
     setting: Setting,
     storage: FaultyStorage,
-    /// Always there but while the store is opened again.
+    /// `None` only while the store is reopened.
     engine: Option<Engine<Account>>,
     producer: Producer<Money>,
     client: Client<Account>,
     keys: Vec<Known>,
-    /// Makes idempotency keys differ before and behind a power cut, which may have taken outcomes.
+    /// Makes idempotency keys differ before and after a power cut, which may lose outcomes.
     epoch: u64,
     cut: bool,
     grown: usize,
@@ -188,7 +189,7 @@ impl Run {
         self.keys.iter_mut().for_each(|known| known.durable = known.version());
     }
 
-    /// Sizes grow with the run, so that what is planned from old sizes is wrong.
+    /// Makes an event. Sizes grow with the run, so that estimates from old sizes are wrong.
     fn note(&mut self, key: u64, bytes: usize) -> Money {
         self.grown += 7;
         let event = match bytes % 5 {
@@ -263,7 +264,7 @@ impl Run {
         }
     }
 
-    /// A repeat of everything that must be remembered does nothing and is answered as the first was.
+    /// Repeats every remembered command: the repeat does nothing and gets the first answer.
     fn repeat_all(&mut self) {
         let first = 100 * self.epoch;
         let remembered: Vec<(u64, u64)> = (0..)
@@ -275,7 +276,7 @@ impl Run {
         }
     }
 
-    /// After a power cut each key may have any version behind what was durable, but none inside of a command.
+    /// After a power cut each key may have any version from its durable one on, but none inside a command.
     fn cut(&mut self) {
         self.cut = true;
         self.epoch += 1;
@@ -284,7 +285,7 @@ impl Run {
             let version = engine.state(Key(key)).unwrap().map_or(0, |(_, version)| version.get() as usize);
             assert!(version >= known.durable, "key {key}: {version} of {} durable events", known.durable);
             assert!(version <= known.version(), "key {key}: invented events");
-            assert!(version == 0 || !known.inside[version - 1], "key {key}: {version} is inside of a command");
+            assert!(version == 0 || !known.inside[version - 1], "key {key}: {version} is inside a command");
             known.events.truncate(version);
             known.states.truncate(version + 1);
             known.inside.truncate(version);
@@ -293,7 +294,7 @@ impl Run {
         self.all_durable();
     }
 
-    /// Everything that can be told of a key is what the model says.
+    /// Checks that everything readable of a key agrees with the model.
     fn check_key(&self, key: u64) {
         let (engine, known) = (self.engine(), &self.keys[key as usize]);
         let newest = known.version() as u64;
@@ -320,7 +321,7 @@ impl Run {
             }
             Err(HistoryError::BeyondRetention { earliest, .. }) if self.setting.keeps.is_some() => {
                 assert!(earliest.get() > version, "key {key} at {version}: the earliest is {earliest}");
-                // Which may be gone by now, and then says so again.
+                // This version may be freed by now, which the call then reports.
                 self.check_version(key, earliest.get());
             }
             Err(error) => panic!("key {key} at {version}: {error}"),
@@ -356,7 +357,7 @@ impl Run {
         assert_eq!(version, events.len() as u64 + 1);
     }
 
-    /// At each event's time, the state with all events up to then.
+    /// Checks at each event's time the state with all events up to then.
     fn check_times(&self, key: u64) {
         let known = &self.keys[key as usize];
         let mut times = Vec::new();
@@ -400,7 +401,7 @@ impl Run {
         let compared = loop {
             match self.engine().compare() {
                 Ok(compared) => break compared,
-                // Freed while it was read.
+                // A segment was freed while it was read.
                 Err(HistoryError::BeyondRetention { .. } | HistoryError::Read(_)) if self.setting.keeps.is_some() => {
                     assert!(Instant::now() < deadline);
                 }
@@ -416,7 +417,8 @@ impl Run {
         }
     }
 
-    /// With all snapshots written, no state is further from one than so many events.
+    /// Checks that, with all snapshots written, every state takes fewer than `snapshot_every` events after its
+    /// snapshot.
     fn check_distance(&self) {
         if self.cut || self.setting.every == 0 || self.engine().snapshot_stats().skipped > 0 {
             return;
@@ -466,13 +468,13 @@ proptest! {
     #![proptest_config(cases())]
 
     #[test]
-    fn states_are_those_of_the_model_at_every_cut(steps in steps(), group in any::<bool>(), every in 0..20_u64) {
+    fn states_agree_with_the_model_after_every_step(steps in steps(), group in any::<bool>(), every in 0..20_u64) {
         let durability = if group { Durability::GroupCommit } else { Durability::OsCache };
         run(&steps, Setting { durability, keeps: None, every, outcomes_kept: 64, cuts_power: true });
     }
 
     #[test]
-    fn with_retention_states_are_those_of_the_model_at_every_cut(
+    fn states_with_retention_agree_with_the_model_after_every_step(
         steps in steps(), every in 0..20_u64, keeps in 2..5_u64,
     ) {
         let durability = Durability::GroupCommit;
@@ -480,7 +482,7 @@ proptest! {
     }
 
     #[test]
-    fn outcomes_are_remembered_over_checkpoints_and_restarts_as_long_as_promised(
+    fn outcomes_are_remembered_across_checkpoints_and_restarts_as_long_as_promised(
         steps in steps(), every in 1..20_u64, keeps in prop::option::of(2..5_u64), outcomes_kept in 1..4_usize,
         group in any::<bool>(),
     ) {

@@ -1,4 +1,4 @@
-//! States: kept, saved, rebuilt, and told of any time, all by the same `evolve`.
+//! States: live, saved, rebuilt and historical, all computed by the same `evolve`.
 
 use crate::common::bank::{Account, Money};
 use crate::common::{SEGMENT, small, soon};
@@ -25,15 +25,15 @@ fn sum(version: u64) -> u64 {
 }
 
 #[test]
-fn a_state_of_any_version_is_the_nearest_snapshot_and_at_most_so_many_events() {
+fn a_state_of_any_version_takes_the_nearest_snapshot_and_fewer_than_snapshot_every_events() {
     let dir = tempfile::tempdir().unwrap();
     for reopened in [false, true] {
         let engine = open(small(dir.path()).snapshot_every(10));
         if !reopened {
-            // Never more than six snapshots on their way: there are eight chunks, so none is skipped.
+            // At most six snapshots are in flight and there are eight chunks, so none is skipped.
             for from in (1..1001).step_by(20) {
                 deposit(&engine, 3, from, from + 20);
-                // Idle, the shard sends what it has.
+                // The idle shard sends its pending snapshots.
                 let deadline = soon().unwrap();
                 while engine.snapshot_stats().count < (from + 19) / 10 * 3 {
                     assert!(std::time::Instant::now() < deadline, "{:?}", engine.snapshot_stats());
@@ -82,7 +82,7 @@ fn a_state_of_any_time_has_the_events_up_to_then() {
 }
 
 #[test]
-fn a_stream_has_a_key_s_events_in_order_from_any_version() {
+fn a_stream_returns_the_events_of_a_key_in_order_from_any_version() {
     let dir = tempfile::tempdir().unwrap();
     let engine = open(small(dir.path()).segment_bytes(1 << 20));
     deposit(&engine, 2, 1, 3001);
@@ -101,7 +101,7 @@ fn a_stream_has_a_key_s_events_in_order_from_any_version() {
 }
 
 #[test]
-fn events_between_two_times_are_those_and_in_order_of_time() {
+fn events_between_two_times_come_in_time_order() {
     let dir = tempfile::tempdir().unwrap();
     let engine = open(small(dir.path()).shards(3));
     deposit(&engine, 9, 1, 101);
@@ -115,7 +115,7 @@ fn events_between_two_times_are_those_and_in_order_of_time() {
     };
     let times = all(Time(0), Time(u64::MAX));
     assert_eq!(times.len(), 900);
-    // Each batch reads the wall clock anew, so times may step back a little where a shard lost its core in between.
+    // Each batch reads the wall clock, so times may step back a little if a shard loses its core in between.
     let steps_back = times.windows(2).map(|pair| pair[0].get().saturating_sub(pair[1].get())).max().unwrap();
     assert!(steps_back < 100_000_000, "{steps_back} ns");
     let (from, until) = (times[200], times[700]);
@@ -128,7 +128,7 @@ fn events_between_two_times_are_those_and_in_order_of_time() {
 }
 
 #[test]
-fn opening_begins_at_the_newest_checkpoint_and_comes_to_the_same() {
+fn opening_from_the_newest_checkpoint_gives_the_same_states() {
     let dir = tempfile::tempdir().unwrap();
     let config = || small(dir.path()).shards(2).snapshot_every(50);
     let engine = open(config());
@@ -146,19 +146,19 @@ fn opening_begins_at_the_newest_checkpoint_and_comes_to_the_same() {
     }
     let comparison = engine.compare().unwrap();
     assert_eq!((comparison.keys, comparison.differing.len()), (25, 0));
-    // The chain goes on over the checkpoint.
+    // The back-links continue across the checkpoint.
     assert_eq!(engine.rebuild(Key(3)).unwrap().0.cents, sum(320));
 }
 
 #[test]
-fn retention_frees_nothing_whose_states_are_not_saved_and_time_travel_says_where_it_ends() {
+fn retention_frees_only_events_whose_states_are_saved_and_history_reports_its_earliest_version() {
     let dir = tempfile::tempdir().unwrap();
     let config =
         || small(dir.path()).snapshot_every(10).retention(Retention { bytes_max: Some(3 * SEGMENT), age_max: None });
     let mut until = 1;
     for _ in 0..3 {
         let engine = open(config());
-        // One key that is never heard of again, and some that fill the log.
+        // One key gets no further events; the others fill the log.
         if until == 1 {
             deposit(&engine, 9, 1, 6);
             until = 6;
@@ -168,18 +168,18 @@ fn retention_frees_nothing_whose_states_are_not_saved_and_time_travel_says_where
         engine.flush(soon()).unwrap();
         let deadline = soon().unwrap();
         while engine.shard_metrics()[0].segments > 4 {
-            assert!(std::time::Instant::now() < deadline, "retention stands still");
+            assert!(std::time::Instant::now() < deadline, "retention does not continue");
             std::thread::sleep(std::time::Duration::from_millis(1));
         }
         let newest = until - 1;
-        assert_eq!(engine.state(Key(8)).unwrap().unwrap().0.cents, sum(5), "a key whose events are all gone");
+        assert_eq!(engine.state(Key(8)).unwrap().unwrap().0.cents, sum(5), "a key whose events are all freed");
         assert_eq!(engine.state(Key(3)).unwrap().unwrap().0.cents, sum(newest));
         let gone = engine.state_at(Key(3), Version(3));
         let Err(HistoryError::BeyondRetention { earliest, .. }) = gone else { panic!("{gone:?}") };
         for version in earliest.get()..=newest {
             match engine.state_at(Key(3), Version(version)) {
                 Ok(past) => assert_eq!(past.state.cents, sum(version)),
-                // Retention goes on meanwhile.
+                // Retention may free more in the meantime.
                 Err(HistoryError::BeyondRetention { earliest, .. }) => assert!(earliest.get() > version),
                 Err(error) => panic!("{error}"),
             }
@@ -188,7 +188,7 @@ fn retention_frees_nothing_whose_states_are_not_saved_and_time_travel_says_where
         assert!(engine.compare().unwrap().differing.is_empty());
         engine.shutdown(soon()).unwrap();
     }
-    // New events of the old key go on with its version.
+    // New events of the old key continue its version.
     let engine = open(config());
     deposit(&engine, 9, 6, 7);
     let (_, version) = engine.state(Key(8)).unwrap().unwrap();
@@ -196,7 +196,7 @@ fn retention_frees_nothing_whose_states_are_not_saved_and_time_travel_says_where
 }
 
 #[test]
-fn without_the_checkpoint_a_store_that_lost_its_beginning_is_refused() {
+fn a_store_that_lost_its_beginning_is_refused_without_its_checkpoint() {
     let dir = tempfile::tempdir().unwrap();
     let config = || small(dir.path()).retention(Retention { bytes_max: Some(2 * SEGMENT), age_max: None });
     let engine = open(config());
@@ -219,7 +219,7 @@ fn without_the_checkpoint_a_store_that_lost_its_beginning_is_refused() {
 }
 
 #[test]
-fn damaged_snapshots_are_passed_over_and_reported() {
+fn damaged_snapshots_are_skipped_and_reported() {
     let dir = tempfile::tempdir().unwrap();
     let config = || small(dir.path()).snapshot_every(10);
     let engine = open(config());
@@ -246,7 +246,7 @@ fn damaged_snapshots_are_passed_over_and_reported() {
 }
 
 #[test]
-fn snapshots_of_events_that_a_power_cut_took_are_forgotten() {
+fn snapshots_of_events_lost_in_a_power_cut_are_forgotten() {
     let storage = FaultyStorage::new();
     let config = || small("/s").durability(Durability::OsCache).snapshot_every(10);
     let engine = Engine::<Account>::builder(config()).faulty_storage(&storage).open().unwrap();
@@ -259,7 +259,7 @@ fn snapshots_of_events_that_a_power_cut_took_are_forgotten() {
         std::thread::yield_now();
     }
     for seed in 1..20 {
-        // Everything of the snapshots may have reached the disk, and nothing of the log.
+        // All snapshots may have reached the disk, but no unsynced part of the log.
         let mut files = storage.files();
         let cut = storage.after_crash(corelane::testing::Unsynced::Lost).files();
         files.retain(|path, _| path.extension().is_some_and(|extension| extension == "snp"));
@@ -267,7 +267,7 @@ fn snapshots_of_events_that_a_power_cut_took_are_forgotten() {
         let disk = FaultyStorage::with_files(files);
         let engine = Engine::<Account>::builder(config()).faulty_storage(&disk).open().unwrap();
         assert_eq!(engine.state(Key(0)).unwrap().unwrap().1, Version(100));
-        // Other events take the places of those that are gone.
+        // Other events take the offsets of the lost ones.
         let mut producer = engine.producer();
         for _ in 0..100 {
             producer.publish(Key(0), Money::Deposited { cents: seed }).unwrap();
@@ -282,7 +282,7 @@ fn snapshots_of_events_that_a_power_cut_took_are_forgotten() {
 }
 
 #[test]
-fn nothing_is_freed_while_no_checkpoint_can_be_written() {
+fn no_segment_is_freed_while_no_checkpoint_can_be_written() {
     let storage = FaultyStorage::new();
     let config = || small("/s").snapshot_every(0).retention(Retention { bytes_max: Some(2 * SEGMENT), age_max: None });
     let open = || Engine::<Account>::builder(config()).faulty_storage(&storage).open().unwrap();
@@ -296,7 +296,7 @@ fn nothing_is_freed_while_no_checkpoint_can_be_written() {
         std::thread::sleep(std::time::Duration::from_millis(1));
     }
     let held = engine.shard_metrics()[0].clone();
-    assert_eq!(held.segments_freed, 0, "freed with the states that it had made");
+    assert_eq!(held.segments_freed, 0, "events are freed whose states are not saved");
     assert!(held.segments > 6, "{} segments", held.segments);
     engine.shutdown(soon()).unwrap();
     drop(engine);
@@ -308,20 +308,20 @@ fn nothing_is_freed_while_no_checkpoint_can_be_written() {
 }
 
 #[test]
-fn a_checkpoint_that_is_waited_for_ends_with_its_shard() {
+fn waiting_for_a_checkpoint_ends_when_the_shard_fails() {
     let storage = FaultyStorage::new();
     let engine = Engine::<Account>::builder(small("/s")).faulty_storage(&storage).open().unwrap();
     deposit(&engine, 3, 1, 101);
     engine.flush(soon()).unwrap();
     storage.fail_sync(1);
     deposit(&engine, 3, 101, 102);
-    // Without a deadline: it would wait for ever.
+    // There is no deadline, so a missed failure would hang here.
     let failed = engine.checkpoint(Deadline::NEVER);
     assert!(matches!(failed, Err(corelane::WaitError::ShardFailed(_))), "{failed:?}");
 }
 
 #[test]
-fn all_states_are_rebuilt_without_touching_those_in_use() {
+fn all_states_are_rebuilt_without_changing_the_live_ones() {
     let dir = tempfile::tempdir().unwrap();
     let engine = open(small(dir.path()).shards(2));
     deposit(&engine, 40, 1, 31);
@@ -336,7 +336,7 @@ fn all_states_are_rebuilt_without_touching_those_in_use() {
 }
 
 #[test]
-fn a_refused_store_keeps_its_saved_states_as_they_are() {
+fn a_refused_store_keeps_its_saved_states_unchanged() {
     let dir = tempfile::tempdir().unwrap();
     let config = || small(dir.path()).shards(2).snapshot_every(10);
     let engine = open(config());
@@ -344,12 +344,12 @@ fn a_refused_store_keeps_its_saved_states_as_they_are() {
     engine.flush(soon()).unwrap();
     engine.shutdown(soon()).unwrap();
     drop(engine);
-    // One shard's snapshots end in the middle of one, which is mended at the next opening …
+    // One shard's snapshots end within an entry, which the next opening repairs …
     let snapshots = std::fs::read_dir(dir.path().join("shard-0000")).unwrap().map(|entry| entry.unwrap().path());
     let torn = snapshots.filter(|path| path.extension().is_some_and(|extension| extension == "snp")).max().unwrap();
     let whole = std::fs::read(&torn).unwrap();
     std::fs::write(&torn, &whole[..whole.len() - 20]).unwrap();
-    // … unless that is refused for what the other shard has.
+    // … unless opening is refused because of the other shard.
     let log = dir.path().join("shard-0001/000000000000.seg");
     let sound = std::fs::read(&log).unwrap();
     let mut damaged = sound.clone();
@@ -358,10 +358,10 @@ fn a_refused_store_keeps_its_saved_states_as_they_are() {
     let before = crate::common::tree(dir.path());
     let refused = Engine::<Account>::open(config());
     assert!(matches!(refused, Err(OpenError::Corruption(_))), "{refused:?}");
-    assert!(crate::common::tree(dir.path()) == before, "a refused store was changed");
+    assert!(crate::common::tree(dir.path()) == before, "the refused store was changed");
     std::fs::write(&log, &sound).unwrap();
     let engine = open(config());
     assert_eq!(engine.snapshot_stats().unreadable, 1);
     assert_eq!(engine.state_at(Key(3), Version(55)).unwrap().state.cents, sum(55));
-    assert!(std::fs::metadata(&torn).unwrap().len() < whole.len() as u64 - 20, "cut to what holds");
+    assert!(std::fs::metadata(&torn).unwrap().len() < whole.len() as u64 - 20, "the file is cut to its valid entries");
 }

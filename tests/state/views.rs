@@ -1,4 +1,4 @@
-//! Views in an engine: filled when a store opens, up to date for what a receipt says appended, and never behind the position
+//! Views in an engine: filled when a store opens, up to date for every appended receipt, and never behind the position
 //! that they show.
 
 use std::collections::BTreeMap;
@@ -43,7 +43,7 @@ impl Views {
         builder.view(&self.by_id).view(&self.best).view(&self.status).view(&self.area).open().unwrap()
     }
 
-    /// All views show exactly the states that there are.
+    /// Checks that every view shows exactly these states.
     fn check(&self, states: &BTreeMap<u64, Account>, events: u64) {
         for key in 0..KEYS {
             assert_eq!(self.by_id.get(Key(key)).unwrap().as_ref(), states.get(&key), "key {key}");
@@ -52,7 +52,7 @@ impl Views {
         best.sort_unstable_by_key(|cents| std::cmp::Reverse(*cents));
         best.truncate(10);
         let top: Vec<i64> = self.status.top(99).iter().map(|ranked| ranked.score).collect();
-        assert_eq!(top, best[..best.len().min(3)], "the status's best");
+        assert_eq!(top, best[..best.len().min(3)], "the best of the status view");
         let ranked = self.best.top(10);
         assert_eq!(ranked.iter().map(|ranked| ranked.score).collect::<Vec<_>>(), best);
         assert!(ranked.iter().all(|ranked| states[&ranked.key.get()].cents as i64 == ranked.score));
@@ -70,7 +70,7 @@ impl Views {
         assert_eq!(found, near);
     }
 
-    /// How many events of each shard each view has in.
+    /// The number of events of each shard that each view contains.
     fn positions(&self) -> [Vec<(ShardId, u64)>; 4] {
         [self.by_id.positions(), self.best.positions(), self.status.positions(), self.area.positions()]
             .map(|positions| positions.into_iter().map(|(shard, at)| (shard, at.sequence.get())).collect())
@@ -81,7 +81,7 @@ fn states(engine: &Engine<Account>) -> BTreeMap<u64, Account> {
     (0..KEYS).filter_map(|key| Some((key, engine.state(Key(key)).unwrap()?.0))).collect()
 }
 
-/// Some events and some commands; returns how many events.
+/// Publishes events and sends commands. Returns the number of events.
 fn play(engine: &Engine<Account>, rounds: u64) -> u64 {
     let (mut producer, mut client, mut events) = (engine.producer(), engine.client(), 0);
     for round in 0..rounds {
@@ -98,14 +98,14 @@ fn play(engine: &Engine<Account>, rounds: u64) -> u64 {
 }
 
 #[test]
-fn views_are_those_of_the_states_live_and_after_every_opening() {
+fn views_agree_with_the_states_live_and_after_every_opening() {
     let mut storage = FaultyStorage::new();
     let config = || {
         let retention = Retention { bytes_max: Some(3 * SEGMENT), age_max: None };
         small("/s").shards(SHARDS).snapshot_every(5).retention(retention)
     };
     let mut events = 0;
-    // First without views: they are added to a store that has events already.
+    // The first engine has no views: they are added to a store that already has events.
     let engine = Engine::<Account>::builder(config()).faulty_storage(&storage).open().unwrap();
     events += play(&engine, 500);
     engine.shutdown(soon()).unwrap();
@@ -124,11 +124,11 @@ fn views_are_those_of_the_states_live_and_after_every_opening() {
         }
         if round % 2 == 0 {
             engine.shutdown(soon()).unwrap();
-            // What they show stays, though the engine is gone.
+            // The views keep their contents after the engine is dropped.
             drop(engine);
             assert_eq!(views.positions()[2].iter().map(|(_, sequence)| sequence).sum::<u64>(), events);
         } else {
-            // Begun anew from what a power cut leaves, which is everything that was flushed.
+            // The next engine opens the store after a power cut, which keeps every flushed event.
             engine.flush(soon()).unwrap();
             storage = storage.after_crash(Unsynced::Lost);
         }
@@ -136,7 +136,7 @@ fn views_are_those_of_the_states_live_and_after_every_opening() {
 }
 
 #[test]
-fn what_a_receipt_says_appended_is_in_every_view() {
+fn an_event_whose_receipt_is_appended_is_in_every_view() {
     let storage = FaultyStorage::new();
     let views = Views::new();
     let engine = views.open(&storage, small("/s").shards(SHARDS));
@@ -158,13 +158,13 @@ fn what_a_receipt_says_appended_is_in_every_view() {
         assert_eq!(views.status.get().events, n);
         let (x, y) = place(&account);
         assert!(views.area.within(x, y, 0.5).iter().any(|found| found.key == key));
-        // And the shard's own answer is the same.
+        // The shard itself returns the same state.
         assert_eq!(engine.state(key).unwrap().unwrap().0, account);
     }
 }
 
 #[test]
-fn a_view_shows_at_least_what_its_position_says() {
+fn a_view_contains_at_least_the_events_up_to_its_position() {
     let storage = FaultyStorage::new();
     let views = Views::new();
     let engine = views.open(&storage, small("/s").shards(SHARDS).ring_capacity(1024));
@@ -175,7 +175,7 @@ fn a_view_shows_at_least_what_its_position_says() {
                 let mut before = vec![0; usize::from(SHARDS)];
                 while !stop.load(std::sync::atomic::Ordering::SeqCst) {
                     let positions = views.by_id.positions();
-                    // Each event deposits one: the cents of a shard's keys are its events.
+                    // Each event deposits one cent, so the cents of a shard's keys count its events.
                     let mut cents = vec![0; usize::from(SHARDS)];
                     for key in (0..KEYS).map(Key) {
                         let account = views.by_id.get(key).unwrap();
@@ -184,7 +184,7 @@ fn a_view_shows_at_least_what_its_position_says() {
                     for (shard, at) in positions {
                         let shard = usize::from(shard.get());
                         assert!(cents[shard] >= at.sequence.get(), "shard {shard}: {cents:?} before {at:?}");
-                        assert!(at.sequence.get() >= before[shard], "it only grows");
+                        assert!(at.sequence.get() >= before[shard], "positions only grow");
                         before[shard] = at.sequence.get();
                     }
                 }

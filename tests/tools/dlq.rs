@@ -1,4 +1,5 @@
-//! The operator's tool and dead letters: what it shows, what it asks, and that it changes nothing else.
+//! `corelane dlq`: it lists and shows dead letters, and requests reprocessing and discarding without changing anything
+//! else.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -12,7 +13,7 @@ use corelane::envelope::{ArchivedEnvelope, Envelope};
 use corelane::scan::Store;
 use corelane::{EventLog, HandlerError, Key, Meta, OpenError};
 
-/// What a handler saw: key and payload, in order.
+/// The keys and payloads that a handler saw, in order.
 type Seen = Arc<Mutex<Vec<(u64, String)>>>;
 
 struct Game {
@@ -28,7 +29,7 @@ impl Game {
         Self { dir: dir.to_owned(), engine, seen: Seen::default(), is_well: Arc::default() }
     }
 
-    /// Two events of each of these keys, and two of the user "ana".
+    /// Publishes two events of each of these keys, and two of the user "ana".
     fn publish(&self, keys: impl Iterator<Item = u64> + Clone) {
         let mut producer = self.engine.producer();
         for n in 0..2 {
@@ -42,7 +43,7 @@ impl Game {
         self.engine.flush(soon()).unwrap();
     }
 
-    /// Fails unless all is well.
+    /// Starts a consumer whose handler fails unless `is_well` is set.
     fn start(&self, name: &str) -> Consumer<Envelope> {
         let (seen, is_well) = (Arc::clone(&self.seen), Arc::clone(&self.is_well));
         let handler = move |event: &ArchivedEnvelope, meta: &Meta| -> Result<(), HandlerError> {
@@ -55,7 +56,7 @@ impl Game {
         self.engine.consumer(name).retry(once()).health(patient()).start(handler).unwrap()
     }
 
-    /// A consumer with dead letters of every event.
+    /// A consumer for which every event is a dead letter.
     fn parked(dir: &Path) -> (Self, Consumer<Envelope>) {
         let game = Self::open(dir);
         game.publish(1..4);
@@ -89,12 +90,12 @@ fn run(args: &[&str], dir: &Path, rest: &[&str]) -> Output {
     command.args(args).arg(dir).args(rest).stdin(std::process::Stdio::null()).output().unwrap()
 }
 
-/// What the tool says, and how it ends.
+/// Runs the tool and checks its status. Returns its output.
 fn says(args: &[&str], dir: &Path, rest: &[&str], status: i32) -> String {
     let output = run(args, dir, rest);
     let both = format!("{}{}", String::from_utf8(output.stdout).unwrap(), String::from_utf8(output.stderr).unwrap());
     assert_eq!(output.status.code(), Some(status), "{args:?} {rest:?}: {both}");
-    assert!(both.chars().all(|c| c == '\n' || !c.is_control()), "nothing moves the cursor: {both:?}");
+    assert!(both.chars().all(|c| c == '\n' || !c.is_control()), "control characters are escaped: {both:?}");
     both
 }
 
@@ -144,7 +145,7 @@ fn letters_are_listed_and_shown_beside_a_running_engine_and_no_byte_changes() {
 }
 
 #[test]
-fn a_payload_is_shown_as_it_is_whatever_its_fields_are_called() {
+fn a_payload_is_shown_unchanged_whatever_its_fields_are_called() {
     let dir = tempfile::tempdir().unwrap();
     let dir = dir.path();
     let game = Game::open(dir);
@@ -176,23 +177,23 @@ fn events_of_other_types_are_shown_as_bytes() {
 }
 
 #[test]
-fn a_running_consumer_handles_letters_again_in_the_order_of_their_keys() {
+fn a_running_consumer_reprocesses_letters_in_the_order_of_each_key() {
     let dir = tempfile::tempdir().unwrap();
     let (game, consumer) = Game::parked(dir.path());
     let ask = ["dlq", "reprocess"];
-    // Asked too early: the first of the key fails again, and the request is done with that.
+    // The service is still down: the first letter of the key fails again, which ends the request.
     let said = says(&ask, dir.path(), &["--consumer", "c", "--key", "1"], 0);
     assert!(said.contains("2 letters of 1 keys") && said.contains("within about a second"), "{said}");
-    until("it was tried", || consumer.dead_letters(None, 1).unwrap()[0].attempts == 2);
+    until("the letter was retried", || consumer.dead_letters(None, 1).unwrap()[0].attempts == 2);
     until("the request is done", || game.requests() == 0);
     assert_eq!(consumer.report().letters.letters, 8);
 
     game.is_well.store(true, Ordering::SeqCst);
     says(&ask, dir.path(), &["--consumer", "c", "--user", "ana"], 0);
-    until("they are handled", || consumer.report().letters.letters == 6);
+    until("the letters of ana are handled", || consumer.report().letters.letters == 6);
     assert_eq!(game.seen_of(Key::of("ana")), [r#"{"n":0}"#, r#"{"n":1}"#]);
     says(&ask, dir.path(), &["--consumer", "c", "--all"], 0);
-    until("all are handled", || consumer.report().letters.letters == 0);
+    until("every letter is handled", || consumer.report().letters.letters == 0);
     for key in 1..4 {
         assert_eq!(game.seen_of(Key::new(key)), ["0", "1"]);
     }
@@ -202,7 +203,7 @@ fn a_running_consumer_handles_letters_again_in_the_order_of_their_keys() {
 }
 
 #[test]
-fn a_request_waits_for_the_consumers_next_start() {
+fn a_request_waits_for_the_next_start_of_the_consumer() {
     let dir = tempfile::tempdir().unwrap();
     let (game, consumer) = Game::parked(dir.path());
     consumer.stop(soon()).unwrap();
@@ -217,32 +218,32 @@ fn a_request_waits_for_the_consumers_next_start() {
     game.is_well.store(true, Ordering::SeqCst);
     game.publish(3..4);
     let consumer = game.start("c");
-    until("both are done", || game.requests() == 0);
+    until("both requests are done", || game.requests() == 0);
     assert!(consumer.drain(soon()));
     assert_eq!(game.seen_of(Key::new(2)), ["0", "1"]);
-    assert_eq!(game.seen_of(Key::new(3)), ["0", "1"], "the new ones only");
+    assert_eq!(game.seen_of(Key::new(3)), ["0", "1"], "only the new events");
     let letters = consumer.report().letters;
     assert_eq!((letters.handled, letters.discarded), (2, 2));
 }
 
 #[test]
-fn letters_are_discarded_when_that_is_confirmed() {
+fn letters_are_discarded_after_confirmation() {
     let dir = tempfile::tempdir().unwrap();
     let (game, consumer) = Game::parked(dir.path());
     assert!(says(&["dlq", "discard"], dir.path(), &["--consumer", "c", "--all"], 2).contains("--yes"));
     assert_eq!(game.requests(), 0);
     says(&["dlq", "discard"], dir.path(), &["--consumer", "c", "--key", "1", "--yes"], 0);
-    until("they are gone", || consumer.report().letters.discarded == 2);
+    until("the letters of the key are discarded", || consumer.report().letters.discarded == 2);
     says(&["dlq", "discard"], dir.path(), &["--consumer", "c", "--all", "--yes"], 0);
-    until("all are gone", || consumer.report().letters.letters == 0);
+    until("every letter is discarded", || consumer.report().letters.letters == 0);
     game.is_well.store(true, Ordering::SeqCst);
     game.publish(1..4);
     assert!(consumer.drain(soon()));
-    assert_eq!(game.seen_of(Key::new(1)), ["0", "1"], "the key is live again");
+    assert_eq!(game.seen_of(Key::new(1)), ["0", "1"], "the key is unparked");
 }
 
 #[test]
-fn a_crash_while_letters_are_handled_again_finds_the_request() {
+fn a_request_survives_a_crash_during_reprocessing() {
     let dir = tempfile::tempdir().unwrap();
     let (game, consumer) = Game::parked(dir.path());
     consumer.stop(soon()).unwrap();
@@ -251,14 +252,15 @@ fn a_crash_while_letters_are_handled_again_finds_the_request() {
     outside::ask(&Store::open(dir.path()).unwrap(), "c", Request::Reprocess(Letters::All)).unwrap();
     let builder = game.engine.consumer("c").retry(once()).health(patient());
     let consumer = builder.start(move |_, _| {
-        // What a crash leaves here: the first two are handled, and perhaps recorded; the third is not.
+        // The state after a crash at this point: the first two letters are handled and perhaps recorded, the third is
+        // not.
         if count.fetch_add(1, Ordering::SeqCst) == 2 {
             copy(&from, &to);
         }
         Ok(())
     });
     let consumer = consumer.unwrap();
-    until("all are handled", || consumer.report().letters.letters == 0);
+    until("every letter is handled", || consumer.report().letters.letters == 0);
     until("the request is done", || game.requests() == 0);
     assert_eq!(handled.load(Ordering::SeqCst), 8);
 
@@ -268,13 +270,13 @@ fn a_crash_while_letters_are_handled_again_finds_the_request() {
     assert_eq!(game.requests(), 1);
     game.is_well.store(true, Ordering::SeqCst);
     let consumer = game.start("c");
-    until("the rest is handled", || consumer.report().letters.letters == 0);
+    until("the other letters are handled", || consumer.report().letters.letters == 0);
     assert_eq!(consumer.report().letters.handled, 8);
     assert_eq!(game.seen.lock().unwrap().len() as u64, 8 - recorded);
 }
 
 #[test]
-fn a_discard_that_meets_a_letter_being_handled_comes_back_for_its_key() {
+fn a_discard_retries_a_key_whose_letter_is_being_handled() {
     let dir = tempfile::tempdir().unwrap();
     let (game, consumer) = Game::parked(dir.path());
     consumer.stop(soon()).unwrap();
@@ -285,7 +287,7 @@ fn a_discard_that_meets_a_letter_being_handled_comes_back_for_its_key() {
     outside::ask(&Store::open(dir.path()).unwrap(), "c", Request::Discard(Letters::All)).unwrap();
     now.store(1000, Ordering::SeqCst);
     assert!(poller.next().unwrap().is_none());
-    assert_eq!((poller.report().letters.letters, game.requests()), (2, 1), "but for the key that is out");
+    assert_eq!((poller.report().letters.letters, game.requests()), (2, 1), "except for the key that is out");
     poller.failed(delivery, "no").unwrap();
     now.store(1999, Ordering::SeqCst);
     assert!(poller.next().unwrap().is_none());
@@ -295,7 +297,7 @@ fn a_discard_that_meets_a_letter_being_handled_comes_back_for_its_key() {
     assert_eq!((poller.report().letters.letters, game.requests()), (0, 0));
 }
 
-/// Driven from here, by a clock in ms.
+/// A poller with a clock in ms that the test sets.
 fn poller(game: &Game, now: &Arc<AtomicU64>) -> Poller<Envelope> {
     let clock = Arc::clone(now);
     let poller = game.engine.consumer("c").retry(once()).health(patient()).poller().unwrap();
@@ -305,7 +307,7 @@ fn poller(game: &Game, now: &Arc<AtomicU64>) -> Poller<Envelope> {
 }
 
 #[test]
-fn a_poller_looks_for_requests_once_a_second_and_puts_aside_what_does_not_hold() {
+fn a_poller_checks_for_requests_once_a_second_and_sets_invalid_ones_aside() {
     let dir = tempfile::tempdir().unwrap();
     let (game, consumer) = Game::parked(dir.path());
     consumer.stop(soon()).unwrap();
@@ -332,22 +334,22 @@ fn a_poller_looks_for_requests_once_a_second_and_puts_aside_what_does_not_hold()
     now.store(2000, Ordering::SeqCst);
     assert!(poller.next().unwrap().is_none());
     assert_eq!((poller.report().letters.handled, game.requests()), (2, 0));
-    // Torn at every length: nothing is done, nothing is lost.
+    // A request torn at any length changes nothing.
     for len in 0..whole.len() {
         std::fs::write(folder.join(format!("request-{len:03}.req")), &whole[..len]).unwrap();
     }
     now.store(3000, Ordering::SeqCst);
     assert!(poller.next().unwrap().is_none());
     assert_eq!((poller.report().letters.letters, game.requests()), (6, 0));
-    assert_eq!(requests(&folder).len(), whole.len(), "put aside");
+    assert_eq!(requests(&folder).len(), whole.len(), "the invalid requests are set aside");
     drop(poller);
-    // None of this keeps a consumer from being removed.
+    // The consumer can be removed in spite of these files.
     game.engine.remove_consumer("c").unwrap();
     assert_eq!(std::fs::read_dir(&folder).unwrap().count(), 0);
 }
 
 #[test]
-fn wrong_usage_is_status_2_and_leaves_nothing() {
+fn wrong_usage_exits_with_status_2_and_changes_nothing() {
     let dir = tempfile::tempdir().unwrap();
     let (_game, consumer) = Game::parked(dir.path());
     let before = tree(&dir.path().join("consumers"));
@@ -374,7 +376,7 @@ fn wrong_usage_is_status_2_and_leaves_nothing() {
 }
 
 #[test]
-fn damage_in_a_consumers_files_is_reported_and_hides_no_other() {
+fn damage_in_a_consumers_files_is_reported_and_hides_no_other_consumer() {
     let dir = tempfile::tempdir().unwrap();
     let (game, consumer) = Game::parked(dir.path());
     consumer.stop(soon()).unwrap();
@@ -411,7 +413,7 @@ fn damage_in_a_consumers_files_is_reported_and_hides_no_other() {
 }
 
 #[test]
-fn letters_that_somebody_took_away_are_missed() {
+fn missing_letters_are_reported_as_damage() {
     let dir = tempfile::tempdir().unwrap();
     let (game, consumer) = Game::parked(dir.path());
     consumer.stop(soon()).unwrap();
@@ -420,7 +422,7 @@ fn letters_that_somebody_took_away_are_missed() {
     let folder = dir.path().join("consumers/c");
     let (letters, checkpoint) = (folder.join("letters-000001.log"), folder.join("checkpoint"));
     let whole = std::fs::read(&letters).unwrap();
-    let is_told = |what: &str, file: &str| {
+    let assert_reported = |what: &str, file: &str| {
         let before = tree(dir.path());
         for tool in ["verify", "inspect"] {
             let said = says(&[tool], dir.path(), &[], 1);
@@ -428,29 +430,29 @@ fn letters_that_somebody_took_away_are_missed() {
         }
         assert_eq!(tree(dir.path()), before, "{what}");
     };
-    let is_refused = |what: &str| {
+    let assert_refused = |what: &str| {
         let game = Game::open(dir.path());
         let refused = game.engine.consumer("c").poller();
         let Err(ConsumerError::Files(OpenError::DamagedFile { path, .. })) = &refused else {
             panic!("{what}: {refused:?}");
         };
         assert_eq!(path, &letters, "{what}");
-        assert!(!game.engine.consumers()[0].is_running, "{what}: nobody has it");
+        assert!(!game.engine.consumers()[0].is_running, "{what}: the consumer does not run");
     };
-    // The last entry is of the last batch, which looks like one that was cut short; a header is all that is left of one that was begun.
+    // Without its last entry the last batch looks cut short, and a lone header looks like a new file.
     for (what, len) in [("the last batch", whole.len() - 8), ("all but the header", 64), ("all", 0)] {
         std::fs::write(&letters, &whole[..len]).unwrap();
-        is_told(what, "letters-000001.log");
-        is_refused(what);
+        assert_reported(what, "letters-000001.log");
+        assert_refused(what);
     }
     std::fs::remove_file(&letters).unwrap();
-    is_told("the file", "letters-000001.log");
-    is_refused("the file");
+    assert_reported("the file", "letters-000001.log");
+    assert_refused("the file");
 
     std::fs::write(&letters, &whole).unwrap();
     let saved = std::fs::read(&checkpoint).unwrap();
     std::fs::remove_file(&checkpoint).unwrap();
-    is_told("the checkpoint", "checkpoint");
+    assert_reported("the position", "checkpoint");
     let refused = EventLog::<Envelope>::open(small(dir.path()));
     assert!(matches!(&refused, Err(OpenError::DamagedFile { path, .. }) if *path == checkpoint), "{refused:?}");
 
@@ -459,8 +461,8 @@ fn letters_that_somebody_took_away_are_missed() {
     let game = Game::open(dir.path());
     game.is_well.store(true, Ordering::SeqCst);
     let consumer = game.start("c");
-    assert_eq!(consumer.report().letters.letters, 8, "nothing was changed by what was refused");
-    // One that is removed is missed by nobody.
+    assert_eq!(consumer.report().letters.letters, 8, "a refused start changes nothing");
+    // A removed consumer is not reported as missing.
     consumer.stop(soon()).unwrap();
     game.engine.remove_consumer("c").unwrap();
     game.engine.shutdown(soon()).unwrap();
@@ -469,7 +471,7 @@ fn letters_that_somebody_took_away_are_missed() {
 }
 
 #[test]
-fn inspect_shows_who_is_slowest_and_what_is_kept_for_it() {
+fn inspect_shows_the_slowest_consumer_and_the_segments_that_it_holds() {
     let dir = tempfile::tempdir().unwrap();
     let game = Game::open(dir.path());
     assert!(says(&["inspect"], dir.path(), &[], 0).contains("No consumers."));
@@ -478,7 +480,7 @@ fn inspect_shows_who_is_slowest_and_what_is_kept_for_it() {
     game.is_well.store(true, Ordering::SeqCst);
     let fast = game.start("fast");
     assert!(says(&["inspect"], dir.path(), &[], 0).contains("No consumer is behind."));
-    // Some segments of 64 KiB.
+    // Fills several segments of 64 KiB.
     let mut producer = game.engine.producer();
     let text = format!("\"{}\"", "x".repeat(8000));
     for n in 0..30_u64 {
@@ -487,20 +489,20 @@ fn inspect_shows_who_is_slowest_and_what_is_kept_for_it() {
     game.engine.flush(soon()).unwrap();
     assert!(fast.drain(soon()));
     fast.save().unwrap();
-    // Seven fit into one; the fifth is the log's last, and is there for all.
+    // A segment holds seven events. The fifth segment is the active one and exists anyway.
     let held = 4 * crate::common::SEGMENT;
     let shown = held.to_string();
     let shown = format!("{},{}", &shown[..shown.len() - 3], &shown[shown.len() - 3..]);
-    let is_said = || {
+    let assert_shown = || {
         let said = says(&["inspect"], dir.path(), &[], 0);
         let sentence = said.lines().find(|line| line.starts_with("The slowest is slow: 30 events, ")).unwrap();
         let held = format!("It holds {shown} bytes of segments, {shown} of them alone.");
         assert!(sentence.contains(&held), "{said}");
     };
-    is_said();
+    assert_shown();
     fast.stop(soon()).unwrap();
     game.engine.remove_consumer("fast").unwrap();
-    is_said();
+    assert_shown();
     game.engine.remove_consumer("slow").unwrap();
     assert!(says(&["inspect"], dir.path(), &[], 0).contains("No consumers."));
 }

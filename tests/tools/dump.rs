@@ -1,4 +1,4 @@
-//! `corelane dump`: orders, filters, what it escapes; beside a running engine, and that it changes no byte.
+//! `corelane dump`: orders, filters and escapes, also beside a running engine; it changes no byte.
 
 use std::path::Path;
 use std::process::Command;
@@ -9,25 +9,25 @@ use corelane::envelope::Envelope;
 
 const SHARDS: u16 = 2;
 
-/// What it writes, line by line, and what it says besides.
+/// Runs the command. Returns its lines and its standard error.
 fn dump(dir: &Path, args: &[&str]) -> (Vec<serde_json::Value>, String) {
     let mut command = Command::new(env!("CARGO_BIN_EXE_corelane"));
     let output = command.arg("dump").arg(dir).args(args).stdin(std::process::Stdio::null()).output().unwrap();
     let said = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(0), "{said}");
     let text = String::from_utf8(output.stdout).unwrap();
-    assert!(text.chars().all(|c| c == '\n' || !c.is_control()), "no control character as it is");
+    assert!(text.chars().all(|c| c == '\n' || !c.is_control()), "control characters are escaped");
     (text.lines().map(|line| serde_json::from_str(line).unwrap()).collect(), said)
 }
 
-/// The payloads' numbers.
+/// The numbers in the payloads.
 fn numbers(dir: &Path, args: &[&str]) -> Vec<u64> {
     let (lines, said) = dump(dir, args);
     assert_eq!(said, "", "{args:?}");
     lines.iter().map(|line| line["payload"].as_u64().unwrap()).collect()
 }
 
-/// Twelve events of four users, two of them texts; event `n` at second `37 * n % 12`.
+/// Publishes twelve events of four users, two of them with text ids; event `n` has second `37 * n % 12`.
 fn publish(engine: &EventLog<Envelope>) {
     let mut producer = engine.producer();
     for n in 0..12 {
@@ -44,7 +44,7 @@ fn publish(engine: &EventLog<Envelope>) {
 }
 
 #[test]
-fn every_filter_and_both_orders_give_exactly_what_they_say() {
+fn every_filter_and_both_orders_select_exactly_the_right_events() {
     let dir = tempfile::tempdir().unwrap();
     let engine = EventLog::open(small(dir.path()).shards(SHARDS)).unwrap();
     publish(&engine);
@@ -58,7 +58,7 @@ fn every_filter_and_both_orders_give_exactly_what_they_say() {
         wanted.sort_unstable_by_key(|n| 37 * n % 12);
         wanted
     };
-    // The engine runs.
+    // The engine is still running.
     let in_order = numbers(dir.path(), &[]);
     assert_eq!(sorted(in_order.clone()), all);
     assert_eq!(numbers(dir.path(), &["--order", "time"]), by_time(&all));
@@ -69,7 +69,7 @@ fn every_filter_and_both_orders_give_exactly_what_they_say() {
     assert_eq!(numbers(dir.path(), &["--key", "2"]), [2, 6, 10]);
     assert_eq!(numbers(dir.path(), &["--user", "ana"]), [0, 4, 8]);
     assert_eq!(sorted(numbers(dir.path(), &["--type", "hit"])), [0, 3, 6, 9]);
-    assert_eq!(sorted(numbers(dir.path(), &["--type", "1"])), all, "the number of the generic event");
+    assert_eq!(sorted(numbers(dir.path(), &["--type", "1"])), all, "the type id of the generic event");
     let late = numbers(dir.path(), &["--order", "time", "--from", "4000", "--until", "7000"]);
     assert_eq!(late, by_time(&all)[4..=7]);
     assert_eq!(numbers(dir.path(), &["--order", "time", "--limit", "3"]), by_time(&all)[..3]);
@@ -80,14 +80,14 @@ fn every_filter_and_both_orders_give_exactly_what_they_say() {
 }
 
 #[test]
-fn every_line_says_whose_event_it_is_and_where_it_stands() {
+fn every_line_names_the_events_user_and_its_place_in_the_log() {
     let dir = tempfile::tempdir().unwrap();
     let engine = EventLog::open(small(dir.path()).shards(SHARDS)).unwrap();
     publish(&engine);
     engine.shutdown(soon()).unwrap();
     let before = tree(dir.path());
     let (lines, _) = dump(dir.path(), &["--order", "time"]);
-    assert!(tree(dir.path()) == before, "nothing changed");
+    assert!(tree(dir.path()) == before, "no byte changed");
     for line in &lines {
         let n = line["payload"].as_u64().unwrap();
         let expected = match n % 4 {
@@ -104,7 +104,7 @@ fn every_line_says_whose_event_it_is_and_where_it_stands() {
 }
 
 #[test]
-fn a_type_that_is_not_there_is_said_and_one_that_other_filters_hide_is_not() {
+fn a_missing_event_type_is_reported_but_not_one_that_other_filters_hide() {
     let dir = tempfile::tempdir().unwrap();
     let engine = EventLog::open(small(dir.path()).shards(SHARDS)).unwrap();
     publish(&engine);

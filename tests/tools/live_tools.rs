@@ -1,4 +1,5 @@
-//! Tools beside an engine that writes and frees as fast as it can: a healthy store is never called damaged, whatever the tool's pace.
+//! Tools beside an engine that writes and frees as fast as it can: a healthy store is never reported as damaged,
+//! however slow the tool is.
 
 use std::path::Path;
 use std::process::Command;
@@ -8,10 +9,10 @@ use crate::common::{Note, SEGMENT, os_cache, until};
 use corelane::scan::{SegmentState, Store};
 use corelane::{EventLog, Key, Retention, ShardId};
 
-/// Bytes of a record of these tests, its padding included.
+/// The bytes of a record of these tests, including padding.
 const RECORD: u64 = 1072;
 
-/// Lets `look` see the store, some times, while events are published.
+/// Calls `look` with the store while events are published.
 fn beside_a_writer(look: impl Fn(&Path)) {
     let dir = tempfile::tempdir().unwrap();
     let keep = Retention { bytes_max: Some(2 * SEGMENT), age_max: None };
@@ -34,7 +35,7 @@ fn beside_a_writer(look: impl Fn(&Path)) {
 }
 
 #[test]
-fn a_scan_beside_fast_retention_finds_no_damage_and_counts_what_is_gone() {
+fn a_scan_beside_fast_retention_finds_no_damage_and_counts_the_freed_events() {
     beside_a_writer(|dir| {
         for run in 0..30_u64 {
             let store = Store::open(dir).unwrap();
@@ -60,7 +61,7 @@ fn a_scan_beside_fast_retention_finds_no_damage_and_counts_what_is_gone() {
 }
 
 #[test]
-fn verify_beside_fast_retention_says_ok() {
+fn verify_beside_fast_retention_reports_no_damage() {
     beside_a_writer(|dir| {
         for command in ["verify", "verify", "inspect", "dump", "verify"] {
             let out = Command::new(env!("CARGO_BIN_EXE_corelane")).arg(command).arg(dir).output().unwrap();

@@ -1,4 +1,4 @@
-//! The `corelane` tool.
+//! The `corelane` command-line tool.
 #![expect(clippy::unwrap_used, reason = "a test may unwrap")]
 
 #[path = "../common/mod.rs"]

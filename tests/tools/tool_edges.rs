@@ -1,4 +1,4 @@
-//! The `corelane` tool at the edge: places that are no store, flags that contradict each other, output that goes nowhere.
+//! Edge cases of the `corelane` tool: paths without a store, contradicting flags, and output that cannot be written.
 
 use std::fs::{File, OpenOptions};
 use std::path::Path;
@@ -15,7 +15,7 @@ fn tool(args: &[&str], dir: &Path, rest: &[&str]) -> Command {
     command
 }
 
-/// How the tool ends, and what it says on the standard error.
+/// Runs the tool. Returns its status and its standard error.
 fn ends(command: &mut Command) -> (Option<i32>, String) {
     let output = command.output().unwrap();
     (output.status.code(), String::from_utf8(output.stderr).unwrap())
@@ -32,7 +32,7 @@ fn full() -> File {
     OpenOptions::new().write(true).open("/dev/full").unwrap()
 }
 
-/// The end of a pipe that nobody reads from.
+/// The end of a pipe without a reader.
 fn unread() -> Stdio {
     let (reader, writer) = std::io::pipe().unwrap();
     drop(reader);
@@ -40,7 +40,7 @@ fn unread() -> Stdio {
 }
 
 #[test]
-fn what_is_no_store_is_named_and_is_status_2() {
+fn a_path_without_a_store_is_named_and_exits_with_status_2() {
     let dir = tempfile::tempdir().unwrap();
     let (file, missing) = (dir.path().join("file"), dir.path().join("missing"));
     std::fs::write(&file, b"no store").unwrap();
@@ -48,16 +48,16 @@ fn what_is_no_store_is_named_and_is_status_2() {
         for (path, named) in [(dir.path(), "manifest"), (&file, "file"), (&missing, "missing")] {
             let (status, said) = ends(&mut tool(args, path, &[]));
             assert!(status == Some(2) && said.contains(named), "{args:?} {path:?}: {status:?} {said}");
-            // And with nobody to tell it to.
+            // The same if the message cannot be written.
             let mut silent = tool(args, path, &[]);
             assert_eq!(silent.stderr(full()).status().unwrap().code(), Some(2), "{args:?} {path:?}");
         }
     }
-    assert!(!missing.exists(), "nothing is made");
+    assert!(!missing.exists(), "nothing is created");
 }
 
 #[test]
-fn output_that_cannot_be_written_is_status_2_and_a_reader_who_has_enough_is_none() {
+fn output_that_cannot_be_written_exits_with_status_2_and_a_closed_pipe_with_status_0() {
     let dir = tempfile::tempdir().unwrap();
     store(dir.path());
     for args in &READING[..3] {
@@ -71,11 +71,11 @@ fn output_that_cannot_be_written_is_status_2_and_a_reader_who_has_enough_is_none
     bytes[20_000] ^= 1;
     std::fs::write(path, bytes).unwrap();
     let status = tool(&["verify"], dir.path(), &[]).stdout(unread()).stderr(full()).status().unwrap();
-    assert_eq!(status.code(), Some(1), "the status reports damage although nobody reads the output");
+    assert_eq!(status.code(), Some(1), "the status reports damage although the output has no reader");
 }
 
 #[test]
-fn flags_that_ask_for_nothing_are_refused() {
+fn flags_that_select_nothing_are_refused() {
     let dir = tempfile::tempdir().unwrap();
     store(dir.path());
     let (status, said) = ends(&mut tool(&["dump"], dir.path(), &["--from", "5", "--until", "4"]));
@@ -84,5 +84,5 @@ fn flags_that_ask_for_nothing_are_refused() {
         assert_eq!(ends(&mut tool(&["dump"], dir.path(), rest)).0, Some(2), "{rest:?}");
     }
     let none = tool(&["dump"], dir.path(), &["--limit", "0"]).output().unwrap();
-    assert!(none.status.success() && none.stdout.is_empty(), "none were asked for");
+    assert!(none.status.success() && none.stdout.is_empty(), "no events were requested");
 }

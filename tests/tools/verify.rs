@@ -1,5 +1,5 @@
-//! `corelane verify` against opening: whatever opening refuses or reports, the tool reports; and neither loops nor panics, whatever
-//! numbers the files hold.
+//! `corelane verify` against opening: the tool reports everything that opening refuses or reports, and neither loops
+//! nor panics, whatever numbers the files hold.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -31,7 +31,7 @@ fn from_gate(money: &ArchivedMoney) -> Option<(u64, u64)> {
     }
 }
 
-/// A closed store with a bit of everything; retention has freed its beginning.
+/// Creates a closed store that uses every feature and whose beginning retention has freed.
 fn store(dir: &Path) {
     let engine = open(dir).unwrap();
     let mut producer = engine.producer();
@@ -69,7 +69,7 @@ fn store(dir: &Path) {
     engine.shutdown(soon()).unwrap();
 }
 
-/// How the tool ends, and what it says. It has a minute.
+/// Runs the tool for at most a minute. Returns its status and its output.
 fn run(command: &[&str], dir: &Path) -> (i32, String) {
     let mut tool = Command::new(env!("CARGO_BIN_EXE_corelane"));
     let mut child =
@@ -104,7 +104,7 @@ fn verify(dir: &Path) -> (i32, String) {
     run(&["verify"], dir)
 }
 
-/// What opening says against the store: a refusal, or a report. Everything in it is opened.
+/// Opens the store and everything in it. Returns the error or the reported damage, if there is one.
 fn refused_or_reported(dir: &Path) -> Option<String> {
     let engine = match open(dir) {
         Ok(engine) => engine,
@@ -126,19 +126,19 @@ fn refused_or_reported(dir: &Path) -> Option<String> {
         return Some(error.to_string());
     }
     if tree(dir).keys().any(|path| path.to_str().unwrap().contains("/refused-")) {
-        return Some("a request was put aside".to_owned());
+        return Some("a request was set aside".to_owned());
     }
     gate.err().map(|error| error.to_string())
 }
 
-/// The files that are damaged here: one of each kind.
+/// The files to damage: the newest one of each kind.
 fn files(dir: &Path) -> Vec<PathBuf> {
     let is_kept = |path: &&PathBuf| {
         let name = path.file_name().unwrap().to_str().unwrap();
         !name.starts_with("spare-") && (path.to_str().unwrap().contains("shard-0000") || !name.ends_with(".seg"))
     };
     let mut kinds = BTreeSet::new();
-    // Of several the newest: without its newest checkpoint the store has lost its beginning.
+    // Begins with the newest file: without its newest checkpoint, the store has lost its beginning.
     let kind = |path: &Path| path.to_str().unwrap().replace(|letter: char| letter.is_ascii_digit(), "");
     tree(dir)
         .keys()
@@ -150,14 +150,14 @@ fn files(dir: &Path) -> Vec<PathBuf> {
 }
 
 #[test]
-fn what_opening_refuses_or_reports_verify_reports() {
+fn verify_reports_everything_that_opening_refuses_or_reports() {
     let home = tempfile::tempdir().unwrap();
     let (whole, older, broken) = (home.path().join("a"), home.path().join("older"), home.path().join("b"));
     store(&whole);
     copy(&whole, &older);
     let (status, said) = verify(&whole);
     assert_eq!(status, 0, "{said}");
-    // A further life, so that the copies of its files are older.
+    // Another run, so that the copied files are older.
     store(&whole);
     let (status, said) = verify(&whole);
     assert_eq!(status, 0, "{said}");
@@ -205,7 +205,7 @@ fn what_opening_refuses_or_reports_verify_reports() {
     assert!(refused > tried / 3, "{refused} of {tried}");
 }
 
-/// Where a file keeps its numbers: position and width.
+/// The positions and widths of a file's numbers.
 fn fields(name: &str, len: usize) -> Vec<(usize, usize)> {
     let tail = len.saturating_sub(20);
     match name {
@@ -213,16 +213,16 @@ fn fields(name: &str, len: usize) -> Vec<(usize, usize)> {
         "span" => vec![(12, 8), (20, 8)],
         "checkpoint" => vec![(12, 2), (16, 8), (24, 8), (32, 8), (40, 8), (48, 4), (tail, 4), (tail + 8, 8)]
             .into_iter()
-            // What it has seen: store, offset, last, sequence, check, shard, version.
+            // The seen part: store, offset, last, sequence, check, shard, version.
             .chain([(56, 8), (64, 8), (72, 8), (80, 8), (88, 4), (92, 2), (94, 2), (96, 8)])
             .collect(),
         "gaps" => vec![(12, 8), (24, 8), (32, 8), (40, 8), (64, 4)],
         "witness" => vec![(12, 8), (24, 4)],
-        // Kind, shard, state version, start, sequence, size and alignment of a state, store, check.
+        // Kind, shard, state version, start, sequence, state size, state alignment, store, check.
         _ if name.ends_with(".snp") => {
             vec![(16, 2), (18, 2), (20, 2), (24, 8), (32, 8), (48, 4), (52, 2), (56, 8), (64, 4)]
         }
-        // Shards, partitions, and of the first shard: store, offset, last, sequence, check, shard.
+        // Shards, partitions, and for the first shard: store, offset, last, sequence, check, shard.
         "positions" => vec![(12, 2), (16, 8), (24, 8), (32, 8), (40, 8), (48, 8), (56, 4), (60, 2)],
         _ if name.ends_with(".req") => vec![(12, 2), (14, 2), (16, 8), (24, 8)],
         _ if name.ends_with(".log") => vec![(12, 4), (16, 4), (20, 4), (24, 8)]
@@ -236,7 +236,7 @@ fn fields(name: &str, len: usize) -> Vec<(usize, usize)> {
     }
 }
 
-/// Makes the checksums hold again.
+/// Makes the checksums valid again.
 fn seal(name: &str, content: &mut [u8]) {
     let put = |content: &mut [u8], at: usize, crc: u32| content[at..at + 4].copy_from_slice(&crc.to_le_bytes());
     if name.ends_with(".log") {
@@ -262,7 +262,7 @@ fn seal(name: &str, content: &mut [u8]) {
     if piece_bytes > 0 {
         let crc = crc32c::crc32c(&content[..20]);
         put(content, 20, crc);
-        // Each CRC is seeded with the one before.
+        // Each checksum is seeded with the previous one.
         for at in (24..content.len()).step_by(piece_bytes) {
             let before = u32::from_le_bytes(content[at - 4..at].try_into().unwrap());
             let crc_at = at + piece_bytes - 4;
@@ -277,7 +277,7 @@ fn seal(name: &str, content: &mut [u8]) {
 }
 
 #[test]
-fn numbers_that_cannot_be_are_named_with_their_file_and_never_followed() {
+fn impossible_numbers_are_reported_with_their_file_and_never_followed() {
     let home = tempfile::tempdir().unwrap();
     let (whole, broken) = (home.path().join("a"), home.path().join("b"));
     store(&whole);
@@ -291,7 +291,7 @@ fn numbers_that_cannot_be_are_named_with_their_file_and_never_followed() {
             let mut now = [0; 8];
             let Some(field) = content.get(at..at + width) else { continue };
             now[..width].copy_from_slice(field);
-            // Where the field is a place in the log, inside the record before it.
+            // If the field is an offset in the log, this value lies inside the previous record.
             let inside = u64::from_le_bytes(now).wrapping_sub(16) & max;
             for value in [0, max, 1 << 35 & max, inside] {
                 let mut strange = content.clone();
@@ -315,12 +315,12 @@ fn numbers_that_cannot_be_are_named_with_their_file_and_never_followed() {
                     is_reported |= status != 0;
                 }
                 tried += 1;
-                // Another number that may be is not for a tool to know.
+                // A tool cannot detect a wrong but possible number.
                 let cannot_be = match (name, at) {
                     ("manifest", 16) => value != 1,
                     ("manifest", 24) | ("span", _) | ("gaps" | "witness", _) => strange != content,
                     ("checkpoint", 16) | ("positions", 32) => value == inside,
-                    // Of another store; behind another event.
+                    // Of another store, or after another event.
                     ("checkpoint", 56 | 88) | ("positions", 24 | 56) => strange != content,
                     (_, 24 | 32 | 56 | 64) if name.starts_with("checkpoint-") => strange != content,
                     _ => false,
@@ -328,7 +328,7 @@ fn numbers_that_cannot_be_are_named_with_their_file_and_never_followed() {
                 assert!(is_reported || !cannot_be, "{what} is not reported");
             }
         }
-        // Opening all of it neither panics nor goes on for ever, with the most frequent strange numbers.
+        // Opening neither panics nor loops with the extreme numbers.
         for (at, width) in fields(name, content.len()) {
             for value in [0, u64::MAX >> (64 - 8 * width)] {
                 let mut strange = content.clone();
@@ -348,17 +348,17 @@ fn numbers_that_cannot_be_are_named_with_their_file_and_never_followed() {
 }
 
 #[test]
-fn what_is_no_folder_among_consumers_and_gates_is_nobodys() {
+fn files_that_are_no_folders_among_consumers_and_gates_are_ignored() {
     let home = tempfile::tempdir().unwrap();
     let dir = home.path().join("store");
     store(&dir);
     let (status, said) = verify(&dir);
     assert_eq!(status, 0, "{said}");
     for folder in ["consumers", "gates"] {
-        std::fs::write(dir.join(folder).join("notes.txt"), "of whoever put it there").unwrap();
+        std::fs::write(dir.join(folder).join("notes.txt"), "the operator's notes").unwrap();
         std::os::unix::fs::symlink("nowhere", dir.join(folder).join("link")).unwrap();
     }
-    assert_eq!(verify(&dir), (0, said), "no word of them");
+    assert_eq!(verify(&dir), (0, said), "they are not mentioned");
     let engine = open(&dir).unwrap();
     drop(engine.consumer("c").poller().unwrap());
     drop(engine.gated("g", GatePolicy::default(), from_gate).unwrap());
@@ -366,6 +366,6 @@ fn what_is_no_folder_among_consumers_and_gates_is_nobodys() {
     let error = engine.gated("notes.txt", GatePolicy::default(), from_gate).map(drop).expect_err("no folder");
     assert!(error.to_string().contains("gates/notes.txt"), "{error}");
     for folder in ["consumers", "gates"] {
-        assert_eq!(std::fs::read(dir.join(folder).join("notes.txt")).unwrap(), b"of whoever put it there");
+        assert_eq!(std::fs::read(dir.join(folder).join("notes.txt")).unwrap(), b"the operator's notes");
     }
 }
