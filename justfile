@@ -22,7 +22,7 @@ instructions:
 
 # A slow, failing, hanging and restarted consumer for ten minutes.
 soak seconds="600":
-    cargo run --release --example services -- soak --seconds {{seconds}}
+    cargo run --release -p perf --bin services -- soak --seconds {{seconds}}
 
 ci:
     .ci/run
