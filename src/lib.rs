@@ -14,6 +14,7 @@ mod sync;
 mod bounded;
 mod clock;
 mod config;
+#[cfg(feature = "json")]
 pub mod envelope;
 mod error;
 mod event;
@@ -42,6 +43,7 @@ pub mod consumer;
 mod engine;
 
 mod ops;
+#[cfg(any(test, feature = "test-util"))]
 pub mod testing;
 #[cfg(feature = "cli")]
 pub mod tools;
@@ -56,6 +58,8 @@ pub use event::{
     Correlation, Encode, Event, EventId, EventType, EventTypeId, Key, Meta, Offset, Scratch, Sequence, ShardId, Time,
     Upcaster, Version, deserialize,
 };
+#[cfg(feature = "hlog")]
+pub use metrics::write_hlog;
 pub use sync::{Deadline, Wait};
 #[cfg(feature = "bench-support")]
 #[doc(hidden)]
@@ -71,7 +75,7 @@ pub use {
     log::position::Position,
     log::reader::{Reader, Record},
     log::scan,
-    metrics::{Metrics, ShardMetrics, Stage, write_hgrm, write_hlog},
+    metrics::{Metrics, ShardMetrics, Stage, write_hgrm},
     ops::check,
     recovery::report::{RecoveryReport, ShardRecovery, TornTail},
     shard::handler::{BatchEnd, Handler, OnError},

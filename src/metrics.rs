@@ -9,8 +9,6 @@ use std::io;
 use std::sync::Arc;
 
 use hdrhistogram::Histogram;
-use hdrhistogram::serialization::V2DeflateSerializer;
-use hdrhistogram::serialization::interval_log::{IntervalLogWriterBuilder, Tag};
 
 use crate::clock::{Lateness, lateness_ns};
 use crate::error::ShardFailure;
@@ -452,7 +450,11 @@ impl TotalCount for hdrhistogram::iterators::IterationValue<u64> {
 ///
 /// # Errors
 /// What the writer or the serialiser returns.
+#[cfg(feature = "hlog")]
 pub fn write_hlog(intervals: &[(&str, f64, f64, Histogram<u64>)], out: &mut impl io::Write) -> io::Result<()> {
+    use hdrhistogram::serialization::V2DeflateSerializer;
+    use hdrhistogram::serialization::interval_log::{IntervalLogWriterBuilder, Tag};
+
     let mut serializer = V2DeflateSerializer::new();
     let mut builder = IntervalLogWriterBuilder::new();
     let mut log = builder.add_comment("corelane, nanoseconds").begin_log_with(out, &mut serializer).map_err(to_io)?;
@@ -463,6 +465,7 @@ pub fn write_hlog(intervals: &[(&str, f64, f64, Histogram<u64>)], out: &mut impl
     Ok(())
 }
 
+#[cfg(feature = "hlog")]
 fn to_io(error: impl std::fmt::Debug) -> io::Error {
     io::Error::other(format!("{error:?}"))
 }

@@ -71,6 +71,7 @@ impl<E: Event> Poller<E> {
     }
 
     /// Another clock: the time since any fixed moment, monotonic. For tests of what retries do.
+    #[cfg(any(test, feature = "test-util"))]
     #[must_use]
     pub fn clock(mut self, clock: impl Fn() -> Duration + Send + 'static) -> Self {
         self.clock = Box::new(clock);

@@ -144,6 +144,7 @@ impl<A: Aggregate> Builder<A> {
     }
 
     /// Plays a system that starts this many threads and no more, for tests.
+    #[cfg(any(test, feature = "test-util"))]
     #[must_use]
     pub fn threads_max(mut self, threads_max: usize) -> Self {
         self.threads_max = threads_max;

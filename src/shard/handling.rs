@@ -126,8 +126,13 @@ impl<A: Aggregate> Shard<A> {
             OnError::Quarantine => {
                 self.counters.quarantined.add(1);
                 let event_id = meta.map(|meta| meta.id().to_string());
-                let line = serde_json::json!({ "handler": registered.name, "event_id": event_id, "shard": self.id.0, "offset": offset.0, "error": error });
-                self.work.notes.extend_from_slice(format!("{line}\n").as_bytes());
+                let (error, handler) = (json_string(&error), json_string(&registered.name));
+                let event_id = event_id.map_or("null".to_owned(), |id| json_string(&id));
+                let (offset, shard) = (offset.0, self.id.0);
+                let line = format!(
+                    "{{\"error\":{error},\"event_id\":{event_id},\"handler\":{handler},\"offset\":{offset},\"shard\":{shard}}}\n"
+                );
+                self.work.notes.extend_from_slice(line.as_bytes());
                 // Where there is no room for it, no further turn takes an event in before there is.
                 self.try_notes().map(drop)
             }
@@ -139,5 +144,33 @@ impl<A: Aggregate> Shard<A> {
             Some((base, memory)) if offset.0 >= base => Some(Arc::clone(memory)),
             _ => self.log.segment(self.log.segment_of(offset)).map(|segment| segment.memory),
         }
+    }
+}
+
+/// Returns `text` as a JSON string. Control characters are escaped, so that a note stays one line.
+fn json_string(text: &str) -> String {
+    let mut json = String::with_capacity(text.len() + 2);
+    json.push('"');
+    for c in text.chars() {
+        match c {
+            '"' | '\\' => json.extend(['\\', c]),
+            c if c.is_control() => json.push_str(&format!("\\u{:04x}", u32::from(c))),
+            c => json.push(c),
+        }
+    }
+    json.push('"');
+    json
+}
+
+#[cfg(test)]
+mod tests {
+    use super::json_string;
+
+    #[test]
+    fn a_json_string_escapes_quotes_backslashes_and_control_characters() {
+        let text = "say \"hi\" \\ to\nM\u{fc}ller \u{1b}[0m \u{7f}\u{9b} \u{1f600}";
+        let json = json_string(text);
+        assert_eq!(serde_json::from_str::<String>(&json).expect("valid JSON"), text);
+        assert!(!json.contains(char::is_control));
     }
 }

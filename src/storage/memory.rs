@@ -6,12 +6,14 @@
 //!
 //! Besides, it rests on the store's lock: no other process writes these files, and nobody shortens them.
 
-use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::Arc;
+
+#[cfg(any(test, feature = "test-util"))]
+pub(crate) use heap::Heap;
 
 use crate::event::{Encode, Scratch, has_one_size};
 use crate::sync::Watermark;
@@ -42,9 +44,8 @@ pub(crate) struct Memory {
 #[derive(Debug)]
 enum Backing {
     /// Kept for its unmapping when dropped.
-    File {
-        _map: memmap2::MmapRaw,
-    },
+    File { _map: memmap2::MmapRaw },
+    #[cfg(any(test, feature = "test-util"))]
     Heap(Arc<Heap>),
 }
 
@@ -72,6 +73,7 @@ impl Memory {
     }
 
     /// Memory that a test's storage keeps as a file's live content.
+    #[cfg(any(test, feature = "test-util"))]
     pub(crate) fn heap(heap: Arc<Heap>) -> Self {
         let (base, bytes) = (heap.base, heap.layout.size());
         Self {
@@ -89,10 +91,19 @@ impl Memory {
     }
 
     /// The heap behind it, if a test plays the disk.
+    #[cfg(any(test, feature = "test-util"))]
     pub(crate) fn heap_backing(&self) -> Option<&Arc<Heap>> {
         match &self.backing {
             Backing::Heap(heap) => Some(heap),
             Backing::File { .. } => None,
+        }
+    }
+
+    fn is_heap(&self) -> bool {
+        match self.backing {
+            Backing::File { .. } => false,
+            #[cfg(any(test, feature = "test-util"))]
+            Backing::Heap(_) => true,
         }
     }
 
@@ -135,7 +146,7 @@ impl Memory {
 
     /// Syncs `range` to the device; `Ok` means what fdatasync's success means, for that range.
     pub(crate) fn sync(&self, range: Range<usize>) -> io::Result<()> {
-        if let Backing::Heap(_) = &self.backing {
+        if self.is_heap() {
             return Err(io::Error::other("plain memory is synced by the storage that owns it"));
         }
         let page = rustix::param::page_size();
@@ -184,7 +195,7 @@ impl Memory {
     }
 
     fn advise(&self, range: Range<usize>, advice: rustix::mm::Advice) -> io::Result<()> {
-        if matches!(self.backing, Backing::Heap(_)) || range.is_empty() {
+        if self.is_heap() || range.is_empty() {
             return Ok(());
         }
         let page = rustix::param::page_size();
@@ -304,58 +315,65 @@ fn encode<E: Encode>(event: &E, out: &mut [u8], bytes_max: usize, scratch: &mut 
     Some(len)
 }
 
-/// Page-aligned plain memory: the live content of a file in a test's storage.
-pub(crate) struct Heap {
-    base: NonNull<u8>,
-    layout: Layout,
-    /// What has been synced.
-    pub(crate) durable: crate::sync::Mutex<Vec<u8>>,
-}
+#[cfg(any(test, feature = "test-util"))]
+mod heap {
+    use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
+    use std::ops::Range;
+    use std::ptr::NonNull;
 
-// SAFETY: plain owned memory; who may touch which byte is settled by `Memory`.
-unsafe impl Send for Heap {}
-// SAFETY: as for Send.
-unsafe impl Sync for Heap {}
-
-impl std::fmt::Debug for Heap {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Heap").field("bytes", &self.layout.size()).finish_non_exhaustive()
-    }
-}
-
-impl Heap {
-    /// A file whose durable and live content is `content`.
-    pub(crate) fn new(content: Vec<u8>) -> Self {
-        assert!(!content.is_empty(), "an empty segment");
-        let layout = Layout::from_size_align(content.len(), 4096).expect("a segment's size is a valid layout");
-        // SAFETY: the layout is not empty.
-        let base = unsafe { alloc_zeroed(layout) };
-        let Some(base) = NonNull::new(base) else { handle_alloc_error(layout) };
-        // SAFETY: both are of `content.len()` bytes, and freshly allocated memory overlaps nothing.
-        unsafe { std::ptr::copy_nonoverlapping(content.as_ptr(), base.as_ptr(), content.len()) };
-        Self { base, layout, durable: crate::sync::Mutex::new(content) }
+    /// Page-aligned plain memory: the live content of a file in a test's storage.
+    pub(crate) struct Heap {
+        pub(super) base: NonNull<u8>,
+        pub(super) layout: Layout,
+        /// What has been synced.
+        pub(crate) durable: crate::sync::Mutex<Vec<u8>>,
     }
 
-    pub(crate) fn len(&self) -> usize {
-        self.layout.size()
+    // SAFETY: plain owned memory; who may touch which byte is settled by `Memory`.
+    unsafe impl Send for Heap {}
+    // SAFETY: as for Send.
+    unsafe impl Sync for Heap {}
+
+    impl std::fmt::Debug for Heap {
+        fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            f.debug_struct("Heap").field("bytes", &self.layout.size()).finish_non_exhaustive()
+        }
     }
 
-    /// Makes exactly `range` of the live content durable. The caller syncs only committed bytes.
-    pub(crate) fn sync(&self, range: Range<usize>) {
-        let end = range.end.min(self.layout.size());
-        let mut durable = crate::sync::lock(&self.durable);
-        let start = range.start.min(end);
-        // SAFETY: start <= size.
-        let from = unsafe { self.base.add(start) };
-        // SAFETY: [start, end) is in bounds and initialised; committed bytes are written by nobody.
-        let live = unsafe { std::slice::from_raw_parts(from.as_ptr(), end - start) };
-        durable[start..end].copy_from_slice(live);
-    }
-}
+    impl Heap {
+        /// A file whose durable and live content is `content`.
+        pub(crate) fn new(content: Vec<u8>) -> Self {
+            assert!(!content.is_empty(), "an empty segment");
+            let layout = Layout::from_size_align(content.len(), 4096).expect("a segment's size is a valid layout");
+            // SAFETY: the layout is not empty.
+            let base = unsafe { alloc_zeroed(layout) };
+            let Some(base) = NonNull::new(base) else { handle_alloc_error(layout) };
+            // SAFETY: both are of `content.len()` bytes, and freshly allocated memory overlaps nothing.
+            unsafe { std::ptr::copy_nonoverlapping(content.as_ptr(), base.as_ptr(), content.len()) };
+            Self { base, layout, durable: crate::sync::Mutex::new(content) }
+        }
 
-impl Drop for Heap {
-    fn drop(&mut self) {
-        // SAFETY: allocated in `new` with this layout, and dropped once.
-        unsafe { dealloc(self.base.as_ptr(), self.layout) };
+        pub(crate) fn len(&self) -> usize {
+            self.layout.size()
+        }
+
+        /// Makes exactly `range` of the live content durable. The caller syncs only committed bytes.
+        pub(crate) fn sync(&self, range: Range<usize>) {
+            let end = range.end.min(self.layout.size());
+            let mut durable = crate::sync::lock(&self.durable);
+            let start = range.start.min(end);
+            // SAFETY: start <= size.
+            let from = unsafe { self.base.add(start) };
+            // SAFETY: [start, end) is in bounds and initialised; committed bytes are written by nobody.
+            let live = unsafe { std::slice::from_raw_parts(from.as_ptr(), end - start) };
+            durable[start..end].copy_from_slice(live);
+        }
+    }
+
+    impl Drop for Heap {
+        fn drop(&mut self) {
+            // SAFETY: allocated in `new` with this layout, and dropped once.
+            unsafe { dealloc(self.base.as_ptr(), self.layout) };
+        }
     }
 }

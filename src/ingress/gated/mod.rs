@@ -314,6 +314,7 @@ impl<E: Event> GatedProducer<E> {
     }
 
     /// Plays that so much time has passed, for tests.
+    #[cfg(any(test, feature = "test-util"))]
     pub fn pass_time(&mut self, by: Duration) {
         self.passed += by;
     }

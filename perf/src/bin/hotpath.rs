@@ -2,20 +2,20 @@
 //! 48-byte events of 10,000 users with a 32-byte state each, `OsCache`. `perf/callgrind.sh` runs it.
 //!
 //! ```text
-//! cargo run --release --example hotpath -- 1000000             events in batches of 256
-//! cargo run --release --example hotpath -- 1000000 stateless   the same without states
-//! cargo run --release --example hotpath -- 1000000 publish     one event a call
-//! cargo run --release --example hotpath -- 1000000 command     commands of one event each, pipelined
-//! cargo run --release --example hotpath -- 1000000 read        and read what this process wrote
-//! cargo run --release --example hotpath -- 1000000 recovered   and read after the store was closed and opened again
+//! cargo run --release -p perf --bin hotpath -- 1000000             events in batches of 256
+//! cargo run --release -p perf --bin hotpath -- 1000000 stateless   the same without states
+//! cargo run --release -p perf --bin hotpath -- 1000000 publish     one event a call
+//! cargo run --release -p perf --bin hotpath -- 1000000 command     commands of one event each, pipelined
+//! cargo run --release -p perf --bin hotpath -- 1000000 read        and read what this process wrote
+//! cargo run --release -p perf --bin hotpath -- 1000000 recovered   and read after the store was closed and opened again
 //! ```
 //!
 //! The same events every time: the ring is filled, and the next events are not made before all of it is appended. So no
 //! full ring is waited for, and the shard finds whole batches. The functions called `…_counted` are those that count.
 
-#[path = "shared/event.rs"]
+#[path = "../../../examples/shared/event.rs"]
 mod event;
-#[path = "shared/player.rs"]
+#[path = "../player.rs"]
 mod player;
 
 use std::path::Path;

@@ -1,7 +1,7 @@
 //! What a command costs: one client, 1,000 accounts, every deposit checked against the balance it finds.
 //!
 //! ```text
-//! cargo run --release --example commands -- 5000000
+//! cargo run --release -p perf --bin commands -- 5000000
 //! ```
 //!
 //! First many commands on their way at once, every answer looked at; then the next only when the last is answered, each timed.

@@ -1,18 +1,18 @@
 //! What states cost besides the hot path: replaying them, opening with a checkpoint, time travel, and asking a view.
 //!
 //! ```text
-//! cargo run --release --example states -- replay 20000000 10000     events, users
-//! cargo run --release --example states -- open 100000000 1000000    events, users
-//! cargo run --release --example states -- travel 1000000            events of the one key that is looked back on
-//! cargo run --release --example states -- area 100000               players
+//! cargo run --release -p perf --bin states -- replay 20000000 10000     events, users
+//! cargo run --release -p perf --bin states -- open 100000000 1000000    events, users
+//! cargo run --release -p perf --bin states -- travel 1000000            events of the one key that is looked back on
+//! cargo run --release -p perf --bin states -- area 100000               players
 //! ```
 //!
 //! 48-byte events, a 32-byte state, one shard, `OsCache` (files in the system's cache) unless said otherwise.
 #![expect(clippy::print_stdout, reason = "a tool's results belong on standard output")]
 
-#[path = "shared/event.rs"]
+#[path = "../../../examples/shared/event.rs"]
 mod event;
-#[path = "shared/player.rs"]
+#[path = "../player.rs"]
 mod player;
 
 use std::path::Path;

@@ -1,11 +1,11 @@
 //! What consumers cost and reach: the figures of the README's table of services, each measured against something in the same run.
 //!
 //! ```text
-//! cargo run --release --example services -- read       # a consumer doing nothing, against a bare reader
-//! cargo run --release --example services -- follow     # four consumers at 5 M events/s offered, against none
-//! cargo run --release --example services -- parallel   # concurrency(64) over a handler of 2.5 ms
-//! cargo run --release --example services -- million retrying   # a million keys; or parked
-//! cargo run --release --example services -- soak       # a slow and failing consumer, for ten minutes
+//! cargo run --release -p perf --bin services -- read       # a consumer doing nothing, against a bare reader
+//! cargo run --release -p perf --bin services -- follow     # four consumers at 5 M events/s offered, against none
+//! cargo run --release -p perf --bin services -- parallel   # concurrency(64) over a handler of 2.5 ms
+//! cargo run --release -p perf --bin services -- million retrying   # a million keys; or parked
+//! cargo run --release -p perf --bin services -- soak       # a slow and failing consumer, for ten minutes
 //! ```
 //!
 //! Durability mode `OsCache` where nothing else is printed. Every measure checks what it measured: an event that is missing, or out of
@@ -13,7 +13,7 @@
 
 #![expect(clippy::print_stdout, reason = "the figures are its output")]
 
-#[path = "../shared/event.rs"]
+#[path = "../../../../examples/shared/event.rs"]
 mod event;
 mod follow;
 mod million;
