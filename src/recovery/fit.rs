@@ -1,65 +1,94 @@
-//! Whether a log has the places that a checkpoint names, before anything is read from there on.
+//! Whether a checkpoint is one of this log: whether the log has the places that it names. Checked before anything is
+//! read from there on.
 
+use crate::error::Corruption;
 use crate::event::Offset;
-use crate::log::format::HEADER_BYTES;
-use crate::recovery::confirm::{Astray, There, there};
+use crate::log::format::{HEADER_BYTES, SegmentHeader};
+use crate::recovery::boundary::{Boundary, NoBoundary, boundary_at};
 use crate::recovery::load::Candidate;
-use crate::recovery::unfit::{EMPTY, Unfit};
-use crate::recovery::{Opened, Opening};
+use crate::recovery::opening::Opening;
+use crate::recovery::segments::OpenedSegment;
+use crate::state::snapshot::format::Unusable;
+
+/// The reason why a checkpoint is not used.
+pub(super) struct Unfit {
+    pub(super) why: Unusable,
+    /// `true` if nothing is wrong with the checkpoint: its log reached further, or had not begun.
+    pub(super) is_sound: bool,
+    /// The damage to the log, if the checkpoint is right.
+    pub(super) damage: Option<Corruption>,
+}
+
+impl Unfit {
+    pub(super) fn of(why: impl Into<Unusable>) -> Self {
+        Self { why: why.into(), is_sound: false, damage: None }
+    }
+}
+
+/// A checkpoint beside an empty log.
+pub(super) const EMPTY_LOG: Unfit =
+    Unfit { why: Unusable::Damaged("the log had not begun"), is_sound: true, damage: None };
 
 impl Opening<'_> {
-    /// Segment and position of a place behind the first segment's header.
-    pub(super) fn place_of(&self, at: Offset) -> (u64, usize) {
-        // The end of a segment filled to its last byte still belongs to that segment.
-        let index = (at.0 - 1) / self.manifest.segment_bytes;
-        (index, (at.0 - index * self.manifest.segment_bytes) as usize)
+    /// Segment and position of an offset after the first segment's header.
+    pub(super) fn place_of(&self, offset: Offset) -> (u64, usize) {
+        // The end of a segment that is filled to its last byte still belongs to that segment.
+        let index = (offset.0 - 1) / self.manifest.segment_bytes;
+        (index, (offset.0 - index * self.manifest.segment_bytes) as usize)
     }
 
-    /// Why the log does not have the place that `checkpoint` says it begins at, if so. The segment is read up to there: a cache alone
-    /// does not vouch for a place to read from, for what is taken for a torn tail behind a wrong one would be cut.
-    pub(super) fn misplaced(&self, checkpoint: &Candidate, opened: &[Opened]) -> Option<Unfit> {
-        let (index, place) = self.place_of(checkpoint.start);
-        let Some((_, memory, header)) = opened.iter().find(|(other, _, _)| *other == index) else {
+    /// Returns why the log does not have the place at which `checkpoint` says it begins, if it does not. Reads the
+    /// segment up to there: a cache alone does not vouch for a place to read from, because after a wrong one a false
+    /// torn tail would be cut.
+    pub(super) fn misplaced(&self, checkpoint: &Candidate, opened: &[OpenedSegment]) -> Option<Unfit> {
+        let (index, at) = self.place_of(checkpoint.start);
+        let Some(segment) = opened.iter().find(|segment| segment.index == index) else {
             return Some(Unfit::of("it begins outside the log"));
         };
-        let Some(header) = header else {
-            return Some(if place == HEADER_BYTES { EMPTY } else { Unfit::of("it begins where no log was begun") });
+        let Some(header) = &segment.header else {
+            return Some(if at == HEADER_BYTES {
+                EMPTY_LOG
+            } else {
+                Unfit::of("it begins in a segment without records")
+            });
         };
-        let whole = memory.read(0, memory.len()).unwrap_or_default();
-        match there(whole, header, place) {
-            Ok(There { sequence, .. }) if sequence != checkpoint.sequence.0 => {
+        match boundary_of(segment, header, at) {
+            Ok(Boundary { sequence, .. }) if sequence != checkpoint.sequence.0 => {
                 Some(Unfit::of("the log has another sequence where it begins"))
             }
-            Ok(There { check, .. }) if check != checkpoint.checks[0] => {
+            Ok(Boundary { check, .. }) if check != checkpoint.checks[0] => {
                 Some(Unfit::of("it is of another history of this store: another record lies before its beginning"))
             }
             Ok(_) => self.ends_elsewhere(checkpoint, opened),
-            Err(Astray::Inside) => Some(Unfit::of("it begins inside a record or a command")),
-            Err(Astray::Broken(at, why)) => {
+            Err(NoBoundary::Inside) => Some(Unfit::of("it begins inside a record or a command")),
+            Err(NoBoundary::Broken(at, why)) => {
                 let damage = checkpoint.is_trusted.then(|| self.corruption(index, at, why));
-                Some(Unfit { damage, ..Unfit::of("the log does not hold up to where it begins") })
+                Some(Unfit { damage, ..Unfit::of("the log is damaged before the place where it begins") })
             }
         }
     }
 
-    /// Why the states of `checkpoint`, whose beginning the log has, are not of this log further on, if so. Where the log does not reach as
-    /// far, or does not hold up to there, that is for the look at all of it to say.
-    fn ends_elsewhere(&self, checkpoint: &Candidate, opened: &[Opened]) -> Option<Unfit> {
-        let (index, place) = self.place_of(checkpoint.log_end);
-        let of_end = opened.iter().find(|(other, _, _)| *other == index);
-        let (memory, header) = of_end.and_then(|(_, memory, header)| Some((memory, header.as_ref()?)))?;
-        match there(memory.read(0, memory.len()).unwrap_or_default(), header, place) {
-            Ok(There { check, .. }) if check == checkpoint.checks[1] => return None,
-            Ok(_) | Err(Astray::Inside) => {}
-            // The segment ends before, and the log goes on in the next one.
-            Err(Astray::Broken(at, _)) => {
-                let next = opened.iter().find(|(other, _, _)| *other == index + 1);
-                let previous_end = next.and_then(|(_, _, header)| header.as_ref()).map(|header| header.previous_end);
-                if previous_end != Some(Offset(index * self.manifest.segment_bytes + at as u64)) {
+    /// Returns why `checkpoint`, whose beginning the log has, is not of this log at its end, if it is not. A log that
+    /// is shorter or damaged before that end is for the scan to judge.
+    fn ends_elsewhere(&self, checkpoint: &Candidate, opened: &[OpenedSegment]) -> Option<Unfit> {
+        let (index, at) = self.place_of(checkpoint.log_end);
+        let segment = opened.iter().find(|segment| segment.index == index)?;
+        match boundary_of(segment, segment.header.as_ref()?, at) {
+            Ok(Boundary { check, .. }) if check == checkpoint.checks[1] => return None,
+            Ok(_) | Err(NoBoundary::Inside) => {}
+            // The records end before, and the log continues in the next segment.
+            Err(NoBoundary::Broken(at, _)) => {
+                let next = opened.iter().find(|segment| segment.index == index + 1);
+                let previous_end = next.and_then(|next| next.header.as_ref()).map(|header| header.previous_end);
+                if previous_end != Some(self.offset(index, at)) {
                     return None;
                 }
             }
         }
         Some(Unfit::of("it is of another history of this store: another record lies before its end"))
     }
+}
+
+fn boundary_of(segment: &OpenedSegment, header: &SegmentHeader, at: usize) -> Result<Boundary, NoBoundary> {
+    boundary_at(segment.memory.read(0, segment.memory.len()).unwrap_or_default(), header, at)
 }
