@@ -88,7 +88,7 @@ impl Ages {
         }
     }
 
-    /// The wall time, as far as the monotonic clock confirms it: since `began` it has run at most twice as fast. (The
+    /// The wall time, limited by the monotonic clock: since `began` it may have run at most twice as fast. (The
     /// monotonic clock stops while the machine sleeps.)
     fn believed_now(&self, now: Now) -> u64 {
         let Some(began) = self.began else { return now.wall.0 };

@@ -1,5 +1,5 @@
-//! The work of the keeper's thread: retention, then preparing, shard by shard. Without it a shard would wait for the
-//! file system.
+//! The work of the keeper's thread: retention, then preparing, shard by shard, so that no shard waits for the file
+//! system.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -19,7 +19,7 @@ use crate::metrics::Counters;
 use crate::storage::{Storage, is_exhausted};
 use crate::sync::{Ordering, Signal};
 
-/// A shard as the keeper gets it.
+/// The parts of a shard that the keeper needs.
 #[derive(Debug)]
 pub(crate) struct KeptShard {
     pub(crate) log: Arc<ShardLog>,
@@ -27,7 +27,7 @@ pub(crate) struct KeptShard {
     pub(crate) counters: Arc<Counters>,
     /// Wakes the shard when a segment is ready.
     pub(crate) shard_signal: Arc<Signal>,
-    /// Tells what the shard's checkpoints cover: nothing above is freed.
+    /// Nothing above the offset that the shard's checkpoints cover is freed.
     pub(crate) checkpoints: Arc<CheckpointRequests>,
     pub(crate) span: Span,
     /// Index of the next segment to prepare.
@@ -101,7 +101,8 @@ impl Kept {
         }
     }
 
-    /// Runs a step of both workers. An exhausted storage pauses the preparing; any other error of it fails the shard.
+    /// Runs a step of both workers. If the storage is exhausted, preparing pauses; any other storage error fails the
+    /// shard.
     fn step(&mut self, now: Now) -> Step {
         let log = Arc::clone(&self.files.log);
         match self.try_step(now) {

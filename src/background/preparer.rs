@@ -96,7 +96,8 @@ impl Preparer {
             return Ok(false);
         }
         let index = self.next_index;
-        // A segment is prepared as soon as the one before is begun, so a segment's length before a link could wrap.
+        // A segment is prepared as soon as the one before is begun, so this fails one segment before a back-link could
+        // wrap.
         if index >= OFFSETS_END / files.log.segment_bytes {
             files.log.fail(FailureCause::OffsetsExhausted { end: Offset(OFFSETS_END) });
             self.shard_signal.notify();
@@ -175,7 +176,7 @@ impl Preparer {
     fn reopen(&self, storage: &dyn Storage, path: &Path, segment_bytes: u64) -> io::Result<Memory> {
         let memory = storage.open_segment(path, true)?;
         if memory.len() as u64 != segment_bytes {
-            return Err(io::Error::new(io::ErrorKind::InvalidData, "the file is not as long as a segment is"));
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "the file's length is not that of a segment"));
         }
         if self.small_pages {
             // A segment that was prepared and not begun has the name of a segment. Its first page must continue to say

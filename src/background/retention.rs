@@ -97,8 +97,7 @@ impl Reclaimer {
         Step::Idle([readers, self.ask_at, age, sync].into_iter().flatten().min())
     }
 
-    /// Returns `true` if an event since the last step may let the next one do something. Called before the thread
-    /// sleeps.
+    /// Returns `true` if the next step can act on a change since the last one. Called before the thread sleeps.
     pub(super) fn has_work(&self, log: &ShardLog) -> bool {
         let is_unblocked = match self.blocker {
             None => false,
@@ -169,10 +168,11 @@ impl Reclaimer {
         }
     }
 
-    /// Takes the oldest segment out of the span and the log. Returns `false` if a consumer has come that holds it.
+    /// Takes the oldest segment out of the span and the log. Returns `false` if a consumer has meanwhile registered
+    /// that needs it.
     fn free_oldest(&mut self, files: &mut SegmentFiles, next: u64, now: Now) -> io::Result<bool> {
         let log = Arc::clone(&files.log);
-        // A consumer that comes now finds the segment held, or gone.
+        // A consumer that registers now finds the segment held, or gone.
         let freed = log.holds.free(log.first_offset(next), || {
             // The span first: after a crash in between, the file is surplus, not missing.
             files.shorten_span(next)?;

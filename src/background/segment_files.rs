@@ -51,8 +51,8 @@ impl SegmentFiles {
         Self { storage, log, span, spares, spares_max, spare_number }
     }
 
-    /// Takes the spare that becomes the segment with the name `path`. A spare that has this name already comes first:
-    /// renaming another one to it would replace the file, and both the segment and a spare would have the name.
+    /// Takes the spare that becomes the segment with the name `path`. Prefers a spare that already has this name:
+    /// renaming another one to it would replace the file, and then both the segment and a spare would have the name.
     pub(super) fn take_spare(&mut self, path: &Path) -> Option<Spare> {
         let at = self.spares.iter().position(|spare| spare.path == path).or(self.spares.len().checked_sub(1))?;
         Some(self.spares.remove(at))

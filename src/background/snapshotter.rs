@@ -1,8 +1,8 @@
 //! Writes saved states to files. One per engine, so that no shard ever waits for the file system.
 //!
 //! A checkpoint counts once its file is complete and has its name. Where something was acknowledged as durable, by the
-//! mode or by a flush, the file is also durable then, and the log is durable as far as the checkpoint knows it: no
-//! state comes back without its events, and retention frees no event of a flush whose state a power cut could take.
+//! mode or by a flush, the file is also durable then, and so is the log up to the checkpoint's end: no state comes back
+//! without its events, and retention frees no flushed event whose state a power cut could take.
 
 use std::io;
 use std::path::PathBuf;
@@ -98,7 +98,7 @@ impl Snapshotter {
 
     /// Returns `true` if the next step may find work. Called before the thread sleeps.
     pub(crate) fn has_work(&self) -> bool {
-        // Messages behind a checkpoint that waits for the log wait too.
+        // While a checkpoint waits for the log, the messages after it wait too.
         let has_work = |shard: &ShardSnapshots| shard.finishing.is_none() && !shard.messages.is_empty();
         self.requests.ending.load(Ordering::SeqCst) || self.shards.iter().any(has_work)
     }
@@ -213,8 +213,8 @@ impl ShardSnapshots {
         Ok(OpenFile { held, file })
     }
 
-    /// Publishes a complete checkpoint once the log is durable as far as the checkpoint knows it, or fails it. Returns
-    /// `true` if it did either.
+    /// Publishes a complete checkpoint once the log is durable up to the checkpoint's end, or fails it. Returns `true`
+    /// if it did either.
     fn finish(
         &mut self,
         storage: &dyn Storage,

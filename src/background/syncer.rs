@@ -78,7 +78,7 @@ impl Syncer {
         }
     }
 
-    /// Wakes everyone that waits for a sync: none will come.
+    /// Wakes all threads that wait for a sync: there will be no more.
     fn end(&self) -> Step {
         self.shard_signal.notify();
         self.lanes.wake_all();
@@ -169,7 +169,7 @@ impl Syncer {
         let log = Arc::clone(&self.log);
         let mut unsynced = (self.durability == Durability::OsCache).then(|| lock(&log.unsynced));
         // The checkpoint stands for events that retention freed before anything was acknowledged. It becomes durable
-        // first, with all of the log that it knows.
+        // first, together with the log up to its end.
         let checkpoint = unsynced.as_mut().and_then(|unsynced| unsynced.take());
         let log_end = checkpoint.as_ref().map_or(0, |(_, log_end)| log_end.0);
         let target = target.max(log_end);

@@ -1,5 +1,5 @@
-//! Whether a segment has a boundary between records at the place that a cache names. Only the log vouches for a place
-//! to read from: after a wrong one a false torn tail would be cut.
+//! Boundaries between the records of a segment. Only the log vouches for a place to read from: after a wrong place, a
+//! false torn tail would be cut.
 
 use crate::log::format::{Found, HEADER_BYTES, RecordHeader, SegmentHeader, record_at};
 use crate::storage::framed::u32_at;

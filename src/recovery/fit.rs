@@ -1,5 +1,5 @@
-//! Whether a checkpoint is one of this log: whether the log has the places that it names. Checked before anything is
-//! read from there on.
+//! Checks that a checkpoint fits this log: the log must have the places that the checkpoint names. Runs before anything
+//! is read from there on.
 
 use crate::error::Corruption;
 use crate::event::Offset;
@@ -13,7 +13,7 @@ use crate::state::snapshot::format::Unusable;
 /// The reason why a checkpoint is not used.
 pub(super) struct Unfit {
     pub(super) why: Unusable,
-    /// `true` if nothing is wrong with the checkpoint: its log reached further, or had not begun.
+    /// `true` if nothing is wrong with the checkpoint: its log reached further, or the log is empty.
     pub(super) is_sound: bool,
     /// The damage to the log, if the checkpoint is right.
     pub(super) damage: Option<Corruption>,
@@ -26,8 +26,7 @@ impl Unfit {
 }
 
 /// A checkpoint beside an empty log.
-pub(super) const EMPTY_LOG: Unfit =
-    Unfit { why: Unusable::Damaged("the log had not begun"), is_sound: true, damage: None };
+pub(super) const EMPTY_LOG: Unfit = Unfit { why: Unusable::Damaged("the log is empty"), is_sound: true, damage: None };
 
 impl Opening<'_> {
     /// Segment and position of an offset after the first segment's header.
@@ -38,8 +37,7 @@ impl Opening<'_> {
     }
 
     /// Returns why the log does not have the place at which `checkpoint` says it begins, if it does not. Reads the
-    /// segment up to there: a cache alone does not vouch for a place to read from, because after a wrong one a false
-    /// torn tail would be cut.
+    /// segment up to there, because a checkpoint alone does not vouch for a place to read from.
     pub(super) fn misplaced(&self, checkpoint: &Candidate, opened: &[OpenedSegment]) -> Option<Unfit> {
         let (index, at) = self.place_of(checkpoint.start);
         let Some(segment) = opened.iter().find(|segment| segment.index == index) else {
@@ -56,9 +54,9 @@ impl Opening<'_> {
             Ok(Boundary { sequence, .. }) if sequence != checkpoint.sequence.0 => {
                 Some(Unfit::of("the log has another sequence where it begins"))
             }
-            Ok(Boundary { check, .. }) if check != checkpoint.checks[0] => {
-                Some(Unfit::of("it is of another history of this store: another record lies before its beginning"))
-            }
+            Ok(Boundary { check, .. }) if check != checkpoint.checks[0] => Some(Unfit::of(
+                "it belongs to another history of this store: a different record precedes its beginning",
+            )),
             Ok(_) => self.ends_elsewhere(checkpoint, opened),
             Err(NoBoundary::Inside) => Some(Unfit::of("it begins inside a record or a command")),
             Err(NoBoundary::Broken(at, why)) => {
@@ -85,7 +83,7 @@ impl Opening<'_> {
                 }
             }
         }
-        Some(Unfit::of("it is of another history of this store: another record lies before its end"))
+        Some(Unfit::of("it belongs to another history of this store: a different record precedes its end"))
     }
 }
 

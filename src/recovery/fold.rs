@@ -35,7 +35,7 @@ pub(crate) struct Folder<A: Aggregate> {
     pub(crate) outcomes: Outcomes<A::Rejection>,
     shard: ShardId,
     access: Access,
-    /// The records of a command whose last record has not come yet. They count only together.
+    /// The records of an incomplete command. They count only together.
     group: Vec<Pending>,
     ahead: [Pending; LOOK_AHEAD],
     next: usize,
@@ -80,7 +80,7 @@ impl<A: Aggregate> Folder<A> {
         CodePanic { event: (self.folding.offset.0 > 0).then_some(self.folding), ..panic }
     }
 
-    /// Returns the offset of a command whose last record has not come yet, if there is one.
+    /// Returns the offset of an incomplete command, if there is one.
     pub(crate) fn open_group(&self) -> Option<Offset> {
         self.group.first().map(|first| first.offset)
     }

@@ -29,8 +29,8 @@ pub(crate) struct Candidate {
     pub(crate) log_end: Offset,
     /// The CRC words of the records that end at `start` and at `log_end`.
     pub(crate) checks: [u32; 2],
-    /// `true` if the log was durable as far as the checkpoint knows it, or is still in the same cache. Otherwise the
-    /// log before `start` must be scanned too.
+    /// `true` if the log was durable up to `log_end`, or the system has not restarted since and still has it in its
+    /// cache. Otherwise the log before `start` must be scanned too.
     pub(crate) is_trusted: bool,
 }
 
@@ -78,9 +78,9 @@ pub(crate) fn candidates(storage: &dyn Storage, dir: &Path, owner: Owner) -> io:
     Ok((valid, unreadable))
 }
 
-/// Reads the header and the end of a checkpoint, or why it is invalid. A file that cannot be read now is an error, not
-/// a reason to ignore it: if the log grew without the file's states, the file could later be taken for a checkpoint of
-/// that log.
+/// Reads the header and the end of a checkpoint. The inner error is the reason why they are invalid. A file that cannot
+/// be read now is an I/O error, not a reason to ignore it: if the log grew without the file's states, the file could
+/// later be taken for a checkpoint of that log.
 pub(super) fn read_ends(
     storage: &dyn Storage,
     dir: &Path,
@@ -158,7 +158,7 @@ pub(crate) fn load<A: Aggregate>(
             time_max: entry.time_max,
             state: entry.state::<A>()?,
         };
-        // A part of the table that grew while it was saved comes twice.
+        // A part of the table that grew while it was saved appears twice.
         let hash = KeyHash::of(slot.key);
         let seen = folder.keys.look(hash);
         let known = folder.keys.slot(slot.key, hash, seen);

@@ -1,8 +1,8 @@
 //! Opens a shard's log: finds the newest checkpoint of it, folds the events after that, judges the end of the log, and
 //! reports. Nothing is changed here: the repairs run after the whole store was found sound.
 //!
-//! A torn tail is set aside and cut; damage to durable bytes is an error. The two are told apart by the log's marks,
-//! which say up to where the log was synced when they were written. Invalid bytes below any mark were durable once:
+//! A torn tail is set aside and cut; damage to durable bytes is an error. The log's marks tell the two apart: each
+//! holds the offset up to which the log was synced when it was written. Invalid bytes below any mark were durable once:
 //! damage. Invalid bytes above every mark were never acknowledged: a tail torn by a power cut.
 
 pub(crate) mod boundary;
@@ -70,7 +70,8 @@ impl<A: Aggregate> Recovered<A> {
         ShardLog::new(store, report.shard, dir.to_owned(), segment_bytes, report.end, self.resume.sequence, segments)
     }
 
-    /// Carries out the repairs. Call it when the whole store was found sound: a refused store must stay unchanged.
+    /// Carries out the repairs. Call it only after the whole store was found sound: a refused store must stay
+    /// unchanged.
     pub(crate) fn repair(&mut self, storage: &dyn Storage, dir: &Path, quarantine: &Path) -> Result<(), OpenError> {
         if let Some(repair) = self.repair.take() {
             let last = self.resume.segment.as_mut();
@@ -89,7 +90,7 @@ struct Tried<A: Aggregate> {
     recovered: Option<(Recovered<A>, Vec<u32>)>,
     /// Damage to the log, if a newer checkpoint that did not fit is right.
     damage: Option<Corruption>,
-    /// The reason of the newest checkpoint that is valid and has types of another layout.
+    /// The layout of the newest valid checkpoint whose types have another layout than this program's.
     other_layout: Option<Unusable>,
     unreadable: u64,
 }
@@ -114,15 +115,14 @@ impl Opening<'_> {
             Some(recovered) => recovered,
             None => {
                 let recovered = self.recover_from(self.folder(), None)?;
-                let Ok(recovered) = recovered else { unreachable!("without a checkpoint there is nothing to miss") };
+                let Ok(recovered) = recovered else { unreachable!("only a checkpoint can be unfit") };
                 if has_lost_the_beginning && size_of::<A>() > 0 {
                     return Err(self.states_lost::<A>(earliest, tried.other_layout));
                 }
                 (recovered, Vec::new())
             }
         };
-        // A checkpoint shows that this was durable: it is no torn tail to be cut, though the log alone would call it
-        // one.
+        // A checkpoint shows that the tail was durable: it must not be cut, though the log alone would call it torn.
         if let (Some(damage), Some(_)) = (tried.damage, &recovered.repair) {
             return Err(damage.into());
         }

@@ -41,8 +41,8 @@ impl SavedFiles {
         Self { store, next_number: 0, covered: Offset(0), remove: Vec::new(), cut: Vec::new(), usable: Vec::new() }
     }
 
-    /// Removes states of events that are gone: other events will get their places in the log. Call it when all shards
-    /// were found sound: a refused store must stay unchanged.
+    /// Removes states of events that are gone: other events will get their places in the log. Call it only after all
+    /// shards were found sound: a refused store must stay unchanged.
     pub(crate) fn repair(&mut self, storage: &dyn Storage, dir: &Path) -> io::Result<()> {
         for path in &self.remove {
             storage.remove(path)?;
@@ -90,8 +90,8 @@ impl SavedFiles {
         Ok(saved)
     }
 
-    /// Looks at a checkpoint that is not usable. It is removed only if it has events that are gone: one that is damaged
-    /// or of another state version may still help someone.
+    /// Notes an unusable checkpoint for removal if it has events that are gone. One that is damaged or of another state
+    /// version stays: it may still be useful.
     fn check_unused(
         &mut self,
         storage: &dyn Storage,

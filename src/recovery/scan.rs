@@ -97,10 +97,10 @@ impl<A: Aggregate> Scan<A> {
         }
     }
 
-    /// Returns the place where the log breaks before segment `index` with `header`, if it does.
+    /// Returns the place where the log breaks before the segment with `header`, if it does.
     fn break_before(&self, header: &SegmentHeader, is_skipped: bool) -> Option<Break> {
         match (self.blank, &self.last) {
-            (Some(index), _) => Some(Break { index, at: 0, why: "a blank segment lies before one in use" }),
+            (Some(index), _) => Some(Break { index, at: 0, why: "a blank segment precedes one in use" }),
             // Only the headers of skipped segments are read.
             (None, Some(_)) if is_skipped => None,
             (None, Some((last, end))) => end.breaks_before(header, last, self.folder.sequence).map(|why| Break {
@@ -124,8 +124,8 @@ impl Opening<'_> {
         let mut scan = Scan::new(folder);
         let OpenedSpan { segments, lost_header } = opened;
         for segment in segments {
-            let is_lost = lost_header.is_some_and(|lost| segment.index >= lost);
-            self.scan_segment(segment, is_lost, start, &mut scan)?;
+            let may_be_lost = lost_header.is_some_and(|lost| segment.index >= lost);
+            self.scan_segment(segment, may_be_lost, start, &mut scan)?;
         }
         Ok(scan)
     }
@@ -133,13 +133,13 @@ impl Opening<'_> {
     fn scan_segment<A: Aggregate>(
         &self,
         segment: OpenedSegment,
-        is_lost: bool,
+        may_be_lost: bool,
         start: Option<Start>,
         scan: &mut Scan<A>,
     ) -> Result<(), OpenError> {
         let OpenedSegment { index, memory, header } = segment;
         let Some(header) = header else {
-            if is_lost && was_begun(&memory, scan) {
+            if may_be_lost && was_begun(&memory, scan) {
                 return Err(self.corruption(index, 0, LOST_MAGIC).into());
             }
             scan.blank.get_or_insert(index);
@@ -265,8 +265,8 @@ impl Opening<'_> {
     }
 }
 
-/// Returns `true` if a segment whose header has lost its magic was part of the log. It was not if its first page is
-/// blank by now, or if the log before it ends well and its records are of an earlier life of the file.
+/// Returns `true` if a segment at or after the first lost header was part of the log. It was not if its first page is
+/// that of a prepared segment, or if the log before it ends well and its records are of an earlier life of the file.
 fn was_begun<A: Aggregate>(memory: &Memory, scan: &Scan<A>) -> bool {
     let whole = memory.read(0, memory.len()).unwrap_or_default();
     let is_blank = SegmentHeader::decode(whole) == Err(HeaderError::Blank);

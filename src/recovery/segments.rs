@@ -63,7 +63,7 @@ impl Opening<'_> {
             None if self.all_blank(&names.segments)? => Ok(None),
             None => Err(OpenError::ForeignFile {
                 path: self.dir.join(SPAN),
-                why: "there are segments, but the file that says which is missing",
+                why: "there are segments, but the span file that names them is missing",
             }),
         }
     }
@@ -91,7 +91,7 @@ impl Opening<'_> {
             if self.header(index, &self.open(index)?)?.is_some() {
                 return Err(OpenError::ForeignFile {
                     path: self.path(index),
-                    why: "a segment in use lies beyond the span: the span is older than the log",
+                    why: "a segment in use is beyond the span: the span is older than the log",
                 });
             }
         }
@@ -131,7 +131,9 @@ impl Opening<'_> {
         };
         self.storage.sync(&memory, 0..memory.len()).map_err(io("syncing"))?;
         if memory.len() as u64 != self.manifest.segment_bytes {
-            return Err(self.corruption(index, memory.len(), "the segment is not as long as the manifest says").into());
+            return Err(self
+                .corruption(index, memory.len(), "the segment's length is not the one in the manifest")
+                .into());
         }
         Ok(memory)
     }
