@@ -5,9 +5,8 @@ use std::sync::Arc;
 use crossbeam::queue::ArrayQueue;
 
 use super::Handle;
-use crate::background::age::Ages;
-use crate::background::keeper::Kept;
-use crate::background::snapshotter::{SnapshotterRequests, Sources};
+use crate::background::keeper::KeptShard;
+use crate::background::snapshotter::{ShardSnapshots, SnapshotterRequests};
 use crate::background::syncer::Syncer;
 use crate::clock::{Clock, wall_now};
 use crate::config::{Durability, ValidConfig};
@@ -96,8 +95,8 @@ fn filled<A: Aggregate>(
 
 pub(super) struct Built<A: Aggregate> {
     pub(super) handle: Handle<A>,
-    pub(super) kept: Kept,
-    pub(super) sources: Sources,
+    pub(super) kept: KeptShard,
+    pub(super) snapshots: ShardSnapshots,
     pub(super) shared: Arc<SharedLane<A::Event>>,
     pub(super) shard: Shard<A>,
     pub(super) syncer: Syncer,
@@ -163,7 +162,7 @@ impl Context<'_> {
             messages_tx,
             used_rx,
         );
-        let sources = Sources {
+        let snapshots = ShardSnapshots {
             log: Arc::clone(&log),
             store: Arc::clone(&store),
             requests: Arc::clone(&checkpoints),
@@ -180,27 +179,17 @@ impl Context<'_> {
             finishing: None,
             retry_at: None,
         };
-        let kept = Kept {
+        let kept = KeptShard {
             log: Arc::clone(&log),
             prepared: Arc::clone(&prepared),
             counters: Arc::clone(&counters),
             shard_signal: Arc::clone(&signal),
-            next_index: resume.next_index,
-            span,
-            spare_number: 0,
-            spares: Vec::new(),
-            retiring: Vec::new(),
-            prefaulted: (u64::MAX, 0),
-            retry_at: None,
             checkpoints: Arc::clone(&checkpoints),
-            checkpoints_failed: 0,
-            ask_at: None,
-            waits_for: 0,
-            held_to: 0,
-            unsynced_to: 0,
-            ages: Ages::default(),
-        }
-        .with_leftovers(unused, spares);
+            span,
+            next_index: resume.next_index,
+            spares,
+            unused,
+        };
         let shard = Shard {
             id,
             clock: self.clock.clone(),
@@ -246,6 +235,7 @@ impl Context<'_> {
             recorder: sync_recorder,
             counters: Arc::clone(&counters),
             clock: self.clock.clone(),
+            synced_at: None,
         };
         let handle = Handle {
             door,
@@ -258,6 +248,6 @@ impl Context<'_> {
             counters,
             exchanges: [turn_exchange, sync_exchange],
         };
-        Built { handle, kept, sources, shared, shard, syncer: syncer_parts }
+        Built { handle, kept, snapshots, shared, shard, syncer: syncer_parts }
     }
 }

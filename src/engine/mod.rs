@@ -1,5 +1,6 @@
 //! The composition root: opens a store, starts its threads, stops them. The only module that knows all.
 
+mod background;
 mod build;
 mod closing;
 mod consumers;
@@ -13,7 +14,7 @@ mod threads;
 use std::sync::Arc;
 use std::time::Instant;
 
-use crate::background::keeper::Keeper;
+use crate::background::keeper::{Keeper, KeeperRules};
 use crate::background::snapshotter::{Snapshotter, SnapshotterRequests};
 use crate::clock::Clock;
 use crate::command::{Client, ClientEnd, ClientLane, Question};
@@ -44,6 +45,7 @@ use crate::state::snapshot::store::SnapshotStore;
 use crate::state::view::View;
 use crate::storage::{Lock, Storage};
 use crate::sync::{Arrivals, AtomicBool, Deadline, Mutex, Ordering, Role, Signal, lock, take_role};
+use background::{run_keeper, run_snapshotter, run_syncer};
 use build::{Context, own as own_of};
 use closing::{Closing, ClosingShard};
 pub use consumers::PublishSyncError;
@@ -235,26 +237,20 @@ impl<A: Aggregate> Engine<A> {
             quarantine: &quarantine,
         };
         let (mut handles, mut kept, mut shared, mut parts) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-        let mut sources = Vec::new();
+        let mut snapshots = Vec::new();
         for (i, (recovered, own)) in recovered.into_iter().zip(own).enumerate() {
             let built = context.build(ShardId(i as u16), recovered, own);
             handles.push(built.handle);
             kept.push(built.kept);
-            sources.push(built.sources);
+            snapshots.push(built.snapshots);
             shared.push(built.shared);
             parts.push((built.shard, built.syncer));
         }
-        let keeper_parts = Keeper {
-            shards: kept,
-            storage: Arc::clone(&storage),
-            requests: Arc::clone(&keeper),
-            durability: config.durability,
-            retention: config.retention,
-            spares_max: config.spares_max,
-            began: std::time::Instant::now(),
-        };
-        let snapshotter_parts = Snapshotter {
-            shards: sources,
+        let rules =
+            KeeperRules { durability: config.durability, retention: config.retention, spares_max: config.spares_max };
+        let keeper_worker = Keeper::new(rules, &storage, Arc::clone(&keeper), kept);
+        let snapshotter_worker = Snapshotter {
+            shards: snapshots,
             storage: Arc::clone(&storage),
             requests: Arc::clone(&snapshotter),
             keeper: Arc::clone(&keeper),
@@ -296,10 +292,10 @@ impl<A: Aggregate> Engine<A> {
             config,
         };
         engine.hold(&holds.from);
-        engine.run(&mut crew, move || keeper_parts.run());
-        engine.run(&mut crew, move || snapshotter_parts.run());
+        engine.run(&mut crew, move || run_keeper(keeper_worker));
+        engine.run(&mut crew, move || run_snapshotter(snapshotter_worker));
         for (i, (shard, syncer)) in parts.into_iter().enumerate() {
-            engine.run(&mut crew, move || syncer.run());
+            engine.run(&mut crew, move || run_syncer(syncer));
             let door = Arc::clone(&engine.shards[i].door);
             let (requests, wait, core) = (Arc::clone(&engine.runner), engine.config.wait, cores[i]);
             engine.run(&mut crew, move || run(shard, &door, &requests, wait, core));

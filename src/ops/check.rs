@@ -14,7 +14,7 @@ use crate::log::manifest::spare_number;
 use crate::log::manifest::{SPAN, is_folder_name, segment_index};
 use crate::log::position::Position;
 use crate::log::scan::{SegmentState, Store};
-use crate::recovery::confirm::{Astray, There, lead_to};
+use crate::recovery::boundary::{Boundary, NoBoundary, walk_to};
 use crate::recovery::load::{is_of, is_place};
 use crate::state::snapshot::format::{End, FILE_HEADER_BYTES, FileHeader, Kind, Unusable, entry_at};
 use crate::state::snapshot::store::{file_number, whole};
@@ -210,8 +210,8 @@ impl SavedStates {
             Some(Ok(led)) if led.is_in_command => Some("that lies inside a command"),
             Some(Ok(led)) if led.sequence != header.sequence.get() => Some("the log has another sequence there"),
             Some(Ok(led)) => (led.check != header.check).then_some(OTHER_HISTORY),
-            Some(Err(Astray::Inside)) => Some("that lies inside a record"),
-            Some(Err(Astray::Broken(..))) => Some("the log does not hold up to there"),
+            Some(Err(NoBoundary::Inside)) => Some("that lies inside a record"),
+            Some(Err(NoBoundary::Broken(..))) => Some("the log does not hold up to there"),
             // Freed, or not begun.
             None => None,
         })
@@ -262,14 +262,14 @@ fn held(bytes: &[u8], kind: Kind, of: (u64, ShardId)) -> Result<Held, Unusable> 
 
 /// What the records of its segment lead to at `place`. `None`: the segment was freed, is not begun, or is not there as a whole, which
 /// reading the log tells.
-fn led_to(store: &Store, shard: ShardId, place: Offset) -> Result<Option<Result<There, Astray>>, OpenError> {
+fn led_to(store: &Store, shard: ShardId, place: Offset) -> Result<Option<Result<Boundary, NoBoundary>>, OpenError> {
     // The end of a segment filled to its last byte still belongs to that segment.
     let index = place.get().saturating_sub(1) / store.segment_bytes();
     let at = (place.get() - index * store.segment_bytes()) as usize;
     let mut looks = 0;
     loop {
         let led =
-            store.beginning(shard, index, at.max(HEADER_BYTES))?.map(|(header, whole)| lead_to(&whole, &header, at));
+            store.beginning(shard, index, at.max(HEADER_BYTES))?.map(|(header, whole)| walk_to(&whole, &header, at));
         looks += 1;
         // After the look: a file goes out of the span before it is written again.
         if store.span(shard)?.is_none_or(|span| index < span.first) {
@@ -289,8 +289,8 @@ fn led_to(store: &Store, shard: ShardId, place: Offset) -> Result<Option<Result<
 pub fn place(store: &Store, shard: ShardId, place: Offset) -> Result<Option<&'static str>, OpenError> {
     Ok(match led_to(store, shard, place)? {
         None | Some(Ok(_)) => None,
-        Some(Err(Astray::Inside)) => Some("that lies inside a record"),
-        Some(Err(Astray::Broken(..))) => Some("the log does not hold up to there"),
+        Some(Err(NoBoundary::Inside)) => Some("that lies inside a record"),
+        Some(Err(NoBoundary::Broken(..))) => Some("the log does not hold up to there"),
     })
 }
 

@@ -1,45 +1,45 @@
-//! Whether a segment has the place that a cache names. The log alone vouches for a place to read from: what is taken for a torn tail
-//! behind a wrong one would be cut.
+//! Boundaries between the records of a segment. Only the log vouches for a place to read from: after a wrong place, a
+//! false torn tail would be cut.
 
 use crate::log::format::{Found, HEADER_BYTES, RecordHeader, SegmentHeader, record_at};
 use crate::storage::framed::u32_at;
 use crate::storage::memory::padded;
 
-/// Why a segment's records do not lead to a place.
+/// Why a segment has no boundary at a place.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Astray {
-    /// They do not hold from here on, or end here.
+pub(crate) enum NoBoundary {
+    /// The records before it end or are damaged at this position.
     Broken(usize, &'static str),
-    /// The place lies inside a record or a command.
+    /// The place is inside a record or a command.
     Inside,
 }
 
-/// What a log has at a place.
+/// A boundary between two records of a log.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct There {
-    /// Of the next event.
+pub(crate) struct Boundary {
+    /// Sequence of the next event.
     pub(crate) sequence: u64,
-    /// The CRC word of the record that ends there; 0 where the segment begins there. In a log that went another way up to there it is
-    /// another one: it is seeded with the segment's salt and covers the record's time.
+    /// The CRC word of the record that ends there; 0 where the segment begins there. It differs in a log with another
+    /// history: the CRC is seeded with the segment's salt and covers the record's time.
     pub(crate) check: u32,
-    /// A command goes on there.
+    /// `true` if the records on both sides belong to one command.
     pub(crate) is_in_command: bool,
 }
 
-/// What the log has at `place`, where reading may begin anew.
-pub(crate) fn there(whole: &[u8], header: &SegmentHeader, place: usize) -> Result<There, Astray> {
-    let there = lead_to(whole, header, place)?;
-    if there.is_in_command { Err(Astray::Inside) } else { Ok(there) }
+/// Returns the boundary at `place` if reading may begin there.
+pub(crate) fn boundary_at(whole: &[u8], header: &SegmentHeader, place: usize) -> Result<Boundary, NoBoundary> {
+    let boundary = walk_to(whole, header, place)?;
+    if boundary.is_in_command { Err(NoBoundary::Inside) } else { Ok(boundary) }
 }
 
-/// What a segment's records lead to at `place`, read from the first one on.
-pub(crate) fn lead_to(whole: &[u8], header: &SegmentHeader, place: usize) -> Result<There, Astray> {
+/// Reads a segment from its first record to `place`. Returns the boundary there.
+pub(crate) fn walk_to(whole: &[u8], header: &SegmentHeader, place: usize) -> Result<Boundary, NoBoundary> {
     let (mut at, mut sequence, mut is_in_command, mut check) = (HEADER_BYTES, header.first_sequence, false, 0);
     while at < place {
         let len = match record_at(&whole[at..], header.salt) {
             Found::Record(len) => len,
-            Found::End => return Err(Astray::Broken(at, "the log ends before the start of a checkpoint")),
-            Found::Damaged(why) => return Err(Astray::Broken(at, why)),
+            Found::End => return Err(NoBoundary::Broken(at, "the log ends before the start of a checkpoint")),
+            Found::Damaged(why) => return Err(NoBoundary::Broken(at, why)),
         };
         let record = RecordHeader::decode(&whole[at..]);
         sequence += u64::from(!record.is_own());
@@ -47,7 +47,7 @@ pub(crate) fn lead_to(whole: &[u8], header: &SegmentHeader, place: usize) -> Res
         check = u32_at(whole, at + 4);
         at += padded(len);
     }
-    if at == place { Ok(There { sequence, check, is_in_command }) } else { Err(Astray::Inside) }
+    if at == place { Ok(Boundary { sequence, check, is_in_command }) } else { Err(NoBoundary::Inside) }
 }
 
 #[cfg(test)]
@@ -57,7 +57,7 @@ mod tests {
     use crate::log::format::tests::sealed;
 
     #[test]
-    fn a_place_is_confirmed_where_a_record_and_its_command_end_and_nowhere_else() {
+    fn a_boundary_is_where_a_record_and_its_command_end_and_nowhere_else() {
         let event = |version, more| {
             let (event_type, correlation, version) = (EventTypeId(3), Correlation(0), Version(version));
             let (time, key, previous, schema_version) = (Time(1), Key(2), Offset(0), 1);
@@ -86,28 +86,28 @@ mod tests {
             created: Time(1),
             salt: 7,
         };
-        // By the records before it: nothing, an event, a mark, the first of two of a command, its last, another event.
+        // After no record, an event, a mark, the first of a command's two events, the second, another event.
         let sequences = [Some(100), Some(101), Some(101), None, Some(103), Some(104)];
         let check = |records: usize| records.checked_sub(1).map_or(0, |last| u32_at(&whole, ends[last] + 4));
         let expected: Vec<_> = (0..ends.len())
             .map(|i| {
                 sequences[i]
-                    .map(|sequence| There { sequence, check: check(i), is_in_command: false })
-                    .ok_or(Astray::Inside)
+                    .map(|sequence| Boundary { sequence, check: check(i), is_in_command: false })
+                    .ok_or(NoBoundary::Inside)
             })
             .collect();
         for place in 0..whole.len() {
-            let found = there(&whole, &header, place);
+            let found = boundary_at(&whole, &header, place);
             match ends.iter().position(|&end| end == place) {
-                Some(records) => assert_eq!(found, expected[records], "behind {records} records"),
+                Some(records) => assert_eq!(found, expected[records], "after {records} records"),
                 None => assert!(found.is_err(), "at {place}: {found:?}"),
             }
         }
-        let end = *ends.last().expect("there are some");
-        assert!(matches!(there(&whole, &header, end + 16), Err(Astray::Broken(at, _)) if at == end));
+        let end = *ends.last().expect("the segment has records");
+        assert!(matches!(boundary_at(&whole, &header, end + 16), Err(NoBoundary::Broken(at, _)) if at == end));
         whole[ends[1] + 10] ^= 1;
-        assert_eq!(there(&whole, &header, ends[1]), expected[1]);
+        assert_eq!(boundary_at(&whole, &header, ends[1]), expected[1]);
         let why = "a record's CRC does not hold";
-        assert_eq!(there(&whole, &header, ends[2]), Err(Astray::Broken(ends[1], why)));
+        assert_eq!(boundary_at(&whole, &header, ends[2]), Err(NoBoundary::Broken(ends[1], why)));
     }
 }
