@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use crossbeam::queue::ArrayQueue;
 
-use super::Handle;
+use super::handle::Handle;
 use crate::background::age::Ages;
 use crate::background::keeper::Kept;
 use crate::background::snapshotter::{SnapshotterRequests, Sources};
@@ -39,8 +39,9 @@ use crate::sync::{Arrivals, AtomicBool, Ordering, Signal};
 
 /// Slots for runs of events between a shard and its syncer.
 const SYNC_MARKS: usize = 1 << 16;
-/// Chunks of 64 KiB for saved states that go between one of `shards` and the snapshotter. With few shards they hold the snapshots
-/// of some million events: a snapshotter that waits for a processor or the file system must not make the shard skip any.
+/// Returns how many chunks of 64 KiB for saved states go between one of `shards` and the snapshotter. With few shards they
+/// hold the snapshots of some million events: a snapshotter that waits for a processor or the file system must not make the
+/// shard skip any.
 fn snapshot_chunks(shards: u16) -> usize {
     (128 / usize::from(shards)).clamp(8, 64)
 }
@@ -57,13 +58,13 @@ pub(super) struct Context<'a> {
     pub(super) quarantine: &'a std::path::Path,
 }
 
-/// The program's code on a shard's thread: its inline handlers, and its views' parts, filled with the states that there are.
+/// The application's code on one shard's thread: its inline handlers, and its parts of the views, already filled.
 pub(super) struct Own<A: Aggregate> {
     handlers: Vec<Registered<A::Event>>,
     views: Vec<Box<dyn ViewWriter<A>>>,
 }
 
-/// Makes the program's handlers and views for a shard's thread.
+/// Makes the application's handlers and views for a shard's thread.
 pub(super) fn own<A: Aggregate>(
     config: &ValidConfig,
     factories: &[Factory<A::Event>],
@@ -77,7 +78,7 @@ pub(super) fn own<A: Aggregate>(
     Ok(Own { handlers, views })
 }
 
-/// A shard's parts of all views, filled with the states that there are.
+/// Returns a shard's parts of all views, filled with its states.
 fn filled<A: Aggregate>(
     config: &ValidConfig,
     views: &[Box<dyn View<A>>],
@@ -94,6 +95,7 @@ fn filled<A: Aggregate>(
     writers
 }
 
+/// A shard, and the ends that other threads keep of it.
 pub(super) struct Built<A: Aggregate> {
     pub(super) handle: Handle<A>,
     pub(super) kept: Kept,
@@ -107,7 +109,7 @@ impl Context<'_> {
     pub(super) fn build<A: Aggregate>(&self, id: ShardId, recovered: Recovered<A>, own: Own<A>) -> Built<A> {
         let config = self.config;
         let Recovered { report, segments, resume, folder, saved, span, unused, spares, .. } = recovered;
-        let saved = saved.expect("recovery looks for what is saved");
+        let saved = saved.expect("recovery reads the saved states");
         let Folder { keys, outcomes, .. } = folder;
         let dir = shard_dir(&config.dir, id);
         let log =

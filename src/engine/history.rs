@@ -4,7 +4,8 @@ use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::{Engine, Handle};
+use super::Engine;
+use super::handle::Handle;
 use crate::error::{CodePanic, HistoryError, PanickedEvent, ReadError, WaitError, guard};
 use crate::event::{Key, Meta, Offset, ShardId, Time, Version};
 use crate::log::finder::Finder;
@@ -382,10 +383,6 @@ impl<A: Aggregate> Engine<A> {
             let (slots, then) = keys.walk(walk, COMPARED);
             (slots.map(|slot| (slot.key, slot.version, slot.state.clone())).collect(), then)
         })
-    }
-
-    pub(super) fn of(&self, key: Key) -> &Handle<A> {
-        &self.shards[usize::from(key.shard(self.config.shards).0)]
     }
 
     fn finder(&self, shard: &Handle<A>) -> Finder {

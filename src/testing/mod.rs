@@ -27,9 +27,8 @@ pub use given::{Given, When, given};
 impl<A: Aggregate> Builder<A> {
     /// Puts the store on a storage that fails on purpose.
     #[must_use]
-    pub fn faulty_storage(mut self, storage: &FaultyStorage) -> Self {
-        self.storage = Some(Arc::new(storage.clone()));
-        self
+    pub fn faulty_storage(self, storage: &FaultyStorage) -> Self {
+        self.storage(Arc::new(storage.clone()))
     }
 }
 
