@@ -9,7 +9,9 @@ use std::time::{Duration, Instant};
 
 use common::bank::{Account, Order};
 use common::{block_on, poll_once, small, until};
-use corelane::{Client, CommandError, Durability, Engine, Key, Outcome, Rejected, RejectedReason, Ticket, Version};
+use corelane::command::Ticket;
+use corelane::error::RejectedReason;
+use corelane::{Client, CommandError, Durability, Engine, Key, Outcome, Rejected, Version};
 
 const RING: usize = 16;
 

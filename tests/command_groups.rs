@@ -9,8 +9,9 @@ use std::path::{Path, PathBuf};
 
 use common::bank::{Account, Logged, Money, Order, Refused, folded, logged};
 use common::{PAGE, SEGMENT, env_number, small, soon};
+use corelane::event::{Encode, Scratch};
 use corelane::testing::{FaultyStorage, Unsynced};
-use corelane::{Client, CommandError, Durability, Encode, Engine, Key, Scratch};
+use corelane::{Client, CommandError, Durability, Engine, Key};
 use rand::{Rng, SeedableRng};
 
 const KEYS: u64 = 3;

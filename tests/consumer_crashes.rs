@@ -11,8 +11,9 @@ use std::time::{Duration, Instant};
 
 use common::{Note, open_on, os_cache, read_shard, small, soon};
 use corelane::consumer::{ConsumerError, HealthPolicy, Judgement, Letters, Poller, QueuePolicy};
+use corelane::event::EventId;
 use corelane::testing::{FaultyStorage, Unsynced};
-use corelane::{EventId, EventLog, Key, Offset, ShardId};
+use corelane::{EventLog, Key, Offset, ShardId};
 
 /// Whose letters are made, and whose event is skipped.
 const PARKED: u64 = 1;

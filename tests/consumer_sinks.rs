@@ -12,8 +12,10 @@ use common::{ArchivedNote, Note, env_number, open_on, os_cache, read_shard, smal
 use corelane::consumer::{
     Batch, ConsumerError, ConsumerReport, HaltCause, HealthPolicy, Retry, Sink, SinkConsumer, Start, prometheus,
 };
+use corelane::error::PositionError;
+use corelane::log::Position;
 use corelane::testing::{FaultyStorage, Unsynced};
-use corelane::{EventLog, HandlerError, Key, Meta, OpenError, Position, PositionError, Retention, ShardId};
+use corelane::{EventLog, HandlerError, Key, Meta, OpenError, Retention, ShardId};
 
 const SHARDS: u16 = 2;
 
@@ -226,7 +228,8 @@ fn is_told_as_failed(engine: &EventLog<Note>, expected: PositionError) {
     ] {
         assert!(text.lines().any(|found| found == line), "{line} is not in\n{text}");
     }
-    assert!(!engine.drain_consumers(soon()), "it has not handled what there is");
+    let drained = engine.drain_consumers(soon());
+    assert!(matches!(drained, Err(ConsumerError::Ended { failure: Some(_) })), "{drained:?}");
 }
 
 #[test]
@@ -419,7 +422,8 @@ fn a_database_that_is_ahead_of_a_copy_of_the_store_is_told_however_long_the_copy
         let anew = self::database();
         let over = engine.consumer("sink").start_sink_over(7, anew.clone()).unwrap();
         assert!(over.drain(soon()));
-        assert!(engine.consumers()[0].failure.is_none() && engine.drain_consumers(soon()));
+        assert!(engine.consumers()[0].failure.is_none());
+        engine.drain_consumers(soon()).unwrap();
         assert_eq!(anew.committed().rows[&0], logged(&engine, 0), "{more}");
     }
 }
@@ -478,7 +482,9 @@ fn a_sink_whose_database_is_gone_begins_again_only_when_it_is_told_to() {
         let Err(ConsumerError::Ended { failure: Some(failure) }) = stopped else { panic!("{stopped:?}") };
         assert!(matches!(failure.error(), ConsumerError::PositionGone { .. }), "{failure}");
         assert_eq!(engine.consumers()[0].failure, Some(failure));
-        assert!(!engine.drain_consumers(soon()) && gone.committed().rows.is_empty(), "it was given nothing");
+        let drained = engine.drain_consumers(soon());
+        assert!(matches!(drained, Err(ConsumerError::Ended { failure: Some(_) })), "{drained:?}");
+        assert!(gone.committed().rows.is_empty(), "the sink got nothing");
 
         // Told to begin again, it does so also where it takes nothing the first time.
         let over = engine.consumer("sink").start_sink_over(7, Moody::default()).unwrap();

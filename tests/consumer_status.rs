@@ -5,8 +5,9 @@ mod common;
 
 use common::{ArchivedNote, Note, open_on, small, soon, until};
 use corelane::consumer::{ConsumerError, Judgement};
+use corelane::error::PositionError;
 use corelane::testing::FaultyStorage;
-use corelane::{EventLog, HandlerError, Key, Meta, OpenError, PositionError};
+use corelane::{EventLog, HandlerError, Key, Meta, OpenError};
 
 /// What `Engine::consumers` says of one.
 fn shown(engine: &EventLog<Note>, name: &str) -> corelane::consumer::ConsumerReport {
@@ -43,10 +44,12 @@ fn a_consumer_whose_position_is_of_another_history_is_refused_and_shown_as_faile
     assert!(matches!(refused, Err(ConsumerError::Position(PositionError::OtherHistory { .. }))), "{refused:?}");
     let failure = shown(&engine, "c").failure.expect("it is shown");
     assert!(matches!(failure.error(), ConsumerError::Position(PositionError::OtherHistory { .. })), "{failure}");
-    assert!(!engine.drain_consumers(soon()));
+    let drained = engine.drain_consumers(soon());
+    assert!(matches!(drained, Err(ConsumerError::Ended { failure: Some(_) })), "{drained:?}");
     engine.remove_consumer("c").unwrap();
     let anew = engine.consumer("c").start(|_, _| Ok(())).unwrap();
-    assert!(anew.drain(soon()) && engine.drain_consumers(soon()));
+    assert!(anew.drain(soon()));
+    engine.drain_consumers(soon()).unwrap();
     assert_eq!((anew.report().handled, shown(&engine, "c").failure), (450, None));
     drop((anew, engine));
 
@@ -89,5 +92,5 @@ fn whatever_a_consumer_is_driven_by_or_ended_with_is_shown() {
     let text = corelane::consumer::prometheus(&[report]);
     assert!(text.contains("corelane_consumer_dead_letters{consumer=\"parks\"} 3"), "{text}");
     // Paused, halted and stopped ones are no failures.
-    assert!(engine.drain_consumers(soon()));
+    engine.drain_consumers(soon()).unwrap();
 }

@@ -218,8 +218,8 @@ fn a_panicking_handler_is_a_failing_one_and_nobody_elses_concern() {
     let engine = EventLog::<Note>::open(small(dir.path())).unwrap();
     let seen = Seen::default();
     let saw = seen.clone();
-    let bad = engine.subscribe("bad").retry(quick(2)).health(patient()).on(|_, _| panic!("as it must")).unwrap();
-    let good = engine.subscribe("good").on(move |event, meta| {
+    let bad = engine.subscribe("bad").retry(quick(2)).health(patient()).start(|_, _| panic!("as it must")).unwrap();
+    let good = engine.subscribe("good").start(move |event, meta| {
         saw.add(event, meta);
         Ok(())
     });
@@ -510,7 +510,7 @@ fn a_hanging_handler_is_visible_stoppable_and_alone() {
             Ok(())
         });
         let hanging = hanging.unwrap();
-        let other = engine.subscribe("other").on(move |event, meta| {
+        let other = engine.subscribe("other").start(move |event, meta| {
             saw.add(event, meta);
             Ok(())
         });
@@ -541,7 +541,7 @@ fn an_engine_that_is_dropped_leaves_a_hanging_handler_behind_and_stops_all_other
     let engine = EventLog::<Note>::open(small(dir.path())).unwrap();
     let release = Arc::new(AtomicBool::new(false));
     let released = Arc::clone(&release);
-    let hanging = engine.subscribe("hangs").on(move |_, _| {
+    let hanging = engine.subscribe("hangs").start(move |_, _| {
         while !released.load(Ordering::SeqCst) {
             std::thread::sleep(Duration::from_millis(1));
         }
@@ -576,7 +576,7 @@ fn publish_sync_returns_when_those_that_were_named_have_handled_it() {
     let engine = engine.open().unwrap();
     let (seen, saw) = (Seen::default(), Seen::default());
     let saw_it = saw.clone();
-    let slow = engine.subscribe("slow").retry(quick(2)).health(patient()).on(move |event, meta| {
+    let slow = engine.subscribe("slow").retry(quick(2)).health(patient()).start(move |event, meta| {
         std::thread::sleep(Duration::from_millis(2));
         if event.n == 7 {
             return Err("no".into());
@@ -595,7 +595,7 @@ fn publish_sync_returns_when_those_that_were_named_have_handled_it() {
         assert_eq!(saw.of(1).last(), Some(&n), "the consumer has had it");
     }
     let refused = engine.publish_sync(&mut producer, Key::new(1), Note::new(7), &[&slow], soon());
-    assert!(matches!(refused, Err(corelane::PublishSyncError::Recorded { .. })), "{refused:?}");
+    assert!(matches!(refused, Err(corelane::engine::PublishSyncError::Recorded { .. })), "{refused:?}");
     let late = Some(Instant::now());
     let late = engine.publish_sync(&mut producer, Key::new(2), Note::new(1), &[&slow], late);
     assert!(late.is_err(), "the deadline counts");
@@ -605,7 +605,7 @@ fn publish_sync_returns_when_those_that_were_named_have_handled_it() {
     assert_eq!(
         slow.wait_handled(
             Key::new(9),
-            corelane::EventId { shard: corelane::ShardId(0), offset: corelane::Offset(0) },
+            corelane::event::EventId { shard: corelane::ShardId(0), offset: corelane::Offset(0) },
             soon()
         )
         .unwrap(),

@@ -12,7 +12,7 @@ use std::time::Duration;
 use common::{copy, small, soon, tree, until};
 use corelane::consumer::{Consumer, ConsumerError, HealthPolicy, Letters, Poller, Request, Retry, outside};
 use corelane::envelope::{ArchivedEnvelope, Envelope};
-use corelane::scan::Store;
+use corelane::log::scan::Store;
 use corelane::{EventLog, HandlerError, Key, Meta, OpenError};
 
 /// What a handler saw: key and payload, in order.

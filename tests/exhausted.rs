@@ -12,11 +12,11 @@ use std::time::{Duration, Instant};
 use common::bank::{Account, Money};
 use common::{ArchivedNote, Note, SEGMENT, fill, numbers, open_on, os_cache, small, soon, until};
 use corelane::consumer::{Consumer, HealthPolicy, Retry};
-use corelane::ingress::GatePolicy;
+use corelane::error::{GateError, HistoryError, RejectedReason};
+use corelane::ingress::{Accepted, GatePolicy, GatedProducer};
 use corelane::testing::FaultyStorage;
 use corelane::{
-    Accepted, Config, Engine, EventLog, GateError, GatedProducer, HandlerError, HistoryError, Key, Meta, OnError,
-    ReadError, Rejected, RejectedReason, Retention, ShardId, Version,
+    Config, Engine, EventLog, HandlerError, Key, Meta, OnError, ReadError, Rejected, Retention, ShardId, Version,
 };
 use rustix::io::Errno;
 

@@ -5,10 +5,10 @@ mod common;
 
 use common::bank::{Account, Money, Order, Refused};
 use common::{os_cache, soon};
+use corelane::event::{Correlation, Upcaster};
 use corelane::testing::given;
 use corelane::{
-    Aggregate, Bounded, Correlation, Emit, Engine, Event, EventType, EventTypeId, Key, Meta, Offset, Stored, Time,
-    Upcaster, Version,
+    Aggregate, Bounded, Emit, Engine, Event, EventType, EventTypeId, Key, Meta, Offset, Stored, Time, Version,
 };
 use rkyv::{Archive, Deserialize, Serialize};
 

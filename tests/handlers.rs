@@ -7,10 +7,12 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use common::{Note, numbers, open_on, os_cache, small, soon};
+use corelane::error::FailureCause;
+use corelane::handler::BatchEnd;
 use corelane::testing::FaultyStorage;
 use corelane::{
-    BatchEnd, Bounded, Event, EventLog, EventType, EventTypeId, FailureCause, Handler, HandlerError, Key, Meta,
-    OnError, ReadError, Rejected, ShardId, WaitError,
+    Bounded, Event, EventLog, EventType, EventTypeId, Handler, HandlerError, Key, Meta, OnError, ReadError, Rejected,
+    ShardId, WaitError,
 };
 use rkyv::{Archive, Deserialize, Serialize};
 
@@ -182,7 +184,7 @@ fn hostile_archives_behind_a_crc_that_holds_are_typed_errors() {
         match reader.next() {
             Ok(Some(record)) => {
                 // Whatever it says, it is a valid value of the type: read all of it.
-                std::hint::black_box(format!("{:?}", corelane::deserialize::<Rich>(record.event).unwrap()));
+                std::hint::black_box(format!("{:?}", corelane::event::deserialize::<Rich>(record.event).unwrap()));
                 harmless += 1;
             }
             Err(ReadError::Corruption(damage)) => {

@@ -6,8 +6,9 @@ mod common;
 use std::path::{Path, PathBuf};
 
 use common::{Note, SEGMENT, numbers, open_on, os_cache, soon, until};
+use corelane::error::FailureCause;
 use corelane::testing::FaultyStorage;
-use corelane::{FailureCause, Key, OpenError, Rejected, WaitError};
+use corelane::{Key, OpenError, Rejected, WaitError};
 
 /// Segments that a log can have.
 const SEGMENTS: u64 = (1 << 52) / SEGMENT;

@@ -6,7 +6,8 @@ mod common;
 use std::time::Duration;
 
 use common::{Note, small, soon};
-use corelane::{Durability, EventLog, Key, Metrics, Stage};
+use corelane::metrics::{Metrics, Stage};
+use corelane::{Durability, EventLog, Key};
 
 const DUE: [Stage; 4] = [Stage::RingDue, Stage::AppendedDue, Stage::HandledDue, Stage::DurableDue];
 

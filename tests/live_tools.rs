@@ -8,7 +8,7 @@ use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use common::{Note, SEGMENT, os_cache, until};
-use corelane::scan::{SegmentState, Store};
+use corelane::log::scan::{SegmentState, Store};
 use corelane::{EventLog, Key, Retention, ShardId};
 
 /// Bytes of a record of these tests, its padding included.

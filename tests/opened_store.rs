@@ -12,11 +12,10 @@ use std::time::Duration;
 use common::{ArchivedNote, Note, SEGMENT, copy, numbers, small, soon, tree, until};
 use corelane::consumer::outside::{self, DeadLetters};
 use corelane::consumer::{Consumer, HealthPolicy, Request, Retry};
-use corelane::ingress::GatePolicy;
-use corelane::scan::Store;
+use corelane::ingress::{Accepted, GatePolicy, GatedProducer};
+use corelane::log::scan::Store;
 use corelane::{
-    Accepted, Config, EventLog, GatedProducer, HandlerError, Key, Meta, Offset, OnError, OpenError, Retention, ShardId,
-    Time, Version,
+    Config, EventLog, HandlerError, Key, Meta, Offset, OnError, OpenError, Retention, ShardId, Time, Version,
 };
 
 /// A store with everything that has files: two shards that recycle segments, checkpoints, a consumer with dead letters, a gate, and

@@ -356,7 +356,7 @@ fn states_are_compared_while_checkpoints_come_and_go() {
         });
         let told: Vec<_> = (0..1_500).map(|_| engine.compare().map(|compared| compared.differing.len())).collect();
         stop.store(true, Ordering::SeqCst);
-        let is_right = |told: &_| matches!(told, Ok(0) | Err(corelane::HistoryError::BeyondRetention { .. }));
+        let is_right = |told: &_| matches!(told, Ok(0) | Err(corelane::error::HistoryError::BeyondRetention { .. }));
         let failed: Vec<_> = told.iter().filter(|told| !is_right(*told)).collect();
         assert!(failed.is_empty(), "{} of {}, the first {:?}", failed.len(), told.len(), failed[0]);
     });

@@ -9,11 +9,10 @@ use std::path::{Path, PathBuf};
 
 use common::bank::{Account, Order};
 use common::{ArchivedNote, Note, SEGMENT, open_on, os_cache, read_shard, small, soon};
-use corelane::ingress::GatePolicy;
+use corelane::error::GateOpenError;
+use corelane::ingress::{Accepted, GatePolicy, GatedProducer};
 use corelane::testing::FaultyStorage;
-use corelane::{
-    Accepted, Config, Durability, Engine, EventLog, GateOpenError, GatedProducer, Key, OpenError, Retention,
-};
+use corelane::{Config, Durability, Engine, EventLog, Key, OpenError, Retention};
 
 type Files = BTreeMap<PathBuf, Vec<u8>>;
 

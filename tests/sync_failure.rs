@@ -7,8 +7,9 @@ mod common;
 use std::time::{Duration, Instant};
 
 use common::{Note, env_number, numbers, open_on, read_shard, settle, small, soon};
+use corelane::error::FailureCause;
 use corelane::testing::{FaultyStorage, Unsynced};
-use corelane::{EventLog, FailureCause, Key, Rejected, WaitError};
+use corelane::{EventLog, Key, Rejected, WaitError};
 
 /// Publishes one by one until something fails. Returns (acknowledged as durable, accepted).
 fn publish_until_failure(engine: &EventLog<Note>, from: u64, events: u64) -> (u64, u64) {

@@ -17,7 +17,7 @@ use crate::lane::requests::SyncRequests;
 use crate::log::format::HEADER_BYTES;
 use crate::log::segment::ShardLog;
 use crate::state::snapshot::format::{Chunk, End, FILE_HEADER_BYTES, FileHeader, Kind, seal_chunk};
-use crate::state::snapshot::store::{Held, NUMBERS_END, Saved, SnapshotStore, file_name, fresh_path};
+use crate::state::snapshot::store::{NUMBERS_END, Saved, SnapshotFile, SnapshotStore, file_name, fresh_path};
 use crate::state::snapshot::taker::Message;
 use crate::storage::{SideFile, Storage};
 use crate::sync::{AtomicBool, Idle, Ordering, Signal, lock};
@@ -61,7 +61,7 @@ pub(crate) struct Sources {
 /// A file that is being written.
 #[derive(Debug)]
 pub(crate) struct Writing {
-    held: Held,
+    held: SnapshotFile,
     file: Box<dyn SideFile>,
 }
 
@@ -207,7 +207,7 @@ impl Sources {
         file.append(&header.encode())?;
         self.next_number += 1;
         let (bytes, places) = (FILE_HEADER_BYTES as u64, Arc::default());
-        let held = Held { number, kind, path, start, last_head: Offset(0), entries: 0, bytes, places };
+        let held = SnapshotFile { number, kind, path, start, last_head: Offset(0), entries: 0, bytes, places };
         Ok(Writing { held, file })
     }
 

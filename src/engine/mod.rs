@@ -1,19 +1,19 @@
-//! The composition root: opens a store, starts the threads and stops them. The only folder that names every other.
-//!
-//! | file | contents |
-//! |---|---|
-//! | `mod` | [`Engine`]: producers, clients, readers, flush, metrics, shutdown |
-//! | `builder` | [`Builder`]: inline handlers and views of an engine that is not open yet |
-//! | `start` | the steps of an opening, in order |
-//! | `open` | the manifest, the recovery of all shards, and the repairs |
-//! | `store_lock` | the locks on a store's folders |
-//! | `gate_holds` | the parts of the log that sequence gates still need |
-//! | `build` | a shard and everything around it |
-//! | `handle` | what the engine keeps of a running shard |
-//! | `closing` | shutdown, and the drop of an engine |
-//! | `runner` | the loop of a shard's thread |
-//! | `threads` | starting and joining threads |
-//! | `queries`, `history`, `consumers`, `gated` | the rest of [`Engine`]'s methods, by topic |
+//! The composition root: opens a store, starts the threads and stops them.
+
+// | file | contents |
+// |---|---|
+// | `mod` | `Engine`: producers, clients, readers, flush, metrics, shutdown |
+// | `builder` | `Builder`: inline handlers and views of an engine that is not open yet |
+// | `start` | the steps of an opening, in order |
+// | `open` | the manifest, the recovery of all shards, and the repairs |
+// | `store_lock` | the locks on a store's folders |
+// | `gate_holds` | the parts of the log that sequence gates still need |
+// | `build` | a shard and everything around it |
+// | `handle` | what the engine keeps of a running shard |
+// | `closing` | shutdown, and the drop of an engine |
+// | `runner` | the loop of a shard's thread |
+// | `threads` | starting and joining threads |
+// | `queries`, `history`, `consumers`, `gated` | the rest of `Engine`'s methods, by topic |
 
 mod build;
 mod builder;

@@ -34,7 +34,7 @@ const LOCK_PAUSE: Duration = Duration::from_millis(5);
 fn retry<L>(mut try_lock: impl FnMut() -> io::Result<Option<L>>) -> io::Result<Option<L>> {
     for _ in 0..LOCK_RETRIES {
         match try_lock()? {
-            None => std::thread::sleep(LOCK_PAUSE),
+            None => crate::sync::nap(LOCK_PAUSE),
             taken => return Ok(taken),
         }
     }

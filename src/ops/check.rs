@@ -1,5 +1,5 @@
 //! What opening a store would refuse or report of its files, found from outside: beside a running engine, without a lock and without
-//! changing a byte. The files are read with the decoders that opening uses; the log's records are read by [`crate::scan`].
+//! changing a byte. The files are read with the decoders that opening uses; the log's records are read by [`crate::log::scan`].
 
 use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};

@@ -16,7 +16,7 @@ use crate::state::keys::Slot;
 use crate::state::snapshot::format::{
     ENTRY_HEADER_BYTES, End, Entry, FILE_HEADER_BYTES, FileHeader, Kind, OTHER_STORE, Owner, Unusable, entry_at,
 };
-use crate::state::snapshot::store::{Held, Saved, SnapshotStore, file_name, file_number, whole};
+use crate::state::snapshot::store::{Saved, SnapshotFile, SnapshotStore, file_name, file_number, whole};
 use crate::storage::memory::ALIGN;
 use crate::storage::{Storage, replace};
 use crate::sync::Ordering;
@@ -264,7 +264,7 @@ pub(crate) fn index<A: Aggregate>(
             let is_asked = !header.is_of_another_layout::<A>();
             let places = if is_asked { OnceLock::new() } else { OnceLock::from(Vec::new()) };
             let places = Arc::new(places);
-            let held = Held { number, kind, path, start, last_head: Offset(0), entries, bytes, places };
+            let held = SnapshotFile { number, kind, path, start, last_head: Offset(0), entries, bytes, places };
             store.add(held, []);
             continue;
         }
@@ -289,7 +289,7 @@ pub(crate) fn index<A: Aggregate>(
             }
             cut.push((file_name(kind, number), bytes[..scanned.end].to_vec()));
         }
-        let held = Held {
+        let held = SnapshotFile {
             number,
             kind,
             path,

@@ -31,7 +31,6 @@ use crate::log::writer::Resume;
 use crate::recovery::fold::{Folder, Unreadable};
 use crate::recovery::remains::{are_of_an_earlier_life, later_records};
 use crate::recovery::repair::Repair;
-use crate::recovery::report::ShardRecovery;
 use crate::recovery::unfit::{EMPTY, Unfit};
 use crate::state::aggregate::Aggregate;
 use crate::state::snapshot::format::{Owner, Unusable};
@@ -40,6 +39,8 @@ use crate::storage::framed::u32_at;
 use crate::storage::memory::padded;
 use crate::storage::memory::{Memory, WriteHalf};
 use load::Candidate;
+
+pub use report::{RecoveryReport, ShardRecovery, TornTail};
 
 /// A shard's log as found, ready to be written.
 pub(crate) struct Recovered<A: Aggregate> {
