@@ -332,7 +332,7 @@ mod tests {
     }
 
     #[test]
-    fn a_checkpoint_leaves_one_chunk_for_snapshots() {
+    fn a_checkpoint_leaves_a_chunk_for_snapshots() {
         let requests = Arc::new(CheckpointRequests::new());
         let (messages, sent) = rtrb::RingBuffer::new(64);
         let (mut empty, used) = rtrb::RingBuffer::new(3);
