@@ -177,7 +177,7 @@ impl Config {
         /// Keys one shard makes room for at the start, up to 2³⁰. It grows when needed. Default: 10,000.
         keys_expected: usize,
         /// Events of one key between two snapshots of its state, 1..=2⁴⁰; 0: no snapshots. Default: 100. Time travel applies
-        /// at most so many events, unless snapshots were skipped ([`crate::SnapshotStats::skipped`]).
+        /// at most so many events, unless snapshots were skipped ([`crate::state::SnapshotStats::skipped`]).
         snapshot_every: u64,
         /// Bytes of a shard's log between two checkpoints of all its states, 1 MiB or more; 0: only when retention needs one or
         /// [`crate::Engine::checkpoint`] asks. Default: 1 GiB. Opening folds about so much of the log.

@@ -17,8 +17,10 @@ use rkyv::validation::Validator;
 use rkyv::validation::archive::ArchiveValidator;
 use rkyv::{Archive, Deserialize, Serialize};
 
-use crate::bounded::{Bounded, DEPTH_MAX};
+use crate::bounded::Bounded;
 use crate::sync::keyed;
+
+pub use crate::bounded::DEPTH_MAX;
 
 macro_rules! position {
     ($(#[$doc:meta])* $name:ident($inner:ty)) => {
@@ -227,7 +229,8 @@ impl EventType {
 /// Makes an event of today from the archive of an older layout of its type.
 ///
 /// ```
-/// use corelane::{Stored, Upcaster};
+/// use corelane::event::Upcaster;
+/// use corelane::Stored;
 /// # use corelane::{Bounded, Event, EventType, EventTypeId};
 /// use rkyv::{Archive, Deserialize, Serialize};
 ///
@@ -390,7 +393,8 @@ pub trait Event: Encode + Send + 'static {
 /// A type that is aligned to more than 16 bytes, where archives begin, does not compile:
 ///
 /// ```compile_fail,E0080
-/// use corelane::{Bounded, Encode, Scratch};
+/// use corelane::event::{Encode, Scratch};
+/// use corelane::Bounded;
 ///
 /// #[derive(rkyv::Archive, rkyv::Serialize, Bounded)]
 /// #[rkyv(attr(repr(C, align(32))))]
@@ -402,7 +406,8 @@ pub trait Event: Encode + Send + 'static {
 /// Neither does one that nests deeper than [`DEPTH_MAX`] levels:
 ///
 /// ```compile_fail,E0080
-/// use corelane::{Bounded, Encode, Scratch};
+/// use corelane::event::{Encode, Scratch};
+/// use corelane::Bounded;
 ///
 /// #[derive(rkyv::Archive, rkyv::Serialize)]
 /// struct Deep(u8);

@@ -2,7 +2,8 @@
 
 use std::convert::Infallible;
 
-use corelane::{Aggregate, Bounded, Correlation, Emit, Event, EventType, EventTypeId, Meta, Time};
+use corelane::event::Correlation;
+use corelane::{Aggregate, Bounded, Emit, Event, EventType, EventTypeId, Meta, Time};
 use rkyv::{Archive, Deserialize, Serialize};
 
 /// What happened to a player. Variants are what the game computes with; everything else it keeps under its number.

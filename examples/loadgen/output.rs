@@ -1,6 +1,7 @@
 //! What a run says for itself: tables for people, one line of JSON for scripts.
 
-use corelane::{Pin, Stage};
+use corelane::Pin;
+use corelane::metrics::Stage;
 use hdrhistogram::Histogram;
 use serde_json::{Value, json};
 

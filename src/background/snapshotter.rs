@@ -18,7 +18,7 @@ use crate::lane::requests::SyncRequests;
 use crate::log::format::HEADER_BYTES;
 use crate::log::segment::ShardLog;
 use crate::state::snapshot::format::{Chunk, End, FILE_HEADER_BYTES, FileHeader, Kind, seal_chunk};
-use crate::state::snapshot::store::{Held, NUMBERS_END, Saved, SnapshotStore, file_name, fresh_path};
+use crate::state::snapshot::store::{NUMBERS_END, Saved, SnapshotFile, SnapshotStore, file_name, fresh_path};
 use crate::state::snapshot::taker::Message;
 use crate::storage::{SideFile, Storage};
 use crate::sync::{AtomicBool, Ordering, Signal, lock};
@@ -67,7 +67,7 @@ pub(crate) struct ShardSnapshots {
 /// A file that is still written to.
 #[derive(Debug)]
 pub(crate) struct OpenFile {
-    held: Held,
+    held: SnapshotFile,
     file: Box<dyn SideFile>,
 }
 
@@ -209,7 +209,7 @@ impl ShardSnapshots {
         file.append(&header.encode())?;
         self.next_number += 1;
         let (bytes, places) = (FILE_HEADER_BYTES as u64, Arc::default());
-        let held = Held { number, kind, path, start, last_head: Offset(0), entries: 0, bytes, places };
+        let held = SnapshotFile { number, kind, path, start, last_head: Offset(0), entries: 0, bytes, places };
         Ok(OpenFile { held, file })
     }
 

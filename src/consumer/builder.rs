@@ -147,17 +147,6 @@ impl<E: Event> ConsumerBuilder<E> {
         self.start_with(move |event: &E::Archived, meta: &Meta, _: &Call<'_>| handler(event, meta))
     }
 
-    /// As [`ConsumerBuilder::start`], for a subscriber of the event bus.
-    ///
-    /// # Errors
-    /// As [`ConsumerBuilder::start`].
-    pub fn on<F>(self, handler: F) -> Result<Consumer<E>, ConsumerError>
-    where
-        F: Fn(&E::Archived, &Meta) -> Result<(), HandlerError> + Send + Sync + 'static,
-    {
-        self.start(handler)
-    }
-
     /// As [`ConsumerBuilder::start`], for handlers with side effects: [`Call`] names each of them and says when it was had before.
     ///
     /// # Errors

@@ -181,7 +181,7 @@ const FIGURES: [Figure; 16] = [
 const KNOWN_AT_REST: [&str; 4] = ["lag_bytes", "is_running", "is_failed", DEAD_LETTERS];
 const DEAD_LETTERS: &str = "dead_letters";
 
-/// Reports as Prometheus text, to stand behind [`crate::Metrics::prometheus`]. Counts are of the consumer's present run; of one
+/// Reports as Prometheus text, to stand behind [`crate::metrics::Metrics::prometheus`]. Counts are of the consumer's present run; of one
 /// that does not run there are only lag, dead letters, and whether it failed: a zero would pass for an answer. Why one has failed is the
 /// label `reason` of `corelane_consumer_failure`.
 #[must_use]

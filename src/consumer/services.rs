@@ -17,7 +17,7 @@ use super::error::{ConsumerError, ConsumerFailure};
 use super::life::Life;
 use super::report::ConsumerReport;
 use super::settings::Start;
-use crate::error::OpenError;
+use crate::error::{OpenError, WaitError};
 use crate::event::{Event, Offset};
 use crate::lane::requests::KeeperRequests;
 use crate::lane::requests::SyncRequests;
@@ -25,7 +25,7 @@ use crate::log::holds::Hold;
 use crate::log::manifest::is_folder_name;
 use crate::log::segment::ShardLog;
 use crate::storage::{Lock, Storage};
-use crate::sync::{Mutex, lock};
+use crate::sync::{Mutex, lock, may_wait};
 
 /// A consumer that has threads.
 pub(crate) trait Running: Send + Sync {
@@ -305,16 +305,25 @@ impl Services {
         lock(&self.known).values().filter_map(|known| known.running.clone()).collect()
     }
 
-    /// Waits until every running consumer has handled everything there is. Whether all have, and none has failed; not, where one would
-    /// wait for itself.
-    pub(crate) fn drain(&self, deadline: Option<Instant>) -> bool {
-        let has_failed = || lock(&self.known).values().any(|known| known.failure.is_some());
+    /// Waits until every running consumer has handled everything in the log.
+    pub(crate) fn drain(&self, deadline: Option<Instant>) -> Result<(), ConsumerError> {
+        let failed = || match lock(&self.known).values().find_map(|known| known.failure.clone()) {
+            Some(failure) => Err(ConsumerError::Ended { failure: Some(failure) }),
+            None => Ok(()),
+        };
+        failed()?;
         let running = self.running();
-        // Before any is waited for: one of them may be this very thread.
-        !has_failed()
-            && running.iter().all(|running| running.life().may_await())
-            && running.iter().all(|running| running.drain(deadline))
-            && !has_failed()
+        // Checked before any wait: this very thread may drive one of the consumers.
+        if !may_wait() || !running.iter().all(|running| running.life().may_await()) {
+            return Err(WaitError::OnEngineThread.into());
+        }
+        let is_drained = running.iter().all(|running| running.drain(deadline));
+        failed()?;
+        match deadline {
+            _ if is_drained => Ok(()),
+            Some(deadline) if deadline <= Instant::now() => Err(WaitError::TimedOut.into()),
+            _ => Err(ConsumerError::Ended { failure: None }),
+        }
     }
 
     /// Lets go of consumers that do not end: they are asked to, and not waited for. Where a handler hangs, its thread stays behind, and

@@ -36,7 +36,8 @@ use crate::sync::{AtomicBool, AtomicU64, Deadline, Mutex, Ordering, lock, thread
 ///
 /// ```
 /// # use corelane::consumer::{Batch, Sink};
-/// # use corelane::{Event, HandlerError, Position, ShardId};
+/// # use corelane::log::Position;
+/// # use corelane::{Event, HandlerError, ShardId};
 /// # use std::collections::HashMap;
 /// # #[derive(Default)] struct Transaction { rows: u64, positions: HashMap<u16, Vec<u8>> }
 /// # struct Database { committed: Transaction }

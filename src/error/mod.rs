@@ -354,7 +354,7 @@ pub enum Rejected<E> {
     #[error("the lane is full")]
     Full(E),
     /// The lane is full because the shard waits for its storage: for space, or because quota, descriptors or memory are exhausted
-    /// ([`crate::ShardMetrics::storage_full_why`]). It goes on by itself when there are some again.
+    /// ([`crate::metrics::ShardMetrics::storage_full_why`]). It goes on by itself when there are some again.
     #[error("the lane is full: the shard waits for storage (space, quota, descriptors or memory)")]
     StorageFull(E),
     /// The call would wait for the very thread that makes it: an engine's own, or that of a consumer it asks for. Nothing was sent.

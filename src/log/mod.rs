@@ -14,3 +14,6 @@ pub mod scan;
 pub(crate) mod seal;
 pub(crate) mod segment;
 pub(crate) mod writer;
+
+pub use position::Position;
+pub use reader::{Reader, Record};

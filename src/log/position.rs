@@ -30,8 +30,8 @@ const VERSION: u16 = 1;
 /// Both are the same for ever.
 ///
 /// ```
-/// # use corelane::Position;
-/// # fn example(position: Position) -> Result<(), corelane::PositionError> {
+/// # use corelane::log::Position;
+/// # fn example(position: Position) -> Result<(), corelane::error::PositionError> {
 /// assert_eq!(Position::from_bytes(&position.to_bytes())?, position);
 /// assert_eq!(position.to_string().parse::<Position>()?, position);
 /// # Ok(()) }

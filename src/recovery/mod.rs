@@ -32,7 +32,6 @@ use crate::recovery::fit::{EMPTY_LOG, Unfit};
 use crate::recovery::fold::Folder;
 use crate::recovery::load::Candidate;
 use crate::recovery::repair::Repair;
-use crate::recovery::report::ShardRecovery;
 use crate::recovery::saved::{LogExtent, SavedFiles};
 use crate::recovery::scan::{Scan, Start};
 use crate::state::aggregate::Aggregate;
@@ -44,6 +43,8 @@ pub(crate) use crate::recovery::opening::Opening;
 
 /// The code that a panic is attributed to.
 const UPGRADE: &str = "upgrade";
+
+pub use report::{RecoveryReport, ShardRecovery, TornTail};
 
 /// A recovered log, ready to be written.
 pub(crate) struct Recovered<A: Aggregate> {

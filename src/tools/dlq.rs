@@ -9,8 +9,9 @@ use clap::{Args, Subcommand};
 use corelane::consumer::outside::{self, DeadLetters};
 use corelane::consumer::{DeadLetter, LetterKind, Letters, Request};
 use corelane::envelope::{self, ArchivedUserId};
-use corelane::scan::Store;
-use corelane::{EventId, Key, Offset};
+use corelane::event::EventId;
+use corelane::log::scan::Store;
+use corelane::{Key, Offset};
 use serde_json::json;
 
 use super::show::{grouped, printable, table, utc};

@@ -20,7 +20,7 @@ use std::process::ExitCode;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use corelane::consumer::{ConsumerError, LettersError};
 use corelane::envelope::{ArchivedEnvelope, Envelope};
-use corelane::scan::{Records, ScannedRecord, Store};
+use corelane::log::scan::{Records, ScannedRecord, Store};
 use corelane::{Event as _, EventTypeId, Offset, OpenError, ReadError, ShardId};
 
 /// Looks at a corelane store, also beside a running engine. Reads only; `dlq reprocess` and `dlq discard` leave a request.

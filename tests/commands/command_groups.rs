@@ -6,8 +6,9 @@ use std::path::{Path, PathBuf};
 
 use crate::common::bank::{Account, Logged, Money, Order, Refused, folded, logged};
 use crate::common::{PAGE, SEGMENT, env_number, small, soon};
+use corelane::event::{Encode, Scratch};
 use corelane::testing::{FaultyStorage, Unsynced};
-use corelane::{Client, CommandError, Durability, Encode, Engine, Key, Scratch};
+use corelane::{Client, CommandError, Durability, Engine, Key};
 use rand::{Rng, SeedableRng};
 
 const KEYS: u64 = 3;

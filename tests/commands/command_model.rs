@@ -5,8 +5,9 @@ use std::collections::{HashMap, VecDeque};
 
 use crate::common::bank::{Account, Logged, Money, Order, Refused, folded, logged};
 use crate::common::{env_number, small, soon};
+use corelane::command::{ExpectedVersion, Ticket};
 use corelane::testing::{FaultyStorage, Unsynced};
-use corelane::{Client, CommandError, Durability, Engine, ExpectedVersion, Key, Outcome, Ticket, Version};
+use corelane::{Client, CommandError, Durability, Engine, Key, Outcome, Version};
 use proptest::prelude::*;
 
 const SHARDS: u16 = 2;

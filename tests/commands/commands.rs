@@ -5,9 +5,11 @@ use std::time::{Duration, Instant};
 
 use crate::common::bank::{Account, Order, Refused};
 use crate::common::{small, soon};
+use corelane::command::ExpectedVersion;
+use corelane::error::RejectedReason;
 use corelane::{
-    Aggregate, Bounded, CommandError, Durability, Emit, Engine, Event, EventType, EventTypeId, ExpectedVersion, Key,
-    Meta, Rejected, RejectedReason, Version, WaitError,
+    Aggregate, Bounded, CommandError, Durability, Emit, Engine, Event, EventType, EventTypeId, Key, Meta, Rejected,
+    Version, WaitError,
 };
 use rkyv::{Archive, Deserialize, Serialize};
 

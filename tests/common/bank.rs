@@ -2,7 +2,8 @@
 
 use std::collections::HashMap;
 
-use corelane::{Aggregate, Bounded, Emit, Engine, Event, EventType, EventTypeId, Meta, ShardId, deserialize};
+use corelane::event::deserialize;
+use corelane::{Aggregate, Bounded, Emit, Engine, Event, EventType, EventTypeId, Meta, ShardId};
 use rkyv::{Archive, Deserialize, Serialize};
 
 #[derive(Archive, Serialize, Deserialize, Bounded, Debug, Clone, PartialEq)]

@@ -8,8 +8,9 @@ use std::time::{Duration, Instant};
 
 use crate::common::{Note, open_on, os_cache, read_shard, small, soon};
 use corelane::consumer::{ConsumerError, HealthPolicy, Judgement, Letters, Poller, QueuePolicy};
+use corelane::event::EventId;
 use corelane::testing::{FaultyStorage, Unsynced};
-use corelane::{EventId, EventLog, Key, Offset, ShardId};
+use corelane::{EventLog, Key, Offset, ShardId};
 
 /// The key whose events become letters, and the key whose event is skipped.
 const PARKED: u64 = 1;

@@ -14,10 +14,10 @@ use corelane::consumer::{
     DeadLetterPolicy, Delivery, Exhausted, HealthPolicy, Judgement, Letters, Poller, QueuePolicy, Retry, Start,
     WhenFull,
 };
+use corelane::event::EventId;
 use corelane::testing::{FaultyStorage, Unsynced};
 use corelane::{
-    Bounded, Config, Durability, Event, EventId, EventLog, EventType, EventTypeId, Key, Offset, Producer, Retention,
-    ShardId,
+    Bounded, Config, Durability, Event, EventLog, EventType, EventTypeId, Key, Offset, Producer, Retention, ShardId,
 };
 use rkyv::{Archive, Deserialize, Serialize};
 

@@ -9,8 +9,10 @@ use crate::common::{ArchivedNote, Note, env_number, open_on, os_cache, read_shar
 use corelane::consumer::{
     Batch, ConsumerError, ConsumerReport, HaltCause, HealthPolicy, Retry, Sink, SinkConsumer, Start, prometheus,
 };
+use corelane::error::PositionError;
+use corelane::log::Position;
 use corelane::testing::{FaultyStorage, Unsynced};
-use corelane::{EventLog, HandlerError, Key, Meta, OpenError, Position, PositionError, Retention, ShardId};
+use corelane::{EventLog, HandlerError, Key, Meta, OpenError, Retention, ShardId};
 
 const SHARDS: u16 = 2;
 
@@ -223,7 +225,8 @@ fn assert_shown_as_failed(engine: &EventLog<Note>, expected: PositionError) {
     ] {
         assert!(text.lines().any(|found| found == line), "{line} is not in\n{text}");
     }
-    assert!(!engine.drain_consumers(soon()), "the sink has not handled every event");
+    let drained = engine.drain_consumers(soon());
+    assert!(matches!(drained, Err(ConsumerError::Ended { failure: Some(_) })), "{drained:?}");
 }
 
 #[test]
@@ -416,7 +419,8 @@ fn a_database_ahead_of_a_copy_of_the_store_is_detected_however_long_the_copy_is(
         let anew = self::database();
         let over = engine.consumer("sink").start_sink_over(7, anew.clone()).unwrap();
         assert!(over.drain(soon()));
-        assert!(engine.consumers()[0].failure.is_none() && engine.drain_consumers(soon()));
+        assert!(engine.consumers()[0].failure.is_none());
+        engine.drain_consumers(soon()).unwrap();
         assert_eq!(anew.committed().rows[&0], logged(&engine, 0), "{more}");
     }
 }
@@ -479,7 +483,9 @@ fn a_sink_without_its_database_begins_again_only_on_request() {
         let Err(ConsumerError::Ended { failure: Some(failure) }) = stopped else { panic!("{stopped:?}") };
         assert!(matches!(failure.error(), ConsumerError::PositionGone { .. }), "{failure}");
         assert_eq!(engine.consumers()[0].failure, Some(failure));
-        assert!(!engine.drain_consumers(soon()) && gone.committed().rows.is_empty(), "the sink got no event");
+        let drained = engine.drain_consumers(soon());
+        assert!(matches!(drained, Err(ConsumerError::Ended { failure: Some(_) })), "{drained:?}");
+        assert!(gone.committed().rows.is_empty(), "the sink got nothing");
 
         // The request to begin again stays valid if the sink takes no event the first time.
         let over = engine.consumer("sink").start_sink_over(7, Moody::default()).unwrap();

@@ -3,8 +3,9 @@
 
 use crate::common::{ArchivedNote, Note, open_on, small, soon, until};
 use corelane::consumer::{ConsumerError, Judgement};
+use corelane::error::PositionError;
 use corelane::testing::FaultyStorage;
-use corelane::{EventLog, HandlerError, Key, Meta, OpenError, PositionError};
+use corelane::{EventLog, HandlerError, Key, Meta, OpenError};
 
 /// The report of `Engine::consumers` about this one.
 fn shown(engine: &EventLog<Note>, name: &str) -> corelane::consumer::ConsumerReport {
@@ -41,10 +42,12 @@ fn a_consumer_with_a_position_of_another_history_is_refused_and_shown_as_failed(
     assert!(matches!(refused, Err(ConsumerError::Position(PositionError::OtherHistory { .. }))), "{refused:?}");
     let failure = shown(&engine, "c").failure.expect("the failure is shown");
     assert!(matches!(failure.error(), ConsumerError::Position(PositionError::OtherHistory { .. })), "{failure}");
-    assert!(!engine.drain_consumers(soon()));
+    let drained = engine.drain_consumers(soon());
+    assert!(matches!(drained, Err(ConsumerError::Ended { failure: Some(_) })), "{drained:?}");
     engine.remove_consumer("c").unwrap();
     let anew = engine.consumer("c").start(|_, _| Ok(())).unwrap();
-    assert!(anew.drain(soon()) && engine.drain_consumers(soon()));
+    assert!(anew.drain(soon()));
+    engine.drain_consumers(soon()).unwrap();
     assert_eq!((anew.report().handled, shown(&engine, "c").failure), (450, None));
     drop((anew, engine));
 
@@ -91,5 +94,5 @@ fn reports_show_every_driver_and_how_a_consumer_ended() {
     let text = corelane::consumer::prometheus(&[report]);
     assert!(text.contains("corelane_consumer_dead_letters{consumer=\"parks\"} 3"), "{text}");
     // A stopped consumer is not a failed one.
-    assert!(engine.drain_consumers(soon()));
+    engine.drain_consumers(soon()).unwrap();
 }

@@ -217,8 +217,8 @@ fn a_panicking_handler_counts_as_failing_and_affects_no_other_consumer() {
     let seen = Seen::default();
     let saw = seen.clone();
     let bad =
-        engine.subscribe("bad").retry(quick(2)).health(patient()).on(|_, _| panic!("a panic on purpose")).unwrap();
-    let good = engine.subscribe("good").on(move |event, meta| {
+        engine.subscribe("bad").retry(quick(2)).health(patient()).start(|_, _| panic!("a panic on purpose")).unwrap();
+    let good = engine.subscribe("good").start(move |event, meta| {
         saw.add(event, meta);
         Ok(())
     });
@@ -509,7 +509,7 @@ fn a_hanging_handler_is_visible_and_stoppable_and_affects_no_other_consumer() {
             Ok(())
         });
         let hanging = hanging.unwrap();
-        let other = engine.subscribe("other").on(move |event, meta| {
+        let other = engine.subscribe("other").start(move |event, meta| {
             saw.add(event, meta);
             Ok(())
         });
@@ -545,7 +545,7 @@ fn a_dropped_engine_leaves_a_hanging_handler_behind_and_stops_every_other_consum
     let engine = EventLog::<Note>::open(small(dir.path())).unwrap();
     let release = Arc::new(AtomicBool::new(false));
     let released = Arc::clone(&release);
-    let hanging = engine.subscribe("hangs").on(move |_, _| {
+    let hanging = engine.subscribe("hangs").start(move |_, _| {
         while !released.load(Ordering::SeqCst) {
             std::thread::sleep(Duration::from_millis(1));
         }
@@ -580,7 +580,7 @@ fn publish_sync_returns_when_the_named_consumers_have_handled_the_event() {
     let engine = engine.open().unwrap();
     let (seen, saw) = (Seen::default(), Seen::default());
     let saw_it = saw.clone();
-    let slow = engine.subscribe("slow").retry(quick(2)).health(patient()).on(move |event, meta| {
+    let slow = engine.subscribe("slow").retry(quick(2)).health(patient()).start(move |event, meta| {
         std::thread::sleep(Duration::from_millis(2));
         if event.n == 7 {
             return Err("no".into());
@@ -599,7 +599,7 @@ fn publish_sync_returns_when_the_named_consumers_have_handled_the_event() {
         assert_eq!(saw.of(1).last(), Some(&n), "the consumer has handled the event");
     }
     let refused = engine.publish_sync(&mut producer, Key::new(1), Note::new(7), &[&slow], soon());
-    assert!(matches!(refused, Err(corelane::PublishSyncError::Recorded { .. })), "{refused:?}");
+    assert!(matches!(refused, Err(corelane::engine::PublishSyncError::Recorded { .. })), "{refused:?}");
     let late = Some(Instant::now());
     let late = engine.publish_sync(&mut producer, Key::new(2), Note::new(1), &[&slow], late);
     assert!(late.is_err(), "the deadline has passed");
@@ -609,7 +609,7 @@ fn publish_sync_returns_when_the_named_consumers_have_handled_the_event() {
     assert_eq!(
         slow.wait_handled(
             Key::new(9),
-            corelane::EventId { shard: corelane::ShardId(0), offset: corelane::Offset(0) },
+            corelane::event::EventId { shard: corelane::ShardId(0), offset: corelane::Offset(0) },
             soon()
         )
         .unwrap(),

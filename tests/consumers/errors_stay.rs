@@ -6,10 +6,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use crate::common::{soon, until};
-use corelane::consumer::{Batch, Sink, Start};
+use corelane::consumer::{Batch, ConsumerError, Sink, Start};
+use corelane::event::Upcaster;
+use corelane::log::Position;
 use corelane::{
-    Bounded, Event, EventLog, EventType, EventTypeId, HandlerError, Key, Position, ReadError, ShardId, Stored, Time,
-    Upcaster, Version,
+    Bounded, Event, EventLog, EventType, EventTypeId, HandlerError, Key, ReadError, ShardId, Stored, Time, Version,
 };
 use rkyv::rancor::{Error as Refusal, Source};
 use rkyv::{Archive, Deserialize, Serialize};
@@ -155,7 +156,8 @@ fn a_sink_never_gets_an_event_after_one_that_cannot_be_read() {
     let kept = Careless::default();
     let sink = engine.consumer("sink").start_at(Start::Beginning).start_sink(10, kept.clone()).unwrap();
     until("the sink has ended", || engine.consumers()[0].failure.is_some());
-    assert!(!engine.drain_consumers(soon()));
+    let drained = engine.drain_consumers(soon());
+    assert!(matches!(drained, Err(ConsumerError::Ended { failure: Some(_) })), "{drained:?}");
     assert_eq!(kept.0.lock().unwrap().0, [1]);
     drop(sink);
     // Without the cause, the sink continues where it stopped.
@@ -175,7 +177,7 @@ fn a_gate_does_not_skip_an_event_that_cannot_be_read() {
     let policy = corelane::ingress::GatePolicy::default;
     for _ in 0..2 {
         let opened = engine.gated("in", policy(), |event| Some((event.n.to_native(), 0)));
-        assert!(matches!(opened, Err(corelane::GateOpenError::Read(ReadError::Corruption(_)))));
+        assert!(matches!(opened, Err(corelane::error::GateOpenError::Read(ReadError::Corruption(_)))));
     }
     GATE_REFUSES.store(false, Ordering::SeqCst);
     let gate = engine.gated("in", policy(), |event| Some((event.n.to_native(), 0))).unwrap();

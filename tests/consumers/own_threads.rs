@@ -10,12 +10,16 @@ use std::time::{Duration, Instant};
 
 use crate::common::{small, soon, until};
 use corelane::consumer::{Batch, Consumer, ConsumerError, Judgement, Letters, Poller, Sink, SinkConsumer, Start};
-use corelane::ingress::{GatePolicy, GateStart};
+use corelane::engine::PublishSyncError;
+use corelane::error::{HistoryError, RejectedReason};
+use corelane::event::EventId;
+use corelane::handler::BatchEnd;
+use corelane::ingress::{GatePolicy, GateStart, GatedProducer};
 use corelane::view::ById;
 use corelane::{
-    Aggregate, BatchEnd, Bounded, Client, CommandError, Config, Deadline, Durability, Emit, Engine, Event, EventId,
-    EventType, EventTypeId, GatedProducer, Handler, HandlerError, HistoryError, Key, Meta, Offset, OnError, OpenError,
-    Producer, PublishSyncError, Rejected, RejectedReason, ShardId, SharedProducer, Time, Version, WaitError,
+    Aggregate, Bounded, Client, CommandError, Config, Deadline, Durability, Emit, Engine, Event, EventType,
+    EventTypeId, Handler, HandlerError, Key, Meta, Offset, OnError, OpenError, Producer, Rejected, ShardId,
+    SharedProducer, Time, Version, WaitError,
 };
 use rkyv::{Archive, Deserialize, Serialize};
 
@@ -117,7 +121,7 @@ impl Handler<Ping> for Inline {
 struct Taking(u64);
 
 impl Sink<Ping> for Taking {
-    fn position(&mut self, _shard: ShardId) -> Result<Option<corelane::Position>, HandlerError> {
+    fn position(&mut self, _shard: ShardId) -> Result<Option<corelane::log::Position>, HandlerError> {
         fire(CallSite::SinkPosition, self.0);
         Ok(None)
     }
@@ -305,7 +309,7 @@ fn calls(rig: &Rig) -> BTreeMap<&'static str, String> {
                 let offered = gated.offer(9, sequence, key, ping());
                 sequence += 1;
                 match offered {
-                    Err(corelane::GateRefused::Publish(rejected)) => format!("{:?}", rejected.reason()),
+                    Err(corelane::ingress::GateRefused::Publish(rejected)) => format!("{:?}", rejected.reason()),
                     Err(error) => format!("{error:?}"),
                     Ok(_) => "Ok".into(),
                 }
@@ -314,7 +318,7 @@ fn calls(rig: &Rig) -> BTreeMap<&'static str, String> {
         said.insert(
             "GatedProducer::save",
             match gated.save(Deadline::NEVER) {
-                Err(corelane::GateError::Wait(error)) => format!("{error:?}"),
+                Err(corelane::error::GateError::Wait(error)) => format!("{error:?}"),
                 Err(error) => format!("{error:?}"),
                 Ok(()) => "Ok".into(),
             },
@@ -330,7 +334,7 @@ fn calls(rig: &Rig) -> BTreeMap<&'static str, String> {
     said.insert("Engine::flush", wait_word(engine.flush(Deadline::NEVER)));
     said.insert("Engine::shutdown", wait_word(engine.shutdown(Deadline::NEVER)));
     said.insert("Engine::shutdown (until)", wait_word(engine.shutdown(Some(late()))));
-    said.insert("Engine::drain_consumers", engine.drain_consumers(Deadline::NEVER).to_string());
+    said.insert("Engine::drain_consumers", consumer_word(engine.drain_consumers(Deadline::NEVER)));
     said.insert("Engine::remove_consumer", consumer_word(engine.remove_consumer("own")));
     said.insert("Engine::metrics", engine.metrics().shards.len().to_string());
     rig.poller.lock().unwrap().wait(Some(Instant::now() + Duration::from_millis(1)));
@@ -403,7 +407,7 @@ fn on_a_shard() -> BTreeMap<&'static str, &'static str> {
         ("Sending::wait", "NotSent OnEngineThread"),
         ("Sending::wait_until", "NotSent OnEngineThread"),
         ("Answer::wait", "Unanswered OnEngineThread"),
-        ("Engine::drain_consumers", "false"),
+        ("Engine::drain_consumers", "OnEngineThread"),
         ("Engine::remove_consumer", "AlreadyRunning"),
         ("Engine::metrics", "1"),
         ("Consumer::drain", "false"),

@@ -10,11 +10,11 @@ use crate::common::bank::{Account, Money};
 use crate::common::own_process::is_own_process;
 use crate::common::{ArchivedNote, Note, SEGMENT, fill, numbers, open_on, os_cache, small, soon, until};
 use corelane::consumer::{Consumer, HealthPolicy, Retry};
-use corelane::ingress::GatePolicy;
+use corelane::error::{GateError, HistoryError, RejectedReason};
+use corelane::ingress::{Accepted, GatePolicy, GatedProducer};
 use corelane::testing::FaultyStorage;
 use corelane::{
-    Accepted, Config, Engine, EventLog, GateError, GatedProducer, HandlerError, HistoryError, Key, Meta, OnError,
-    ReadError, Rejected, RejectedReason, Retention, ShardId, Version,
+    Config, Engine, EventLog, HandlerError, Key, Meta, OnError, ReadError, Rejected, Retention, ShardId, Version,
 };
 use rustix::io::Errno;
 

@@ -5,8 +5,9 @@ use std::time::{Duration, Instant};
 
 use crate::common::bank::{Account, Money, Order, Refused};
 use crate::common::{SEGMENT, env_number, settle, small, soon};
+use corelane::error::HistoryError;
 use corelane::testing::{FaultyStorage, Unsynced};
-use corelane::{CommandError, Config, Durability, Engine, HistoryError, Key, OpenError, Retention, Version, WaitError};
+use corelane::{CommandError, Config, Durability, Engine, Key, OpenError, Retention, Version, WaitError};
 
 fn open(storage: &FaultyStorage, config: Config) -> Result<Engine<Account>, OpenError> {
     Engine::<Account>::builder(config).faulty_storage(storage).open()

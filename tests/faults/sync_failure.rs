@@ -4,8 +4,9 @@
 use std::time::{Duration, Instant};
 
 use crate::common::{Note, env_number, numbers, open_on, read_shard, settle, small, soon};
+use corelane::error::FailureCause;
 use corelane::testing::{FaultyStorage, Unsynced};
-use corelane::{EventLog, FailureCause, Key, Rejected, WaitError};
+use corelane::{EventLog, Key, Rejected, WaitError};
 
 /// Publishes events one by one until one fails. Returns (acknowledged as durable, accepted).
 fn publish_until_failure(engine: &EventLog<Note>, from: u64, events: u64) -> (u64, u64) {

@@ -33,7 +33,7 @@ fn read_all(engine: &EventLog<Ping>, shards: u16) -> Vec<(u64, u64, Ping)> {
         while let Some(record) = reader.next().expect("the log reads") {
             assert_eq!(record.meta.sequence.0, sequence);
             sequence += 1;
-            let event = corelane::deserialize::<Ping>(record.event).expect("deserializes");
+            let event = corelane::event::deserialize::<Ping>(record.event).expect("deserializes");
             all.push((record.meta.key.0, record.meta.version.0, event));
         }
     }

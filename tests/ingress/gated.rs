@@ -5,12 +5,10 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use crate::common::{ArchivedNote, Note, SEGMENT, env_number, open_on, os_cache, read_shard, small, soon};
-use corelane::ingress::{GatePolicy, GateStart, OfferRefused};
+use corelane::ingress::{Accepted, Gap, GatePolicy, GateRefused, GateStart, GatedProducer, OfferRefused};
+use corelane::error::{GateError, GateOpenError, RejectedReason};
 use corelane::testing::{FaultyStorage, Unsynced};
-use corelane::{
-    Accepted, Config, EventLog, Gap, GateError, GateOpenError, GateRefused, GatedProducer, Key, OpenError, Rejected,
-    RejectedReason, Retention, ShardId,
-};
+use corelane::{Config, EventLog, Key, OpenError, Rejected, Retention, ShardId};
 use rand::rngs::SmallRng;
 use rand::seq::SliceRandom as _;
 use rand::{Rng as _, SeedableRng as _};

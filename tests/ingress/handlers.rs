@@ -5,10 +5,12 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use crate::common::{Note, numbers, open_on, os_cache, small, soon};
+use corelane::error::FailureCause;
+use corelane::handler::BatchEnd;
 use corelane::testing::FaultyStorage;
 use corelane::{
-    BatchEnd, Bounded, Event, EventLog, EventType, EventTypeId, FailureCause, Handler, HandlerError, Key, Meta,
-    OnError, ReadError, Rejected, ShardId, WaitError,
+    Bounded, Event, EventLog, EventType, EventTypeId, Handler, HandlerError, Key, Meta, OnError, ReadError, Rejected,
+    ShardId, WaitError,
 };
 use rkyv::{Archive, Deserialize, Serialize};
 
@@ -184,7 +186,7 @@ fn invalid_archives_with_a_valid_checksum_are_typed_errors() {
         match reader.next() {
             Ok(Some(record)) => {
                 // The archive passed validation, so every part of it must be readable.
-                std::hint::black_box(format!("{:?}", corelane::deserialize::<Rich>(record.event).unwrap()));
+                std::hint::black_box(format!("{:?}", corelane::event::deserialize::<Rich>(record.event).unwrap()));
                 harmless += 1;
             }
             Err(ReadError::Corruption(damage)) => {

@@ -4,10 +4,11 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use crate::common::{Note, SEGMENT, numbers, open_on, os_cache, small, soon};
+use corelane::error::{FailureCause, RejectedReason};
 use corelane::testing::FaultyStorage;
 use corelane::{
-    Bounded, Durability, Event, EventLog, EventType, EventTypeId, FailureCause, Handler, HandlerError, Key, Meta,
-    OnError, Rejected, RejectedReason, ShardId, WaitError,
+    Bounded, Durability, Event, EventLog, EventType, EventTypeId, Handler, HandlerError, Key, Meta, OnError, Rejected,
+    ShardId, WaitError,
 };
 use rkyv::rancor::{Fallible, Source};
 use rkyv::ser::Writer;

@@ -5,8 +5,10 @@ use std::time::Duration;
 
 use crate::common::{ArchivedNote, Note, open_on, small, soon};
 use corelane::consumer::{Consumer, Exhausted, Handled, HealthPolicy, Judgement, Retry, Start};
+use corelane::engine::PublishSyncError;
+use corelane::event::EventId;
 use corelane::testing::FaultyStorage;
-use corelane::{EventId, EventLog, HandlerError, Key, Meta, Offset, OnError, PublishSyncError, ShardId, WaitError};
+use corelane::{EventLog, HandlerError, Key, Meta, Offset, OnError, ShardId, WaitError};
 
 /// Starts a consumer that skips events with odd numbers.
 fn skips_odd(engine: &EventLog<Note>, name: &str, every: Duration) -> Consumer<Note> {

@@ -9,8 +9,9 @@ use std::task::{Context, Poll, Wake, Waker};
 use std::time::{Duration, Instant};
 
 use crate::common::{Note, env_number, numbers, open_on, os_cache, read_shard, small, soon};
+use corelane::error::RejectedReason;
 use corelane::testing::FaultyStorage;
-use corelane::{Bounded, Deadline, Event, EventLog, EventType, EventTypeId, Key, Rejected, RejectedReason, WaitError};
+use corelane::{Bounded, Deadline, Event, EventLog, EventType, EventTypeId, Key, Rejected, WaitError};
 use rkyv::{Archive, Deserialize, Serialize};
 
 #[test]

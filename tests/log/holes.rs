@@ -8,11 +8,12 @@ use std::sync::{Arc, Mutex, OnceLock};
 
 use crate::common::{ArchivedNote, Note, PAGE, SEGMENT, segment_path, small, soon, until};
 use corelane::consumer::{Batch, Call, Consumer, ConsumerError, Judgement, Sink, Start, outside};
+use corelane::error::{GateOpenError, HistoryError};
 use corelane::ingress::GatePolicy;
-use corelane::scan::Store;
+use corelane::log::Position;
+use corelane::log::scan::Store;
 use corelane::{
-    Aggregate, Bounded, Engine, GateOpenError, HandlerError, HistoryError, Key, Meta, Offset, OpenError, Position,
-    ReadError, ShardId, Time, Version,
+    Aggregate, Bounded, Engine, HandlerError, Key, Meta, Offset, OpenError, ReadError, ShardId, Time, Version,
 };
 use rkyv::{Archive, Deserialize, Serialize};
 
@@ -379,7 +380,7 @@ fn check_followers(damaged: &Damaged) {
     damaged.check("a poller", (polled, ended));
     drop(poller);
     let Some(hole) = damaged.hole else {
-        assert!(engine.drain_consumers(soon()));
+        engine.drain_consumers(soon()).unwrap();
         return;
     };
     let names = ["four", "one", "sink"];
@@ -388,7 +389,8 @@ fn check_followers(damaged: &Damaged) {
         names.map(|name| reports.iter().find(|report| report.name == name).and_then(|report| report.failure.clone()))
     };
     until("all three have failed", || failures().iter().all(Option::is_some));
-    assert!(!engine.drain_consumers(soon()), "no failed consumer is drained");
+    let drained = engine.drain_consumers(soon());
+    assert!(matches!(drained, Err(ConsumerError::Ended { failure: Some(_) })), "{drained:?}");
     for (name, failure) in names.iter().zip(failures()) {
         let failure = failure.unwrap().to_string();
         assert!(failure.contains(&format!("offset {}:", hole.offset())), "{name}: {failure}");

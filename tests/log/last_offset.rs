@@ -3,8 +3,9 @@
 use std::path::{Path, PathBuf};
 
 use crate::common::{Note, SEGMENT, numbers, open_on, os_cache, soon, until};
+use corelane::error::FailureCause;
 use corelane::testing::FaultyStorage;
-use corelane::{FailureCause, Key, OpenError, Rejected, WaitError};
+use corelane::{Key, OpenError, Rejected, WaitError};
 
 /// The largest number of segments of a log.
 const SEGMENTS: u64 = (1 << 52) / SEGMENT;

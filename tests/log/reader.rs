@@ -1,10 +1,10 @@
 //! Readers in place: the lock they hold, invalid offsets, freed segments, and undeclared event types.
 
 use crate::common::{Note, SEGMENT, numbers, os_cache, small, soon};
+use corelane::error::{FailureCause, RejectedReason};
 use corelane::testing::FaultyStorage;
 use corelane::{
-    Bounded, Event, EventLog, EventType, EventTypeId, FailureCause, Key, Offset, OpenError, ReadError, RejectedReason,
-    Retention, ShardId, WaitError,
+    Bounded, Event, EventLog, EventType, EventTypeId, Key, Offset, OpenError, ReadError, Retention, ShardId, WaitError,
 };
 use rkyv::{Archive, Deserialize, Serialize};
 

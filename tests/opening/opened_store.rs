@@ -10,11 +10,10 @@ use crate::common::own_process::is_own_process;
 use crate::common::{ArchivedNote, Note, SEGMENT, copy, numbers, small, soon, tree, until};
 use corelane::consumer::outside::{self, DeadLetters};
 use corelane::consumer::{Consumer, HealthPolicy, Request, Retry};
-use corelane::ingress::GatePolicy;
-use corelane::scan::Store;
+use corelane::ingress::{Accepted, GatePolicy, GatedProducer};
+use corelane::log::scan::Store;
 use corelane::{
-    Accepted, Config, EventLog, GatedProducer, HandlerError, Key, Meta, Offset, OnError, OpenError, Retention, ShardId,
-    Time, Version,
+    Config, EventLog, HandlerError, Key, Meta, Offset, OnError, OpenError, Retention, ShardId, Time, Version,
 };
 
 /// A store with every kind of file: two shards that recycle segments, checkpoints, a consumer with dead letters, a

@@ -6,8 +6,9 @@ use std::path::{Path, PathBuf};
 
 use crate::common::bank::{Account, Logged, Money, folded, logged};
 use crate::common::{PAGE, SEGMENT, open_on, os_cache, small, soon};
+use corelane::error::HistoryError;
 use corelane::testing::FaultyStorage;
-use corelane::{Config, Engine, Event, EventLog, EventType, EventTypeId, HistoryError, Key, OpenError, Version};
+use corelane::{Config, Engine, Event, EventLog, EventType, EventTypeId, Key, OpenError, Version};
 
 type Files = BTreeMap<PathBuf, Vec<u8>>;
 
@@ -587,8 +588,9 @@ fn a_new_store_that_cannot_be_opened_is_not_created() {
 mod panicking {
     use std::sync::atomic::{AtomicU8, Ordering};
 
+    use corelane::event::Upcaster;
     use corelane::view::{Place, Position, View, ViewWriter};
-    use corelane::{Aggregate, Emit, Event, EventType, EventTypeId, Key, Meta, Upcaster};
+    use corelane::{Aggregate, Emit, Event, EventType, EventTypeId, Key, Meta};
     use rkyv::{Archive, Deserialize, Serialize};
 
     pub(crate) const NOTHING: u8 = 0;

@@ -3,7 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use crate::common::{Note, numbers, os_cache, segment_path, small, soon, tree, until};
-use corelane::{Bounded, ConfigError, Event, EventLog, EventType, EventTypeId, Key, OpenError, scan};
+use corelane::{Bounded, ConfigError, Event, EventLog, EventType, EventTypeId, Key, OpenError};
+use corelane::log::scan;
 use rkyv::{Archive, Deserialize, Serialize};
 
 /// A cleanly closed store of three segments and two shards.
@@ -360,8 +361,8 @@ fn events_whose_archive_has_another_size_are_refused_unless_every_type_has_a_new
     }
     impl<const VERSION: u16> Event for Wide<VERSION> {
         const TYPES: &'static [EventType] = &[EventType::new(1, "note", VERSION)];
-        const UPCASTERS: &'static [corelane::Upcaster<Self>] = if VERSION > 1 {
-            &[corelane::Upcaster::new(1, 1, |bytes| {
+        const UPCASTERS: &'static [corelane::event::Upcaster<Self>] = if VERSION > 1 {
+            &[corelane::event::Upcaster::new(1, 1, |bytes| {
                 let old = <Note as corelane::Stored>::decode(bytes)?;
                 Ok(Self { n: old.n, text: old.text, more: [7; 4] })
             })]

@@ -4,10 +4,12 @@
 use std::collections::BTreeMap;
 
 use crate::common::{SEGMENT, small, soon};
+use corelane::error::RejectedReason;
+use corelane::event::{DEPTH_MAX, Encode, Scratch};
 use corelane::testing::FaultyStorage;
 use corelane::{
-    Aggregate, Bounded, CommandError, Config, DEPTH_MAX, Durability, Emit, Encode, Engine, Event, EventLog, EventType,
-    EventTypeId, Key, Meta, Offset, OpenError, ReadError, RejectedReason, Retention, Scratch, ShardId, Stored, Version,
+    Aggregate, Bounded, CommandError, Config, Durability, Emit, Engine, Event, EventLog, EventType, EventTypeId, Key,
+    Meta, Offset, OpenError, ReadError, Retention, ShardId, Stored, Version,
 };
 use rkyv::{Archive, Deserialize, Serialize};
 

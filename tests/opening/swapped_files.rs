@@ -6,11 +6,10 @@ use std::path::{Path, PathBuf};
 
 use crate::common::bank::{Account, Order};
 use crate::common::{ArchivedNote, Note, SEGMENT, open_on, os_cache, read_shard, small, soon};
-use corelane::ingress::GatePolicy;
+use corelane::ingress::{Accepted, GatePolicy, GatedProducer};
+use corelane::error::GateOpenError;
 use corelane::testing::FaultyStorage;
-use corelane::{
-    Accepted, Config, Durability, Engine, EventLog, GateOpenError, GatedProducer, Key, OpenError, Retention,
-};
+use corelane::{Config, Durability, Engine, EventLog, Key, OpenError, Retention};
 
 type Files = BTreeMap<PathBuf, Vec<u8>>;
 

@@ -9,9 +9,10 @@ use std::time::Duration;
 
 use crate::common::{os_cache, soon, tree};
 use corelane::consumer::{HealthPolicy, LetterKind, Letters, Retry};
+use corelane::event::{Upcaster, deserialize};
 use corelane::{
     Aggregate, Bounded, Config, ConfigError, Durability, Emit, Engine, Event, EventLog, EventType, EventTypeId, Key,
-    Meta, OpenError, ShardId, Stateless, Stored, Upcaster, Version, deserialize,
+    Meta, OpenError, ShardId, Stateless, Stored, Version,
 };
 use rkyv::{Archive, Deserialize, Serialize};
 

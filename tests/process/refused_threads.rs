@@ -5,8 +5,9 @@ use std::sync::mpsc::{Sender, channel};
 use crate::common::own_process::is_own_process;
 use crate::common::{ArchivedNote, Note, open_on, settle, small, soon};
 use corelane::consumer::{Batch, Consumer, ConsumerBuilder, ConsumerError, Sink, SinkConsumer};
+use corelane::log::Position;
 use corelane::testing::FaultyStorage;
-use corelane::{EventLog, HandlerError, Key, Meta, Position, ShardId};
+use corelane::{EventLog, HandlerError, Key, Meta, ShardId};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 /// A sink that takes every event and keeps none.
@@ -100,7 +101,8 @@ fn a_consumer_whose_thread_cannot_be_started_is_shown_with_the_reason() {
         assert!(!report.is_running, "{report:?}");
         let failure = report.failure.unwrap_or_else(|| panic!("{name}: no failure is shown"));
         assert!(matches!(failure.error(), ConsumerError::NotStarted { why } if *why == error), "{name}: {failure}");
-        assert!(!engine.drain_consumers(soon()), "{name} has failed");
+        let drained = engine.drain_consumers(soon());
+        assert!(matches!(drained, Err(ConsumerError::Ended { failure: Some(_) })), "{name}: {drained:?}");
         let started = start(engine.consumer(name)).unwrap();
         assert_eq!(shown().failure, None);
         let is_drained = match &started {

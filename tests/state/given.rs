@@ -2,10 +2,10 @@
 
 use crate::common::bank::{Account, Money, Order, Refused};
 use crate::common::{os_cache, soon};
+use corelane::event::{Correlation, Upcaster};
 use corelane::testing::given;
 use corelane::{
-    Aggregate, Bounded, Correlation, Emit, Engine, Event, EventType, EventTypeId, Key, Meta, Offset, Stored, Time,
-    Upcaster, Version,
+    Aggregate, Bounded, Emit, Engine, Event, EventType, EventTypeId, Key, Meta, Offset, Stored, Time, Version,
 };
 use rkyv::{Archive, Deserialize, Serialize};
 

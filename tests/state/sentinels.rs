@@ -4,12 +4,15 @@ use std::convert::Infallible;
 
 use crate::common::bank::{Account, Order, Refused};
 use crate::common::{small, soon};
+use corelane::command::ExpectedVersion;
 use corelane::consumer::Retry;
+use corelane::error::HistoryError;
+use corelane::event::{Correlation, EventId};
 use corelane::testing::FaultyStorage;
 use corelane::view::{ById, Leaderboard};
 use corelane::{
-    Aggregate, Bounded, CommandError, Correlation, Emit, Engine, Event, EventId, EventType, EventTypeId,
-    ExpectedVersion, HistoryError, Key, Meta, Offset, ShardId, Time, Version,
+    Aggregate, Bounded, CommandError, Emit, Engine, Event, EventType, EventTypeId, Key, Meta, Offset, ShardId, Time,
+    Version,
 };
 use rkyv::{Archive, Deserialize, Serialize};
 

@@ -6,10 +6,9 @@ use std::path::PathBuf;
 
 use crate::common::bank::{Account, ArchivedAccount, ArchivedMoney, Money, Order, Refused};
 use crate::common::{SEGMENT, env_number, small, soon};
+use corelane::error::HistoryError;
 use corelane::testing::FaultyStorage;
-use corelane::{
-    Aggregate, Bounded, Config, Durability, Emit, Engine, HistoryError, Key, Meta, OpenError, Retention, Version,
-};
+use corelane::{Aggregate, Bounded, Config, Durability, Emit, Engine, Key, Meta, OpenError, Retention, Version};
 use rkyv::{Archive, Deserialize, Serialize};
 
 type Files = BTreeMap<PathBuf, Vec<u8>>;

@@ -7,11 +7,10 @@ use std::time::Instant;
 
 use crate::common::bank::{Account, ArchivedMoney, Money, Order, Refused};
 use crate::common::{SEGMENT, env_number, small, soon};
+use corelane::error::HistoryError;
+use corelane::state::AsOf;
 use corelane::testing::{FaultyStorage, Unsynced};
-use corelane::{
-    AsOf, Client, CommandError, Config, Durability, Engine, HistoryError, Key, OpenError, Producer, Retention, Time,
-    Version,
-};
+use corelane::{Client, CommandError, Config, Durability, Engine, Key, OpenError, Producer, Retention, Time, Version};
 use proptest::prelude::*;
 
 const SHARDS: u16 = 2;

@@ -2,8 +2,10 @@
 
 use crate::common::bank::{Account, Money};
 use crate::common::{SEGMENT, small, soon};
+use corelane::error::HistoryError;
+use corelane::state::AsOf;
 use corelane::testing::FaultyStorage;
-use corelane::{AsOf, Config, Deadline, Durability, Engine, HistoryError, Key, OpenError, Retention, Time, Version};
+use corelane::{Config, Deadline, Durability, Engine, Key, OpenError, Retention, Time, Version};
 
 fn open(config: Config) -> Engine<Account> {
     Engine::<Account>::open(config).unwrap()

@@ -10,7 +10,7 @@ use std::time::Duration;
 use crate::common::{copy, small, soon, tree, until};
 use corelane::consumer::{Consumer, ConsumerError, HealthPolicy, Letters, Poller, Request, Retry, outside};
 use corelane::envelope::{ArchivedEnvelope, Envelope};
-use corelane::scan::Store;
+use corelane::log::scan::Store;
 use corelane::{EventLog, HandlerError, Key, Meta, OpenError};
 
 /// The keys and payloads that a handler saw, in order.

@@ -6,7 +6,7 @@ use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::common::{Note, SEGMENT, os_cache, until};
-use corelane::scan::{SegmentState, Store};
+use corelane::log::scan::{SegmentState, Store};
 use corelane::{EventLog, Key, Retention, ShardId};
 
 /// The bytes of a record of these tests, including padding.

@@ -10,7 +10,7 @@ use crate::common::bank::{Account, ArchivedMoney, Money, Order};
 use crate::common::{SEGMENT, copy, small, soon, tree, until};
 use corelane::consumer::{Judgement, Letters, Request, outside};
 use corelane::ingress::GatePolicy;
-use corelane::scan::Store;
+use corelane::log::scan::Store;
 use corelane::{Config, Durability, Engine, Key, OpenError, Retention};
 
 const HOUR: Duration = Duration::from_secs(3600);

@@ -313,7 +313,7 @@ impl<E: Event> GatedProducer<E> {
         self.parts.producer.receipts()
     }
 
-    /// Plays that so much time has passed, for tests.
+    /// Simulates that `by` has passed.
     #[cfg(any(test, feature = "test-util"))]
     pub fn pass_time(&mut self, by: Duration) {
         self.passed += by;

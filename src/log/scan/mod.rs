@@ -9,7 +9,7 @@
 //! header. A segment leaves the span before its file is touched, and its header goes before its records.
 //!
 //! ```no_run
-//! use corelane::scan::Store;
+//! use corelane::log::scan::Store;
 //! use corelane::ShardId;
 //!
 //! let store = Store::open("data")?;

@@ -594,7 +594,8 @@ mod tests {
             producer.publish(Key(1), Envelope::new("said", 1, &n.to_string()).expect("it is JSON")).expect("published");
         }
         engine.flush(Deadline::NEVER).expect("flushed");
-        let mut records = crate::scan::Store::open(dir.path()).expect("a store").records(ShardId(0)).buffered(4096);
+        let mut records =
+            crate::log::scan::Store::open(dir.path()).expect("a store").records(ShardId(0)).buffered(4096);
         let mut next = 0;
         while next < 300 {
             let unreadable = File::create(dir.path().join("unreadable")).expect("made");

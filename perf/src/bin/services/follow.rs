@@ -39,7 +39,7 @@ pub(crate) fn run(rate: u64, consumers: usize, phase: Duration, repeats: usize) 
     for round in 0..repeats {
         without.push(measure(&engine, &mut tick, 0..10_000, rate, phase)?);
         let following: Vec<Consumer<GameEvent>> = (0..consumers)
-            .map(|i| engine.subscribe(&format!("follows-{i}")).on(|_, _| Ok(())))
+            .map(|i| engine.subscribe(&format!("follows-{i}")).start(|_, _| Ok(())))
             .collect::<Result<_, _>>()?;
         let before: u64 = following.iter().map(|consumer| consumer.report().handled).sum();
         let first = tick;

@@ -52,7 +52,7 @@ pub(crate) fn run(time: Duration) -> Result<()> {
     let start_slow = || slow(&engine, &slow_seen, &broken);
     let quick = {
         let (seen, broken) = (quick_seen.clone(), Arc::clone(&broken));
-        engine.subscribe("quick").on(move |event, meta| {
+        engine.subscribe("quick").start(move |event, meta| {
             if !seen.add(meta.key.get(), event) {
                 broken.fetch_add(1, Ordering::Relaxed);
             }
