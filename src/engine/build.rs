@@ -1,12 +1,13 @@
 //! Builds a shard, and the parts of the threads that serve it, from what recovery found.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use crossbeam::queue::ArrayQueue;
 
+use super::handle::Handle;
 use crate::background::keeper::KeptShard;
 use crate::background::snapshotter::{ShardSnapshots, SnapshotterRequests};
-use super::handle::Handle;
 use crate::background::syncer::Syncer;
 use crate::clock::{Clock, wall_now};
 use crate::config::{Durability, ValidConfig};
@@ -24,7 +25,7 @@ use crate::log::writer::{PreparedQueue, Resume, Writer};
 use crate::metrics::{Counters, Recorder, Stage};
 use crate::recovery::Recovered;
 use crate::recovery::fold::Folder;
-use crate::recovery::load;
+use crate::recovery::saved::SavedFiles;
 use crate::shard::handler::{Factory, Registered};
 use crate::shard::{Shard, Work};
 use crate::state::aggregate::Aggregate;
@@ -196,7 +197,7 @@ impl Context<'_> {
     }
 
     /// Makes the shard's and the snapshotter's ends of saving states.
-    fn snapshots<A: Aggregate>(&self, links: &Links, saved: load::Found) -> (Taker, ShardSnapshots) {
+    fn snapshots<A: Aggregate>(&self, links: &Links, saved: SavedFiles) -> (Taker, ShardSnapshots) {
         let config = self.config;
         let (messages_tx, messages) = rtrb::RingBuffer::<Message>::new(2 * snapshot_chunks(config.shards));
         let (mut used, used_rx) = rtrb::RingBuffer::<Chunk>::new(snapshot_chunks(config.shards));
@@ -247,6 +248,7 @@ impl Context<'_> {
             recorder,
             counters: Arc::clone(&links.counters),
             clock: self.clock.clone(),
+            synced_at: None,
         }
     }
 }
@@ -274,25 +276,16 @@ impl Links {
 }
 
 /// Makes the keeper's end of a shard.
-fn kept(links: &Links, next_index: u64, span: Span) -> Kept {
-    Kept {
+fn kept(links: &Links, next_index: u64, span: Span, unused: Vec<PathBuf>, spares: Vec<PathBuf>) -> KeptShard {
+    KeptShard {
         log: Arc::clone(&links.door.log),
         prepared: Arc::clone(&links.prepared),
         counters: Arc::clone(&links.counters),
         shard_signal: Arc::clone(&links.door.signal),
-        next_index,
-        span,
-        spare_number: 0,
-        spares: Vec::new(),
-        retiring: Vec::new(),
-        prefaulted: (u64::MAX, 0),
-        retry_at: None,
         checkpoints: Arc::clone(&links.checkpoints),
-        checkpoints_failed: 0,
-        ask_at: None,
-        waits_for: 0,
-        held_to: 0,
-        unsynced_to: 0,
-        ages: Ages::default(),
+        span,
+        next_index,
+        spares,
+        unused,
     }
 }

@@ -33,7 +33,6 @@ mod threads;
 
 use std::sync::Arc;
 
-use crate::background::keeper::KeeperRules;
 use crate::clock::Clock;
 use crate::command::{Client, ClientEnd, ClientLane};
 use crate::config::ValidConfig;
@@ -54,11 +53,10 @@ use crate::shard::LaneEnd;
 use crate::state::aggregate::{Aggregate, Stateless};
 use crate::storage::{Lock, Storage};
 use crate::sync::{Deadline, Mutex, Ordering, lock};
-use background::{run_keeper, run_snapshotter, run_syncer};
-use closing::Closing;
-use handle::Handle;
 pub use builder::Builder;
+use closing::Closing;
 pub use consumers::PublishSyncError;
+use handle::Handle;
 pub use history::Comparison;
 
 /// An engine that carries events and keeps no states.

@@ -14,7 +14,7 @@ use crate::state::keys::Slot;
 use crate::state::snapshot::format::{
     ENTRY_HEADER_BYTES, End, Entry, FILE_HEADER_BYTES, FileHeader, Kind, Owner, Unusable, entry_at,
 };
-use crate::state::snapshot::store::{SnapshotFile, file_name, file_number, whole};
+use crate::state::snapshot::store::{file_name, file_number, whole};
 use crate::storage::Storage;
 use crate::storage::memory::ALIGN;
 

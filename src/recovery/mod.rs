@@ -13,7 +13,7 @@ mod opening;
 mod remains;
 mod repair;
 pub(crate) mod report;
-mod saved;
+pub(crate) mod saved;
 mod scan;
 mod segments;
 mod tail;

@@ -8,7 +8,7 @@ use crate::event::{Key, Offset};
 use crate::recovery::load::{is_of, read_ends};
 use crate::state::aggregate::Aggregate;
 use crate::state::snapshot::format::{FILE_HEADER_BYTES, FileHeader, Kind, OTHER_STORE, Owner, entry_at};
-use crate::state::snapshot::store::{Held, Saved, SnapshotStore, file_name, file_number, whole};
+use crate::state::snapshot::store::{Saved, SnapshotFile, SnapshotStore, file_name, file_number, whole};
 use crate::storage::{Storage, replace};
 use crate::sync::Ordering;
 
@@ -120,7 +120,7 @@ impl SavedFiles {
         // States of another layout are not looked up.
         let is_indexed = !header.is_of_another_layout::<A>();
         let places = Arc::new(if is_indexed { OnceLock::new() } else { OnceLock::from(Vec::new()) });
-        self.store.add(Held { number, kind, path, start, last_head: Offset(0), entries, bytes, places }, []);
+        self.store.add(SnapshotFile { number, kind, path, start, last_head: Offset(0), entries, bytes, places }, []);
         Ok(())
     }
 
@@ -154,7 +154,7 @@ impl SavedFiles {
             }
             self.cut.push((file_name(kind, number), bytes[..scanned.end].to_vec()));
         }
-        let held = Held {
+        let held = SnapshotFile {
             number,
             kind,
             path,

@@ -7,9 +7,9 @@ use std::time::{Duration, Instant};
 
 use crate::common::bank::{Account, Order};
 use crate::common::{block_on, poll_once, small, until};
-use corelane::{Client, CommandError, Durability, Engine, Key, Outcome, Rejected, Version};
 use corelane::command::Ticket;
 use corelane::error::RejectedReason;
+use corelane::{Client, CommandError, Durability, Engine, Key, Outcome, Rejected, Version};
 
 const RING: usize = 16;
 

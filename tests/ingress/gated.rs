@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use crate::common::{ArchivedNote, Note, SEGMENT, env_number, open_on, os_cache, read_shard, small, soon};
-use corelane::ingress::{Accepted, Gap, GatePolicy, GateRefused, GateStart, GatedProducer, OfferRefused};
 use corelane::error::{GateError, GateOpenError, RejectedReason};
+use corelane::ingress::{Accepted, Gap, GatePolicy, GateRefused, GateStart, GatedProducer, OfferRefused};
 use corelane::testing::{FaultyStorage, Unsynced};
 use corelane::{Config, EventLog, Key, OpenError, Rejected, Retention, ShardId};
 use rand::rngs::SmallRng;

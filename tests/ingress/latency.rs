@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use crate::common::{Note, small, soon};
-use corelane::{Durability, EventLog, Key};
 use corelane::metrics::{Metrics, Stage};
+use corelane::{Durability, EventLog, Key};
 
 const DUE: [Stage; 4] = [Stage::RingDue, Stage::AppendedDue, Stage::HandledDue, Stage::DurableDue];
 

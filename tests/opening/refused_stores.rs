@@ -3,8 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use crate::common::{Note, numbers, os_cache, segment_path, small, soon, tree, until};
-use corelane::{Bounded, ConfigError, Event, EventLog, EventType, EventTypeId, Key, OpenError};
 use corelane::log::scan;
+use corelane::{Bounded, ConfigError, Event, EventLog, EventType, EventTypeId, Key, OpenError};
 use rkyv::{Archive, Deserialize, Serialize};
 
 /// A cleanly closed store of three segments and two shards.

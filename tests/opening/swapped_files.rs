@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 
 use crate::common::bank::{Account, Order};
 use crate::common::{ArchivedNote, Note, SEGMENT, open_on, os_cache, read_shard, small, soon};
-use corelane::ingress::{Accepted, GatePolicy, GatedProducer};
 use corelane::error::GateOpenError;
+use corelane::ingress::{Accepted, GatePolicy, GatedProducer};
 use corelane::testing::FaultyStorage;
 use corelane::{Config, Durability, Engine, EventLog, Key, OpenError, Retention};
 

@@ -355,7 +355,8 @@ fn states_are_compared_while_checkpoints_are_replaced() {
         });
         let results: Vec<_> = (0..1_500).map(|_| engine.compare().map(|compared| compared.differing.len())).collect();
         stop.store(true, Ordering::SeqCst);
-        let is_right = |result: &_| matches!(result, Ok(0) | Err(corelane::error::HistoryError::BeyondRetention { .. }));
+        let is_right =
+            |result: &_| matches!(result, Ok(0) | Err(corelane::error::HistoryError::BeyondRetention { .. }));
         let failed: Vec<_> = results.iter().filter(|result| !is_right(*result)).collect();
         assert!(failed.is_empty(), "{} of {}, the first {:?}", failed.len(), results.len(), failed[0]);
     });
