@@ -16,7 +16,9 @@
 //! # Ok::<(), corelane::envelope::JsonError>(())
 //! ```
 
+mod error;
 mod slots;
+mod user_id;
 mod write;
 
 use std::io;
@@ -25,99 +27,14 @@ use rkyv::rancor::Error as RkyvError;
 use serde::de::DeserializeOwned;
 use serde_json::value::RawValue;
 
-use slots::{
-    CORRELATION_ID, EVENT_TYPE, PAYLOAD, Slots, TIMESTAMP_MS_MAX, not_json, optional_string, required, string,
-    without_place,
-};
+pub use error::JsonError;
+pub use user_id::{ArchivedUserId, UserId, UserIdResolver};
+
+use error::{TIMESTAMP_MS_MAX, not_json, without_place};
+use slots::{CORRELATION_ID, EVENT_TYPE, PAYLOAD, Slots, optional_string, required, string};
 use write::{Cause, Outer, User, write_raw};
 
 use crate::event::{Correlation, Encode, Event, EventType, EventTypeId, Key, Meta, Time};
-
-/// Why a line of JSON is not an event.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[non_exhaustive]
-pub enum JsonError {
-    /// The text is not JSON.
-    #[error("not JSON: {why}")]
-    NotJson {
-        /// What the parser said, with line and column.
-        why: String,
-    },
-    /// The text is JSON, but no object.
-    #[error("an event is a JSON object")]
-    NotAnObject,
-    /// A field that every event has is not there.
-    #[error("the field {field} is missing")]
-    MissingField {
-        /// Its name.
-        field: &'static str,
-    },
-    /// A field stands there twice.
-    #[error("the field {field} stands there twice")]
-    DuplicateField {
-        /// Its name.
-        field: &'static str,
-    },
-    /// A field has a value of another type.
-    #[error("the field {field} is not {expected}")]
-    WrongType {
-        /// Its name.
-        field: &'static str,
-        /// What it should be.
-        expected: &'static str,
-    },
-    /// The timestamp is no whole number of milliseconds from 1970 up to the year 2554.
-    #[error("the timestamp {found} is not a whole number of milliseconds in 0..={TIMESTAMP_MS_MAX}")]
-    Timestamp {
-        /// What stands there.
-        found: String,
-    },
-    /// A field at the top level that no event has.
-    #[error("unknown field {field:?}")]
-    UnknownField {
-        /// Its name.
-        field: String,
-    },
-    /// The event type and its payload do not fit the Rust type asked for.
-    #[error("event_type and payload do not fit: {why}")]
-    Payload {
-        /// What the deserialiser said.
-        why: String,
-    },
-}
-
-/// A user id as it stood in the JSON.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, rkyv::Archive, rkyv::Serialize, rkyv::Deserialize, corelane::Bounded)]
-#[rkyv(derive(Debug))]
-pub enum UserId {
-    /// A number; it is the key.
-    Number(u64),
-    /// A text; its xxh3 is the key.
-    Text(String),
-}
-
-impl UserId {
-    /// The key of this user.
-    #[must_use]
-    pub fn key(&self) -> Key {
-        match self {
-            Self::Number(id) => Key::new(*id),
-            Self::Text(text) => Key::of(text),
-        }
-    }
-}
-
-impl From<u64> for UserId {
-    fn from(id: u64) -> Self {
-        Self::Number(id)
-    }
-}
-
-impl From<&str> for UserId {
-    fn from(text: &str) -> Self {
-        Self::Text(text.to_owned())
-    }
-}
 
 /// An event of any kind, with its payload as JSON text, byte for byte as it came in.
 #[derive(Debug, Clone, PartialEq, Eq, rkyv::Archive, rkyv::Serialize, rkyv::Deserialize, corelane::Bounded)]

@@ -6,7 +6,8 @@ use std::fmt;
 use serde::de::{IgnoredAny, MapAccess, Visitor};
 use serde_json::value::RawValue;
 
-use super::{JsonError, UserId};
+use super::error::{JsonError, TIMESTAMP_MS_MAX, not_json};
+use super::user_id::UserId;
 
 const FIELDS: [&str; 11] = [
     "event_type",
@@ -30,9 +31,6 @@ pub(super) const EVENT_ID: usize = 5;
 pub(super) const SHARD: usize = 6;
 pub(super) const OFFSET: usize = 7;
 pub(super) const SOURCE_EVENT_ID: usize = 10;
-
-/// Latest timestamp in ms that a [`Time`] can hold (in the year 2554).
-pub(super) const TIMESTAMP_MS_MAX: u64 = u64::MAX / 1_000_000;
 
 /// The top level of a line: the text of each known field, in the order of [`FIELDS`].
 pub(super) struct Slots<'a> {
@@ -165,14 +163,4 @@ pub(super) fn string<'a>(field: &'static str, raw: &'a RawValue) -> Result<Cow<'
 
 pub(super) fn optional_string(field: &'static str, raw: Option<&RawValue>) -> Result<Option<String>, JsonError> {
     present(raw).map(|raw| string(field, raw).map(Cow::into_owned)).transpose()
-}
-
-pub(super) fn not_json(error: &serde_json::Error) -> JsonError {
-    JsonError::NotJson { why: error.to_string() }
-}
-
-pub(super) fn without_place(error: &serde_json::Error) -> String {
-    let text = error.to_string();
-    let place = format!(" at line {} column {}", error.line(), error.column());
-    text.strip_suffix(&place).map_or(text.clone(), str::to_owned)
 }
