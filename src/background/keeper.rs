@@ -129,7 +129,7 @@ impl Keeper {
                 }
                 Err((action, source)) => {
                     let kept = &self.shards[i];
-                    kept.log.fail(FailureCause::Storage { action, source: Arc::new(source) });
+                    kept.log.fail(FailureCause::Storage { action, error: Arc::new(source) });
                     kept.shard_signal.notify();
                 }
             }
