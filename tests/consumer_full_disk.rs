@@ -18,7 +18,7 @@ use corelane::{EventLog, Key, Rejected, Retention};
 type Seen = Arc<Mutex<Vec<u64>>>;
 
 fn retention() -> Retention {
-    Retention { bytes_max: Some(2 * SEGMENT), age_max: None }
+    Retention::bytes(2 * SEGMENT)
 }
 
 /// Parks events whose number ends with 7, until it is well; sees the others.

@@ -449,7 +449,7 @@ fn a_pause_gives_nothing_out_and_a_rebuild_has_no_side_effect_twice() {
 #[test]
 fn retention_waits_for_the_slowest_consumer_and_not_for_one_that_is_gone() {
     let dir = tempfile::tempdir().unwrap();
-    let retention = Retention { bytes_max: Some(2 * SEGMENT), age_max: None };
+    let retention = Retention::bytes(2 * SEGMENT);
     let config = || os_cache(dir.path()).retention(retention).spares_max(1);
     let is_open = Arc::new(AtomicBool::new(false));
     let big = |engine: &EventLog<Note>, count: u64| {

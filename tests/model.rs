@@ -175,6 +175,6 @@ proptest! {
 
     #[test]
     fn with_retention_the_log_holds_the_end_of_what_the_model_holds(steps in prop::collection::vec(step(), 1..24)) {
-        run(&steps, Durability::GroupCommit, Retention { bytes_max: Some(3 * common::SEGMENT), age_max: None });
+        run(&steps, Durability::GroupCommit, Retention::bytes(3 * common::SEGMENT));
     }
 }

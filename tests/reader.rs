@@ -50,7 +50,7 @@ fn an_offset_inside_a_record_is_not_a_record_and_the_end_is_one() {
 #[test]
 fn what_retention_freed_is_beyond_retention() {
     let dir = tempfile::tempdir().unwrap();
-    let keep = Retention { bytes_max: Some(2 * SEGMENT), age_max: None };
+    let keep = Retention::bytes(2 * SEGMENT);
     let engine = EventLog::<Note>::open(os_cache(dir.path()).retention(keep)).unwrap();
     let mut producer = engine.producer();
     let waited = std::time::Instant::now();

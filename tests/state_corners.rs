@@ -206,10 +206,7 @@ fn what_a_decision_emits_before_it_rejects_is_not_appended() {
 #[test]
 fn retention_asks_again_after_a_checkpoint_that_failed_when_everybody_slept() {
     let storage = FaultyStorage::new();
-    let config = small("/s")
-        .durability(Durability::OsCache)
-        .snapshot_every(0)
-        .retention(Retention { bytes_max: Some(2 * SEGMENT), age_max: None });
+    let config = small("/s").durability(Durability::OsCache).snapshot_every(0).retention(Retention::bytes(2 * SEGMENT));
     let engine = Engine::<Large>::builder(config).faulty_storage(&storage).open().unwrap();
     let mut producer = engine.producer();
     // A checkpoint fails at its end, because of this one.
@@ -303,7 +300,7 @@ fn retention_goes_on_when_the_log_becomes_durable_after_its_last_segment_was_beg
     let config = small("/s")
         .durability(Durability::Periodic(Duration::from_secs(3)))
         .snapshot_every(0)
-        .retention(Retention { bytes_max: Some(2 * SEGMENT), age_max: None });
+        .retention(Retention::bytes(2 * SEGMENT));
     let engine = open(&storage, config);
     let mut producer = engine.producer();
     let mut segments = 0;
@@ -328,10 +325,7 @@ fn retention_goes_on_when_the_log_becomes_durable_after_its_last_segment_was_beg
 #[test]
 fn states_are_compared_while_checkpoints_come_and_go() {
     let storage = FaultyStorage::new();
-    let config = small("/s")
-        .durability(Durability::OsCache)
-        .snapshot_every(0)
-        .retention(Retention { bytes_max: Some(2 * SEGMENT), age_max: None });
+    let config = small("/s").durability(Durability::OsCache).snapshot_every(0).retention(Retention::bytes(2 * SEGMENT));
     let engine = open(&storage, config);
     let mut producer = engine.producer();
     let mut publish = |count: u64| {

@@ -156,8 +156,7 @@ fn opening_begins_at_the_newest_checkpoint_and_comes_to_the_same() {
 #[test]
 fn retention_frees_nothing_whose_states_are_not_saved_and_time_travel_says_where_it_ends() {
     let dir = tempfile::tempdir().unwrap();
-    let config =
-        || small(dir.path()).snapshot_every(10).retention(Retention { bytes_max: Some(3 * SEGMENT), age_max: None });
+    let config = || small(dir.path()).snapshot_every(10).retention(Retention::bytes(3 * SEGMENT));
     let mut until = 1;
     for _ in 0..3 {
         let engine = open(config());
@@ -201,7 +200,7 @@ fn retention_frees_nothing_whose_states_are_not_saved_and_time_travel_says_where
 #[test]
 fn without_the_checkpoint_a_store_that_lost_its_beginning_is_refused() {
     let dir = tempfile::tempdir().unwrap();
-    let config = || small(dir.path()).retention(Retention { bytes_max: Some(2 * SEGMENT), age_max: None });
+    let config = || small(dir.path()).retention(Retention::bytes(2 * SEGMENT));
     let engine = open(config());
     deposit(&engine, 8, 1, 1000);
     engine.flush(soon()).unwrap();
@@ -287,7 +286,7 @@ fn snapshots_of_events_that_a_power_cut_took_are_forgotten() {
 #[test]
 fn nothing_is_freed_while_no_checkpoint_can_be_written() {
     let storage = FaultyStorage::new();
-    let config = || small("/s").snapshot_every(0).retention(Retention { bytes_max: Some(2 * SEGMENT), age_max: None });
+    let config = || small("/s").snapshot_every(0).retention(Retention::bytes(2 * SEGMENT));
     let open = || Engine::<Account>::builder(config()).faulty_storage(&storage).open().unwrap();
     let engine = open();
     storage.refuse_side_files(true);

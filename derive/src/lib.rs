@@ -1,10 +1,10 @@
-//! The derive macro of corelane's trait `Bounded`; use it through `corelane`.
+//! The derive macro for corelane's trait `Bounded`. Use it through the crate `corelane`.
 
 use proc_macro2::TokenStream;
 use quote::quote;
 use syn::{Data, DeriveInput, Expr, Field, GenericParam, Token, parse_quote};
 
-/// Implements `Bounded`: the depth of the deepest field, and one more. A type that contains itself does not compile.
+/// Implements `Bounded` with the depth of the deepest field plus one. A type that contains itself does not compile.
 ///
 /// For a field whose type does not implement `Bounded`, give the depth at the field: `#[bounded(depth = 2)]`.
 #[proc_macro_derive(Bounded, attributes(bounded))]
@@ -46,21 +46,21 @@ fn expand(mut input: DeriveInput) -> syn::Result<TokenStream> {
     })
 }
 
-/// The depth of a field: what its attribute says, or else its type.
+/// Returns the depth of a field: that of its attribute or, without one, that of its type.
 fn depth(field: &Field) -> syn::Result<TokenStream> {
-    let mut said: Option<Expr> = None;
+    let mut given: Option<Expr> = None;
     for attribute in field.attrs.iter().filter(|attribute| attribute.path().is_ident("bounded")) {
         attribute.parse_nested_meta(|meta| {
             if !meta.path.is_ident("depth") {
                 return Err(meta.error("unknown option; the only one is `depth`: #[bounded(depth = 2)]"));
             }
             meta.input.parse::<Token![=]>()?;
-            said = Some(meta.input.parse()?);
+            given = Some(meta.input.parse()?);
             Ok(())
         })?;
     }
     let ty = &field.ty;
-    Ok(match said {
+    Ok(match given {
         Some(depth) => quote!(#depth),
         None => quote!(<#ty as ::corelane::Bounded>::DEPTH),
     })

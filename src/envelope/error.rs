@@ -1,57 +1,57 @@
-//! Why a line of JSON is not an event.
+//! The reasons why a line of JSON is not an event.
 
-/// Latest timestamp in ms that a [`Time`] can hold (in the year 2554).
+/// The latest timestamp in ms that a [`crate::event::Time`] can hold, in the year 2554.
 pub(super) const TIMESTAMP_MS_MAX: u64 = u64::MAX / 1_000_000;
 
-/// Why a line of JSON is not an event.
+/// The reason why a line of JSON is not an event.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum JsonError {
     /// The text is not JSON.
     #[error("not JSON: {why}")]
     NotJson {
-        /// What the parser said, with line and column.
+        /// The parser's message, with line and column.
         why: String,
     },
-    /// The text is JSON, but no object.
+    /// The text is JSON, but not an object.
     #[error("an event is a JSON object")]
     NotAnObject,
-    /// A field that every event has is not there.
+    /// A required field is missing.
     #[error("the field {field} is missing")]
     MissingField {
-        /// Its name.
+        /// The name of the field.
         field: &'static str,
     },
-    /// A field stands there twice.
-    #[error("the field {field} stands there twice")]
+    /// A field occurs twice.
+    #[error("the field {field} occurs twice")]
     DuplicateField {
-        /// Its name.
+        /// The name of the field.
         field: &'static str,
     },
-    /// A field has a value of another type.
+    /// A field has a value of the wrong type.
     #[error("the field {field} is not {expected}")]
     WrongType {
-        /// Its name.
+        /// The name of the field.
         field: &'static str,
-        /// What it should be.
+        /// The expected type.
         expected: &'static str,
     },
-    /// The timestamp is no whole number of milliseconds from 1970 up to the year 2554.
+    /// The timestamp is not a whole number of milliseconds between 1970 and the year 2554.
     #[error("the timestamp {found} is not a whole number of milliseconds in 0..={TIMESTAMP_MS_MAX}")]
     Timestamp {
-        /// What stands there.
+        /// The value in the line.
         found: String,
     },
-    /// A field at the top level that no event has.
+    /// The top level has an unknown field.
     #[error("unknown field {field:?}")]
     UnknownField {
-        /// Its name.
+        /// The name of the field.
         field: String,
     },
-    /// The event type and its payload do not fit the Rust type asked for.
-    #[error("event_type and payload do not fit: {why}")]
+    /// The event type and the payload do not match the Rust type.
+    #[error("event_type and payload do not match the Rust type: {why}")]
     Payload {
-        /// What the deserialiser said.
+        /// The deserialiser's message.
         why: String,
     },
 }

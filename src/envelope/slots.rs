@@ -1,4 +1,4 @@
-//! The top level of a line on its way in: which fields there are, each once, as the text they have.
+//! The top level of a line that is read: the text of each known field, each at most once.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -35,7 +35,7 @@ pub(super) const SOURCE_EVENT_ID: usize = 10;
 /// The top level of a line: the text of each known field, in the order of [`FIELDS`].
 pub(super) struct Slots<'a> {
     values: [Option<&'a RawValue>; FIELDS.len()],
-    // Kept until the whole line is known to be JSON, since that is the more basic error.
+    // Returned only after the whole line has been parsed: text that is not JSON is the more basic error.
     problem: Option<JsonError>,
 }
 
@@ -140,7 +140,7 @@ impl<'de> serde::Deserialize<'de> for FieldName {
     }
 }
 
-/// `null` counts as absent.
+/// Treats `null` as absent.
 fn present(raw: Option<&RawValue>) -> Option<&RawValue> {
     raw.filter(|raw| raw.get() != "null")
 }
@@ -150,7 +150,7 @@ pub(super) fn required<'a>(field: &'static str, raw: Option<&'a RawValue>) -> Re
 }
 
 pub(super) fn string<'a>(field: &'static str, raw: &'a RawValue) -> Result<Cow<'a, str>, JsonError> {
-    // A text without escapes is borrowed; one with them is built anew.
+    // A string without escapes is borrowed; one with escapes is decoded into a new string.
     let text = raw.get();
     if let Some(inner) = text.strip_prefix('"').and_then(|text| text.strip_suffix('"'))
         && !inner.contains('\\')

@@ -1,19 +1,19 @@
-//! User ids as they stand in JSON.
+//! User ids in JSON.
 
 use crate::event::Key;
 
-/// A user id as it stood in the JSON.
+/// A user id as written in the JSON.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, rkyv::Archive, rkyv::Serialize, rkyv::Deserialize, corelane::Bounded)]
 #[rkyv(derive(Debug))]
 pub enum UserId {
-    /// A number; it is the key.
+    /// A number, which is the key.
     Number(u64),
-    /// A text; its xxh3 is the key.
+    /// A text, whose xxh3 hash is the key.
     Text(String),
 }
 
 impl UserId {
-    /// The key of this user.
+    /// Returns the key of this user.
     #[must_use]
     pub fn key(&self) -> Key {
         match self {

@@ -8,6 +8,7 @@ use crate::event::{EventTypeId, Offset, ShardId};
 /// The failure of a shard. It is final for this engine; to continue, open the store again.
 #[derive(Debug, Clone, thiserror::Error)]
 #[error("shard {shard} failed: {cause}")]
+#[non_exhaustive]
 pub struct ShardFailure {
     /// The shard.
     pub shard: ShardId,

@@ -9,6 +9,7 @@ use crate::event::{Key, Offset, ShardId, Version};
 /// Damage in the middle of a log: bytes that were durable have changed or are missing.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("shard {shard}, segment {segment}, offset {offset}: {why}")]
+#[non_exhaustive]
 pub struct Corruption {
     /// The shard.
     pub shard: ShardId,

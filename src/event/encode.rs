@@ -1,4 +1,4 @@
-//! How an event becomes bytes and is read in place.
+//! How an event is archived into bytes and read in place.
 
 use std::fmt;
 use std::num::NonZeroUsize;
@@ -16,10 +16,10 @@ use rkyv::{Archive, Deserialize, Serialize};
 
 use crate::bounded::{Bounded, DEPTH_MAX};
 
-/// How an event becomes bytes and is read in place. Implemented for every fitting rkyv type;
-/// nobody implements it by hand.
+/// A type that can be archived into bytes and read in place. Implemented for every suitable rkyv type; do not implement
+/// it by hand.
 ///
-/// A type that is aligned to more than 16 bytes, where archives begin, does not compile:
+/// A type with an alignment of more than 16 bytes, where archives begin, does not compile:
 ///
 /// ```compile_fail,E0080
 /// use corelane::{Bounded, Encode, Scratch};
@@ -31,7 +31,7 @@ use crate::bounded::{Bounded, DEPTH_MAX};
 /// Wide { bytes: [0; 32] }.encode(&mut [0; 64], &mut Scratch::new(0));
 /// ```
 ///
-/// Neither does one that nests deeper than [`DEPTH_MAX`] levels:
+/// Neither does a type that nests deeper than [`DEPTH_MAX`] levels:
 ///
 /// ```compile_fail,E0080
 /// use corelane::{Bounded, Encode, Scratch};
@@ -46,14 +46,14 @@ use crate::bounded::{Bounded, DEPTH_MAX};
 /// Deep(0).encode(&mut [0; 64], &mut Scratch::new(0));
 /// ```
 pub trait Encode: Archive<Archived: Send> + Bounded + Sized {
-    /// Archives `self` into `out`, with `scratch` for unsized parts. Returns the exact length,
-    /// or `None` when it does not fit.
+    /// Archives `self` into `out`, using `scratch` for unsized parts. Returns the exact length in bytes, or `None` if
+    /// the archive does not fit.
     fn encode(&self, out: &mut [u8], scratch: &mut Scratch) -> Option<usize>;
 
-    /// Reads an archive in place after checking every byte of it (bytecheck). More than [`DEPTH_MAX`] levels are an error.
+    /// Reads an archive in place after validating every byte (bytecheck).
     ///
     /// # Errors
-    /// What the validator found wrong.
+    /// Returns the validator's error if the bytes are not a valid archive, or nest deeper than [`DEPTH_MAX`] levels.
     fn access(bytes: &[u8]) -> Result<&Self::Archived, RkyvError>;
 }
 
@@ -80,7 +80,7 @@ where
     }
 }
 
-/// The validator's count for [`DEPTH_MAX`] levels: the root is one, and it stops before it has counted down to nothing.
+/// [`DEPTH_MAX`] levels in the validator's count: the root is one level, and the validator stops before it reaches 0.
 const LEVELS_MAX: usize = DEPTH_MAX as usize + 2;
 
 /// Fails to compile for a type that could not be read back.
@@ -89,17 +89,17 @@ const fn assert_storable<T: Archive + Bounded>() {
     assert!(T::DEPTH <= DEPTH_MAX, "a stored type nests deeper than DEPTH_MAX levels");
 }
 
-/// Archives begin at multiples of this.
+/// Archives begin at multiples of this many bytes.
 pub(crate) const ARCHIVE_ALIGN: usize = 16;
 
-/// Whether all archives of `T` are just its root, and so of one size: of a part that stands elsewhere, the resolver would know
-/// the position.
+/// Returns `true` if every archive of `T` consists of its root alone, so that all have one size. If a part were stored
+/// elsewhere, the resolver would contain its position.
 pub(crate) const fn has_one_size<T: Archive>() -> bool {
     align_of::<T::Resolver>() < align_of::<FixedUsize>()
 }
 
-/// Size and alignment of an archive's root. An archive is read from its end, so both must be what they were when it was
-/// written.
+/// The size and alignment of an archive's root. An archive is read from its end, so both must be the same as when it
+/// was written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(crate) struct Root {
     pub(crate) bytes: u32,
@@ -118,10 +118,10 @@ impl fmt::Display for Root {
     }
 }
 
-/// An archived event turned back into an owned one.
+/// Deserialises an archived event into an owned one.
 ///
 /// # Errors
-/// What rkyv could not rebuild.
+/// Returns rkyv's error if it cannot rebuild a value.
 pub fn deserialize<E>(archived: &E::Archived) -> Result<E, RkyvError>
 where
     E: Archive<Archived: Deserialize<E, LowDeserializer<RkyvError>>>,
@@ -129,12 +129,12 @@ where
     rkyv::api::low::deserialize::<E, RkyvError>(archived)
 }
 
-/// Scratch memory for one thread's encoding; allocated once.
+/// Scratch memory for the encoding of one thread, allocated once.
 #[derive(Debug)]
 pub struct Scratch(Box<[std::mem::MaybeUninit<u8>]>);
 
 impl Scratch {
-    /// Scratch of `bytes` bytes: what unsized parts of one event need while it is archived.
+    /// Allocates `bytes` bytes of scratch memory, for the unsized parts of one event while it is archived.
     #[must_use]
     pub fn new(bytes: usize) -> Self {
         Self(vec![std::mem::MaybeUninit::uninit(); bytes].into_boxed_slice())

@@ -1,37 +1,38 @@
-//! Event types and the upcasters for their older layouts.
+//! Event types, and upcasters for their older layouts.
 
 use rkyv::rancor::Error as RkyvError;
 
 use super::position::EventTypeId;
 
-/// One kind of event: a stable number, a stable name and the version of its layout.
+/// An event type: a stable number, a stable name and the version of its layout.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct EventType {
-    /// Stable for ever; never 0.
+    /// The id: fixed for ever, never 0.
     pub id: EventTypeId,
-    /// Stable for ever; what people and JSON see.
+    /// The name that people and JSON see: fixed for ever.
     pub name: &'static str,
-    /// Version of the archived layout of this type.
+    /// The schema version: the version of this type's archived layout.
     pub schema_version: u16,
 }
 
 impl EventType {
-    /// Describes a type. Fails to compile (in a const) or panics when `id` is 0.
+    /// Describes an event type. An `id` of 0 fails to compile in a constant, and panics elsewhere.
     #[must_use]
     pub const fn new(id: u16, name: &'static str, schema_version: u16) -> Self {
-        assert!(id != 0, "event type id 0 belongs to the log itself");
+        assert!(id != 0, "event type id 0 is reserved for the log's own records");
         Self { id: EventTypeId(id), name, schema_version }
     }
 }
 
-/// Makes an event of today from the archive of an older layout of its type.
+/// Converts archives of an older layout of an event type into current events.
 ///
 /// ```
 /// use corelane::{Stored, Upcaster};
 /// # use corelane::{Bounded, Event, EventType, EventTypeId};
 /// use rkyv::{Archive, Deserialize, Serialize};
 ///
-/// /// As the program was when schema version 1 was current; kept for reading.
+/// /// The event as it was in schema version 1, kept for reading.
 /// #[derive(Archive, Serialize, Deserialize, Bounded, Clone)]
 /// enum GameEventV1 { Moved { x: i32, y: i32 } }
 ///
@@ -48,17 +49,19 @@ impl EventType {
 /// }
 /// ```
 #[derive(Debug)]
+#[non_exhaustive]
 pub struct Upcaster<E> {
-    /// The type.
+    /// The event type.
     pub event_type: EventTypeId,
-    /// The older schema version that it reads.
+    /// The older schema version that this upcaster reads.
     pub schema_version: u16,
-    /// From the archive's bytes, which begin at a multiple of 16, to an event of today. It must be deterministic.
+    /// Converts the bytes of an archive, which begin at a multiple of 16, into a current event. It must be
+    /// deterministic.
     pub upcast: fn(&[u8]) -> Result<E, RkyvError>,
 }
 
 impl<E> Upcaster<E> {
-    /// Reads records of this type and schema version with `upcast`.
+    /// Reads records of this event type and schema version with `upcast`.
     #[must_use]
     pub const fn new(event_type: u16, schema_version: u16, upcast: fn(&[u8]) -> Result<E, RkyvError>) -> Self {
         Self { event_type: EventTypeId(event_type), schema_version, upcast }

@@ -1,34 +1,35 @@
-//! Keys and how they route.
+//! Keys, and the shard that each belongs to.
 
 use std::fmt;
 
 use super::position::ShardId;
 use crate::sync::keyed;
 
-/// Whose event it is: a user id. Events of one key keep their order.
+/// The key of an event: the id of a user. Events of one key keep their order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct Key(pub u64);
 
 impl Key {
-    /// A numeric user id.
+    /// Wraps a numeric user id.
     #[must_use]
     pub const fn new(id: u64) -> Self {
         Self(id)
     }
 
-    /// A text user id, through xxh3 (64 bits).
+    /// Returns the key of a text user id: its xxh3 hash (64 bits).
     #[must_use]
     pub fn of(text: &str) -> Self {
         Self(xxhash_rust::xxh3::xxh3_64(text.as_bytes()))
     }
 
-    /// The raw id.
+    /// Returns the raw id.
     #[must_use]
     pub const fn get(self) -> u64 {
         self.0
     }
 
-    /// splitmix64's finaliser: the hash that routes. Frozen for ever, and known to everybody: tables use another one.
+    /// Returns the routing hash: splitmix64's finaliser, fixed for ever. Anyone can compute it, so tables use another
+    /// hash.
     #[must_use]
     pub const fn hash(self) -> u64 {
         let mut z = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
@@ -37,7 +38,7 @@ impl Key {
         z ^ (z >> 31)
     }
 
-    /// The shard this key belongs to among `shards`: multiply-high of the hash. Frozen for ever.
+    /// Returns the shard of this key among `shards`: the high half of hash × `shards`. Fixed for ever.
     #[must_use]
     pub const fn shard(self, shards: u16) -> ShardId {
         ShardId(((self.hash() as u128 * shards as u128) >> 64) as u16)
@@ -50,7 +51,7 @@ impl fmt::Display for Key {
     }
 }
 
-/// A key's hash as a shard's key table uses it, another one in every process: made once, by the publisher.
+/// The hash of a key in a shard's key table. It differs between processes. The publisher computes it once.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct KeyHash(pub(crate) u32);
 
@@ -61,7 +62,7 @@ impl KeyHash {
     }
 }
 
-/// The key of which this is the routing hash: what anybody can work out, and so choose keys by.
+/// Returns the key with this routing hash. An attacker can compute this too, and so choose colliding keys.
 #[cfg(test)]
 pub(crate) fn key_routed_by(hash: u64) -> Key {
     let inverse = |factor: u64| (0..6).fold(factor, |x, _| x.wrapping_mul(2_u64.wrapping_sub(factor.wrapping_mul(x))));

@@ -1,6 +1,6 @@
-//! What an event is, and the words for where it stands.
+//! Events and the words for their positions.
 //!
-//! Leaf module: positions are newtypes, events are data. Nothing here knows how an event travels.
+//! Positions are newtypes, events are data. Nothing here knows how an event travels.
 
 mod encode;
 mod event_type;
@@ -20,8 +20,8 @@ pub use meta::Meta;
 pub use position::{Correlation, EventId, EventTypeId, Offset, Sequence, ShardId, Time, Version};
 pub(crate) use schema::{Schemas, is_declared, upcaster};
 
-/// An event that corelane carries: an rkyv type with stable type ids. Normally an enum whose
-/// variants are the event types.
+/// An event that corelane carries: an rkyv type with stable type ids, normally an enum whose variants are the event
+/// types.
 ///
 /// ```
 /// use corelane::{Bounded, Event, EventType, EventTypeId};
@@ -42,25 +42,26 @@ pub(crate) use schema::{Schemas, is_declared, upcaster};
 /// }
 /// ```
 pub trait Event: Encode + Send + 'static {
-    /// Every type this enum can carry. Ids and names are data: stable for ever.
+    /// Every event type that a value can have. Ids and names are fixed for ever, because stores hold them.
     const TYPES: &'static [EventType];
 
-    /// How events that were written under older layouts are read: one for each (type, schema version) that a store may
-    /// still hold. A store that holds another is refused when it is opened, and so is an upcaster that reads nothing: of a
-    /// type that is not declared, or of a version that is not older than the type's ([`crate::ConfigError::UselessUpcaster`]).
+    /// The upcasters for older layouts: one for each (event type, schema version) that a store may still hold. Opening
+    /// refuses a store that holds any other version. It also refuses an upcaster that could never be called, because
+    /// its type is not declared or its version is not older than the declared one
+    /// ([`crate::ConfigError::UselessUpcaster`]).
     const UPCASTERS: &'static [Upcaster<Self>] = &[];
 
-    /// Which of [`Event::TYPES`] this one is. An event of another type is refused when it is published
+    /// Returns the event type of this value, one of [`Event::TYPES`]. Publishing an event of any other type fails
     /// ([`crate::Rejected::UndeclaredType`]).
     fn event_type(&self) -> EventTypeId;
 
-    /// The time the event itself carries; `None` means its publish time.
+    /// Returns the time that the event itself carries, or `None` to use its publish time.
     fn time(&self) -> Option<Time> {
         None
     }
 
-    /// The correlation the event itself carries.
+    /// Returns the correlation that the event itself carries, if any.
     fn correlation(&self) -> Correlation {
-        Correlation(0)
+        Correlation::NONE
     }
 }

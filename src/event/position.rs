@@ -1,4 +1,4 @@
-//! Positions and numbers as newtypes.
+//! Numbers and positions of events as newtypes.
 
 use std::fmt;
 use std::str::FromStr;
@@ -16,7 +16,7 @@ macro_rules! position {
                 Self(value)
             }
 
-            /// The raw value.
+            /// Returns the raw value.
             #[must_use]
             pub const fn get(self) -> $inner {
                 self.0
@@ -32,50 +32,50 @@ macro_rules! position {
 }
 
 position!(
-    /// A shard's number, from 0.
+    /// The number of a shard, from 0.
     ShardId(u16)
 );
 position!(
-    /// A byte position in one shard's log. It grows for ever and is never used twice.
+    /// A byte position in one shard's log. Offsets only grow and are never reused.
     Offset(u64)
 );
 position!(
-    /// A shard's count of events: the first event of a shard has sequence 0.
+    /// The number of an event in its shard. The first event has sequence 0.
     Sequence(u64)
 );
 position!(
-    /// A key's count of events: the first event of a key has version 1. At most 2⁴⁷ − 1.
+    /// The number of an event in its key. The first event has version 1; the largest version is 2⁴⁷ − 1.
     Version(u64)
 );
 position!(
-    /// The stable number of an event type. 0 is the log's own and never a user's.
+    /// The stable number of an event type. 0 is reserved for the log's own records.
     EventTypeId(u16)
 );
 position!(
-    /// Ties events of one cause together; 0 means none.
+    /// Ties events of one cause together. 0 means none.
     Correlation(u64)
 );
 position!(
-    /// Nanoseconds since 1970-01-01 UTC.
+    /// A time in nanoseconds since 1970-01-01 UTC.
     Time(u64)
 );
 
 impl Sequence {
-    /// Not known: it is not stored with a record, only counted when a log is read in its order.
+    /// An unknown sequence. Records do not store their sequence; it is counted while a log is read in order.
     pub const UNKNOWN: Self = Self(u64::MAX);
 }
 
 impl Time {
-    /// The last time there is. As the end of a span it stands for no end: an event of this very time is in it.
+    /// The latest time. As the end of a span it means that the span has no end: an event at this time is included.
     pub const END: Self = Self(u64::MAX);
 
-    /// A time given in milliseconds since 1970 (saturating in the year 2554).
+    /// Returns the time `ms` milliseconds after 1970. Saturates in the year 2554.
     #[must_use]
     pub const fn unix_ms(ms: u64) -> Self {
         Self(ms.saturating_mul(1_000_000))
     }
 
-    /// Whole milliseconds since 1970.
+    /// Returns the whole milliseconds since 1970.
     #[must_use]
     pub const fn as_ms(self) -> u64 {
         self.0 / 1_000_000
@@ -83,22 +83,22 @@ impl Time {
 }
 
 impl Correlation {
-    /// Ties an event to nothing.
+    /// No correlation.
     pub const NONE: Self = Self(0);
 
-    /// The correlation of a text id: its xxh3 (an id that hashes to 0 becomes 1, since 0 means none).
+    /// Returns the correlation of a text id: its xxh3 hash. A hash of 0 becomes 1, since 0 means none.
     #[must_use]
     pub fn of(text: &str) -> Self {
         Self(xxhash_rust::xxh3::xxh3_64(text.as_bytes()).max(1))
     }
 }
 
-/// The unique name of an event, derived from where it lies: `shard-offset`.
+/// The unique id of an event, formed from the position of its record: `shard-offset`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct EventId {
-    /// The shard that holds the event.
+    /// The shard whose log holds the event.
     pub shard: ShardId,
-    /// Where in that shard's log its record begins.
+    /// The offset of the event's record in that log.
     pub offset: Offset,
 }
 
@@ -122,7 +122,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_event_id_reads_back_as_written() {
+    fn an_event_id_parses_from_its_own_text() {
         let id = EventId { shard: ShardId(3), offset: Offset(4096) };
         assert_eq!(id.to_string(), "3-4096");
         assert_eq!("3-4096".parse::<EventId>().ok(), Some(id));

@@ -1,8 +1,8 @@
-//! What a program declares of its event types.
+//! The event types that a program declares: their current schema versions, ids and upcasters.
 
 use super::{Event, EventType, EventTypeId, Upcaster};
 
-/// The schema versions that are current, by event type.
+/// The current schema version of each event type.
 #[derive(Debug, Clone)]
 pub(crate) struct Schemas(Box<[Option<u16>]>);
 
@@ -15,19 +15,19 @@ impl Schemas {
         Self(versions.into())
     }
 
-    /// The current version of a type; `None` where the program does not declare it.
+    /// Returns the current schema version of a type, or `None` if the program does not declare the type.
     #[inline]
     pub(crate) fn current(&self, event_type: EventTypeId) -> Option<u16> {
         self.0.get(usize::from(event_type.0)).copied().flatten()
     }
 }
 
-/// The ids of a program's event types, as a constant.
+/// The ids of a program's event types, computed at compile time.
 #[derive(Debug)]
 struct DeclaredIds {
     first: u16,
     last: u16,
-    /// There is a type for every id in between.
+    /// Every id between `first` and `last` is declared.
     is_dense: bool,
 }
 
@@ -40,13 +40,13 @@ impl DeclaredIds {
             last = if id > last { id } else { last };
             i += 1;
         }
-        // No two types of an engine have one id.
+        // Ids are unique: opening a store refuses duplicates.
         Self { first, last, is_dense: !types.is_empty() && (last - first) as usize + 1 == types.len() }
     }
 }
 
-/// Whether `event_type` is one of `E::TYPES`. Where their ids are consecutive, which they nearly always are, one comparison, and
-/// often none: the compiler knows what `event_type()` can return.
+/// Returns `true` if `event_type` is in `E::TYPES`. Ids are nearly always consecutive; then this is one comparison, and
+/// often none, because the compiler knows which values `event_type()` can return.
 #[inline(always)]
 pub(crate) fn is_declared<E: Event>(event_type: EventTypeId) -> bool {
     let declared = const { DeclaredIds::of(E::TYPES) };
@@ -57,7 +57,7 @@ pub(crate) fn is_declared<E: Event>(event_type: EventTypeId) -> bool {
     }
 }
 
-/// The upcaster for records of this kind, if there is one.
+/// Returns the upcaster for records of this type and schema version, if any.
 pub(crate) fn upcaster<E: Event>(event_type: EventTypeId, schema_version: u16) -> Option<&'static Upcaster<E>> {
     E::UPCASTERS.iter().find(|u| u.event_type == event_type && u.schema_version == schema_version)
 }

@@ -1,4 +1,4 @@
-//! The file system of the operating system, bound to the folder that was opened.
+//! The operating system's file system, bound to the folder that was opened.
 
 use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
@@ -22,7 +22,7 @@ use super::{Lock, SideFile, Storage};
 use crate::sync::{Mutex, lock};
 
 #[derive(Debug)]
-struct FolderLock(#[expect(dead_code, reason = "held for its lock, which ends when it is closed")] File);
+struct FolderLock(#[expect(dead_code, reason = "held for its lock, which ends when the file is closed")] File);
 impl Lock for FolderLock {}
 
 impl SideFile for File {
@@ -47,30 +47,30 @@ impl SideFile for File {
     }
 }
 
-/// What becomes dirty, and is written by a sync, as a whole. Smaller costs more instructions a byte, larger more bytes
-/// a sync (docs/decisions/0006).
+/// The size of the pages that become dirty, and are written by a sync, as a whole. Smaller pages cost more instructions
+/// per byte, larger ones more bytes per sync (docs/decisions/0006).
 const SMALL_PAGE_BYTES: u64 = 32 << 10;
 
-/// How much a sync may find before it in the disk's queue.
+/// Zeroing syncs after this many bytes, which bounds what a concurrent sync finds ahead of it in the disk's queue.
 const ZERO_STEP_BYTES: u64 = 4 << 20;
 
 /// The operating system's files in one folder and below.
 ///
-/// Bound to the folder that was opened, not to its name: every operation goes through the folder's descriptor. A working
-/// directory that changes, a link that is pointed elsewhere, and a folder that is renamed or replaced change nothing.
+/// Bound to the folder that was opened, not to its name: every operation goes through the folder's descriptor. Changing
+/// the working directory, redirecting a link, and renaming or replacing the folder have no effect.
 #[derive(Debug)]
 pub(crate) struct Files {
-    /// Absolute. Paths given to the operations begin with it; only errors show it.
+    /// The absolute path. Paths passed to the operations begin with it; it appears only in errors.
     root: PathBuf,
     dir: Arc<OwnedFd>,
-    /// Folders below that were opened once, by their path from the root. They stay what they were, too.
+    /// Subfolders that have been opened, by their path relative to the root. They too are bound to their descriptors.
     folders: Mutex<HashMap<PathBuf, Arc<OwnedFd>>>,
 }
 
 impl Files {
-    /// Opens the folder of a store, creating it and its parents, durably.
+    /// Opens the folder of a store, creating it and its parents durably.
     pub(crate) fn create(dir: &Path) -> io::Result<Self> {
-        // Once: the working directory may change in between.
+        // Resolved once, because the working directory may change.
         let dir = absolute(dir)?;
         create_dir(&dir)?;
         Self::open(&dir)
@@ -83,7 +83,7 @@ impl Files {
         Ok(Self { root, dir: Arc::new(dir), folders: Mutex::default() })
     }
 
-    /// The folder's absolute path when it was opened.
+    /// Returns the absolute path that the folder had when it was opened.
     pub(crate) fn root(&self) -> &Path {
         &self.root
     }
@@ -93,14 +93,14 @@ impl Files {
         self.file(path, OFlags::RDONLY)
     }
 
-    /// What is known of everything in a folder, links not followed, sorted by name.
+    /// Returns the metadata of every entry of a folder, sorted by name. Does not follow links.
     pub(crate) fn list_with_stat(&self, dir: &Path) -> io::Result<Vec<(String, Stat)>> {
         let folder = self.folder(dir)?;
         let mut all = Vec::new();
         for name in names(&folder)? {
             match statat(&*folder, name.as_os_str(), AtFlags::SYMLINK_NOFOLLOW) {
                 Ok(stat) => all.push((name.to_string_lossy().into_owned(), stat)),
-                // It went while the folder was read.
+                // Removed while the folder was being read.
                 Err(Errno::NOENT) => {}
                 Err(error) => return Err(error.into()),
             }
@@ -109,7 +109,7 @@ impl Files {
         Ok(all)
     }
 
-    /// Returns `true` if the folder is locked. To find out, the lock is taken for an instant.
+    /// Returns `true` if the folder is locked. Checks by taking the lock for an instant.
     pub(crate) fn is_locked(&self) -> io::Result<bool> {
         match again(&self.dir)?.try_lock_shared() {
             Ok(()) => Ok(false),
@@ -119,14 +119,14 @@ impl Files {
     }
 
     fn file(&self, path: &Path, flags: OFlags) -> io::Result<File> {
-        let (folder, name) = self.place(path)?;
+        let (folder, name) = self.locate(path)?;
         open_at(&*folder, name, flags).map(File::from)
     }
 
-    /// The folder that a file is in, and its name there.
-    fn place<'p>(&self, path: &'p Path) -> io::Result<(Arc<OwnedFd>, &'p OsStr)> {
+    /// Returns the folder of a file, and the name of the file in it.
+    fn locate<'p>(&self, path: &'p Path) -> io::Result<(Arc<OwnedFd>, &'p OsStr)> {
         let (Some(folder), Some(name)) = (path.parent(), path.file_name()) else {
-            unreachable!("{}: no file of a store", path.display());
+            unreachable!("{}: not a file of the store", path.display());
         };
         Ok((self.folder(folder)?, name))
     }
@@ -141,7 +141,7 @@ impl Files {
     fn find(&self, folders: &mut HashMap<PathBuf, Arc<OwnedFd>>, below: &Path) -> io::Result<Arc<OwnedFd>> {
         let (Some(parent), Some(name)) = (below.parent(), below.file_name()) else { return Ok(Arc::clone(&self.dir)) };
         if let Some(held) = folders.get(below) {
-            // One that was removed is none; what has its name now is another.
+            // A removed folder is stale; a new folder may have its name.
             if fstat(held)?.st_nlink > 0 {
                 return Ok(Arc::clone(held));
             }
@@ -161,12 +161,12 @@ impl Storage for Files {
         }
         match self.folder(dir) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            // A process that was killed may have made it and not come to its sync.
-            found => return found.and_then(|_| sync_folder(&*self.place(dir)?.0)),
+            // A process may have been killed between creating the folder and syncing its parent.
+            found => return found.and_then(|_| sync_folder(&*self.locate(dir)?.0)),
         }
-        // The root is there, so this ends.
+        // The root exists, so the recursion ends.
         self.create_dir(dir.parent().unwrap_or(&self.root))?;
-        let (parent, name) = self.place(dir)?;
+        let (parent, name) = self.locate(dir)?;
         match mkdirat(&*parent, name, Mode::from_raw_mode(0o777)) {
             Err(Errno::EXIST) => {}
             made => made?,
@@ -207,9 +207,9 @@ impl Storage for Files {
         let mut file = self.file(path, OFlags::WRONLY | OFlags::CREATE | OFlags::APPEND)?;
         let before = file.metadata()?.len();
         file.write_all(content).inspect_err(|error| {
-            // What is tried again must not stand behind a part of itself.
+            // A retry must not append behind a partial write of the same content.
             if let Err(again) = file.set_len(before) {
-                tracing::warn!(path = %path.display(), %error, %again, "a part of what was appended stays");
+                tracing::warn!(path = %path.display(), %error, %again, "a failed append left a part of its content in the file");
             }
         })?;
         synced(file.sync_all())
@@ -234,7 +234,7 @@ impl Storage for Files {
         if made.is_err()
             && let Err(error) = self.remove(path)
         {
-            tracing::warn!(path = %path.display(), %error, "an unfinished segment stays behind");
+            tracing::warn!(path = %path.display(), %error, "an unfinished segment could not be removed");
         }
         made
     }
@@ -245,10 +245,11 @@ impl Storage for Files {
         let zeros = [0; SMALL_PAGE_BYTES as usize];
         let mut at = from;
         while at < bytes {
-            // ext4 caches what one call writes in one page of that size, if nothing is cached there yet.
+            // ext4 caches the bytes of one call in one page of that size, if nothing is cached there yet.
             let end = (at + 1).next_multiple_of(SMALL_PAGE_BYTES).min(bytes);
             file.write_all_at(&zeros[..(end - at) as usize], at)?;
-            // Left to the system, all of it would be written at some time between two syncs that somebody waits for.
+            // Without these syncs the kernel would write everything at once, possibly ahead of a sync that publishers
+            // wait for.
             if end.is_multiple_of(ZERO_STEP_BYTES) {
                 synced(file.sync_data())?;
             }
@@ -264,7 +265,7 @@ impl Storage for Files {
             return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the file is empty"));
         }
         if writable {
-            // A copied or restored file may have holes; storing into one could be a SIGBUS on a full disk.
+            // A copied or restored file may have holes. Storing into a hole could raise SIGBUS on a full disk.
             allocate(&file, bytes)?;
         }
         Memory::map(&file, writable)
@@ -275,12 +276,12 @@ impl Storage for Files {
     }
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
-        let ((from_folder, from), (to_folder, to)) = (self.place(from)?, self.place(to)?);
+        let ((from_folder, from), (to_folder, to)) = (self.locate(from)?, self.locate(to)?);
         Ok(renameat(&*from_folder, from, &*to_folder, to)?)
     }
 
     fn remove(&self, path: &Path) -> io::Result<()> {
-        let (folder, name) = self.place(path)?;
+        let (folder, name) = self.locate(path)?;
         Ok(unlinkat(&*folder, name, AtFlags::empty())?)
     }
 
@@ -294,20 +295,20 @@ impl Storage for Files {
     }
 }
 
-/// Makes the name of a folder that is there durable: a process that was killed may have made it and not come to its sync.
+/// Makes the name of an existing folder durable: the process that created it may have been killed before its sync.
 fn sync_found(dir: &Path, parent: &Path) -> io::Result<()> {
-    // Nobody makes a mount point by making a folder; and it may lie in a file system that cannot sync.
+    // A mount point is not created by creating a folder, and its parent may be in a file system that cannot sync.
     if fs::metadata(dir)?.dev() != fs::metadata(parent)?.dev() {
         return Ok(());
     }
     match File::open(parent) {
-        // Without permission to read it, no folder could have been made durable there: that was an error then.
+        // A folder created in an unreadable parent could not be made durable; that was an error at the time.
         Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Ok(()),
         parent => parent?.sync_all(),
     }
 }
 
-/// A sync that failed. It is final, whatever the system's reason: unsynced data may be lost, and the next sync would not report that.
+/// A failed sync. It is final for any error: unsynced data may be lost, and the next sync would not report that.
 #[derive(Debug, thiserror::Error)]
 #[error("a sync failed: {0}")]
 struct SyncFailed(io::Error);
@@ -316,17 +317,17 @@ fn synced(result: io::Result<()>) -> io::Result<()> {
     result.map_err(|error| io::Error::other(SyncFailed(error)))
 }
 
-/// Syncs an open folder. A signal that interrupts it is no failure.
+/// Syncs an open folder. Retries if a signal interrupts it.
 fn sync_folder(folder: impl AsFd) -> io::Result<()> {
     synced(retry_on_intr(|| fsync(&folder)).map_err(io::Error::from))
 }
 
-/// Gives a file real blocks up to its end.
+/// Allocates the blocks of a file up to its end.
 fn allocate(file: &File, bytes: u64) -> io::Result<()> {
     Ok(retry_on_intr(|| fallocate(file, FallocateFlags::empty(), 0, bytes))?)
 }
 
-/// How a folder is opened. Reading it is enough, for its descriptor to be synced and locked too.
+/// The flags for opening a folder. A read-only descriptor suffices to sync and lock it.
 const FOLDER: OFlags = OFlags::RDONLY.union(OFlags::DIRECTORY);
 
 fn open_at(folder: impl AsFd, name: &OsStr, flags: OFlags) -> io::Result<OwnedFd> {
@@ -334,7 +335,7 @@ fn open_at(folder: impl AsFd, name: &OsStr, flags: OFlags) -> io::Result<OwnedFd
     Ok(retry_on_intr(|| openat(&folder, name, flags | OFlags::CLOEXEC, mode))?)
 }
 
-/// Opens an open folder once more: a lock belongs to one opening of it, and ends when that is closed.
+/// Opens an open folder again. A lock belongs to one open file description, and ends when that is closed.
 fn again(folder: &OwnedFd) -> io::Result<File> {
     open_at(folder, OsStr::new("."), FOLDER).map(File::from)
 }
@@ -351,7 +352,7 @@ fn names(folder: &OwnedFd) -> io::Result<Vec<OsString>> {
     Ok(names)
 }
 
-/// Creates a folder and its parents, durably; fine if it exists.
+/// Creates a folder and its parents durably. Succeeds if the folder exists.
 fn create_dir(dir: &Path) -> io::Result<()> {
     let Some(parent) = dir.parent() else { return Ok(()) };
     if dir.is_dir() {
@@ -371,7 +372,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn zeroing_leaves_what_lies_before_it_and_nothing_behind() {
+    fn zeroing_keeps_the_bytes_before_its_start_and_the_length_of_the_file() {
         let dir = tempfile::tempdir().expect("a folder");
         let path = dir.path().join("segment");
         let files = Files::open(dir.path()).expect("opened");
@@ -389,7 +390,7 @@ mod tests {
     }
 
     #[test]
-    fn only_what_may_come_back_is_exhausted_and_a_sync_never_is() {
+    fn only_a_lack_of_resources_may_be_retried_and_a_failed_sync_never() {
         let again = [Errno::NOSPC, Errno::DQUOT, Errno::MFILE, Errno::NFILE, Errno::NOMEM, Errno::INTR, Errno::AGAIN];
         for errno in again {
             assert!(is_exhausted(&errno.into()), "{errno}");
@@ -403,7 +404,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_appended_in_part_is_taken_back() {
+    fn a_partial_append_is_undone() {
         let dir = tempfile::tempdir().expect("a folder");
         let mount = |args: &[&str]| {
             let mounted = std::process::Command::new(args[0]).args(&args[1..]).arg(dir.path()).output();
@@ -419,7 +420,7 @@ mod tests {
         let left = files.read(&path);
         drop(files);
         assert!(mount(&["umount"]));
-        let error = done.expect("there is room for one").expect("there is none for the other");
+        let error = done.expect("there is room for the first").expect("there is none for the second");
         assert!(is_exhausted(&error), "{error}");
         assert_eq!(left.expect("read"), b"one\n");
     }

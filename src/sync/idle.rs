@@ -6,6 +6,7 @@ use super::{Signal, may_wait, nap, thread};
 
 /// The wait strategy of an idle thread.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Wait {
     /// Spins and never gives up the core. Lowest latency; needs a core of its own.
     BusySpin,
