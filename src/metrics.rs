@@ -323,7 +323,16 @@ impl Counter {
 
 type Gauge = (&'static str, fn(&ShardMetrics) -> u64);
 
-/// The metrics of an engine at one moment.
+/// The metrics of an engine at one moment, returned by [`crate::Engine::metrics`].
+///
+/// ```
+/// # use corelane::{Metrics, Stage};
+/// # fn example(metrics: &Metrics) {
+/// let events: u64 = metrics.shards.iter().map(|shard| shard.appended).sum();
+/// let p99_ns = metrics.histogram(Stage::Appended).value_at_quantile(0.99);
+/// println!("{events} events appended, 99 % of them within {p99_ns} ns");
+/// # }
+/// ```
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct Metrics {
@@ -494,7 +503,7 @@ impl Totals {
         lock(&exchange.slot).merge_into(&mut self.0);
     }
 
-    pub(crate) fn snapshot(&self) -> Vec<Histogram<u64>> {
+    pub(crate) fn histograms(&self) -> Vec<Histogram<u64>> {
         self.0.clone()
     }
 }

@@ -19,7 +19,7 @@ pub enum PublishSyncError<E> {
     #[error(transparent)]
     Wait(#[from] WaitError),
     /// It was appended and handled inline; this consumer did not say that it was done.
-    #[error("consumer \"{consumer}\": {error}")]
+    #[error("consumer \"{consumer}\": {}", crate::error::with_sources(error))]
     Consumer {
         /// Its name.
         consumer: String,

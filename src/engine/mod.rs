@@ -453,7 +453,7 @@ impl<A: Aggregate> Engine<A> {
             totals.fetch(syncs, || shard.syncer.signal.notify());
         }
         let shards = self.shards.iter().enumerate().map(|(i, shard)| shard_metrics(ShardId(i as u16), shard)).collect();
-        Metrics::new(shards, totals.snapshot())
+        Metrics::new(shards, totals.histograms())
     }
 
     /// Counters alone: cheap enough for every second, wakes nobody.

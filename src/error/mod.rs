@@ -21,3 +21,9 @@ pub use wait::WaitError;
 
 /// The error of a handler: any error type, or text.
 pub type HandlerError = Box<dyn std::error::Error + Send + Sync>;
+
+/// Returns the text of `error` followed by the texts of its sources, for a message that is stored or shown on its own.
+pub(crate) fn with_sources(error: &dyn std::error::Error) -> String {
+    let sources = std::iter::successors(error.source(), |error| error.source());
+    sources.fold(error.to_string(), |text, source| format!("{text}: {source}"))
+}

@@ -78,12 +78,12 @@ pub enum OpenError {
         /// Its alignment in the program.
         declared_align: u16,
     },
-    /// A file in the store is not what its name says.
+    /// A file in the store does not match its name.
     #[error("{}: {why}", path.display())]
     ForeignFile {
         /// The file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The mismatch.
         why: &'static str,
     },
     /// The log holds an event type, or a schema version of one, that this program cannot read.

@@ -11,7 +11,7 @@ pub(crate) struct CloseGate(CachePadded<AtomicU32>);
 
 const CLOSED: u32 = 1 << 31;
 
-/// Proof that a publisher is inside the gate; leaves when dropped.
+/// Proof that a publisher is inside the close gate. Dropping it leaves the gate.
 #[derive(Debug)]
 pub(crate) struct Inside<'a>(&'a CloseGate);
 
@@ -20,7 +20,7 @@ impl CloseGate {
         Self(CachePadded::new(AtomicU32::new(0)))
     }
 
-    /// Enters the gate. Returns `None` once the gate is closed.
+    /// Enters the close gate. Returns `None` once it is closed.
     #[inline]
     pub(crate) fn enter(&self) -> Option<Inside<'_>> {
         let before = self.0.fetch_add(1, Ordering::AcqRel);
@@ -28,7 +28,7 @@ impl CloseGate {
         if before & CLOSED == 0 { Some(inside) } else { None }
     }
 
-    /// Refuses every later `enter`.
+    /// Makes every later `enter` fail.
     pub(crate) fn close(&self) {
         self.0.fetch_or(CLOSED, Ordering::AcqRel);
     }

@@ -1,4 +1,4 @@
-//! The role of the current thread towards engines. It decides what the thread must not wait for.
+//! The role of the current thread towards engines. It decides whether the thread may wait for one.
 //!
 //! One writer: the thread itself, once, when it starts. Read only before a wait.
 
