@@ -45,8 +45,9 @@ pub(crate) fn expand(input: &DeriveInput) -> syn::Result<TokenStream> {
     check_unique(&types, input.ident.span())?;
     let methods = methods(input)?;
     let name = &input.ident;
-    let declared =
-        types.iter().map(|Type { id, name, version, .. }| quote!(::corelane::EventType::new(#id, #name, #version)));
+    let declared = types
+        .iter()
+        .map(|Type { id, name, version, .. }| quote!(::corelane::event::EventType::new(#id, #name, #version)));
     let upcasters = types.iter().flat_map(|event_type| upcasters(name, event_type));
     let ids = types.iter().map(|Type { variant, id, .. }| match variant {
         Some(variant) => quote!(#name::#variant { .. } => #id,),
@@ -54,13 +55,13 @@ pub(crate) fn expand(input: &DeriveInput) -> syn::Result<TokenStream> {
     });
     Ok(quote! {
         #[automatically_derived]
-        impl ::corelane::Event for #name {
-            const TYPES: &'static [::corelane::EventType] = &[#(#declared),*];
-            const UPCASTERS: &'static [::corelane::Upcaster<Self>] = &[#(#upcasters),*];
+        impl ::corelane::event::Event for #name {
+            const TYPES: &'static [::corelane::event::EventType] = &[#(#declared),*];
+            const UPCASTERS: &'static [::corelane::event::Upcaster<Self>] = &[#(#upcasters),*];
 
             #[inline]
-            fn event_type(&self) -> ::corelane::EventTypeId {
-                ::corelane::EventTypeId(match self {
+            fn event_type(&self) -> ::corelane::event::EventTypeId {
+                ::corelane::event::EventTypeId(match self {
                     #(#ids)*
                 })
             }
@@ -149,7 +150,7 @@ fn upcasters(event: &Ident, event_type: &Type<'_>) -> Vec<TokenStream> {
     let Type { variant, fields, id, older, .. } = event_type;
     let one = |(version, reading): &(u16, Reading)| {
         let old = match reading {
-            Reading::Upcast(path) => return quote!(::corelane::Upcaster::new(#id, #version, #path)),
+            Reading::Upcast(path) => return quote!(::corelane::event::Upcaster::new(#id, #version, #path)),
             Reading::Same(old) => old,
         };
         let (bindings, values): (Vec<_>, Vec<_>) = fields
@@ -166,13 +167,13 @@ fn upcasters(event: &Ident, event_type: &Type<'_>) -> Vec<TokenStream> {
                 quote!(#event::#variant),
                 quote! {
                     #[allow(unreachable_patterns, reason = "an enum with one variant has no other")]
-                    _ => ::core::result::Result::Err(::corelane::Upcaster::<#event>::another_variant()),
+                    _ => ::core::result::Result::Err(::corelane::event::Upcaster::<#event>::another_variant()),
                 },
             ),
             None => (quote!(#old), quote!(#event), quote!()),
         };
         quote! {
-            ::corelane::Upcaster::new(#id, #version, |archive| match <#old as ::corelane::Stored>::decode(archive)? {
+            ::corelane::event::Upcaster::new(#id, #version, |archive| match <#old as ::corelane::state::Stored>::decode(archive)? {
                 #from { #(#bindings),* } => ::core::result::Result::Ok(#into { #(#values),* }),
                 #other
             })
@@ -209,14 +210,14 @@ fn methods(input: &DeriveInput) -> syn::Result<TokenStream> {
     }
     let time = time.map(|path| {
         quote! {
-            fn time(&self) -> ::core::option::Option<::corelane::Time> {
+            fn time(&self) -> ::core::option::Option<::corelane::event::Time> {
                 #path(self)
             }
         }
     });
     let correlation = correlation.map(|path| {
         quote! {
-            fn correlation(&self) -> ::corelane::Correlation {
+            fn correlation(&self) -> ::corelane::event::Correlation {
                 #path(self)
             }
         }

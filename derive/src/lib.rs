@@ -6,7 +6,7 @@ mod event;
 use proc_macro::TokenStream;
 use syn::{DeriveInput, parse_macro_input};
 
-/// Implements `Bounded`: the depth of the deepest field, plus one. A type that contains itself does not compile.
+/// Implements `Bounded` with the depth of the deepest field plus one. A type that contains itself does not compile.
 ///
 /// For a field whose type does not implement `Bounded`, state the depth at the field: `#[bounded(depth = 2)]`.
 #[proc_macro_derive(Bounded, attributes(bounded))]

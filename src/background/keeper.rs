@@ -116,7 +116,7 @@ impl Kept {
                 Step::Idle(Some(retry_at)).and(self.reclaimer.idle(now.monotonic))
             }
             Err((action, source)) => {
-                log.fail(FailureCause::Storage { action, source: Arc::new(source) });
+                log.fail(FailureCause::Storage { action, error: Arc::new(source) });
                 self.shard_signal.notify();
                 Step::Idle(None)
             }

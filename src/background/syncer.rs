@@ -180,8 +180,7 @@ impl Syncer {
         if let Some((file, _)) = checkpoint
             && let Err(source) = file.sync().and_then(|()| self.storage.sync_dir(&self.log.dir))
         {
-            let source = Arc::new(source);
-            self.log.fail(FailureCause::Storage { action: "syncing a checkpoint", source });
+            self.log.fail(FailureCause::Storage { action: "syncing a checkpoint", error: Arc::new(source) });
             return false;
         }
         self.recorder.record(Stage::Sync, self.clock.now().saturating_sub(started), 1);

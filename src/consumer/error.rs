@@ -121,7 +121,7 @@ impl ConsumerError {
             Self::Position(error) => Self::Position(error),
             Self::PositionGone { shard, delivered } => Self::PositionGone { shard, delivered },
             Self::BeginningGone { shard, began, earliest } => Self::BeginningGone { shard, began, earliest },
-            ref other => Self::NotStarted { why: other.to_string() },
+            ref other => Self::NotStarted { why: crate::error::with_sources(other) },
         };
         kept.into()
     }
@@ -162,6 +162,6 @@ impl PartialEq for ConsumerFailure {
 
 impl std::fmt::Display for ConsumerFailure {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        self.0.fmt(f)
+        f.write_str(&crate::error::with_sources(&*self.0))
     }
 }

@@ -283,7 +283,11 @@ impl<E: Event> Poller<E> {
 impl<E: Event> Drop for Poller<E> {
     fn drop(&mut self) {
         if let Err(error) = self.driver.save() {
-            tracing::error!(%error, "a consumer's position could not be saved; what was done since the last one is done again");
+            let error = &error as &(dyn std::error::Error + 'static);
+            tracing::error!(
+                error,
+                "a consumer's position could not be saved; what was done since the last one is done again"
+            );
         }
         self.services.left(&self.driver.settings().name, None);
     }

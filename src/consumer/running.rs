@@ -208,7 +208,8 @@ impl<E: Event> Shell<E> {
         let saved = self.driver.save();
         if let (Err(_), Err(error)) = (&driven, &saved) {
             let consumer = &*self.driver.settings().name;
-            tracing::error!(consumer, %error, "what was told could not be saved when a consumer ended; it comes again");
+            let error = error as &(dyn std::error::Error + 'static);
+            tracing::error!(consumer, error, "what was told could not be saved when a consumer ended; it comes again");
         }
         self.report();
         driven.and(saved)

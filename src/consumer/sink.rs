@@ -572,7 +572,8 @@ impl<E: Event, S: Sink<E>> Pump<E, S> {
             }
             Err(source) => {
                 let error = OpenError::Io { action: "writing the checkpoint in", path: dir, source };
-                tracing::error!(consumer = &*self.settings.name, %error, "retention waits");
+                let error = &error as &(dyn std::error::Error + 'static);
+                tracing::error!(consumer = &*self.settings.name, error, "retention waits");
                 self.save_failures += 1;
             }
         }

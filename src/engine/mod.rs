@@ -291,7 +291,7 @@ impl<A: Aggregate> Engine<A> {
             totals.fetch(turns, || shard.door.signal.notify());
             totals.fetch(syncs, || shard.syncer.signal.notify());
         }
-        Metrics::new(self.shard_metrics(), totals.snapshot())
+        Metrics::new(self.shard_metrics(), totals.histograms())
     }
 
     /// Returns the counters alone. Cheap enough for every second: it wakes no thread.

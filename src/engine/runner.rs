@@ -79,7 +79,7 @@ fn turn_until_closed<A: Aggregate>(
             idle.reset();
         } else if shard.is_stalled() && requests.abandon.load(Ordering::SeqCst) {
             let full = std::io::Error::from(std::io::ErrorKind::StorageFull);
-            return Err(FailureCause::Storage { action: "appending accepted events", source: Arc::new(full) });
+            return Err(FailureCause::Storage { action: "appending accepted events", error: Arc::new(full) });
         } else {
             idle.step(&door.signal, shard.wake_at(), || {
                 // A stalled shard may wait for a segment that retention frees once the states are saved.

@@ -375,7 +375,7 @@ fn gate(files: &GateFiles, name: &str, shards: usize) -> Gate {
         Ok(positions) => {
             gate.counted = positions.map_or(Vec::new(), |positions| positions.counted);
         }
-        Err(error) => gate.problems.push(error.to_string()),
+        Err(error) => gate.problems.push(crate::error::with_sources(&error)),
     }
     match files.look() {
         Ok((gaps, torn)) => {
@@ -384,7 +384,7 @@ fn gate(files: &GateFiles, name: &str, shards: usize) -> Gate {
                 gate.problems.push(format!("{torn} bytes after its last entry are torn: opening the gate cuts them"));
             }
         }
-        Err(error) => gate.problems.push(error.to_string()),
+        Err(error) => gate.problems.push(crate::error::with_sources(&error)),
     }
     gate
 }

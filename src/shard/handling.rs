@@ -63,7 +63,7 @@ impl<A: Aggregate> Shard<A> {
                 self.work.notes_at = Some(Instant::now() + RETRY_NOTES);
                 Ok(false)
             }
-            Err(source) => Err(FailureCause::Storage { action, source: Arc::new(source) }),
+            Err(source) => Err(FailureCause::Storage { action, error: Arc::new(source) }),
         }
     }
 

@@ -1,4 +1,4 @@
-//! Integers as the files of a store hold them: little-endian.
+//! Integers as stored in the files of a store: little-endian.
 
 pub(crate) fn u16_at(bytes: &[u8], at: usize) -> u16 {
     let mut raw = [0; 2];

@@ -249,7 +249,7 @@ impl World {
     }
 
     fn config(&self) -> Config {
-        let retention = Retention { bytes_max: self.setting.keeps.map(|keeps| keeps * SEGMENT), age_max: None };
+        let retention = self.setting.keeps.map_or_else(Retention::default, |keeps| Retention::bytes(keeps * SEGMENT));
         small("/s").shards(SHARDS).durability(self.setting.durability).retention(retention).spares_max(1)
     }
 

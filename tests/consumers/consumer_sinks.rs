@@ -519,11 +519,8 @@ fn a_sink_that_forgets_its_position_while_it_runs_ends_with_an_error() {
 
 #[test]
 fn a_sink_begins_where_it_was_registered_and_cannot_begin_again_once_that_is_freed() {
-    let engine = open_on(
-        &FaultyStorage::new(),
-        os_cache("/s").retention(Retention { bytes_max: Some(2 * crate::common::SEGMENT), age_max: None }),
-    )
-    .unwrap();
+    let engine =
+        open_on(&FaultyStorage::new(), os_cache("/s").retention(Retention::bytes(2 * crate::common::SEGMENT))).unwrap();
     publish(&engine, 0..100);
     let builder = || engine.consumer("sink").checkpoint_every(Duration::from_millis(1));
     let sink = builder().start_at(Start::Latest).start_sink(100, database()).unwrap();

@@ -448,7 +448,7 @@ fn a_paused_consumer_handles_nothing_and_a_rebuild_repeats_no_side_effect() {
 #[test]
 fn retention_waits_for_the_slowest_consumer_and_not_for_a_removed_one() {
     let dir = tempfile::tempdir().unwrap();
-    let retention = Retention { bytes_max: Some(2 * SEGMENT), age_max: None };
+    let retention = Retention::bytes(2 * SEGMENT);
     let config = || os_cache(dir.path()).retention(retention).spares_max(1);
     let is_open = Arc::new(AtomicBool::new(false));
     let big = |engine: &EventLog<Note>, count: u64| {

@@ -15,7 +15,7 @@ use corelane::{EventLog, Key, Rejected, Retention};
 type Seen = Arc<Mutex<Vec<u64>>>;
 
 fn retention() -> Retention {
-    Retention { bytes_max: Some(2 * SEGMENT), age_max: None }
+    Retention::bytes(2 * SEGMENT)
 }
 
 /// Starts a consumer that records the events that it handles and, until `is_well`, parks those whose number ends with

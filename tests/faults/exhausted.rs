@@ -21,7 +21,7 @@ use rustix::io::Errno;
 const REASONS: [Errno; 6] = [Errno::MFILE, Errno::NFILE, Errno::NOMEM, Errno::DQUOT, Errno::INTR, Errno::NOSPC];
 
 fn config() -> Config {
-    small("/s").retention(Retention { bytes_max: Some(2 * SEGMENT), age_max: None }).spares_max(1)
+    small("/s").retention(Retention::bytes(2 * SEGMENT)).spares_max(1)
 }
 
 /// Every writer of files: an inline handler whose failures are recorded, a consumer with dead letters, a gate,

@@ -23,7 +23,7 @@ const GATED: u64 = 1 << 40;
 const HOUR: Duration = Duration::from_secs(3600);
 
 fn config(durability: Durability) -> Config {
-    let retention = Retention { bytes_max: Some(2 * SEGMENT), age_max: None };
+    let retention = Retention::bytes(2 * SEGMENT);
     small("/s").durability(durability).retention(retention).snapshot_every(20)
 }
 

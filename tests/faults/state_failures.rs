@@ -14,7 +14,7 @@ fn open(storage: &FaultyStorage, config: Config) -> Result<Engine<Account>, Open
 }
 
 fn keeping(segments: u64) -> Retention {
-    Retention { bytes_max: Some(segments * SEGMENT), age_max: None }
+    Retention::bytes(segments * SEGMENT)
 }
 
 fn note(bytes: usize) -> Money {

@@ -677,7 +677,7 @@ fn a_partition_that_starts_at_its_first_sequence_keeps_that_start_after_a_restar
 #[test]
 fn retention_frees_nothing_that_the_gate_has_not_saved() {
     let dir = tempfile::tempdir().unwrap();
-    let config = os_cache(dir.path()).retention(Retention { bytes_max: Some(2 * SEGMENT), age_max: None });
+    let config = os_cache(dir.path()).retention(Retention::bytes(2 * SEGMENT));
     let fill = |gated: &mut GatedProducer<Note>, from: u64| {
         for sequence in from..from + 400 {
             drop(gated.offer(0, sequence, Key::new(1), Note::sized(sequence, 1000)).unwrap());
@@ -776,7 +776,7 @@ fn no_event_is_published_behind_a_gap_whose_record_failed() {
 fn retention_frees_nothing_for_positions_that_could_not_be_saved() {
     let refused = |_| {
         let storage = FaultyStorage::new();
-        let config = os_cache(DIR).retention(Retention { bytes_max: Some(2 * SEGMENT), age_max: None });
+        let config = os_cache(DIR).retention(Retention::bytes(2 * SEGMENT));
         let engine = open_on(&storage, config).unwrap();
         let mut gate = gated(&engine);
         for sequence in 0..400 {

@@ -174,6 +174,6 @@ proptest! {
 
     #[test]
     fn the_log_with_retention_agrees_with_the_end_of_the_model(steps in prop::collection::vec(step(), 1..24)) {
-        run(&steps, Durability::GroupCommit, Retention { bytes_max: Some(3 * crate::common::SEGMENT), age_max: None });
+        run(&steps, Durability::GroupCommit, Retention::bytes(3 * crate::common::SEGMENT));
     }
 }

@@ -47,7 +47,7 @@ fn an_offset_inside_a_record_is_refused_and_the_end_of_the_log_is_accepted() {
 #[test]
 fn reading_a_freed_offset_is_a_beyond_retention_error() {
     let dir = tempfile::tempdir().unwrap();
-    let keep = Retention { bytes_max: Some(2 * SEGMENT), age_max: None };
+    let keep = Retention::bytes(2 * SEGMENT);
     let engine = EventLog::<Note>::open(os_cache(dir.path()).retention(keep)).unwrap();
     let mut producer = engine.producer();
     let waited = std::time::Instant::now();

@@ -60,7 +60,7 @@ fn a_folder_with_the_name_of_a_spare_is_left_unchanged() {
 fn spares_beyond_the_limit_are_removed_after_the_start() {
     let dir = tempfile::tempdir().unwrap();
     let config = |spares| {
-        let retention = Retention { bytes_max: Some(2 * SEGMENT), age_max: None };
+        let retention = Retention::bytes(2 * SEGMENT);
         os_cache(dir.path()).retention(retention).spares_max(spares)
     };
     drop(EventLog::<Note>::open(config(8)).unwrap());

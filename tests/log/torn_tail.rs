@@ -172,7 +172,7 @@ fn a_power_cut_before_the_first_sync_loses_only_events_that_were_not_durable() {
 #[test]
 fn a_recycled_segment_never_replays_its_old_records() {
     // Records of one size, so that old ones lie exactly where the next new one would begin.
-    let retention = corelane::Retention { bytes_max: Some(2 * SEGMENT), age_max: None };
+    let retention = corelane::Retention::bytes(2 * SEGMENT);
     let config = || small("/s").retention(retention).spares_max(4);
     let storage = FaultyStorage::new();
     let engine = open_on(&storage, config()).unwrap();
@@ -199,7 +199,7 @@ fn a_recycled_segment_never_replays_its_old_records() {
 
 #[test]
 fn a_crash_at_any_point_of_preparing_a_segment_is_no_corruption() {
-    let retention = corelane::Retention { bytes_max: Some(2 * SEGMENT), age_max: None };
+    let retention = corelane::Retention::bytes(2 * SEGMENT);
     for n in 1..=env_number("CORELANE_PREPARING_CRASHES", 60) {
         let storage = FaultyStorage::new();
         let engine = open_on(&storage, os_cache("/s").retention(retention).spares_max(1)).unwrap();

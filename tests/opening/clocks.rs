@@ -45,7 +45,7 @@ fn begun_at(storage: &FaultyStorage, segments: std::ops::Range<u64>, created: u6
 }
 
 fn aged(age_max: Duration) -> corelane::Config {
-    small(DIR).retention(Retention { bytes_max: None, age_max: Some(age_max) })
+    small(DIR).retention(Retention::default().age(age_max))
 }
 
 #[test]

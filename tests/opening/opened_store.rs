@@ -26,7 +26,7 @@ struct Busy {
 }
 
 fn config(dir: impl Into<PathBuf>) -> Config {
-    small(dir).shards(2).retention(Retention { bytes_max: Some(2 * SEGMENT), age_max: None })
+    small(dir).shards(2).retention(Retention::bytes(2 * SEGMENT))
 }
 
 impl Busy {

@@ -18,7 +18,7 @@ fn open<A: Aggregate>(storage: &FaultyStorage, config: Config) -> Result<Engine<
 }
 
 fn config(keeps: Option<u64>) -> Config {
-    let retention = Retention { bytes_max: keeps.map(|segments| segments * SEGMENT), age_max: None };
+    let retention = keeps.map_or_else(Retention::default, |segments| Retention::bytes(segments * SEGMENT));
     small("/s").snapshot_every(4).durability(Durability::OsCache).retention(retention)
 }
 

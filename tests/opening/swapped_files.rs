@@ -167,7 +167,7 @@ fn bank(files: &Files, config: &Config, cents: u64, events: u64) -> (Files, Vec<
 const KEYS: u64 = 4;
 
 fn bank_config(keeps: Option<u64>) -> Config {
-    let retention = Retention { bytes_max: keeps.map(|segments| segments * SEGMENT), age_max: None };
+    let retention = keeps.map_or_else(Retention::default, |segments| Retention::bytes(segments * SEGMENT));
     small(DIR).snapshot_every(6).retention(retention)
 }
 

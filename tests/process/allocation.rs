@@ -73,7 +73,7 @@ fn allocations<A: Aggregate<Event = Step>>(
     more: impl Fn(&Engine<A>),
 ) -> u64 {
     let dir = tempfile::tempdir().unwrap();
-    let keep = Retention { bytes_max: Some(16 << 20), age_max: None };
+    let keep = Retention::bytes(16 << 20);
     let config = Config::new(dir.path()).segment_bytes(4 << 20).durability(durability).retention(keep);
     let engine = with(Engine::<A>::builder(config)).open().unwrap();
     let mut producer = engine.producer();

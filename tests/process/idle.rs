@@ -64,7 +64,7 @@ fn no_thread_of_an_idle_parking_engine_wakes_up() {
     }
     for durability in [Durability::GroupCommit, Durability::Periodic(Duration::from_millis(5)), Durability::OsCache] {
         let dir = tempfile::tempdir().unwrap();
-        let retention = Retention { bytes_max: Some(1 << 20), age_max: Some(Duration::from_secs(3600)) };
+        let retention = Retention::bytes(1 << 20).age(Duration::from_secs(3600));
         let config = small(dir.path()).shards(2).durability(durability).wait(Wait::Park).retention(retention);
         let engine = EventLog::<Note>::open(config).unwrap();
         let (mut producer, shared) = (engine.producer(), engine.shared_producer());

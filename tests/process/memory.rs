@@ -48,7 +48,7 @@ fn memory_does_not_grow_over_time_with_retention() {
     let segments = env_number("CORELANE_MEMORY_SEGMENTS", 40);
     for durability in [Durability::OsCache, Durability::GroupCommit] {
         let dir = tempfile::tempdir().unwrap();
-        let retention = Retention { bytes_max: Some(4 << 20), age_max: None };
+        let retention = Retention::bytes(4 << 20);
         let config = Config::new(dir.path()).segment_bytes(1 << 20).event_bytes_max(1024).pin(Pin::None);
         let engine = EventLog::<Note>::open(config.durability(durability).retention(retention)).unwrap();
         run(&engine, 15);

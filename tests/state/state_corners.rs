@@ -204,10 +204,7 @@ fn events_emitted_before_a_rejection_are_not_appended() {
 #[test]
 fn retention_requests_a_checkpoint_again_after_a_failure_while_every_thread_sleeps() {
     let storage = FaultyStorage::new();
-    let config = small("/s")
-        .durability(Durability::OsCache)
-        .snapshot_every(0)
-        .retention(Retention { bytes_max: Some(2 * SEGMENT), age_max: None });
+    let config = small("/s").durability(Durability::OsCache).snapshot_every(0).retention(Retention::bytes(2 * SEGMENT));
     let engine = Engine::<Large>::builder(config).faulty_storage(&storage).open().unwrap();
     let mut producer = engine.producer();
     // This state makes every checkpoint fail at its end.
@@ -302,7 +299,7 @@ fn retention_continues_when_the_log_becomes_durable_after_its_last_segment_was_b
     let config = small("/s")
         .durability(Durability::Periodic(Duration::from_secs(3)))
         .snapshot_every(0)
-        .retention(Retention { bytes_max: Some(2 * SEGMENT), age_max: None });
+        .retention(Retention::bytes(2 * SEGMENT));
     let engine = open(&storage, config);
     let mut producer = engine.producer();
     let mut segments = 0;
@@ -327,10 +324,7 @@ fn retention_continues_when_the_log_becomes_durable_after_its_last_segment_was_b
 #[test]
 fn states_are_compared_while_checkpoints_are_replaced() {
     let storage = FaultyStorage::new();
-    let config = small("/s")
-        .durability(Durability::OsCache)
-        .snapshot_every(0)
-        .retention(Retention { bytes_max: Some(2 * SEGMENT), age_max: None });
+    let config = small("/s").durability(Durability::OsCache).snapshot_every(0).retention(Retention::bytes(2 * SEGMENT));
     let engine = open(&storage, config);
     let mut producer = engine.producer();
     let mut publish = |count: u64| {

@@ -156,7 +156,7 @@ impl Run {
     }
 
     fn config(setting: &Setting) -> Config {
-        let retention = Retention { bytes_max: setting.keeps.map(|segments| segments * SEGMENT), age_max: None };
+        let retention = setting.keeps.map_or_else(Retention::default, |segments| Retention::bytes(segments * SEGMENT));
         small("/s")
             .shards(SHARDS)
             .durability(setting.durability)

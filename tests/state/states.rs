@@ -155,8 +155,7 @@ fn opening_from_the_newest_checkpoint_gives_the_same_states() {
 #[test]
 fn retention_frees_only_events_whose_states_are_saved_and_history_reports_its_earliest_version() {
     let dir = tempfile::tempdir().unwrap();
-    let config =
-        || small(dir.path()).snapshot_every(10).retention(Retention { bytes_max: Some(3 * SEGMENT), age_max: None });
+    let config = || small(dir.path()).snapshot_every(10).retention(Retention::bytes(3 * SEGMENT));
     let mut until = 1;
     for _ in 0..3 {
         let engine = open(config());
@@ -200,7 +199,7 @@ fn retention_frees_only_events_whose_states_are_saved_and_history_reports_its_ea
 #[test]
 fn a_store_that_lost_its_beginning_is_refused_without_its_checkpoint() {
     let dir = tempfile::tempdir().unwrap();
-    let config = || small(dir.path()).retention(Retention { bytes_max: Some(2 * SEGMENT), age_max: None });
+    let config = || small(dir.path()).retention(Retention::bytes(2 * SEGMENT));
     let engine = open(config());
     deposit(&engine, 8, 1, 1000);
     engine.flush(soon()).unwrap();
@@ -286,7 +285,7 @@ fn snapshots_of_events_lost_in_a_power_cut_are_forgotten() {
 #[test]
 fn no_segment_is_freed_while_no_checkpoint_can_be_written() {
     let storage = FaultyStorage::new();
-    let config = || small("/s").snapshot_every(0).retention(Retention { bytes_max: Some(2 * SEGMENT), age_max: None });
+    let config = || small("/s").snapshot_every(0).retention(Retention::bytes(2 * SEGMENT));
     let open = || Engine::<Account>::builder(config()).faulty_storage(&storage).open().unwrap();
     let engine = open();
     storage.refuse_side_files(true);

@@ -101,7 +101,7 @@ fn play(engine: &Engine<Account>, rounds: u64) -> u64 {
 fn views_agree_with_the_states_live_and_after_every_opening() {
     let mut storage = FaultyStorage::new();
     let config = || {
-        let retention = Retention { bytes_max: Some(3 * SEGMENT), age_max: None };
+        let retention = Retention::bytes(3 * SEGMENT);
         small("/s").shards(SHARDS).snapshot_every(5).retention(retention)
     };
     let mut events = 0;

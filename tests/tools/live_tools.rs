@@ -15,7 +15,7 @@ const RECORD: u64 = 1072;
 /// Calls `look` with the store while events are published.
 fn beside_a_writer(look: impl Fn(&Path)) {
     let dir = tempfile::tempdir().unwrap();
-    let keep = Retention { bytes_max: Some(2 * SEGMENT), age_max: None };
+    let keep = Retention::bytes(2 * SEGMENT);
     let engine = EventLog::<Note>::open(os_cache(dir.path()).retention(keep)).unwrap();
     let is_over = AtomicBool::new(false);
     std::thread::scope(|scope| {

@@ -16,7 +16,7 @@ use corelane::{Config, Durability, Engine, Key, OpenError, Retention};
 const HOUR: Duration = Duration::from_secs(3600);
 
 fn config(dir: &Path) -> Config {
-    let retention = Retention { bytes_max: Some(2 * SEGMENT), age_max: None };
+    let retention = Retention::bytes(2 * SEGMENT);
     small(dir).shards(2).spares_max(0).durability(Durability::OsCache).retention(retention).snapshot_every(20)
 }
 

@@ -85,7 +85,8 @@ impl<E: Event> Driver<E> {
         if let Err(error) = self.save_position() {
             // What was done since the last one is done again after a restart; retention waits.
             self.saving.failures += 1;
-            tracing::error!(consumer = &*self.settings.name, %error, "a consumer's checkpoint cannot be written");
+            let error = &error as &(dyn std::error::Error + 'static);
+            tracing::error!(consumer = &*self.settings.name, error, "a consumer's checkpoint cannot be written");
         }
         true
     }

@@ -62,7 +62,7 @@ pub enum GateRefused<E> {
     #[error(transparent)]
     Publish(Rejected<E>),
     /// The gate has stopped; offering again is of no use.
-    #[error("{1}")]
+    #[error("{}", crate::error::with_sources(.1))]
     Stopped(E, GateError),
 }
 

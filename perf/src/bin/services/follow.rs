@@ -29,7 +29,7 @@ pub(crate) struct Phase {
 pub(crate) fn run(rate: u64, consumers: usize, phase: Duration, repeats: usize) -> Result<()> {
     let dir = tempfile::tempdir()?;
     // Few segments, which are written again and again.
-    let retention = Retention { bytes_max: Some(2 << 30), age_max: None };
+    let retention = Retention::bytes(2 << 30);
     let config = Config::new(dir.path()).durability(Durability::OsCache).retention(retention);
     let engine = EventLog::<GameEvent>::open(config)?;
     let mut tick = 0;

@@ -43,7 +43,7 @@ impl Seen {
 
 pub(crate) fn run(time: Duration) -> Result<()> {
     let dir = tempfile::tempdir()?;
-    let retention = Retention { bytes_max: Some(64 << 20), age_max: None };
+    let retention = Retention::bytes(64 << 20);
     let config =
         Config::new(dir.path()).durability(Durability::GroupCommit).segment_bytes(16 << 20).retention(retention);
     let engine = EventLog::<GameEvent>::open(config)?;

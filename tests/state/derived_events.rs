@@ -1,7 +1,8 @@
 //! `#[derive(Event)]`: the types it declares, and the older layouts that it reads.
 #![expect(clippy::unwrap_used, reason = "a test may unwrap")]
 
-use corelane::{Bounded, Config, Correlation, Deadline, Event, EventLog, EventType, EventTypeId, Key, Stored, Time};
+use corelane::event::{Correlation, Upcaster, deserialize};
+use corelane::{Bounded, Config, Deadline, Event, EventLog, EventType, EventTypeId, Key, ShardId, Stored, Time};
 use rkyv::{Archive, Deserialize, Serialize};
 
 mod first {
@@ -34,7 +35,7 @@ impl GameEvent {
     fn moved_from_v1(archive: &[u8]) -> Result<Self, rkyv::rancor::Error> {
         match first::GameEvent::decode(archive)? {
             first::GameEvent::Moved { x, y } => Ok(Self::Moved { x: x.into(), y: y.into(), running: false }),
-            first::GameEvent::Said(..) | first::GameEvent::Left => Err(corelane::Upcaster::<Self>::another_variant()),
+            first::GameEvent::Said(..) | first::GameEvent::Left => Err(Upcaster::<Self>::another_variant()),
         }
     }
 }
@@ -91,10 +92,10 @@ fn events_of_the_older_layout_are_read_as_current_ones() {
     let log = EventLog::<GameEvent>::open(Config::new(dir.path())).unwrap();
     log.producer().publish(Key::new(1), GameEvent::Fought { with: 2 }).unwrap();
     log.flush(Deadline::NEVER).unwrap();
-    let mut reader = log.reader(corelane::ShardId(0));
+    let mut reader = log.reader(ShardId(0));
     let mut events = Vec::new();
     while let Some(record) = reader.next().unwrap() {
-        events.push(corelane::deserialize::<GameEvent>(record.event).unwrap());
+        events.push(deserialize::<GameEvent>(record.event).unwrap());
     }
     let expected = [
         GameEvent::Moved { x: 1.0, y: -2.0, running: false },
