@@ -24,7 +24,7 @@ use crate::log::writer::{Prepared, PreparedQueue};
 use crate::metrics::Counters;
 use crate::storage::memory::{Memory, WriteHalf};
 use crate::storage::{Storage, is_exhausted};
-use crate::sync::{Idle, Ordering, Signal};
+use crate::sync::{Idle, Signal};
 
 /// How far ahead of the writer pages are made present.
 const PREFAULT_BYTES: usize = 64 << 20;
@@ -89,7 +89,7 @@ impl Keeper {
     /// Runs until the engine ends.
     pub(crate) fn run(mut self) {
         let mut idle = Idle::sleepy();
-        while !self.requests.ending.load(Ordering::SeqCst) {
+        while !self.requests.is_ending() {
             if self.step() {
                 continue;
             }
@@ -102,7 +102,7 @@ impl Keeper {
             let deadline = [retry, reading, asking, age, syncing].into_iter().flatten().min();
             let (shards, requests, bytes_max) = (&self.shards, &self.requests, self.retention.bytes_max);
             idle.step(&requests.signal, deadline, || {
-                requests.ending.load(Ordering::SeqCst) || shards.iter().any(|kept| kept.wants_work(bytes_max))
+                requests.is_ending() || shards.iter().any(|kept| kept.wants_work(bytes_max))
             });
         }
     }
@@ -404,7 +404,7 @@ impl Kept {
     /// After a checkpoint that failed, the next is asked for a little later, also if nothing else happens.
     fn notice_checkpoints(&mut self) {
         (self.waits_for, self.held_to, self.unsynced_to) = (0, 0, 0);
-        let failed = self.checkpoints.failed.load(Ordering::SeqCst);
+        let failed = self.checkpoints.failures();
         if failed != self.checkpoints_failed {
             self.checkpoints_failed = failed;
             self.ask_at = Some(Instant::now() + RETRY_CHECKPOINT);
@@ -440,7 +440,7 @@ impl Kept {
         let is_saved = self.waits_for > 0 && self.checkpoints.covered() >= self.waits_for;
         let is_released = self.held_to > 0 && !self.is_held(self.held_to);
         let is_synced = self.unsynced_to > 0 && self.log.durable.get() >= self.unsynced_to;
-        let has_failed = self.checkpoints.failed.load(Ordering::SeqCst) != self.checkpoints_failed;
+        let has_failed = self.checkpoints.failures() != self.checkpoints_failed;
         let must_prepare = !self.prepared.is_full() && self.retry_at.is_none() && !self.waits_to_reuse(bytes_max);
         self.log.failure().is_none() && (must_prepare || is_saved || is_released || is_synced || has_failed)
     }
@@ -505,7 +505,7 @@ mod tests {
                     spares: Vec::new(),
                     spare_number: 0,
                     retiring,
-                    checkpoints: Arc::new(CheckpointRequests::new()),
+                    checkpoints: Arc::new(CheckpointRequests::new(Offset(0))),
                     prefaulted: (u64::MAX, 0),
                     retry_at: None,
                     checkpoints_failed: 0,
@@ -518,10 +518,7 @@ mod tests {
                 let mut keeper = Keeper {
                     shards: vec![kept],
                     storage: Arc::new(storage.clone()),
-                    requests: Arc::new(KeeperRequests {
-                        signal: Arc::new(Signal::new()),
-                        ending: AtomicBool::new(false),
-                    }),
+                    requests: Arc::new(KeeperRequests::new()),
                     durability: Durability::OsCache,
                     retention: Retention::default(),
                     spares_max,

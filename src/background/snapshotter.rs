@@ -98,7 +98,7 @@ impl Snapshotter {
             });
         }
         for shard in &self.shards {
-            shard.requests.waiting.reached(u64::MAX);
+            shard.requests.wake_all();
         }
     }
 
@@ -127,7 +127,7 @@ impl Sources {
                 let (entries, written) = (chunk.entries, self.snapshots(storage, &mut chunk));
                 self.give_back(chunk);
                 if let Err(error) = written {
-                    self.requests.skipped.fetch_add(entries, Ordering::Relaxed);
+                    self.requests.skip(entries);
                     tracing::warn!(shard = self.log.shard.0, %error, "snapshots could not be written; what they saved stays in the log");
                     self.snapshots = None;
                     self.retry_at = Some(Instant::now() + RETRY);
@@ -164,7 +164,7 @@ impl Sources {
 
     fn snapshots(&mut self, storage: &dyn Storage, chunk: &mut Chunk) -> io::Result<()> {
         if self.retry_at.is_some_and(|at| Instant::now() < at) {
-            self.requests.skipped.fetch_add(chunk.entries, Ordering::Relaxed);
+            self.requests.skip(chunk.entries);
             return Ok(());
         }
         let mut writing = match self.snapshots.take().filter(|writing| writing.held.bytes < FILE_BYTES) {
@@ -231,9 +231,7 @@ impl Sources {
         match self.publish(storage, writing, log_end, durable, syncs) {
             Ok((start, file)) => {
                 *unsynced = (!syncs).then_some((file, log_end));
-                // Release: pairs with the Acquire in `CheckpointRequests::covered`.
-                self.requests.covered.fetch_max(start.0, Ordering::Release);
-                self.settled();
+                self.requests.publish(start);
                 keeper.signal.notify();
             }
             Err(error) => self.failed(keeper, &error),
@@ -284,16 +282,9 @@ impl Sources {
     fn failed(&mut self, keeper: &KeeperRequests, error: &io::Error) {
         tracing::error!(shard = self.log.shard.0, %error, "a checkpoint could not be written; retention waits for the next");
         self.checkpoint = None;
-        self.requests.given_up();
-        self.settled();
+        self.requests.fail();
         // Retention asks again.
         keeper.signal.notify();
-    }
-
-    /// A checkpoint has come to its end, whichever.
-    fn settled(&self) {
-        let settled = self.requests.settled.fetch_add(1, Ordering::SeqCst) + 1;
-        self.requests.waiting.reached(settled);
     }
 
     fn give_back(&mut self, mut chunk: Chunk) {

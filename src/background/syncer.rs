@@ -12,12 +12,12 @@ use crate::error::FailureCause;
 use crate::event::Offset;
 use crate::lane::counts::LaneShared;
 use crate::lane::registry::LaneRegistry;
-use crate::lane::requests::{SyncMark, SyncRequests};
+use crate::lane::requests::{SyncRequests, UnsyncedRun};
 use crate::log::segment::ShardLog;
 use crate::metrics::{Counters, Recorder, Stage};
 use crate::storage::Storage;
 use crate::sync::Wait;
-use crate::sync::{Idle, Ordering, Signal, lock};
+use crate::sync::{Idle, Signal, lock};
 
 /// Bytes of the word that ends a segment's records.
 const END_WORD_BYTES: usize = 4;
@@ -32,7 +32,7 @@ pub(crate) struct Syncer {
     /// Wakes the shard, which closes its lanes when a sync failed, and marks the log when one has caught up.
     pub(crate) shard_signal: Arc<Signal>,
     pub(crate) durability: Durability,
-    pub(crate) marks: rtrb::Consumer<SyncMark>,
+    pub(crate) marks: rtrb::Consumer<UnsyncedRun>,
     pub(crate) recorder: Recorder,
     pub(crate) counters: Arc<Counters>,
     pub(crate) clock: Clock,
@@ -53,7 +53,7 @@ impl Syncer {
         let mut idle = Idle::new(Wait::Park);
         let mut synced_at = Instant::now();
         loop {
-            let ending = self.requests.ending.load(Ordering::SeqCst);
+            let ending = self.requests.is_ending();
             if self.log.failure().is_some() {
                 break;
             }
@@ -86,8 +86,8 @@ impl Syncer {
             Durability::GroupCommit | Durability::Periodic(_) => wake_at.is_none() && appended > durable,
             Durability::OsCache => false,
         };
-        due || (appended > durable && self.requests.flush_to.load(Ordering::SeqCst) > durable)
-            || self.requests.ending.load(Ordering::SeqCst)
+        due || (appended > durable && self.requests.flush_target() > durable)
+            || self.requests.is_ending()
             || self.log.failure().is_some()
             || self.recorder.exchange_handle().is_wanted()
             || (appended <= durable && self.lanes.is_behind())
@@ -138,7 +138,7 @@ impl Syncer {
         if !work {
             return (false, None);
         }
-        if ending || self.requests.flush_to.load(Ordering::SeqCst) > durable {
+        if ending || self.requests.flush_target() > durable {
             return (true, None);
         }
         match self.durability {

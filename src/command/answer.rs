@@ -1,19 +1,19 @@
-//! The answer to a command: waited for by a thread or a task.
+//! The answer to a command, for a thread or a task to wait for.
 
 use std::future::Future;
 use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::Instant;
 
-use super::{Client, ClientLane, CommandError, Outcome, Ticket, Verdict, Waiting};
+use super::{Client, ClientLane, CommandError, OpenCommand, Outcome, Reply, Ticket};
 use crate::state::aggregate::Aggregate;
 use crate::sync::Deadline;
 
-/// An answer that is waited for.
+/// The answer to a command: a blocking wait, or a future of any runtime.
 #[must_use = "nothing waits until `.wait()` or `.await`"]
 pub struct Answer<'c, A: Aggregate> {
     client: &'c mut Client<A>,
-    /// `None` once answered.
+    /// `None` once the answer is claimed.
     ticket: Option<Ticket>,
 }
 
@@ -28,18 +28,18 @@ impl<'c, A: Aggregate> Answer<'c, A> {
         Self { client, ticket: Some(ticket) }
     }
 
-    /// Blocks the thread until there is an answer.
+    /// Blocks the thread until the answer comes.
     ///
     /// # Errors
-    /// Why the command was not carried out.
+    /// The reason why the command was not carried out.
     pub fn wait(self) -> Result<Outcome, CommandError<A::Rejection>> {
         self.block(None)
     }
 
-    /// Blocks the thread until there is an answer, or `deadline`. The answer is given up then.
+    /// Blocks the thread until the answer comes or `deadline` passes. Then the answer is given up.
     ///
     /// # Errors
-    /// Why the command was not carried out; `Unanswered` with `TimedOut`.
+    /// The reason why the command was not carried out; `Unanswered(TimedOut)` after the deadline.
     pub fn wait_until(self, deadline: impl Into<Deadline>) -> Result<Outcome, CommandError<A::Rejection>> {
         let deadline = deadline.into().instant();
         self.block(deadline)
@@ -53,7 +53,7 @@ impl<'c, A: Aggregate> Answer<'c, A> {
         let lane = &mut self.client.lanes[ticket.lane];
         lane.await_answer(ticket.number, wait, deadline).map_err(CommandError::Unanswered)?;
         lane.receive();
-        // Answered; what is still waited for does not give the answer up.
+        // The command is answered: dropping `self` must not forget it, even if the wait for durability fails.
         self.ticket = None;
         let outcome = lane.claim(&ticket).unwrap_or_else(|| Err(CommandError::Claimed))?;
         if ticket.durable {
@@ -83,7 +83,7 @@ impl<A: Aggregate> Future for Answer<'_, A> {
 }
 
 impl<A: Aggregate> Drop for Answer<'_, A> {
-    /// Dropped before it came: nobody asks any more.
+    /// Gives the answer up if it is not claimed.
     fn drop(&mut self) {
         if let Some(ticket) = self.ticket.take() {
             self.client.forget(ticket);
@@ -92,7 +92,7 @@ impl<A: Aggregate> Drop for Answer<'_, A> {
 }
 
 impl<A: Aggregate> Client<A> {
-    /// The answer to `ticket`, or the task is woken when there is more to see.
+    /// Polls the answer to `ticket`. While it is pending, the task is woken when it should poll again.
     pub(super) fn poll_answer(
         &mut self,
         ticket: &Ticket,
@@ -101,7 +101,7 @@ impl<A: Aggregate> Client<A> {
         let lane = &mut self.lanes[ticket.lane];
         if lane.shared.appended_count() < ticket.number {
             lane.shared.register_appended(ticket.number, context.waker());
-            // Once more: it may have come between the look and the registration.
+            // Again: the reply may have come between the check and the registration.
             if lane.shared.appended_count() < ticket.number {
                 return match lane.door.log.failure() {
                     Some(failure) => Poll::Ready(Err(CommandError::Unanswered(failure.clone().into()))),
@@ -130,17 +130,17 @@ impl<A: Aggregate> Client<A> {
 }
 
 impl<A: Aggregate> ClientLane<A> {
-    /// Puts an answer back that is not to be given yet.
+    /// Puts back an answer that must not be given yet.
     pub(super) fn put_back(&mut self, ticket: &Ticket, claimed: Result<Outcome, CommandError<A::Rejection>>) {
         let Ok(outcome) = claimed else { return };
         let Outcome { version, events, repeated, .. } = outcome;
-        let verdict = Verdict::Done { version, events, repeated };
-        // What was carried out needs no expectation any more.
+        let reply = Reply::Done { version, events, repeated };
+        // A command that was carried out does not need its expectation any more.
         let expected = super::ExpectedVersion::Any;
-        match self.waiting(ticket.number) {
-            Some(waiting) => *waiting = Waiting::Answered(expected, verdict),
-            // Claimed answers at the front are settled at once.
-            None => self.keep(ticket.number, expected, verdict),
+        match self.open(ticket.number) {
+            Some(command) => *command = OpenCommand::Answered(expected, reply),
+            // Claiming settled the command.
+            None => self.keep(ticket.number, expected, reply),
         }
     }
 }

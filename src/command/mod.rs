@@ -1,7 +1,7 @@
-//! Commands: what somebody wants to happen, on its way to the shard that decides, and the answer on its way back.
+//! Commands: a client sends them to the shard that decides, and receives its replies.
 //!
-//! One [`Client`] is one thread's own lanes: an SPSC ring of commands to every shard and an SPSC ring of answers from it.
-//! A shard answers a lane's commands in their order, so a ticket is a number and the n-th answer belongs to the n-th command.
+//! One [`Client`] owns, for every shard, an SPSC ring of commands and an SPSC ring of replies. A shard replies to the commands of a
+//! lane in their order, so a ticket is a number: the n-th reply belongs to the n-th command.
 
 mod answer;
 mod sending;
@@ -25,21 +25,24 @@ use crate::sync::{Idle, Ordering, Patience, may_wait, prefetch_to_write};
 pub use answer::Answer;
 pub use sending::{IdempotencyKey, Sending};
 
-/// Each time so many orders were sent, as many are brought near beyond the next ones.
-const NEAR_ORDERS: usize = 8;
+/// Every `PREFETCH_COMMANDS` sends, the client prefetches another `PREFETCH_COMMANDS` slots, one block ahead.
+const PREFETCH_COMMANDS: usize = 8;
 
-/// What version a command wants its key to have. Against what others did meanwhile; against what this client did itself
-/// nothing is needed, since its commands of one key are carried out in their order.
+/// The version that a key must have for a command to be carried out.
+///
+/// It protects against changes by others. A client needs none against its own commands: those of one key are carried out in the
+/// order in which it sent them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
 pub enum ExpectedVersion {
-    /// Whatever it is.
+    /// Any version.
     #[default]
     Any,
     /// The key has no event yet.
     NoEvents,
     /// The key has events.
     Exists,
-    /// Exactly this one.
+    /// The key has exactly this version.
     Exact(Version),
 }
 
@@ -58,72 +61,73 @@ impl ExpectedVersion {
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct Outcome {
-    /// Whose command it was.
+    /// The key of the command.
     pub key: Key,
-    /// The key's version after it.
+    /// The key's version after the command.
     pub version: Version,
-    /// How many events it had; they end at `version`.
+    /// The number of its events. The last one has `version`.
     pub events: u32,
-    /// An earlier command with the same idempotency key had this outcome, and this one did nothing.
+    /// `true` if this is the outcome of an earlier command with the same idempotency key; the command itself did nothing.
     pub repeated: bool,
     receipt: Receipt,
 }
 
 impl Outcome {
-    /// The receipt of the command: its events are appended, and can be waited for to be durable.
+    /// Returns the receipt of the command. Its events are appended; the receipt can wait until they are durable.
     #[must_use]
     pub fn receipt(&self) -> &Receipt {
         &self.receipt
     }
 }
 
-/// Why a command was not carried out, or why nobody knows.
+/// Why a command was not carried out, or why that is not known.
 #[derive(Debug, Clone, thiserror::Error)]
 #[non_exhaustive]
 pub enum CommandError<R> {
-    /// The aggregate refused it. Nothing was appended.
+    /// The aggregate rejected the command. Nothing was appended.
     #[error("the command was rejected")]
     Rejected(R),
     /// The key does not have the version that was expected. Nothing was appended.
-    #[error("the key has version {found}, expected was {expected:?}")]
+    #[error("the key has version {found}, but the command expected {expected:?}")]
     WrongVersion {
-        /// What the command expected.
+        /// The version that the command expected.
         expected: ExpectedVersion,
-        /// What the key has.
+        /// The key's version.
         found: Version,
     },
-    /// An event of the decision, or all of them together, cannot be appended. Nothing was.
-    #[error("the command does not fit: an event, its rejection or all of it is larger than {bytes_max} bytes")]
+    /// An event of the decision, its rejection, or the whole decision is too large. Nothing was appended.
+    #[error("the command is too large: an event, its rejection or the whole decision exceeds {bytes_max} bytes")]
     TooLarge {
-        /// The limit: `event_bytes_max`, or what one segment holds.
+        /// The limit in bytes: `event_bytes_max`, or the room in one segment.
         bytes_max: usize,
     },
-    /// An event of the decision is of a type that `TYPES` does not declare. Nothing was appended.
-    #[error("the decision's event is of type {event_type}, which its TYPES do not declare")]
+    /// `TYPES` does not declare the type of one of the decision's events. Nothing was appended.
+    #[error("an event of the decision has type {event_type}, which its TYPES do not declare")]
     UndeclaredType {
-        /// What `event_type()` returned.
+        /// The id that `event_type()` returned.
         event_type: EventTypeId,
     },
-    /// `decide` panicked. Nothing was appended, and the shard goes on.
-    #[error("deciding on the command panicked: {0}")]
+    /// `decide` panicked. Nothing was appended, and the shard continues.
+    #[error("`decide` panicked: {0}")]
     Panicked(String),
-    /// It was not sent.
-    #[error("not sent: {0}")]
+    /// The command was not sent.
+    #[error("the command was not sent: {0}")]
     NotSent(crate::error::RejectedReason),
-    /// It was sent, and there is no answer: whether it was carried out is not known (an idempotency key makes it safe to repeat).
-    #[error("sent, but without an answer: {0}")]
+    /// The command was sent, but no answer came. Whether it was carried out is not known; an idempotency key makes it safe to repeat.
+    #[error("the command was sent, but no answer came: {0}")]
     Unanswered(WaitError),
-    /// Its answer was given before, or it is another client's: there is one, for who sent the command.
-    #[error("the answer was given before, or the ticket is another client's")]
+    /// The answer was claimed before, or the ticket belongs to another client. Each answer is given once, to the client that sent
+    /// the command.
+    #[error("the answer was claimed before, or the ticket belongs to another client")]
     Claimed,
-    /// It was carried out, but whether it is durable is not known.
-    #[error("carried out, but not known to be durable: {0}")]
+    /// The command was carried out, but whether it is durable is not known.
+    #[error("the command was carried out, but may not be durable: {0}")]
     NotDurable(WaitError),
 }
 
-/// A command in a lane.
+/// One command in a lane.
 #[derive(Debug)]
-pub(crate) struct Order<C> {
+pub(crate) struct CommandSlot<C> {
     pub(crate) key: Key,
     pub(crate) hash: KeyHash,
     pub(crate) published: Nanos,
@@ -132,12 +136,12 @@ pub(crate) struct Order<C> {
     pub(crate) command: C,
 }
 
-/// A look at the states of a shard, taken by the shard itself between two batches.
+/// A function that the shard runs on its states, between two batches.
 pub(crate) type Question<A> = Box<dyn FnOnce(&KeyTable<A>) + Send>;
 
-/// What a shard says to a command.
+/// A shard's reply to a command.
 #[derive(Debug)]
-pub(crate) enum Verdict<R> {
+pub(crate) enum Reply<R> {
     Done { version: Version, events: u32, repeated: bool },
     Rejected(R),
     WrongVersion(Version),
@@ -149,59 +153,119 @@ pub(crate) enum Verdict<R> {
 /// The shard's end of a client's lane.
 #[derive(Debug)]
 pub(crate) struct ClientEnd<A: Aggregate> {
-    pub(crate) orders: rtrb::Consumer<Order<A::Command>>,
-    pub(crate) answers: rtrb::Producer<Verdict<A::Rejection>>,
+    pub(crate) commands: rtrb::Consumer<CommandSlot<A::Command>>,
+    pub(crate) replies: rtrb::Producer<Reply<A::Rejection>>,
     pub(crate) shared: Arc<LaneShared>,
-    /// Commands answered.
-    pub(crate) answered: u64,
+    /// The number of commands that the shard has replied to.
+    pub(crate) replied: u64,
 }
 
-/// The client's end of it.
+impl<A: Aggregate> ClientEnd<A> {
+    pub(crate) fn new(
+        commands: rtrb::Consumer<CommandSlot<A::Command>>,
+        replies: rtrb::Producer<Reply<A::Rejection>>,
+        shared: Arc<LaneShared>,
+    ) -> Self {
+        Self { commands, replies, shared, replied: 0 }
+    }
+}
+
+/// The client's end of its lane to one shard.
 pub(crate) struct ClientLane<A: Aggregate> {
-    orders: rtrb::Producer<Order<A::Command>>,
-    answers: rtrb::Consumer<Verdict<A::Rejection>>,
+    commands: rtrb::Producer<CommandSlot<A::Command>>,
+    replies: rtrb::Consumer<Reply<A::Rejection>>,
     shared: Arc<LaneShared>,
     door: Arc<ShardDoor>,
+    /// The number of commands sent.
     sent: u64,
-    /// Answers taken out of the ring.
+    /// The number of replies taken out of the ring.
     arrived: u64,
-    /// The commands behind `settled`, in order.
-    pending: VecDeque<Waiting<A::Rejection>>,
-    /// Commands that have left `pending`, in their order.
+    /// The commands after the first `settled`, in order.
+    open: VecDeque<OpenCommand<A::Rejection>>,
+    /// The number of commands that have left `open`. They leave it in order.
     settled: u64,
-    /// Answers of settled commands that nobody has claimed yet: an answer that is claimed late does not delay later ones.
-    kept: BTreeMap<u64, (ExpectedVersion, Verdict<A::Rejection>)>,
-    /// How many commands `pending` may hold: what the lane holds, less what is kept.
+    /// Unclaimed replies to settled commands, by command number: an answer that is claimed late does not delay later ones.
+    kept: BTreeMap<u64, (ExpectedVersion, Reply<A::Rejection>)>,
+    /// The largest length of `open`: the capacity of the lane minus the number of kept replies.
     room: usize,
 }
 
-/// A command on its way.
+/// A command that was sent and is not settled.
 #[derive(Debug)]
-enum Waiting<R> {
-    Open(ExpectedVersion),
-    Answered(ExpectedVersion, Verdict<R>),
-    /// Nobody asks for its answer.
+enum OpenCommand<R> {
+    Unanswered(ExpectedVersion),
+    Answered(ExpectedVersion, Reply<R>),
+    /// Sent with `tell`, or forgotten: its reply is dropped when it arrives.
     Ignored,
     Claimed,
 }
 
-/// A command that was sent: which answer is its.
+/// Identifies a command that was sent, to claim its answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
-#[must_use = "an answer that nobody claims takes a place in the lane; `forget` it, or send with `tell`"]
+#[must_use = "an unclaimed answer takes a slot of the lane; `forget` it, or send with `tell`"]
 pub struct Ticket {
     key: Key,
-    /// Which lane of which client: numbers of different ones say nothing to each other.
+    /// The client's lane, as `ClientLane::id`: tickets of other lanes do not match.
     client: usize,
+    /// The lane's index in the client.
     lane: usize,
+    /// The number of the command in its lane, from 1.
     number: u64,
     durable: bool,
 }
 
-/// One thread's way to give commands: to every shard a lane there and one back. Made by [`crate::Engine::client`]; it may
-/// outlive the engine's shutdown (it then refuses).
+/// Sends the commands of one thread: one lane to every shard, and one back.
 ///
-/// At most `ring_capacity` commands of a shard are on their way or have answers that nobody claimed. An answer takes its one
-/// place until it is claimed or forgotten, however many commands are sent and answered meanwhile.
+/// [`Engine::client`](crate::Engine::client) returns one. A client may outlive the engine; it then refuses every command.
+///
+/// Each shard's lane holds `ring_capacity` commands that are in flight or have an unclaimed answer. An unclaimed answer takes one
+/// slot until it is claimed or forgotten, however many commands are sent and answered meanwhile.
+///
+/// ```
+/// # use corelane::{
+/// #     Aggregate, Bounded, CommandError, Config, Deadline, Emit, Engine, Event, EventType, EventTypeId, Key, Meta,
+/// # };
+/// # use rkyv::{Archive, Deserialize, Serialize};
+/// # #[derive(Archive, Serialize, Deserialize, Bounded)]
+/// # struct Deposited { cents: u64 }
+/// # impl Event for Deposited {
+/// #     const TYPES: &'static [EventType] = &[EventType::new(1, "deposited", 1)];
+/// #     fn event_type(&self) -> EventTypeId { EventTypeId(1) }
+/// # }
+/// # #[derive(Archive, Serialize, Deserialize, Bounded, Clone, Default)]
+/// # struct Account { cents: u64 }
+/// # struct Deposit(u64);
+/// # #[derive(Archive, Serialize, Deserialize, Bounded, Clone, Debug, PartialEq)]
+/// # struct Nothing;
+/// # impl Aggregate for Account {
+/// #     type Event = Deposited;
+/// #     type Command = Deposit;
+/// #     type Rejection = Nothing;
+/// #     fn evolve(&mut self, event: &ArchivedDeposited, _meta: &Meta) { self.cents += event.cents.to_native(); }
+/// #     fn decide(&self, deposit: Deposit, emit: &mut Emit<Deposited>) -> Result<(), Nothing> {
+/// #         if deposit.0 == 0 { return Err(Nothing) }
+/// #         emit.event(Deposited { cents: deposit.0 });
+/// #         Ok(())
+/// #     }
+/// # }
+/// # let dir = std::env::temp_dir().join(format!("corelane-client-{}", std::process::id()));
+/// let engine = Engine::<Account>::open(Config::new(&dir))?;
+/// let mut client = engine.client();
+/// let account = Key::new(42);
+///
+/// // One at a time: sends, and waits for the answer.
+/// let outcome = client.send(account, Deposit(100)).wait()?;
+/// assert_eq!((outcome.version.0, outcome.events), (1, 1));
+/// assert!(matches!(client.send(account, Deposit(0)).wait(), Err(CommandError::Rejected(Nothing))));
+///
+/// // Pipelined: sends now, and claims the answer later.
+/// let ticket = client.send(account, Deposit(5)).once("payment-17").ticket().map_err(|refused| refused.reason())?;
+/// let outcome = client.answer(ticket).wait()?;
+/// outcome.receipt().durable().wait()?;
+/// # engine.shutdown(Deadline::NEVER)?;
+/// # std::fs::remove_dir_all(&dir)?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub struct Client<A: Aggregate> {
     lanes: Vec<ClientLane<A>>,
     clock: Clock,
@@ -219,23 +283,23 @@ impl<A: Aggregate> Client<A> {
         Self { lanes, clock, wait }
     }
 
-    /// A command for `key`: to be sent by [`Sending::wait`], `.await`, [`Sending::ticket`] or [`Sending::tell`].
+    /// Prepares a command for `key`. [`Sending::wait`], `.await`, [`Sending::ticket`] or [`Sending::tell`] sends it.
     pub fn send(&mut self, key: Key, command: A::Command) -> Sending<'_, A> {
         Sending::new(self, key, command)
     }
 
-    /// The answer to a command sent earlier: `.wait()`, `.wait_until()` or `.await`.
+    /// Returns the answer to a command sent earlier, for `.wait()`, `.wait_until()` or `.await`.
     pub fn answer(&mut self, ticket: Ticket) -> Answer<'_, A> {
         Answer::new(self, ticket)
     }
 
-    /// The answer, if it is there. It is given once: later calls say [`CommandError::Claimed`].
+    /// Returns the answer if it has come. Each answer is given once: later calls return [`CommandError::Claimed`].
     pub fn try_answer(&mut self, ticket: &Ticket) -> Option<Result<Outcome, CommandError<A::Rejection>>> {
         if !self.is_mine(ticket) {
             return Some(Err(CommandError::Claimed));
         }
         let lane = &mut self.lanes[ticket.lane];
-        // These first: what is answered after they were looked at is found the next time.
+        // Before the replies: a reply that comes after these reads is found by the next call.
         let failure = lane.door.log.failure().cloned();
         let is_answered = lane.shared.appended_count() >= ticket.number;
         lane.receive();
@@ -259,19 +323,19 @@ impl<A: Aggregate> Client<A> {
         }
     }
 
-    /// Whether the ticket is one of this client.
+    /// Returns `true` if this client issued the ticket.
     fn is_mine(&self, ticket: &Ticket) -> bool {
         self.lanes.get(ticket.lane).is_some_and(|lane| lane.id() == ticket.client)
     }
 
-    /// Gives up an answer.
+    /// Gives an answer up, and frees its slot in the lane.
     pub fn forget(&mut self, ticket: Ticket) {
         if self.is_mine(&ticket) {
             self.lanes[ticket.lane].forget(ticket.number);
         }
     }
 
-    /// Commands that were sent and are not answered yet.
+    /// Returns the number of commands in flight: sent and not answered yet.
     #[must_use]
     pub fn on_their_way(&self) -> u64 {
         self.lanes.iter().map(|lane| lane.sent - lane.shared.appended_count()).sum()
@@ -280,169 +344,176 @@ impl<A: Aggregate> Client<A> {
 
 impl<A: Aggregate> ClientLane<A> {
     pub(crate) fn new(
-        orders: rtrb::Producer<Order<A::Command>>,
-        answers: rtrb::Consumer<Verdict<A::Rejection>>,
+        commands: rtrb::Producer<CommandSlot<A::Command>>,
+        replies: rtrb::Consumer<Reply<A::Rejection>>,
         shared: Arc<LaneShared>,
         door: Arc<ShardDoor>,
     ) -> Self {
-        let room = orders.buffer().capacity();
-        let (pending, kept) = (VecDeque::new(), BTreeMap::new());
-        Self { orders, answers, shared, door, sent: 0, arrived: 0, pending, settled: 0, kept, room }
+        let room = commands.buffer().capacity();
+        let (open, kept) = (VecDeque::new(), BTreeMap::new());
+        Self { commands, replies, shared, door, sent: 0, arrived: 0, open, settled: 0, kept, room }
     }
 
-    /// Tells this lane from all others that live.
+    /// Identifies this lane among all that exist.
     fn id(&self) -> usize {
         Arc::as_ptr(&self.shared).addr()
     }
 
-    /// Takes answers out of the ring.
+    /// Takes replies out of the ring.
     fn receive(&mut self) {
-        while let Ok(verdict) = self.answers.pop() {
+        while let Ok(reply) = self.replies.pop() {
             let at = (self.arrived - self.settled) as usize;
             self.arrived += 1;
-            let waiting = &mut self.pending[at];
-            *waiting = match waiting {
-                Waiting::Open(expected) => Waiting::Answered(*expected, verdict),
-                Waiting::Ignored | Waiting::Claimed | Waiting::Answered(..) => Waiting::Claimed,
+            let command = &mut self.open[at];
+            *command = match command {
+                OpenCommand::Unanswered(expected) => OpenCommand::Answered(*expected, reply),
+                OpenCommand::Ignored | OpenCommand::Claimed | OpenCommand::Answered(..) => OpenCommand::Claimed,
             };
             self.settle();
         }
     }
 
+    /// Removes claimed commands from the front.
     fn settle(&mut self) {
-        while matches!(self.pending.front(), Some(Waiting::Claimed)) && self.settled < self.arrived {
-            self.pending.pop_front();
+        while matches!(self.open.front(), Some(OpenCommand::Claimed)) && self.settled < self.arrived {
+            self.open.pop_front();
             self.settled += 1;
         }
     }
 
-    /// Makes room for one more command by keeping the oldest answers apart. Returns whether there is room now.
+    /// Makes room for one more command by moving the oldest replies to `kept`. Returns `true` if there is room now.
     #[cold]
     fn make_room(&mut self) -> bool {
         self.receive();
-        while self.pending.len() >= self.room && self.settled < self.arrived {
+        while self.open.len() >= self.room && self.settled < self.arrived {
             self.settled += 1;
-            if let Some(Waiting::Answered(expected, verdict)) = self.pending.pop_front() {
-                self.keep(self.settled, expected, verdict);
+            if let Some(OpenCommand::Answered(expected, reply)) = self.open.pop_front() {
+                self.keep(self.settled, expected, reply);
             }
         }
         self.settle();
-        self.pending.len() < self.room
+        self.open.len() < self.room
     }
 
-    fn keep(&mut self, number: u64, expected: ExpectedVersion, verdict: Verdict<A::Rejection>) {
-        self.kept.insert(number, (expected, verdict));
+    fn keep(&mut self, number: u64, expected: ExpectedVersion, reply: Reply<A::Rejection>) {
+        self.kept.insert(number, (expected, reply));
         self.room -= 1;
     }
 
-    /// The answer to a settled command, if nobody has claimed it.
-    fn take_kept(&mut self, number: u64) -> Option<(ExpectedVersion, Verdict<A::Rejection>)> {
+    /// Takes the reply to a settled command, if it is unclaimed.
+    fn take_kept(&mut self, number: u64) -> Option<(ExpectedVersion, Reply<A::Rejection>)> {
         let kept = self.kept.remove(&number)?;
         self.room += 1;
         Some(kept)
     }
 
-    fn waiting(&mut self, number: u64) -> Option<&mut Waiting<A::Rejection>> {
-        self.pending.get_mut(usize::try_from(number.checked_sub(self.settled + 1)?).ok()?)
+    /// The command with this number; `None` if it is settled or not sent.
+    fn open(&mut self, number: u64) -> Option<&mut OpenCommand<A::Rejection>> {
+        self.open.get_mut(usize::try_from(number.checked_sub(self.settled + 1)?).ok()?)
     }
 
-    /// Takes the answer to command `ticket.number`, if it has arrived.
+    /// Takes the answer to a ticket's command, if its reply has arrived and is unclaimed.
     fn claim(&mut self, ticket: &Ticket) -> Option<Result<Outcome, CommandError<A::Rejection>>> {
         let receipt = Receipt::new(Arc::clone(&self.shared), ticket.number);
-        let (expected, verdict) = match self.waiting(ticket.number) {
+        let (expected, reply) = match self.open(ticket.number) {
             None => self.take_kept(ticket.number)?,
-            Some(waiting) if matches!(waiting, Waiting::Answered(..)) => {
-                let Waiting::Answered(expected, verdict) = std::mem::replace(waiting, Waiting::Claimed) else {
+            Some(command) if matches!(command, OpenCommand::Answered(..)) => {
+                let OpenCommand::Answered(expected, reply) = std::mem::replace(command, OpenCommand::Claimed) else {
                     return None;
                 };
                 self.settle();
-                (expected, verdict)
+                (expected, reply)
             }
             Some(_) => return None,
         };
-        Some(match verdict {
-            Verdict::Done { version, events, repeated } => {
+        Some(match reply {
+            Reply::Done { version, events, repeated } => {
                 Ok(Outcome { key: ticket.key, version, events, repeated, receipt })
             }
-            Verdict::Rejected(rejection) => Err(CommandError::Rejected(rejection)),
-            Verdict::WrongVersion(found) => Err(CommandError::WrongVersion { expected, found }),
-            Verdict::TooLarge { bytes_max } => Err(CommandError::TooLarge { bytes_max }),
-            Verdict::UndeclaredType(event_type) => Err(CommandError::UndeclaredType { event_type }),
-            Verdict::Panicked(text) => Err(CommandError::Panicked(text)),
+            Reply::Rejected(rejection) => Err(CommandError::Rejected(rejection)),
+            Reply::WrongVersion(found) => Err(CommandError::WrongVersion { expected, found }),
+            Reply::TooLarge { bytes_max } => Err(CommandError::TooLarge { bytes_max }),
+            Reply::UndeclaredType(event_type) => Err(CommandError::UndeclaredType { event_type }),
+            Reply::Panicked(text) => Err(CommandError::Panicked(text)),
         })
     }
 
+    /// Gives the answer to a command up.
     fn forget(&mut self, number: u64) {
         let has_arrived = number <= self.arrived;
-        match self.waiting(number) {
-            Some(waiting) => *waiting = if has_arrived { Waiting::Claimed } else { Waiting::Ignored },
+        match self.open(number) {
+            Some(command) => *command = if has_arrived { OpenCommand::Claimed } else { OpenCommand::Ignored },
             None => drop(self.take_kept(number)),
         }
         self.settle();
     }
 
-    /// Sends a command if there is room for it and for its answer.
-    fn try_send(&mut self, order: Order<A::Command>, wanted: bool) -> Result<u64, Rejected<Order<A::Command>>> {
-        if self.pending.len() >= self.room && !self.make_room() {
-            return Err(self.door.full(order));
+    /// Sends a command if there is room for it and for its reply. Returns its number. `wanted`: the caller will claim the answer.
+    fn try_send(
+        &mut self,
+        command: CommandSlot<A::Command>,
+        wanted: bool,
+    ) -> Result<u64, Rejected<CommandSlot<A::Command>>> {
+        if self.open.len() >= self.room && !self.make_room() {
+            return Err(self.door.full(command));
         }
-        self.bring_near();
-        let Some(inside) = self.shared.enter() else { return Err(self.door.refusal(order)) };
-        let expected = order.expected;
-        match self.orders.push(order) {
+        self.prefetch();
+        let Some(inside) = self.shared.enter() else { return Err(self.door.refusal(command)) };
+        let expected = command.expected;
+        match self.commands.push(command) {
             Ok(()) => {
                 self.sent += 1;
                 self.shared.published.store(self.sent, Ordering::Relaxed);
                 drop(inside);
                 self.door.signal.notify();
-                self.pending.push_back(if wanted { Waiting::Open(expected) } else { Waiting::Ignored });
+                self.open.push_back(if wanted { OpenCommand::Unanswered(expected) } else { OpenCommand::Ignored });
                 Ok(self.sent)
             }
-            Err(rtrb::PushError::Full(order)) => Err(self.door.full(order)),
+            Err(rtrb::PushError::Full(command)) => Err(self.door.full(command)),
         }
     }
 
-    /// Asks for the memory of later orders: its lines are the shard's, and a store has to wait until they are not.
+    /// Prefetches slots of later commands: their cache lines are on the shard's core, and a store would wait for them.
     #[inline]
-    fn bring_near(&mut self) {
-        if !self.sent.is_multiple_of(NEAR_ORDERS as u64) {
+    fn prefetch(&mut self) {
+        if !self.sent.is_multiple_of(PREFETCH_COMMANDS as u64) {
             return;
         }
-        let free = self.orders.cached_slots().min(2 * NEAR_ORDERS);
-        if let Ok(mut chunk) = self.orders.write_chunk_uninit(free) {
+        let free = self.commands.cached_slots().min(2 * PREFETCH_COMMANDS);
+        if let Ok(mut chunk) = self.commands.write_chunk_uninit(free) {
             let (first, second) = chunk.as_mut_slices();
-            first.iter().chain(&*second).skip(NEAR_ORDERS).for_each(|order| prefetch_to_write(order));
+            first.iter().chain(&*second).skip(PREFETCH_COMMANDS).for_each(|slot| prefetch_to_write(slot));
         }
     }
 
-    /// Sends a command, waiting for room. Answers that nobody has claimed take room too, and no waiting makes any.
+    /// Sends a command, waiting for room. Unclaimed answers take room too, and waiting does not free it.
     fn send(
         &mut self,
-        mut order: Order<A::Command>,
+        mut command: CommandSlot<A::Command>,
         wanted: bool,
         wait: Wait,
         patience: Patience,
-    ) -> Result<u64, Rejected<Order<A::Command>>> {
+    ) -> Result<u64, Rejected<CommandSlot<A::Command>>> {
         let mut idle = Idle::new(wait);
         loop {
-            order = match self.try_send(order, wanted) {
-                Err(Rejected::Full(order) | Rejected::StorageFull(order)) => {
-                    let unclaimed = self.arrived == self.sent;
-                    if unclaimed || patience.is_over() {
-                        return Err(self.door.full(order));
+            command = match self.try_send(command, wanted) {
+                Err(Rejected::Full(command) | Rejected::StorageFull(command)) => {
+                    let all_answered = self.arrived == self.sent;
+                    if all_answered || patience.is_over() {
+                        return Err(self.door.full(command));
                     }
-                    order
+                    command
                 }
                 sent => return sent,
             };
-            let Self { shared, door, answers, .. } = self;
+            let Self { shared, door, replies, .. } = self;
             idle.step(&shared.space, patience.deadline(), || {
-                !answers.is_empty() || shared.close_gate.is_closed() || door.log.failure().is_some()
+                !replies.is_empty() || shared.close_gate.is_closed() || door.log.failure().is_some()
             });
         }
     }
 
-    /// Waits until command `number` is answered.
+    /// Waits until the shard has replied to command `number`.
     #[inline]
     fn await_answer(&self, number: u64, wait: Wait, deadline: Option<Instant>) -> Result<(), WaitError> {
         if self.shared.appended_count() >= number { Ok(()) } else { self.wait_for_answer(number, wait, deadline) }
@@ -477,7 +548,7 @@ impl<A: Aggregate> ClientLane<A> {
 
 impl<A: Aggregate> Drop for ClientLane<A> {
     fn drop(&mut self) {
-        // The shard notices an abandoned lane only when it looks.
+        // The shard notices an abandoned lane only during a turn.
         self.door.signal.notify();
     }
 }

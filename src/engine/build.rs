@@ -19,7 +19,7 @@ use crate::lane::door::ShardDoor;
 use crate::lane::registry::LaneRegistry;
 use crate::lane::requests::CheckpointRequests;
 use crate::lane::requests::KeeperRequests;
-use crate::lane::requests::{SyncMark, SyncRequests};
+use crate::lane::requests::{SyncRequests, UnsyncedRun};
 use crate::log::format::schema_fingerprint;
 use crate::log::manifest::shard_dir;
 use crate::log::segment::ShardLog;
@@ -28,14 +28,14 @@ use crate::metrics::{Counters, Recorder, Stage};
 use crate::recovery::Recovered;
 use crate::recovery::fold::Folder;
 use crate::shard::handler::{Factory, Registered};
-use crate::shard::{Shard, Work};
+use crate::shard::{Shard, ShardParts};
 use crate::state::aggregate::Aggregate;
 use crate::state::keys::KeyTable;
 use crate::state::snapshot::format::Chunk;
 use crate::state::snapshot::taker::{Message, Taker};
 use crate::state::view::{Place, Position, View, ViewWriter};
 use crate::storage::Storage;
-use crate::sync::{Arrivals, AtomicBool, Ordering, Signal};
+use crate::sync::{Arrivals, AtomicBool, Signal};
 
 /// Slots for runs of events between a shard and its syncer.
 const SYNC_MARKS: usize = 1 << 16;
@@ -147,9 +147,8 @@ impl Context<'_> {
         let (recorder, turn_exchange) = Recorder::new(&turn_stages, config.latency);
         let (sync_recorder, sync_exchange) =
             Recorder::new(&[Stage::Durable, Stage::DurableDue, Stage::Sync], config.latency);
-        let (marks_tx, marks_rx) = rtrb::RingBuffer::<SyncMark>::new(SYNC_MARKS);
-        let checkpoints = Arc::new(CheckpointRequests::new());
-        checkpoints.covered.store(saved.covered.0, Ordering::Release);
+        let (marks_tx, marks_rx) = rtrb::RingBuffer::<UnsyncedRun>::new(SYNC_MARKS);
+        let checkpoints = Arc::new(CheckpointRequests::new(saved.covered));
         let (messages_tx, messages) = rtrb::RingBuffer::<Message>::new(2 * snapshot_chunks(config.shards));
         let (mut used, used_rx) = rtrb::RingBuffer::<Chunk>::new(snapshot_chunks(config.shards));
         while used.push(Chunk::new()).is_ok() {}
@@ -201,15 +200,13 @@ impl Context<'_> {
             ages: Ages::default(),
         }
         .with_leftovers(unused, spares);
-        let shard = Shard {
+        let shard = Shard::new(ShardParts {
             id,
             clock: self.clock.clone(),
             batch_max: config.batch_max,
             arriving: Arc::clone(&arriving),
-            lanes: Vec::new(),
             shared_lane: Arc::clone(&shared),
             arriving_clients: Arc::clone(&arriving_clients),
-            clients: Vec::new(),
             questions: Arc::clone(&questions),
             keys,
             outcomes,
@@ -225,15 +222,14 @@ impl Context<'_> {
             log: Arc::clone(&log),
             syncer: Arc::clone(&syncer),
             syncs: config.durability != Durability::OsCache,
-            sync_marks: (config.durability != Durability::OsCache && config.latency).then_some(marks_tx),
+            unsynced_runs: (config.durability != Durability::OsCache && config.latency).then_some(marks_tx),
             keeper: Arc::clone(self.keeper),
             handlers: own.handlers,
             storage: Arc::clone(self.storage),
             quarantine: self.quarantine.to_owned(),
             recorder,
             counters: Arc::clone(&counters),
-            work: Work::new(config.batch_max),
-        };
+        });
         let shard_signal = Arc::clone(&door.signal);
         let syncer_parts = Syncer {
             log,

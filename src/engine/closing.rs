@@ -74,14 +74,16 @@ impl Closing {
             shard.door.closing.store(true, Ordering::SeqCst);
             shard.door.signal.notify();
             // No further checkpoint will come: its waiters must look again.
-            shard.checkpoints.waiting.reached(u64::MAX);
+            shard.checkpoints.wake_all();
         }
         // Another caller may hold the list for as long as it waits.
         let Some(mut threads) = lock_until(&self.threads, deadline) else { return Err(WaitError::TimedOut) };
         // Keeper and snapshotter, which were started first, go last: the shards may need segments, and retention saved states,
         // to the end.
-        let helpers =
-            [(&self.keeper.ending, &*self.keeper.signal), (&self.snapshotter.ending, &*self.snapshotter.signal)];
+        let helpers: [&dyn Fn(); 2] = [&|| self.keeper.end(), &|| {
+            self.snapshotter.ending.store(true, Ordering::SeqCst);
+            self.snapshotter.signal.notify();
+        }];
         for left in (0..=helpers.len()).rev() {
             while threads.len() > left {
                 if !join_until(&mut threads, deadline) {
@@ -91,9 +93,8 @@ impl Closing {
             if left == helpers.len() && !self.services.close(deadline) {
                 return Err(WaitError::TimedOut);
             }
-            if let Some((ending, signal)) = left.checked_sub(1).map(|at| helpers[at]) {
-                ending.store(true, Ordering::SeqCst);
-                signal.notify();
+            if let Some(end) = left.checked_sub(1).map(|at| helpers[at]) {
+                end();
             }
         }
         match self.failures().next() {

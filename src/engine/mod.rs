@@ -219,7 +219,7 @@ impl<A: Aggregate> Engine<A> {
             RecoveryReport { shards: recovered.iter().map(|shard| shard.report.clone()).collect(), duration_ns };
 
         let clock = Clock::new();
-        let keeper = Arc::new(KeeperRequests { signal: Arc::new(Signal::new()), ending: AtomicBool::new(false) });
+        let keeper = Arc::new(KeeperRequests::new());
         let signal = Arc::new(Signal::new());
         let snapshotter = Arc::new(SnapshotterRequests { signal, ending: AtomicBool::new(false) });
         let runner = Arc::new(RunnerRequests::default());
@@ -362,7 +362,7 @@ impl<A: Aggregate> Engine<A> {
             let (answers, answers_rx) = rtrb::RingBuffer::new(self.config.ring_capacity);
             let shared = Arc::new(LaneShared::of_commands(Arc::clone(&shard.door.log), self.config.durability));
             shard.door.lanes.register(&shared);
-            let end = ClientEnd { orders, answers, shared: Arc::clone(&shared), answered: 0 };
+            let end = ClientEnd::new(orders, answers, Arc::clone(&shared));
             if let Err(end) = shard.arriving_clients.push(end) {
                 // The shard has ended: nobody may be let in.
                 end.shared.close_gate.close();

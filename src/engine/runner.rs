@@ -3,15 +3,14 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
-use crate::clock::wall_now;
 use crate::config::Pin;
+use crate::error::FailureCause;
 use crate::error::panic_text;
-use crate::error::{FailureCause, WaitError};
 use crate::lane::door::ShardDoor;
 use crate::shard::Shard;
 use crate::state::aggregate::Aggregate;
 use crate::sync::Wait;
-use crate::sync::{AtomicBool, Idle, Ordering, thread};
+use crate::sync::{AtomicBool, Idle, Ordering};
 
 /// Requests to a runner.
 #[derive(Debug, Default)]
@@ -40,13 +39,10 @@ pub(crate) fn run<A: Aggregate>(
         Err(panic) => Some(FailureCause::Panic(panic_text(&*panic))),
     };
     if let Some(cause) = cause {
-        shard.log.fail(cause);
+        shard.fail(cause);
     }
-    close_gates(&mut shard);
-    shard.syncer.ending.store(true, Ordering::SeqCst);
-    shard.syncer.signal.notify();
-    door.lanes.wake_all();
-    shard.taker.end();
+    shard.close();
+    shard.end(&door.lanes);
 }
 
 fn turn_until_closed<A: Aggregate>(
@@ -57,22 +53,22 @@ fn turn_until_closed<A: Aggregate>(
 ) -> Result<(), FailureCause> {
     let mut idle = Idle::new(wait);
     while !door.closing.load(Ordering::SeqCst) {
-        if let Some(failure) = shard.log.failure() {
+        if let Some(failure) = door.log.failure() {
             return Err(failure.cause.clone());
         }
         if shard.turn()? > 0 {
             idle.reset();
         } else {
             idle.step(&door.signal, shard.wake_at(), || {
-                shard.has_work() || door.closing.load(Ordering::SeqCst) || shard.log.failure().is_some()
+                shard.has_work() || door.closing.load(Ordering::SeqCst) || door.log.failure().is_some()
             });
         }
     }
-    close_gates(shard);
+    shard.close();
     // Whatever was accepted is in the lanes now; append all of it.
     idle.reset();
     while shard.has_events() {
-        if let Some(failure) = shard.log.failure() {
+        if let Some(failure) = door.log.failure() {
             return Err(failure.cause.clone());
         }
         if shard.turn()? > 0 {
@@ -82,65 +78,20 @@ fn turn_until_closed<A: Aggregate>(
             return Err(FailureCause::Storage { action: "appending what was accepted", source: Arc::new(full) });
         } else {
             idle.step(&door.signal, shard.wake_at(), || {
-                // What it waits for may be what retention frees once the states are saved.
-                (!shard.is_stalled() && shard.has_events())
-                    || shard.taker.has_work()
-                    || shard.log.failure().is_some()
-                    || requests.abandon.load(Ordering::SeqCst)
+                shard.has_work_to_finish() || door.log.failure().is_some() || requests.abandon.load(Ordering::SeqCst)
             });
         }
     }
     door.turns_ended.store(true, Ordering::SeqCst);
     send_last_snapshots(shard, &mut idle);
-    finish(shard, door)
+    shard.finish(&door.lanes)
 }
 
 /// Hands over what is saved of the last events. The snapshotter ends after the shards, and makes room until then.
 fn send_last_snapshots<A: Aggregate>(shard: &mut Shard<A>, idle: &mut Idle) {
     idle.reset();
-    while !shard.taker.send_last() {
+    while !shard.send_last_snapshots() {
         idle.poll(None);
-    }
-}
-
-/// Syncs everything, and notes that in the log.
-fn finish<A: Aggregate>(shard: &mut Shard<A>, door: &ShardDoor) -> Result<(), FailureCause> {
-    let end = shard.log.appended.get();
-    shard.syncer.flush(end);
-    let synced = crate::sync::block_own(
-        |waker| door.lanes.waiting_flush().register(end, waker),
-        || {
-            let failure = shard.log.failure().map(|failure| Err(WaitError::from(failure.clone())));
-            if shard.log.durable.get() >= end { Some(Ok(())) } else { failure }
-        },
-    );
-    if synced.is_err() {
-        return Err(shard
-            .log
-            .failure()
-            .map_or(FailureCause::Panic("the syncer is gone".into()), |failure| failure.cause.clone()));
-    }
-    if shard.writer.mark_now(wall_now()) {
-        shard.writer.publish();
-    }
-    Ok(())
-}
-
-/// Lets nobody publish any more, and waits for those who are about to.
-fn close_gates<A: Aggregate>(shard: &mut Shard<A>) {
-    shard.lanes.extend(shard.arriving.close());
-    shard.clients.extend(shard.arriving_clients.close());
-    // Who still asks is told by its promise.
-    drop(shard.questions.close());
-    let lanes = || shard.lanes.iter().map(|lane| &lane.shared);
-    let gates = || lanes().chain(shard.clients.iter().map(|client| &client.shared)).chain([&shard.shared_lane.shared]);
-    gates().for_each(|lane| lane.close_gate.close());
-    for lane in gates() {
-        // Whoever is inside is between two instructions of a push, never waiting.
-        while !lane.close_gate.is_empty() {
-            thread::yield_now();
-        }
-        lane.space.notify();
     }
 }
 

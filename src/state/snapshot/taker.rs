@@ -10,7 +10,7 @@ use crate::state::aggregate::Aggregate;
 use crate::state::keys::{KeyTable, Slot, Walk};
 use crate::state::outcomes::Outcomes;
 use crate::state::snapshot::format::Chunk;
-use crate::sync::{Ordering, Signal};
+use crate::sync::Signal;
 
 /// What a shard sends to the snapshotter, in the order of the log.
 #[derive(Debug)]
@@ -148,7 +148,7 @@ impl Taker {
         }
         let scratch = &mut self.scratch;
         if !self.chunk.as_mut().is_some_and(|chunk| !chunk.is_full() && chunk.add(slot, [].iter(), scratch)) {
-            self.requests.skipped.fetch_add(1, Ordering::Relaxed);
+            self.requests.skip(1);
         }
     }
 
@@ -163,7 +163,7 @@ impl Taker {
 
     /// The shard has ended: who waits for a checkpoint must look again.
     pub(crate) fn end(&self) {
-        self.requests.waiting.reached(u64::MAX);
+        self.requests.wake_all();
     }
 
     /// Sends what there is, however little. Whether there is nothing left to send, or nobody to send it to.
@@ -184,7 +184,7 @@ impl Taker {
 
     /// Whether there is something to do although no event comes.
     pub(crate) fn has_work(&self) -> bool {
-        ((self.requests.is_wanted() || self.going.is_some()) && self.may_walk())
+        ((self.requests.is_requested() || self.going.is_some()) && self.may_walk())
             || (self.is_due_early && self.may_send_early())
     }
 
@@ -226,7 +226,7 @@ impl Taker {
             }
         }
         let due = self.checkpoint_bytes > 0 && appended.0 - self.begun_at >= self.checkpoint_bytes;
-        if self.going.is_none() && !due && !self.requests.is_wanted() {
+        if self.going.is_none() && !due && !self.requests.is_requested() {
             return false;
         }
         self.checkpoint(keys, outcomes, (appended, sequence, time), is_busy)
@@ -326,7 +326,7 @@ mod tests {
 
     #[test]
     fn a_checkpoint_leaves_a_chunk_for_snapshots() {
-        let requests = Arc::new(CheckpointRequests::new());
+        let requests = Arc::new(CheckpointRequests::new(Offset(0)));
         let (messages, sent) = rtrb::RingBuffer::new(64);
         let (mut empty, used) = rtrb::RingBuffer::new(3);
         while empty.push(Chunk::new()).is_ok() {}
@@ -342,13 +342,13 @@ mod tests {
         assert!(!taker.has_work(), "the next step waits for a chunk");
         let slot = Slot { key: crate::event::Key(1), version: crate::event::Version(1), ..Slot::default() };
         taker.take::<Small>(&slot);
-        assert_eq!(requests.skipped.load(Ordering::Relaxed), 0);
+        assert_eq!(requests.skipped(), 0);
     }
 
     #[test]
     fn snapshots_gather_in_the_last_chunk_while_the_snapshotter_is_behind() {
         type State = crate::state::aggregate::Stateless<crate::envelope::Envelope>;
-        let requests = Arc::new(CheckpointRequests::new());
+        let requests = Arc::new(CheckpointRequests::new(Offset(0)));
         let (messages, mut sent) = rtrb::RingBuffer::new(4);
         let (mut empty, used) = rtrb::RingBuffer::new(2);
         while empty.push(Chunk::new()).is_ok() {}
@@ -375,7 +375,7 @@ mod tests {
         let Some(Message::Snapshots(first)) = snapshots_of(&mut taker, 100) else {
             panic!("in a pause, the first ones go soon")
         };
-        assert_eq!((first.entries, requests.skipped.load(Ordering::Relaxed)), (2, 0));
+        assert_eq!((first.entries, requests.skipped()), (2, 0));
         assert!(snapshots_of(&mut taker, 0).is_none() && !taker.has_work(), "the others wait for the first");
         empty.push(first).expect("there is room");
         assert!(taker.has_work());
