@@ -479,7 +479,6 @@ fn begun(segment: &Segment) -> Option<Time> {
 mod tests {
     use super::*;
     use crate::event::ShardId;
-    use crate::sync::AtomicBool;
     use crate::testing::FaultyStorage;
 
     #[test]
