@@ -5,7 +5,9 @@ use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::Instant;
 
-use super::{Client, ClientLane, CommandError, OpenCommand, Outcome, Reply, Ticket};
+use super::client::Client;
+use super::lane::Ticket;
+use super::outcome::{CommandError, Outcome};
 use crate::state::aggregate::Aggregate;
 use crate::sync::Deadline;
 
@@ -24,7 +26,7 @@ impl<A: Aggregate> std::fmt::Debug for Answer<'_, A> {
 }
 
 impl<'c, A: Aggregate> Answer<'c, A> {
-    pub(super) fn new(client: &'c mut Client<A>, ticket: Ticket) -> Self {
+    fn new(client: &'c mut Client<A>, ticket: Ticket) -> Self {
         Self { client, ticket: Some(ticket) }
     }
 
@@ -92,6 +94,41 @@ impl<A: Aggregate> Drop for Answer<'_, A> {
 }
 
 impl<A: Aggregate> Client<A> {
+    /// Returns the answer to a command sent earlier, for `.wait()`, `.wait_until()` or `.await`.
+    pub fn answer(&mut self, ticket: Ticket) -> Answer<'_, A> {
+        Answer::new(self, ticket)
+    }
+
+    /// Returns the answer if it has come. Each answer is given once: later calls return [`CommandError::Claimed`].
+    pub fn try_answer(&mut self, ticket: &Ticket) -> Option<Result<Outcome, CommandError<A::Rejection>>> {
+        if !self.is_mine(ticket) {
+            return Some(Err(CommandError::Claimed));
+        }
+        let lane = &mut self.lanes[ticket.lane];
+        // Before the replies: a reply that comes after these reads is found by the next call.
+        let failure = lane.door.log.failure().cloned();
+        let is_answered = lane.shared.appended_count() >= ticket.number;
+        lane.receive();
+        let Some(claimed) = lane.claim(ticket) else {
+            return match failure {
+                _ if is_answered => Some(Err(CommandError::Claimed)),
+                Some(failure) => Some(Err(CommandError::Unanswered(failure.into()))),
+                None => None,
+            };
+        };
+        match claimed {
+            Ok(outcome) if ticket.durable => match outcome.receipt.durable().outcome() {
+                Some(Ok(())) => Some(Ok(outcome)),
+                Some(Err(error)) => Some(Err(CommandError::NotDurable(error))),
+                None => {
+                    lane.put_back(ticket, Ok(outcome));
+                    None
+                }
+            },
+            claimed => Some(claimed),
+        }
+    }
+
     /// Polls the answer to `ticket`. While it is pending, the task is woken when it should poll again.
     pub(super) fn poll_answer(
         &mut self,
@@ -125,22 +162,6 @@ impl<A: Aggregate> Client<A> {
                 lane.put_back(ticket, Ok(outcome));
                 Poll::Pending
             }
-        }
-    }
-}
-
-impl<A: Aggregate> ClientLane<A> {
-    /// Puts back an answer that must not be given yet.
-    pub(super) fn put_back(&mut self, ticket: &Ticket, claimed: Result<Outcome, CommandError<A::Rejection>>) {
-        let Ok(outcome) = claimed else { return };
-        let Outcome { version, events, repeated, .. } = outcome;
-        let reply = Reply::Done { version, events, repeated };
-        // A command that was carried out does not need its expectation any more.
-        let expected = super::ExpectedVersion::Any;
-        match self.open(ticket.number) {
-            Some(command) => *command = OpenCommand::Answered(expected, reply),
-            // Claiming settled the command.
-            None => self.keep(ticket.number, expected, reply),
         }
     }
 }

@@ -4,11 +4,20 @@ use std::future::{Future, IntoFuture};
 use std::pin::Pin;
 use std::task::{Context, Poll};
 
-use super::{Client, CommandError, CommandSlot, ExpectedVersion, Outcome, Ticket};
+use super::client::Client;
+use super::lane::{CommandSlot, Ticket};
+use super::outcome::{CommandError, ExpectedVersion, Outcome};
 use crate::error::{Rejected, RejectedReason};
 use crate::event::{Key, KeyHash};
 use crate::state::aggregate::Aggregate;
 use crate::sync::{Deadline, Patience, may_wait};
+
+impl<A: Aggregate> Client<A> {
+    /// Prepares a command for `key`. [`Sending::wait`], `.await`, [`Sending::ticket`] or [`Sending::tell`] sends it.
+    pub fn send(&mut self, key: Key, command: A::Command) -> Sending<'_, A> {
+        Sending::new(self, key, command)
+    }
+}
 
 /// A command that is not sent yet.
 #[must_use = "nothing is sent until `.wait()`, `.await`, `.ticket()` or `.tell()`"]
@@ -28,7 +37,7 @@ impl<A: Aggregate> std::fmt::Debug for Sending<'_, A> {
 }
 
 impl<'c, A: Aggregate> Sending<'c, A> {
-    pub(super) fn new(client: &'c mut Client<A>, key: Key, command: A::Command) -> Self {
+    fn new(client: &'c mut Client<A>, key: Key, command: A::Command) -> Self {
         let command = CommandSlot {
             key,
             hash: KeyHash::of(key),

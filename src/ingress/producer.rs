@@ -70,7 +70,7 @@ pub(crate) type LaneParts<E> = (rtrb::Producer<Slot<E>>, Arc<LaneShared>, Arc<Sh
 ///     eprintln!("not published: {}", refused.reason());
 /// }
 ///
-/// // Many at once: what was accepted leaves the vector.
+/// // Many at once: accepted events leave the vector.
 /// let mut events: Vec<_> = (0..100).map(|user| (Key::new(user), Moved { x: 0.0 })).collect();
 /// producer.publish_batch(&mut events)?;
 /// assert!(events.is_empty());

@@ -1,4 +1,4 @@
-//! The door: what producers and clients share with a shard.
+//! The door: the state that producers and clients share with a shard.
 
 use std::sync::Arc;
 

@@ -1,6 +1,6 @@
 //! Mailboxes: how threads ask each other for segments, syncs and checkpoints.
 //!
-//! A request is a position that only rises or a flag. The asked thread answers through what it publishes.
+//! A request is a flag, or a position that only rises. The asked thread answers through the positions that it publishes.
 
 use std::sync::Arc;
 use std::task::Waker;

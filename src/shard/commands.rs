@@ -39,7 +39,7 @@ struct Decision<R> {
     rejection: Option<R>,
 }
 
-/// What a shard needs to decide commands.
+/// The state for deciding commands: remembered outcomes, the held decision, and buffers of one batch.
 pub(super) struct Commands<A: Aggregate> {
     /// Outcomes of commands with idempotency keys.
     pub(super) outcomes: Outcomes<A::Rejection>,
@@ -129,7 +129,7 @@ impl<A: Aggregate> Commands<A> {
         }
     }
 
-    /// Publishes what a batch of commands appended, and then sends its replies.
+    /// Publishes the events of a batch of commands, and then sends the replies.
     fn reply(
         &mut self,
         core: &mut Core<A>,

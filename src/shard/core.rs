@@ -84,8 +84,7 @@ impl<A: Aggregate> Core<A> {
     ) -> Result<(), FailureCause> {
         if bytes == 0 {
             reached();
-            // A batch without bytes is as durable as the log before it, but a syncer that has caught up may sleep before it
-            // updates the lane's durable count.
+            // Nothing was appended, so the lane's durable count must rise without a sync. The syncer does that, and may be asleep.
             self.syncer.wake_if_caught_up(|| self.log.durable.get(), self.log.appended.get());
             return Ok(());
         }
@@ -144,7 +143,7 @@ impl<A: Aggregate> Core<A> {
         self.runs.clear();
     }
 
-    /// Notes whether a batch left events behind because no segment is ready.
+    /// Records whether a batch left events in its lane because no segment is ready.
     pub(super) fn note_stall(&mut self, is_stalled: bool) {
         if is_stalled {
             if !self.is_stalled {
@@ -155,7 +154,7 @@ impl<A: Aggregate> Core<A> {
         }
     }
 
-    /// Sends snapshots, and goes on with a checkpoint, where one is due. Returns `true` if a checkpoint made progress.
+    /// Sends snapshots and advances a checkpoint, if they are due. Returns `true` if a checkpoint made progress.
     #[inline]
     pub(super) fn save(&mut self, outcomes: &Outcomes<A::Rejection>, is_busy: bool) -> bool {
         let now = self.clock.now();

@@ -1,6 +1,6 @@
 //! The inbox: everything that a shard takes events, commands and questions from.
 //!
-//! The inbox does not know what happens to them.
+//! The inbox does not know what the core does with them.
 
 use std::sync::Arc;
 

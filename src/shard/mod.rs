@@ -12,7 +12,7 @@
 //! | `commands` | decides commands and appends their events |
 //! | `handler` | the trait of inline handlers and their policies |
 //! | `handling` | runs the inline handlers over a batch |
-//! | `syncer_link` | what the shard tells its syncer |
+//! | `syncer_link` | wakes the syncer, and hands publish times over to it |
 
 mod batch;
 mod commands;

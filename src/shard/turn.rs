@@ -63,7 +63,7 @@ pub(crate) struct ShardParts<A: Aggregate> {
     pub(crate) counters: Arc<Counters>,
 }
 
-/// A shard: what comes in, what it changes, and the commands between both.
+/// A shard: its inbox, the core that its turns change, and its commands.
 pub(crate) struct Shard<A: Aggregate> {
     inbox: Inbox<A>,
     core: Core<A>,
@@ -119,8 +119,8 @@ impl<A: Aggregate> Shard<A> {
         let began = self.core.clock.now();
         self.core.is_stalled = false;
         if !self.core.handlers.write_notes()? || !self.append_held()? {
-            // Nothing is appended now. Questions need not wait; and the segment that a held decision waits for may be one that
-            // retention frees once the states are saved.
+            // Nothing may be appended now, but questions need not wait. Saving goes on too: the segment that a held decision waits for
+            // may be one that retention frees once the states are saved.
             let answered = self.answer_questions();
             self.core.save(&self.commands.outcomes, false);
             self.core.recorder.exchange();
@@ -139,7 +139,7 @@ impl<A: Aggregate> Shard<A> {
                 self.inbox.retire_clients();
             }
             if self.core.writer.wants_idle_mark() {
-                // Not published, so that it causes no sync of its own. If it is lost, only its news is lost.
+                // Not published, so it causes no sync of its own. A lost mark loses no event.
                 self.core.writer.mark_now(wall_now());
             }
         }
@@ -267,7 +267,7 @@ impl<A: Aggregate> Shard<A> {
         self.can_append() || self.core.taker.has_work()
     }
 
-    /// The time at which there is work although nothing else happens.
+    /// Returns the time of the next work, if nothing else happens before.
     pub(crate) fn wake_at(&self) -> Option<Instant> {
         let saving = self.core.taker.rest().map(|rest| Instant::now() + rest);
         saving.into_iter().chain(self.core.handlers.retry_at()).min()

@@ -4,8 +4,6 @@ use std::fmt;
 
 use crate::error::{GateError, Rejected, RejectedReason};
 use crate::event::Key;
-#[expect(unused_imports, reason = "named by the documentation")]
-use crate::ingress::gated::GatedProducer;
 use crate::ingress::sequence_gate::answer::OfferRefused;
 use crate::lane::receipt::Receipt;
 
@@ -28,7 +26,7 @@ pub enum Accepted<E> {
     TooOld(LateEvent<E>),
 }
 
-/// An event that came after its turn. [`GatedProducer::publish_late`] publishes it out of order.
+/// An event that came after its turn. [`GatedProducer::publish_late`](crate::GatedProducer::publish_late) publishes it out of order.
 #[non_exhaustive]
 pub struct LateEvent<E> {
     /// Its partition.

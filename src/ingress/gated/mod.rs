@@ -1,5 +1,4 @@
-//! The gated producer: a producer behind a sequence gate, which publishes input that arrives out of order in order, also across
-//! restarts.
+//! The gated producer: a sequence gate in front of a producer. It publishes unordered input in order, also across restarts.
 //!
 //! One writer: its owner. The events of a partition are published by rising sequence, each at most once. The gate passes a gap only
 //! after the gap's record is durable. The log itself says how far each partition has come, so events lost in a crash are expected
@@ -30,8 +29,6 @@ use crate::ingress::producer::Producer;
 use crate::ingress::sequence_gate::SequenceGate;
 use crate::ingress::sequence_gate::answer::{GateStatistics, Offered, Released};
 use crate::ingress::sequence_gate::partition::Ahead;
-#[expect(unused_imports, reason = "named by the documentation")]
-use crate::ingress::sequence_gate::policy::GateStart;
 use crate::lane::door::ShardDoor;
 use crate::lane::flush::flush_shard;
 use crate::lane::receipt::Receipt;
@@ -103,7 +100,7 @@ pub(crate) struct Parts<E: Event> {
 
 /// Publishes events in the order of their sequence numbers, each once, regardless of the order in which they are offered.
 ///
-/// [`Engine::gated`](crate::Engine::gated) returns one. The store stays locked as long as a gated producer exists. Retention frees
+/// [`Engine::gated`](crate::Engine::gated) returns one. The store stays locked while a gated producer exists. Retention frees
 /// no event that the gate has not counted, so call [`GatedProducer::save`] regularly.
 ///
 /// ```
@@ -155,6 +152,8 @@ impl<E: Event> GatedProducer<E> {
     ///
     /// Closes the gaps that are due; each needs a sync of its record. With [`GateStart::FirstSeen`], the first event of a partition
     /// is published after a sync of the partition's start.
+    ///
+    /// [`GateStart::FirstSeen`]: crate::ingress::GateStart::FirstSeen
     ///
     /// # Errors
     /// The event, with the reason. If the disk has no space for a record, the call returns `StorageFull` without waiting; when there
@@ -216,7 +215,7 @@ impl<E: Event> GatedProducer<E> {
             Ok(Offered::TooOld(item)) => Ok(Accepted::TooOld(late(item))),
             Err(refused) => Err(GateRefused::Gate(refused.map(|(_, event)| event))),
         };
-        // The next call meets and returns the error that stops `drain`. An event that was just refused is not tried again: the
+        // If `drain` stops, the next call returns the error. An event that was just refused is not tried again: the
         // answer is `Waiting`.
         self.is_behind = self.front.is_some() || self.drain(clock, patience).is_err();
         answer

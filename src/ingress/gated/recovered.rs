@@ -14,7 +14,7 @@ use crate::ingress::sequence_gate::partition::Ahead;
 use crate::ingress::sequence_gate::policy::GateStart;
 use crate::log::reader::Reader;
 
-/// Events read from one shard before the search for the shard that is furthest behind is repeated.
+/// The number of events read from one shard before the next shard is chosen.
 const READ_AT_A_TIME: usize = 1024;
 
 /// The sequences counted of one partition.
@@ -109,7 +109,7 @@ pub(crate) struct Counts {
     start: GateStart,
     /// `true` if retention has freed uncounted events: a sequence missing below the highest may have been among them.
     has_lost_beginning: bool,
-    /// Recorded starts by partition. The later of two counts: a partition whose events are all freed starts again.
+    /// Recorded starts by partition. A later record replaces an earlier one: a partition whose events are all freed starts again.
     starts: HashMap<u64, u64>,
     partitions: HashMap<u64, Counted>,
 }
