@@ -7,10 +7,11 @@ use crate::sync::Wait;
 
 /// Sends the commands of one thread: one lane to every shard, and one back.
 ///
-/// [`Engine::client`](crate::Engine::client) returns one. A client may outlive the engine; it then refuses every command.
+/// [`Engine::client`](crate::Engine::client) returns one. A client may outlive the engine; it then refuses every
+/// command.
 ///
-/// Each shard's lane holds `ring_capacity` commands that are in flight or have an unclaimed answer. An unclaimed answer takes one
-/// slot until it is claimed or forgotten, however many commands are sent and answered meanwhile.
+/// Each shard's lane holds `ring_capacity` commands that are in flight or have an unclaimed answer. An unclaimed answer
+/// takes one slot until it is claimed or forgotten, however many commands are sent and answered meanwhile.
 ///
 /// ```
 /// # use corelane::{

@@ -81,7 +81,8 @@ pub(crate) struct ClientLane<A: Aggregate> {
     open: VecDeque<OpenCommand<A::Rejection>>,
     /// The number of commands that have left `open`. They leave it in order.
     settled: u64,
-    /// Unclaimed replies to settled commands, by command number: an answer that is claimed late does not delay later ones.
+    /// Unclaimed replies to settled commands, by command number: an answer that is claimed late does not delay later
+    /// ones.
     kept: BTreeMap<u64, (ExpectedVersion, Reply<A::Rejection>)>,
     /// The largest length of `open`: the capacity of the lane minus the number of kept replies.
     room: usize,
@@ -231,7 +232,8 @@ impl<A: Aggregate> ClientLane<A> {
         self.settle();
     }
 
-    /// Sends a command if there is room for it and for its reply. Returns its number. `wanted`: the caller will claim the answer.
+    /// Sends a command if there is room for it and for its reply. Returns its number. `wanted`: the caller will claim
+    /// the answer.
     pub(super) fn try_send(
         &mut self,
         command: CommandSlot<A::Command>,

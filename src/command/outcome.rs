@@ -6,8 +6,8 @@ use crate::lane::receipt::Receipt;
 
 /// The version that a key must have for a command to be carried out.
 ///
-/// It protects against changes by others. A client needs none against its own commands: those of one key are carried out in the
-/// order in which it sent them.
+/// It protects against changes by others. A client needs none against its own commands: those of one key are carried
+/// out in the order in which it sent them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum ExpectedVersion {
@@ -43,7 +43,8 @@ pub struct Outcome {
     pub version: Version,
     /// The number of its events. The last one has `version`.
     pub events: u32,
-    /// `true` if this is the outcome of an earlier command with the same idempotency key; the command itself did nothing.
+    /// `true` if this is the outcome of an earlier command with the same idempotency key; the command itself did
+    /// nothing.
     pub repeated: bool,
     pub(super) receipt: Receipt,
 }
@@ -89,11 +90,12 @@ pub enum CommandError<R> {
     /// The command was not sent.
     #[error("the command was not sent: {0}")]
     NotSent(crate::error::RejectedReason),
-    /// The command was sent, but no answer came. Whether it was carried out is not known; an idempotency key makes it safe to repeat.
+    /// The command was sent, but no answer came. Whether it was carried out is not known; an idempotency key makes it
+    /// safe to repeat.
     #[error("the command was sent, but no answer came: {0}")]
     Unanswered(WaitError),
-    /// The answer was claimed before, or the ticket belongs to another client. Each answer is given once, to the client that sent
-    /// the command.
+    /// The answer was claimed before, or the ticket belongs to another client. Each answer is given once, to the client
+    /// that sent the command.
     #[error("the answer was claimed before, or the ticket belongs to another client")]
     Claimed,
     /// The command was carried out, but whether it is durable is not known.

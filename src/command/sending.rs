@@ -57,11 +57,12 @@ impl<'c, A: Aggregate> Sending<'c, A> {
 
     /// Carries the command out at most once under this idempotency key.
     ///
-    /// A repeat does nothing and is answered as the first command was, also after a restart. The shard remembers the newest
-    /// `Config::outcomes_kept` outcomes of each key: commands that were carried out, and rejections by the aggregate. It does not
-    /// remember other errors.
+    /// A repeat does nothing and is answered as the first command was, also after a restart. The shard remembers the
+    /// newest `Config::outcomes_kept` outcomes of each key: commands that were carried out, and rejections by the
+    /// aggregate. It does not remember other errors.
     ///
-    /// Texts are distinguished by their 64-bit hashes. Every number is an idempotency key of its own, including 0 and `u64::MAX`.
+    /// Texts are distinguished by their 64-bit hashes. Every number is an idempotency key of its own, including 0 and
+    /// `u64::MAX`.
     pub fn once(mut self, idempotency: impl Into<IdempotencyKey>) -> Self {
         self.command.idempotency = Some(idempotency.into().0);
         self

@@ -1,8 +1,9 @@
 //! The entry point for events: checks an event, routes its key to a shard, and pushes the event into the lane.
 //!
-//! One [`Producer`] owns one lane to every shard and belongs to one thread. Threads without a producer of their own share a
-//! [`crate::SharedProducer`].
+//! One [`Producer`] owns one lane to every shard and belongs to one thread. Threads without a producer of their own
+//! share a [`crate::SharedProducer`].
 
+use std::cell::RefCell;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -45,8 +46,9 @@ pub(crate) type LaneParts<E> = (rtrb::Producer<Slot<E>>, Arc<LaneShared>, Arc<Sh
 
 /// Publishes the events of one thread: an SPSC lane to every shard.
 ///
-/// Events of one key that are published here are appended in publish order. [`Engine::producer`](crate::Engine::producer) returns
-/// one. A producer may outlive the engine; it then refuses every event.
+/// Events of one key that are published here are appended in publish order.
+/// [`Engine::producer`](crate::Engine::producer) returns one. A producer may outlive the engine; it then refuses every
+/// event.
 ///
 /// ```
 /// # use corelane::{Bounded, Config, Deadline, Event, EventLog, EventType, EventTypeId, Key};
@@ -113,7 +115,7 @@ impl Bounds {
         }
         thread_local! {
             // Reused between the events of a thread, and replaced when the limit changes.
-            static TRIAL: std::cell::RefCell<Bounds> = const { std::cell::RefCell::new(Bounds { bytes_max: 0, trial: None }) };
+            static TRIAL: RefCell<Bounds> = const { RefCell::new(Bounds { bytes_max: 0, trial: None }) };
         }
         TRIAL.with_borrow_mut(|bounds| {
             if bounds.bytes_max != bytes_max {
@@ -210,7 +212,8 @@ impl<E: Event> Producer<E> {
     /// Publishes an event, waiting for room with the configured wait strategy.
     ///
     /// # Errors
-    /// The event, with the reason: the engine is closed, the shard has failed, or the event is too large or of an undeclared type.
+    /// The event, with the reason: the engine is closed, the shard has failed, or the event is too large or of an
+    /// undeclared type.
     #[inline]
     pub fn publish(&mut self, key: Key, event: E) -> Result<Receipt, Rejected<E>> {
         let published = self.clock.now();
@@ -239,8 +242,8 @@ impl<E: Event> Producer<E> {
 
     /// Publishes an event that was due `late` ago, as open-loop load generators do.
     ///
-    /// The `*Due` histograms measure from the time at which the event was due, so they show stalls of the engine in full (no
-    /// coordinated omission). Lateness is recorded to within 0.05 %, up to 26 days.
+    /// The `*Due` histograms measure from the time at which the event was due, so they show stalls of the engine in
+    /// full (no coordinated omission). Lateness is recorded to within 0.05 %, up to 26 days.
     ///
     /// # Errors
     /// As [`Producer::publish`].
@@ -301,8 +304,8 @@ impl<E: Event> Producer<E> {
         }
     }
 
-    /// Publishes an event and waits until it is in the log or `deadline` passes. Returns its offset, or the reason why the offset
-    /// is not known (`None`: retention has freed the event).
+    /// Publishes an event and waits until it is in the log or `deadline` passes. Returns its offset, or the reason why
+    /// the offset is not known (`None`: retention has freed the event).
     ///
     /// # Errors
     /// As [`Producer::publish_until`]; `Full` also if earlier events are not appended by then.
@@ -495,8 +498,8 @@ impl<E> Lane<E> {
 
 impl<E> Drop for Lane<E> {
     fn drop(&mut self) {
-        // The shard notices an abandoned lane only during a turn. (The ring's own end is dropped after this, so the turn may come
-        // too early; the shard checks again before it sleeps the next time.)
+        // The shard notices an abandoned lane only during a turn. (The ring's own end is dropped after this, so the
+        // turn may come too early; the shard checks again before it sleeps the next time.)
         self.door.signal.notify();
     }
 }

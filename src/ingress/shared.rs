@@ -41,8 +41,8 @@ pub(crate) struct SharedLane<E> {
 
 /// Publishes events of any number of threads: clone it, or share it by reference.
 ///
-/// It is slower than a [`Producer`](crate::Producer): its lanes are bounded multi-producer queues, and each publish is one queue
-/// operation. [`Engine::shared_producer`](crate::Engine::shared_producer) returns one.
+/// It is slower than a [`Producer`](crate::Producer): its lanes are bounded multi-producer queues, and each publish is
+/// one queue operation. [`Engine::shared_producer`](crate::Engine::shared_producer) returns one.
 ///
 /// ```
 /// # use corelane::{Bounded, Config, Deadline, Event, EventLog, EventType, EventTypeId, Key};
@@ -123,8 +123,8 @@ impl<E: Event> SharedProducer<E> {
         self.send(key, event, None, Patience::until(deadline)).map(drop)
     }
 
-    /// Publishes an event, waiting for room, and returns a receipt. Each receipt allocates a few bytes, because the shard has to
-    /// tell it the event's ticket.
+    /// Publishes an event, waiting for room, and returns a receipt. Each receipt allocates a few bytes, because the
+    /// shard has to tell it the event's ticket.
     ///
     /// # Errors
     /// As [`crate::Producer::publish`].
@@ -147,7 +147,8 @@ impl<E: Event> SharedProducer<E> {
         let mut idle = Idle::new(self.wait);
         loop {
             let Some(inside) = lane.shared.enter() else { return Err(lane.door.refusal(slot.slot.event)) };
-            // Counted before it is visible: a count that a publisher reads then covers every event in the queue before its own.
+            // Counted before it is visible: a count that a publisher reads then covers every event in the queue before
+            // its own.
             lane.shared.published.fetch_add(1, Ordering::SeqCst);
             match lane.queue.push(slot) {
                 Ok(()) => {

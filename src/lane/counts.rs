@@ -1,4 +1,5 @@
-//! The state that both ends of a lane share besides its ring: the numbers of events accepted, appended and made durable.
+//! The state that both ends of a lane share besides its ring: the numbers of events accepted, appended and made
+//! durable.
 //!
 //! Writers: the producer counts published events, the shard appended events, the syncer durable events.
 
@@ -17,7 +18,8 @@ pub(crate) struct LaneShared {
     pub(crate) close_gate: CloseGate,
     /// Wakes the producer when the lane has room again.
     pub(crate) space: Signal,
-    /// Events accepted. In a shared lane this includes events being pushed, which may still be refused. Written by producers.
+    /// Events accepted. In a shared lane this includes events being pushed, which may still be refused. Written by
+    /// producers.
     pub(crate) published: AtomicU64,
     /// Events appended. Written by the shard.
     pub(super) appended: Watermark,
@@ -57,8 +59,8 @@ impl LaneShared {
         self.of_commands
     }
 
-    /// Enters the lane to publish. Returns `None` if the lane is closed or its shard has failed. (A failure closes the lanes only
-    /// when the shard's thread sees it, so the failure is checked here too.)
+    /// Enters the lane to publish. Returns `None` if the lane is closed or its shard has failed. (A failure closes the
+    /// lanes only when the shard's thread sees it, so the failure is checked here too.)
     #[inline]
     pub(crate) fn enter(&self) -> Option<Inside<'_>> {
         if self.log.failure().is_some() { None } else { self.close_gate.enter() }

@@ -14,7 +14,8 @@ use crate::sync::block_until;
 /// How long a flush waits for a lane's durable count before it asks the syncer again.
 const SETTLE_EVERY: Duration = Duration::from_millis(1);
 
-/// Waits until the first `published` events of each lane are appended and durable. `lanes`: lanes of the shard, with `published`.
+/// Waits until the first `published` events of each lane are appended and durable. `lanes`: lanes of the shard, with
+/// `published`.
 pub(crate) fn flush_shard(
     door: &ShardDoor,
     syncer: &SyncRequests,
@@ -33,9 +34,9 @@ pub(crate) fn flush_shard(
     let reached = || if door.log.durable.get() >= end { Some(Ok(())) } else { failed() };
     block_until(deadline, |waker| door.lanes.waiting_flush().register(end, waker), reached)?;
     for (count, lane) in counted {
-        // A sync may cover an event before its lane counts it. The next sync updates the lane, or the syncer does when nothing
-        // is left to sync. The loop asks repeatedly, because a sync in progress may have read the counts too early as well.
-        // It never asks beyond the appended end: the syncer could not sleep while it waits for that.
+        // A sync may cover an event before its lane counts it. The next sync updates the lane, or the syncer does when
+        // nothing is left to sync. The loop asks repeatedly, because a sync in progress may have read the counts too
+        // early as well. It never asks beyond the appended end: the syncer could not sleep while it waits for that.
         while lane.durable_count() < count {
             syncer.flush(door.log.appended.get());
             let soon = Instant::now() + SETTLE_EVERY;

@@ -16,8 +16,8 @@ use crate::sync::{AtomicU64, Deadline, Ordering, thread_waker};
 
 /// Proof that an event was accepted. It can tell when the event is appended and when it is durable, and wait for both.
 ///
-/// A receipt is a lane and a ticket, the event's number in the lane. The lane counts its events, so a receipt costs nothing
-/// per event unless it is used.
+/// A receipt is a lane and a ticket, the event's number in the lane. The lane counts its events, so a receipt costs
+/// nothing per event unless it is used.
 ///
 /// ```
 /// # use corelane::{Bounded, Config, Deadline, Event, EventLog, EventType, EventTypeId, Key};
@@ -165,8 +165,8 @@ impl Future for Pending {
 
 /// Learns the offset of the only event in flight in a lane.
 ///
-/// It registers as a waiter before the event is published. The shard wakes it after the batch of that event and before it appends
-/// anything else. Other events cost nothing.
+/// It registers as a waiter before the event is published. The shard wakes it after the batch of that event and before
+/// it appends anything else. Other events cost nothing.
 pub(crate) struct OffsetWatch {
     lane: Arc<LaneShared>,
     ticket: u64,
@@ -191,7 +191,8 @@ impl Wake for OffsetWatch {
 }
 
 impl OffsetWatch {
-    /// Watches the lane's next event, number `ticket`, which this thread is about to publish. All earlier events must be appended.
+    /// Watches the lane's next event, number `ticket`, which this thread is about to publish. All earlier events must
+    /// be appended.
     pub(crate) fn before(lane: &Arc<LaneShared>, ticket: u64) -> Arc<Self> {
         let (lane, from, end) = (Arc::clone(lane), Offset(lane.log.appended.get()), AtomicU64::new(0));
         let watch = Arc::new(Self { lane, ticket, from, end, waiter: thread_waker() });
@@ -199,7 +200,8 @@ impl OffsetWatch {
         watch
     }
 
-    /// Waits on this thread until the event is appended. Returns its offset; `None` if retention has freed it meanwhile.
+    /// Waits on this thread until the event is appended. Returns its offset; `None` if retention has freed it
+    /// meanwhile.
     pub(crate) fn wait(&self, deadline: Option<Instant>) -> Result<Option<Offset>, WaitError> {
         let outcome = || match self.end.load(Ordering::Acquire) {
             0 => self.lane.log.failure().map(|failure| Err(WaitError::from(failure.clone()))),

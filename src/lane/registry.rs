@@ -31,7 +31,8 @@ impl LaneRegistry {
         lanes.push(Arc::clone(lane));
     }
 
-    /// Returns every lane with the number of its appended events. Removes retired lanes whose counts can no longer matter.
+    /// Returns every lane with the number of its appended events. Removes retired lanes whose counts can no longer
+    /// matter.
     pub(crate) fn appended_counts(&self) -> Vec<(Arc<LaneShared>, u64)> {
         let mut lanes = lock(&self.lanes);
         self.forget_retired(&mut lanes);

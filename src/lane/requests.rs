@@ -1,6 +1,7 @@
 //! Mailboxes: how threads ask each other for segments, syncs and checkpoints.
 //!
-//! A request is a flag, or a position that only rises. The asked thread answers through the positions that it publishes.
+//! A request is a flag, or a position that only rises. The asked thread answers through the positions that it
+//! publishes.
 
 use std::sync::Arc;
 use std::task::Waker;
@@ -80,7 +81,8 @@ pub(crate) struct UnsyncedRun {
 
 const _: () = assert!(size_of::<UnsyncedRun>() == 32);
 
-/// Requests for checkpoints of one shard, and their results. Shared by the shard, the snapshotter, the keeper and all callers.
+/// Requests for checkpoints of one shard, and their results. Shared by the shard, the snapshotter, the keeper and all
+/// callers.
 #[derive(Debug)]
 pub(crate) struct CheckpointRequests {
     is_requested: AtomicBool,
@@ -140,8 +142,8 @@ impl CheckpointRequests {
         self.settle();
     }
 
-    /// The snapshotter could not write the newest checkpoint. (If another has begun meanwhile, retention asks once more than
-    /// necessary.)
+    /// The snapshotter could not write the newest checkpoint. (If another has begun meanwhile, retention asks once more
+    /// than necessary.)
     pub(crate) fn fail(&self) {
         self.failed.fetch_add(1, Ordering::Relaxed);
         self.begun.store(self.covered(), Ordering::Release);

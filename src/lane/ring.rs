@@ -1,7 +1,7 @@
 //! A lane's ring: rtrb's ring with corelane's slots.
 //!
-//! One producer and one shard, one thread each. Slots below the ring's tail are complete; a chunk becomes visible with one release
-//! store.
+//! One producer and one shard, one thread each. Slots below the ring's tail are complete; a chunk becomes visible with
+//! one release store.
 
 use crate::clock::{Lateness, Nanos};
 use crate::event::{Key, KeyHash};
@@ -32,14 +32,14 @@ pub(crate) fn free_slots<E>(ring: &rtrb::Producer<Slot<E>>, count: usize) -> usi
     if ring.cached_slots() >= count { count } else { ring.slots().min(count) }
 }
 
-/// Prefetch distance ahead of the slot being written, in slots. Their cache lines are on the shard's core, and a store would wait
-/// for them.
+/// Prefetch distance ahead of the slot being written, in slots. Their cache lines are on the shard's core, and a store
+/// would wait for them.
 const PREFETCH_SLOTS: usize = 24;
 
 /// Moves up to `count` of `events` into the ring, in order, and makes them visible at once. Returns the number moved.
 ///
-/// Takes exactly that number from the iterator. If the iterator panics, the events taken from it are lost and the chunk does not
-/// become visible.
+/// Takes exactly that number from the iterator. If the iterator panics, the events taken from it are lost and the chunk
+/// does not become visible.
 #[inline]
 pub(crate) fn push_chunk<E>(
     ring: &mut rtrb::Producer<Slot<E>>,

@@ -44,8 +44,8 @@ impl OpenRun {
 
 /// Prefetch distance of the key table, in events: about as many appends as one memory access takes.
 const LOOK_AHEAD: usize = 16;
-/// Prefetch distance of the lane's slots, in events. They come from the producer's core, and a look at the key table must not
-/// wait for them.
+/// Prefetch distance of the lane's slots, in events. They come from the producer's core, and a look at the key table
+/// must not wait for them.
 const FETCH_AHEAD: usize = 32;
 
 /// The parts of the core that appending a batch changes.
@@ -165,7 +165,8 @@ fn show<A: Aggregate>(views: &mut [Box<dyn ViewWriter<A>>], state: &A, meta: &Me
     views.iter_mut().for_each(|view| view.changed(meta.key, state, meta));
 }
 
-/// Appends one event, applies it to its key's state, and shows the state to the views. Returns the record's exact length.
+/// Appends one event, applies it to its key's state, and shows the state to the views. Returns the record's exact
+/// length.
 #[inline(always)]
 pub(super) fn record<A: Aggregate>(
     appender: &mut Appender<'_, '_>,

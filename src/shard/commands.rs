@@ -1,7 +1,7 @@
-//! Commands on the shard: decides them against the current state, appends their events as one group, and replies in order.
+//! Commands on the shard: decides them against the current state, appends their events, and replies in order.
 //!
-//! Nothing is appended between a decision and its events. While no segment has room for them, the decision is held, and the shard
-//! appends nothing else.
+//! The events of one command are appended together, all or none. Nothing is appended between a decision and its events.
+//! While no segment has room for them, the decision is held, and the shard appends nothing else.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
@@ -214,7 +214,8 @@ impl<A: Aggregate> Batch<'_, A> {
         }
     }
 
-    /// Appends a decision, all of it or nothing, and remembers its outcome. Returns `Err` if no segment has room for it yet.
+    /// Appends a decision, all of it or nothing, and remembers its outcome. Returns `Err` if no segment has room for it
+    /// yet.
     fn carry_out(
         &mut self,
         decision: DecisionOf<A>,
@@ -231,7 +232,7 @@ impl<A: Aggregate> Batch<'_, A> {
             return Err(decision);
         }
         let events = emit.events.len() as u32;
-        let version = self.append_group(&decision, emit);
+        let version = self.append_decision(&decision, emit);
         let Decision { key, idempotency, rejection, .. } = decision;
         if let Some(idempotency) = idempotency {
             let outcome = match &rejection {
@@ -268,9 +269,9 @@ impl<A: Aggregate> Batch<'_, A> {
         if needed > bytes_max { Err(Reply::TooLarge { bytes_max }) } else { Ok(needed) }
     }
 
-    /// Appends the events of a decision and, with an idempotency key, its outcome, as one group of records. The segment must have
-    /// room for all of them. Returns the key's version afterwards.
-    fn append_group(&mut self, decision: &DecisionOf<A>, emit: &mut Emit<A::Event>) -> Version {
+    /// Appends the events of a decision and, with an idempotency key, its outcome. The segment must have room for all
+    /// of them. Returns the key's version afterwards.
+    fn append_decision(&mut self, decision: &DecisionOf<A>, emit: &mut Emit<A::Event>) -> Version {
         let &Decision { key, hash, published, idempotency, ref rejection } = decision;
         let first_sequence = self.writer.sequence();
         let mut staged = [0; GROUP];

@@ -51,8 +51,8 @@ pub(super) struct Core<A: Aggregate> {
 }
 
 impl<A: Aggregate> Core<A> {
-    /// Begins a batch. The log's head gets a mark if any event was synced since the last one.
-    #[inline]
+    /// Begins a batch, and marks in the log how far it is synced.
+    #[inline(always)]
     pub(super) fn begin_batch(&mut self) -> Batch<'_, A> {
         let mut batch = Batch {
             writer: &mut self.writer,
@@ -71,8 +71,8 @@ impl<A: Aggregate> Core<A> {
         batch
     }
 
-    /// Publishes a batch that began at `now`: first views and watermarks, then waiters (through `reached`), then handlers, then
-    /// figures.
+    /// Publishes a batch that began at `now`: first views and watermarks, then waiters (through `reached`), then
+    /// handlers, then figures.
     #[inline]
     pub(super) fn publish(
         &mut self,
@@ -84,7 +84,8 @@ impl<A: Aggregate> Core<A> {
     ) -> Result<(), FailureCause> {
         if bytes == 0 {
             reached();
-            // Nothing was appended, so the lane's durable count must rise without a sync. The syncer does that, and may be asleep.
+            // Nothing was appended, so the lane's durable count must rise without a sync. The syncer does that, and may
+            // be asleep.
             self.syncer.wake_if_caught_up(|| self.log.durable.get(), self.log.appended.get());
             return Ok(());
         }

@@ -1,7 +1,7 @@
 //! Inline handlers: code that runs on the shard's thread right after an event is appended.
 //!
-//! A handler sees `&Archived<E>` in place, in the log. Work that takes longer than a microsecond, or that may block, belongs in a
-//! consumer, which follows the log on its own thread.
+//! A handler sees `&Archived<E>` in place, in the log. Work that takes longer than a microsecond, or that may block,
+//! belongs in a consumer, which follows the log on its own thread.
 
 use std::fmt;
 
@@ -22,9 +22,9 @@ pub struct BatchEnd {
 
 /// Code that runs on a shard's thread for every event, in append order. Each shard has its own instance.
 ///
-/// A handler may call the engine but must not wait for it: the shard continues only when the handler returns. A publish into a
-/// full lane is [`Full`](crate::Rejected::Full) at once, and a call that would wait returns `OnEngineThread`; `docs/services.md`
-/// has the table.
+/// A handler may call the engine but must not wait for it: the shard continues only when the handler returns. A publish
+/// into a full lane is [`Full`](crate::Rejected::Full) at once, and a call that would wait returns `OnEngineThread`;
+/// `docs/services.md` has the table.
 pub trait Handler<E: Event>: Send {
     /// Handles one event that was just appended. It may not be durable yet.
     ///
@@ -58,8 +58,8 @@ pub enum OnError {
     /// The shard stops, and its publishers and waiters receive the cause at once.
     #[default]
     Halt,
-    /// The shard notes the event in `quarantine/handlers.jsonl`, with its offset and the error, and runs the handler on the next
-    /// event. After a panic the handler continues with the state that the panic left.
+    /// The shard notes the event in `quarantine/handlers.jsonl`, with its offset and the error, and runs the handler on
+    /// the next event. After a panic the handler continues with the state that the panic left.
     Quarantine,
 }
 

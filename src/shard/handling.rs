@@ -68,8 +68,8 @@ impl<E: Event> Handlers<E> {
         outcome
     }
 
-    /// Writes the notes of handler failures, if there are any. Returns `false` if the storage has no room for them now; the shard
-    /// appends nothing until it has.
+    /// Writes the notes of handler failures, if there are any. Returns `false` if the storage has no room for them now;
+    /// the shard appends nothing until it has.
     #[inline]
     pub(super) fn write_notes(&mut self) -> Result<bool, FailureCause> {
         if self.failures.notes.is_empty() { Ok(true) } else { self.failures.write_notes() }
@@ -175,7 +175,13 @@ impl Failures {
             OnError::Quarantine => {
                 self.counters.quarantined.add(1);
                 let event_id = meta.map(|meta| meta.id().to_string());
-                let line = serde_json::json!({ "handler": registered.name, "event_id": event_id, "shard": self.shard.0, "offset": offset.0, "error": error });
+                let line = serde_json::json!({
+                    "handler": registered.name,
+                    "event_id": event_id,
+                    "shard": self.shard.0,
+                    "offset": offset.0,
+                    "error": error,
+                });
                 self.notes.extend_from_slice(format!("{line}\n").as_bytes());
                 // If there is no room for it now, the next turn tries again before it appends anything.
                 self.write_notes().map(drop)

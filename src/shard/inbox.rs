@@ -124,7 +124,8 @@ impl<A: Aggregate> Inbox<A> {
         });
     }
 
-    /// Closes every lane, and waits for the publishers that have entered one. Whatever was accepted is in the lanes afterwards.
+    /// Closes every lane, and waits for the publishers that have entered one. Whatever was accepted is in the lanes
+    /// afterwards.
     pub(super) fn close(&mut self) {
         self.lanes.extend(self.arriving.close());
         self.clients.extend(self.arriving_clients.close());

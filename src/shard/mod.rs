@@ -1,7 +1,7 @@
 //! The shard: takes events and commands out of its inbox and makes them part of the log.
 //!
-//! One writer: only this shard writes its log, its key table and the states in it. [`Shard::turn`] is bounded and never waits;
-//! the runner owns the thread and the waiting.
+//! One writer: only this shard writes its log, its key table and the states in it. [`Shard::turn`] is bounded and never
+//! waits; the runner owns the thread and the waiting.
 //!
 //! | file | contents |
 //! |---|---|

@@ -119,8 +119,8 @@ impl<A: Aggregate> Shard<A> {
         let began = self.core.clock.now();
         self.core.is_stalled = false;
         if !self.core.handlers.write_notes()? || !self.append_held()? {
-            // Nothing may be appended now, but questions need not wait. Saving goes on too: the segment that a held decision waits for
-            // may be one that retention frees once the states are saved.
+            // Nothing may be appended now, but questions need not wait. Saving goes on too: the segment that a held
+            // decision waits for may be one that retention frees once the states are saved.
             let answered = self.answer_questions();
             self.core.save(&self.commands.outcomes, false);
             self.core.recorder.exchange();
@@ -234,8 +234,8 @@ impl<A: Aggregate> Shard<A> {
         self.core.answer(questions)
     }
 
-    /// Returns `true` if a turn would find work. Called before sleeping, so it must see everything that was made visible before
-    /// a wake-up.
+    /// Returns `true` if a turn would find work. Called before sleeping, so it must see everything that was made
+    /// visible before a wake-up.
     pub(crate) fn has_work(&self) -> bool {
         self.inbox.has_arrivals()
             || self.core.recorder.exchange_handle().is_wanted()
@@ -254,9 +254,9 @@ impl<A: Aggregate> Shard<A> {
         !self.is_stalled() && self.has_events()
     }
 
-    /// Returns `true` if the last turn left events because no segment was ready, and none is now; or if notes of handler
-    /// failures cannot be written before a later time. Called before sleeping: the keeper may have handed over a segment, and
-    /// notified, between the turn and the sleep.
+    /// Returns `true` if the last turn left events because no segment was ready, and none is now; or if notes of
+    /// handler failures cannot be written before a later time. Called before sleeping: the keeper may have handed over
+    /// a segment, and notified, between the turn and the sleep.
     pub(crate) fn is_stalled(&self) -> bool {
         (self.core.is_stalled && !self.core.writer.segment_ready()) || self.core.handlers.is_waiting_for_storage()
     }
@@ -278,8 +278,8 @@ impl<A: Aggregate> Shard<A> {
         self.inbox.close();
     }
 
-    /// Sends the snapshots of the last events. Returns `false` if the snapshotter has no room for them yet; it makes room, since
-    /// it ends after the shards.
+    /// Sends the snapshots of the last events. Returns `false` if the snapshotter has no room for them yet; it makes
+    /// room, since it ends after the shards.
     pub(crate) fn send_last_snapshots(&mut self) -> bool {
         self.core.taker.send_last()
     }

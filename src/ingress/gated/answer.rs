@@ -11,7 +11,8 @@ use crate::lane::receipt::Receipt;
 #[derive(Debug)]
 #[must_use]
 pub enum Accepted<E> {
-    /// The event was expected next, and is published. The events buffered behind it are published too, if there was room.
+    /// The event was expected next, and is published. The events buffered behind it are published too, if there was
+    /// room.
     Published(Receipt),
     /// The event was expected next and could not be published yet. It is published before any other.
     Waiting,
@@ -21,12 +22,14 @@ pub enum Accepted<E> {
     Duplicate,
     /// The event belongs to a closed gap, and is offered for the first time. A second time it is a duplicate.
     Late(LateEvent<E>),
-    /// The sequence is below everything that the gate remembers of its partition: below the partition's start, below the sequence
-    /// that it expected when the gate was opened, or among forgotten gaps. Normally the event was published before.
+    /// The sequence is below everything that the gate remembers of its partition: below the partition's start, below
+    /// the sequence that it expected when the gate was opened, or among forgotten gaps. Normally the event was
+    /// published before.
     TooOld(LateEvent<E>),
 }
 
-/// An event that came after its turn. [`GatedProducer::publish_late`](crate::GatedProducer::publish_late) publishes it out of order.
+/// An event that came after its turn. [`GatedProducer::publish_late`](crate::GatedProducer::publish_late) publishes it
+/// out of order.
 #[non_exhaustive]
 pub struct LateEvent<E> {
     /// Its partition.

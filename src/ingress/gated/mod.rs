@@ -1,8 +1,9 @@
-//! The gated producer: a sequence gate in front of a producer. It publishes unordered input in order, also across restarts.
+//! The gated producer: a sequence gate in front of a producer. It publishes unordered input in order, also across
+//! restarts.
 //!
-//! One writer: its owner. The events of a partition are published by rising sequence, each at most once. The gate passes a gap only
-//! after the gap's record is durable. The log itself says how far each partition has come, so events lost in a crash are expected
-//! again.
+//! One writer: its owner. The events of a partition are published by rising sequence, each at most once. The gate
+//! passes a gap only after the gap's record is durable. The log itself says how far each partition has come, so events
+//! lost in a crash are expected again.
 //!
 //! ```text
 //!  offer ─▶ SequenceGate ─▶ front (at most one) ─▶ Producer ─▶ shards' logs ─┐ counted at the next opening
@@ -10,8 +11,8 @@
 //!                └─▶ GapClosed, starts ─▶ gates/NAME/gaps (synced)      gates/NAME/positions (a cache)
 //! ```
 //!
-//! The front is an event or a gap that has left the gate and could not be published or recorded. While there is one, nothing is
-//! taken from the gate, so nothing overtakes it.
+//! The front is an event or a gap that has left the gate and could not be published or recorded. While there is one,
+//! nothing is taken from the gate, so nothing overtakes it.
 
 mod answer;
 mod files;
@@ -98,10 +99,11 @@ pub(crate) struct Parts<E: Event> {
     pub(crate) _lock: Arc<dyn Lock>,
 }
 
-/// Publishes events in the order of their sequence numbers, each once, regardless of the order in which they are offered.
+/// Publishes events in the order of their sequence numbers, each once, regardless of the order in which they are
+/// offered.
 ///
-/// [`Engine::gated`](crate::Engine::gated) returns one. The store stays locked while a gated producer exists. Retention frees
-/// no event that the gate has not counted, so call [`GatedProducer::save`] regularly.
+/// [`Engine::gated`](crate::Engine::gated) returns one. The store stays locked while a gated producer exists. Retention
+/// frees no event that the gate has not counted, so call [`GatedProducer::save`] regularly.
 ///
 /// ```
 /// # use corelane::{Accepted, Bounded, Config, Deadline, Event, EventLog, EventType, EventTypeId, Key};
@@ -150,14 +152,14 @@ impl<E: Event> GatedProducer<E> {
 
     /// Offers an event. Publishes every event that is now ready, waiting for room as [`Producer::publish`] does.
     ///
-    /// Closes the gaps that are due; each needs a sync of its record. With [`GateStart::FirstSeen`], the first event of a partition
-    /// is published after a sync of the partition's start.
+    /// Closes the gaps that are due; each needs a sync of its record. With [`GateStart::FirstSeen`], the first event of
+    /// a partition is published after a sync of the partition's start.
     ///
     /// [`GateStart::FirstSeen`]: crate::ingress::GateStart::FirstSeen
     ///
     /// # Errors
-    /// The event, with the reason. If the disk has no space for a record, the call returns `StorageFull` without waiting; when there
-    /// is space again, the next call continues.
+    /// The event, with the reason. If the disk has no space for a record, the call returns `StorageFull` without
+    /// waiting; when there is space again, the next call continues.
     #[inline]
     pub fn offer(&mut self, partition: u64, sequence: u64, key: Key, event: E) -> Result<Accepted<E>, GateRefused<E>> {
         self.offer_with(partition, sequence, key, event, Patience::Forever)
@@ -221,12 +223,12 @@ impl<E: Event> GatedProducer<E> {
         answer
     }
 
-    /// Closes the gaps that are due, and publishes the front and every event that is ready, waiting for room. Returns the number of
-    /// events published and gaps closed. Call it when [`GatedProducer::next_due`] is over.
+    /// Closes the gaps that are due, and publishes the front and every event that is ready, waiting for room. Returns
+    /// the number of events published and gaps closed. Call it when [`GatedProducer::next_due`] is over.
     ///
     /// # Errors
-    /// The reason why it stopped. Nothing is lost or overtaken, and the next call continues there. A full disk is `StorageFull`; for
-    /// a gap's record the call does not wait.
+    /// The reason why it stopped. Nothing is lost or overtaken, and the next call continues there. A full disk is
+    /// `StorageFull`; for a gap's record the call does not wait.
     pub fn pump(&mut self) -> Result<u64, GateError> {
         self.pump_with(Patience::Forever)
     }
@@ -254,7 +256,8 @@ impl<E: Event> GatedProducer<E> {
         self.pump()
     }
 
-    /// Returns the time until [`GatedProducer::pump`] may have work without a further offer. `None`: only an offer brings work.
+    /// Returns the time until [`GatedProducer::pump`] may have work without a further offer. `None`: only an offer
+    /// brings work.
     #[must_use]
     pub fn next_due(&self) -> Option<Duration> {
         if self.is_behind {
@@ -264,8 +267,8 @@ impl<E: Event> GatedProducer<E> {
         Some(due.saturating_sub(self.gate_time(self.parts.clock.now())))
     }
 
-    /// Publishes a late event out of order, after the events that should have followed it. Its gap stays in the list of gaps.
-    /// After a restart the gate does not remember that the event was published; offered again it is `TooOld`.
+    /// Publishes a late event out of order, after the events that should have followed it. Its gap stays in the list of
+    /// gaps. After a restart the gate does not remember that the event was published; offered again it is `TooOld`.
     ///
     /// # Errors
     /// As [`Producer::publish`].
@@ -279,12 +282,12 @@ impl<E: Event> GatedProducer<E> {
         self.parts.producer.publish(key, event)
     }
 
-    /// Waits until everything published here is durable, in every durability mode, and saves the positions. The next opening counts
-    /// only later events, and retention may free earlier ones.
+    /// Waits until everything published here is durable, in every durability mode, and saves the positions. The next
+    /// opening counts only later events, and retention may free earlier ones.
     ///
     /// # Errors
-    /// `Wait` if a shard failed or the deadline passed, `Positions` if they could not be written, `Read` if the log could not be
-    /// read. The older positions stay valid.
+    /// `Wait` if a shard failed or the deadline passed, `Positions` if they could not be written, `Read` if the log
+    /// could not be read. The older positions stay valid.
     pub fn save(&mut self, deadline: impl Into<Deadline>) -> Result<(), GateError> {
         let deadline = deadline.into().instant();
         self.flush(deadline)?;
@@ -295,7 +298,8 @@ impl<E: Event> GatedProducer<E> {
         self.save_counted()
     }
 
-    /// Saves how far each partition has come. Everything that this covers is in the log below the shards' positions, or in gaps.
+    /// Saves how far each partition has come. Everything that this covers is in the log below the shards' positions, or
+    /// in gaps.
     pub(crate) fn save_counted(&mut self) -> Result<(), GateError> {
         let counted = self.parts.shards.iter().map(|shard| shard.counted).collect();
         let positions = Positions { counted, standings: self.standings() };
@@ -417,7 +421,8 @@ impl<E: Event> GatedProducer<E> {
         for (partition, expected, ahead) in self.parts.gate.standings() {
             let mut standing = Standing { partition: *partition, expected, runs: Vec::new() };
             if let Some((_, first, last)) = front.filter(|(of, ..)| of == partition) {
-                // The gate is already past the front, and past the sequences above it that were published before a restart.
+                // The gate is already past the front, and past the sequences above it that were published before a
+                // restart.
                 standing.expected = first;
                 standing.runs.extend((last + 1 < expected).then(|| (last + 1, expected - 1)));
             }

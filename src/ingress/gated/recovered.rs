@@ -1,8 +1,9 @@
 //! Recovers how far a gate's partitions have come: counts the sequences in the log and in the closed gaps.
 //!
-//! One writer: the thread that opens the gate. A power cut removes ends of logs, so a sequence lost in one shard may have successors in
-//! another, and late events may be anywhere. Therefore every sequence is counted on its own, and the result does not depend on the
-//! order of counting. The start of a partition comes from the policy, from the gate's record, or else from the lowest sequence counted.
+//! One writer: the thread that opens the gate. A power cut removes ends of logs, so a sequence lost in one shard may
+//! have successors in another, and late events may be anywhere. Therefore every sequence is counted on its own, and the
+//! result does not depend on the order of counting. The start of a partition comes from the policy, from the gate's
+//! record, or else from the lowest sequence counted.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -19,23 +20,24 @@ const READ_AT_A_TIME: usize = 1024;
 
 /// The sequences counted of one partition.
 #[derive(Debug)]
-struct Counted {
-    /// Every sequence below it was counted or is below the partition's start. `None`: the start is known only after counting.
+struct CountedPartition {
+    /// Every sequence below it was counted or is below the partition's start. `None`: the start is known only after
+    /// counting.
     expected: Option<u64>,
-    /// Runs of counted sequences above it: first to last.
-    runs: BTreeMap<u64, u64>,
+    /// Ranges of counted sequences above it: first to last.
+    ranges: BTreeMap<u64, u64>,
 }
 
-impl Counted {
+impl CountedPartition {
     fn new(expected: Option<u64>) -> Self {
-        Self { expected, runs: BTreeMap::new() }
+        Self { expected, ranges: BTreeMap::new() }
     }
 
     fn count(&mut self, sequence: u64) {
         match &mut self.expected {
             Some(expected) if sequence == *expected => {
                 *expected += 1;
-                while let Some(first) = self.runs.first_entry().filter(|first| first.key() == expected) {
+                while let Some(first) = self.ranges.first_entry().filter(|first| first.key() == expected) {
                     *expected = first.remove() + 1;
                 }
             }
@@ -49,28 +51,28 @@ impl Counted {
         if self.expected.is_some() {
             return None;
         }
-        let (run, gap) = (self.runs.first_key_value().map(|(from, _)| *from), gaps.first().map(|gap| gap.from));
-        let start = run.into_iter().chain(gap).min()?;
-        let expected = self.runs.remove(&start).map_or(start, |to| to + 1);
+        let (range, gap) = (self.ranges.first_key_value().map(|(from, _)| *from), gaps.first().map(|gap| gap.from));
+        let start = range.into_iter().chain(gap).min()?;
+        let expected = self.ranges.remove(&start).map_or(start, |to| to + 1);
         self.expected = Some(expected);
         Some(start)
     }
 
-    /// Adds a sequence to the runs, and joins adjacent ones.
+    /// Adds a sequence to the ranges, and joins adjacent ones.
     fn add(&mut self, sequence: u64) {
-        let before = self.runs.range(..=sequence).next_back().map(|(from, to)| (*from, *to));
+        let before = self.ranges.range(..=sequence).next_back().map(|(from, to)| (*from, *to));
         if before.is_some_and(|(_, to)| sequence <= to) {
             return;
         }
-        let to = self.runs.remove(&(sequence + 1)).unwrap_or(sequence);
+        let to = self.ranges.remove(&(sequence + 1)).unwrap_or(sequence);
         let from = before.filter(|(_, to)| to + 1 == sequence).map_or(sequence, |(from, _)| from);
-        self.runs.insert(from, to);
+        self.ranges.insert(from, to);
     }
 
-    /// Returns the runs, and the parts of `gaps` between them.
+    /// Returns the ranges, and the parts of `gaps` between them.
     fn ahead(&self, expected: u64, gaps: &[Gap]) -> Vec<(u64, u64, Ahead)> {
         let mut known: BTreeMap<u64, (u64, Ahead)> =
-            self.runs.iter().map(|(from, to)| (*from, (*to, Ahead::Passed))).collect();
+            self.ranges.iter().map(|(from, to)| (*from, (*to, Ahead::Passed))).collect();
         for gap in gaps.iter().filter(|gap| gap.to >= expected) {
             let mut from = gap.from.max(expected);
             while from <= gap.to {
@@ -109,9 +111,10 @@ pub(crate) struct Counts {
     start: GateStart,
     /// `true` if retention has freed uncounted events: a sequence missing below the highest may have been among them.
     has_lost_beginning: bool,
-    /// Recorded starts by partition. A later record replaces an earlier one: a partition whose events are all freed starts again.
+    /// Recorded starts by partition. A later record replaces an earlier one: a partition whose events are all freed
+    /// starts again.
     starts: HashMap<u64, u64>,
-    partitions: HashMap<u64, Counted>,
+    partitions: HashMap<u64, CountedPartition>,
 }
 
 impl Counts {
@@ -124,7 +127,7 @@ impl Counts {
         let standings = positions.map(|positions| positions.standings).unwrap_or_default();
         let counted = |standing: Standing| {
             let Standing { partition, expected, runs } = standing;
-            (partition, Counted { expected: Some(expected), runs: runs.into_iter().collect() })
+            (partition, CountedPartition { expected: Some(expected), ranges: runs.into_iter().collect() })
         };
         let starts = starts.iter().map(|start| (start.partition, start.sequence)).collect();
         Self { start, has_lost_beginning, starts, partitions: standings.into_iter().map(counted).collect() }
@@ -145,22 +148,22 @@ impl Counts {
 
     /// The counted sequences of a partition, which begin at its start.
     fn known<'a>(
-        partitions: &'a mut HashMap<u64, Counted>,
+        partitions: &'a mut HashMap<u64, CountedPartition>,
         starts: &HashMap<u64, u64>,
         start: GateStart,
         partition: u64,
-    ) -> &'a mut Counted {
+    ) -> &'a mut CountedPartition {
         partitions.entry(partition).or_insert_with(|| {
             let recorded = starts.get(&partition).copied();
-            Counted::new(recorded.or(match start {
+            CountedPartition::new(recorded.or(match start {
                 GateStart::At(first) => Some(first),
                 GateStart::FirstSeen => None,
             }))
         })
     }
 
-    /// Counts the events below each shard's end. The shards are read in parallel, in the order of their events' times: a sequence that
-    /// is missing in one shard takes memory until it is found in another.
+    /// Counts the events below each shard's end. The shards are read in turn, by the times of their events:
+    /// a sequence that is missing in one shard takes memory until it is found in another.
     pub(crate) fn count_log<E: Event>(
         &mut self,
         shards: &mut [Uncounted<E>],
@@ -197,8 +200,8 @@ impl Counts {
                 counted.expected = counted.expected.max(Some(gap.to + 1));
             }
         }
-        // A partition with a recorded start waits for that sequence, even if no event of it is in the log. If the beginning of the log
-        // is freed, its events are unknown.
+        // A partition with a recorded start waits for that sequence, even if no event of it is in the log. If the
+        // beginning of the log is freed, its events are unknown.
         if !self.has_lost_beginning {
             for partition in self.starts.keys() {
                 Self::known(&mut self.partitions, &self.starts, self.start, *partition);
@@ -212,7 +215,7 @@ impl Counts {
         for (partition, mut counted) in self.partitions {
             let gaps = gaps_of(partition);
             recovered.derived_starts.extend(counted.settle(gaps).map(|start| (partition, start)));
-            let expected = counted.expected.expect("a partition without a start has a run or a gap");
+            let expected = counted.expected.expect("a partition without a start has a range or a gap");
             recovered.standings.push((partition, expected, counted.ahead(expected, gaps)));
         }
         recovered

@@ -7,8 +7,8 @@ use std::time::Duration;
 #[derive(Debug, PartialEq, Eq)]
 #[must_use]
 pub enum Offered<T> {
-    /// The item was expected next: handle it now. [`SequenceGate::next`](crate::ingress::SequenceGate::next) releases the items
-    /// buffered behind it.
+    /// The item was expected next: handle it now. [`SequenceGate::next`](crate::ingress::SequenceGate::next) releases
+    /// the items buffered behind it.
     Passed(T),
     /// The item is early. [`SequenceGate::next`](crate::ingress::SequenceGate::next) will release it.
     Buffered,
@@ -16,16 +16,16 @@ pub enum Offered<T> {
     Duplicate,
     /// The item belongs to a closed gap, and is offered for the first time. A second time it is a duplicate.
     Late(T),
-    /// The sequence is below everything that the gate remembers of its partition: below the partition's start, or among forgotten
-    /// gaps. Whether such an item has passed before is not known.
+    /// The sequence is below everything that the gate remembers of its partition: below the partition's start, or among
+    /// forgotten gaps. Whether such an item has passed before is not known.
     TooOld(T),
 }
 
 /// The reason why an item was refused, with the item. The gate keeps nothing of it.
 ///
-/// An item that is expected next is never refused for lack of room, so input in order always makes progress. After a refusal, call
-/// [`SequenceGate::next`](crate::ingress::SequenceGate::next) and offer the item again later: there is room at the latest when the
-/// first gap is closed.
+/// An item that is expected next is never refused for lack of room, so input in order always makes progress. After a
+/// refusal, call [`SequenceGate::next`](crate::ingress::SequenceGate::next) and offer the item again later: there is
+/// room at the latest when the first gap is closed.
 #[derive(thiserror::Error, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum OfferRefused<T> {
@@ -35,8 +35,8 @@ pub enum OfferRefused<T> {
     /// All partitions together have `early_max` buffered items.
     #[error("the gate has no room for more early items")]
     Full(T),
-    /// The sequence is more than `ahead_max` above the expected one, or is `u64::MAX`, which is not a valid sequence. If the source
-    /// did jump that far, remove the partition and start it again.
+    /// The sequence is more than `ahead_max` above the expected one, or is `u64::MAX`, which is not a valid sequence.
+    /// If the source did jump that far, remove the partition and start it again.
     #[error("the sequence is too far ahead of the expected one")]
     TooFarAhead(T),
     /// The item belongs to a new partition, and the gate has `partitions_max` partitions.
@@ -89,8 +89,8 @@ pub enum Released<P, T> {
         /// The item.
         item: T,
     },
-    /// The sequences `from..=to` have not come in time, and the gate no longer waits for them. The items behind the gap come next;
-    /// make a record of the gap durable before you take them.
+    /// The sequences `from..=to` have not come in time, and the gate no longer waits for them. The items behind the gap
+    /// come next; make a record of the gap durable before you take them.
     GapClosed {
         /// The partition.
         partition: P,

@@ -1,7 +1,7 @@
 //! The sequence gate: puts input that arrives out of order in order, by a sequence number per partition.
 //!
-//! One writer: its owner. The items of a partition leave by rising sequence, each at most once. Every other item is buffered, returned,
-//! or counted as a duplicate, and the gate reports every gap that it closes.
+//! One writer: its owner. The items of a partition leave by rising sequence, each at most once. Every other item is
+//! buffered, returned, or counted as a duplicate, and the gate reports every gap that it closes.
 //!
 //! ```text
 //!  offer ─▶ expected next ──▶ Passed at once, without a look into any buffer
@@ -10,8 +10,8 @@
 //!        ─▶ of a closed gap ▶ Late
 //! ```
 //!
-//! An item in order costs one look-up of its partition and no allocation. Buffered items are in one B-tree per partition: the cost
-//! depends on their number, not on the distance between their sequences.
+//! An item in order costs one look-up of its partition and no allocation. Buffered items are in one B-tree per
+//! partition: the cost depends on their number, not on the distance between their sequences.
 
 use std::collections::hash_map::Entry;
 use std::collections::{BinaryHeap, HashMap, VecDeque};
@@ -91,7 +91,8 @@ impl<P: Eq + Hash + Clone, T> SequenceGate<P, T> {
         })
     }
 
-    /// Sets the sequence at which a partition starts, before its first item; for instance the one that it expected before a restart.
+    /// Sets the sequence at which a partition starts, before its first item; for instance the one that it expected
+    /// before a restart.
     ///
     /// # Errors
     /// If the partition has started, or the gate has no room for it.
@@ -107,7 +108,8 @@ impl<P: Eq + Hash + Clone, T> SequenceGate<P, T> {
         }
     }
 
-    /// As [`SequenceGate::start_at`], for a partition with known sequences at or above `sequence`: passed, or in a closed gap.
+    /// As [`SequenceGate::start_at`], for a partition with known sequences at or above `sequence`: passed, or in a
+    /// closed gap.
     pub(crate) fn resume(
         &mut self,
         partition: P,
@@ -229,8 +231,9 @@ impl<P: Eq + Hash + Clone, T> SequenceGate<P, T> {
         Ok(Offered::Buffered)
     }
 
-    /// Releases the next item or gap at `now`: first items that are ready, then gaps that are due, each followed by the items behind
-    /// it. Returns `None` if there is nothing; call again at [`SequenceGate::next_due`] or after the next offer.
+    /// Releases the next item or gap at `now`: first items that are ready, then gaps that are due, each followed by the
+    /// items behind it. Returns `None` if there is nothing; call again at [`SequenceGate::next_due`] or after the next
+    /// offer.
     ///
     /// Nothing is lost if the owner does not call it: items wait, in order.
     pub fn next(&mut self, now: Duration) -> Option<Released<P, T>> {
@@ -277,8 +280,8 @@ impl<P: Eq + Hash + Clone, T> SequenceGate<P, T> {
         Some(Released::Item { partition, sequence, item })
     }
 
-    /// Returns the time at which [`SequenceGate::next`] may release something without a further offer. `None`: only an offer changes
-    /// that. The time may be early, if the gap was filled meanwhile, but never late.
+    /// Returns the time at which [`SequenceGate::next`] may release something without a further offer. `None`: only an
+    /// offer changes that. The time may be early, if the gap was filled meanwhile, but never late.
     #[must_use]
     pub fn next_due(&self) -> Option<Duration> {
         if !self.ready.is_empty() {
@@ -288,7 +291,8 @@ impl<P: Eq + Hash + Clone, T> SequenceGate<P, T> {
         Some(if self.has_ended { self.now } else { first.at })
     }
 
-    /// Ends the input: from now on gaps are closed without waiting. Call [`SequenceGate::next`] until it returns `None`.
+    /// Ends the input: from now on gaps are closed without waiting. Call [`SequenceGate::next`] until it returns
+    /// `None`.
     pub fn end(&mut self) {
         self.has_ended = true;
     }

@@ -1,4 +1,5 @@
-//! One partition of the gate: the sequence that it expects, its early items and its closed gaps. It has no clock and no bounds.
+//! One partition of the gate: the sequence that it expects, its early items and its closed gaps. It has no clock and no
+//! bounds.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
@@ -43,13 +44,13 @@ const _: () = assert!(size_of::<Partition<u64>>() == 32);
 struct Disorder<T> {
     /// Buffered items by sequence, all at or above `expected`.
     early: BTreeMap<u64, T>,
-    /// The early items that had the highest sequence when they came, with the time: both rise. A sequence has been missing since the
-    /// first of these above it came.
+    /// The early items that had the highest sequence when they came, with the time: both rise. A sequence has been
+    /// missing since the first of these above it came.
     highest: VecDeque<(u64, Duration)>,
-    /// Sequences of closed gaps that have not come, as rising runs, first to last.
+    /// Sequences of closed gaps that have not come, as rising ranges, first to last.
     closed: Vec<(u64, u64)>,
-    /// Known sequences, as rising runs by first sequence: all above `expected`, none of them in `early`. Boxed, because there are any
-    /// only after a restart that found holes.
+    /// Known sequences, as rising ranges by first sequence: all above `expected`, none of them in `early`. Boxed, because
+    /// there are any only after a restart that found holes.
     #[expect(clippy::box_collection, reason = "8 bytes of every partition with early items instead of 24")]
     ahead: Option<Box<BTreeMap<u64, (u64, Ahead)>>>,
 }
@@ -69,7 +70,8 @@ impl<T> Partition<T> {
         Self { expected, known_from: expected, disorder: None, is_ready: false, is_timed: false }
     }
 
-    /// Creates a partition that continues after a restart. The known runs in `ahead` rise, and begin at or above `expected`.
+    /// Creates a partition that continues after a restart. The known ranges in `ahead` rise, and begin at or above
+    /// `expected`.
     pub(super) fn resumed(expected: u64, ahead: Vec<(u64, u64, Ahead)>, closed_max: usize) -> Self {
         let mut resumed = Self::new(expected);
         if !ahead.is_empty() {
@@ -122,13 +124,13 @@ impl<T> Partition<T> {
         self.ahead_at(sequence).map_or(self.expected, |(to, _)| to + 1)
     }
 
-    /// Returns the last known run that begins at or below `sequence`: its end and state.
+    /// Returns the last known range that begins at or below `sequence`: its end and state.
     fn ahead_at(&self, sequence: u64) -> Option<(u64, Ahead)> {
         let ahead = self.disorder.as_ref()?.ahead.as_ref()?;
         ahead.range(..=sequence).next_back().map(|(_, known)| *known)
     }
 
-    /// Returns the known runs, by rising sequence.
+    /// Returns the known ranges, by rising sequence.
     pub(super) fn ahead(&self) -> impl Iterator<Item = (u64, u64, Ahead)> + '_ {
         let ahead = self.disorder.as_ref().and_then(|disorder| disorder.ahead.as_ref());
         ahead.into_iter().flat_map(|ahead| ahead.iter().map(|(from, (to, what))| (*from, *to, *what)))
@@ -207,7 +209,8 @@ impl<T> Partition<T> {
         Some(gap)
     }
 
-    /// Returns the state of a sequence below the expected one. A sequence of a closed gap is late once, then a duplicate.
+    /// Returns the state of a sequence below the expected one. A sequence of a closed gap is late once, then a
+    /// duplicate.
     pub(super) fn behind(&mut self, sequence: u64, closed_max: usize) -> Behind {
         assert!(sequence < self.expected);
         if sequence < self.known_from {
@@ -247,12 +250,12 @@ mod tests {
 
     #[test]
     fn a_partition_resumed_with_many_holes_steps_over_each_once() {
-        const RUNS: u64 = 200_000;
+        const RANGES: u64 = 200_000;
         let what = |i: u64| if i.is_multiple_of(2) { Ahead::Passed } else { Ahead::Late };
-        let ahead: Vec<_> = (0..RUNS).map(|i| (2 * i + 10, 2 * i + 11, what(i))).collect();
+        let ahead: Vec<_> = (0..RANGES).map(|i| (2 * i + 10, 2 * i + 11, what(i))).collect();
         let mut partition = Partition::<()>::resumed(9, ahead, 16);
-        // From the far end, so that a walk from the near end would pass all runs.
-        for i in (0..RUNS).rev() {
+        // From the far end, so that a walk from the near end would pass all ranges.
+        for i in (0..RANGES).rev() {
             let sequence = 2 * i + 11;
             assert!(partition.is_over(sequence));
             assert_eq!(partition.open_from(sequence), sequence + 1);
@@ -260,7 +263,7 @@ mod tests {
         }
         partition.expected += 1;
         partition.step_over(16);
-        assert_eq!(partition.expected, 2 * RUNS + 10);
+        assert_eq!(partition.expected, 2 * RANGES + 10);
         assert!(partition.is_plain());
     }
 }

@@ -7,7 +7,8 @@ use crate::config::setters;
 use crate::config::whole_ms;
 use crate::error::ConfigError;
 
-/// The start of a partition for which [`SequenceGate::start_at`](crate::ingress::SequenceGate::start_at) was not called.
+/// The start of a partition for which [`SequenceGate::start_at`](crate::ingress::SequenceGate::start_at) was not
+/// called.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum GateStart {
@@ -47,21 +48,24 @@ impl GatePolicy {
     setters! {
         /// The start of a partition. Default: at 0.
         start: GateStart,
-        /// The longest wait for a missing sequence, 0..=24 h, from the arrival of the first item above it. Default: 5 s.
+        /// The longest wait for a missing sequence, 0..=24 h, from the arrival of the first item above it. Default: 5
+        /// s.
         gap_wait_max: Duration,
         /// The largest number of buffered items per partition, 1..=2³⁰; more are refused. Default: 65,536.
         early_max_per_partition: usize,
-        /// The largest number of buffered items in all partitions, 1..=2³⁰; more are refused. Default: 1,048,576. A buffered item takes
-        /// its size plus 16 to 40 bytes, and each partition with buffered items about 310 bytes more.
+        /// The largest number of buffered items in all partitions, 1..=2³⁰; more are refused. Default: 1,048,576. A
+        /// buffered item takes its size plus 16 to 40 bytes, and each partition with buffered items about 310 bytes
+        /// more.
         early_max: usize,
-        /// The largest distance of an item above the expected sequence, at least 1; items above are refused. Without this limit, one
-        /// wrong number could close a gap over everything to come. Default: 1,048,576.
+        /// The largest distance of an item above the expected sequence, at least 1; items above are refused. Without
+        /// this limit, one wrong number could close a gap over everything to come. Default: 1,048,576.
         ahead_max: u64,
-        /// The largest number of partitions, 1..=2³⁰; items of further ones are refused until one is removed. Default: 1,048,576. A
-        /// partition in order takes its key and 32 bytes in a hash table, half of which may be empty.
+        /// The largest number of partitions, 1..=2³⁰; items of further ones are refused until one is removed. Default:
+        /// 1,048,576. A partition in order takes its key and 32 bytes in a hash table, half of which may be empty.
         partitions_max: usize,
-        /// The number of closed gaps remembered per partition, 1..=65,536, to tell late items from duplicates. When there are more, the
-        /// oldest is forgotten. Each takes 16 bytes, and a late item may split one into two. Default: 64.
+        /// The number of closed gaps remembered per partition, 1..=65,536, to tell late items from duplicates. When
+        /// there are more, the oldest is forgotten. Each takes 16 bytes, and a late item may split one into two.
+        /// Default: 64.
         closed_gaps_max: usize,
     }
 

@@ -1,4 +1,5 @@
-//! Tests the gate's rules one by one, then against a model that forgets nothing, then with shuffled input and random pulls.
+//! Tests the gate's rules one by one, then against a model that forgets nothing, then with shuffled input and random
+//! pulls.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -316,7 +317,8 @@ proptest! {
     fn items_rise_and_every_item_is_counted_once_for_any_order_of_pulls(
         steps in prop::collection::vec((0..2_u8, 0..40_u64, 0..3_u8, 0..2000_u64), 1..400), closed_gaps in 1..4_usize,
     ) {
-        let policy = GatePolicy::default().early_max_per_partition(6).early_max(8).ahead_max(30).closed_gaps_max(closed_gaps);
+        let policy = GatePolicy::default().early_max_per_partition(6).early_max(8).ahead_max(30);
+        let policy = policy.closed_gaps_max(closed_gaps);
         let mut gate = gate(policy);
         let mut last: [Option<u64>; 2] = [None; 2];
         let (mut offered, mut now) = (0, T0);
