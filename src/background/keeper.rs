@@ -17,7 +17,7 @@ use crate::log::segment::{ShardLog, Waits};
 use crate::log::writer::PreparedQueue;
 use crate::metrics::Counters;
 use crate::storage::{Storage, is_exhausted};
-use crate::sync::{Ordering, Signal};
+use crate::sync::Signal;
 
 /// The parts of a shard that the keeper needs.
 #[derive(Debug)]
@@ -74,7 +74,7 @@ impl Keeper {
 
     /// Does a bounded piece of work for every shard that has not failed. Ends when the engine ends.
     pub(crate) fn step(&mut self, now: Now) -> Step {
-        if self.requests.ending.load(Ordering::SeqCst) {
+        if self.requests.is_ending() {
             return Step::Ended;
         }
         let running = self.shards.iter_mut().filter(|shard| shard.files.log.failure().is_none());
@@ -83,7 +83,7 @@ impl Keeper {
 
     /// Returns `true` if the next step may find work. Called before the thread sleeps.
     pub(crate) fn has_work(&self) -> bool {
-        self.requests.ending.load(Ordering::SeqCst) || self.shards.iter().any(Kept::has_work)
+        self.requests.is_ending() || self.shards.iter().any(Kept::has_work)
     }
 }
 
@@ -143,7 +143,6 @@ mod tests {
     use super::*;
     use crate::clock::wall_now;
     use crate::event::{Offset, ShardId};
-    use crate::sync::AtomicBool;
     use crate::testing::FaultyStorage;
     use std::time::{Duration, Instant};
 

@@ -18,7 +18,7 @@ use crate::log::format::{HEADER_BYTES, SegmentHeader};
 use crate::log::segment::{Segment, ShardLog};
 use crate::metrics::Counters;
 use crate::storage::memory::Memory;
-use crate::sync::{Ordering, Signal};
+use crate::sync::Signal;
 
 /// Interval between checks of freed segments that readers still hold.
 const READERS_CHECK: Duration = Duration::from_millis(100);
@@ -105,7 +105,7 @@ impl Reclaimer {
             Some(Blocker::Hold(to)) => !is_held(log, to),
             Some(Blocker::Checkpoint(to)) => self.checkpoints.covered() >= to,
         };
-        is_unblocked || self.checkpoints.failed.load(Ordering::SeqCst) != self.checkpoints_failed
+        is_unblocked || self.checkpoints.failures() != self.checkpoints_failed
     }
 
     /// Returns `true` if a segment is about to be freed, there is no spare, and the shard can wait for that file.
@@ -233,7 +233,7 @@ impl Reclaimer {
 
     /// Starts the pause before the next request after a checkpoint failed, and ends it when it is over.
     fn notice_failed_checkpoints(&mut self, now: Instant) {
-        let failed = self.checkpoints.failed.load(Ordering::SeqCst);
+        let failed = self.checkpoints.failures();
         if failed != self.checkpoints_failed {
             self.checkpoints_failed = failed;
             self.ask_at = Some(now + RETRY_CHECKPOINT);

@@ -89,7 +89,7 @@ impl Snapshotter {
             return Step::Worked;
         }
         if is_ending {
-            self.shards.iter().for_each(|shard| shard.requests.waiting.reached(u64::MAX));
+            self.shards.iter().for_each(|shard| shard.requests.wake_all());
             return Step::Ended;
         }
         let is_waiting = self.shards.iter().any(|shard| shard.finishing.is_some());
@@ -128,7 +128,7 @@ impl ShardSnapshots {
                 let (entries, written) = (chunk.entries, self.write_snapshots(storage, &mut chunk, now));
                 self.give_back(chunk);
                 if let Err(error) = written {
-                    self.requests.skipped.fetch_add(entries, Ordering::Relaxed);
+                    self.requests.skip(entries);
                     let shard = self.log.shard.0;
                     tracing::warn!(shard, %error, "snapshots could not be written; the log still has their events");
                     self.snapshots = None;
@@ -166,7 +166,7 @@ impl ShardSnapshots {
 
     fn write_snapshots(&mut self, storage: &dyn Storage, chunk: &mut Chunk, now: Now) -> io::Result<()> {
         if self.retry_at.is_some_and(|at| now.monotonic < at) {
-            self.requests.skipped.fetch_add(chunk.entries, Ordering::Relaxed);
+            self.requests.skip(chunk.entries);
             return Ok(());
         }
         let mut file = match self.snapshots.take().filter(|file| file.held.bytes < FILE_BYTES) {
@@ -240,9 +240,7 @@ impl ShardSnapshots {
         match self.publish(storage, file, log_end, durable, syncs) {
             Ok((start, file)) => {
                 *unsynced = (!syncs).then_some((file, log_end));
-                // Release: pairs with the Acquire in `CheckpointRequests::covered`.
-                self.requests.covered.fetch_max(start.0, Ordering::Release);
-                self.settle();
+                self.requests.publish(start);
                 keeper.signal.notify();
             }
             Err(error) => self.fail_checkpoint(keeper, &error),
@@ -295,16 +293,9 @@ impl ShardSnapshots {
         let shard = self.log.shard.0;
         tracing::error!(shard, %error, "a checkpoint could not be written; retention waits for the next");
         self.checkpoint = None;
-        self.requests.given_up();
-        self.settle();
+        self.requests.fail();
         // Retention requests another.
         keeper.signal.notify();
-    }
-
-    /// Counts a checkpoint that was published or failed.
-    fn settle(&self) {
-        let settled = self.requests.settled.fetch_add(1, Ordering::SeqCst) + 1;
-        self.requests.waiting.reached(settled);
     }
 
     fn give_back(&mut self, mut chunk: Chunk) {

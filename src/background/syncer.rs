@@ -13,11 +13,11 @@ use crate::error::FailureCause;
 use crate::event::Offset;
 use crate::lane::counts::LaneShared;
 use crate::lane::registry::LaneRegistry;
-use crate::lane::requests::{SyncMark, SyncRequests};
+use crate::lane::requests::{SyncRequests, UnsyncedRun};
 use crate::log::segment::ShardLog;
 use crate::metrics::{Counters, Recorder, Stage};
 use crate::storage::Storage;
-use crate::sync::{Ordering, Signal, lock};
+use crate::sync::{Signal, lock};
 
 /// Bytes of the word that ends a segment's records.
 const END_WORD_BYTES: usize = 4;
@@ -32,7 +32,7 @@ pub(crate) struct Syncer {
     /// Wakes the shard, which closes its lanes after a failed sync, and marks the log when a sync has caught up.
     pub(crate) shard_signal: Arc<Signal>,
     pub(crate) durability: Durability,
-    pub(crate) marks: rtrb::Consumer<SyncMark>,
+    pub(crate) marks: rtrb::Consumer<UnsyncedRun>,
     pub(crate) recorder: Recorder,
     pub(crate) counters: Arc<Counters>,
     /// Measures syncs and latencies. It decides nothing.
@@ -57,7 +57,7 @@ enum Due {
 impl Syncer {
     /// Syncs once if a sync is due. Ends when the shard has ended and everything is synced, or a sync failed.
     pub(crate) fn step(&mut self, now: Instant) -> Step {
-        let is_ending = self.requests.ending.load(Ordering::SeqCst);
+        let is_ending = self.requests.is_ending();
         if self.log.failure().is_some() {
             return self.end();
         }
@@ -95,8 +95,8 @@ impl Syncer {
             Durability::GroupCommit | Durability::Periodic(_) => wake_at.is_none() && appended > durable,
             Durability::OsCache => false,
         };
-        due || (appended > durable && self.requests.flush_to.load(Ordering::SeqCst) > durable)
-            || self.requests.ending.load(Ordering::SeqCst)
+        due || (appended > durable && self.requests.flush_target() > durable)
+            || self.requests.is_ending()
             || self.log.failure().is_some()
             || self.recorder.exchange_handle().is_wanted()
             || (appended <= durable && self.lanes.is_behind())
@@ -108,7 +108,7 @@ impl Syncer {
         if self.log.appended.get() <= durable {
             return Due::Later;
         }
-        if is_ending || self.requests.flush_to.load(Ordering::SeqCst) > durable {
+        if is_ending || self.requests.flush_target() > durable {
             return Due::Now;
         }
         let at = match self.durability {

@@ -17,7 +17,7 @@ use crate::ingress::shared::SharedLane;
 use crate::lane::counts::LaneShared;
 use crate::lane::door::ShardDoor;
 use crate::lane::registry::LaneRegistry;
-use crate::lane::requests::{CheckpointRequests, KeeperRequests, SyncMark, SyncRequests};
+use crate::lane::requests::{CheckpointRequests, KeeperRequests, SyncRequests, UnsyncedRun};
 use crate::log::format::schema_fingerprint;
 use crate::log::manifest::{Span, shard_dir};
 use crate::log::segment::ShardLog;
@@ -27,14 +27,14 @@ use crate::recovery::Recovered;
 use crate::recovery::fold::Folder;
 use crate::recovery::saved::SavedFiles;
 use crate::shard::handler::{Factory, Registered};
-use crate::shard::{Shard, Work};
+use crate::shard::{Shard, ShardParts};
 use crate::state::aggregate::Aggregate;
 use crate::state::keys::KeyTable;
 use crate::state::snapshot::format::Chunk;
 use crate::state::snapshot::taker::{Message, Taker};
 use crate::state::view::{Place, Position, View, ViewWriter};
 use crate::storage::Storage;
-use crate::sync::{Arrivals, AtomicBool, Ordering, Signal};
+use crate::sync::{Arrivals, AtomicBool, Signal};
 
 /// Slots for runs of events between a shard and its syncer.
 const SYNC_MARKS: usize = 1 << 16;
@@ -144,19 +144,17 @@ impl Context<'_> {
             (Arc::new(Arrivals::new()), Arc::new(Arrivals::new()), Arc::new(Arrivals::new()));
         let (recorder, turn_exchange) = Recorder::new(&TURN_STAGES, config.latency);
         let (sync_recorder, sync_exchange) = Recorder::new(&SYNC_STAGES, config.latency);
-        let (marks_tx, marks) = rtrb::RingBuffer::<SyncMark>::new(SYNC_MARKS);
+        let (marks_tx, marks) = rtrb::RingBuffer::<UnsyncedRun>::new(SYNC_MARKS);
         let (taker, snapshots) = self.snapshots::<A>(&links, saved);
         let store = Arc::clone(&snapshots.store);
         let kept = kept(&links, resume.next_index, span, unused, spares);
-        let shard = Shard {
+        let shard = Shard::new(ShardParts {
             id,
             clock: self.clock.clone(),
             batch_max: config.batch_max,
             arriving: Arc::clone(&arriving),
-            lanes: Vec::new(),
             shared_lane: Arc::clone(&shared),
             arriving_clients: Arc::clone(&arriving_clients),
-            clients: Vec::new(),
             questions: Arc::clone(&questions),
             keys,
             outcomes,
@@ -166,15 +164,14 @@ impl Context<'_> {
             log: Arc::clone(&log),
             syncer: Arc::clone(syncer),
             syncs: config.durability != Durability::OsCache,
-            sync_marks: (config.durability != Durability::OsCache && config.latency).then_some(marks_tx),
+            unsynced_runs: (config.durability != Durability::OsCache && config.latency).then_some(marks_tx),
             keeper: Arc::clone(self.keeper),
             handlers: own.handlers,
             storage: Arc::clone(self.storage),
             quarantine: self.quarantine.to_owned(),
             recorder,
             counters: Arc::clone(counters),
-            work: Work::new(config.batch_max),
-        };
+        });
         let handle = Handle {
             door: Arc::clone(door),
             arriving,
@@ -236,7 +233,7 @@ impl Context<'_> {
         Writer::new(Arc::clone(log), Arc::clone(prepared), resume, schema, self.config.event_bytes_max)
     }
 
-    fn syncer(&self, links: &Links, marks: rtrb::Consumer<SyncMark>, recorder: Recorder) -> Syncer {
+    fn syncer(&self, links: &Links, marks: rtrb::Consumer<UnsyncedRun>, recorder: Recorder) -> Syncer {
         Syncer {
             log: Arc::clone(&links.door.log),
             storage: Arc::clone(self.storage),
@@ -256,8 +253,7 @@ impl Context<'_> {
 impl Links {
     /// Makes the links of a shard whose newest checkpoint covers its log up to `covered`.
     fn new(log: &Arc<ShardLog>, covered: Offset) -> Self {
-        let checkpoints = Arc::new(CheckpointRequests::new());
-        checkpoints.covered.store(covered.0, Ordering::Release);
+        let checkpoints = Arc::new(CheckpointRequests::new(covered));
         let door = Arc::new(ShardDoor {
             log: Arc::clone(log),
             signal: Arc::new(Signal::new()),

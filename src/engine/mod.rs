@@ -203,7 +203,7 @@ impl<A: Aggregate> Engine<A> {
             let (answers, answers_rx) = rtrb::RingBuffer::new(self.config.ring_capacity);
             let shared = Arc::new(LaneShared::of_commands(Arc::clone(&shard.door.log), self.config.durability));
             shard.door.lanes.register(&shared);
-            let end = ClientEnd { orders, answers, shared: Arc::clone(&shared), answered: 0 };
+            let end = ClientEnd::new(orders, answers, Arc::clone(&shared));
             if let Err(end) = shard.arriving_clients.push(end) {
                 // The shard has ended: the lane accepts nothing.
                 end.shared.close_gate.close();

@@ -3,15 +3,14 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
-use crate::clock::wall_now;
 use crate::config::Pin;
+use crate::error::FailureCause;
 use crate::error::panic_text;
-use crate::error::{FailureCause, WaitError};
 use crate::lane::door::ShardDoor;
 use crate::shard::Shard;
 use crate::state::aggregate::Aggregate;
 use crate::sync::Wait;
-use crate::sync::{AtomicBool, Idle, Ordering, thread};
+use crate::sync::{AtomicBool, Idle, Ordering};
 
 /// Requests to a runner.
 #[derive(Debug, Default)]
@@ -40,13 +39,10 @@ pub(crate) fn run<A: Aggregate>(
         Err(panic) => Some(FailureCause::Panic(panic_text(&*panic))),
     };
     if let Some(cause) = cause {
-        shard.log.fail(cause);
+        shard.fail(cause);
     }
-    close_gates(&mut shard);
-    shard.syncer.ending.store(true, Ordering::SeqCst);
-    shard.syncer.signal.notify();
-    door.lanes.wake_all();
-    shard.taker.end();
+    shard.close();
+    shard.end(&door.lanes);
 }
 
 fn turn_until_closed<A: Aggregate>(
@@ -57,22 +53,22 @@ fn turn_until_closed<A: Aggregate>(
 ) -> Result<(), FailureCause> {
     let mut idle = Idle::new(wait);
     while !door.closing.load(Ordering::SeqCst) {
-        if let Some(failure) = shard.log.failure() {
+        if let Some(failure) = door.log.failure() {
             return Err(failure.cause.clone());
         }
         if shard.turn()? > 0 {
             idle.reset();
         } else {
             idle.step(&door.signal, shard.wake_at(), || {
-                shard.has_work() || door.closing.load(Ordering::SeqCst) || shard.log.failure().is_some()
+                shard.has_work() || door.closing.load(Ordering::SeqCst) || door.log.failure().is_some()
             });
         }
     }
-    close_gates(shard);
+    shard.close();
     // Every accepted event is in the lanes now; append them all.
     idle.reset();
     while shard.has_events() {
-        if let Some(failure) = shard.log.failure() {
+        if let Some(failure) = door.log.failure() {
             return Err(failure.cause.clone());
         }
         if shard.turn()? > 0 {
@@ -82,71 +78,25 @@ fn turn_until_closed<A: Aggregate>(
             return Err(FailureCause::Storage { action: "appending accepted events", error: Arc::new(full) });
         } else {
             idle.step(&door.signal, shard.wake_at(), || {
-                // A stalled shard may wait for a segment that retention frees once the states are saved.
-                (!shard.is_stalled() && shard.has_events())
-                    || shard.taker.has_work()
-                    || shard.log.failure().is_some()
-                    || requests.abandon.load(Ordering::SeqCst)
+                shard.has_work_to_finish() || door.log.failure().is_some() || requests.abandon.load(Ordering::SeqCst)
             });
         }
     }
     door.turns_ended.store(true, Ordering::SeqCst);
     send_last_snapshots(shard, &mut idle);
-    finish(shard, door)
+    shard.finish(&door.lanes)
 }
 
 /// Hands the last states over to the snapshotter, which ends after the shards and makes room until then.
 fn send_last_snapshots<A: Aggregate>(shard: &mut Shard<A>, idle: &mut Idle) {
     idle.reset();
-    while !shard.taker.send_last() {
+    while !shard.send_last_snapshots() {
         idle.poll(None);
     }
 }
 
-/// Waits until everything is synced, and writes a mark that says so.
-fn finish<A: Aggregate>(shard: &mut Shard<A>, door: &ShardDoor) -> Result<(), FailureCause> {
-    let end = shard.log.appended.get();
-    shard.syncer.flush(end);
-    let synced = crate::sync::block_own(
-        |waker| door.lanes.waiting_flush().register(end, waker),
-        || {
-            let failure = shard.log.failure().map(|failure| Err(WaitError::from(failure.clone())));
-            if shard.log.durable.get() >= end { Some(Ok(())) } else { failure }
-        },
-    );
-    if synced.is_err() {
-        return Err(shard
-            .log
-            .failure()
-            .map_or(FailureCause::Panic("the syncer has ended".into()), |failure| failure.cause.clone()));
-    }
-    if shard.writer.mark_now(wall_now()) {
-        shard.writer.publish();
-    }
-    Ok(())
-}
-
-/// Closes all lanes for publishers, and waits for those that are inside a push.
-fn close_gates<A: Aggregate>(shard: &mut Shard<A>) {
-    shard.lanes.extend(shard.arriving.close());
-    shard.clients.extend(shard.arriving_clients.close());
-    // An open question is answered by its dropped promise.
-    drop(shard.questions.close());
-    let lanes = || shard.lanes.iter().map(|lane| &lane.shared);
-    let gates = || lanes().chain(shard.clients.iter().map(|client| &client.shared)).chain([&shard.shared_lane.shared]);
-    gates().for_each(|lane| lane.close_gate.close());
-    for lane in gates() {
-        // A thread inside is between two instructions of a push. It never waits there.
-        while !lane.close_gate.is_empty() {
-            thread::yield_now();
-        }
-        lane.space.notify();
-    }
-}
-
-/// Number of cores that pinned shards leave free: for a producer, and for the threads that sync, prepare and save. With
-/// fewer, one of these threads runs on a pinned shard's core, and the shard waits although another core may be free
-/// (docs/decisions/0013).
+/// Cores that pinned shards leave free: for a producer, and for the threads that sync, prepare and save. With fewer, one of these
+/// comes to run where a pinned shard is, which waits although another core may be free (docs/decisions/0013).
 const CORES_LEFT: usize = 2;
 
 /// Returns the core that each shard is pinned to.

@@ -152,7 +152,7 @@ impl<A: Aggregate> Parts<A> {
         let signal = || Arc::new(Signal::new());
         let mut parts = Self {
             clock: Clock::new(),
-            keeper: Arc::new(KeeperRequests { signal: signal(), ending: AtomicBool::new(false) }),
+            keeper: Arc::new(KeeperRequests::new()),
             snapshotter: Arc::new(SnapshotterRequests { signal: signal(), ending: AtomicBool::new(false) }),
             handles: Vec::new(),
             shared_lanes: Vec::new(),

@@ -192,6 +192,7 @@ fn holds(expected: ExpectedVersion, version: u64) -> bool {
         ExpectedVersion::NoEvents => version == 0,
         ExpectedVersion::Exists => version != 0,
         ExpectedVersion::Exact(exact) => version == exact.0,
+        other => panic!("the model does not know {other:?}"),
     }
 }
 
