@@ -214,6 +214,9 @@ impl Config {
         /// The number of keys that each shard allocates space for at the start, 0..=2³⁰. The table grows when needed.
         /// Default: 10,000.
         keys_expected: usize,
+        /// The number of events of one key between two snapshots of its state, 1..=2⁴⁰, or 0 for no snapshots. Default:
+        /// 100. Time travel applies at most this many events, unless snapshots were skipped
+        /// ([`crate::state::SnapshotStats::skipped`]).
         snapshot_every: u64,
         /// The bytes of a shard's log between two checkpoints of all its states, at least 1 MiB. 0 means that a
         /// checkpoint is written only when retention needs one or [`crate::Engine::checkpoint`] is called. Default: 1

@@ -324,7 +324,7 @@ type Gauge = (&'static str, fn(&ShardMetrics) -> u64);
 /// The metrics of an engine at one moment, returned by [`crate::Engine::metrics`].
 ///
 /// ```
-/// # use corelane::{Metrics, Stage};
+/// # use corelane::metrics::{Metrics, Stage};
 /// # fn example(metrics: &Metrics) {
 /// let events: u64 = metrics.shards.iter().map(|shard| shard.appended).sum();
 /// let p99_ns = metrics.histogram(Stage::Appended).value_at_quantile(0.99);

@@ -22,7 +22,8 @@ use crate::bounded::{Bounded, DEPTH_MAX};
 /// A type with an alignment of more than 16 bytes, where archives begin, does not compile:
 ///
 /// ```compile_fail,E0080
-/// use corelane::{Bounded, Encode, Scratch};
+/// use corelane::Bounded;
+/// use corelane::event::{Encode, Scratch};
 ///
 /// #[derive(rkyv::Archive, rkyv::Serialize, Bounded)]
 /// #[rkyv(attr(repr(C, align(32))))]
@@ -34,7 +35,8 @@ use crate::bounded::{Bounded, DEPTH_MAX};
 /// Neither does a type that nests deeper than [`DEPTH_MAX`] levels:
 ///
 /// ```compile_fail,E0080
-/// use corelane::{Bounded, Encode, Scratch};
+/// use corelane::Bounded;
+/// use corelane::event::{Encode, Scratch};
 ///
 /// #[derive(rkyv::Archive, rkyv::Serialize)]
 /// struct Deep(u8);

@@ -28,7 +28,8 @@ impl EventType {
 /// Converts archives of an older layout of an event type into current events.
 ///
 /// ```
-/// use corelane::{Stored, Upcaster};
+/// use corelane::Stored;
+/// use corelane::event::Upcaster;
 /// # use corelane::{Bounded, Event, EventType, EventTypeId};
 /// use rkyv::{Archive, Deserialize, Serialize};
 ///

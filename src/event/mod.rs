@@ -9,6 +9,7 @@ mod meta;
 mod position;
 mod schema;
 
+pub use crate::bounded::DEPTH_MAX;
 pub(crate) use encode::{ARCHIVE_ALIGN, Root, has_one_size};
 pub use encode::{Encode, Scratch, deserialize};
 pub use event_type::{EventType, Upcaster};
