@@ -183,10 +183,8 @@ const KNOWN_AT_REST: [&str; 4] = ["lag_bytes", "is_running", "is_failed", DEAD_L
 const DEAD_LETTERS: &str = "dead_letters";
 
 /// Returns the reports as Prometheus text, to append to [`crate::Metrics::prometheus`]. Counts are of the consumer's
-/// present run. For a consumer
-/// that does not run, only lag, dead letters and failure are included: a 0 would be mistaken for a count. The label
-/// `reason` of
-/// `corelane_consumer_failure` holds the failure.
+/// present run. For a consumer that does not run, only lag, dead letters and failure are included: a 0 would be
+/// mistaken for a count. The label `reason` of `corelane_consumer_failure` holds the failure.
 #[must_use]
 pub fn prometheus(reports: &[ConsumerReport]) -> String {
     let mut out = String::new();
@@ -211,11 +209,11 @@ pub fn prometheus(reports: &[ConsumerReport]) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::super::error::ConsumerError;
     use super::*;
+    use crate::consumer::error::ConsumerError;
 
     #[test]
-    fn reports_are_lines_that_prometheus_reads() {
+    fn reports_are_valid_prometheus_text() {
         let mut report = ConsumerReport::at_rest("mail", std::iter::empty());
         (report.handled, report.unread, report.unfinished) = (7, 40, 2);
         report.halted = Some(HaltCause::DeadLettersFull);
@@ -236,7 +234,7 @@ mod tests {
         ] {
             assert!(text.lines().any(|found| found == line), "{line} is not in\n{text}");
         }
-        assert!(!text.contains("dead_letters{consumer=\"sms\"}"), "nobody knows");
+        assert!(!text.contains("dead_letters{consumer=\"sms\"}"), "an unknown count is left out");
         assert_eq!(text.lines().count(), 2 * FIGURES.len() + KNOWN_AT_REST.len() - 1 + 2);
     }
 }

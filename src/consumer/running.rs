@@ -212,7 +212,7 @@ impl<E: Event> Shell<E> {
         let saved = self.driver.save();
         if let (Err(_), Err(error)) = (&driven, &saved) {
             let consumer = &*self.driver.settings().name;
-            tracing::error!(consumer, %error, "records could not be saved when a consumer ended; their events are handled again");
+            tracing::error!(consumer, %error, "records could not be saved at the end; their events are handled again");
         }
         self.report();
         driven.and(saved)

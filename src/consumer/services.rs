@@ -1,8 +1,7 @@
 //! The consumers of a store: which are registered, which run, and which part of the log each still needs.
 //!
 //! A consumer is registered by its position file. From then on retention keeps its unfinished events, whether it runs
-//! or not, until it is
-//! removed.
+//! or not, until it is removed.
 
 use std::collections::BTreeMap;
 use std::io::ErrorKind;
@@ -123,8 +122,7 @@ impl Services {
     }
 
     /// Marks a consumer as driven, and registers it if it is new. A new position file is durable before this returns.
-    /// Returns the shards with the
-    /// consumer's progress, and the end of its durable dead letters.
+    /// Returns the shards with the consumer's progress, and the end of its durable dead letters.
     pub(crate) fn drive<E: Event>(
         &self,
         name: &str,

@@ -92,7 +92,8 @@ impl AdmissionControl {
         self.health.succeeded_while_healthy(calls, now);
     }
 
-    /// Reports the outcome of a call to the service's health, and returns the verdict if it failed. `event` is `None` for a dead letter.
+    /// Reports the outcome of a call to the service's health, and returns the verdict if it failed. `event` is `None`
+    /// for a dead letter.
     pub(super) fn judge(
         &mut self,
         permit: CallPermit,
@@ -116,8 +117,8 @@ impl AdmissionControl {
         judgement.map(|judgement| self.verdict(judgement, attempt))
     }
 
-    /// Returns `true` if a failure says something about the service. If other calls succeeded since the same event failed first, the
-    /// event is at fault: a few events that always fail must not hold up all others.
+    /// Returns `true` if a failure says something about the service. If other calls succeeded since the same event
+    /// failed first, the event is at fault: a few events that always fail must not hold up all others.
     fn concerns_service(&mut self, event: Option<EventId>) -> bool {
         match event {
             Some(id) => self.failing.get(&id).is_none_or(|failing| failing.successes == self.successes),

@@ -2,10 +2,8 @@
 //! all are done.
 //!
 //! One writer: the owner. The queues call no handler and write no file. One event of a key is in flight at a time, the
-//! key's first
-//! unfinished one, so a key's events succeed in the order offered. The position never passes an event that is neither
-//! handled nor
-//! durably recorded.
+//! key's first unfinished one, so a key's events succeed in the order offered. The position never passes an event that
+//! is neither handled nor durably recorded.
 //!
 //! ```text
 //!                 ┌───────────────── due ────────────────┐
@@ -19,11 +17,9 @@
 //! ```
 //!
 //! Memory: 24 bytes per unfinished event; 32 bytes and an index of 5 to 12 bytes per key that has one or is parked;
-//! about 30 more per
-//! key that waits for a time. With a million keys: 100 bytes per retrying key with one event, 44 per parked key. A key
-//! at rest takes none.
-//! Allocations are kept and reused. A table that has just doubled takes twice what it holds, and three times while it
-//! doubles.
+//! about 30 more per key that waits for a time. With a million keys: 100 bytes per retrying key with one event, 44 per
+//! parked key. A key at rest takes none. Allocations are kept and reused. A table that has just doubled takes twice
+//! what it holds, and three times while it doubles.
 
 use std::collections::{BTreeSet, VecDeque};
 use std::time::Duration;
@@ -133,8 +129,7 @@ impl KeyQueues {
     }
 
     /// Adds the next event of the log and returns it in flight. Its key must be at rest ([`KeyQueues::is_at_rest`]).
-    /// For an owner that
-    /// handles events as it reads them and queues only those that fail.
+    /// For an owner that handles events as it reads them and queues only those that fail.
     ///
     /// # Errors
     /// As [`KeyQueues::offer`].
@@ -179,8 +174,7 @@ impl KeyQueues {
     }
 
     /// As [`KeyQueues::next`], but prefers an event that has not failed yet: the first at or behind place `from` among
-    /// the ready ones. An event
-    /// that failed before cannot show whether it or the service is at fault.
+    /// the ready ones. An event that failed before cannot show whether it or the service is at fault.
     pub(crate) fn next_fresh(&mut self, from: usize) -> Option<InFlight> {
         if !self.may_run() {
             return None;

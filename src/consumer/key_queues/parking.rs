@@ -100,8 +100,7 @@ impl KeyQueues {
     }
 
     /// Notes that `letters` of the key's oldest dead letters were handled or discarded. With the last one the key is
-    /// live again, and its
-    /// waiting events run. Returns the number of letters left.
+    /// live again, and its waiting events run. Returns the number of letters left.
     ///
     /// # Errors
     /// If the key has fewer letters.
