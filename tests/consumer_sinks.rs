@@ -539,8 +539,6 @@ fn a_sink_begins_where_it_was_registered_and_cannot_begin_again_where_that_was_f
     let failure = report.failure.expect("it is shown");
     assert!(matches!(failure.error(), ConsumerError::BeginningGone { .. }), "{failure}");
     engine.remove_consumer("sink").unwrap();
-    assert!(
-        builder().start_sink(100, database()).unwrap().drain(soon()),
-        "registered again, it begins with what is held"
-    );
+    let again = builder().start_sink(100, database()).unwrap();
+    again.drain(soon()).expect("registered again, it begins with the earliest event held");
 }
