@@ -6,7 +6,8 @@ use std::time::{Duration, Instant};
 
 use crate::common::{Note, open_on, small, soon};
 use corelane::consumer::{
-    ConsumerError, DeadLetterPolicy, Delivery, HaltCause, HealthPolicy, Judgement, Letters, Poller, Start, WhenFull,
+    ConsumerError, DeadLetterPolicy, Delivery, HaltCause, HealthPolicy, Judgement, LetterSelector, Poller, Start,
+    WhenFull,
 };
 use corelane::testing::FaultyStorage;
 use corelane::{EventLog, Key, OpenError};
@@ -86,7 +87,7 @@ fn a_consumer_that_seeks_back_keeps_its_letters_without_duplicates() {
         "the event before the letters is behind the same fault, and becomes a letter"
     );
     assert_eq!(consumer.letters(), 3);
-    consumer.poller.reprocess(Letters::All);
+    consumer.poller.reprocess(LetterSelector::All);
     assert_eq!(consumer.take(|_| None), [10, 11, 12], "in order");
     publish(&engine, [13]);
     assert_eq!(consumer.take(|_| None), [13], "with the last letter its key is unparked");
@@ -101,7 +102,7 @@ fn letters_reprocessed_before_older_events_are_read_again_wait_for_them() {
     consumer.take(|n| (n == 11).then_some("park"));
     consumer.poller.save().unwrap();
     consumer.poller.seek(Start::Beginning).unwrap();
-    consumer.poller.reprocess(Letters::All);
+    consumer.poller.reprocess(LetterSelector::All);
     assert_eq!(consumer.take(|_| None), [10, 11]);
 }
 
@@ -117,9 +118,9 @@ fn a_rebuild_handles_recorded_events_again_even_after_a_restart_in_the_middle() 
             20 => Some("skip"),
             _ => None,
         });
-        consumer.poller.reprocess(Letters::Of(Key(1)));
+        consumer.poller.reprocess(LetterSelector::Of(Key(1)));
         assert_eq!(consumer.take(|_| None), [10, 11]);
-        assert_eq!(consumer.poller.discard(Letters::Of(Key(4))).unwrap(), 1);
+        assert_eq!(consumer.poller.discard(LetterSelector::Of(Key(4))).unwrap(), 1);
         consumer.poller.save().unwrap();
         let counts = consumer.poller.report().letters;
         consumer.poller.seek(Start::Beginning).unwrap();
@@ -143,7 +144,7 @@ fn a_letter_discarded_before_it_is_read_again_does_not_come_again() {
     consumer.take(|n| (n == 10).then_some("park"));
     consumer.poller.save().unwrap();
     consumer.poller.seek(Start::Beginning).unwrap();
-    assert_eq!(consumer.poller.discard(Letters::All).unwrap(), 1);
+    assert_eq!(consumer.poller.discard(LetterSelector::All).unwrap(), 1);
     assert_eq!(consumer.take(|_| None), [20]);
 }
 
@@ -155,7 +156,7 @@ fn a_letter_that_makes_room_while_it_is_handled_frees_its_key_once() {
     publish(&engine, [10, 11]);
     consumer.take(|n| (n == 10).then_some("park"));
     assert_eq!(consumer.letters(), 2);
-    consumer.poller.reprocess(Letters::Of(Key(1)));
+    consumer.poller.reprocess(LetterSelector::Of(Key(1)));
     let (n, oldest) = consumer.next().unwrap();
     assert_eq!(n, 10);
     publish(&engine, [20, 12]);
@@ -183,7 +184,7 @@ fn letters_are_handled_while_there_is_no_room_for_more() {
     assert_eq!(consumer.poller.report().halted, Some(HaltCause::DeadLettersFull));
     let letters = consumer.letters();
     assert!(letters <= 2, "{letters}");
-    assert_eq!(consumer.poller.reprocess(Letters::All), letters);
+    assert_eq!(consumer.poller.reprocess(LetterSelector::All), letters);
     assert_eq!(consumer.take(|_| None), [10, 20][..letters]);
     consumer.poller.resume();
     let mut taken = consumer.take(|_| None);
@@ -191,7 +192,7 @@ fn letters_are_handled_while_there_is_no_room_for_more() {
     while consumer.letters() > 0 || consumer.poller.report().waiting() > 0 {
         assert!(Instant::now() < end, "{:?}", consumer.poller.report());
         consumer.poller.resume();
-        consumer.poller.reprocess(Letters::All);
+        consumer.poller.reprocess(LetterSelector::All);
         taken.extend(consumer.take(|_| None));
     }
     assert_eq!(taken.len() + letters, 4);
@@ -208,7 +209,7 @@ fn a_position_is_saved_although_the_outcome_of_a_letter_cannot_be_written() {
     // The next run cannot create its file of letters.
     storage.refuse_side_files(true);
     let mut driven = Driven::new(&engine, policy());
-    assert_eq!(driven.poller.reprocess(Letters::All), 1);
+    assert_eq!(driven.poller.reprocess(LetterSelector::All), 1);
     publish(&engine, [21, 30]);
     let mut taken = driven.take(|_| None);
     taken.sort_unstable();
@@ -237,9 +238,9 @@ fn the_next_position_covers_the_outcomes_of_letters_although_nothing_else_was_ha
         let (checkpoint, letters) = (named("checkpoint"), named("letters-000001.log"));
 
         if is_discarded {
-            assert_eq!(driven.poller.discard(Letters::All).unwrap(), 2);
+            assert_eq!(driven.poller.discard(LetterSelector::All).unwrap(), 2);
         } else {
-            assert_eq!(driven.poller.reprocess(Letters::All), 1);
+            assert_eq!(driven.poller.reprocess(LetterSelector::All), 1);
             assert_eq!(driven.take(|_| None), [10, 11]);
         }
         // Lets the interval between two saves pass.

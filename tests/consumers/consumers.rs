@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use crate::common::{Note, SEGMENT, os_cache, small, soon, until};
 use corelane::consumer::{
     Consumer, ConsumerError, ConsumerReport, DeadLetterPolicy, Exhausted, HaltCause, Handled, HealthPolicy, Judgement,
-    LetterKind, Letters, QueuePolicy, Retry, Start,
+    LetterKind, LetterSelector, QueuePolicy, Retry, Start,
 };
 use corelane::{EventLog, HandlerError, Key, Meta, Retention};
 use rkyv::Archived;
@@ -78,7 +78,7 @@ fn every_event_is_handled_in_order_and_a_restart_continues_after_them() {
             let consumer = consumer.unwrap();
             // The same while the consumer runs.
             publish(&engine, (0..100).map(|i| (i % 7, round * 900 + 800 + i)).take(0));
-            assert!(consumer.drain(soon()));
+            consumer.drain(soon()).unwrap();
             let report = consumer.report();
             assert_eq!((report.waiting(), report.failed, report.success_rate()), (0, 0, 1.0));
             if round == 1 {
@@ -203,7 +203,7 @@ fn a_failing_event_is_retried_before_the_next_of_its_key_and_delays_no_other_key
     publish(&engine, events(10, 500));
     until("the other keys are handled", || seen.len() >= 450);
     assert_eq!(seen.of(3), [0; 0], "the later events of its key wait");
-    assert!(consumer.drain(soon()));
+    consumer.drain(soon()).unwrap();
     for key in 0..10 {
         assert_eq!(seen.of(key), rising(10, 500, key));
     }
@@ -224,7 +224,8 @@ fn a_panicking_handler_counts_as_failing_and_affects_no_other_consumer() {
     });
     let good = good.unwrap();
     publish(&engine, events(5, 50));
-    assert!(good.drain(soon()) && bad.drain(soon()));
+    good.drain(soon()).unwrap();
+    bad.drain(soon()).unwrap();
     assert_eq!(seen.len(), 50);
     let report = bad.report();
     assert_eq!((report.handled, report.parked, report.letters.letters), (0, 50, 50));
@@ -252,26 +253,26 @@ fn a_parked_key_keeps_its_order_through_reprocessing_and_a_restart() {
         let engine = EventLog::<Note>::open(small(dir.path())).unwrap();
         publish(&engine, events(3, 30));
         let consumer = start(&engine);
-        assert!(consumer.drain(soon()));
+        consumer.drain(soon()).unwrap();
         assert_eq!((seen.of(0), seen.of(1)), (rising(3, 30, 0), vec![]));
         assert_eq!(consumer.report().letters.letters, 10);
         // Reprocessing stops at the first failure, the oldest letter.
-        assert_eq!(consumer.reprocess(Letters::All).unwrap(), 1);
+        assert_eq!(consumer.reprocess(LetterSelector::All).unwrap(), 1);
         until("the letter was retried", || consumer.dead_letters(None, 1).unwrap()[0].attempts == 4);
         assert_eq!(consumer.report().letters.letters, 10);
     }
     let engine = EventLog::<Note>::open(small(dir.path())).unwrap();
     let consumer = start(&engine);
     publish(&engine, (30..60).map(|n| (n % 3, n)));
-    assert!(consumer.drain(soon()));
+    consumer.drain(soon()).unwrap();
     assert_eq!(consumer.report().letters.letters, 20, "later events are parked behind it, even after a restart");
     let letters = consumer.dead_letters(None, 100).unwrap();
     assert!(letters.iter().skip(1).all(|letter| letter.why == LetterKind::Behind && letter.attempts == 0));
     is_well.store(true, Ordering::SeqCst);
-    assert_eq!(consumer.reprocess(Letters::Of(Key::new(1))).unwrap(), 1);
+    assert_eq!(consumer.reprocess(LetterSelector::Of(Key::new(1))).unwrap(), 1);
     until("all letters are handled", || consumer.report().letters.letters == 0);
     publish(&engine, (60..90).map(|n| (n % 3, n)));
-    assert!(consumer.drain(soon()));
+    consumer.drain(soon()).unwrap();
     for key in 0..3 {
         assert_eq!(seen.of(key), rising(3, 90, key), "key {key}");
     }
@@ -294,14 +295,14 @@ fn discarded_letters_are_counted_and_unpark_their_key() {
     });
     let consumer = consumer.unwrap();
     publish(&engine, [(1, 0), (1, 5), (2, 1), (2, 6), (3, 7)]);
-    assert!(consumer.drain(soon()));
-    assert_eq!(consumer.discard(Letters::Of(Key::new(1))).unwrap(), 2);
+    consumer.drain(soon()).unwrap();
+    assert_eq!(consumer.discard(LetterSelector::Of(Key::new(1))).unwrap(), 2);
     publish(&engine, [(1, 8), (2, 9)]);
-    assert!(consumer.drain(soon()));
+    consumer.drain(soon()).unwrap();
     let report = consumer.report();
     assert_eq!((report.letters.letters, report.letters.discarded), (3, 2));
-    assert_eq!(consumer.discard(Letters::All).unwrap(), 3);
-    assert_eq!(consumer.discard(Letters::All).unwrap(), 0);
+    assert_eq!(consumer.discard(LetterSelector::All).unwrap(), 3);
+    assert_eq!(consumer.discard(LetterSelector::All).unwrap(), 0);
     assert_eq!(seen.len(), 0);
 }
 
@@ -312,7 +313,7 @@ fn judgements_skip_halt_and_await_a_gap() {
     let (seen, is_there) = (Seen::default(), Arc::new(AtomicBool::new(false)));
     let (saw, there) = (seen.clone(), Arc::clone(&is_there));
     let builder =
-        engine.consumer("c").health(patient()).lanes(QueuePolicy::default().gap_wait_max(Duration::from_secs(3600)));
+        engine.consumer("c").health(patient()).queues(QueuePolicy::default().gap_wait_max(Duration::from_secs(3600)));
     let builder = builder.judge(|error, _| match error.to_string().as_str() {
         "skip" => Judgement::Skip,
         "halt" => Judgement::Halt,
@@ -342,7 +343,7 @@ fn judgements_skip_halt_and_await_a_gap() {
     assert!(!consumer.gap_filled(Key::new(4)).unwrap(), "that key waits for no gap");
     is_there.store(true, Ordering::SeqCst);
     until("the key waits for its gap", || consumer.gap_filled(Key::new(3)).unwrap());
-    assert!(consumer.drain(soon()));
+    consumer.drain(soon()).unwrap();
     assert_eq!((seen.of(1), seen.of(3)), (vec![11], vec![30, 31]));
     let report = consumer.report();
     assert_eq!((report.skipped, report.letters.skipped, report.letters.letters), (1, 1, 0));
@@ -359,7 +360,7 @@ fn parked_events_do_not_count_against_the_service_and_a_panicking_judge_leaves_t
     });
     let consumer = builder.start(|event, _| Err(if event.n == 7 { "what" } else { "poison" }.into())).unwrap();
     publish(&engine, (0..100).map(|n| (n, n)));
-    assert!(consumer.drain(soon()));
+    consumer.drain(soon()).unwrap();
     let report = consumer.report();
     assert_eq!((report.parked, report.failed), (100, 101), "the event without a judgement was tried twice");
     let health = report.health.unwrap();
@@ -374,7 +375,7 @@ fn exhausted_attempts_end_as_configured() {
         let builder = engine.consumer("c").retry(quick(3)).health(patient()).when_exhausted(exhausted);
         let consumer = builder.start(|event, _| if event.n == 0 { Err("no".into()) } else { Ok(()) }).unwrap();
         publish(&engine, [(1, 0), (1, 1), (2, 2)]);
-        assert!(consumer.drain(soon()));
+        consumer.drain(soon()).unwrap();
         let report = consumer.report();
         assert_eq!((report.parked, report.skipped, report.failed), (parked, skipped, 3));
     }
@@ -394,12 +395,12 @@ fn a_consumer_without_room_for_dead_letters_halts_and_loses_nothing() {
     until("the consumer halts", || consumer.report().halted == Some(HaltCause::DeadLettersFull));
     assert!(consumer.report().letters.letters <= 3);
     is_well.store(true, Ordering::SeqCst);
-    consumer.discard(Letters::All).unwrap();
+    consumer.discard(LetterSelector::All).unwrap();
     until("every event is done", || {
         // The earlier failures are recorded, three at a time.
-        consumer.discard(Letters::All).unwrap();
+        consumer.discard(LetterSelector::All).unwrap();
         consumer.resume().unwrap();
-        consumer.drain(Some(Instant::now() + Duration::from_millis(20)))
+        consumer.drain(Some(Instant::now() + Duration::from_millis(20))).is_ok()
     });
     let report = consumer.report();
     let letters = report.letters;
@@ -422,7 +423,7 @@ fn a_paused_consumer_handles_nothing_and_a_rebuild_repeats_no_side_effect() {
     });
     let consumer = consumer.unwrap();
     publish(&engine, events(4, 40));
-    assert!(consumer.drain(soon()));
+    consumer.drain(soon()).unwrap();
     consumer.pause().unwrap();
     publish(&engine, events(4, 20));
     std::thread::sleep(Duration::from_millis(20));
@@ -431,7 +432,7 @@ fn a_paused_consumer_handles_nothing_and_a_rebuild_repeats_no_side_effect() {
     consumer.seek(Start::Beginning).unwrap();
     assert_eq!(handled.load(Ordering::SeqCst), 40, "the consumer is still paused");
     consumer.resume().unwrap();
-    assert!(consumer.drain(soon()));
+    consumer.drain(soon()).unwrap();
     assert_eq!(handled.load(Ordering::SeqCst), 100, "40, and then all 60 again");
     assert_eq!(consumer.report().handled, 100, "the counts continue");
     let mut keys = effect_keys.lock().unwrap().clone();
@@ -441,7 +442,7 @@ fn a_paused_consumer_handles_nothing_and_a_rebuild_repeats_no_side_effect() {
     assert_eq!(keys.len(), 60, "each effect has its own key");
     consumer.seek(Start::Latest).unwrap();
     publish(&engine, events(4, 5));
-    assert!(consumer.drain(soon()));
+    consumer.drain(soon()).unwrap();
     assert_eq!(handled.load(Ordering::SeqCst), 105);
 }
 
@@ -515,7 +516,7 @@ fn a_hanging_handler_is_visible_and_stoppable_and_affects_no_other_consumer() {
         });
         let other = other.unwrap();
         publish(&engine, events(3, 30));
-        assert!(other.drain(soon()));
+        other.drain(soon()).unwrap();
         assert_eq!(seen.len(), 30);
         until("the report shows it", || {
             hanging.report().running_since.is_some_and(|since| since > Duration::from_millis(30))
@@ -523,7 +524,8 @@ fn a_hanging_handler_is_visible_and_stoppable_and_affects_no_other_consumer() {
         if concurrency == 3 {
             until("other keys are handled", || hanging.report().handled == 20);
         }
-        assert!(!hanging.drain(Some(Instant::now() + Duration::from_millis(20))));
+        let drained = hanging.drain(Some(Instant::now() + Duration::from_millis(20)));
+        assert!(matches!(drained, Err(ConsumerError::Wait(corelane::WaitError::TimedOut))), "{drained:?}");
         let began = Instant::now();
         let stopped = hanging.stop(Some(began + Duration::from_millis(50)));
         assert!(matches!(stopped, Err(ConsumerError::Busy { .. })), "{stopped:?}");
@@ -662,7 +664,7 @@ fn consumers_begin_at_the_configured_start() {
             Ok(())
         });
         let consumer = consumer.unwrap();
-        assert!(consumer.drain(soon()));
+        consumer.drain(soon()).unwrap();
         assert_eq!(seen.len(), expected, "{start:?}");
     }
 }

@@ -8,7 +8,9 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use crate::common::{Note, SEGMENT, open_on, os_cache, read_shard, small, soon, until};
-use corelane::consumer::{Consumer, ConsumerError, HealthPolicy, Judgement, Letters, Retry, Start, WriteRefused};
+use corelane::consumer::{
+    Consumer, ConsumerError, HealthPolicy, Judgement, LetterSelector, Retry, Start, WriteRefused,
+};
 use corelane::testing::FaultyStorage;
 use corelane::{EventLog, Key, Rejected, Retention};
 
@@ -74,7 +76,7 @@ fn a_position_that_cannot_be_saved_blocks_retention_and_no_event() {
     until("the obstacle is in place", || std::fs::create_dir(&obstacle).is_ok());
     assert_eq!(publish(&engine, 0, 200), 200);
     engine.flush(soon()).unwrap();
-    assert!(consumer.drain(soon()));
+    consumer.drain(soon()).unwrap();
     assert_eq!(sorted(&seen), (0..200).collect::<Vec<_>>(), "the consumer keeps handling events");
     until("failures are counted", || consumer.report().write_failures.0 > 3);
     let report = consumer.report();
@@ -95,7 +97,7 @@ fn a_full_disk_is_backpressure_for_publishers_and_a_delay_for_consumers() {
     let consumer = start(&engine, &seen, &is_well);
     let before = publish(&engine, 0, 24);
     engine.flush(soon()).unwrap();
-    assert!(consumer.drain(soon()));
+    consumer.drain(soon()).unwrap();
     storage.refuse_files(true);
     // These fit into the active segment.
     let before = publish(&engine, before, 10);
@@ -112,13 +114,13 @@ fn a_full_disk_is_backpressure_for_publishers_and_a_delay_for_consumers() {
     storage.refuse_files(false);
     storage.set_space(None);
     engine.flush(soon()).unwrap();
-    assert!(consumer.drain(soon()), "{:?}", consumer.report());
+    assert!(consumer.drain(soon()).is_ok(), "{:?}", consumer.report());
     let is_letter = |n: &u64| n % 10 == 7;
     assert_eq!(sorted(&seen), (0..accepted).filter(|n| !is_letter(n)).collect::<Vec<_>>(), "each event once");
     assert_eq!(consumer.report().letters.letters, (0..accepted).filter(is_letter).count());
     until("retention continues", || segments(&engine) <= 3);
     is_well.store(true, Ordering::SeqCst);
-    consumer.reprocess(Letters::All).unwrap();
+    consumer.reprocess(LetterSelector::All).unwrap();
     until("letters are handled", || consumer.report().letters.letters == 0);
     assert_eq!(sorted(&seen), (0..accepted).collect::<Vec<_>>());
     let sevens: Vec<u64> = seen.lock().unwrap().iter().copied().filter(is_letter).collect();
@@ -148,7 +150,7 @@ fn dead_letters_that_cannot_be_written_keep_their_keys_waiting_and_are_written_l
             until("the consumer tries again", || consumer.report().write_failures.1 > 0);
         }
         storage.refuse_side_files(false);
-        assert!(consumer.drain(soon()));
+        consumer.drain(soon()).unwrap();
         let letters = consumer.dead_letters(None, 100).unwrap();
         assert_eq!(letters.len(), 10, "every event of key 7");
         assert!(letters.iter().map(|letter| letter.id.offset).is_sorted());
@@ -205,7 +207,7 @@ fn on_real_disk(dir: &Path) {
     let consumer = start(&engine, &seen, &is_well);
     let before = publish(&engine, 0, 40);
     engine.flush(soon()).unwrap();
-    assert!(consumer.drain(soon()));
+    consumer.drain(soon()).unwrap();
     // Fills the disk to the last byte.
     drop(std::fs::write(&ballast, vec![1; 16 << 20]));
     let accepted = publish(&engine, before, 5000);
@@ -214,9 +216,9 @@ fn on_real_disk(dir: &Path) {
     assert!(consumer.report().failure.is_none());
     std::fs::remove_file(&ballast).unwrap();
     engine.flush(soon()).unwrap();
-    assert!(consumer.drain(soon()), "{:?}", consumer.report());
+    assert!(consumer.drain(soon()).is_ok(), "{:?}", consumer.report());
     is_well.store(true, Ordering::SeqCst);
-    consumer.reprocess(Letters::All).unwrap();
+    consumer.reprocess(LetterSelector::All).unwrap();
     until("letters are handled", || consumer.report().letters.letters == 0);
     assert_eq!(sorted(&seen), (0..accepted).collect::<Vec<_>>(), "each event once");
     until("retention continues", || segments(&engine) <= 3);

@@ -56,7 +56,7 @@ impl Busy {
         }
         self.next += 200;
         self.engine.flush(soon()).unwrap();
-        assert!(self.consumer.drain(soon()));
+        self.consumer.drain(soon()).unwrap();
         self.consumer.save().unwrap();
         // A gap of one sequence.
         let offered = self.gate.offer(1, self.next + 1, Key::new(1), Note::new(0)).unwrap();
@@ -141,7 +141,7 @@ fn an_open_store_stays_the_same_folder_when_its_path_leads_elsewhere() {
         busy.work();
         // A new consumer, whose folders are created now.
         let late = busy.engine.consumer("late").start(|_: &ArchivedNote, _: &Meta| Ok(())).unwrap();
-        assert!(late.drain(soon()));
+        late.drain(soon()).unwrap();
         drop(late);
         assert!(matches!(EventLog::<Note>::open(config(&place)), Err(OpenError::Locked { .. })), "{what}: one engine");
         busy.end();
@@ -276,7 +276,7 @@ fn a_store_opened_by_a_tool_stays_the_same_folder() {
     let mut records = store.records(ShardId(0));
     assert!(records.next().unwrap().is_some() && records.next().unwrap().is_none(), "one event");
     assert!(!store.shard(ShardId(0)).unwrap().segments.is_empty());
-    let all = corelane::consumer::Letters::All;
+    let all = corelane::consumer::LetterSelector::All;
     outside::ask(&store, "c", Request::Reprocess(all)).unwrap();
     let asked = |dir: &Path| fs::read_dir(dir.join("consumers/c")).unwrap().count();
     assert_eq!(asked(&dir.path().join("first")), asked(&name) + 1, "the request is in the opened folder");

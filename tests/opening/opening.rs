@@ -422,7 +422,7 @@ fn damaged_everywhere() -> Files {
     for name in ["a", "b"] {
         let consumer =
             engine.consumer(name).start(|_: &crate::common::ArchivedNote, _: &corelane::Meta| Ok(())).unwrap();
-        assert!(consumer.drain(soon()));
+        consumer.drain(soon()).unwrap();
         consumer.stop(soon()).unwrap();
     }
     engine.flush(soon()).unwrap();
@@ -833,7 +833,7 @@ fn no_field_of_a_consumers_or_a_gates_position_makes_opening_panic_or_change_an_
     gated.save(soon()).unwrap();
     drop(gated);
     let consumer = engine.consumer("a").start(|_: &crate::common::ArchivedNote, _: &corelane::Meta| Ok(())).unwrap();
-    assert!(consumer.drain(soon()));
+    consumer.drain(soon()).unwrap();
     consumer.stop(soon()).unwrap();
     engine.shutdown(soon()).unwrap();
     drop(engine);

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use crate::common::{os_cache, soon, tree};
-use corelane::consumer::{HealthPolicy, LetterKind, Letters, Retry};
+use corelane::consumer::{HealthPolicy, LetterKind, LetterSelector, Retry};
 use corelane::event::{Upcaster, deserialize};
 use corelane::{
     Aggregate, Bounded, Config, ConfigError, Durability, Emit, Engine, Event, EventLog, EventType, EventTypeId, Key,
@@ -451,12 +451,12 @@ fn a_consumer_survives_a_panicking_upcaster() {
         let health = HealthPolicy::default().consecutive_max(1_000).failure_percent_max(100);
         let consumer = engine.consumer("c").concurrency(concurrency).retry(retry).health(health);
         let consumer = consumer.start(|_, _| Ok(())).unwrap();
-        assert!(consumer.drain(soon()));
+        consumer.drain(soon()).unwrap();
         let letters = consumer.dead_letters(None, 100).unwrap();
         let failed = letters.iter().find(|letter| letter.why == LetterKind::Failed).unwrap();
         assert!(failed.error.contains("a panic on purpose"), "{}", failed.error);
         PANICS.store(false, Ordering::SeqCst);
-        consumer.reprocess(Letters::All).unwrap();
+        consumer.reprocess(LetterSelector::All).unwrap();
         while consumer.report().letters.letters > 0 {
             std::thread::sleep(Duration::from_millis(1));
         }

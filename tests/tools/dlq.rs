@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use crate::common::{copy, small, soon, tree, until};
-use corelane::consumer::{Consumer, ConsumerError, HealthPolicy, Letters, Poller, Request, Retry, outside};
+use corelane::consumer::{Consumer, ConsumerError, HealthPolicy, LetterSelector, Poller, Request, Retry, outside};
 use corelane::envelope::{ArchivedEnvelope, Envelope};
 use corelane::log::scan::Store;
 use corelane::{EventLog, HandlerError, Key, Meta, OpenError};
@@ -61,7 +61,7 @@ impl Game {
         let game = Self::open(dir);
         game.publish(1..4);
         let consumer = game.start("c");
-        assert!(consumer.drain(soon()));
+        consumer.drain(soon()).unwrap();
         assert_eq!(consumer.report().letters.letters, 8);
         consumer.save().unwrap();
         (game, consumer)
@@ -154,7 +154,7 @@ fn a_payload_is_shown_unchanged_whatever_its_fields_are_called() {
     drop(game.engine.producer().publish(event.key(), event).unwrap());
     game.engine.flush(soon()).unwrap();
     let consumer = game.start("c");
-    assert!(consumer.drain(soon()));
+    consumer.drain(soon()).unwrap();
     let id = consumer.dead_letters(None, 1).unwrap()[0].id.to_string();
     let shown = says(&["dlq", "show"], dir, &["--consumer", "c", &id], 0);
     assert!(shown.contains(payload), "{shown}");
@@ -170,7 +170,7 @@ fn events_of_other_types_are_shown_as_bytes() {
     drop(engine.producer().publish(Key::new(1), crate::common::Note::new(0x11_2233)).unwrap());
     engine.flush(soon()).unwrap();
     let consumer = engine.consumer("c").retry(once()).health(patient()).start(|_, _| Err("no".into())).unwrap();
-    assert!(consumer.drain(soon()));
+    consumer.drain(soon()).unwrap();
     let id = consumer.dead_letters(None, 1).unwrap()[0].id.to_string();
     let shown = says(&["dlq", "show"], dir, &["--consumer", "c", &id], 0);
     assert!(shown.contains("note (id 1, schema version 1)") && shown.contains("332211"), "{shown}");
@@ -219,7 +219,7 @@ fn a_request_waits_for_the_next_start_of_the_consumer() {
     game.publish(3..4);
     let consumer = game.start("c");
     until("both requests are done", || game.requests() == 0);
-    assert!(consumer.drain(soon()));
+    consumer.drain(soon()).unwrap();
     assert_eq!(game.seen_of(Key::new(2)), ["0", "1"]);
     assert_eq!(game.seen_of(Key::new(3)), ["0", "1"], "only the new events");
     let letters = consumer.report().letters;
@@ -238,7 +238,7 @@ fn letters_are_discarded_after_confirmation() {
     until("every letter is discarded", || consumer.report().letters.letters == 0);
     game.is_well.store(true, Ordering::SeqCst);
     game.publish(1..4);
-    assert!(consumer.drain(soon()));
+    consumer.drain(soon()).unwrap();
     assert_eq!(game.seen_of(Key::new(1)), ["0", "1"], "the key is unparked");
 }
 
@@ -249,7 +249,7 @@ fn a_request_survives_a_crash_during_reprocessing() {
     consumer.stop(soon()).unwrap();
     let (handled, crashed) = (Arc::new(AtomicU64::new(0)), dir.path().join("crashed"));
     let (count, from, to) = (Arc::clone(&handled), dir.path().to_owned(), crashed.clone());
-    outside::ask(&Store::open(dir.path()).unwrap(), "c", Request::Reprocess(Letters::All)).unwrap();
+    outside::ask(&Store::open(dir.path()).unwrap(), "c", Request::Reprocess(LetterSelector::All)).unwrap();
     let builder = game.engine.consumer("c").retry(once()).health(patient());
     let consumer = builder.start(move |_, _| {
         // The state after a crash at this point: the first two letters are handled and perhaps recorded, the third is
@@ -282,9 +282,9 @@ fn a_discard_retries_a_key_whose_letter_is_being_handled() {
     consumer.stop(soon()).unwrap();
     let now = Arc::new(AtomicU64::new(0));
     let mut poller = poller(&game, &now);
-    assert_eq!(poller.reprocess(Letters::Of(Key::new(1))), 1);
+    assert_eq!(poller.reprocess(LetterSelector::Of(Key::new(1))), 1);
     let delivery = poller.next().unwrap().unwrap();
-    outside::ask(&Store::open(dir.path()).unwrap(), "c", Request::Discard(Letters::All)).unwrap();
+    outside::ask(&Store::open(dir.path()).unwrap(), "c", Request::Discard(LetterSelector::All)).unwrap();
     now.store(1000, Ordering::SeqCst);
     assert!(poller.next().unwrap().is_none());
     assert_eq!((poller.report().letters.letters, game.requests()), (2, 1), "except for the key that is out");
@@ -314,7 +314,7 @@ fn a_poller_checks_for_requests_once_a_second_and_sets_invalid_ones_aside() {
     let now = Arc::new(AtomicU64::new(0));
     let mut poller = poller(&game, &now);
     let folder = dir.path().join("consumers/c");
-    outside::ask(&Store::open(dir.path()).unwrap(), "c", Request::Reprocess(Letters::Of(Key::new(2)))).unwrap();
+    outside::ask(&Store::open(dir.path()).unwrap(), "c", Request::Reprocess(LetterSelector::Of(Key::new(2)))).unwrap();
     let requests = |folder: &Path| -> Vec<PathBuf> {
         let paths = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
         paths.filter(|path| path.extension().is_some_and(|extension| extension == "req")).collect()
@@ -381,7 +381,7 @@ fn damage_in_a_consumers_files_is_reported_and_hides_no_other_consumer() {
     let (game, consumer) = Game::parked(dir.path());
     consumer.stop(soon()).unwrap();
     let other = game.start("other");
-    assert!(other.drain(soon()));
+    other.drain(soon()).unwrap();
     other.stop(soon()).unwrap();
     game.engine.shutdown(soon()).unwrap();
     drop(game);
@@ -487,7 +487,7 @@ fn inspect_shows_the_slowest_consumer_and_the_segments_that_it_holds() {
         drop(producer.publish(Key::new(n), Envelope::new("long", n, &text).unwrap()).unwrap());
     }
     game.engine.flush(soon()).unwrap();
-    assert!(fast.drain(soon()));
+    fast.drain(soon()).unwrap();
     fast.save().unwrap();
     // A segment holds seven events. The fifth segment is the active one and exists anyway.
     let held = 4 * crate::common::SEGMENT;
