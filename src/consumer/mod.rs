@@ -12,7 +12,6 @@
 
 mod alarm;
 mod builder;
-pub(crate) mod checkpoint;
 mod dead_letter;
 mod driver;
 mod effects;
@@ -23,6 +22,7 @@ mod key_queues;
 mod life;
 pub mod outside;
 mod poller;
+pub(crate) mod position_file;
 mod report;
 mod requests;
 mod retry;

@@ -9,12 +9,12 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::checkpoint::{Checkpoint, Found, clear, consumers_dir};
 use super::dead_letter::answer::LetterStatistics;
 use super::dead_letter::{FileEnd, statistics_of};
 use super::driver::{Place, start_position};
 use super::error::{ConsumerError, ConsumerFailure};
 use super::life::Life;
+use super::position_file::{ConsumerPosition, RegisteredConsumer, clear, consumers_dir};
 use super::report::ConsumerReport;
 use super::settings::Start;
 use crate::error::OpenError;
@@ -95,10 +95,10 @@ impl Services {
         keeper: Arc<KeeperRequests>,
         shards: Vec<(Arc<ShardLog>, Arc<SyncRequests>)>,
         syncs: bool,
-        known: Vec<Found>,
+        known: Vec<RegisteredConsumer>,
     ) -> Self {
-        let register = |Found { name, checkpoint, .. }: Found| {
-            let holds = shards.iter().zip(&checkpoint.shards);
+        let register = |RegisteredConsumer { name, position, .. }: RegisteredConsumer| {
+            let holds = shards.iter().zip(&position.shards);
             let holds = holds
                 .map(|((log, _), progress)| log.holds.hold(&hold_name(&name), progress.position, &keeper.signal))
                 .collect();
@@ -156,10 +156,10 @@ impl Services {
         known: &mut BTreeMap<String, Known>,
         name: &str,
         start: Start,
-    ) -> Result<Checkpoint, ConsumerError> {
+    ) -> Result<ConsumerPosition, ConsumerError> {
         let dir = self.dir(name);
         let checkpoint = match known.get(name) {
-            Some(_) => Checkpoint::load(&*self.storage, &dir)?.ok_or_else(|| OpenError::Io {
+            Some(_) => ConsumerPosition::load(&*self.storage, &dir)?.ok_or_else(|| OpenError::Io {
                 action: "reading the checkpoint in",
                 path: dir.clone(),
                 source: ErrorKind::NotFound.into(),
@@ -181,7 +181,7 @@ impl Services {
         name: &str,
         dir: &Path,
         start: Start,
-    ) -> Result<(Checkpoint, Vec<Arc<Hold>>), ConsumerError> {
+    ) -> Result<(ConsumerPosition, Vec<Arc<Hold>>), ConsumerError> {
         // Nothing is freed from here on, so the positions stay what they are.
         let holds: Vec<_> = self
             .shards
@@ -201,9 +201,9 @@ impl Services {
         }
     }
 
-    fn saved_at<E: Event>(&self, dir: &Path, start: Start) -> Result<Checkpoint, ConsumerError> {
+    fn saved_at<E: Event>(&self, dir: &Path, start: Start) -> Result<ConsumerPosition, ConsumerError> {
         let positions = self.shards.iter().map(|(log, _)| start_position::<E>(log, &self.lock, start));
-        let checkpoint = Checkpoint::begin(positions.collect::<Result<Vec<_>, _>>()?);
+        let checkpoint = ConsumerPosition::begin(positions.collect::<Result<Vec<_>, _>>()?);
         let io = |action| move |source| OpenError::Io { action, path: dir.to_owned(), source };
         self.storage.create_dir(dir).map_err(io("creating"))?;
         clear(&*self.storage, dir).map_err(io("clearing"))?;
@@ -257,7 +257,7 @@ impl Services {
         let dir = self.dir(name);
         let io = |source| OpenError::Io { action: "removing a consumer from", path: dir.clone(), source };
         // The checkpoint first: without it there is no consumer, whatever else is left of it.
-        Checkpoint::remove(&*self.storage, &dir).map_err(io)?;
+        ConsumerPosition::remove(&*self.storage, &dir).map_err(io)?;
         self.release(&known.holds);
         all.remove(name);
         clear(&*self.storage, &dir).map_err(io)?;
@@ -289,7 +289,7 @@ impl Services {
         // Its next start writes them; until then they stay as they are.
         if known.letters.is_none() && !known.is_driven {
             let dir = self.dir(name);
-            let saved = Checkpoint::load(&*self.storage, &dir).map(Option::unwrap_or_default);
+            let saved = ConsumerPosition::load(&*self.storage, &dir).map(Option::unwrap_or_default);
             match saved.and_then(|saved| statistics_of(&self.storage, &dir, saved.letters, self.shards.len())) {
                 Ok(letters) => known.letters = Some(letters),
                 Err(error) => drop(report.failure.get_or_insert_with(|| ConsumerError::from(error).into())),

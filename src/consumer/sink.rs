@@ -8,13 +8,13 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::builder::ConsumerBuilder;
-use super::checkpoint::{Checkpoint, Progress};
 use super::dead_letter::answer::LetterStatistics;
 use super::dead_letter::{FileEnd, statistics_of};
 use super::driver::{HaltCause, Place};
 use super::error::ConsumerError;
 use super::health::{Admission, CallPermit, Health, HealthChange};
 use super::life::Life;
+use super::position_file::{ConsumerPosition, Progress};
 use super::report::ConsumerReport;
 use super::retry::{AfterFailure, JitterRng};
 use super::running::spawn;
@@ -365,7 +365,7 @@ fn prepare<E: Event>(
             *progress = progress.at(reader.position()?);
         }
         // Before anything is delivered: a sink that takes nothing now must find it so next time.
-        let checkpoint = Checkpoint { letters, shards: progress.clone() };
+        let checkpoint = ConsumerPosition { letters, shards: progress.clone() };
         let saved = checkpoint.save(&*services.storage, &dir);
         saved.map_err(|source| OpenError::Io { action: "writing the checkpoint in", path: dir, source })?;
     }
@@ -562,7 +562,7 @@ impl<E: Event, S: Sink<E>> Pump<E, S> {
         }
         self.save_at = now + self.settings.checkpoint_every;
         let shards = self.progress.iter().zip(&positions).map(|(progress, position)| progress.at(*position)).collect();
-        let checkpoint = Checkpoint { letters: self.letters, shards };
+        let checkpoint = ConsumerPosition { letters: self.letters, shards };
         let dir = self.services.dir(&self.settings.name);
         match checkpoint.save(&*self.services.storage, &dir) {
             Ok(()) => {

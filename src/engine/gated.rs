@@ -53,7 +53,7 @@ pub(super) fn holds(
     let lock: Arc<dyn Lock> = Arc::new(StoreLock::default());
     for name in names.into_iter().filter(|name| is_folder_name(name)) {
         let files = GateFiles::new(storage, store, &name);
-        if !files.is_there()? {
+        if !files.exists()? {
             continue;
         }
         let positions = files.positions(logs.len())?;

@@ -18,7 +18,7 @@ use crate::background::snapshotter::{Snapshotter, SnapshotterRequests};
 use crate::clock::Clock;
 use crate::command::{Client, ClientEnd, ClientLane, Question};
 use crate::config::{Config, Durability, ValidConfig};
-use crate::consumer::checkpoint::cut_all;
+use crate::consumer::position_file::cut_all;
 use crate::consumer::services::Services;
 use crate::engine::runner::{RunnerRequests, assign_cores, run};
 use crate::error::{OpenError, ReadError, ShardFailure, WaitError};

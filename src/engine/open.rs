@@ -9,7 +9,7 @@ use std::time::Duration;
 use super::gated::Holds;
 use super::threads::Threads;
 use crate::config::ValidConfig;
-use crate::consumer::checkpoint::Found;
+use crate::consumer::position_file::RegisteredConsumer;
 use crate::error::{OpenError, guard};
 use crate::event::{Event, EventTypeId, Root, ShardId, upcaster};
 use crate::log::manifest::fresh_id;
@@ -129,7 +129,7 @@ impl Changes<'_> {
     pub(super) fn carry_out<A: Aggregate>(
         &self,
         recovered: &mut [Recovered<A>],
-        consumers: &[Found],
+        consumers: &[RegisteredConsumer],
         gates: &Holds,
         lock: &mut StoreLock,
     ) -> Result<(), OpenError> {

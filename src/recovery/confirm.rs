@@ -1,7 +1,7 @@
 //! Whether a segment has the place that a cache names. The log alone vouches for a place to read from: what is taken for a torn tail
 //! behind a wrong one would be cut.
 
-use crate::log::format::{Found, HEADER_BYTES, RecordHeader, SegmentHeader, record_at};
+use crate::log::format::{HEADER_BYTES, RecordAt, RecordHeader, SegmentHeader, record_at};
 use crate::storage::framed::u32_at;
 use crate::storage::memory::padded;
 
@@ -37,9 +37,9 @@ pub(crate) fn lead_to(whole: &[u8], header: &SegmentHeader, place: usize) -> Res
     let (mut at, mut sequence, mut is_in_command, mut check) = (HEADER_BYTES, header.first_sequence, false, 0);
     while at < place {
         let len = match record_at(&whole[at..], header.salt) {
-            Found::Record(len) => len,
-            Found::End => return Err(Astray::Broken(at, "the log ends before the start of a checkpoint")),
-            Found::Damaged(why) => return Err(Astray::Broken(at, why)),
+            RecordAt::Record(len) => len,
+            RecordAt::End => return Err(Astray::Broken(at, "the log ends before the start of a checkpoint")),
+            RecordAt::Damaged(why) => return Err(Astray::Broken(at, why)),
         };
         let record = RecordHeader::decode(&whole[at..]);
         sequence += u64::from(!record.is_own());

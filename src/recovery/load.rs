@@ -8,7 +8,7 @@ use std::sync::OnceLock;
 use rkyv::util::AlignedVec;
 
 use crate::event::{Key, KeyHash, Offset, Sequence, Version};
-use crate::log::format::{HEADER_BYTES, LOW_47, OFFSETS_END};
+use crate::log::format::{LOW_47, is_record_offset};
 use crate::log::segment::ShardLog;
 use crate::recovery::fold::Folder;
 use crate::state::aggregate::Aggregate;
@@ -101,21 +101,16 @@ fn ends(
     Ok(FileHeader::decode(&ends, owner).and_then(|header| match header.kind {
         Kind::Checkpoint => {
             let end = End::decode(&ends)?;
-            let holds = is_place(header.start) && is_place(end.log_end) && header.start <= end.log_end;
+            let holds = is_record_offset(header.start) && is_record_offset(end.log_end) && header.start <= end.log_end;
             holds.then_some((header, end)).ok_or("it begins or ends where no log does")
         }
         Kind::Snapshots => Err("it is no checkpoint"),
     }))
 }
 
-/// Whether a log may have a record or its end there. (Which it has, the log alone can say.)
-pub(crate) fn is_place(at: Offset) -> bool {
-    at.0.is_multiple_of(ALIGN as u64) && (HEADER_BYTES as u64..OFFSETS_END).contains(&at.0)
-}
-
 /// Whether an entry can be of a log that ends at `end`.
 pub(crate) fn is_of(entry: &Entry<'_>, end: Offset) -> bool {
-    entry.version.0 == 0 || (entry.version.0 <= LOW_47 && is_place(entry.head) && entry.head < end)
+    entry.version.0 == 0 || (entry.version.0 <= LOW_47 && is_record_offset(entry.head) && entry.head < end)
 }
 
 /// Puts the states of a checkpoint into the table, and says which is the highest version. `Err`: it cannot be used, and the folder's

@@ -21,7 +21,7 @@ use std::sync::Arc;
 use crate::error::{Corruption, OpenError, guard};
 use crate::event::{Offset, Root, ShardId, Version};
 use crate::log::format::{
-    Found, HEADER_BYTES, HeaderError, LOST_MAGIC, OFFSETS_END, RECORD_BYTES_MAX, RECORD_HEADER_BYTES, RecordHeader,
+    HEADER_BYTES, HeaderError, LOST_MAGIC, OFFSETS_END, RECORD_BYTES_MAX, RECORD_HEADER_BYTES, RecordAt, RecordHeader,
     Seam, SegmentHeader, record_at,
 };
 use crate::log::manifest::spare_number;
@@ -527,7 +527,7 @@ impl Opening<'_> {
                 return Err(OpenError::UnknownFormat {
                     path: self.path(index),
                     found,
-                    known: crate::log::format::FORMAT_VERSION,
+                    known: crate::storage::framed::FORMAT_VERSION,
                 });
             }
             Err(HeaderError::Archive(found)) => {
@@ -584,9 +584,9 @@ impl Opening<'_> {
         };
         let end = loop {
             let len = match record_at(&whole[at..], salt) {
-                Found::Record(len) => len,
-                Found::End => break End { at, damaged: None },
-                Found::Damaged(why) => break End { at, damaged: Some(why) },
+                RecordAt::Record(len) => len,
+                RecordAt::End => break End { at, damaged: None },
+                RecordAt::Damaged(why) => break End { at, damaged: Some(why) },
             };
             let header = RecordHeader::decode(&whole[at..]);
             if header.is_mark() {

@@ -1,7 +1,7 @@
 //! What stands in a segment where its log does not go on: later records that still hold, or those of an earlier life of the file.
 
 use crate::event::{Key, Version};
-use crate::log::format::{Found, HEADER_BYTES, RECORD_BYTES_MAX, RECORD_HEADER_BYTES, RecordHeader, record_at};
+use crate::log::format::{HEADER_BYTES, RECORD_BYTES_MAX, RECORD_HEADER_BYTES, RecordAt, RecordHeader, record_at};
 use crate::storage::framed::u32_at;
 use crate::storage::memory::{ALIGN, padded};
 
@@ -29,15 +29,15 @@ pub(crate) fn later_records(whole: &[u8], from: usize, salt: u32, known: &dyn Fn
         } else {
             known(header.event_type.0, header.schema_version)
         };
-        match if likely { record_at(&whole[at..], salt) } else { Found::End } {
-            Found::Record(len) => {
+        match if likely { record_at(&whole[at..], salt) } else { RecordAt::End } {
+            RecordAt::Record(len) => {
                 if mark {
                     found.durable = found.durable.max(header.key.0);
                 }
                 at += padded(len);
                 found.end = at;
             }
-            Found::End | Found::Damaged(_) => at += ALIGN,
+            RecordAt::End | RecordAt::Damaged(_) => at += ALIGN,
         }
     }
     found
@@ -48,7 +48,7 @@ pub(crate) fn later_records(whole: &[u8], from: usize, salt: u32, known: &dyn Fn
 pub(crate) fn are_of_an_earlier_life(whole: &[u8], version_of: impl Fn(Key) -> Version) -> bool {
     let Some(salt) = salt_of(&whole[HEADER_BYTES..]) else { return false };
     let mut at = HEADER_BYTES;
-    while let Found::Record(len) = record_at(&whole[at..], salt) {
+    while let RecordAt::Record(len) = record_at(&whole[at..], salt) {
         let header = RecordHeader::decode(&whole[at..]);
         if !header.is_own() {
             return (1..=version_of(header.key).0).contains(&header.version.0);

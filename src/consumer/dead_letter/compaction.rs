@@ -6,7 +6,7 @@ use std::path::Path;
 
 use super::answer::{Entry, LettersError};
 use super::files::{Held, numbers, path, read_all};
-use super::format::{Batch, FileEnd, FileHeader, StoredEntry};
+use super::format::{EntryBatch, FileEnd, FileHeader, StoredEntry};
 use super::index::{Index, Name};
 use super::{Letters, Tail};
 
@@ -65,7 +65,7 @@ impl Letters {
     /// Writes everything that is still of use.
     fn copy_to(&self, number: u32, held: &mut Held) -> Result<Tail, LettersError> {
         let header = FileHeader { number, before: None, is_complete: true };
-        let mut batch = Batch::new(number, 0, 0, &header.encode());
+        let mut batch = EntryBatch::new(number, 0, 0, &header.encode());
         let mut letters: Vec<_> = self.index.by_place().collect();
         letters.sort_unstable();
         let mut entry = Vec::new();
@@ -82,7 +82,7 @@ impl Letters {
         Ok(Tail { number, batch: batch.number() })
     }
 
-    fn copy(&self, name: Name, batch: &mut Batch, entry: &mut Vec<u8>) -> Result<(), LettersError> {
+    fn copy(&self, name: Name, batch: &mut EntryBatch, entry: &mut Vec<u8>) -> Result<(), LettersError> {
         let letter = self.letter(name, entry)?;
         let archive = StoredEntry::decode(entry).expect("it was read").archive();
         batch.add(&Entry::Parked { letter: &letter, archive });
@@ -90,7 +90,7 @@ impl Letters {
     }
 
     /// Writes the batch and begins the next, if it is time.
-    fn write_if(&self, is_time: bool, batch: &mut Batch, held: &mut Held) -> Result<(), LettersError> {
+    fn write_if(&self, is_time: bool, batch: &mut EntryBatch, held: &mut Held) -> Result<(), LettersError> {
         if is_time {
             held.handle.append(batch.seal()).map_err(io("writing", &self.dir.join(UNFINISHED)))?;
             held.bytes += batch.len() as u64;

@@ -34,7 +34,7 @@ use answer::{DeadLetter, DeadLetterPolicy, Entry, LetterStatistics, LettersError
 pub(super) use files::is_letters_name;
 use files::{Access, Held, ReadFault, load, path, read_entry};
 pub(super) use format::FileEnd;
-use format::{Batch, FileHeader, StoredEntry};
+use format::{EntryBatch, FileHeader, StoredEntry};
 use index::{Index, Name, Noted, Place};
 
 /// A longer file is not written on.
@@ -180,10 +180,12 @@ impl Letters {
         }
         let tail = self.tail.take().filter(|tail| self.files[&tail.number].bytes < FILE_BYTES_MAX);
         let (number, mut batch, fresh) = match tail {
-            Some(Tail { number, batch }) => (number, Batch::new(number, self.files[&number].bytes, batch, &[]), None),
+            Some(Tail { number, batch }) => {
+                (number, EntryBatch::new(number, self.files[&number].bytes, batch, &[]), None)
+            }
             None => {
                 let (number, held) = self.begin_file()?;
-                (number, Batch::new(number, 0, 0, &self.header(number).encode()), Some(held))
+                (number, EntryBatch::new(number, 0, 0, &self.header(number).encode()), Some(held))
             }
         };
         for &(key, id) in &plan.overflowed {

@@ -4,11 +4,11 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::task::Waker;
 
-use super::super::checkpoint::Progress;
 use super::super::dead_letter::Letters;
 use super::super::dead_letter::answer::{DeadLetter, LetterKind};
 use super::super::effects::Call;
 use super::super::error::ConsumerError;
+use super::super::position_file::Progress;
 use super::super::settings::{Filter, Settings};
 use super::execute::{Failed, Handler, guarded};
 use crate::consumer::key_queues::KeyQueues;

@@ -3,10 +3,10 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::super::checkpoint::{Checkpoint, Progress};
 use super::super::dead_letter::FileEnd;
 use super::super::dead_letter::answer::WriteRefused;
 use super::super::error::ConsumerError;
+use super::super::position_file::{ConsumerPosition, Progress};
 use super::super::settings::Start;
 use super::{Desk, Driver};
 use crate::error::{OpenError, ReadError};
@@ -101,7 +101,7 @@ impl<E: Event> Driver<E> {
     pub(super) fn save_position(&mut self) -> Result<(), ConsumerError> {
         let marks = self.desks.iter().map(Desk::mark).collect();
         let shards = self.desks.iter_mut().map(Desk::progress).collect();
-        let checkpoint = Checkpoint { shards, letters: self.letters.durable() };
+        let checkpoint = ConsumerPosition { shards, letters: self.letters.durable() };
         checkpoint.save(&*self.storage, &self.dir).map_err(|source| OpenError::Io {
             action: "writing the checkpoint in",
             path: self.dir.clone(),
