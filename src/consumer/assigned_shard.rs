@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::checkpoint::Progress;
+use super::position_file::Progress;
 use super::settings::Start;
 use crate::error::ReadError;
 use crate::event::{Event, Offset};

@@ -12,7 +12,6 @@
 mod alarm;
 mod assigned_shard;
 mod builder;
-pub(crate) mod checkpoint;
 mod dead_letter;
 mod driver;
 mod effects;
@@ -24,6 +23,7 @@ mod life;
 mod outcome;
 pub mod outside;
 mod poller;
+pub(crate) mod position_file;
 mod report;
 mod requests;
 mod retry;

@@ -6,10 +6,10 @@ use std::sync::Arc;
 
 use rkyv::util::AlignedVec;
 
-use super::checkpoint::{Checkpoint, Progress, consumers_dir, names as folders};
 use super::dead_letter::answer::{DeadLetter, LetterStatistics, LettersError};
 use super::dead_letter::{LetterStore, open_outside};
 use super::error::ConsumerError;
+use super::position_file::{ConsumerPosition, Progress, consumers_dir, names as folders};
 use super::requests::{self, Request};
 use crate::clock::wall_now;
 use crate::error::OpenError;
@@ -56,7 +56,7 @@ pub fn registered(store: &Store, name: &str) -> Result<Option<Registered>, OpenE
         return Ok(None);
     }
     let path = dir_of(store, name);
-    let Some(checkpoint) = Checkpoint::load(&**store.files(), &path)? else { return Ok(None) };
+    let Some(checkpoint) = ConsumerPosition::load(&**store.files(), &path)? else { return Ok(None) };
     let requests = requests::waiting(&**store.files(), &path);
     let requests = requests.map_err(|source| OpenError::Io { action: "listing", path, source })?.len();
     let positions = checkpoint.shards.iter().map(|shard| shard.position).collect();
@@ -96,7 +96,7 @@ impl DeadLetters {
         let storage: Arc<dyn Storage> = Arc::clone(store.files()) as _;
         // Read before the letters, so that every letter that it names is there. If it is damaged, [`registered`]
         // reports that.
-        let checkpoint = Checkpoint::load(&*storage, &path).ok().flatten();
+        let checkpoint = ConsumerPosition::load(&*storage, &path).ok().flatten();
         let shards = checkpoint.as_ref().map_or(usize::from(store.shards()), |checkpoint| checkpoint.shards.len());
         open_outside(&storage, &path, checkpoint.unwrap_or_default().letters, shards).map(Self)
     }

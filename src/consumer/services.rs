@@ -10,11 +10,11 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::assigned_shard::{AssignedShard, start_position};
-use super::checkpoint::{Checkpoint, Found, clear, consumers_dir};
 use super::dead_letter::answer::LetterStatistics;
 use super::dead_letter::{FileEnd, statistics_of};
 use super::error::{ConsumerError, ConsumerFailure};
 use super::life::Life;
+use super::position_file::{ConsumerPosition, RegisteredConsumer, clear, consumers_dir};
 use super::report::ConsumerReport;
 use super::settings::Start;
 use crate::error::{OpenError, WaitError};
@@ -98,10 +98,10 @@ impl Services {
         keeper: Arc<KeeperRequests>,
         shards: Vec<(Arc<ShardLog>, Arc<SyncRequests>)>,
         syncs: bool,
-        known: Vec<Found>,
+        known: Vec<RegisteredConsumer>,
     ) -> Self {
-        let register = |Found { name, checkpoint, .. }: Found| {
-            let holds = shards.iter().zip(&checkpoint.shards);
+        let register = |RegisteredConsumer { name, position, .. }: RegisteredConsumer| {
+            let holds = shards.iter().zip(&position.shards);
             let holds = holds
                 .map(|((log, _), progress)| log.holds.hold(&hold_name(&name), progress.position, &keeper.signal))
                 .collect();
@@ -164,10 +164,10 @@ impl Services {
         known: &mut BTreeMap<String, Known>,
         name: &str,
         start: Start,
-    ) -> Result<Checkpoint, ConsumerError> {
+    ) -> Result<ConsumerPosition, ConsumerError> {
         let dir = self.dir(name);
         let checkpoint = match known.get(name) {
-            Some(_) => Checkpoint::load(&*self.storage, &dir)?.ok_or_else(|| OpenError::Io {
+            Some(_) => ConsumerPosition::load(&*self.storage, &dir)?.ok_or_else(|| OpenError::Io {
                 action: "reading the position file in",
                 path: dir.clone(),
                 source: ErrorKind::NotFound.into(),
@@ -189,7 +189,7 @@ impl Services {
         name: &str,
         dir: &Path,
         start: Start,
-    ) -> Result<(Checkpoint, Vec<Arc<Hold>>), ConsumerError> {
+    ) -> Result<(ConsumerPosition, Vec<Arc<Hold>>), ConsumerError> {
         // From here on nothing is freed, so the positions stay valid.
         let holds: Vec<_> = self
             .shards
@@ -209,9 +209,9 @@ impl Services {
         }
     }
 
-    fn saved_at<E: Event>(&self, dir: &Path, start: Start) -> Result<Checkpoint, ConsumerError> {
+    fn saved_at<E: Event>(&self, dir: &Path, start: Start) -> Result<ConsumerPosition, ConsumerError> {
         let positions = self.shards.iter().map(|(log, _)| start_position::<E>(log, &self.lock, start));
-        let checkpoint = Checkpoint::begin(positions.collect::<Result<Vec<_>, _>>()?);
+        let checkpoint = ConsumerPosition::begin(positions.collect::<Result<Vec<_>, _>>()?);
         let io = |action| move |source| OpenError::Io { action, path: dir.to_owned(), source };
         self.storage.create_dir(dir).map_err(io("creating"))?;
         clear(&*self.storage, dir).map_err(io("clearing"))?;
@@ -265,7 +265,7 @@ impl Services {
         let dir = self.dir(name);
         let io = |source| OpenError::Io { action: "removing a consumer from", path: dir.clone(), source };
         // The position file first: without it the consumer does not exist, whatever files remain.
-        Checkpoint::remove(&*self.storage, &dir).map_err(io)?;
+        ConsumerPosition::remove(&*self.storage, &dir).map_err(io)?;
         self.release(&known.holds);
         all.remove(name);
         clear(&*self.storage, &dir).map_err(io)?;
@@ -297,7 +297,7 @@ impl Services {
         // The letters stay unchanged until the consumer is started again.
         if known.letters.is_none() && !known.is_driven {
             let dir = self.dir(name);
-            let saved = Checkpoint::load(&*self.storage, &dir).map(Option::unwrap_or_default);
+            let saved = ConsumerPosition::load(&*self.storage, &dir).map(Option::unwrap_or_default);
             match saved.and_then(|saved| statistics_of(&self.storage, &dir, saved.letters, self.shards.len())) {
                 Ok(letters) => known.letters = Some(letters),
                 Err(error) => drop(report.failure.get_or_insert_with(|| ConsumerError::from(error).into())),

@@ -9,13 +9,13 @@ use std::time::{Duration, Instant};
 
 use super::assigned_shard::AssignedShard;
 use super::builder::ConsumerBuilder;
-use super::checkpoint::{Checkpoint, Progress};
 use super::dead_letter::answer::LetterStatistics;
 use super::dead_letter::{FileEnd, statistics_of};
 use super::error::ConsumerError;
 use super::health::{Admission, CallPermit, Health, HealthChange};
 use super::life::Life;
 use super::outcome::HaltCause;
+use super::position_file::{ConsumerPosition, Progress};
 use super::report::ConsumerReport;
 use super::retry::{AfterFailure, JitterRng};
 use super::running::spawn;
@@ -378,7 +378,7 @@ fn prepare<E: Event>(
             *progress = progress.at(reader.position()?);
         }
         // Before anything is delivered: the next start must find it even if this one takes in nothing.
-        let checkpoint = Checkpoint { letters, shards: progress.clone() };
+        let checkpoint = ConsumerPosition { letters, shards: progress.clone() };
         let saved = checkpoint.save(&*services.storage, &dir);
         saved.map_err(|source| OpenError::Io { action: "writing the position file in", path: dir, source })?;
     }
@@ -577,7 +577,7 @@ impl<E: Event, S: Sink<E>> SinkRunner<E, S> {
         }
         self.save_at = now + self.settings.checkpoint_every;
         let shards = self.progress.iter().zip(&positions).map(|(progress, position)| progress.at(*position)).collect();
-        let checkpoint = Checkpoint { letters: self.letters, shards };
+        let checkpoint = ConsumerPosition { letters: self.letters, shards };
         let dir = self.services.dir(&self.settings.name);
         match checkpoint.save(&*self.services.storage, &dir) {
             Ok(()) => {

@@ -22,7 +22,7 @@ use crate::background::snapshotter::{ShardSnapshots, Snapshotter, SnapshotterReq
 use crate::background::syncer::Syncer;
 use crate::clock::Clock;
 use crate::config::{Durability, ValidConfig};
-use crate::consumer::checkpoint::{Found, cut_all};
+use crate::consumer::position_file::{RegisteredConsumer, cut_all};
 use crate::consumer::services::Services;
 use crate::error::OpenError;
 use crate::event::{Offset, ShardId};
@@ -57,7 +57,7 @@ struct Inspected<A: Aggregate> {
     manifest: Manifest,
     change: ManifestChange,
     recovered: Vec<Recovered<A>>,
-    consumers: Vec<Found>,
+    consumers: Vec<RegisteredConsumer>,
     holds: GateHolds,
 }
 
@@ -190,7 +190,7 @@ impl<A: Aggregate> Parts<A> {
         storage: Arc<dyn Storage>,
         lock: Arc<dyn Lock>,
         recovery: RecoveryReport,
-        consumers: Vec<Found>,
+        consumers: Vec<RegisteredConsumer>,
     ) -> (Engine<A>, Loops<A>) {
         let rules =
             KeeperRules { durability: config.durability, retention: config.retention, spares_max: config.spares_max };

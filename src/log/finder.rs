@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use crate::error::{Corruption, ReadError};
 use crate::event::Offset;
-use crate::log::format::{Found, RECORD_HEADER_BYTES, RecordHeader, record_at};
+use crate::log::format::{RECORD_HEADER_BYTES, RecordAt, RecordHeader, record_at};
 use crate::log::segment::{Segment, ShardLog};
 use crate::storage::Lock;
 use crate::storage::framed::u32_at;
@@ -57,10 +57,10 @@ impl Finder {
             u32_at(tail, 0) as usize
         } else {
             match record_at(tail, segment.salt) {
-                Found::Record(len) => len,
+                RecordAt::Record(len) => len,
                 // The offset comes from the log itself, so a zero word there is a hole.
-                Found::End => return Err(damaged("a record that the log refers to is missing").into()),
-                Found::Damaged(why) => return Err(damaged(why).into()),
+                RecordAt::End => return Err(damaged("a record that the log refers to is missing").into()),
+                RecordAt::Damaged(why) => return Err(damaged(why).into()),
             }
         };
         if len < RECORD_HEADER_BYTES || padded(len) > tail.len() {

@@ -16,10 +16,11 @@ use std::sync::Arc;
 use crate::error::{PositionError, ReadError};
 use crate::event::{Offset, Sequence, ShardId};
 use crate::log::finder::Finder;
+use crate::log::format::is_offset;
 use crate::log::segment::ShardLog;
 use crate::storage::Lock;
 use crate::storage::framed::{u16_at, u32_at, u64_at};
-use crate::storage::memory::{ALIGN, padded};
+use crate::storage::memory::padded;
 
 /// The version of the layout of [`Position::to_bytes`].
 const VERSION: u16 = 1;
@@ -132,8 +133,7 @@ impl Position {
             return Err(malformed("it has a version that this build does not know"));
         }
         let (offset, last) = (Offset(u64_at(bytes, 8)), Offset(u64_at(bytes, 16)));
-        let is_aligned = |offset: Offset| offset.0.is_multiple_of(ALIGN as u64);
-        if !is_aligned(offset) || !is_aligned(last) || (last >= offset && last.0 > 0) {
+        if !is_offset(offset) || !is_offset(last) || (last >= offset && last.0 > 0) {
             return Err(malformed("no event can be at its offsets"));
         }
         let (store, sequence, check) = (u64_at(bytes, 0), Sequence(u64_at(bytes, 24)), u32_at(bytes, 32));

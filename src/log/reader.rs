@@ -7,7 +7,7 @@ use std::task::Waker;
 use crate::error::{Corruption, PositionError, ReadError};
 use crate::event::{Event, Meta, Offset, Sequence, ShardId, Time};
 use crate::log::access::Access;
-use crate::log::format::{Found, RECORD_HEADER_BYTES, RecordHeader, Seam, record_at};
+use crate::log::format::{RECORD_HEADER_BYTES, RecordAt, RecordHeader, Seam, record_at};
 use crate::log::position::Position;
 use crate::log::segment::{Segment, ShardLog};
 use crate::storage::Lock;
@@ -337,9 +337,9 @@ impl<E: Event> Reader<E> {
             u32_at(tail, 0) as usize
         } else {
             match record_at(tail, segment.salt) {
-                Found::Record(len) => len,
-                Found::End => 0,
-                Found::Damaged(why) => return Err(self.corruption(why).into()),
+                RecordAt::Record(len) => len,
+                RecordAt::End => 0,
+                RecordAt::Damaged(why) => return Err(self.corruption(why).into()),
             }
         };
         if len == 0 {

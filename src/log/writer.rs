@@ -410,7 +410,7 @@ mod tests {
     use super::*;
     use crate::envelope::Envelope;
     use crate::event::{Correlation, EventTypeId, Key, Version};
-    use crate::log::format::{Found, record_at};
+    use crate::log::format::{RecordAt, record_at};
     use crate::storage::memory::Heap;
 
     /// Events of a type with one archive size take a separate code path.
@@ -439,7 +439,7 @@ mod tests {
         assert_eq!(appender.append(&header, &event).err(), Some(Refused::NeedsSegment));
         assert_eq!(appender.finish(), Offset(bytes as u64));
         for record in half.tail().chunks(bytes / 4) {
-            assert_eq!(record_at(record, 7), Found::Record(RECORD_HEADER_BYTES + 21));
+            assert_eq!(record_at(record, 7), RecordAt::Record(RECORD_HEADER_BYTES + 21));
             assert!(record[RECORD_HEADER_BYTES + 21..].iter().all(|&byte| byte == 0));
         }
     }
@@ -482,12 +482,12 @@ mod tests {
         let end = appender.finish();
         let (bytes, mut at) = (half.tail(), 0);
         for (i, len) in lens.into_iter().enumerate() {
-            assert_eq!(record_at(&bytes[at..], 7), Found::Record(len), "number {i}");
+            assert_eq!(record_at(&bytes[at..], 7), RecordAt::Record(len), "number {i}");
             assert_eq!(RecordHeader::decode(&bytes[at..]), header(i as u64));
             assert!(bytes[at + len..at + padded(len)].iter().all(|&byte| byte == 0), "number {i}");
             at += padded(len);
         }
         assert_eq!(end, Offset(at as u64));
-        assert_eq!(record_at(&bytes[at..], 7), Found::End);
+        assert_eq!(record_at(&bytes[at..], 7), RecordAt::End);
     }
 }

@@ -11,13 +11,13 @@ use std::time::Duration;
 use crate::error::{OpenError, ReadError};
 use crate::event::{Offset, Sequence, ShardId, Version};
 use crate::ingress::gated::{GateFiles, gates_dir};
-use crate::log::format::{HEADER_BYTES, OFFSETS_END};
+use crate::log::format::{HEADER_BYTES, OFFSETS_END, is_record_offset};
 use crate::log::manifest::spare_number;
 use crate::log::manifest::{SPAN, is_folder_name, segment_index};
 use crate::log::position::Position;
 use crate::log::scan::{SegmentState, Store};
 use crate::recovery::boundary::{Boundary, NoBoundary, walk_to};
-use crate::recovery::load::{is_of, is_place};
+use crate::recovery::load::is_of;
 use crate::state::snapshot::format::{End, FILE_HEADER_BYTES, FileHeader, Kind, Unusable, entry_at};
 use crate::state::snapshot::store::{file_number, whole};
 use crate::storage::Storage;
@@ -259,7 +259,7 @@ fn decode(bytes: &[u8], kind: Kind, of: (u64, ShardId)) -> Result<SavedFile, Unu
         if entries != end.entries || at != bytes.len() {
             return Err("entries of the checkpoint are missing".into());
         }
-        if !is_place(header.start) || !is_place(log_end) || header.start > log_end {
+        if !is_record_offset(header.start) || !is_record_offset(log_end) || header.start > log_end {
             return Err("its start or end is not a place in a log".into());
         }
     }
@@ -350,7 +350,7 @@ pub fn gates(store: &Store) -> Result<Vec<Gate>, OpenError> {
     let storage: Arc<dyn Storage> = Arc::clone(store.files()) as _;
     let look = |name: String| {
         let files = GateFiles::new(&storage, (store.dir(), store.store_id()), &name);
-        if !files.is_there()? {
+        if !files.exists()? {
             return Ok(None);
         }
         let mut looks = 0;

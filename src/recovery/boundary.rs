@@ -1,7 +1,7 @@
 //! Boundaries between the records of a segment. Only the log vouches for a place to read from: after a wrong place, a
 //! false torn tail would be cut.
 
-use crate::log::format::{Found, HEADER_BYTES, RecordHeader, SegmentHeader, record_at};
+use crate::log::format::{HEADER_BYTES, RecordAt, RecordHeader, SegmentHeader, record_at};
 use crate::storage::framed::u32_at;
 use crate::storage::memory::padded;
 
@@ -37,9 +37,9 @@ pub(crate) fn walk_to(whole: &[u8], header: &SegmentHeader, place: usize) -> Res
     let (mut at, mut sequence, mut is_in_command, mut check) = (HEADER_BYTES, header.first_sequence, false, 0);
     while at < place {
         let len = match record_at(&whole[at..], header.salt) {
-            Found::Record(len) => len,
-            Found::End => return Err(NoBoundary::Broken(at, "the log ends before the start of a checkpoint")),
-            Found::Damaged(why) => return Err(NoBoundary::Broken(at, why)),
+            RecordAt::Record(len) => len,
+            RecordAt::End => return Err(NoBoundary::Broken(at, "the log ends before the start of a checkpoint")),
+            RecordAt::Damaged(why) => return Err(NoBoundary::Broken(at, why)),
         };
         let record = RecordHeader::decode(&whole[at..]);
         sequence += u64::from(!record.is_own());

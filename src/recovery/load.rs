@@ -6,7 +6,7 @@ use std::path::Path;
 use rkyv::util::AlignedVec;
 
 use crate::event::{KeyHash, Offset, Sequence, Version};
-use crate::log::format::{HEADER_BYTES, LOW_47, OFFSETS_END};
+use crate::log::format::{LOW_47, is_record_offset};
 use crate::log::segment::ShardLog;
 use crate::recovery::fold::Folder;
 use crate::state::aggregate::Aggregate;
@@ -100,21 +100,17 @@ pub(super) fn read_ends(
     Ok(FileHeader::decode(&ends, owner).and_then(|header| match header.kind {
         Kind::Checkpoint => {
             let end = End::decode(&ends)?;
-            let is_valid = is_place(header.start) && is_place(end.log_end) && header.start <= end.log_end;
+            let is_valid =
+                is_record_offset(header.start) && is_record_offset(end.log_end) && header.start <= end.log_end;
             is_valid.then_some((header, end)).ok_or("it begins or ends where no log does")
         }
         Kind::Snapshots => Err("it is not a checkpoint"),
     }))
 }
 
-/// Returns `true` if a log may have a record or its end at `at`. (Only the log can say whether it does.)
-pub(crate) fn is_place(at: Offset) -> bool {
-    at.0.is_multiple_of(ALIGN as u64) && (HEADER_BYTES as u64..OFFSETS_END).contains(&at.0)
-}
-
 /// Returns `true` if an entry can be of a log that ends at `end`.
 pub(crate) fn is_of(entry: &Entry<'_>, end: Offset) -> bool {
-    entry.version.0 == 0 || (entry.version.0 <= LOW_47 && is_place(entry.head) && entry.head < end)
+    entry.version.0 == 0 || (entry.version.0 <= LOW_47 && is_record_offset(entry.head) && entry.head < end)
 }
 
 /// Loads the states and outcomes of a checkpoint into `folder`. Returns the highest version. After an error the

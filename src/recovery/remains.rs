@@ -2,7 +2,7 @@
 //! of the file.
 
 use crate::event::{Key, Version};
-use crate::log::format::{Found, HEADER_BYTES, RECORD_BYTES_MAX, RECORD_HEADER_BYTES, RecordHeader, record_at};
+use crate::log::format::{HEADER_BYTES, RECORD_BYTES_MAX, RECORD_HEADER_BYTES, RecordAt, RecordHeader, record_at};
 use crate::storage::framed::u32_at;
 use crate::storage::memory::{ALIGN, padded};
 
@@ -30,15 +30,15 @@ pub(super) fn later_records(whole: &[u8], from: usize, salt: u32, known: &dyn Fn
         } else {
             known(header.event_type.0, header.schema_version)
         };
-        match if likely { record_at(&whole[at..], salt) } else { Found::End } {
-            Found::Record(len) => {
+        match if likely { record_at(&whole[at..], salt) } else { RecordAt::End } {
+            RecordAt::Record(len) => {
                 if mark {
                     later.durable = later.durable.max(header.key.0);
                 }
                 at += padded(len);
                 later.end = at;
             }
-            Found::End | Found::Damaged(_) => at += ALIGN,
+            RecordAt::End | RecordAt::Damaged(_) => at += ALIGN,
         }
     }
     later
@@ -50,7 +50,7 @@ pub(super) fn later_records(whole: &[u8], from: usize, salt: u32, known: &dyn Fn
 pub(super) fn are_of_an_earlier_life(whole: &[u8], version_of: impl Fn(Key) -> Version) -> bool {
     let Some(salt) = salt_of(&whole[HEADER_BYTES..]) else { return false };
     let mut at = HEADER_BYTES;
-    while let Found::Record(len) = record_at(&whole[at..], salt) {
+    while let RecordAt::Record(len) = record_at(&whole[at..], salt) {
         let header = RecordHeader::decode(&whole[at..]);
         if !header.is_own() {
             return (1..=version_of(header.key).0).contains(&header.version.0);

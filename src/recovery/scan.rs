@@ -7,7 +7,9 @@ use std::sync::Arc;
 
 use crate::error::{OpenError, guard};
 use crate::event::{Offset, Root, Version};
-use crate::log::format::{Found, HEADER_BYTES, HeaderError, LOST_MAGIC, RecordHeader, Seam, SegmentHeader, record_at};
+use crate::log::format::{
+    HEADER_BYTES, HeaderError, LOST_MAGIC, RecordAt, RecordHeader, Seam, SegmentHeader, record_at,
+};
 use crate::log::segment::Segment;
 use crate::recovery::fold::{Folder, Unreadable};
 use crate::recovery::opening::Opening;
@@ -210,9 +212,9 @@ impl Opening<'_> {
         };
         let end = loop {
             let len = match record_at(&whole[at..], salt) {
-                Found::Record(len) => len,
-                Found::End => break RecordsEnd { at, damaged: None },
-                Found::Damaged(why) => break RecordsEnd { at, damaged: Some(why) },
+                RecordAt::Record(len) => len,
+                RecordAt::End => break RecordsEnd { at, damaged: None },
+                RecordAt::Damaged(why) => break RecordsEnd { at, damaged: Some(why) },
             };
             let header = RecordHeader::decode(&whole[at..]);
             if header.is_mark() {

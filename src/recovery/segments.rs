@@ -6,11 +6,11 @@ use std::path::PathBuf;
 
 use crate::error::OpenError;
 use crate::log::format::{
-    FORMAT_VERSION, HEADER_BYTES, HeaderError, LOST_MAGIC, OFFSETS_END, RECORD_HEADER_BYTES, SegmentHeader,
-    archive_fingerprint,
+    HEADER_BYTES, HeaderError, LOST_MAGIC, OFFSETS_END, RECORD_HEADER_BYTES, SegmentHeader, archive_fingerprint,
 };
 use crate::log::manifest::{SPAN, Span, segment_index, spare_number};
 use crate::recovery::opening::Opening;
+use crate::storage::framed::FORMAT_VERSION;
 use crate::storage::memory::Memory;
 
 /// The names of segments and spares in a shard's folder.

@@ -7,7 +7,7 @@ use std::path::Path;
 
 use super::answer::{Entry, LettersError};
 use super::files::{LetterFile, numbers, path, read_all};
-use super::format::{Batch, FileEnd, FileHeader, StoredEntry};
+use super::format::{EntryBatch, FileEnd, FileHeader, StoredEntry};
 use super::index::{LetterIndex, LetterName};
 use super::{LetterStore, Tail};
 
@@ -66,7 +66,7 @@ impl LetterStore {
     /// Copies everything that is still needed.
     fn copy_to(&self, number: u32, file: &mut LetterFile) -> Result<Tail, LettersError> {
         let header = FileHeader { number, before: None, is_complete: true };
-        let mut batch = Batch::new(number, 0, 0, &header.encode());
+        let mut batch = EntryBatch::new(number, 0, 0, &header.encode());
         let mut letters: Vec<_> = self.index.by_place().collect();
         letters.sort_unstable();
         let mut entry = Vec::new();
@@ -83,7 +83,7 @@ impl LetterStore {
         Ok(Tail { number, batch: batch.number() })
     }
 
-    fn copy(&self, name: LetterName, batch: &mut Batch, entry: &mut Vec<u8>) -> Result<(), LettersError> {
+    fn copy(&self, name: LetterName, batch: &mut EntryBatch, entry: &mut Vec<u8>) -> Result<(), LettersError> {
         let letter = self.letter(name, entry)?;
         let archive = StoredEntry::decode(entry).expect("the entry was decoded before").archive();
         batch.add(&Entry::Parked { letter: &letter, archive });
@@ -91,7 +91,7 @@ impl LetterStore {
     }
 
     /// Writes the batch and begins the next one, if `is_time`.
-    fn write_if(&self, is_time: bool, batch: &mut Batch, file: &mut LetterFile) -> Result<(), LettersError> {
+    fn write_if(&self, is_time: bool, batch: &mut EntryBatch, file: &mut LetterFile) -> Result<(), LettersError> {
         if is_time {
             file.handle.append(batch.seal()).map_err(io("writing", &self.dir.join(UNFINISHED)))?;
             file.bytes += batch.len() as u64;

@@ -326,7 +326,7 @@ fn header_of(dir: &Path, number: u32, file: &LetterFile) -> Result<Result<FileHe
     file.handle.read_at(0, &mut head).map_err(|error| reading(dir, number, error))?;
     match FileHeader::decode(&head, number) {
         Err(HeaderFault::Version(found)) => {
-            let known = crate::log::format::FORMAT_VERSION;
+            let known = crate::storage::framed::FORMAT_VERSION;
             Err(OpenError::UnknownFormat { path: path(dir, number), found, known })
         }
         Err(HeaderFault::Damaged(why)) => Ok(Err(why)),

@@ -36,7 +36,7 @@ use answer::{DeadLetter, DeadLetterPolicy, Entry, LetterStatistics, LettersError
 pub(super) use files::is_letters_name;
 use files::{LetterFile, OpenMode, ReadFault, load, path, read_entry};
 pub(super) use format::FileEnd;
-use format::{Batch, FileHeader, StoredEntry};
+use format::{EntryBatch, FileHeader, StoredEntry};
 use index::{EntryPlace, EntrySummary, LetterIndex, LetterName};
 
 /// A longer file is not continued.
@@ -183,10 +183,12 @@ impl LetterStore {
         }
         let tail = self.tail.take().filter(|tail| self.files[&tail.number].bytes < FILE_BYTES_MAX);
         let (number, mut batch, fresh) = match tail {
-            Some(Tail { number, batch }) => (number, Batch::new(number, self.files[&number].bytes, batch, &[]), None),
+            Some(Tail { number, batch }) => {
+                (number, EntryBatch::new(number, self.files[&number].bytes, batch, &[]), None)
+            }
             None => {
                 let (number, file) = self.begin_file()?;
-                (number, Batch::new(number, 0, 0, &self.header(number).encode()), Some(file))
+                (number, EntryBatch::new(number, 0, 0, &self.header(number).encode()), Some(file))
             }
         };
         for &(key, id) in &plan.overflowed {

@@ -6,13 +6,13 @@ use std::task::Waker;
 
 use super::job::{Failed, Handler, guarded};
 use crate::consumer::assigned_shard::{AssignedShard, start_position};
-use crate::consumer::checkpoint::Progress;
 use crate::consumer::dead_letter::LetterStore;
 use crate::consumer::dead_letter::answer::{DeadLetter, LetterKind};
 use crate::consumer::effects::Call;
 use crate::consumer::error::ConsumerError;
 use crate::consumer::key_queues::KeyQueues;
 use crate::consumer::key_queues::answer::{InFlight, RecordKind, ToRecord};
+use crate::consumer::position_file::Progress;
 use crate::consumer::settings::{Filter, Settings, Start};
 use crate::error::{ReadError, ShardFailure};
 use crate::event::{Event, EventId, Key, Offset, ShardId, Time};

@@ -5,9 +5,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::follower::{ProgressStamp, ShardFollower};
-use crate::consumer::checkpoint::Checkpoint;
 use crate::consumer::dead_letter::FileEnd;
 use crate::consumer::error::ConsumerError;
+use crate::consumer::position_file::ConsumerPosition;
 use crate::error::OpenError;
 use crate::event::Event;
 use crate::storage::Storage;
@@ -93,7 +93,7 @@ impl PositionSaver {
     ) -> Result<(), ConsumerError> {
         let saved = followers.iter().map(ShardFollower::progress_stamp).collect();
         let shards = followers.iter_mut().map(ShardFollower::progress).collect();
-        let checkpoint = Checkpoint { shards, letters };
+        let checkpoint = ConsumerPosition { shards, letters };
         checkpoint.save(&*self.storage, &self.dir).map_err(|source| OpenError::Io {
             action: "writing the position file in",
             path: self.dir.clone(),

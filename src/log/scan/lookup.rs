@@ -10,7 +10,7 @@ use super::records::ScannedRecord;
 use super::{Store, io_error, read_up_to};
 use crate::error::ReadError;
 use crate::event::{Offset, Sequence, ShardId, Time};
-use crate::log::format::{Found, HEADER_BYTES, RECORD_HEADER_BYTES, RecordHeader, SegmentHeader, record_at};
+use crate::log::format::{HEADER_BYTES, RECORD_HEADER_BYTES, RecordAt, RecordHeader, SegmentHeader, record_at};
 use crate::log::manifest::segment_name;
 use crate::storage::framed::u32_at;
 use crate::storage::memory::{ALIGN, padded};
@@ -81,7 +81,7 @@ impl Lookup {
             }
         };
         let tail = self.window.get(start..start + padded(len)).unwrap_or_default();
-        if record_at(tail, salt) != Found::Record(len) {
+        if record_at(tail, salt) != RecordAt::Record(len) {
             return Err(self.gone(place));
         }
         let header = RecordHeader::decode(tail);

@@ -10,7 +10,7 @@ use super::{LOOK_AGAIN, LOOKS_MAX, RecordPosition, Store, Unusable, io_error, re
 use crate::error::{Corruption, OpenError, ReadError};
 use crate::event::{Meta, Offset, Sequence, ShardId};
 use crate::log::format::{
-    Found, HEADER_BYTES, RECORD_BYTES_MAX, RECORD_HEADER_BYTES, RecordHeader, Seam, SegmentHeader, record_at,
+    HEADER_BYTES, RECORD_BYTES_MAX, RECORD_HEADER_BYTES, RecordAt, RecordHeader, Seam, SegmentHeader, record_at,
 };
 use crate::log::manifest::{Span, segment_name};
 use crate::storage::framed::u32_at;
@@ -355,9 +355,9 @@ impl Records {
         }
         let tail = &self.buffer[self.at - self.buffer_at..];
         Ok(match record_at(tail, salt) {
-            Found::Record(len) => Look::Record(RecordHeader::decode(tail), len),
-            Found::End => Look::End,
-            Found::Damaged(why) => Look::Damaged(why),
+            RecordAt::Record(len) => Look::Record(RecordHeader::decode(tail), len),
+            RecordAt::End => Look::End,
+            RecordAt::Damaged(why) => Look::Damaged(why),
         })
     }
 
