@@ -276,10 +276,13 @@ mod tests {
                     (path, Arc::new(memory))
                 };
                 let log = ShardLog::new(1, ShardId(0), dir.to_owned(), 4096, Offset(4096), 0, [].into());
-                let mut reclaimer =
-                    Reclaimer::new(Retention::default(), false, Arc::new(CheckpointRequests::new()), Arc::default(), {
-                        Arc::new(Signal::new())
-                    });
+                let mut reclaimer = Reclaimer::new(
+                    Retention::default(),
+                    false,
+                    Arc::new(CheckpointRequests::new(Offset(0))),
+                    Arc::default(),
+                    { Arc::new(Signal::new()) },
+                );
                 reclaimer.retiring = [retired(0), retired(1)].to_vec();
                 let span = Span { first: 2, last: 2 };
                 let found = (Vec::new(), Vec::new());
