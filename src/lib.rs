@@ -11,6 +11,8 @@
 //!
 //! | feature | adds |
 //! |---|---|
+//! | `json` | the module `envelope`: events as JSON lines |
+//! | `hlog` | latency histograms as `.hlog` interval logs |
 //! | `cli` | the operator's tool `corelane`, and the module `tools` that it is made of |
 //! | `test-util` | for tests: a storage that fails on demand, time that passes on demand, a limit on threads |
 // Under `--cfg loom` this crate is empty: the models build `sync/` alone (`tests/loom.rs`).

@@ -72,23 +72,23 @@ pub(super) struct Context<'a> {
 }
 
 /// The application's code on one shard's thread: its inline handlers, and its parts of the views, already filled.
-pub(super) struct Own<A: Aggregate> {
+pub(super) struct ShardCode<A: Aggregate> {
     handlers: Vec<Registered<A::Event>>,
     views: Vec<Box<dyn ViewWriter<A>>>,
 }
 
 /// Makes the application's handlers and views for a shard's thread.
-pub(super) fn own<A: Aggregate>(
+pub(super) fn shard_code<A: Aggregate>(
     config: &ValidConfig,
     factories: &[Factory<A::Event>],
     views: &[Box<dyn View<A>>],
     id: ShardId,
     recovered: &Recovered<A>,
-) -> Result<Own<A>, CodePanic> {
+) -> Result<ShardCode<A>, CodePanic> {
     let (keys, sequence) = (&recovered.folder.keys, Sequence(recovered.resume.sequence));
     let views = guard("a view", id, || filled(config, views, id, keys, sequence))?;
     let handlers = guard("the factory of a handler", id, || factories.iter().map(|make| make(id)).collect())?;
-    Ok(Own { handlers, views })
+    Ok(ShardCode { handlers, views })
 }
 
 /// Returns a shard's parts of all views, filled with its states.
@@ -129,7 +129,7 @@ struct Links {
 
 impl Context<'_> {
     /// Makes a shard from what recovery found, and the parts of the other threads that serve it.
-    pub(super) fn build<A: Aggregate>(&self, id: ShardId, recovered: Recovered<A>, own: Own<A>) -> Built<A> {
+    pub(super) fn build<A: Aggregate>(&self, id: ShardId, recovered: Recovered<A>, code: ShardCode<A>) -> Built<A> {
         let config = self.config;
         let Recovered { report, segments, resume, folder, saved, span, unused, spares, .. } = recovered;
         let saved = saved.expect("recovery reads the saved states");
@@ -160,7 +160,7 @@ impl Context<'_> {
             questions: Arc::clone(&questions),
             keys,
             outcomes,
-            views: own.views,
+            views: code.views,
             taker,
             writer: self.writer::<A>(&log, prepared, resume),
             log: Arc::clone(&log),
@@ -168,7 +168,7 @@ impl Context<'_> {
             syncs: config.durability != Durability::OsCache,
             sync_marks: (config.durability != Durability::OsCache && config.latency).then_some(marks_tx),
             keeper: Arc::clone(self.keeper),
-            handlers: own.handlers,
+            handlers: code.handlers,
             storage: Arc::clone(self.storage),
             quarantine: self.quarantine.to_owned(),
             recorder,
