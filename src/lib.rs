@@ -2,8 +2,8 @@
 //!
 //! # Modules
 //!
-//! The names that a first program needs are at the root of this crate. Every other name is in the module of its topic, and
-//! [`guide`] holds the chapters of the guide.
+//! The names that a first program needs are at the root of this crate. Every other name is in the module of its topic,
+//! and [`guide`] holds the chapters of the guide.
 //!
 //! # Cargo features
 //!
@@ -21,8 +21,8 @@
 // The derive macros name this crate by its name, here too.
 extern crate self as corelane;
 
-// The layers, lowest first; `tests/tidy.rs` checks that no file names a higher one. A folder whose names an application uses
-// is a public module.
+// The layers, lowest first; `tests/tidy.rs` checks that no file names a higher one. A folder whose names an application
+// uses is a public module.
 mod sync;
 
 mod bounded;
@@ -86,9 +86,10 @@ pub mod handler {
 /// | [`Leaderboard`](view::Leaderboard) | Which keys have the highest scores? |
 /// | [`ServerStatus`](view::ServerStatus) | Which keys are online, and how high is the load? |
 ///
-/// A view is a cache: the engine fills it from the states when it opens, so a view can be added to an existing store at any
-/// time. Handles are cheap to clone and stay valid after the engine is gone: they then show what was published last. A reader
-/// may see a change a little before the position that it belongs to, and never after. [`guide::views`] shows them at work.
+/// A view is a cache: the engine fills it from the states when it opens, so a view can be added to an existing store at
+/// any time. Handles are cheap to clone and stay valid after the engine is gone: they then show what was published
+/// last. A reader may see a change a little before the position that it belongs to, and never after. [`guide::views`]
+/// shows them at work.
 pub mod view {
     pub use crate::state::view::{
         Area, ById, Found, Leaderboard, Place, Position, Presence, Ranked, ServerStatus, Status, Unreadable, View,

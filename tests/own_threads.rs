@@ -424,6 +424,7 @@ fn in_its_own_handler(place: Place) -> BTreeMap<&'static str, &'static str> {
         "Engine::publish_sync",
         "Engine::shutdown",
         "Engine::shutdown (until)",
+        "Engine::drain_consumers",
         "Consumer::seek",
         "Consumer::wait_handled",
         "Consumer::stop",
@@ -450,7 +451,7 @@ fn in_its_own_handler(place: Place) -> BTreeMap<&'static str, &'static str> {
 /// A thread of somebody else's consumer may wait for this one, and for the engine; not for the engine's end.
 fn in_a_sink() -> BTreeMap<&'static str, &'static str> {
     let word = |name: &'static str, word: &'static str| match name {
-        "Engine::shutdown" | "Engine::shutdown (until)" => "OnEngineThread",
+        "Engine::shutdown" | "Engine::shutdown (until)" | "Engine::drain_consumers" => "OnEngineThread",
         "Consumer::drain" => "true",
         // The event that it is to wait for is none: it ends, and the promise with it.
         "Consumer::wait_handled" => "TimedOut",

@@ -52,9 +52,9 @@ const TURN_STAGES: [Stage; 8] = [
 /// What a shard's syncer records.
 const SYNC_STAGES: [Stage; 3] = [Stage::Durable, Stage::DurableDue, Stage::Sync];
 
-/// Returns how many chunks of 64 KiB for saved states go between one of `shards` and the snapshotter. With few shards they
-/// hold the snapshots of some million events: a snapshotter that waits for a processor or the file system must not make the
-/// shard skip any.
+/// Returns how many chunks of 64 KiB for saved states go between one of `shards` and the snapshotter. With few shards
+/// they hold the snapshots of some million events: a snapshotter that waits for a processor or the file system must not
+/// make the shard skip any.
 fn snapshot_chunks(shards: u16) -> usize {
     (128 / usize::from(shards)).clamp(8, 64)
 }

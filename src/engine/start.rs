@@ -1,8 +1,8 @@
-//! Opening an engine, in order: read everything, make the program's handlers and views, start the threads, repair, and only
-//! then run.
+//! Opening an engine, in order: read everything, make the program's handlers and views, start the threads, repair, and
+//! only then run.
 //!
-//! A store that is refused is left unchanged: everything that can fail comes before the first change, except for the changes
-//! themselves.
+//! A store that is refused is left unchanged: everything that can fail comes before the first change, except for the
+//! changes themselves.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -119,7 +119,8 @@ impl<A: Aggregate> Inspected<A> {
     }
 }
 
-/// Starts every thread that the engine needs. They wait for their work until [`Loops::run`] hands it out in the same order.
+/// Starts every thread that the engine needs. They wait for their work until [`Loops::run`] hands it out in the same
+/// order.
 fn start_crew(config: &ValidConfig, threads: &mut Threads) -> Result<Crew, OpenError> {
     let names = (0..config.shards).flat_map(|i| [format!("corelane-sync-{i}"), format!("corelane-shard-{i}")]);
     let names = ["corelane-keeper".into(), "corelane-save".into()].into_iter().chain(names);
