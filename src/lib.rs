@@ -27,43 +27,32 @@ mod sync;
 
 mod bounded;
 mod clock;
-/// How an engine is set up.
 pub mod config;
 pub mod envelope;
-/// The errors of every call.
 pub mod error;
-/// Events: their types, their positions in the log, their bytes, and how older layouts are read.
 pub mod event;
-/// Counters and latency histograms, as text for Prometheus and as files for HdrHistogram.
 pub mod metrics;
 
 mod storage;
 
-/// Reading a shard's log: through a running engine, or from the files beside it.
 pub mod log;
 
 mod lane;
 
-/// State: aggregates, their history and time travel.
 pub mod state;
 
-/// Commands: a client sends them, the shard that owns the key decides, and the answer comes back.
 pub mod command;
 
-/// Ingress: producers, receipts and sequence gates.
 pub mod ingress;
 
 mod shard;
 
-/// What the opening of a store reports.
 pub mod recovery;
 
 mod background;
 
-/// Services that follow the log: durable consumers, retries, dead letters, sinks and pollers.
 pub mod consumer;
 
-/// The engine itself, and the results of its methods that belong to no other topic.
 pub mod engine;
 
 mod ops;

@@ -195,7 +195,7 @@ const LIST_MIN: usize = 256;
 #[derive(Debug)]
 struct Ranking {
     numbers: KeyNumbers,
-    /// By number.
+    /// Indexed by the key's number.
     scores: Vec<Rank>,
     /// Best first; at most `best_max`, but up to twice as long during a rebuild.
     best: Vec<Rank>,

@@ -282,7 +282,7 @@ struct Writer<A> {
     view: Arc<Inner<A>>,
     part: Arc<Figures>,
     numbers: KeyNumbers,
-    /// By number.
+    /// Indexed by the key's number.
     presences: Vec<Presence>,
     /// Events since the last position.
     changed: u64,

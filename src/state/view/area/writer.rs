@@ -17,7 +17,7 @@ pub(super) struct Writer<A> {
     view: Arc<Inner<A>>,
     part: Arc<Players>,
     numbers: KeyNumbers,
-    /// By number.
+    /// Indexed by the key's number.
     places: Vec<Option<Spot>>,
     free: Vec<u32>,
     blocks: u32,
