@@ -6,10 +6,10 @@
 #   perf/callgrind.sh --save       writes what was counted into perf/instructions.txt
 #   perf/callgrind.sh --top        also shows where the instructions of a batch go, function by function
 #
-# To compare with an older commit on this machine: check it out beside this one, copy this script and examples/hotpath.rs
+# To compare with an older commit on this machine: check it out beside this one, copy this script and perf/src/bin/hotpath.rs
 # over it, run it there with --save, and copy its perf/instructions.txt to here.
 #
-# examples/hotpath.rs is run once for each figure with N events and once with 2N; the difference, divided by N, is the cost
+# perf/src/bin/hotpath.rs is run once for each figure with N events and once with 2N; the difference, divided by N, is the cost
 # of one event, so that starting, opening and recovering do not count. Only these functions count, with what they call:
 #
 #   batch       Producer::publish_batch and the Shard::turn that it feeds
@@ -44,8 +44,8 @@ if ! command -v valgrind >/dev/null; then
     $as_root apt-get update -q >&2 && $as_root apt-get install -qy valgrind >&2 || fail "valgrind is missing and could not be installed"
 fi
 
-cargo build --quiet --profile "$PROFILE" --example hotpath || fail "the example does not build"
-program=${CARGO_TARGET_DIR:-target}/$PROFILE/examples/hotpath
+cargo build --quiet --profile "$PROFILE" -p perf --bin hotpath || fail "hotpath does not build"
+program=${CARGO_TARGET_DIR:-target}/$PROFILE/hotpath
 out=perf/out
 mkdir -p "$out"
 

@@ -23,7 +23,7 @@ while [ $# -gt 0 ]; do
 done
 
 if [ "$seconds" = 0 ]; then
-    exec cargo bench --features bench-support --bench hot_path -- "${filter[@]}" "${options[@]}"
+    exec cargo bench -p benches --bench hot_path -- "${filter[@]}" "${options[@]}"
 fi
 
 for tool in perf inferno-flamegraph; do
@@ -31,7 +31,7 @@ for tool in perf inferno-flamegraph; do
 done
 export PATH=$PATH:${CARGO_HOME:-$HOME/.cargo}/bin
 mkdir -p perf/out
-program=$(cargo bench --profile profiling --features bench-support --bench hot_path --no-run --message-format=json |
+program=$(cargo bench --profile profiling -p benches --bench hot_path --no-run --message-format=json |
     sed -n 's/.*"executable":"\([^"]*hot_path[^"]*\)".*/\1/p' | tail -n 1)
 perf record -e cpu-clock:u -F 1999 --call-graph dwarf,8192 -o perf/out/criterion.data -- "$program" --bench --profile-time "$seconds" "${filter[@]}"
 perf script --no-inline -i perf/out/criterion.data 2>/dev/null | inferno-collapse-perf | inferno-flamegraph --title "benches ${filter[*]}" >perf/out/criterion.svg

@@ -14,7 +14,7 @@
 //! | `json` | the module `envelope`: events as JSON lines |
 //! | `hlog` | latency histograms as `.hlog` interval logs |
 //! | `cli` | the operator's tool `corelane`, and the module `tools` that it is made of |
-//! | `test-util` | for tests: a storage that fails on demand, time that passes on demand, a limit on threads |
+//! | `test-util` | the module `testing`: rules without an engine, a storage that fails on demand; simulated time |
 // Under `--cfg loom` this crate is empty: the models build `sync/` alone (`tests/loom.rs`).
 #![cfg(not(loom))]
 
@@ -28,6 +28,7 @@ mod sync;
 mod bounded;
 mod clock;
 pub mod config;
+#[cfg(feature = "json")]
 pub mod envelope;
 pub mod error;
 pub mod event;
@@ -56,6 +57,7 @@ pub mod consumer;
 pub mod engine;
 
 mod ops;
+#[cfg(any(test, feature = "test-util"))]
 pub mod testing;
 #[cfg(feature = "cli")]
 pub mod tools;
@@ -98,6 +100,10 @@ pub mod guide {
     pub mod ordering {}
     #[doc = include_str!("../docs/services.md")]
     pub mod services {}
+    #[doc = include_str!("../docs/failures.md")]
+    pub mod failures {}
+    #[doc = include_str!("../docs/memory.md")]
+    pub mod memory {}
     #[doc = include_str!("../docs/schema-evolution.md")]
     pub mod schema_evolution {}
     #[doc = include_str!("../docs/testing.md")]

@@ -40,18 +40,7 @@ impl Aggregate for Walker {
 
 pub(crate) fn meta() -> Meta {
     let kind = GameEvent::TYPES.first().map_or(EventTypeId(1), |kind| kind.id);
-    Meta {
-        shard: ShardId(0),
-        offset: Offset(0),
-        sequence: Sequence(0),
-        key: Key(0),
-        version: Version(1),
-        time: Time(0),
-        event_type: kind,
-        schema_version: 1,
-        correlation: Correlation(0),
-        previous: None,
-    }
+    Meta::new(Key(0), kind)
 }
 
 type Filled = (Area<Walker>, Box<dyn ViewWriter<Walker>>, Vec<Walker>);

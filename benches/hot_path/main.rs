@@ -1,9 +1,9 @@
 //! What each part of an event's way costs, alone and together.
 //!
 //! ```text
-//! cargo bench --features bench-support                     everything; reports in target/criterion/report
-//! cargo bench --features bench-support -- keys             the key table only
-//! cargo bench --features bench-support -- --quick          a first look
+//! cargo bench -p benches                     everything; reports in target/criterion/report
+//! cargo bench -p benches -- keys             the key table only
+//! cargo bench -p benches -- --quick          a first look
 //! ```
 //!
 //! All use one 48-byte event, so that figures of parts can be added up. `perf/README.md` says how to compare.

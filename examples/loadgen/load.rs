@@ -444,7 +444,7 @@ fn producer_cores(args: &Args, producers: usize) -> Vec<Option<usize>> {
             let of_producers = list.iter().skip(usize::from(args.shards)).map(usable);
             of_producers.chain(std::iter::repeat(None)).take(producers).collect()
         }
-        Pin::Auto | Pin::None => vec![None; producers],
+        _ => vec![None; producers],
     }
 }
 
@@ -455,6 +455,6 @@ pub(crate) fn first_pair(args: &Args) -> Option<(usize, usize)> {
     match (&args.pin, allowed.as_slice()) {
         (Pin::Cores(list), _) => Some((producer_cores(args, 1).first().copied().flatten()?, *list.first()?)),
         (Pin::Auto, [first, .., last]) => Some((*first, *last)),
-        (Pin::Auto | Pin::None, _) => None,
+        _ => None,
     }
 }

@@ -1,13 +1,13 @@
 //! Builds a shard, and the parts of the threads that serve it, from what recovery found.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use crossbeam::queue::ArrayQueue;
 
 use super::handle::Handle;
-use crate::background::age::Ages;
-use crate::background::keeper::Kept;
-use crate::background::snapshotter::{SnapshotterRequests, Sources};
+use crate::background::keeper::KeptShard;
+use crate::background::snapshotter::{ShardSnapshots, SnapshotterRequests};
 use crate::background::syncer::Syncer;
 use crate::clock::{Clock, wall_now};
 use crate::config::{Durability, ValidConfig};
@@ -17,7 +17,7 @@ use crate::ingress::shared::SharedLane;
 use crate::lane::counts::LaneShared;
 use crate::lane::door::ShardDoor;
 use crate::lane::registry::LaneRegistry;
-use crate::lane::requests::{CheckpointRequests, KeeperRequests, SyncMark, SyncRequests};
+use crate::lane::requests::{CheckpointRequests, KeeperRequests, SyncRequests, UnsyncedRun};
 use crate::log::format::schema_fingerprint;
 use crate::log::manifest::{Span, shard_dir};
 use crate::log::segment::ShardLog;
@@ -25,16 +25,16 @@ use crate::log::writer::{PreparedQueue, Resume, Writer};
 use crate::metrics::{Counters, Recorder, Stage};
 use crate::recovery::Recovered;
 use crate::recovery::fold::Folder;
-use crate::recovery::load;
+use crate::recovery::saved::SavedFiles;
 use crate::shard::handler::{Factory, Registered};
-use crate::shard::{Shard, Work};
+use crate::shard::{Shard, ShardParts};
 use crate::state::aggregate::Aggregate;
 use crate::state::keys::KeyTable;
 use crate::state::snapshot::format::Chunk;
 use crate::state::snapshot::taker::{Message, Taker};
 use crate::state::view::{Place, Position, View, ViewWriter};
 use crate::storage::Storage;
-use crate::sync::{Arrivals, AtomicBool, Ordering, Signal};
+use crate::sync::{Arrivals, AtomicBool, Signal};
 
 /// Slots for runs of events between a shard and its syncer.
 const SYNC_MARKS: usize = 1 << 16;
@@ -111,8 +111,8 @@ fn filled<A: Aggregate>(
 /// A shard, and the ends that other threads keep of it.
 pub(super) struct Built<A: Aggregate> {
     pub(super) handle: Handle<A>,
-    pub(super) kept: Kept,
-    pub(super) sources: Sources,
+    pub(super) kept: KeptShard,
+    pub(super) snapshots: ShardSnapshots,
     pub(super) shared: Arc<SharedLane<A::Event>>,
     pub(super) shard: Shard<A>,
     pub(super) syncer: Syncer,
@@ -144,19 +144,17 @@ impl Context<'_> {
             (Arc::new(Arrivals::new()), Arc::new(Arrivals::new()), Arc::new(Arrivals::new()));
         let (recorder, turn_exchange) = Recorder::new(&TURN_STAGES, config.latency);
         let (sync_recorder, sync_exchange) = Recorder::new(&SYNC_STAGES, config.latency);
-        let (marks_tx, marks) = rtrb::RingBuffer::<SyncMark>::new(SYNC_MARKS);
-        let (taker, sources) = self.snapshots::<A>(&links, saved);
-        let store = Arc::clone(&sources.store);
-        let kept = kept(&links, resume.next_index, span).with_leftovers(unused, spares);
-        let shard = Shard {
+        let (marks_tx, marks) = rtrb::RingBuffer::<UnsyncedRun>::new(SYNC_MARKS);
+        let (taker, snapshots) = self.snapshots::<A>(&links, saved);
+        let store = Arc::clone(&snapshots.store);
+        let kept = kept(&links, resume.next_index, span, unused, spares);
+        let shard = Shard::new(ShardParts {
             id,
             clock: self.clock.clone(),
             batch_max: config.batch_max,
             arriving: Arc::clone(&arriving),
-            lanes: Vec::new(),
             shared_lane: Arc::clone(&shared),
             arriving_clients: Arc::clone(&arriving_clients),
-            clients: Vec::new(),
             questions: Arc::clone(&questions),
             keys,
             outcomes,
@@ -166,15 +164,14 @@ impl Context<'_> {
             log: Arc::clone(&log),
             syncer: Arc::clone(syncer),
             syncs: config.durability != Durability::OsCache,
-            sync_marks: (config.durability != Durability::OsCache && config.latency).then_some(marks_tx),
+            unsynced_runs: (config.durability != Durability::OsCache && config.latency).then_some(marks_tx),
             keeper: Arc::clone(self.keeper),
             handlers: code.handlers,
             storage: Arc::clone(self.storage),
             quarantine: self.quarantine.to_owned(),
             recorder,
             counters: Arc::clone(counters),
-            work: Work::new(config.batch_max),
-        };
+        });
         let handle = Handle {
             door: Arc::clone(door),
             arriving,
@@ -186,7 +183,7 @@ impl Context<'_> {
             counters: Arc::clone(counters),
             exchanges: [turn_exchange, sync_exchange],
         };
-        Built { handle, kept, sources, shared, shard, syncer: self.syncer(&links, marks, sync_recorder) }
+        Built { handle, kept, snapshots, shared, shard, syncer: self.syncer(&links, marks, sync_recorder) }
     }
 
     /// Makes the lane that all shared producers use.
@@ -197,7 +194,7 @@ impl Context<'_> {
     }
 
     /// Makes the shard's and the snapshotter's ends of saving states.
-    fn snapshots<A: Aggregate>(&self, links: &Links, saved: load::Found) -> (Taker, Sources) {
+    fn snapshots<A: Aggregate>(&self, links: &Links, saved: SavedFiles) -> (Taker, ShardSnapshots) {
         let config = self.config;
         let (messages_tx, messages) = rtrb::RingBuffer::<Message>::new(2 * snapshot_chunks(config.shards));
         let (mut used, used_rx) = rtrb::RingBuffer::<Chunk>::new(snapshot_chunks(config.shards));
@@ -211,7 +208,7 @@ impl Context<'_> {
             messages_tx,
             used_rx,
         );
-        let sources = Sources {
+        let sources = ShardSnapshots {
             log: Arc::clone(&links.door.log),
             store: Arc::new(saved.store),
             requests: Arc::clone(&links.checkpoints),
@@ -236,7 +233,7 @@ impl Context<'_> {
         Writer::new(Arc::clone(log), Arc::clone(prepared), resume, schema, self.config.event_bytes_max)
     }
 
-    fn syncer(&self, links: &Links, marks: rtrb::Consumer<SyncMark>, recorder: Recorder) -> Syncer {
+    fn syncer(&self, links: &Links, marks: rtrb::Consumer<UnsyncedRun>, recorder: Recorder) -> Syncer {
         Syncer {
             log: Arc::clone(&links.door.log),
             storage: Arc::clone(self.storage),
@@ -248,6 +245,7 @@ impl Context<'_> {
             recorder,
             counters: Arc::clone(&links.counters),
             clock: self.clock.clone(),
+            synced_at: None,
         }
     }
 }
@@ -255,8 +253,7 @@ impl Context<'_> {
 impl Links {
     /// Makes the links of a shard whose newest checkpoint covers its log up to `covered`.
     fn new(log: &Arc<ShardLog>, covered: Offset) -> Self {
-        let checkpoints = Arc::new(CheckpointRequests::new());
-        checkpoints.covered.store(covered.0, Ordering::Release);
+        let checkpoints = Arc::new(CheckpointRequests::new(covered));
         let door = Arc::new(ShardDoor {
             log: Arc::clone(log),
             signal: Arc::new(Signal::new()),
@@ -275,25 +272,16 @@ impl Links {
 }
 
 /// Makes the keeper's end of a shard.
-fn kept(links: &Links, next_index: u64, span: Span) -> Kept {
-    Kept {
+fn kept(links: &Links, next_index: u64, span: Span, unused: Vec<PathBuf>, spares: Vec<PathBuf>) -> KeptShard {
+    KeptShard {
         log: Arc::clone(&links.door.log),
         prepared: Arc::clone(&links.prepared),
         counters: Arc::clone(&links.counters),
         shard_signal: Arc::clone(&links.door.signal),
-        next_index,
-        span,
-        spare_number: 0,
-        spares: Vec::new(),
-        retiring: Vec::new(),
-        prefaulted: (u64::MAX, 0),
-        retry_at: None,
         checkpoints: Arc::clone(&links.checkpoints),
-        checkpoints_failed: 0,
-        ask_at: None,
-        waits_for: 0,
-        held_to: 0,
-        unsynced_to: 0,
-        ages: Ages::default(),
+        span,
+        next_index,
+        spares,
+        unused,
     }
 }

@@ -75,14 +75,16 @@ impl Closing {
             shard.door.closing.store(true, Ordering::SeqCst);
             shard.door.signal.notify();
             // No further checkpoint begins: wake its waiters, so that they see it.
-            shard.checkpoints.waiting.reached(u64::MAX);
+            shard.checkpoints.wake_all();
         }
         // Another caller may hold the list until its own deadline.
         let Some(mut threads) = lock_until(&self.threads, deadline) else { return Err(WaitError::TimedOut) };
         // Keeper and snapshotter were started first and end last: until their end the shards may need segments, and
         // retention saved states.
-        let helpers =
-            [(&self.keeper.ending, &*self.keeper.signal), (&self.snapshotter.ending, &*self.snapshotter.signal)];
+        let helpers: [&dyn Fn(); 2] = [&|| self.keeper.end(), &|| {
+            self.snapshotter.ending.store(true, Ordering::SeqCst);
+            self.snapshotter.signal.notify();
+        }];
         for left in (0..=helpers.len()).rev() {
             while threads.len() > left {
                 if !join_until(&mut threads, deadline) {
@@ -92,9 +94,8 @@ impl Closing {
             if left == helpers.len() && !self.services.close(deadline) {
                 return Err(WaitError::TimedOut);
             }
-            if let Some((ending, signal)) = left.checked_sub(1).map(|at| helpers[at]) {
-                ending.store(true, Ordering::SeqCst);
-                signal.notify();
+            if let Some(end) = left.checked_sub(1).map(|at| helpers[at]) {
+                end();
             }
         }
         match self.failures().next() {

@@ -19,7 +19,7 @@ pub enum PublishSyncError<E> {
     #[error(transparent)]
     Wait(#[from] WaitError),
     /// The event was appended and handled inline; this consumer did not confirm that it handled the event.
-    #[error("consumer \"{consumer}\": {error}")]
+    #[error("consumer \"{consumer}\": {}", crate::error::with_sources(error))]
     Consumer {
         /// The consumer's name.
         consumer: String,

@@ -36,7 +36,7 @@ impl GateHolds {
         let lock: Arc<dyn Lock> = Arc::new(StoreLock::default());
         for name in names.into_iter().filter(|name| is_folder_name(name)) {
             let files = GateFiles::new(storage, store, &name);
-            if !files.is_there()? {
+            if !files.exists()? {
                 continue;
             }
             let positions = files.positions(logs.len())?;

@@ -65,7 +65,7 @@ impl<A: Aggregate> Engine<A> {
         let ask = |shard: &Handle<A>| {
             let (log, checkpoints) = (&shard.door.log, &shard.checkpoints);
             // Read before asking: the checkpoint may begin at once, and later events are not part of it.
-            let wanted = (log.appended.get(), checkpoints.failed.load(Ordering::SeqCst));
+            let wanted = (log.appended.get(), checkpoints.failures());
             checkpoints.ask();
             shard.door.signal.notify();
             wanted
@@ -75,7 +75,7 @@ impl<A: Aggregate> Engine<A> {
             let (log, checkpoints) = (&shard.door.log, &shard.checkpoints);
             block_until(
                 deadline,
-                |waker| checkpoints.waiting.register(checkpoints.settled.load(Ordering::SeqCst) + 1, waker),
+                |waker| checkpoints.register(waker),
                 || {
                     if checkpoints.covered() >= wanted {
                         return Some(Ok(()));
@@ -83,7 +83,7 @@ impl<A: Aggregate> Engine<A> {
                     if let Some(failure) = log.failure() {
                         return Some(Err(WaitError::from(failure.clone())));
                     }
-                    if checkpoints.failed.load(Ordering::SeqCst) > failed {
+                    if checkpoints.failures() > failed {
                         return Some(Err(WaitError::CheckpointFailed));
                     }
                     // A closing shard begins no other checkpoint.
@@ -104,8 +104,8 @@ impl<A: Aggregate> Engine<A> {
             all.bytes += stats.bytes;
             all.checkpoints += stats.checkpoints;
             all.unreadable += stats.unreadable;
-            all.skipped += shard.checkpoints.skipped.load(Ordering::Relaxed);
-            all.checkpoints_failed += shard.checkpoints.failed.load(Ordering::Relaxed);
+            all.skipped += shard.checkpoints.skipped();
+            all.checkpoints_failed += shard.checkpoints.failures();
         }
         all.bytes_average = all.bytes.checked_div(all.count).unwrap_or(0);
         all

@@ -15,6 +15,7 @@
 // | `threads` | starting and joining threads |
 // | `queries`, `history`, `consumers`, `gated` | the rest of `Engine`'s methods, by topic |
 
+mod background;
 mod build;
 mod builder;
 mod closing;
@@ -52,11 +53,10 @@ use crate::shard::LaneEnd;
 use crate::state::aggregate::{Aggregate, Stateless};
 use crate::storage::{Lock, Storage};
 use crate::sync::{Deadline, Mutex, Ordering, lock};
-use closing::Closing;
-use handle::Handle;
-
 pub use builder::Builder;
+use closing::Closing;
 pub use consumers::PublishSyncError;
+use handle::Handle;
 pub use history::Comparison;
 
 /// An engine that carries events and keeps no states.
@@ -205,7 +205,7 @@ impl<A: Aggregate> Engine<A> {
             let (answers, answers_rx) = rtrb::RingBuffer::new(self.config.ring_capacity);
             let shared = Arc::new(LaneShared::of_commands(Arc::clone(&shard.door.log), self.config.durability));
             shard.door.lanes.register(&shared);
-            let end = ClientEnd { orders, answers, shared: Arc::clone(&shared), answered: 0 };
+            let end = ClientEnd::new(orders, answers, Arc::clone(&shared));
             if let Err(end) = shard.arriving_clients.push(end) {
                 // The shard has ended: the lane accepts nothing.
                 end.shared.close_gate.close();
@@ -293,7 +293,7 @@ impl<A: Aggregate> Engine<A> {
             totals.fetch(turns, || shard.door.signal.notify());
             totals.fetch(syncs, || shard.syncer.signal.notify());
         }
-        Metrics::new(self.shard_metrics(), totals.snapshot())
+        Metrics::new(self.shard_metrics(), totals.histograms())
     }
 
     /// Returns the counters alone. Cheap enough for every second: it wakes no thread.

@@ -8,7 +8,7 @@ use super::gate_holds::GateHolds;
 use super::store_lock::StoreLock;
 use super::threads::Threads;
 use crate::config::ValidConfig;
-use crate::consumer::checkpoint::Found;
+use crate::consumer::position_file::RegisteredConsumer;
 use crate::error::{OpenError, guard};
 use crate::event::{Event, EventTypeId, Root, ShardId, upcaster};
 use crate::log::manifest::fresh_id;
@@ -89,7 +89,7 @@ impl Repairs<'_> {
     pub(super) fn carry_out<A: Aggregate>(
         &self,
         recovered: &mut [Recovered<A>],
-        consumers: &[Found],
+        consumers: &[RegisteredConsumer],
         gates: &GateHolds,
         lock: &mut StoreLock,
     ) -> Result<(), OpenError> {

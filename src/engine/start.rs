@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::Engine;
+use super::background::{run_keeper, run_snapshotter, run_syncer};
 use super::build::{Built, Context, ShardCode, shard_code};
 use super::closing::{Closing, ClosingShard};
 use super::gate_holds::GateHolds;
@@ -16,12 +17,12 @@ use super::open::{ManifestChange, Repairs, load_manifest, logs_of, recover};
 use super::runner::{RunnerRequests, assign_cores, run};
 use super::store_lock::StoreLock;
 use super::threads::{Crew, Threads};
-use crate::background::keeper::{Keeper, Kept};
-use crate::background::snapshotter::{Snapshotter, SnapshotterRequests, Sources};
+use crate::background::keeper::{Keeper, KeeperRules, KeptShard};
+use crate::background::snapshotter::{ShardSnapshots, Snapshotter, SnapshotterRequests};
 use crate::background::syncer::Syncer;
 use crate::clock::Clock;
 use crate::config::{Durability, ValidConfig};
-use crate::consumer::checkpoint::{Found, cut_all};
+use crate::consumer::position_file::{RegisteredConsumer, cut_all};
 use crate::consumer::services::Services;
 use crate::error::OpenError;
 use crate::event::{Offset, ShardId};
@@ -56,7 +57,7 @@ struct Inspected<A: Aggregate> {
     manifest: Manifest,
     change: ManifestChange,
     recovered: Vec<Recovered<A>>,
-    consumers: Vec<Found>,
+    consumers: Vec<RegisteredConsumer>,
     holds: GateHolds,
 }
 
@@ -137,8 +138,8 @@ struct Parts<A: Aggregate> {
     snapshotter: Arc<SnapshotterRequests>,
     handles: Vec<Handle<A>>,
     shared_lanes: Vec<Arc<SharedLane<A::Event>>>,
-    kept: Vec<Kept>,
-    sources: Vec<Sources>,
+    kept: Vec<KeptShard>,
+    snapshots: Vec<ShardSnapshots>,
     shards: Vec<(Shard<A>, Syncer)>,
 }
 
@@ -153,12 +154,12 @@ impl<A: Aggregate> Parts<A> {
         let signal = || Arc::new(Signal::new());
         let mut parts = Self {
             clock: Clock::new(),
-            keeper: Arc::new(KeeperRequests { signal: signal(), ending: AtomicBool::new(false) }),
+            keeper: Arc::new(KeeperRequests::new()),
             snapshotter: Arc::new(SnapshotterRequests { signal: signal(), ending: AtomicBool::new(false) }),
             handles: Vec::new(),
             shared_lanes: Vec::new(),
             kept: Vec::new(),
-            sources: Vec::new(),
+            snapshots: Vec::new(),
             shards: Vec::new(),
         };
         let (clock, keeper, snapshotter) =
@@ -173,12 +174,12 @@ impl<A: Aggregate> Parts<A> {
             quarantine: &config.dir.join("quarantine"),
         };
         for (i, (recovered, code)) in recovered.into_iter().zip(codes).enumerate() {
-            let Built { handle, kept, sources, shared, shard, syncer } =
+            let Built { handle, kept, snapshots, shared, shard, syncer } =
                 context.build(ShardId(i as u16), recovered, code);
             parts.handles.push(handle);
             parts.shared_lanes.push(shared);
             parts.kept.push(kept);
-            parts.sources.push(sources);
+            parts.snapshots.push(snapshots);
             parts.shards.push((shard, syncer));
         }
         parts
@@ -191,19 +192,13 @@ impl<A: Aggregate> Parts<A> {
         storage: Arc<dyn Storage>,
         lock: Arc<dyn Lock>,
         recovery: RecoveryReport,
-        consumers: Vec<Found>,
+        consumers: Vec<RegisteredConsumer>,
     ) -> (Engine<A>, Loops<A>) {
-        let keeper = Keeper {
-            shards: self.kept,
-            storage: Arc::clone(&storage),
-            requests: Arc::clone(&self.keeper),
-            durability: config.durability,
-            retention: config.retention,
-            spares_max: config.spares_max,
-            began: Instant::now(),
-        };
+        let rules =
+            KeeperRules { durability: config.durability, retention: config.retention, spares_max: config.spares_max };
+        let keeper = Keeper::new(rules, &storage, Arc::clone(&self.keeper), self.kept);
         let snapshotter = Snapshotter {
-            shards: self.sources,
+            shards: self.snapshots,
             storage: Arc::clone(&storage),
             requests: Arc::clone(&self.snapshotter),
             keeper: Arc::clone(&self.keeper),
@@ -257,10 +252,10 @@ impl<A: Aggregate> Loops<A> {
     fn run(self, engine: &Engine<A>, crew: &mut Crew) {
         let Self { keeper, snapshotter, shards } = self;
         let cores = assign_cores(&engine.config.pin, engine.config.shards);
-        engine.run(crew, move || keeper.run());
-        engine.run(crew, move || snapshotter.run());
+        engine.run(crew, move || run_keeper(keeper));
+        engine.run(crew, move || run_snapshotter(snapshotter));
         for (i, (shard, syncer)) in shards.into_iter().enumerate() {
-            engine.run(crew, move || syncer.run());
+            engine.run(crew, move || run_syncer(syncer));
             let door = Arc::clone(&engine.shards[i].door);
             let (requests, wait, core) = (Arc::clone(&engine.closing.runner), engine.config.wait, cores[i]);
             engine.run(crew, move || run(shard, &door, &requests, wait, core));

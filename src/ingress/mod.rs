@@ -1,4 +1,4 @@
-//! Ingress: how events enter the engine.
+//! Ingress: producers, and the sequence gate for input that arrives out of order.
 
 pub(crate) mod gated;
 pub(crate) mod producer;

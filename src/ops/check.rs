@@ -11,13 +11,13 @@ use std::time::Duration;
 use crate::error::{OpenError, ReadError};
 use crate::event::{Offset, Sequence, ShardId, Version};
 use crate::ingress::gated::{GateFiles, gates_dir};
-use crate::log::format::{HEADER_BYTES, OFFSETS_END};
+use crate::log::format::{HEADER_BYTES, OFFSETS_END, is_record_offset};
 use crate::log::manifest::spare_number;
 use crate::log::manifest::{SPAN, is_folder_name, segment_index};
 use crate::log::position::Position;
 use crate::log::scan::{SegmentState, Store};
-use crate::recovery::confirm::{Astray, There, lead_to};
-use crate::recovery::load::{is_of, is_place};
+use crate::recovery::boundary::{Boundary, NoBoundary, walk_to};
+use crate::recovery::load::is_of;
 use crate::state::snapshot::format::{End, FILE_HEADER_BYTES, FileHeader, Kind, Unusable, entry_at};
 use crate::state::snapshot::store::{file_number, whole};
 use crate::storage::Storage;
@@ -216,8 +216,8 @@ impl SavedStates {
             Some(Ok(led)) if led.is_in_command => Some("that is inside a command"),
             Some(Ok(led)) if led.sequence != header.sequence.get() => Some("the log has another sequence there"),
             Some(Ok(led)) => (led.check != header.check).then_some(OTHER_HISTORY),
-            Some(Err(Astray::Inside)) => Some("that is inside a record"),
-            Some(Err(Astray::Broken(..))) => Some("the log is damaged before that"),
+            Some(Err(NoBoundary::Inside)) => Some("that is inside a record"),
+            Some(Err(NoBoundary::Broken(..))) => Some("the log is damaged before that"),
             // The segment was freed or has not begun.
             None => None,
         })
@@ -260,7 +260,7 @@ fn decode(bytes: &[u8], kind: Kind, of: (u64, ShardId)) -> Result<SavedFile, Unu
         if entries != end.entries || at != bytes.len() {
             return Err("entries of the checkpoint are missing".into());
         }
-        if !is_place(header.start) || !is_place(log_end) || header.start > log_end {
+        if !is_record_offset(header.start) || !is_record_offset(log_end) || header.start > log_end {
             return Err("its start or end is not a place in a log".into());
         }
     }
@@ -269,14 +269,14 @@ fn decode(bytes: &[u8], kind: Kind, of: (u64, ShardId)) -> Result<SavedFile, Unu
 
 /// Follows the records of a segment to `place`. Returns `None` if the segment was freed, has not begun, or is
 /// incomplete, which reading the log reports.
-fn led_to(store: &Store, shard: ShardId, place: Offset) -> Result<Option<Result<There, Astray>>, OpenError> {
+fn led_to(store: &Store, shard: ShardId, place: Offset) -> Result<Option<Result<Boundary, NoBoundary>>, OpenError> {
     // The end of a segment filled to its last byte still belongs to that segment.
     let index = place.get().saturating_sub(1) / store.segment_bytes();
     let at = (place.get() - index * store.segment_bytes()) as usize;
     let mut looks = 0;
     loop {
         let led =
-            store.beginning(shard, index, at.max(HEADER_BYTES))?.map(|(header, whole)| lead_to(&whole, &header, at));
+            store.beginning(shard, index, at.max(HEADER_BYTES))?.map(|(header, whole)| walk_to(&whole, &header, at));
         looks += 1;
         // Checked after the read: a file leaves the span before it is reused.
         if store.span(shard)?.is_none_or(|span| index < span.first) {
@@ -296,8 +296,8 @@ fn led_to(store: &Store, shard: ShardId, place: Offset) -> Result<Option<Result<
 pub fn place(store: &Store, shard: ShardId, place: Offset) -> Result<Option<&'static str>, OpenError> {
     Ok(match led_to(store, shard, place)? {
         None | Some(Ok(_)) => None,
-        Some(Err(Astray::Inside)) => Some("that is inside a record"),
-        Some(Err(Astray::Broken(..))) => Some("the log is damaged before that"),
+        Some(Err(NoBoundary::Inside)) => Some("that is inside a record"),
+        Some(Err(NoBoundary::Broken(..))) => Some("the log is damaged before that"),
     })
 }
 
@@ -351,7 +351,7 @@ pub fn gates(store: &Store) -> Result<Vec<Gate>, OpenError> {
     let storage: Arc<dyn Storage> = Arc::clone(store.files()) as _;
     let look = |name: String| {
         let files = GateFiles::new(&storage, (store.dir(), store.store_id()), &name);
-        if !files.is_there()? {
+        if !files.exists()? {
             return Ok(None);
         }
         let mut looks = 0;
@@ -376,7 +376,7 @@ fn gate(files: &GateFiles, name: &str, shards: usize) -> Gate {
         Ok(positions) => {
             gate.counted = positions.map_or(Vec::new(), |positions| positions.counted);
         }
-        Err(error) => gate.problems.push(error.to_string()),
+        Err(error) => gate.problems.push(crate::error::with_sources(&error)),
     }
     match files.look() {
         Ok((gaps, torn)) => {
@@ -385,7 +385,7 @@ fn gate(files: &GateFiles, name: &str, shards: usize) -> Gate {
                 gate.problems.push(format!("{torn} bytes after its last entry are torn: opening the gate cuts them"));
             }
         }
-        Err(error) => gate.problems.push(error.to_string()),
+        Err(error) => gate.problems.push(crate::error::with_sources(&error)),
     }
     gate
 }

@@ -7,7 +7,7 @@
 use crate::error::{CodePanic, HistoryError, PanickedEvent, ReadError, guard};
 use crate::event::{Event, EventType, Key, Offset, Sequence, ShardId, Time, Version};
 use crate::log::access::Access;
-use crate::log::finder::{Finder, Place};
+use crate::log::finder::{Finder, RecordPlace};
 use crate::log::format::RecordHeader;
 use crate::log::reader::{Reader, Record};
 use crate::state::aggregate::Aggregate;
@@ -120,8 +120,8 @@ impl<E: Event> Stream<E> {
     }
 
     /// Returns the offset of the key's previous event. Fails unless the record at `at` is `version` of the key.
-    fn before(&self, at: Offset, place: &Place, version: Version) -> Result<Offset, ReadError> {
-        let Place { header, .. } = place;
+    fn before(&self, at: Offset, place: &RecordPlace, version: Version) -> Result<Offset, ReadError> {
+        let RecordPlace { header, .. } = place;
         if header.is_own() || header.key != self.key || header.version != version {
             return Err(self.finder.corruption(at, "a key's chain leads to a record that is not its next event"));
         }

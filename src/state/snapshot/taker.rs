@@ -10,7 +10,7 @@ use crate::state::aggregate::Aggregate;
 use crate::state::keys::{KeyTable, Slot, Walk};
 use crate::state::outcomes::Outcomes;
 use crate::state::snapshot::format::Chunk;
-use crate::sync::{Ordering, Signal};
+use crate::sync::Signal;
 
 /// A message from a shard to the snapshotter, in the order of the log.
 #[derive(Debug)]
@@ -151,7 +151,7 @@ impl Taker {
         }
         let scratch = &mut self.scratch;
         if !self.chunk.as_mut().is_some_and(|chunk| !chunk.is_full() && chunk.add(slot, [].iter(), scratch)) {
-            self.requests.skipped.fetch_add(1, Ordering::Relaxed);
+            self.requests.skip(1);
         }
     }
 
@@ -166,7 +166,7 @@ impl Taker {
 
     /// Wakes the waiters for a checkpoint, because the shard has ended.
     pub(crate) fn end(&self) {
-        self.requests.waiting.reached(u64::MAX);
+        self.requests.wake_all();
     }
 
     /// Sends the current chunk, however full. Returns `true` if nothing is left to send, or the snapshotter has ended.
@@ -187,7 +187,7 @@ impl Taker {
 
     /// Returns `true` if a step has work to do even without new events.
     pub(crate) fn has_work(&self) -> bool {
-        ((self.requests.is_wanted() || self.walk.is_some()) && self.may_walk())
+        ((self.requests.is_requested() || self.walk.is_some()) && self.may_walk())
             || (self.is_due_early && self.may_send_early())
     }
 
@@ -230,7 +230,7 @@ impl Taker {
             }
         }
         let due = self.checkpoint_bytes > 0 && appended.0 - self.begun_at >= self.checkpoint_bytes;
-        if self.walk.is_none() && !due && !self.requests.is_wanted() {
+        if self.walk.is_none() && !due && !self.requests.is_requested() {
             return false;
         }
         self.checkpoint(keys, outcomes, (appended, sequence, time), is_busy)
@@ -334,7 +334,7 @@ mod tests {
 
     #[test]
     fn a_checkpoint_leaves_a_chunk_for_snapshots() {
-        let requests = Arc::new(CheckpointRequests::new());
+        let requests = Arc::new(CheckpointRequests::new(Offset(0)));
         let (messages, sent) = rtrb::RingBuffer::new(64);
         let (mut empty, used) = rtrb::RingBuffer::new(3);
         while empty.push(Chunk::new()).is_ok() {}
@@ -350,13 +350,13 @@ mod tests {
         assert!(!taker.has_work(), "the next step waits for a chunk");
         let slot = Slot { key: crate::event::Key(1), version: crate::event::Version(1), ..Slot::default() };
         taker.take::<Small>(&slot);
-        assert_eq!(requests.skipped.load(Ordering::Relaxed), 0);
+        assert_eq!(requests.skipped(), 0);
     }
 
     #[test]
     fn snapshots_collect_in_the_last_chunk_while_the_snapshotter_is_behind() {
         type State = crate::state::aggregate::Stateless<crate::envelope::Envelope>;
-        let requests = Arc::new(CheckpointRequests::new());
+        let requests = Arc::new(CheckpointRequests::new(Offset(0)));
         let (messages, mut sent) = rtrb::RingBuffer::new(4);
         let (mut empty, used) = rtrb::RingBuffer::new(2);
         while empty.push(Chunk::new()).is_ok() {}
