@@ -1,3 +1,5 @@
+//! The hot path of a server, as a library: per-user order, lock-free lanes, and a durable zero-copy event log.
+//!
 #![doc = include_str!("../README.md")]
 //!
 //! # Modules
