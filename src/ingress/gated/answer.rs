@@ -28,7 +28,7 @@ pub enum Accepted<E> {
     TooOld(LateEvent<E>),
 }
 
-/// An event that came after its turn. [`GatedProducer::publish_late`](crate::GatedProducer::publish_late) publishes it
+/// An event that came after its turn. [`GatedProducer::publish_late`](crate::ingress::GatedProducer::publish_late) publishes it
 /// out of order.
 #[non_exhaustive]
 pub struct LateEvent<E> {

@@ -106,8 +106,8 @@ pub(crate) struct Parts<E: Event> {
 /// frees no event that the gate has not counted, so call [`GatedProducer::save`] regularly.
 ///
 /// ```
-/// # use corelane::{Accepted, Bounded, Config, Deadline, Event, EventLog, EventType, EventTypeId, Key};
-/// # use corelane::ingress::GatePolicy;
+/// # use corelane::ingress::{Accepted, GatePolicy};
+/// # use corelane::{Bounded, Config, Deadline, Event, EventLog, EventType, EventTypeId, Key};
 /// # use rkyv::{Archive, Deserialize, Serialize};
 /// # let dir = std::env::temp_dir().join(format!("corelane-gated-{}", std::process::id()));
 /// // The event contains its partition and sequence, so the log does too.
