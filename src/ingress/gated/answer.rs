@@ -58,7 +58,8 @@ pub enum GateRefused<E> {
     /// The gate has no room for the early event, or its sequence is too far ahead.
     #[error(transparent)]
     Gate(OfferRefused<E>),
-    /// The front cannot be published now; or the event itself can never be published, such as one that is too large.
+    /// An earlier event cannot be published now; or the event itself can never be published, because it is too large or
+    /// of an undeclared type.
     #[error(transparent)]
     Publish(Rejected<E>),
     /// The gate has stopped. Offering again does not help.
