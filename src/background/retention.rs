@@ -195,15 +195,24 @@ impl Reclaimer {
         for (path, memory) in std::mem::take(&mut self.retiring) {
             // After a failure the others wait for the next attempt.
             let memory = if failed.is_none() { Arc::try_unwrap(memory) } else { Err(memory) };
-            match memory.map(|memory| files.recycle(&path, memory)) {
-                Err(held) => self.retiring.push((path, held)),
-                Ok(Err((error, memory))) => {
-                    self.retiring.push((path, Arc::new(memory)));
-                    failed = Some(error);
+            let memory = match memory {
+                Ok(memory) => memory,
+                Err(held) => {
+                    self.retiring.push((path, held));
+                    continue;
                 }
-                Ok(Ok(())) => {
+            };
+            match files.retire(&path) {
+                Ok(spare) => {
+                    if let Some(spare) = spare {
+                        files.add_spare(spare, Some(memory));
+                    }
                     recycled = true;
                     failed = files.storage.sync_dir(&files.log.dir).err();
+                }
+                Err(error) => {
+                    self.retiring.push((path, Arc::new(memory)));
+                    failed = Some(error);
                 }
             }
         }
