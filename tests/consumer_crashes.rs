@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use common::{Note, open_on, os_cache, read_shard, small, soon};
-use corelane::consumer::{ConsumerError, HealthPolicy, Judgement, Letters, Poller, QueuePolicy};
+use corelane::consumer::{ConsumerError, HealthPolicy, Judgement, LetterSelector, Poller, QueuePolicy};
 use corelane::testing::{FaultyStorage, Unsynced};
 use corelane::{EventId, EventLog, Key, Offset, ShardId};
 
@@ -25,7 +25,7 @@ fn poller(
 ) -> Result<Poller<Note>, ConsumerError> {
     let builder = engine.consumer("c").concurrency(2).checkpoint_every(Duration::from_millis(50));
     let builder = builder.health(HealthPolicy::default().consecutive_max(1_000_000).failure_percent_max(100));
-    let builder = builder.lanes(QueuePolicy::default()).judge(|error, _| match error.to_string().as_str() {
+    let builder = builder.queues(QueuePolicy::default()).judge(|error, _| match error.to_string().as_str() {
         "park" => Judgement::Park,
         "skip" => Judgement::Skip,
         _ => Judgement::RetryIn(Duration::from_millis(10)),
@@ -131,7 +131,7 @@ impl Outside {
         self.take(&mut poller, |_, _| None)?;
         self.discarded
             .extend(Self::letters(&poller, &self.ids(engine)).into_iter().filter(|n| self.published[n] == PARKED));
-        poller.discard(Letters::Of(Key(PARKED))).map_err(|_| Stops)?;
+        poller.discard(LetterSelector::Of(Key(PARKED))).map_err(|_| Stops)?;
         self.publish(engine, &[1, 2])?;
         self.take(&mut poller, |_, _| None)?;
         Ok(())
@@ -139,7 +139,7 @@ impl Outside {
 
     /// Lets key 1's letters be handled until one fails.
     fn reprocess(&mut self, poller: &mut Poller<Note>, fails: impl Fn(u64) -> bool) -> Result<(), Stops> {
-        poller.reprocess(Letters::Of(Key(PARKED)));
+        poller.reprocess(LetterSelector::Of(Key(PARKED)));
         while let Some(delivery) = poller.next().map_err(|_| Stops)? {
             let (event, meta) = poller.event(&delivery).ok_or(Stops)?;
             let (n, key) = (event.n.to_native(), meta.key.0);
@@ -204,7 +204,7 @@ impl Outside {
         let end = soon().unwrap();
         while poller.report().waiting() > 0 || poller.report().letters.letters > 0 {
             assert!(Instant::now() < end, "{what}: {:?}", poller.report());
-            poller.reprocess(Letters::All);
+            poller.reprocess(LetterSelector::All);
             self.take(&mut poller, |_, _| None).unwrap();
         }
         let had: BTreeSet<u64> = self.effects.iter().map(|(_, n)| *n).collect();

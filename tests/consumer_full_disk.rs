@@ -11,7 +11,9 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use common::{Note, SEGMENT, open_on, os_cache, read_shard, small, soon, until};
-use corelane::consumer::{Consumer, ConsumerError, HealthPolicy, Judgement, Letters, Retry, Start, WriteRefused};
+use corelane::consumer::{
+    Consumer, ConsumerError, HealthPolicy, Judgement, LetterSelector, Retry, Start, WriteRefused,
+};
 use corelane::testing::FaultyStorage;
 use corelane::{EventLog, Key, Rejected, Retention};
 
@@ -76,7 +78,7 @@ fn a_checkpoint_that_cannot_be_written_holds_retention_and_no_event() {
     until("the obstacle stands", || std::fs::create_dir(&obstacle).is_ok());
     assert_eq!(publish(&engine, 0, 200), 200);
     engine.flush(soon()).unwrap();
-    assert!(consumer.drain(soon()));
+    consumer.drain(soon()).unwrap();
     assert_eq!(sorted(&seen), (0..200).collect::<Vec<_>>(), "it goes on handling");
     until("failures are counted", || consumer.report().write_failures.0 > 3);
     let report = consumer.report();
@@ -97,7 +99,7 @@ fn a_full_disk_is_backpressure_for_publishers_and_a_delay_for_consumers() {
     let consumer = start(&engine, &seen, &is_well);
     let before = publish(&engine, 0, 24);
     engine.flush(soon()).unwrap();
-    assert!(consumer.drain(soon()));
+    consumer.drain(soon()).unwrap();
     storage.refuse_files(true);
     // There is room for these in the segment at hand.
     let before = publish(&engine, before, 10);
@@ -114,13 +116,13 @@ fn a_full_disk_is_backpressure_for_publishers_and_a_delay_for_consumers() {
     storage.refuse_files(false);
     storage.set_space(None);
     engine.flush(soon()).unwrap();
-    assert!(consumer.drain(soon()), "{:?}", consumer.report());
+    assert!(consumer.drain(soon()).is_ok(), "{:?}", consumer.report());
     let is_letter = |n: &u64| n % 10 == 7;
     assert_eq!(sorted(&seen), (0..accepted).filter(|n| !is_letter(n)).collect::<Vec<_>>(), "each once");
     assert_eq!(consumer.report().letters.letters, (0..accepted).filter(is_letter).count());
     until("retention goes on", || segments(&engine) <= 3);
     is_well.store(true, Ordering::SeqCst);
-    consumer.reprocess(Letters::All).unwrap();
+    consumer.reprocess(LetterSelector::All).unwrap();
     until("letters are handled", || consumer.report().letters.letters == 0);
     assert_eq!(sorted(&seen), (0..accepted).collect::<Vec<_>>());
     let sevens: Vec<u64> = seen.lock().unwrap().iter().copied().filter(is_letter).collect();
@@ -150,7 +152,7 @@ fn dead_letters_that_cannot_be_written_keep_their_keys_waiting_and_are_written_l
             until("it tries again", || consumer.report().write_failures.1 > 0);
         }
         storage.refuse_side_files(false);
-        assert!(consumer.drain(soon()));
+        consumer.drain(soon()).unwrap();
         let letters = consumer.dead_letters(None, 100).unwrap();
         assert_eq!(letters.len(), 10, "all of key 7's");
         assert!(letters.iter().map(|letter| letter.id.offset).is_sorted());
@@ -207,7 +209,7 @@ fn on_real_disk(dir: &Path) {
     let consumer = start(&engine, &seen, &is_well);
     let before = publish(&engine, 0, 40);
     engine.flush(soon()).unwrap();
-    assert!(consumer.drain(soon()));
+    consumer.drain(soon()).unwrap();
     // To the last byte.
     drop(std::fs::write(&ballast, vec![1; 16 << 20]));
     let accepted = publish(&engine, before, 5000);
@@ -216,9 +218,9 @@ fn on_real_disk(dir: &Path) {
     assert!(consumer.report().failure.is_none());
     std::fs::remove_file(&ballast).unwrap();
     engine.flush(soon()).unwrap();
-    assert!(consumer.drain(soon()), "{:?}", consumer.report());
+    assert!(consumer.drain(soon()).is_ok(), "{:?}", consumer.report());
     is_well.store(true, Ordering::SeqCst);
-    consumer.reprocess(Letters::All).unwrap();
+    consumer.reprocess(LetterSelector::All).unwrap();
     until("letters are handled", || consumer.report().letters.letters == 0);
     assert_eq!(sorted(&seen), (0..accepted).collect::<Vec<_>>(), "each once");
     until("retention goes on", || segments(&engine) <= 3);

@@ -9,7 +9,8 @@ use std::time::{Duration, Instant};
 
 use common::{Note, open_on, small, soon};
 use corelane::consumer::{
-    ConsumerError, DeadLetterPolicy, Delivery, HaltCause, HealthPolicy, Judgement, Letters, Poller, Start, WhenFull,
+    ConsumerError, DeadLetterPolicy, Delivery, HaltCause, HealthPolicy, Judgement, LetterSelector, Poller, Start,
+    WhenFull,
 };
 use corelane::testing::FaultyStorage;
 use corelane::{EventLog, Key, OpenError};
@@ -85,7 +86,7 @@ fn a_consumer_set_back_keeps_its_letters_and_they_are_no_more_than_they_were() {
     consumer.poller.seek(Start::Beginning).unwrap();
     assert_eq!(consumer.take(|_| None), [20], "what came before the letters lies behind the same fault, and is one");
     assert_eq!(consumer.letters(), 3);
-    consumer.poller.reprocess(Letters::All);
+    consumer.poller.reprocess(LetterSelector::All);
     assert_eq!(consumer.take(|_| None), [10, 11, 12], "in order");
     publish(&engine, [13]);
     assert_eq!(consumer.take(|_| None), [13], "with the last one its key is live again");
@@ -100,7 +101,7 @@ fn letters_asked_for_before_older_events_are_read_again_wait_for_them() {
     consumer.take(|n| (n == 11).then_some("park"));
     consumer.poller.save().unwrap();
     consumer.poller.seek(Start::Beginning).unwrap();
-    consumer.poller.reprocess(Letters::All);
+    consumer.poller.reprocess(LetterSelector::All);
     assert_eq!(consumer.take(|_| None), [10, 11]);
 }
 
@@ -116,9 +117,9 @@ fn a_rebuild_handles_again_what_had_a_record_also_after_a_restart_in_the_middle(
             20 => Some("skip"),
             _ => None,
         });
-        consumer.poller.reprocess(Letters::Of(Key(1)));
+        consumer.poller.reprocess(LetterSelector::Of(Key(1)));
         assert_eq!(consumer.take(|_| None), [10, 11]);
-        assert_eq!(consumer.poller.discard(Letters::Of(Key(4))).unwrap(), 1);
+        assert_eq!(consumer.poller.discard(LetterSelector::Of(Key(4))).unwrap(), 1);
         consumer.poller.save().unwrap();
         let counts = consumer.poller.report().letters;
         consumer.poller.seek(Start::Beginning).unwrap();
@@ -142,7 +143,7 @@ fn a_letter_discarded_before_it_is_read_again_does_not_come_again() {
     consumer.take(|n| (n == 10).then_some("park"));
     consumer.poller.save().unwrap();
     consumer.poller.seek(Start::Beginning).unwrap();
-    assert_eq!(consumer.poller.discard(Letters::All).unwrap(), 1);
+    assert_eq!(consumer.poller.discard(LetterSelector::All).unwrap(), 1);
     assert_eq!(consumer.take(|_| None), [20]);
 }
 
@@ -154,7 +155,7 @@ fn a_letter_that_makes_room_while_it_is_handled_frees_its_key_once() {
     publish(&engine, [10, 11]);
     consumer.take(|n| (n == 10).then_some("park"));
     assert_eq!(consumer.letters(), 2);
-    consumer.poller.reprocess(Letters::Of(Key(1)));
+    consumer.poller.reprocess(LetterSelector::Of(Key(1)));
     let (n, oldest) = consumer.next().unwrap();
     assert_eq!(n, 10);
     publish(&engine, [20, 12]);
@@ -182,7 +183,7 @@ fn letters_are_handled_where_there_is_no_room_for_more() {
     assert_eq!(consumer.poller.report().halted, Some(HaltCause::DeadLettersFull));
     let letters = consumer.letters();
     assert!(letters <= 2, "{letters}");
-    assert_eq!(consumer.poller.reprocess(Letters::All), letters);
+    assert_eq!(consumer.poller.reprocess(LetterSelector::All), letters);
     assert_eq!(consumer.take(|_| None), [10, 20][..letters]);
     consumer.poller.resume();
     let mut taken = consumer.take(|_| None);
@@ -190,7 +191,7 @@ fn letters_are_handled_where_there_is_no_room_for_more() {
     while consumer.letters() > 0 || consumer.poller.report().waiting() > 0 {
         assert!(Instant::now() < end, "{:?}", consumer.poller.report());
         consumer.poller.resume();
-        consumer.poller.reprocess(Letters::All);
+        consumer.poller.reprocess(LetterSelector::All);
         taken.extend(consumer.take(|_| None));
     }
     assert_eq!(taken.len() + letters, 4);
@@ -207,7 +208,7 @@ fn a_position_is_saved_though_what_became_of_a_letter_cannot_be_written() {
     // The next life's file of letters cannot be made.
     storage.refuse_side_files(true);
     let mut driven = Driven::new(&engine, policy());
-    assert_eq!(driven.poller.reprocess(Letters::All), 1);
+    assert_eq!(driven.poller.reprocess(LetterSelector::All), 1);
     publish(&engine, [21, 30]);
     let mut taken = driven.take(|_| None);
     taken.sort_unstable();
@@ -236,9 +237,9 @@ fn the_next_checkpoint_knows_what_became_of_letters_though_nothing_else_was_done
         let (checkpoint, letters) = (named("checkpoint"), named("letters-000001.log"));
 
         if is_discarded {
-            assert_eq!(driven.poller.discard(Letters::All).unwrap(), 2);
+            assert_eq!(driven.poller.discard(LetterSelector::All).unwrap(), 2);
         } else {
-            assert_eq!(driven.poller.reprocess(Letters::All), 1);
+            assert_eq!(driven.poller.reprocess(LetterSelector::All), 1);
             assert_eq!(driven.take(|_| None), [10, 11]);
         }
         // The time of a checkpoint passes.

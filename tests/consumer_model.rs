@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use common::{SEGMENT, env_number, small, soon};
 use corelane::consumer::{
-    DeadLetterPolicy, Delivery, Exhausted, HealthPolicy, Judgement, Letters, Poller, QueuePolicy, Retry, Start,
+    DeadLetterPolicy, Delivery, Exhausted, HealthPolicy, Judgement, LetterSelector, Poller, QueuePolicy, Retry, Start,
     WhenFull,
 };
 use corelane::testing::{FaultyStorage, Unsynced};
@@ -349,7 +349,7 @@ impl World {
             .retry(Retry::fixed().base(Duration::from_millis(50)).jitter(1.0, 1.0).attempts(ATTEMPTS))
             .when_exhausted(self.setting.exhausted)
             .health(HealthPolicy::default().consecutive_max(1_000_000).failure_percent_max(100))
-            .lanes(QueuePolicy::default().gap_wait_max(GAP_WAIT).unfinished_max(self.setting.unfinished_max))
+            .queues(QueuePolicy::default().gap_wait_max(GAP_WAIT).unfinished_max(self.setting.unfinished_max))
             .dead_letters(DeadLetterPolicy::default().letters_max(self.setting.letters_max).when_full(when_full))
             .checkpoint_every(Duration::from_millis(200))
             .judge(|error, _| match error.to_string().as_str() {
@@ -675,12 +675,12 @@ impl World {
         }
     }
 
-    fn which(&mut self) -> (Letters, BTreeSet<u64>) {
+    fn which(&mut self) -> (LetterSelector, BTreeSet<u64>) {
         if self.random.one_in(2) {
-            return (Letters::All, (0..KEYS).collect());
+            return (LetterSelector::All, (0..KEYS).collect());
         }
         let key = self.random.below(KEYS);
-        (Letters::Of(Key(key)), BTreeSet::from([key]))
+        (LetterSelector::Of(Key(key)), BTreeSet::from([key]))
     }
 
     fn reprocess(&mut self) {
@@ -721,7 +721,7 @@ impl World {
         // What could not be discarded is no longer asked for.
         let still: Vec<u64> = self.asked.intersection(&keys).copied().collect();
         for key in still {
-            self.poller().reprocess(Letters::Of(Key(key)));
+            self.poller().reprocess(LetterSelector::Of(Key(key)));
         }
     }
 
@@ -879,7 +879,7 @@ impl World {
                 self.take();
             }
             if !self.letters.is_empty() {
-                self.poller().reprocess(Letters::All);
+                self.poller().reprocess(LetterSelector::All);
                 self.asked = self.letters.keys().copied().collect();
             } else if self.poller().report().waiting() == 0 {
                 break;

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use common::{Note, SEGMENT, os_cache, small, soon, until};
 use corelane::consumer::{
     Consumer, ConsumerError, ConsumerReport, DeadLetterPolicy, Exhausted, HaltCause, Handled, HealthPolicy, Judgement,
-    LetterKind, Letters, QueuePolicy, Retry, Start,
+    LetterKind, LetterSelector, QueuePolicy, Retry, Start,
 };
 use corelane::{EventLog, HandlerError, Key, Meta, Retention};
 use rkyv::Archived;
@@ -81,7 +81,7 @@ fn every_event_is_handled_in_order_and_a_restart_goes_on_behind_them() {
             let consumer = consumer.unwrap();
             // While it runs as well.
             publish(&engine, (0..100).map(|i| (i % 7, round * 900 + 800 + i)).take(0));
-            assert!(consumer.drain(soon()));
+            consumer.drain(soon()).unwrap();
             let report = consumer.report();
             assert_eq!((report.waiting(), report.failed, report.success_rate()), (0, 0, 1.0));
             if round == 1 {
@@ -205,7 +205,7 @@ fn a_failing_event_is_tried_again_before_its_keys_next_and_holds_up_no_other_key
     publish(&engine, events(10, 500));
     until("the others are through", || seen.len() >= 450);
     assert_eq!(seen.of(3), [0; 0], "its later events wait");
-    assert!(consumer.drain(soon()));
+    consumer.drain(soon()).unwrap();
     for key in 0..10 {
         assert_eq!(seen.of(key), rising(10, 500, key));
     }
@@ -218,14 +218,15 @@ fn a_panicking_handler_is_a_failing_one_and_nobody_elses_concern() {
     let engine = EventLog::<Note>::open(small(dir.path())).unwrap();
     let seen = Seen::default();
     let saw = seen.clone();
-    let bad = engine.subscribe("bad").retry(quick(2)).health(patient()).on(|_, _| panic!("as it must")).unwrap();
-    let good = engine.subscribe("good").on(move |event, meta| {
+    let bad = engine.subscribe("bad").retry(quick(2)).health(patient()).start(|_, _| panic!("as it must")).unwrap();
+    let good = engine.subscribe("good").start(move |event, meta| {
         saw.add(event, meta);
         Ok(())
     });
     let good = good.unwrap();
     publish(&engine, events(5, 50));
-    assert!(good.drain(soon()) && bad.drain(soon()));
+    good.drain(soon()).unwrap();
+    bad.drain(soon()).unwrap();
     assert_eq!(seen.len(), 50);
     let report = bad.report();
     assert_eq!((report.handled, report.parked, report.letters.letters), (0, 50, 50));
@@ -253,26 +254,26 @@ fn a_parked_key_keeps_its_order_through_reprocessing_and_a_restart() {
         let engine = EventLog::<Note>::open(small(dir.path())).unwrap();
         publish(&engine, events(3, 30));
         let consumer = start(&engine);
-        assert!(consumer.drain(soon()));
+        consumer.drain(soon()).unwrap();
         assert_eq!((seen.of(0), seen.of(1)), (rising(3, 30, 0), vec![]));
         assert_eq!(consumer.report().letters.letters, 10);
         // Stopped at the first failure, which is the oldest.
-        assert_eq!(consumer.reprocess(Letters::All).unwrap(), 1);
+        assert_eq!(consumer.reprocess(LetterSelector::All).unwrap(), 1);
         until("it was tried again", || consumer.dead_letters(None, 1).unwrap()[0].attempts == 4);
         assert_eq!(consumer.report().letters.letters, 10);
     }
     let engine = EventLog::<Note>::open(small(dir.path())).unwrap();
     let consumer = start(&engine);
     publish(&engine, (30..60).map(|n| (n % 3, n)));
-    assert!(consumer.drain(soon()));
+    consumer.drain(soon()).unwrap();
     assert_eq!(consumer.report().letters.letters, 20, "later ones park behind, also in another life");
     let letters = consumer.dead_letters(None, 100).unwrap();
     assert!(letters.iter().skip(1).all(|letter| letter.why == LetterKind::Behind && letter.attempts == 0));
     is_well.store(true, Ordering::SeqCst);
-    assert_eq!(consumer.reprocess(Letters::Of(Key::new(1))).unwrap(), 1);
+    assert_eq!(consumer.reprocess(LetterSelector::Of(Key::new(1))).unwrap(), 1);
     until("all letters are handled", || consumer.report().letters.letters == 0);
     publish(&engine, (60..90).map(|n| (n % 3, n)));
-    assert!(consumer.drain(soon()));
+    consumer.drain(soon()).unwrap();
     for key in 0..3 {
         assert_eq!(seen.of(key), rising(3, 90, key), "key {key}");
     }
@@ -295,14 +296,14 @@ fn discarded_letters_are_counted_and_free_their_key() {
     });
     let consumer = consumer.unwrap();
     publish(&engine, [(1, 0), (1, 5), (2, 1), (2, 6), (3, 7)]);
-    assert!(consumer.drain(soon()));
-    assert_eq!(consumer.discard(Letters::Of(Key::new(1))).unwrap(), 2);
+    consumer.drain(soon()).unwrap();
+    assert_eq!(consumer.discard(LetterSelector::Of(Key::new(1))).unwrap(), 2);
     publish(&engine, [(1, 8), (2, 9)]);
-    assert!(consumer.drain(soon()));
+    consumer.drain(soon()).unwrap();
     let report = consumer.report();
     assert_eq!((report.letters.letters, report.letters.discarded), (3, 2));
-    assert_eq!(consumer.discard(Letters::All).unwrap(), 3);
-    assert_eq!(consumer.discard(Letters::All).unwrap(), 0);
+    assert_eq!(consumer.discard(LetterSelector::All).unwrap(), 3);
+    assert_eq!(consumer.discard(LetterSelector::All).unwrap(), 0);
     assert_eq!(seen.len(), 0);
 }
 
@@ -313,7 +314,7 @@ fn verdicts_skip_halt_and_await_a_gap() {
     let (seen, is_there) = (Seen::default(), Arc::new(AtomicBool::new(false)));
     let (saw, there) = (seen.clone(), Arc::clone(&is_there));
     let builder =
-        engine.consumer("c").health(patient()).lanes(QueuePolicy::default().gap_wait_max(Duration::from_secs(3600)));
+        engine.consumer("c").health(patient()).queues(QueuePolicy::default().gap_wait_max(Duration::from_secs(3600)));
     let builder = builder.judge(|error, _| match error.to_string().as_str() {
         "skip" => Judgement::Skip,
         "halt" => Judgement::Halt,
@@ -343,7 +344,7 @@ fn verdicts_skip_halt_and_await_a_gap() {
     assert!(!consumer.gap_filled(Key::new(4)).unwrap(), "that key waits for nothing");
     is_there.store(true, Ordering::SeqCst);
     until("it waits", || consumer.gap_filled(Key::new(3)).unwrap());
-    assert!(consumer.drain(soon()));
+    consumer.drain(soon()).unwrap();
     assert_eq!((seen.of(1), seen.of(3)), (vec![11], vec![30, 31]));
     let report = consumer.report();
     assert_eq!((report.skipped, report.letters.skipped, report.letters.letters), (1, 1, 0));
@@ -360,7 +361,7 @@ fn an_event_at_fault_says_nothing_of_the_service_and_a_judge_that_panics_leaves_
     });
     let consumer = builder.start(|event, _| Err(if event.n == 7 { "what" } else { "poison" }.into())).unwrap();
     publish(&engine, (0..100).map(|n| (n, n)));
-    assert!(consumer.drain(soon()));
+    consumer.drain(soon()).unwrap();
     let report = consumer.report();
     assert_eq!((report.parked, report.failed), (100, 101), "the one that nobody judged was tried twice");
     let health = report.health.unwrap();
@@ -375,7 +376,7 @@ fn used_up_attempts_end_as_they_are_told() {
         let builder = engine.consumer("c").retry(quick(3)).health(patient()).when_exhausted(exhausted);
         let consumer = builder.start(|event, _| if event.n == 0 { Err("no".into()) } else { Ok(()) }).unwrap();
         publish(&engine, [(1, 0), (1, 1), (2, 2)]);
-        assert!(consumer.drain(soon()));
+        consumer.drain(soon()).unwrap();
         let report = consumer.report();
         assert_eq!((report.parked, report.skipped, report.failed), (parked, skipped, 3));
     }
@@ -395,12 +396,12 @@ fn no_room_for_dead_letters_halts_and_loses_nothing() {
     until("it halts", || consumer.report().halted == Some(HaltCause::DeadLettersFull));
     assert!(consumer.report().letters.letters <= 3);
     is_well.store(true, Ordering::SeqCst);
-    consumer.discard(Letters::All).unwrap();
+    consumer.discard(LetterSelector::All).unwrap();
     until("all are done", || {
         // What failed before is recorded, three at a time.
-        consumer.discard(Letters::All).unwrap();
+        consumer.discard(LetterSelector::All).unwrap();
         consumer.resume().unwrap();
-        consumer.drain(Some(Instant::now() + Duration::from_millis(20)))
+        consumer.drain(Some(Instant::now() + Duration::from_millis(20))).is_ok()
     });
     let report = consumer.report();
     let letters = report.letters;
@@ -423,7 +424,7 @@ fn a_pause_gives_nothing_out_and_a_rebuild_has_no_side_effect_twice() {
     });
     let consumer = consumer.unwrap();
     publish(&engine, events(4, 40));
-    assert!(consumer.drain(soon()));
+    consumer.drain(soon()).unwrap();
     consumer.pause().unwrap();
     publish(&engine, events(4, 20));
     std::thread::sleep(Duration::from_millis(20));
@@ -432,7 +433,7 @@ fn a_pause_gives_nothing_out_and_a_rebuild_has_no_side_effect_twice() {
     consumer.seek(Start::Beginning).unwrap();
     assert_eq!(handled.load(Ordering::SeqCst), 40, "it is paused still");
     consumer.resume().unwrap();
-    assert!(consumer.drain(soon()));
+    consumer.drain(soon()).unwrap();
     assert_eq!(handled.load(Ordering::SeqCst), 100, "40, and all 60 again");
     assert_eq!(consumer.report().handled, 100, "counts go on");
     let mut keys = had.lock().unwrap().clone();
@@ -442,7 +443,7 @@ fn a_pause_gives_nothing_out_and_a_rebuild_has_no_side_effect_twice() {
     assert_eq!(keys.len(), 60, "each of a name of its own");
     consumer.seek(Start::Latest).unwrap();
     publish(&engine, events(4, 5));
-    assert!(consumer.drain(soon()));
+    consumer.drain(soon()).unwrap();
     assert_eq!(handled.load(Ordering::SeqCst), 105);
 }
 
@@ -510,19 +511,20 @@ fn a_hanging_handler_is_visible_stoppable_and_alone() {
             Ok(())
         });
         let hanging = hanging.unwrap();
-        let other = engine.subscribe("other").on(move |event, meta| {
+        let other = engine.subscribe("other").start(move |event, meta| {
             saw.add(event, meta);
             Ok(())
         });
         let other = other.unwrap();
         publish(&engine, events(3, 30));
-        assert!(other.drain(soon()));
+        other.drain(soon()).unwrap();
         assert_eq!(seen.len(), 30);
         until("one sees it", || hanging.report().running_since.is_some_and(|since| since > Duration::from_millis(30)));
         if concurrency == 3 {
             until("other keys go on", || hanging.report().handled == 20);
         }
-        assert!(!hanging.drain(Some(Instant::now() + Duration::from_millis(20))));
+        let drained = hanging.drain(Some(Instant::now() + Duration::from_millis(20)));
+        assert!(matches!(drained, Err(ConsumerError::Wait(corelane::WaitError::TimedOut))), "{drained:?}");
         let began = Instant::now();
         let stopped = hanging.stop(Some(began + Duration::from_millis(50)));
         assert!(matches!(stopped, Err(ConsumerError::Busy { .. })), "{stopped:?}");
@@ -541,7 +543,7 @@ fn an_engine_that_is_dropped_leaves_a_hanging_handler_behind_and_stops_all_other
     let engine = EventLog::<Note>::open(small(dir.path())).unwrap();
     let release = Arc::new(AtomicBool::new(false));
     let released = Arc::clone(&release);
-    let hanging = engine.subscribe("hangs").on(move |_, _| {
+    let hanging = engine.subscribe("hangs").start(move |_, _| {
         while !released.load(Ordering::SeqCst) {
             std::thread::sleep(Duration::from_millis(1));
         }
@@ -576,7 +578,7 @@ fn publish_sync_returns_when_those_that_were_named_have_handled_it() {
     let engine = engine.open().unwrap();
     let (seen, saw) = (Seen::default(), Seen::default());
     let saw_it = saw.clone();
-    let slow = engine.subscribe("slow").retry(quick(2)).health(patient()).on(move |event, meta| {
+    let slow = engine.subscribe("slow").retry(quick(2)).health(patient()).start(move |event, meta| {
         std::thread::sleep(Duration::from_millis(2));
         if event.n == 7 {
             return Err("no".into());
@@ -658,7 +660,7 @@ fn starts_are_where_they_say() {
             Ok(())
         });
         let consumer = consumer.unwrap();
-        assert!(consumer.drain(soon()));
+        consumer.drain(soon()).unwrap();
         assert_eq!(seen.len(), expected, "{start:?}");
     }
 }

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use common::{copy, small, soon, tree, until};
-use corelane::consumer::{Consumer, ConsumerError, HealthPolicy, Letters, Poller, Request, Retry, outside};
+use corelane::consumer::{Consumer, ConsumerError, HealthPolicy, LetterSelector, Poller, Request, Retry, outside};
 use corelane::envelope::{ArchivedEnvelope, Envelope};
 use corelane::scan::Store;
 use corelane::{EventLog, HandlerError, Key, Meta, OpenError};
@@ -63,7 +63,7 @@ impl Game {
         let game = Self::open(dir);
         game.publish(1..4);
         let consumer = game.start("c");
-        assert!(consumer.drain(soon()));
+        consumer.drain(soon()).unwrap();
         assert_eq!(consumer.report().letters.letters, 8);
         consumer.save().unwrap();
         (game, consumer)
@@ -156,7 +156,7 @@ fn a_payload_is_shown_as_it_is_whatever_its_fields_are_called() {
     drop(game.engine.producer().publish(event.key(), event).unwrap());
     game.engine.flush(soon()).unwrap();
     let consumer = game.start("c");
-    assert!(consumer.drain(soon()));
+    consumer.drain(soon()).unwrap();
     let id = consumer.dead_letters(None, 1).unwrap()[0].id.to_string();
     let shown = says(&["dlq", "show"], dir, &["--consumer", "c", &id], 0);
     assert!(shown.contains(payload), "{shown}");
@@ -172,7 +172,7 @@ fn events_of_other_types_are_shown_as_bytes() {
     drop(engine.producer().publish(Key::new(1), common::Note::new(0x11_2233)).unwrap());
     engine.flush(soon()).unwrap();
     let consumer = engine.consumer("c").retry(once()).health(patient()).start(|_, _| Err("no".into())).unwrap();
-    assert!(consumer.drain(soon()));
+    consumer.drain(soon()).unwrap();
     let id = consumer.dead_letters(None, 1).unwrap()[0].id.to_string();
     let shown = says(&["dlq", "show"], dir, &["--consumer", "c", &id], 0);
     assert!(shown.contains("note (id 1, schema version 1)") && shown.contains("332211"), "{shown}");
@@ -221,7 +221,7 @@ fn a_request_waits_for_the_consumers_next_start() {
     game.publish(3..4);
     let consumer = game.start("c");
     until("both are done", || game.requests() == 0);
-    assert!(consumer.drain(soon()));
+    consumer.drain(soon()).unwrap();
     assert_eq!(game.seen_of(Key::new(2)), ["0", "1"]);
     assert_eq!(game.seen_of(Key::new(3)), ["0", "1"], "the new ones only");
     let letters = consumer.report().letters;
@@ -240,7 +240,7 @@ fn letters_are_discarded_when_that_is_confirmed() {
     until("all are gone", || consumer.report().letters.letters == 0);
     game.is_well.store(true, Ordering::SeqCst);
     game.publish(1..4);
-    assert!(consumer.drain(soon()));
+    consumer.drain(soon()).unwrap();
     assert_eq!(game.seen_of(Key::new(1)), ["0", "1"], "the key is live again");
 }
 
@@ -251,7 +251,7 @@ fn a_crash_while_letters_are_handled_again_finds_the_request() {
     consumer.stop(soon()).unwrap();
     let (handled, crashed) = (Arc::new(AtomicU64::new(0)), dir.path().join("crashed"));
     let (count, from, to) = (Arc::clone(&handled), dir.path().to_owned(), crashed.clone());
-    outside::ask(&Store::open(dir.path()).unwrap(), "c", Request::Reprocess(Letters::All)).unwrap();
+    outside::ask(&Store::open(dir.path()).unwrap(), "c", Request::Reprocess(LetterSelector::All)).unwrap();
     let builder = game.engine.consumer("c").retry(once()).health(patient());
     let consumer = builder.start(move |_, _| {
         // What a crash leaves here: the first two are handled, and perhaps recorded; the third is not.
@@ -283,9 +283,9 @@ fn a_discard_that_meets_a_letter_being_handled_comes_back_for_its_key() {
     consumer.stop(soon()).unwrap();
     let now = Arc::new(AtomicU64::new(0));
     let mut poller = poller(&game, &now);
-    assert_eq!(poller.reprocess(Letters::Of(Key::new(1))), 1);
+    assert_eq!(poller.reprocess(LetterSelector::Of(Key::new(1))), 1);
     let delivery = poller.next().unwrap().unwrap();
-    outside::ask(&Store::open(dir.path()).unwrap(), "c", Request::Discard(Letters::All)).unwrap();
+    outside::ask(&Store::open(dir.path()).unwrap(), "c", Request::Discard(LetterSelector::All)).unwrap();
     now.store(1000, Ordering::SeqCst);
     assert!(poller.next().unwrap().is_none());
     assert_eq!((poller.report().letters.letters, game.requests()), (2, 1), "but for the key that is out");
@@ -315,7 +315,7 @@ fn a_poller_looks_for_requests_once_a_second_and_puts_aside_what_does_not_hold()
     let now = Arc::new(AtomicU64::new(0));
     let mut poller = poller(&game, &now);
     let folder = dir.path().join("consumers/c");
-    outside::ask(&Store::open(dir.path()).unwrap(), "c", Request::Reprocess(Letters::Of(Key::new(2)))).unwrap();
+    outside::ask(&Store::open(dir.path()).unwrap(), "c", Request::Reprocess(LetterSelector::Of(Key::new(2)))).unwrap();
     let requests = |folder: &Path| -> Vec<PathBuf> {
         let paths = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
         paths.filter(|path| path.extension().is_some_and(|extension| extension == "req")).collect()
@@ -382,7 +382,7 @@ fn damage_in_a_consumers_files_is_reported_and_hides_no_other() {
     let (game, consumer) = Game::parked(dir.path());
     consumer.stop(soon()).unwrap();
     let other = game.start("other");
-    assert!(other.drain(soon()));
+    other.drain(soon()).unwrap();
     other.stop(soon()).unwrap();
     game.engine.shutdown(soon()).unwrap();
     drop(game);
@@ -488,7 +488,7 @@ fn inspect_shows_who_is_slowest_and_what_is_kept_for_it() {
         drop(producer.publish(Key::new(n), Envelope::new("long", n, &text).unwrap()).unwrap());
     }
     game.engine.flush(soon()).unwrap();
-    assert!(fast.drain(soon()));
+    fast.drain(soon()).unwrap();
     fast.save().unwrap();
     // Seven fit into one; the fifth is the log's last, and is there for all.
     let held = 4 * common::SEGMENT;

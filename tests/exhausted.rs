@@ -99,7 +99,7 @@ impl Busy {
             self.gate.gaps().unwrap().len() == 1
         });
         self.engine.flush(soon()).unwrap();
-        assert!(self.consumer.drain(soon()), "{what}: {:?}", self.consumer.report());
+        assert!(self.consumer.drain(soon()).is_ok(), "{what}: {:?}", self.consumer.report());
         self.consumer.save().unwrap();
         self.gate.save(soon()).unwrap();
         self.engine.checkpoint(soon()).unwrap();
@@ -208,7 +208,7 @@ fn a_process_without_descriptors_is_backpressure_and_goes_on_when_some_are_free(
     rustix::process::setrlimit(rustix::process::Resource::Nofile, limit).unwrap();
     engine.flush(soon()).unwrap();
     assert_eq!(numbers(&engine), (0..accepted).collect::<Vec<_>>());
-    assert!(consumer.drain(soon()));
+    consumer.drain(soon()).unwrap();
     assert_eq!(handled.load(Ordering::SeqCst), accepted);
     consumer.save().unwrap();
     until("nothing waits", || !engine.shard_metrics()[0].storage_full);

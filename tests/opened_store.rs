@@ -59,7 +59,7 @@ impl Busy {
         }
         self.next += 200;
         self.engine.flush(soon()).unwrap();
-        assert!(self.consumer.drain(soon()));
+        self.consumer.drain(soon()).unwrap();
         self.consumer.save().unwrap();
         // A gap of one.
         let offered = self.gate.offer(1, self.next + 1, Key::new(1), Note::new(0)).unwrap();
@@ -143,7 +143,7 @@ fn a_store_stays_what_was_opened_when_its_name_comes_to_mean_something_else() {
         busy.work();
         // One that is new, in folders that were not there.
         let late = busy.engine.consumer("late").start(|_: &ArchivedNote, _: &Meta| Ok(())).unwrap();
-        assert!(late.drain(soon()));
+        late.drain(soon()).unwrap();
         drop(late);
         assert!(matches!(EventLog::<Note>::open(config(&place)), Err(OpenError::Locked { .. })), "{what}: one engine");
         busy.end();
@@ -274,7 +274,7 @@ fn a_store_seen_from_outside_stays_what_was_opened() {
     let mut records = store.records(ShardId(0));
     assert!(records.next().unwrap().is_some() && records.next().unwrap().is_none(), "one event");
     assert!(!store.shard(ShardId(0)).unwrap().segments.is_empty());
-    let all = corelane::consumer::Letters::All;
+    let all = corelane::consumer::LetterSelector::All;
     outside::ask(&store, "c", Request::Reprocess(all)).unwrap();
     let asked = |dir: &Path| fs::read_dir(dir.join("consumers/c")).unwrap().count();
     assert_eq!(asked(&dir.path().join("first")), asked(&name) + 1, "the request is where the store is");

@@ -422,7 +422,7 @@ fn wounded() -> Files {
     drop(gated);
     for name in ["a", "b"] {
         let consumer = engine.consumer(name).start(|_: &common::ArchivedNote, _: &corelane::Meta| Ok(())).unwrap();
-        assert!(consumer.drain(soon()));
+        consumer.drain(soon()).unwrap();
         consumer.stop(soon()).unwrap();
     }
     engine.flush(soon()).unwrap();
@@ -831,7 +831,7 @@ fn no_field_of_a_consumers_or_a_gates_position_makes_opening_panic_or_change_an_
     gated.save(soon()).unwrap();
     drop(gated);
     let consumer = engine.consumer("a").start(|_: &common::ArchivedNote, _: &corelane::Meta| Ok(())).unwrap();
-    assert!(consumer.drain(soon()));
+    consumer.drain(soon()).unwrap();
     consumer.stop(soon()).unwrap();
     engine.shutdown(soon()).unwrap();
     drop(engine);

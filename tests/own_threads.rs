@@ -12,7 +12,9 @@ use std::task::{Context, Wake, Waker};
 use std::time::{Duration, Instant};
 
 use common::{small, soon, until};
-use corelane::consumer::{Batch, Consumer, ConsumerError, Judgement, Letters, Poller, Sink, SinkConsumer, Start};
+use corelane::consumer::{
+    Batch, Consumer, ConsumerError, Judgement, LetterSelector, Poller, Sink, SinkConsumer, Start,
+};
 use corelane::ingress::{GatePolicy, GateStart};
 use corelane::view::ById;
 use corelane::{
@@ -336,14 +338,15 @@ fn calls(rig: &Rig) -> BTreeMap<&'static str, String> {
     said.insert("Engine::drain_consumers", engine.drain_consumers(Deadline::NEVER).to_string());
     said.insert("Engine::remove_consumer", consumer_word(engine.remove_consumer("own")));
     said.insert("Engine::metrics", engine.metrics().shards.len().to_string());
-    rig.poller.lock().unwrap().wait(Some(Instant::now() + Duration::from_millis(1)));
+    let waited = rig.poller.lock().unwrap().wait(Some(Instant::now() + Duration::from_millis(1)));
+    said.insert("Poller::wait", consumer_word(waited));
     let consumer = rig.consumer.lock().unwrap().take().unwrap();
     said.insert("Consumer::pause", consumer_word(consumer.pause()));
     said.insert("Consumer::resume", consumer_word(consumer.resume()));
     said.insert("Consumer::save", consumer_word(consumer.save()));
     said.insert("Consumer::dead_letters", consumer_word(consumer.dead_letters(None, 1)));
-    said.insert("Consumer::reprocess", consumer_word(consumer.reprocess(Letters::All)));
-    said.insert("Consumer::discard", consumer_word(consumer.discard(Letters::All)));
+    said.insert("Consumer::reprocess", consumer_word(consumer.reprocess(LetterSelector::All)));
+    said.insert("Consumer::discard", consumer_word(consumer.discard(LetterSelector::All)));
     said.insert("Consumer::gap_filled", consumer_word(consumer.gap_filled(key)));
     said.insert("Consumer::seek", consumer_word(consumer.seek(Start::Latest)));
     let id = EventId { shard: ShardId(0), offset: Offset(1 << 20) };
@@ -351,7 +354,7 @@ fn calls(rig: &Rig) -> BTreeMap<&'static str, String> {
         "Consumer::wait_handled",
         consumer_word(consumer.wait_handled(key, id, Some(Instant::now() + Duration::from_millis(50)))),
     );
-    said.insert("Consumer::drain", consumer.drain(Deadline::NEVER).to_string());
+    said.insert("Consumer::drain", consumer_word(consumer.drain(Deadline::NEVER)));
     said.insert("Consumer::stop", consumer_word(consumer.stop(Deadline::NEVER)));
     said
 }
@@ -398,7 +401,9 @@ fn on_a_shard() -> BTreeMap<&'static str, &'static str> {
             "Consumer::gap_filled",
             "Consumer::seek",
             "Consumer::wait_handled",
+            "Consumer::drain",
             "Consumer::stop",
+            "Poller::wait",
         ],
         "OnEngineThread",
     ))
@@ -409,7 +414,6 @@ fn on_a_shard() -> BTreeMap<&'static str, &'static str> {
         ("Engine::drain_consumers", "false"),
         ("Engine::remove_consumer", "AlreadyRunning"),
         ("Engine::metrics", "1"),
-        ("Consumer::drain", "false"),
     ])
     .collect()
 }
@@ -422,6 +426,7 @@ fn in_its_own_handler(place: Place) -> BTreeMap<&'static str, &'static str> {
         "Engine::shutdown (until)",
         "Consumer::seek",
         "Consumer::wait_handled",
+        "Consumer::drain",
         "Consumer::stop",
     ];
     // Asked of the thread that drives: where workers call the handler, that one is free.
@@ -447,7 +452,6 @@ fn in_its_own_handler(place: Place) -> BTreeMap<&'static str, &'static str> {
 fn in_a_sink() -> BTreeMap<&'static str, &'static str> {
     let word = |name: &'static str, word: &'static str| match name {
         "Engine::shutdown" | "Engine::shutdown (until)" => "OnEngineThread",
-        "Consumer::drain" => "true",
         // The event that it is to wait for is none: it ends, and the promise with it.
         "Consumer::wait_handled" => "TimedOut",
         _ if ["false", "AlreadyRunning", "1"].contains(&word) => word,
@@ -543,9 +547,9 @@ fn no_call_in_a_sink_waits_for_the_sink() {
                 sink.is_some()
             });
             let sink = sink.unwrap();
-            (sink.drain(Deadline::NEVER), consumer_word(sink.stop(Deadline::NEVER)))
+            (consumer_word(sink.drain(Deadline::NEVER)), consumer_word(sink.stop(Deadline::NEVER)))
         });
-        assert_eq!((drained, stopped.as_str()), (false, "OnEngineThread"), "{place:?}");
+        assert_eq!((drained.as_str(), stopped.as_str()), ("OnEngineThread", "OnEngineThread"), "{place:?}");
         rig.engine.shutdown(soon()).unwrap();
     }
 }

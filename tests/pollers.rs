@@ -61,7 +61,7 @@ fn a_thread_waits_until_there_is_something_or_the_deadline() {
     let mut poller = poller(&engine);
     assert!(poller.next().unwrap().is_none());
     // Returns, though nothing comes.
-    poller.wait(Some(Instant::now() + Duration::from_millis(30)));
+    poller.wait(Some(Instant::now() + Duration::from_millis(30))).unwrap();
     thread::scope(|scope| {
         scope.spawn(|| {
             thread::sleep(Duration::from_millis(50));
@@ -71,7 +71,7 @@ fn a_thread_waits_until_there_is_something_or_the_deadline() {
         let mut batch = poller.next_batch(10).unwrap();
         while batch.is_empty() {
             assert!(Instant::now() < end, "it was not woken");
-            poller.wait(Some(end));
+            poller.wait(Some(end)).unwrap();
             batch = poller.next_batch(10).unwrap();
         }
         let numbers = |poller: &mut Poller<Note>, batch: &[_]| -> Vec<u64> {
@@ -83,7 +83,7 @@ fn a_thread_waits_until_there_is_something_or_the_deadline() {
             all.extend(numbers(&mut poller, &batch));
             batch.into_iter().try_for_each(|delivery| poller.succeeded(delivery)).unwrap();
             if poller.report().waiting() > 0 {
-                poller.wait(Some(Instant::now() + Duration::from_millis(5)));
+                poller.wait(Some(Instant::now() + Duration::from_millis(5))).unwrap();
             }
             batch = poller.next_batch(10).unwrap();
         }

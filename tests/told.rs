@@ -5,8 +5,8 @@ mod common;
 
 use common::{Note, open_on, os_cache, small, soon, until};
 use corelane::consumer::{
-    ConsumerError, DeadLetterPolicy, HealthPolicy, Judgement, LetterStatistics, Letters, Poller, Start, WhenFull,
-    WriteRefused,
+    ConsumerError, DeadLetterPolicy, HealthPolicy, Judgement, LetterSelector, LetterStatistics, Poller, Start,
+    WhenFull, WriteRefused,
 };
 use corelane::testing::{FaultyStorage, Unsynced};
 use corelane::{Config, EventLog, HandlerError, Key, OpenError};
@@ -188,10 +188,10 @@ fn a_letter_that_is_discarded_before_the_checkpoint_names_its_file_parks_its_key
         if saved.is_ok() {
             break;
         }
-        discarded += poller.discard(Letters::All).unwrap();
+        discarded += poller.discard(LetterSelector::All).unwrap();
         poller.save().unwrap();
         // Where it was no letter yet, it is one now.
-        poller.discard(Letters::All).unwrap();
+        poller.discard(LetterSelector::All).unwrap();
         publish(&engine, 0..1);
         let delivery = poller.next().unwrap();
         assert!(delivery.is_some(), "failed at operation {n}: the key is live");
@@ -219,7 +219,7 @@ fn an_event_behind_a_letter_that_is_discarded_before_its_file_is_named_is_not_ha
         storage.fail_operation(n);
         assert!(poller.next().unwrap().is_none());
         storage.fail_operation(1 << 60);
-        let discarded = poller.discard(Letters::All).unwrap();
+        let discarded = poller.discard(LetterSelector::All).unwrap();
         both += u64::from(discarded == 2 && poller.report().write_failures.1 > 0);
         poller.save().unwrap();
         let mut handled = 0;

@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use common::{os_cache, soon, tree};
-use corelane::consumer::{HealthPolicy, LetterKind, Letters, Retry};
+use corelane::consumer::{HealthPolicy, LetterKind, LetterSelector, Retry};
 use corelane::{
     Aggregate, Bounded, Config, ConfigError, Durability, Emit, Engine, Event, EventLog, EventType, EventTypeId, Key,
     Meta, OpenError, ShardId, Stateless, Stored, Upcaster, Version, deserialize,
@@ -448,12 +448,12 @@ fn a_consumer_outlives_an_upcaster_that_panics() {
         let health = HealthPolicy::default().consecutive_max(1_000).failure_percent_max(100);
         let consumer = engine.consumer("c").concurrency(concurrency).retry(retry).health(health);
         let consumer = consumer.start(|_, _| Ok(())).unwrap();
-        assert!(consumer.drain(soon()));
+        consumer.drain(soon()).unwrap();
         let letters = consumer.dead_letters(None, 100).unwrap();
         let failed = letters.iter().find(|letter| letter.why == LetterKind::Failed).unwrap();
         assert!(failed.error.contains("as it must"), "{}", failed.error);
         PANICS.store(false, Ordering::SeqCst);
-        consumer.reprocess(Letters::All).unwrap();
+        consumer.reprocess(LetterSelector::All).unwrap();
         while consumer.report().letters.letters > 0 {
             std::thread::sleep(Duration::from_millis(1));
         }

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use common::bank::{Account, ArchivedMoney, Money, Order};
 use common::{SEGMENT, copy, small, soon, tree, until};
-use corelane::consumer::{Judgement, Letters, Request, outside};
+use corelane::consumer::{Judgement, LetterSelector, Request, outside};
 use corelane::ingress::GatePolicy;
 use corelane::scan::Store;
 use corelane::{Config, Durability, Engine, Key, OpenError, Retention};
@@ -67,7 +67,7 @@ fn store(dir: &Path) {
     let freed = || engine.shard_metrics().iter().all(|shard| shard.segments_freed > 0 && shard.segments <= 2);
     until("retention frees", freed);
     drop((producer, gate, poller));
-    outside::ask(&Store::open(dir).unwrap(), "c", Request::Reprocess(Letters::Of(Key(123_456)))).unwrap();
+    outside::ask(&Store::open(dir).unwrap(), "c", Request::Reprocess(LetterSelector::Of(Key(123_456)))).unwrap();
     engine.checkpoint(soon()).unwrap();
     engine.shutdown(soon()).unwrap();
 }

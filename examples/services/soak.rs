@@ -8,7 +8,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
-use corelane::consumer::{Consumer, HealthPolicy, Letters, Retry};
+use corelane::consumer::{Consumer, HealthPolicy, LetterSelector, Retry};
 use corelane::{Config, Durability, EventLog, Retention};
 
 use crate::event::{ArchivedGameEvent, GameEvent};
@@ -52,7 +52,7 @@ pub(crate) fn run(time: Duration) -> Result<()> {
     let start_slow = || slow(&engine, &slow_seen, &broken);
     let quick = {
         let (seen, broken) = (quick_seen.clone(), Arc::clone(&broken));
-        engine.subscribe("quick").on(move |event, meta| {
+        engine.subscribe("quick").start(move |event, meta| {
             if !seen.add(meta.key.get(), event) {
                 broken.fetch_add(1, Ordering::Relaxed);
             }
@@ -69,7 +69,7 @@ pub(crate) fn run(time: Duration) -> Result<()> {
         thread::sleep(Duration::from_secs_f64(tick as f64 / RATE as f64).saturating_sub(began.elapsed()));
         if tick.is_multiple_of(RATE) {
             // A key goes on until its first failure, so it is asked for again and again.
-            slow.reprocess(Letters::All)?;
+            slow.reprocess(LetterSelector::All)?;
         }
         if began.elapsed() >= shown {
             shown += Duration::from_secs(10);
@@ -95,11 +95,15 @@ pub(crate) fn run(time: Duration) -> Result<()> {
         }
     }
     // The quick one counts no event twice; the slow one ends with all of them.
-    ensure!(quick.drain(Some(Instant::now() + Duration::from_secs(60))), "the quick one lags: {:?}", quick.report());
+    ensure!(
+        quick.drain(Some(Instant::now() + Duration::from_secs(60))).is_ok(),
+        "the quick one lags: {:?}",
+        quick.report()
+    );
     let end = Instant::now() + Duration::from_secs(120);
     while slow_seen.handled() < tick {
         ensure!(Instant::now() < end, "the slow one lags: {:?}", slow.report());
-        slow.reprocess(Letters::All)?;
+        slow.reprocess(LetterSelector::All)?;
         thread::sleep(Duration::from_millis(100));
     }
     ensure!(broken.load(Ordering::Relaxed) == 0, "{} events out of order", broken.load(Ordering::Relaxed));

@@ -7,7 +7,7 @@ use std::io::{self, ErrorKind};
 use std::path::Path;
 use std::time::Duration;
 
-use super::driver::Letters;
+use super::dead_letter::selector::LetterSelector;
 use crate::event::{Key, Time};
 use crate::log::format::FORMAT_VERSION;
 use crate::storage::framed::{u16_at, u32_at, u64_at};
@@ -29,9 +29,9 @@ const LOOK_EVERY: Duration = Duration::from_secs(1);
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Request {
     /// Let dead letters be handled again; see [`super::Consumer::reprocess`].
-    Reprocess(Letters),
+    Reprocess(LetterSelector),
     /// Take dead letters away; see [`super::Consumer::discard`].
-    Discard(Letters),
+    Discard(LetterSelector),
 }
 
 impl Request {
@@ -41,8 +41,8 @@ impl Request {
             Self::Discard(which) => (2, which),
         };
         let (is_one, key) = match which {
-            Letters::All => (0_u16, 0),
-            Letters::Of(key) => (1, key.0),
+            LetterSelector::All => (0_u16, 0),
+            LetterSelector::Of(key) => (1, key.0),
         };
         let mut out = Vec::with_capacity(BYTES);
         out.extend(MAGIC);
@@ -70,8 +70,8 @@ impl Request {
             return Err("it is of a format version this build does not know");
         }
         let which = match (u16_at(body, 14), u64_at(body, 16)) {
-            (0, 0) => Letters::All,
-            (1, key) => Letters::Of(Key(key)),
+            (0, 0) => LetterSelector::All,
+            (1, key) => LetterSelector::Of(Key(key)),
             _ => return Err("it asks for letters this build does not know"),
         };
         match u16_at(body, 12) {
@@ -208,10 +208,10 @@ mod tests {
 
     const DIR: &str = "/s/consumers/a";
     const ALL: [Request; 4] = [
-        Request::Reprocess(Letters::All),
-        Request::Reprocess(Letters::Of(Key(0))),
-        Request::Discard(Letters::All),
-        Request::Discard(Letters::Of(Key(0x0102_0304_0506_0708))),
+        Request::Reprocess(LetterSelector::All),
+        Request::Reprocess(LetterSelector::Of(Key(0))),
+        Request::Discard(LetterSelector::All),
+        Request::Discard(LetterSelector::Of(Key(0x0102_0304_0506_0708))),
     ];
 
     fn storage() -> FaultyStorage {
@@ -225,7 +225,7 @@ mod tests {
         let storage = storage();
         let count = 3 * TAKEN_MAX as u64 + 1;
         (0..count).for_each(|i| {
-            leave(&storage, Path::new(DIR), Request::Discard(Letters::Of(Key(i))), Time(i)).expect("left");
+            leave(&storage, Path::new(DIR), Request::Discard(LetterSelector::Of(Key(i))), Time(i)).expect("left");
         });
         let (mut requests, mut keys) = (Requests::default(), Vec::new());
         for _ in 0..4 {
@@ -236,7 +236,11 @@ mod tests {
                 keys.extend(taken.request);
             }
         }
-        assert_eq!(keys, (0..count).map(|i| Request::Discard(Letters::Of(Key(i)))).collect::<Vec<_>>(), "in order");
+        assert_eq!(
+            keys,
+            (0..count).map(|i| Request::Discard(LetterSelector::Of(Key(i)))).collect::<Vec<_>>(),
+            "in order"
+        );
     }
 
     #[test]

@@ -115,6 +115,6 @@ impl<A: Aggregate> Engine<A> {
     #[must_use]
     pub fn drain_consumers(&self, deadline: impl Into<Deadline>) -> bool {
         let deadline = deadline.into().instant();
-        self.services.drain(deadline)
+        self.services.drain(deadline).is_ok()
     }
 }

@@ -6,10 +6,12 @@ use std::marker::PhantomData;
 use std::path::PathBuf;
 use std::sync::Arc as StdArc;
 use std::sync::Arc;
+use std::time::Duration;
 
 use crossbeam::queue::ArrayQueue;
 
 use crate::clock::NOT_DUE;
+use crate::consumer::{InFlight, KeyQueues, QueuePolicy, Verdict};
 use crate::event::{Correlation, Event, Key, KeyHash, Offset, Scratch, ShardId, Time, Version};
 use crate::lane::ring::{Slot, push_chunk};
 use crate::log::format::{RecordHeader, encode_prepared, schema_fingerprint};
@@ -225,5 +227,113 @@ impl<E: Event> LogWriter<E> {
         let appended = appender.finish();
         self.writer.advance(appended, events.len() as u64);
         Offset(self.writer.publish())
+    }
+}
+
+/// A consumer's queues of events, one per key.
+#[derive(Debug)]
+pub struct Queues(KeyQueues);
+
+/// An event that was taken from its queue and is being handled.
+#[derive(Debug)]
+pub struct QueuedEvent(InFlight);
+
+impl QueuedEvent {
+    /// The number of this attempt; the first is 1.
+    #[must_use]
+    pub fn attempt(&self) -> u32 {
+        self.0.attempt()
+    }
+}
+
+impl Queues {
+    /// Empty queues.
+    ///
+    /// # Panics
+    /// When a value of the policy is out of range.
+    #[must_use]
+    pub fn new(policy: QueuePolicy) -> Self {
+        Self(KeyQueues::new(policy, Offset(0)).expect("the policy is valid"))
+    }
+
+    /// Adds the next event of the log.
+    ///
+    /// # Panics
+    /// When there is no room.
+    #[inline]
+    pub fn offer(&mut self, key: Key, offset: Offset) {
+        self.0.offer(key, offset).expect("there is room");
+    }
+
+    /// Takes the next event that may run.
+    #[inline]
+    #[expect(clippy::should_implement_trait, reason = "None is not the end")]
+    pub fn next(&mut self) -> Option<QueuedEvent> {
+        self.0.next().map(QueuedEvent)
+    }
+
+    /// Ends an event that was handled.
+    #[inline]
+    pub fn succeeded(&mut self, event: QueuedEvent) {
+        self.0.succeeded(event.0);
+    }
+
+    /// Tries a failed event again later.
+    #[inline]
+    pub fn retry(&mut self, event: QueuedEvent, after: Duration, now: Duration) {
+        let record = self.0.failed(event.0, Verdict::Retry { after }, now);
+        assert!(record.is_none(), "a retry needs no record");
+    }
+
+    /// Parks a failed event's key.
+    pub fn park(&mut self, event: QueuedEvent, now: Duration) {
+        let record = self.0.failed(event.0, Verdict::Park, now);
+        self.0.recorded(record.expect("a parked event is recorded"));
+    }
+
+    /// Parks a key with one dead letter.
+    ///
+    /// # Panics
+    /// When there is no room.
+    pub fn restore_parked(&mut self, key: Key) {
+        self.0.restore_parked(key, 1).expect("there is room");
+    }
+
+    /// Takes one dead letter of a key away. Returns how many are left.
+    ///
+    /// # Panics
+    /// When the key has none.
+    pub fn unpark(&mut self, key: Key) -> u32 {
+        self.0.unpark(key, 1).expect("the key has a letter")
+    }
+
+    /// Makes keys runnable whose time has come. Returns how many.
+    #[inline]
+    pub fn tick(&mut self, now: Duration) -> usize {
+        self.0.tick(now)
+    }
+
+    /// The offset below which all events are done.
+    #[must_use]
+    pub fn position(&self) -> Offset {
+        self.0.position()
+    }
+
+    /// Keys that wait for a retry.
+    #[must_use]
+    pub fn waiting(&self) -> usize {
+        self.0.statistics().waiting
+    }
+
+    /// Keys that have unfinished events or are parked.
+    #[must_use]
+    pub fn keys(&self) -> usize {
+        self.0.statistics().keys
+    }
+
+    /// Events offered and not done.
+    #[must_use]
+    pub fn unfinished(&self) -> usize {
+        self.0.statistics().unfinished
     }
 }

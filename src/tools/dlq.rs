@@ -7,7 +7,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
 use corelane::consumer::outside::{self, DeadLetters};
-use corelane::consumer::{DeadLetter, LetterKind, Letters, Request};
+use corelane::consumer::{DeadLetter, LetterKind, LetterSelector, Request};
 use corelane::envelope::{self, ArchivedUserId};
 use corelane::scan::Store;
 use corelane::{EventId, Key, Offset};
@@ -105,9 +105,9 @@ struct Which {
 }
 
 impl Which {
-    fn letters(&self) -> Letters {
+    fn letters(&self) -> LetterSelector {
         let key = self.key.map(Key::new).or(self.user.as_deref().map(Key::of));
-        key.map_or(Letters::All, Letters::Of)
+        key.map_or(LetterSelector::All, LetterSelector::Of)
     }
 }
 
@@ -358,7 +358,7 @@ fn ask(args: &AskArgs, request: Request, is_confirmed: bool, out: &mut Output) -
     };
     let letters = DeadLetters::open(&store, name)?;
     let (Request::Reprocess(which) | Request::Discard(which)) = request;
-    let is_meant = |key: Key| which == Letters::All || which == Letters::Of(key);
+    let is_meant = |key: Key| which == LetterSelector::All || which == LetterSelector::Of(key);
     let meant: Vec<u64> = letters.keys().filter(|(key, _)| is_meant(*key)).map(|(_, count)| count.into()).collect();
     let count = format!("{} letters of {} keys", grouped(meant.iter().sum()), grouped(meant.len() as u64));
     if meant.is_empty() {

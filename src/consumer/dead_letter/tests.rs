@@ -1,4 +1,4 @@
-//! Letters against a plain model, and what is left of them after cuts, flips, failures and power cuts.
+//! LetterStore against a plain model, and what is left of them after cuts, flips, failures and power cuts.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -15,20 +15,20 @@ use crate::testing::{FaultyStorage, Unsynced};
 
 const DIR: &str = "/store/consumers/mail";
 
-fn open(disk: &FaultyStorage) -> Result<Letters, OpenError> {
+fn open(disk: &FaultyStorage) -> Result<LetterStore, OpenError> {
     open_with(disk, DeadLetterPolicy::default())
 }
 
 /// Opens letters that reached so far.
-fn open_known(disk: &FaultyStorage, known: FileEnd) -> Result<Letters, OpenError> {
-    Letters::open(Arc::new(disk.clone()), Path::new(DIR), DeadLetterPolicy::default(), known, 2)
+fn open_known(disk: &FaultyStorage, known: FileEnd) -> Result<LetterStore, OpenError> {
+    LetterStore::open(Arc::new(disk.clone()), Path::new(DIR), DeadLetterPolicy::default(), known, 2)
 }
 
-pub(super) fn open_with(disk: &FaultyStorage, policy: DeadLetterPolicy) -> Result<Letters, OpenError> {
-    Letters::open(Arc::new(disk.clone()), Path::new(DIR), policy, FileEnd::default(), 2)
+pub(super) fn open_with(disk: &FaultyStorage, policy: DeadLetterPolicy) -> Result<LetterStore, OpenError> {
+    LetterStore::open(Arc::new(disk.clone()), Path::new(DIR), policy, FileEnd::default(), 2)
 }
 
-fn opened(disk: &FaultyStorage) -> Letters {
+fn opened(disk: &FaultyStorage) -> LetterStore {
     open(disk).expect("opens")
 }
 
@@ -80,7 +80,7 @@ fn entry<'a>(op: &Op, letter: &'a DeadLetter, archive: &'a [u8]) -> Entry<'a> {
 }
 
 /// Writes one batch.
-pub(super) fn write(letters: &mut Letters, ops: &[Op]) -> Result<Written, WriteRefused> {
+pub(super) fn write(letters: &mut LetterStore, ops: &[Op]) -> Result<Written, WriteRefused> {
     let of = |op: &Op| match *op {
         Op::Park(key, offset) | Op::Skip(key, offset) => (letter(key, offset, "no answer"), archive(offset)),
         Op::Again(key, offset, _) | Op::Handle(key, offset) | Op::Discard(key, offset) => {
@@ -127,7 +127,7 @@ impl Model {
     }
 
     /// What the letters say, as a model.
-    fn of(letters: &Letters, known: &Self) -> Self {
+    fn of(letters: &LetterStore, known: &Self) -> Self {
         let listed = letters.list(None, usize::MAX).expect("read");
         let known = known.known.iter().copied().filter(|&(key, offset)| letters.index.knows(id(key, offset)));
         Self {
@@ -137,7 +137,7 @@ impl Model {
         }
     }
 
-    fn check(&self, letters: &Letters) {
+    fn check(&self, letters: &LetterStore) {
         assert_eq!(&Self::of(letters, self), self);
         assert_eq!(letters.len(), self.letters.len());
         let mut keys: BTreeMap<u64, Vec<u64>> = BTreeMap::new();
@@ -168,7 +168,7 @@ fn disk_of(files: &BTreeMap<PathBuf, Vec<u8>>) -> FaultyStorage {
     FaultyStorage::with_files(files.clone())
 }
 
-fn assert_damaged(found: Result<Letters, OpenError>, what: &str) {
+fn assert_damaged(found: Result<LetterStore, OpenError>, what: &str) {
     assert!(matches!(found, Err(OpenError::DamagedFile { .. })), "{what}: {found:?}");
 }
 
@@ -342,7 +342,8 @@ fn damage_that_comes_after_opening_is_named_when_it_is_read() {
     let store = tempfile::tempdir().expect("a folder");
     let files: Arc<dyn Storage> = Arc::new(Files::open(store.path()).expect("opened"));
     let dir = store.path().join("consumers/mail");
-    let mut letters = Letters::open(files, &dir, DeadLetterPolicy::default(), FileEnd::default(), 2).expect("opens");
+    let mut letters =
+        LetterStore::open(files, &dir, DeadLetterPolicy::default(), FileEnd::default(), 2).expect("opens");
     write(&mut letters, &[Op::Park(1, 36)]).expect("written");
     let path = path(&dir, 1);
     let mut bytes = std::fs::read(&path).expect("read");
@@ -380,7 +381,7 @@ fn assert_damaged_or_dropped(files: &BTreeMap<PathBuf, Vec<u8>>) {
 
 /// Runs the script, with a compaction and a batch after it, until a write fails if `stop`. Returns the model of what was
 /// acknowledged, and the batches refused since the last that was not.
-fn run(letters: &mut Letters, stop: bool) -> (Model, Vec<Vec<Op>>) {
+fn run(letters: &mut LetterStore, stop: bool) -> (Model, Vec<Vec<Op>>) {
     let (mut model, mut refused) = (Model::default(), Vec::new());
     for (i, batch) in script().iter().enumerate() {
         if i == 3 || i == 5 {
@@ -531,7 +532,7 @@ fn below_the_checkpoint_nothing_is_remembered_but_the_letters() {
     let mut letters = opened(&disk);
     write(&mut letters, &[Op::Park(2, 10), Op::Skip(2, 20), Op::Skip(2, 30), Op::Skip(3, 10)]).expect("written");
     letters.forget_below(ShardId(0), Offset(30));
-    let known = |letters: &Letters| [id(2, 10), id(2, 20), id(2, 30), id(3, 10)].map(|id| letters.index.knows(id));
+    let known = |letters: &LetterStore| [id(2, 10), id(2, 20), id(2, 30), id(3, 10)].map(|id| letters.index.knows(id));
     assert_eq!(known(&letters), [false, false, true, true], "the other shard's stay");
     letters.compact().expect("compacted");
     let mut letters = opened(&disk);
@@ -581,7 +582,7 @@ fn a_reader_outside_sees_whole_batches_and_changes_nothing() {
     let dir = store.path().join("consumers/mail");
     assert_eq!(open_outside(&files, &dir, FileEnd::default(), 2).expect("no folder, no letters").len(), 0);
     let mut letters =
-        Letters::open(Arc::clone(&files), &dir, DeadLetterPolicy::default(), FileEnd::default(), 2).expect("opens");
+        LetterStore::open(Arc::clone(&files), &dir, DeadLetterPolicy::default(), FileEnd::default(), 2).expect("opens");
     let mut model = Model::default();
     for batch in &script() {
         write(&mut letters, batch).expect("written");

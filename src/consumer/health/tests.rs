@@ -39,7 +39,7 @@ fn the_fifth_failure_in_a_row_opens_the_circuit_and_a_success_starts_the_count_a
 }
 
 #[test]
-fn a_call_that_told_nothing_neither_counts_nor_lengthens_a_pause() {
+fn a_call_that_inconclusive_neither_counts_nor_lengthens_a_pause() {
     let mut health = health(HealthPolicy::default());
     for _ in 0..4 {
         let pass = go(&mut health, S);
@@ -47,7 +47,7 @@ fn a_call_that_told_nothing_neither_counts_nor_lengthens_a_pause() {
     }
     for _ in 0..100 {
         let pass = go(&mut health, S);
-        health.told_nothing(pass, S);
+        health.inconclusive(pass, S);
     }
     let pass = go(&mut health, S);
     assert!(
@@ -56,7 +56,7 @@ fn a_call_that_told_nothing_neither_counts_nor_lengthens_a_pause() {
     for n in 2..5 {
         let probe = go(&mut health, n * S);
         assert!(probe.is_probe());
-        health.told_nothing(probe, n * S);
+        health.inconclusive(probe, n * S);
         assert_eq!(wait(&mut health, n * S), (n + 1) * S, "the same pause again");
     }
     assert_eq!(health.report(5 * S).failed, 108);

@@ -1,13 +1,13 @@
-//! One job, run by whoever has a thread for it: finds the event, calls the handler, and says what came of it.
+//! A job: one event or dead letter on its way through the handler, on any thread.
 
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use rkyv::util::AlignedVec;
 
-use super::super::dead_letter::answer::DeadLetter;
-use super::super::effects::Call;
-use super::super::health::CallPermit;
+use crate::consumer::dead_letter::answer::DeadLetter;
+use crate::consumer::effects::Call;
+use crate::consumer::health::CallPermit;
 use crate::consumer::key_queues::answer::InFlight;
 use crate::error::ReadError;
 use crate::error::{HandlerError, panic_text};
@@ -15,22 +15,23 @@ use crate::event::{Event, Meta, Offset, Sequence};
 use crate::log::access::Access;
 use crate::log::finder::Finder;
 
-/// What a consumer's owner does with events.
+/// The application's handler of events.
 pub(crate) type Handler<'a, E> =
     dyn FnMut(&<E as rkyv::Archive>::Archived, &Meta, &Call<'_>) -> Result<(), HandlerError> + 'a;
 
-/// An event or a dead letter that is out to be handled.
+/// An event or a dead letter that is to be handled once.
 #[derive(Debug)]
 pub(crate) struct Job {
-    pub(crate) desk: usize,
-    pub(crate) what: What,
-    pub(super) pass: CallPermit,
-    /// Side effects below this have been had.
+    /// The index of the event's shard.
+    pub(crate) shard: usize,
+    pub(crate) work: Work,
+    pub(super) permit: CallPermit,
+    /// Side effects of events below this offset have already run.
     effects_from: Offset,
 }
 
 #[derive(Debug)]
-pub(crate) enum What {
+pub(crate) enum Work {
     Event(InFlight),
     Letter { letter: Box<DeadLetter>, archive: AlignedVec<16> },
 }
@@ -40,9 +41,9 @@ pub(crate) enum What {
 pub(crate) enum Failed {
     Handler(HandlerError),
     Panic(String),
-    /// Its archive is not valid, or its upcaster refused it.
+    /// The archive is invalid, or its upcaster refused it.
     Undecodable,
-    /// The log does not hold it any more: no failure of the event.
+    /// The log no longer holds the event: the event has not failed.
     Unreadable(ReadError),
 }
 
@@ -58,27 +59,27 @@ impl fmt::Display for Failed {
 }
 
 impl Job {
-    pub(super) fn new(desk: usize, what: What, pass: CallPermit, effects_from: Offset) -> Self {
-        Self { desk, what, pass, effects_from }
+    pub(super) fn new(shard: usize, work: Work, permit: CallPermit, effects_from: Offset) -> Self {
+        Self { shard, work, permit, effects_from }
     }
 
-    /// What it is of: an event of a desk has its offset alone.
-    pub(crate) fn of(&self) -> (usize, Offset) {
-        match &self.what {
-            What::Event(run) => (self.desk, run.offset()),
-            What::Letter { letter, .. } => (self.desk, letter.id.offset),
+    /// Returns the shard's index and the event's offset. They identify a job: no two in flight have the same.
+    pub(crate) fn identity(&self) -> (usize, Offset) {
+        match &self.work {
+            Work::Event(event) => (self.shard, event.offset()),
+            Work::Letter { letter, .. } => (self.shard, letter.id.offset),
         }
     }
 
-    /// 1 the first time.
+    /// Returns the number of this attempt; the first is 1.
     pub(crate) fn attempt(&self) -> u32 {
-        match &self.what {
-            What::Event(run) => run.attempt(),
-            What::Letter { letter, .. } => letter.attempts.saturating_add(1),
+        match &self.work {
+            Work::Event(event) => event.attempt(),
+            Work::Letter { letter, .. } => letter.attempts.saturating_add(1),
         }
     }
 
-    /// Lets `handler` see the job's event.
+    /// Calls `handler` with the job's event.
     pub(crate) fn execute<E: Event>(
         &self,
         consumer: &str,
@@ -89,28 +90,28 @@ impl Job {
         guarded(|| {
             let (event, meta) =
                 self.event::<E>(finder, access).map_err(Failed::Unreadable)?.ok_or(Failed::Undecodable)?;
-            let had = matches!(self.what, What::Event(_)) && meta.offset < self.effects_from;
-            let call = Call::new(consumer, meta.id(), self.attempt(), had);
+            let is_rebuild = matches!(self.work, Work::Event(_)) && meta.offset < self.effects_from;
+            let call = Call::new(consumer, meta.id(), self.attempt(), is_rebuild);
             handler(event, &meta, &call).map_err(Failed::Handler)
         })
     }
 
-    /// The job's event, or `None` where it cannot be decoded. Its `meta.sequence` is not known.
+    /// Returns the job's event, or `None` if it cannot be decoded. Its `meta.sequence` is unknown.
     pub(crate) fn event<'a, E: Event>(
         &'a self,
         finder: &'a mut Finder,
         access: &'a mut Access,
     ) -> Result<Option<(&'a E::Archived, Meta)>, ReadError> {
-        match &self.what {
-            What::Event(run) => {
-                // Retention keeps what is not done, so it is there.
-                let place = finder.find(run.offset())?;
-                let meta = place.header.meta(finder.log().shard, run.offset(), Sequence::UNKNOWN);
+        match &self.work {
+            Work::Event(event) => {
+                // Retention keeps unfinished events.
+                let place = finder.find(event.offset())?;
+                let meta = place.header.meta(finder.log().shard, event.offset(), Sequence::UNKNOWN);
                 let memory = finder.memory();
                 let event = memory.and_then(|memory| access.event::<E>(memory, place.at, place.len, &place.header));
                 Ok(event.map(|event| (event, meta)))
             }
-            What::Letter { letter, archive } => {
+            Work::Letter { letter, archive } => {
                 let event = access.kept::<E>(archive, letter.event_type, letter.schema_version);
                 Ok(event.map(|event| (event, letter.meta())))
             }
@@ -118,8 +119,8 @@ impl Job {
     }
 }
 
-/// Lets the application's code run (an upcaster, the handler), whatever it does. What it leaves half done is its own; nothing of ours
-/// is changed inside.
+/// Runs the application's code (an upcaster, the handler) and turns a panic into a failure. `body` changes no state of the engine, so
+/// a panic leaves nothing half done here.
 #[inline]
 pub(super) fn guarded(body: impl FnOnce() -> Result<(), Failed>) -> Result<(), Failed> {
     catch_unwind(AssertUnwindSafe(body)).unwrap_or_else(|panic| Err(Failed::Panic(panic_text(&*panic))))
