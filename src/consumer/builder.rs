@@ -74,24 +74,22 @@ impl<E: Event> ConsumerBuilder<E> {
     }
 
     /// Delivers events as soon as they are appended, not only when they are durable. After a power cut the consumer may
-    /// have handled events that
-    /// the log lost. In durability mode `OsCache` this is always so. Default: durable events only.
+    /// have handled events that the log lost. In durability mode `OsCache` this is always so. Default: durable events
+    /// only.
     pub fn before_durable(mut self) -> Self {
         self.settings.sight = Sight::Appended;
         self
     }
 
     /// Sets the number of keys handled at the same time, each key in order, 1..=65,536. Above 1, as many threads call
-    /// the handler. Default: 1, on
-    /// the consumer's own thread.
+    /// the handler. Default: 1, on the consumer's own thread.
     pub fn concurrency(mut self, concurrency: usize) -> Self {
         self.settings.concurrency = concurrency;
         self
     }
 
     /// Limits the unfinished events and the keys kept in memory. Default: [`QueuePolicy::default`], with the
-    /// concurrency of
-    /// [`ConsumerBuilder::concurrency`].
+    /// concurrency of [`ConsumerBuilder::concurrency`].
     pub fn queues(mut self, policy: QueuePolicy) -> Self {
         self.settings.queues = policy;
         self
@@ -110,8 +108,7 @@ impl<E: Event> ConsumerBuilder<E> {
     }
 
     /// Decides about each error that a handler returns, given the attempt's number: for example that no retry can help.
-    /// Panics follow the retry
-    /// policy.
+    /// Panics follow the retry policy.
     pub fn judge(mut self, judge: impl Fn(&HandlerError, u32) -> Judgement + Send + Sync + 'static) -> Self {
         self.settings.judge = Some(Arc::new(judge));
         self
@@ -143,9 +140,8 @@ impl<E: Event> ConsumerBuilder<E> {
     }
 
     /// Starts the consumer: calls `handler` for every event, each key's in order, at least once. A handler may fail,
-    /// panic or block without
-    /// affecting other consumers. It may wait for the engine, but not for its own consumer: such calls return
-    /// `OnEngineThread`.
+    /// panic or block without affecting other consumers. It may wait for the engine, but not for its own consumer: such
+    /// calls return `OnEngineThread`.
     ///
     /// # Errors
     /// [`ConsumerError`]: a setting out of range, an invalid name, a consumer that is already running, or files that

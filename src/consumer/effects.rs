@@ -38,10 +38,8 @@ impl<'a> Call<'a> {
     }
 
     /// Runs a side effect, unless this is a rebuild: a mail, a payment, a message to another system. `effect` passes
-    /// the key on to the receiver,
-    /// which uses it to drop repeats: an effect that ran before a crash, and whose success was not saved, runs again
-    /// with the same key. Returns
-    /// `None` if this is a rebuild; `effect` was not called.
+    /// the key on to the receiver, which uses it to drop repeats: an effect that ran before a crash, and whose success
+    /// was not saved, runs again with the same key. Returns `None` if this is a rebuild; `effect` was not called.
     ///
     /// ```
     /// # use corelane::consumer::Call;
@@ -80,13 +78,13 @@ mod tests {
     use crate::event::{Offset, ShardId};
 
     #[test]
-    fn an_effect_is_named_for_ever_and_not_had_again_by_a_rebuild() {
+    fn an_effect_has_a_stable_key_and_a_rebuild_does_not_run_it() {
         let id = EventId { shard: ShardId(3), offset: Offset(4096) };
         let live = Call::new("mail", id, 2, false);
-        let had = live.effect(|key| Ok::<_, ()>(key.to_string()));
-        assert_eq!(had, Ok(Some("mail/3/4096".to_owned())));
+        let ran = live.effect(|key| Ok::<_, ()>(key.to_string()));
+        assert_eq!(ran, Ok(Some("mail/3/4096".to_owned())));
         assert_eq!(live.effect(|_| Err::<(), _>("refused")), Err("refused"));
         let rebuild = Call::new("mail", id, 1, true);
-        assert_eq!(rebuild.effect(|_| -> Result<(), ()> { panic!("had before") }), Ok(None));
+        assert_eq!(rebuild.effect(|_| -> Result<(), ()> { panic!("it has run before") }), Ok(None));
     }
 }

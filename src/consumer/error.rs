@@ -14,7 +14,7 @@ pub enum ConsumerError {
     #[error(transparent)]
     Config(#[from] ConfigError),
     /// The name is invalid: 1 to 64 of `a-z`, `0-9`, `.`, `_` and `-`, not beginning with a dot.
-    #[error("\"{name}\" cannot be a consumer's name")]
+    #[error("invalid consumer name \"{name}\": use 1 to 64 of a-z, 0-9, '.', '_' and '-', not beginning with a dot")]
     Name {
         /// The name.
         name: String,
@@ -26,10 +26,10 @@ pub enum ConsumerError {
         name: String,
     },
     /// The consumer asks for no event type.
-    #[error("a consumer of no event types would never see an event")]
+    #[error("the consumer asks for no event types")]
     NoTypes,
     /// The consumer is running, or its thread hangs in a handler.
-    #[error("consumer \"{name}\" is running")]
+    #[error("consumer \"{name}\" is already running")]
     AlreadyRunning {
         /// The consumer's name.
         name: String,
@@ -56,16 +56,15 @@ pub enum ConsumerError {
         name: String,
     },
     /// More keys have dead letters than [`super::QueuePolicy::keys_max`].
-    #[error("more keys have dead letters than there is room for")]
+    #[error("more keys have dead letters than the queue policy allows: raise keys_max")]
     TooManyKeys,
     /// The position of the consumer or of its sink is not of this log: it was made from other events. Nothing is
-    /// delivered. Rebuild a sink's data
-    /// with [`super::ConsumerBuilder::start_sink_over`]; remove any other consumer and register it again.
+    /// delivered. Rebuild a sink's data with [`super::ConsumerBuilder::start_sink_over`]; remove any other consumer and
+    /// register it again.
     #[error(transparent)]
     Position(PositionError),
     /// A sink has no position for a shard whose events were delivered before: its data is gone. Nothing is delivered
-    /// until it is started over
-    /// ([`super::ConsumerBuilder::start_sink_over`]).
+    /// until it is started over ([`super::ConsumerBuilder::start_sink_over`]).
     #[error(
         "shard {shard}: the sink has no position, but events up to offset {delivered} were delivered before: restore its data, or use start_sink_over"
     )]
@@ -118,7 +117,7 @@ pub enum ConsumerError {
 
 impl ConsumerError {
     /// Returns a copy that can be kept while this error is returned.
-    pub(super) fn to_be_kept(&self) -> ConsumerFailure {
+    pub(super) fn to_failure(&self) -> ConsumerFailure {
         let kept = match *self {
             Self::Position(error) => Self::Position(error),
             Self::PositionGone { shard, delivered } => Self::PositionGone { shard, delivered },

@@ -72,13 +72,11 @@ impl<E: Event> Consumer<E> {
         self.shared.report()
     }
 
-    /// Pauses the consumer until [`Consumer::resume`]: no further event is handled. Running handlers finish. Returns at
-    /// once.
+    /// Pauses the consumer until [`Consumer::resume`]. It starts no further handler; running ones finish.
     ///
     /// # Errors
     /// `Ended`; `Busy` if its thread is inside a handler and does not answer; `Wait` with `OnEngineThread` from inside
-    /// that handler, or on a
-    /// shard's thread: the call then has no effect.
+    /// that handler, or on a shard's thread: the call then has no effect.
     pub fn pause(&self) -> Result<(), ConsumerError> {
         self.ask(Driver::pause).map(drop)
     }
@@ -92,11 +90,9 @@ impl<E: Event> Consumer<E> {
     }
 
     /// Sets the consumer to another position, for example to the beginning for a rebuild. Waits for running handlers.
-    /// Events before the old
-    /// position are handled again, but [`super::Call::effect`] does not repeat side effects that have already run.
-    /// Waiting dead letters stay, and
-    /// older events of their keys become dead letters too; skipped and discarded events are delivered again. A halted
-    /// consumer resumes.
+    /// Events before the old position are handled again, but [`super::Call::effect`] does not repeat side effects that
+    /// have already run. Waiting dead letters stay, and older events of their keys become dead letters too; skipped and
+    /// discarded events are delivered again. A halted consumer resumes.
     ///
     /// # Errors
     /// As [`Consumer::pause`], and from inside a handler on any of its threads; `Read` if the log no longer holds the
@@ -130,8 +126,7 @@ impl<E: Event> Consumer<E> {
     }
 
     /// Starts handling dead letters again: oldest first per key, each key until its first failure. A key without
-    /// letters is live again. Returns
-    /// the number of keys started; [`Consumer::report`] shows the outcome.
+    /// letters is live again. Returns the number of keys started; [`Consumer::report`] shows the outcome.
     ///
     /// # Errors
     /// As [`Consumer::pause`].
@@ -163,8 +158,7 @@ impl<E: Event> Consumer<E> {
     }
 
     /// Waits until this consumer is done with the key's events up to this one, and returns how this one ended. For an
-    /// event that the consumer
-    /// passed before the call, that may be [`Handled::Unknown`].
+    /// event that the consumer passed before the call, that may be [`Handled::Unknown`].
     ///
     /// # Errors
     /// `Ended`; `Wait` with `TimedOut` at the deadline, and with `OnEngineThread` inside one of its own handlers.
@@ -182,8 +176,8 @@ impl<E: Event> Consumer<E> {
     /// Waits until the consumer has handled or recorded every event that is visible now.
     ///
     /// # Errors
-    /// `Wait` with `TimedOut` at the deadline (a paused or halted consumer handles nothing), and at once with `OnEngineThread` inside
-    /// one of its own handlers; `Ended` if it has ended.
+    /// `Wait` with `TimedOut` at the deadline (a paused or halted consumer handles nothing), and at once with
+    /// `OnEngineThread` inside one of its own handlers; `Ended` if it has ended.
     pub fn drain(&self, deadline: impl Into<Deadline>) -> Result<(), ConsumerError> {
         self.shared.drain(deadline.into().instant())
     }
@@ -197,13 +191,11 @@ impl<E: Event> Consumer<E> {
     }
 
     /// Stops the consumer: running handlers finish, and the position is saved. If a handler hangs, returns `Busy` at
-    /// the deadline; its thread is
-    /// left behind, and its event counts as not handled.
+    /// the deadline; its thread is left behind, and its event counts as not handled.
     ///
     /// # Errors
     /// `Busy`; `Ended` with the reason if the consumer had ended by itself; `Wait` with `OnEngineThread` from inside
-    /// its own handler, or on a
-    /// shard's thread: the consumer stops without being waited for.
+    /// its own handler, or on a shard's thread: the consumer stops without being waited for.
     pub fn stop(self, deadline: impl Into<Deadline>) -> Result<(), ConsumerError> {
         let deadline = deadline.into().instant();
         self.shared.life.stop(&self.name, deadline, || self.shared.report().failure)

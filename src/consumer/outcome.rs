@@ -6,7 +6,8 @@ use crate::event::{EventId, Key};
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum HaltCause {
-    /// An attempt was judged [`super::Judgement::Halt`], or its attempts are used up and [`super::Exhausted::Halt`] is set.
+    /// An attempt was judged [`super::Judgement::Halt`], or its attempts are used up and [`super::Exhausted::Halt`] is
+    /// set.
     Event {
         /// The event. It is the first to be handled after the halt.
         id: EventId,
@@ -32,7 +33,7 @@ pub enum Handled {
     Yes,
     /// It was recorded as a dead letter, or as skipped.
     Recorded,
-    /// The consumer has passed the event, and how it ended is unknown: the consumer began behind it or was set behind it, or it has
-    /// saved its position since and forgotten the records before that position.
+    /// The consumer has passed the event, and how it ended is unknown: the consumer began behind it or was set behind
+    /// it, or it has saved its position since and forgotten the records before that position.
     Unknown,
 }

@@ -135,8 +135,7 @@ impl DeadLetters {
 }
 
 /// Leaves a request for a consumer of `store`; durable when this returns. A running consumer takes it up within about a
-/// second, any other when
-/// it is started. A crash repeats what it interrupts.
+/// second, any other when it is started. A crash repeats what it interrupts.
 ///
 /// # Errors
 /// `NotRegistered`; the file system's error.

@@ -25,12 +25,11 @@ use crate::sync::{Deadline, Mutex, lock, may_wait, thread_waker};
 const SHOW_EVERY: Duration = Duration::from_millis(100);
 
 /// A consumer without threads. Its owner takes deliveries and reports how each ended; meanwhile no other event of that
-/// key is delivered.
-/// Retries, dead letters and saved positions are the same as with threads, and happen inside these calls: call often.
+/// key is delivered. Retries, dead letters and saved positions are the same as with threads, and happen inside these
+/// calls: call often.
 ///
 /// Dropping it saves as [`Poller::save`] does. Deliveries in flight at that time are delivered again. The attempts of
-/// an event are counted
-/// while the poller lives; the next poller counts from 1.
+/// an event are counted while the poller lives; the next poller counts from 1.
 ///
 /// ```
 /// # use corelane::envelope::Envelope;
@@ -114,8 +113,7 @@ impl<E: Event> Poller<E> {
     ///
     /// # Errors
     /// Errors of reading the log or of writing the consumer's files. The position stays: the next call tries the same
-    /// again, and never returns a
-    /// later event.
+    /// again, and never returns a later event.
     #[expect(clippy::should_implement_trait, reason = "None is not the end")]
     pub fn next(&mut self) -> Result<Option<Delivery>, ConsumerError> {
         loop {
@@ -159,8 +157,7 @@ impl<E: Event> Poller<E> {
     }
 
     /// Returns the delivered event in place; its `meta.sequence` is unknown. `None` if it cannot be decoded: report
-    /// that with
-    /// [`Poller::undecodable`], which returns the error if the log is damaged.
+    /// that with [`Poller::undecodable`], which returns the error if the log is damaged.
     pub fn event<'a>(&'a mut self, delivery: &'a Delivery) -> Option<(&'a E::Archived, Meta)> {
         // If the log cannot be read, `undecodable` reads it too, and returns that error.
         delivery.0.event::<E>(&mut self.finders[delivery.0.shard], &mut self.access).ok().flatten()
@@ -229,10 +226,9 @@ impl<E: Event> Poller<E> {
     }
 
     /// Completes when [`Poller::next`] may have an event: for tasks, on any runtime. A thread of the poller, started
-    /// with the first call, wakes
-    /// the task when a retry or a probe is due.
+    /// with the first call, wakes the task when a retry or a probe is due.
     pub fn ready(&mut self) -> impl Future<Output = ()> + '_ {
-        Ready { poller: self, is_first: true }
+        HasEvent { poller: self, is_first: true }
     }
 
     /// Returns the next event as soon as there is one: for tasks.
@@ -255,13 +251,11 @@ impl<E: Event> Poller<E> {
     }
 
     /// Saves the position and the records of parked and skipped events. Durable when it returns. Waits for the log to
-    /// become durable up to these
-    /// events.
+    /// become durable up to these events.
     ///
     /// # Errors
     /// Errors of the file system; `Records` if there is no room for more dead letters; `Wait` if the log does not
-    /// become durable. The next call
-    /// saves whatever could not be saved now, or the events are delivered again.
+    /// become durable. The next call saves whatever could not be saved now, or the events are delivered again.
     pub fn save(&mut self) -> Result<(), ConsumerError> {
         self.driver.save()
     }
@@ -270,8 +264,7 @@ impl<E: Event> Poller<E> {
     ///
     /// # Errors
     /// `Busy` while deliveries are in flight; `Read` if the log no longer holds the position; as [`Poller::save`], if a
-    /// parked or skipped event
-    /// without a record would be left behind.
+    /// parked or skipped event without a record would be left behind.
     pub fn seek(&mut self, start: Start) -> Result<(), ConsumerError> {
         if self.driver.running() > 0 {
             return Err(ConsumerError::Busy { name: self.driver.settings().name.to_string() });
@@ -328,19 +321,19 @@ impl<E: Event> Poller<E> {
 impl<E: Event> Drop for Poller<E> {
     fn drop(&mut self) {
         if let Err(error) = self.driver.save() {
-            tracing::error!(%error, "a consumer's position could not be saved; events since the last save are handled again");
+            tracing::error!(%error, "a position could not be saved; events since the last save are handled again");
         }
         self.services.note_end(&self.driver.settings().name, None);
     }
 }
 
 /// Completes when [`Poller::next`] may have an event. One wake-up completes it.
-struct Ready<'a, E: Event> {
+struct HasEvent<'a, E: Event> {
     poller: &'a mut Poller<E>,
     is_first: bool,
 }
 
-impl<E: Event> Future for Ready<'_, E> {
+impl<E: Event> Future for HasEvent<'_, E> {
     type Output = ();
 
     fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<()> {

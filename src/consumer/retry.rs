@@ -80,8 +80,7 @@ impl Retry {
     }
 
     /// The range of the random factor of every delay, so that events that failed together are not retried together:
-    /// uniform in `low..=high`,
-    /// 0.0 ≤ `low` ≤ `high` ≤ 10.0. `jitter(1.0, 1.0)` turns it off. Default: 0.5 to 1.5.
+    /// uniform in `low..=high`, 0.0 ≤ `low` ≤ `high` ≤ 10.0. `jitter(1.0, 1.0)` turns it off. Default: 0.5 to 1.5.
     #[must_use]
     pub fn jitter(mut self, low: f64, high: f64) -> Self {
         self.0.jitter = (low, high);
@@ -113,8 +112,7 @@ fn thousandths(factor: f64) -> u64 {
 }
 
 /// When a failed attempt is repeated, built by [`Retry`]. The default is exponential: 5 attempts, base 100 ms, factor
-/// 2, cap 30 s, jitter
-/// 0.5 to 1.5.
+/// 2, cap 30 s, jitter 0.5 to 1.5.
 #[derive(Debug, Clone, PartialEq)]
 pub struct RetryPolicy {
     growth: Growth,
@@ -150,8 +148,7 @@ impl RetryPolicy {
     /// there is a retry.
     ///
     /// The delay is uniform in the part of delay × jitter that is below the cap. So no delay exceeds the cap, and
-    /// delays near the cap still
-    /// differ.
+    /// delays near the cap still differ.
     ///
     /// # Panics
     /// If `failures` is 0.
@@ -211,7 +208,6 @@ impl JitterRng {
     }
 
     /// Returns the next number.
-    #[expect(clippy::should_implement_trait, reason = "it never ends")]
     pub(crate) fn next(&mut self) -> u64 {
         let next = Key(self.0).hash();
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
@@ -243,7 +239,7 @@ mod tests {
     }
 
     #[test]
-    fn delays_grow_as_named_up_to_the_cap() {
+    fn delays_grow_up_to_the_cap() {
         assert_eq!(plain(Retry::exponential(2.0)), [100, 200, 400, 800]);
         assert_eq!(plain(Retry::fixed().base(20 * MS).attempts(4)), [20, 20, 20]);
         assert_eq!(plain(Retry::linear().base(20 * MS).cap(50 * MS).attempts(6)), [20, 40, 50, 50, 50]);
@@ -252,7 +248,7 @@ mod tests {
     }
 
     #[test]
-    fn the_defaults_are_those_of_the_design() {
+    fn the_defaults_are_the_documented_ones() {
         let policy = RetryPolicy::default();
         assert_eq!(policy, Retry::exponential(2.0).validate().expect("valid"));
         assert_eq!((policy.attempts_max, policy.base, policy.cap), (5, 100 * MS, 30_000 * MS));
@@ -260,7 +256,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_used_is_named() {
+    fn a_policy_out_of_range_is_refused_by_name() {
         let bad = [
             (Retry::fixed().attempts(0), "retry_attempts"),
             (Retry::fixed().base(Duration::ZERO), "retry_base_ms"),
@@ -298,7 +294,7 @@ mod tests {
     }
 
     #[test]
-    fn random_numbers_are_frozen() {
+    fn a_seed_always_gives_the_same_numbers() {
         let mut rng = JitterRng::seeded(0);
         assert_eq!([rng.next(), rng.next()], [0xe220_a839_7b1d_cdaf, 0x6e78_9e6a_a1b9_65f4]);
     }

@@ -1,8 +1,7 @@
 //! The consumers of a store: which are registered, which run, and which part of the log each still needs.
 //!
 //! A consumer is registered by its position file. From then on retention keeps its unfinished events, whether it runs
-//! or not, until it is
-//! removed.
+//! or not, until it is removed.
 
 use std::collections::BTreeMap;
 use std::io::ErrorKind;
@@ -123,8 +122,7 @@ impl Services {
     }
 
     /// Marks a consumer as driven, and registers it if it is new. A new position file is durable before this returns.
-    /// Returns the shards with the
-    /// consumer's progress, and the end of its durable dead letters.
+    /// Returns the shards with the consumer's progress, and the end of its durable dead letters.
     pub(crate) fn drive<E: Event>(
         &self,
         name: &str,
@@ -142,7 +140,7 @@ impl Services {
         }
         let checkpoint = self.checkpoint::<E>(&mut known, name, start).inspect_err(|error| {
             if let Some(known) = known.get_mut(name) {
-                known.failure = Some(error.to_be_kept());
+                known.failure = Some(error.to_failure());
             }
         })?;
         let consumer = known.get_mut(name).expect("the consumer was registered above");
@@ -253,7 +251,7 @@ impl Services {
 
     /// Notes that a start failed.
     pub(crate) fn note_refused(&self, name: &str, error: ConsumerError) -> ConsumerError {
-        self.note_end(name, Some(error.to_be_kept()));
+        self.note_end(name, Some(error.to_failure()));
         error
     }
 
@@ -281,7 +279,7 @@ impl Services {
             (Some(running), _) => running.report(),
             (None, Some(shown)) => {
                 let mut report = lock(shown).clone();
-                report.renew(self.positions(known));
+                report.refresh(self.positions(known));
                 report
             }
             (None, None) => self.report_at_rest(name, known),
@@ -306,7 +304,7 @@ impl Services {
             }
         }
         if let Some(letters) = known.letters {
-            report.has_letters(letters);
+            report.set_letters(letters);
         }
         report
     }

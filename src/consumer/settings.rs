@@ -23,8 +23,7 @@ pub enum Start {
     /// Behind the newest event.
     Latest,
     /// At each shard's first event at or after this time. Times may fall, so earlier events may follow that event;
-    /// every event before it is
-    /// earlier.
+    /// every event before it is earlier.
     Time(Time),
 }
 
@@ -42,8 +41,7 @@ pub enum Exhausted {
 }
 
 /// The application's decision about one failed attempt. `Park`, `Skip` and `AwaitGap` blame the event and leave the
-/// service's health
-/// unchanged.
+/// service's health unchanged.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Judgement {
@@ -52,8 +50,7 @@ pub enum Judgement {
     /// Try again after this long, however many attempts were made.
     RetryIn(Duration),
     /// An event is missing before it: try again after [`super::Consumer::gap_filled`], or when
-    /// [`super::QueuePolicy::gap_wait_max`] has passed. It
-    /// does not count as an attempt.
+    /// [`super::QueuePolicy::gap_wait_max`] has passed. It does not count as an attempt.
     AwaitGap,
     /// Park the key, with this event as its first dead letter.
     Park,
@@ -65,7 +62,7 @@ pub enum Judgement {
 
 impl Judgement {
     /// Returns `true` if the judgement blames the service, not the event.
-    pub(crate) fn is_of_service(self) -> bool {
+    pub(crate) fn blames_service(self) -> bool {
         match self {
             Self::ByPolicy | Self::RetryIn(_) | Self::Halt => true,
             Self::AwaitGap | Self::Park | Self::Skip => false,

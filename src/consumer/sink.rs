@@ -1,8 +1,7 @@
 //! Sinks that keep their position with their data: every event takes effect exactly once, whatever crashes.
 //!
 //! One writer: the sink's thread. The sink's own position is authoritative. The consumer's position file follows it and
-//! tells retention what
-//! to keep.
+//! tells retention what to keep.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -31,10 +30,9 @@ use crate::log::reader::{Reader, Record};
 use crate::sync::{AtomicBool, AtomicU64, Deadline, Mutex, Ordering, lock, thread, thread_waker};
 
 /// Takes in events together with the position behind them: for example a database with transactions. A [`Position`] is
-/// 40 bytes or a text of
-/// 80 characters. The sink keeps one per shard and returns it unchanged. It identifies the log: a position of another
-/// store, or of another
-/// history of this one (after restoring a copy of the store or of the database), ends the sink with a typed failure.
+/// 40 bytes or a text of 80 characters. The sink keeps one per shard and returns it unchanged. It identifies the log: a
+/// position of another store, or of another history of this one (after restoring a copy of the store or of the
+/// database), ends the sink with a typed failure.
 ///
 /// ```
 /// # use corelane::consumer::{Batch, Sink};
@@ -62,10 +60,8 @@ use crate::sync::{AtomicBool, AtomicU64, Deadline, Mutex, Ordering, lock, thread
 /// ```
 pub trait Sink<E: Event>: Send + 'static {
     /// Returns the position that was kept with the data, or `None` if there is none for this shard yet: delivery then
-    /// begins where the sink was
-    /// registered. If events were delivered before, `None` is [`ConsumerError::PositionGone`]. Called when the sink
-    /// starts, and after every
-    /// failed batch.
+    /// begins where the sink was registered. If events were delivered before, `None` is
+    /// [`ConsumerError::PositionGone`]. Called when the sink starts, and after every failed batch.
     ///
     /// # Errors
     /// Any error of reading the position. The retry policy decides when it is called again.
@@ -94,8 +90,7 @@ pub struct Batch<'a, E: Event> {
 
 impl<E: Event> Batch<'_, E> {
     /// Returns the next event of the batch. A batch ends before an offset at which the log cannot be read: the sink
-    /// takes in the events before it,
-    /// and then ends with that error.
+    /// takes in the events before it, and then ends with that error.
     ///
     /// # Errors
     /// As [`Reader::next`], if that offset comes first: there is nothing to take in. The position and [`Batch::end`]
@@ -161,7 +156,7 @@ impl Running for SinkShared {
 
     fn report(&self) -> ConsumerReport {
         let mut report = lock(&self.report).clone();
-        report.running_since = self.life.inside_for();
+        report.running_since = self.life.in_handler_for();
         report.running = usize::from(report.running_since.is_some());
         report.is_running = !self.life.has_ended();
         report.is_paused = self.paused.load(Ordering::Relaxed);
@@ -217,8 +212,8 @@ impl SinkConsumer {
     /// Waits until the sink has taken in every event that is visible now.
     ///
     /// # Errors
-    /// `Wait` with `TimedOut` at the deadline (a paused or halted sink takes nothing in), and with `OnEngineThread` on the sink's own
-    /// thread; `Ended` if it has ended.
+    /// `Wait` with `TimedOut` at the deadline (a paused or halted sink takes nothing in), and with `OnEngineThread` on
+    /// the sink's own thread; `Ended` if it has ended.
     pub fn drain(&self, deadline: impl Into<Deadline>) -> Result<(), ConsumerError> {
         self.shared.drain(deadline.into().instant())
     }
@@ -247,7 +242,8 @@ struct SinkShard<E: Event> {
     position: Position,
 }
 
-struct Pump<E: Event, S: Sink<E>> {
+/// The work of a sink's thread.
+struct SinkRunner<E: Event, S: Sink<E>> {
     sink: S,
     shards: Vec<SinkShard<E>>,
     assigned: Vec<AssignedShard>,
@@ -277,9 +273,8 @@ struct Pump<E: Event, S: Sink<E>> {
 
 impl<E: Event> ConsumerBuilder<E> {
     /// Starts a sink: delivers batches of up to `batch_max` events of one shard (1..=1,000,000), in order, each taken
-    /// in once. Settings about keys
-    /// do not apply. A batch that fails is retried as the retry policy says. When its attempts are used up the sink
-    /// halts, to keep the order.
+    /// in once. Settings about keys do not apply. A batch that fails is retried as the retry policy says. When its
+    /// attempts are used up the sink halts, to keep the order.
     ///
     /// # Errors
     /// As [`ConsumerBuilder::start`].
@@ -288,14 +283,12 @@ impl<E: Event> ConsumerBuilder<E> {
     }
 
     /// Starts a sink whose data is gone, as [`ConsumerBuilder::start_sink`] does. For a shard without a position,
-    /// delivery begins again where the
-    /// sink was registered, although events were delivered before. Use it for one start, then
-    /// [`ConsumerBuilder::start_sink`] again.
+    /// delivery begins again where the sink was registered, although events were delivered before. Use it for one
+    /// start, then [`ConsumerBuilder::start_sink`] again.
     ///
     /// # Errors
     /// As [`ConsumerBuilder::start`], and `BeginningGone` if retention has freed events that were delivered before:
-    /// remove the consumer and register
-    /// it again, to begin with the earliest event held.
+    /// remove the consumer and register it again, to begin with the earliest event held.
     pub fn start_sink_over(self, batch_max: usize, sink: impl Sink<E>) -> Result<SinkConsumer, ConsumerError> {
         self.run_sink(batch_max, sink, true)
     }
@@ -310,7 +303,7 @@ impl<E: Event> ConsumerBuilder<E> {
         let (progress, letters_left) = prepared.map_err(|error| services.note_refused(&name, error))?;
         let positions = assigned.iter().map(|shard| (&*shard.log, shard.hold.get()));
         let mut report = ConsumerReport::at_rest(&name, positions);
-        report.has_letters(letters_left);
+        report.set_letters(letters_left);
         let shared = Arc::new(SinkShared {
             life: Life::new(services.identity()),
             paused: AtomicBool::new(false),
@@ -320,7 +313,7 @@ impl<E: Event> ConsumerBuilder<E> {
             drained: AtomicU64::new(0),
         });
         let rng = JitterRng::seeded(settings.jitter_seed);
-        let pump = Pump {
+        let runner = SinkRunner {
             sink,
             shards: Vec::new(),
             saved: progress.iter().map(|progress| progress.seen).collect(),
@@ -345,7 +338,7 @@ impl<E: Event> ConsumerBuilder<E> {
         };
         services.note_running(&name, Arc::clone(&shared) as Arc<dyn Running>);
         // The handle waits for the life's end, not for the thread.
-        let spawned = spawn(&services, name.clone(), move || pump.run_to_the_end());
+        let spawned = spawn(&services, name.clone(), move || runner.run_to_the_end());
         drop(spawned.map_err(|error| {
             let error = services.note_refused(&name, error);
             // A call may have found the sink meanwhile and wait for it.
@@ -362,8 +355,7 @@ fn panicked(panic: &(dyn std::any::Any + Send)) -> HandlerError {
 }
 
 /// Returns the saved progress of a sink, and the dead letters that a consumer of its name has left. If the sink starts
-/// over, saves its
-/// beginning first.
+/// over, saves its beginning first.
 fn prepare<E: Event>(
     services: &Services,
     name: &str,
@@ -392,7 +384,7 @@ fn prepare<E: Event>(
     Ok((progress, left))
 }
 
-impl<E: Event, S: Sink<E>> Pump<E, S> {
+impl<E: Event, S: Sink<E>> SinkRunner<E, S> {
     fn run_to_the_end(mut self) {
         let (shared, services) = (Arc::clone(&self.shared), Arc::clone(&self.services));
         let name = Arc::clone(&self.settings.name);
@@ -551,7 +543,7 @@ impl<E: Event, S: Sink<E>> Pump<E, S> {
     /// Delivers a batch to the sink. Returns the number of events or the sink's error, and an outer error if the log
     /// cannot be read.
     fn take_in(&mut self, at: usize) -> Result<Result<u64, HandlerError>, ConsumerError> {
-        self.shared.life.go_inside();
+        self.shared.life.enter_handler();
         let shard = &mut self.shards[at];
         let (filter, left) = (&self.settings.filter, self.batch_max);
         let mut batch =
@@ -559,7 +551,7 @@ impl<E: Event, S: Sink<E>> Pump<E, S> {
         let sink = &mut self.sink;
         let applied = catch_unwind(AssertUnwindSafe(|| sink.apply(&mut batch)));
         let (events, is_cut) = (batch.events, batch.is_cut);
-        self.shared.life.come_out();
+        self.shared.life.leave_handler();
         if is_cut && events == 0 {
             // The log's error says why, whatever error the sink returned.
             shard.reader.next()?;
@@ -593,7 +585,7 @@ impl<E: Event, S: Sink<E>> Pump<E, S> {
             }
             Err(source) => {
                 let error = OpenError::Io { action: "writing the position file in", path: dir, source };
-                tracing::error!(consumer = &*self.settings.name, %error, "a sink's position cannot be saved; retention waits");
+                tracing::error!(consumer = &*self.settings.name, %error, "a sink's position cannot be saved");
                 self.save_failures += 1;
             }
         }
@@ -603,11 +595,11 @@ impl<E: Event, S: Sink<E>> Pump<E, S> {
         let assigned = self.assigned.iter().map(|shard| (&*shard.log, shard.hold.get()));
         let mut report = ConsumerReport::at_rest(&self.settings.name, assigned);
         (report.handled, report.failed) = (self.handled, self.failed);
-        report.has_read(self.shards.iter().map(|shard| shard.reader.sequence()).sum());
+        report.set_read(self.shards.iter().map(|shard| shard.reader.sequence()).sum());
         report.halted.clone_from(&self.halted);
         report.health = Some(self.health.report(self.now()));
         report.write_failures.0 = self.save_failures;
-        report.has_letters(self.letters_left);
+        report.set_letters(self.letters_left);
         *lock(&self.shared.report) = report;
     }
 

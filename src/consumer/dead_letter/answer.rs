@@ -99,8 +99,7 @@ impl DeadLetterPolicy {
         /// position is not past it.
         letters_max: usize,
         /// Bytes of letters kept, with their archives, 4 KiB..=16 GiB. Default: 1 GiB. The files may take twice as
-        /// much, and three times during a
-        /// compaction.
+        /// much, and three times during a compaction.
         bytes_max: u64,
         /// What happens to further letters. Default: [`WhenFull::Halt`].
         when_full: WhenFull,
@@ -179,7 +178,7 @@ pub enum WriteRefused {
 #[non_exhaustive]
 pub enum LettersError {
     /// Bytes that were durable are damaged.
-    #[error("{}, at {at}: {why}", path.display())]
+    #[error("{} is damaged at offset {at}: {why}", path.display())]
     Damaged {
         /// The file.
         path: PathBuf,

@@ -1,8 +1,8 @@
 //! The files of one consumer's letters: which files count and up to which byte, and how to read their batches.
 //!
 //! A file names its predecessor and the end of the predecessor's valid bytes. So a refused batch is behind such an end
-//! or in a file that none
-//! names, and a missing or shortened file is noticed. The consumer's position file names the end of the newest.
+//! or in a file that none names, and a missing or shortened file is noticed. The consumer's position file names the end
+//! of the newest.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -215,8 +215,7 @@ pub(super) enum OpenMode {
 }
 
 /// Finds the files that count and calls `each` with every entry of complete batches, in the order written. They must
-/// reach to `known`, an end
-/// that was durable.
+/// reach to `known`, an end that was durable.
 pub(super) fn load(
     storage: &dyn Storage,
     dir: &Path,
@@ -241,8 +240,7 @@ pub(super) fn load(
 }
 
 /// Makes a file durable. Rewrites the bytes from `from` on unchanged: after a kill they may be in the page cache only,
-/// and after a failed sync
-/// the cache may hold them marked as clean.
+/// and after a failed sync the cache may hold them marked as clean.
 fn settle(storage: &dyn Storage, dir: &Path, number: u32, file: &LetterFile, from: u64) -> io::Result<()> {
     let editable = storage.edit_side(&path(dir, number))?;
     let (mut at, mut bytes) = (from, Vec::new());

@@ -2,8 +2,7 @@
 //! ended.
 //!
 //! One writer: the consumer's driver thread. A write that succeeded survives any crash, and a batch is written as a
-//! whole or not at all. No
-//! byte is written behind bytes whose fate is unknown, and no sync is repeated.
+//! whole or not at all. No byte is written behind bytes whose fate is unknown, and no sync is repeated.
 //!
 //! ```text
 //!  Parked ─▶ a letter waits ─▶ FailedAgain ─▶ still waits
@@ -12,8 +11,8 @@
 //! ```
 //!
 //! Memory, measured with a million letters: 52 to 67 bytes per letter, for its place; 37 more while the consumer's
-//! saved position is not past
-//! it, as for every skipped event; and twice as much for a letter that failed again. Errors and archives stay on disk.
+//! saved position is not past it, as for every skipped event. A letter that failed again takes twice as much. Errors
+//! and archives stay on disk.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::path::{Path, PathBuf};
@@ -126,8 +125,7 @@ impl LetterStore {
     }
 
     /// Records a batch; it is durable when this returns. Redundant entries are left out: a second first entry of an
-    /// event, or an entry for a
-    /// letter that is not waiting.
+    /// event, or an entry for a letter that is not waiting.
     ///
     /// # Errors
     /// No entry of the batch counts. After a later write the batch stays without effect; before one, a restart may find
@@ -234,8 +232,7 @@ impl LetterStore {
     }
 
     /// Returns `true` if the event is a letter or has an entry that is not forgotten, whether it was parked or skipped
-    /// and however it ended. Such
-    /// an event must not be offered again after a restart or a seek.
+    /// and however it ended. Such an event must not be offered again after a restart or a seek.
     pub(crate) fn has(&self, key: Key, id: EventId) -> bool {
         self.index.knows(id) || self.waits(key, id)
     }
@@ -262,8 +259,7 @@ impl LetterStore {
     }
 
     /// Forgets all entries except waiting letters, also after a restart: the consumer was set to another position, and
-    /// that position is durable.
-    /// Events that were handled, discarded or skipped may be offered and recorded again.
+    /// that position is durable. Events that were handled, discarded or skipped may be offered and recorded again.
     ///
     /// # Errors
     /// After a restart the entries are known again.
@@ -380,8 +376,7 @@ fn archive_in(entry: &[u8]) -> Archive {
 }
 
 /// Opens the letters in a folder read-only, while another process may be writing to it. The caller must have read
-/// `known`, the end of the
-/// durable letters, before.
+/// `known`, the end of the durable letters, before.
 pub(crate) fn open_outside(
     storage: &Arc<dyn Storage>,
     dir: &Path,

@@ -92,7 +92,8 @@ impl AdmissionControl {
         self.health.succeeded_while_healthy(calls, now);
     }
 
-    /// Reports the outcome of a call to the service's health, and returns the verdict if it failed. `event` is `None` for a dead letter.
+    /// Reports the outcome of a call to the service's health, and returns the verdict if it failed. `event` is `None`
+    /// for a dead letter.
     pub(super) fn judge(
         &mut self,
         permit: CallPermit,
@@ -103,7 +104,7 @@ impl AdmissionControl {
     ) -> Option<Verdict> {
         let judgement = failed.map(|failed| self.judgement(failed, attempt));
         self.successes += u64::from(judgement.is_none());
-        if !judgement.is_some_and(Judgement::is_of_service) {
+        if !judgement.is_some_and(Judgement::blames_service) {
             self.report(now, |health| health.succeeded(permit, now));
         } else if self.concerns_service(event) {
             self.report(now, |health| health.failed(permit, now));
@@ -116,8 +117,8 @@ impl AdmissionControl {
         judgement.map(|judgement| self.verdict(judgement, attempt))
     }
 
-    /// Returns `true` if a failure says something about the service. If other calls succeeded since the same event failed first, the
-    /// event is at fault: a few events that always fail must not hold up all others.
+    /// Returns `true` if a failure says something about the service. If other calls succeeded since the same event
+    /// failed first, the event is at fault: a few events that always fail must not hold up all others.
     fn concerns_service(&mut self, event: Option<EventId>) -> bool {
         match event {
             Some(id) => self.failing.get(&id).is_none_or(|failing| failing.successes == self.successes),

@@ -106,8 +106,8 @@ impl<E: Event> ShardFollower<E> {
         })
     }
 
-    /// Continues with `reader`. Unfinished events are forgotten: the reader finds them again, or the application leaves them behind. No
-    /// event may be in flight.
+    /// Continues with `reader`. Unfinished events are forgotten: the reader finds them again, or the application leaves
+    /// them behind. No event may be in flight.
     pub(super) fn set_to(&mut self, reader: Reader<E>, settings: &Settings, letters: &LetterStore) {
         let done = self.queues.position();
         self.queues.set_to(reader.offset());
@@ -200,8 +200,8 @@ impl<E: Event> ShardFollower<E> {
         offset < self.records_until && letters.has(key, self.id(offset))
     }
 
-    /// Offers events of the log to the queues, until enough are ready, there is no room, or the log ends. Returns the number of events
-    /// read.
+    /// Offers events of the log to the queues, until enough are ready, there is no room, or the log ends. Returns the
+    /// number of events read.
     ///
     /// # Errors
     /// The log cannot be read further, and no event before that offset is in flight or may run. The position stays.
@@ -257,7 +257,8 @@ impl<E: Event> ShardFollower<E> {
         }
     }
 
-    /// Returns the next event that the consumer wants. `None` if there is none, or none among the next [`UNWANTED_MAX`]: call again.
+    /// Returns the next event that the consumer wants. `None` if there is none, or none among the next
+    /// [`UNWANTED_MAX`]: call again.
     #[inline]
     fn wanted(&mut self, filter: &Filter) -> Result<Option<Ahead>, ReadError> {
         let mut read = 0;
@@ -268,8 +269,8 @@ impl<E: Event> ShardFollower<E> {
         Ok(ahead.filter(|ahead| filter.wants(ahead.header.event_type)))
     }
 
-    /// Calls `handler` for events in place, without a queue. Stops at an event whose key has unfinished events, and at one that fails;
-    /// the failed event is returned and is in flight.
+    /// Calls `handler` for events in place, without a queue. Stops at an event whose key has unfinished events, and at
+    /// one that fails; the failed event is returned and is in flight.
     pub(super) fn run_in_place(
         &mut self,
         budget: usize,

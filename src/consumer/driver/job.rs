@@ -119,8 +119,8 @@ impl Job {
     }
 }
 
-/// Runs the application's code (an upcaster, the handler) and turns a panic into a failure. `body` changes no state of the engine, so
-/// a panic leaves nothing half done here.
+/// Runs the application's code (an upcaster, the handler) and turns a panic into a failure. `body` changes no state of
+/// the engine, so a panic leaves nothing half done here.
 #[inline]
 pub(super) fn guarded(body: impl FnOnce() -> Result<(), Failed>) -> Result<(), Failed> {
     catch_unwind(AssertUnwindSafe(body)).unwrap_or_else(|panic| Err(Failed::Panic(panic_text(&*panic))))

@@ -1,7 +1,8 @@
-//! The driver: decides what a consumer does next. It owns no thread, waits for nothing, and takes the time as an argument.
+//! The driver: decides what a consumer does next. It owns no thread, waits for nothing, and takes the time as an
+//! argument.
 //!
-//! One writer: its owner. A [`ShardFollower`] per shard reads the log into key queues. The driver hands out their events as [`Job`]s and
-//! takes each back with its outcome. Its parts, each with its own state:
+//! One writer: its owner. A [`ShardFollower`] per shard reads the log into key queues. The driver hands out their
+//! events as [`Job`]s and takes each back with its outcome. Its parts, each with its own state:
 //!
 //! | part | owns |
 //! |---|---|
@@ -76,7 +77,8 @@ impl<E: Event> std::fmt::Debug for Driver<E> {
 }
 
 impl<E: Event> Driver<E> {
-    /// Returns a driver that continues from the progress of `shards`. The dead letters in `dir` must reach to `letters`.
+    /// Returns a driver that continues from the progress of `shards`. The dead letters in `dir` must reach to
+    /// `letters`.
     pub(crate) fn open(
         settings: Settings,
         storage: Arc<dyn Storage>,
@@ -115,8 +117,9 @@ impl<E: Event> Driver<E> {
         (records, RecordContext { followers, saver, waiters, suspension })
     }
 
-    /// Does a bounded piece of all work except calling handlers: writes records, carries out requests, wakes keys whose time has come,
-    /// reads, answers waiters, saves. `is_idle` says that the previous step found nothing to do. Returns the work done.
+    /// Does a bounded piece of all work except calling handlers: writes records, carries out requests, wakes keys whose
+    /// time has come, reads, answers waiters, saves. `is_idle` says that the previous step found nothing to do. Returns
+    /// the work done.
     pub(crate) fn step(&mut self, now: Duration, is_idle: bool) -> Result<usize, ConsumerError> {
         let Self { requests, records, followers, saver, waiters, suspension, .. } = self;
         let mut context = RecordContext { followers, saver, waiters, suspension };
@@ -245,8 +248,9 @@ impl<E: Event> Driver<E> {
         Ok(())
     }
 
-    /// Handles events in place as they are read, if their keys have no unfinished events and the service is healthy. Stops after `budget`
-    /// events, or when `is_called` returns `true`. Events that fail go to the key queues. Returns the number of events handled.
+    /// Handles events in place as they are read, if their keys have no unfinished events and the service is healthy.
+    /// Stops after `budget` events, or when `is_called` returns `true`. Events that fail go to the key queues. Returns
+    /// the number of events handled.
     pub(crate) fn run_in_place(
         &mut self,
         budget: usize,
@@ -399,7 +403,8 @@ impl<E: Event> Driver<E> {
         records.save_position(&mut context)
     }
 
-    /// Saves the position, the records of parked and skipped events, and the outcomes of letters. Durable when it returns.
+    /// Saves the position, the records of parked and skipped events, and the outcomes of letters. Durable when it
+    /// returns.
     pub(crate) fn save(&mut self) -> Result<(), ConsumerError> {
         let (records, mut context) = self.records();
         let written = records.write_all(&mut context);
@@ -408,8 +413,8 @@ impl<E: Event> Driver<E> {
         written
     }
 
-    /// Sets the consumer to another position. No job may be in flight. Events below the old position run no side effects again, and dead
-    /// letters stay.
+    /// Sets the consumer to another position. No job may be in flight. Events below the old position run no side
+    /// effects again, and dead letters stay.
     pub(crate) fn seek(&mut self, start: Start) -> Result<(), ConsumerError> {
         assert_eq!(self.running, 0, "a consumer is set to another position while no job is in flight");
         self.answer_waiters();
@@ -445,7 +450,8 @@ impl<E: Event> Driver<E> {
         self.save_position()
     }
 
-    /// Returns readers at `start`. If `written` says that events could not be recorded, the new position must not leave them behind.
+    /// Returns readers at `start`. If `written` says that events could not be recorded, the new position must not leave
+    /// them behind.
     fn readers_at(&self, start: Start, written: Result<(), ConsumerError>) -> Result<Vec<Reader<E>>, ConsumerError> {
         let readers: Result<Vec<_>, ReadError> =
             self.followers.iter().map(|follower| follower.reader_at(start)).collect();

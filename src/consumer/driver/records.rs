@@ -148,8 +148,8 @@ impl Records {
         (may_write && self.has_work(followers)).then(|| self.write_at.max(durable_at))
     }
 
-    /// Writes waiting records: at once if the consumer is idle, else many together, since each write is synced. Returns the number
-    /// written.
+    /// Writes waiting records: at once if the consumer is idle, else many together, since each write is synced. Returns
+    /// the number written.
     pub(super) fn write<E: Event>(
         &mut self,
         now: Duration,
@@ -165,7 +165,7 @@ impl Records {
             Ok(written) => {
                 if let Err(error) = self.letters.compact_if_due() {
                     let consumer = &*self.consumer;
-                    tracing::warn!(consumer, %error, "dead letters cannot be compacted; they stay as they are");
+                    tracing::warn!(consumer, %error, "dead letters cannot be compacted; the files stay unchanged");
                 }
                 written
             }
@@ -275,8 +275,8 @@ impl Records {
         Ok(count)
     }
 
-    /// Records every event that was judged to be parked or skipped, and the events behind them. Waits for the log to become durable. If
-    /// there is no room, the consumer halts and the judgements are kept.
+    /// Records every event that was judged to be parked or skipped, and the events behind them. Waits for the log to
+    /// become durable. If there is no room, the consumer halts and the judgements are kept.
     pub(super) fn write_all<E: Event>(&mut self, context: &mut RecordContext<'_, E>) -> Result<(), ConsumerError> {
         self.write_all_tried(context)?;
         loop {
@@ -300,7 +300,8 @@ impl Records {
         }
     }
 
-    /// Returns the events that were judged to be parked or skipped and are not recorded yet, each with its shard's index.
+    /// Returns the events that were judged to be parked or skipped and are not recorded yet, each with its shard's
+    /// index.
     pub(super) fn judged(&self) -> impl Iterator<Item = (usize, Offset)> {
         let is_judged = |unwritten: &&Unwritten| !unwritten.is_behind();
         self.unwritten.iter().filter(is_judged).map(|unwritten| (unwritten.shard, unwritten.record.offset()))
@@ -421,7 +422,8 @@ impl Records {
         }
     }
 
-    /// Starts handling letters again: oldest first per key, each key until its first failure. Returns the number of keys started.
+    /// Starts handling letters again: oldest first per key, each key until its first failure. Returns the number of
+    /// keys started.
     pub(super) fn reprocess(&mut self, selector: LetterSelector) -> usize {
         let keys: Vec<Key> = self.keys_of(selector);
         keys.into_iter().filter(|key| self.reprocessing.add(*key)).count()

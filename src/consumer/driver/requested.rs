@@ -24,7 +24,8 @@ impl RequestRunner {
         self.requests.look_at
     }
 
-    /// Takes up new requests, if it is time to read the folder, and continues those in hand. Returns the number begun or ended.
+    /// Takes up new requests, if it is time to read the folder, and continues those in hand. Returns the number begun
+    /// or ended.
     pub(super) fn carry_out<E: Event>(
         &mut self,
         now: Duration,
@@ -66,7 +67,7 @@ impl RequestRunner {
     /// Discards the letters of these keys. Keys with a letter in flight stay in `keys`.
     fn discard<E: Event>(&self, keys: &mut Vec<Key>, records: &mut Records, context: &mut RecordContext<'_, E>) {
         if let Err(error) = records.discard_of(keys, context) {
-            tracing::error!(consumer = &*self.consumer, %error, "dead letters cannot be discarded; that is tried again");
+            tracing::error!(consumer = &*self.consumer, %error, "dead letters cannot be discarded; retrying");
             return;
         }
         keys.retain(|key| records.has_in_flight(*key));

@@ -54,13 +54,14 @@ impl PositionSaver {
     }
 
     fn is_saved<E: Event>(&self, followers: &[ShardFollower<E>], letters: FileEnd) -> bool {
-        // Letters change although no shard's progress does. A file of letters that the position file does not name could vanish
-        // unnoticed.
+        // Letters change although no shard's progress does. A file of letters that the position file does not name
+        // could vanish unnoticed.
         letters == self.saved_letters
             && followers.iter().map(ShardFollower::progress_stamp).eq(self.saved.iter().copied())
     }
 
-    /// Returns `true` if the position file names the newest file of letters, so that opening notices if that file is missing.
+    /// Returns `true` if the position file names the newest file of letters, so that opening notices if that file is
+    /// missing.
     pub(super) fn names_file_of(&self, letters: FileEnd) -> bool {
         letters.number == self.saved_letters.number
     }

@@ -54,7 +54,8 @@ impl HandledWaiters {
         }
     }
 
-    /// Returns the lowest offset in `shard`, at most `position`, from which on records must be kept for waiters and watches.
+    /// Returns the lowest offset in `shard`, at most `position`, from which on records must be kept for waiters and
+    /// watches.
     pub(super) fn lowest(&self, shard: ShardId, position: Offset) -> Offset {
         let of_shard = self.waiters.iter().filter(|waiter| waiter.shard == usize::from(shard.0));
         let awaited = of_shard.map(|waiter| waiter.offset).min().unwrap_or(position);

@@ -1,8 +1,7 @@
 //! The health of one service: failure detector and circuit breaker in one.
 //!
 //! One writer: the owner. Bounded memory: 60 counters in a sliding window, whatever the rate of calls. It calls nothing
-//! and waits for
-//! nothing: the caller asks [`Health::admit`] before each call and reports the outcome.
+//! and waits for nothing: the caller asks [`Health::admit`] before each call and reports the outcome.
 //!
 //! ```text
 //!             5 failures in a row, or > 10 % of the window
@@ -295,8 +294,7 @@ impl Health {
     }
 
     /// Reports a failed call that says nothing about the service: its event had failed before, and other calls have
-    /// succeeded since. If it was a
-    /// probe, the next one follows after the same pause.
+    /// succeeded since. If it was a probe, the next one follows after the same pause.
     pub(crate) fn inconclusive(&mut self, permit: CallPermit, now: Duration) {
         self.now = self.now.max(now);
         self.totals.failed += 1;

@@ -32,8 +32,7 @@ impl QueuePolicy {
         /// takes 24 bytes.
         unfinished_max: usize,
         /// Keys with unfinished events or dead letters, 1..=2³⁰; events of further keys are read when one is free.
-        /// Default: 1,048,576. Each takes
-        /// about 44 bytes, and a key that waits for a time about 30 more.
+        /// Default: 1,048,576. Each takes about 44 bytes, and a key that waits for a time about 30 more.
         keys_max: usize,
         /// How long an event may wait for an event that is missing before it, 0..=24 h. Default: 5 s.
         gap_wait_max: Duration,
@@ -77,8 +76,7 @@ pub(crate) enum Verdict {
         after: Duration,
     },
     /// An event is missing before it: try it again after [`crate::consumer::key_queues::KeyQueues::gap_filled`], or
-    /// when `gap_wait_max` has
-    /// passed. It does not count as a failure.
+    /// when `gap_wait_max` has passed. It does not count as a failure.
     AwaitGap,
     /// It becomes a dead letter, and so do later events of its key until its letters are handled or discarded.
     Park,
@@ -131,8 +129,7 @@ pub(crate) enum RecordKind {
 }
 
 /// An event that ends when its record is durable. It returns through
-/// [`crate::consumer::key_queues::KeyQueues::recorded`] or
-/// [`crate::consumer::key_queues::KeyQueues::not_recorded`].
+/// [`crate::consumer::key_queues::KeyQueues::recorded`] or [`crate::consumer::key_queues::KeyQueues::not_recorded`].
 #[derive(Debug, PartialEq, Eq)]
 #[must_use = "its key and the position wait until the outcome is reported"]
 pub(crate) struct ToRecord {
@@ -192,8 +189,7 @@ pub(crate) enum KeyState {
 }
 
 /// Counts since the queues were created. Every event offered is in exactly one of `succeeded`, `parked`, `skipped` and
-/// `unfinished`, or was
-/// left behind by [`crate::consumer::key_queues::KeyQueues::set_to`].
+/// `unfinished`, or was left behind by [`crate::consumer::key_queues::KeyQueues::set_to`].
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct QueueStatistics {
     /// Events handled.

@@ -2,10 +2,8 @@
 //! all are done.
 //!
 //! One writer: the owner. The queues call no handler and write no file. One event of a key is in flight at a time, the
-//! key's first
-//! unfinished one, so a key's events succeed in the order offered. The position never passes an event that is neither
-//! handled nor
-//! durably recorded.
+//! key's first unfinished one, so a key's events succeed in the order offered. The position never passes an event that
+//! is neither handled nor durably recorded.
 //!
 //! ```text
 //!                 ┌───────────────── due ────────────────┐
@@ -13,17 +11,14 @@
 //!  offer ─▶ Live: next() ─▶ an event in flight ─▶ failed: Retry ─▶ Retrying { due }
 //!                 ▲            │    │   │          AwaitGap ─▶ AwaitingGap { since } ─▶ filled or over: Live
 //!                 └─ succeeded ┘    │   └─▶ failed: Skip ─▶ recorded ─▶ Live
-//!                                   └─────▶ failed: Park ─▶ recorded ─▶ Parked { letters }: later events are recorded
-//! behind it
+//!                                   └─────▶ failed: Park ─▶ recorded ─▶ Parked { letters }, later events too
 //!                                                                          └─ unpark: the last letter is gone ─▶ Live
 //! ```
 //!
 //! Memory: 24 bytes per unfinished event; 32 bytes and an index of 5 to 12 bytes per key that has one or is parked;
-//! about 30 more per
-//! key that waits for a time. With a million keys: 100 bytes per retrying key with one event, 44 per parked key. A key
-//! at rest takes none.
-//! Allocations are kept and reused. A table that has just doubled takes twice what it holds, and three times while it
-//! doubles.
+//! about 30 more per key that waits for a time. With a million keys: 100 bytes per retrying key with one event, 44 per
+//! parked key. A key at rest takes none. Allocations are kept and reused. A table that has just doubled takes twice
+//! what it holds, and three times while it doubles.
 
 use std::collections::{BTreeSet, VecDeque};
 use std::time::Duration;
@@ -133,8 +128,7 @@ impl KeyQueues {
     }
 
     /// Adds the next event of the log and returns it in flight. Its key must be at rest ([`KeyQueues::is_at_rest`]).
-    /// For an owner that
-    /// handles events as it reads them and queues only those that fail.
+    /// For an owner that handles events as it reads them and queues only those that fail.
     ///
     /// # Errors
     /// As [`KeyQueues::offer`].
@@ -169,25 +163,23 @@ impl KeyQueues {
 
     /// Returns the next event that may run. `None` if `concurrency` events are in flight, if no event may run, or while
     /// halted.
-    #[expect(clippy::should_implement_trait, reason = "None is not the end")]
     pub(crate) fn next(&mut self) -> Option<InFlight> {
         if self.statistics.running >= self.policy.concurrency || self.halted.is_some() {
             return None;
         }
         let queue = self.ready.pop_front()?;
-        Some(self.give_out(queue))
+        Some(self.take_first(queue))
     }
 
     /// As [`KeyQueues::next`], but prefers an event that has not failed yet: the first at or behind place `from` among
-    /// the ready ones. An event
-    /// that failed before cannot show whether it or the service is at fault.
+    /// the ready ones. An event that failed before cannot show whether it or the service is at fault.
     pub(crate) fn next_fresh(&mut self, from: usize) -> Option<InFlight> {
         if !self.may_run() {
             return None;
         }
         let at = self.fresh(from).unwrap_or(0);
         let queue = self.ready.remove(at)?;
-        Some(self.give_out(queue))
+        Some(self.take_first(queue))
     }
 
     /// Returns `true` if an event may run that has not failed yet.
@@ -202,7 +194,7 @@ impl KeyQueues {
         places.find(|at| self.keys.queue(self.ready[*at]).failures == 0)
     }
 
-    fn give_out(&mut self, queue: u32) -> InFlight {
+    fn take_first(&mut self, queue: u32) -> InFlight {
         let state = self.keys.queue_mut(queue);
         assert_eq!(state.stage, Stage::Ready);
         state.stage = Stage::Running;
@@ -309,12 +301,12 @@ impl KeyQueues {
         match (state.tail, state.letters) {
             (NONE, 0) => self.keys.remove(queue),
             (NONE, _) => state.stage = Stage::Parked,
-            _ => self.line_up(queue),
+            _ => self.enqueue_first(queue),
         }
     }
 
     /// Makes the key's first event ready or, if the key has letters, to be recorded behind them.
-    fn line_up(&mut self, queue: u32) {
+    fn enqueue_first(&mut self, queue: u32) {
         let state = self.keys.queue_mut(queue);
         if state.letters == 0 {
             state.stage = Stage::Ready;

@@ -58,7 +58,7 @@ impl KeyQueues {
         let ToRecord { queue, kind, .. } = record;
         if kind == RecordKind::ParkedBehind {
             // The letters before it may be gone by now.
-            return self.line_up(queue);
+            return self.enqueue_first(queue);
         }
         self.keys.queue_mut(queue).stage = Stage::Recording { is_out: false, is_skip };
         self.to_record.push_back(queue);
@@ -100,8 +100,7 @@ impl KeyQueues {
     }
 
     /// Notes that `letters` of the key's oldest dead letters were handled or discarded. With the last one the key is
-    /// live again, and its
-    /// waiting events run. Returns the number of letters left.
+    /// live again, and its waiting events run. Returns the number of letters left.
     ///
     /// # Errors
     /// If the key has fewer letters.
@@ -117,7 +116,7 @@ impl KeyQueues {
                 Stage::Parked => self.keys.remove(queue),
                 Stage::Recording { is_out: false, .. } => {
                     self.to_record.retain(|other| *other != queue);
-                    self.line_up(queue);
+                    self.enqueue_first(queue);
                 }
                 // The record being written becomes a letter, and the key stays parked for it.
                 _ => {}
