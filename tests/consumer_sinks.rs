@@ -480,10 +480,10 @@ fn a_sink_whose_database_is_gone_begins_again_only_when_it_is_told_to() {
         assert_eq!(engine.consumers()[0].failure, Some(failure));
         assert!(!engine.drain_consumers(soon()) && gone.committed().rows.is_empty(), "it was given nothing");
 
-        // Told to begin again, it does so also where it takes nothing the first time.
-        let over = engine.consumer("sink").start_sink_over(7, Moody::default()).unwrap();
-        over.pause();
-        over.stop(soon()).unwrap();
+        // Started over, it begins again even if the first run takes nothing in.
+        let idle = Moody::default();
+        idle.set(false, true);
+        engine.consumer("sink").start_sink_over(7, idle).unwrap().stop(soon()).unwrap();
         let sink = start(&engine, 7, gone.clone(), false).unwrap();
         assert!(sink.drain(soon()).is_ok(), "{:?}", sink.report());
         for shard in 0..shards {
