@@ -52,7 +52,7 @@ impl<E: Event> ConsumerBuilder<E> {
             letters: DeadLetterPolicy::default(),
             exhausted: Exhausted::default(),
             judge: None,
-            checkpoint_every: Duration::from_secs(1),
+            save_every: Duration::from_secs(1),
             // Consumers that fail together must not be retried together.
             jitter_seed: xxhash_rust::xxh3::xxh3_64(name.as_bytes()),
         };
@@ -128,8 +128,8 @@ impl<E: Event> ConsumerBuilder<E> {
 
     /// Sets how often the position is saved, 1 ms..=1 h. A crash repeats the events handled since the last save.
     /// Default: 1 s.
-    pub fn checkpoint_every(mut self, every: Duration) -> Self {
-        self.settings.checkpoint_every = every;
+    pub fn save_every(mut self, every: Duration) -> Self {
+        self.settings.save_every = every;
         self
     }
 
@@ -182,7 +182,7 @@ impl<E: Event> ConsumerBuilder<E> {
     /// Returns the checked settings.
     pub(super) fn settle(mut self) -> Result<(Arc<Services>, Settings), ConsumerError> {
         self.settings.retry = self.retry.validate()?;
-        in_range("consumer_checkpoint_every_ms", whole_ms(self.settings.checkpoint_every), 1, 3_600_000)?;
+        in_range("consumer_save_every_ms", whole_ms(self.settings.save_every), 1, 3_600_000)?;
         in_range("consumer_concurrency", self.settings.concurrency as u64, 1, 65_536)?;
         if let Some(types) = &self.types {
             self.settings.filter = Filter::named::<E>(types)?;

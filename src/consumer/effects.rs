@@ -59,6 +59,7 @@ impl<'a> Call<'a> {
 
 /// Identifies one event's side effect by one consumer. Its text is `consumer/shard/offset`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub struct EffectKey<'a> {
     /// The consumer's name.
     pub consumer: &'a str,

@@ -117,7 +117,7 @@ pub enum ConsumerError {
 
 impl ConsumerError {
     /// Returns a copy that can be kept while this error is returned.
-    pub(super) fn to_be_kept(&self) -> ConsumerFailure {
+    pub(super) fn to_failure(&self) -> ConsumerFailure {
         let kept = match *self {
             Self::Position(error) => Self::Position(error),
             Self::PositionGone { shard, delivered } => Self::PositionGone { shard, delivered },

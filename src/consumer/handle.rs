@@ -72,8 +72,7 @@ impl<E: Event> Consumer<E> {
         self.shared.report()
     }
 
-    /// Pauses the consumer until [`Consumer::resume`]: no further event is handled. Running handlers finish. Returns at
-    /// once.
+    /// Pauses the consumer until [`Consumer::resume`]. It starts no further handler; running ones finish.
     ///
     /// # Errors
     /// `Ended`; `Busy` if its thread is inside a handler and does not answer; `Wait` with `OnEngineThread` from inside

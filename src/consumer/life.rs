@@ -21,7 +21,7 @@ pub(crate) struct Life {
     thread: Mutex<Option<thread::Thread>>,
     began: Instant,
     /// Since when the thread has been inside a handler, in ns since `began`; 0 if it is not.
-    inside_since_ns: AtomicU64,
+    in_handler_since_ns: AtomicU64,
     /// 1 once the thread has ended.
     ended: AtomicU64,
     /// Waiters for the thread's end.
@@ -38,7 +38,7 @@ impl Life {
             given_up: AtomicBool::new(false),
             thread: Mutex::new(None),
             began: Instant::now(),
-            inside_since_ns: AtomicU64::new(0),
+            in_handler_since_ns: AtomicU64::new(0),
             ended: AtomicU64::new(0),
             ending: Waiters::new(),
             engine,
@@ -151,20 +151,20 @@ impl Life {
     }
 
     /// Notes that a handler is about to be called.
-    pub(super) fn go_inside(&self) {
+    pub(super) fn enter_handler(&self) {
         let now_ns = u64::try_from(self.now().as_nanos()).unwrap_or(u64::MAX);
-        self.inside_since_ns.store(now_ns.max(1), Ordering::Relaxed);
+        self.in_handler_since_ns.store(now_ns.max(1), Ordering::Relaxed);
     }
 
     /// Notes that the handler has returned. Returns the time.
-    pub(super) fn come_out(&self) -> Duration {
-        self.inside_since_ns.store(0, Ordering::Relaxed);
+    pub(super) fn leave_handler(&self) -> Duration {
+        self.in_handler_since_ns.store(0, Ordering::Relaxed);
         self.now()
     }
 
     /// Returns how long the thread has been inside a handler, if it is.
-    pub(super) fn inside_for(&self) -> Option<Duration> {
-        let since_ns = self.inside_since_ns.load(Ordering::Relaxed);
+    pub(super) fn in_handler_for(&self) -> Option<Duration> {
+        let since_ns = self.in_handler_since_ns.load(Ordering::Relaxed);
         (since_ns > 0).then(|| self.now().saturating_sub(Duration::from_nanos(since_ns)))
     }
 }

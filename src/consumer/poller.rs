@@ -228,7 +228,7 @@ impl<E: Event> Poller<E> {
     /// Completes when [`Poller::next`] may have an event: for tasks, on any runtime. A thread of the poller, started
     /// with the first call, wakes the task when a retry or a probe is due.
     pub fn ready(&mut self) -> impl Future<Output = ()> + '_ {
-        Ready { poller: self, is_first: true }
+        HasEvent { poller: self, is_first: true }
     }
 
     /// Returns the next event as soon as there is one: for tasks.
@@ -321,19 +321,22 @@ impl<E: Event> Poller<E> {
 impl<E: Event> Drop for Poller<E> {
     fn drop(&mut self) {
         if let Err(error) = self.driver.save() {
-            tracing::error!(%error, "a position could not be saved; events since the last save are handled again");
+            tracing::error!(
+                error = crate::error::with_sources(&error),
+                "a position could not be saved; events since the last save are handled again"
+            );
         }
         self.services.note_end(&self.driver.settings().name, None);
     }
 }
 
 /// Completes when [`Poller::next`] may have an event. One wake-up completes it.
-struct Ready<'a, E: Event> {
+struct HasEvent<'a, E: Event> {
     poller: &'a mut Poller<E>,
     is_first: bool,
 }
 
-impl<E: Event> Future for Ready<'_, E> {
+impl<E: Event> Future for HasEvent<'_, E> {
     type Output = ();
 
     fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<()> {

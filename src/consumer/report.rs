@@ -89,12 +89,12 @@ impl ConsumerReport {
             read: 0,
             knows_letters: false,
         };
-        report.renew(places);
+        report.refresh(places);
         report
     }
 
     /// Updates the figures of the logs, which grow while a consumer is inside a handler.
-    pub(crate) fn renew<'a>(&mut self, places: impl Iterator<Item = (&'a ShardLog, Offset)>) {
+    pub(crate) fn refresh<'a>(&mut self, places: impl Iterator<Item = (&'a ShardLog, Offset)>) {
         (self.published, self.lag_bytes) = (0, 0);
         self.positions.clear();
         for (log, position) in places {
@@ -106,13 +106,13 @@ impl ConsumerReport {
     }
 
     /// Notes how many events of all that were ever appended the consumer has read.
-    pub(crate) fn has_read(&mut self, events: u64) {
+    pub(crate) fn set_read(&mut self, events: u64) {
         (self.read, self.is_running) = (events, true);
         self.unread = self.published.saturating_sub(events);
     }
 
     /// Notes the counts of dead letters.
-    pub(crate) fn has_letters(&mut self, letters: LetterStatistics) {
+    pub(crate) fn set_letters(&mut self, letters: LetterStatistics) {
         (self.letters, self.knows_letters) = (letters, true);
     }
 
@@ -130,11 +130,11 @@ impl ConsumerReport {
             report.retrying += queues.waiting;
             report.unfinished += queues.unfinished;
         }
-        report.has_read(followers.iter().map(|follower| follower.reader().sequence()).sum());
+        report.set_read(followers.iter().map(|follower| follower.reader().sequence()).sum());
         report.is_paused = driver.is_paused();
         report.halted = driver.halted().cloned();
         report.running = driver.running();
-        report.has_letters(driver.letters().statistics());
+        report.set_letters(driver.letters().statistics());
         report.health = Some(driver.health().report(now));
         report.write_failures = driver.write_failures();
         report
@@ -182,7 +182,7 @@ const FIGURES: [Figure; 16] = [
 const KNOWN_AT_REST: [&str; 4] = ["lag_bytes", "is_running", "is_failed", DEAD_LETTERS];
 const DEAD_LETTERS: &str = "dead_letters";
 
-/// Returns the reports as Prometheus text, to append to [`crate::metrics::Metrics::prometheus`]. Counts are of the consumer's
+/// Returns the reports as Prometheus text, to append to [`crate::Metrics::prometheus`]. Counts are of the consumer's
 /// present run. For a consumer that does not run, only lag, dead letters and failure are included: a 0 would be
 /// mistaken for a count. The label `reason` of `corelane_consumer_failure` holds the failure.
 #[must_use]
@@ -218,7 +218,7 @@ mod tests {
         (report.handled, report.unread, report.unfinished) = (7, 40, 2);
         report.halted = Some(HaltCause::DeadLettersFull);
         report.is_running = true;
-        report.has_letters(LetterStatistics { letters: 3, ..LetterStatistics::default() });
+        report.set_letters(LetterStatistics { letters: 3, ..LetterStatistics::default() });
         let mut at_rest = ConsumerReport::at_rest("sms", std::iter::empty());
         at_rest.failure = Some(ConsumerError::Panicked { text: "a \"trap\"\nin C:\\".to_owned() }.into());
         let text = prometheus(&[report, at_rest]);

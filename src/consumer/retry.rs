@@ -208,7 +208,6 @@ impl JitterRng {
     }
 
     /// Returns the next number.
-    #[expect(clippy::should_implement_trait, reason = "it never ends")]
     pub(crate) fn next(&mut self) -> u64 {
         let next = Key(self.0).hash();
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);

@@ -79,10 +79,10 @@ impl<E: Event> Running for ConsumerShared<E> {
 
     fn report(&self) -> ConsumerReport {
         let mut report = lock(&self.report).clone();
-        report.renew(self.logs.iter().map(|(log, hold)| (&**log, hold.get())));
+        report.refresh(self.logs.iter().map(|(log, hold)| (&**log, hold.get())));
         // For jobs at workers: the time when the oldest was sent.
         let at_a_worker = report.running_since.map(|since| self.life.now().saturating_sub(since));
-        let inside = self.life.inside_for();
+        let inside = self.life.in_handler_for();
         report.running = report.running.max(usize::from(inside.is_some()));
         report.running_since = inside.or(at_a_worker);
         report.is_running = !self.life.has_ended();
@@ -212,7 +212,11 @@ impl<E: Event> Shell<E> {
         let saved = self.driver.save();
         if let (Err(_), Err(error)) = (&driven, &saved) {
             let consumer = &*self.driver.settings().name;
-            tracing::error!(consumer, %error, "records could not be saved at the end; their events are handled again");
+            tracing::error!(
+                consumer,
+                error = crate::error::with_sources(&error),
+                "records could not be saved at the end; their events are handled again"
+            );
         }
         self.report();
         driven.and(saved)
@@ -237,9 +241,9 @@ impl<E: Event> Shell<E> {
                 while let Some(job) = self.driver.next_job(self.now())? {
                     work += 1;
                     if is_alone {
-                        self.shared.life.go_inside();
+                        self.shared.life.enter_handler();
                         let outcome = job.execute::<E>(&name, &mut finders[job.shard], &mut access, &mut handler);
-                        let now = self.shared.life.come_out();
+                        let now = self.shared.life.leave_handler();
                         self.driver.done(job, outcome, now)?;
                         if now > until || self.shared.is_called() {
                             break;
@@ -265,7 +269,7 @@ impl<E: Event> Shell<E> {
     }
 
     fn run_in_place(&mut self, handler: &mut Handler<'_, E>) -> Result<usize, ConsumerError> {
-        self.shared.life.go_inside();
+        self.shared.life.enter_handler();
         let shared = &*self.shared;
         let (began, mut events, mut look_at) = (Instant::now(), 0_u32, 1_u32);
         // Checked before every event. The time is read soon after the first, then rarely.
@@ -278,7 +282,7 @@ impl<E: Event> Shell<E> {
             is_over || shared.is_called()
         };
         let work = self.driver.run_in_place(SLICE, || shared.life.now(), is_called, handler);
-        self.shared.life.come_out();
+        self.shared.life.leave_handler();
         work
     }
 

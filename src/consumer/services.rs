@@ -140,7 +140,7 @@ impl Services {
         }
         let checkpoint = self.checkpoint::<E>(&mut known, name, start).inspect_err(|error| {
             if let Some(known) = known.get_mut(name) {
-                known.failure = Some(error.to_be_kept());
+                known.failure = Some(error.to_failure());
             }
         })?;
         let consumer = known.get_mut(name).expect("the consumer was registered above");
@@ -251,7 +251,7 @@ impl Services {
 
     /// Notes that a start failed.
     pub(crate) fn note_refused(&self, name: &str, error: ConsumerError) -> ConsumerError {
-        self.note_end(name, Some(error.to_be_kept()));
+        self.note_end(name, Some(error.to_failure()));
         error
     }
 
@@ -279,7 +279,7 @@ impl Services {
             (Some(running), _) => running.report(),
             (None, Some(shown)) => {
                 let mut report = lock(shown).clone();
-                report.renew(self.positions(known));
+                report.refresh(self.positions(known));
                 report
             }
             (None, None) => self.report_at_rest(name, known),
@@ -304,7 +304,7 @@ impl Services {
             }
         }
         if let Some(letters) = known.letters {
-            report.has_letters(letters);
+            report.set_letters(letters);
         }
         report
     }

@@ -62,7 +62,7 @@ pub enum Judgement {
 
 impl Judgement {
     /// Returns `true` if the judgement blames the service, not the event.
-    pub(crate) fn is_of_service(self) -> bool {
+    pub(crate) fn blames_service(self) -> bool {
         match self {
             Self::ByPolicy | Self::RetryIn(_) | Self::Halt => true,
             Self::AwaitGap | Self::Park | Self::Skip => false,
@@ -87,7 +87,7 @@ pub(crate) struct Settings {
     pub(crate) letters: DeadLetterPolicy,
     pub(crate) exhausted: Exhausted,
     pub(crate) judge: Option<Judge>,
-    pub(crate) checkpoint_every: Duration,
+    pub(crate) save_every: Duration,
     pub(crate) jitter_seed: u64,
 }
 

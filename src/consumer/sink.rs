@@ -157,7 +157,7 @@ impl Running for SinkShared {
 
     fn report(&self) -> ConsumerReport {
         let mut report = lock(&self.report).clone();
-        report.running_since = self.life.inside_for();
+        report.running_since = self.life.in_handler_for();
         report.running = usize::from(report.running_since.is_some());
         report.is_running = !self.life.has_ended();
         report.is_paused = self.paused.load(Ordering::Relaxed);
@@ -304,7 +304,7 @@ impl<E: Event> ConsumerBuilder<E> {
         let (progress, letters_left) = prepared.map_err(|error| services.note_refused(&name, error))?;
         let positions = assigned.iter().map(|shard| (&*shard.log, shard.hold.get()));
         let mut report = ConsumerReport::at_rest(&name, positions);
-        report.has_letters(letters_left);
+        report.set_letters(letters_left);
         let shared = Arc::new(SinkShared {
             life: Life::new(services.identity()),
             paused: AtomicBool::new(false),
@@ -544,7 +544,7 @@ impl<E: Event, S: Sink<E>> SinkRunner<E, S> {
     /// Delivers a batch to the sink. Returns the number of events or the sink's error, and an outer error if the log
     /// cannot be read.
     fn take_in(&mut self, at: usize) -> Result<Result<u64, HandlerError>, ConsumerError> {
-        self.shared.life.go_inside();
+        self.shared.life.enter_handler();
         let shard = &mut self.shards[at];
         let (filter, left) = (&self.settings.filter, self.batch_max);
         let mut batch =
@@ -552,7 +552,7 @@ impl<E: Event, S: Sink<E>> SinkRunner<E, S> {
         let sink = &mut self.sink;
         let applied = catch_unwind(AssertUnwindSafe(|| sink.apply(&mut batch)));
         let (events, is_cut) = (batch.events, batch.is_cut);
-        self.shared.life.come_out();
+        self.shared.life.leave_handler();
         if is_cut && events == 0 {
             // The log's error says why, whatever error the sink returned.
             shard.reader.next()?;
@@ -575,7 +575,7 @@ impl<E: Event, S: Sink<E>> SinkRunner<E, S> {
         if now < self.save_at || positions.is_empty() || positions == self.saved {
             return;
         }
-        self.save_at = now + self.settings.checkpoint_every;
+        self.save_at = now + self.settings.save_every;
         let shards = self.progress.iter().zip(&positions).map(|(progress, position)| progress.at(*position)).collect();
         let checkpoint = ConsumerPosition { letters: self.letters, shards };
         let dir = self.services.dir(&self.settings.name);
@@ -586,7 +586,11 @@ impl<E: Event, S: Sink<E>> SinkRunner<E, S> {
             }
             Err(source) => {
                 let error = OpenError::Io { action: "writing the position file in", path: dir, source };
-                tracing::error!(consumer = &*self.settings.name, %error, "a sink's position cannot be saved");
+                tracing::error!(
+                    consumer = &*self.settings.name,
+                    error = crate::error::with_sources(&error),
+                    "a sink's position cannot be saved"
+                );
                 self.save_failures += 1;
             }
         }
@@ -596,11 +600,11 @@ impl<E: Event, S: Sink<E>> SinkRunner<E, S> {
         let assigned = self.assigned.iter().map(|shard| (&*shard.log, shard.hold.get()));
         let mut report = ConsumerReport::at_rest(&self.settings.name, assigned);
         (report.handled, report.failed) = (self.handled, self.failed);
-        report.has_read(self.shards.iter().map(|shard| shard.reader.sequence()).sum());
+        report.set_read(self.shards.iter().map(|shard| shard.reader.sequence()).sum());
         report.halted.clone_from(&self.halted);
         report.health = Some(self.health.report(self.now()));
         report.write_failures.0 = self.save_failures;
-        report.has_letters(self.letters_left);
+        report.set_letters(self.letters_left);
         *lock(&self.shared.report) = report;
     }
 

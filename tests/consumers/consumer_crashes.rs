@@ -21,7 +21,7 @@ fn poller(
     now_ms: &Arc<AtomicU64>,
     before_durable: bool,
 ) -> Result<Poller<Note>, ConsumerError> {
-    let builder = engine.consumer("c").concurrency(2).checkpoint_every(Duration::from_millis(50));
+    let builder = engine.consumer("c").concurrency(2).save_every(Duration::from_millis(50));
     let builder = builder.health(HealthPolicy::default().consecutive_max(1_000_000).failure_percent_max(100));
     let builder = builder.queues(QueuePolicy::default()).judge(|error, _| match error.to_string().as_str() {
         "park" => Judgement::Park,

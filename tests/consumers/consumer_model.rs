@@ -350,7 +350,7 @@ impl World {
             .health(HealthPolicy::default().consecutive_max(1_000_000).failure_percent_max(100))
             .queues(QueuePolicy::default().gap_wait_max(GAP_WAIT).unfinished_max(self.setting.unfinished_max))
             .dead_letters(DeadLetterPolicy::default().letters_max(self.setting.letters_max).when_full(when_full))
-            .checkpoint_every(Duration::from_millis(200))
+            .save_every(Duration::from_millis(200))
             .judge(|error, _| match error.to_string().as_str() {
                 "retry" => Judgement::RetryIn(Duration::from_millis(70)),
                 "gap" => Judgement::AwaitGap,

@@ -102,7 +102,7 @@ fn start(
 ) -> Result<SinkConsumer, ConsumerError> {
     let retry = Retry::fixed().base(Duration::from_millis(1)).jitter(1.0, 1.0).attempts(1000);
     let health = HealthPolicy::default().consecutive_max(1_000_000).failure_percent_max(100);
-    let builder = engine.consumer("sink").retry(retry).health(health).checkpoint_every(Duration::from_millis(1));
+    let builder = engine.consumer("sink").retry(retry).health(health).save_every(Duration::from_millis(1));
     let builder = if before_durable { builder.before_durable() } else { builder };
     builder.start_sink(batch_max, sink)
 }
@@ -503,7 +503,7 @@ fn a_sink_without_its_database_begins_again_only_on_request() {
 fn a_sink_that_forgets_its_position_while_it_runs_ends_with_an_error() {
     let engine = open_on(&FaultyStorage::new(), small("/s")).unwrap();
     let (sink, retry) = (Moody::default(), Retry::fixed().base(Duration::from_millis(1)));
-    let builder = engine.consumer("sink").retry(retry).checkpoint_every(Duration::from_secs(3_600));
+    let builder = engine.consumer("sink").retry(retry).save_every(Duration::from_secs(3_600));
     let consumer = builder.start_sink(10, sink.clone()).unwrap();
     publish(&engine, 0..100);
     consumer.drain(soon()).unwrap();
@@ -522,7 +522,7 @@ fn a_sink_begins_where_it_was_registered_and_cannot_begin_again_once_that_is_fre
     let engine =
         open_on(&FaultyStorage::new(), os_cache("/s").retention(Retention::bytes(2 * crate::common::SEGMENT))).unwrap();
     publish(&engine, 0..100);
-    let builder = || engine.consumer("sink").checkpoint_every(Duration::from_millis(1));
+    let builder = || engine.consumer("sink").save_every(Duration::from_millis(1));
     let sink = builder().start_at(Start::Latest).start_sink(100, database()).unwrap();
     sink.drain(soon()).unwrap();
     let report = sink.report();

@@ -462,7 +462,7 @@ fn retention_waits_for_the_slowest_consumer_and_not_for_a_removed_one() {
     {
         let engine = EventLog::<Note>::open(config()).unwrap();
         let open = Arc::clone(&is_open);
-        let slow = engine.consumer("slow").checkpoint_every(Duration::from_millis(1));
+        let slow = engine.consumer("slow").save_every(Duration::from_millis(1));
         let slow = slow.start(move |_, _| {
             while !open.load(Ordering::SeqCst) {
                 std::thread::sleep(Duration::from_millis(1));

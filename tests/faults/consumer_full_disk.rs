@@ -24,7 +24,7 @@ fn retention() -> Retention {
 /// 7.
 fn start(engine: &EventLog<Note>, seen: &Seen, is_well: &Arc<AtomicBool>) -> Consumer<Note> {
     let (seen, is_well) = (Arc::clone(seen), Arc::clone(is_well));
-    let builder = engine.consumer("c").checkpoint_every(Duration::from_millis(1));
+    let builder = engine.consumer("c").save_every(Duration::from_millis(1));
     let builder = builder.health(HealthPolicy::default().consecutive_max(1_000_000).failure_percent_max(100));
     let builder = builder.retry(Retry::fixed().attempts(1)).judge(|_, _| Judgement::Park);
     let consumer = builder.start(move |event, _| {

@@ -53,7 +53,7 @@ impl Busy {
         let engine = builder.faulty_storage(storage).open().unwrap();
         let once = Retry::fixed().base(Duration::from_millis(1)).jitter(1.0, 1.0).attempts(1);
         let patient = HealthPolicy::default().consecutive_max(1_000_000).failure_percent_max(100);
-        let builder = engine.consumer("c").retry(once).health(patient).checkpoint_every(Duration::from_millis(1));
+        let builder = engine.consumer("c").retry(once).health(patient).save_every(Duration::from_millis(1));
         let consumer = builder.start(|event: &ArchivedNote, _: &Meta| -> Result<(), HandlerError> {
             if is_parked(event.n.to_native()) { Err("parked".into()) } else { Ok(()) }
         });
@@ -177,7 +177,7 @@ fn a_process_without_free_descriptors_is_backpressure_until_some_are_free() {
     let engine = EventLog::<Note>::open(os_cache(dir.path())).unwrap();
     let handled = std::sync::Arc::new(std::sync::atomic::AtomicU64::new(0));
     let count = std::sync::Arc::clone(&handled);
-    let builder = engine.consumer("c").checkpoint_every(Duration::from_millis(1));
+    let builder = engine.consumer("c").save_every(Duration::from_millis(1));
     let consumer = builder.start(move |_: &ArchivedNote, _: &Meta| {
         count.fetch_add(1, Ordering::SeqCst);
         Ok(())

@@ -16,7 +16,7 @@ fn skips_odd(engine: &EventLog<Note>, name: &str, every: Duration) -> Consumer<N
         if event.n.to_native().is_multiple_of(2) { Ok(()) } else { Err("odd".into()) }
     };
     let health = HealthPolicy::default().consecutive_max(1_000_000).failure_percent_max(100);
-    let builder = engine.consumer(name).before_durable().health(health).checkpoint_every(every);
+    let builder = engine.consumer(name).before_durable().health(health).save_every(every);
     builder.retry(Retry::fixed().attempts(1)).when_exhausted(Exhausted::Skip).start(even).unwrap()
 }
 

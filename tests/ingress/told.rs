@@ -144,7 +144,7 @@ fn a_missing_letters_file_is_an_error_as_soon_as_the_letter_is_counted() {
     engine.flush(soon()).unwrap();
     let health = HealthPolicy::default().consecutive_max(1_000_000).failure_percent_max(100);
     let hour = std::time::Duration::from_secs(3_600);
-    let builder = engine.consumer("c").health(health).checkpoint_every(hour).judge(|_, _| Judgement::Park);
+    let builder = engine.consumer("c").health(health).save_every(hour).judge(|_, _| Judgement::Park);
     let mut poller = builder.poller().unwrap();
     // The first call saves the position; the next save is due in an hour.
     let delivery = poller.next().unwrap().unwrap();

@@ -104,7 +104,7 @@ impl AdmissionControl {
     ) -> Option<Verdict> {
         let judgement = failed.map(|failed| self.judgement(failed, attempt));
         self.successes += u64::from(judgement.is_none());
-        if !judgement.is_some_and(Judgement::is_of_service) {
+        if !judgement.is_some_and(Judgement::blames_service) {
             self.report(now, |health| health.succeeded(permit, now));
         } else if self.concerns_service(event) {
             self.report(now, |health| health.failed(permit, now));

@@ -99,7 +99,7 @@ impl<E: Event> Driver<E> {
         Ok(Self {
             admission: AdmissionControl::new(Arc::clone(&settings))?,
             records: Records::new(name, dir.clone(), letters),
-            saver: PositionSaver::new(name, storage, dir, settings.checkpoint_every, saved_letters),
+            saver: PositionSaver::new(name, storage, dir, settings.save_every, saved_letters),
             waiters: HandledWaiters::default(),
             suspension: Suspension::none(name),
             requests: RequestRunner::new(name),

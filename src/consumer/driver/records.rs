@@ -165,7 +165,11 @@ impl Records {
             Ok(written) => {
                 if let Err(error) = self.letters.compact_if_due() {
                     let consumer = &*self.consumer;
-                    tracing::warn!(consumer, %error, "dead letters cannot be compacted; the files stay unchanged");
+                    tracing::warn!(
+                        consumer,
+                        error = crate::error::with_sources(&error),
+                        "dead letters cannot be compacted; the files stay unchanged"
+                    );
                 }
                 written
             }
@@ -174,7 +178,11 @@ impl Records {
                 0
             }
             Err(error) => {
-                tracing::error!(consumer = &*self.consumer, %error, "records cannot be written; their keys wait");
+                tracing::error!(
+                    consumer = &*self.consumer,
+                    error = crate::error::with_sources(&error),
+                    "records cannot be written; their keys wait"
+                );
                 self.failures += 1;
                 self.write_at = now + WRITE_AGAIN;
                 0

@@ -67,7 +67,11 @@ impl RequestRunner {
     /// Discards the letters of these keys. Keys with a letter in flight stay in `keys`.
     fn discard<E: Event>(&self, keys: &mut Vec<Key>, records: &mut Records, context: &mut RecordContext<'_, E>) {
         if let Err(error) = records.discard_of(keys, context) {
-            tracing::error!(consumer = &*self.consumer, %error, "dead letters cannot be discarded; retrying");
+            tracing::error!(
+                consumer = &*self.consumer,
+                error = crate::error::with_sources(&error),
+                "dead letters cannot be discarded; retrying"
+            );
             return;
         }
         keys.retain(|key| records.has_in_flight(*key));

@@ -81,7 +81,11 @@ impl PositionSaver {
         if let Err(error) = saved {
             // Events done since the last save are handled again after a restart, and retention waits.
             self.failures += 1;
-            tracing::error!(consumer = &*self.consumer, %error, "a consumer's position cannot be written");
+            tracing::error!(
+                consumer = &*self.consumer,
+                error = crate::error::with_sources(&error),
+                "a consumer's position cannot be written"
+            );
         }
     }
 

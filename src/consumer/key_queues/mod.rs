@@ -11,8 +11,7 @@
 //!  offer ─▶ Live: next() ─▶ an event in flight ─▶ failed: Retry ─▶ Retrying { due }
 //!                 ▲            │    │   │          AwaitGap ─▶ AwaitingGap { since } ─▶ filled or over: Live
 //!                 └─ succeeded ┘    │   └─▶ failed: Skip ─▶ recorded ─▶ Live
-//!                                   └─────▶ failed: Park ─▶ recorded ─▶ Parked { letters }: later events are recorded
-//! behind it
+//!                                   └─────▶ failed: Park ─▶ recorded ─▶ Parked { letters }, later events too
 //!                                                                          └─ unpark: the last letter is gone ─▶ Live
 //! ```
 //!
@@ -164,13 +163,12 @@ impl KeyQueues {
 
     /// Returns the next event that may run. `None` if `concurrency` events are in flight, if no event may run, or while
     /// halted.
-    #[expect(clippy::should_implement_trait, reason = "None is not the end")]
     pub(crate) fn next(&mut self) -> Option<InFlight> {
         if self.statistics.running >= self.policy.concurrency || self.halted.is_some() {
             return None;
         }
         let queue = self.ready.pop_front()?;
-        Some(self.give_out(queue))
+        Some(self.take_first(queue))
     }
 
     /// As [`KeyQueues::next`], but prefers an event that has not failed yet: the first at or behind place `from` among
@@ -181,7 +179,7 @@ impl KeyQueues {
         }
         let at = self.fresh(from).unwrap_or(0);
         let queue = self.ready.remove(at)?;
-        Some(self.give_out(queue))
+        Some(self.take_first(queue))
     }
 
     /// Returns `true` if an event may run that has not failed yet.
@@ -196,7 +194,7 @@ impl KeyQueues {
         places.find(|at| self.keys.queue(self.ready[*at]).failures == 0)
     }
 
-    fn give_out(&mut self, queue: u32) -> InFlight {
+    fn take_first(&mut self, queue: u32) -> InFlight {
         let state = self.keys.queue_mut(queue);
         assert_eq!(state.stage, Stage::Ready);
         state.stage = Stage::Running;
@@ -303,12 +301,12 @@ impl KeyQueues {
         match (state.tail, state.letters) {
             (NONE, 0) => self.keys.remove(queue),
             (NONE, _) => state.stage = Stage::Parked,
-            _ => self.line_up(queue),
+            _ => self.enqueue_first(queue),
         }
     }
 
     /// Makes the key's first event ready or, if the key has letters, to be recorded behind them.
-    fn line_up(&mut self, queue: u32) {
+    fn enqueue_first(&mut self, queue: u32) {
         let state = self.keys.queue_mut(queue);
         if state.letters == 0 {
             state.stage = Stage::Ready;

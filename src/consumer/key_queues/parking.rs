@@ -58,7 +58,7 @@ impl KeyQueues {
         let ToRecord { queue, kind, .. } = record;
         if kind == RecordKind::ParkedBehind {
             // The letters before it may be gone by now.
-            return self.line_up(queue);
+            return self.enqueue_first(queue);
         }
         self.keys.queue_mut(queue).stage = Stage::Recording { is_out: false, is_skip };
         self.to_record.push_back(queue);
@@ -116,7 +116,7 @@ impl KeyQueues {
                 Stage::Parked => self.keys.remove(queue),
                 Stage::Recording { is_out: false, .. } => {
                     self.to_record.retain(|other| *other != queue);
-                    self.line_up(queue);
+                    self.enqueue_first(queue);
                 }
                 // The record being written becomes a letter, and the key stays parked for it.
                 _ => {}
