@@ -322,8 +322,8 @@ fn a_receipt_can_be_awaited_without_any_runtime() {
     assert!(matches!(second.as_mut().poll(&mut Context::from_waker(&wakers[1])), Poll::Ready(Ok(()))));
 }
 
-/// `CORELANE_ALONE` sets the number of events. The wake-up that was once missed needed a million of them; a unit test of the
-/// syncer forces that moment.
+/// `CORELANE_ALONE` sets the number of events. A wake-up that was once missed needed a million of them; a unit test of
+/// the syncer forces that moment.
 #[test]
 fn every_event_waited_for_alone_becomes_durable() {
     // No event is published before the previous one is durable, so no later event can hide a missed wake-up.

@@ -89,8 +89,8 @@ fn allocations<A: Aggregate<Event = Step>>(
     allocations
 }
 
-/// One test for all cases, because it counts the allocations of the whole process. `CORELANE_ALLOCATION_EVENTS` sets the
-/// events of a case; with one allocation per event, each case exceeds its bound many times.
+/// One test for all cases, because it counts the allocations of the whole process. `CORELANE_ALLOCATION_EVENTS` sets
+/// the events of a case; with one allocation per event, each case exceeds its bound many times.
 #[test]
 fn nothing_is_allocated_per_event() {
     if !is_own_process("allocation::nothing_is_allocated_per_event") {
