@@ -1,5 +1,6 @@
-//! kill -9 of the example `event_bus` while it reads recorded matches: run again, its analytics has counted every event once.
-//! The input is `../shared/data/games-a.jsonl.gz` where that is, else events in the same format.
+//! kill -9 of the example `event_bus` while it reads recorded matches: after a restart, its analytics has counted every
+//! event once. The input is `../shared/data/games-a.jsonl.gz` if it exists, or else generated events in the same
+//! format.
 #![expect(clippy::unwrap_used, reason = "a test may unwrap")]
 
 use std::collections::BTreeMap;
@@ -14,12 +15,12 @@ use rand::rngs::StdRng;
 use rand::{Rng as _, SeedableRng as _};
 use rusqlite::{Connection, OpenFlags};
 
-/// Lines of the input that are used.
+/// The number of input lines to use.
 const LINES: u64 = 50_000;
 /// Kills per store.
 const KILLS: u64 = 3;
 
-/// The example, built as this test is.
+/// Builds the example with the profile of this test. Returns its path.
 fn example() -> PathBuf {
     let test = std::env::current_exe().unwrap();
     let profile_dir = test.parent().unwrap().parent().unwrap();
@@ -54,7 +55,7 @@ fn input(dir: &Path) -> PathBuf {
     path
 }
 
-/// The types of the input's events, in its order.
+/// The types of the input's events, in input order.
 fn types(input: &Path) -> Vec<String> {
     let mut file = BufReader::new(File::open(input).unwrap());
     let is_gzip = file.fill_buf().unwrap().starts_with(&[0x1f, 0x8b]);
@@ -73,7 +74,7 @@ fn count<'t>(types: impl IntoIterator<Item = &'t String>) -> BTreeMap<String, u6
     counts
 }
 
-/// What is in the database now, while it is written to or after that; nothing where it is not made yet.
+/// The counts in the database, which may be in use; empty if the database does not exist yet.
 fn counted(data_dir: &Path) -> BTreeMap<String, u64> {
     let look = || {
         let path = data_dir.join("analytics.sqlite");
@@ -93,7 +94,7 @@ fn start(example: &Path, input: &Path, data_dir: &Path, shards: u16) -> Child {
 }
 
 #[test]
-fn a_killed_analytics_has_counted_every_event_once_in_the_end() {
+fn a_killed_analytics_counts_every_event_once() {
     let dir = tempfile::tempdir().unwrap();
     let (example, input) = (example(), input(dir.path()));
     let types = types(&input);
@@ -104,7 +105,7 @@ fn a_killed_analytics_has_counted_every_event_once_in_the_end() {
     for shards in [1, 2] {
         let data_dir = dir.path().join(format!("shards-{shards}"));
         for kill in 0..KILLS {
-            // The first early, while things are being made; each later one after some more was counted.
+            // The first kill comes early, while files are created; each later one after more events are counted.
             let enough = LINES * kill / KILLS + random.random_range(0..LINES / KILLS / 2);
             let mut child = start(&example, &input, &data_dir, shards);
             if kill > 0 {
@@ -119,14 +120,18 @@ fn a_killed_analytics_has_counted_every_event_once_in_the_end() {
             let why = String::from_utf8_lossy(&output.stderr).into_owned();
             assert!(
                 output.status.success() || output.status.code().is_none(),
-                "seed {seed}: it failed by itself: {why}"
+                "seed {seed}: the example failed by itself: {why}"
             );
             let found = counted(&data_dir);
             let events: u64 = found.values().sum();
             in_the_middle += u64::from(events > 0 && events < LINES);
-            // With one shard the order of the log is that of the input.
+            // With one shard, the log has the order of the input.
             if shards == 1 {
-                assert_eq!(found, count(&types[..events as usize]), "seed {seed}, kill {kill}: not what came first");
+                assert_eq!(
+                    found,
+                    count(&types[..events as usize]),
+                    "seed {seed}, kill {kill}: not a prefix of the input"
+                );
             }
         }
         let output = start(&example, &input, &data_dir, shards).wait_with_output().unwrap();
@@ -136,5 +141,5 @@ fn a_killed_analytics_has_counted_every_event_once_in_the_end() {
             serde_json::from_slice(&fs::read(data_dir.with_extension("json")).unwrap()).unwrap();
         assert_eq!(facts, serde_json::json!({ "events_by_type": expected }));
     }
-    assert!(in_the_middle > 0, "no kill was in the middle");
+    assert!(in_the_middle > 0, "no kill came in the middle of the input");
 }

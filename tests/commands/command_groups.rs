@@ -76,7 +76,7 @@ fn seen(event: &Logged) -> (u64, u64, usize) {
 #[test]
 fn a_power_cut_keeps_all_of_a_command_or_nothing() {
     let mut kept = [0; 2];
-    for seed in 1..=env_number("CORELANE_POWER_CUTS", 60) {
+    for seed in 1..=env_number("CORELANE_POWER_CUTS", 30) {
         let durability = if seed % 2 == 0 { Durability::OsCache } else { Durability::GroupCommit };
         let mut random = rand::rngs::StdRng::seed_from_u64(seed);
         let storage = FaultyStorage::new();
@@ -110,7 +110,7 @@ fn a_power_cut_keeps_all_of_a_command_or_nothing() {
 
 #[test]
 fn a_remembered_rejection_is_lost_with_the_events_before_it() {
-    for seed in 1..=env_number("CORELANE_POWER_CUTS", 60) {
+    for seed in 1..=env_number("CORELANE_POWER_CUTS", 30) {
         let storage = FaultyStorage::new();
         let engine = open(&storage, Durability::OsCache);
         let mut client = engine.client();
@@ -254,10 +254,10 @@ fn a_command_cut_anywhere_in_its_records_is_lost_whole() {
     let all = env_number("CORELANE_TORN_ALL", 0) == 1;
     for at in (ends[2]..end).step_by(16) {
         let whole = if at < ends[3] { 2 } else { 3 };
-        let ways = if all { 0..4 } else { at / 16 % 4..at / 16 % 4 + 1 };
-        for way in ways {
+        let kinds = if all { 0..4 } else { at / 16 % 4..at / 16 % 4 + 1 };
+        for kind in kinds {
             let mut bytes = content.clone();
-            let (how, may_be_padding) = match way {
+            let (how, may_be_padding) = match kind {
                 0 => {
                     bytes[at..].fill(0);
                     ("zeroed from", false)

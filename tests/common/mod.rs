@@ -50,7 +50,7 @@ impl Event for Note {
 
 /// An event in the log.
 #[derive(Debug, Clone, PartialEq)]
-pub(crate) struct Held {
+pub(crate) struct LoggedNote {
     pub(crate) key: u64,
     pub(crate) version: u64,
     pub(crate) n: u64,
@@ -81,15 +81,15 @@ pub(crate) fn open_on(storage: &FaultyStorage, config: Config) -> Result<EventLo
 }
 
 /// Reads one shard's whole log and checks its sequences.
-pub(crate) fn read_shard(engine: &EventLog<Note>, shard: u16) -> Vec<Held> {
+pub(crate) fn read_shard(engine: &EventLog<Note>, shard: u16) -> Vec<LoggedNote> {
     let mut reader = engine.reader(ShardId(shard));
-    let mut all: Vec<Held> = Vec::new();
+    let mut all: Vec<LoggedNote> = Vec::new();
     while let Some(record) = reader.next().expect("the log reads") {
         let meta = record.meta;
         if let Some(last) = all.last() {
             assert_eq!(meta.sequence.0, last.sequence + 1, "sequences have no holes");
         }
-        all.push(Held {
+        all.push(LoggedNote {
             key: meta.key.0,
             version: meta.version.0,
             n: record.event.n.to_native(),

@@ -4,8 +4,8 @@ use std::process::Command;
 
 const ALONE: &str = "CORELANE_TEST_ALONE";
 
-/// Runs the test `name` of this program alone in a child process, and fails if it fails there. Returns `true` in the child, where
-/// the test must do its work.
+/// Runs the test `name` of this program alone in a child process, and fails if it fails there. Returns `true` in the
+/// child, where the test must do its work.
 pub(crate) fn is_own_process(name: &str) -> bool {
     if std::env::var_os(ALONE).is_some_and(|alone| alone == name) {
         return true;

@@ -153,7 +153,7 @@ impl Outside {
     }
 
     fn ids(&self, engine: &EventLog<Note>) -> BTreeMap<EventId, u64> {
-        let id = |held: &crate::common::Held| EventId { shard: ShardId(0), offset: Offset(held.offset) };
+        let id = |held: &crate::common::LoggedNote| EventId { shard: ShardId(0), offset: Offset(held.offset) };
         read_shard(engine, 0).iter().map(|held| (id(held), held.n)).collect()
     }
 

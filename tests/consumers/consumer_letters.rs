@@ -235,7 +235,7 @@ fn the_next_position_covers_the_outcomes_of_letters_although_nothing_else_was_ha
         driven.poller.save().unwrap();
         let files = storage.files();
         let named = |name: &str| files.keys().find(|path| path.ends_with(name)).unwrap().clone();
-        let (checkpoint, letters) = (named("checkpoint"), named("letters-000001.log"));
+        let (position_file, letters) = (named("checkpoint"), named("letters-000001.log"));
 
         if is_discarded {
             assert_eq!(driven.poller.discard(LetterSelector::All).unwrap(), 2);
@@ -250,7 +250,7 @@ fn the_next_position_covers_the_outcomes_of_letters_although_nothing_else_was_ha
         }
         let after = storage.files();
         assert!(after[&letters].len() > files[&letters].len(), "the outcome of each letter is written to the letters");
-        assert!(after[&checkpoint] != files[&checkpoint], "the position covers them");
+        assert!(after[&position_file] != files[&position_file], "the position covers them");
         drop((driven, engine));
         // After a kill, the earlier file of letters replaces the current one.
         let mut replaced = after;

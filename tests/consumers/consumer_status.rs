@@ -31,12 +31,12 @@ fn a_consumer_with_a_position_of_another_history_is_refused_and_shown_as_failed(
     let older = storage.files();
     run(&storage, 50..100);
     // The log is restored and continues differently; the consumer's folder is not restored.
-    let checkpoint = std::path::Path::new("/s/consumers/c/checkpoint");
-    let newer = storage.files().remove(checkpoint).unwrap();
+    let position_file = std::path::Path::new("/s/consumers/c/checkpoint");
+    let newer = storage.files().remove(position_file).unwrap();
     let other = FaultyStorage::with_files(older);
     run(&other, 500..900);
     let mut files = other.files();
-    files.insert(checkpoint.to_owned(), newer.clone());
+    files.insert(position_file.to_owned(), newer.clone());
     let engine = open_on(&FaultyStorage::with_files(files), small(dir)).unwrap();
     let refused = engine.consumer("c").start(|_, _| Ok(()));
     assert!(matches!(refused, Err(ConsumerError::Position(PositionError::OtherHistory { .. }))), "{refused:?}");
@@ -54,7 +54,7 @@ fn a_consumer_with_a_position_of_another_history_is_refused_and_shown_as_failed(
     let foreign = FaultyStorage::new();
     run(&foreign, 0..10);
     let mut files = foreign.files();
-    files.insert(checkpoint.to_owned(), newer);
+    files.insert(position_file.to_owned(), newer);
     let refused = open_on(&FaultyStorage::with_files(files), small(dir));
     assert!(matches!(refused, Err(OpenError::ForeignFile { .. })), "of another store: {refused:?}");
 }

@@ -4,7 +4,7 @@
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 
-use crate::common::{Note, numbers, open_on, os_cache, small, soon};
+use crate::common::{Note, env_number, numbers, open_on, os_cache, small, soon};
 use corelane::error::FailureCause;
 use corelane::handler::BatchEnd;
 use corelane::testing::FaultyStorage;
@@ -153,6 +153,7 @@ fn forge(disk: &FaultyStorage, change: impl FnOnce(&mut [u8])) -> FaultyStorage 
     FaultyStorage::with_files(files)
 }
 
+/// `CORELANE_INVALID_ARCHIVES` sets the number of random archives. About half of them are refused.
 #[test]
 fn invalid_archives_with_a_valid_checksum_are_typed_errors() {
     let storage = FaultyStorage::new();
@@ -168,7 +169,7 @@ fn invalid_archives_with_a_valid_checksum_are_typed_errors() {
     drop((producer, engine));
     let (mut refused, mut harmless) = (0, 0);
     let mut x = 1_u64;
-    for round in 0..400 {
+    for round in 0..env_number("CORELANE_INVALID_ARCHIVES", 150) {
         let disk = forge(&storage, |body| match round {
             0 => body.fill(0xff),
             1 => body.fill(0x80),

@@ -127,9 +127,17 @@ fn a_killed_process_runs_no_command_twice_and_forgets_no_answer() {
             last = last.max(id);
         }
         // A repeat of a remembered command gets the first answer, whatever the repeat requests.
-        for (key, commands) in &there {
-            for (id, version) in commands.iter().rev().take(KEPT) {
-                let again = client.send(Key(*key), Order::Deposit(1)).once(*id).wait().unwrap();
+        let remembered: Vec<_> = there
+            .iter()
+            .flat_map(|(key, commands)| commands.iter().rev().take(KEPT).map(move |done| (*key, *done)))
+            .collect();
+        for pipelined in remembered.chunks(PIPELINED / 2) {
+            let tickets: Vec<_> = pipelined
+                .iter()
+                .map(|(key, (id, _))| client.send(Key(*key), Order::Deposit(1)).once(*id).ticket().unwrap())
+                .collect();
+            for ((key, (id, version)), ticket) in pipelined.iter().zip(tickets) {
+                let again = client.answer(ticket).wait().unwrap();
                 assert!(again.repeated, "{how}: command {id} of key {key} was carried out again");
                 assert_eq!((again.version.0, again.events as usize), (*version, events(*id)), "{how}: command {id}");
                 repeats += 1;

@@ -4,7 +4,7 @@
 
 use std::collections::HashMap;
 
-use crate::common::{Held, Note, env_number, open_on, read_shard, small, soon};
+use crate::common::{LoggedNote, Note, env_number, open_on, read_shard, small, soon};
 use corelane::testing::{FaultyStorage, Unsynced};
 use corelane::{Config, Durability, EventLog, Key, Retention};
 use proptest::prelude::*;
@@ -89,7 +89,7 @@ impl Model {
             let first = found.first().map_or(expected.len(), |held| held.sequence as usize);
             assert!(freed || first == 0 || found.is_empty() && expected.is_empty(), "shard {shard} begins at {first}");
             assert_eq!(found.len(), expected.len() - first, "shard {shard}");
-            let mut heads: HashMap<u64, &Held> = HashMap::new();
+            let mut heads: HashMap<u64, &LoggedNote> = HashMap::new();
             for (held, (key, n, bytes)) in found.iter().zip(&expected[first..]) {
                 assert_eq!((held.key, held.n, held.bytes), (*key, *n, *bytes));
                 let before = heads.insert(held.key, held);

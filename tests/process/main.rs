@@ -1,4 +1,5 @@
-//! Tests that measure or limit their whole process: allocations, memory, idle threads, address space. Each runs in a child process.
+//! Tests that measure or limit their whole process: allocations, memory, idle threads, address space. Each runs in a
+//! child process.
 #![expect(clippy::unwrap_used, reason = "a test may unwrap")]
 
 #[path = "../common/mod.rs"]

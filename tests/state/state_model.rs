@@ -132,7 +132,7 @@ struct Setting {
     cuts_power: bool,
 }
 
-struct Run {
+struct World {
     setting: Setting,
     storage: FaultyStorage,
     /// `None` only while the store is reopened.
@@ -146,7 +146,7 @@ struct Run {
     grown: usize,
 }
 
-impl Run {
+impl World {
     fn new(setting: Setting) -> Self {
         let storage = FaultyStorage::new();
         let engine = Self::open(&storage, &setting).unwrap();
@@ -440,7 +440,7 @@ impl Run {
 }
 
 fn run(steps: &[Step], setting: Setting) {
-    let mut run = Run::new(setting);
+    let mut run = World::new(setting);
     for step in steps {
         run.step(step);
         run.check();

@@ -403,10 +403,10 @@ fn damage_in_a_consumers_files_is_reported_and_hides_no_other_consumer() {
     assert_eq!(tree(dir.path()), before);
 
     std::fs::write(&letters, &whole).unwrap();
-    let checkpoint = dir.path().join("consumers/c/checkpoint");
-    let mut bytes = std::fs::read(&checkpoint).unwrap();
+    let position_file = dir.path().join("consumers/c/checkpoint");
+    let mut bytes = std::fs::read(&position_file).unwrap();
     bytes[20] ^= 1;
-    std::fs::write(&checkpoint, bytes).unwrap();
+    std::fs::write(&position_file, bytes).unwrap();
     assert!(says(&["verify"], dir.path(), &[], 1).contains("checkpoint"));
     assert!(says(&["inspect"], dir.path(), &[], 1).contains("checkpoint"));
     assert_eq!(lines(&says(&["dlq", "list"], dir.path(), &["--json", "--consumer", "c"], 0)).len(), 8);
@@ -420,7 +420,7 @@ fn missing_letters_are_reported_as_damage() {
     game.engine.shutdown(soon()).unwrap();
     drop(game);
     let folder = dir.path().join("consumers/c");
-    let (letters, checkpoint) = (folder.join("letters-000001.log"), folder.join("checkpoint"));
+    let (letters, position_file) = (folder.join("letters-000001.log"), folder.join("checkpoint"));
     let whole = std::fs::read(&letters).unwrap();
     let assert_reported = |what: &str, file: &str| {
         let before = tree(dir.path());
@@ -450,13 +450,13 @@ fn missing_letters_are_reported_as_damage() {
     assert_refused("the file");
 
     std::fs::write(&letters, &whole).unwrap();
-    let saved = std::fs::read(&checkpoint).unwrap();
-    std::fs::remove_file(&checkpoint).unwrap();
+    let saved = std::fs::read(&position_file).unwrap();
+    std::fs::remove_file(&position_file).unwrap();
     assert_reported("the position", "checkpoint");
     let refused = EventLog::<Envelope>::open(small(dir.path()));
-    assert!(matches!(&refused, Err(OpenError::DamagedFile { path, .. }) if *path == checkpoint), "{refused:?}");
+    assert!(matches!(&refused, Err(OpenError::DamagedFile { path, .. }) if *path == position_file), "{refused:?}");
 
-    std::fs::write(&checkpoint, saved).unwrap();
+    std::fs::write(&position_file, saved).unwrap();
     assert!(says(&["verify"], dir.path(), &[], 0).contains("consumer c: 8 dead letters, 0 requests: ok"));
     let game = Game::open(dir.path());
     game.is_well.store(true, Ordering::SeqCst);
