@@ -1,4 +1,5 @@
-//! Deposits money into an account and reads the balance back. Run it again: the store in `target/hello` keeps the balance.
+//! Deposits money into an account and reads the balance back. Run it again: the store in `target/hello` keeps the
+//! balance.
 use corelane::{Aggregate, Bounded, Config, Emit, Engine, Event, EventType, EventTypeId, Key, Meta};
 use rkyv::{Archive, Deserialize, Serialize};
 
@@ -14,7 +15,7 @@ impl Event for Deposited {
 struct Account(u64);
 impl Aggregate for Account {
     type Event = Deposited;
-    type Command = std::convert::Infallible; // No commands: whatever is published happened.
+    type Command = std::convert::Infallible; // No commands: events are published directly.
     type Rejection = ();
     fn evolve(&mut self, event: &ArchivedDeposited, _: &Meta) {
         self.0 += event.0.to_native();
