@@ -19,8 +19,8 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail, ensure};
-use corelane::ingress::GatePolicy;
-use corelane::{Accepted, Config, Deadline, Durability, EventLog, Gap, GatedProducer, Key, Receipt, ShardId};
+use corelane::ingress::{Accepted, Gap, GatePolicy, GatedProducer};
+use corelane::{Config, Deadline, Durability, EventLog, Key, Receipt, ShardId};
 use event::{ArchivedGameEvent, GameEvent};
 use rand::rngs::SmallRng;
 use rand::seq::SliceRandom as _;

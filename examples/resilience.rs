@@ -16,7 +16,9 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
-use corelane::consumer::{Consumer, HealthPolicy, HealthReport, HealthStatus, Judgement, LetterKind, Letters, Retry};
+use corelane::consumer::{
+    Consumer, HealthPolicy, HealthReport, HealthStatus, Judgement, LetterKind, LetterSelector, Retry,
+};
 use corelane::{Bounded, Config, Event, EventLog, EventType, EventTypeId, HandlerError, Key};
 use rand::rngs::StdRng;
 use rand::{Rng as _, SeedableRng as _};
@@ -150,7 +152,8 @@ fn main() -> Result<()> {
 
     let before_outage = publish(&engine, 0)?;
     timeline.note(format!("{} orders are durable after {:.0} ms", PLAYERS * ORDERS, ms(before_outage)));
-    ensure!(to_database.drain(soon()) && to_analytics.drain(soon()));
+    to_database.drain(soon())?;
+    to_analytics.drain(soon())?;
     let report = to_database.report();
     timeline.note(format!("the database has handled {}; {} attempts failed", report.handled, report.failed));
     ensure!(is_healthy(&to_database) && report.failed > 3, "isolated failures are not an outage: {report:?}");
@@ -169,7 +172,7 @@ fn main() -> Result<()> {
     timeline.note(format!("{} further orders are durable after {:.0} ms", PLAYERS * ORDERS, ms(during_outage)));
     until("the database is unhealthy", || !is_healthy(&to_database))?;
     timeline.note(health(&to_database));
-    ensure!(to_analytics.drain(soon()) && is_healthy(&to_analytics));
+    ensure!(to_analytics.drain(soon()).is_ok() && is_healthy(&to_analytics));
     timeline.note("analytics has handled all of them: the outage does not affect it");
     sleep(Duration::from_millis(600));
     let report = to_database.report();
@@ -184,7 +187,8 @@ fn main() -> Result<()> {
     until("the database is healthy", || is_healthy(&to_database))?;
     timeline.note(health(&to_database));
     publish(&engine, 2)?;
-    ensure!(to_database.drain(soon()) && to_analytics.drain(soon()));
+    to_database.drain(soon())?;
+    to_analytics.drain(soon())?;
     let report = to_database.report();
     timeline.note(format!("the database has handled {}, {} letters wait", report.handled, report.letters.letters));
     ensure!(report.handled + report.letters.letters as u64 == 3 * PLAYERS * ORDERS, "{report:?}");
@@ -193,7 +197,7 @@ fn main() -> Result<()> {
     timeline.note("the database now accepts malformed orders; the letters are reprocessed");
     // A letter that fails again stops its player's letters, so they are requested again.
     until("no letters are left", || {
-        to_database.reprocess(Letters::All).is_ok() && to_database.report().letters.letters == 0
+        to_database.reprocess(LetterSelector::All).is_ok() && to_database.report().letters.letters == 0
     })?;
 
     for (name, consumer, service) in [("database", &to_database, &database), ("analytics", &to_analytics, &analytics)] {

@@ -1,7 +1,7 @@
-//! How deeply the values of a stored type can nest: a constant of the type.
+//! The nesting depth of stored types, as a constant of the type.
 //!
-//! Leaf module. Archiving, checking and dropping a value recurse as deeply as it nests, and nothing can stop rkyv before it
-//! descends into a `Box`. So a bound that holds for every value has to come from the type, when the program is compiled.
+//! Leaf module. Archiving, validating and dropping a value recurse as deeply as the value nests, and rkyv cannot be stopped
+//! before it descends into a `Box`. So the type itself must bound the depth of all its values, at compile time.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::marker::PhantomData;
@@ -10,11 +10,11 @@ use std::num::NonZero;
 use std::ops::{Bound, Range, RangeFrom, RangeFull, RangeInclusive, RangeTo, RangeToInclusive};
 use std::time::Duration;
 
-/// The deepest type that is stored. (Real ones have fewer than ten levels.)
+/// The largest depth of a stored type. (Real types have fewer than ten levels.)
 pub const DEPTH_MAX: u32 = 64;
 
 /// A type whose values nest no deeper than a constant. Every type that corelane archives implements it: events, states,
-/// rejections, older layouts, values of views, and whatever these are made of. Derive it beside rkyv's traits:
+/// rejections, older layouts, values of views, and the types of their fields. Derive it beside rkyv's traits:
 ///
 /// ```
 /// use corelane::Bounded;
@@ -26,8 +26,8 @@ pub const DEPTH_MAX: u32 = 64;
 /// #[derive(Archive, Serialize, Deserialize, Bounded)]
 /// struct Bag { items: Vec<Item> }
 ///
-/// assert_eq!(Item::DEPTH, 2, "a text in a struct");
-/// assert_eq!(Bag::DEPTH, 4, "a struct with a list of those");
+/// assert_eq!(Item::DEPTH, 2, "a string in a struct");
+/// assert_eq!(Bag::DEPTH, 4, "a list of items in a struct");
 /// ```
 ///
 /// A type that contains itself has no such constant, and does not compile:
@@ -41,11 +41,11 @@ pub const DEPTH_MAX: u32 = 64;
 /// const { assert!(Node::DEPTH > 0) };
 /// ```
 ///
-/// A tree goes into a list instead, its nodes naming each other by index.
+/// Store a tree as a list whose nodes refer to each other by index.
 ///
-/// For a field whose type comes from another crate, give the depth at the field, `#[bounded(depth = 1)]`, or implement the trait
-/// by hand. Both are believed: a value that nests deeper may overflow the stack while it is archived. Reading is safe in any
-/// case: it refuses more than [`DEPTH_MAX`] levels.
+/// For a field whose type comes from another crate, give the depth at the field, `#[bounded(depth = 1)]`, or implement the
+/// trait by hand. Neither is verified: a value that nests deeper may overflow the stack while it is archived. Reading is
+/// always safe: it refuses more than [`DEPTH_MAX`] levels.
 #[diagnostic::on_unimplemented(
     message = "corelane does not know how deeply values of `{Self}` nest",
     label = "not `Bounded`",
@@ -53,13 +53,14 @@ pub const DEPTH_MAX: u32 = 64;
     note = "if `{Self}` comes from another crate, give its depth at the field: `#[bounded(depth = 1)]`"
 )]
 pub trait Bounded {
-    /// How many levels a value has at most: 0 for a number, 1 for a text, one more for each list, box or struct around it.
+    /// The largest number of levels of a value: 0 for a number, 1 for a string, one more for each list, box or struct around
+    /// it.
     const DEPTH: u32;
 }
 
 pub use corelane_derive::Bounded;
 
-/// The deeper of two.
+/// Returns the greater of two depths.
 const fn deeper(a: u32, b: u32) -> u32 {
     if a > b { a } else { b }
 }
@@ -77,7 +78,7 @@ flat!(NonZero<u8>, NonZero<u16>, NonZero<u32>, NonZero<u64>, NonZero<u128>, NonZ
 flat!(NonZero<i8>, NonZero<i16>, NonZero<i32>, NonZero<i64>, NonZero<i128>, NonZero<isize>);
 flat!(Duration, RangeFull, IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6);
 
-/// Types whose content an archive keeps elsewhere, behind a relative pointer: one level more.
+/// Types whose archive refers to its content by a relative pointer: one more level.
 macro_rules! behind_a_pointer {
     ($($(#[$why:meta])* [$($generics:tt)*] $ty:ty => $inner:expr),* $(,)?) => {
         $($(#[$why])* impl<$($generics)*> Bounded for $ty {
@@ -99,10 +100,10 @@ behind_a_pointer!(
     [T: Bounded] BTreeSet<T> => NODES_MAX + T::DEPTH,
 );
 
-/// Levels of nodes of an archived B-tree, at least six children each: more levels than fit into any archive.
+/// The largest number of node levels of an archived B-tree. Nodes have at least six children, so no archive can hold more.
 const NODES_MAX: u32 = 12;
 
-/// Types whose content an archive keeps in place: no level more.
+/// Types whose archive holds its content in place: no additional level.
 macro_rules! inline {
     ($([$($generics:tt)*] $ty:ty => $inner:expr),* $(,)?) => {
         $(impl<$($generics)*> Bounded for $ty {
@@ -146,7 +147,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_type_is_as_deep_as_its_deepest_part() {
+    fn a_type_is_as_deep_as_its_deepest_field() {
         assert_eq!(<(u8, Option<[u64; 3]>, Duration)>::DEPTH, 0);
         assert_eq!(<(u8, String)>::DEPTH, 1);
         assert_eq!(Vec::<Option<Box<(String, u8)>>>::DEPTH, 3);
@@ -166,7 +167,7 @@ mod tests {
 
     #[test]
     fn a_derived_depth_is_one_more_than_the_deepest_field() {
-        assert_eq!(Choice::<u8>::DEPTH, 8, "what the attribute says");
+        assert_eq!(Choice::<u8>::DEPTH, 8, "the depth given by the attribute");
         assert_eq!(Choice::<Vec<Choice<Vec<u8>>>>::DEPTH, 10);
     }
 }

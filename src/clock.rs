@@ -1,19 +1,18 @@
-//! The only reader of wall time, and of the time by which events are stamped and latencies measured. (Deadlines of
-//! waits are `Instant`s, read where somebody waits.)
+//! The clock that stamps events and measures latencies, and the only reader of wall time. (Deadlines of waits are
+//! `Instant`s, read by the waiting code.)
 //!
-//! Latencies are monotonic nanoseconds from the time-stamp counter; what is written into records
-//! is wall time, derived from the same reading through an offset that a shard renews every batch,
-//! so a leap of the wall clock never bends a latency.
+//! Latencies are monotonic nanoseconds from the time-stamp counter. Records hold wall time, which is derived from the same
+//! reading by an offset that a shard renews once per batch. So a jump of the wall clock never distorts a latency.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use crate::event::Time;
 
-/// Monotonic nanoseconds since the clock was made. Comparable between threads of one engine.
+/// Monotonic nanoseconds since the clock was created. Comparable between threads of one engine.
 pub(crate) type Nanos = u64;
 
-/// How long after it was due an event was published, in 32 bits: below 2³¹ in ns, above that in units of 2²⁰ ns (1.05 ms), rounded
-/// up. So it is within 0.05 %, and ends at 26 days. A later one is a greater number.
+/// The time from an event's due time to its publish time, in 32 bits: below 2³¹ in ns, above that in units of 2²⁰ ns
+/// (1.05 ms), rounded up. The error is at most 0.05 %, and the range ends at 26 days. A longer time is a greater number.
 pub(crate) type Lateness = u32;
 
 /// The lateness of an event without a due time.
@@ -57,20 +56,20 @@ impl Clock {
         self.inner.delta_as_nanos(self.start, self.inner.raw()).max(1)
     }
 
-    /// Wall time minus monotonic time, now.
+    /// Returns the current difference between wall time and monotonic time.
     #[inline]
     pub(crate) fn wall_offset(&self) -> u64 {
         wall_now().0.wrapping_sub(self.now())
     }
 }
 
-/// Wall time, now.
+/// Returns the current wall time.
 pub(crate) fn wall_now() -> Time {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     Time(u64::try_from(since.as_nanos()).unwrap_or(u64::MAX))
 }
 
-/// The wall time at which an event of this publish time happened.
+/// Returns the wall time that belongs to a publish time.
 #[inline]
 pub(crate) fn wall_time(published: Nanos, wall_offset: u64) -> Time {
     Time(published.wrapping_add(wall_offset))
@@ -81,23 +80,27 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_lateness_is_never_flattered_and_ends_at_26_days() {
-        let told = |late: Duration| Duration::from_nanos(lateness_ns(lateness(late)));
+    fn a_lateness_is_never_understated_and_ends_at_26_days() {
+        let stored = |late: Duration| Duration::from_nanos(lateness_ns(lateness(late)));
         for ns in [0, 1, 999, 1_000_000_000, (1 << 31) - 1] {
-            assert_eq!(told(Duration::from_nanos(ns)), Duration::from_nanos(ns), "exact");
+            assert_eq!(stored(Duration::from_nanos(ns)), Duration::from_nanos(ns), "exact");
         }
         let mut before = 0;
         for exponent in 31..50 {
             for ns in [1_u64 << exponent, (1 << exponent) + 1, (1 << exponent) + 12_345_678, (1 << (exponent + 1)) - 1]
             {
                 let late = Duration::from_nanos(ns);
-                assert!(told(late) >= late && told(late) - late <= late / 2000, "{late:?} is told as {:?}", told(late));
+                assert!(
+                    stored(late) >= late && stored(late) - late <= late / 2000,
+                    "{late:?} is stored as {:?}",
+                    stored(late)
+                );
                 assert!(lateness(late) >= before && lateness(late) < NOT_DUE);
                 before = lateness(late);
             }
         }
         let days = |days: u64| Duration::from_secs(days * 86_400);
-        assert!(told(days(26)) >= days(26));
-        assert!(told(Duration::MAX) > days(26) && lateness(Duration::MAX) < NOT_DUE, "the end of what it tells");
+        assert!(stored(days(26)) >= days(26));
+        assert!(stored(Duration::MAX) > days(26) && lateness(Duration::MAX) < NOT_DUE, "the end of the range");
     }
 }

@@ -1,4 +1,5 @@
-//! Configuration: parsed once. `Config` → [`Config::validate`] → [`ValidConfig`]; nothing else takes `Config`.
+//! The configuration of an engine, checked once: `Config` → [`Config::validate`] → [`ValidConfig`]. Nothing else takes
+//! `Config`.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -6,7 +7,7 @@ use std::time::Duration;
 use crate::error::ConfigError;
 use crate::sync::Wait;
 
-/// Methods of a builder, one per field.
+/// Defines one builder method per field.
 macro_rules! setters {
     ($($(#[$doc:meta])* $name:ident: $kind:ty),+ $(,)?) => {
         $($(#[$doc])*
@@ -20,43 +21,76 @@ macro_rules! setters {
 
 pub(crate) use setters;
 
-/// When an event counts as durable.
+/// The durability mode: when appended events are synced to the device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
 pub enum Durability {
-    /// Left to the operating system: survives a kill of the process, not a power cut.
-    /// Nothing is acknowledged as durable except by `flush` and `shutdown`.
+    /// Never synced by itself; the operating system writes the log when it chooses. Events survive a kill of the
+    /// process, but not a power cut. Only `flush` and `shutdown` acknowledge events as durable.
     OsCache,
-    /// Synced at this interval while there is something to sync.
+    /// Synced at this interval while there are unsynced events. 1 ms to 1 hour.
     Periodic(Duration),
-    /// A syncer runs continuously: it syncs whatever has been appended as soon as the last sync returned.
+    /// Synced whenever there are unsynced events. Syncs begin at least 900 µs apart, so each covers all events appended
+    /// since the last one; after a pause, an event is synced at once.
     #[default]
     GroupCommit,
 }
 
-/// Which cores the shards' threads are pinned to.
+/// The cores that the shards' threads are pinned to.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[non_exhaustive]
 pub enum Pin {
-    /// Shard `i` to the `i`-th allowed core from the last one back, so that the first core, where the system does its own work, stays
-    /// for producers. Not pinned when that leaves fewer than two cores, for producers and for the threads that sync, prepare and save.
+    /// Pins shard `i` to the `i`-th allowed core, counted from the last one backwards. The first core, where the
+    /// operating system does its own work, stays free for producers. Pins nothing if that would leave fewer than two
+    /// cores for producers and for the threads that sync, prepare and save.
     #[default]
     Auto,
-    /// Leave it to the scheduler.
+    /// Pins nothing.
     None,
-    /// These core ids, shard by shard, wrapping around. An id that is not allowed is a warning, and that shard runs unpinned.
+    /// Pins the shards to these core ids in turn, wrapping around. For an id that is not allowed, the engine logs a
+    /// warning and leaves the shard unpinned.
     Cores(Vec<usize>),
 }
 
-/// What the log keeps. A segment is freed when either bound is passed; freed segments become spares and are written again.
+/// The bounds of the log's size and age. The default keeps everything.
+///
+/// A segment is freed when it exceeds either bound. Freed segments become spares and are written again.
+///
+/// ```
+/// # use corelane::Retention;
+/// # use std::time::Duration;
+/// let retention = Retention::bytes(10 << 30).age(Duration::from_secs(7 * 86_400));
+/// assert_eq!(retention.bytes_max, Some(10 << 30));
+/// assert_eq!(Retention::default().bytes_max, None);
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
 pub struct Retention {
-    /// Keep at most this many bytes of whole segments per shard.
+    /// The bytes of whole segments kept per shard, at least two segments. `None` means no bound.
     pub bytes_max: Option<u64>,
-    /// Keep nothing older than this (by the segment's newest append). A wall clock that jumps frees nothing early: where a segment's
-    /// time cannot be right, later segments tell it, or the time for which this process has seen it (`GUARANTEES.md`).
+    /// The age up to which a segment is kept, counted from its newest append. `None` means no bound.
+    ///
+    /// A wall clock that jumps frees nothing early: if the time of a segment cannot be right, its age is taken from
+    /// later segments, or from the time since this process first saw it (`GUARANTEES.md`).
     pub age_max: Option<Duration>,
 }
 
-/// How an engine is set up. Start from [`Config::new`]; everything has a default.
+impl Retention {
+    /// Keeps at most `bytes_max` bytes of whole segments per shard.
+    #[must_use]
+    pub const fn bytes(bytes_max: u64) -> Self {
+        Self { bytes_max: Some(bytes_max), age_max: None }
+    }
+
+    /// Also frees segments whose newest append is older than `age_max`. For this bound alone, start from
+    /// [`Retention::default`].
+    #[must_use]
+    pub const fn age(self, age_max: Duration) -> Self {
+        Self { age_max: Some(age_max), ..self }
+    }
+}
+
+/// The configuration of an engine. Start from [`Config::new`]; every setting has a default.
 ///
 /// ```
 /// # use corelane::{Config, Durability};
@@ -71,7 +105,7 @@ pub struct Config {
     event_bytes_max: Option<usize>,
 }
 
-/// A configuration that holds: every value in range.
+/// A checked configuration: every value is in range.
 #[derive(Debug, Clone)]
 pub struct ValidConfig {
     pub(crate) dir: PathBuf,
@@ -93,25 +127,25 @@ pub struct ValidConfig {
 }
 
 impl ValidConfig {
-    /// Where the store lives.
+    /// Returns the folder of the store.
     #[must_use]
     pub fn dir(&self) -> &Path {
         &self.dir
     }
 
-    /// The number of shards.
+    /// Returns the number of shards.
     #[must_use]
     pub fn shards(&self) -> u16 {
         self.shards
     }
 
-    /// The wait strategy in force: what was asked for, or what the number of cores suggests.
+    /// Returns the wait strategy: the configured one, or the one chosen by the number of cores.
     #[must_use]
     pub fn wait(&self) -> Wait {
         self.wait
     }
 
-    /// The durability mode.
+    /// Returns the durability mode.
     #[must_use]
     pub fn durability(&self) -> Durability {
         self.durability
@@ -130,8 +164,9 @@ macro_rules! checked_setters {
 }
 
 impl Config {
-    /// A store in `dir` with one shard and `GroupCommit`. A path that is not absolute begins at the working directory
-    /// of the moment when the store is opened; later changes of either name make no difference.
+    /// Describes a store in the folder `dir`, with one shard and `GroupCommit`. A relative path is resolved against the
+    /// working directory once, when the store is opened; later changes of the working directory, or of the folder's
+    /// name, have no effect.
     pub fn new(dir: impl Into<PathBuf>) -> Self {
         Self {
             checked: ValidConfig {
@@ -158,46 +193,52 @@ impl Config {
     }
 
     checked_setters! {
-        /// Number of shards, 1..=1024. Fixed when the store is created. Several may share a core.
+        /// The number of shards, 1..=1024. Fixed when the store is created. Several shards may share a core. Default:
+        /// 1.
         shards: u16,
-        /// When an event counts as durable. Default: `GroupCommit`.
+        /// The durability mode. Default: [`Durability::GroupCommit`].
         durability: Durability,
-        /// Which cores the shards are pinned to. Default: `Auto`.
+        /// The cores that the shards are pinned to. Default: [`Pin::Auto`].
         pin: Pin,
-        /// Slots of one lane, a power of two in 2..=2²⁴. Default: 8192.
+        /// The slots of one lane, a power of two in 2..=2²⁴. Default: 8192.
         ring_capacity: usize,
-        /// Events a shard takes from one lane in one go, 1..=65,536. Default: 512.
+        /// The largest number of events that a shard takes from one lane at a time, 1..=65,536. Default: 512.
         batch_max: usize,
-        /// Bytes of one segment, a power of two in 64 KiB..=16 GiB. Fixed when the store is created. Default: 256 MiB.
+        /// The size of a segment in bytes, a power of two in 64 KiB..=16 GiB. Fixed when the store is created. Default:
+        /// 256 MiB.
         segment_bytes: u64,
-        /// Freed segments kept per shard to be written again, 0..=1024. Default: 2.
+        /// The number of freed segments that each shard keeps as spares, 0..=1024. Default: 2.
         spares_max: usize,
-        /// What the log keeps. Default: everything.
+        /// The bounds of the log's size and age. Default: none, everything is kept.
         retention: Retention,
-        /// Keys one shard makes room for at the start, up to 2³⁰. It grows when needed. Default: 10,000.
+        /// The number of keys that each shard allocates space for at the start, 0..=2³⁰. The table grows when needed.
+        /// Default: 10,000.
         keys_expected: usize,
-        /// Events of one key between two snapshots of its state, 1..=2⁴⁰; 0: no snapshots. Default: 100. Time travel applies
-        /// at most so many events, unless snapshots were skipped ([`crate::SnapshotStats::skipped`]).
+        /// The number of events of one key between two snapshots of its state, 1..=2⁴⁰, or 0 for no snapshots. Default:
+        /// 100. Time travel applies at most this many events, unless snapshots were skipped
+        /// ([`crate::state::SnapshotStats::skipped`]).
         snapshot_every: u64,
-        /// Bytes of a shard's log between two checkpoints of all its states, 1 MiB or more; 0: only when retention needs one or
-        /// [`crate::Engine::checkpoint`] asks. Default: 1 GiB. Opening folds about so much of the log.
+        /// The bytes of a shard's log between two checkpoints of all its states, at least 1 MiB. 0 means that a
+        /// checkpoint is written only when retention needs one or [`crate::Engine::checkpoint`] is called. Default: 1
+        /// GiB. Opening a store folds about this many bytes of the log.
         checkpoint_bytes: u64,
-        /// How many commands with idempotency keys are remembered per key, 0..=1024: a repeat of one of the newest so many is
-        /// answered as the first was. Default: 16.
+        /// The number of commands with idempotency keys remembered per key, 0..=1024. A repeat of one of these commands
+        /// returns the outcome of the first. Default: 16.
         outcomes_kept: usize,
-        /// Whether latency histograms are kept. Default: true.
+        /// Whether latency histograms are recorded. Default: `true`.
         latency: bool,
     }
 
-    /// What idle threads do. Default: `Park` when shards plus one producer fill the cores, else `SpinYield`.
+    /// Sets the wait strategy of idle threads. Default: [`Wait::Park`] if the shards and one producer fill all cores,
+    /// otherwise [`Wait::SpinYield`].
     #[must_use]
     pub fn wait(mut self, wait: Wait) -> Self {
         self.wait = Some(wait);
         self
     }
 
-    /// Largest archive of one event in bytes, 16..=16 MiB and at most a quarter of a segment. Default: 64 KiB
-    /// (or that quarter).
+    /// Sets the largest archive of one event in bytes, 16 bytes to 16 MiB and at most a quarter of a segment. Default:
+    /// 64 KiB, or a quarter of a segment if that is less.
     #[must_use]
     pub fn event_bytes_max(mut self, event_bytes_max: usize) -> Self {
         self.event_bytes_max = Some(event_bytes_max);
@@ -207,10 +248,10 @@ impl Config {
     /// Checks every value against its range.
     ///
     /// # Errors
-    /// The first value that cannot be used.
+    /// Returns [`ConfigError`] for the first invalid value.
     pub fn validate(mut self) -> Result<ValidConfig, ConfigError> {
         let c = &mut self.checked;
-        // The default shrinks with small segments; what was asked for is refused instead.
+        // The default shrinks to fit small segments; a configured value is rejected instead.
         c.event_bytes_max = self.event_bytes_max.unwrap_or(EVENT_BYTES_MAX_DEFAULT.min((c.segment_bytes / 4) as usize));
         in_range("shards", u64::from(c.shards), 1, u64::from(SHARDS_MAX))?;
         power_of_two("ring_capacity", c.ring_capacity as u64, 2, 1 << 24)?;
@@ -238,16 +279,16 @@ impl Config {
 }
 
 const EVENT_BYTES_MAX_DEFAULT: usize = 64 << 10;
-/// A store has no more shards.
+/// The largest number of shards of a store.
 pub(crate) const SHARDS_MAX: u16 = 1024;
-/// Bytes of a segment, a power of two.
+/// The range of segment sizes in bytes; a size is a power of two.
 pub(crate) const SEGMENT_BYTES: std::ops::RangeInclusive<u64> = 64 << 10..=16 << 30;
 
 pub(crate) fn in_range(name: &'static str, value: u64, min: u64, max: u64) -> Result<(), ConfigError> {
     if (min..=max).contains(&value) { Ok(()) } else { Err(ConfigError::OutOfRange { name, value, min, max }) }
 }
 
-/// Whole milliseconds, for checks of ranges.
+/// Returns the duration in whole milliseconds, for range checks.
 pub(crate) fn whole_ms(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
@@ -262,7 +303,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_limit_is_checked() {
+    fn a_value_outside_its_range_is_refused() {
         let bad = [
             Config::new("d").shards(0),
             Config::new("d").shards(1025),
@@ -273,11 +314,11 @@ mod tests {
             Config::new("d").segment_bytes(65 << 10),
             Config::new("d").event_bytes_max(8),
             Config::new("d").segment_bytes(64 << 10).event_bytes_max(32 << 10),
-            // The default's value, but asked for.
+            // The default's value, but set explicitly.
             Config::new("d").segment_bytes(64 << 10).event_bytes_max(64 << 10),
             Config::new("d").event_bytes_max(64 << 10).segment_bytes(128 << 10),
             Config::new("d").durability(Durability::Periodic(Duration::ZERO)),
-            Config::new("d").retention(Retention { bytes_max: Some(1), age_max: None }),
+            Config::new("d").retention(Retention::bytes(1)),
         ];
         for config in bad {
             assert!(config.clone().validate().is_err(), "{config:?}");

@@ -1,8 +1,7 @@
-//! Counters and latency histograms: single-writer on the hot path, merged when somebody asks.
+//! Counters and latency histograms: one writer each on the hot path, merged on request.
 //!
-//! A thread that records owns its histograms. Who wants them leaves an empty set in an [`Exchange`];
-//! the owner swaps it for the full one between two turns. So recording takes no lock and the owner
-//! copies nothing.
+//! A thread that records owns its histograms. A reader leaves an empty set in an [`Exchange`], and the owner swaps it
+//! for its full set between two turns. So recording takes no lock, and the owner copies nothing.
 
 use std::fmt::Write as _;
 use std::io;
@@ -15,38 +14,39 @@ use crate::error::ShardFailure;
 use crate::event::{Offset, Sequence, ShardId};
 use crate::sync::{AtomicBool, AtomicU64, Mutex, Ordering, lock};
 
-/// What a histogram measures. Nanoseconds, except [`Stage::Batch`].
+/// The quantity that a histogram measures, in nanoseconds except for [`Stage::Batch`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Stage {
-    /// From publish until the shard took the event out of its lane.
+    /// From publish until the shard took the event from its lane.
     Ring,
-    /// From publish until the event was appended: visible to readers.
+    /// From publish until the event was appended and visible to readers.
     Appended,
-    /// From publish until every inline handler had it.
+    /// From publish until every inline handler had returned for the event.
     Handled,
-    /// From publish until the event was durable, as the syncer saw it (runs of events are merged within 1 µs, to the earlier).
+    /// From publish until the syncer published the event as durable. Events whose publish times are within 1 µs are
+    /// recorded together, with the earliest time.
     Durable,
-    /// As `Ring`, from the time the event was due ([`crate::Producer::publish_due`]).
+    /// As `Ring`, counted from the due time of the event ([`crate::Producer::publish_due`]).
     RingDue,
-    /// As `Appended`, from the time the event was due.
+    /// As `Appended`, counted from the due time of the event.
     AppendedDue,
-    /// As `Handled`, from the time the event was due.
+    /// As `Handled`, counted from the due time of the event.
     HandledDue,
-    /// As `Durable`, from the time the event was due.
+    /// As `Durable`, counted from the due time of the event.
     DurableDue,
-    /// Length of a turn that found work.
+    /// Duration of a turn that found work.
     Turn,
     /// Events per batch.
     Batch,
-    /// Length of one sync.
+    /// Duration of one sync.
     Sync,
 }
 
 const STAGES: usize = 11;
 
 impl Stage {
-    /// All of them, in order.
+    /// All stages, in order.
     pub const ALL: [Stage; STAGES] = [
         Stage::Ring,
         Stage::Appended,
@@ -61,7 +61,7 @@ impl Stage {
         Stage::Sync,
     ];
 
-    /// A name for people and metrics.
+    /// Returns the name of the stage, as used in Prometheus metrics.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -80,15 +80,15 @@ impl Stage {
     }
 }
 
-/// Largest value a histogram tells apart: 73 minutes, or as many events. What is longer is recorded as that, and shows as
-/// [`Metrics::beyond_range`].
+/// The largest value that a histogram can distinguish: 73 minutes, or the same number of events. Larger values are
+/// recorded as this one and counted by [`Metrics::beyond_range`].
 const NS_MAX: u64 = (1 << 42) - 1;
 
 fn histogram() -> Histogram<u64> {
     Histogram::new_with_bounds(1, NS_MAX, 3).expect("the bounds are valid constants")
 }
 
-/// A set of histograms, one per stage that its owner records.
+/// A set of histograms, one for each stage that its owner records.
 #[derive(Debug)]
 pub(crate) struct Histograms([Option<Histogram<u64>>; STAGES]);
 
@@ -107,7 +107,7 @@ impl Histograms {
     fn merge_into(&mut self, totals: &mut [Histogram<u64>]) {
         for (from, to) in self.0.iter_mut().zip(totals) {
             if let Some(from) = from {
-                // Same bounds on both sides, so adding cannot fail.
+                // Both sides have the same bounds, so adding cannot fail.
                 to.add(&*from).expect("histograms of equal bounds add");
                 from.reset();
             }
@@ -115,7 +115,7 @@ impl Histograms {
     }
 }
 
-/// Where a set of histograms changes hands.
+/// The slot through which a set of histograms changes hands.
 #[derive(Debug)]
 pub(crate) struct Exchange {
     wanted: AtomicBool,
@@ -124,7 +124,7 @@ pub(crate) struct Exchange {
 }
 
 impl Exchange {
-    /// Asks the owner for its figures; it answers between two turns.
+    /// Requests the owner's histograms. The owner hands them over between two turns.
     pub(crate) fn ask(&self) {
         if !self.closed.load(Ordering::Acquire) {
             self.wanted.store(true, Ordering::Release);
@@ -155,7 +155,7 @@ impl Recorder {
         (Self { active: Box::new(Histograms::new(stages)), exchange: Arc::clone(&exchange), enabled }, exchange)
     }
 
-    /// Records `count` events at `value`.
+    /// Records `count` events with the value `value`.
     #[inline]
     pub(crate) fn record(&mut self, stage: Stage, value: u64, count: u64) {
         if self.enabled {
@@ -163,7 +163,7 @@ impl Recorder {
         }
     }
 
-    /// Records `count` latencies of `ns` since publish, for events that were published `late` after they were due.
+    /// Records `count` latencies of `ns` since publish, for events published `late` after their due time.
     #[inline]
     pub(crate) fn latency(&mut self, stage: Stage, due: Stage, ns: u64, late: Option<Lateness>, count: u64) {
         self.record(stage, ns, count);
@@ -172,7 +172,7 @@ impl Recorder {
         }
     }
 
-    /// Hands over what was recorded, if somebody wants it.
+    /// Hands over the recorded histograms if they are wanted.
     #[inline]
     pub(crate) fn exchange(&mut self) {
         if self.exchange.is_wanted() {
@@ -183,7 +183,7 @@ impl Recorder {
     #[cold]
     fn swap(&mut self) {
         std::mem::swap(&mut self.active, &mut lock(&self.exchange.slot));
-        // Release: pairs with the Acquire of who waits for it to fall.
+        // Release: pairs with the Acquire in `Exchange::is_wanted`: a reader that sees `false` finds the recorded set.
         self.exchange.wanted.store(false, Ordering::Release);
     }
 
@@ -193,7 +193,7 @@ impl Recorder {
 }
 
 impl Drop for Recorder {
-    /// The owner ends: what it recorded last stays to be fetched.
+    /// Adds the last recorded values to the slot, where a reader can still fetch them.
     fn drop(&mut self) {
         {
             let mut slot = lock(&self.exchange.slot);
@@ -210,11 +210,11 @@ impl Drop for Recorder {
 
 macro_rules! counters {
     ($($(#[$doc:meta])* $name:ident),+ $(,)?) => {
-        /// One shard's counters. Each is written by one thread.
+        /// The counters of one shard. Each is written by one thread.
         #[derive(Debug, Default)]
         pub(crate) struct Counters { $(pub(crate) $name: crate::sync::CachePadded<Counter>,)+ }
 
-        /// One shard's figures at one moment. Counts are since the engine was opened.
+        /// The metrics of one shard at one moment. Counts start when the engine opens.
         #[derive(Debug, Clone)]
         #[non_exhaustive]
         pub struct ShardMetrics {
@@ -223,21 +223,22 @@ macro_rules! counters {
             $($(#[$doc])* pub $name: u64,)+
             /// Events accepted by producers of this shard.
             pub published: u64,
-            /// Events accepted and not yet appended.
+            /// Events accepted but not yet appended.
             pub backlog: u64,
-            /// Sequence of the next event: what a view's position is compared with.
+            /// Sequence of the next event. Compare it with the position of a view.
             pub sequence: Sequence,
-            /// End of what is appended.
+            /// Offset of the end of the appended log.
             pub appended_to: Offset,
-            /// End of what is durable.
+            /// Offset of the end of the durable log.
             pub durable_to: Offset,
             /// Segments held.
             pub segments: usize,
-            /// The shard waits for its storage: for space, or because quota, descriptors or memory are exhausted.
+            /// `true` while the shard waits for its storage: for space, or because quota, descriptors or memory are
+            /// exhausted.
             pub storage_full: bool,
-            /// What was to be done then, and what the system said.
+            /// The operation that waits for storage, and the error of the operating system.
             pub storage_full_why: Option<Arc<str>>,
-            /// Why the shard failed, if it did.
+            /// The failure of the shard, if it failed.
             pub failure: Option<ShardFailure>,
         }
 
@@ -258,7 +259,7 @@ macro_rules! counters {
                 }
             }
 
-            /// Every counter with its name.
+            /// Returns every counter with its name.
             pub fn counters(&self) -> Vec<(&'static str, u64)> {
                 vec![$((stringify!($name), self.$name),)+ ("published", self.published)]
             }
@@ -275,13 +276,13 @@ counters! {
     turns,
     /// Commands answered.
     commands,
-    /// Of those, how many were refused, for whatever reason.
+    /// Answered commands that were rejected, for any reason.
     rejected,
-    /// Of those, how many were repeats of an earlier one and did nothing.
+    /// Answered commands that repeated an earlier one and changed nothing.
     repeated,
-    /// Events that every inline handler has had.
+    /// Events for which every inline handler has returned.
     handled,
-    /// Events an inline handler failed on and quarantined.
+    /// Events that an inline handler failed on and put into quarantine.
     quarantined,
     /// Keys in the table.
     keys,
@@ -297,7 +298,7 @@ counters! {
     segment_waits,
 }
 
-/// A number that one thread moves and others read.
+/// A number that one thread changes and others read.
 #[derive(Debug, Default)]
 pub(crate) struct Counter(AtomicU64);
 
@@ -320,10 +321,20 @@ impl Counter {
 
 type Gauge = (&'static str, fn(&ShardMetrics) -> u64);
 
-/// All figures of an engine at one moment.
+/// The metrics of an engine at one moment, returned by [`crate::Engine::metrics`].
+///
+/// ```
+/// # use corelane::metrics::{Metrics, Stage};
+/// # fn example(metrics: &Metrics) {
+/// let events: u64 = metrics.shards.iter().map(|shard| shard.appended).sum();
+/// let p99_ns = metrics.histogram(Stage::Appended).value_at_quantile(0.99);
+/// println!("{events} events appended, 99 % of them within {p99_ns} ns");
+/// # }
+/// ```
 #[derive(Debug, Clone)]
+#[non_exhaustive]
 pub struct Metrics {
-    /// Shard by shard.
+    /// The metrics of each shard, in order.
     pub shards: Vec<ShardMetrics>,
     latency: Vec<Histogram<u64>>,
 }
@@ -333,19 +344,20 @@ impl Metrics {
         Self { shards, latency }
     }
 
-    /// The histogram of a stage over all shards, since the engine was opened.
+    /// Returns the histogram of a stage over all shards, since the engine opened.
     #[must_use]
     pub fn histogram(&self, stage: Stage) -> &Histogram<u64> {
         &self.latency[stage as usize]
     }
 
-    /// Values of a stage's histogram that are as long as it tells apart, 73 minutes, or longer: how much longer is not known.
+    /// Returns the number of recorded values at or above the histogram's limit of 73 minutes, whose exact size is
+    /// unknown.
     #[must_use]
     pub fn beyond_range(&self, stage: Stage) -> u64 {
         self.histogram(stage).count_at(NS_MAX)
     }
 
-    /// Everything in the Prometheus text exposition format.
+    /// Returns all metrics in the Prometheus text exposition format.
     #[must_use]
     pub fn prometheus(&self) -> String {
         let mut out = String::new();
@@ -398,16 +410,16 @@ impl Metrics {
         line(out, format_args!("{name}_beyond_range_total {}", self.beyond_range(stage)));
     }
 
-    /// Writes a stage's percentile distribution in the `.hgrm` text format (values in µs).
+    /// Writes the percentile distribution of a stage in the `.hgrm` text format, in microseconds.
     ///
     /// # Errors
-    /// What the writer returns.
+    /// Returns the error of `out`.
     pub fn write_hgrm(&self, stage: Stage, out: &mut impl io::Write) -> io::Result<()> {
         write_hgrm(self.histogram(stage), out)
     }
 }
 
-/// Writing to a `String` cannot fail.
+/// Appends a line.
 fn line(out: &mut String, text: std::fmt::Arguments<'_>) {
     out.write_fmt(text).expect("writing to a String cannot fail");
     out.push('\n');
@@ -416,7 +428,7 @@ fn line(out: &mut String, text: std::fmt::Arguments<'_>) {
 /// Writes a histogram of nanoseconds in the `.hgrm` percentile format, in microseconds.
 ///
 /// # Errors
-/// What the writer returns.
+/// Returns the error of `out`.
 pub fn write_hgrm(histogram: &Histogram<u64>, out: &mut impl io::Write) -> io::Result<()> {
     writeln!(out, "{:>12} {:>14} {:>10} {:>14}\n", "Value", "Percentile", "TotalCount", "1/(1-Percentile)")?;
     for step in histogram.iter_quantiles(5) {
@@ -435,7 +447,7 @@ pub fn write_hgrm(histogram: &Histogram<u64>, out: &mut impl io::Write) -> io::R
     writeln!(out, "#[Buckets = {:>12}, SubBuckets     = {:>12}]", histogram.buckets(), 2048)
 }
 
-/// Count of values up to an iteration step.
+/// The count of all values up to an iteration step.
 trait TotalCount {
     fn count_since_last_iteration_total(&self, histogram: &Histogram<u64>) -> u64;
 }
@@ -446,10 +458,11 @@ impl TotalCount for hdrhistogram::iterators::IterationValue<u64> {
     }
 }
 
-/// Writes histograms as an `.hlog` interval log: `(tag, start seconds, length seconds, histogram)` each.
+/// Writes histograms as an `.hlog` interval log. Each interval is `(tag, start in seconds, length in seconds,
+/// histogram)`.
 ///
 /// # Errors
-/// What the writer or the serialiser returns.
+/// Returns the error of `out` or of the serialiser.
 #[cfg(feature = "hlog")]
 pub fn write_hlog(intervals: &[(&str, f64, f64, Histogram<u64>)], out: &mut impl io::Write) -> io::Result<()> {
     use hdrhistogram::serialization::V2DeflateSerializer;
@@ -470,7 +483,7 @@ fn to_io(error: impl std::fmt::Debug) -> io::Error {
     io::Error::other(format!("{error:?}"))
 }
 
-/// Everything recorded so far, over all exchanges.
+/// The values recorded since the engine opened, over all exchanges.
 #[derive(Debug)]
 pub(crate) struct Totals(Vec<Histogram<u64>>);
 
@@ -479,12 +492,12 @@ impl Totals {
         Self(Stage::ALL.iter().map(|_| histogram()).collect())
     }
 
-    /// Fetches what the owner of `exchange` recorded since last time. `wake` makes a sleeping owner look.
+    /// Adds the values recorded by the owner of `exchange` since the last call. `wake` wakes a sleeping owner.
     pub(crate) fn fetch(&mut self, exchange: &Exchange, wake: impl Fn()) {
         if !exchange.closed.load(Ordering::Acquire) {
             exchange.wanted.store(true, Ordering::Release);
             wake();
-            // An owner that is stuck (in a handler, in a sync) keeps its figures for the next time.
+            // An owner that is blocked (in a handler, in a sync) hands its values over at a later call.
             let patience = std::time::Instant::now() + std::time::Duration::from_millis(200);
             while exchange.is_wanted() && crate::sync::may_wait() && std::time::Instant::now() < patience {
                 crate::sync::nap(std::time::Duration::from_micros(50));
@@ -493,7 +506,7 @@ impl Totals {
         lock(&exchange.slot).merge_into(&mut self.0);
     }
 
-    pub(crate) fn snapshot(&self) -> Vec<Histogram<u64>> {
+    pub(crate) fn histograms(&self) -> Vec<Histogram<u64>> {
         self.0.clone()
     }
 }

@@ -6,7 +6,8 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 use std::time::{Duration, Instant};
 
-use corelane::consumer::{KeyQueues, QueuePolicy, Verdict};
+use corelane::bench_support::{QueuedEvent, Queues};
+use corelane::consumer::QueuePolicy;
 use corelane::ingress::{GatePolicy, Offered, SequenceGate};
 use corelane::{Key, Offset};
 
@@ -48,30 +49,23 @@ static COUNTING: Counting = Counting;
 const KEYS: u64 = 1_000_000;
 const SECOND: Duration = Duration::from_secs(1);
 
-fn offer_all(lanes: &mut KeyQueues, from: u64) {
+fn offer_all(queues: &mut Queues, from: u64) {
     for n in 0..KEYS {
-        lanes.offer(Key::new(n), Offset(from + n)).unwrap();
+        queues.offer(Key::new(n), Offset(from + n));
     }
 }
 
-/// Lets everything run that may; `fate` says what becomes of it.
-fn run_all(lanes: &mut KeyQueues, now: Duration, verdict: Option<Verdict>) -> u64 {
-    let mut runs = 0;
+/// Takes every event that may run and ends each with `end`. Returns how many.
+fn run_all(queues: &mut Queues, now: Duration, end: impl Fn(&mut Queues, QueuedEvent)) -> u64 {
+    let mut events = 0;
     loop {
-        let ticked = lanes.tick(now);
-        while let Some(run) = lanes.next() {
-            runs += 1;
-            match verdict {
-                None => lanes.succeeded(run),
-                Some(verdict) => {
-                    if let Some(record) = lanes.failed(run, verdict, now) {
-                        lanes.recorded(record);
-                    }
-                }
-            }
+        let ticked = queues.tick(now);
+        while let Some(event) = queues.next() {
+            events += 1;
+            end(queues, event);
         }
         if ticked == 0 {
-            return runs;
+            return events;
         }
     }
 }
@@ -80,42 +74,42 @@ fn run_all(lanes: &mut KeyQueues, now: Duration, verdict: Option<Verdict>) -> u6
 fn a_million_keys_wait_or_are_parked_in_bounded_memory() {
     let policy = QueuePolicy::default().unfinished_max(1 << 20).keys_max(1 << 20).concurrency(64);
     let before = BYTES.get();
-    let mut lanes = KeyQueues::new(policy, Offset(0)).unwrap();
+    let mut queues = Queues::new(policy);
     let began = Instant::now();
 
-    offer_all(&mut lanes, 0);
+    offer_all(&mut queues, 0);
     // Spread over a second, as jitter does.
     for n in 0..KEYS {
-        let run = lanes.next().unwrap();
+        let event = queues.next().unwrap();
         let after = Duration::from_nanos(Key::new(n).hash() % 1_000_000_000);
-        lanes.failed(run, Verdict::Retry { after }, Duration::ZERO);
+        queues.retry(event, after, Duration::ZERO);
     }
-    assert_eq!(lanes.statistics().waiting as u64, KEYS);
+    assert_eq!(queues.waiting() as u64, KEYS);
     let retrying_bytes = (BYTES.get() - before) as u64;
 
-    assert_eq!(run_all(&mut lanes, SECOND, Some(Verdict::Park)), KEYS);
-    assert_eq!((lanes.statistics().keys as u64, lanes.statistics().unfinished), (KEYS, 0));
-    assert_eq!(lanes.checkpoint(), Offset(KEYS - 1), "all but the last are passed");
+    assert_eq!(run_all(&mut queues, SECOND, |queues, event| queues.park(event, SECOND)), KEYS);
+    assert_eq!((queues.keys() as u64, queues.unfinished()), (KEYS, 0));
+    assert_eq!(queues.position(), Offset(KEYS - 1), "all but the last are passed");
 
     // Live again, and all of it once more: everything is used again.
     for n in 0..KEYS {
-        assert_eq!(lanes.unpark(Key::new(n), 1), Ok(0));
+        assert_eq!(queues.unpark(Key::new(n)), 0);
     }
-    assert_eq!(lanes.statistics().keys, 0);
-    offer_all(&mut lanes, KEYS);
-    let retry = Verdict::Retry { after: SECOND };
-    assert_eq!(run_all(&mut lanes, Duration::ZERO, Some(retry)), KEYS);
-    assert_eq!(run_all(&mut lanes, SECOND, None), KEYS);
+    assert_eq!(queues.keys(), 0);
+    offer_all(&mut queues, KEYS);
+    let retry = |queues: &mut Queues, event| queues.retry(event, SECOND, Duration::ZERO);
+    assert_eq!(run_all(&mut queues, Duration::ZERO, retry), KEYS);
+    assert_eq!(run_all(&mut queues, SECOND, Queues::succeeded), KEYS);
     let after_bytes = (BYTES.get() - before) as u64;
     assert!(after_bytes <= retrying_bytes, "{after_bytes} bytes after {retrying_bytes}");
     let took = began.elapsed();
-    drop(lanes);
+    drop(queues);
     assert_eq!(BYTES.get(), before);
 
     // Parked keys alone, as after a restart.
-    let mut lanes = KeyQueues::new(QueuePolicy::default(), Offset(0)).unwrap();
+    let mut queues = Queues::new(QueuePolicy::default());
     for n in 0..KEYS {
-        lanes.restore_parked(Key::new(n), 1).unwrap();
+        queues.restore_parked(Key::new(n));
     }
     let parked_bytes = (BYTES.get() - before) as u64;
     let (retrying, parked) = (retrying_bytes / KEYS, parked_bytes / KEYS);

@@ -6,10 +6,9 @@ use std::hint::black_box;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use corelane::bench_support::only_place;
+use corelane::event::Correlation;
 use corelane::view::{Area, View as _, ViewWriter};
-use corelane::{
-    Aggregate, Bounded, Correlation, Emit, Event, EventTypeId, Key, Meta, Offset, Sequence, ShardId, Time, Version,
-};
+use corelane::{Aggregate, Bounded, Emit, Event, EventTypeId, Key, Meta, Offset, Sequence, ShardId, Time, Version};
 use criterion::{BenchmarkId, Criterion, Throughput};
 use rand::rngs::SmallRng;
 use rand::{Rng as _, SeedableRng as _};
@@ -41,18 +40,7 @@ impl Aggregate for Walker {
 
 pub(crate) fn meta() -> Meta {
     let kind = GameEvent::TYPES.first().map_or(EventTypeId(1), |kind| kind.id);
-    Meta {
-        shard: ShardId(0),
-        offset: Offset(0),
-        sequence: Sequence(0),
-        key: Key(0),
-        version: Version(1),
-        time: Time(0),
-        event_type: kind,
-        schema_version: 1,
-        correlation: Correlation(0),
-        previous: None,
-    }
+    Meta::new(Key(0), kind)
 }
 
 type Filled = (Area<Walker>, Box<dyn ViewWriter<Walker>>, Vec<Walker>);

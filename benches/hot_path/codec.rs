@@ -4,7 +4,7 @@
 use std::hint::black_box;
 
 use corelane::bench_support::Archives;
-use corelane::{Encode as _, Scratch};
+use corelane::event::{Encode as _, Scratch};
 use criterion::{Criterion, Throughput};
 
 use crate::game::{GameEvent, events, tick};

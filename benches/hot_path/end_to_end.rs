@@ -17,7 +17,7 @@ pub(crate) fn benches(c: &mut Criterion) {
     for durability in [Durability::OsCache, Durability::GroupCommit] {
         let dir = tempfile::tempdir().expect("a temporary folder");
         // Retention recycles segments, so that the disk does not fill.
-        let retention = Retention { bytes_max: Some(4 * SEGMENT_BYTES), age_max: None };
+        let retention = Retention::bytes(4 * SEGMENT_BYTES);
         let config = Config::new(dir.path()).durability(durability).segment_bytes(SEGMENT_BYTES).retention(retention);
         let engine = EventLog::<GameEvent>::open(config).expect("the store opens");
         let mut producer = engine.producer();

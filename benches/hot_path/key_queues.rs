@@ -1,9 +1,9 @@
-//! The consumer's key queues alone: events are offered, started and ended, 64 at a time; all succeed, or 1 in 20 is
-//! retried.
+//! A consumer's key queues alone: events are offered, taken and ended, 64 keys at once; all succeed, or 1 in 20 is retried.
 
 use std::time::Duration;
 
-use corelane::consumer::{KeyQueues, QueuePolicy, Verdict};
+use corelane::bench_support::Queues;
+use corelane::consumer::QueuePolicy;
 use corelane::{Key, Offset};
 use criterion::{BenchmarkId, Criterion, Throughput};
 
@@ -25,28 +25,27 @@ pub(crate) fn benches(c: &mut Criterion) {
 
 fn run(keys: &[Key], retries_every: usize) {
     let policy = QueuePolicy::default().concurrency(CONCURRENCY);
-    let mut queues = KeyQueues::new(policy, Offset(0)).expect("the policy holds");
-    let mut runs = Vec::with_capacity(CONCURRENCY);
+    let mut queues = Queues::new(policy);
+    let mut taken = Vec::with_capacity(CONCURRENCY);
     let (mut count, mut ended) = (0, 0);
     let mut now = Duration::ZERO;
     let mut offers = keys.iter().zip(0_u64..);
     while ended < keys.len() {
         for (key, offset) in offers.by_ref().take(CONCURRENCY) {
-            queues.offer(*key, Offset(offset)).expect("there is room");
+            queues.offer(*key, Offset(offset));
         }
         now += Duration::from_micros(10);
         queues.tick(now);
-        runs.extend(std::iter::from_fn(|| queues.next()));
-        for run in runs.drain(..) {
+        taken.extend(std::iter::from_fn(|| queues.next()));
+        for event in taken.drain(..) {
             count += 1;
-            if count % retries_every == 0 && run.attempt() == 1 {
-                let record = queues.failed(run, Verdict::Retry { after: Duration::from_millis(1) }, now);
-                assert!(record.is_none());
+            if count % retries_every == 0 && event.attempt() == 1 {
+                queues.retry(event, Duration::from_millis(1), now);
             } else {
-                queues.succeeded(run);
+                queues.succeeded(event);
                 ended += 1;
             }
         }
     }
-    assert_eq!(queues.checkpoint(), Offset(keys.len() as u64 - 1));
+    assert_eq!(queues.position(), Offset(keys.len() as u64 - 1));
 }

@@ -1,67 +1,35 @@
-//! The derive macro of corelane's trait `Bounded`; use it through `corelane`.
+//! The derive macros of corelane's traits `Bounded` and `Event`. Use them through the crate `corelane`.
 
-use proc_macro2::TokenStream;
-use quote::quote;
-use syn::{Data, DeriveInput, Expr, Field, GenericParam, Token, parse_quote};
+mod bounded;
+mod event;
 
-/// Implements `Bounded`: the depth of the deepest field, and one more. A type that contains itself does not compile.
+use proc_macro::TokenStream;
+use syn::{DeriveInput, parse_macro_input};
+
+/// Implements `Bounded` with the depth of the deepest field plus one. A type that contains itself does not compile.
 ///
-/// For a field whose type does not implement `Bounded`, give the depth at the field: `#[bounded(depth = 2)]`.
+/// For a field whose type does not implement `Bounded`, state the depth at the field: `#[bounded(depth = 2)]`.
 #[proc_macro_derive(Bounded, attributes(bounded))]
-pub fn derive_bounded(input: proc_macro::TokenStream) -> proc_macro::TokenStream {
-    let input = syn::parse_macro_input!(input as DeriveInput);
-    expand(input).unwrap_or_else(|error| error.into_compile_error()).into()
+pub fn derive_bounded(input: TokenStream) -> TokenStream {
+    let input = parse_macro_input!(input as DeriveInput);
+    bounded::expand(input).unwrap_or_else(|error| error.into_compile_error()).into()
 }
 
-fn expand(mut input: DeriveInput) -> syn::Result<TokenStream> {
-    let fields: Vec<&Field> = match &input.data {
-        Data::Struct(data) => data.fields.iter().collect(),
-        Data::Enum(data) => data.variants.iter().flat_map(|variant| &variant.fields).collect(),
-        Data::Union(data) => {
-            return Err(syn::Error::new_spanned(data.union_token, "`Bounded` cannot be derived for a union"));
-        }
-    };
-    let depths = fields.into_iter().map(depth).collect::<syn::Result<Vec<_>>>()?;
-    for param in &mut input.generics.params {
-        if let GenericParam::Type(param) = param {
-            param.bounds.push(parse_quote!(::corelane::Bounded));
-        }
-    }
-    let name = &input.ident;
-    let (impl_generics, ty_generics, where_clause) = input.generics.split_for_impl();
-    Ok(quote! {
-        #[automatically_derived]
-        impl #impl_generics ::corelane::Bounded for #name #ty_generics #where_clause {
-            const DEPTH: u32 = {
-                let mut deepest: u32 = 0;
-                #(
-                    let depth: u32 = #depths;
-                    if depth > deepest {
-                        deepest = depth;
-                    }
-                )*
-                deepest + 1
-            };
-        }
-    })
-}
-
-/// The depth of a field: what its attribute says, or else its type.
-fn depth(field: &Field) -> syn::Result<TokenStream> {
-    let mut said: Option<Expr> = None;
-    for attribute in field.attrs.iter().filter(|attribute| attribute.path().is_ident("bounded")) {
-        attribute.parse_nested_meta(|meta| {
-            if !meta.path.is_ident("depth") {
-                return Err(meta.error("unknown option; the only one is `depth`: #[bounded(depth = 2)]"));
-            }
-            meta.input.parse::<Token![=]>()?;
-            said = Some(meta.input.parse()?);
-            Ok(())
-        })?;
-    }
-    let ty = &field.ty;
-    Ok(match said {
-        Some(depth) => quote!(#depth),
-        None => quote!(<#ty as ::corelane::Bounded>::DEPTH),
-    })
+/// Implements `Event` for an enum whose variants are the event types, or for a struct that is the only one.
+///
+/// Every variant states its type: `#[event(id = 1, name = "player_moved", version = 2)]`. The id (1 to 65,535) and the name are stored
+/// with the data, so never change them. The schema version is 1 if it is left out. A variant without an id, an id or name
+/// used twice, and id 0 do not compile.
+///
+/// An older schema version of a variant is read in one of two ways:
+///
+/// - `same(1 = GameEventV1)`: version 1 is stored as the variant of this name in `GameEventV1`, with the same fields;
+/// - `upcast(1 = GameEvent::moved_from_v1)`: this function reads version 1. It has the type `fn(&[u8]) -> Result<Self, rkyv::rancor::Error>`.
+///
+/// On the enum or struct itself, `#[event(time = path)]` and `#[event(correlation = path)]` name the functions of the trait's
+/// methods `time` and `correlation`; they take `&Self`.
+#[proc_macro_derive(Event, attributes(event))]
+pub fn derive_event(input: TokenStream) -> TokenStream {
+    let input = parse_macro_input!(input as DeriveInput);
+    event::expand(&input).unwrap_or_else(|error| error.into_compile_error()).into()
 }

@@ -18,8 +18,9 @@ use std::thread::{self, Thread};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
+use corelane::command::ExpectedVersion;
 use corelane::view::{Area, Leaderboard, Presence, ServerStatus};
-use corelane::{Client, CommandError, Config, Engine, ExpectedVersion, Key, Outcome, Version};
+use corelane::{Client, CommandError, Config, Engine, Key, Outcome, Version};
 
 use crate::world::{ArchivedHappened, Cards, Command, MAP, Place, Player, Refused, cards, reach, seen_of};
 

@@ -6,7 +6,8 @@ use std::path::Path;
 use anyhow::Result;
 use corelane::consumer::{Batch, Sink};
 use corelane::envelope::Envelope;
-use corelane::{HandlerError, Position, ShardId};
+use corelane::log::Position;
+use corelane::{HandlerError, ShardId};
 use rusqlite::{Connection, OptionalExtension as _};
 
 pub(crate) struct Counts(Connection);

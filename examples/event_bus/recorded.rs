@@ -30,7 +30,7 @@ pub(crate) fn run(input: &Path, args: &Args) -> Result<()> {
 
     let Ingested { lines, held } = ingest(&engine, input, args.lines.unwrap_or(u64::MAX))?;
     println!("{lines} events, {held} of them already in the log; {:.1} s", began.elapsed().as_secs_f64());
-    ensure!(analytics.drain(soon()), "{:?}", analytics.report());
+    ensure!(analytics.drain(soon()).is_ok(), "{:?}", analytics.report());
     let (handled, seconds) = (analytics.report().handled, began.elapsed().as_secs_f64());
     println!("all counted after {seconds:.1} s, {handled} of them in this run");
     analytics.stop(soon())?;

@@ -59,12 +59,12 @@ impl Services {
             .subscribe(NAMES[0])
             .types(TYPES[0].to_vec())
             .concurrency(at_once(64))
-            .on(taking(cost(3), &seen[0]))?;
+            .start(taking(cost(3), &seen[0]))?;
         let database = engine
             .subscribe(NAMES[1])
             .types(TYPES[1].to_vec())
             .concurrency(at_once(32))
-            .on(taking(cost(10), &seen[1]))?;
+            .start(taking(cost(10), &seen[1]))?;
         let (mail_cost, mailed) = (cost(100), Arc::clone(&seen[2]));
         let notifications = engine.subscribe(NAMES[2]).types(TYPES[2].to_vec()).concurrency(at_once(64)).start_with(
             move |_event: &ArchivedGameEvent, meta: &Meta, call: &_| {
@@ -78,7 +78,7 @@ impl Services {
             .subscribe(NAMES[3])
             .types(TYPES[3].to_vec())
             .concurrency(at_once(16))
-            .on(taking(cost(5), &seen[3]))?;
+            .start(taking(cost(5), &seen[3]))?;
         Ok(Self([analytics, database, notifications, leaderboard]))
     }
 

@@ -4,7 +4,8 @@ use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 
 use anyhow::{Context as _, Result, ensure};
-use corelane::{Correlation, Engine, Key, Time, Version};
+use corelane::event::Correlation;
+use corelane::{Engine, Key, Time, Version};
 use serde::Serialize;
 use serde_json::{Number, Value, json};
 use sha2::{Digest as _, Sha256};

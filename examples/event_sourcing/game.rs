@@ -2,7 +2,8 @@
 
 use std::convert::Infallible;
 
-use corelane::{Aggregate, Bounded, Correlation, Emit, Event, EventType, EventTypeId, Meta, Time};
+use corelane::event::Correlation;
+use corelane::{Aggregate, Bounded, Emit, Event, EventType, EventTypeId, Meta, Time};
 use rkyv::{Archive, Deserialize, Serialize};
 
 /// An event of a player. The game computes with three kinds; it keeps all others under their number.

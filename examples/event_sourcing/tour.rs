@@ -3,7 +3,8 @@
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use corelane::{Config, Engine, HistoryError, Key, Time, Version};
+use corelane::error::HistoryError;
+use corelane::{Config, Engine, Key, Time, Version};
 
 use crate::game::{GameEvent, LEVEL_UP, MOVE, Place, Player, Source};
 use crate::soon;

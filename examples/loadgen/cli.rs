@@ -182,7 +182,7 @@ impl Args {
             .pin(self.pin.clone())
             .ring_capacity(self.ring_capacity)
             .segment_bytes(self.segment_bytes)
-            .retention(Retention { bytes_max: self.retention(), age_max: None })
+            .retention(self.retention().map_or_else(Retention::default, Retention::bytes))
             .keys_expected(keys as usize)
             .snapshot_every(self.snapshot_every);
         match self.wait {
@@ -252,7 +252,7 @@ impl Args {
         match self.durability {
             Durability::OsCache => "os".to_owned(),
             Durability::Periodic(every) => format!("periodic:{}", every.as_millis()),
-            Durability::GroupCommit => "group".to_owned(),
+            _ => "group".to_owned(),
         }
     }
 }

@@ -10,7 +10,8 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow, bail};
-use corelane::{Deadline, Engine, Key, Metrics, Pin, Producer, Stage};
+use corelane::metrics::{Metrics, Stage};
+use corelane::{Deadline, Engine, Key, Pin, Producer};
 use hdrhistogram::Histogram;
 
 use crate::cli::Args;
@@ -247,7 +248,7 @@ impl Progress {
 
 /// Waits until everything published since `before` is appended.
 fn wait_appended<A: Carried>(engine: &Engine<A>, before: &Metrics, published: u64) -> Result<()> {
-    let appended = |shards: &[corelane::ShardMetrics]| shards.iter().map(|shard| shard.appended).sum::<u64>();
+    let appended = |shards: &[corelane::metrics::ShardMetrics]| shards.iter().map(|shard| shard.appended).sum::<u64>();
     let target = appended(&before.shards) + published;
     let mut progress = Progress::new();
     while appended(&engine.shard_metrics()) < target {
@@ -284,7 +285,7 @@ fn measured(before: &Metrics, after: &Metrics, timing: Timing) -> Measured {
     let appended = shards.iter().sum();
     // The engine reports durability by position; the positions are equal once everything is synced.
     let all_durable = after.shards.iter().all(|shard| shard.durable_to >= shard.appended_to);
-    let of = |count: fn(&corelane::ShardMetrics) -> u64| {
+    let of = |count: fn(&corelane::metrics::ShardMetrics) -> u64| {
         after.shards.iter().map(count).sum::<u64>() - before.shards.iter().map(count).sum::<u64>()
     };
     Measured {
@@ -445,7 +446,7 @@ fn producer_cores(args: &Args, producers: usize) -> Vec<Option<usize>> {
             let of_producers = list.iter().skip(usize::from(args.shards)).map(usable);
             of_producers.chain(std::iter::repeat(None)).take(producers).collect()
         }
-        Pin::Auto | Pin::None => vec![None; producers],
+        _ => vec![None; producers],
     }
 }
 
@@ -456,6 +457,6 @@ pub(crate) fn first_pair(args: &Args) -> Option<(usize, usize)> {
     match (&args.pin, allowed.as_slice()) {
         (Pin::Cores(list), _) => Some((producer_cores(args, 1).first().copied().flatten()?, *list.first()?)),
         (Pin::Auto, [first, .., last]) => Some((*first, *last)),
-        (Pin::Auto | Pin::None, _) => None,
+        _ => None,
     }
 }

@@ -1,6 +1,7 @@
 //! Prints the results: tables for people, one line of JSON for scripts.
 
-use corelane::{Pin, Stage};
+use corelane::Pin;
+use corelane::metrics::Stage;
 use hdrhistogram::Histogram;
 use serde_json::{Value, json};
 
@@ -484,7 +485,7 @@ fn durability_text(args: &Args) -> String {
     let meaning = match args.durability {
         corelane::Durability::OsCache => "left to the system's cache; survives a kill of the process, not a power cut",
         corelane::Durability::Periodic(_) => "synced at this interval (ms); the throughput includes the last sync",
-        corelane::Durability::GroupCommit => "synced all the time; the throughput includes the last sync",
+        _ => "synced all the time; the throughput includes the last sync",
     };
     format!("{}: {meaning}", args.durability_name())
 }

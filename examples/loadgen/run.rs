@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use corelane::{Deadline, Durability, Engine, Stage};
+use corelane::metrics::Stage;
+use corelane::{Deadline, Durability, Engine};
 use hdrhistogram::Histogram;
 
 use crate::cli::Args;

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
-use corelane::{Stage, write_hgrm, write_hlog};
+use corelane::metrics::{Stage, write_hgrm, write_hlog};
 use hdrhistogram::Histogram;
 use serde_json::Value;
 

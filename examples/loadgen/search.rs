@@ -3,7 +3,8 @@
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
-use corelane::{Deadline, Stage};
+use corelane::Deadline;
+use corelane::metrics::Stage;
 use serde_json::{Value, json};
 
 use crate::cli::Args;

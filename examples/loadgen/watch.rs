@@ -5,7 +5,8 @@ use std::io::IsTerminal as _;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use corelane::{Engine, Metrics, ShardMetrics, Stage};
+use corelane::Engine;
+use corelane::metrics::{Metrics, ShardMetrics, Stage};
 use hdrhistogram::Histogram;
 use indicatif::{ProgressBar, ProgressStyle};
 

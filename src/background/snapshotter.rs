@@ -1,14 +1,15 @@
-//! The thread that writes saved states to files. One per engine, so that no shard ever waits for the file system.
+//! Writes saved states to files. One per engine, so that no shard ever waits for the file system.
 //!
-//! A checkpoint counts once its file is whole and has its name. Where something was acknowledged as durable, by the mode or by a flush,
-//! it is also durable then, and the log is durable as far as the checkpoint knows of it: no state comes back whose events do not, and
-//! retention takes no event from a flush whose state a power cut could take.
+//! A checkpoint counts once its file is complete and has its name. Where something was acknowledged as durable, by the
+//! mode or by a flush, the file is also durable then, and so is the log up to the checkpoint's end: no state comes back
+//! without its events, and retention frees no flushed event whose state a power cut could take.
 
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::step::{Now, Step};
 use crate::config::Durability;
 use crate::event::{Key, Offset, Root, Sequence, Time};
 use crate::lane::requests::CheckpointRequests;
@@ -17,57 +18,62 @@ use crate::lane::requests::SyncRequests;
 use crate::log::format::HEADER_BYTES;
 use crate::log::segment::ShardLog;
 use crate::state::snapshot::format::{Chunk, End, FILE_HEADER_BYTES, FileHeader, Kind, seal_chunk};
-use crate::state::snapshot::store::{Held, NUMBERS_END, Saved, SnapshotStore, file_name, fresh_path};
+use crate::state::snapshot::store::{NUMBERS_END, Saved, SnapshotFile, SnapshotStore, file_name, fresh_path};
 use crate::state::snapshot::taker::Message;
 use crate::storage::{SideFile, Storage};
-use crate::sync::{AtomicBool, Idle, Ordering, Signal, lock};
+use crate::sync::{AtomicBool, Ordering, Signal, lock};
 
 /// Requests to the snapshotter.
 #[derive(Debug)]
 pub(crate) struct SnapshotterRequests {
-    /// Wakes it.
+    /// Wakes the snapshotter.
     pub(crate) signal: Arc<Signal>,
-    /// The engine ends.
+    /// Set when the engine ends.
     pub(crate) ending: AtomicBool,
 }
 
-/// A file of snapshots is followed by the next one when it is this long.
+/// A file of snapshots of this length is followed by the next one.
 const FILE_BYTES: u64 = 64 << 20;
-/// A checkpoint ends a file of snapshots that is this long.
+/// A checkpoint ends a file of snapshots of this length.
 const FILE_BYTES_MIN: u64 = 8 << 20;
-/// How long after a failure the next file is begun.
+/// Pause between a failure and the next file.
 const RETRY: Duration = Duration::from_secs(1);
+/// Interval between checks of `durable` while a checkpoint waits for it.
+const SYNC_CHECK: Duration = Duration::from_millis(1);
 
-/// What the snapshotter has of one shard.
-pub(crate) struct Sources {
+/// One shard's states on their way to files.
+pub(crate) struct ShardSnapshots {
     pub(crate) log: Arc<ShardLog>,
     pub(crate) store: Arc<SnapshotStore>,
     pub(crate) requests: Arc<CheckpointRequests>,
     pub(crate) syncer: Arc<SyncRequests>,
     pub(crate) shard_signal: Arc<Signal>,
     pub(crate) messages: rtrb::Consumer<Message>,
+    /// Takes written chunks back to the shard.
     pub(crate) used: rtrb::Producer<Chunk>,
     pub(crate) state_version: u16,
     pub(crate) state: Root,
-    /// Whether states are looked up: those of nothing need not be.
+    /// `false` where states are empty: nothing looks them up.
     pub(crate) indexed: bool,
     pub(crate) next_number: u32,
-    pub(crate) snapshots: Option<Writing>,
-    pub(crate) checkpoint: Option<Writing>,
-    pub(crate) finishing: Option<(Writing, Offset)>,
+    pub(crate) snapshots: Option<OpenFile>,
+    pub(crate) checkpoint: Option<OpenFile>,
+    /// A complete checkpoint that waits until the log is durable up to the offset.
+    pub(crate) finishing: Option<(OpenFile, Offset)>,
+    /// Snapshots are skipped before this time.
     pub(crate) retry_at: Option<Instant>,
 }
 
-/// A file that is being written.
+/// A file that is still written to.
 #[derive(Debug)]
-pub(crate) struct Writing {
-    held: Held,
+pub(crate) struct OpenFile {
+    held: SnapshotFile,
     file: Box<dyn SideFile>,
 }
 
 /// The snapshotter of an engine.
 pub(crate) struct Snapshotter {
-    pub(crate) shards: Vec<Sources>,
+    pub(crate) shards: Vec<ShardSnapshots>,
     pub(crate) storage: Arc<dyn Storage>,
     pub(crate) requests: Arc<SnapshotterRequests>,
     pub(crate) keeper: Arc<KeeperRequests>,
@@ -75,43 +81,38 @@ pub(crate) struct Snapshotter {
 }
 
 impl Snapshotter {
-    /// Runs until the engine ends and everything that was sent is written.
-    pub(crate) fn run(mut self) {
-        // Nobody waits for it, so it never spins: the core is for those who are waited for.
-        let mut idle = Idle::sleepy();
-        loop {
-            let ending = self.requests.ending.load(Ordering::SeqCst);
-            if self.step(ending) {
-                continue;
-            }
-            if ending {
-                break;
-            }
-            // A checkpoint that waits for the log to be durable is looked at again and again.
-            let waiting = self.shards.iter().any(|shard| shard.finishing.is_some());
-            let deadline = waiting.then(|| Instant::now() + Duration::from_millis(1));
-            let (shards, requests) = (&self.shards, &self.requests);
-            idle.step(&requests.signal, deadline, || {
-                // Behind a checkpoint that waits for the log, messages wait too.
-                let has_work = |shard: &Sources| shard.finishing.is_none() && !shard.messages.is_empty();
-                requests.ending.load(Ordering::SeqCst) || shards.iter().any(has_work)
-            });
+    /// Handles at most one message of every shard. Ends when the engine has ended and everything that was sent is
+    /// written.
+    pub(crate) fn step(&mut self, now: Now) -> Step {
+        let is_ending = self.requests.ending.load(Ordering::SeqCst);
+        if self.serve_shards(is_ending, now) {
+            return Step::Worked;
         }
-        for shard in &self.shards {
-            shard.requests.waiting.reached(u64::MAX);
+        if is_ending {
+            self.shards.iter().for_each(|shard| shard.requests.wake_all());
+            return Step::Ended;
         }
+        let is_waiting = self.shards.iter().any(|shard| shard.finishing.is_some());
+        Step::Idle(is_waiting.then(|| now.monotonic + SYNC_CHECK))
     }
 
-    /// A bounded piece of work for every shard. Whether there was any.
-    pub(crate) fn step(&mut self, ending: bool) -> bool {
+    /// Returns `true` if the next step may find work. Called before the thread sleeps.
+    pub(crate) fn has_work(&self) -> bool {
+        // While a checkpoint waits for the log, the messages after it wait too.
+        let has_work = |shard: &ShardSnapshots| shard.finishing.is_none() && !shard.messages.is_empty();
+        self.requests.ending.load(Ordering::SeqCst) || self.shards.iter().any(has_work)
+    }
+
+    /// Returns `true` if any shard had work.
+    fn serve_shards(&mut self, is_ending: bool, now: Now) -> bool {
         let mut worked = false;
         for shard in &mut self.shards {
-            worked |= shard.finish(&*self.storage, &self.keeper, self.durability, ending);
+            worked |= shard.finish(&*self.storage, &self.keeper, self.durability, is_ending);
             if shard.finishing.is_none()
                 && let Ok(message) = shard.messages.pop()
             {
-                shard.take(&*self.storage, &self.keeper, message);
-                // A shard that found the ring full goes on when it is woken.
+                shard.handle(&*self.storage, &self.keeper, message, now);
+                // A shard that found the ring full continues when it is woken.
                 shard.shard_signal.notify();
                 worked = true;
             }
@@ -120,74 +121,75 @@ impl Snapshotter {
     }
 }
 
-impl Sources {
-    fn take(&mut self, storage: &dyn Storage, keeper: &KeeperRequests, message: Message) {
+impl ShardSnapshots {
+    fn handle(&mut self, storage: &dyn Storage, keeper: &KeeperRequests, message: Message, now: Now) {
         match message {
             Message::Snapshots(mut chunk) => {
-                let (entries, written) = (chunk.entries, self.snapshots(storage, &mut chunk));
+                let (entries, written) = (chunk.entries, self.write_snapshots(storage, &mut chunk, now));
                 self.give_back(chunk);
                 if let Err(error) = written {
-                    self.requests.skipped.fetch_add(entries, Ordering::Relaxed);
-                    tracing::warn!(shard = self.log.shard.0, %error, "snapshots could not be written; what they saved stays in the log");
+                    self.requests.skip(entries);
+                    let shard = self.log.shard.0;
+                    tracing::warn!(shard, %error, "snapshots could not be written; the log still has their events");
                     self.snapshots = None;
-                    self.retry_at = Some(Instant::now() + RETRY);
+                    self.retry_at = Some(now.monotonic + RETRY);
                 }
             }
             Message::Begin { start, sequence, time } => {
                 let path = fresh_path(&self.log.dir);
                 self.checkpoint = None;
-                let begun = self.log.check_before(start).ok_or_else(log_is_gone);
-                match begun
-                    .and_then(|check| self.begin(storage, Kind::Checkpoint, path, (start, sequence, check), time))
-                {
-                    Ok(writing) => self.checkpoint = Some(writing),
-                    Err(error) => self.failed(keeper, &error),
+                let check = self.log.check_before(start).ok_or_else(log_is_gone);
+                let created = check
+                    .and_then(|check| self.create(storage, Kind::Checkpoint, path, (start, sequence, check), time));
+                match created {
+                    Ok(file) => self.checkpoint = Some(file),
+                    Err(error) => self.fail_checkpoint(keeper, &error),
                 }
             }
             Message::Checkpoint(mut chunk) => {
-                if let Some(mut writing) = self.checkpoint.take() {
-                    match writing.append(&mut chunk, false) {
-                        Ok(_) => self.checkpoint = Some(writing),
-                        Err(error) => self.failed(keeper, &error),
+                if let Some(mut file) = self.checkpoint.take() {
+                    match file.append(&mut chunk, false) {
+                        Ok(_) => self.checkpoint = Some(file),
+                        Err(error) => self.fail_checkpoint(keeper, &error),
                     }
                 }
                 self.give_back(chunk);
             }
             Message::End { log_end, is_whole } => match self.checkpoint.take() {
-                Some(writing) if is_whole => self.finishing = Some((writing, log_end)),
-                Some(_) => self.failed(keeper, &io::Error::other("a state is too large to be saved")),
+                Some(file) if is_whole => self.finishing = Some((file, log_end)),
+                Some(_) => self.fail_checkpoint(keeper, &io::Error::other("a state is too large to be saved")),
                 // It has failed before.
                 None => {}
             },
         }
     }
 
-    fn snapshots(&mut self, storage: &dyn Storage, chunk: &mut Chunk) -> io::Result<()> {
-        if self.retry_at.is_some_and(|at| Instant::now() < at) {
-            self.requests.skipped.fetch_add(chunk.entries, Ordering::Relaxed);
+    fn write_snapshots(&mut self, storage: &dyn Storage, chunk: &mut Chunk, now: Now) -> io::Result<()> {
+        if self.retry_at.is_some_and(|at| now.monotonic < at) {
+            self.requests.skip(chunk.entries);
             return Ok(());
         }
-        let mut writing = match self.snapshots.take().filter(|writing| writing.held.bytes < FILE_BYTES) {
-            Some(writing) => writing,
+        let mut file = match self.snapshots.take().filter(|file| file.held.bytes < FILE_BYTES) {
+            Some(file) => file,
             None => {
                 let path = self.log.dir.join(file_name(Kind::Snapshots, self.next_number));
-                self.begin(storage, Kind::Snapshots, path, (Offset(0), Sequence(0), 0), crate::clock::wall_now())?
+                self.create(storage, Kind::Snapshots, path, (Offset(0), Sequence(0), 0), now.wall)?
             }
         };
-        let saved = writing.append(chunk, self.indexed)?;
-        self.store.add(writing.held.clone(), saved);
-        self.snapshots = Some(writing);
+        let saved = file.append(chunk, self.indexed)?;
+        self.store.add(file.held.clone(), saved);
+        self.snapshots = Some(file);
         Ok(())
     }
 
-    fn begin(
+    fn create(
         &mut self,
         storage: &dyn Storage,
         kind: Kind,
         path: PathBuf,
         (start, sequence, check): (Offset, Sequence, u32),
         time: Time,
-    ) -> io::Result<Writing> {
+    ) -> io::Result<OpenFile> {
         let header = FileHeader {
             kind,
             store: self.log.store,
@@ -201,42 +203,47 @@ impl Sources {
         };
         let number = self.next_number;
         if number == NUMBERS_END {
-            return Err(io::Error::other("no further file of saved states can be numbered"));
+            return Err(io::Error::other("no number is left for another file of saved states"));
         }
         let file = storage.create_side(&path)?;
         file.append(&header.encode())?;
         self.next_number += 1;
         let (bytes, places) = (FILE_HEADER_BYTES as u64, Arc::default());
-        let held = Held { number, kind, path, start, last_head: Offset(0), entries: 0, bytes, places };
-        Ok(Writing { held, file })
+        let held = SnapshotFile { number, kind, path, start, last_head: Offset(0), entries: 0, bytes, places };
+        Ok(OpenFile { held, file })
     }
 
-    /// Publishes a checkpoint once the log is durable as far as it knows. Whether it did.
-    fn finish(&mut self, storage: &dyn Storage, keeper: &KeeperRequests, durability: Durability, ending: bool) -> bool {
+    /// Publishes a complete checkpoint once the log is durable up to the checkpoint's end, or fails it. Returns `true`
+    /// if it did either.
+    fn finish(
+        &mut self,
+        storage: &dyn Storage,
+        keeper: &KeeperRequests,
+        durability: Durability,
+        is_ending: bool,
+    ) -> bool {
         let Some((_, log_end)) = &self.finishing else { return false };
         let log = Arc::clone(&self.log);
         let mut unsynced = lock(&log.unsynced);
-        // Left to the system's cache, log and checkpoint stay there as long as nobody was told that anything is durable.
+        // Log and checkpoint stay in the system's cache until something is acknowledged as durable.
         let syncs = durability != Durability::OsCache || self.log.durable.get() > HEADER_BYTES as u64;
         let durable = self.log.durable.get() >= log_end.0;
-        if !durable && syncs && self.log.failure().is_none() && !ending {
+        if !durable && syncs && self.log.failure().is_none() && !is_ending {
             self.syncer.flush(log_end.0);
             return false;
         }
-        let Some((writing, log_end)) = self.finishing.take() else { return false };
+        let Some((file, log_end)) = self.finishing.take() else { return false };
         if !durable && syncs {
-            self.failed(keeper, &io::Error::other("the log did not become durable"));
+            self.fail_checkpoint(keeper, &io::Error::other("the log did not become durable"));
             return true;
         }
-        match self.publish(storage, writing, log_end, durable, syncs) {
+        match self.publish(storage, file, log_end, durable, syncs) {
             Ok((start, file)) => {
                 *unsynced = (!syncs).then_some((file, log_end));
-                // Release: pairs with the Acquire in `CheckpointRequests::covered`.
-                self.requests.covered.fetch_max(start.0, Ordering::Release);
-                self.settled();
+                self.requests.publish(start);
                 keeper.signal.notify();
             }
-            Err(error) => self.failed(keeper, &error),
+            Err(error) => self.fail_checkpoint(keeper, &error),
         }
         true
     }
@@ -244,12 +251,12 @@ impl Sources {
     fn publish(
         &mut self,
         storage: &dyn Storage,
-        writing: Writing,
+        checkpoint: OpenFile,
         log_end: Offset,
         durable: bool,
         syncs: bool,
     ) -> io::Result<(Offset, Box<dyn SideFile>)> {
-        let Writing { mut held, file } = writing;
+        let OpenFile { mut held, file } = checkpoint;
         let check = self.log.check_before(log_end).ok_or_else(log_is_gone)?;
         let end = End { entries: held.entries, log_end, check, durable, boot: storage.boot_id() }.encode();
         file.append(&end)?;
@@ -265,52 +272,48 @@ impl Sources {
         held.path = path;
         let start = held.start;
         self.store.add(held, []);
-        // Another file of snapshots from here on, so that whole files become useless together; not so early that there would be
-        // very many.
-        self.snapshots = self.snapshots.take().filter(|writing| writing.held.bytes < FILE_BYTES_MIN);
+        // Snapshots after a checkpoint go to another file, so that whole files become useless together. A short file
+        // continues, or there would be very many.
+        self.snapshots = self.snapshots.take().filter(|file| file.held.bytes < FILE_BYTES_MIN);
         let earliest = self.log.earliest();
         let lost = self.log.segment_of(earliest) > 0;
         let useless = self.store.take_useless(earliest, lost);
-        // The one being written may be among them.
-        self.snapshots = self.snapshots.take().filter(|writing| !useless.contains(&writing.held.path));
+        // The open file may be among them.
+        self.snapshots = self.snapshots.take().filter(|file| !useless.contains(&file.held.path));
         for path in useless {
             if let Err(error) = storage.remove(&path) {
-                tracing::warn!(path = %path.display(), %error, "saved states that nobody needs stay behind");
+                let path = path.display();
+                tracing::warn!(%path, %error, "a useless file of saved states cannot be removed and stays");
             }
         }
         Ok((start, file))
     }
 
-    fn failed(&mut self, keeper: &KeeperRequests, error: &io::Error) {
-        tracing::error!(shard = self.log.shard.0, %error, "a checkpoint could not be written; retention waits for the next");
+    fn fail_checkpoint(&mut self, keeper: &KeeperRequests, error: &io::Error) {
+        let shard = self.log.shard.0;
+        tracing::error!(shard, %error, "a checkpoint could not be written; retention waits for the next");
         self.checkpoint = None;
-        self.requests.given_up();
-        self.settled();
-        // Retention asks again.
+        self.requests.fail();
+        // Retention requests another.
         keeper.signal.notify();
-    }
-
-    /// A checkpoint has come to its end, whichever.
-    fn settled(&self) {
-        let settled = self.requests.settled.fetch_add(1, Ordering::SeqCst) + 1;
-        self.requests.waiting.reached(settled);
     }
 
     fn give_back(&mut self, mut chunk: Chunk) {
         chunk.clear();
         if self.used.push(chunk).is_err() {
-            unreachable!("there is a place for every chunk");
+            unreachable!("the ring has a slot for every chunk");
         }
     }
 }
 
-/// Retention has freed what a checkpoint would be known by: this one is behind the log, and the next is not.
+/// Retention has freed the record that would identify a checkpoint's place: this checkpoint is older than the log, and
+/// the next will not be.
 fn log_is_gone() -> io::Error {
-    io::Error::other("the log was freed meanwhile")
+    io::Error::other("retention has freed the log that the checkpoint covers")
 }
 
-impl Writing {
-    /// Writes a chunk; says where its entries lie.
+impl OpenFile {
+    /// Writes a chunk. Returns the places of its entries if `indexed`.
     fn append(&mut self, chunk: &mut Chunk, indexed: bool) -> io::Result<Vec<(Key, Saved)>> {
         let (number, base) = (self.held.number, self.held.bytes);
         let mut saved = Vec::with_capacity(if indexed { chunk.entries as usize } else { 0 });

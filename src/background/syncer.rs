@@ -1,23 +1,23 @@
-//! Makes what is appended durable. One thread per shard; the only mover of `durable`.
+//! Makes a shard's log durable. One per shard; the only mover of `durable`.
 //!
-//! A failed sync is final: what the device holds is unknown, so the shard is failed, nothing later
-//! is acknowledged, and there is no second try.
+//! A failed sync is final: the contents of the device are unknown, so the shard fails, nothing later is acknowledged,
+//! and the sync is not repeated.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::step::Step;
 use crate::clock::Clock;
 use crate::config::Durability;
 use crate::error::FailureCause;
 use crate::event::Offset;
 use crate::lane::counts::LaneShared;
 use crate::lane::registry::LaneRegistry;
-use crate::lane::requests::{SyncMark, SyncRequests};
+use crate::lane::requests::{SyncRequests, UnsyncedRun};
 use crate::log::segment::ShardLog;
 use crate::metrics::{Counters, Recorder, Stage};
 use crate::storage::Storage;
-use crate::sync::Wait;
-use crate::sync::{Idle, Ordering, Signal, lock};
+use crate::sync::{Signal, lock};
 
 /// Bytes of the word that ends a segment's records.
 const END_WORD_BYTES: usize = 4;
@@ -29,72 +29,98 @@ pub(crate) struct Syncer {
     pub(crate) storage: Arc<dyn Storage>,
     pub(crate) requests: Arc<SyncRequests>,
     pub(crate) lanes: Arc<LaneRegistry>,
-    /// Wakes the shard, which closes its lanes when a sync failed, and marks the log when one has caught up.
+    /// Wakes the shard, which closes its lanes after a failed sync, and marks the log when a sync has caught up.
     pub(crate) shard_signal: Arc<Signal>,
     pub(crate) durability: Durability,
-    pub(crate) marks: rtrb::Consumer<SyncMark>,
+    pub(crate) marks: rtrb::Consumer<UnsyncedRun>,
     pub(crate) recorder: Recorder,
     pub(crate) counters: Arc<Counters>,
+    /// Measures syncs and latencies. It decides nothing.
     pub(crate) clock: Clock,
+    /// The time of the last sync, or of the first step.
+    pub(crate) synced_at: Option<Instant>,
 }
 
-/// In `GroupCommit`, syncs begin at least this far apart. More of them wait no less: each wakes the device, flushes
-/// other cores' address translations and takes a core from producers and shards.
+/// Shortest interval between the beginnings of two syncs in `GroupCommit`. More syncs do not shorten anyone's wait:
+/// each wakes the device, flushes other cores' address translations and takes a core from producers and shards.
 const SYNC_EVERY: Duration = Duration::from_micros(900);
 
-/// Due now, or when.
-fn due_at(at: Instant) -> (bool, Option<Instant>) {
-    (Instant::now() >= at, Some(at))
+/// When the next sync is due.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Due {
+    Now,
+    At(Instant),
+    /// Not before a request or another append.
+    Later,
 }
 
 impl Syncer {
-    /// Runs until the shard has ended and everything is synced, or a sync failed.
-    pub(crate) fn run(mut self) {
-        let mut idle = Idle::new(Wait::Park);
-        let mut synced_at = Instant::now();
-        loop {
-            let ending = self.requests.ending.load(Ordering::SeqCst);
-            if self.log.failure().is_some() {
-                break;
-            }
-            let (due, wake_at) = self.due(ending, synced_at);
-            if due {
-                synced_at = Instant::now();
-                if !self.sync() {
-                    break;
-                }
-                idle.reset();
-            } else {
-                self.settle();
-                if ending {
-                    break;
-                }
-                self.recorder.exchange();
-                idle.step(&self.requests.signal, wake_at, || self.has_work(wake_at));
-            }
+    /// Syncs once if a sync is due. Ends when the shard has ended and everything is synced, or a sync failed.
+    pub(crate) fn step(&mut self, now: Instant) -> Step {
+        let is_ending = self.requests.is_ending();
+        if self.log.failure().is_some() {
+            return self.end();
         }
-        self.shard_signal.notify();
-        self.lanes.wake_all();
+        let synced_at = *self.synced_at.get_or_insert(now);
+        let due = self.due(is_ending, synced_at, now);
+        if due == Due::Now {
+            self.synced_at = Some(now);
+            return if self.sync() { Step::Worked } else { self.end() };
+        }
+        self.settle();
+        if is_ending {
+            return self.end();
+        }
+        self.recorder.exchange();
+        match due {
+            Due::At(at) => Step::Idle(Some(at)),
+            Due::Now | Due::Later => Step::Idle(None),
+        }
     }
 
-    /// Looked at before sleeping, so it must see whatever was made visible before a wake-up.
-    fn has_work(&self, wake_at: Option<Instant>) -> bool {
+    /// Wakes all threads that wait for a sync: there will be no more.
+    fn end(&self) -> Step {
+        self.shard_signal.notify();
+        self.lanes.wake_all();
+        Step::Ended
+    }
+
+    /// Returns `true` if a step before `wake_at` may find work. Called before the thread sleeps, so it must see
+    /// everything that was made visible before a wake-up.
+    pub(crate) fn has_work(&self, wake_at: Option<Instant>) -> bool {
         let durable = self.log.durable.get();
         let appended = self.log.appended.get();
         let due = match self.durability {
-            // A wake-up for the interval comes by its deadline.
+            // The thread wakes at `wake_at` for the interval.
             Durability::GroupCommit | Durability::Periodic(_) => wake_at.is_none() && appended > durable,
             Durability::OsCache => false,
         };
-        due || (appended > durable && self.requests.flush_to.load(Ordering::SeqCst) > durable)
-            || self.requests.ending.load(Ordering::SeqCst)
+        due || (appended > durable && self.requests.flush_target() > durable)
+            || self.requests.is_ending()
             || self.log.failure().is_some()
             || self.recorder.exchange_handle().is_wanted()
             || (appended <= durable && self.lanes.is_behind())
     }
 
-    /// Tells lanes of what was synced before the shard had counted it for them: between publishing the
-    /// log's watermark and a lane's count, a sync may come in that covers an event no lane yet counts.
+    /// Returns when the next sync is due.
+    fn due(&self, is_ending: bool, synced_at: Instant, now: Instant) -> Due {
+        let durable = self.log.durable.get();
+        if self.log.appended.get() <= durable {
+            return Due::Later;
+        }
+        if is_ending || self.requests.flush_target() > durable {
+            return Due::Now;
+        }
+        let at = match self.durability {
+            Durability::OsCache => return Due::Later,
+            Durability::GroupCommit => synced_at + SYNC_EVERY,
+            Durability::Periodic(every) => synced_at + every,
+        };
+        if now >= at { Due::Now } else { Due::At(at) }
+    }
+
+    /// Raises the durable counts of lanes that counted events after their sync: the shard publishes the log's watermark
+    /// before a lane's count, and a sync in between covers events that no lane has counted yet.
     fn settle(&mut self) {
         if self.log.appended.get() > self.log.durable.get() || !self.lanes.is_behind() {
             return;
@@ -103,20 +129,20 @@ impl Syncer {
         let lanes = self.lanes.appended_counts();
         let durable = self.log.durable.get();
         if self.log.appended.get() <= durable {
-            self.reached(lanes, durable);
+            self.publish(lanes, durable);
         }
     }
 
-    /// Everything below `durable` is synced, and with it the counted events of `lanes`.
-    fn reached(&mut self, lanes: Vec<(Arc<LaneShared>, u64)>, durable: u64) {
+    /// Publishes that everything below `durable` is synced, and with it the counted events of `lanes`.
+    fn publish(&mut self, lanes: Vec<(Arc<LaneShared>, u64)>, durable: u64) {
         for (lane, count) in lanes {
             lane.durable_reached(count);
         }
-        // After the lanes: who has seen the log durable finds the receipts of what it covers durable too.
+        // After the lanes: a thread that has seen the log durable finds the receipts of its events durable too.
         self.log.durable.publish(durable);
         self.log.synced.reached(durable);
         self.lanes.flushed(durable);
-        // A shard at rest notes it in the log.
+        // A shard at rest writes a mark.
         self.shard_signal.notify();
         let now = self.clock.now();
         while let Ok(mark) = self.marks.peek() {
@@ -131,72 +157,55 @@ impl Syncer {
         }
     }
 
-    /// Whether to sync now and, if not now but later, when.
-    fn due(&self, ending: bool, synced_at: Instant) -> (bool, Option<Instant>) {
-        let durable = self.log.durable.get();
-        let work = self.log.appended.get() > durable;
-        if !work {
-            return (false, None);
-        }
-        if ending || self.requests.flush_to.load(Ordering::SeqCst) > durable {
-            return (true, None);
-        }
-        match self.durability {
-            Durability::OsCache => (false, None),
-            Durability::GroupCommit => due_at(synced_at + SYNC_EVERY),
-            Durability::Periodic(every) => due_at(synced_at + every),
-        }
-    }
-
-    /// One sync of everything appended. `false` when it failed.
+    /// Syncs everything appended. Returns `false` if that failed.
     fn sync(&mut self) -> bool {
-        // The lanes' counts first: whatever they count lies below the watermark read afterwards.
+        // The lanes' counts first: all events that they count are below the watermark that is read afterwards.
         let lanes = self.lanes.appended_counts();
         let target = self.log.appended.get();
         let from = self.log.durable.get();
         let started = self.clock.now();
-        // In the other modes a checkpoint is synced before it counts. Held until the log is durable: a checkpoint that is published
-        // afterwards is synced as well.
+        // In the other modes a checkpoint is synced before it counts. Locked until the log is durable: a checkpoint
+        // that is published afterwards is synced as well.
         let log = Arc::clone(&self.log);
         let mut unsynced = (self.durability == Durability::OsCache).then(|| lock(&log.unsynced));
-        // What was freed before anything was acknowledged rests on it: it becomes durable first, with all of the log that it knows.
-        let rests_on = unsynced.as_mut().and_then(|unsynced| unsynced.take());
-        let log_end = rests_on.as_ref().map_or(0, |(_, log_end)| log_end.0);
+        // The checkpoint stands for events that retention freed before anything was acknowledged. It becomes durable
+        // first, together with the log up to its end.
+        let checkpoint = unsynced.as_mut().and_then(|unsynced| unsynced.take());
+        let log_end = checkpoint.as_ref().map_or(0, |(_, log_end)| log_end.0);
         let target = target.max(log_end);
         if let Err(error) = self.sync_range(from, target) {
             self.log.fail(FailureCause::Sync(Arc::new(error)));
             return false;
         }
-        if let Some((file, _)) = rests_on
+        if let Some((file, _)) = checkpoint
             && let Err(source) = file.sync().and_then(|()| self.storage.sync_dir(&self.log.dir))
         {
-            let source = Arc::new(source);
-            self.log.fail(FailureCause::Storage { action: "syncing a checkpoint", source });
+            self.log.fail(FailureCause::Storage { action: "syncing a checkpoint", error: Arc::new(source) });
             return false;
         }
         self.recorder.record(Stage::Sync, self.clock.now().saturating_sub(started), 1);
         self.counters.syncs.add(1);
         self.counters.synced_bytes.add(target - from);
-        self.reached(lanes, target);
+        self.publish(lanes, target);
         true
     }
 
-    /// Syncs `[from, to)` segment by segment, front to back, so that a later byte is never durable before an earlier one is acknowledged.
+    /// Syncs `[from, to)` segment by segment, front to back: no byte becomes durable before the bytes in front of it.
     fn sync_range(&self, from: u64, to: u64) -> std::io::Result<()> {
         let (first, last) = (self.log.segment_of(Offset(from)), self.log.segment_of(Offset(to)));
         for index in first..=last {
             let Some(segment) = self.log.segment(index) else {
-                // Never begun (the range ends where it would begin), or freed by retention before it was durable: in OsCache mode,
-                // as long as nothing was acknowledged.
+                // Not begun (the range ends at its beginning), or freed by retention before it was durable: in
+                // `OsCache` mode, while nothing was acknowledged.
                 continue;
             };
             let base = index * self.log.segment_bytes;
-            // A segment's first sync takes its header along.
+            // The first sync of a segment includes its header.
             let first_record = self.log.first_offset(index).0;
             let start = if from <= first_record { 0 } else { (from - base) as usize };
             let committed = segment.memory.committed();
-            // A segment that is left takes the zero word behind its last record along: in a recycled segment
-            // old bytes would stand there after a power cut, and the log would seem damaged before the next one.
+            // The last sync of a segment includes the zero word after its last record: in a recycled segment old bytes
+            // would be there after a power cut, and the log would seem damaged before the next segment.
             let end = if index < last {
                 (committed + END_WORD_BYTES).min(segment.memory.len())
             } else {
@@ -215,7 +224,7 @@ mod tests {
     use crate::testing::FaultyStorage;
     use std::collections::VecDeque;
 
-    /// A syncer of an empty shard, and a lane that it tells.
+    /// The syncer of an empty shard, and one of its lanes.
     fn syncer(durability: Durability) -> (Syncer, Arc<LaneShared>) {
         let log = Arc::new(ShardLog::new(1, ShardId(0), "/s".into(), 1 << 16, Offset(4096), 0, VecDeque::new()));
         let lanes = Arc::new(LaneRegistry::default());
@@ -232,40 +241,61 @@ mod tests {
             recorder: Recorder::new(&[], false).0,
             counters: Arc::default(),
             clock: Clock::new(),
+            synced_at: None,
         };
         (syncer, lane)
     }
 
     #[test]
-    fn group_commit_syncs_apart_but_at_once_after_a_pause_or_when_asked() {
+    fn group_commit_syncs_in_intervals_and_at_once_after_a_pause_or_on_request() {
         let (syncer, _lane) = syncer(Durability::GroupCommit);
-        let later = Instant::now() + Duration::from_secs(60);
-        assert_eq!(syncer.due(false, later), (false, None), "nothing to sync");
+        let synced_at = Instant::now();
+        let due = |is_ending, since: Duration| syncer.due(is_ending, synced_at, synced_at + since);
+        assert_eq!(due(false, SYNC_EVERY), Due::Later, "nothing to sync");
         syncer.log.appended.publish(5000);
-        assert_eq!(syncer.due(false, later), (false, Some(later + SYNC_EVERY)), "too soon after the last");
-        assert!(syncer.due(false, Instant::now() - SYNC_EVERY).0, "a lone event after a pause");
-        assert!(syncer.due(true, later).0, "the shard has ended");
+        assert_eq!(due(false, Duration::ZERO), Due::At(synced_at + SYNC_EVERY), "too soon after the last");
+        assert_eq!(due(false, SYNC_EVERY), Due::Now, "a lone event after a pause");
+        assert_eq!(due(true, Duration::ZERO), Due::Now, "the shard has ended");
         syncer.requests.flush(5000);
-        assert!(syncer.due(false, later).0, "a flush");
+        assert_eq!(due(false, Duration::ZERO), Due::Now, "a flush");
     }
 
     #[test]
-    fn an_event_synced_before_its_lane_counted_it_is_settled() {
+    fn a_step_syncs_at_most_once_and_returns_the_time_of_the_next_sync() {
+        let (mut syncer, _lane) = syncer(Durability::GroupCommit);
+        let now = Instant::now();
+        assert_eq!(syncer.step(now), Step::Idle(None));
+        syncer.log.appended.publish(5000);
+        assert!(syncer.has_work(None));
+        assert_eq!(syncer.step(now), Step::Idle(Some(now + SYNC_EVERY)));
+        assert!(!syncer.has_work(Some(now + SYNC_EVERY)), "the thread may sleep until then");
+        assert_eq!(syncer.step(now + SYNC_EVERY), Step::Worked);
+        assert_eq!(syncer.log.durable.get(), 5000);
+        syncer.log.appended.publish(6000);
+        assert_eq!(syncer.step(now + SYNC_EVERY), Step::Idle(Some(now + 2 * SYNC_EVERY)));
+        syncer.requests.ending.store(true, Ordering::SeqCst);
+        assert_eq!(syncer.step(now + SYNC_EVERY), Step::Worked, "the last sync waits for no interval");
+        assert_eq!((syncer.step(now + SYNC_EVERY), syncer.log.durable.get()), (Step::Ended, 6000));
+    }
+
+    #[test]
+    fn an_event_synced_before_its_lane_counted_it_becomes_durable() {
         for durability in [Durability::GroupCommit, Durability::Periodic(Duration::from_secs(1))] {
             let (mut syncer, lane) = syncer(durability);
             let log = Arc::clone(&syncer.log);
-            // The shard publishes the log's watermark, the syncer runs, and only then the shard counts for the lane.
+            // The shard publishes the log's watermark, the syncer runs, and only then the shard counts the lane's
+            // events.
             log.appended.publish(5000);
             assert!(syncer.sync());
             lane.appended_reached(1);
             assert_eq!((log.durable.get(), lane.durable_count()), (5000, 0));
-            assert!(syncer.has_work(None), "the syncer must not sleep over it");
+            assert!(syncer.has_work(None), "the syncer must not sleep yet");
             syncer.settle();
             assert_eq!(lane.durable_count(), 1);
-            assert!(!syncer.has_work(None), "and then it may");
+            assert!(!syncer.has_work(None), "now it may");
             syncer.requests.flush(5001);
-            assert!(!syncer.has_work(None), "also where more is asked for than there is");
-            // What is appended and not synced is nothing to settle.
+            assert!(!syncer.has_work(None), "even if a flush asks for more than is appended");
+            // An event that is appended and not synced stays as it is.
             log.appended.publish(6000);
             lane.appended_reached(2);
             syncer.settle();

@@ -1,19 +1,21 @@
-//! The answer to a command: waited for by a thread or a task.
+//! The answer to a command, for a thread or a task to wait for.
 
 use std::future::Future;
 use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::Instant;
 
-use super::{Client, ClientLane, CommandError, Outcome, Ticket, Verdict, Waiting};
+use super::client::Client;
+use super::lane::Ticket;
+use super::outcome::{CommandError, Outcome};
 use crate::state::aggregate::Aggregate;
 use crate::sync::Deadline;
 
-/// An answer that is waited for.
+/// The answer to a command: a blocking wait, or a future of any runtime.
 #[must_use = "nothing waits until `.wait()` or `.await`"]
 pub struct Answer<'c, A: Aggregate> {
     client: &'c mut Client<A>,
-    /// `None` once answered.
+    /// `None` once the answer is claimed.
     ticket: Option<Ticket>,
 }
 
@@ -24,22 +26,22 @@ impl<A: Aggregate> std::fmt::Debug for Answer<'_, A> {
 }
 
 impl<'c, A: Aggregate> Answer<'c, A> {
-    pub(super) fn new(client: &'c mut Client<A>, ticket: Ticket) -> Self {
+    fn new(client: &'c mut Client<A>, ticket: Ticket) -> Self {
         Self { client, ticket: Some(ticket) }
     }
 
-    /// Blocks the thread until there is an answer.
+    /// Blocks the thread until the answer comes.
     ///
     /// # Errors
-    /// Why the command was not carried out.
+    /// The reason why the command was not carried out.
     pub fn wait(self) -> Result<Outcome, CommandError<A::Rejection>> {
         self.block(None)
     }
 
-    /// Blocks the thread until there is an answer, or `deadline`. The answer is given up then.
+    /// Blocks the thread until the answer comes or `deadline` passes. Then the answer is given up.
     ///
     /// # Errors
-    /// Why the command was not carried out; `Unanswered` with `TimedOut`.
+    /// The reason why the command was not carried out; `Unanswered(TimedOut)` after the deadline.
     pub fn wait_until(self, deadline: impl Into<Deadline>) -> Result<Outcome, CommandError<A::Rejection>> {
         let deadline = deadline.into().instant();
         self.block(deadline)
@@ -53,7 +55,7 @@ impl<'c, A: Aggregate> Answer<'c, A> {
         let lane = &mut self.client.lanes[ticket.lane];
         lane.await_answer(ticket.number, wait, deadline).map_err(CommandError::Unanswered)?;
         lane.receive();
-        // Answered; what is still waited for does not give the answer up.
+        // The command is answered: dropping `self` must not forget it, even if the wait for durability fails.
         self.ticket = None;
         let outcome = lane.claim(&ticket).unwrap_or_else(|| Err(CommandError::Claimed))?;
         if ticket.durable {
@@ -83,7 +85,7 @@ impl<A: Aggregate> Future for Answer<'_, A> {
 }
 
 impl<A: Aggregate> Drop for Answer<'_, A> {
-    /// Dropped before it came: nobody asks any more.
+    /// Gives the answer up if it is not claimed.
     fn drop(&mut self) {
         if let Some(ticket) = self.ticket.take() {
             self.client.forget(ticket);
@@ -92,7 +94,42 @@ impl<A: Aggregate> Drop for Answer<'_, A> {
 }
 
 impl<A: Aggregate> Client<A> {
-    /// The answer to `ticket`, or the task is woken when there is more to see.
+    /// Returns the answer to a command sent earlier, for `.wait()`, `.wait_until()` or `.await`.
+    pub fn answer(&mut self, ticket: Ticket) -> Answer<'_, A> {
+        Answer::new(self, ticket)
+    }
+
+    /// Returns the answer if it has come. Each answer is given once: later calls return [`CommandError::Claimed`].
+    pub fn try_answer(&mut self, ticket: &Ticket) -> Option<Result<Outcome, CommandError<A::Rejection>>> {
+        if !self.is_mine(ticket) {
+            return Some(Err(CommandError::Claimed));
+        }
+        let lane = &mut self.lanes[ticket.lane];
+        // Before the replies: a reply that comes after these reads is found by the next call.
+        let failure = lane.door.log.failure().cloned();
+        let is_answered = lane.shared.appended_count() >= ticket.number;
+        lane.receive();
+        let Some(claimed) = lane.claim(ticket) else {
+            return match failure {
+                _ if is_answered => Some(Err(CommandError::Claimed)),
+                Some(failure) => Some(Err(CommandError::Unanswered(failure.into()))),
+                None => None,
+            };
+        };
+        match claimed {
+            Ok(outcome) if ticket.durable => match outcome.receipt.durable().outcome() {
+                Some(Ok(())) => Some(Ok(outcome)),
+                Some(Err(error)) => Some(Err(CommandError::NotDurable(error))),
+                None => {
+                    lane.put_back(ticket, Ok(outcome));
+                    None
+                }
+            },
+            claimed => Some(claimed),
+        }
+    }
+
+    /// Polls the answer to `ticket`. While it is pending, the task is woken when it should poll again.
     pub(super) fn poll_answer(
         &mut self,
         ticket: &Ticket,
@@ -101,7 +138,7 @@ impl<A: Aggregate> Client<A> {
         let lane = &mut self.lanes[ticket.lane];
         if lane.shared.appended_count() < ticket.number {
             lane.shared.register_appended(ticket.number, context.waker());
-            // Once more: it may have come between the look and the registration.
+            // Again: the reply may have come between the check and the registration.
             if lane.shared.appended_count() < ticket.number {
                 return match lane.door.log.failure() {
                     Some(failure) => Poll::Ready(Err(CommandError::Unanswered(failure.clone().into()))),
@@ -125,22 +162,6 @@ impl<A: Aggregate> Client<A> {
                 lane.put_back(ticket, Ok(outcome));
                 Poll::Pending
             }
-        }
-    }
-}
-
-impl<A: Aggregate> ClientLane<A> {
-    /// Puts an answer back that is not to be given yet.
-    pub(super) fn put_back(&mut self, ticket: &Ticket, claimed: Result<Outcome, CommandError<A::Rejection>>) {
-        let Ok(outcome) = claimed else { return };
-        let Outcome { version, events, repeated, .. } = outcome;
-        let verdict = Verdict::Done { version, events, repeated };
-        // What was carried out needs no expectation any more.
-        let expected = super::ExpectedVersion::Any;
-        match self.waiting(ticket.number) {
-            Some(waiting) => *waiting = Waiting::Answered(expected, verdict),
-            // Claimed answers at the front are settled at once.
-            None => self.keep(ticket.number, expected, verdict),
         }
     }
 }

@@ -1,32 +1,44 @@
-//! A command about to be sent, with what it asks for.
+//! A command before it is sent, with its options.
 
 use std::future::{Future, IntoFuture};
 use std::pin::Pin;
 use std::task::{Context, Poll};
 
-use super::{Client, CommandError, ExpectedVersion, Order, Outcome, Ticket};
+use super::client::Client;
+use super::lane::{CommandSlot, Ticket};
+use super::outcome::{CommandError, ExpectedVersion, Outcome};
 use crate::error::{Rejected, RejectedReason};
 use crate::event::{Key, KeyHash};
 use crate::state::aggregate::Aggregate;
 use crate::sync::{Deadline, Patience, may_wait};
 
+impl<A: Aggregate> Client<A> {
+    /// Prepares a command for `key`. [`Sending::wait`], `.await`, [`Sending::ticket`] or [`Sending::tell`] sends it.
+    pub fn send(&mut self, key: Key, command: A::Command) -> Sending<'_, A> {
+        Sending::new(self, key, command)
+    }
+}
+
 /// A command that is not sent yet.
 #[must_use = "nothing is sent until `.wait()`, `.await`, `.ticket()` or `.tell()`"]
 pub struct Sending<'c, A: Aggregate> {
     client: &'c mut Client<A>,
-    order: Order<A::Command>,
+    command: CommandSlot<A::Command>,
     durable: bool,
 }
 
 impl<A: Aggregate> std::fmt::Debug for Sending<'_, A> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Sending").field("key", &self.order.key).field("durable", &self.durable).finish_non_exhaustive()
+        f.debug_struct("Sending")
+            .field("key", &self.command.key)
+            .field("durable", &self.durable)
+            .finish_non_exhaustive()
     }
 }
 
 impl<'c, A: Aggregate> Sending<'c, A> {
-    pub(super) fn new(client: &'c mut Client<A>, key: Key, command: A::Command) -> Self {
-        let order = Order {
+    fn new(client: &'c mut Client<A>, key: Key, command: A::Command) -> Self {
+        let command = CommandSlot {
             key,
             hash: KeyHash::of(key),
             published: client.clock.now(),
@@ -34,40 +46,43 @@ impl<'c, A: Aggregate> Sending<'c, A> {
             idempotency: None,
             command,
         };
-        Self { client, order, durable: false }
+        Self { client, command, durable: false }
     }
 
-    /// Only if the key has this version.
+    /// Carries the command out only if the key has this version.
     pub fn expect(mut self, expected: ExpectedVersion) -> Self {
-        self.order.expected = expected;
+        self.command.expected = expected;
         self
     }
 
-    /// At most once under this idempotency key: a repeat does nothing and is answered as the first was, also after a
-    /// restart, for as long as it is among the key's newest (`Config::outcomes_kept`). What counts as an answer is the
-    /// aggregate's own: carried out or rejected; other refusals are not remembered.
+    /// Carries the command out at most once under this idempotency key.
     ///
-    /// A text is told from others by its 64-bit hash. Every number is a key of its own, 0 and the largest included.
+    /// A repeat does nothing and is answered as the first command was, also after a restart. The shard remembers the
+    /// newest `Config::outcomes_kept` outcomes of each key: commands that were carried out, and rejections by the
+    /// aggregate. It does not remember other errors.
+    ///
+    /// Texts are distinguished by their 64-bit hashes. Every number is an idempotency key of its own, including 0 and
+    /// `u64::MAX`.
     pub fn once(mut self, idempotency: impl Into<IdempotencyKey>) -> Self {
-        self.order.idempotency = Some(idempotency.into().0);
+        self.command.idempotency = Some(idempotency.into().0);
         self
     }
 
-    /// Answered when its events are durable, rather than when they are appended. (A rejection is answered at once.)
+    /// Answers when the command's events are durable instead of appended. (A rejection is answered at once.)
     pub fn durable(mut self) -> Self {
         self.durable = true;
         self
     }
 
-    /// Sends it, waiting for room, and returns the ticket that [`Client::answer`] wants.
+    /// Sends the command, waiting for room, and returns the ticket for [`Client::answer`].
     ///
     /// # Errors
-    /// The command and why it was refused. `Full` where as many answers as the lane holds have not been claimed.
+    /// The command, with the reason. `Full` if the lane is full of unclaimed answers.
     pub fn ticket(self) -> Result<Ticket, Rejected<A::Command>> {
         self.dispatch(true, Patience::Forever)
     }
 
-    /// Sends it if there is room now.
+    /// Sends the command if there is room now.
     ///
     /// # Errors
     /// As [`Sending::ticket`].
@@ -75,7 +90,7 @@ impl<'c, A: Aggregate> Sending<'c, A> {
         self.dispatch(true, Patience::None)
     }
 
-    /// Sends it, waiting for room until `deadline`.
+    /// Sends the command, waiting for room until `deadline`.
     ///
     /// # Errors
     /// As [`Sending::ticket`].
@@ -84,7 +99,7 @@ impl<'c, A: Aggregate> Sending<'c, A> {
         self.dispatch(true, Patience::until(deadline))
     }
 
-    /// Sends it, waiting for room, and wants no answer. What is rejected is counted in the metrics.
+    /// Sends the command, waiting for room, and drops its answer. The metrics count rejections.
     ///
     /// # Errors
     /// As [`Sending::ticket`].
@@ -94,19 +109,19 @@ impl<'c, A: Aggregate> Sending<'c, A> {
         Ok(())
     }
 
-    /// Sends it and waits for the answer.
+    /// Sends the command and waits for the answer.
     ///
     /// # Errors
-    /// Why it was not carried out.
+    /// The reason why the command was not carried out.
     pub fn wait(self) -> Result<Outcome, CommandError<A::Rejection>> {
         let (client, ticket) = self.sent(Patience::Forever)?;
         client.answer(ticket).wait()
     }
 
-    /// Sends it and waits for the answer until `deadline`. The answer is given up then.
+    /// Sends the command and waits for the answer until `deadline`. Then the answer is given up.
     ///
     /// # Errors
-    /// Why it was not carried out; `Unanswered` with `TimedOut`.
+    /// The reason why the command was not carried out; `Unanswered(TimedOut)` after the deadline.
     pub fn wait_until(self, deadline: impl Into<Deadline>) -> Result<Outcome, CommandError<A::Rejection>> {
         let deadline = deadline.into().instant();
         let (client, ticket) = self.sent(Patience::until(deadline))?;
@@ -119,24 +134,24 @@ impl<'c, A: Aggregate> Sending<'c, A> {
 
     fn sent(self, patience: Patience) -> Result<(&'c mut Client<A>, Ticket), CommandError<A::Rejection>> {
         if !may_wait() {
-            // Before it is sent: its answer could not be waited for.
+            // Before sending: this thread could not wait for the answer.
             return Err(CommandError::NotSent(RejectedReason::OnEngineThread));
         }
         self.send(true, patience).map_err(|rejected| CommandError::NotSent(rejected.reason()))
     }
 
     fn send(self, wanted: bool, patience: Patience) -> Result<(&'c mut Client<A>, Ticket), Rejected<A::Command>> {
-        let Self { client, order, durable } = self;
-        let key = order.key;
-        // Where there is one, nothing is routed.
+        let Self { client, command, durable } = self;
+        let key = command.key;
+        // A single shard needs no routing.
         let lane = if let [_] = &client.lanes[..] { 0 } else { usize::from(key.shard(client.lanes.len() as u16).0) };
         let wait = client.wait;
-        match client.lanes[lane].send(order, wanted, wait, patience) {
+        match client.lanes[lane].send(command, wanted, wait, patience) {
             Ok(number) => {
                 let ticket = Ticket { key, client: client.lanes[lane].id(), lane, number, durable };
                 Ok((client, ticket))
             }
-            Err(rejected) => Err(rejected.map(|order| order.command)),
+            Err(rejected) => Err(rejected.map(|slot| slot.command)),
         }
     }
 }
@@ -146,15 +161,15 @@ impl<'c, A: Aggregate> IntoFuture for Sending<'c, A> {
     type IntoFuture = SendingFuture<'c, A>;
 
     fn into_future(self) -> SendingFuture<'c, A> {
-        let Self { client, order, durable } = self;
-        SendingFuture { client, order: Some(order), durable, ticket: None }
+        let Self { client, command, durable } = self;
+        SendingFuture { client, unsent: Some(command), durable, ticket: None }
     }
 }
 
-/// A command that is sent when the future is polled, and its answer.
+/// A future that sends a command when it is polled, and resolves to the answer.
 pub struct SendingFuture<'c, A: Aggregate> {
     client: &'c mut Client<A>,
-    order: Option<Order<A::Command>>,
+    unsent: Option<CommandSlot<A::Command>>,
     durable: bool,
     ticket: Option<Ticket>,
 }
@@ -165,7 +180,7 @@ impl<A: Aggregate> std::fmt::Debug for SendingFuture<'_, A> {
     }
 }
 
-// Nothing in it is pinned: commands are moved.
+// No field is pinned: commands are moved.
 impl<A: Aggregate> Unpin for SendingFuture<'_, A> {}
 
 impl<A: Aggregate> Future for SendingFuture<'_, A> {
@@ -174,24 +189,24 @@ impl<A: Aggregate> Future for SendingFuture<'_, A> {
     fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
         let this = &mut *self;
         let mut registered = false;
-        while let Some(order) = this.order.take() {
-            let key = order.key;
+        while let Some(command) = this.unsent.take() {
+            let key = command.key;
             let lane = usize::from(key.shard(this.client.lanes.len() as u16).0);
-            match this.client.lanes[lane].try_send(order, true) {
+            match this.client.lanes[lane].try_send(command, true) {
                 Ok(number) => {
                     let client = this.client.lanes[lane].id();
                     this.ticket = Some(Ticket { key, client, lane, number, durable: this.durable });
                 }
-                Err(Rejected::Full(order) | Rejected::StorageFull(order)) => {
+                Err(Rejected::Full(command) | Rejected::StorageFull(command)) => {
                     let lane = &this.client.lanes[lane];
                     if lane.arrived == lane.sent {
                         return Poll::Ready(Err(CommandError::NotSent(lane.door.full(()).reason())));
                     }
-                    this.order = Some(order);
+                    this.unsent = Some(command);
                     if registered {
                         return Poll::Pending;
                     }
-                    // Room comes with the next answer. Once more: it may have come before this was registered.
+                    // The next reply frees room. Again: it may have come before the registration.
                     lane.shared.register_any(context.waker());
                     registered = true;
                 }
@@ -212,7 +227,7 @@ impl<A: Aggregate> Future for SendingFuture<'_, A> {
 }
 
 impl<A: Aggregate> Drop for SendingFuture<'_, A> {
-    /// Dropped before it was answered: nobody asks any more.
+    /// Gives the answer up if the command was sent and is not answered.
     fn drop(&mut self) {
         if let Some(ticket) = self.ticket.take() {
             self.client.forget(ticket);
@@ -220,7 +235,7 @@ impl<A: Aggregate> Drop for SendingFuture<'_, A> {
     }
 }
 
-/// Names a command, so that it is carried out once however often it is sent.
+/// Identifies a command that may be sent several times, so that it is carried out once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct IdempotencyKey(pub(crate) u64);
 

@@ -1,4 +1,4 @@
-//! Wakes a task at a time. A thread of its own, which sleeps until then: runtimes have timers, but which one is theirs to know.
+//! Wakes a task at a given time, on a thread of its own: it must work with any async runtime.
 
 use std::sync::Arc;
 use std::task::Waker;
@@ -12,11 +12,11 @@ struct Next {
     is_over: bool,
 }
 
-/// One time and who is woken then.
+/// The time and the task to wake then.
 #[derive(Debug)]
 pub(super) struct Alarm {
     next: Arc<Mutex<Next>>,
-    /// `None` where no thread could be started; then whoever waits is woken at once, and asks again.
+    /// `None` if no thread could be started. Then every task is woken at once and polls again.
     thread: Option<thread::Thread>,
 }
 
@@ -26,11 +26,13 @@ impl Alarm {
         let shared = Arc::clone(&next);
         let spawned = thread::Builder::new().name("corelane-alarm".to_owned()).spawn(move || run(&shared));
         let thread = spawned.map(|handle| handle.thread().clone());
-        let thread = thread.inspect_err(|error| tracing::warn!(%error, "no thread for a poller's alarm")).ok();
+        let thread = thread
+            .inspect_err(|error| tracing::warn!(%error, "a poller's alarm has no thread; its tasks poll instead"))
+            .ok();
         Self { next, thread }
     }
 
-    /// Wakes `waker` at `at`, and nobody else.
+    /// Wakes `waker` at `at`. Replaces an earlier alarm.
     pub(super) fn set(&self, at: Instant, waker: &Waker) {
         lock(&self.next).at = Some((at, waker.clone()));
         match &self.thread {

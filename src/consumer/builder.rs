@@ -1,4 +1,4 @@
-//! How a consumer is told what to do and started: the way in for applications.
+//! The entry point for applications: sets a consumer up and starts it.
 
 use std::fmt;
 use std::sync::Arc;
@@ -22,7 +22,7 @@ use crate::error::HandlerError;
 use crate::event::{Event, Meta};
 use crate::log::reader::Sight;
 
-/// A consumer about to be started. Everything has a default; the name is its identity in the store.
+/// Sets up a consumer. Every setting has a default. The name identifies the consumer in the store.
 #[must_use = "it does nothing until it is started"]
 pub struct ConsumerBuilder<E: Event> {
     services: Arc<Services>,
@@ -46,100 +46,106 @@ impl<E: Event> ConsumerBuilder<E> {
             start: Start::Beginning,
             sight: if services.syncs { Sight::Durable } else { Sight::Appended },
             concurrency: 1,
-            lanes: QueuePolicy::default(),
+            queues: QueuePolicy::default(),
             retry: super::retry::RetryPolicy::default(),
             health: HealthPolicy::default(),
             letters: DeadLetterPolicy::default(),
             exhausted: Exhausted::default(),
             judge: None,
             checkpoint_every: Duration::from_secs(1),
-            // Consumers that fail together are not tried again together.
+            // Consumers that fail together must not be retried together.
             jitter_seed: xxhash_rust::xxh3::xxh3_64(name.as_bytes()),
         };
         let retry = Retry::exponential(2.0);
         Self { services: Arc::clone(services), settings, types: None, retry, event: std::marker::PhantomData }
     }
 
-    /// Only events of these types, by their names in [`Event::TYPES`]; at least one. Default: all.
+    /// Delivers only events of these types, given by their names in [`Event::TYPES`]; at least one. Default: all types.
     pub fn types<T: AsRef<str>>(mut self, names: impl IntoIterator<Item = T>) -> Self {
         self.types = Some(names.into_iter().map(|name| name.as_ref().to_owned()).collect());
         self
     }
 
-    /// Where it starts if it is new; one that is registered goes on from its checkpoint. Default: at the beginning.
+    /// Sets where a new consumer starts. A registered consumer continues from its saved position. Default: at the
+    /// beginning.
     pub fn start_at(mut self, start: Start) -> Self {
         self.settings.start = start;
         self
     }
 
-    /// Sees events as soon as they are appended, not only when they are durable. After a power cut it may have handled events that the
-    /// log does not have (in durability mode `OsCache` that is so anyway). Default: durable events only.
+    /// Delivers events as soon as they are appended, not only when they are durable. After a power cut the consumer may
+    /// have handled events that the log lost. In durability mode `OsCache` this is always so. Default: durable events
+    /// only.
     pub fn before_durable(mut self) -> Self {
         self.settings.sight = Sight::Appended;
         self
     }
 
-    /// So many keys are handled at once, each in order, 1..=65,536; above 1, that many threads call the handler. Default: 1, on the
-    /// consumer's own thread.
+    /// Sets the number of keys handled at the same time, each key in order, 1..=65,536. Above 1, as many threads call
+    /// the handler. Default: 1, on the consumer's own thread.
     pub fn concurrency(mut self, concurrency: usize) -> Self {
         self.settings.concurrency = concurrency;
         self
     }
 
-    /// How much it remembers of what is not done. Default: [`QueuePolicy::default`]; its concurrency is [`ConsumerBuilder::concurrency`].
-    pub fn lanes(mut self, policy: QueuePolicy) -> Self {
-        self.settings.lanes = policy;
+    /// Limits the unfinished events and the keys kept in memory. Default: [`QueuePolicy::default`], with the
+    /// concurrency of [`ConsumerBuilder::concurrency`].
+    pub fn queues(mut self, policy: QueuePolicy) -> Self {
+        self.settings.queues = policy;
         self
     }
 
-    /// When a failed attempt is made again. Default: exponential, 5 attempts.
+    /// Sets when a failed attempt is repeated. Default: exponential, 5 attempts.
     pub fn retry(mut self, retry: Retry) -> Self {
         self.retry = retry;
         self
     }
 
-    /// What becomes of an event whose attempts are used up. Default: it is parked.
+    /// Sets what happens to an event whose attempts are used up. Default: its key is parked.
     pub fn when_exhausted(mut self, exhausted: Exhausted) -> Self {
         self.settings.exhausted = exhausted;
         self
     }
 
-    /// Judges each error a handler returns, after so many attempts: one that no retry can help, for instance. A panic goes by the
-    /// policy.
+    /// Decides about each error that a handler returns, given the attempt's number: for example that no retry can help.
+    /// Panics follow the retry policy.
     pub fn judge(mut self, judge: impl Fn(&HandlerError, u32) -> Judgement + Send + Sync + 'static) -> Self {
         self.settings.judge = Some(Arc::new(judge));
         self
     }
 
-    /// When its service counts as unhealthy, and how it is tried then.
+    /// Sets when the service counts as unhealthy, and how it is probed then.
     pub fn health(mut self, policy: HealthPolicy) -> Self {
         self.settings.health = policy;
         self
     }
 
-    /// How many dead letters it keeps, and what happens when there are more.
+    /// Sets how many dead letters are kept, and what happens to further ones.
     pub fn dead_letters(mut self, policy: DeadLetterPolicy) -> Self {
         self.settings.letters = policy;
         self
     }
 
-    /// How often its position is saved, 1 ms..=1 h; what was handled since is handled again after a crash. Default: 1 s.
+    /// Sets how often the position is saved, 1 ms..=1 h. A crash repeats the events handled since the last save.
+    /// Default: 1 s.
     pub fn checkpoint_every(mut self, every: Duration) -> Self {
         self.settings.checkpoint_every = every;
         self
     }
 
-    /// The seed of the retries' jitter, for runs that are to be repeated. Default: made of the name.
+    /// Sets the seed of the retries' jitter, for reproducible runs. Default: a hash of the name.
     pub fn jitter_seed(mut self, seed: u64) -> Self {
         self.settings.jitter_seed = seed;
         self
     }
 
-    /// Starts it: `handler` is called for every event, each key's in order, at least once. It may fail, panic or take long; that is
-    /// nobody else's concern. It may wait for the engine, and not for this very consumer: such a call says `OnEngineThread`.
+    /// Starts the consumer: calls `handler` for every event, each key's in order, at least once. A handler may fail,
+    /// panic or block without affecting other consumers. It may wait for the engine, but not for its own consumer: such
+    /// calls return `OnEngineThread`.
     ///
     /// # Errors
-    /// [`ConsumerError`]: a value out of range, a name that cannot be, a consumer that runs already, files that cannot be read.
+    /// [`ConsumerError`]: a setting out of range, an invalid name, a consumer that is already running, or files that
+    /// cannot be read.
     pub fn start<F>(self, handler: F) -> Result<Consumer<E>, ConsumerError>
     where
         F: Fn(&E::Archived, &Meta) -> Result<(), HandlerError> + Send + Sync + 'static,
@@ -147,18 +153,8 @@ impl<E: Event> ConsumerBuilder<E> {
         self.start_with(move |event: &E::Archived, meta: &Meta, _: &Call<'_>| handler(event, meta))
     }
 
-    /// As [`ConsumerBuilder::start`], for a subscriber of the event bus.
-    ///
-    /// # Errors
-    /// As [`ConsumerBuilder::start`].
-    pub fn on<F>(self, handler: F) -> Result<Consumer<E>, ConsumerError>
-    where
-        F: Fn(&E::Archived, &Meta) -> Result<(), HandlerError> + Send + Sync + 'static,
-    {
-        self.start(handler)
-    }
-
-    /// As [`ConsumerBuilder::start`], for handlers with side effects: [`Call`] names each of them and says when it was had before.
+    /// As [`ConsumerBuilder::start`], for handlers with side effects: [`Call`] identifies each effect and tells whether
+    /// it has already run.
     ///
     /// # Errors
     /// As [`ConsumerBuilder::start`].
@@ -170,11 +166,11 @@ impl<E: Event> ConsumerBuilder<E> {
         let driver = self.driver()?;
         let name = driver.settings().name.to_string();
         let control = running::start(driver, Arc::clone(&services), handler);
-        let control = control.map_err(|error| services.refused(&name, error))?;
+        let control = control.map_err(|error| services.note_refused(&name, error))?;
         Ok(Consumer::new(control, &name))
     }
 
-    /// A consumer without threads, to be driven by the application's own thread or task.
+    /// Returns a consumer without threads, driven by the application's own thread or task.
     ///
     /// # Errors
     /// As [`ConsumerBuilder::start`].
@@ -183,7 +179,7 @@ impl<E: Event> ConsumerBuilder<E> {
         self.driver().map(|driver| Poller::new(services, driver))
     }
 
-    /// The checked settings.
+    /// Returns the checked settings.
     pub(super) fn settle(mut self) -> Result<(Arc<Services>, Settings), ConsumerError> {
         self.settings.retry = self.retry.validate()?;
         in_range("consumer_checkpoint_every_ms", whole_ms(self.settings.checkpoint_every), 1, 3_600_000)?;
@@ -197,9 +193,9 @@ impl<E: Event> ConsumerBuilder<E> {
     fn driver(self) -> Result<Driver<E>, ConsumerError> {
         let (services, settings) = self.settle()?;
         let name = Arc::clone(&settings.name);
-        let (places, letters) = services.drive::<E>(&name, settings.start)?;
+        let (shards, letters) = services.drive::<E>(&name, settings.start)?;
         let storage = Arc::clone(&services.storage);
-        let driver = Driver::open(settings, storage, services.dir(&name), places, letters);
-        driver.map_err(|error| services.refused(&name, error))
+        let driver = Driver::open(settings, storage, services.dir(&name), shards, letters);
+        driver.map_err(|error| services.note_refused(&name, error))
     }
 }

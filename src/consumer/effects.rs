@@ -1,44 +1,45 @@
-//! Side effects of a handler: each with a key by which its receiver can tell a repeat, and none again when a consumer is set back.
+//! Side effects of a handler: each has a key that identifies repeats, and none runs again after a seek.
 
 use std::fmt;
 
 use crate::event::EventId;
 
-/// What a handler learns of one call of it.
+/// One call of a handler.
 #[derive(Debug, Clone, Copy)]
 pub struct Call<'a> {
     consumer: &'a str,
     id: EventId,
     attempt: u32,
-    had: bool,
+    is_rebuild: bool,
 }
 
 impl<'a> Call<'a> {
-    pub(crate) fn new(consumer: &'a str, id: EventId, attempt: u32, had: bool) -> Self {
-        Self { consumer, id, attempt, had }
+    pub(crate) fn new(consumer: &'a str, id: EventId, attempt: u32, is_rebuild: bool) -> Self {
+        Self { consumer, id, attempt, is_rebuild }
     }
 
-    /// 1 the first time.
+    /// Returns the number of this attempt; the first is 1.
     #[must_use]
     pub fn attempt(&self) -> u32 {
         self.attempt
     }
 
-    /// Whether the event was handled before the consumer was set back: what it does outside it has done already.
+    /// Returns `true` if the event was handled before the consumer was set back: its side effects have already run.
     #[must_use]
     pub fn is_rebuild(&self) -> bool {
-        self.had
+        self.is_rebuild
     }
 
-    /// The same for every attempt at this event by this consumer, also after a crash, and no other's.
+    /// Returns a key that is the same for every attempt at this event by this consumer, also after a crash, and unique
+    /// to them.
     #[must_use]
     pub fn effect_key(&self) -> EffectKey<'a> {
         EffectKey { consumer: self.consumer, id: self.id }
     }
 
-    /// Has a side effect, unless this is a rebuild: mail, a payment, a message to another system. `effect` hands the key on to the
-    /// receiver, who by it drops repeats: an effect that was had and whose success was not saved before a crash is had again with
-    /// the same key. `None`: this is a rebuild, and it was not called.
+    /// Runs a side effect, unless this is a rebuild: a mail, a payment, a message to another system. `effect` passes
+    /// the key on to the receiver, which uses it to drop repeats: an effect that ran before a crash, and whose success
+    /// was not saved, runs again with the same key. Returns `None` if this is a rebuild; `effect` was not called.
     ///
     /// ```
     /// # use corelane::consumer::Call;
@@ -50,13 +51,13 @@ impl<'a> Call<'a> {
     /// ```
     ///
     /// # Errors
-    /// What `effect` says.
+    /// The error of `effect`.
     pub fn effect<T, F>(&self, effect: impl FnOnce(EffectKey<'a>) -> Result<T, F>) -> Result<Option<T>, F> {
-        if self.had { Ok(None) } else { effect(self.effect_key()).map(Some) }
+        if self.is_rebuild { Ok(None) } else { effect(self.effect_key()).map(Some) }
     }
 }
 
-/// Names one event's side effect by one consumer. As a text: `consumer/shard/offset`.
+/// Identifies one event's side effect by one consumer. Its text is `consumer/shard/offset`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct EffectKey<'a> {
     /// The consumer's name.
@@ -77,13 +78,13 @@ mod tests {
     use crate::event::{Offset, ShardId};
 
     #[test]
-    fn an_effect_is_named_for_ever_and_not_had_again_by_a_rebuild() {
+    fn an_effect_has_a_stable_key_and_a_rebuild_does_not_run_it() {
         let id = EventId { shard: ShardId(3), offset: Offset(4096) };
         let live = Call::new("mail", id, 2, false);
-        let had = live.effect(|key| Ok::<_, ()>(key.to_string()));
-        assert_eq!(had, Ok(Some("mail/3/4096".to_owned())));
+        let ran = live.effect(|key| Ok::<_, ()>(key.to_string()));
+        assert_eq!(ran, Ok(Some("mail/3/4096".to_owned())));
         assert_eq!(live.effect(|_| Err::<(), _>("refused")), Err("refused"));
         let rebuild = Call::new("mail", id, 1, true);
-        assert_eq!(rebuild.effect(|_| -> Result<(), ()> { panic!("had before") }), Ok(None));
+        assert_eq!(rebuild.effect(|_| -> Result<(), ()> { panic!("it has run before") }), Ok(None));
     }
 }

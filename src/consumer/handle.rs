@@ -1,13 +1,15 @@
-//! A running consumer, in the hands of the application.
+//! The application's handle of a running consumer.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::dead_letter::answer::DeadLetter;
-use super::driver::{Driver, Handled, Letters};
+use super::dead_letter::selector::LetterSelector;
+use super::driver::Driver;
 use super::error::ConsumerError;
+use super::outcome::Handled;
 use super::report::ConsumerReport;
-use super::running::Control;
+use super::running::ConsumerShared;
 use super::services::Running as _;
 use super::settings::Start;
 use super::watches::Watch;
@@ -15,49 +17,72 @@ use crate::error::WaitError;
 use crate::event::{Event, EventId, Key, Offset, ShardId};
 use crate::sync::{Deadline, GaveUp, promise};
 
-/// How long a consumer may take to answer: its thread may be inside a handler.
+/// How long a call waits for the consumer's thread, which may be inside a handler.
 const ANSWER_TIME: Duration = Duration::from_secs(10);
 
-/// A running consumer. Dropping it stops it; in the store it stays registered, and goes on from its checkpoint when it is started
-/// again.
+/// A running consumer. Dropping it stops it. It stays registered in the store, and the next start continues from its
+/// saved position.
+///
+/// ```
+/// # use corelane::envelope::Envelope;
+/// # use corelane::{Config, Deadline, EventLog};
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # let dir = tempfile::tempdir()?;
+/// let engine = EventLog::<Envelope>::open(Config::new(dir.path()))?;
+/// let mails = engine.consumer("mails").start(|event, _meta| {
+///     println!("to send: {}", event.payload());
+///     Ok(())
+/// })?;
+///
+/// let event = Envelope::new("player.levelled_up", 42, r#"{"level":7}"#)?;
+/// engine.producer().publish(event.key(), event)?;
+/// engine.flush(Deadline::NEVER)?;
+/// mails.drain(Deadline::NEVER)?;
+/// assert_eq!(mails.report().handled, 1);
+/// mails.stop(Deadline::NEVER)?;
+/// # engine.shutdown(Deadline::NEVER)?;
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug)]
 pub struct Consumer<E: Event> {
-    control: Arc<Control<E>>,
+    shared: Arc<ConsumerShared<E>>,
     name: String,
 }
 
 impl<E: Event> Consumer<E> {
-    pub(super) fn new(control: Arc<Control<E>>, name: &str) -> Self {
-        Self { control, name: name.to_owned() }
+    pub(super) fn new(shared: Arc<ConsumerShared<E>>, name: &str) -> Self {
+        Self { shared, name: name.to_owned() }
     }
 
-    /// Returns `true` if the current thread may wait for it.
+    /// Returns `true` if the current thread may wait for this consumer.
     pub(crate) fn may_await(&self) -> bool {
-        self.control.life.may_await()
+        self.shared.life.may_await()
     }
 
-    /// Its name.
+    /// Returns the consumer's name.
     #[must_use]
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// What is known of it now.
+    /// Returns a report of the consumer.
     #[must_use]
     pub fn report(&self) -> ConsumerReport {
-        self.control.report()
+        self.shared.report()
     }
 
-    /// Gives nothing out any more, until [`Consumer::resume`]; what runs goes on.
+    /// Pauses the consumer until [`Consumer::resume`]: no further event is handled. Running handlers finish. Returns at
+    /// once.
     ///
     /// # Errors
-    /// `Ended`; `Busy` when its thread does not answer, since it is inside a handler; `Wait` with `OnEngineThread` from inside that
-    /// handler itself, or on a shard's thread: nothing was asked then.
+    /// `Ended`; `Busy` if its thread is inside a handler and does not answer; `Wait` with `OnEngineThread` from inside
+    /// that handler, or on a shard's thread: the call then has no effect.
     pub fn pause(&self) -> Result<(), ConsumerError> {
         self.ask(Driver::pause).map(drop)
     }
 
-    /// Goes on after a pause or a halt, with the event that halted first.
+    /// Ends a pause or a halt. The event that halted the consumer runs first.
     ///
     /// # Errors
     /// As [`Consumer::pause`].
@@ -65,14 +90,16 @@ impl<E: Event> Consumer<E> {
         self.ask(Driver::resume)
     }
 
-    /// Sets it elsewhere: to the beginning for a rebuild, for instance. Waits for running calls. Events before its old position are
-    /// handled again, but [`super::Call::effect`] does not repeat side effects that have already run. Waiting dead letters stay, and
-    /// older events of their keys wait behind the same fault; skipped and discarded events come again. A halted consumer goes on from there.
+    /// Sets the consumer to another position, for example to the beginning for a rebuild. Waits for running handlers.
+    /// Events before the old position are handled again, but [`super::Call::effect`] does not repeat side effects that
+    /// have already run. Waiting dead letters stay, and older events of their keys become dead letters too; skipped and
+    /// discarded events are delivered again. A halted consumer resumes.
     ///
     /// # Errors
-    /// As [`Consumer::pause`], and from inside a handler on any of its threads; `Read` where the place is gone.
+    /// As [`Consumer::pause`], and from inside a handler on any of its threads; `Read` if the log no longer holds the
+    /// position.
     pub fn seek(&self, start: Start) -> Result<(), ConsumerError> {
-        if !self.control.life.may_await() {
+        if !self.shared.life.may_await() {
             return Err(WaitError::OnEngineThread.into());
         }
         let deadline = Instant::now() + ANSWER_TIME;
@@ -91,32 +118,33 @@ impl<E: Event> Consumer<E> {
         sought
     }
 
-    /// Its dead letters by key, and of a key by age: at most `max` of them, those behind `after`.
+    /// Returns up to `max` dead letters behind `after`, ordered by key and offset.
     ///
     /// # Errors
-    /// As [`Consumer::pause`], and what the files say.
+    /// As [`Consumer::pause`]; errors of the dead letters' files.
     pub fn dead_letters(&self, after: Option<(Key, Offset)>, max: usize) -> Result<Vec<DeadLetter>, ConsumerError> {
         self.ask(move |driver| driver.letters().list(after, max))?.map_err(Into::into)
     }
 
-    /// Lets dead letters be handled again: oldest first per key, each key until its first failure. With its last letter a key is live
-    /// again. Returns how many keys are gone through; [`Consumer::report`] shows what comes of it.
+    /// Starts handling dead letters again: oldest first per key, each key until its first failure. A key without
+    /// letters is live again. Returns the number of keys started; [`Consumer::report`] shows the outcome.
     ///
     /// # Errors
     /// As [`Consumer::pause`].
-    pub fn reprocess(&self, which: Letters) -> Result<usize, ConsumerError> {
+    pub fn reprocess(&self, which: LetterSelector) -> Result<usize, ConsumerError> {
         self.ask(move |driver| driver.reprocess(which))
     }
 
-    /// Takes dead letters away without handling them, each with a record. Returns how many.
+    /// Discards dead letters, each with a record. Returns the number discarded.
     ///
     /// # Errors
-    /// As [`Consumer::pause`], and what the files say.
-    pub fn discard(&self, which: Letters) -> Result<u64, ConsumerError> {
+    /// As [`Consumer::pause`]; errors of the dead letters' files.
+    pub fn discard(&self, which: LetterSelector) -> Result<u64, ConsumerError> {
         self.ask(move |driver| driver.discard(which))?
     }
 
-    /// What was missing before a key's first event is there: it need not wait any longer. Whether one waited.
+    /// Lets a key's first event run if it waits for a gap: the missing event has arrived, or never will. Returns `true`
+    /// if an event waited.
     ///
     /// # Errors
     /// As [`Consumer::pause`].
@@ -124,75 +152,76 @@ impl<E: Event> Consumer<E> {
         self.ask(move |driver| driver.gap_filled(key))
     }
 
-    /// Keeps the records of a shard's events from `from` on until the watch is dropped: their end will be asked for.
+    /// Keeps the records of a shard's events from `from` on until the watch is dropped: the caller will ask how they
+    /// ended.
     pub(crate) fn watch(&self, shard: ShardId, from: Offset) -> Watch {
-        self.control.watches.watch(shard, from)
+        self.shared.watches.watch(shard, from)
     }
 
-    /// Waits until this consumer is done with the key's events up to this one, and returns how this one ended. For an event that the
-    /// consumer had already passed, that may be [`Handled::Unknown`].
+    /// Waits until this consumer is done with the key's events up to this one, and returns how this one ended. For an
+    /// event that the consumer passed before the call, that may be [`Handled::Unknown`].
     ///
     /// # Errors
-    /// `Ended`; `Wait` with `TimedOut` at the deadline, with `OnEngineThread` inside one of its own handlers.
+    /// `Ended`; `Wait` with `TimedOut` at the deadline, and with `OnEngineThread` inside one of its own handlers.
     pub fn wait_handled(&self, key: Key, id: EventId, deadline: impl Into<Deadline>) -> Result<Handled, ConsumerError> {
         let deadline = deadline.into().instant();
-        if !self.control.life.may_await() {
+        if !self.shared.life.may_await() {
             return Err(WaitError::OnEngineThread.into());
         }
         let (handled, keeping) = promise();
-        // Not waited for: the answer is the promise.
-        drop(self.control.ask(move |driver| driver.wait_for(key, id.offset, keeping)));
+        // This promise is not needed: the driver keeps the other one.
+        drop(self.shared.ask(move |driver| driver.wait_for(key, id.offset, keeping)));
         self.answer(handled.wait(deadline))
     }
 
-    /// Waits until everything there is has been handled or recorded. Whether it came to that by the deadline; one that is paused or
-    /// halted does not come to it. `false` at once inside one of its own handlers, whose event is not handled yet.
-    #[must_use]
-    pub fn drain(&self, deadline: impl Into<Deadline>) -> bool {
-        let deadline = deadline.into().instant();
-        self.control.drain(deadline)
-    }
-
-    /// Saves its position now; durable when it returns.
+    /// Waits until the consumer has handled or recorded every event that is visible now.
     ///
     /// # Errors
-    /// As [`Consumer::pause`], and what the file system says.
+    /// `Wait` with `TimedOut` at the deadline (a paused or halted consumer handles nothing), and at once with
+    /// `OnEngineThread` inside one of its own handlers; `Ended` if it has ended.
+    pub fn drain(&self, deadline: impl Into<Deadline>) -> Result<(), ConsumerError> {
+        self.shared.drain(deadline.into().instant())
+    }
+
+    /// Saves the position now. It is durable when this returns.
+    ///
+    /// # Errors
+    /// As [`Consumer::pause`]; errors of the file system.
     pub fn save(&self) -> Result<(), ConsumerError> {
         self.ask(Driver::save)?
     }
 
-    /// Stops it: what runs is finished, its position is saved. Where a handler hangs, `Busy` at the deadline: the thread stays behind in
-    /// it, nothing else waits for it, and what it was handling counts as not done.
+    /// Stops the consumer: running handlers finish, and the position is saved. If a handler hangs, returns `Busy` at
+    /// the deadline; its thread is left behind, and its event counts as not handled.
     ///
     /// # Errors
-    /// `Busy`; `Ended` where it had ended by itself, with the reason. `Wait` with `OnEngineThread` from inside its own handler, or on a
-    /// shard's thread: it is asked to stop and not waited for.
+    /// `Busy`; `Ended` with the reason if the consumer had ended by itself; `Wait` with `OnEngineThread` from inside
+    /// its own handler, or on a shard's thread: the consumer stops without being waited for.
     pub fn stop(self, deadline: impl Into<Deadline>) -> Result<(), ConsumerError> {
         let deadline = deadline.into().instant();
-        self.control.life.stop(&self.name, deadline, || self.control.report().failure)
+        self.shared.life.stop(&self.name, deadline, || self.shared.report().failure)
     }
 
     fn ask<T: Send + 'static>(
         &self,
         look: impl FnOnce(&mut Driver<E>) -> T + Send + 'static,
     ) -> Result<T, ConsumerError> {
-        if !self.control.life.may_ask() {
+        if !self.shared.life.may_ask() {
             return Err(WaitError::OnEngineThread.into());
         }
-        self.answer(self.control.ask(look).wait(Some(Instant::now() + ANSWER_TIME))).map_err(|error| match error {
+        self.answer(self.shared.ask(look).wait(Some(Instant::now() + ANSWER_TIME))).map_err(|error| match error {
             ConsumerError::Wait(WaitError::TimedOut) => ConsumerError::Busy { name: self.name.clone() },
             error => error,
         })
     }
 
     fn answer<T>(&self, answer: Result<Option<T>, GaveUp>) -> Result<T, ConsumerError> {
-        let ended = || ConsumerError::Ended { failure: self.control.report().failure };
-        answer.map_err(WaitError::from)?.ok_or_else(ended)
+        answer.map_err(WaitError::from)?.ok_or_else(|| self.shared.ended())
     }
 }
 
 impl<E: Event> Drop for Consumer<E> {
     fn drop(&mut self) {
-        self.control.life.stop_dropped(&self.name);
+        self.shared.life.stop_dropped(&self.name);
     }
 }

@@ -1,10 +1,9 @@
-//! The life of a consumer's thread, as its handles see it: asked to stop, woken, ended.
+//! The life cycle of a consumer's thread: stop requests, wake-ups, end.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::{Duration, Instant};
 
 use super::error::{ConsumerError, ConsumerFailure};
-use super::services::Services;
 use crate::error::WaitError;
 use crate::error::panic_text;
 use crate::sync::block_until;
@@ -13,27 +12,27 @@ use crate::sync::{AtomicBool, AtomicU64, Mutex, Ordering, Role, Waiters, lock, m
 /// How long dropping a handle waits for the thread to end.
 const DROP_TIME: Duration = Duration::from_secs(5);
 
-/// Shared by a thread and its handles.
+/// The state shared by a consumer's thread and its handles.
 #[derive(Debug)]
 pub(crate) struct Life {
     stopping: AtomicBool,
-    /// Who stopped it has waited long enough.
+    /// A call of `stop` has waited until its deadline.
     given_up: AtomicBool,
     thread: Mutex<Option<thread::Thread>>,
     began: Instant,
-    /// Since when the thread is inside a handler, in ns since `began`; 0: it is not.
+    /// Since when the thread has been inside a handler, in ns since `began`; 0 if it is not.
     inside_since_ns: AtomicU64,
     /// 1 once the thread has ended.
     ended: AtomicU64,
-    /// Who waits for that.
+    /// Waiters for the thread's end.
     ending: Waiters,
-    /// Which engine it belongs to.
+    /// The identity of its engine.
     engine: usize,
 }
 
 impl Life {
-    /// Of a consumer of `services`.
-    pub(super) fn new(services: &Services) -> Self {
+    /// Returns the life of a consumer that belongs to `engine`.
+    pub(super) fn new(engine: usize) -> Self {
         Self {
             stopping: AtomicBool::new(false),
             given_up: AtomicBool::new(false),
@@ -42,11 +41,12 @@ impl Life {
             inside_since_ns: AtomicU64::new(0),
             ended: AtomicU64::new(0),
             ending: Waiters::new(),
-            engine: services.identity(),
+            engine,
         }
     }
 
-    /// Makes the current thread this consumer's until it ends.
+    /// Assigns the current thread to this consumer until the thread ends. `drives` is `true` for the thread that owns
+    /// the driver.
     pub(super) fn take_thread(&self, drives: bool) {
         take_role(Role::Consumer { engine: self.engine, consumer: self.identity(), drives });
     }
@@ -60,12 +60,12 @@ impl Life {
         may_wait() && !matches!(role(), Role::Consumer { consumer, .. } if consumer == self.identity())
     }
 
-    /// Returns `true` if the current thread may wait for an answer of the driving thread: a worker may.
+    /// Returns `true` if the current thread may wait for an answer of the driving thread. A worker may.
     pub(super) fn may_ask(&self) -> bool {
         may_wait() && !matches!(role(), Role::Consumer { consumer, drives: true, .. } if consumer == self.identity())
     }
 
-    /// The time since it began: what everything here is told as `now`.
+    /// Returns the time since the consumer began: the clock of its driver.
     pub(super) fn now(&self) -> Duration {
         self.began.elapsed()
     }
@@ -91,13 +91,13 @@ impl Life {
         self.wake();
     }
 
-    /// Waits until it has ended. Whether it has, by the deadline.
+    /// Waits until the thread has ended. Returns `false` at the deadline.
     pub(super) fn await_end(&self, deadline: Option<Instant>) -> bool {
         let over = || self.has_ended().then_some(Ok::<_, WaitError>(()));
         block_until(deadline, |waker| self.ending.register(1, waker), over).is_ok()
     }
 
-    /// Stops it; `failure` says why it had ended by itself, if it had.
+    /// Stops the thread and waits for its end. `failure` returns why it had ended by itself, if it had.
     pub(super) fn stop(
         &self,
         name: &str,
@@ -116,19 +116,19 @@ impl Life {
         failure().map_or(Ok(()), |failure| Err(ConsumerError::Ended { failure: Some(failure) }))
     }
 
-    /// A handle is dropped: waits, unless that was done before, until a deadline that its owner had set.
+    /// Stops the thread of a dropped handle. Waits for its end, unless `stop` has waited before.
     pub(super) fn stop_dropped(&self, name: &str) {
         if self.given_up.load(Ordering::Relaxed) {
             return;
         }
         self.ask_to_stop();
-        // On its own thread: it ends when its handler has returned.
+        // On its own thread it ends when its handler returns.
         if self.may_await() && !self.await_end(Some(Instant::now() + DROP_TIME)) {
-            tracing::error!(consumer = name, "a consumer's handler hangs; its thread stays behind");
+            tracing::error!(consumer = name, "a consumer's handler hangs; its thread is left behind");
         }
     }
 
-    /// Runs the thread's work, whatever it does. Returns why it ended by itself, if it did.
+    /// Runs the thread's work and catches panics. Returns why it ended by itself, if it did.
     pub(super) fn run(&self, name: &str, body: impl FnOnce() -> Result<(), ConsumerError>) -> Option<ConsumerFailure> {
         *lock(&self.thread) = Some(thread::current());
         self.take_thread(true);
@@ -143,26 +143,26 @@ impl Life {
         failure
     }
 
-    /// The thread's last word: who waits for the end may do whatever it kept from being done.
+    /// Wakes waiters for the end. The thread must have released everything before.
     pub(super) fn end(&self) {
         // Release: pairs with the Acquire in `has_ended`.
         self.ended.store(1, Ordering::Release);
         self.ending.reached(1);
     }
 
-    /// A handler is about to be called.
+    /// Notes that a handler is about to be called.
     pub(super) fn go_inside(&self) {
         let now_ns = u64::try_from(self.now().as_nanos()).unwrap_or(u64::MAX);
         self.inside_since_ns.store(now_ns.max(1), Ordering::Relaxed);
     }
 
-    /// It has returned. Says when.
+    /// Notes that the handler has returned. Returns the time.
     pub(super) fn come_out(&self) -> Duration {
         self.inside_since_ns.store(0, Ordering::Relaxed);
         self.now()
     }
 
-    /// For how long the thread has been inside a handler, if it is.
+    /// Returns how long the thread has been inside a handler, if it is.
     pub(super) fn inside_for(&self) -> Option<Duration> {
         let since_ns = self.inside_since_ns.load(Ordering::Relaxed);
         (since_ns > 0).then(|| self.now().saturating_sub(Duration::from_nanos(since_ns)))

@@ -1,18 +1,17 @@
-//! What services that hang off the log are made of: order, retry, health, and the place of every key.
+//! Consumers: services that follow the log, each event of a key in order and at least once.
 //!
-//! Each part is plain data with one owner: no thread, no clock, no I/O, no shard. Time is an argument, always
-//! the time passed since one fixed moment on a monotonic clock; randomness is seeded.
-//!
-//! | part | question it answers |
+//! | part | its job |
 //! |---|---|
-//! | [`SequenceGate`] | Input came out of order: what is its order, and what is missing? |
-//! | [`KeyQueues`] | What may run now so that every key keeps its order, and how far is all of it done? |
-//! | [`RetryPolicy`] | An attempt failed: when is the next, if any? |
-//! | [`Health`] | Does this service work, and may it be called now? |
+//! | [`ConsumerBuilder`] | Sets a consumer up and starts it: with its own threads ([`Consumer`]), without ([`Poller`]), or as a [`Sink`]. |
+//! | `driver` | Decides what one consumer does next. No thread, no waiting; the time is an argument. |
+//! | `key_queues` | Keeps each key's events in order, and knows the position below which all events are done. |
+//! | `retry`, `health` | When is a failed attempt repeated? May the service be called now? |
+//! | `dead_letter` | The files of events that were parked or skipped. |
+//! | `running`, `sink`, [`Poller`] | The shells that own threads, call handlers and wait. |
 
 mod alarm;
+mod assigned_shard;
 mod builder;
-pub(crate) mod checkpoint;
 mod dead_letter;
 mod driver;
 mod effects;
@@ -21,8 +20,10 @@ mod handle;
 mod health;
 mod key_queues;
 mod life;
+mod outcome;
 pub mod outside;
 mod poller;
+pub(crate) mod position_file;
 mod report;
 mod requests;
 mod retry;
@@ -36,20 +37,22 @@ pub use builder::ConsumerBuilder;
 pub use dead_letter::answer::{
     DeadLetter, DeadLetterPolicy, LetterKind, LetterStatistics, LettersError, WhenFull, WriteRefused,
 };
-pub use driver::{HaltCause, Handled, Letters};
+pub use dead_letter::selector::LetterSelector;
 pub use effects::{Call, EffectKey};
 pub use error::{ConsumerError, ConsumerFailure};
 pub use handle::Consumer;
+pub use health::HealthPolicy;
+pub use health::report::{HealthReport, HealthStatus, UnhealthyCause};
+pub use key_queues::answer::QueuePolicy;
+pub use outcome::{HaltCause, Handled};
 pub use poller::{Delivery, Poller};
 pub use report::{ConsumerReport, prometheus};
 pub use requests::Request;
+pub use retry::{Retry, RetryPolicy};
 pub use settings::{Exhausted, Judgement, Start};
 pub use sink::{Batch, Sink, SinkConsumer};
 
-pub use health::report::HealthReport;
-pub use health::{Admission, CallPermit, Health, HealthChange, HealthPolicy, HealthStatus, UnhealthyCause};
-pub use key_queues::KeyQueues;
-pub use key_queues::answer::{
-    InFlight, KeyState, NotParked, QueuePolicy, QueueRefused, QueueStatistics, RecordKind, ToRecord, Verdict,
-};
-pub use retry::{AfterFailure, JitterRng, Retry, RetryPolicy};
+#[cfg(feature = "bench-support")]
+pub(crate) use key_queues::{KeyQueues, answer::InFlight, answer::Verdict};
+#[cfg(test)]
+pub(crate) use retry::JitterRng;

@@ -1,15 +1,15 @@
-//! Looks at a store's consumers from outside, beside a running engine; and asks something of one, as a file in its folder. Nothing
-//! else is changed.
+//! Reads a store's consumers from another process, beside a running engine, and leaves requests for them as files.
+//! Changes nothing else.
 
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use rkyv::util::AlignedVec;
 
-use super::checkpoint::{Checkpoint, Progress, consumers_dir, names as folders};
 use super::dead_letter::answer::{DeadLetter, LetterStatistics, LettersError};
-use super::dead_letter::{Letters as LetterStore, open_outside};
+use super::dead_letter::{LetterStore, open_outside};
 use super::error::ConsumerError;
+use super::position_file::{ConsumerPosition, Progress, consumers_dir, names as folders};
 use super::requests::{self, Request};
 use crate::clock::wall_now;
 use crate::error::OpenError;
@@ -22,22 +22,23 @@ use crate::storage::Storage;
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Registered {
-    /// Its name.
+    /// The consumer's name.
     pub name: String,
-    /// Its durable gap-free position in every shard: retention keeps what comes after.
+    /// Its saved position in every shard. Retention keeps every event at or after it.
     pub positions: Vec<Offset>,
-    /// The furthest offset that its checkpoint names in every shard: opening cuts what lies behind the log's end.
+    /// The highest offset that its position file names in every shard. Opening the store cuts it at the log's end.
     pub reaches: Vec<Offset>,
-    /// The furthest position that it has read in every shard, which knows of which log it is.
+    /// The furthest position that it has read in every shard. It identifies the log.
     pub seen: Vec<Position>,
-    /// Requests that wait to be taken up, or are not carried out to their end.
+    /// Requests that wait or are not completed.
     pub requests: usize,
 }
 
-/// The names that have a folder among the consumers of `store`. Those without a checkpoint are no consumers (any more).
+/// Returns the names of the folders of consumers in `store`. A folder without a position file belongs to no registered
+/// consumer.
 ///
 /// # Errors
-/// What the file system says.
+/// The file system's error.
 pub fn names(store: &Store) -> Result<Vec<String>, OpenError> {
     folders(&**store.files(), store.dir())
 }
@@ -46,16 +47,16 @@ fn dir_of(store: &Store, consumer: &str) -> PathBuf {
     consumers_dir(store.dir()).join(consumer)
 }
 
-/// A consumer of `store`; `None` where none of this name is registered.
+/// Returns a consumer of `store`; `None` if no consumer of this name is registered.
 ///
 /// # Errors
-/// What the file system says; a checkpoint that does not hold.
+/// The file system's error; a damaged position file.
 pub fn registered(store: &Store, name: &str) -> Result<Option<Registered>, OpenError> {
     if !crate::log::manifest::is_folder_name(name) {
         return Ok(None);
     }
     let path = dir_of(store, name);
-    let Some(checkpoint) = Checkpoint::load(&**store.files(), &path)? else { return Ok(None) };
+    let Some(checkpoint) = ConsumerPosition::load(&**store.files(), &path)? else { return Ok(None) };
     let requests = requests::waiting(&**store.files(), &path);
     let requests = requests.map_err(|source| OpenError::Io { action: "listing", path, source })?.len();
     let positions = checkpoint.shards.iter().map(|shard| shard.position).collect();
@@ -70,50 +71,51 @@ pub fn registered(store: &Store, name: &str) -> Result<Option<Registered>, OpenE
     Ok(Some(Registered { name: name.to_owned(), positions, reaches, seen, requests }))
 }
 
-/// The requests to a consumer of `store` that do not hold, each with why: the consumer puts them aside.
+/// Returns the invalid requests to a consumer of `store`, each with the reason. The consumer puts them aside.
 ///
 /// # Errors
-/// What the file system says.
+/// The file system's error.
 pub fn broken_requests(store: &Store, name: &str) -> Result<Vec<(String, &'static str)>, OpenError> {
     let path = dir_of(store, name);
     let io = |source| OpenError::Io { action: "reading the requests in", path: path.clone(), source };
     requests::broken(&**store.files(), &path).map_err(io)
 }
 
-/// A consumer's dead letters as they were when they were looked at.
+/// A consumer's dead letters, as of the time they were read.
 #[derive(Debug)]
 pub struct DeadLetters(LetterStore);
 
 impl DeadLetters {
-    /// Looks at the dead letters of a consumer of `store`, and at every checksum of them.
+    /// Reads the dead letters of a consumer of `store` and verifies every checksum.
     ///
     /// # Errors
-    /// What the file system says; files that do not hold, or end before letters that the consumer's checkpoint knows of.
+    /// The file system's error; files that are damaged, or that end before letters that the consumer's position file
+    /// names.
     pub fn open(store: &Store, consumer: &str) -> Result<Self, OpenError> {
         let path = dir_of(store, consumer);
         let storage: Arc<dyn Storage> = Arc::clone(store.files()) as _;
-        // Before the letters: of those that it knows of, all are there. One that does not hold says nothing of them, and is told by
-        // [`registered`].
-        let checkpoint = Checkpoint::load(&*storage, &path).ok().flatten();
+        // Read before the letters, so that every letter that it names is there. If it is damaged, [`registered`]
+        // reports that.
+        let checkpoint = ConsumerPosition::load(&*storage, &path).ok().flatten();
         let shards = checkpoint.as_ref().map_or(usize::from(store.shards()), |checkpoint| checkpoint.shards.len());
         open_outside(&storage, &path, checkpoint.unwrap_or_default().letters, shards).map(Self)
     }
 
-    /// How many there are, and what became of others.
+    /// Returns the counts of letters.
     #[must_use]
     pub fn statistics(&self) -> LetterStatistics {
         self.0.statistics()
     }
 
-    /// The keys that have letters, and how many each.
+    /// Returns the keys that have letters, and the number of each.
     pub fn keys(&self) -> impl Iterator<Item = (Key, u32)> {
         self.0.keys().map(|(key, _, letters)| (key, letters))
     }
 
-    /// Up to `max` letters by key, and of a key by age, from behind `after` on, with their events' archives.
+    /// Returns up to `max` letters behind `after`, ordered by key and offset, with their events' archives.
     ///
     /// # Errors
-    /// What the file system says; an entry that was damaged since.
+    /// The file system's error; an entry that was damaged since [`DeadLetters::open`].
     pub fn list(
         &self,
         after: Option<(Key, Offset)>,
@@ -122,7 +124,7 @@ impl DeadLetters {
         self.0.list_with_archives(after, max)
     }
 
-    /// The letter of an event.
+    /// Returns the letter of an event.
     ///
     /// # Errors
     /// As [`DeadLetters::list`].
@@ -132,11 +134,11 @@ impl DeadLetters {
     }
 }
 
-/// Asks something of a consumer of `store`: the running one takes it up within about a second, else the next one that
-/// is started. Durable when it returns. What a crash interrupts is done again.
+/// Leaves a request for a consumer of `store`; durable when this returns. A running consumer takes it up within about a
+/// second, any other when it is started. A crash repeats what it interrupts.
 ///
 /// # Errors
-/// `NotRegistered`; what the file system says.
+/// `NotRegistered`; the file system's error.
 pub fn ask(store: &Store, consumer: &str, request: Request) -> Result<(), ConsumerError> {
     if registered(store, consumer)?.is_none() {
         return Err(ConsumerError::NotRegistered { name: consumer.to_owned() });
@@ -146,12 +148,12 @@ pub fn ask(store: &Store, consumer: &str, request: Request) -> Result<(), Consum
         .map_err(|source| OpenError::Io { action: "leaving a request in", path, source }.into())
 }
 
-/// Whether an engine has `store` open. It is tried with the store's lock, for an instant, which an engine that is opened
-/// just then waits out.
+/// Returns `true` if an engine has `store` open. Tries the store's lock for an instant; an engine that is opening the
+/// store at that time waits.
 ///
 /// # Errors
-/// What the file system says.
+/// The file system's error.
 pub fn is_open(store: &Store) -> Result<bool, OpenError> {
     let locked = store.files().is_locked();
-    locked.map_err(|source| OpenError::Io { action: "looking at", path: store.dir().to_owned(), source })
+    locked.map_err(|source| OpenError::Io { action: "trying the lock of", path: store.dir().to_owned(), source })
 }

@@ -1,4 +1,4 @@
-//! A consumer driven from outside: by an application's own thread, or by its tasks.
+//! A consumer without threads, driven by the application's own thread or by its tasks.
 
 use std::future::Future;
 use std::pin::Pin;
@@ -8,26 +8,55 @@ use std::time::{Duration, Instant};
 
 use super::alarm::Alarm;
 use super::dead_letter::answer::DeadLetter;
-use super::driver::execute::{Failed, Job};
-use super::driver::{Driver, Letters};
+use super::dead_letter::selector::LetterSelector;
+use super::driver::Driver;
+use super::driver::job::{Failed, Job};
 use super::error::ConsumerError;
 use super::report::ConsumerReport;
 use super::services::Services;
 use super::settings::Start;
-use crate::error::HandlerError;
+use crate::error::{HandlerError, WaitError};
 use crate::event::{Event, EventId, Key, Meta, Offset};
 use crate::log::access::Access;
 use crate::log::finder::Finder;
 use crate::sync::{Deadline, Mutex, lock, may_wait, thread_waker};
 
-/// How often its report is renewed while it has work.
+/// How often the report for `Engine::consumers` is renewed while there is work.
 const SHOW_EVERY: Duration = Duration::from_millis(100);
 
-/// A consumer without threads. Its owner takes deliveries and says how each ended; meanwhile no other event of that key
-/// is given out. Retries, dead letters and checkpoints are as with threads, and happen inside these calls: call often.
+/// A consumer without threads. Its owner takes deliveries and reports how each ended; meanwhile no other event of that
+/// key is delivered. Retries, dead letters and saved positions are the same as with threads, and happen inside these
+/// calls: call often.
 ///
-/// Dropping it saves as [`Poller::save`] does; deliveries that are out then are delivered again. The attempts
-/// of an event that is tried again are counted while the poller lives, and from 1 by the next one.
+/// Dropping it saves as [`Poller::save`] does. Deliveries in flight at that time are delivered again. The attempts of
+/// an event are counted while the poller lives; the next poller counts from 1.
+///
+/// ```
+/// # use corelane::envelope::Envelope;
+/// # use corelane::{Config, Deadline, EventLog};
+/// # fn send(_mail: &str) -> Result<(), std::io::Error> { Ok(()) }
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # let dir = tempfile::tempdir()?;
+/// let engine = EventLog::<Envelope>::open(Config::new(dir.path()))?;
+/// let mut mails = engine.consumer("mails").poller()?;
+///
+/// let event = Envelope::new("player.levelled_up", 42, r#"{"level":7}"#)?;
+/// engine.producer().publish(event.key(), event)?;
+/// engine.flush(Deadline::NEVER)?;
+/// while let Some(delivery) = mails.next()? {
+///     match mails.event(&delivery).map(|(event, _meta)| send(event.payload())) {
+///         Some(Ok(())) => mails.succeeded(delivery)?,
+///         Some(Err(error)) => mails.failed(delivery, error)?,
+///         None => mails.undecodable(delivery)?,
+///     }
+/// }
+/// assert_eq!(mails.report().handled, 1);
+/// mails.save()?;
+/// # drop(mails);
+/// # engine.shutdown(Deadline::NEVER)?;
+/// # Ok(())
+/// # }
+/// ```
 pub struct Poller<E: Event> {
     services: Arc<Services>,
     driver: Driver<E>,
@@ -35,7 +64,7 @@ pub struct Poller<E: Event> {
     access: Access,
     clock: Box<dyn Fn() -> Duration + Send>,
     alarm: Option<Alarm>,
-    /// What `Engine::consumers` shows of it, and when that is to be renewed although there is work.
+    /// The report for `Engine::consumers`, and the time at which it is renewed although there is work.
     shown: Arc<Mutex<ConsumerReport>>,
     show_at: Duration,
 }
@@ -46,13 +75,13 @@ impl<E: Event> std::fmt::Debug for Poller<E> {
     }
 }
 
-/// An event that is out to be handled; it goes back with [`Poller::succeeded`] or [`Poller::failed`].
+/// An event in flight. It returns through [`Poller::succeeded`], [`Poller::failed`] or [`Poller::undecodable`].
 #[derive(Debug)]
-#[must_use = "its key waits until the outcome is told"]
+#[must_use = "its key waits until the outcome is reported"]
 pub struct Delivery(Job);
 
 impl Delivery {
-    /// 1 the first time.
+    /// Returns the number of this attempt; the first is 1.
     #[must_use]
     pub fn attempt(&self) -> u32 {
         self.0.attempt()
@@ -61,16 +90,17 @@ impl Delivery {
 
 impl<E: Event> Poller<E> {
     pub(super) fn new(services: Arc<Services>, driver: Driver<E>) -> Self {
-        let finders = driver.desks().iter().map(|desk| desk.finder()).collect();
+        let finders = driver.followers().iter().map(|follower| follower.finder()).collect();
         let began = Instant::now();
         let clock = Box::new(move || began.elapsed());
         let shown = Arc::new(Mutex::new(ConsumerReport::of(&driver, Duration::ZERO)));
-        services.shows(&driver.settings().name, &shown);
+        services.note_report(&driver.settings().name, &shown);
         let (access, show_at) = (Access::new::<E>(), Duration::ZERO);
         Self { services, driver, finders, access, clock, alarm: None, shown, show_at }
     }
 
-    /// Another clock: the time since any fixed moment, monotonic. For tests of what retries do.
+    /// Replaces the clock by a function that returns the time since a fixed moment, and never falls. For tests of
+    /// retries.
     #[cfg(any(test, feature = "test-util"))]
     #[must_use]
     pub fn clock(mut self, clock: impl Fn() -> Duration + Send + 'static) -> Self {
@@ -78,11 +108,12 @@ impl<E: Event> Poller<E> {
         self
     }
 
-    /// The next event that may be handled now. `None`: none may; see [`Poller::wait`] and [`Poller::ready`].
+    /// Returns the next event that may be handled now. `None` if there is none; see [`Poller::wait`] and
+    /// [`Poller::ready`].
     ///
     /// # Errors
-    /// The error of reading the log or of writing the consumer's files. The position stays: the next call tries the same again, and
-    /// never returns a later event.
+    /// Errors of reading the log or of writing the consumer's files. The position stays: the next call tries the same
+    /// again, and never returns a later event.
     #[expect(clippy::should_implement_trait, reason = "None is not the end")]
     pub fn next(&mut self) -> Result<Option<Delivery>, ConsumerError> {
         loop {
@@ -101,13 +132,13 @@ impl<E: Event> Poller<E> {
         }
     }
 
-    /// Lets `Engine::consumers` see how it is.
+    /// Renews the report for `Engine::consumers`.
     fn show(&mut self, now: Duration) {
         *lock(&self.shown) = ConsumerReport::of(&self.driver, now);
         self.show_at = now + SHOW_EVERY;
     }
 
-    /// As many deliveries as may be out at once, at most `max`.
+    /// Returns up to `max` deliveries, at most as many as may be in flight.
     ///
     /// # Errors
     /// As [`Poller::next`]. Deliveries taken before the error are returned, and the next call returns the error.
@@ -118,83 +149,89 @@ impl<E: Event> Poller<E> {
                 Ok(Some(delivery)) => batch.push(delivery),
                 Ok(None) => break,
                 Err(error) if batch.is_empty() => return Err(error),
-                // Dropped deliveries would be out for ever.
+                // Dropped deliveries would stay in flight for ever.
                 Err(_) => break,
             }
         }
         Ok(batch)
     }
 
-    /// What is delivered, in place; its `meta.sequence` is not known. `None` where it cannot be decoded: say so with
-    /// [`Poller::undecodable`], which says so where in truth the log is damaged.
+    /// Returns the delivered event in place; its `meta.sequence` is unknown. `None` if it cannot be decoded: report
+    /// that with [`Poller::undecodable`], which returns the error if the log is damaged.
     pub fn event<'a>(&'a mut self, delivery: &'a Delivery) -> Option<(&'a E::Archived, Meta)> {
-        // Where the log does not hold it any more, recording it as undecodable needs it too, and fails with the reason.
-        delivery.0.event::<E>(&mut self.finders[delivery.0.of().0], &mut self.access).ok().flatten()
+        // If the log cannot be read, `undecodable` reads it too, and returns that error.
+        delivery.0.event::<E>(&mut self.finders[delivery.0.shard], &mut self.access).ok().flatten()
     }
 
-    /// It was handled.
+    /// Reports that the event was handled.
     ///
     /// # Errors
-    /// What writing the consumer's files said.
+    /// Errors of writing the consumer's files.
     ///
     /// # Panics
-    /// When the delivery is another poller's.
+    /// If another poller made the delivery.
     pub fn succeeded(&mut self, delivery: Delivery) -> Result<(), ConsumerError> {
-        self.tell(delivery, Ok(()))
+        self.take_back(delivery, Ok(()))
     }
 
-    /// It failed: the consumer's policies say what becomes of it.
+    /// Reports that the handler failed. The consumer's policies decide what follows.
     ///
     /// # Errors
     /// As [`Poller::succeeded`].
     ///
     /// # Panics
-    /// When the delivery is another poller's.
+    /// If another poller made the delivery.
     pub fn failed(&mut self, delivery: Delivery, error: impl Into<HandlerError>) -> Result<(), ConsumerError> {
-        self.tell(delivery, Err(Failed::Handler(error.into())))
+        self.take_back(delivery, Err(Failed::Handler(error.into())))
     }
 
-    /// It cannot be decoded: its key is parked with it.
+    /// Reports that the event cannot be decoded. Its key is parked with it.
     ///
     /// # Errors
     /// As [`Poller::succeeded`].
     ///
     /// # Panics
-    /// When the delivery is another poller's.
+    /// If another poller made the delivery.
     pub fn undecodable(&mut self, delivery: Delivery) -> Result<(), ConsumerError> {
-        self.tell(delivery, Err(Failed::Undecodable))
+        self.take_back(delivery, Err(Failed::Undecodable))
     }
 
-    /// What became of a dead letter is durable when this returns, if it can be.
-    fn tell(&mut self, delivery: Delivery, outcome: Result<(), Failed>) -> Result<(), ConsumerError> {
+    /// Takes a delivery back. The outcome of a dead letter is durable when this returns, unless writing fails.
+    fn take_back(&mut self, delivery: Delivery, outcome: Result<(), Failed>) -> Result<(), ConsumerError> {
         let now = (self.clock)();
         self.driver.done(delivery.0, outcome, now)?;
-        self.driver.record_tried(now);
+        self.driver.write_outcomes(now);
         Ok(())
     }
 
-    /// Blocks until there may be something for [`Poller::next`], or the deadline. On a shard's own thread, which must not wait, it
-    /// returns at once.
-    pub fn wait(&mut self, deadline: impl Into<Deadline>) {
+    /// Blocks until [`Poller::next`] may have an event, or until the deadline. Returns `Ok` in both cases.
+    ///
+    /// # Errors
+    /// `Wait` with `OnEngineThread` on a shard's own thread, which must not wait.
+    pub fn wait(&mut self, deadline: impl Into<Deadline>) -> Result<(), ConsumerError> {
         let deadline = deadline.into().instant();
+        if !may_wait() {
+            return Err(WaitError::OnEngineThread.into());
+        }
         let waker = thread_waker();
-        if !may_wait() || self.may_go_on(&waker) {
-            return;
+        if self.may_have_event(&waker) {
+            return Ok(());
         }
         let due = self.driver.next_due().map(|due| Instant::now() + due.saturating_sub((self.clock)()));
         match [due, deadline].into_iter().flatten().min() {
             Some(at) => crate::sync::thread::park_timeout(at.saturating_duration_since(Instant::now())),
             None => crate::sync::thread::park(),
         }
+        Ok(())
     }
 
-    /// Ready when there may be something for [`Poller::next`]: for tasks, on any runtime. What is due by time (retries, probes) is
-    /// woken by a thread of the poller's own, started with the first call.
+    /// Completes when [`Poller::next`] may have an event: for tasks, on any runtime. A thread of the poller, started
+    /// with the first call, wakes the task when a retry or a probe is due.
     pub fn ready(&mut self) -> impl Future<Output = ()> + '_ {
         Ready { poller: self, is_first: true }
     }
 
-    /// The next event, when there is one: for tasks.
+    /// Returns the next event as soon as there is one: for tasks.
     ///
     /// # Errors
     /// As [`Poller::next`].
@@ -207,27 +244,27 @@ impl<E: Event> Poller<E> {
         }
     }
 
-    /// Registers `waker` with the logs. Whether there is something already.
-    fn may_go_on(&self, waker: &Waker) -> bool {
-        self.driver.desks().iter().for_each(|desk| desk.register(waker));
+    /// Registers `waker` with the logs. Returns `true` if there may be an event already.
+    fn may_have_event(&self, waker: &Waker) -> bool {
+        self.driver.followers().iter().for_each(|follower| follower.register(waker));
         self.driver.has_unread() || self.driver.next_due().is_some_and(|due| due <= (self.clock)())
     }
 
-    /// Saves its position and the records of parked and skipped events. Durable when it returns; waits for the log to become durable
-    /// up to such events.
+    /// Saves the position and the records of parked and skipped events. Durable when it returns. Waits for the log to
+    /// become durable up to these events.
     ///
     /// # Errors
-    /// What the file system says; `Records` where there is no room for more dead letters; `Wait` where the log does not become durable.
-    /// Whatever could not be saved is saved by the next call, or the event comes again.
+    /// Errors of the file system; `Records` if there is no room for more dead letters; `Wait` if the log does not
+    /// become durable. The next call saves whatever could not be saved now, or the events are delivered again.
     pub fn save(&mut self) -> Result<(), ConsumerError> {
         self.driver.save()
     }
 
-    /// Sets it elsewhere; see [`super::Consumer::seek`]. Parked and skipped events are recorded first.
+    /// Sets the consumer to another position; see [`super::Consumer::seek`]. Records parked and skipped events first.
     ///
     /// # Errors
-    /// `Busy` while deliveries are out; `Read` where the place is gone; as [`Poller::save`], where an event that was told to be parked or skipped
-    /// would be left behind without a record.
+    /// `Busy` while deliveries are in flight; `Read` if the log no longer holds the position; as [`Poller::save`], if a
+    /// parked or skipped event without a record would be left behind.
     pub fn seek(&mut self, start: Start) -> Result<(), ConsumerError> {
         if self.driver.running() > 0 {
             return Err(ConsumerError::Busy { name: self.driver.settings().name.to_string() });
@@ -235,61 +272,62 @@ impl<E: Event> Poller<E> {
         self.driver.seek(start)
     }
 
-    /// Goes on after a halt.
+    /// Ends a halt.
     pub fn resume(&mut self) {
         self.driver.resume();
     }
 
-    /// What is known of it now.
+    /// Returns a report of the consumer.
     #[must_use]
     pub fn report(&self) -> ConsumerReport {
         ConsumerReport::of(&self.driver, (self.clock)())
     }
 
-    /// Its dead letters; see [`super::Consumer::dead_letters`].
+    /// Returns dead letters; see [`super::Consumer::dead_letters`].
     ///
     /// # Errors
-    /// What the files say.
+    /// Errors of the dead letters' files.
     pub fn dead_letters(&self, after: Option<(Key, Offset)>, max: usize) -> Result<Vec<DeadLetter>, ConsumerError> {
         Ok(self.driver.letters().list(after, max)?)
     }
 
-    /// Lets dead letters be delivered again; see [`super::Consumer::reprocess`].
-    pub fn reprocess(&mut self, which: Letters) -> usize {
+    /// Starts delivering dead letters again; see [`super::Consumer::reprocess`].
+    pub fn reprocess(&mut self, which: LetterSelector) -> usize {
         self.driver.reprocess(which)
     }
 
-    /// Takes dead letters away; see [`super::Consumer::discard`].
+    /// Discards dead letters; see [`super::Consumer::discard`].
     ///
     /// # Errors
-    /// What the files say.
-    pub fn discard(&mut self, which: Letters) -> Result<u64, ConsumerError> {
+    /// Errors of the dead letters' files.
+    pub fn discard(&mut self, which: LetterSelector) -> Result<u64, ConsumerError> {
         self.driver.discard(which)
     }
 
-    /// What was missing before a key's first event is there. Whether one waited.
+    /// Lets a key's first event run if it waits for a gap; see [`super::Consumer::gap_filled`]. Returns `true` if an
+    /// event waited.
     pub fn gap_filled(&mut self, key: Key) -> bool {
         self.driver.gap_filled(key)
     }
 
-    /// The id of what is delivered.
+    /// Returns the delivered event's id.
     #[must_use]
     pub fn id(&self, delivery: &Delivery) -> EventId {
-        let (desk, offset) = delivery.0.of();
-        EventId { shard: crate::event::ShardId(desk as u16), offset }
+        let (shard, offset) = delivery.0.identity();
+        EventId { shard: crate::event::ShardId(shard as u16), offset }
     }
 }
 
 impl<E: Event> Drop for Poller<E> {
     fn drop(&mut self) {
         if let Err(error) = self.driver.save() {
-            tracing::error!(%error, "a consumer's position could not be saved; what was done since the last one is done again");
+            tracing::error!(%error, "a position could not be saved; events since the last save are handled again");
         }
-        self.services.left(&self.driver.settings().name, None);
+        self.services.note_end(&self.driver.settings().name, None);
     }
 }
 
-/// Waits for something to do. Woken once; what there is then, [`Poller::next`] says.
+/// Completes when [`Poller::next`] may have an event. One wake-up completes it.
 struct Ready<'a, E: Event> {
     poller: &'a mut Poller<E>,
     is_first: bool,
@@ -300,7 +338,7 @@ impl<E: Event> Future for Ready<'_, E> {
 
     fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<()> {
         let Self { poller, is_first } = self.get_mut();
-        if !std::mem::take(is_first) || poller.may_go_on(context.waker()) {
+        if !std::mem::take(is_first) || poller.may_have_event(context.waker()) {
             return Poll::Ready(());
         }
         if let Some(due) = poller.driver.next_due() {

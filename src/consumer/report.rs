@@ -1,68 +1,69 @@
-//! What is known of a consumer, for people and metrics.
+//! Reports of consumers, for people and for metrics.
 
 use std::time::Duration;
 
 use super::dead_letter::answer::LetterStatistics;
-use super::driver::{Driver, HaltCause};
+use super::driver::Driver;
 use super::error::ConsumerFailure;
-use super::health::HealthStatus;
-use super::health::report::HealthReport;
+use super::health::report::{HealthReport, HealthStatus};
+use super::outcome::HaltCause;
 use crate::config::whole_ms;
 use crate::event::{Event, Offset};
 use crate::log::segment::ShardLog;
 
-/// What is known of a consumer. Counts are of this run of it, except of dead letters.
+/// The state of a consumer. Counts are of its present run, except those of dead letters.
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub struct ConsumerReport {
-    /// Its name.
+    /// The consumer's name.
     pub name: String,
-    /// `true` while a thread or a poller drives it. If not, only positions, lag, dead letters and why it failed are known.
+    /// `true` while threads or a poller drive it. If not, only positions, lag, dead letters and the failure are known.
     pub is_running: bool,
-    /// It gives nothing out until it is resumed.
+    /// It handles no event until it is resumed.
     pub is_paused: bool,
     /// Why it halted.
     pub halted: Option<HaltCause>,
-    /// Why it ended by itself, or could not be started when that was tried last; until it is started again.
+    /// Why it ended by itself, or why its last start failed. Kept until the next start.
     pub failure: Option<ConsumerFailure>,
-    /// Events in the logs it reads, of any type, now.
+    /// Events in the logs that it reads, of any type, now.
     pub published: u64,
-    /// Events of its types handled.
+    /// Events handled.
     pub handled: u64,
-    /// Attempts that failed.
+    /// Failed attempts.
     pub failed: u64,
-    /// Events left out, each with a record.
+    /// Events skipped, each with a record.
     pub skipped: u64,
     /// Events that became dead letters.
     pub parked: u64,
     /// Events being handled.
     pub running: usize,
-    /// Since when the oldest of them is.
+    /// How long the oldest of them has been running.
     pub running_since: Option<Duration>,
     /// Keys that wait for a retry or a gap.
     pub retrying: usize,
     /// Events read and not done.
     pub unfinished: usize,
-    /// Events, of any type, that it has not read yet; known while it runs.
+    /// Events, of any type, that are not read yet. Known while it runs.
     pub unread: u64,
-    /// Bytes of the logs behind its gap-free positions.
+    /// Bytes of the logs behind its saved positions.
     pub lag_bytes: u64,
-    /// Its durable gap-free position in every shard: retention keeps what comes after.
+    /// Its saved position in every shard. Retention keeps every event at or after it.
     pub positions: Vec<Offset>,
-    /// Its dead letters, also while it does not run. If their files cannot be read, this shows none, and `failure` says why.
+    /// Its dead letters, also while it does not run. If their files cannot be read, all counts are 0, and `failure`
+    /// says why.
     pub letters: LetterStatistics,
-    /// How its service is.
+    /// The health of its service.
     pub health: Option<HealthReport>,
-    /// Checkpoints that could not be written; and writes of records, which are repeated.
+    /// Failed saves of the position, and failed writes of records, which are repeated.
     pub write_failures: (u64, u64),
-    /// Events that it has read.
+    /// Events read.
     read: u64,
-    /// Whether its files of dead letters could be read.
+    /// Whether the files of dead letters could be read.
     knows_letters: bool,
 }
 
 impl ConsumerReport {
-    /// Of a consumer that does not run.
+    /// Returns a report of a consumer that does not run.
     pub(crate) fn at_rest<'a>(name: &str, places: impl Iterator<Item = (&'a ShardLog, Offset)>) -> Self {
         let mut report = Self {
             name: name.to_owned(),
@@ -92,7 +93,7 @@ impl ConsumerReport {
         report
     }
 
-    /// Looks at the logs again: they go on while a consumer is inside a handler.
+    /// Updates the figures of the logs, which grow while a consumer is inside a handler.
     pub(crate) fn renew<'a>(&mut self, places: impl Iterator<Item = (&'a ShardLog, Offset)>) {
         (self.published, self.lag_bytes) = (0, 0);
         self.positions.clear();
@@ -104,32 +105,32 @@ impl ConsumerReport {
         self.unread = if self.is_running { self.published.saturating_sub(self.read) } else { 0 };
     }
 
-    /// Notes how many events it has read of all there ever were.
+    /// Notes how many events of all that were ever appended the consumer has read.
     pub(crate) fn has_read(&mut self, events: u64) {
         (self.read, self.is_running) = (events, true);
         self.unread = self.published.saturating_sub(events);
     }
 
-    /// Notes what its dead letters are.
+    /// Notes the counts of dead letters.
     pub(crate) fn has_letters(&mut self, letters: LetterStatistics) {
         (self.letters, self.knows_letters) = (letters, true);
     }
 
-    /// Of a driver at `now`.
+    /// Returns a report of a driver at `now`.
     pub(crate) fn of<E: Event>(driver: &Driver<E>, now: Duration) -> Self {
-        let desks = driver.desks();
-        let places = desks.iter().map(|desk| (&*desk.log, desk.held_from()));
+        let followers = driver.followers();
+        let places = followers.iter().map(|follower| (follower.log(), follower.held_from()));
         let mut report = Self::at_rest(&driver.settings().name, places);
-        for desk in desks {
-            let lanes = desk.lanes().statistics();
-            report.handled += lanes.succeeded;
-            report.failed += lanes.failures;
-            report.skipped += lanes.skipped;
-            report.parked += lanes.parked;
-            report.retrying += lanes.waiting;
-            report.unfinished += lanes.unfinished;
+        for follower in followers {
+            let queues = follower.queues().statistics();
+            report.handled += queues.succeeded;
+            report.failed += queues.failures;
+            report.skipped += queues.skipped;
+            report.parked += queues.parked;
+            report.retrying += queues.waiting;
+            report.unfinished += queues.unfinished;
         }
-        report.has_read(desks.iter().map(|desk| desk.reader().sequence()).sum());
+        report.has_read(followers.iter().map(|follower| follower.reader().sequence()).sum());
         report.is_paused = driver.is_paused();
         report.halted = driver.halted().cloned();
         report.running = driver.running();
@@ -139,13 +140,13 @@ impl ConsumerReport {
         report
     }
 
-    /// Events that wait: unread, or read and not done.
+    /// Returns the number of events that are unread, or read and not done.
     #[must_use]
     pub fn waiting(&self) -> u64 {
         self.unread + self.unfinished as u64
     }
 
-    /// The share of attempts that went well, 0.0 to 1.0; 1.0 before the first.
+    /// Returns the share of successful attempts, 0.0 to 1.0; 1.0 before the first.
     #[must_use]
     pub fn success_rate(&self) -> f64 {
         let attempts = self.handled + self.failed;
@@ -153,7 +154,7 @@ impl ConsumerReport {
     }
 }
 
-/// A figure of a report, by its name for Prometheus.
+/// A figure of a report: its Prometheus name and type, and its value.
 type Figure = (&'static str, &'static str, fn(&ConsumerReport) -> u64);
 
 const FIGURES: [Figure; 16] = [
@@ -177,13 +178,13 @@ const FIGURES: [Figure; 16] = [
     ("write_failures_total", "counter", |report| report.write_failures.0 + report.write_failures.1),
 ];
 
-/// What is known of a consumer that does not run.
+/// Figures that are known of a consumer that does not run.
 const KNOWN_AT_REST: [&str; 4] = ["lag_bytes", "is_running", "is_failed", DEAD_LETTERS];
 const DEAD_LETTERS: &str = "dead_letters";
 
-/// Reports as Prometheus text, to stand behind [`crate::Metrics::prometheus`]. Counts are of the consumer's present run; of one
-/// that does not run there are only lag, dead letters, and whether it failed: a zero would pass for an answer. Why one has failed is the
-/// label `reason` of `corelane_consumer_failure`.
+/// Returns the reports as Prometheus text, to append to [`crate::Metrics::prometheus`]. Counts are of the consumer's
+/// present run. For a consumer that does not run, only lag, dead letters and failure are included: a 0 would be
+/// mistaken for a count. The label `reason` of `corelane_consumer_failure` holds the failure.
 #[must_use]
 pub fn prometheus(reports: &[ConsumerReport]) -> String {
     let mut out = String::new();
@@ -194,7 +195,7 @@ pub fn prometheus(reports: &[ConsumerReport]) -> String {
             _ => report.is_running || KNOWN_AT_REST.contains(&name),
         };
         for report in reports.iter().filter(is_known) {
-            // A consumer's name has nothing that would have to be escaped.
+            // A consumer's name needs no escaping.
             out += &format!("corelane_consumer_{name}{{consumer=\"{}\"}} {}\n", report.name, value(report));
         }
     }
@@ -208,11 +209,11 @@ pub fn prometheus(reports: &[ConsumerReport]) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::super::error::ConsumerError;
     use super::*;
+    use crate::consumer::error::ConsumerError;
 
     #[test]
-    fn reports_are_lines_that_prometheus_reads() {
+    fn reports_are_valid_prometheus_text() {
         let mut report = ConsumerReport::at_rest("mail", std::iter::empty());
         (report.handled, report.unread, report.unfinished) = (7, 40, 2);
         report.halted = Some(HaltCause::DeadLettersFull);
@@ -233,7 +234,7 @@ mod tests {
         ] {
             assert!(text.lines().any(|found| found == line), "{line} is not in\n{text}");
         }
-        assert!(!text.contains("dead_letters{consumer=\"sms\"}"), "nobody knows");
+        assert!(!text.contains("dead_letters{consumer=\"sms\"}"), "an unknown count is left out");
         assert_eq!(text.lines().count(), 2 * FIGURES.len() + KNOWN_AT_REST.len() - 1 + 2);
     }
 }

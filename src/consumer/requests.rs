@@ -1,83 +1,71 @@
-//! What is asked of a consumer from outside, each a small file in its folder: `FORMAT.md` §18 has the bytes.
+//! Requests to a consumer from outside, each a small file in its folder: `FORMAT.md` §18 has the bytes.
 //!
-//! Writers: who asks makes the file, whole or not at all; from then on it is the driver's, which removes it when everything asked is done.
-//! So a crash repeats a request and loses none.
+//! Two writers, one after the other: the requester creates the file, whole or not at all; from then on it belongs to the driver, which
+//! removes it when the request is carried out. So a crash repeats a request and loses none.
 
 use std::io::{self, ErrorKind};
 use std::path::Path;
 use std::time::Duration;
 
-use super::driver::Letters;
+use super::dead_letter::selector::LetterSelector;
 use crate::event::{Key, Time};
-use crate::log::format::FORMAT_VERSION;
-use crate::storage::framed::{u16_at, u32_at, u64_at};
+use crate::storage::framed::{Frame, FrameError, Reader};
 use crate::storage::{Storage, replace};
 use crate::sync::{AtomicU64, Ordering};
 
-const MAGIC: [u8; 8] = *b"corerqst";
-const BYTES: usize = 36;
+const FRAME: Frame = Frame { magic: *b"corerqst", bytes_min: 36 };
 const PREFIX: &str = "request-";
 const SUFFIX: &str = ".req";
-/// What the name of one begins with that does not hold.
+/// The prefix of an invalid request that was put aside.
 const ASIDE: &str = "refused-";
-/// How many a driver has in hand at once; the others wait in their files.
+/// The number of requests that a driver holds at once; the others wait in their files.
 const TAKEN_MAX: usize = 256;
-/// How often a driver looks.
+/// The interval at which a driver looks for new requests.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 
-/// Something asked of a consumer by who does not run it.
+/// A request to a consumer from outside the program that runs it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Request {
-    /// Let dead letters be handled again; see [`super::Consumer::reprocess`].
-    Reprocess(Letters),
-    /// Take dead letters away; see [`super::Consumer::discard`].
-    Discard(Letters),
+    /// Handle dead letters again; see [`super::Consumer::reprocess`].
+    Reprocess(LetterSelector),
+    /// Remove dead letters; see [`super::Consumer::discard`].
+    Discard(LetterSelector),
 }
 
 impl Request {
     fn encode(self, at: Time) -> Vec<u8> {
         let (action, which) = match self {
-            Self::Reprocess(which) => (1_u16, which),
+            Self::Reprocess(which) => (1, which),
             Self::Discard(which) => (2, which),
         };
         let (is_one, key) = match which {
-            Letters::All => (0_u16, 0),
-            Letters::Of(key) => (1, key.0),
+            LetterSelector::All => (0, 0),
+            LetterSelector::Of(key) => (1, key.0),
         };
-        let mut out = Vec::with_capacity(BYTES);
-        out.extend(MAGIC);
-        out.extend(FORMAT_VERSION.to_le_bytes());
-        out.extend(action.to_le_bytes());
-        out.extend(is_one.to_le_bytes());
-        out.extend(key.to_le_bytes());
-        out.extend(at.0.to_le_bytes());
-        let crc = crc32c::crc32c(&out);
-        out.extend(crc.to_le_bytes());
-        assert_eq!(out.len(), BYTES);
-        out
+        let mut out = FRAME.begin();
+        out.u16(action);
+        out.u16(is_one);
+        out.u64(key);
+        out.u64(at.0);
+        out.seal()
     }
 
     fn decode(bytes: &[u8]) -> Result<Self, &'static str> {
-        let whole = bytes.split_last_chunk::<4>().filter(|_| bytes.len() == BYTES);
-        let (body, crc) = whole.ok_or("the file has another length")?;
-        if body[..8] != MAGIC {
-            return Err("wrong magic");
-        }
-        if crc32c::crc32c(body) != u32::from_le_bytes(*crc) {
-            return Err("its CRC does not hold");
-        }
-        if u32_at(body, 8) != FORMAT_VERSION {
-            return Err("it is of a format version this build does not know");
-        }
-        let which = match (u16_at(body, 14), u64_at(body, 16)) {
-            (0, 0) => Letters::All,
-            (1, key) => Letters::Of(Key(key)),
-            _ => return Err("it asks for letters this build does not know"),
+        FRAME.open(bytes).and_then(Self::read).map_err(FrameError::why)
+    }
+
+    fn read(mut fields: Reader<'_>) -> Result<Self, FrameError> {
+        let (action, is_one, key, _at) = (fields.u16()?, fields.u16()?, fields.u64()?, fields.u64()?);
+        fields.end()?;
+        let which = match (is_one, key) {
+            (0, 0) => LetterSelector::All,
+            (1, key) => LetterSelector::Of(Key(key)),
+            _ => return Err("this build does not know its selection of letters".into()),
         };
-        match u16_at(body, 12) {
+        match action {
             1 => Ok(Self::Reprocess(which)),
             2 => Ok(Self::Discard(which)),
-            _ => Err("it asks for something this build does not know"),
+            _ => Err("this build does not know its action".into()),
         }
     }
 }
@@ -85,7 +73,7 @@ impl Request {
 /// Leaves a request in a consumer's folder; durable when it returns.
 pub(crate) fn leave(storage: &dyn Storage, dir: &Path, request: Request, at: Time) -> io::Result<()> {
     static LEFT: AtomicU64 = AtomicU64::new(0);
-    // Names rise with time, so that requests are taken up in the order in which they were left; also when the clock was set back.
+    // Names rise, also when the clock was set back, so a driver takes requests in the order in which they were left.
     let newest = waiting(storage, dir)?.iter().filter_map(|name| left_at(name)).max();
     let at = at.max(newest.map_or(Time(0), |newest| Time(newest.0.saturating_add(1))));
     let (process, count) = (std::process::id(), LEFT.fetch_add(1, Ordering::Relaxed));
@@ -93,25 +81,25 @@ pub(crate) fn leave(storage: &dyn Storage, dir: &Path, request: Request, at: Tim
     replace(storage, dir, &name, &request.encode(at))
 }
 
-/// The time in the name of a request.
+/// Returns the time in the name of a request.
 fn left_at(name: &str) -> Option<Time> {
     name.strip_prefix(PREFIX)?.get(..20)?.parse().ok().map(Time)
 }
 
-/// The requests in a consumer's folder, by the time they were left.
+/// Returns the names of the requests in a consumer's folder, oldest first.
 pub(crate) fn waiting(storage: &dyn Storage, dir: &Path) -> io::Result<Vec<String>> {
     let mut names = storage.list(dir)?;
     names.retain(|name| name.starts_with(PREFIX) && name.ends_with(SUFFIX));
     Ok(names)
 }
 
-/// The waiting requests that do not hold, and why.
+/// Returns the names of the invalid requests in a consumer's folder, and what is wrong with each.
 pub(crate) fn broken(storage: &dyn Storage, dir: &Path) -> io::Result<Vec<(String, &'static str)>> {
     let mut broken = Vec::new();
     for name in waiting(storage, dir)? {
         match storage.read(&dir.join(&name)) {
             Ok(bytes) => broken.extend(Request::decode(&bytes).err().map(|why| (name, why))),
-            // It was taken up meanwhile.
+            // The consumer has removed it meanwhile.
             Err(error) if error.kind() == ErrorKind::NotFound => {}
             Err(error) if error.kind() == ErrorKind::IsADirectory => broken.push((name, "it is a folder")),
             Err(error) => return Err(error),
@@ -120,17 +108,17 @@ pub(crate) fn broken(storage: &dyn Storage, dir: &Path) -> io::Result<Vec<(Strin
     Ok(broken)
 }
 
-/// A request that was taken up.
+/// A request that a driver has taken.
 #[derive(Debug)]
 pub(super) struct Taken {
     name: String,
-    /// `None`: it does not hold, and is to be put aside.
+    /// `None`: the file is invalid and must be put aside.
     pub(super) request: Option<Request>,
-    /// The keys it is still about.
+    /// The keys that still have letters to be dealt with.
     pub(super) keys: Vec<Key>,
 }
 
-/// What a driver has taken up and not yet removed.
+/// The requests that a driver has taken and not yet removed.
 #[derive(Debug, Default)]
 pub(super) struct Requests {
     pub(super) look_at: Duration,
@@ -139,7 +127,7 @@ pub(super) struct Requests {
 }
 
 impl Requests {
-    /// Looks for requests that are new. They are the last ones in `taken` then; returns how many.
+    /// Looks for new requests and appends them to `taken`. Returns their number.
     pub(super) fn look(&mut self, storage: &dyn Storage, dir: &Path, consumer: &str, now: Duration) -> usize {
         self.look_at = now + LOOK_EVERY;
         let before = self.taken.len();
@@ -151,27 +139,27 @@ impl Requests {
                 Ok(())
             })
         });
-        self.note(consumer, "requests cannot be read; they are looked for again", looked);
+        self.note(consumer, "requests cannot be read; the consumer tries again", looked);
         self.taken.len() - before
     }
 
     fn take(&mut self, storage: &dyn Storage, dir: &Path, consumer: &str, name: String) -> io::Result<()> {
         let decoded = match storage.read(&dir.join(&name)) {
             Ok(bytes) => Request::decode(&bytes),
-            // It was withdrawn.
+            // It was removed meanwhile.
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
             Err(error) if error.kind() == ErrorKind::IsADirectory => Err("it is a folder"),
             Err(error) => return Err(error),
         };
         match decoded {
-            Ok(request) => tracing::info!(consumer, name, ?request, "a request is taken up"),
-            Err(why) => tracing::warn!(consumer, name, why, "a request does not hold and is put aside"),
+            Ok(request) => tracing::info!(consumer, name, ?request, "took a request"),
+            Err(why) => tracing::warn!(consumer, name, why, "a request is invalid and is put aside"),
         }
         self.taken.push(Taken { name, request: decoded.ok(), keys: Vec::new() });
         Ok(())
     }
 
-    /// Removes a request that is carried out, or puts one aside that does not hold; durably. `false`: it is to be tried again.
+    /// Removes a request that is carried out, or puts an invalid one aside, durably. Returns `false` if the caller must try again.
     pub(super) fn end(&mut self, storage: &dyn Storage, dir: &Path, consumer: &str, taken: &Taken) -> bool {
         let path = dir.join(&taken.name);
         let ended = match taken.request {
@@ -184,11 +172,11 @@ impl Requests {
         };
         let ended = ended.and_then(|()| storage.sync_dir(dir));
         let is_ended = ended.is_ok();
-        self.note(consumer, "a request that is done cannot be removed; that is tried again", ended);
+        self.note(consumer, "a finished request cannot be removed; the consumer tries again", ended);
         is_ended
     }
 
-    /// Says once that something fails.
+    /// Logs the first of several failures in a row.
     fn note(&mut self, consumer: &str, what: &'static str, result: io::Result<()>) {
         match result {
             Ok(()) => self.is_failing = false,
@@ -208,10 +196,10 @@ mod tests {
 
     const DIR: &str = "/s/consumers/a";
     const ALL: [Request; 4] = [
-        Request::Reprocess(Letters::All),
-        Request::Reprocess(Letters::Of(Key(0))),
-        Request::Discard(Letters::All),
-        Request::Discard(Letters::Of(Key(0x0102_0304_0506_0708))),
+        Request::Reprocess(LetterSelector::All),
+        Request::Reprocess(LetterSelector::Of(Key(0))),
+        Request::Discard(LetterSelector::All),
+        Request::Discard(LetterSelector::Of(Key(0x0102_0304_0506_0708))),
     ];
 
     fn storage() -> FaultyStorage {
@@ -221,11 +209,11 @@ mod tests {
     }
 
     #[test]
-    fn of_many_requests_a_bounded_number_is_in_hand_and_none_is_left_out() {
+    fn a_driver_holds_a_bounded_number_of_requests_and_misses_none() {
         let storage = storage();
         let count = 3 * TAKEN_MAX as u64 + 1;
         (0..count).for_each(|i| {
-            leave(&storage, Path::new(DIR), Request::Discard(Letters::Of(Key(i))), Time(i)).expect("left");
+            leave(&storage, Path::new(DIR), Request::Discard(LetterSelector::Of(Key(i))), Time(i)).expect("left");
         });
         let (mut requests, mut keys) = (Requests::default(), Vec::new());
         for _ in 0..4 {
@@ -236,7 +224,11 @@ mod tests {
                 keys.extend(taken.request);
             }
         }
-        assert_eq!(keys, (0..count).map(|i| Request::Discard(Letters::Of(Key(i)))).collect::<Vec<_>>(), "in order");
+        assert_eq!(
+            keys,
+            (0..count).map(|i| Request::Discard(LetterSelector::Of(Key(i)))).collect::<Vec<_>>(),
+            "in order"
+        );
     }
 
     #[test]
@@ -248,7 +240,7 @@ mod tests {
     }
 
     #[test]
-    fn requests_are_taken_up_once_and_in_the_order_left() {
+    fn requests_are_taken_once_and_in_the_order_left() {
         let (storage, dir) = (storage(), Path::new(DIR));
         for (i, request) in ALL.into_iter().enumerate() {
             leave(&storage, dir, request, Time(9 + i as u64)).expect("left");
@@ -257,7 +249,7 @@ mod tests {
         assert_eq!(requests.look(&storage, dir, "a", Duration::ZERO), 4);
         assert!(requests.taken.iter().map(|taken| taken.request).eq(ALL.map(Some)));
         assert_eq!(requests.look_at, LOOK_EVERY);
-        assert_eq!(requests.look(&storage, dir, "a", LOOK_EVERY), 0, "they are in hand");
+        assert_eq!(requests.look(&storage, dir, "a", LOOK_EVERY), 0, "the driver holds them already");
         for taken in std::mem::take(&mut requests.taken) {
             assert!(requests.end(&storage, dir, "a", &taken));
         }
@@ -266,7 +258,7 @@ mod tests {
     }
 
     #[test]
-    fn requests_are_taken_up_in_the_order_left_also_when_the_clock_is_set_back() {
+    fn requests_are_taken_in_the_order_left_when_the_clock_is_set_back() {
         let (storage, dir) = (storage(), Path::new(DIR));
         for (request, at) in ALL.into_iter().zip([5000, 7, 6000, 0]) {
             leave(&storage, dir, request, Time(at)).expect("left");
@@ -301,7 +293,7 @@ mod tests {
     }
 
     #[test]
-    fn a_crash_while_leaving_one_leaves_it_whole_or_not_at_all() {
+    fn a_crash_while_leaving_a_request_leaves_all_of_it_or_nothing() {
         let dir = Path::new(DIR);
         for n in 1.. {
             let storage = storage();
@@ -320,7 +312,7 @@ mod tests {
     }
 
     #[test]
-    fn what_fails_is_tried_again() {
+    fn a_failed_read_or_removal_is_tried_again() {
         let (storage, dir) = (storage(), Path::new(DIR));
         leave(&storage, dir, ALL[1], Time(1)).expect("left");
         let mut requests = Requests::default();

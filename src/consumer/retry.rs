@@ -1,6 +1,6 @@
-//! When a failed attempt is made again: pure functions of the number of failures and a random number.
+//! When a failed attempt is repeated: pure functions of the number of failures and a random number.
 //!
-//! Knows neither what failed nor what time it is. The same policy, failures and seed give the same delays.
+//! Independent of the cause of the failure and of the clock. The same policy, failures and seed give the same delays.
 
 use std::time::Duration;
 
@@ -9,7 +9,7 @@ use crate::config::whole_ms;
 use crate::error::ConfigError;
 use crate::event::Key;
 
-/// How the delay grows from failure to failure.
+/// How the delay grows with each failure.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Growth {
     /// base
@@ -20,16 +20,16 @@ enum Growth {
     Exponential(f64),
 }
 
-/// A retry policy in the making. Each begins with the defaults: 5 attempts, base 100 ms, cap 30 s, jitter 0.5 to 1.5.
+/// Builds a [`RetryPolicy`]. Every constructor starts from the defaults: 5 attempts, base 100 ms, cap 30 s, jitter 0.5
+/// to 1.5.
 ///
 /// ```
-/// # use corelane::consumer::{AfterFailure, Retry, JitterRng};
+/// # use corelane::consumer::Retry;
 /// # use std::time::Duration;
-/// let policy = Retry::exponential(2.0).attempts(3).jitter(1.0, 1.0).validate()?;
-/// let mut rng = JitterRng::seeded(7);
-/// assert_eq!(policy.after(1, &mut rng), AfterFailure::RetryIn(Duration::from_millis(100)));
-/// assert_eq!(policy.after(2, &mut rng), AfterFailure::RetryIn(Duration::from_millis(200)));
-/// assert_eq!(policy.after(3, &mut rng), AfterFailure::GiveUp);
+/// let policy = Retry::exponential(2.0).attempts(3).base(Duration::from_millis(50)).validate()?;
+/// assert_eq!(policy.attempts_max(), 3);
+/// assert_eq!(policy.delay(1), Duration::from_millis(50));
+/// assert_eq!(policy.delay(2), Duration::from_millis(100));
 /// # Ok::<(), corelane::ConfigError>(())
 /// ```
 #[derive(Debug, Clone)]
@@ -48,7 +48,7 @@ impl Retry {
         Self::growing(Growth::Linear)
     }
 
-    /// Base, base × `factor`, base × `factor`², … `factor` lies in 1.0..=100.0; the default policy has 2.0.
+    /// Base, base × `factor`, base × `factor`², … `factor` must be in 1.0..=100.0. The default policy has 2.0.
     #[must_use]
     pub fn exponential(factor: f64) -> Self {
         Self::growing(Growth::Exponential(factor))
@@ -58,7 +58,7 @@ impl Retry {
         Self(RetryPolicy { growth, ..RetryPolicy::default() })
     }
 
-    /// Attempts in all, the first one counted, at least 1. 1 means that nothing is tried again. Default: 5.
+    /// The number of attempts including the first, at least 1. 1 means no retry. Default: 5.
     #[must_use]
     pub fn attempts(mut self, attempts: u32) -> Self {
         self.0.attempts_max = attempts;
@@ -79,8 +79,8 @@ impl Retry {
         self
     }
 
-    /// Every delay is multiplied by a number drawn evenly from `low..=high`, so that what failed together is not
-    /// tried again together; 0.0 ≤ `low` ≤ `high` ≤ 10.0. `jitter(1.0, 1.0)` is none. Default: 0.5 to 1.5.
+    /// The range of the random factor of every delay, so that events that failed together are not retried together:
+    /// uniform in `low..=high`, 0.0 ≤ `low` ≤ `high` ≤ 10.0. `jitter(1.0, 1.0)` turns it off. Default: 0.5 to 1.5.
     #[must_use]
     pub fn jitter(mut self, low: f64, high: f64) -> Self {
         self.0.jitter = (low, high);
@@ -90,7 +90,7 @@ impl Retry {
     /// Checks every value against its range.
     ///
     /// # Errors
-    /// The first value that cannot be used. Factors are named in thousandths.
+    /// The first value that is out of range. Factors are given in thousandths.
     pub fn validate(self) -> Result<RetryPolicy, ConfigError> {
         const DAY_MS: u64 = 24 * 3_600_000;
         let RetryPolicy { growth, attempts_max, base, cap, jitter: (low, high) } = self.0;
@@ -106,13 +106,13 @@ impl Retry {
     }
 }
 
-/// Rounded up, and out of every range where it is negative or no number.
+/// Rounds up. Returns a value outside every range for a negative number or NaN.
 fn thousandths(factor: f64) -> u64 {
     if factor >= 0.0 { (factor * 1000.0).ceil() as u64 } else { u64::MAX }
 }
 
-/// When a failed attempt is made again; made by [`Retry`]. The default is exponential: 5 attempts, base 100 ms,
-/// factor 2, cap 30 s, jitter 0.5 to 1.5.
+/// When a failed attempt is repeated, built by [`Retry`]. The default is exponential: 5 attempts, base 100 ms, factor
+/// 2, cap 30 s, jitter 0.5 to 1.5.
 #[derive(Debug, Clone, PartialEq)]
 pub struct RetryPolicy {
     growth: Growth,
@@ -134,9 +134,9 @@ impl Default for RetryPolicy {
     }
 }
 
-/// What follows a failed attempt.
+/// The consequence of a failed attempt.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum AfterFailure {
+pub(crate) enum AfterFailure {
     /// Try again after this long.
     RetryIn(Duration),
     /// All attempts are used up.
@@ -144,16 +144,17 @@ pub enum AfterFailure {
 }
 
 impl RetryPolicy {
-    /// What follows the `failures`-th failure of an event (1 is the first). Draws once from `rng` where there is a retry.
+    /// Returns the consequence of the `failures`-th failure of an event (1 is the first). Draws once from `rng` if
+    /// there is a retry.
     ///
-    /// The delay is drawn evenly from what of delay × jitter lies below the cap. So none exceeds the cap, and those at
-    /// the cap do not all become equal.
+    /// The delay is uniform in the part of delay × jitter that is below the cap. So no delay exceeds the cap, and
+    /// delays near the cap still differ.
     ///
     /// # Panics
-    /// When `failures` is 0.
+    /// If `failures` is 0.
     #[must_use]
-    pub fn after(&self, failures: u32, rng: &mut JitterRng) -> AfterFailure {
-        assert!(failures > 0, "a policy is asked after a failure");
+    pub(crate) fn after(&self, failures: u32, rng: &mut JitterRng) -> AfterFailure {
+        assert!(failures > 0, "the first failure is number 1");
         if failures >= self.attempts_max {
             return AfterFailure::GiveUp;
         }
@@ -164,14 +165,15 @@ impl RetryPolicy {
         AfterFailure::RetryIn(Duration::from_secs_f64(drawn_s).min(self.cap))
     }
 
-    /// The delay after the `failures`-th failure before jitter: at most the cap, and never shorter than the one before.
+    /// Returns the delay after the `failures`-th failure without jitter: at most the cap, and never shorter than the
+    /// previous one.
     #[must_use]
     pub fn delay(&self, failures: u32) -> Duration {
         let failures = failures.max(1);
         let factor = match self.growth {
             Growth::Fixed => 1.0,
             Growth::Linear => f64::from(failures),
-            // Multiplied out, since powi may differ between platforms; the cap ends it after a few rounds.
+            // Multiplied in a loop, since powi may differ between platforms. The cap ends the loop after a few rounds.
             Growth::Exponential(factor) => {
                 let enough = self.cap.as_secs_f64() / self.base.as_secs_f64();
                 let (mut product, mut left) = (1.0, failures - 1);
@@ -182,38 +184,38 @@ impl RetryPolicy {
                 product
             }
         };
-        // Compared before it becomes a Duration, which ends sooner than f64.
+        // Compared as f64: a Duration overflows sooner.
         let delay_s = self.base.as_secs_f64() * factor;
         if delay_s >= self.cap.as_secs_f64() { self.cap } else { Duration::from_secs_f64(delay_s) }
     }
 
-    /// Attempts in all, the first one counted.
+    /// Returns the number of attempts including the first.
     #[must_use]
     pub fn attempts_max(&self) -> u32 {
         self.attempts_max
     }
 }
 
-/// A small seeded source of random numbers (splitmix64) for jitter; not for secrets.
+/// A small seeded random number generator (splitmix64) for jitter. Not for secrets.
 #[derive(Debug, Clone)]
-pub struct JitterRng(u64);
+pub(crate) struct JitterRng(u64);
 
 impl JitterRng {
-    /// The same seed gives the same numbers, on every platform and for ever.
+    /// The same seed gives the same numbers on every platform and in every version.
     #[must_use]
-    pub fn seeded(seed: u64) -> Self {
+    pub(crate) fn seeded(seed: u64) -> Self {
         Self(seed)
     }
 
-    /// The next number.
+    /// Returns the next number.
     #[expect(clippy::should_implement_trait, reason = "it never ends")]
-    pub fn next(&mut self) -> u64 {
+    pub(crate) fn next(&mut self) -> u64 {
         let next = Key(self.0).hash();
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         next
     }
 
-    /// Evenly from 0.0 to just below 1.0.
+    /// Returns a number in 0.0..1.0, uniformly.
     pub(super) fn next_fraction(&mut self) -> f64 {
         (self.next() >> 11) as f64 / (1_u64 << 53) as f64
     }
@@ -238,7 +240,7 @@ mod tests {
     }
 
     #[test]
-    fn delays_grow_as_named_up_to_the_cap() {
+    fn delays_grow_up_to_the_cap() {
         assert_eq!(plain(Retry::exponential(2.0)), [100, 200, 400, 800]);
         assert_eq!(plain(Retry::fixed().base(20 * MS).attempts(4)), [20, 20, 20]);
         assert_eq!(plain(Retry::linear().base(20 * MS).cap(50 * MS).attempts(6)), [20, 40, 50, 50, 50]);
@@ -247,7 +249,7 @@ mod tests {
     }
 
     #[test]
-    fn the_defaults_are_those_of_the_design() {
+    fn the_defaults_are_the_documented_ones() {
         let policy = RetryPolicy::default();
         assert_eq!(policy, Retry::exponential(2.0).validate().expect("valid"));
         assert_eq!((policy.attempts_max, policy.base, policy.cap), (5, 100 * MS, 30_000 * MS));
@@ -255,7 +257,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_used_is_named() {
+    fn a_policy_out_of_range_is_refused_by_name() {
         let bad = [
             (Retry::fixed().attempts(0), "retry_attempts"),
             (Retry::fixed().base(Duration::ZERO), "retry_base_ms"),
@@ -293,7 +295,7 @@ mod tests {
     }
 
     #[test]
-    fn random_numbers_are_frozen() {
+    fn a_seed_always_gives_the_same_numbers() {
         let mut rng = JitterRng::seeded(0);
         assert_eq!([rng.next(), rng.next()], [0xe220_a839_7b1d_cdaf, 0x6e78_9e6a_a1b9_65f4]);
     }
@@ -316,7 +318,7 @@ mod tests {
                 let drawn = policy.after(failures, &mut JitterRng::seeded(seed));
                 prop_assert_eq!(drawn, policy.after(failures, &mut JitterRng::seeded(seed)));
                 let AfterFailure::RetryIn(drawn) = drawn else { panic!("attempts are left") };
-                // What the way through f64 may cost at a day.
+                // Rounding errors of f64 at a delay of a day.
                 let slack = Duration::from_nanos(100);
                 prop_assert!(drawn <= policy.cap && drawn <= delay.mul_f64(high) + slack);
                 prop_assert!(drawn + slack >= delay.mul_f64(low).min(policy.cap));

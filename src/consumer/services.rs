@@ -1,7 +1,7 @@
-//! The consumers of a store: which there are, which run, and what each still needs of the log.
+//! The consumers of a store: which are registered, which run, and which part of the log each still needs.
 //!
-//! A consumer is registered by its checkpoint file: from then on retention keeps what it has not done, whether it runs or not, until it
-//! is removed.
+//! A consumer is registered by its position file. From then on retention keeps its unfinished events, whether it runs
+//! or not, until it is removed.
 
 use std::collections::BTreeMap;
 use std::io::ErrorKind;
@@ -9,15 +9,15 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::checkpoint::{Checkpoint, Found, clear, consumers_dir};
+use super::assigned_shard::{AssignedShard, start_position};
 use super::dead_letter::answer::LetterStatistics;
 use super::dead_letter::{FileEnd, statistics_of};
-use super::driver::{Place, start_position};
 use super::error::{ConsumerError, ConsumerFailure};
 use super::life::Life;
+use super::position_file::{ConsumerPosition, RegisteredConsumer, clear, consumers_dir};
 use super::report::ConsumerReport;
 use super::settings::Start;
-use crate::error::OpenError;
+use crate::error::{OpenError, WaitError};
 use crate::event::{Event, Offset};
 use crate::lane::requests::KeeperRequests;
 use crate::lane::requests::SyncRequests;
@@ -29,25 +29,28 @@ use crate::sync::{Mutex, lock};
 
 /// A consumer that has threads.
 pub(crate) trait Running: Send + Sync {
-    /// That of its thread.
+    /// Returns the life of its driving thread.
     fn life(&self) -> &Life;
-    /// What is known of it now.
+    /// Returns a report of the consumer.
     fn report(&self) -> ConsumerReport;
-    /// Waits until it has handled everything there is, or it has ended. Whether it has.
-    fn drain(&self, deadline: Option<Instant>) -> bool;
+    /// Waits until the consumer has handled or recorded every event that is visible now.
+    ///
+    /// # Errors
+    /// `Wait` with `TimedOut` at the deadline, and with `OnEngineThread` on the consumer's own threads; `Ended`.
+    fn drain(&self, deadline: Option<Instant>) -> Result<(), ConsumerError>;
 }
 
 /// A registered consumer.
 struct Known {
     holds: Vec<Arc<Hold>>,
-    /// Somebody drives it: threads or a poller.
+    /// Threads or a poller drive it.
     is_driven: bool,
     running: Option<Arc<dyn Running>>,
-    /// What its poller showed last, if one drives it.
+    /// The last report of its poller, if it has one.
     shown: Option<Arc<Mutex<ConsumerReport>>>,
-    /// Why it ended by itself, or could not be started, when that was tried last.
+    /// Why it ended by itself, or why its last start failed.
     failure: Option<ConsumerFailure>,
-    /// Its dead letters while it does not run, once they were asked for.
+    /// Its dead letters while it does not run. Read on first use.
     letters: Option<LetterStatistics>,
 }
 
@@ -60,9 +63,9 @@ impl Known {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Closed {
     No,
-    /// None starts any more.
+    /// No consumer can be started.
     Yes,
-    /// And what hangs is not waited for.
+    /// As `Yes`, and consumers that hang are not waited for.
     Abandoned,
 }
 
@@ -73,10 +76,10 @@ pub(crate) struct Services {
     lock: Arc<dyn Lock>,
     keeper: Arc<KeeperRequests>,
     shards: Vec<(Arc<ShardLog>, Arc<SyncRequests>)>,
-    /// Whether the durability mode syncs by itself.
+    /// The durability mode syncs by itself.
     pub(crate) syncs: bool,
     known: Mutex<BTreeMap<String, Known>>,
-    /// The engine has been shut down, or given up what hangs.
+    /// Whether the engine has been shut down.
     closed: Mutex<Closed>,
 }
 
@@ -87,7 +90,7 @@ impl std::fmt::Debug for Services {
 }
 
 impl Services {
-    /// Those of an engine that is being opened; `known` is what is saved of each.
+    /// Returns the consumers of an engine that is being opened; `known` is the saved state of each.
     pub(crate) fn new(
         storage: Arc<dyn Storage>,
         store: &Path,
@@ -95,10 +98,10 @@ impl Services {
         keeper: Arc<KeeperRequests>,
         shards: Vec<(Arc<ShardLog>, Arc<SyncRequests>)>,
         syncs: bool,
-        known: Vec<Found>,
+        known: Vec<RegisteredConsumer>,
     ) -> Self {
-        let register = |Found { name, checkpoint, .. }: Found| {
-            let holds = shards.iter().zip(&checkpoint.shards);
+        let register = |RegisteredConsumer { name, position, .. }: RegisteredConsumer| {
+            let holds = shards.iter().zip(&position.shards);
             let holds = holds
                 .map(|((log, _), progress)| log.holds.hold(&hold_name(&name), progress.position, &keeper.signal))
                 .collect();
@@ -109,7 +112,7 @@ impl Services {
         Self { storage, store, lock, keeper, shards, syncs, known, closed }
     }
 
-    /// Tells this engine from all others that live.
+    /// Returns a number that no other living engine has.
     pub(crate) fn identity(&self) -> usize {
         std::ptr::from_ref(self).addr()
     }
@@ -118,9 +121,13 @@ impl Services {
         consumers_dir(&self.store).join(name)
     }
 
-    /// Lets somebody drive the consumer, registering it if it is new: durably, before anything is handled. Returns where it goes on,
-    /// and how far its dead letters are known to reach.
-    pub(crate) fn drive<E: Event>(&self, name: &str, start: Start) -> Result<(Vec<Place>, FileEnd), ConsumerError> {
+    /// Marks a consumer as driven, and registers it if it is new. A new position file is durable before this returns.
+    /// Returns the shards with the consumer's progress, and the end of its durable dead letters.
+    pub(crate) fn drive<E: Event>(
+        &self,
+        name: &str,
+        start: Start,
+    ) -> Result<(Vec<AssignedShard>, FileEnd), ConsumerError> {
         if !is_folder_name(name) {
             return Err(ConsumerError::Name { name: name.to_owned() });
         }
@@ -136,31 +143,32 @@ impl Services {
                 known.failure = Some(error.to_be_kept());
             }
         })?;
-        let consumer = known.get_mut(name).expect("it is known by now");
+        let consumer = known.get_mut(name).expect("the consumer was registered above");
         (consumer.is_driven, consumer.failure, consumer.letters) = (true, None, None);
         let holds = consumer.holds.iter();
-        let places =
-            self.shards.iter().zip(holds).zip(checkpoint.shards).map(|(((log, syncer), hold), progress)| Place {
+        let assigned = self.shards.iter().zip(holds).zip(checkpoint.shards).map(|(((log, syncer), hold), progress)| {
+            AssignedShard {
                 log: Arc::clone(log),
                 syncer: Arc::clone(syncer),
                 lock: Arc::clone(&self.lock),
                 hold: Arc::clone(hold),
                 progress,
-            });
-        Ok((places.collect(), checkpoint.letters))
+            }
+        });
+        Ok((assigned.collect(), checkpoint.letters))
     }
 
-    /// What is saved of a consumer, which must be of this log; one that is new is registered.
+    /// Returns the saved state of a consumer, which must be of this log. Registers a new consumer.
     fn checkpoint<E: Event>(
         &self,
         known: &mut BTreeMap<String, Known>,
         name: &str,
         start: Start,
-    ) -> Result<Checkpoint, ConsumerError> {
+    ) -> Result<ConsumerPosition, ConsumerError> {
         let dir = self.dir(name);
         let checkpoint = match known.get(name) {
-            Some(_) => Checkpoint::load(&*self.storage, &dir)?.ok_or_else(|| OpenError::Io {
-                action: "reading the checkpoint in",
+            Some(_) => ConsumerPosition::load(&*self.storage, &dir)?.ok_or_else(|| OpenError::Io {
+                action: "reading the position file in",
                 path: dir.clone(),
                 source: ErrorKind::NotFound.into(),
             })?,
@@ -181,8 +189,8 @@ impl Services {
         name: &str,
         dir: &Path,
         start: Start,
-    ) -> Result<(Checkpoint, Vec<Arc<Hold>>), ConsumerError> {
-        // Nothing is freed from here on, so the positions stay what they are.
+    ) -> Result<(ConsumerPosition, Vec<Arc<Hold>>), ConsumerError> {
+        // From here on nothing is freed, so the positions stay valid.
         let holds: Vec<_> = self
             .shards
             .iter()
@@ -201,13 +209,13 @@ impl Services {
         }
     }
 
-    fn saved_at<E: Event>(&self, dir: &Path, start: Start) -> Result<Checkpoint, ConsumerError> {
+    fn saved_at<E: Event>(&self, dir: &Path, start: Start) -> Result<ConsumerPosition, ConsumerError> {
         let positions = self.shards.iter().map(|(log, _)| start_position::<E>(log, &self.lock, start));
-        let checkpoint = Checkpoint::begin(positions.collect::<Result<Vec<_>, _>>()?);
+        let checkpoint = ConsumerPosition::begin(positions.collect::<Result<Vec<_>, _>>()?);
         let io = |action| move |source| OpenError::Io { action, path: dir.to_owned(), source };
         self.storage.create_dir(dir).map_err(io("creating"))?;
         clear(&*self.storage, dir).map_err(io("clearing"))?;
-        checkpoint.save(&*self.storage, dir).map_err(io("writing the checkpoint in"))?;
+        checkpoint.save(&*self.storage, dir).map_err(io("writing the position file in"))?;
         Ok(checkpoint)
     }
 
@@ -215,39 +223,39 @@ impl Services {
         self.shards.iter().zip(holds).for_each(|((log, _), hold)| log.holds.remove(hold));
     }
 
-    /// Notes who runs it. Where the engine was closed meanwhile, that ends at once.
-    pub(crate) fn runs(&self, name: &str, running: Arc<dyn Running>) {
+    /// Notes the threads of a consumer. If the engine was closed meanwhile, they are asked to stop at once.
+    pub(crate) fn note_running(&self, name: &str, running: Arc<dyn Running>) {
         if let Some(known) = lock(&self.known).get_mut(name) {
             known.running = Some(Arc::clone(&running));
         }
-        // After it was noted: who closes either finds it there, or is seen here.
+        // Checked after noting the threads: `close` either finds them there, or this finds `closed` set.
         if *lock(&self.closed) != Closed::No {
             running.life().ask_to_stop();
         }
     }
 
-    /// Notes where its poller shows what is known of it.
-    pub(crate) fn shows(&self, name: &str, shown: &Arc<Mutex<ConsumerReport>>) {
+    /// Notes the report of a consumer's poller.
+    pub(crate) fn note_report(&self, name: &str, shown: &Arc<Mutex<ConsumerReport>>) {
         if let Some(known) = lock(&self.known).get_mut(name) {
             known.shown = Some(Arc::clone(shown));
         }
     }
 
-    /// Notes that it is not driven any more. If it ended by itself, that is remembered until it is started again.
-    pub(crate) fn left(&self, name: &str, failure: Option<ConsumerFailure>) {
+    /// Marks a consumer as not driven. A failure is kept until the next start.
+    pub(crate) fn note_end(&self, name: &str, failure: Option<ConsumerFailure>) {
         if let Some(known) = lock(&self.known).get_mut(name) {
             (known.is_driven, known.running, known.shown) = (false, None, None);
             known.failure = failure;
         }
     }
 
-    /// Notes that it could not be started after all.
-    pub(crate) fn refused(&self, name: &str, error: ConsumerError) -> ConsumerError {
-        self.left(name, Some(error.to_be_kept()));
+    /// Notes that a start failed.
+    pub(crate) fn note_refused(&self, name: &str, error: ConsumerError) -> ConsumerError {
+        self.note_end(name, Some(error.to_be_kept()));
         error
     }
 
-    /// Unregisters a consumer, with its dead letters.
+    /// Unregisters a consumer and removes its files.
     pub(crate) fn remove(&self, name: &str) -> Result<(), ConsumerError> {
         let mut all = lock(&self.known);
         let known = all.get(name).ok_or_else(|| ConsumerError::NotRegistered { name: name.to_owned() })?;
@@ -256,22 +264,22 @@ impl Services {
         }
         let dir = self.dir(name);
         let io = |source| OpenError::Io { action: "removing a consumer from", path: dir.clone(), source };
-        // The checkpoint first: without it there is no consumer, whatever else is left of it.
-        Checkpoint::remove(&*self.storage, &dir).map_err(io)?;
+        // The position file first: without it the consumer does not exist, whatever files remain.
+        ConsumerPosition::remove(&*self.storage, &dir).map_err(io)?;
         self.release(&known.holds);
         all.remove(name);
         clear(&*self.storage, &dir).map_err(io)?;
         Ok(())
     }
 
-    /// What is known of every registered consumer.
+    /// Returns a report of every registered consumer.
     pub(crate) fn reports(&self) -> Vec<ConsumerReport> {
         let mut known = lock(&self.known);
         let report = |(name, known): (&String, &mut Known)| match (&known.running, &known.shown) {
             (Some(running), _) => running.report(),
             (None, Some(shown)) => {
                 let mut report = lock(shown).clone();
-                report.renew(self.places(known));
+                report.renew(self.positions(known));
                 report
             }
             (None, None) => self.report_at_rest(name, known),
@@ -279,17 +287,17 @@ impl Services {
         known.iter_mut().map(report).collect()
     }
 
-    fn places<'a>(&'a self, known: &'a Known) -> impl Iterator<Item = (&'a ShardLog, Offset)> {
+    fn positions<'a>(&'a self, known: &'a Known) -> impl Iterator<Item = (&'a ShardLog, Offset)> {
         self.shards.iter().map(|(log, _)| &**log).zip(known.holds.iter().map(|hold| hold.get()))
     }
 
     fn report_at_rest(&self, name: &str, known: &mut Known) -> ConsumerReport {
-        let mut report = ConsumerReport::at_rest(name, self.places(known));
+        let mut report = ConsumerReport::at_rest(name, self.positions(known));
         report.failure.clone_from(&known.failure);
-        // Its next start writes them; until then they stay as they are.
+        // The letters stay unchanged until the consumer is started again.
         if known.letters.is_none() && !known.is_driven {
             let dir = self.dir(name);
-            let saved = Checkpoint::load(&*self.storage, &dir).map(Option::unwrap_or_default);
+            let saved = ConsumerPosition::load(&*self.storage, &dir).map(Option::unwrap_or_default);
             match saved.and_then(|saved| statistics_of(&self.storage, &dir, saved.letters, self.shards.len())) {
                 Ok(letters) => known.letters = Some(letters),
                 Err(error) => drop(report.failure.get_or_insert_with(|| ConsumerError::from(error).into())),
@@ -305,30 +313,38 @@ impl Services {
         lock(&self.known).values().filter_map(|known| known.running.clone()).collect()
     }
 
-    /// Waits until every running consumer has handled everything there is. Whether all have, and none has failed; not, where one would
-    /// wait for itself.
-    pub(crate) fn drain(&self, deadline: Option<Instant>) -> bool {
-        let has_failed = || lock(&self.known).values().any(|known| known.failure.is_some());
+    /// Waits until every running consumer has handled or recorded every event that is visible now.
+    ///
+    /// # Errors
+    /// As [`Running::drain`] of the first that cannot be drained; `Ended` if a registered consumer has failed.
+    pub(crate) fn drain(&self, deadline: Option<Instant>) -> Result<(), ConsumerError> {
+        self.check_none_failed()?;
         let running = self.running();
-        // Before any is waited for: one of them may be this very thread.
-        !has_failed()
-            && running.iter().all(|running| running.life().may_await())
-            && running.iter().all(|running| running.drain(deadline))
-            && !has_failed()
+        // Before waiting for any: one of them may own the current thread.
+        if !running.iter().all(|running| running.life().may_await()) {
+            return Err(WaitError::OnEngineThread.into());
+        }
+        running.iter().try_for_each(|running| running.drain(deadline))?;
+        self.check_none_failed()
     }
 
-    /// Lets go of consumers that do not end: they are asked to, and not waited for. Where a handler hangs, its thread stays behind, and
-    /// holds the store's lock until it ends.
+    fn check_none_failed(&self) -> Result<(), ConsumerError> {
+        let failure = lock(&self.known).values().find_map(|known| known.failure.clone());
+        failure.map_or(Ok(()), |failure| Err(ConsumerError::Ended { failure: Some(failure) }))
+    }
+
+    /// Stops waiting for consumers that do not end. A thread that hangs in a handler is left behind, and holds the
+    /// store's lock until it ends.
     pub(crate) fn abandon(&self) {
         *lock(&self.closed) = Closed::Abandoned;
         for running in self.running() {
             running.life().ask_to_stop();
             let ConsumerReport { name, running_since, .. } = running.report();
-            tracing::error!(consumer = name, ?running_since, "a consumer has not ended; it is not waited for");
+            tracing::error!(consumer = name, ?running_since, "a consumer has not ended; the engine closes without it");
         }
     }
 
-    /// Stops every running consumer and lets none start. Whether all have ended by the deadline.
+    /// Stops every running consumer and lets none start. Returns `true` if all have ended by the deadline.
     pub(crate) fn close(&self, deadline: Option<Instant>) -> bool {
         {
             let mut closed = lock(&self.closed);
@@ -338,13 +354,13 @@ impl Services {
             }
         }
         let running = self.running();
-        // All of them are asked before the first is waited for.
+        // All are asked before the first is waited for.
         running.iter().for_each(|running| running.life().ask_to_stop());
         running.iter().all(|running| running.life().await_end(deadline))
     }
 }
 
-/// Gates may have the same names.
+/// A gate may have the same name.
 fn hold_name(consumer: &str) -> String {
     format!("consumer {consumer}")
 }

@@ -1,4 +1,4 @@
-//! What a consumer is told before it starts: data only. Parsed once, by the builder.
+//! A consumer's settings. Data only; the builder checks them once.
 
 use std::fmt;
 use std::sync::Arc;
@@ -13,52 +13,55 @@ use crate::error::HandlerError;
 use crate::event::{Event, EventTypeId, Time};
 use crate::log::reader::Sight;
 
-/// Where a consumer starts that has no checkpoint yet, or goes to when it is set.
+/// Where a new consumer starts, or where a consumer is set to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
 pub enum Start {
-    /// At the earliest event the log holds.
+    /// At the earliest event that the log holds.
     #[default]
     Beginning,
-    /// Behind the newest event there is then.
+    /// Behind the newest event.
     Latest,
-    /// At each shard's first event that is not earlier than this. Times need not rise, so earlier events may follow it; every event
-    /// before it is earlier.
+    /// At each shard's first event at or after this time. Times may fall, so earlier events may follow that event;
+    /// every event before it is earlier.
     Time(Time),
 }
 
-/// What becomes of an event whose attempts are used up.
+/// What happens to an event whose attempts are used up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
 pub enum Exhausted {
     /// It becomes a dead letter and its key is parked: later events of the key become dead letters behind it.
     #[default]
     Park,
-    /// It is left out, with a record; its key goes on.
+    /// It is skipped, with a record, and its key continues.
     Skip,
-    /// The consumer halts, the event first in line, until it is told to go on.
+    /// The consumer halts until it is resumed. The event stays the first of its key.
     Halt,
 }
 
-/// What is to be done about one failed attempt, in the eyes of who knows the error. Where it is to be parked, skipped or to wait for a
-/// gap, the event is at fault, and the service's health has nothing of it.
+/// The application's decision about one failed attempt. `Park`, `Skip` and `AwaitGap` blame the event and leave the
+/// service's health unchanged.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Judgement {
-    /// As the retry policy says; when its attempts are used up, as [`Exhausted`] says.
+    /// Follow the retry policy and, when its attempts are used up, [`Exhausted`].
     ByPolicy,
-    /// Try again after this long, however often it was tried.
+    /// Try again after this long, however many attempts were made.
     RetryIn(Duration),
-    /// Something is missing before it: try again when [`super::Consumer::gap_filled`] says so, or the longest wait for a gap has
-    /// passed. It does not count as an attempt.
+    /// An event is missing before it: try again after [`super::Consumer::gap_filled`], or when
+    /// [`super::QueuePolicy::gap_wait_max`] has passed. It does not count as an attempt.
     AwaitGap,
-    /// Park its key with it.
+    /// Park the key, with this event as its first dead letter.
     Park,
-    /// Leave it out, with a record.
+    /// Skip the event, with a record.
     Skip,
     /// Halt the consumer.
     Halt,
 }
 
 impl Judgement {
-    /// Whether it says something against the service; else the event itself is at fault, or what came before it.
+    /// Returns `true` if the judgement blames the service, not the event.
     pub(crate) fn is_of_service(self) -> bool {
         match self {
             Self::ByPolicy | Self::RetryIn(_) | Self::Halt => true,
@@ -67,10 +70,10 @@ impl Judgement {
     }
 }
 
-/// Judges an error after so many attempts.
+/// Judges an error; the number is the attempt's.
 pub(crate) type Judge = Arc<dyn Fn(&HandlerError, u32) -> Judgement + Send + Sync>;
 
-/// Everything that a consumer is told.
+/// All settings of a consumer.
 #[derive(Clone)]
 pub(crate) struct Settings {
     pub(crate) name: Arc<str>,
@@ -78,7 +81,7 @@ pub(crate) struct Settings {
     pub(crate) start: Start,
     pub(crate) sight: Sight,
     pub(crate) concurrency: usize,
-    pub(crate) lanes: QueuePolicy,
+    pub(crate) queues: QueuePolicy,
     pub(crate) retry: RetryPolicy,
     pub(crate) health: HealthPolicy,
     pub(crate) letters: DeadLetterPolicy,
@@ -107,7 +110,7 @@ impl Filter {
         Self(None)
     }
 
-    /// The types of these names.
+    /// Returns a filter for the types with these names.
     pub(crate) fn named<E: Event>(names: &[String]) -> Result<Self, ConsumerError> {
         if names.is_empty() {
             return Err(ConsumerError::NoTypes);

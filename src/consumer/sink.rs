@@ -1,42 +1,43 @@
-//! Sinks that keep their position with their data: what they hold is made of every event once, whatever crashes.
+//! Sinks that keep their position with their data: every event takes effect exactly once, whatever crashes.
 //!
-//! One writer: the sink's thread. The position that counts is the sink's own; the consumer's checkpoint only tells retention what may
-//! go, and follows it.
+//! One writer: the sink's thread. The sink's own position is authoritative. The consumer's position file follows it and
+//! tells retention what to keep.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::assigned_shard::AssignedShard;
 use super::builder::ConsumerBuilder;
-use super::checkpoint::{Checkpoint, Progress};
 use super::dead_letter::answer::LetterStatistics;
 use super::dead_letter::{FileEnd, statistics_of};
-use super::driver::{HaltCause, Place};
 use super::error::ConsumerError;
 use super::health::{Admission, CallPermit, Health, HealthChange};
 use super::life::Life;
+use super::outcome::HaltCause;
+use super::position_file::{ConsumerPosition, Progress};
 use super::report::ConsumerReport;
 use super::retry::{AfterFailure, JitterRng};
 use super::running::spawn;
 use super::services::{Running, Services};
 use super::settings::{Filter, Settings};
 use crate::config::in_range;
-use crate::error::{HandlerError, panic_text};
-use crate::error::{OpenError, ReadError};
+use crate::error::{HandlerError, OpenError, ReadError, WaitError, panic_text};
 use crate::event::{Event, Offset, ShardId};
 use crate::log::holds::Hold;
 use crate::log::position::Position;
 use crate::log::reader::{Reader, Record};
 use crate::sync::{AtomicBool, AtomicU64, Deadline, Mutex, Ordering, lock, thread, thread_waker};
 
-/// Takes events in together with the position up to which it took them: a database with transactions. A [`Position`] is a blob of
-/// 40 bytes or a text of 80 characters; the sink keeps one per shard and hands it back unchanged. It identifies the log: a position
-/// of another store, or of another history of this one (a copy of the store or of the database was put back), ends the sink with
-/// a typed failure.
+/// Takes in events together with the position behind them: for example a database with transactions. A [`Position`] is
+/// 40 bytes or a text of 80 characters. The sink keeps one per shard and returns it unchanged. It identifies the log: a
+/// position of another store, or of another history of this one (after restoring a copy of the store or of the
+/// database), ends the sink with a typed failure.
 ///
 /// ```
 /// # use corelane::consumer::{Batch, Sink};
-/// # use corelane::{Event, HandlerError, Position, ShardId};
+/// # use corelane::log::Position;
+/// # use corelane::{Event, HandlerError, ShardId};
 /// # use std::collections::HashMap;
 /// # #[derive(Default)] struct Transaction { rows: u64, positions: HashMap<u16, Vec<u8>> }
 /// # struct Database { committed: Transaction }
@@ -59,22 +60,24 @@ use crate::sync::{AtomicBool, AtomicU64, Deadline, Mutex, Ordering, lock, thread
 /// }
 /// ```
 pub trait Sink<E: Event>: Send + 'static {
-    /// Returns the position that was kept with the data, or `None` if there is none for this shard yet: delivery then begins where the
-    /// sink was registered. If events were delivered before, `None` is [`ConsumerError::PositionGone`]. Called when the sink starts,
-    /// and after every failed batch.
+    /// Returns the position that was kept with the data, or `None` if there is none for this shard yet: delivery then
+    /// begins where the sink was registered. If events were delivered before, `None` is
+    /// [`ConsumerError::PositionGone`]. Called when the sink starts, and after every failed batch.
     ///
     /// # Errors
-    /// Whatever kept it from being read: it is asked again, as the retry policy says.
+    /// Any error of reading the position. The retry policy decides when it is called again.
     fn position(&mut self, shard: ShardId) -> Result<Option<Position>, HandlerError>;
 
-    /// Takes a batch in: what it makes of the events, and [`Batch::end`], in one transaction. All of it or nothing.
+    /// Takes in a batch of events for the sink: its effects on the data, and [`Batch::end`], in one transaction. All of
+    /// it or nothing.
     ///
     /// # Errors
-    /// Nothing was taken in (or, if it was after all, `position` says so): the batch comes again.
+    /// The batch was not taken in, and is delivered again. If it was taken in after all, `position` must return its
+    /// end.
     fn apply(&mut self, batch: &mut Batch<'_, E>) -> Result<(), HandlerError>;
 }
 
-/// Events of one shard, in order.
+/// A batch of events for the sink: events of one shard, in order.
 #[derive(Debug)]
 pub struct Batch<'a, E: Event> {
     reader: &'a mut Reader<E>,
@@ -82,16 +85,17 @@ pub struct Batch<'a, E: Event> {
     filter: &'a Filter,
     left: usize,
     events: u64,
-    /// The log could not be read on.
+    /// The log could not be read further.
     is_cut: bool,
 }
 
 impl<E: Event> Batch<'_, E> {
-    /// The next event of the batch. A batch ends before a place where the log cannot be read on: what comes before is taken in, and
-    /// then the sink ends with that failure.
+    /// Returns the next event of the batch. A batch ends before an offset at which the log cannot be read: the sink
+    /// takes in the events before it, and then ends with that error.
     ///
     /// # Errors
-    /// As [`Reader::next`], where that place comes first: there is nothing to take in. The position stays, and [`Batch::end`] with it.
+    /// As [`Reader::next`], if that offset comes first: there is nothing to take in. The position and [`Batch::end`]
+    /// stay.
     #[expect(clippy::should_implement_trait, reason = "lends from the log, which Iterator cannot")]
     pub fn next(&mut self) -> Result<Option<Record<'_, E>>, ReadError> {
         if self.left == 0 {
@@ -119,33 +123,34 @@ impl<E: Event> Batch<'_, E> {
         }
     }
 
-    /// The shard.
+    /// Returns the shard.
     #[must_use]
     pub fn shard(&self) -> ShardId {
         self.reader.shard()
     }
 
-    /// Where the batch goes on behind what was taken from it so far: after its last event, the position to be kept with it.
+    /// Returns the position behind the events taken from the batch until now. After the last event, it is the position
+    /// to keep with the data.
     #[must_use]
     pub fn end(&self) -> Position {
         self.reader.position_after(&self.begun)
     }
 }
 
-/// What the thread and its handle share.
+/// The state shared by the sink's thread and its handle.
 #[derive(Debug)]
-struct Control {
+struct SinkShared {
     life: Life,
     paused: AtomicBool,
     /// Asks for another attempt after a halt.
     resumed: AtomicBool,
     report: Mutex<ConsumerReport>,
-    /// How often it was asked whether everything has been taken in, and which of these questions has that for its answer.
+    /// The number of the last call of `drain`, and of the last call that was answered: its events have been taken in.
     drains: AtomicU64,
     drained: AtomicU64,
 }
 
-impl Running for Control {
+impl Running for SinkShared {
     fn life(&self) -> &Life {
         &self.life
     }
@@ -159,98 +164,104 @@ impl Running for Control {
         report
     }
 
-    fn drain(&self, deadline: Option<Instant>) -> bool {
+    fn drain(&self, deadline: Option<Instant>) -> Result<(), ConsumerError> {
         if !self.life.may_await() {
-            return false;
+            return Err(WaitError::OnEngineThread.into());
         }
         let question = self.drains.fetch_add(1, Ordering::SeqCst) + 1;
         self.life.wake();
         while self.drained.load(Ordering::SeqCst) < question {
-            if self.life.has_ended() || deadline.is_some_and(|at| Instant::now() >= at) {
-                return false;
+            if self.life.has_ended() {
+                return Err(ConsumerError::Ended { failure: lock(&self.report).failure.clone() });
+            }
+            if deadline.is_some_and(|at| Instant::now() >= at) {
+                return Err(WaitError::TimedOut.into());
             }
             crate::sync::nap(Duration::from_millis(1));
         }
-        true
+        Ok(())
     }
 }
 
 /// A running sink. Dropping it stops it.
 #[derive(Debug)]
 pub struct SinkConsumer {
-    control: Arc<Control>,
+    shared: Arc<SinkShared>,
     name: String,
 }
 
 impl SinkConsumer {
-    /// What is known of it now; `handled` counts events taken in.
+    /// Returns a report of the sink; `handled` counts events taken in.
     #[must_use]
     pub fn report(&self) -> ConsumerReport {
-        self.control.report()
+        self.shared.report()
     }
 
-    /// Takes nothing in any more, until [`SinkConsumer::resume`].
+    /// Pauses the sink until [`SinkConsumer::resume`].
     pub fn pause(&self) {
-        self.control.paused.store(true, Ordering::SeqCst);
-        self.control.life.wake();
+        self.shared.paused.store(true, Ordering::SeqCst);
+        self.shared.life.wake();
     }
 
-    /// Goes on after a pause, or after it halted because all attempts at a batch had failed.
+    /// Ends a pause, or a halt after all attempts at a batch had failed.
     pub fn resume(&self) {
-        self.control.paused.store(false, Ordering::SeqCst);
-        self.control.resumed.store(true, Ordering::SeqCst);
-        self.control.life.wake();
+        self.shared.paused.store(false, Ordering::SeqCst);
+        self.shared.resumed.store(true, Ordering::SeqCst);
+        self.shared.life.wake();
     }
 
-    /// Waits until everything there is has been taken in. Whether it came to that by the deadline.
-    #[must_use]
-    pub fn drain(&self, deadline: impl Into<Deadline>) -> bool {
-        let deadline = deadline.into().instant();
-        self.control.drain(deadline)
-    }
-
-    /// Stops it after the batch it is at.
+    /// Waits until the sink has taken in every event that is visible now.
     ///
     /// # Errors
-    /// `Busy` at the deadline; `Ended` where it had ended by itself.
+    /// `Wait` with `TimedOut` at the deadline (a paused or halted sink takes nothing in), and with `OnEngineThread` on
+    /// the sink's own thread; `Ended` if it has ended.
+    pub fn drain(&self, deadline: impl Into<Deadline>) -> Result<(), ConsumerError> {
+        self.shared.drain(deadline.into().instant())
+    }
+
+    /// Stops the sink after its present batch.
+    ///
+    /// # Errors
+    /// `Busy` at the deadline; `Ended` with the reason if the sink had ended by itself.
     pub fn stop(self, deadline: impl Into<Deadline>) -> Result<(), ConsumerError> {
         let deadline = deadline.into().instant();
-        self.control.life.stop(&self.name, deadline, || self.control.report().failure)
+        self.shared.life.stop(&self.name, deadline, || self.shared.report().failure)
     }
 }
 
 impl Drop for SinkConsumer {
     fn drop(&mut self) {
-        self.control.life.stop_dropped(&self.name);
+        self.shared.life.stop_dropped(&self.name);
     }
 }
 
 /// One shard of a sink.
-struct Side<E: Event> {
+struct SinkShard<E: Event> {
     reader: Reader<E>,
     hold: Arc<Hold>,
-    /// Up to where the sink holds all events.
+    /// The sink holds all events below.
     position: Position,
 }
 
-struct Pump<E: Event, S: Sink<E>> {
+/// The work of a sink's thread.
+struct SinkRunner<E: Event, S: Sink<E>> {
     sink: S,
-    sides: Vec<Side<E>>,
-    places: Vec<Place>,
-    /// It has no dead letters, but a consumer that had its name may have left some.
+    shards: Vec<SinkShard<E>>,
+    assigned: Vec<AssignedShard>,
+    /// A sink has no dead letters, but a consumer of the same name may have left some.
     letters: FileEnd,
     letters_left: LetterStatistics,
-    /// What is saved of it, shard by shard.
+    /// The saved progress, shard by shard.
     progress: Vec<Progress>,
     settings: Settings,
     batch_max: usize,
     services: Arc<Services>,
-    control: Arc<Control>,
+    shared: Arc<SinkShared>,
     health: Health,
     rng: JitterRng,
-    /// Attempts at the batch in hand that failed.
+    /// Failed attempts at the present batch.
     failures: u32,
-    /// Positions are to be asked for, since what became of the last batch is not known.
+    /// The sink must be asked for its positions: the fate of the last batch is unknown.
     is_lost: bool,
     next_at: Duration,
     saved: Vec<Position>,
@@ -262,9 +273,9 @@ struct Pump<E: Event, S: Sink<E>> {
 }
 
 impl<E: Event> ConsumerBuilder<E> {
-    /// Starts a sink: batches of at most `batch_max` events of one shard (1..=1,000,000), in order, each of them taken in once. Of the
-    /// settings, those of keys do not apply: a batch that fails is tried again as the retry policy says, and when its attempts are used
-    /// up the sink halts, since what comes after would not be in order.
+    /// Starts a sink: delivers batches of up to `batch_max` events of one shard (1..=1,000,000), in order, each taken
+    /// in once. Settings about keys do not apply. A batch that fails is retried as the retry policy says. When its
+    /// attempts are used up the sink halts, to keep the order.
     ///
     /// # Errors
     /// As [`ConsumerBuilder::start`].
@@ -272,12 +283,13 @@ impl<E: Event> ConsumerBuilder<E> {
         self.run_sink(batch_max, sink, false)
     }
 
-    /// Starts a sink whose data is gone, as [`ConsumerBuilder::start_sink`] does. Where it has no position, it begins again where it was
-    /// registered, whatever was delivered before. For one start; from then on use [`ConsumerBuilder::start_sink`].
+    /// Starts a sink whose data is gone, as [`ConsumerBuilder::start_sink`] does. For a shard without a position,
+    /// delivery begins again where the sink was registered, although events were delivered before. Use it for one
+    /// start, then [`ConsumerBuilder::start_sink`] again.
     ///
     /// # Errors
-    /// As [`ConsumerBuilder::start`], and `BeginningGone` where retention has freed events that it was given before: remove the consumer and
-    /// register it again to begin with the earliest event held.
+    /// As [`ConsumerBuilder::start`], and `BeginningGone` if retention has freed events that were delivered before:
+    /// remove the consumer and register it again, to begin with the earliest event held.
     pub fn start_sink_over(self, batch_max: usize, sink: impl Sink<E>) -> Result<SinkConsumer, ConsumerError> {
         self.run_sink(batch_max, sink, true)
     }
@@ -287,14 +299,14 @@ impl<E: Event> ConsumerBuilder<E> {
         let (services, settings) = self.settle()?;
         let health = Health::new(&settings.name, settings.health.clone())?;
         let name = settings.name.to_string();
-        let (places, letters) = services.drive::<E>(&name, settings.start)?;
-        let prepared = prepare::<E>(&services, &name, &places, letters, over);
-        let (progress, letters_left) = prepared.map_err(|error| services.refused(&name, error))?;
-        let positions = places.iter().map(|place| (&*place.log, place.hold.get()));
+        let (assigned, letters) = services.drive::<E>(&name, settings.start)?;
+        let prepared = prepare::<E>(&services, &name, &assigned, letters, over);
+        let (progress, letters_left) = prepared.map_err(|error| services.note_refused(&name, error))?;
+        let positions = assigned.iter().map(|shard| (&*shard.log, shard.hold.get()));
         let mut report = ConsumerReport::at_rest(&name, positions);
         report.has_letters(letters_left);
-        let control = Arc::new(Control {
-            life: Life::new(&services),
+        let shared = Arc::new(SinkShared {
+            life: Life::new(services.identity()),
             paused: AtomicBool::new(false),
             resumed: AtomicBool::new(false),
             report: Mutex::new(report),
@@ -302,18 +314,18 @@ impl<E: Event> ConsumerBuilder<E> {
             drained: AtomicU64::new(0),
         });
         let rng = JitterRng::seeded(settings.jitter_seed);
-        let pump = Pump {
+        let runner = SinkRunner {
             sink,
-            sides: Vec::new(),
+            shards: Vec::new(),
             saved: progress.iter().map(|progress| progress.seen).collect(),
-            places,
+            assigned,
             letters,
             letters_left,
             progress,
             settings,
             batch_max,
             services: Arc::clone(&services),
-            control: Arc::clone(&control),
+            shared: Arc::clone(&shared),
             health,
             rng,
             failures: 0,
@@ -325,37 +337,38 @@ impl<E: Event> ConsumerBuilder<E> {
             save_failures: 0,
             halted: None,
         };
-        services.runs(&name, Arc::clone(&control) as Arc<dyn Running>);
-        // Waited for by its `ended`.
-        let spawned = spawn(&services, name.clone(), move || pump.run_to_the_end());
+        services.note_running(&name, Arc::clone(&shared) as Arc<dyn Running>);
+        // The handle waits for the life's end, not for the thread.
+        let spawned = spawn(&services, name.clone(), move || runner.run_to_the_end());
         drop(spawned.map_err(|error| {
-            let error = services.refused(&name, error);
-            // Somebody may have found it meanwhile, and wait for it.
-            control.life.end();
+            let error = services.note_refused(&name, error);
+            // A call may have found the sink meanwhile and wait for it.
+            shared.life.end();
             error
         })?);
-        Ok(SinkConsumer { control, name })
+        Ok(SinkConsumer { shared, name })
     }
 }
 
-/// The error that stands for a sink's panic.
+/// Returns the error for a panic of the sink.
 fn panicked(panic: &(dyn std::any::Any + Send)) -> HandlerError {
     format!("the sink panicked: {}", panic_text(panic)).into()
 }
 
-/// What is saved of a sink, and the dead letters that a consumer of its name has left. To start it over, its beginning is saved.
+/// Returns the saved progress of a sink, and the dead letters that a consumer of its name has left. If the sink starts
+/// over, saves its beginning first.
 fn prepare<E: Event>(
     services: &Services,
     name: &str,
-    places: &[Place],
+    assigned: &[AssignedShard],
     letters: FileEnd,
     over: bool,
 ) -> Result<(Vec<Progress>, LetterStatistics), ConsumerError> {
     let dir = services.dir(name);
-    let left = statistics_of(&services.storage, &dir, letters, places.len())?;
-    let mut progress: Vec<Progress> = places.iter().map(|place| place.progress.clone()).collect();
+    let left = statistics_of(&services.storage, &dir, letters, assigned.len())?;
+    let mut progress: Vec<Progress> = assigned.iter().map(|shard| shard.progress.clone()).collect();
     if over {
-        for (Place { log, lock, hold, .. }, progress) in places.iter().zip(&mut progress) {
+        for (AssignedShard { log, lock, hold, .. }, progress) in assigned.iter().zip(&mut progress) {
             let (shard, began) = (log.shard, progress.began);
             if !log.holds.reach(hold, began, || log.earliest()) {
                 let earliest = log.earliest();
@@ -364,34 +377,34 @@ fn prepare<E: Event>(
             let reader = Reader::<E>::at(Arc::clone(log), began, Arc::clone(lock))?;
             *progress = progress.at(reader.position()?);
         }
-        // Before anything is delivered: a sink that takes nothing now must find it so next time.
-        let checkpoint = Checkpoint { letters, shards: progress.clone() };
+        // Before anything is delivered: the next start must find it even if this one takes in nothing.
+        let checkpoint = ConsumerPosition { letters, shards: progress.clone() };
         let saved = checkpoint.save(&*services.storage, &dir);
-        saved.map_err(|source| OpenError::Io { action: "writing the checkpoint in", path: dir, source })?;
+        saved.map_err(|source| OpenError::Io { action: "writing the position file in", path: dir, source })?;
     }
     Ok((progress, left))
 }
 
-impl<E: Event, S: Sink<E>> Pump<E, S> {
+impl<E: Event, S: Sink<E>> SinkRunner<E, S> {
     fn run_to_the_end(mut self) {
-        let (control, services) = (Arc::clone(&self.control), Arc::clone(&self.services));
+        let (shared, services) = (Arc::clone(&self.shared), Arc::clone(&self.services));
         let name = Arc::clone(&self.settings.name);
-        let failure = control.life.run(&name, || self.run());
-        lock(&control.report).failure.clone_from(&failure);
+        let failure = shared.life.run(&name, || self.run());
+        lock(&shared.report).failure.clone_from(&failure);
         drop(self);
-        services.left(&name, failure);
-        // With it the store's lock: who waits for the end may open the store again.
+        services.note_end(&name, failure);
+        // Releases the store's lock: a waiter for the end may open the store again.
         drop(services);
-        control.life.end();
+        shared.life.end();
     }
 
     fn run(&mut self) -> Result<(), ConsumerError> {
-        while !self.control.life.is_stopping() {
+        while !self.shared.life.is_stopping() {
             let mut taken = 0;
-            if self.control.resumed.swap(false, Ordering::SeqCst) {
+            if self.shared.resumed.swap(false, Ordering::SeqCst) {
                 (self.halted, self.failures, self.next_at) = (None, 0, Duration::ZERO);
             }
-            let may_run = self.halted.is_none() && !self.control.paused.load(Ordering::SeqCst);
+            let may_run = self.halted.is_none() && !self.shared.paused.load(Ordering::SeqCst);
             if may_run && self.now() >= self.next_at {
                 taken = self.step()?;
             }
@@ -408,51 +421,52 @@ impl<E: Event, S: Sink<E>> Pump<E, S> {
     }
 
     fn now(&self) -> Duration {
-        self.control.life.now()
+        self.shared.life.now()
     }
 
-    /// A batch of every shard, or a look at where the sink stands. Returns the work done.
+    /// Delivers a batch of every shard, or asks the sink for its positions. Returns the work done.
     fn step(&mut self) -> Result<usize, ConsumerError> {
         if self.is_lost {
-            let Some(pass) = self.admit() else { return Ok(0) };
+            let Some(permit) = self.admit() else { return Ok(0) };
             let found = catch_unwind(AssertUnwindSafe(|| self.find_positions()));
             match found.unwrap_or_else(|panic| Ok(Err(panicked(&*panic))))? {
                 Ok(()) => {
                     self.is_lost = false;
-                    // A probe that nobody reports would count as failed. Else only batches tell how the sink is.
-                    if pass.is_probe() {
-                        HealthChange::note(self.health.succeeded(pass, self.control.life.now()), &self.settings.name);
+                    // A probe without an outcome would count as failed. Other calls of `position` say nothing about
+                    // health: only batches do.
+                    if permit.is_probe() {
+                        HealthChange::log(self.health.succeeded(permit, self.shared.life.now()), &self.settings.name);
                     }
                 }
-                Err(error) => self.failed(pass, &error),
+                Err(error) => self.failed(permit, &error),
             }
             return Ok(usize::from(!self.is_lost));
         }
-        // Before the logs are looked at: what is there when the question is asked must be seen.
-        let question = self.control.drains.load(Ordering::SeqCst);
+        // Before the logs are read: the answer covers the events that are visible when `drain` is called.
+        let question = self.shared.drains.load(Ordering::SeqCst);
         let mut taken = 0;
-        for at in 0..self.sides.len() {
-            if self.sides[at].reader.offset() >= self.sides[at].reader.horizon() {
+        for at in 0..self.shards.len() {
+            if self.shards[at].reader.offset() >= self.shards[at].reader.horizon() {
                 continue;
             }
-            let Some(pass) = self.admit() else { return Ok(taken) };
+            let Some(permit) = self.admit() else { return Ok(taken) };
             match self.take_in(at)? {
                 Ok(events) => {
                     let now = self.now();
-                    HealthChange::note(self.health.succeeded(pass, now), &self.settings.name);
+                    HealthChange::log(self.health.succeeded(permit, now), &self.settings.name);
                     self.failures = 0;
                     self.handled += events;
                     taken += 1;
                 }
                 Err(error) => {
                     self.is_lost = true;
-                    self.failed(pass, &error);
+                    self.failed(permit, &error);
                     return Ok(taken);
                 }
             }
         }
         if taken == 0 {
-            self.control.drained.store(question, Ordering::SeqCst);
+            self.shared.drained.store(question, Ordering::SeqCst);
         }
         Ok(taken)
     }
@@ -460,7 +474,7 @@ impl<E: Event, S: Sink<E>> Pump<E, S> {
     fn admit(&mut self) -> Option<CallPermit> {
         let now = self.now();
         match self.health.admit(now) {
-            Admission::Go(pass) => Some(pass),
+            Admission::Go(permit) => Some(permit),
             Admission::Wait { until } => {
                 self.next_at = until;
                 None
@@ -468,29 +482,29 @@ impl<E: Event, S: Sink<E>> Pump<E, S> {
         }
     }
 
-    fn failed(&mut self, pass: CallPermit, error: &HandlerError) {
+    fn failed(&mut self, permit: CallPermit, error: &HandlerError) {
         let now = self.now();
-        HealthChange::note(self.health.failed(pass, now), &self.settings.name);
+        HealthChange::log(self.health.failed(permit, now), &self.settings.name);
         self.failures = self.failures.saturating_add(1);
         self.failed += 1;
         let consumer = &*self.settings.name;
         match self.settings.retry.after(self.failures, &mut self.rng) {
             AfterFailure::RetryIn(after) => {
-                tracing::warn!(consumer, %error, ?after, "a sink failed; it is tried again");
+                tracing::warn!(consumer, %error, ?after, "a sink failed and is retried");
                 self.next_at = now + after;
             }
             AfterFailure::GiveUp => {
-                tracing::error!(consumer, %error, "a sink halts until it is told to go on");
+                tracing::error!(consumer, %error, "a sink halts until it is resumed");
                 self.halted = Some(HaltCause::Batch { error: error.to_string() });
             }
         }
     }
 
-    /// Stands where the sink stands.
+    /// Asks the sink for its position in every shard, and continues there.
     fn find_positions(&mut self) -> Result<Result<(), HandlerError>, ConsumerError> {
-        let mut sides = Vec::with_capacity(self.places.len());
-        for (i, (place, progress)) in self.places.iter().zip(&self.progress).enumerate() {
-            let Place { log, lock, hold, .. } = place;
+        let mut shards = Vec::with_capacity(self.assigned.len());
+        for (i, (assigned, progress)) in self.assigned.iter().zip(&self.progress).enumerate() {
+            let AssignedShard { log, lock, hold, .. } = assigned;
             let shard = log.shard;
             let position = match self.sink.position(shard) {
                 Ok(position) => position,
@@ -502,91 +516,92 @@ impl<E: Event, S: Sink<E>> Pump<E, S> {
                     if log.holds.reach(hold, from, || log.earliest()) {
                         (position.reader::<E>(log, lock)?, position)
                     } else {
-                        // Of another log, if it says so, or freed.
+                        // The position is of another log, or its events were freed.
                         position.check(log, lock)?;
                         let earliest = log.earliest();
                         return Err(ReadError::BeyondRetention { shard, asked: from, earliest }.into());
                     }
                 }
                 None => {
-                    let taken = self.sides.get(i).map_or(Offset(0), |side| side.position.offset());
+                    let taken = self.shards.get(i).map_or(Offset(0), |shard| shard.position.offset());
                     let delivered = progress.read.max(taken);
                     if delivered > progress.began {
                         return Err(ConsumerError::PositionGone { shard, delivered });
                     }
-                    // It holds that itself: nothing was delivered, so nothing was let go.
+                    // The consumer's hold is still there: no event was delivered, so none was released.
                     let reader = Reader::<E>::at(Arc::clone(log), progress.began, Arc::clone(lock))?;
                     let position = reader.position()?;
                     (reader, position)
                 }
             };
             let reader = reader.with_sight(self.settings.sight);
-            sides.push(Side { reader, hold: Arc::clone(hold), position });
+            shards.push(SinkShard { reader, hold: Arc::clone(hold), position });
         }
-        self.sides = sides;
+        self.shards = shards;
         Ok(Ok(()))
     }
 
-    /// Lets the sink take a batch in. Returns how many events, or what the sink said; an error where the log cannot be read on.
+    /// Delivers a batch to the sink. Returns the number of events or the sink's error, and an outer error if the log
+    /// cannot be read.
     fn take_in(&mut self, at: usize) -> Result<Result<u64, HandlerError>, ConsumerError> {
-        self.control.life.go_inside();
-        let side = &mut self.sides[at];
+        self.shared.life.go_inside();
+        let shard = &mut self.shards[at];
         let (filter, left) = (&self.settings.filter, self.batch_max);
         let mut batch =
-            Batch { reader: &mut side.reader, begun: side.position, filter, left, events: 0, is_cut: false };
+            Batch { reader: &mut shard.reader, begun: shard.position, filter, left, events: 0, is_cut: false };
         let sink = &mut self.sink;
         let applied = catch_unwind(AssertUnwindSafe(|| sink.apply(&mut batch)));
         let (events, is_cut) = (batch.events, batch.is_cut);
-        self.control.life.come_out();
+        self.shared.life.come_out();
         if is_cut && events == 0 {
-            // Whichever error the sink returned: the log's own says why.
-            side.reader.next()?;
-            return Ok(Err("the log could not be read on".into()));
+            // The log's error says why, whatever error the sink returned.
+            shard.reader.next()?;
+            return Ok(Err("the log could not be read further".into()));
         }
         if let Err(error) = applied.unwrap_or_else(|panic| Err(panicked(&*panic))) {
             return Ok(Err(error));
         }
-        if side.reader.offset() == side.position.offset() {
+        if shard.reader.offset() == shard.position.offset() {
             return Ok(Err("the sink took nothing from its batch".into()));
         }
-        side.position = side.reader.position_after(&side.position);
+        shard.position = shard.reader.position_after(&shard.position);
         Ok(Ok(events))
     }
 
-    /// Tells retention how far the sink is.
+    /// Saves the sink's positions, and lets retention free the events below.
     fn save_if_due(&mut self) {
         let now = self.now();
-        let positions: Vec<Position> = self.sides.iter().map(|side| side.position).collect();
+        let positions: Vec<Position> = self.shards.iter().map(|shard| shard.position).collect();
         if now < self.save_at || positions.is_empty() || positions == self.saved {
             return;
         }
         self.save_at = now + self.settings.checkpoint_every;
         let shards = self.progress.iter().zip(&positions).map(|(progress, position)| progress.at(*position)).collect();
-        let checkpoint = Checkpoint { letters: self.letters, shards };
+        let checkpoint = ConsumerPosition { letters: self.letters, shards };
         let dir = self.services.dir(&self.settings.name);
         match checkpoint.save(&*self.services.storage, &dir) {
             Ok(()) => {
-                self.sides.iter().for_each(|side| side.hold.set(side.position.offset()));
+                self.shards.iter().for_each(|shard| shard.hold.set(shard.position.offset()));
                 (self.saved, self.progress) = (positions, checkpoint.shards);
             }
             Err(source) => {
-                let error = OpenError::Io { action: "writing the checkpoint in", path: dir, source };
-                tracing::error!(consumer = &*self.settings.name, %error, "retention waits");
+                let error = OpenError::Io { action: "writing the position file in", path: dir, source };
+                tracing::error!(consumer = &*self.settings.name, %error, "a sink's position cannot be saved");
                 self.save_failures += 1;
             }
         }
     }
 
     fn report(&self) {
-        let places = self.places.iter().map(|place| (&*place.log, place.hold.get()));
-        let mut report = ConsumerReport::at_rest(&self.settings.name, places);
+        let assigned = self.assigned.iter().map(|shard| (&*shard.log, shard.hold.get()));
+        let mut report = ConsumerReport::at_rest(&self.settings.name, assigned);
         (report.handled, report.failed) = (self.handled, self.failed);
-        report.has_read(self.sides.iter().map(|side| side.reader.sequence()).sum());
+        report.has_read(self.shards.iter().map(|shard| shard.reader.sequence()).sum());
         report.halted.clone_from(&self.halted);
         report.health = Some(self.health.report(self.now()));
         report.write_failures.0 = self.save_failures;
         report.has_letters(self.letters_left);
-        *lock(&self.control.report) = report;
+        *lock(&self.shared.report) = report;
     }
 
     fn sleep(&mut self, may_run: bool) {
@@ -598,10 +613,10 @@ impl<E: Event, S: Sink<E>> Pump<E, S> {
             } else if self.is_lost {
                 return;
             } else {
-                for side in &self.sides {
-                    side.reader.register(&waker);
+                for shard in &self.shards {
+                    shard.reader.register(&waker);
                 }
-                if self.sides.iter().any(|side| side.reader.offset() < side.reader.horizon()) {
+                if self.shards.iter().any(|shard| shard.reader.offset() < shard.reader.horizon()) {
                     return;
                 }
             }

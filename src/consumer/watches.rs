@@ -1,24 +1,24 @@
-//! The events whose end a caller will ask for: their records are kept although the position is past them.
+//! Events that callers will ask about: their records are kept although the consumer's position is past them.
 //!
-//! Writers: callers of `publish_sync`. The driver looks when it saves.
+//! Writers: callers of `publish_sync`. The driver reads them when it saves.
 
 use std::sync::Arc;
 
 use crate::event::{Offset, ShardId};
 use crate::sync::{Mutex, lock};
 
-/// All of a consumer's.
+/// The watched events of one consumer.
 #[derive(Debug, Default)]
 pub(crate) struct Watches(Mutex<Vec<(ShardId, Offset)>>);
 
 impl Watches {
-    /// Events from `from` on are asked about until the watch is dropped. To be noted before they are published.
+    /// Watches events from `from` on until the returned watch is dropped. Call it before the events are published.
     pub(crate) fn watch(self: &Arc<Self>, shard: ShardId, from: Offset) -> Watch {
         lock(&self.0).push((shard, from));
         Watch { watches: Arc::clone(self), shard, from }
     }
 
-    /// The first event of a shard that is asked about, if it lies before `offset`; else `offset`.
+    /// Returns the first watched event of a shard, if it is below `offset`; else `offset`.
     pub(super) fn lowest(&self, shard: ShardId, offset: Offset) -> Offset {
         let watches = lock(&self.0);
         let of_shard = watches.iter().filter(|(watched, _)| *watched == shard);
@@ -26,7 +26,7 @@ impl Watches {
     }
 }
 
-/// One caller that will ask.
+/// The watch of one caller.
 #[derive(Debug)]
 pub(crate) struct Watch {
     watches: Arc<Watches>,
@@ -38,6 +38,6 @@ impl Drop for Watch {
     fn drop(&mut self) {
         let mut watches = lock(&self.watches.0);
         let at = watches.iter().position(|watch| *watch == (self.shard, self.from));
-        watches.swap_remove(at.expect("it was noted"));
+        watches.swap_remove(at.expect("a watch is in the list until it is dropped"));
     }
 }

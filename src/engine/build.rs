@@ -1,51 +1,65 @@
-//! A shard and everything around it, put together from what recovery found.
+//! Builds a shard, and the parts of the threads that serve it, from what recovery found.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use crossbeam::queue::ArrayQueue;
 
-use super::Handle;
-use crate::background::age::Ages;
-use crate::background::keeper::Kept;
-use crate::background::snapshotter::{SnapshotterRequests, Sources};
+use super::handle::Handle;
+use crate::background::keeper::KeptShard;
+use crate::background::snapshotter::{ShardSnapshots, SnapshotterRequests};
 use crate::background::syncer::Syncer;
 use crate::clock::{Clock, wall_now};
 use crate::config::{Durability, ValidConfig};
 use crate::error::{CodePanic, guard};
-use crate::event::{Root, Sequence, ShardId};
+use crate::event::{Event, Offset, Root, Sequence, ShardId};
 use crate::ingress::shared::SharedLane;
 use crate::lane::counts::LaneShared;
 use crate::lane::door::ShardDoor;
 use crate::lane::registry::LaneRegistry;
-use crate::lane::requests::CheckpointRequests;
-use crate::lane::requests::KeeperRequests;
-use crate::lane::requests::{SyncMark, SyncRequests};
+use crate::lane::requests::{CheckpointRequests, KeeperRequests, SyncRequests, UnsyncedRun};
 use crate::log::format::schema_fingerprint;
-use crate::log::manifest::shard_dir;
+use crate::log::manifest::{Span, shard_dir};
 use crate::log::segment::ShardLog;
-use crate::log::writer::Writer;
+use crate::log::writer::{PreparedQueue, Resume, Writer};
 use crate::metrics::{Counters, Recorder, Stage};
 use crate::recovery::Recovered;
 use crate::recovery::fold::Folder;
+use crate::recovery::saved::SavedFiles;
 use crate::shard::handler::{Factory, Registered};
-use crate::shard::{Shard, Work};
+use crate::shard::{Shard, ShardParts};
 use crate::state::aggregate::Aggregate;
 use crate::state::keys::KeyTable;
 use crate::state::snapshot::format::Chunk;
 use crate::state::snapshot::taker::{Message, Taker};
 use crate::state::view::{Place, Position, View, ViewWriter};
 use crate::storage::Storage;
-use crate::sync::{Arrivals, AtomicBool, Ordering, Signal};
+use crate::sync::{Arrivals, AtomicBool, Signal};
 
 /// Slots for runs of events between a shard and its syncer.
 const SYNC_MARKS: usize = 1 << 16;
-/// Chunks of 64 KiB for saved states that go between one of `shards` and the snapshotter. With few shards they hold the snapshots
-/// of some million events: a snapshotter that waits for a processor or the file system must not make the shard skip any.
+/// What a shard's turns record.
+const TURN_STAGES: [Stage; 8] = [
+    Stage::Ring,
+    Stage::Appended,
+    Stage::Handled,
+    Stage::RingDue,
+    Stage::AppendedDue,
+    Stage::HandledDue,
+    Stage::Turn,
+    Stage::Batch,
+];
+/// What a shard's syncer records.
+const SYNC_STAGES: [Stage; 3] = [Stage::Durable, Stage::DurableDue, Stage::Sync];
+
+/// Returns how many chunks of 64 KiB for saved states go between one of `shards` and the snapshotter. With few shards they
+/// hold the snapshots of some million events: a snapshotter that waits for a processor or the file system must not make the
+/// shard skip any.
 fn snapshot_chunks(shards: u16) -> usize {
     (128 / usize::from(shards)).clamp(8, 64)
 }
 
-/// What every shard is built from.
+/// The parts that all shards have in common.
 pub(super) struct Context<'a> {
     pub(super) config: &'a ValidConfig,
     /// The store's id.
@@ -57,13 +71,13 @@ pub(super) struct Context<'a> {
     pub(super) quarantine: &'a std::path::Path,
 }
 
-/// The program's code on a shard's thread: its inline handlers, and its views' parts, filled with the states that there are.
+/// The application's code on one shard's thread: its inline handlers, and its parts of the views, already filled.
 pub(super) struct Own<A: Aggregate> {
     handlers: Vec<Registered<A::Event>>,
     views: Vec<Box<dyn ViewWriter<A>>>,
 }
 
-/// Makes the program's handlers and views for a shard's thread.
+/// Makes the application's handlers and views for a shard's thread.
 pub(super) fn own<A: Aggregate>(
     config: &ValidConfig,
     factories: &[Factory<A::Event>],
@@ -77,7 +91,7 @@ pub(super) fn own<A: Aggregate>(
     Ok(Own { handlers, views })
 }
 
-/// A shard's parts of all views, filled with the states that there are.
+/// Returns a shard's parts of all views, filled with its states.
 fn filled<A: Aggregate>(
     config: &ValidConfig,
     views: &[Box<dyn View<A>>],
@@ -94,81 +108,112 @@ fn filled<A: Aggregate>(
     writers
 }
 
+/// A shard, and the ends that other threads keep of it.
 pub(super) struct Built<A: Aggregate> {
     pub(super) handle: Handle<A>,
-    pub(super) kept: Kept,
-    pub(super) sources: Sources,
+    pub(super) kept: KeptShard,
+    pub(super) snapshots: ShardSnapshots,
     pub(super) shared: Arc<SharedLane<A::Event>>,
     pub(super) shard: Shard<A>,
     pub(super) syncer: Syncer,
 }
 
+/// The ends that several threads share of one shard.
+struct Links {
+    door: Arc<ShardDoor>,
+    prepared: Arc<PreparedQueue>,
+    counters: Arc<Counters>,
+    syncer: Arc<SyncRequests>,
+    checkpoints: Arc<CheckpointRequests>,
+}
+
 impl Context<'_> {
+    /// Makes a shard from what recovery found, and the parts of the other threads that serve it.
     pub(super) fn build<A: Aggregate>(&self, id: ShardId, recovered: Recovered<A>, own: Own<A>) -> Built<A> {
         let config = self.config;
         let Recovered { report, segments, resume, folder, saved, span, unused, spares, .. } = recovered;
-        let saved = saved.expect("recovery looks for what is saved");
+        let saved = saved.expect("recovery reads the saved states");
         let Folder { keys, outcomes, .. } = folder;
         let dir = shard_dir(&config.dir, id);
         let log =
             Arc::new(ShardLog::new(self.store, id, dir, config.segment_bytes, report.end, resume.sequence, segments));
-        let signal = Arc::new(Signal::new());
-        let lanes = Arc::new(LaneRegistry::default());
-        let door = Arc::new(ShardDoor {
+        let links = Links::new(&log, saved.covered);
+        let Links { door, prepared, counters, syncer, checkpoints } = &links;
+        let shared = self.shared_lane(door);
+        let (arriving, arriving_clients, questions) =
+            (Arc::new(Arrivals::new()), Arc::new(Arrivals::new()), Arc::new(Arrivals::new()));
+        let (recorder, turn_exchange) = Recorder::new(&TURN_STAGES, config.latency);
+        let (sync_recorder, sync_exchange) = Recorder::new(&SYNC_STAGES, config.latency);
+        let (marks_tx, marks) = rtrb::RingBuffer::<UnsyncedRun>::new(SYNC_MARKS);
+        let (taker, snapshots) = self.snapshots::<A>(&links, saved);
+        let store = Arc::clone(&snapshots.store);
+        let kept = kept(&links, resume.next_index, span, unused, spares);
+        let shard = Shard::new(ShardParts {
+            id,
+            clock: self.clock.clone(),
+            batch_max: config.batch_max,
+            arriving: Arc::clone(&arriving),
+            shared_lane: Arc::clone(&shared),
+            arriving_clients: Arc::clone(&arriving_clients),
+            questions: Arc::clone(&questions),
+            keys,
+            outcomes,
+            views: own.views,
+            taker,
+            writer: self.writer::<A>(&log, prepared, resume),
             log: Arc::clone(&log),
-            signal: Arc::clone(&signal),
-            closing: AtomicBool::new(false),
-            turns_ended: AtomicBool::new(false),
-            lanes: Arc::clone(&lanes),
+            syncer: Arc::clone(syncer),
+            syncs: config.durability != Durability::OsCache,
+            unsynced_runs: (config.durability != Durability::OsCache && config.latency).then_some(marks_tx),
+            keeper: Arc::clone(self.keeper),
+            handlers: own.handlers,
+            storage: Arc::clone(self.storage),
+            quarantine: self.quarantine.to_owned(),
+            recorder,
+            counters: Arc::clone(counters),
         });
-        let shared_end = Arc::new(LaneShared::new(Arc::clone(&log), config.durability));
-        lanes.register(&shared_end);
-        let shared = Arc::new(SharedLane {
-            queue: ArrayQueue::new(config.ring_capacity),
-            shared: shared_end,
-            door: Arc::clone(&door),
-        });
-        let arriving = Arc::new(Arrivals::new());
-        let arriving_clients = Arc::new(Arrivals::new());
-        let questions = Arc::new(Arrivals::new());
-        let syncer = Arc::new(SyncRequests::new());
-        let counters = Arc::new(Counters::default());
-        let prepared = Arc::new(ArrayQueue::new(1));
-        let turn_stages = [
-            Stage::Ring,
-            Stage::Appended,
-            Stage::Handled,
-            Stage::RingDue,
-            Stage::AppendedDue,
-            Stage::HandledDue,
-            Stage::Turn,
-            Stage::Batch,
-        ];
-        let (recorder, turn_exchange) = Recorder::new(&turn_stages, config.latency);
-        let (sync_recorder, sync_exchange) =
-            Recorder::new(&[Stage::Durable, Stage::DurableDue, Stage::Sync], config.latency);
-        let (marks_tx, marks_rx) = rtrb::RingBuffer::<SyncMark>::new(SYNC_MARKS);
-        let checkpoints = Arc::new(CheckpointRequests::new());
-        checkpoints.covered.store(saved.covered.0, Ordering::Release);
+        let handle = Handle {
+            door: Arc::clone(door),
+            arriving,
+            arriving_clients,
+            questions,
+            store,
+            checkpoints: Arc::clone(checkpoints),
+            syncer: Arc::clone(syncer),
+            counters: Arc::clone(counters),
+            exchanges: [turn_exchange, sync_exchange],
+        };
+        Built { handle, kept, snapshots, shared, shard, syncer: self.syncer(&links, marks, sync_recorder) }
+    }
+
+    /// Makes the lane that all shared producers use.
+    fn shared_lane<E: Event>(&self, door: &Arc<ShardDoor>) -> Arc<SharedLane<E>> {
+        let shared = Arc::new(LaneShared::new(Arc::clone(&door.log), self.config.durability));
+        door.lanes.register(&shared);
+        Arc::new(SharedLane { queue: ArrayQueue::new(self.config.ring_capacity), shared, door: Arc::clone(door) })
+    }
+
+    /// Makes the shard's and the snapshotter's ends of saving states.
+    fn snapshots<A: Aggregate>(&self, links: &Links, saved: SavedFiles) -> (Taker, ShardSnapshots) {
+        let config = self.config;
         let (messages_tx, messages) = rtrb::RingBuffer::<Message>::new(2 * snapshot_chunks(config.shards));
         let (mut used, used_rx) = rtrb::RingBuffer::<Chunk>::new(snapshot_chunks(config.shards));
         while used.push(Chunk::new()).is_ok() {}
-        let store = Arc::new(saved.store);
         let taker = Taker::new::<A>(
             config.snapshot_every,
             config.checkpoint_bytes,
             saved.covered,
-            Arc::clone(&checkpoints),
+            Arc::clone(&links.checkpoints),
             Arc::clone(&self.snapshotter.signal),
             messages_tx,
             used_rx,
         );
-        let sources = Sources {
-            log: Arc::clone(&log),
-            store: Arc::clone(&store),
-            requests: Arc::clone(&checkpoints),
-            syncer: Arc::clone(&syncer),
-            shard_signal: Arc::clone(&signal),
+        let sources = ShardSnapshots {
+            log: Arc::clone(&links.door.log),
+            store: Arc::new(saved.store),
+            requests: Arc::clone(&links.checkpoints),
+            syncer: Arc::clone(&links.syncer),
+            shard_signal: Arc::clone(&links.door.signal),
             messages,
             used,
             state_version: A::STATE_VERSION,
@@ -180,84 +225,63 @@ impl Context<'_> {
             finishing: None,
             retry_at: None,
         };
-        let kept = Kept {
-            log: Arc::clone(&log),
-            prepared: Arc::clone(&prepared),
-            counters: Arc::clone(&counters),
-            shard_signal: Arc::clone(&signal),
-            next_index: resume.next_index,
-            span,
-            spare_number: 0,
-            spares: Vec::new(),
-            retiring: Vec::new(),
-            prefaulted: (u64::MAX, 0),
-            retry_at: None,
-            checkpoints: Arc::clone(&checkpoints),
-            checkpoints_failed: 0,
-            ask_at: None,
-            waits_for: 0,
-            held_to: 0,
-            unsynced_to: 0,
-            ages: Ages::default(),
-        }
-        .with_leftovers(unused, spares);
-        let shard = Shard {
-            id,
-            clock: self.clock.clone(),
-            batch_max: config.batch_max,
-            arriving: Arc::clone(&arriving),
-            lanes: Vec::new(),
-            shared_lane: Arc::clone(&shared),
-            arriving_clients: Arc::clone(&arriving_clients),
-            clients: Vec::new(),
-            questions: Arc::clone(&questions),
-            keys,
-            outcomes,
-            views: own.views,
-            taker,
-            writer: Writer::new(
-                Arc::clone(&log),
-                prepared,
-                resume,
-                schema_fingerprint::<A::Event>(),
-                config.event_bytes_max,
-            ),
-            log: Arc::clone(&log),
-            syncer: Arc::clone(&syncer),
-            syncs: config.durability != Durability::OsCache,
-            sync_marks: (config.durability != Durability::OsCache && config.latency).then_some(marks_tx),
-            keeper: Arc::clone(self.keeper),
-            handlers: own.handlers,
+        (taker, sources)
+    }
+
+    fn writer<A: Aggregate>(&self, log: &Arc<ShardLog>, prepared: &Arc<PreparedQueue>, resume: Resume) -> Writer {
+        let schema = schema_fingerprint::<A::Event>();
+        Writer::new(Arc::clone(log), Arc::clone(prepared), resume, schema, self.config.event_bytes_max)
+    }
+
+    fn syncer(&self, links: &Links, marks: rtrb::Consumer<UnsyncedRun>, recorder: Recorder) -> Syncer {
+        Syncer {
+            log: Arc::clone(&links.door.log),
             storage: Arc::clone(self.storage),
-            quarantine: self.quarantine.to_owned(),
+            requests: Arc::clone(&links.syncer),
+            lanes: Arc::clone(&links.door.lanes),
+            shard_signal: Arc::clone(&links.door.signal),
+            durability: self.config.durability,
+            marks,
             recorder,
-            counters: Arc::clone(&counters),
-            work: Work::new(config.batch_max),
-        };
-        let shard_signal = Arc::clone(&door.signal);
-        let syncer_parts = Syncer {
-            log,
-            storage: Arc::clone(self.storage),
-            requests: Arc::clone(&syncer),
-            lanes,
-            shard_signal,
-            durability: config.durability,
-            marks: marks_rx,
-            recorder: sync_recorder,
-            counters: Arc::clone(&counters),
+            counters: Arc::clone(&links.counters),
             clock: self.clock.clone(),
-        };
-        let handle = Handle {
+            synced_at: None,
+        }
+    }
+}
+
+impl Links {
+    /// Makes the links of a shard whose newest checkpoint covers its log up to `covered`.
+    fn new(log: &Arc<ShardLog>, covered: Offset) -> Self {
+        let checkpoints = Arc::new(CheckpointRequests::new(covered));
+        let door = Arc::new(ShardDoor {
+            log: Arc::clone(log),
+            signal: Arc::new(Signal::new()),
+            closing: AtomicBool::new(false),
+            turns_ended: AtomicBool::new(false),
+            lanes: Arc::new(LaneRegistry::default()),
+        });
+        Self {
             door,
-            arriving,
-            arriving_clients,
-            questions,
-            store,
+            prepared: Arc::new(ArrayQueue::new(1)),
+            counters: Arc::new(Counters::default()),
+            syncer: Arc::new(SyncRequests::new()),
             checkpoints,
-            syncer,
-            counters,
-            exchanges: [turn_exchange, sync_exchange],
-        };
-        Built { handle, kept, sources, shared, shard, syncer: syncer_parts }
+        }
+    }
+}
+
+/// Makes the keeper's end of a shard.
+fn kept(links: &Links, next_index: u64, span: Span, unused: Vec<PathBuf>, spares: Vec<PathBuf>) -> KeptShard {
+    KeptShard {
+        log: Arc::clone(&links.door.log),
+        prepared: Arc::clone(&links.prepared),
+        counters: Arc::clone(&links.counters),
+        shard_signal: Arc::clone(&links.door.signal),
+        checkpoints: Arc::clone(&links.checkpoints),
+        span,
+        next_index,
+        spares,
+        unused,
     }
 }

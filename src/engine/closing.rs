@@ -1,23 +1,23 @@
-//! The end of an engine: everything that is needed to close it, apart from the engine itself, so that a drop which must not
-//! wait, or has waited long enough, can leave the rest to a thread of its own.
+//! Closing an engine. [`Closing`] holds everything that this needs apart from the engine itself, so that a drop which must
+//! not wait, or has waited long enough, can leave the rest to another thread.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::handle::Handle;
+use super::runner::RunnerRequests;
 use super::threads::join_until;
-use super::{Engine, Handle};
 use crate::background::snapshotter::SnapshotterRequests;
 use crate::consumer::services::Services;
-use crate::engine::runner::RunnerRequests;
 use crate::error::{ShardFailure, WaitError};
 use crate::lane::door::ShardDoor;
-use crate::lane::requests::CheckpointRequests;
-use crate::lane::requests::KeeperRequests;
+use crate::lane::requests::{CheckpointRequests, KeeperRequests};
 use crate::metrics::Exchange;
 use crate::state::aggregate::Aggregate;
 use crate::sync::{Mutex, Ordering, Role, lock_until, role, thread};
 
-/// How long a drop waits where nothing moves: for a full disk, a consumer's handler, a shard that ends no turn.
+/// How long a drop waits for something that makes no progress: a full disk, a consumer's handler, a shard whose turn does
+/// not end.
 const DROP_TIME: Duration = Duration::from_secs(10);
 
 /// Everything that is needed to close an engine.
@@ -30,10 +30,11 @@ pub(super) struct Closing {
     pub(super) threads: Mutex<Vec<thread::JoinHandle<()>>>,
 }
 
+/// The part of a shard that closing needs.
 pub(super) struct ClosingShard {
     door: Arc<ShardDoor>,
     checkpoints: Arc<CheckpointRequests>,
-    /// Answered between two turns.
+    /// The shard answers it between two turns.
     turns: Arc<Exchange>,
 }
 
@@ -52,14 +53,14 @@ impl ClosingShard {
         self.door.signal.notify();
     }
 
-    /// Returns `true` while the shard has ended no turn since it was asked.
+    /// Returns `true` if the shard has ended no turn since [`ClosingShard::ask`].
     fn is_stuck(&self) -> bool {
         self.turns.is_wanted() && !self.door.turns_ended.load(Ordering::SeqCst)
     }
 }
 
 impl Closing {
-    /// Whether waiting for the end would be waiting for this very thread.
+    /// Returns `true` if the calling thread belongs to this engine, so that waiting for the end would wait for itself.
     pub(super) fn is_own_thread(&self) -> bool {
         match role() {
             Role::Application => false,
@@ -73,15 +74,17 @@ impl Closing {
         for shard in &self.shards {
             shard.door.closing.store(true, Ordering::SeqCst);
             shard.door.signal.notify();
-            // No further checkpoint will come: its waiters must look again.
-            shard.checkpoints.waiting.reached(u64::MAX);
+            // No further checkpoint begins: wake its waiters, so that they see it.
+            shard.checkpoints.wake_all();
         }
-        // Another caller may hold the list for as long as it waits.
+        // Another caller may hold the list until its own deadline.
         let Some(mut threads) = lock_until(&self.threads, deadline) else { return Err(WaitError::TimedOut) };
-        // Keeper and snapshotter, which were started first, go last: the shards may need segments, and retention saved states,
-        // to the end.
-        let helpers =
-            [(&self.keeper.ending, &*self.keeper.signal), (&self.snapshotter.ending, &*self.snapshotter.signal)];
+        // Keeper and snapshotter were started first and end last: until their end the shards may need segments, and
+        // retention saved states.
+        let helpers: [&dyn Fn(); 2] = [&|| self.keeper.end(), &|| {
+            self.snapshotter.ending.store(true, Ordering::SeqCst);
+            self.snapshotter.signal.notify();
+        }];
         for left in (0..=helpers.len()).rev() {
             while threads.len() > left {
                 if !join_until(&mut threads, deadline) {
@@ -91,9 +94,8 @@ impl Closing {
             if left == helpers.len() && !self.services.close(deadline) {
                 return Err(WaitError::TimedOut);
             }
-            if let Some((ending, signal)) = left.checked_sub(1).map(|at| helpers[at]) {
-                ending.store(true, Ordering::SeqCst);
-                signal.notify();
+            if let Some(end) = left.checked_sub(1).map(|at| helpers[at]) {
+                end();
             }
         }
         match self.failures().next() {
@@ -102,15 +104,16 @@ impl Closing {
         }
     }
 
-    fn failures(&self) -> impl Iterator<Item = ShardFailure> {
+    pub(super) fn failures(&self) -> impl Iterator<Item = ShardFailure> {
         self.shards.iter().filter_map(|shard| shard.door.log.failure().cloned())
     }
 
-    /// Closes an engine that is dropped. A shard that moves is waited for; whatever does not is given up after ten seconds: what a
-    /// full disk keeps from being appended, consumers that do not end, and a shard that ends no turn.
-    fn close_dropped(self: &Arc<Self>) {
+    /// Closes an engine that is being dropped. Waits for shards that make progress, and gives up after [`DROP_TIME`] on
+    /// everything else: events that a full disk keeps from being appended, consumers that do not end, and shards whose turn
+    /// does not end.
+    pub(super) fn close_dropped(self: &Arc<Self>) {
         if self.is_own_thread() {
-            return self.leave("the engine was dropped on a thread of its own; it closes when that is done");
+            return self.leave("the engine was dropped on one of its own threads and closes in the background");
         }
         let mut has_abandoned = false;
         loop {
@@ -119,10 +122,10 @@ impl Closing {
                 Ok(()) => return,
                 Err(WaitError::TimedOut) => {}
                 Err(error) if has_abandoned => {
-                    tracing::error!(%error, "the engine was dropped before everything accepted was appended");
+                    tracing::error!(%error, "the engine was dropped before it could append every accepted event");
                     return;
                 }
-                // Its threads are gone, and the failure was told when it happened.
+                // All threads have ended, and the failure was logged when it happened.
                 Err(_) => return,
             }
             if !std::mem::replace(&mut has_abandoned, true) {
@@ -136,23 +139,17 @@ impl Closing {
         }
     }
 
-    /// Leaves the closing to a thread of its own. The store stays locked until that is done.
+    /// Leaves the closing to another thread. The store stays locked until it is done.
     fn leave(self: &Arc<Self>, why: &str) {
         tracing::warn!("{why}");
         let closing = Arc::clone(self);
         let rest = move || {
             if let Err(error) = closing.close(None) {
-                tracing::error!(%error, "an engine that was dropped is closed");
+                tracing::error!(%error, "a dropped engine closed with an error");
             }
         };
         if let Err(error) = thread::Builder::new().name("corelane-close".to_owned()).spawn(rest) {
-            tracing::error!(%error, "no thread to close a dropped engine; its threads stay");
+            tracing::error!(%error, "cannot start a thread to close a dropped engine; its threads keep running");
         }
-    }
-}
-
-impl<A: Aggregate> Drop for Engine<A> {
-    fn drop(&mut self) {
-        self.closing.close_dropped();
     }
 }

@@ -8,57 +8,59 @@ use crate::ingress::producer::Producer;
 use crate::state::aggregate::Aggregate;
 use crate::sync::{Deadline, may_wait};
 
-/// Why an event that was to be published and handled was not, or is not yet.
+/// Why [`Engine::publish_sync`] cannot say that the event was published and handled.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum PublishSyncError<E> {
-    /// It was not accepted.
+    /// The event was not accepted.
     #[error(transparent)]
     Rejected(Rejected<E>),
-    /// It was accepted; whether it was appended and handled inline is not known, or not yet.
+    /// The event was accepted; it is not known whether it was appended and handled inline.
     #[error(transparent)]
     Wait(#[from] WaitError),
-    /// It was appended and handled inline; this consumer did not say that it was done.
-    #[error("consumer \"{consumer}\": {error}")]
+    /// The event was appended and handled inline; this consumer did not confirm that it handled the event.
+    #[error("consumer \"{consumer}\": {}", crate::error::with_sources(error))]
     Consumer {
-        /// Its name.
+        /// The consumer's name.
         consumer: String,
-        /// What it said.
+        /// Why it did not.
         error: ConsumerError,
     },
-    /// It was appended and handled inline; this consumer was set past it meanwhile, so whether it was handled is not known.
-    #[error("consumer \"{consumer}\" was set past the event")]
+    /// The event was appended and handled inline; this consumer was moved past it meanwhile, so it is not known whether the
+    /// consumer handled it.
+    #[error("consumer \"{consumer}\" was moved past the event")]
     Unknown {
-        /// Its name.
+        /// The consumer's name.
         consumer: String,
     },
-    /// It was appended and handled inline; this consumer could not handle it and has recorded it.
+    /// The event was appended and handled inline; this consumer could not handle it and has recorded it.
     #[error("consumer \"{consumer}\" has recorded the event as one it could not handle")]
     Recorded {
-        /// Its name.
+        /// The consumer's name.
         consumer: String,
     },
 }
 
 impl<A: Aggregate> Engine<A> {
-    /// A durable consumer of this name, to be set up and started. From its first start on, retention keeps what it has not done,
-    /// whether it runs or not, until [`Engine::remove_consumer`].
+    /// Returns a builder for the durable consumer `name`. From the consumer's first start, retention keeps the events that it
+    /// has not finished, whether it runs or not, until [`Engine::remove_consumer`].
     pub fn consumer(&self, name: &str) -> ConsumerBuilder<A::Event> {
         ConsumerBuilder::new(&self.services, name)
     }
 
-    /// A subscriber of the event bus: a consumer that begins with what is published from now on, and sees events as soon as they are
-    /// appended. Started again under its name, it goes on where it was.
+    /// Returns a builder for a subscriber of the event bus: a consumer whose first start begins with the next event, and that
+    /// sees events as soon as they are appended. Started again under the same name, it continues where it stopped.
     pub fn subscribe(&self, name: &str) -> ConsumerBuilder<A::Event> {
         self.consumer(name).start_at(Start::Latest).before_durable()
     }
 
-    /// Publishes an event and returns when all inline handlers, and then these consumers, have handled it. The answer is about this
-    /// event, whatever others publish to its key meanwhile. Earlier events of `producer` for the same shard are appended first.
+    /// Publishes an event and waits until all inline handlers, and then `consumers`, have handled it. The result is about this
+    /// event alone, whatever else is published to its key meanwhile. Earlier events of `producer` for the same shard are
+    /// appended first.
     ///
     /// # Errors
-    /// [`PublishSyncError`]: it was not accepted, or not every consumer had handled it by the deadline. On a shard's own thread, and inside a handler
-    /// of one of `consumers`, the event comes back with [`Rejected::OnEngineThread`].
+    /// [`PublishSyncError`]: the event was not accepted, or a consumer had not handled it by the deadline. On a shard's own
+    /// thread, and inside a handler of one of `consumers`, the event comes back with [`Rejected::OnEngineThread`].
     pub fn publish_sync(
         &self,
         producer: &mut Producer<A::Event>,
@@ -77,11 +79,11 @@ impl<A: Aggregate> Engine<A> {
         let watches: Vec<_> = consumers.iter().map(|consumer| consumer.watch(shard, from)).collect();
         let placed = producer.publish_placed(key, event, deadline).map_err(PublishSyncError::Rejected)?;
         let offset = placed?;
-        // Asked between two turns: inline handlers are through with what is appended.
+        // The shard answers between two turns, when inline handlers have seen everything appended.
         self.head(key, deadline)?;
         for consumer in consumers {
             let name = || consumer.name().to_owned();
-            // Retention frees nothing that a consumer has not done.
+            // Retention keeps what a consumer has not finished, so a freed event says that the consumer was moved.
             let Some(offset) = offset else { return Err(PublishSyncError::Unknown { consumer: name() }) };
             match consumer.wait_handled(key, EventId { shard, offset }, deadline) {
                 Ok(Handled::Yes) => {}
@@ -94,27 +96,28 @@ impl<A: Aggregate> Engine<A> {
         Ok(())
     }
 
-    /// What is known of every registered consumer.
+    /// Returns the report of every registered consumer.
     #[must_use]
     pub fn consumers(&self) -> Vec<ConsumerReport> {
         self.services.reports()
     }
 
-    /// Unregisters a consumer that is gone for good, with its dead letters: retention keeps nothing for it any more.
+    /// Removes a consumer for good, with its dead letters: retention keeps nothing for it any more.
     ///
     /// # Errors
-    /// `NotRegistered`; `AlreadyRunning` until it is stopped; what the file system says.
+    /// `NotRegistered`; `AlreadyRunning` until the consumer is stopped; the error of the file system.
     pub fn remove_consumer(&self, name: &str) -> Result<(), ConsumerError> {
         self.services.remove(name)
     }
 
-    /// Waits until every running consumer has handled or recorded everything that there is to see. Whether all have, by the deadline,
-    /// and no registered consumer has failed ([`ConsumerReport::failure`]): to be called before a shutdown, to leave no backlog. (A backlog is not
-    /// lost: it is handled after the next start.) Pollers, and consumers that were stopped, are not waited for. `false` at once inside a handler
-    /// of one of them, whose event is not handled yet.
-    #[must_use]
-    pub fn drain_consumers(&self, deadline: impl Into<Deadline>) -> bool {
-        let deadline = deadline.into().instant();
-        self.services.drain(deadline)
+    /// Waits until every running consumer has handled or recorded everything in the log. Call it before a shutdown to leave no
+    /// backlog. (A backlog is not lost: it is handled after the next start.) Pollers and stopped consumers are not waited for.
+    ///
+    /// # Errors
+    /// `Ended` if a registered consumer has failed ([`ConsumerReport::failure`]) or ends meanwhile; `Wait(TimedOut)` at
+    /// `deadline`; `Wait(OnEngineThread)` at once on a shard's own thread and inside a handler of one of the consumers, whose
+    /// event is not handled yet.
+    pub fn drain_consumers(&self, deadline: impl Into<Deadline>) -> Result<(), ConsumerError> {
+        self.services.drain(deadline.into().instant())
     }
 }

@@ -1,10 +1,11 @@
-//! What was: events, states of any time, and whether the log still makes the states that there are.
+//! History: a key's events, its state at any time, and states folded again from the log.
 
 use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::{Engine, Handle};
+use super::Engine;
+use super::handle::Handle;
 use crate::error::{CodePanic, HistoryError, PanickedEvent, ReadError, WaitError, guard};
 use crate::event::{Key, Meta, Offset, ShardId, Time, Version};
 use crate::log::finder::Finder;
@@ -18,26 +19,26 @@ use crate::state::snapshot::store::SnapshotStats;
 use crate::sync::block_until;
 use crate::sync::{Deadline, Ordering, may_wait};
 
-/// Whether folding the log anew makes the states that the shards have.
+/// The result of [`Engine::compare`]: states folded again from the log, against the states in use.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub struct Comparison {
-    /// Keys that were compared.
+    /// Number of keys compared.
     pub keys: u64,
-    /// Events that were folded anew.
+    /// Number of events folded again.
     pub events: u64,
-    /// Keys whose rebuilt state is another than the one in use.
+    /// Keys whose rebuilt state differs from the one in use.
     pub differing: Vec<Key>,
 }
 
-/// Keys that are compared at a time: the shard waits for as many clones of states.
+/// Keys compared at a time: the shard's turn waits while this many states are cloned.
 const COMPARED: usize = 256;
-/// How often something is begun anew because retention freed what it was reading.
+/// How often a read starts over because retention freed the events that it was reading.
 const FREED_MEANWHILE_MAX: usize = 16;
 
-/// Changes `state` by the next event of `stream`, and returns its version; none at the end. A panic is an error.
+/// Folds the next event of `stream` into `state` and returns its version; `None` at the end. A panic is an error.
 fn evolve<A: Aggregate>(state: &mut A, stream: &mut Stream<A::Event>) -> Result<Option<Version>, HistoryError> {
-    // At which event, if it has come so far.
+    // The event of the panic, once it is read.
     let mut at = None;
     let evolved = guard("evolve or an upcaster", stream.shard(), || {
         let Some(record) = stream.next()? else { return Ok(None) };
@@ -50,11 +51,12 @@ fn evolve<A: Aggregate>(state: &mut A, stream: &mut Stream<A::Event>) -> Result<
 }
 
 impl<A: Aggregate> Engine<A> {
-    /// Saves the states of all keys, and waits for it: opening the store afterwards folds only what comes after this.
+    /// Saves the states of all keys and waits until they are saved. The next opening folds only the events after this
+    /// checkpoint.
     ///
     /// # Errors
-    /// `ShardFailed`; `CheckpointFailed` when it (or one that was under way when this was called) could not be written; `TimedOut`;
-    /// `Closed` once the engine closes; `OnEngineThread`.
+    /// `ShardFailed`; `CheckpointFailed` if this checkpoint, or one that was in progress at the call, could not be written;
+    /// `TimedOut`; `Closed` once the engine closes; `OnEngineThread`.
     pub fn checkpoint(&self, deadline: impl Into<Deadline>) -> Result<(), WaitError> {
         let deadline = deadline.into().instant();
         if !may_wait() {
@@ -62,8 +64,8 @@ impl<A: Aggregate> Engine<A> {
         }
         let ask = |shard: &Handle<A>| {
             let (log, checkpoints) = (&shard.door.log, &shard.checkpoints);
-            // Before asking: the checkpoint may begin at once, and events that come after it do not belong to it.
-            let wanted = (log.appended.get(), checkpoints.failed.load(Ordering::SeqCst));
+            // Read before asking: the checkpoint may begin at once, and later events are not part of it.
+            let wanted = (log.appended.get(), checkpoints.failures());
             checkpoints.ask();
             shard.door.signal.notify();
             wanted
@@ -73,7 +75,7 @@ impl<A: Aggregate> Engine<A> {
             let (log, checkpoints) = (&shard.door.log, &shard.checkpoints);
             block_until(
                 deadline,
-                |waker| checkpoints.waiting.register(checkpoints.settled.load(Ordering::SeqCst) + 1, waker),
+                |waker| checkpoints.register(waker),
                 || {
                     if checkpoints.covered() >= wanted {
                         return Some(Ok(()));
@@ -81,10 +83,10 @@ impl<A: Aggregate> Engine<A> {
                     if let Some(failure) = log.failure() {
                         return Some(Err(WaitError::from(failure.clone())));
                     }
-                    if checkpoints.failed.load(Ordering::SeqCst) > failed {
+                    if checkpoints.failures() > failed {
                         return Some(Err(WaitError::CheckpointFailed));
                     }
-                    // A shard that closes begins no other.
+                    // A closing shard begins no other checkpoint.
                     shard.door.closing.load(Ordering::SeqCst).then_some(Err(WaitError::Closed))
                 },
             )?;
@@ -92,7 +94,7 @@ impl<A: Aggregate> Engine<A> {
         Ok(())
     }
 
-    /// Figures of saved states, over all shards.
+    /// Returns statistics of saved states, summed over all shards.
     #[must_use]
     pub fn snapshot_stats(&self) -> SnapshotStats {
         let mut all = SnapshotStats::default();
@@ -102,53 +104,45 @@ impl<A: Aggregate> Engine<A> {
             all.bytes += stats.bytes;
             all.checkpoints += stats.checkpoints;
             all.unreadable += stats.unreadable;
-            all.skipped += shard.checkpoints.skipped.load(Ordering::Relaxed);
-            all.checkpoints_failed += shard.checkpoints.failed.load(Ordering::Relaxed);
+            all.skipped += shard.checkpoints.skipped();
+            all.checkpoints_failed += shard.checkpoints.failures();
         }
         all.bytes_average = all.bytes.checked_div(all.count).unwrap_or(0);
         all
     }
 
-    /// A shard's log from the record that begins at `offset`: another name of [`Engine::reader_at`].
+    /// Returns a key's events in order, from version `from` to the newest at the time of the call. The stream of a key without
+    /// events is empty.
     ///
     /// # Errors
-    /// As there.
-    ///
-    /// # Panics
-    /// When the store has no such shard.
-    pub fn scan(&self, shard: ShardId, offset: Offset) -> Result<Reader<A::Event>, ReadError> {
-        self.reader_at(shard, offset)
-    }
-
-    /// A key's events from version `from` on, in order, up to its newest now. Nothing for a key without events.
-    ///
-    /// # Errors
-    /// `BeyondRetention` with the earliest version that is held; what reading or asking the shard found.
+    /// `BeyondRetention` with the earliest version held; the error of reading the log or asking the shard.
     pub fn stream(&self, key: Key, from: Version) -> Result<Stream<A::Event>, HistoryError> {
         let (shard, head) = (self.of(key), self.head(key, None)?);
         Stream::new(self.finder(shard), key, from, head)
     }
 
-    /// All keys' events with a time in `[from, until)`: each shard's in the order of its log, the shards merged by time. With
-    /// [`Time::END`] for `until` there is no end.
+    /// Returns all keys' events with a time in `[from, until)`: each shard's events in the order of its log, the shards merged
+    /// by time. [`Time::END`] as `until` means no end.
     #[must_use]
     pub fn events_between(&self, from: Time, until: Time) -> EventsBetween<A::Event> {
         EventsBetween::new(self.readers(), from, until)
     }
 
-    /// How many events the log holds, type by type. Goes over all headers.
+    /// Counts the events that the log holds, by type. Reads every record's header.
     ///
     /// # Errors
-    /// What reading found.
+    /// The error that reading met.
     pub fn counts(&self) -> Result<Counts, ReadError> {
         count(self.readers())
     }
 
-    /// A key's state after version so-and-so, or at a time: the nearest saved state, and at most `snapshot_every` events on top
-    /// (more where snapshots were skipped or are unreadable). A time later than now gives the state as it is.
+    /// Returns a key's state after a version, or at a time. Starts from the nearest saved state and applies at most
+    /// `snapshot_every` events to it (more if snapshots were skipped or are unreadable). A time in the future gives the
+    /// current state.
     ///
     /// # Errors
-    /// `BeyondRetention` with the earliest version that can be told; `NotYet` for a version that does not exist; what reading found.
+    /// `BeyondRetention` with the earliest version whose state can be restored; `NotYet` for a version that does not exist;
+    /// the error that reading met.
     pub fn state_at(&self, key: Key, at: impl Into<AsOf>) -> Result<PastState<A>, HistoryError> {
         let shard = self.of(key);
         let at = at.into();
@@ -157,7 +151,7 @@ impl<A: Aggregate> Engine<A> {
             let head = || Ok(self.head(key, None)?);
             match state_at::<A>(&shard.store, &mut self.finder(shard), key, at, checkpoints, head) {
                 Err(HistoryError::BeyondRetention { .. }) if !checkpoints => checkpoints = true,
-                // The state behind the first event that is held can be told only if a state before it is saved.
+                // Restoring the state after the first event held needs a state saved before that event.
                 Err(HistoryError::BeyondRetention { key, .. }) => {
                     let (state, version, time_max) = self.now(key)?;
                     let is_now = match at {
@@ -170,14 +164,14 @@ impl<A: Aggregate> Engine<A> {
                     let earliest = self.earliest(shard, key)?;
                     return Err(HistoryError::BeyondRetention { key, earliest });
                 }
-                // Freed while it was read: what is left decides.
+                // Freed during the read: try again with the events that are left.
                 Err(HistoryError::Read(ReadError::BeyondRetention { .. })) => {}
-                told => return told,
+                past => return past,
             }
         }
     }
 
-    /// A key's state as it is, with its version and the latest time of its events.
+    /// Returns a key's current state, its version and the latest time of its events.
     fn now(&self, key: Key) -> Result<(A, Version, Time), WaitError> {
         self.of(key).ask(None, move |keys| {
             let slot = keys.get(key).cloned().unwrap_or_default();
@@ -185,9 +179,9 @@ impl<A: Aggregate> Engine<A> {
         })
     }
 
-    /// The earliest version of `key` that can surely be told, where the log has lost some of its events.
+    /// Returns the earliest version of `key` whose state can be restored, if the log has lost some of the key's events.
     fn earliest(&self, shard: &Handle<A>, key: Key) -> Result<Version, HistoryError> {
-        // Where the record itself is held, all that come after it are.
+        // If the record itself is held, so are all later ones.
         let earliest = shard.door.log.earliest();
         let (_, saved) = shard.store.around_with_checkpoints(key, |saved| saved.head < earliest)?;
         match saved {
@@ -196,8 +190,8 @@ impl<A: Aggregate> Engine<A> {
         }
     }
 
-    /// A key's state, folded anew from everything that the log holds of it, no snapshot used but where the log has lost its
-    /// beginning; and its version.
+    /// Folds a key's state again from all of its events in the log, and returns it with its version. Uses a saved state only if
+    /// the log has lost its beginning.
     ///
     /// # Errors
     /// As [`Engine::state_at`].
@@ -230,11 +224,11 @@ impl<A: Aggregate> Engine<A> {
         Ok((state, version))
     }
 
-    /// Folds the whole log anew, beside the states in use, and compares: a dry run of a rebuild. Where the log has lost its
-    /// beginning, it starts from the oldest checkpoint. Needs memory for a second table, one shard at a time.
+    /// Folds the whole log again and compares the result with the states in use: a dry run of a rebuild. Starts from the oldest
+    /// checkpoint if the log has lost its beginning. Needs memory for a second key table, one shard at a time.
     ///
     /// # Errors
-    /// What reading found, or that a shard has ended.
+    /// The error that reading met; `Wait` if a shard has ended.
     pub fn compare(&self) -> Result<Comparison, HistoryError>
     where
         A: PartialEq,
@@ -250,7 +244,7 @@ impl<A: Aggregate> Engine<A> {
                         found.differing.extend(compared.differing);
                         break;
                     }
-                    // Freed while it was read.
+                    // Freed during the read.
                     Err(
                         HistoryError::BeyondRetention { .. } | HistoryError::Read(ReadError::BeyondRetention { .. }),
                     ) if tries < FREED_MEANWHILE_MAX => {
@@ -268,7 +262,7 @@ impl<A: Aggregate> Engine<A> {
         A: PartialEq,
     {
         let folder = self.refold(id, shard)?;
-        // A part of the table that grows while it is gone over comes twice.
+        // A part of the table that grows during the walk is seen twice.
         let (mut met, mut differing) = (HashSet::new(), HashSet::new());
         let mut next = Some(Walk::default());
         while let Some(walk) = next {
@@ -279,7 +273,7 @@ impl<A: Aggregate> Engine<A> {
                 let (mut state, mut from) =
                     rebuilt.map_or((A::default(), Version(0)), |slot| (slot.state.clone(), slot.version));
                 if from < version {
-                    // The shard has gone on meanwhile.
+                    // The shard has appended more events meanwhile.
                     let mut stream = self.stream(key, Version(from.0 + 1))?;
                     while stream.version() <= version
                         && let Some(evolved) = evolve(&mut state, &mut stream)?
@@ -293,19 +287,19 @@ impl<A: Aggregate> Engine<A> {
                 }
             }
         }
-        // What the log makes and the shard does not have.
+        // Keys that the log has and the shard does not.
         differing.extend(folder.keys.iter().map(|slot| slot.key).filter(|key| !met.contains(key)));
         let mut differing: Vec<_> = differing.into_iter().collect();
         differing.sort_unstable();
         Ok(Comparison { keys: met.len() as u64, events: folder.sequence, differing })
     }
 
-    /// Folds the whole log anew and shows every key's state that it makes, in no order; the states in use stay as they are. (To put
-    /// rebuilt states in use, count up [`Aggregate::STATE_VERSION`]: the next opening folds the log anew.) Where the log has lost
-    /// its beginning, it starts from the oldest checkpoint.
+    /// Folds the whole log again and passes every key's state to `show`, in no particular order. The states in use do not
+    /// change. (To put rebuilt states in use, increment [`Aggregate::STATE_VERSION`]: the next opening folds the log again.)
+    /// Starts from the oldest checkpoint if the log has lost its beginning.
     ///
     /// # Errors
-    /// What reading found.
+    /// The error that reading met.
     pub fn rebuild_all(&self, mut show: impl FnMut(Key, &A, Version)) -> Result<(), HistoryError> {
         for (i, shard) in self.shards.iter().enumerate() {
             let folder = self.refold(ShardId(i as u16), shard)?;
@@ -314,7 +308,7 @@ impl<A: Aggregate> Engine<A> {
         Ok(())
     }
 
-    /// A shard's states, made anew from its log up to now.
+    /// Folds a shard's log again, up to its current end.
     fn refold(&self, id: ShardId, shard: &Handle<A>) -> Result<Folder<A>, HistoryError> {
         for _ in 0..FREED_MEANWHILE_MAX {
             match self.refold_once(id, shard) {
@@ -333,7 +327,7 @@ impl<A: Aggregate> Engine<A> {
         let mut folder = Folder::<A>::new(id, self.config.keys_expected, 0);
         if log.segment_of(earliest) > 0 && size_of::<A>() > 0 {
             let base = self.oldest_base(id, earliest, until, &mut folder)?;
-            // None: freed, or replaced by a later one, while they were looked at.
+            // `None`: the checkpoints were freed or replaced during the read.
             let lost = ReadError::BeyondRetention { shard: id, asked: log.first_offset(0), earliest };
             reader = base.ok_or(lost)?;
         }
@@ -342,8 +336,7 @@ impl<A: Aggregate> Engine<A> {
         Ok(folder)
     }
 
-    /// Puts the states of the oldest checkpoint into `folder` from which the log can be followed, and returns a reader that stands where
-    /// it begins.
+    /// Loads the oldest checkpoint whose start the log still holds into `folder`, and returns a reader that starts there.
     fn oldest_base(
         &self,
         id: ShardId,
@@ -356,14 +349,14 @@ impl<A: Aggregate> Engine<A> {
         let owner = (log.store, id);
         let io = |source| ReadError::Io { action: "reading the checkpoints of", path: dir.clone(), source };
         let (bases, _) = match candidates(&*self.storage, &dir, owner) {
-            // One that a later one has replaced since the folder was listed.
+            // A later checkpoint has replaced it since the folder was listed.
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
             bases => bases.map_err(io)?,
         };
         for base in bases.iter().rev().filter(|base| base.start >= earliest && base.start <= until) {
             let reader = match self.reader_at(id, base.start) {
                 Ok(reader) if reader.sequence() == base.sequence.0 && base.is_of(log) => reader,
-                // It is not one of this log.
+                // A checkpoint of another log.
                 Ok(_) | Err(ReadError::NotARecord { .. }) => continue,
                 Err(error) => return Err(error.into()),
             };
@@ -375,17 +368,13 @@ impl<A: Aggregate> Engine<A> {
         Ok(None)
     }
 
-    /// Clones of some keys' states as they are now, and where to go on.
+    /// Clones the current states of some keys; also returns where the walk continues.
     #[expect(clippy::type_complexity, reason = "a list and a position, used once")]
     fn states(&self, shard: &Handle<A>, walk: Walk) -> Result<(Vec<(Key, Version, A)>, Option<Walk>), WaitError> {
         shard.ask(None, move |keys| {
             let (slots, then) = keys.walk(walk, COMPARED);
             (slots.map(|slot| (slot.key, slot.version, slot.state.clone())).collect(), then)
         })
-    }
-
-    pub(super) fn of(&self, key: Key) -> &Handle<A> {
-        &self.shards[usize::from(key.shard(self.config.shards).0)]
     }
 
     fn finder(&self, shard: &Handle<A>) -> Finder {
@@ -396,7 +385,7 @@ impl<A: Aggregate> Engine<A> {
         (0..self.config.shards).map(|shard| self.reader(ShardId(shard))).collect()
     }
 
-    /// Where a key stands now, if its shard says so by `deadline`.
+    /// Asks a key's shard for the key's version and newest record.
     pub(super) fn head(&self, key: Key, deadline: Option<Instant>) -> Result<Head, WaitError> {
         let shard = self.of(key);
         shard.ask(deadline, move |keys| {

@@ -1,64 +1,132 @@
-//! The composition root: opens a store, starts its threads, stops them. The only module that knows all.
+//! The composition root: opens a store, starts the threads and stops them.
 
+// | file | contents |
+// |---|---|
+// | `mod` | `Engine`: producers, clients, readers, flush, metrics, shutdown |
+// | `builder` | `Builder`: inline handlers and views of an engine that is not open yet |
+// | `start` | the steps of an opening, in order |
+// | `open` | the manifest, the recovery of all shards, and the repairs |
+// | `store_lock` | the locks on a store's folders |
+// | `gate_holds` | the parts of the log that sequence gates still need |
+// | `build` | a shard and everything around it |
+// | `handle` | what the engine keeps of a running shard |
+// | `closing` | shutdown, and the drop of an engine |
+// | `runner` | the loop of a shard's thread |
+// | `threads` | starting and joining threads |
+// | `queries`, `history`, `consumers`, `gated` | the rest of `Engine`'s methods, by topic |
+
+mod background;
 mod build;
+mod builder;
 mod closing;
 mod consumers;
+mod gate_holds;
 mod gated;
+mod handle;
 mod history;
 mod open;
 mod queries;
 pub(crate) mod runner;
+mod start;
+mod store_lock;
 mod threads;
 
 use std::sync::Arc;
-use std::time::Instant;
 
-use crate::background::keeper::Keeper;
-use crate::background::snapshotter::{Snapshotter, SnapshotterRequests};
 use crate::clock::Clock;
-use crate::command::{Client, ClientEnd, ClientLane, Question};
-use crate::config::{Config, Durability, ValidConfig};
-use crate::consumer::checkpoint::cut_all;
+use crate::command::{Client, ClientEnd, ClientLane};
+use crate::config::ValidConfig;
 use crate::consumer::services::Services;
-use crate::engine::runner::{RunnerRequests, assign_cores, run};
-use crate::error::{OpenError, ReadError, ShardFailure, WaitError};
-use crate::event::{Offset, Sequence, ShardId};
+use crate::error::{ReadError, ShardFailure, WaitError};
+use crate::event::{Key, Offset, ShardId};
 use crate::ingress::gated::OpenGates;
 use crate::ingress::producer::Producer;
 use crate::ingress::shared::{SharedLane, SharedProducer};
 use crate::lane::counts::LaneShared;
-use crate::lane::door::ShardDoor;
 use crate::lane::flush::flush_shard;
-use crate::lane::requests::CheckpointRequests;
 use crate::lane::requests::KeeperRequests;
-use crate::lane::requests::SyncRequests;
-use crate::log::manifest::shard_dir;
 use crate::log::position::Position;
 use crate::log::reader::Reader;
-use crate::metrics::{Counters, Exchange, Metrics, ShardMetrics, Totals};
+use crate::metrics::{Metrics, ShardMetrics, Totals};
 use crate::recovery::report::RecoveryReport;
 use crate::shard::LaneEnd;
-use crate::shard::handler::{Factory, Handler, OnError, Registered};
 use crate::state::aggregate::{Aggregate, Stateless};
-use crate::state::snapshot::store::SnapshotStore;
-use crate::state::view::View;
 use crate::storage::{Lock, Storage};
-use crate::sync::{Arrivals, AtomicBool, Deadline, Mutex, Ordering, Role, Signal, lock, take_role};
-use build::{Context, own as own_of};
-use closing::{Closing, ClosingShard};
+use crate::sync::{Deadline, Mutex, Ordering, lock};
+pub use builder::Builder;
+use closing::Closing;
 pub use consumers::PublishSyncError;
+use handle::Handle;
 pub use history::Comparison;
-use open::{Changes, Standing, StoreLock, load_manifest, logs_of, open_files, recover};
-use threads::{Crew, Threads};
 
 /// An engine that carries events and keeps no states.
+///
+/// ```
+/// use corelane::envelope::Envelope;
+/// use corelane::{Config, Deadline, EventLog, Key, Sequence, ShardId};
+///
+/// # let dir = tempfile::tempdir()?;
+/// let engine = EventLog::<Envelope>::open(Config::new(dir.path()))?;
+/// let mut producer = engine.producer();
+/// let envelope = Envelope::from_json(
+///     r#"{"event_type":"player.move","timestamp":1280526901009,"user_id":42,"payload":{"x":133.96}}"#,
+/// )?;
+/// producer.publish(envelope.key(), envelope)?;
+/// engine.flush(Deadline::NEVER)?;
+///
+/// let mut reader = engine.reader(ShardId(0));
+/// let record = reader.next()?.expect("the event is durable");
+/// assert_eq!((record.meta.key, record.meta.sequence), (Key(42), Sequence(0)));
+/// engine.shutdown(Deadline::NEVER)?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub type EventLog<E> = Engine<Stateless<E>>;
 
-/// One store, open and running: the shards' threads, their syncers, and the keeper.
+/// An open store and its running threads: one per shard, one syncer per shard, and the background threads.
 ///
-/// Dropping it shuts it down. The drop gives up after ten seconds on events that a full disk keeps from being appended, and on a
-/// shard that ends no turn. On one of the engine's own threads (in an inline handler or a consumer's handler) the drop does not
-/// wait; the engine closes behind it.
+/// Dropping it shuts it down. The drop waits at most ten seconds for events that a full disk keeps from being appended, and
+/// for a shard whose turn does not end. A drop on one of the engine's own threads (in an inline handler or a consumer's
+/// handler) does not wait; the engine then closes in the background.
+///
+/// ```
+/// use corelane::{Aggregate, Bounded, Config, Deadline, Emit, Engine, Event, EventType, EventTypeId, Key, Meta, Version};
+/// use rkyv::{Archive, Deserialize, Serialize};
+///
+/// #[derive(Archive, Serialize, Deserialize, Bounded)]
+/// struct Scored { points: u32 }
+///
+/// impl Event for Scored {
+///     const TYPES: &'static [EventType] = &[EventType::new(1, "scored", 1)];
+///     fn event_type(&self) -> EventTypeId { EventTypeId(1) }
+/// }
+///
+/// #[derive(Archive, Serialize, Deserialize, Bounded, Clone, Default, Debug, PartialEq)]
+/// struct Player { points: u64 }
+///
+/// impl Aggregate for Player {
+///     type Event = Scored;
+///     type Command = u32;
+///     type Rejection = ();
+///     fn evolve(&mut self, event: &ArchivedScored, _meta: &Meta) {
+///         self.points += u64::from(event.points.to_native());
+///     }
+///     fn decide(&self, points: u32, emit: &mut Emit<Scored>) -> Result<(), ()> {
+///         emit.event(Scored { points });
+///         Ok(())
+///     }
+/// }
+///
+/// # let dir = tempfile::tempdir()?;
+/// let engine = Engine::<Player>::open(Config::new(dir.path()).shards(2))?;
+/// let mut producer = engine.producer();
+/// for points in [3, 4] {
+///     producer.publish(Key(7), Scored { points })?;
+/// }
+/// engine.flush(Deadline::NEVER)?;
+/// assert_eq!(engine.state(Key(7))?, Some((Player { points: 7 }, Version(2))));
+/// engine.shutdown(Deadline::NEVER)?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub struct Engine<A: Aggregate> {
     config: ValidConfig,
     clock: Clock,
@@ -67,26 +135,12 @@ pub struct Engine<A: Aggregate> {
     shared_lanes: Arc<[Arc<SharedLane<A::Event>>]>,
     keeper: Arc<KeeperRequests>,
     totals: Mutex<Totals>,
-    runner: Arc<RunnerRequests>,
     closing: Arc<Closing>,
     services: Arc<Services>,
-    /// Shared with readers: while one lives, its segments are nobody else's to write.
+    /// Shared with readers: while a reader lives, no other engine may write its segments.
     lock: Arc<dyn Lock>,
     storage: Arc<dyn Storage>,
     gates: OpenGates,
-}
-
-/// What the engine keeps of a running shard.
-struct Handle<A: Aggregate> {
-    door: Arc<ShardDoor>,
-    arriving: Arc<Arrivals<LaneEnd<A::Event>>>,
-    arriving_clients: Arc<Arrivals<ClientEnd<A>>>,
-    questions: Arc<Arrivals<Question<A>>>,
-    store: Arc<SnapshotStore>,
-    checkpoints: Arc<CheckpointRequests>,
-    syncer: Arc<SyncRequests>,
-    counters: Arc<Counters>,
-    exchanges: [Arc<Exchange>; 2],
 }
 
 impl<A: Aggregate> std::fmt::Debug for Engine<A> {
@@ -98,224 +152,8 @@ impl<A: Aggregate> std::fmt::Debug for Engine<A> {
     }
 }
 
-/// An engine about to be opened, with its inline handlers and views.
-pub struct Builder<A: Aggregate> {
-    config: Config,
-    handlers: Vec<Factory<A::Event>>,
-    views: Vec<Box<dyn View<A>>>,
-    /// In place of the file system.
-    pub(crate) storage: Option<Arc<dyn Storage>>,
-    threads_max: usize,
-}
-
-impl<A: Aggregate> std::fmt::Debug for Builder<A> {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Builder")
-            .field("config", &self.config)
-            .field("handlers", &self.handlers.len())
-            .field("views", &self.views.len())
-            .finish_non_exhaustive()
-    }
-}
-
-impl<A: Aggregate> Builder<A> {
-    /// Adds an inline handler: `make` is called once per shard, when the engine opens. Handlers run in the order added.
-    #[must_use]
-    pub fn handler<H: Handler<A::Event> + 'static>(
-        mut self,
-        name: &str,
-        on_error: OnError,
-        make: impl Fn(ShardId) -> H + 'static,
-    ) -> Self {
-        let name = name.to_owned();
-        self.handlers.push(Box::new(move |shard| Registered {
-            name: name.clone(),
-            on_error,
-            handler: Box::new(make(shard)),
-        }));
-        self
-    }
-
-    /// Adds a view. It is filled from the states when the engine opens, and kept up to date from then on.
-    #[must_use]
-    pub fn view(mut self, view: &(impl View<A> + Clone + 'static)) -> Self {
-        self.views.push(Box::new(view.clone()));
-        self
-    }
-
-    /// Plays a system that starts this many threads and no more, for tests.
-    #[cfg(any(test, feature = "test-util"))]
-    #[must_use]
-    pub fn threads_max(mut self, threads_max: usize) -> Self {
-        self.threads_max = threads_max;
-        self
-    }
-
-    /// Opens the store, recovering what is there, and starts the engine.
-    ///
-    /// # Errors
-    /// Why it could not be opened.
-    pub fn open(self) -> Result<Engine<A>, OpenError> {
-        let Self { config, handlers, views, storage, threads_max } = self;
-        let mut config = config.validate()?;
-        let storage: Arc<dyn Storage> = match storage {
-            Some(storage) => storage,
-            None => Arc::new(open_files(&mut config)?),
-        };
-        Engine::start(config, &handlers, &views, storage, Threads { left: threads_max })
-    }
-}
-
 impl<A: Aggregate> Engine<A> {
-    /// Opens (or creates) the store that `config` names. `recovery()` says what was found.
-    ///
-    /// # Errors
-    /// Why it could not be opened. The store is as it was; only an error while the repairs of a sound store are carried out
-    /// (a full disk, say) may leave some of them done.
-    pub fn open(config: Config) -> Result<Self, OpenError> {
-        Self::builder(config).open()
-    }
-
-    /// To add inline handlers and views before opening.
-    pub fn builder(config: Config) -> Builder<A> {
-        Builder { config, handlers: Vec::new(), views: Vec::new(), storage: None, threads_max: usize::MAX }
-    }
-
-    fn start(
-        config: ValidConfig,
-        factories: &[Factory<A::Event>],
-        views: &[Box<dyn View<A>>],
-        storage: Arc<dyn Storage>,
-        mut threads: Threads,
-    ) -> Result<Self, OpenError> {
-        let began = Instant::now();
-        let creating = |source| OpenError::Io { action: "creating", path: config.dir.clone(), source };
-        storage.create_dir(&config.dir).map_err(creating)?;
-        let mut lock = StoreLock::default();
-        lock.take(&*storage, &config.dir)?;
-        // First everything is looked at, then anything is changed: a store that is refused is left as it was.
-        let (manifest, standing) = load_manifest::<A::Event>(&*storage, &config)?;
-        if standing != Standing::New {
-            let mut shard_dirs = (0..config.shards).map(|shard| shard_dir(&config.dir, ShardId(shard)));
-            shard_dirs.try_for_each(|dir| lock.take(&*storage, &dir))?;
-        }
-        let mut recovered = recover::<A>(&storage, &config, &manifest, standing, &mut threads)?;
-        let ends: Vec<Offset> = recovered.iter().map(|shard| shard.report.end).collect();
-        let consumers = cut_all(&*storage, &config.dir, manifest.store_id, &ends)?;
-        let holds = gated::holds(&storage, (&config.dir, manifest.store_id), &logs_of(&config, &manifest, &recovered))?;
-        let own = recovered.iter().enumerate();
-        let own = own.map(|(i, recovered)| own_of(&config, factories, views, ShardId(i as u16), recovered));
-        let own: Vec<_> = own.collect::<Result<_, _>>()?;
-        let names = (0..config.shards).flat_map(|i| [format!("corelane-sync-{i}"), format!("corelane-shard-{i}")]);
-        let names = ["corelane-keeper".into(), "corelane-save".into()].into_iter().chain(names);
-        let mut crew = Crew::start(&mut threads, names).map_err(|source| {
-            let path = config.dir.clone();
-            OpenError::Io { action: "starting a thread for", path, source }
-        })?;
-        let changes = Changes { storage: &*storage, dir: &config.dir, manifest: &manifest, standing };
-        changes.carry_out(&mut recovered, &consumers, &holds, &mut lock)?;
-        let quarantine = config.dir.join("quarantine");
-        let duration_ns = u64::try_from(began.elapsed().as_nanos()).unwrap_or(u64::MAX);
-        let recovery =
-            RecoveryReport { shards: recovered.iter().map(|shard| shard.report.clone()).collect(), duration_ns };
-
-        let clock = Clock::new();
-        let keeper = Arc::new(KeeperRequests { signal: Arc::new(Signal::new()), ending: AtomicBool::new(false) });
-        let signal = Arc::new(Signal::new());
-        let snapshotter = Arc::new(SnapshotterRequests { signal, ending: AtomicBool::new(false) });
-        let runner = Arc::new(RunnerRequests::default());
-        let cores = assign_cores(&config.pin, config.shards);
-        let context = Context {
-            config: &config,
-            store: manifest.store_id,
-            storage: &storage,
-            clock: &clock,
-            keeper: &keeper,
-            snapshotter: &snapshotter,
-            quarantine: &quarantine,
-        };
-        let (mut handles, mut kept, mut shared, mut parts) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-        let mut sources = Vec::new();
-        for (i, (recovered, own)) in recovered.into_iter().zip(own).enumerate() {
-            let built = context.build(ShardId(i as u16), recovered, own);
-            handles.push(built.handle);
-            kept.push(built.kept);
-            sources.push(built.sources);
-            shared.push(built.shared);
-            parts.push((built.shard, built.syncer));
-        }
-        let keeper_parts = Keeper {
-            shards: kept,
-            storage: Arc::clone(&storage),
-            requests: Arc::clone(&keeper),
-            durability: config.durability,
-            retention: config.retention,
-            spares_max: config.spares_max,
-            began: std::time::Instant::now(),
-        };
-        let snapshotter_parts = Snapshotter {
-            shards: sources,
-            storage: Arc::clone(&storage),
-            requests: Arc::clone(&snapshotter),
-            keeper: Arc::clone(&keeper),
-            durability: config.durability,
-        };
-        let lock: Arc<dyn Lock> = Arc::new(lock);
-        let logs = handles.iter().map(|shard| (Arc::clone(&shard.door.log), Arc::clone(&shard.syncer)));
-        let services = Services::new(
-            Arc::clone(&storage),
-            &config.dir,
-            Arc::clone(&lock),
-            Arc::clone(&keeper),
-            logs.collect(),
-            config.durability != Durability::OsCache,
-            consumers,
-        );
-        let services = Arc::new(services);
-        let closing = Closing {
-            shards: handles.iter().map(ClosingShard::of).collect(),
-            keeper: Arc::clone(&keeper),
-            snapshotter: Arc::clone(&snapshotter),
-            services: Arc::clone(&services),
-            runner: Arc::clone(&runner),
-            threads: Mutex::new(Vec::new()),
-        };
-        let engine = Self {
-            clock,
-            recovery,
-            shards: handles,
-            shared_lanes: shared.into(),
-            keeper,
-            totals: Mutex::new(Totals::new()),
-            runner,
-            closing: Arc::new(closing),
-            services,
-            lock,
-            storage: Arc::clone(&storage),
-            gates: OpenGates::default(),
-            config,
-        };
-        engine.hold(&holds.from);
-        engine.run(&mut crew, move || keeper_parts.run());
-        engine.run(&mut crew, move || snapshotter_parts.run());
-        for (i, (shard, syncer)) in parts.into_iter().enumerate() {
-            engine.run(&mut crew, move || syncer.run());
-            let door = Arc::clone(&engine.shards[i].door);
-            let (requests, wait, core) = (Arc::clone(&engine.runner), engine.config.wait, cores[i]);
-            engine.run(&mut crew, move || run(shard, &door, &requests, wait, core));
-        }
-        Ok(engine)
-    }
-
-    fn run(&self, crew: &mut Crew, body: impl FnOnce() + Send + 'static) {
-        let body = move || {
-            take_role(Role::Engine);
-            body();
-        };
-        lock(&self.closing.threads).push(crew.run(body));
-    }
-
-    /// What opening the store found.
+    /// What recovery found when the store was opened.
     #[must_use]
     pub fn recovery(&self) -> &RecoveryReport {
         &self.recovery
@@ -327,7 +165,8 @@ impl<A: Aggregate> Engine<A> {
         &self.config
     }
 
-    /// A way in for one thread: a lane to every shard. Any number, at any time; dropping it ends its lanes.
+    /// Returns an entry point for one thread: a lane to every shard. There may be any number, created at any time; dropping
+    /// a producer ends its lanes.
     #[must_use]
     pub fn producer(&self) -> Producer<A::Event> {
         let lanes = self.shards.iter().map(|shard| {
@@ -335,7 +174,7 @@ impl<A: Aggregate> Engine<A> {
             let shared = Arc::new(LaneShared::new(Arc::clone(&shard.door.log), self.config.durability));
             shard.door.lanes.register(&shared);
             if let Err(end) = shard.arriving.push(LaneEnd { ring, shared: Arc::clone(&shared), appended: 0 }) {
-                // The shard has ended: nobody may be let in.
+                // The shard has ended: the lane accepts nothing.
                 end.shared.close_gate.close();
             }
             shard.door.signal.notify();
@@ -344,7 +183,7 @@ impl<A: Aggregate> Engine<A> {
         Producer::new(lanes.collect(), self.clock.clone(), self.config.wait, self.config.event_bytes_max)
     }
 
-    /// A way in that any number of threads may clone and share.
+    /// Returns an entry point that any number of threads may clone and share.
     #[must_use]
     pub fn shared_producer(&self) -> SharedProducer<A::Event> {
         SharedProducer::new(
@@ -355,7 +194,8 @@ impl<A: Aggregate> Engine<A> {
         )
     }
 
-    /// A way to give commands for one thread: a lane to every shard, and one back. Any number, at any time.
+    /// Returns a client through which one thread sends commands: a lane to every shard, and one back. There may be any
+    /// number, created at any time.
     #[must_use]
     pub fn client(&self) -> Client<A> {
         let lanes = self.shards.iter().map(|shard| {
@@ -363,9 +203,9 @@ impl<A: Aggregate> Engine<A> {
             let (answers, answers_rx) = rtrb::RingBuffer::new(self.config.ring_capacity);
             let shared = Arc::new(LaneShared::of_commands(Arc::clone(&shard.door.log), self.config.durability));
             shard.door.lanes.register(&shared);
-            let end = ClientEnd { orders, answers, shared: Arc::clone(&shared), answered: 0 };
+            let end = ClientEnd::new(orders, answers, Arc::clone(&shared));
             if let Err(end) = shard.arriving_clients.push(end) {
-                // The shard has ended: nobody may be let in.
+                // The shard has ended: the lane accepts nothing.
                 end.shared.close_gate.close();
             }
             shard.door.signal.notify();
@@ -374,54 +214,52 @@ impl<A: Aggregate> Engine<A> {
         Client::new(lanes.collect(), self.clock.clone(), self.config.wait)
     }
 
-    /// Reads a shard's log from the earliest event held.
+    /// Returns a reader of a shard's log that starts at the earliest event held.
     ///
     /// # Panics
-    /// When the store has no such shard.
+    /// If the store has no such shard.
     #[must_use]
     pub fn reader(&self, shard: ShardId) -> Reader<A::Event> {
         Reader::earliest(Arc::clone(&self.shards[usize::from(shard.0)].door.log), Arc::clone(&self.lock))
     }
 
-    /// Reads a shard's log from the record that begins at `offset`.
+    /// Returns a reader of a shard's log that starts at the record that begins at `offset`.
     ///
     /// # Errors
-    /// `BeyondRetention`, `NotARecord`, or what reading found.
+    /// `BeyondRetention`, `NotARecord`, or the error that reading met.
     ///
     /// # Panics
-    /// When the store has no such shard.
+    /// If the store has no such shard.
     pub fn reader_at(&self, shard: ShardId, offset: Offset) -> Result<Reader<A::Event>, ReadError> {
         Reader::at(Arc::clone(&self.shards[usize::from(shard.0)].door.log), offset, Arc::clone(&self.lock))
     }
 
-    /// Reads a shard's log from a saved position on.
+    /// Returns a reader of a shard's log that continues from a saved position.
     ///
     /// # Errors
-    /// `Position` where it was not taken in this log, or the log has gone another way since; `BeyondRetention`, or what reading found.
+    /// `Position` if the position is from another log, or from another history of this one; `BeyondRetention`, or the error
+    /// that reading met.
     pub fn reader_from(&self, position: &Position) -> Result<Reader<A::Event>, ReadError> {
         let (shard, shards) = (position.shard(), self.shards.len());
-        // A position of a shard that this store does not have is of another store: any shard's log reports that.
+        // A position in a shard that this store does not have is from another store, which any shard's log reports.
         let log = &self.shards[usize::from(shard.0).min(shards - 1)].door.log;
         position.reader(log, &self.lock)
     }
 
-    /// Waits until everything accepted before this call is appended and durable, in every mode, together with everything it depends
-    /// on: where retention has freed events in `OsCache`, the checkpoint that stands for them becomes durable first. If a shard
-    /// fails, the others are still flushed.
+    /// Waits until everything accepted before this call is appended and durable, in every durability mode, together with
+    /// everything it depends on: if retention has freed events in `OsCache` mode, the checkpoint that stands for them
+    /// becomes durable first. If a shard fails, the others are still flushed.
     ///
     /// # Errors
-    /// `ShardFailed`, of the first shard that failed; `TimedOut` at `deadline`.
+    /// `ShardFailed` with the failure of the first shard that failed; `TimedOut` at `deadline`.
     pub fn flush(&self, deadline: impl Into<Deadline>) -> Result<(), WaitError> {
         let deadline = deadline.into().instant();
         let accepted: Vec<_> = self
             .shards
             .iter()
             .map(|shard| {
-                shard
-                    .door
-                    .lanes
-                    .all()
-                    .into_iter()
+                let lanes = shard.door.lanes.all().into_iter();
+                lanes
                     .map(|lane| {
                         let published = lane.published.load(Ordering::SeqCst);
                         (lane, published)
@@ -429,11 +267,11 @@ impl<A: Aggregate> Engine<A> {
                     .collect::<Vec<_>>()
             })
             .collect();
-        // What is appended already can be synced while a slower shard is waited for.
+        // Start every sync now: this call then waits for the slowest shard, not for the sum.
         self.shards.iter().for_each(|shard| shard.syncer.flush(shard.door.log.appended.get()));
         let mut outcome = Ok(());
         for (shard, lanes) in self.shards.iter().zip(accepted) {
-            // To the last shard, whatever becomes of one. A failure says more than a deadline.
+            // Every shard is flushed, even after one has failed. A failure takes precedence over a deadline.
             match flush_shard(&shard.door, &shard.syncer, lanes, deadline) {
                 Err(failed @ WaitError::ShardFailed(_)) if !matches!(outcome, Err(WaitError::ShardFailed(_))) => {
                     outcome = Err(failed);
@@ -444,7 +282,7 @@ impl<A: Aggregate> Engine<A> {
         outcome
     }
 
-    /// All counters and histograms at this moment.
+    /// Returns all counters and histograms as they are now.
     #[must_use]
     pub fn metrics(&self) -> Metrics {
         let mut totals = lock(&self.totals);
@@ -453,28 +291,27 @@ impl<A: Aggregate> Engine<A> {
             totals.fetch(turns, || shard.door.signal.notify());
             totals.fetch(syncs, || shard.syncer.signal.notify());
         }
-        let shards = self.shards.iter().enumerate().map(|(i, shard)| shard_metrics(ShardId(i as u16), shard)).collect();
-        Metrics::new(shards, totals.snapshot())
+        Metrics::new(self.shard_metrics(), totals.histograms())
     }
 
-    /// Counters alone: cheap enough for every second, wakes nobody.
+    /// Returns the counters alone. Cheap enough for every second: it wakes no thread.
     #[must_use]
     pub fn shard_metrics(&self) -> Vec<ShardMetrics> {
-        self.shards.iter().enumerate().map(|(i, shard)| shard_metrics(ShardId(i as u16), shard)).collect()
+        self.shards.iter().enumerate().map(|(i, shard)| shard.metrics(ShardId(i as u16))).collect()
     }
 
-    /// The failures of shards that have failed.
+    /// Returns the failures of the shards that have failed.
     #[must_use]
     pub fn failures(&self) -> Vec<ShardFailure> {
-        self.shards.iter().filter_map(|shard| shard.door.log.failure().cloned()).collect()
+        self.closing.failures().collect()
     }
 
-    /// Refuses further events, appends what was accepted, syncs, and joins every thread. A second call is
-    /// harmless and returns the same.
+    /// Refuses further events, appends what was accepted, syncs, and joins every thread. A second call is harmless and
+    /// returns the same result.
     ///
     /// # Errors
-    /// The first shard's failure; `TimedOut` when the deadline passes first (the threads then go on, and a
-    /// later call or the drop waits again); `OnEngineThread` on a thread of this engine or its consumers, and nothing is closed.
+    /// The first shard's failure; `TimedOut` if the deadline passes first (the threads then keep running, and a later call
+    /// or the drop waits again); `OnEngineThread` on a thread of this engine or its consumers, and nothing is closed.
     pub fn shutdown(&self, deadline: impl Into<Deadline>) -> Result<(), WaitError> {
         let deadline = deadline.into().instant();
         if self.closing.is_own_thread() {
@@ -482,25 +319,15 @@ impl<A: Aggregate> Engine<A> {
         }
         self.closing.close(deadline)
     }
+
+    /// The shard that owns `key`.
+    fn of(&self, key: Key) -> &Handle<A> {
+        &self.shards[usize::from(key.shard(self.config.shards).0)]
+    }
 }
 
-fn shard_metrics<A: Aggregate>(id: ShardId, shard: &Handle<A>) -> ShardMetrics {
-    let log = &shard.door.log;
-    let mut metrics = ShardMetrics::of(id, &shard.counters);
-    let (mut published, mut appended) = (shard.door.lanes.retired_events(), 0);
-    appended += published;
-    for lane in shard.door.lanes.all().iter().filter(|lane| !lane.is_of_commands()) {
-        appended += lane.appended_count();
-        published += lane.published.load(Ordering::Relaxed);
+impl<A: Aggregate> Drop for Engine<A> {
+    fn drop(&mut self) {
+        self.closing.close_dropped();
     }
-    metrics.published = published;
-    metrics.backlog = published.saturating_sub(appended);
-    metrics.sequence = Sequence(log.sequence.get());
-    metrics.appended_to = Offset(log.appended.get());
-    metrics.durable_to = Offset(log.durable.get());
-    metrics.segments = log.segments_len();
-    metrics.storage_full_why = log.why_storage_full();
-    metrics.storage_full = metrics.storage_full_why.is_some();
-    metrics.failure = log.failure().cloned();
-    metrics
 }

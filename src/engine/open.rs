@@ -1,15 +1,14 @@
-//! Before an engine runs: the store's lock, its manifest, and what its shards hold.
+//! Before an engine runs: the store's manifest, the recovery of all shards, and the repairs.
 
 use std::collections::VecDeque;
-use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
 
-use super::gated::Holds;
+use super::gate_holds::GateHolds;
+use super::store_lock::StoreLock;
 use super::threads::Threads;
 use crate::config::ValidConfig;
-use crate::consumer::checkpoint::Found;
+use crate::consumer::position_file::RegisteredConsumer;
 use crate::error::{OpenError, guard};
 use crate::event::{Event, EventTypeId, Root, ShardId, upcaster};
 use crate::log::manifest::fresh_id;
@@ -17,65 +16,25 @@ use crate::log::manifest::{Manifest, shard_dir};
 use crate::log::segment::ShardLog;
 use crate::recovery::{Opening, Recovered};
 use crate::state::aggregate::Aggregate;
-use crate::storage::{Files, Lock, Storage};
+use crate::storage::Storage;
 use crate::sync::{Mutex, Ordering, lock};
 
-/// The locks of a store's folder and of its shards'. (Links can make one shard's folder that of two stores.)
-#[derive(Debug, Default)]
-pub(super) struct StoreLock(Vec<Box<dyn Lock>>);
-
-impl Lock for StoreLock {}
-
-impl StoreLock {
-    pub(super) fn take(&mut self, storage: &dyn Storage, dir: &Path) -> Result<(), OpenError> {
-        let locked = patiently(|| storage.lock(dir));
-        match locked.map_err(|source| OpenError::Io { action: "locking", path: dir.to_owned(), source })? {
-            Some(lock) => self.0.push(lock),
-            None => return Err(OpenError::Locked { dir: dir.to_owned() }),
-        }
-        Ok(())
-    }
-}
-
-/// How often a lock is tried once more, and after how long each time.
-const LOCK_AGAIN: (u32, Duration) = (10, Duration::from_millis(5));
-
-/// What `try_lock` gets. Whoever only looks whether an engine has the store holds the lock for an instant, which is waited out.
-fn patiently<L>(mut try_lock: impl FnMut() -> io::Result<Option<L>>) -> io::Result<Option<L>> {
-    let (times, pause) = LOCK_AGAIN;
-    for _ in 0..times {
-        match try_lock()? {
-            None => std::thread::sleep(pause),
-            taken => return Ok(taken),
-        }
-    }
-    try_lock()
-}
-
-/// Opens the folder of a store, once and for all: from here on its name is only shown.
-pub(super) fn open_files(config: &mut ValidConfig) -> Result<Files, OpenError> {
-    let files = Files::create(&config.dir);
-    let files = files.map_err(|source| OpenError::Io { action: "creating", path: config.dir.clone(), source })?;
-    files.root().clone_into(&mut config.dir);
-    Ok(files)
-}
-
-/// The change of the manifest that is due before anything is appended.
+/// The change of the manifest that must be saved before anything is appended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Standing {
-    /// None: it is complete.
-    Saved,
-    /// Types that are new are to be saved.
-    Extended,
-    /// The store is still to be made.
-    New,
+pub(super) enum ManifestChange {
+    /// The stored manifest is complete.
+    None,
+    /// The program declares new event types.
+    NewTypes,
+    /// The store does not exist yet.
+    NewStore,
 }
 
-/// The store's manifest as it is, extended by types that are new; or that of a new store. Nothing is written yet.
+/// Returns the store's manifest with the program's new event types added, or the manifest of a new store. Writes nothing.
 pub(super) fn load_manifest<E: Event>(
     storage: &dyn Storage,
     config: &ValidConfig,
-) -> Result<(Manifest, Standing), OpenError> {
+) -> Result<(Manifest, ManifestChange), OpenError> {
     let dir = &config.dir;
     let stored = Manifest::load(storage, dir)?;
     let is_new = stored.is_none();
@@ -84,7 +43,7 @@ pub(super) fn load_manifest<E: Event>(
             storage.list(path).map_err(|source| OpenError::Io { action: "listing", path: path.clone(), source })
         };
         for name in list(dir)?.iter().filter(|name| name.starts_with("shard-")) {
-            // Empty folders are what a crash leaves of a store that was being created.
+            // A crash while a store is created leaves empty folders.
             if !list(&dir.join(name))?.is_empty() {
                 return Err(OpenError::ForeignFile {
                     path: dir.join(crate::log::manifest::MANIFEST),
@@ -107,45 +66,45 @@ pub(super) fn load_manifest<E: Event>(
         return Err(OpenError::SegmentBytes { stored: manifest.segment_bytes, asked: config.segment_bytes });
     }
     let changed = manifest.declare::<E>()?;
-    let standing = match (is_new, changed) {
-        (true, _) => Standing::New,
-        (false, true) => Standing::Extended,
-        (false, false) => Standing::Saved,
+    let change = match (is_new, changed) {
+        (true, _) => ManifestChange::NewStore,
+        (false, true) => ManifestChange::NewTypes,
+        (false, false) => ManifestChange::None,
     };
-    Ok((manifest, standing))
+    Ok((manifest, change))
 }
 
 /// The repairs of a store that was found sound.
-pub(super) struct Changes<'a> {
+pub(super) struct Repairs<'a> {
     pub(super) storage: &'a dyn Storage,
     pub(super) dir: &'a Path,
     pub(super) manifest: &'a Manifest,
-    pub(super) standing: Standing,
+    pub(super) change: ManifestChange,
 }
 
-impl Changes<'_> {
-    /// Makes a new store, cuts what is torn, and forgets what was saved of events that are gone: all of it before anything is appended.
-    /// Every step can be done again, so what a crash or an error leaves of them is for the next opening.
+impl Repairs<'_> {
+    /// Creates a new store, cuts torn tails, and removes what was saved of events that are gone, all before anything is
+    /// appended. Every step can be repeated: the next opening completes what a crash or an error leaves undone.
     pub(super) fn carry_out<A: Aggregate>(
         &self,
         recovered: &mut [Recovered<A>],
-        consumers: &[Found],
-        gates: &Holds,
+        consumers: &[RegisteredConsumer],
+        gates: &GateHolds,
         lock: &mut StoreLock,
     ) -> Result<(), OpenError> {
         let Self { storage, dir, .. } = *self;
-        if self.standing == Standing::New {
-            // Folders, and their locks, before the manifest that promises them. A crash in between leaves empty folders, which
-            // the next attempt must accept.
+        if self.change == ManifestChange::NewStore {
+            // Folders, and their locks, before the manifest that promises them. A crash in between leaves empty folders,
+            // which the next attempt must accept.
             for shard in 0..self.manifest.shards {
                 let path = shard_dir(dir, ShardId(shard));
-                let made = storage.create_dir(&path);
-                made.map_err(|source| OpenError::Io { action: "creating", path: path.clone(), source })?;
+                let created = storage.create_dir(&path);
+                created.map_err(|source| OpenError::Io { action: "creating", path: path.clone(), source })?;
                 lock.take(storage, &path)?;
             }
         }
-        if self.standing == Standing::Saved {
-            // Its name may have come from a process that was killed before it could sync the folder.
+        if self.change == ManifestChange::None {
+            // The manifest may come from a process that was killed before it could sync the folder.
             let synced = storage.sync_dir(dir);
             synced.map_err(|source| OpenError::Io { action: "syncing", path: dir.to_owned(), source })?;
         } else {
@@ -159,16 +118,16 @@ impl Changes<'_> {
             synced.map_err(|source| OpenError::Io { action: "syncing", path, source })?;
         }
         consumers.iter().try_for_each(|consumer| consumer.settle(storage, dir))?;
-        gates.settle()
+        gates.remove_foreign()
     }
 }
 
-/// Looks at all shards, side by side. Changes nothing.
+/// Reads all shards' logs, in parallel. Changes nothing.
 pub(super) fn recover<A: Aggregate>(
     storage: &Arc<dyn Storage>,
     config: &ValidConfig,
     manifest: &Manifest,
-    standing: Standing,
+    is_new: bool,
     threads: &mut Threads,
 ) -> Result<Vec<Recovered<A>>, OpenError> {
     let known = |id: u16, schema: u16| {
@@ -188,14 +147,14 @@ pub(super) fn recover<A: Aggregate>(
             let opening = Opening {
                 storage,
                 dir: &dir,
-                is_new: standing == Standing::New,
+                is_new,
                 shard: ShardId(i as u16),
                 manifest,
                 keys_expected: config.keys_expected,
                 outcomes_kept: config.outcomes_kept,
                 known: &known,
             };
-            // A panic of any of the program's code there is the answer of this shard.
+            // A panic of the program's code is this shard's result.
             let result = guard("code of the program", opening.shard, || opening.recover::<A>());
             let result = result.map_err(OpenError::from).flatten();
             lock(&results).push_back((i, result));
@@ -205,7 +164,7 @@ pub(super) fn recover<A: Aggregate>(
         for i in 0..helpers {
             let helper = threads.named(format!("corelane-open-{i}"));
             if let Err(error) = helper.and_then(|helper| helper.spawn_scoped(scope, work)) {
-                tracing::warn!(%error, "no thread to help opening the shards; it takes longer");
+                tracing::warn!(%error, "cannot start another thread to open shards; opening takes longer");
             }
         }
         work();
@@ -215,7 +174,7 @@ pub(super) fn recover<A: Aggregate>(
     results.into_iter().map(|(_, result)| result).collect()
 }
 
-/// The logs as they were found, to be read before anything is changed.
+/// Returns the logs as recovery found them, to be read before anything is changed.
 pub(super) fn logs_of<A: Aggregate>(
     config: &ValidConfig,
     manifest: &Manifest,
@@ -223,27 +182,4 @@ pub(super) fn logs_of<A: Aggregate>(
 ) -> Vec<Arc<ShardLog>> {
     let dir = |shard: &Recovered<A>| shard_dir(&config.dir, shard.report.shard);
     recovered.iter().map(|shard| Arc::new(shard.log(manifest, &dir(shard)))).collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_lock_held_for_an_instant_is_waited_out_and_one_that_is_kept_is_not() {
-        let mut tries = 0;
-        let taken = patiently(|| {
-            tries += 1;
-            Ok((tries == 4).then_some(()))
-        });
-        assert_eq!((taken.expect("no error"), tries), (Some(()), 4));
-        tries = 0;
-        let taken = patiently(|| {
-            tries += 1;
-            Ok(None::<()>)
-        });
-        assert_eq!((taken.expect("no error"), tries), (None, LOCK_AGAIN.0 + 1));
-        let failed = patiently(|| Err::<Option<()>, _>(io::ErrorKind::PermissionDenied.into()));
-        assert_eq!(failed.expect_err("at once").kind(), io::ErrorKind::PermissionDenied);
-    }
 }

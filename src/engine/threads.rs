@@ -6,8 +6,9 @@ use std::time::{Duration, Instant};
 
 use crate::sync::thread;
 
-/// How many threads the system will still start; as many as it can, outside of tests.
+/// Starts named threads. A test can limit their number to play a system that refuses more.
 pub(super) struct Threads {
+    /// Number of threads that may still be started.
     pub(super) left: usize,
 }
 
@@ -21,29 +22,29 @@ impl Threads {
 /// The body of a thread.
 type Body = Box<dyn FnOnce() + Send>;
 
-/// Threads that were started and wait for what they are to run. Those that get nothing end when the rest is dropped.
+/// Threads that are started and wait for their bodies. Threads without a body end when the crew is dropped.
 pub(super) struct Crew(VecDeque<(mpsc::Sender<Body>, thread::JoinHandle<()>)>);
 
 impl Crew {
-    /// Starts a thread of each of these names; none is left where one cannot be started.
+    /// Starts one thread per name. If one cannot be started, the others end.
     pub(super) fn start(threads: &mut Threads, names: impl Iterator<Item = String>) -> std::io::Result<Self> {
         let mut crew = Self(VecDeque::new());
         for name in names {
             let (give, take) = mpsc::channel::<Body>();
-            let waits = move || {
+            let wait_and_run = move || {
                 if let Ok(body) = take.recv() {
                     body();
                 }
             };
-            crew.0.push_back((give, threads.named(name)?.spawn(waits)?));
+            crew.0.push_back((give, threads.named(name)?.spawn(wait_and_run)?));
         }
         Ok(crew)
     }
 
-    /// Lets the next thread run `body`.
+    /// Runs `body` on the next thread.
     pub(super) fn run(&mut self, body: impl FnOnce() + Send + 'static) -> thread::JoinHandle<()> {
-        let (give, handle) = self.0.pop_front().expect("a thread was started for everything that runs");
-        give.send(Box::new(body)).expect("a thread waits until it is given something");
+        let (give, handle) = self.0.pop_front().expect("a thread was started for every body");
+        give.send(Box::new(body)).expect("a thread waits until it gets its body");
         handle
     }
 }
@@ -53,13 +54,13 @@ impl Drop for Crew {
         for (give, handle) in self.0.drain(..) {
             drop(give);
             if handle.join().is_err() {
-                tracing::error!("a thread panicked before it had anything to run");
+                tracing::error!("a thread panicked before it got anything to run");
             }
         }
     }
 }
 
-/// Joins the last thread of the list, or gives up at the deadline.
+/// Joins the last thread of the list. Returns `false` if the deadline passed first.
 pub(super) fn join_until(threads: &mut Vec<thread::JoinHandle<()>>, deadline: Option<Instant>) -> bool {
     let Some(last) = threads.last() else { return true };
     while let Some(deadline) = deadline

@@ -1,11 +1,11 @@
-//! The generic JSON event, and JSON in and out at the edges.
+//! The generic JSON event, and reading and writing events as JSON lines.
 //!
 //! Every line has one outer shape: `event_type`, `timestamp` (ms since 1970), `user_id` (a number or a text),
-//! `correlation_id`, `payload`. A written line adds where the event stands: `event_id`, `shard`, `offset`,
-//! `sequence` (if it is known), `version`; reading takes such a line back in. [`Envelope`] carries any payload as the JSON text it came in;
-//! [`from_json`] and [`to_json`] do the same for events that are Rust enums.
+//! `correlation_id`, `payload`. A written line adds the position of the event: `event_id`, `shard`, `offset`,
+//! `sequence` (if known), `version`. Such a line can be read again. [`Envelope`] carries any payload as its original
+//! JSON text; [`from_json`] and [`to_json`] do the same for events that are Rust enums.
 //!
-//! Invariant: a written line is one line, and holds no control character that a terminal would act on.
+//! Invariant: a written event is exactly one line, without control characters that a terminal would interpret.
 //!
 //! ```
 //! use corelane::envelope::Envelope;
@@ -16,7 +16,9 @@
 //! # Ok::<(), corelane::envelope::JsonError>(())
 //! ```
 
+mod error;
 mod slots;
+mod user_id;
 mod write;
 
 use std::io;
@@ -25,101 +27,16 @@ use rkyv::rancor::Error as RkyvError;
 use serde::de::DeserializeOwned;
 use serde_json::value::RawValue;
 
-use slots::{
-    CORRELATION_ID, EVENT_TYPE, PAYLOAD, Slots, TIMESTAMP_MS_MAX, not_json, optional_string, required, string,
-    without_place,
-};
-use write::{Cause, Outer, User, write_raw};
+pub use error::JsonError;
+pub use user_id::{ArchivedUserId, UserId, UserIdResolver};
+
+use error::{TIMESTAMP_MS_MAX, not_json, without_place};
+use slots::{CORRELATION_ID, EVENT_TYPE, PAYLOAD, Slots, optional_string, required, string};
+use write::{CorrelationId, Outer, User, write_raw};
 
 use crate::event::{Correlation, Encode, Event, EventType, EventTypeId, Key, Meta, Time};
 
-/// Why a line of JSON is not an event.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[non_exhaustive]
-pub enum JsonError {
-    /// The text is not JSON.
-    #[error("not JSON: {why}")]
-    NotJson {
-        /// What the parser said, with line and column.
-        why: String,
-    },
-    /// The text is JSON, but no object.
-    #[error("an event is a JSON object")]
-    NotAnObject,
-    /// A field that every event has is not there.
-    #[error("the field {field} is missing")]
-    MissingField {
-        /// Its name.
-        field: &'static str,
-    },
-    /// A field stands there twice.
-    #[error("the field {field} stands there twice")]
-    DuplicateField {
-        /// Its name.
-        field: &'static str,
-    },
-    /// A field has a value of another type.
-    #[error("the field {field} is not {expected}")]
-    WrongType {
-        /// Its name.
-        field: &'static str,
-        /// What it should be.
-        expected: &'static str,
-    },
-    /// The timestamp is no whole number of milliseconds from 1970 up to the year 2554.
-    #[error("the timestamp {found} is not a whole number of milliseconds in 0..={TIMESTAMP_MS_MAX}")]
-    Timestamp {
-        /// What stands there.
-        found: String,
-    },
-    /// A field at the top level that no event has.
-    #[error("unknown field {field:?}")]
-    UnknownField {
-        /// Its name.
-        field: String,
-    },
-    /// The event type and its payload do not fit the Rust type asked for.
-    #[error("event_type and payload do not fit: {why}")]
-    Payload {
-        /// What the deserialiser said.
-        why: String,
-    },
-}
-
-/// A user id as it stood in the JSON.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, rkyv::Archive, rkyv::Serialize, rkyv::Deserialize, corelane::Bounded)]
-#[rkyv(derive(Debug))]
-pub enum UserId {
-    /// A number; it is the key.
-    Number(u64),
-    /// A text; its xxh3 is the key.
-    Text(String),
-}
-
-impl UserId {
-    /// The key of this user.
-    #[must_use]
-    pub fn key(&self) -> Key {
-        match self {
-            Self::Number(id) => Key::new(*id),
-            Self::Text(text) => Key::of(text),
-        }
-    }
-}
-
-impl From<u64> for UserId {
-    fn from(id: u64) -> Self {
-        Self::Number(id)
-    }
-}
-
-impl From<&str> for UserId {
-    fn from(text: &str) -> Self {
-        Self::Text(text.to_owned())
-    }
-}
-
-/// An event of any kind, with its payload as JSON text, byte for byte as it came in.
+/// An event of any kind, whose payload is its original JSON text, byte for byte.
 #[derive(Debug, Clone, PartialEq, Eq, rkyv::Archive, rkyv::Serialize, rkyv::Deserialize, corelane::Bounded)]
 #[rkyv(derive(Debug))]
 pub struct Envelope {
@@ -148,10 +65,10 @@ impl Event for Envelope {
 }
 
 impl Envelope {
-    /// An event without timestamp and correlation.
+    /// Creates an event without timestamp and correlation.
     ///
     /// # Errors
-    /// [`JsonError::NotJson`] when `payload` is not exactly one JSON value.
+    /// Returns [`JsonError::NotJson`] if `payload` is not exactly one JSON value.
     pub fn new(event_type: impl Into<String>, user_id: impl Into<UserId>, payload: &str) -> Result<Self, JsonError> {
         let payload: &RawValue = serde_json::from_str(payload).map_err(|error| not_json(&error))?;
         Ok(Self {
@@ -164,10 +81,10 @@ impl Envelope {
         })
     }
 
-    /// Gives it a time of its own, in ms since 1970.
+    /// Sets the event's own time, in ms since 1970.
     ///
     /// # Errors
-    /// [`JsonError::Timestamp`] beyond the year 2554.
+    /// Returns [`JsonError::Timestamp`] for times after the year 2554.
     pub fn at_ms(mut self, timestamp_ms: u64) -> Result<Self, JsonError> {
         if timestamp_ms > TIMESTAMP_MS_MAX {
             return Err(JsonError::Timestamp { found: timestamp_ms.to_string() });
@@ -176,7 +93,7 @@ impl Envelope {
         Ok(self)
     }
 
-    /// Ties it to other events of the same cause.
+    /// Ties the event to other events of the same cause.
     #[must_use]
     pub fn correlated(mut self, correlation_id: impl Into<String>) -> Self {
         self.correlation_id = Some(correlation_id.into());
@@ -185,13 +102,13 @@ impl Envelope {
 
     /// Reads one line.
     ///
-    /// `event_id` is kept as the source's id, since the id here is where the record will lie. The fields that a dump adds
-    /// (`shard`, `offset`, `sequence`, `version`, `source_event_id`) are accepted, and an `event_id`
-    /// that only says that place again is not taken for a source's id: a dump of a loaded dump is the same.
-    /// `null` in an optional field is as if it were not there.
+    /// `event_id` is kept as the id given by the source, because the event gets a new id from the position of its
+    /// record. The fields that a dump adds (`shard`, `offset`, `sequence`, `version`, `source_event_id`) are accepted.
+    /// An `event_id` that only repeats `shard` and `offset` is not a source's id, so loading a dump and dumping it
+    /// again gives the same lines. `null` in an optional field means that the field is absent.
     ///
     /// # Errors
-    /// The first thing that makes the line no event.
+    /// Returns the first error in the line.
     pub fn from_json(line: &str) -> Result<Self, JsonError> {
         let slots = Slots::parse(line)?;
         Ok(Self {
@@ -204,43 +121,43 @@ impl Envelope {
         })
     }
 
-    /// What kind of event, in the source's words.
+    /// Returns the event type, as named by the source.
     #[must_use]
     pub fn event_type(&self) -> &str {
         &self.event_type
     }
 
-    /// Its own time, in ms since 1970.
+    /// Returns the event's own time, in ms since 1970.
     #[must_use]
     pub fn timestamp_ms(&self) -> Option<u64> {
         self.timestamp_ms
     }
 
-    /// Whose event it is.
+    /// Returns the id of the user that the event belongs to.
     #[must_use]
     pub fn user_id(&self) -> &UserId {
         &self.user_id
     }
 
-    /// The key to publish it under.
+    /// Returns the key to publish the event under.
     #[must_use]
     pub fn key(&self) -> Key {
         self.user_id.key()
     }
 
-    /// What ties it to other events.
+    /// Returns the correlation id.
     #[must_use]
     pub fn correlation_id(&self) -> Option<&str> {
         self.correlation_id.as_deref()
     }
 
-    /// The id that its source gave it.
+    /// Returns the id that the source gave the event.
     #[must_use]
     pub fn source_event_id(&self) -> Option<&str> {
         self.source_event_id.as_deref()
     }
 
-    /// The payload: the JSON text as it came in.
+    /// Returns the payload as its original JSON text.
     #[must_use]
     pub fn payload(&self) -> &str {
         &self.payload
@@ -248,80 +165,81 @@ impl Envelope {
 }
 
 impl ArchivedEnvelope {
-    /// Reads an archive in place, after checking every byte of it. `bytes` begin at a multiple of 16.
+    /// Reads an archive in place, after validating every byte. `bytes` must begin at a multiple of 16.
     ///
     /// # Errors
-    /// What the validator found wrong.
+    /// Returns the validator's error.
     pub fn access(bytes: &[u8]) -> Result<&Self, RkyvError> {
         <Envelope as Encode>::access(bytes)
     }
 
-    /// What kind of event, in the source's words.
+    /// Returns the event type, as named by the source.
     #[must_use]
     pub fn event_type(&self) -> &str {
         &self.event_type
     }
 
-    /// Its own time, in ms since 1970.
+    /// Returns the event's own time, in ms since 1970.
     #[must_use]
     pub fn timestamp_ms(&self) -> Option<u64> {
         self.timestamp_ms.as_ref().map(|ms| ms.to_native())
     }
 
-    /// Whose event it is.
+    /// Returns the id of the user that the event belongs to.
     #[must_use]
     pub fn user_id(&self) -> &ArchivedUserId {
         &self.user_id
     }
 
-    /// What ties it to other events.
+    /// Returns the correlation id.
     #[must_use]
     pub fn correlation_id(&self) -> Option<&str> {
         self.correlation_id.as_deref()
     }
 
-    /// The id that its source gave it.
+    /// Returns the id that the source gave the event.
     #[must_use]
     pub fn source_event_id(&self) -> Option<&str> {
         self.source_event_id.as_deref()
     }
 
-    /// The payload: the JSON text as it came in.
+    /// Returns the payload as its original JSON text.
     #[must_use]
     pub fn payload(&self) -> &str {
         &self.payload
     }
 }
 
-/// A typed event that was read from JSON, with what the outer shape says of it.
+/// A typed event read from JSON, with the fields of the outer shape.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Incoming<E> {
     /// The event.
     pub event: E,
-    /// Whose event it is.
+    /// The id of the user that the event belongs to.
     pub user_id: UserId,
-    /// Its own time.
+    /// The event's own time.
     pub time: Option<Time>,
-    /// What ties it to other events: a text's hash, or a number as [`to_json`] writes it; 0 where there is none.
+    /// The correlation: the hash of a text, or a number as written by [`to_json`]; 0 means none.
     pub correlation: Correlation,
-    /// The id that its source gave it.
+    /// The id that the source gave the event.
     pub source_event_id: Option<String>,
 }
 
 impl<E> Incoming<E> {
-    /// The key to publish it under.
+    /// Returns the key to publish the event under.
     #[must_use]
     pub fn key(&self) -> Key {
         self.user_id.key()
     }
 }
 
-/// Reads one line whose event is a Rust type: an enum with `#[serde(tag = "event_type", content = "payload")]`.
+/// Reads one line whose event is a Rust enum with `#[serde(tag = "event_type", content = "payload")]`.
 ///
 /// The outer shape is that of [`Envelope::from_json`]. A variant without content needs no `payload`.
 ///
 /// # Errors
-/// The first thing that makes the line no event of this type.
+/// Returns the first error in the line.
 ///
 /// ```
 /// use corelane::Key;
@@ -343,14 +261,14 @@ pub fn from_json<E: DeserializeOwned>(line: &str) -> Result<Incoming<E>, JsonErr
     let slots = Slots::parse(line)?;
     let event_type = required("event_type", slots.get(EVENT_TYPE))?;
     string("event_type", event_type)?;
-    // Only these two fields, so that a type may deny unknown ones; and the tag first, so that
-    // the payload is parsed straight into the variant.
+    // Only these two fields, so that the type may deny unknown fields; the tag first, so that serde parses the payload
+    // straight into the variant.
     let event = match slots.get(PAYLOAD) {
         Some(payload) => format!(r#"{{"event_type":{event_type},"payload":{payload}}}"#),
         None => format!(r#"{{"event_type":{event_type}}}"#),
     };
     let event = serde_json::from_str(&event).map_err(|error| match slots.get(PAYLOAD) {
-        // Line and column would be those of the text made above.
+        // Line and column would refer to the text built above.
         Some(_) => JsonError::Payload { why: without_place(&error) },
         None => JsonError::MissingField { field: "payload" },
     })?;
@@ -375,22 +293,22 @@ pub fn from_json<E: DeserializeOwned>(line: &str) -> Result<Incoming<E>, JsonErr
 /// Writes an [`Envelope`] as one line.
 ///
 /// # Errors
-/// What `out` says.
+/// Returns the error of `out`.
 pub fn write_envelope(out: &mut impl io::Write, meta: &Meta, event: &ArchivedEnvelope) -> io::Result<()> {
     let user = match event.user_id() {
         ArchivedUserId::Number(id) => User::Number(id.to_native()),
         ArchivedUserId::Text(text) => User::Text(text),
     };
-    let correlation = event.correlation_id().map(Cause::Text);
+    let correlation = event.correlation_id().map(CorrelationId::Text);
     let line = Outer { event_type: event.event_type(), user, correlation, source_event_id: event.source_event_id() };
     line.write(out, meta, |out| write_raw(out, event.payload()))
 }
 
-/// Writes an event of a serde enum (see [`from_json`]) as one line. The log keeps a typed event's key and
-/// correlation as numbers, so numbers is what they come out as.
+/// Writes an event of a serde enum (see [`from_json`]) as one line. Key and correlation are written as numbers, because
+/// the log stores them as numbers for typed events.
 ///
 /// # Errors
-/// What `out` says; `InvalidData` when the type does not serialise to `event_type` and `payload`.
+/// Returns the error of `out`, or `InvalidData` if the type does not serialise to `event_type` and `payload`.
 pub fn to_json<E: serde::Serialize>(out: &mut impl io::Write, meta: &Meta, event: &E) -> io::Result<()> {
     let invalid = |error: JsonError| io::Error::new(io::ErrorKind::InvalidData, error);
     let text = serde_json::to_string(event).map_err(|error| invalid(not_json(&error)))?;
@@ -401,10 +319,10 @@ pub fn to_json<E: serde::Serialize>(out: &mut impl io::Write, meta: &Meta, event
     Outer::typed(&event_type, meta).write(out, meta, |out| write_raw(out, payload))
 }
 
-/// Writes an event whose Rust type is not known here: its archive as hex, in `payload.archive`.
+/// Writes an event of an unknown Rust type: its archive as hexadecimal digits, in `payload.archive`.
 ///
 /// # Errors
-/// What `out` says.
+/// Returns the error of `out`.
 pub fn write_opaque(out: &mut impl io::Write, meta: &Meta, type_name: &str, archive: &[u8]) -> io::Result<()> {
     const DIGITS: &[u8; 16] = b"0123456789abcdef";
     Outer::typed(type_name, meta).write(out, meta, |out| {

@@ -1,4 +1,4 @@
-//! The top level of a line on its way in: which fields there are, each once, as the text they have.
+//! The top level of a line that is read: the text of each known field, each at most once.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -6,7 +6,8 @@ use std::fmt;
 use serde::de::{IgnoredAny, MapAccess, Visitor};
 use serde_json::value::RawValue;
 
-use super::{JsonError, UserId};
+use super::error::{JsonError, TIMESTAMP_MS_MAX, not_json};
+use super::user_id::UserId;
 
 const FIELDS: [&str; 11] = [
     "event_type",
@@ -31,13 +32,10 @@ pub(super) const SHARD: usize = 6;
 pub(super) const OFFSET: usize = 7;
 pub(super) const SOURCE_EVENT_ID: usize = 10;
 
-/// Latest timestamp in ms that a [`Time`] can hold (in the year 2554).
-pub(super) const TIMESTAMP_MS_MAX: u64 = u64::MAX / 1_000_000;
-
 /// The top level of a line: the text of each known field, in the order of [`FIELDS`].
 pub(super) struct Slots<'a> {
     values: [Option<&'a RawValue>; FIELDS.len()],
-    // Kept until the whole line is known to be JSON, since that is the more basic error.
+    // Returned only after the whole line has been parsed: text that is not JSON is the more basic error.
     problem: Option<JsonError>,
 }
 
@@ -142,7 +140,7 @@ impl<'de> serde::Deserialize<'de> for FieldName {
     }
 }
 
-/// `null` counts as absent.
+/// Treats `null` as absent.
 fn present(raw: Option<&RawValue>) -> Option<&RawValue> {
     raw.filter(|raw| raw.get() != "null")
 }
@@ -152,7 +150,7 @@ pub(super) fn required<'a>(field: &'static str, raw: Option<&'a RawValue>) -> Re
 }
 
 pub(super) fn string<'a>(field: &'static str, raw: &'a RawValue) -> Result<Cow<'a, str>, JsonError> {
-    // A text without escapes is borrowed; one with them is built anew.
+    // A string without escapes is borrowed; one with escapes is decoded into a new string.
     let text = raw.get();
     if let Some(inner) = text.strip_prefix('"').and_then(|text| text.strip_suffix('"'))
         && !inner.contains('\\')
@@ -165,14 +163,4 @@ pub(super) fn string<'a>(field: &'static str, raw: &'a RawValue) -> Result<Cow<'
 
 pub(super) fn optional_string(field: &'static str, raw: Option<&RawValue>) -> Result<Option<String>, JsonError> {
     present(raw).map(|raw| string(field, raw).map(Cow::into_owned)).transpose()
-}
-
-pub(super) fn not_json(error: &serde_json::Error) -> JsonError {
-    JsonError::NotJson { why: error.to_string() }
-}
-
-pub(super) fn without_place(error: &serde_json::Error) -> String {
-    let text = error.to_string();
-    let place = format!(" at line {} column {}", error.line(), error.column());
-    text.strip_suffix(&place).map_or(text.clone(), str::to_owned)
 }

@@ -1,4 +1,4 @@
-//! Lines in and out: what comes back as it stood, what is refused, and what no line may hold.
+//! Reading and writing lines: round trips, refused lines, and characters that no line may contain.
 
 use super::*;
 use crate::event::{Offset, Scratch, Sequence, ShardId, Version};
@@ -36,7 +36,7 @@ fn written(event: &Envelope) -> String {
 }
 
 #[test]
-fn a_line_comes_out_as_it_stood_with_its_place_behind() {
+fn a_line_is_written_as_it_was_read_followed_by_its_position() {
     let line = r#"{"event_type":"player.move","timestamp":1280526901009,"user_id":3997542709,"correlation_id":"sc2-da41","payload":{"x":133.96,"e":1e3,"s":"é\u0041"}}"#;
     let event = Envelope::from_json(line).expect("a good line");
     assert_eq!(event.key(), Key::new(3_997_542_709));
@@ -47,7 +47,7 @@ fn a_line_comes_out_as_it_stood_with_its_place_behind() {
 }
 
 #[test]
-fn a_dump_of_a_dump_is_the_same() {
+fn a_dump_of_a_loaded_dump_is_identical() {
     for line in [
         r#"{"event_type":"a","user_id":"alice","payload":null}"#,
         r#"{"payload":[],"event_id":"uuid-1","user_id":"alice","event_type":"a","timestamp":null,"correlation_id":null}"#,
@@ -63,7 +63,7 @@ fn a_dump_of_a_dump_is_the_same() {
 }
 
 #[test]
-fn what_is_wrong_with_a_line_is_named() {
+fn an_error_names_the_fault_of_a_line() {
     let missing = |field| JsonError::MissingField { field };
     let cases = [
         (r#"{"user_id":1,"payload":1}"#, missing("event_type")),
@@ -107,7 +107,7 @@ fn what_is_wrong_with_a_line_is_named() {
 }
 
 #[test]
-fn no_control_character_and_no_second_line_comes_out() {
+fn a_written_line_has_no_control_character_and_no_second_line() {
     let payload = "{\n\"del\":\"\u{7f}\",\r\"c1\":\"\u{9b}31m\u{80}\u{9f}\",\"ok\":\"\u{a0}é\"}";
     let event = Envelope::new("a\u{1b}[2J\u{85}\"\\\n", "u\u{7f}\u{9d}", payload).expect("JSON");
     let line = written(&event);
@@ -159,7 +159,7 @@ fn typed_events_have_the_same_outer_shape() {
 }
 
 #[test]
-fn an_opaque_event_shows_its_archive() {
+fn an_event_of_an_unknown_type_is_written_as_its_archive() {
     let mut out = Vec::new();
     let archive: Vec<u8> = (0..=255).collect();
     write_opaque(&mut out, &meta(&Envelope::new("a", 1, "1").expect("JSON")), "moved", &archive)
@@ -210,18 +210,18 @@ proptest! {
 }
 
 #[test]
-fn json_of_any_depth_is_taken_as_text_or_refused_and_overflows_no_stack() {
+fn json_of_any_depth_is_kept_as_text_or_refused_without_a_stack_overflow() {
     for (open, close) in [("[", "]"), ("{\"a\":", "}")] {
         for depth in [100, 10_000, 1_000_000] {
             let payload = format!("{}1{}", open.repeat(depth), close.repeat(depth));
-            // Kept as text: nothing goes down into it.
+            // Kept as text, which is not parsed recursively.
             let event = Envelope::new("deep", 1, &payload).expect("JSON");
             assert_eq!(event.payload(), payload);
             let line = format!(r#"{{"event_type":"deep","timestamp":1,"user_id":1,"payload":{payload}}}"#);
             assert_eq!(Envelope::from_json(&line).expect("JSON").payload(), payload);
-            assert!(Envelope::from_json(&payload).is_err(), "no event");
-            assert!(Envelope::new("deep", 1, &payload[..payload.len() / 2]).is_err(), "cut short");
-            // Read as a value of a type: refused where it is too deep.
+            assert!(Envelope::from_json(&payload).is_err(), "not an event");
+            assert!(Envelope::new("deep", 1, &payload[..payload.len() / 2]).is_err(), "truncated");
+            // Read as a typed value: refused if nested too deeply.
             let read = from_json::<serde_json::Value>(&line);
             assert_eq!(read.is_ok(), depth <= 100, "{depth}");
         }

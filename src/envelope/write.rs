@@ -1,14 +1,14 @@
-//! A line on its way out: the outer shape, and texts that keep it one line and harmless on a terminal.
+//! Writes a line: the outer shape, and escapes that keep the event on one line and harmless on a terminal.
 
 use std::io;
 
 use crate::event::{Meta, Sequence};
 
-/// The outer shape of a line to be written.
+/// The outer shape of a line to write.
 pub(super) struct Outer<'a> {
     pub(super) event_type: &'a str,
     pub(super) user: User<'a>,
-    pub(super) correlation: Option<Cause<'a>>,
+    pub(super) correlation: Option<CorrelationId<'a>>,
     pub(super) source_event_id: Option<&'a str>,
 }
 
@@ -17,14 +17,14 @@ pub(super) enum User<'a> {
     Text(&'a str),
 }
 
-pub(super) enum Cause<'a> {
+pub(super) enum CorrelationId<'a> {
     Number(u64),
     Text(&'a str),
 }
 
 impl<'a> Outer<'a> {
     pub(super) fn typed(event_type: &'a str, meta: &Meta) -> Self {
-        let correlation = Some(meta.correlation.get()).filter(|&id| id != 0).map(Cause::Number);
+        let correlation = Some(meta.correlation.get()).filter(|&id| id != 0).map(CorrelationId::Number);
         Self { event_type, user: User::Number(meta.key.get()), correlation, source_event_id: None }
     }
 
@@ -42,8 +42,8 @@ impl<'a> Outer<'a> {
             User::Text(text) => write_string(out, text)?,
         }
         match self.correlation {
-            Some(Cause::Number(id)) => write!(out, r#","correlation_id":{id}"#)?,
-            Some(Cause::Text(text)) => {
+            Some(CorrelationId::Number(id)) => write!(out, r#","correlation_id":{id}"#)?,
+            Some(CorrelationId::Text(text)) => {
                 out.write_all(br#","correlation_id":"#)?;
                 write_string(out, text)?;
             }
@@ -80,11 +80,11 @@ fn write_string(out: &mut impl io::Write, text: &str) -> io::Result<()> {
     out.write_all(b"\"")
 }
 
-/// Writes JSON text as it stands, but for what would break the line or reach a terminal.
+/// Writes JSON text unchanged, except for characters that would break the line or act on a terminal.
 pub(super) fn write_raw(out: &mut impl io::Write, json: &str) -> io::Result<()> {
     write_escaped(out, json, |byte| match byte {
         b'\t' => None,
-        // In valid JSON these stand between tokens only.
+        // In valid JSON these occur only between tokens.
         b'\n' | b'\r' => Some(Escape::Text(" ")),
         0..0x20 => Some(Escape::Code),
         _ => None,
@@ -96,7 +96,7 @@ enum Escape {
     Code,
 }
 
-/// Writes `text`; what `escape` names is replaced, and so are DEL and U+0080 to U+009F.
+/// Writes `text`, replacing the bytes that `escape` selects, DEL, and U+0080 to U+009F.
 fn write_escaped(out: &mut impl io::Write, text: &str, escape: impl Fn(u8) -> Option<Escape>) -> io::Result<()> {
     let bytes = text.as_bytes();
     let mut written = 0;

@@ -1,26 +1,26 @@
-//! Panics of the program's own code where the engine calls it while it reads: they become errors.
+//! Turns panics of the program's own code, called while the engine reads, into errors.
 
 use crate::event::{EventTypeId, Key, Offset, ShardId};
 
-/// Code of the program panicked while the engine read stored data: when a store was opened or its history was read.
+/// A panic of the program's code, called while the engine read stored data: during open, or while reading history.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub struct CodePanic {
-    /// Which code: `evolve or an upcaster`, `upgrade`, `a view`, `the factory of a handler`.
+    /// The code that panicked: `evolve or an upcaster`, `upgrade`, `a view`, `the factory of a handler`.
     pub code: &'static str,
     /// The shard.
     pub shard: ShardId,
-    /// The event that was being read, if it was one.
+    /// The event that was being read, if any.
     pub event: Option<PanickedEvent>,
-    /// What the panic said.
+    /// The text of the panic.
     pub message: String,
 }
 
-/// The event at which code of the program panicked.
+/// The event on which code of the program panicked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct PanickedEvent {
-    /// Where its record begins.
+    /// The offset of its record.
     pub offset: Offset,
     /// Its key.
     pub key: Key,
@@ -35,7 +35,7 @@ impl std::fmt::Display for CodePanic {
             Some(PanickedEvent { offset, key, event_type }) => {
                 write!(
                     f,
-                    "shard {shard}, offset {offset}: {code} panicked at an event of key {key}, type {event_type}: {message}"
+                    "shard {shard}, offset {offset}: {code} panicked on an event of key {key}, type {event_type}: {message}"
                 )
             }
             None => write!(f, "shard {shard}: {code} panicked: {message}"),
@@ -43,7 +43,7 @@ impl std::fmt::Display for CodePanic {
     }
 }
 
-/// Runs code of the program and turns its panic into an error.
+/// Runs code of the program and turns a panic into an error.
 pub(crate) fn guard<T>(code: &'static str, shard: ShardId, body: impl FnOnce() -> T) -> Result<T, CodePanic> {
     std::panic::catch_unwind(std::panic::AssertUnwindSafe(body)).map_err(|panic| CodePanic {
         code,
@@ -53,7 +53,7 @@ pub(crate) fn guard<T>(code: &'static str, shard: ShardId, body: impl FnOnce() -
     })
 }
 
-/// The text of a panic.
+/// Returns the text of a panic, or `no text` if its payload is not text.
 pub(crate) fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
     panic
         .downcast_ref::<&str>()

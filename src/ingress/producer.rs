@@ -1,8 +1,9 @@
-//! The way in: key → shard → lane, with backpressure, and receipts on the way out.
+//! The entry point for events: checks an event, routes its key to a shard, and pushes the event into the lane.
 //!
-//! One [`Producer`] is one thread's own lanes, one per shard. [`crate::SharedProducer`] is for those who
-//! cannot have their own.
+//! One [`Producer`] owns one lane to every shard and belongs to one thread. Threads without a producer of their own
+//! share a [`crate::SharedProducer`].
 
+use std::cell::RefCell;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -15,33 +16,70 @@ use crate::lane::ring::{Slot, free_slots, push_chunk};
 use crate::sync::Wait;
 use crate::sync::{Deadline, Idle, Ordering, Patience};
 
-use crate::lane::receipt::Placing;
+use crate::lane::receipt::OffsetWatch;
 use crate::lane::receipt::Receipt;
 
-/// Why a batch stopped early: its reason, and how many of its events were accepted before.
+/// The reason why a batch stopped early, and the number of events accepted before.
 #[derive(Debug, Clone, thiserror::Error)]
-#[error("after {accepted} events: {reason}")]
+#[error("the batch stopped after {accepted} events: {reason}")]
+#[non_exhaustive]
 pub struct BatchRejected {
-    /// Events of this batch that were accepted; they are no longer in the vector.
+    /// Events of this batch that were accepted. They are no longer in the vector.
     pub accepted: usize,
-    /// Why the first one left in the vector was refused.
+    /// The reason why the first event left in the vector was refused.
     pub reason: RejectedReason,
 }
 
+/// The producer's end of its lane to one shard.
 struct Lane<E> {
     ring: rtrb::Producer<Slot<E>>,
     shared: Arc<LaneShared>,
     door: Arc<ShardDoor>,
+    /// Events accepted.
     published: u64,
-    /// Where a batch for several shards is sorted; empty between calls.
+    /// This shard's part of a batch; empty between calls.
     staged: Vec<Slot<E>>,
 }
 
-/// What a lane's producing end is made of.
+/// The parts of a lane's producing end.
 pub(crate) type LaneParts<E> = (rtrb::Producer<Slot<E>>, Arc<LaneShared>, Arc<ShardDoor>);
 
-/// One thread's way into the engine: an SPSC lane to every shard. Events of one key published here
-/// are appended in publish order. Made by [`crate::Engine::producer`], and may outlive the engine's shutdown (it then refuses).
+/// Publishes the events of one thread: an SPSC lane to every shard.
+///
+/// Events of one key that are published here are appended in publish order.
+/// [`Engine::producer`](crate::Engine::producer) returns one. A producer may outlive the engine; it then refuses every
+/// event.
+///
+/// ```
+/// # use corelane::{Bounded, Config, Deadline, Event, EventLog, EventType, EventTypeId, Key};
+/// # use rkyv::{Archive, Deserialize, Serialize};
+/// # #[derive(Archive, Serialize, Deserialize, Bounded)]
+/// # struct Moved { x: f64 }
+/// # impl Event for Moved {
+/// #     const TYPES: &'static [EventType] = &[EventType::new(1, "moved", 1)];
+/// #     fn event_type(&self) -> EventTypeId { EventTypeId(1) }
+/// # }
+/// # let dir = std::env::temp_dir().join(format!("corelane-producer-{}", std::process::id()));
+/// let engine = EventLog::<Moved>::open(Config::new(&dir).shards(2))?;
+/// let mut producer = engine.producer();
+///
+/// // Waits while the lane is full.
+/// let receipt = producer.publish(Key::new(42), Moved { x: 1.0 })?;
+/// receipt.durable().wait()?;
+///
+/// // Hands the event back if the lane is full.
+/// if let Err(refused) = producer.try_publish(Key::new(42), Moved { x: 2.0 }) {
+///     eprintln!("not published: {}", refused.reason());
+/// }
+///
+/// // Many at once: accepted events leave the vector.
+/// let mut events: Vec<_> = (0..100).map(|user| (Key::new(user), Moved { x: 0.0 })).collect();
+/// producer.publish_batch(&mut events)?;
+/// assert!(events.is_empty());
+/// # engine.shutdown(Deadline::NEVER)?;
+/// # std::fs::remove_dir_all(&dir)?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub struct Producer<E: Event> {
     lanes: Vec<Lane<E>>,
     clock: Clock,
@@ -55,28 +93,29 @@ impl<E: Event> std::fmt::Debug for Producer<E> {
     }
 }
 
-/// Finds out, before an event is accepted, whether it will fit.
+/// Checks, before an event is accepted, that its type is declared and its archive is not too large.
 #[derive(Debug)]
 pub(crate) struct Bounds {
     bytes_max: usize,
+    /// Memory for a trial archive; `None` for events of one size.
     trial: Option<(Box<[u8]>, Scratch)>,
 }
 
 impl Bounds {
     pub(crate) fn new<E: Event>(bytes_max: usize) -> Self {
-        // What has one size needs no trial.
+        // Events of one size need no trial archive.
         if has_one_size::<E>() { Self { bytes_max, trial: None } } else { Self::with_trial(bytes_max) }
     }
 
-    /// For who keeps no trial memory: checks one event.
+    /// Checks one event with the trial memory of the current thread.
     pub(crate) fn check_once<E: Event>(event: E, bytes_max: usize) -> Result<E, Rejected<E>> {
         let event = declared(event)?;
         if has_one_size::<E>() && size_of::<E::Archived>() <= bytes_max {
             return Ok(event);
         }
         thread_local! {
-            // Kept between events of one thread; grows to the largest limit in use.
-            static TRIAL: std::cell::RefCell<Bounds> = const { std::cell::RefCell::new(Bounds { bytes_max: 0, trial: None }) };
+            // Reused between the events of a thread, and replaced when the limit changes.
+            static TRIAL: RefCell<Bounds> = const { RefCell::new(Bounds { bytes_max: 0, trial: None }) };
         }
         TRIAL.with_borrow_mut(|bounds| {
             if bounds.bytes_max != bytes_max {
@@ -93,7 +132,7 @@ impl Bounds {
         }
     }
 
-    /// How many events from the front can be accepted, and why the next cannot.
+    /// Returns the number of leading events that can be accepted, and the reason why the next cannot.
     #[inline]
     fn fitting<E: Event>(&mut self, events: &[(Key, E)]) -> (usize, Option<RejectedReason>) {
         let event_type = |at: usize| events[at].1.event_type();
@@ -116,26 +155,27 @@ impl Bounds {
         (fitting, reason)
     }
 
+    /// Returns the event if it can be accepted.
     #[inline]
     pub(crate) fn check<E: Event>(&mut self, event: E) -> Result<E, Rejected<E>> {
         if self.accepts(&event) { Ok(event) } else { Err(self.refusal(event)) }
     }
 
-    /// Whether the event can be read again and fits.
+    /// Returns `true` if the event's type is declared and its archive is not too large.
     #[inline(always)]
     fn accepts<E: Event>(&mut self, event: &E) -> bool {
         is_declared::<E>(event.event_type())
             && match &mut self.trial {
                 None => size_of::<E::Archived>() <= self.bytes_max,
                 Some((out, scratch)) => {
-                    // The log archives at 16-aligned places, so the trial must too.
+                    // Aligned to 16 bytes, as in the log: the size depends on it.
                     let skip = out.as_ptr().align_offset(16);
                     event.encode(&mut out[skip..skip + self.bytes_max], scratch).is_some()
                 }
             }
     }
 
-    /// Why an event was not accepted.
+    /// Returns an event that was not accepted, with the reason.
     #[cold]
     fn refusal<E: Event>(&self, event: E) -> Rejected<E> {
         match declared(event) {
@@ -145,15 +185,15 @@ impl Bounds {
     }
 }
 
-/// What did not go into a lane.
+/// An event that was not pushed into a lane.
 enum NotPushed<E> {
-    /// Nobody may enter any more.
+    /// The lane is closed.
     Closed(E),
-    /// There is no room now.
+    /// The lane is full.
     Full(Slot<E>),
 }
 
-/// Hands an event back whose type could not be read again.
+/// Refuses an event whose type is not declared: it could not be read again.
 #[inline(always)]
 fn declared<E: Event>(event: E) -> Result<E, Rejected<E>> {
     let event_type = event.event_type();
@@ -169,18 +209,18 @@ impl<E: Event> Producer<E> {
         Self { lanes, clock, wait, bounds: Bounds::new::<E>(event_bytes_max) }
     }
 
-    /// Publishes an event, waiting for room as the wait strategy says.
+    /// Publishes an event, waiting for room with the configured wait strategy.
     ///
     /// # Errors
-    /// The event and why it was refused: the engine is closed, the shard failed, the event is too large or of a type that it does
-    /// not declare.
+    /// The event, with the reason: the engine is closed, the shard has failed, or the event is too large or of an
+    /// undeclared type.
     #[inline]
     pub fn publish(&mut self, key: Key, event: E) -> Result<Receipt, Rejected<E>> {
         let published = self.clock.now();
         self.send(key, event, published, NOT_DUE, Patience::Forever)
     }
 
-    /// Publishes an event if there is room for it now.
+    /// Publishes an event if the lane has room for it now.
     ///
     /// # Errors
     /// As [`Producer::publish`], and `Full` (or `StorageFull`).
@@ -200,9 +240,10 @@ impl<E: Event> Producer<E> {
         self.send(key, event, published, NOT_DUE, Patience::until(deadline))
     }
 
-    /// Publishes an event that should have been published `late` ago, as an open-loop load does: the `*Due` histograms
-    /// then count from when it was due, so that a stall of the engine is not forgotten (no coordinated omission). It is told apart
-    /// to within 0.05 % up to 26 days.
+    /// Publishes an event that was due `late` ago, as open-loop load generators do.
+    ///
+    /// The `*Due` histograms measure from the time at which the event was due, so they show stalls of the engine in
+    /// full (no coordinated omission). Lateness is recorded to within 0.05 %, up to 26 days.
     ///
     /// # Errors
     /// As [`Producer::publish`].
@@ -226,13 +267,13 @@ impl<E: Event> Producer<E> {
         self.push_checked(key, event, published, late, patience)
     }
 
-    /// Hands an event back if it would never fit.
+    /// Returns the event if it can be accepted.
     #[inline]
     pub(crate) fn check(&mut self, event: E) -> Result<E, Rejected<E>> {
         self.bounds.check(event)
     }
 
-    /// Publishes an event that was checked.
+    /// Publishes an event that `check` has accepted.
     #[inline]
     pub(crate) fn push(
         &mut self,
@@ -253,7 +294,7 @@ impl<E: Event> Producer<E> {
         late: Lateness,
         patience: Patience,
     ) -> Result<Receipt, Rejected<E>> {
-        // Where there is one, nothing is routed.
+        // A single shard needs no routing.
         let shard = if let [_] = &self.lanes[..] { 0 } else { usize::from(key.shard(self.lanes.len() as u16).0) };
         let lane = &mut self.lanes[shard];
         match lane.try_push(Slot::new(key, published, late, event)) {
@@ -263,10 +304,11 @@ impl<E: Event> Producer<E> {
         }
     }
 
-    /// Publishes an event and waits until it is in the log, by `deadline`. Where it lies, or why that is not known.
+    /// Publishes an event and waits until it is in the log or `deadline` passes. Returns its offset, or the reason why
+    /// the offset is not known (`None`: retention has freed the event).
     ///
     /// # Errors
-    /// As [`Producer::publish_until`]; `Full` also where what was published before is not appended by then.
+    /// As [`Producer::publish_until`]; `Full` also if earlier events are not appended by then.
     pub(crate) fn publish_placed(
         &mut self,
         key: Key,
@@ -281,22 +323,23 @@ impl<E: Event> Producer<E> {
             Err(WaitError::TimedOut) => return Err(lane.door.full(event)),
             Err(_) => return Err(lane.door.refusal(event)),
         }
-        let placing = Placing::before(&lane.shared, lane.published + 1);
+        let watch = OffsetWatch::before(&lane.shared, lane.published + 1);
         let (published, patience) = (self.clock.now(), Patience::until(deadline));
         drop(self.push_checked(key, event, published, NOT_DUE, patience)?);
-        Ok(placing.wait(deadline))
+        Ok(watch.wait(deadline))
     }
 
-    /// Publishes events in order, waiting for room. Slots are claimed and made visible in chunks. What was
-    /// accepted is taken out of `events`; after an error the rest stays, every key's events in order.
+    /// Publishes events in order, waiting for room. Slots are claimed and made visible in chunks.
+    ///
+    /// Removes accepted events from `events`. After an error the others stay, with each key's events in order.
     ///
     /// # Errors
-    /// How many were accepted, and why the next was not.
+    /// The number of accepted events, and the reason why the next was refused.
     pub fn publish_batch(&mut self, events: &mut Vec<(Key, E)>) -> Result<(), BatchRejected> {
         self.batch(events, Patience::Forever)
     }
 
-    /// As [`Producer::publish_batch`], without waiting.
+    /// As [`Producer::publish_batch`], without waiting for room.
     ///
     /// # Errors
     /// As [`Producer::publish_batch`], and `Full` (or `StorageFull`).
@@ -349,18 +392,18 @@ impl<E: Event> Producer<E> {
         }
     }
 
-    /// A receipt per shard for everything published here so far.
+    /// Returns one receipt per shard, for everything published here before this call.
     #[must_use]
     pub fn receipts(&self) -> Vec<Receipt> {
         self.lanes.iter().map(Lane::receipt).collect()
     }
 
-    /// Its lane of every shard, with what it published there so far.
+    /// Its lane to every shard, with the number of events accepted there.
     pub(crate) fn lanes(&self) -> impl Iterator<Item = (Arc<LaneShared>, u64)> + '_ {
         self.lanes.iter().map(|lane| (Arc::clone(&lane.shared), lane.published))
     }
 
-    /// Events accepted by this producer so far.
+    /// Returns the number of events that this producer has accepted.
     #[must_use]
     pub fn published(&self) -> u64 {
         self.lanes.iter().map(|lane| lane.published).sum()
@@ -368,8 +411,8 @@ impl<E: Event> Producer<E> {
 }
 
 impl<E> Lane<E> {
-    /// Moves everything in `source` into the ring, in order, in chunks that become visible at once.
-    /// What was not accepted stays in `source`.
+    /// Moves the first `count` items of `source` into the ring, in order, in chunks that become visible at once.
+    /// Items that were not accepted stay in `source`.
     fn push_all<T>(
         &mut self,
         source: &mut Vec<T>,
@@ -455,8 +498,8 @@ impl<E> Lane<E> {
 
 impl<E> Drop for Lane<E> {
     fn drop(&mut self) {
-        // The shard notices an abandoned lane only when it looks. (The ring's own end is dropped after this
-        // and the shard may look too early; it looks again before it sleeps the next time.)
+        // The shard notices an abandoned lane only during a turn. (The ring's own end is dropped after this, so the
+        // turn may come too early; the shard checks again before it sleeps the next time.)
         self.door.signal.notify();
     }
 }

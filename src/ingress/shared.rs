@@ -1,6 +1,6 @@
-//! A way in for many threads at once: per shard one bounded queue, `Clone + Send + Sync`.
+//! The shared producer: an entry point for many threads, with one bounded queue per shard.
 //!
-//! Order: events of one key published by one thread keep their order (the queue is first in, first out).
+//! Events of one key published by one thread keep their order, since the queue is first in, first out.
 
 use std::borrow::Borrow;
 use std::sync::Arc;
@@ -18,7 +18,7 @@ use crate::lane::ring::Slot;
 use crate::sync::Wait;
 use crate::sync::{AtomicU64, Deadline, Idle, Ordering, Patience};
 
-/// One event in a shared queue: its slot, and where to write its ticket if somebody asked for a receipt.
+/// One event in a shared lane, and the place for its ticket if its publisher asked for a receipt.
 #[derive(Debug)]
 pub(crate) struct SharedSlot<E> {
     pub(crate) slot: Slot<E>,
@@ -31,7 +31,7 @@ impl<E> Borrow<Slot<E>> for SharedSlot<E> {
     }
 }
 
-/// What both ends of a shared lane hold.
+/// The state that both ends of a shared lane hold.
 #[derive(Debug)]
 pub(crate) struct SharedLane<E> {
     pub(crate) queue: ArrayQueue<SharedSlot<E>>,
@@ -39,8 +39,36 @@ pub(crate) struct SharedLane<E> {
     pub(crate) door: Arc<ShardDoor>,
 }
 
-/// A handle that any number of threads may clone and use. Slower than a [`crate::Producer`]: its lanes are
-/// bounded multi-producer queues, and one publish is one queue operation.
+/// Publishes events of any number of threads: clone it, or share it by reference.
+///
+/// It is slower than a [`Producer`](crate::Producer): its lanes are bounded multi-producer queues, and each publish is
+/// one queue operation. [`Engine::shared_producer`](crate::Engine::shared_producer) returns one.
+///
+/// ```
+/// # use corelane::{Bounded, Config, Deadline, Event, EventLog, EventType, EventTypeId, Key};
+/// # use rkyv::{Archive, Deserialize, Serialize};
+/// # #[derive(Archive, Serialize, Deserialize, Bounded)]
+/// # struct Moved { x: f64 }
+/// # impl Event for Moved {
+/// #     const TYPES: &'static [EventType] = &[EventType::new(1, "moved", 1)];
+/// #     fn event_type(&self) -> EventTypeId { EventTypeId(1) }
+/// # }
+/// # let dir = std::env::temp_dir().join(format!("corelane-shared-{}", std::process::id()));
+/// let engine = EventLog::<Moved>::open(Config::new(&dir).shards(2))?;
+/// let producer = engine.shared_producer();
+/// std::thread::scope(|scope| {
+///     for user in 0..4 {
+///         let producer = producer.clone();
+///         scope.spawn(move || producer.publish(Key::new(user), Moved { x: 1.0 }).expect("the engine is open"));
+///     }
+/// });
+///
+/// let receipt = producer.publish_with_receipt(Key::new(42), Moved { x: 2.0 })?;
+/// receipt.wait_appended()?.durable().wait()?;
+/// # engine.shutdown(Deadline::NEVER)?;
+/// # std::fs::remove_dir_all(&dir)?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub struct SharedProducer<E: Event> {
     lanes: Arc<[Arc<SharedLane<E>>]>,
     clock: Clock,
@@ -78,7 +106,7 @@ impl<E: Event> SharedProducer<E> {
         self.send(key, event, None, Patience::Forever).map(drop)
     }
 
-    /// Publishes an event if there is room for it now.
+    /// Publishes an event if the lane has room for it now.
     ///
     /// # Errors
     /// As [`crate::Producer::try_publish`].
@@ -95,8 +123,8 @@ impl<E: Event> SharedProducer<E> {
         self.send(key, event, None, Patience::until(deadline)).map(drop)
     }
 
-    /// Publishes an event, waiting for room, and returns a receipt. Unlike a lane of one's own, a shared one
-    /// has to remember who asked: one small allocation per receipt.
+    /// Publishes an event, waiting for room, and returns a receipt. Each receipt allocates a few bytes, because the
+    /// shard has to tell it the event's ticket.
     ///
     /// # Errors
     /// As [`crate::Producer::publish`].
@@ -119,7 +147,8 @@ impl<E: Event> SharedProducer<E> {
         let mut idle = Idle::new(self.wait);
         loop {
             let Some(inside) = lane.shared.enter() else { return Err(lane.door.refusal(slot.slot.event)) };
-            // Counted before it can be seen: whoever counts then counts every event that is in the queue before its own.
+            // Counted before it is visible: a count that a publisher reads then covers every event in the queue before
+            // its own.
             lane.shared.published.fetch_add(1, Ordering::SeqCst);
             match lane.queue.push(slot) {
                 Ok(()) => {
@@ -134,16 +163,16 @@ impl<E: Event> SharedProducer<E> {
             if patience.is_over() {
                 return Err(lane.door.full(slot.slot.event));
             }
-            // Many may wait for room here, and a signal has one sleeper; so they poll, yielding the core.
+            // A signal has one sleeper, and several threads may wait for room here; so they poll, yielding the core.
             idle.poll(patience.deadline());
         }
     }
 }
 
-/// The ticket before the shard has taken the event out of the queue.
+/// The ticket until the shard takes the event out of the queue.
 pub(crate) const UNASSIGNED: u64 = u64::MAX;
 
-/// A receipt of a [`SharedProducer`].
+/// A receipt of a [`SharedProducer`]. The shard assigns its ticket when it takes the event out of the queue.
 #[derive(Debug, Clone)]
 pub struct SharedReceipt {
     lane: Arc<LaneShared>,
@@ -151,7 +180,7 @@ pub struct SharedReceipt {
 }
 
 impl SharedReceipt {
-    /// The plain receipt, once the shard has taken the event out of the queue. `None` before.
+    /// Returns the plain receipt; `None` until the shard has taken the event out of the queue.
     #[must_use]
     pub fn receipt(&self) -> Option<Receipt> {
         // Acquire: pairs with the shard's Release when it assigns the ticket.
@@ -161,10 +190,10 @@ impl SharedReceipt {
         }
     }
 
-    /// Blocks until the event is in the log, then returns the plain receipt (for `durable()` and the like).
+    /// Blocks until the event is in the log, then returns the plain receipt, for `durable()` and the like.
     ///
     /// # Errors
-    /// `ShardFailed` when the shard fails before.
+    /// `ShardFailed` if the shard fails before that.
     pub fn wait_appended(&self) -> Result<Receipt, WaitError> {
         let receipt = crate::sync::block_until(
             None,

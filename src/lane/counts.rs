@@ -1,6 +1,7 @@
-//! What the two ends of a lane share besides its ring: how many events were accepted, appended and made durable.
+//! The state that both ends of a lane share besides its ring: the numbers of events accepted, appended and made
+//! durable.
 //!
-//! Writers: the producer counts what it published, the shard what it appended, the syncer what is durable.
+//! Writers: the producer counts published events, the shard appended events, the syncer durable events.
 
 use std::sync::Arc;
 
@@ -8,26 +9,27 @@ use crate::config::Durability;
 use crate::log::segment::ShardLog;
 use crate::sync::{AtomicBool, AtomicU64, CloseGate, Inside, Ordering, Signal, Waiters, Watermark};
 
-/// What the two ends of a lane share besides the ring.
+/// The state that both ends of a lane share besides the ring.
 #[derive(Debug)]
 pub(crate) struct LaneShared {
     pub(crate) log: Arc<ShardLog>,
-    /// Whether this engine ever syncs by itself.
+    /// `true` if the syncer syncs without being asked, that is in every mode but `OsCache`.
     pub(super) syncs: bool,
     pub(crate) close_gate: CloseGate,
-    /// Wakes the producer when there is room again.
+    /// Wakes the producer when the lane has room again.
     pub(crate) space: Signal,
-    /// Events accepted; in a shared lane also those being pushed, which may yet be refused. Written by producers.
+    /// Events accepted. In a shared lane this includes events being pushed, which may still be refused. Written by
+    /// producers.
     pub(crate) published: AtomicU64,
-    /// Of those, how many are appended. Written by the shard.
+    /// Events appended. Written by the shard.
     pub(super) appended: Watermark,
-    /// Of those, how many are durable. Written by the syncer.
+    /// Events durable. Written by the syncer.
     pub(super) durable: Watermark,
     pub(super) waiting_appended: Waiters,
     pub(super) waiting_durable: Waiters,
-    /// The producer is gone and its ring is empty.
+    /// `true` once the producer is gone and its ring is empty.
     pub(super) retired: AtomicBool,
-    /// It carries commands: what it counts are no events.
+    /// `true` if the lane carries commands; it then counts commands instead of events.
     pub(super) of_commands: bool,
 }
 
@@ -48,7 +50,7 @@ impl LaneShared {
         }
     }
 
-    /// A lane that carries commands.
+    /// The counts of a lane that carries commands.
     pub(crate) fn of_commands(log: Arc<ShardLog>, durability: Durability) -> Self {
         Self { of_commands: true, ..Self::new(log, durability) }
     }
@@ -57,14 +59,14 @@ impl LaneShared {
         self.of_commands
     }
 
-    /// Lets a publisher in, unless the lane is closed or its shard has failed. A failure closes lanes only when
-    /// the shard's thread sees it, and until then nobody must be let in either.
+    /// Enters the lane to publish. Returns `None` if the lane is closed or its shard has failed. (A failure closes the
+    /// lanes only when the shard's thread sees it, so the failure is checked here too.)
     #[inline]
     pub(crate) fn enter(&self) -> Option<Inside<'_>> {
         if self.log.failure().is_some() { None } else { self.close_gate.enter() }
     }
 
-    /// The shard has appended `count` events of this lane in all; the log's watermark is already published.
+    /// The shard has appended the first `count` events of this lane. The log's watermark must be published before.
     #[inline]
     pub(crate) fn appended_reached(&self, count: u64) {
         self.appended.publish(count);
@@ -77,29 +79,29 @@ impl LaneShared {
         self.waiting_durable.reached(count);
     }
 
-    /// Registers for the `count`-th event of this lane to be appended.
+    /// Registers a waker for the append of the `count`-th event of this lane.
     pub(crate) fn register_appended(&self, count: u64, waker: &std::task::Waker) {
         self.waiting_appended.register(count, waker);
     }
 
-    /// Whether everything among the first `published` events that was not refused is appended.
+    /// Returns `true` if the first `published` events are appended, except those that were refused.
     pub(crate) fn is_appended(&self, published: u64) -> bool {
         let appended = self.appended.get();
         appended >= published || appended >= self.published.load(Ordering::SeqCst)
     }
 
-    /// Takes back the count of an event that was refused. Who waits for it must look again.
+    /// Takes back the count of an event that was refused. Its waiters must check again.
     pub(crate) fn unpublish(&self) {
         self.published.fetch_sub(1, Ordering::SeqCst);
         self.waiting_appended.reached(u64::MAX);
     }
 
-    /// Registers for the `count`-th event of this lane to be durable.
+    /// Registers a waker for the `count`-th event of this lane to become durable.
     pub(crate) fn register_durable(&self, count: u64, waker: &std::task::Waker) {
         self.waiting_durable.register(count, waker);
     }
 
-    /// Registers for the next event of this lane that is appended.
+    /// Registers a waker for the next append to this lane.
     pub(crate) fn register_any(&self, waker: &std::task::Waker) {
         self.waiting_appended.register(self.appended.get() + 1, waker);
     }
@@ -112,7 +114,7 @@ impl LaneShared {
         self.appended.get()
     }
 
-    /// The shard has taken the last event of a lane whose producer is gone.
+    /// The producer is gone, and the shard has taken the lane's last event.
     pub(crate) fn retire(&self) {
         self.retired.store(true, Ordering::Release);
     }

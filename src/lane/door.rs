@@ -1,4 +1,4 @@
-//! The shard's door: what a producer or client needs of a shard.
+//! The door: the state that producers and clients share with a shard.
 
 use std::sync::Arc;
 
@@ -7,21 +7,21 @@ use crate::error::Rejected;
 use crate::log::segment::ShardLog;
 use crate::sync::{AtomicBool, Signal};
 
-/// What a producer needs of a shard.
+/// The state that producers and clients share with a shard.
 #[derive(Debug)]
 pub(crate) struct ShardDoor {
     pub(crate) log: Arc<ShardLog>,
     /// Wakes the shard.
     pub(crate) signal: Arc<Signal>,
-    /// The engine no longer takes events.
+    /// `true` once the engine refuses further events.
     pub(crate) closing: AtomicBool,
-    /// The shard takes no further turn: no code of the application runs on its thread any more.
+    /// `true` once the shard takes no further turn: its thread runs no application code any more.
     pub(crate) turns_ended: AtomicBool,
     pub(crate) lanes: Arc<LaneRegistry>,
 }
 
 impl ShardDoor {
-    /// Why this shard takes nothing (more) now.
+    /// Returns the event with the reason why this shard refuses it: the shard has failed, or the engine is closed.
     pub(crate) fn refusal<E>(&self, event: E) -> Rejected<E> {
         match self.log.failure() {
             Some(failure) => Rejected::ShardFailed(event, failure.clone()),
@@ -29,6 +29,7 @@ impl ShardDoor {
         }
     }
 
+    /// Returns the event with the reason why there is no room for it: the storage or the lane is full.
     pub(crate) fn full<E>(&self, event: E) -> Rejected<E> {
         if self.log.is_storage_full() { Rejected::StorageFull(event) } else { Rejected::Full(event) }
     }

@@ -1,6 +1,6 @@
-//! Waits until what one shard has accepted is durable, and until everybody who can ask knows it.
+//! Flush: waits until the accepted events of a shard are durable, and until their receipts say so.
 //!
-//! Runs on the caller's thread; it asks the syncer and watches what the shard and the syncer publish.
+//! Runs on the caller's thread. It asks the syncer, and reads what the shard and the syncer publish.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -11,10 +11,11 @@ use crate::lane::door::ShardDoor;
 use crate::lane::requests::SyncRequests;
 use crate::sync::block_until;
 
-/// How long a flush waits for a lane to be told, before it asks again.
+/// How long a flush waits for a lane's durable count before it asks the syncer again.
 const SETTLE_EVERY: Duration = Duration::from_millis(1);
 
-/// Waits until so many events of each of a shard's lanes are appended and durable.
+/// Waits until the first `published` events of each lane are appended and durable. `lanes`: lanes of the shard, with
+/// `published`.
 pub(crate) fn flush_shard(
     door: &ShardDoor,
     syncer: &SyncRequests,
@@ -33,9 +34,9 @@ pub(crate) fn flush_shard(
     let reached = || if door.log.durable.get() >= end { Some(Ok(())) } else { failed() };
     block_until(deadline, |waker| door.lanes.waiting_flush().register(end, waker), reached)?;
     for (count, lane) in counted {
-        // A sync may have covered an event before its lane counted it; the next one tells the lane, or the syncer where
-        // nothing is left to sync. Asked for again and again: the one under way may have looked at the lanes too early
-        // as well. Never beyond what is appended: a syncer that waits for that could not sleep.
+        // A sync may cover an event before its lane counts it. The next sync updates the lane, or the syncer does when
+        // nothing is left to sync. The loop asks repeatedly, because a sync in progress may have read the counts too
+        // early as well. It never asks beyond the appended end: the syncer could not sleep while it waits for that.
         while lane.durable_count() < count {
             syncer.flush(door.log.appended.get());
             let soon = Instant::now() + SETTLE_EVERY;

@@ -1,14 +1,14 @@
-//! Lanes: what carries an event from a producer to its shard, and what both ends tell each other about it.
+//! Lanes: the SPSC rings that carry events from producers to shards, and the counts that both ends share.
 //!
 //! | file | contents |
 //! |---|---|
 //! | `ring` | the slots of a lane, in chunks |
-//! | `counts` | how many events of a lane were accepted, appended and made durable |
-//! | `registry` | the lanes of one shard |
-//! | `door` | what a producer needs of a shard |
-//! | `receipt` | proof that an event was accepted |
+//! | `counts` | the numbers of events of a lane that were accepted, appended and made durable |
+//! | `registry` | the lanes of one shard, for other threads |
+//! | `door` | a producer's connection to a shard |
+//! | `receipt` | proof that an event was accepted, and waiting for it |
 //! | `requests` | the mailboxes through which threads ask each other for work |
-//! | `flush` | waits until everything accepted is durable |
+//! | `flush` | waits until accepted events are durable |
 
 pub(crate) mod counts;
 pub(crate) mod door;

@@ -1,6 +1,6 @@
-//! What a producer has in hand for an event: proof that it was accepted, and the way to wait for it to be appended or durable.
+//! Receipts: proof that an event was accepted, and waiting until it is appended or durable.
 //!
-//! Writers: the shard and the syncer, who move the lane's two counts. A receipt only reads them.
+//! Writers: the shard and the syncer write the lane's two counts. A receipt only reads them.
 
 use std::future::Future;
 use std::pin::Pin;
@@ -14,9 +14,31 @@ use crate::lane::counts::LaneShared;
 use crate::sync::block_until;
 use crate::sync::{AtomicU64, Deadline, Ordering, thread_waker};
 
-/// Proof that an event was accepted, and the way to learn when it is appended and durable.
+/// Proof that an event was accepted. It can tell when the event is appended and when it is durable, and wait for both.
 ///
-/// It is (lane, ticket): the lane counts, so no event costs anything to track.
+/// A receipt is a lane and a ticket, the event's number in the lane. The lane counts its events, so a receipt costs
+/// nothing per event unless it is used.
+///
+/// ```
+/// # use corelane::{Bounded, Config, Deadline, Event, EventLog, EventType, EventTypeId, Key};
+/// # use rkyv::{Archive, Deserialize, Serialize};
+/// # #[derive(Archive, Serialize, Deserialize, Bounded)]
+/// # struct Moved { x: f64 }
+/// # impl Event for Moved {
+/// #     const TYPES: &'static [EventType] = &[EventType::new(1, "moved", 1)];
+/// #     fn event_type(&self) -> EventTypeId { EventTypeId(1) }
+/// # }
+/// # let dir = std::env::temp_dir().join(format!("corelane-receipt-{}", std::process::id()));
+/// # let engine = EventLog::<Moved>::open(Config::new(&dir))?;
+/// # let mut producer = engine.producer();
+/// let receipt = producer.publish(Key::new(42), Moved { x: 1.0 })?;
+/// receipt.appended().wait()?; // readers see the event
+/// receipt.durable().wait()?; // a sync covers it; or `.await`
+/// assert!(receipt.is_durable());
+/// # engine.shutdown(Deadline::NEVER)?;
+/// # std::fs::remove_dir_all(&dir)?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone)]
 pub struct Receipt {
     lane: Arc<LaneShared>,
@@ -38,36 +60,36 @@ impl Receipt {
         Self { lane, ticket }
     }
 
-    /// The shard that got the event.
+    /// Returns the shard that accepted the event.
     #[must_use]
     pub fn shard(&self) -> ShardId {
         self.lane.log.shard
     }
 
-    /// Whether the event is in the log, visible to readers.
+    /// Returns `true` if the event is in the log and visible to readers.
     #[must_use]
     pub fn is_appended(&self) -> bool {
         self.lane.appended.get() >= self.ticket
     }
 
-    /// Whether the event is synced.
+    /// Returns `true` if a sync that covers the event has returned.
     #[must_use]
     pub fn is_durable(&self) -> bool {
         self.lane.durable.get() >= self.ticket
     }
 
-    /// Waits (`.wait()`, `.wait_until()` or `.await`) until the event is in the log.
+    /// Returns a wait for the event to be in the log: `.wait()`, `.wait_until()` or `.await`.
     pub fn appended(&self) -> Pending {
         Pending { receipt: self.clone(), durable: false }
     }
 
-    /// Waits (`.wait()`, `.wait_until()` or `.await`) until the event is synced.
+    /// Returns a wait for the event to be durable: `.wait()`, `.wait_until()` or `.await`.
     pub fn durable(&self) -> Pending {
         Pending { receipt: self.clone(), durable: true }
     }
 }
 
-/// Something a receipt is waiting for. A future of any runtime, or a blocking wait.
+/// A wait for an event to be appended or durable: a future of any runtime, or a blocking wait.
 #[derive(Debug)]
 #[must_use = "nothing waits until `.wait()` or `.await`"]
 pub struct Pending {
@@ -76,10 +98,10 @@ pub struct Pending {
 }
 
 impl Pending {
-    /// The outcome, if it is known.
+    /// Returns the outcome if it is known.
     pub(crate) fn outcome(&self) -> Option<Result<(), WaitError>> {
         let lane = &self.receipt.lane;
-        // The failure first: what is reached before it is seen counts as reached.
+        // The failure is read first: a count that was reached before the failure must win.
         let failure = lane.log.failure();
         let reached = if self.durable { self.receipt.is_durable() } else { self.receipt.is_appended() };
         if reached {
@@ -97,18 +119,18 @@ impl Pending {
         waiters.register(self.receipt.ticket, waker);
     }
 
-    /// Blocks the thread until it is so.
+    /// Blocks the thread until the event is appended or durable.
     ///
     /// # Errors
-    /// `ShardFailed`, promptly when the shard fails; `NeverDurable` in `OsCache` mode.
+    /// `ShardFailed` as soon as the shard fails; `NeverDurable` in `OsCache` mode.
     pub fn wait(&self) -> Result<(), WaitError> {
         self.block(None)
     }
 
-    /// Blocks the thread until it is so, or `deadline`.
+    /// Blocks the thread until the event is appended or durable, or `deadline` passes.
     ///
     /// # Errors
-    /// As [`Pending::wait`], and `TimedOut`.
+    /// As [`Pending::wait`], and `TimedOut` after the deadline.
     pub fn wait_until(&self, deadline: impl Into<Deadline>) -> Result<(), WaitError> {
         let deadline = deadline.into().instant();
         self.block(deadline)
@@ -133,7 +155,7 @@ impl Future for Pending {
             return Poll::Ready(outcome);
         }
         self.register(context.waker());
-        // Once more: it may have become so between the look and the registration.
+        // Again: the count may have been reached between the check and the registration.
         match self.outcome() {
             Some(outcome) => Poll::Ready(outcome),
             None => Poll::Pending,
@@ -141,48 +163,52 @@ impl Future for Pending {
     }
 }
 
-/// Learns where the one event comes to lie that a lane has on its way: it is registered as a waiter before the event is published, and the
-/// shard wakes it behind the batch of that event, before it appends anything else. So events that nobody asks about cost nothing.
-pub(crate) struct Placing {
+/// Learns the offset of the only event in flight in a lane.
+///
+/// It registers as a waiter before the event is published. The shard wakes it after the batch of that event and before
+/// it appends anything else. Other events cost nothing.
+pub(crate) struct OffsetWatch {
     lane: Arc<LaneShared>,
     ticket: u64,
-    /// The log's end before the event was published.
+    /// The log's end before the event is published.
     from: Offset,
-    /// The log's end behind the event's batch; 0: it is on its way.
+    /// The log's end after the event's batch; 0 while the event is in flight.
     end: AtomicU64,
-    asker: Waker,
+    waiter: Waker,
 }
 
-impl Wake for Placing {
+impl Wake for OffsetWatch {
     fn wake(self: Arc<Self>) {
-        // A failure wakes too.
+        // A failure wakes it too.
         if self.lane.appended.get() >= self.ticket {
             let end = self.lane.log.appended.get();
-            // It is woken once, unless the shard fails, and then there is no place to tell.
+            // Called once, unless the shard fails; then there is no offset.
             // Release: pairs with the Acquire in `wait`.
             self.end.store(end, Ordering::Release);
         }
-        self.asker.wake_by_ref();
+        self.waiter.wake_by_ref();
     }
 }
 
-impl Placing {
-    /// Of the lane's next event, number `ticket`, before it is published on this thread. All before it must be appended.
+impl OffsetWatch {
+    /// Watches the lane's next event, number `ticket`, which this thread is about to publish. All earlier events must
+    /// be appended.
     pub(crate) fn before(lane: &Arc<LaneShared>, ticket: u64) -> Arc<Self> {
         let (lane, from, end) = (Arc::clone(lane), Offset(lane.log.appended.get()), AtomicU64::new(0));
-        let placing = Arc::new(Self { lane, ticket, from, end, asker: thread_waker() });
-        placing.lane.waiting_appended.register(ticket, &Waker::from(Arc::clone(&placing)));
-        placing
+        let watch = Arc::new(Self { lane, ticket, from, end, waiter: thread_waker() });
+        watch.lane.waiting_appended.register(ticket, &Waker::from(Arc::clone(&watch)));
+        watch
     }
 
-    /// Waits on this thread until the event is appended. Where it lies; `None`: retention has freed it meanwhile.
+    /// Waits on this thread until the event is appended. Returns its offset; `None` if retention has freed it
+    /// meanwhile.
     pub(crate) fn wait(&self, deadline: Option<Instant>) -> Result<Option<Offset>, WaitError> {
         let outcome = || match self.end.load(Ordering::Acquire) {
             0 => self.lane.log.failure().map(|failure| Err(WaitError::from(failure.clone()))),
             end => Some(Ok(Offset(end))),
         };
         let end = block_until(deadline, |_| {}, outcome)?;
-        // A batch is of one lane, and of this lane there was nothing else: the event is the last one of its batch.
+        // A batch takes events of one lane, and this lane held no other event: the event is the last one of its batch.
         Ok(self.lane.log.last_event_in(self.from, end))
     }
 }

@@ -1,8 +1,10 @@
-//! The mailboxes through which threads ask each other for work: for segments, for syncs, for checkpoints.
+//! Mailboxes: how threads ask each other for segments, syncs and checkpoints.
 //!
-//! A request only moves forward or is set once; the asked thread answers by what it publishes.
+//! A request is a flag, or a position that only rises. The asked thread answers through the positions that it
+//! publishes.
 
 use std::sync::Arc;
+use std::task::Waker;
 
 use crate::clock::{Lateness, Nanos};
 use crate::event::Offset;
@@ -11,70 +13,98 @@ use crate::sync::{AtomicBool, AtomicU64, Ordering, Signal, Waiters};
 /// Requests to the keeper.
 #[derive(Debug)]
 pub(crate) struct KeeperRequests {
-    /// Wakes it.
+    /// Wakes the keeper.
     pub(crate) signal: Arc<Signal>,
-    /// The engine ends.
-    pub(crate) ending: AtomicBool,
+    ending: AtomicBool,
 }
 
-/// What other threads ask of a syncer.
+impl KeeperRequests {
+    pub(crate) fn new() -> Self {
+        Self { signal: Arc::new(Signal::new()), ending: AtomicBool::new(false) }
+    }
+
+    /// Tells the keeper to end.
+    pub(crate) fn end(&self) {
+        self.ending.store(true, Ordering::SeqCst);
+        self.signal.notify();
+    }
+
+    pub(crate) fn is_ending(&self) -> bool {
+        self.ending.load(Ordering::SeqCst)
+    }
+}
+
+/// Requests to a shard's syncer.
 #[derive(Debug)]
 pub(crate) struct SyncRequests {
     /// Wakes the syncer.
     pub(crate) signal: Signal,
-    /// Everything below this is to be synced whatever the mode says (flush).
-    pub(crate) flush_to: AtomicU64,
-    /// The shard has appended for the last time: sync it and end.
-    pub(crate) ending: AtomicBool,
+    flush_target: AtomicU64,
+    ending: AtomicBool,
 }
 
 impl SyncRequests {
     pub(crate) fn new() -> Self {
-        Self { signal: Signal::new(), flush_to: AtomicU64::new(0), ending: AtomicBool::new(false) }
+        Self { signal: Signal::new(), flush_target: AtomicU64::new(0), ending: AtomicBool::new(false) }
     }
 
-    /// Asks for everything below `offset` to be synced.
+    /// Asks for a sync of everything below `offset`, in every durability mode.
     pub(crate) fn flush(&self, offset: u64) {
-        self.flush_to.fetch_max(offset, Ordering::SeqCst);
+        self.flush_target.fetch_max(offset, Ordering::SeqCst);
         self.signal.notify();
+    }
+
+    /// The highest offset that a flush asked for.
+    pub(crate) fn flush_target(&self) -> u64 {
+        self.flush_target.load(Ordering::SeqCst)
+    }
+
+    /// Tells the syncer to sync what is left and to end. The shard appends nothing afterwards.
+    pub(crate) fn end(&self) {
+        self.ending.store(true, Ordering::SeqCst);
+        self.signal.notify();
+    }
+
+    pub(crate) fn is_ending(&self) -> bool {
+        self.ending.load(Ordering::SeqCst)
     }
 }
 
-/// A run of events with one publish time, so that publish→durable can be recorded when they are.
+/// A run of events that are appended and not yet durable. The syncer records their latency when they are.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct SyncMark {
+pub(crate) struct UnsyncedRun {
     pub(crate) end: u64,
     pub(crate) published: Nanos,
     pub(crate) late: Option<Lateness>,
     pub(crate) events: u64,
 }
 
-const _: () = assert!(size_of::<SyncMark>() == 32);
+const _: () = assert!(size_of::<UnsyncedRun>() == 32);
 
-/// What is asked of a shard, and what became of it. Shared by all who have to do with one shard's snapshots.
+/// Requests for checkpoints of one shard, and their results. Shared by the shard, the snapshotter, the keeper and all
+/// callers.
 #[derive(Debug)]
 pub(crate) struct CheckpointRequests {
-    /// Somebody wants a checkpoint.
-    wanted: AtomicBool,
-    /// Everything below this is saved: a checkpoint that began there is whole and published.
-    pub(crate) covered: AtomicU64,
-    /// Where the newest one begins that is being made or was made.
+    is_requested: AtomicBool,
+    /// The start of the newest published checkpoint.
+    covered: AtomicU64,
+    /// The start of the newest checkpoint, complete or not.
     begun: AtomicU64,
-    /// Checkpoints that were published or given up.
-    pub(crate) settled: AtomicU64,
-    /// Of those, the ones that failed.
-    pub(crate) failed: AtomicU64,
-    /// Snapshots that were not taken because the snapshotter was behind, or whose state is too large.
-    pub(crate) skipped: AtomicU64,
-    /// Who waits for a checkpoint.
-    pub(crate) waiting: Waiters,
+    /// Number of checkpoints that were published or have failed.
+    settled: AtomicU64,
+    /// Number of checkpoints that have failed.
+    failed: AtomicU64,
+    skipped: AtomicU64,
+    /// Waiters for `settled`.
+    waiting: Waiters,
 }
 
 impl CheckpointRequests {
-    pub(crate) fn new() -> Self {
+    /// No request yet; the newest published checkpoint starts at `covered`.
+    pub(crate) fn new(covered: Offset) -> Self {
         Self {
-            wanted: AtomicBool::new(false),
-            covered: AtomicU64::new(0),
+            is_requested: AtomicBool::new(false),
+            covered: AtomicU64::new(covered.0),
             begun: AtomicU64::new(0),
             settled: AtomicU64::new(0),
             failed: AtomicU64::new(0),
@@ -83,37 +113,76 @@ impl CheckpointRequests {
         }
     }
 
-    /// Asks for a checkpoint; the caller wakes the shard.
+    /// Asks for a checkpoint. The caller wakes the shard.
     pub(crate) fn ask(&self) {
-        // Release: pairs with the Acquire in `is_wanted`.
-        self.wanted.store(true, Ordering::Release);
+        // Release: pairs with the Acquire in `is_requested`.
+        self.is_requested.store(true, Ordering::Release);
     }
 
     #[inline]
-    pub(crate) fn is_wanted(&self) -> bool {
-        self.wanted.load(Ordering::Acquire)
+    pub(crate) fn is_requested(&self) -> bool {
+        self.is_requested.load(Ordering::Acquire)
     }
 
-    /// The shard begins a checkpoint at `start`: the wish is fulfilled when that one is published.
+    /// The shard begins a checkpoint at `start`. It answers all requests made before.
     pub(crate) fn begin(&self, start: Offset) {
-        self.wanted.store(false, Ordering::SeqCst);
+        self.is_requested.store(false, Ordering::SeqCst);
         self.begun.store(start.0, Ordering::Release);
     }
 
-    /// Where the newest checkpoint begins, whether it is whole yet or not.
+    /// The start of the newest checkpoint, complete or not.
     pub(crate) fn begun(&self) -> u64 {
         self.begun.load(Ordering::Acquire)
     }
 
-    /// The newest one came to nothing. (Another may have begun meanwhile; retention then asks once more than it need.)
-    pub(crate) fn given_up(&self) {
-        self.failed.fetch_add(1, Ordering::Relaxed);
-        self.begun.store(self.covered(), Ordering::Release);
+    /// The snapshotter has published the checkpoint that starts at `start`.
+    pub(crate) fn publish(&self, start: Offset) {
+        // Release: pairs with the Acquire in `covered`.
+        self.covered.fetch_max(start.0, Ordering::Release);
+        self.settle();
     }
 
-    /// Up to where everything is saved.
+    /// The snapshotter could not write the newest checkpoint. (If another has begun meanwhile, retention asks once more
+    /// than necessary.)
+    pub(crate) fn fail(&self) {
+        self.failed.fetch_add(1, Ordering::Relaxed);
+        self.begun.store(self.covered(), Ordering::Release);
+        self.settle();
+    }
+
+    fn settle(&self) {
+        let settled = self.settled.fetch_add(1, Ordering::SeqCst) + 1;
+        self.waiting.reached(settled);
+    }
+
+    /// The offset below which published checkpoints cover every event.
     pub(crate) fn covered(&self) -> u64 {
-        // Acquire: pairs with the snapshotter's Release when it publishes a checkpoint.
+        // Acquire: pairs with the Release in `publish`.
         self.covered.load(Ordering::Acquire)
+    }
+
+    /// The number of checkpoints that have failed.
+    pub(crate) fn failures(&self) -> u64 {
+        self.failed.load(Ordering::SeqCst)
+    }
+
+    /// Counts snapshots that are not saved: the snapshotter is behind, cannot write, or the state is too large.
+    pub(crate) fn skip(&self, snapshots: u64) {
+        self.skipped.fetch_add(snapshots, Ordering::Relaxed);
+    }
+
+    /// The number of snapshots that were not saved.
+    pub(crate) fn skipped(&self) -> u64 {
+        self.skipped.load(Ordering::Relaxed)
+    }
+
+    /// Registers `waker` for the next checkpoint that is published or fails.
+    pub(crate) fn register(&self, waker: &Waker) {
+        self.waiting.register(self.settled.load(Ordering::SeqCst) + 1, waker);
+    }
+
+    /// Makes all waiters check again, because no further checkpoint may come.
+    pub(crate) fn wake_all(&self) {
+        self.waiting.reached(u64::MAX);
     }
 }

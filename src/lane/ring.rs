@@ -1,7 +1,7 @@
-//! A lane: rtrb's ring with what corelane puts into it.
+//! A lane's ring: rtrb's ring with corelane's slots.
 //!
-//! Two sides, one thread each. Positions below the ring's tail are whole slots; a chunk of them becomes
-//! visible with one release store.
+//! One producer and one shard, one thread each. Slots below the ring's tail are complete; a chunk becomes visible with
+//! one release store.
 
 use crate::clock::{Lateness, Nanos};
 use crate::event::{Key, KeyHash};
@@ -12,7 +12,7 @@ use crate::sync::prefetch_to_write;
 pub(crate) struct Slot<E> {
     pub(crate) key: Key,
     pub(crate) published: Nanos,
-    /// Between when it was due and `published`; [`crate::clock::NOT_DUE`] where nothing was due.
+    /// The delay of `published` after the time at which the event was due; [`crate::clock::NOT_DUE`] if there was none.
     pub(crate) late: Lateness,
     /// The key's hash, for the shard's key table.
     pub(crate) hash: KeyHash,
@@ -26,20 +26,20 @@ impl<E> Slot<E> {
     }
 }
 
-/// Up to `count` free slots; looks at the other side only when the last look does not suffice.
+/// Returns the number of free slots, at most `count`. Reads the shard's position only if the cached one shows too few.
 #[inline]
 pub(crate) fn free_slots<E>(ring: &rtrb::Producer<Slot<E>>, count: usize) -> usize {
     if ring.cached_slots() >= count { count } else { ring.slots().min(count) }
 }
 
-/// How many slots ahead of the one being written the ring's memory is brought near: its lines are the shard's, and a store has to
-/// wait until they are not.
-const NEAR_SLOTS: usize = 24;
+/// Prefetch distance ahead of the slot being written, in slots. Their cache lines are on the shard's core, and a store
+/// would wait for them.
+const PREFETCH_SLOTS: usize = 24;
 
-/// Moves as many of `events` as fit into the ring, in order, visible at once. Returns how many.
+/// Moves up to `count` of `events` into the ring, in order, and makes them visible at once. Returns the number moved.
 ///
-/// The iterator is asked for exactly as many as are moved; when it panics, those taken from it are lost with it
-/// and nothing of the chunk becomes visible.
+/// Takes exactly that number from the iterator. If the iterator panics, the events taken from it are lost and the chunk
+/// does not become visible.
 #[inline]
 pub(crate) fn push_chunk<E>(
     ring: &mut rtrb::Producer<Slot<E>>,
@@ -50,15 +50,15 @@ pub(crate) fn push_chunk<E>(
     let Ok(mut chunk) = ring.write_chunk_uninit(room) else { return 0 };
     let (first, second) = chunk.as_mut_slices();
     let ((first, first_len), second) = ((first.as_ptr(), first.len()), second.as_ptr());
-    let bring_near = |at: usize| {
+    let prefetch = |at: usize| {
         if at < first_len {
             prefetch_to_write(first.wrapping_add(at));
         } else if at < room {
             prefetch_to_write(second.wrapping_add(at - first_len));
         }
     };
-    (0..NEAR_SLOTS).for_each(bring_near);
-    let events = events.take(room).enumerate().inspect(|(at, _)| bring_near(at + NEAR_SLOTS));
+    (0..PREFETCH_SLOTS).for_each(prefetch);
+    let events = events.take(room).enumerate().inspect(|(at, _)| prefetch(at + PREFETCH_SLOTS));
     chunk.fill_from_iter(events.map(|(_, event)| event))
 }
 
@@ -69,7 +69,7 @@ mod tests {
     use std::collections::VecDeque;
 
     #[test]
-    fn behaves_like_a_queue() {
+    fn the_ring_behaves_like_a_queue() {
         let (mut tx, mut rx) = rtrb::RingBuffer::<Slot<u64>>::new(8);
         let mut model = VecDeque::new();
         let (mut next, mut x) = (0_u64, 7_u64);
@@ -85,7 +85,7 @@ mod tests {
                 next += pushed as u64;
             } else {
                 let count = count.min(rx.slots());
-                let chunk = rx.read_chunk(count).expect("count slots are there");
+                let chunk = rx.read_chunk(count).expect("the ring holds `count` slots");
                 let (a, b) = chunk.as_slices();
                 for slot in a.iter().chain(b) {
                     assert_eq!(Some(slot.event), model.pop_front());

@@ -1,4 +1,4 @@
-//! Reads one event where it lies in the log, through its upcaster where its layout is an older one.
+//! Reads one event in place. An event of an older layout goes through its upcaster.
 
 use rkyv::util::AlignedVec;
 
@@ -6,16 +6,16 @@ use crate::event::{Event, EventTypeId, Schemas, Scratch, upcaster};
 use crate::log::format::{RECORD_HEADER_BYTES, RecordHeader};
 use crate::storage::memory::{ALIGN, Memory};
 
-/// Reads events in place, and those of older layouts through their upcasters.
+/// Reads events in place, and events of older layouts through their upcasters.
 #[derive(Debug)]
 pub(crate) struct Access {
     schemas: Schemas,
     upcasted: AlignedVec<ALIGN>,
-    /// Made when it is first needed.
+    /// Allocated on first use.
     scratch: Option<Scratch>,
 }
 
-/// An upcasted event's first buffer, and its largest.
+/// The size of the first buffer for an upcasted event, and the largest size, in bytes.
 const UPCAST_BYTES_MIN: usize = 4 << 10;
 const UPCAST_BYTES_MAX: usize = 16 << 20;
 
@@ -24,8 +24,8 @@ impl Access {
         Self { schemas: Schemas::of::<E>(), upcasted: AlignedVec::new(), scratch: None }
     }
 
-    /// The event of the record that begins at `at` and has this exact length and header; its CRC holds, or this process
-    /// wrote it. `None` where the archive is not valid.
+    /// Returns the event of the record at `at` with this exact length and header, or `None` if its archive is invalid.
+    /// The caller has verified the record's CRC, unless this process wrote it.
     #[inline]
     pub(crate) fn event<'a, E: Event>(
         &'a mut self,
@@ -41,7 +41,7 @@ impl Access {
         self.upcast::<E>(memory.read(at, len)?, header.event_type, header.schema_version)
     }
 
-    /// The event of an archive that was kept elsewhere; its CRC holds. `None` where it is not valid.
+    /// Returns the event of an archive stored elsewhere, or `None` if it is invalid. The caller has verified its CRC.
     pub(crate) fn kept<'a, E: Event>(
         &'a mut self,
         archive: &'a [u8],

@@ -1,28 +1,28 @@
-//! Reads single records of a shard's log in place, by their offsets. Any thread; sees what is `appended`.
+//! Reads single records of a shard's log in place, by their offsets. Used by any thread; sees the log up to `appended`.
 
 use std::sync::Arc;
 
 use crate::error::{Corruption, ReadError};
 use crate::event::Offset;
-use crate::log::format::{Found, RECORD_HEADER_BYTES, RecordHeader, record_at};
+use crate::log::format::{RECORD_HEADER_BYTES, RecordAt, RecordHeader, record_at};
 use crate::log::segment::{Segment, ShardLog};
 use crate::storage::Lock;
 use crate::storage::framed::u32_at;
 use crate::storage::memory::Memory;
 use crate::storage::memory::padded;
 
-/// Finds records. Holds the segment it found the last one in.
+/// Finds records by offset. Keeps the segment of the last record.
 #[derive(Debug)]
 pub(crate) struct Finder {
     log: Arc<ShardLog>,
     segment: Option<Segment>,
-    /// The store's lock: what this process wrote is taken as it is, so nobody else may write meanwhile.
+    /// The store's lock. Bytes that this process wrote are trusted, so no other process may write while a finder lives.
     _lock: Arc<dyn Lock>,
 }
 
-/// A record that was found: its place in [`Finder::memory`], its exact length, and its header.
+/// A record in [`Finder::memory`]: its position, exact length and header.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Place {
+pub(crate) struct RecordPlace {
     pub(crate) at: usize,
     pub(crate) len: usize,
     pub(crate) header: RecordHeader,
@@ -37,9 +37,9 @@ impl Finder {
         &self.log
     }
 
-    /// The record that begins at `offset`, below what is appended: a place that the log itself told of.
+    /// Finds the record at `offset`, which must come from the log itself and lie below `appended`.
     #[inline]
-    pub(crate) fn find(&mut self, offset: Offset) -> Result<Place, ReadError> {
+    pub(crate) fn find(&mut self, offset: Offset) -> Result<RecordPlace, ReadError> {
         let index = self.log.segment_of(offset);
         if self.segment.as_ref().is_none_or(|segment| segment.index != index) {
             self.segment = self.log.segment(index);
@@ -57,30 +57,30 @@ impl Finder {
             u32_at(tail, 0) as usize
         } else {
             match record_at(tail, segment.salt) {
-                Found::Record(len) => len,
-                // The caller has the place from the log itself, so a zero word there is a hole.
-                Found::End => return Err(damaged("a record that the log refers to is missing").into()),
-                Found::Damaged(why) => return Err(damaged(why).into()),
+                RecordAt::Record(len) => len,
+                // The offset comes from the log itself, so a zero word there is a hole.
+                RecordAt::End => return Err(damaged("a record that the log refers to is missing").into()),
+                RecordAt::Damaged(why) => return Err(damaged(why).into()),
             }
         };
         if len < RECORD_HEADER_BYTES || padded(len) > tail.len() {
             return Err(not_a_record());
         }
-        Ok(Place { at, len, header: RecordHeader::decode(tail) })
+        Ok(RecordPlace { at, len, header: RecordHeader::decode(tail) })
     }
 
-    /// The CRC word of the record that was found last.
-    pub(crate) fn check_word(&self, place: &Place) -> Option<u32> {
+    /// Returns the CRC word of the last record found.
+    pub(crate) fn check_word(&self, place: &RecordPlace) -> Option<u32> {
         self.memory()?.read(place.at, RECORD_HEADER_BYTES).map(|head| u32_at(head, 4))
     }
 
-    /// The memory that the last record was found in.
+    /// Returns the memory that holds the last record found.
     pub(crate) fn memory(&self) -> Option<&Memory> {
         self.segment.as_ref().map(|segment| &*segment.memory)
     }
 
-    /// The archive of the record that was found last.
-    pub(crate) fn body(&self, place: &Place) -> &[u8] {
+    /// Returns the archive of the last record found.
+    pub(crate) fn body(&self, place: &RecordPlace) -> &[u8] {
         let body = self
             .memory()
             .and_then(|memory| memory.read(place.at + RECORD_HEADER_BYTES, place.len - RECORD_HEADER_BYTES));

@@ -1,4 +1,4 @@
-//! The bytes of a segment header and of a record. Pure functions; `FORMAT.md` draws the same tables.
+//! The bytes of a segment header and of a record. Pure functions; `FORMAT.md` §5 and §6 have the same tables.
 //!
 //! ```text
 //! record   0 length u32 (stored last: the commit; 0 = end)   4 crc u32
@@ -8,46 +8,60 @@
 
 use crate::event::{Correlation, Event, EventTypeId, Key, Meta, Offset, Root, Sequence, ShardId, Time, Version};
 use crate::log::seal::{commit, crc32c};
-use crate::storage::framed::{u16_at, u32_at, u64_at};
+use crate::storage::framed::{
+    CRC_BYTES, FORMAT_VERSION, put_u16, put_u32, put_u64, stated_version, u16_at, u32_at, u64_at,
+};
 use crate::storage::memory::{ALIGN, padded};
 
 /// Bytes of a segment header: one page.
 pub(crate) const HEADER_BYTES: usize = 4096;
 /// Bytes of a record header.
 pub(crate) const RECORD_HEADER_BYTES: usize = 48;
-/// No record is longer than this: the header and the largest archive a configuration may allow.
+/// Length of the longest record: its header and the largest archive that a configuration may allow.
 pub(crate) const RECORD_BYTES_MAX: usize = RECORD_HEADER_BYTES + (16 << 20);
-/// The format this build writes, and the newest it reads.
-pub(crate) const FORMAT_VERSION: u32 = 2;
-/// The type id of the log's own records, told apart by their schema version.
+/// The event type id of the log's own records. Their schema version tells the kinds apart.
 const OWN: EventTypeId = EventTypeId(0);
-/// A mark: no event, no body; `key` is a position that had been synced.
+/// A mark: no event and no body. Its `key` is a position up to which the log was synced.
 const OWN_MARK: u16 = 0;
-/// What became of a command that carried an idempotency key (in `correlation`): the key's version after it, and in the
-/// place of the back-link its [`Ending`]. The body is the archive of the rejection, if it was rejected.
+/// The outcome of a command with an idempotency key, which is in `correlation`. `version` is the key's version after the
+/// command, and the back-link's bits hold an [`Ending`]. The body is the archive of the rejection, if there is one.
 const OWN_OUTCOME: u16 = 1;
 
 const SEGMENT_MAGIC: [u8; 8] = *b"corelseg";
 const BYTE_ORDER: u32 = 0x0102_0304;
 const SALT_AT: usize = 72;
 const HEADER_CRC_AT: usize = SALT_AT + 4;
+const HEADER_USED_BYTES: usize = HEADER_CRC_AT + CRC_BYTES;
 const LOW_48: u64 = (1 << 48) - 1;
 pub(crate) const LOW_47: u64 = (1 << 47) - 1;
-/// In the word of the version: the next record belongs to the same command, and one is nothing without the other.
+/// A bit beside the version: the next record belongs to the same command, and the log holds both or neither.
 const MORE: u64 = 1 << 47;
-/// No record begins here or beyond: a back-link holds 48 bits of 16-byte steps.
+/// The end of the last segment that a log can have: a back-link has 48 bits and counts 16-byte steps.
 pub(crate) const OFFSETS_END: u64 = (LOW_48 + 1) * ALIGN as u64;
 
 const _: () = assert!(RECORD_HEADER_BYTES.is_multiple_of(ALIGN) && HEADER_BYTES.is_multiple_of(ALIGN));
 
-/// What makes archives of two builds compatible: rkyv's pointer width, byte order and alignment, as this build has them.
+/// Returns `true` if an offset read from a file can be a position of a log, or 0 for none. Whether a record begins there,
+/// only the log can tell.
+pub(crate) fn is_offset(offset: Offset) -> bool {
+    offset.0.is_multiple_of(ALIGN as u64) && offset.0 <= OFFSETS_END
+}
+
+/// Returns `true` if a record may begin, or the log may end, at an offset read from a file: [`is_offset`] without the
+/// offsets of the first segment's header.
+pub(crate) fn is_record_offset(offset: Offset) -> bool {
+    is_offset(offset) && offset.0 >= HEADER_BYTES as u64
+}
+
+/// The fingerprint of the properties that make archives of two builds compatible: rkyv's pointer width, byte order and
+/// alignment.
 pub(crate) fn archive_fingerprint() -> u32 {
     let pointer_bytes = size_of::<rkyv::primitive::ArchivedUsize>() as u8;
     let aligned = align_of::<rkyv::primitive::ArchivedU64>() as u8;
     fingerprint(pointer_bytes, archived_one(), aligned)
 }
 
-/// What rkyv stores for 1. Its byte order is a feature of the build, whatever the machine's is.
+/// The number 1 as rkyv stores it. Its byte order is a feature of the build and does not depend on the machine.
 fn archived_one() -> [u8; 4] {
     let mut one = rkyv::util::Align([0; 4]);
     let stored = rkyv::api::low::to_bytes_in_with_alloc::<_, _, rkyv::rancor::Failure>(
@@ -63,7 +77,7 @@ fn fingerprint(pointer_bytes: u8, one: [u8; 4], aligned: u8) -> u32 {
     crc32c::crc32c(&[b'r', b'k', 8, pointer_bytes, u8::from(one == 1_u32.to_le_bytes()), aligned])
 }
 
-/// What makes two programs' events the same: ids, names and schema versions.
+/// The fingerprint of a program's event types: ids, names and schema versions.
 pub(crate) fn schema_fingerprint<E: Event>() -> u32 {
     E::TYPES.iter().fold(0, |crc, t| {
         let crc = crc32c::crc32c_append(crc, &t.id.0.to_le_bytes());
@@ -72,26 +86,27 @@ pub(crate) fn schema_fingerprint<E: Event>() -> u32 {
     })
 }
 
-/// The head of a segment.
+/// The header of a segment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct SegmentHeader {
     pub(crate) schema: u32,
     pub(crate) shard: ShardId,
     pub(crate) index: u64,
     pub(crate) segment_bytes: u64,
-    /// Offset at which the last record of the segment before it ends; 0 where there is none.
+    /// The offset where the last record of the previous segment ends; 0 without a previous segment.
     pub(crate) previous_end: Offset,
-    /// Salt of the segment before it; 0 where there is none.
+    /// The salt of the previous segment; 0 without a previous segment.
     pub(crate) previous_salt: u32,
     pub(crate) first_sequence: u64,
     pub(crate) created: Time,
     pub(crate) salt: u32,
 }
 
-/// What a page without magic before a record is: damage, unless the record is found to be of an earlier life of the file.
+/// The error for a page without magic before a record. It is damage, unless recovery finds that the record is of an earlier
+/// life of the file.
 pub(crate) const LOST_MAGIC: &str = "the segment header has lost its magic";
 
-/// The seam between two segments: where the one before ends, and what has been counted up to there.
+/// The seam between two segments: the end and salt of the earlier one, and the number of events before the later one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Seam {
     pub(crate) end: Offset,
@@ -100,38 +115,38 @@ pub(crate) struct Seam {
 }
 
 impl Seam {
-    /// Why a reader that stands at `here` must not go on into the segment with this seam, if so.
+    /// Returns the reason why a reader at `here` must not continue in the segment that states this seam, if there is one.
     pub(crate) fn breaks_after(&self, here: &Seam) -> Option<&'static str> {
         if self.salt != here.salt {
             return Some("the next segment does not follow this one: one of them is of another log");
         }
         if self.end != here.end {
-            return Some("the records end here, but the next segment says that they end elsewhere");
+            return Some("the next segment states another end for this one than the end of its records");
         }
         (self.sequence != here.sequence).then_some("the next segment's first sequence does not follow")
     }
 }
 
-/// Why a page is not the header it should be.
+/// Why a page is not a valid segment header.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum HeaderError {
-    /// Prepared and never used.
+    /// The segment is prepared and not yet begun.
     Blank,
-    /// Of a format this build does not know.
+    /// This build does not know the format version.
     Version(u32),
-    /// Of another archive format.
+    /// The archives have another format.
     Archive(u32),
-    /// Something else.
+    /// Any other reason.
     Damaged(&'static str),
 }
 
-/// Writes the page of a segment that is prepared and not begun: its salt, and a checksum over what stands there. So a
-/// page that was lost is never taken for one that was not written yet. One sector changes: it is there or it is not.
+/// Writes the page of a prepared segment: its salt, and a CRC over the zeros before it and the salt. The CRC tells a lost page
+/// from a page that was never written. Only one sector changes, so the page is written whole or not at all.
 pub(crate) fn encode_prepared(salt: u32, page: &mut [u8]) {
     assert!(page.len() >= HEADER_BYTES && salt != 0);
     page[..HEADER_BYTES].fill(0);
-    page[SALT_AT..HEADER_CRC_AT].copy_from_slice(&salt.to_le_bytes());
-    page[HEADER_CRC_AT..HEADER_CRC_AT + 4].copy_from_slice(&prepared_crc(salt).to_le_bytes());
+    put_u32(page, SALT_AT, salt);
+    put_u32(page, HEADER_CRC_AT, prepared_crc(salt));
 }
 
 /// The CRC of a prepared page: of zeros and the salt.
@@ -139,80 +154,81 @@ fn prepared_crc(salt: u32) -> u32 {
     crc32c::crc32c_append(crc32c::crc32c(&[0; SALT_AT]), &salt.to_le_bytes())
 }
 
-/// Whether a page is prepared, or being begun: its last word is still what [`encode_prepared`] wrote.
+/// Returns `true` if salt and CRC are those of [`encode_prepared`]. The bytes before them may hold a header that is being
+/// written.
 fn is_prepared(page: &[u8]) -> bool {
     let salt = u32_at(page, SALT_AT);
-    salt != 0
-        && u32_at(page, HEADER_CRC_AT) == prepared_crc(salt)
-        && page[HEADER_CRC_AT + 4..HEADER_BYTES].iter().all(|&byte| byte == 0)
+    salt != 0 && u32_at(page, HEADER_CRC_AT) == prepared_crc(salt) && is_unused_zero(page)
+}
+
+/// Returns `true` if the bytes of a page after its CRC are zero.
+fn is_unused_zero(page: &[u8]) -> bool {
+    page[HEADER_USED_BYTES..HEADER_BYTES].iter().all(|&byte| byte == 0)
 }
 
 impl SegmentHeader {
-    /// Where the segment's first record begins.
+    /// The offset where the segment's first record begins.
     pub(crate) fn first_offset(&self) -> Offset {
         Offset(self.index.wrapping_mul(self.segment_bytes).wrapping_add(HEADER_BYTES as u64))
     }
 
-    /// What the segment before must come to.
+    /// The seam that the previous segment must end with.
     pub(crate) fn seam(&self) -> Seam {
         Seam { end: self.previous_end, salt: self.previous_salt, sequence: self.first_sequence }
     }
 
-    /// Begins a segment: writes its header over a prepared page. The fields come first, then salt and CRC as one word, which
-    /// commits them. A process killed between any two stores, or a page written back there, leaves a page that is still prepared.
+    /// Begins a segment: writes its header over a prepared page. Salt and CRC are stored last, as one word, which commits the
+    /// other fields. If the process is killed, or the system writes the page back, between two stores, the page is still prepared.
     pub(crate) fn encode(&self, page: &mut [u8]) {
         assert!(is_prepared(page) && u32_at(page, SALT_AT) == self.salt, "a segment is begun on its prepared page");
         page[0..8].copy_from_slice(&SEGMENT_MAGIC);
-        page[8..12].copy_from_slice(&FORMAT_VERSION.to_le_bytes());
-        page[12..16].copy_from_slice(&BYTE_ORDER.to_le_bytes());
-        page[16..20].copy_from_slice(&archive_fingerprint().to_le_bytes());
-        page[20..24].copy_from_slice(&self.schema.to_le_bytes());
-        page[24..26].copy_from_slice(&self.shard.0.to_le_bytes());
-        page[26..28].fill(0);
-        page[28..32].copy_from_slice(&self.previous_salt.to_le_bytes());
-        page[32..40].copy_from_slice(&self.index.to_le_bytes());
-        page[40..48].copy_from_slice(&self.segment_bytes.to_le_bytes());
-        page[48..56].copy_from_slice(&self.previous_end.0.to_le_bytes());
-        page[56..64].copy_from_slice(&self.first_sequence.to_le_bytes());
-        page[64..72].copy_from_slice(&self.created.0.to_le_bytes());
+        put_u32(page, 8, FORMAT_VERSION);
+        put_u32(page, 12, BYTE_ORDER);
+        put_u32(page, 16, archive_fingerprint());
+        put_u32(page, 20, self.schema);
+        put_u16(page, 24, self.shard.0);
+        put_u16(page, 26, 0);
+        put_u32(page, 28, self.previous_salt);
+        put_u64(page, 32, self.index);
+        put_u64(page, 40, self.segment_bytes);
+        put_u64(page, 48, self.previous_end.0);
+        put_u64(page, 56, self.first_sequence);
+        put_u64(page, 64, self.created.0);
         let crc = crc32c::crc32c(&page[..HEADER_CRC_AT]);
         commit(&mut page[SALT_AT..], self.salt, crc);
     }
 
-    /// Reads the header from a segment's first bytes: its page and, to tell a lost magic from a blank page, the
-    /// first record's length word.
+    /// Reads the header from the first bytes of a segment: its page and the first record's length word, which tells a lost
+    /// magic from a blank page.
     pub(crate) fn decode(bytes: &[u8]) -> Result<Self, HeaderError> {
         let page = bytes;
         if page.len() < HEADER_BYTES {
             return Err(HeaderError::Damaged("the segment is shorter than its header"));
         }
-        let crc_holds = crc32c::crc32c(&page[..HEADER_CRC_AT]) == u32_at(page, HEADER_CRC_AT);
-        let is_begun = crc_holds && page[..8] == SEGMENT_MAGIC;
-        // Whatever stands in the fields before that word was not committed. (A record behind such a page: a power cut took the
-        // header and left the record, and neither was durable.)
+        let crc_matches = crc32c::crc32c(&page[..HEADER_CRC_AT]) == u32_at(page, HEADER_CRC_AT);
+        let is_begun = crc_matches && page[..8] == SEGMENT_MAGIC;
+        // The fields before the last word were not committed. (A record after such a page: a power cut lost the header and kept
+        // the record, and neither was durable.)
         if !is_begun && is_prepared(page) {
             return Err(HeaderError::Blank);
         }
         if page[..8].iter().all(|&byte| byte == 0) {
-            // Of an earlier build, which stored the magic last: never begun, or killed while it was. The end is written before the
-            // page, so the place of the first record was zero then.
+            // A page of an earlier build, which stored the magic last: never begun, or the process was killed before. That
+            // build wrote a zero length word for the first record before the page.
             let has_record = bytes.get(HEADER_BYTES..HEADER_BYTES + 4).is_some_and(|word| word != [0; 4]);
             return Err(if has_record { HeaderError::Damaged(LOST_MAGIC) } else { HeaderError::Blank });
         }
         if page[0..8] != SEGMENT_MAGIC {
             return Err(HeaderError::Damaged("not a segment: wrong magic"));
         }
-        let version = u32_at(page, 8);
-        // A newer format may keep its checksum elsewhere, so its version is believed as it stands;
-        // damage to the version of a known format shows in the checksum of that format.
-        if version != FORMAT_VERSION && !crc_holds_with_version(page, FORMAT_VERSION) {
+        if let Some(version) = stated_version(&page[..HEADER_USED_BYTES]) {
             return Err(HeaderError::Version(version));
         }
-        if !crc_holds {
-            return Err(HeaderError::Damaged("the segment header's CRC does not hold"));
+        if !crc_matches {
+            return Err(HeaderError::Damaged("checksum mismatch in the segment header"));
         }
         if u32_at(page, 12) != BYTE_ORDER {
-            return Err(HeaderError::Damaged("the segment header's byte order mark does not hold"));
+            return Err(HeaderError::Damaged("the segment header has a wrong byte order mark"));
         }
         if u32_at(page, SALT_AT) == 0 {
             return Err(HeaderError::Damaged("the segment header has no salt"));
@@ -220,7 +236,7 @@ impl SegmentHeader {
         if u32_at(page, 16) != archive_fingerprint() {
             return Err(HeaderError::Archive(u32_at(page, 16)));
         }
-        if page[HEADER_CRC_AT + 4..HEADER_BYTES].iter().any(|&byte| byte != 0) {
+        if !is_unused_zero(page) {
             return Err(HeaderError::Damaged("unused bytes of the segment header are not zero"));
         }
         Ok(Self {
@@ -232,28 +248,21 @@ impl SegmentHeader {
             previous_salt: u32_at(page, 28),
             first_sequence: u64_at(page, 56),
             created: Time(u64_at(page, 64)),
-            salt: u32_at(page, 72),
+            salt: u32_at(page, SALT_AT),
         })
     }
 }
 
-/// Whether the checksum would hold if the version field said `version`.
-fn crc_holds_with_version(page: &[u8], version: u32) -> bool {
-    let crc = crc32c::crc32c(&page[..8]);
-    let crc = crc32c::crc32c_append(crc, &version.to_le_bytes());
-    crc32c::crc32c_append(crc, &page[12..HEADER_CRC_AT]) == u32_at(page, HEADER_CRC_AT)
-}
-
-/// How a command ended. In an outcome it stands in the place of the back-link, in 48 bits.
+/// How a command ended. An outcome stores it in the 48 bits of the back-link.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Ending {
-    /// It was carried out, with this many events.
+    /// The command was carried out and emitted this many events.
     Done { events: u32 },
-    /// It was rejected; the rejection's archive has this root.
+    /// The command was rejected; the rejection's archive has this root.
     Rejected(Root),
 }
 
-/// In an [`Ending`]: rejected.
+/// The bit of an [`Ending`] that says *rejected*.
 const REJECTED: u64 = 1 << 47;
 
 impl Ending {
@@ -261,7 +270,7 @@ impl Ending {
         match self {
             Self::Done { events } => u64::from(events),
             Self::Rejected(root) => {
-                assert!(usize::from(root.align) <= ALIGN, "archives are not aligned to more");
+                assert!(usize::from(root.align) <= ALIGN, "no archive has a larger alignment");
                 REJECTED | u64::from(root.align) << 32 | u64::from(root.bytes)
             }
         }
@@ -282,18 +291,18 @@ impl Ending {
 pub(crate) struct RecordHeader {
     pub(crate) time: Time,
     pub(crate) key: Key,
-    /// 0: the key has no previous record.
+    /// The key's previous record; 0: none.
     pub(crate) previous: Offset,
     pub(crate) event_type: EventTypeId,
     pub(crate) correlation: Correlation,
     pub(crate) version: Version,
     pub(crate) schema_version: u16,
-    /// The next record belongs to the same command: both hold or neither does.
+    /// The next record belongs to the same command: the log holds both or neither.
     pub(crate) more: bool,
 }
 
 impl RecordHeader {
-    /// A mark: everything below `durable` had been synced.
+    /// A mark: everything below `durable` is synced.
     pub(crate) fn mark(durable: u64, time: Time) -> Self {
         Self {
             time,
@@ -307,7 +316,7 @@ impl RecordHeader {
         }
     }
 
-    /// What became of a command of `key` under an idempotency key.
+    /// The outcome of a command of `key` with an idempotency key.
     pub(crate) fn outcome(key: Key, idempotency: u64, version: Version, ending: Ending, time: Time) -> Self {
         Self {
             time,
@@ -321,30 +330,30 @@ impl RecordHeader {
         }
     }
 
-    /// Whether the record is the log's own and no event.
+    /// Returns `true` if the record is the log's own and not an event.
     #[inline]
     pub(crate) fn is_own(&self) -> bool {
         self.event_type == OWN
     }
 
-    /// Whether this is a mark: `key` is then a position.
+    /// Returns `true` if the record is a mark; its `key` is then a position.
     #[inline]
     pub(crate) fn is_mark(&self) -> bool {
         self.event_type == OWN && self.schema_version == OWN_MARK
     }
 
-    /// Whether this tells what became of a command.
+    /// Returns `true` if the record is the outcome of a command.
     #[inline]
     pub(crate) fn is_outcome(&self) -> bool {
         self.event_type == OWN && self.schema_version == OWN_OUTCOME
     }
 
-    /// How the command of an outcome ended; `None` where that is nothing this build writes.
+    /// Returns how the command of an outcome ended, or `None` for bits that this build does not write.
     pub(crate) fn ending(&self) -> Option<Ending> {
         Ending::decode(self.previous.0 / ALIGN as u64)
     }
 
-    /// Writes the fields before a body that already stands behind them, with a length word of zero: no record yet.
+    /// Writes the header before a complete body, with a length word of zero: not yet a record.
     #[inline(always)]
     pub(crate) fn stage(&self, head: &mut [u8; RECORD_HEADER_BYTES]) {
         debug_assert!(self.version.0 <= LOW_47 && self.previous.0.is_multiple_of(ALIGN as u64));
@@ -360,7 +369,7 @@ impl RecordHeader {
         head[40..48].copy_from_slice(&version.to_le_bytes());
     }
 
-    /// What readers and handlers are told of the record at `offset`.
+    /// The metadata of the record at `offset` for readers and handlers.
     #[inline]
     pub(crate) fn meta(&self, shard: ShardId, offset: Offset, sequence: Sequence) -> Meta {
         Meta {
@@ -377,7 +386,7 @@ impl RecordHeader {
         }
     }
 
-    /// Reads a header; whether it holds is for [`record_len`] to say.
+    /// Reads a header without checking it; [`record_at`] does.
     #[inline]
     pub(crate) fn decode(record: &[u8]) -> Self {
         let link = u64_at(record, 24);
@@ -395,37 +404,37 @@ impl RecordHeader {
     }
 }
 
-/// What stands at a place where a record may begin.
+/// The result of [`record_at`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Found {
+pub(crate) enum RecordAt {
     /// A whole record of this exact length.
     Record(usize),
-    /// The end: a zero length word, or no room for a header.
+    /// The end of the records: a zero length word, or no room for a header.
     End,
-    /// Neither.
+    /// Neither a record nor an end.
     Damaged(&'static str),
 }
 
-/// Looks at the bytes from a record's beginning to the end of its segment, CRC checked.
+/// Checks the record at the beginning of `tail`, which reaches to the end of its segment.
 #[inline]
-pub(crate) fn record_at(tail: &[u8], salt: u32) -> Found {
+pub(crate) fn record_at(tail: &[u8], salt: u32) -> RecordAt {
     if tail.len() < RECORD_HEADER_BYTES {
-        return Found::End;
+        return RecordAt::End;
     }
     let len = u32_at(tail, 0) as usize;
     if len == 0 {
-        return Found::End;
+        return RecordAt::End;
     }
     if !(RECORD_HEADER_BYTES..=RECORD_BYTES_MAX).contains(&len) || padded(len) > tail.len() {
-        return Found::Damaged("a record's length is out of range");
+        return RecordAt::Damaged("a record's length is out of range");
     }
     if crc32c(salt, &tail[8..len]) != u32_at(tail, 4) {
-        return Found::Damaged("a record's CRC does not hold");
+        return RecordAt::Damaged("checksum mismatch in a record");
     }
     if tail[len..padded(len)].iter().any(|&byte| byte != 0) {
-        return Found::Damaged("the padding of a record is not zero");
+        return RecordAt::Damaged("the padding of a record is not zero");
     }
-    Found::Record(len)
+    RecordAt::Record(len)
 }
 
 #[cfg(test)]
@@ -450,24 +459,24 @@ pub(crate) mod tests {
     fn a_record_reads_back_as_written() {
         let mut bytes = sealed(&header(), b"hello", 9);
         bytes.resize(96, 0xff);
-        assert_eq!(record_at(&bytes, 9), Found::Record(53));
+        assert_eq!(record_at(&bytes, 9), RecordAt::Record(53));
         assert_eq!(RecordHeader::decode(&bytes), header());
-        assert!(matches!(record_at(&bytes, 10), Found::Damaged(_)), "another salt must not replay");
+        assert!(matches!(record_at(&bytes, 10), RecordAt::Damaged(_)), "a record does not match another salt");
     }
 
     #[test]
-    fn every_flipped_bit_of_a_record_shows() {
+    fn every_flipped_bit_of_a_record_is_detected() {
         let mut bytes = sealed(&header(), b"hello", 9);
         assert_eq!(bytes.len(), 64);
         for bit in 0..64 * 8 {
             bytes[bit / 8] ^= 1 << (bit % 8);
-            assert_ne!(record_at(&bytes, 9), Found::Record(53), "bit {bit}");
+            assert_ne!(record_at(&bytes, 9), RecordAt::Record(53), "bit {bit}");
             bytes[bit / 8] ^= 1 << (bit % 8);
         }
     }
 
     #[test]
-    fn every_flipped_bit_of_a_segment_header_shows() {
+    fn every_flipped_bit_of_a_segment_header_is_detected() {
         let head = SegmentHeader {
             schema: 1,
             shard: ShardId(2),
@@ -490,17 +499,17 @@ pub(crate) mod tests {
         }
     }
 
-    /// Compares with a golden file; `CORELANE_GOLDEN=write` renews it, which a change of format alone may need.
+    /// Compares `bytes` with a golden file. `CORELANE_GOLDEN=write` renews the file; only a change of the format needs that.
     pub(crate) fn assert_golden(name: &str, bytes: &[u8]) {
         let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name);
-        if std::env::var("CORELANE_GOLDEN").is_ok_and(|what| what == "write") {
+        if std::env::var("CORELANE_GOLDEN").is_ok_and(|value| value == "write") {
             std::fs::write(&path, bytes).expect("written");
         }
-        let golden = std::fs::read(&path).expect("the golden file is there");
+        let golden = std::fs::read(&path).expect("a golden file");
         assert!(golden == bytes, "{name}: these bytes are frozen:\n{golden:02x?}\nbut this build writes\n{bytes:02x?}");
     }
 
-    /// A whole record, padded.
+    /// Returns a whole record, padded.
     pub(crate) fn sealed(header: &RecordHeader, body: &[u8], salt: u32) -> Vec<u8> {
         let mut head = [0xff; RECORD_HEADER_BYTES];
         header.stage(&mut head);
@@ -538,9 +547,9 @@ pub(crate) mod tests {
         let mut page = vec![0xff; HEADER_BYTES + 4];
         encode_prepared(0x0bad_cafe, &mut page);
         assert_golden("prepared-page.bin", &page[..HEADER_BYTES]);
-        // Whatever stands behind it.
+        // Whatever follows it.
         assert_eq!(SegmentHeader::decode(&page), Err(HeaderError::Blank));
-        // And whatever stands in the fields that its last word would commit.
+        // And whatever its uncommitted fields hold.
         for bit in 0..SALT_AT * 8 {
             page[bit / 8] ^= 1 << (bit % 8);
             assert_eq!(SegmentHeader::decode(&page), Err(HeaderError::Blank), "bit {bit}");
@@ -554,7 +563,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn a_segment_is_prepared_until_the_last_store_of_its_header_and_begun_with_it() {
+    fn the_last_store_of_its_header_turns_a_prepared_segment_into_a_begun_one() {
         let head = SegmentHeader {
             schema: 0x1122_3344,
             shard: ShardId(5),
@@ -571,9 +580,9 @@ pub(crate) mod tests {
         let mut begun = prepared.clone();
         head.encode(&mut begun);
         let mut random = 1_u64;
-        for behind in [[0; 4], [0x40, 0, 0, 0]] {
-            prepared[HEADER_BYTES..].copy_from_slice(&behind);
-            // Byte by byte from the front, and any of them before any other: a page may be written back at any moment.
+        for first_length in [[0; 4], [0x40, 0, 0, 0]] {
+            prepared[HEADER_BYTES..].copy_from_slice(&first_length);
+            // The bytes are stored in order, then in random order: the system may write the page back at any moment.
             for stored in 0..SALT_AT * 20 {
                 let mut page = prepared.clone();
                 for at in 0..SALT_AT {
@@ -604,12 +613,12 @@ pub(crate) mod tests {
         };
         let bytes = sealed(&event, b"an archive of 21 byte", 0x0bad_cafe);
         assert_golden("record.bin", &bytes);
-        assert_eq!(record_at(&bytes, 0x0bad_cafe), Found::Record(69));
+        assert_eq!(record_at(&bytes, 0x0bad_cafe), RecordAt::Record(69));
         assert_eq!(RecordHeader::decode(&bytes), event);
         let mark = RecordHeader::mark(0x0012_3456_7890, Time(1_700_000_000_123_456_789));
         let bytes = sealed(&mark, b"", 0x0bad_cafe);
         assert_golden("mark.bin", &bytes);
-        assert_eq!(record_at(&bytes, 0x0bad_cafe), Found::Record(48));
+        assert_eq!(record_at(&bytes, 0x0bad_cafe), RecordAt::Record(48));
         let ending = Ending::Rejected(Root { bytes: 18, align: 1 });
         let outcome =
             RecordHeader::outcome(Key(42), 0x5555_6666_7777_8888, Version(7), ending, Time(1_700_000_000_123_456_789));
@@ -620,7 +629,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn an_ending_is_read_as_it_was_written_and_nothing_else_is_one() {
+    fn an_ending_reads_back_as_written_and_other_bits_are_refused() {
         let root = |bytes, align| Root { bytes, align };
         let done = |events| Ending::Done { events };
         for ending in [
@@ -632,7 +641,7 @@ pub(crate) mod tests {
             Ending::Rejected(root(24, 8)),
         ] {
             assert_eq!(Ending::decode(ending.encode()), Some(ending));
-            assert!(ending.encode() <= LOW_48, "{ending:?} has room in a back-link");
+            assert!(ending.encode() <= LOW_48, "{ending:?} fits into a back-link");
         }
         for word in [1 << 32, REJECTED - 1, REJECTED, REJECTED | 3 << 32, REJECTED | 32 << 32, REJECTED << 1, u64::MAX]
         {

@@ -1,13 +1,13 @@
-//! What keeps retention from freeing: for everybody who follows a shard's log (consumers, gates), from where on it is still needed.
+//! Retention holds: the lowest offset that each follower of a shard's log (consumer or gate) still needs.
 //!
-//! Writers: whoever has a hold moves it, to where its own progress is durable; the keeper only looks.
+//! Writers: each follower moves its own hold to the offset up to which its progress is durable. Retention only reads.
 
 use std::sync::Arc;
 
 use crate::event::Offset;
 use crate::sync::{Mutex, Signal, Watermark, lock};
 
-/// One follower's.
+/// The hold of one follower.
 #[derive(Debug)]
 pub(crate) struct Hold {
     name: String,
@@ -17,7 +17,7 @@ pub(crate) struct Hold {
 }
 
 impl Hold {
-    /// Everything below may go; the keeper is told.
+    /// Releases everything below `from`, and wakes the thread that frees segments.
     pub(crate) fn set(&self, from: Offset) {
         self.from.publish(from.0);
         self.freer.notify();
@@ -28,12 +28,12 @@ impl Hold {
     }
 }
 
-/// All of a shard's.
+/// The holds of one shard.
 #[derive(Debug, Default)]
 pub(crate) struct Holds(Mutex<Vec<Arc<Hold>>>);
 
 impl Holds {
-    /// The hold of this name, which is made if there is none, at `from`.
+    /// Moves the hold of this name to `from`, creating it if necessary, and returns it.
     pub(crate) fn hold(&self, name: &str, from: Offset, freer: &Arc<Signal>) -> Arc<Hold> {
         let mut holds = lock(&self.0);
         if let Some(held) = holds.iter().find(|held| held.name == name) {
@@ -51,13 +51,14 @@ impl Holds {
         hold.freer.notify();
     }
 
-    /// Everything from here on is needed again, as far as it is there when this returns.
+    /// Lowers the hold to `from`. Everything from there on that exists when this returns stays held.
     pub(crate) fn lower(&self, hold: &Hold, from: Offset) {
         let _nothing_is_being_freed = lock(&self.0);
         hold.set(hold.get().min(from));
     }
 
-    /// As [`Holds::lower`], where that is still there: nothing before `earliest` is. `false`: it is not, and the hold stays as it is.
+    /// Lowers the hold to `from`, if the log still begins at or before it. Returns `false`, and leaves the hold
+    /// unchanged, if `from` is below `earliest`.
     pub(crate) fn reach(&self, hold: &Hold, from: Offset, earliest: impl FnOnce() -> Offset) -> bool {
         let _nothing_is_being_freed = lock(&self.0);
         let is_there = from >= earliest();
@@ -67,12 +68,12 @@ impl Holds {
         is_there
     }
 
-    /// Nothing from here on may be freed; `None` where nobody needs anything.
+    /// Returns the lowest hold: nothing from there on may be freed. Returns `None` if there are no holds.
     pub(crate) fn lowest(&self) -> Option<Offset> {
         lock(&self.0).iter().map(|hold| hold.get()).min()
     }
 
-    /// Frees what lies below `freed_to`, if nobody needs it; meanwhile nobody comes who does.
+    /// Calls `free` if no hold is below `freed_to`. No hold can be added or lowered while `free` runs.
     pub(crate) fn free<T>(&self, freed_to: Offset, free: impl FnOnce() -> T) -> Option<T> {
         let holds = lock(&self.0);
         let is_held = holds.iter().any(|hold| hold.get() < freed_to);
@@ -85,19 +86,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_hold_reaches_back_only_to_what_is_there() {
+    fn a_hold_can_be_lowered_only_to_offsets_still_held() {
         let holds = Holds::default();
         let freer = Arc::new(Signal::new());
         let hold = holds.hold("sink", Offset(50), &freer);
         assert!(!holds.reach(&hold, Offset(20), || Offset(30)));
-        assert_eq!(hold.get(), Offset(50), "retention goes on where nothing can be kept");
+        assert_eq!(hold.get(), Offset(50), "a failed attempt leaves the hold unchanged");
         assert!(holds.reach(&hold, Offset(30), || Offset(30)));
         assert!(holds.reach(&hold, Offset(40), || Offset(30)));
         assert_eq!(hold.get(), Offset(30));
     }
 
     #[test]
-    fn the_lowest_holds_until_it_moves_or_goes() {
+    fn the_lowest_hold_counts_until_it_is_moved_or_removed() {
         let holds = Holds::default();
         assert_eq!(holds.lowest(), None);
         let freer = Arc::new(Signal::new());
@@ -106,7 +107,7 @@ mod tests {
         assert_eq!(holds.lowest(), Some(Offset(10)));
         slow.set(Offset(60));
         assert_eq!(holds.lowest(), Some(Offset(50)));
-        assert!(Arc::ptr_eq(&fast, &holds.hold("fast", Offset(70), &freer)), "one of a name");
+        assert!(Arc::ptr_eq(&fast, &holds.hold("fast", Offset(70), &freer)), "one hold per name");
         assert_eq!(holds.lowest(), Some(Offset(60)));
         holds.remove(&slow);
         assert_eq!(holds.lowest(), Some(Offset(70)));

@@ -1,5 +1,5 @@
-//! The store's manifest (what is fixed when a store is created, and the event types it has seen) and
-//! each shard's span (which segments must exist). Small binary files with a CRC; see `FORMAT.md`.
+//! The manifest of a store (the properties that are fixed when it is created, and its event types) and the span of a shard (the
+//! segments that must exist): `FORMAT.md` §3 and §4. Also the names of a store's files and folders.
 
 use std::hash::{BuildHasher as _, Hasher as _, RandomState};
 use std::path::{Path, PathBuf};
@@ -8,35 +8,34 @@ use crate::clock::wall_now;
 use crate::config::{SEGMENT_BYTES, SHARDS_MAX};
 use crate::error::{ConfigError, OpenError};
 use crate::event::{Event, EventType, EventTypeId, Root, ShardId};
-use crate::log::format::{FORMAT_VERSION, OFFSETS_END, archive_fingerprint};
-use crate::storage::framed::{u16_at, u32_at, u64_at};
+use crate::log::format::{OFFSETS_END, archive_fingerprint};
+use crate::storage::framed::{Frame, FrameError, Reader};
 use crate::storage::{Storage, replace};
 
-const MANIFEST_MAGIC: [u8; 8] = *b"corelman";
-const SPAN_MAGIC: [u8; 8] = *b"corelspn";
 /// The manifest's file name.
 pub(crate) const MANIFEST: &str = "manifest";
 /// The span's file name.
 pub(crate) const SPAN: &str = "span";
-const MANIFEST_FIXED_BYTES: usize = 48;
-const SPAN_BYTES: usize = 32;
+/// A manifest without event types.
+const MANIFEST_FRAME: Frame = Frame { magic: *b"corelman", bytes_min: 52 };
+const SPAN_FRAME: Frame = Frame { magic: *b"corelspn", bytes_min: 32 };
 /// A name's length is stored in two bytes.
 const NAME_BYTES_MAX: usize = u16::MAX as usize;
 
-/// What a store is.
+/// The properties of a store.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Manifest {
-    /// Drawn at random when the store is created, never 0: tells this store from every other.
+    /// Drawn at random when the store is created, never 0. Tells this store from every other.
     pub(crate) store_id: u64,
     pub(crate) shards: u16,
     pub(crate) segment_bytes: u64,
-    /// Size and alignment of an archived event's root; zeros where that is not known.
+    /// Size and alignment of an archived event's root; zeros if unknown.
     pub(crate) root: Root,
-    /// Every layout ever declared for the store: id, schema version, name; several versions of one type in the order they came.
+    /// Every layout ever declared for the store. The versions of a type are in the order of their declaration.
     pub(crate) types: Vec<StoredType>,
 }
 
-/// An event type as the manifest has it.
+/// An event type in the manifest.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct StoredType {
     pub(crate) id: EventTypeId,
@@ -46,65 +45,55 @@ pub(crate) struct StoredType {
 
 impl Manifest {
     pub(crate) fn encode(&self) -> Vec<u8> {
-        let mut out = Vec::new();
-        out.extend(MANIFEST_MAGIC);
-        out.extend(FORMAT_VERSION.to_le_bytes());
-        out.extend(archive_fingerprint().to_le_bytes());
-        out.extend(self.shards.to_le_bytes());
-        out.extend(self.root.align.to_le_bytes());
-        out.extend([0; 4]);
-        out.extend(self.segment_bytes.to_le_bytes());
-        out.extend((self.types.len() as u32).to_le_bytes());
-        out.extend(self.root.bytes.to_le_bytes());
-        out.extend(self.store_id.to_le_bytes());
-        debug_assert_eq!(out.len(), MANIFEST_FIXED_BYTES);
+        let mut out = MANIFEST_FRAME.begin();
+        out.u32(archive_fingerprint());
+        out.u16(self.shards);
+        out.u16(self.root.align);
+        out.zeros(4);
+        out.u64(self.segment_bytes);
+        out.u32(self.types.len() as u32);
+        out.u32(self.root.bytes);
+        out.u64(self.store_id);
         for t in &self.types {
-            out.extend(t.id.0.to_le_bytes());
-            out.extend(t.schema_version.to_le_bytes());
-            out.extend((t.name.len() as u16).to_le_bytes());
-            out.extend(t.name.as_bytes());
+            out.u16(t.id.0);
+            out.u16(t.schema_version);
+            out.u16(t.name.len() as u16);
+            out.bytes(t.name.as_bytes());
         }
-        let crc = crc32c::crc32c(&out);
-        out.extend(crc.to_le_bytes());
-        out
+        out.seal()
     }
 
     pub(crate) fn decode(path: &Path, bytes: &[u8]) -> Result<Self, OpenError> {
-        let foreign = |why| OpenError::ForeignFile { path: path.to_owned(), why };
-        let body = checked(path, bytes, MANIFEST_MAGIC, MANIFEST_FIXED_BYTES)?;
-        let archive = u32_at(body, 12);
-        if archive != archive_fingerprint() {
-            return Err(OpenError::ArchiveFormat {
-                path: path.to_owned(),
-                found: archive,
-                known: archive_fingerprint(),
-            });
+        let of_file = |error: FrameError| error.of_file(path);
+        let mut fields = MANIFEST_FRAME.open(bytes).map_err(of_file)?;
+        let (found, known) = (fields.u32().map_err(of_file)?, archive_fingerprint());
+        if found != known {
+            return Err(OpenError::ArchiveFormat { path: path.to_owned(), found, known });
         }
-        let mut types = Vec::new();
-        let mut rest = &body[MANIFEST_FIXED_BYTES..];
-        for _ in 0..u32_at(body, 32) {
-            if rest.len() < 6 || rest.len() < 6 + usize::from(u16_at(rest, 4)) {
-                return Err(foreign("the manifest's type list is cut short"));
-            }
-            let (name, after) = rest[6..].split_at(usize::from(u16_at(rest, 4)));
-            let name = std::str::from_utf8(name).map_err(|_| foreign("a type name in the manifest is not UTF-8"))?;
-            types.push(StoredType {
-                id: EventTypeId(u16_at(rest, 0)),
-                schema_version: u16_at(rest, 2),
-                name: name.to_owned(),
-            });
-            rest = after;
-        }
-        let root = Root { bytes: u32_at(body, 36), align: u16_at(body, 18) };
-        let manifest =
-            Self { store_id: u64_at(body, 40), shards: u16_at(body, 16), segment_bytes: u64_at(body, 24), root, types };
-        if !rest.is_empty() {
-            return Err(foreign("the manifest goes on behind its type list"));
-        }
-        manifest.impossible().map_or(Ok(manifest), |why| Err(foreign(why)))
+        Self::read(fields).map_err(of_file)
     }
 
-    /// What no program writes, if it says such a thing: a CRC that holds makes no number right.
+    /// Reads the fields after the archive fingerprint.
+    fn read(mut fields: Reader<'_>) -> Result<Self, FrameError> {
+        let (shards, align) = (fields.u16()?, fields.u16()?);
+        fields.bytes(4)?;
+        let (segment_bytes, types) = (fields.u64()?, fields.u32()?);
+        let root = Root { bytes: fields.u32()?, align };
+        let store_id = fields.u64()?;
+        let read_type = |fields: &mut Reader<'_>| {
+            let (id, schema_version) = (EventTypeId(fields.u16()?), fields.u16()?);
+            let name_bytes = fields.u16()?;
+            let name = std::str::from_utf8(fields.bytes(usize::from(name_bytes))?);
+            let name = name.map_err(|_| "a type name in the manifest is not UTF-8")?.to_owned();
+            Ok(StoredType { id, schema_version, name })
+        };
+        let types = (0..types).map(|_| read_type(&mut fields)).collect::<Result<_, FrameError>>()?;
+        fields.end()?;
+        let manifest = Self { store_id, shards, segment_bytes, root, types };
+        manifest.impossible().map_or(Ok(manifest), |why| Err(why.into()))
+    }
+
+    /// Returns the first property that no build writes. A matching CRC makes no number valid.
     fn impossible(&self) -> Option<&'static str> {
         if !(1..=SHARDS_MAX).contains(&self.shards) {
             return Some("the manifest's number of shards is out of range");
@@ -118,21 +107,21 @@ impl Manifest {
         let Root { bytes, align } = self.root;
         let is_known = align.is_power_of_two() && bytes.is_multiple_of(u32::from(align));
         if self.root != Root::default() && !is_known {
-            return Some("the manifest's size and alignment of an event do not fit");
+            return Some("in the manifest, the size of an event is not a multiple of its alignment");
         }
         for (i, t) in self.types.iter().enumerate() {
             let mut before = self.types[..i].iter();
             if t.id.0 == 0 || before.any(|o| (o.id, o.schema_version) == (t.id, t.schema_version)) {
-                return Some("the manifest's type list has an id twice, or the id 0");
+                return Some("the manifest lists a layout twice, or the event type id 0");
             }
             if self.types[..i].iter().any(|o| (o.id == t.id) != (o.name == t.name)) {
-                return Some("the manifest's type list has two names of one id, or two ids of one name");
+                return Some("the manifest lists two names of one event type id, or two ids of one name");
             }
         }
         None
     }
 
-    /// The store's manifest, or `None` where there is no store yet.
+    /// Loads the manifest of the store in `dir`, or `None` if there is no store yet.
     pub(crate) fn load(storage: &dyn Storage, dir: &Path) -> Result<Option<Self>, OpenError> {
         let path = dir.join(MANIFEST);
         match storage.read(&path) {
@@ -150,11 +139,11 @@ impl Manifest {
         })
     }
 
-    /// Takes in the types a program declares. `true` when something is new and the manifest must be saved.
+    /// Adds the types that a program declares. Returns `true` if the manifest has changed and must be saved.
     pub(crate) fn declare<E: Event>(&mut self) -> Result<bool, OpenError> {
         let root = Root::of::<E>();
         let mut changed = self.root != root;
-        // The size is that of the newest layouts; an older program is refused for what it finds.
+        // The stored size is that of the newest layouts. An older program is refused later, for the records that it finds.
         let newest = |id| self.types.iter().filter(|t| t.id == id).map(|t| t.schema_version).max();
         let is_as_stored = |declared: &&EventType| newest(declared.id) == Some(declared.schema_version);
         if changed
@@ -186,47 +175,43 @@ impl Manifest {
                 let (name, stored) = (declared.name.to_owned(), stored.id);
                 return Err(OpenError::EventTypeRenumbered { name, stored, declared: declared.id });
             }
-            match self.types.iter().find(|t| t.id == declared.id) {
-                Some(stored) if stored.name != declared.name => {
-                    return Err(OpenError::EventTypeRenamed {
-                        event_type: declared.id,
-                        stored: stored.name.clone(),
-                        declared: declared.name.to_owned(),
-                    });
-                }
-                Some(_)
-                    if self
-                        .types
-                        .iter()
-                        .any(|t| t.id == declared.id && t.schema_version == declared.schema_version) => {}
-                _ => {
-                    changed = true;
-                    self.types.push(StoredType {
-                        id: declared.id,
-                        schema_version: declared.schema_version,
-                        name: declared.name.to_owned(),
-                    });
-                }
+            if let Some(stored) = self.types.iter().find(|t| t.id == declared.id && t.name != declared.name) {
+                return Err(OpenError::EventTypeRenamed {
+                    event_type: declared.id,
+                    stored: stored.name.clone(),
+                    declared: declared.name.to_owned(),
+                });
+            }
+            let (id, schema_version) = (declared.id, declared.schema_version);
+            if !self.types.iter().any(|t| (t.id, t.schema_version) == (id, schema_version)) {
+                changed = true;
+                self.types.push(StoredType { id, schema_version, name: declared.name.to_owned() });
             }
         }
-        for (i, upcaster) in E::UPCASTERS.iter().enumerate() {
-            let (event_type, schema_version) = (upcaster.event_type, upcaster.schema_version);
-            let older = E::TYPES.iter().any(|t| t.id == event_type && schema_version < t.schema_version);
-            let mut before = E::UPCASTERS[..i].iter();
-            if !older || before.any(|u| (u.event_type, u.schema_version) == (event_type, schema_version)) {
-                return Err(ConfigError::UselessUpcaster { event_type, schema_version }.into());
-            }
-        }
+        check_upcasters::<E>()?;
         Ok(changed)
     }
 
-    /// A type's name, or `?` for one the manifest does not know.
+    /// Returns the name of an event type, or `?` if the manifest does not list it.
     pub(crate) fn type_name(&self, id: EventTypeId) -> &str {
         self.types.iter().find(|t| t.id == id).map_or("?", |t| &t.name)
     }
 }
 
-/// Which segments of a shard must exist: `first..=last` (the last may not have been used yet).
+/// Checks that every upcaster reads an older version of a declared type, and that no two read the same one.
+fn check_upcasters<E: Event>() -> Result<(), ConfigError> {
+    for (i, upcaster) in E::UPCASTERS.iter().enumerate() {
+        let (event_type, schema_version) = (upcaster.event_type, upcaster.schema_version);
+        let is_older = E::TYPES.iter().any(|t| t.id == event_type && schema_version < t.schema_version);
+        let mut before = E::UPCASTERS[..i].iter();
+        if !is_older || before.any(|u| (u.event_type, u.schema_version) == (event_type, schema_version)) {
+            return Err(ConfigError::UselessUpcaster { event_type, schema_version });
+        }
+    }
+    Ok(())
+}
+
+/// The segments of a shard that must exist: `first..=last`. The last ones may be prepared and not yet begun.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Span {
     pub(crate) first: u64,
@@ -235,32 +220,26 @@ pub(crate) struct Span {
 
 impl Span {
     pub(crate) fn encode(&self) -> Vec<u8> {
-        let mut out = Vec::new();
-        out.extend(SPAN_MAGIC);
-        out.extend(FORMAT_VERSION.to_le_bytes());
-        out.extend(self.first.to_le_bytes());
-        out.extend(self.last.to_le_bytes());
-        let crc = crc32c::crc32c(&out);
-        out.extend(crc.to_le_bytes());
-        debug_assert_eq!(out.len(), SPAN_BYTES);
-        out
+        let mut out = SPAN_FRAME.begin();
+        out.u64(self.first);
+        out.u64(self.last);
+        out.seal()
     }
 
-    /// The span of a shard whose segments have this size.
+    /// Reads the span of a shard with segments of `segment_bytes`.
     pub(crate) fn decode(path: &Path, bytes: &[u8], segment_bytes: u64) -> Result<Self, OpenError> {
-        let foreign = |why| OpenError::ForeignFile { path: path.to_owned(), why };
-        let body = checked(path, bytes, SPAN_MAGIC, SPAN_BYTES - 4)?;
-        if body.len() != SPAN_BYTES - 4 {
-            return Err(foreign("the span has another length"));
-        }
-        let span = Self { first: u64_at(body, 12), last: u64_at(body, 20) };
-        if span.first > span.last {
-            return Err(foreign("the span ends before it begins"));
-        }
-        if span.last >= OFFSETS_END / segment_bytes {
-            return Err(foreign("the span lies beyond the last offset"));
-        }
-        Ok(span)
+        let read = |mut fields: Reader<'_>| {
+            let span = Self { first: fields.u64()?, last: fields.u64()? };
+            fields.end()?;
+            if span.first > span.last {
+                return Err("the span's last segment is before its first".into());
+            }
+            if span.last >= OFFSETS_END / segment_bytes {
+                return Err("the span reaches beyond the last offset".into());
+            }
+            Ok(span)
+        };
+        SPAN_FRAME.open(bytes).and_then(read).map_err(|error| error.of_file(path))
     }
 
     pub(crate) fn load(storage: &dyn Storage, shard_dir: &Path, segment_bytes: u64) -> Result<Option<Self>, OpenError> {
@@ -277,31 +256,6 @@ impl Span {
     }
 }
 
-/// Checks magic, version and CRC; returns the content without its CRC.
-pub(crate) fn checked<'a>(
-    path: &Path,
-    bytes: &'a [u8],
-    magic: [u8; 8],
-    bytes_min: usize,
-) -> Result<&'a [u8], OpenError> {
-    let foreign = |why| OpenError::ForeignFile { path: path.to_owned(), why };
-    if bytes.len() < bytes_min + 4 {
-        return Err(foreign("the file is cut short"));
-    }
-    if bytes[..8] != magic {
-        return Err(foreign("wrong magic"));
-    }
-    let (body, crc) = bytes.split_at(bytes.len() - 4);
-    let version = u32_at(body, 8);
-    if crc32c::crc32c(body) == u32_at(crc, 0) {
-        if version == FORMAT_VERSION {
-            return Ok(body);
-        }
-        return Err(OpenError::UnknownFormat { path: path.to_owned(), found: version, known: FORMAT_VERSION });
-    }
-    Err(foreign("its CRC does not hold"))
-}
-
 /// The folder of one shard.
 pub(crate) fn shard_dir(dir: &Path, shard: ShardId) -> PathBuf {
     dir.join(format!("shard-{:04}", shard.0))
@@ -312,7 +266,7 @@ pub(crate) fn segment_name(index: u64) -> String {
     format!("{index:012}.seg")
 }
 
-/// The number of a segment's file name, if it is one.
+/// Returns the index of the segment with this file name, or `None` if it is not the name of a segment.
 pub(crate) fn segment_index(name: &str) -> Option<u64> {
     let digits = name.strip_suffix(".seg")?;
     if digits.len() != 12 || !digits.bytes().all(|b| b.is_ascii_digit()) {
@@ -321,21 +275,21 @@ pub(crate) fn segment_index(name: &str) -> Option<u64> {
     digits.parse().ok()
 }
 
-/// Whether a text may be the name of a consumer or a gate, which is that of its folder.
+/// Returns `true` if a consumer or a gate may have this name, which is also the name of its folder.
 pub(crate) fn is_folder_name(text: &str) -> bool {
     let fits = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || b"._-".contains(&byte);
     (1..=64).contains(&text.len()) && !text.starts_with('.') && text.bytes().all(fits)
 }
 
-/// Where a new segment is made before it gets its name.
+/// The name of a new segment until it is prepared.
 pub(crate) const FRESH: &str = "fresh.tmp";
 
-/// A salt that no earlier life of the file had: random per process, different per segment.
+/// Returns a new salt for segment `index`: random, never 0. An earlier life of the file has the same one with probability 2⁻³².
 pub(crate) fn fresh_salt(index: u64) -> u32 {
     (random(index) as u32).max(1)
 }
 
-/// A number for a new store, never 0.
+/// Returns a random id for a new store, never 0.
 pub(crate) fn fresh_id() -> u64 {
     random(0).max(1)
 }
@@ -347,13 +301,13 @@ fn random(seed: u64) -> u64 {
     hasher.finish()
 }
 
-/// The number of a file that waits to be written again, if the name is that of one.
+/// Returns the number of the spare with this file name, or `None` if it is not the name of a spare.
 pub(crate) fn spare_number(name: &str) -> Option<u64> {
     let digits = name.strip_prefix("spare-")?.strip_suffix(".seg")?;
     if !digits.bytes().all(|b| b.is_ascii_digit()) {
         return None;
     }
-    // Counted on from the highest: a name beyond what is ever counted to is not of a spare.
+    // New spares are numbered from the highest one. No store ever reaches this bound, so the file is not a spare.
     digits.parse().ok().filter(|&number| number < 1 << 48)
 }
 
@@ -388,7 +342,7 @@ mod tests {
     }
 
     #[test]
-    fn names_are_those_of_plain_folders() {
+    fn only_short_lower_case_names_without_a_leading_dot_are_folder_names() {
         for name in ["a", "mail-2.x_y", &"x".repeat(64)] {
             assert!(is_folder_name(name), "{name}");
         }

@@ -1,7 +1,7 @@
 //! The log: one directory of fixed-size segments per shard. `FORMAT.md` is the specification.
 //!
-//! One writer: the owning shard. Bytes below the `appended` watermark never change while any thread
-//! can see them; bytes below `durable` have been synced.
+//! One writer: the owning shard. Bytes below the `appended` watermark never change while any thread can see them; bytes
+//! below `durable` have been synced.
 
 pub(crate) mod access;
 pub(crate) mod finder;
@@ -14,3 +14,6 @@ pub mod scan;
 pub(crate) mod seal;
 pub(crate) mod segment;
 pub(crate) mod writer;
+
+pub use position::Position;
+pub use reader::{Reader, Record};

@@ -1,8 +1,9 @@
-//! A position in one shard's log that identifies the log: a follower saves it beside the data made of the events.
+//! A position in one shard's log that also identifies the log. A follower saves it beside the data made from the
+//! events.
 //!
-//! Writers: none; a position is made by a reader and never changes. It names the store, and the last event before it with that
-//! event's CRC. The CRC is seeded with its segment's salt and covers the event's time, so a log that went another way since (a copy
-//! that was put back, a tail that was lost and written anew) has another one there.
+//! Immutable: a reader creates it. It names the store, and the last event before it with the CRC of that event. The CRC
+//! is seeded with the salt of its segment and covers the event's time. So a log with another history since (restored
+//! from a copy, or with a lost tail written anew) has another CRC there.
 //!
 //! ```text
 //!  0 store u64    8 offset u64   16 last u64   24 sequence u64   32 check u32   36 shard u16   38 version u16
@@ -15,23 +16,24 @@ use std::sync::Arc;
 use crate::error::{PositionError, ReadError};
 use crate::event::{Offset, Sequence, ShardId};
 use crate::log::finder::Finder;
+use crate::log::format::is_offset;
 use crate::log::segment::ShardLog;
 use crate::storage::Lock;
 use crate::storage::framed::{u16_at, u32_at, u64_at};
-use crate::storage::memory::{ALIGN, padded};
+use crate::storage::memory::padded;
 
-/// Of the layout of [`Position::to_bytes`].
+/// The version of the layout of [`Position::to_bytes`].
 const VERSION: u16 = 1;
 
-/// A position in one shard's log, to be saved beside the data made of the events before it, and to be checked when reading goes on
-/// there: [`crate::Engine::reader_from`], [`crate::consumer::Sink::position`].
+/// A position in one shard's log. Save it beside the data made from the events before it. It is verified when reading
+/// continues there: [`crate::Engine::reader_from`], [`crate::consumer::Sink::position`].
 ///
-/// Opaque: [`Position::BYTES`] bytes for a blob column, or as text ([`fmt::Display`] and [`FromStr`]) twice as many hexadecimal digits.
-/// Both are the same for ever.
+/// Opaque. Store its [`Position::BYTES`] bytes in a blob column, or its text ([`fmt::Display`] and [`FromStr`]) with
+/// two hexadecimal digits per byte. Both encodings are fixed for ever.
 ///
 /// ```
-/// # use corelane::Position;
-/// # fn example(position: Position) -> Result<(), corelane::PositionError> {
+/// # use corelane::log::Position;
+/// # fn example(position: Position) -> Result<(), corelane::error::PositionError> {
 /// assert_eq!(Position::from_bytes(&position.to_bytes())?, position);
 /// assert_eq!(position.to_string().parse::<Position>()?, position);
 /// # Ok(()) }
@@ -41,24 +43,25 @@ pub struct Position {
     store: u64,
     shard: ShardId,
     pub(super) offset: Offset,
-    /// The last event before `offset`; 0: none was known.
+    /// The last event before `offset`; 0 if unknown.
     pub(super) last: Offset,
     /// The CRC word of the record at `last`.
     check: u32,
-    /// Of the next event.
+    /// The sequence of the next event.
     pub(super) sequence: Sequence,
 }
 
 impl Position {
-    /// The length of [`Position::to_bytes`].
+    /// The length of [`Position::to_bytes`] in bytes.
     pub const BYTES: usize = 40;
 
-    /// Before the first event there ever was of `shard`, or where nothing is known of what lies before `offset`.
+    /// A position without a last event: at the beginning of a shard's log, or where the events before `offset` are
+    /// unknown.
     pub(crate) fn unwitnessed(store: u64, shard: ShardId, offset: Offset, sequence: Sequence) -> Self {
         Self { store, shard, offset, last: Offset(0), check: 0, sequence }
     }
 
-    /// Behind the event at `last`, whose CRC word is `check`.
+    /// The position after the event at `last`, whose CRC word is `check`.
     pub(crate) fn behind(
         store: u64,
         shard: ShardId,
@@ -69,42 +72,42 @@ impl Position {
         Self { store, shard, offset, last, check, sequence }
     }
 
-    /// The store it was taken in.
+    /// Returns the id of the store that the position belongs to.
     #[must_use]
     pub fn store(&self) -> u64 {
         self.store
     }
 
-    /// The shard.
+    /// Returns the shard.
     #[must_use]
     pub fn shard(&self) -> ShardId {
         self.shard
     }
 
-    /// Where reading goes on.
+    /// Returns the offset at which reading continues.
     #[must_use]
     pub fn offset(&self) -> Offset {
         self.offset
     }
 
-    /// The sequence of the next event: how many the shard had before it.
+    /// Returns the sequence of the next event: the number of events of the shard before it.
     #[must_use]
     pub fn sequence(&self) -> Sequence {
         self.sequence
     }
 
-    /// The position cut at the log's `end`, because everything behind that was lost.
+    /// Returns the position limited to the log's `end`, after everything beyond it was lost.
     pub(crate) fn cut(self, end: Offset) -> Self {
         let (offset, last) = (self.offset.min(end), self.last);
         if last < end { Self { offset, ..self } } else { Self { offset, last: Offset(0), check: 0, ..self } }
     }
 
-    /// The last event before it and its CRC word; 0: none is known.
+    /// Returns the last event before the position and its CRC word; 0 if unknown.
     pub(crate) fn last(&self) -> (Offset, u32) {
         (self.last, self.check)
     }
 
-    /// The bytes to be saved.
+    /// Encodes the position as bytes.
     #[must_use]
     pub fn to_bytes(&self) -> [u8; Self::BYTES] {
         let mut out = [0; Self::BYTES];
@@ -117,29 +120,28 @@ impl Position {
         out
     }
 
-    /// The position that was saved as these bytes.
+    /// Decodes a position from the bytes of [`Position::to_bytes`].
     ///
     /// # Errors
-    /// `Malformed`.
+    /// Returns [`PositionError::Malformed`] if the bytes are not a position.
     pub fn from_bytes(bytes: &[u8]) -> Result<Self, PositionError> {
         let malformed = |why| PositionError::Malformed { why };
         if bytes.len() != Self::BYTES {
-            return Err(malformed("it has another length"));
+            return Err(malformed("it does not have 40 bytes"));
         }
         if u16_at(bytes, 38) != VERSION {
-            return Err(malformed("it is of a version this build does not know"));
+            return Err(malformed("it has a version that this build does not know"));
         }
         let (offset, last) = (Offset(u64_at(bytes, 8)), Offset(u64_at(bytes, 16)));
-        let is_place = |offset: Offset| offset.0.is_multiple_of(ALIGN as u64);
-        if !is_place(offset) || !is_place(last) || (last >= offset && last.0 > 0) {
-            return Err(malformed("no event can lie where it says"));
+        if !is_offset(offset) || !is_offset(last) || (last >= offset && last.0 > 0) {
+            return Err(malformed("no event can be at its offsets"));
         }
         let (store, sequence, check) = (u64_at(bytes, 0), Sequence(u64_at(bytes, 24)), u32_at(bytes, 32));
         Ok(Self { store, shard: ShardId(u16_at(bytes, 36)), offset, last, check, sequence })
     }
 
-    /// Checks that it is a position of `log`: of its store and shard, not beyond its end, and with its event before it. Where retention
-    /// has freed that event, only the store, the shard and the end are compared.
+    /// Verifies that this is a position of `log`: that it has the log's store and shard, is not beyond its end, and
+    /// that the event before it matches. If retention has freed that event, only store, shard and end are compared.
     pub(crate) fn check(&self, log: &Arc<ShardLog>, lock: &Arc<dyn Lock>) -> Result<(), ReadError> {
         let (shard, position) = (log.shard, self.offset);
         if self.store != log.store {
@@ -159,9 +161,11 @@ impl Position {
         let mut finder = Finder::new(Arc::clone(log), Arc::clone(lock));
         let place = match finder.find(self.last) {
             Ok(place) => place,
-            // It was freed just now.
+            // Retention freed it just now.
             Err(ReadError::BeyondRetention { .. }) => return Ok(()),
-            Err(ReadError::NotARecord { .. }) => return Err(other("no event lies where the last one before it lay")),
+            Err(ReadError::NotARecord { .. }) => {
+                return Err(other("there is no event at the offset of its last event"));
+            }
             Err(error) => return Err(error),
         };
         match self.does_not_follow(place.len, finder.check_word(&place)) {
@@ -170,13 +174,14 @@ impl Position {
         }
     }
 
-    /// Why the record at `last`, of this length and with this CRC word, is not the one before it, if so.
+    /// Returns why the record at `last`, with this length and CRC word, is not the event before the position, or `None`
+    /// if it is.
     pub(crate) fn does_not_follow(&self, len: usize, check_word: Option<u32>) -> Option<&'static str> {
         if check_word != Some(self.check) {
-            return Some("the last event before it is another one");
+            return Some("the last event before it differs");
         }
         let is_before = self.last.0 + padded(len) as u64 <= self.offset.0;
-        (!is_before).then_some("the last event before it reaches beyond it")
+        (!is_before).then_some("the last event before it ends beyond it")
     }
 }
 
@@ -192,12 +197,13 @@ impl FromStr for Position {
     fn from_str(text: &str) -> Result<Self, PositionError> {
         let malformed = |why| PositionError::Malformed { why };
         if text.len() != 2 * Self::BYTES || !text.bytes().all(|digit| digit.is_ascii_hexdigit()) {
-            return Err(malformed("it is not of 80 hexadecimal digits"));
+            return Err(malformed("it does not have 80 hexadecimal digits"));
         }
         let mut bytes = [0; Self::BYTES];
         for (byte, digits) in bytes.iter_mut().zip(text.as_bytes().chunks_exact(2)) {
-            let digits = std::str::from_utf8(digits).map_err(|_| malformed("it is not of 80 hexadecimal digits"))?;
-            *byte = u8::from_str_radix(digits, 16).map_err(|_| malformed("it is not of 80 hexadecimal digits"))?;
+            let digits =
+                std::str::from_utf8(digits).map_err(|_| malformed("it does not have 80 hexadecimal digits"))?;
+            *byte = u8::from_str_radix(digits, 16).map_err(|_| malformed("it does not have 80 hexadecimal digits"))?;
         }
         Self::from_bytes(&bytes)
     }
@@ -213,7 +219,7 @@ mod tests {
     }
 
     #[test]
-    fn bytes_and_text_are_frozen() {
+    fn the_encodings_as_bytes_and_text_are_fixed() {
         let text = "0807060504030201102000000000000000100000000000001100000000000000\
                     0d0c0b0a03000100";
         assert_eq!(example().to_string(), text);
@@ -222,7 +228,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_position_is_refused() {
+    fn malformed_bytes_and_texts_are_refused() {
         let bytes = example().to_bytes();
         for len in 0..bytes.len() {
             assert!(Position::from_bytes(&bytes[..len]).is_err(), "{len} bytes");

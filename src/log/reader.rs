@@ -1,4 +1,4 @@
-//! Reads a shard's log in place, also while the shard writes. Any thread; sees what is `appended`.
+//! Reads a shard's log in place, even while the shard writes. Used by any thread; sees the log up to `appended`.
 
 use std::marker::PhantomData;
 use std::sync::Arc;
@@ -7,7 +7,7 @@ use std::task::Waker;
 use crate::error::{Corruption, PositionError, ReadError};
 use crate::event::{Event, Meta, Offset, Sequence, ShardId, Time};
 use crate::log::access::Access;
-use crate::log::format::{Found, RECORD_HEADER_BYTES, RecordHeader, Seam, record_at};
+use crate::log::format::{RECORD_HEADER_BYTES, RecordAt, RecordHeader, Seam, record_at};
 use crate::log::position::Position;
 use crate::log::segment::{Segment, ShardLog};
 use crate::storage::Lock;
@@ -15,17 +15,17 @@ use crate::storage::framed::u32_at;
 use crate::storage::memory::Memory;
 use crate::storage::memory::padded;
 
-/// What [`Reader::walk`] meets.
+/// An item passed to the callback of [`Reader::walk`].
 pub(crate) enum Walked<'a> {
-    /// A record other than a mark, in `memory`.
+    /// A record that is not a mark, in `memory`.
     Record { memory: &'a Memory, at: usize, len: usize, header: &'a RecordHeader, offset: Offset },
-    /// The last record of this memory has been handed out.
+    /// The end of this memory: its last record has been passed.
     SegmentEnd(&'a Memory),
 }
 
-/// One event in place: borrowed from the segment it lies in.
+/// One event in place, borrowed from its segment.
 pub struct Record<'a, E: Event> {
-    /// What the log knows of it.
+    /// The metadata of the event.
     pub meta: Meta,
     /// The archived event.
     pub event: &'a E::Archived,
@@ -37,22 +37,33 @@ impl<E: Event> std::fmt::Debug for Record<'_, E> {
     }
 }
 
-/// A position in one shard's log that moves over its events.
+/// Reads the events of one shard's log in order.
 ///
-/// While it lives, the segment it stands in is not written again, so keep readers short-lived or moving. It also
-/// keeps the store locked: until it is dropped, opening the store again is [`crate::OpenError::Locked`].
+/// While a reader lives, the segment at its position is not written again, so keep readers short-lived or moving. A
+/// reader also keeps the store locked: until it is dropped, opening the store again fails with
+/// [`crate::OpenError::Locked`].
+///
+/// ```
+/// # use corelane::envelope::Envelope;
+/// # use corelane::{Reader, ReadError};
+/// # fn example(mut reader: Reader<Envelope>) -> Result<(), ReadError> {
+/// while let Some(record) = reader.next()? {
+///     println!("{} {}", record.meta.key, record.event.payload());
+/// }
+/// # Ok(()) }
+/// ```
 pub struct Reader<E: Event> {
     log: Arc<ShardLog>,
     segment: Option<Segment>,
     at: Offset,
-    /// The event passed last; 0: none yet.
+    /// The last event passed; 0 if none.
     last: Offset,
     sequence: u64,
     sight: Sight,
     access: Access,
     event: PhantomData<fn() -> E>,
-    /// The store's lock. A reader trusts what this process wrote, so while it lives no other engine may open
-    /// the store and write its segments again, also when its own engine is gone.
+    /// The store's lock. A reader trusts the bytes that this process wrote. While it lives, even after its engine is
+    /// dropped, no other engine may open the store and write its segments again.
     _lock: Arc<dyn Lock>,
 }
 
@@ -62,56 +73,56 @@ impl<E: Event> std::fmt::Debug for Reader<E> {
     }
 }
 
-/// How far a reader may see.
+/// The watermark up to which a reader may see the log.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Sight {
-    /// What is appended.
+    /// Everything appended.
     Appended,
-    /// What has been synced.
+    /// Everything synced.
     Durable,
 }
 
-/// What lies at the reader's position.
+/// The item at the reader's position.
 enum Step {
     Event(Ahead),
-    /// A record of the log's own.
+    /// A record of the log itself, with its length.
     Own(usize),
     NextSegment,
 }
 
-/// The event before which a reader stands.
+/// The event at a reader's position.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Ahead {
-    /// In its segment.
+    /// Its position in its segment, in bytes.
     at: usize,
     len: usize,
     pub(crate) header: RecordHeader,
 }
 
 impl<E: Event> Reader<E> {
-    /// At the earliest event still held.
+    /// Creates a reader at the earliest event still held.
     pub(crate) fn earliest(log: Arc<ShardLog>, lock: Arc<dyn Lock>) -> Self {
         let at = log.earliest();
         let (access, sight) = (Access::new::<E>(), Sight::Appended);
         Self { log, segment: None, at, last: Offset(0), sequence: 0, sight, access, event: PhantomData, _lock: lock }
     }
 
-    /// At the record that begins at `offset` (or at the end of the log).
+    /// Creates a reader at the record that begins at `offset`, or at the end of the log.
     pub(crate) fn at(log: Arc<ShardLog>, offset: Offset, lock: Arc<dyn Lock>) -> Result<Self, ReadError> {
         let earliest = log.earliest();
         let shard = log.shard;
         if offset < earliest {
             return Err(ReadError::BeyondRetention { shard, asked: offset, earliest });
         }
-        // The end of a segment filled to its last byte still belongs to that segment.
+        // The end of a completely filled segment still belongs to that segment.
         let start = log.first_offset(log.segment_of(Offset(offset.0.saturating_sub(1))));
         let mut reader = Self { at: start, ..Self::earliest(log, lock) };
-        // The sequence is not stored with a record, so it is counted from the segment's beginning.
+        // Records do not store their sequence, so it is counted from the beginning of the segment.
         while reader.at < offset {
             match reader.step()? {
                 Some(Step::Event(ahead)) => reader.pass(&ahead),
                 Some(Step::Own(len)) => reader.at.0 += padded(len) as u64,
-                // Behind the segment's end, unless that is a hole.
+                // `offset` is beyond the segment's end, unless `leave` reports a hole.
                 Some(Step::NextSegment) => {
                     reader.leave()?;
                     return Err(ReadError::NotARecord { shard, offset });
@@ -122,17 +133,17 @@ impl<E: Event> Reader<E> {
         if reader.at == offset { Ok(reader) } else { Err(ReadError::NotARecord { shard, offset }) }
     }
 
-    /// Where the next event will be read.
+    /// Returns the offset at which the next event will be read.
     #[must_use]
     pub fn offset(&self) -> Offset {
         self.at
     }
 
-    /// The next event, or `None` at the end of what is appended; call again later for more.
+    /// Returns the next event, or `None` at the end of the appended log. Later calls return events appended since.
     ///
     /// # Errors
-    /// `BeyondRetention` when the position was freed, `Corruption` when bytes that come from before
-    /// this process do not hold or are missing. The position stays: the next call says the same, and never what follows.
+    /// Returns `BeyondRetention` if the position was freed, and `Corruption` if bytes from before this process are
+    /// damaged or missing. The position does not move, so the next call returns the same error, never a later event.
     #[expect(clippy::should_implement_trait, reason = "lends from the reader, which Iterator cannot")]
     pub fn next(&mut self) -> Result<Option<Record<'_, E>>, ReadError> {
         match self.ahead(|_| true)? {
@@ -141,7 +152,7 @@ impl<E: Event> Reader<E> {
         }
     }
 
-    /// The event ahead, in place, and goes on behind it. Where its archive is not valid, the position stays.
+    /// Returns the event at the position in place, and moves past it. Does not move if the archive is invalid.
     #[inline]
     pub(crate) fn take(&mut self, ahead: &Ahead) -> Result<Record<'_, E>, ReadError> {
         let (meta, damage) = (self.meta(ahead), self.corruption("an archive is not valid"));
@@ -154,7 +165,7 @@ impl<E: Event> Reader<E> {
         Ok(Record { meta, event })
     }
 
-    /// Moves past events until one is wanted, by its header, and stands before it.
+    /// Moves to the next event whose header is wanted, and returns it without passing it.
     #[inline]
     pub(crate) fn ahead(
         &mut self,
@@ -171,19 +182,19 @@ impl<E: Event> Reader<E> {
         }
     }
 
-    /// What the log knows of the event ahead.
+    /// Returns the metadata of the event at the position.
     #[inline]
     pub(crate) fn meta(&self, ahead: &Ahead) -> Meta {
         ahead.header.meta(self.log.shard, self.at, Sequence(self.sequence))
     }
 
-    /// The event ahead, in place; `None` where its archive is not valid.
+    /// Returns the event at the position in place, or `None` if its archive is invalid.
     #[inline]
     pub(crate) fn event(&mut self, ahead: &Ahead) -> Option<&E::Archived> {
         self.access.event::<E>(&self.segment.as_ref()?.memory, ahead.at, ahead.len, &ahead.header)
     }
 
-    /// Goes on behind the event ahead.
+    /// Moves past the event at the position.
     #[inline]
     pub(crate) fn pass(&mut self, ahead: &Ahead) {
         self.last = self.at;
@@ -191,7 +202,7 @@ impl<E: Event> Reader<E> {
         self.sequence += 1;
     }
 
-    /// To see only so far.
+    /// Limits the reader to the watermark `sight`.
     pub(crate) fn with_sight(self, sight: Sight) -> Self {
         Self { sight, ..self }
     }
@@ -200,7 +211,7 @@ impl<E: Event> Reader<E> {
         self.log.shard
     }
 
-    /// Lets the log wake somebody when more may be seen. To be looked at again afterwards.
+    /// Registers a waker for the time when more events become visible. The caller must check again afterwards.
     pub(crate) fn register(&self, waker: &Waker) {
         let target = self.horizon().0 + 1;
         match self.sight {
@@ -209,14 +220,15 @@ impl<E: Event> Reader<E> {
         }
     }
 
-    /// Sequence of the next event; not exact before the first was looked at.
+    /// Returns the sequence of the next event. Not exact before the first step.
     pub(crate) fn sequence(&self) -> u64 {
         self.sequence
     }
 
-    /// Sequence of the next event, also where nothing was looked at yet.
+    /// Returns the sequence of the next event, exact even before the first step.
     pub(crate) fn sequence_here(&self) -> Sequence {
-        // Before the list: where it has no such segment even now, nothing lay behind the position when this was read.
+        // Read before the list: if the list still lacks the segment, no event was at or after the position at that
+        // moment.
         let of_log = self.log.sequence.get();
         if self.segment.is_some() || self.last.0 > 0 {
             return Sequence(self.sequence);
@@ -225,12 +237,12 @@ impl<E: Event> Reader<E> {
         Sequence(self.log.segment(index).map_or(of_log, |segment| segment.seam.sequence))
     }
 
-    /// The last event before the position that was passed or looked past; 0: none was.
+    /// Returns the last event passed; 0 if none.
     pub(crate) fn last(&self) -> Offset {
         self.last
     }
 
-    /// The CRC word of the event passed last; `None` where none was, or it was freed meanwhile.
+    /// Returns the CRC word of the last event passed, or `None` if there is none or it has been freed since.
     pub(crate) fn last_check(&self) -> Option<u32> {
         let index = self.log.segment_of(self.last);
         let own = self.segment.as_ref().filter(|segment| segment.index == index).cloned();
@@ -239,10 +251,10 @@ impl<E: Event> Reader<E> {
         segment.memory.read(at, RECORD_HEADER_BYTES).map(|head| u32_at(head, 4))
     }
 
-    /// Returns the position of the next event, to be saved. It identifies the log by the event before it.
+    /// Returns the position of the next event, to be saved. It identifies the log by the last event before it.
     ///
     /// # Errors
-    /// `BeyondRetention` when the event before it was freed meanwhile; what reading found.
+    /// Returns `BeyondRetention` if the event before it has been freed since, and otherwise the error of reading.
     pub fn position(&self) -> Result<Position, ReadError> {
         let (shard, sequence) = (self.log.shard, self.sequence_here());
         let behind = |reader: &Self| reader.last_check().map(|check| (reader.last, check));
@@ -251,7 +263,7 @@ impl<E: Event> Reader<E> {
             let earliest = self.log.earliest();
             return Err(ReadError::BeyondRetention { shard, asked: self.last, earliest });
         }
-        // Nothing was passed yet: the last event lies in a segment before.
+        // No event has been passed yet: the last event is in an earlier segment.
         let mut index = self.log.segment_of(Offset(self.at.0.saturating_sub(1)));
         while witness.is_none() && self.log.segment(index).is_some() {
             let mut before = Self {
@@ -277,7 +289,7 @@ impl<E: Event> Reader<E> {
         })
     }
 
-    /// As [`Reader::position`], of a reader that has gone on from `before`; for readers that hold back retention.
+    /// As [`Reader::position`], for a reader that has moved on from `before` and holds back retention.
     pub(crate) fn position_after(&self, before: &Position) -> Position {
         let witness = match before.last() {
             (last, _) if self.last > last => self.last_check().map(|check| (self.last, check)),
@@ -290,7 +302,7 @@ impl<E: Event> Reader<E> {
         }
     }
 
-    /// How far it may see now.
+    /// Returns the watermark up to which the reader may see the log now.
     #[inline]
     pub(crate) fn horizon(&self) -> Offset {
         Offset(match self.sight {
@@ -299,10 +311,10 @@ impl<E: Event> Reader<E> {
         })
     }
 
-    /// Looks at the position without moving it.
+    /// Returns the item at the position without moving.
     #[inline]
     fn step(&mut self) -> Result<Option<Step>, ReadError> {
-        // The watermark first: whatever lies below it is complete, whichever segment it is in.
+        // The watermark first: everything below it is complete, whichever segment it is in.
         let horizon = self.horizon().0;
         if self.at.0 >= horizon {
             return Ok(None);
@@ -313,7 +325,7 @@ impl<E: Event> Reader<E> {
         let Some(segment) = &self.segment else { return Ok(None) };
         let base = segment.index * self.log.segment_bytes;
         let at = (self.at.0 - base) as usize;
-        // In the segment being written only bytes below the watermark may be looked at.
+        // In the segment being written, only bytes below the watermark may be read.
         let end = (horizon - base).min(self.log.segment_bytes) as usize;
         let Some(tail) = segment.memory.read(at, end.min(segment.memory.committed()).saturating_sub(at)) else {
             return Ok(Some(Step::NextSegment));
@@ -325,9 +337,9 @@ impl<E: Event> Reader<E> {
             u32_at(tail, 0) as usize
         } else {
             match record_at(tail, segment.salt) {
-                Found::Record(len) => len,
-                Found::End => 0,
-                Found::Damaged(why) => return Err(self.corruption(why).into()),
+                RecordAt::Record(len) => len,
+                RecordAt::End => 0,
+                RecordAt::Damaged(why) => return Err(self.corruption(why).into()),
             }
         };
         if len == 0 {
@@ -358,12 +370,12 @@ impl<E: Event> Reader<E> {
         Ok(())
     }
 
-    /// Moves past events until one is wanted, and says when that was; only headers are looked at. Stands before it then.
+    /// Moves to the next event whose header is wanted, and returns its time. Reads only headers.
     pub(crate) fn seek(&mut self, is_wanted: impl FnMut(&RecordHeader) -> bool) -> Result<Option<Time>, ReadError> {
         Ok(self.ahead(is_wanted)?.map(|ahead| ahead.header.time))
     }
 
-    /// Hands every record below `until` to `take` (marks left out), and each segment's memory when it is left.
+    /// Passes every record below `until` except marks to `take`, and each segment's memory when the reader leaves it.
     pub(crate) fn walk(
         &mut self,
         until: Offset,
@@ -400,19 +412,20 @@ impl<E: Event> Reader<E> {
         Ok(())
     }
 
-    /// Goes over to the next segment, if the log goes on there from here.
+    /// Moves to the next segment, if the log continues there.
     #[cold]
     fn leave(&mut self) -> Result<(), ReadError> {
         let Some(segment) = &self.segment else { return Ok(()) };
-        // From the segment, not from the position: that of a segment filled to its last byte lies in the next.
+        // From the segment, not from the position: after a completely filled segment the position is already in the
+        // next one.
         let next = segment.index + 1;
         let here = Seam { end: self.at, salt: segment.salt, sequence: self.sequence };
         let start = self.log.first_offset(next);
         let Some(next) = self.log.segment(next) else {
             let (shard, earliest) = (self.log.shard, self.log.earliest());
             if start >= earliest {
-                // The watermark lies further on, and a segment is in the list before it does.
-                return Err(self.corruption("a zero length word lies before the end of the log").into());
+                // `appended` is further on, and a segment enters the list before `appended` reaches it.
+                return Err(self.corruption("a zero length word before the end of the log").into());
             }
             (self.at, self.segment) = (start, None);
             return Err(ReadError::BeyondRetention { shard, asked: start, earliest });
@@ -431,25 +444,25 @@ impl<E: Event> Reader<E> {
 }
 
 impl Position {
-    /// A reader that goes on here.
+    /// Creates a reader that continues at this position.
     ///
     /// # Errors
-    /// `Position` where it is none of this log's, `BeyondRetention` where it was freed.
+    /// Returns `Position` if the position does not belong to this log, and `BeyondRetention` if it was freed.
     pub(crate) fn reader<E: Event>(&self, log: &Arc<ShardLog>, lock: &Arc<dyn Lock>) -> Result<Reader<E>, ReadError> {
         self.check(log, lock)?;
         let (shard, position) = (log.shard, self.offset);
         let other = |why| ReadError::from(PositionError::OtherHistory { shard, position, why });
         let reader = Reader::at(Arc::clone(log), position, Arc::clone(lock));
         let reader = reader.map_err(|error| match error {
-            ReadError::NotARecord { .. } => other("no event ends there"),
+            ReadError::NotARecord { .. } => other("no event ends at its offset"),
             error => error,
         })?;
         let (sequence, last) = (reader.sequence_here(), reader.last());
         if sequence != self.sequence {
-            return Err(other("another number of events lies before it"));
+            return Err(other("the number of events before it differs"));
         }
         if last.0 > 0 && self.last.0 > 0 && last != self.last {
-            return Err(other("another event is the last one before it"));
+            return Err(other("the last event before it differs"));
         }
         Ok(reader)
     }

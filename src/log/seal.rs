@@ -1,34 +1,33 @@
-//! Sealing: records that are complete but for their CRC and length get both. CRC-32C, short inputs, several at once.
+//! Sealing: stores the CRC and the length of records that are otherwise complete. Computes the CRC-32C of several short
+//! records at once.
 //!
-//! The processor's instruction takes 8 bytes each cycle but answers after three, so one record alone waits most
-//! of the time. Four side by side do not. Long inputs go to the crate, which splits them likewise.
+//! The processor's CRC instruction accepts 8 bytes per cycle but has a latency of three cycles, so a single record
+//! mostly waits. Four records side by side do not. Long inputs go to the `crc32c` crate, which splits them in the same
+//! way.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-#[cfg(target_arch = "x86_64")]
-#[cfg(target_arch = "x86_64")]
-#[cfg(target_arch = "x86_64")]
 use crate::storage::memory::padded;
 
-/// The bytes of a header that the CRC does not cover: the length word and the CRC itself.
+/// The bytes at the beginning of a header that the CRC does not cover: the length word and the CRC itself.
 pub(crate) const UNSUMMED_BYTES: usize = 8;
 
-/// Records whose sums are computed side by side.
-pub(crate) const LANES: usize = 4;
+/// The number of records whose CRCs are computed side by side.
+pub(crate) const SIDE_BY_SIDE: usize = 4;
 
-/// From this length on, splitting one input pays more than what it costs.
+/// From this length in bytes on, splitting one input gains more than it costs.
 #[cfg(target_arch = "x86_64")]
 const LONG_BYTES: usize = 1024;
 
-/// Seals, in order, the records of these exact lengths that stand one behind the other in `bytes`, with sums begun with `seed`.
-/// For a processor that has the instruction.
+/// Seals, in order, the adjacent records of these exact lengths in `bytes`. Their CRCs start from `seed`. Requires SSE
+/// 4.2.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "sse4.2")]
 pub(crate) fn each(seed: u32, bytes: &mut [u8], lens: &[u32]) {
     let len = lens.first().copied().unwrap_or_default();
     let differing = lens.iter().fold(0, |differing, other| differing | (other ^ len));
-    if differing == 0 && lens.len().is_multiple_of(LANES) {
-        // Events of one size, most often; the sizes that an enum's archive usually has get straight code.
+    if differing == 0 && lens.len().is_multiple_of(SIDE_BY_SIDE) {
+        // Usually all events have one size. The usual archive sizes of an enum get straight-line code.
         match len {
             64 => return of_size::<64>(seed, bytes),
             80 => return of_size::<80>(seed, bytes),
@@ -51,14 +50,14 @@ pub(crate) fn each(seed: u32, bytes: &mut [u8], lens: &[u32]) {
     }
 }
 
-/// Seals records of this length, as many as a multiple of four.
+/// Seals records of this one length. Their number is a multiple of four.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "sse4.2")]
 #[inline(never)]
 fn of_size<const BYTES: usize>(seed: u32, bytes: &mut [u8]) {
-    for four in bytes.as_chunks_mut::<BYTES>().0.as_chunks_mut::<LANES>().0 {
-        let [mut sum_a, mut sum_b, mut sum_c, mut sum_d] = [u64::from(!seed); LANES];
-        // Written out: a closure would not be compiled for the instruction.
+    for four in bytes.as_chunks_mut::<BYTES>().0.as_chunks_mut::<SIDE_BY_SIDE>().0 {
+        let [mut sum_a, mut sum_b, mut sum_c, mut sum_d] = [u64::from(!seed); SIDE_BY_SIDE];
+        // Written out, because a closure would not be compiled for the target feature.
         let [a, b, c, d] = four.each_ref().map(|record| record.as_chunks().0);
         for word in UNSUMMED_BYTES / 8..BYTES / 8 {
             sum_a = step(sum_a, &a[word]);
@@ -72,19 +71,19 @@ fn of_size<const BYTES: usize>(seed: u32, bytes: &mut [u8]) {
     }
 }
 
-/// Seals the first four records, of these lengths. Returns what stands behind them.
+/// Seals the first four records, of these lengths. Returns the bytes after them.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "sse4.2")]
 #[inline(never)]
-fn of_four<'a>(seed: u32, bytes: &'a mut [u8], lens: &[u32; LANES]) -> &'a mut [u8] {
-    let [mut sum_a, mut sum_b, mut sum_c, mut sum_d] = [u64::from(!seed); LANES];
+fn of_four<'a>(seed: u32, bytes: &'a mut [u8], lens: &[u32; SIDE_BY_SIDE]) -> &'a mut [u8] {
+    let [mut sum_a, mut sum_b, mut sum_c, mut sum_d] = [u64::from(!seed); SIDE_BY_SIDE];
     let mut rest = bytes;
     let mut records = lens.map(|len| {
         let record;
         (record, rest) = std::mem::take(&mut rest).split_at_mut(padded(len as usize));
         record
     });
-    let mut summed = [&[][..]; LANES];
+    let mut summed = [&[][..]; SIDE_BY_SIDE];
     for ((summed, record), &len) in summed.iter_mut().zip(&records).zip(lens) {
         *summed = &record[UNSUMMED_BYTES..len as usize];
     }
@@ -107,7 +106,7 @@ fn of_four<'a>(seed: u32, bytes: &'a mut [u8], lens: &[u32; LANES]) -> &'a mut [
     rest
 }
 
-/// The sum of one input, begun with `seed`. For a processor that has the instruction.
+/// Returns the CRC of one input, starting from `seed`. Requires SSE 4.2.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "sse4.2")]
 pub(crate) fn one(seed: u32, input: &[u8]) -> u32 {
@@ -136,37 +135,37 @@ fn finish(mut sum: u64, input: &[u8]) -> u32 {
     !sum
 }
 
-/// Stores the length and the CRC of a record that is complete but for these, both at once, which makes it part of the log for
-/// whoever reads the file. Readers of this process see it after `publish`.
+/// Stores the length and the CRC of an otherwise complete record in one store, which makes it part of the log for
+/// readers of the file. Readers in this process see it after `publish`.
 #[inline]
 pub(crate) fn commit(record: &mut [u8], len: u32, crc: u32) {
     let start: &mut [u8; UNSUMMED_BYTES] =
         record.first_chunk_mut().expect("a record is longer than its first two words");
     let word = start.as_mut_ptr().cast::<u64>();
-    assert!(word.is_aligned(), "records begin at 16-byte steps");
-    // SAFETY: aligned, 8 bytes, borrowed from their one owner.
+    assert!(word.is_aligned(), "records begin at multiples of 16");
+    // SAFETY: aligned, 8 bytes long, and exclusively borrowed.
     let word = unsafe { AtomicU64::from_ptr(word) };
-    // Release: pairs with whoever reads the length word first in another process.
+    // Release: pairs with the first read of the length word in another process.
     word.store((u64::from(len) | u64::from(crc) << 32).to_le(), Ordering::Release);
 }
 
-/// CRC-32C of one input, begun with `seed`. (In this file for the sake of the fence around unsafe code.)
+/// Returns the CRC-32C of one input, starting from `seed`. (In this file because it calls unsafe code.)
 #[inline]
 pub(crate) fn crc32c(seed: u32, input: &[u8]) -> u32 {
     #[cfg(target_arch = "x86_64")]
     if std::arch::is_x86_feature_detected!("sse4.2") {
-        // SAFETY: the processor has what the function is compiled for.
+        // SAFETY: the processor supports the target feature of the function.
         return unsafe { one(seed, input) };
     }
     crc32c::crc32c_append(seed, input)
 }
 
-/// Seals, in order, the records of these exact lengths that stand one behind the other in `bytes`.
+/// Seals, in order, the adjacent records of these exact lengths in `bytes`. Their CRCs start from `salt`.
 #[inline]
 pub(crate) fn seal(salt: u32, bytes: &mut [u8], lens: &[u32]) {
     #[cfg(target_arch = "x86_64")]
     if std::arch::is_x86_feature_detected!("sse4.2") {
-        // SAFETY: the processor has what the function is compiled for.
+        // SAFETY: the processor supports the target feature of the function.
         return unsafe { each(salt, bytes, lens) };
     }
     let mut at = 0;
@@ -188,14 +187,14 @@ mod tests {
     use crate::storage::memory::{ALIGN, padded};
 
     #[test]
-    fn every_record_gets_its_length_and_the_sum_that_the_crate_computes() {
+    fn every_record_gets_its_length_and_the_same_crc_as_from_the_crate() {
         let noise: Vec<u8> = (0..1 << 16).map(|i: u32| (i.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
         for body in (0..200).chain([1000, 1023, 1024, 1025, 4000]) {
             for seed in [0, 1, 0x0bad_cafe, u32::MAX] {
                 let input = &noise[3..3 + body];
                 assert_eq!(crc32c(seed, input), crc32c::crc32c_append(seed, input), "{body} bytes");
-                // Each of four the longest once; of a number that is no multiple of four; and all of one length.
-                for (longer, count) in (0..11).zip([8, 8, 8, 8, 8, 8, 2 * LANES - 1, 5, 3, 8, 5]) {
+                // Each of the four is the longest once; then counts that are not multiples of four; and equal lengths.
+                for (longer, count) in (0..11).zip([8, 8, 8, 8, 8, 8, 2 * SIDE_BY_SIDE - 1, 5, 3, 8, 5]) {
                     let len = |i| RECORD_HEADER_BYTES + body + if i == longer { 11 + 8 * i } else { 0 };
                     let lens: Vec<u32> = (0..count).map(|i| len(i) as u32).collect();
                     let all: usize = lens.iter().map(|&len| padded(len as usize)).sum();

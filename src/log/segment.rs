@@ -1,8 +1,7 @@
-//! The segments of one shard as every thread of this process sees them: the list, the watermarks,
-//! and the first failure.
+//! The segments of one shard as all threads of this process see them: the list, the watermarks, and the first failure.
 //!
-//! Writers: the shard moves `appended` and adds segments; the syncer moves `durable`; the keeper takes
-//! segments off the front. Readers hold an `Arc` of a segment's memory, and a segment that is held is never written again.
+//! Writers: the shard moves `appended` and adds segments, the syncer moves `durable`, and the keeper removes segments
+//! from the front. Readers hold an `Arc` of a segment's memory; a segment is not written again while it is held.
 
 use std::collections::VecDeque;
 use std::path::PathBuf;
@@ -24,51 +23,51 @@ use crate::sync::{AtomicBool, Mutex, Ordering, Waiters, Watermark, lock};
 #[derive(Debug, Clone)]
 pub(crate) struct Segment {
     pub(crate) index: u64,
-    /// What the segment before it must come to; its own first sequence is there too.
+    /// The state in which the previous segment must end, and this segment's first sequence.
     pub(crate) seam: Seam,
     pub(crate) salt: u32,
     pub(crate) memory: Arc<Memory>,
 }
 
-/// What a shard's log shows to the other threads.
+/// The part of a shard's log that other threads see.
 #[derive(Debug)]
 pub(crate) struct ShardLog {
-    /// The store's id, by which a saved position knows it.
+    /// The id of the store, which saved positions contain.
     pub(crate) store: u64,
     pub(crate) shard: ShardId,
     pub(crate) dir: PathBuf,
     pub(crate) segment_bytes: u64,
     segments: Mutex<VecDeque<Segment>>,
-    /// End of what readers may see.
+    /// The end of the log that readers may see.
     pub(crate) appended: Watermark,
-    /// End of what has been synced.
+    /// The end of the synced log.
     pub(crate) durable: Watermark,
-    /// Events below `appended`.
+    /// The number of events below `appended`.
     pub(crate) sequence: Watermark,
-    /// Who waits for `appended` to move.
+    /// Waiters for `appended`.
     pub(crate) grown: Waiters,
-    /// Who waits for `durable` to move.
+    /// Waiters for `durable`.
     pub(crate) synced: Waiters,
-    /// What consumers and gates still need.
+    /// The retention holds of consumers and gates.
     pub(crate) holds: Holds,
-    /// A checkpoint that was published without a sync (`OsCache`), and up to where it knows the log: retention may have freed what it
-    /// stands for. The snapshotter holds this from its look at `durable` until it has published; the syncer from its look here until
-    /// it has moved `durable`.
+    /// A checkpoint that was published without a sync (`OsCache`), and the end of the log it covers: retention may have
+    /// freed the records it replaces. The snapshotter holds this lock from reading `durable` until it has published;
+    /// the syncer from reading this until it has moved `durable`.
     pub(crate) unsynced: Mutex<Option<(Box<dyn SideFile>, Offset)>>,
     failed: AtomicBool,
     failure: OnceLock<ShardFailure>,
-    /// Something of the shard waits for its storage.
+    /// Whether the shard or the keeper waits for the storage.
     storage_full: AtomicBool,
-    /// What waits, and why.
+    /// The reason of each kind of wait, by [`Waits`].
     waiting: Mutex<[Option<Arc<str>>; 2]>,
 }
 
-/// What of a shard waits while its storage is full, or descriptors or memory are exhausted.
+/// The operations of a shard that wait while the storage is full, or descriptors or memory are exhausted.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Waits {
-    /// The keeper: to prepare a segment, or to free one.
+    /// The keeper waits to prepare or to free a segment.
     Segment,
-    /// The shard: to note that an inline handler failed.
+    /// The shard waits to record the failure of an inline handler.
     Note,
 }
 
@@ -102,27 +101,27 @@ impl ShardLog {
         }
     }
 
-    /// Whether something waits for the storage, which is why nothing is taken out of the lanes for long.
+    /// Returns `true` if an operation waits for the storage, so that the shard takes nothing from its lanes.
     pub(crate) fn is_storage_full(&self) -> bool {
         self.storage_full.load(Ordering::Relaxed)
     }
 
-    /// Notes why something waits for the storage, and says so once; `None`: it does no longer.
+    /// Records why an operation waits for the storage, and logs it once. `None` ends the wait.
     pub(crate) fn wait_for_storage(&self, what: Waits, why: Option<(&'static str, &std::io::Error)>) {
         let mut waiting = lock(&self.waiting);
-        let place = &mut waiting[what as usize];
+        let reason = &mut waiting[what as usize];
         match why {
-            None => *place = None,
-            Some(_) if place.is_some() => {}
+            None => *reason = None,
+            Some(_) if reason.is_some() => {}
             Some((action, error)) => {
-                tracing::error!(shard = self.shard.0, action, %error, "the storage has no room; publishers wait until it has");
-                *place = Some(format!("{action}: {error}").into());
+                tracing::error!(shard = self.shard.0, action, %error, "the storage is exhausted; publishers wait");
+                *reason = Some(format!("{action}: {error}").into());
             }
         }
         self.storage_full.store(waiting.iter().any(Option::is_some), Ordering::SeqCst);
     }
 
-    /// Why something waits for the storage.
+    /// Returns why an operation waits for the storage.
     pub(crate) fn why_storage_full(&self) -> Option<Arc<str>> {
         lock(&self.waiting).iter().flatten().next().cloned()
     }
@@ -131,7 +130,7 @@ impl ShardLog {
         offset.0 / self.segment_bytes
     }
 
-    /// Where segment `index`'s first record begins.
+    /// Returns the offset of segment `index`'s first record.
     pub(crate) fn first_offset(&self, index: u64) -> Offset {
         Offset(index * self.segment_bytes + HEADER_BYTES as u64)
     }
@@ -140,24 +139,24 @@ impl ShardLog {
         self.dir.join(segment_name(index))
     }
 
-    /// The segment with this number, if it is held.
+    /// Returns the segment with this index, if it is still held.
     pub(crate) fn segment(&self, index: u64) -> Option<Segment> {
         let segments = lock(&self.segments);
         let first = segments.front()?.index;
         segments.get(usize::try_from(index.checked_sub(first)?).ok()?).cloned()
     }
 
-    /// The last event of `from..end`, of what this process appended; `from` begins a record or ends one. `None`: there is none, or it was
-    /// freed meanwhile.
+    /// Returns the last event in `from..end`, among those appended by this process. `from` must be the beginning or the
+    /// end of a record. Returns `None` if there is no event, or it has been freed since.
     pub(crate) fn last_event_in(&self, from: Offset, end: Offset) -> Option<Offset> {
         let (mut at, mut last) = (from, None);
         while at < end {
             let index = self.segment_of(at);
             let segment = self.segment(index)?;
             at = at.max(self.first_offset(index));
-            let mut place = (at.0 - index * self.segment_bytes) as usize;
+            let mut position = (at.0 - index * self.segment_bytes) as usize;
             while at < end {
-                let head = segment.memory.read(place, RECORD_HEADER_BYTES);
+                let head = segment.memory.read(position, RECORD_HEADER_BYTES);
                 let Some((len, head)) = head.map(|head| (u32_at(head, 0) as usize, head)).filter(|(len, _)| *len > 0)
                 else {
                     break;
@@ -165,19 +164,19 @@ impl ShardLog {
                 if !RecordHeader::decode(head).is_own() {
                     last = Some(at);
                 }
-                place += padded(len);
+                position += padded(len);
                 at.0 += padded(len) as u64;
             }
-            // Also where the segment is filled to its last byte.
+            // Also for a completely filled segment.
             at = if at < end { at.max(self.first_offset(index + 1)) } else { at };
         }
         last
     }
 
-    /// The CRC word of the record that ends at `end`, where everything below is published; 0 where the log begins there. `None`: it was
-    /// freed, or no record ends there.
+    /// Returns the CRC word of the record that ends at `end`, or 0 if the log begins there. Everything below `end` must
+    /// be published. Returns `None` if the record has been freed, or no record ends there.
     pub(crate) fn check_before(&self, end: Offset) -> Option<u32> {
-        // The end of a segment filled to its last byte still belongs to that segment.
+        // The end of a completely filled segment still belongs to that segment.
         let index = self.segment_of(Offset(end.0.saturating_sub(1)));
         let (mut at, mut check) = (HEADER_BYTES as u64, 0);
         let end = end.0.saturating_sub(index * self.segment_bytes);
@@ -203,24 +202,24 @@ impl ShardLog {
         segments.push_back(segment);
     }
 
-    /// Takes the oldest segment off the list, unless it is the only one.
+    /// Removes the oldest segment from the list, unless it is the only one.
     pub(crate) fn pop_oldest(&self) -> Option<Segment> {
         let mut segments = lock(&self.segments);
         if segments.len() > 1 { segments.pop_front() } else { None }
     }
 
-    /// The two oldest segments: the candidate for retention and the one that would be the earliest after it.
+    /// Returns the two oldest segments: the candidate for retention, and the earliest one after it is freed.
     pub(crate) fn oldest_two(&self) -> Option<(Segment, Segment)> {
         let segments = lock(&self.segments);
         Some((segments.front()?.clone(), segments.get(1)?.clone()))
     }
 
-    /// Number of segments held.
+    /// Returns the number of segments held.
     pub(crate) fn segments_len(&self) -> usize {
         lock(&self.segments).len()
     }
 
-    /// The earliest offset still held.
+    /// Returns the earliest offset still held.
     pub(crate) fn earliest(&self) -> Offset {
         match lock(&self.segments).front() {
             Some(first) => self.first_offset(first.index),
@@ -228,17 +227,17 @@ impl ShardLog {
         }
     }
 
-    /// Makes the shard fail, once: the first cause stays.
+    /// Fails the shard. Only the first cause is kept.
     pub(crate) fn fail(&self, cause: FailureCause) {
         let failure = ShardFailure { shard: self.shard, cause };
         tracing::error!(shard = self.shard.0, %failure, "a shard failed");
-        // A second failure is a consequence of the first and says less.
+        // A second failure is a consequence of the first and less informative.
         if self.failure.set(failure).is_ok() {
             self.failed.store(true, Ordering::SeqCst);
         }
     }
 
-    /// Why the shard failed, if it did.
+    /// Returns the failure of the shard, if it failed.
     #[inline]
     pub(crate) fn failure(&self) -> Option<&ShardFailure> {
         if self.failed.load(Ordering::SeqCst) { self.failure.get() } else { None }

@@ -1,7 +1,7 @@
 //! Appends records to a shard's current segment. One writer: the owning shard.
 //!
-//! Nothing here waits: when the current segment is full and the keeper has not handed over the next,
-//! the answer is [`Refused::NeedsSegment`], and the shard tries again in a later turn.
+//! Nothing here waits. When the current segment is full and the keeper has not provided the next one, the result is
+//! [`Refused::NeedsSegment`], and the shard retries in a later turn.
 
 use std::sync::Arc;
 
@@ -9,14 +9,14 @@ use crossbeam::queue::ArrayQueue;
 
 use crate::event::{Encode, Offset, Scratch, Time, has_one_size};
 use crate::log::format::{HEADER_BYTES, RECORD_HEADER_BYTES, RecordHeader, SegmentHeader};
-use crate::log::seal::LANES;
+use crate::log::seal::SIDE_BY_SIDE;
 use crate::log::seal::seal;
 use crate::log::segment::{Segment, ShardLog};
 use crate::storage::memory::{ALIGN, padded};
 use crate::storage::memory::{Memory, WriteHalf, archive};
 use crate::sync::prefetch;
 
-/// A segment that is ready to be written: named, allocated, blank-headed and (mostly) prefaulted.
+/// A segment that is ready to be written: named, allocated, with an empty header, and mostly prefaulted.
 #[derive(Debug)]
 pub(crate) struct Prepared {
     pub(crate) index: u64,
@@ -24,32 +24,32 @@ pub(crate) struct Prepared {
     pub(crate) memory: Memory,
 }
 
-/// Where the keeper leaves what the writer takes.
+/// The queue of segments from the keeper to the writer.
 pub(crate) type PreparedQueue = ArrayQueue<Prepared>;
 
-/// Why an event was not appended. The log is as before.
+/// The reason why an event was not appended. The log is unchanged.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Refused {
-    /// There is no segment with room yet.
+    /// No segment with enough space is available yet.
     NeedsSegment,
-    /// The archive exceeds the limit.
+    /// The archive is larger than the limit.
     TooLarge {
-        /// The limit.
+        /// The limit in bytes.
         bytes_max: usize,
     },
 }
 
-/// The position a recovered (or new) log is written at.
+/// The position at which a recovered or new log continues.
 #[derive(Debug)]
 pub(crate) struct Resume {
     pub(crate) segment: Option<(Segment, WriteHalf)>,
     pub(crate) next_index: u64,
     pub(crate) sequence: u64,
-    /// Up to where the log's own marks say it is durable.
+    /// The end of the durable log according to the log's own marks.
     pub(crate) marked: u64,
 }
 
-/// The one writer of a shard's log.
+/// The only writer of a shard's log.
 #[derive(Debug)]
 pub(crate) struct Writer {
     log: Arc<ShardLog>,
@@ -61,12 +61,13 @@ pub(crate) struct Writer {
     schema: u32,
     event_bytes_max: usize,
     scratch: Scratch,
-    /// Where archives are made to see how long they are.
+    /// Scratch space for archives that are made only to measure them.
     trial: Option<Box<[u8]>>,
-    /// Up to where the last mark said the log was durable, and when it was written.
+    /// The end of the durable log in the last mark.
     marked: u64,
+    /// When the last mark was written.
     marked_at: u64,
-    /// Where the last record ends that is no mark.
+    /// The end of the last record that is not a mark.
     events_end: u64,
     rolled: bool,
 }
@@ -79,22 +80,22 @@ struct Current {
     salt: u32,
 }
 
-/// Records are sealed in groups of this many: their sums are computed side by side, and a CRC that reads what
-/// was stored only just now would wait for the store.
-pub(crate) const GROUP: usize = 4 * LANES;
+/// The number of records sealed together. Their CRCs are computed side by side. Sealing a record right after storing it
+/// would be slower, because the CRC would wait for the stores.
+pub(crate) const GROUP: usize = 4 * SIDE_BY_SIDE;
 
-/// So far behind the next record the segment's memory is brought near, two lines with each record: stores become visible in
-/// order, so one to a line that is not there yet holds up all that follow it.
+/// Prefetch distance ahead of the next record, in bytes; two cache lines per record. Stores become visible in order, so
+/// a store to a line that is not in the cache holds up all stores after it.
 const NEAR_BYTES: usize = 2048;
 
-/// The appending of a run of records to one segment. All its state is local to the run: what the
-/// compiler can keep in registers need not be read again after every byte stored.
+/// Appends records to one segment. All its state is local, so that the compiler can keep it in registers instead of
+/// reloading it after every store.
 pub(crate) struct Appender<'a, 's> {
-    /// The segment from the first record on that is not sealed.
+    /// The segment from its first unsealed record on.
     open: &'a mut [u8],
-    /// Offset of its beginning.
+    /// The offset of the beginning of `open`.
     begin: u64,
-    /// Bytes of it that are staged.
+    /// The number of staged bytes in `open`.
     at: usize,
     salt: u32,
     event_bytes_max: usize,
@@ -103,28 +104,29 @@ pub(crate) struct Appender<'a, 's> {
     staged_len: usize,
 }
 
-/// The exact lengths of records that are staged: appended and not yet sealed. Apart from the [`Appender`], for its address is taken.
+/// The exact lengths of staged records: appended but not yet sealed. Separate from the [`Appender`], because its
+/// address is taken.
 pub(crate) type Group = [u32; GROUP];
 
-/// An event that was appended, as it lies in the log.
+/// An appended event, in place in the log.
 pub(crate) struct Appended<'o, T> {
     pub(crate) event: &'o T,
-    /// The record's exact length.
+    /// The exact length of its record.
     pub(crate) len: usize,
 }
 
 impl Appender<'_, '_> {
-    /// Where the next record begins.
+    /// Returns the offset of the next record.
     #[inline(always)]
     pub(crate) fn offset(&self) -> Offset {
         Offset(self.begin + self.at as u64)
     }
 
-    /// Archives `event` behind `header`. It is sealed, and so becomes part of the log, with the appending of the first event
-    /// after its group, or with [`Appender::finish`]: until then a panic leaves nothing of it.
+    /// Archives `event` after `header`. The record is sealed, and so becomes part of the log, when the first event
+    /// after its group is appended, or by [`Appender::finish`]. A panic before that leaves no trace of it.
     ///
-    /// Always inlined, so that the header never takes the way over memory: its 2-byte fields, stored and then
-    /// loaded as one word, would wait until every store before them has reached the cache (a third of all time).
+    /// Always inlined, so that the header never goes through memory: storing its 2-byte fields and then loading them as
+    /// one word would wait until all earlier stores have reached the cache (a third of the total time).
     #[inline(always)]
     pub(crate) fn append<E: Encode>(
         &mut self,
@@ -169,7 +171,7 @@ impl Appender<'_, '_> {
         Ok(())
     }
 
-    /// Makes records of what is staged, with an end behind them first.
+    /// Seals the staged records, after writing an end word behind them.
     #[inline(always)]
     fn seal(&mut self) {
         let (group, open) = std::mem::take(&mut self.open).split_at_mut(self.at);
@@ -182,7 +184,7 @@ impl Appender<'_, '_> {
         (self.at, self.staged_len) = (0, 0);
     }
 
-    /// Ends the run: everything below the position returned, which is for [`Writer::advance`], is whole.
+    /// Seals the last records. Everything below the returned offset is complete; pass it to [`Writer::advance`].
     #[inline(always)]
     pub(crate) fn finish(mut self) -> Offset {
         self.seal();
@@ -190,7 +192,7 @@ impl Appender<'_, '_> {
     }
 }
 
-/// At least this long (ns) lies between two marks.
+/// The shortest interval between two marks, in ns.
 const MARK_EVERY_NS: u64 = 1_000_000;
 
 impl Writer {
@@ -224,7 +226,7 @@ impl Writer {
         }
     }
 
-    /// To append to the current segment; where there is none, nothing fits.
+    /// Returns an appender for the current segment. Without a current segment, nothing fits.
     #[inline]
     pub(crate) fn appender<'a, 's>(&'a mut self, staged: &'s mut Group) -> Appender<'a, 's> {
         let (open, begin, salt) = match &mut self.current {
@@ -246,8 +248,8 @@ impl Writer {
         }
     }
 
-    /// Takes over what an appender has written: `events` events, and everything below `end`, the log's own records included. Visible to readers
-    /// after [`Writer::publish`].
+    /// Accounts for the records of an appender: `events` events, and everything below `end`, including the log's own
+    /// records. Readers see them after [`Writer::publish`].
     #[inline]
     pub(crate) fn advance(&mut self, end: Offset, events: u64) {
         if let Some(current) = &mut self.current {
@@ -258,7 +260,7 @@ impl Writer {
         self.events_end = end.0;
     }
 
-    /// Goes over to the next segment. The old one ends with a zero word or too little room for a header.
+    /// Moves to the next segment. The old segment ends with a zero word, or has too little space left for a header.
     #[cold]
     pub(crate) fn roll(&mut self, now: Time) -> Result<(), Refused> {
         let prepared = self.prepared.pop().ok_or(Refused::NeedsSegment)?;
@@ -281,7 +283,7 @@ impl Writer {
             salt: prepared.salt,
         };
         let tail = half.tail();
-        // The end before the head: whoever sees the segment begun finds it ended.
+        // The end word before the header: a reader that sees the header finds the end of the segment.
         tail[HEADER_BYTES..HEADER_BYTES + 4].fill(0);
         header.encode(tail);
         half.skip(HEADER_BYTES);
@@ -298,8 +300,8 @@ impl Writer {
         Ok(())
     }
 
-    /// Notes in the log itself up to where it had been synced: the evidence by which recovery tells
-    /// damage to durable bytes from a tail that never was. Written at most once a millisecond.
+    /// Records in the log how much of it is durable. From this, recovery can tell damage to durable bytes from a tail
+    /// that was never durable. Writes a mark at most once per millisecond.
     #[inline]
     pub(crate) fn mark(&mut self, now: u64, time: Time) {
         if now.saturating_sub(self.marked_at) >= MARK_EVERY_NS && self.has_news() {
@@ -308,21 +310,21 @@ impl Writer {
         }
     }
 
-    /// Whether an event, or a part of one, was synced that no mark tells of.
+    /// Returns `true` if events, or a part of one, have become durable since the last mark.
     fn has_news(&self) -> bool {
         self.log.durable.get().min(self.events_end) > self.marked
     }
 
-    /// Whether everything is synced and the log does not say so, though there is room. Looked at by a shard that has
-    /// nothing else to do; true once for each time it comes to rest.
+    /// Returns `true` if everything is synced, no mark says so yet, and there is space for a mark. Checked by an idle
+    /// shard; returns `true` once each time the shard becomes idle.
     #[inline]
     pub(crate) fn wants_idle_mark(&self) -> bool {
         let room = || self.current.as_ref().map_or(0, |current| current.half.memory().len() - current.half.at());
         self.events_end > self.marked && self.log.durable.get() >= self.events_end && room() >= RECORD_HEADER_BYTES
     }
 
-    /// Writes a mark if any event was synced since the last; `false` where there is no room for it. It becomes visible,
-    /// and is synced, together with what is published next.
+    /// Writes a mark if any event has become durable since the last one. Returns `false` if there is nothing to mark or
+    /// no space for it. The mark becomes visible, and is synced, with the next published records.
     #[cold]
     pub(crate) fn mark_now(&mut self, time: Time) -> bool {
         let durable = self.log.durable.get();
@@ -337,13 +339,13 @@ impl Writer {
         let end = appender.finish();
         let events_end = self.events_end;
         self.advance(end, 0);
-        // A mark tells of what lies before it, and nothing has to tell of a mark.
+        // A mark describes the records before it, and needs no mark itself.
         self.events_end = events_end;
         self.marked = durable;
         true
     }
 
-    /// Lets readers and the syncer see everything appended so far.
+    /// Publishes everything appended to readers and the syncer.
     #[inline]
     pub(crate) fn publish(&mut self) -> u64 {
         let Some(current) = &mut self.current else { return self.log.appended.get() };
@@ -354,22 +356,22 @@ impl Writer {
         end
     }
 
-    /// Bytes left in the current segment.
+    /// Returns the bytes left in the current segment.
     pub(crate) fn room(&mut self) -> usize {
         self.current.as_mut().map_or(0, |current| current.half.tail().len())
     }
 
-    /// Bytes of records that a new segment holds.
+    /// Returns the bytes available for records in a new segment.
     pub(crate) fn room_of_a_segment(&self) -> usize {
         self.log.segment_bytes as usize - HEADER_BYTES
     }
 
-    /// Largest archive of one event.
+    /// Returns the largest archive of one event in bytes.
     pub(crate) fn event_bytes_max(&self) -> usize {
         self.event_bytes_max
     }
 
-    /// How long the archive of `event` is; `usize::MAX` where it is longer than an event may be.
+    /// Returns the length of the archive of `event`, or `usize::MAX` if it is longer than an event may be.
     pub(crate) fn measure<E: Encode>(&mut self, event: &E) -> usize {
         if has_one_size::<E>() {
             return size_of::<E::Archived>();
@@ -379,24 +381,24 @@ impl Writer {
         event.encode(&mut trial[skip..skip + self.event_bytes_max], &mut self.scratch).unwrap_or(usize::MAX)
     }
 
-    /// Whether the keeper has handed over the next segment.
+    /// Returns `true` if the keeper has provided the next segment.
     pub(crate) fn segment_ready(&self) -> bool {
         !self.prepared.is_empty()
     }
 
-    /// Whether a segment was begun since this was last asked.
+    /// Returns `true` if a segment was begun since the last call.
     #[inline]
     pub(crate) fn take_rolled(&mut self) -> bool {
         std::mem::take(&mut self.rolled)
     }
 
-    /// Sequence of the next event.
+    /// Returns the sequence of the next event.
     #[inline]
     pub(crate) fn sequence(&self) -> u64 {
         self.sequence
     }
 
-    /// The current segment's first offset and its memory.
+    /// Returns the first offset of the current segment, and its memory.
     #[inline]
     pub(crate) fn current_memory(&self) -> Option<(u64, &Arc<Memory>)> {
         self.current.as_ref().map(|current| (current.base, current.half.memory()))
@@ -408,10 +410,10 @@ mod tests {
     use super::*;
     use crate::envelope::Envelope;
     use crate::event::{Correlation, EventTypeId, Key, Version};
-    use crate::log::format::{Found, record_at};
+    use crate::log::format::{RecordAt, record_at};
     use crate::storage::memory::Heap;
 
-    /// Whose archive has one size is archived by another way than the rest.
+    /// Events of a type with one archive size take a separate code path.
     #[test]
     fn an_event_of_one_size_is_padded_and_refused_like_any_other() {
         let header = RecordHeader::mark(16, Time(1));
@@ -437,14 +439,14 @@ mod tests {
         assert_eq!(appender.append(&header, &event).err(), Some(Refused::NeedsSegment));
         assert_eq!(appender.finish(), Offset(bytes as u64));
         for record in half.tail().chunks(bytes / 4) {
-            assert_eq!(record_at(record, 7), Found::Record(RECORD_HEADER_BYTES + 21));
+            assert_eq!(record_at(record, 7), RecordAt::Record(RECORD_HEADER_BYTES + 21));
             assert!(record[RECORD_HEADER_BYTES + 21..].iter().all(|&byte| byte == 0));
         }
     }
 
-    /// What stood there before must not show, neither behind an archive of odd length nor behind the last record.
+    /// Old bytes must not show, neither behind an archive of odd length nor behind the last record.
     #[test]
-    fn records_are_whole_padded_with_zeros_and_ended() {
+    fn records_are_complete_padded_with_zeros_and_followed_by_an_end_word() {
         let mut half = WriteHalf::new(Memory::heap(Arc::new(Heap::new(vec![0xff; 1 << 16]))), 0);
         let header = |i: u64| RecordHeader {
             time: Time(i),
@@ -457,7 +459,7 @@ mod tests {
             more: false,
         };
         let said = |chars| Envelope::new("said", 1, &format!("\"{}\"", "x".repeat(chars))).expect("it is JSON");
-        // More than two groups, the last one short.
+        // More than two groups, the last one incomplete.
         let count = 2 * GROUP as u64 + 5;
         let (mut scratch, mut staged) = (Scratch::new(1 << 14), [0; GROUP]);
         let mut appender = Appender {
@@ -480,12 +482,12 @@ mod tests {
         let end = appender.finish();
         let (bytes, mut at) = (half.tail(), 0);
         for (i, len) in lens.into_iter().enumerate() {
-            assert_eq!(record_at(&bytes[at..], 7), Found::Record(len), "number {i}");
+            assert_eq!(record_at(&bytes[at..], 7), RecordAt::Record(len), "number {i}");
             assert_eq!(RecordHeader::decode(&bytes[at..]), header(i as u64));
             assert!(bytes[at + len..at + padded(len)].iter().all(|&byte| byte == 0), "number {i}");
             at += padded(len);
         }
         assert_eq!(end, Offset(at as u64));
-        assert_eq!(record_at(&bytes[at..], 7), Found::End);
+        assert_eq!(record_at(&bytes[at..], 7), RecordAt::End);
     }
 }

@@ -1,3 +1,3 @@
-//! Operations: what is known of a store from its files alone.
+//! Operations: checks of a store from its files alone.
 
 pub mod check;

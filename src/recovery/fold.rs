@@ -1,6 +1,6 @@
-//! Events read back from a log: one of them where it lies, and all of them folded into the table of states.
+//! Folds the events of a log into a table of states, with the `evolve` that ran when they were appended.
 //!
-//! One writer: whoever recovers the shard. The same `evolve` that ran when the events were appended runs again here.
+//! One writer: the thread that recovers the shard.
 
 use crate::error::{CodePanic, PanickedEvent, ReadError};
 use crate::event::{EventTypeId, Key, KeyHash, Offset, Root, Sequence, ShardId};
@@ -13,12 +13,12 @@ use crate::state::outcomes::rejection;
 use crate::state::outcomes::{Outcomes, Remembered};
 use crate::storage::memory::Memory;
 
-/// A record that is to be folded: where it is. Its header is read again when its turn comes, which costs less than keeping it.
+/// The place of a record that will be folded. Its header is read again then, which costs less than keeping it.
 #[derive(Debug, Clone, Copy)]
 struct Pending {
     offset: Offset,
     at: usize,
-    /// 0: none.
+    /// 0 in an empty slot.
     len: u32,
     hash: KeyHash,
     seen: Seen,
@@ -26,7 +26,7 @@ struct Pending {
 
 const NONE: Pending = Pending { offset: Offset(0), at: 0, len: 0, hash: KeyHash(0), seen: Seen(0) };
 
-/// Records read before their keys are looked up.
+/// Records between the prefetch of a key's slot and its use.
 const LOOK_AHEAD: usize = 16;
 
 /// Folds records, in the order of the log, into a table.
@@ -35,17 +35,17 @@ pub(crate) struct Folder<A: Aggregate> {
     pub(crate) outcomes: Outcomes<A::Rejection>,
     shard: ShardId,
     access: Access,
-    /// The records of a command of which the last is not seen yet. They count only together.
+    /// The records of an incomplete command. They count only together.
     group: Vec<Pending>,
     ahead: [Pending; LOOK_AHEAD],
     next: usize,
     /// Sequence of the next event.
     pub(crate) sequence: u64,
-    /// Every key that had an event before is in the table: the first event of another one has version 1.
+    /// `true` if every key with earlier events is in the table: the first event of any other key then has version 1.
     pub(crate) knows_all_keys: bool,
-    /// The event that is being folded.
+    /// The event that is folded now.
     folding: PanickedEvent,
-    /// The layout of a rejection that could not be read, where that is why reading ended.
+    /// The layout of a rejection, if it could not be read and that ended the reading.
     pub(crate) unreadable_rejection: Option<Root>,
 }
 
@@ -55,7 +55,7 @@ fn header_at(memory: &Memory, at: usize) -> Option<RecordHeader> {
     memory.read(at, RECORD_HEADER_BYTES).map(RecordHeader::decode)
 }
 
-/// What does not hold at an offset.
+/// The offset of an invalid record, and what makes it invalid.
 pub(crate) type Unreadable = (Offset, &'static str);
 
 impl<A: Aggregate> Folder<A> {
@@ -75,22 +75,22 @@ impl<A: Aggregate> Folder<A> {
         }
     }
 
-    /// A panic while records were taken in, put down to the event that was being folded.
+    /// Attributes a panic to the event that was folded.
     pub(crate) fn at_fault(&self, panic: CodePanic) -> CodePanic {
         CodePanic { event: (self.folding.offset.0 > 0).then_some(self.folding), ..panic }
     }
 
-    /// Whether a command has been begun whose last record is not seen yet, and where.
+    /// Returns the offset of an incomplete command, if there is one.
     pub(crate) fn open_group(&self) -> Option<Offset> {
         self.group.first().map(|first| first.offset)
     }
 
-    /// Gives up a command that is not whole.
+    /// Discards an incomplete command.
     pub(crate) fn forget_group(&mut self) {
         self.group.clear();
     }
 
-    /// Takes in the record at `at` in `memory`: an event or an outcome. Its CRC holds.
+    /// Adds the record at `at` in `memory`: an event or an outcome. The caller has checked its CRC.
     #[inline]
     pub(crate) fn record(
         &mut self,
@@ -103,34 +103,34 @@ impl<A: Aggregate> Folder<A> {
         let hash = KeyHash::of(header.key);
         let pending = Pending { offset, at, len: len as u32, hash, seen: self.keys.look(hash) };
         if !header.more && self.group.is_empty() {
-            return self.take(memory, pending, header.is_outcome());
+            return self.add(memory, pending, header.is_outcome());
         }
         self.group.push(pending);
         if header.more {
             return Ok(());
         }
         let mut group = std::mem::take(&mut self.group);
-        let taken = group.drain(..).try_for_each(|pending| {
+        let added = group.drain(..).try_for_each(|pending| {
             let is_outcome = header_at(memory, pending.at).is_some_and(|header| header.is_outcome());
-            self.take(memory, pending, is_outcome)
+            self.add(memory, pending, is_outcome)
         });
         self.group = group;
-        taken
+        added
     }
 
     #[inline(always)]
-    fn take(&mut self, memory: &Memory, pending: Pending, is_outcome: bool) -> Result<(), Unreadable> {
+    fn add(&mut self, memory: &Memory, pending: Pending, is_outcome: bool) -> Result<(), Unreadable> {
         if is_outcome {
             return self.outcome(memory, &pending);
         }
         self.sequence += 1;
-        // Looked up a little behind the reading, so that the key's slot has time to arrive.
+        // Folding lags behind reading, so that the prefetched slot of the key has time to arrive.
         let due = std::mem::replace(&mut self.ahead[self.next], pending);
         self.next = (self.next + 1) % LOOK_AHEAD;
         if due.len == 0 { Ok(()) } else { self.fold(memory, &due) }
     }
 
-    /// Folds every record that `reader` still has below `until`.
+    /// Folds every record that `reader` has left below `until`.
     pub(crate) fn read(&mut self, reader: &mut Reader<A::Event>, until: Offset) -> Result<(), ReadError> {
         reader.walk(until, |walked| match walked {
             Walked::Record { memory, at, len, header, offset } => self.record(memory, at, len, header, offset),
@@ -138,7 +138,7 @@ impl<A: Aggregate> Folder<A> {
         })
     }
 
-    /// Folds what is still waiting; to be called before another segment's memory comes.
+    /// Folds the records that lag behind. Call it before records of another segment are added.
     pub(crate) fn settle(&mut self, memory: &Memory) -> Result<(), Unreadable> {
         for _ in 0..LOOK_AHEAD {
             let due = std::mem::replace(&mut self.ahead[self.next], NONE);
@@ -153,11 +153,11 @@ impl<A: Aggregate> Folder<A> {
     #[inline(always)]
     fn fold(&mut self, memory: &Memory, due: &Pending) -> Result<(), Unreadable> {
         let &Pending { offset, at, len, hash, seen } = due;
-        let header = header_at(memory, at).ok_or((offset, "a record is gone while it is read"))?;
+        let header = header_at(memory, at).ok_or((offset, "a record has vanished while it is read"))?;
         self.folding = PanickedEvent { offset, key: header.key, event_type: header.event_type };
         let known = self.keys.slot(header.key, hash, seen);
         if header.version <= known.version {
-            // A checkpoint has it already.
+            // The checkpoint has this event already.
             return Ok(());
         }
         if header.version.0 != known.version.0 + 1 && (known.version.0 > 0 || self.knows_all_keys) {
@@ -165,7 +165,7 @@ impl<A: Aggregate> Folder<A> {
         }
         if size_of::<A>() > 0 {
             let event = self.access.event::<A::Event>(memory, at, len as usize, &header);
-            let event = event.ok_or((offset, "an archive is not valid behind a CRC that holds"))?;
+            let event = event.ok_or((offset, "an archive is invalid, although its CRC holds"))?;
             known.state.evolve(event, &header.meta(self.shard, offset, Sequence::UNKNOWN));
             known.time_max = known.time_max.max(header.time);
         }
@@ -176,7 +176,7 @@ impl<A: Aggregate> Folder<A> {
     #[cold]
     fn outcome(&mut self, memory: &Memory, pending: &Pending) -> Result<(), Unreadable> {
         let Pending { offset, at, len, .. } = pending;
-        let header = header_at(memory, *at).ok_or((*offset, "a record is gone while it is read"))?;
+        let header = header_at(memory, *at).ok_or((*offset, "a record has vanished while it is read"))?;
         let body = memory.read(at + RECORD_HEADER_BYTES, *len as usize - RECORD_HEADER_BYTES).unwrap_or_default();
         let outcome = match header.ending().ok_or((*offset, "an outcome has an unknown ending"))? {
             Ending::Done { events } => Remembered::Done { version: header.version, events },

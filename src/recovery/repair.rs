@@ -1,5 +1,5 @@
-//! What opening changes of a shard's log, once the whole store was found sound: a torn tail is set aside and cut, and segments behind it
-//! are blanked. What has to change is for `recovery` to find out; for a store that is refused nothing here runs.
+//! The changes that opening makes to a shard's log: a torn tail is set aside and cut, and segments after it are
+//! blanked. They run once the whole store was found sound; a refused store stays unchanged.
 
 use std::path::{Path, PathBuf};
 
@@ -11,23 +11,24 @@ use crate::recovery::report::TornTail;
 use crate::storage::memory::{Memory, WriteHalf};
 use crate::storage::{Storage, replace};
 
-/// The repairs of one shard's log.
-pub(crate) struct Repair {
-    pub(crate) shard: ShardId,
-    /// Where the torn tail begins.
-    pub(crate) offset: Offset,
-    /// The bytes of it that are kept.
-    pub(crate) bytes: Vec<u8>,
-    /// Bytes of it in the last segment, from where that is written on.
-    pub(crate) torn: usize,
-    pub(crate) why: &'static str,
-    /// Segments behind it, by index.
-    pub(crate) beyond: Vec<(u64, PathBuf, Memory)>,
+/// The repair of one shard's log.
+pub(super) struct Repair {
+    pub(super) shard: ShardId,
+    /// The offset at which the torn tail begins.
+    pub(super) offset: Offset,
+    /// The bytes of the tail that are set aside.
+    pub(super) bytes: Vec<u8>,
+    /// Number of torn bytes in the last segment, from its write position on.
+    pub(super) torn: usize,
+    pub(super) why: &'static str,
+    /// The segments after the tail, by index.
+    pub(super) beyond: Vec<(u64, PathBuf, Memory)>,
 }
 
 impl Repair {
-    /// Carries it out. `last` is the segment that is written on, if one is. A crash on the way leaves a log that is torn in the same place.
-    pub(crate) fn apply(
+    /// Carries out the repair. `last` is the segment that is written next, if there is one. After a crash on the way
+    /// the log is torn in the same place.
+    pub(super) fn apply(
         self,
         storage: &dyn Storage,
         quarantine: &Path,
@@ -38,14 +39,14 @@ impl Repair {
             let io = |source| OpenError::Io { action: "cutting", path: path.to_owned(), source };
             storage.sync(half.memory(), range).map_err(io)
         };
-        // From the back, so that a crash in between leaves a log that is torn in the same place.
+        // From the back: after a crash in between the log is torn in the same place.
         for (index, path, memory) in self.beyond.into_iter().rev() {
             let mut half = WriteHalf::new(memory, 0);
             encode_prepared(fresh_salt(index), half.tail());
             cut(&path, &half, 0..HEADER_BYTES)?;
         }
         if let Some((path, half)) = last {
-            // Blanked, so that it can never be taken for part of a later log.
+            // Blanked, so that it can never be taken for a part of a later log.
             let at = half.at();
             half.tail()[..self.torn].fill(0);
             cut(path, half, at..at + self.torn)?;
@@ -57,13 +58,13 @@ impl Repair {
         let Self { shard, offset, ref bytes, why, .. } = *self;
         let plain = format!("shard-{:04}-offset-{offset}", shard.0);
         let io = |path: &Path, source| OpenError::Io { action: "quarantining", path: path.to_owned(), source };
-        let taken = storage
+        let names = storage
             .create_dir(quarantine)
             .and_then(|()| storage.list(quarantine))
             .map_err(|source| io(quarantine, source))?;
-        // What an earlier opening kept stays: the same place can be torn again.
+        // The same place can be torn again: files of earlier openings stay.
         let (mut name, mut n) = (format!("{plain}.torn"), 1_u64);
-        while taken.contains(&name) {
+        while names.contains(&name) {
             n += 1;
             name = format!("{plain}-{n}.torn");
         }

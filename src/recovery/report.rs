@@ -1,58 +1,65 @@
-//! What opening a store found, for the program.
+//! The report of opening a store, for the application.
 
 use std::path::PathBuf;
 
 use crate::event::{Offset, ShardId};
 
-/// What opening a store found.
+/// The result of recovering a store.
 #[derive(Debug, Clone, Default)]
 #[non_exhaustive]
 pub struct RecoveryReport {
-    /// Shard by shard.
+    /// One entry per shard.
     pub shards: Vec<ShardRecovery>,
-    /// How long it took, in ns.
+    /// Duration of the recovery, in ns.
     pub duration_ns: u64,
 }
 
 impl RecoveryReport {
-    /// Events found in all shards.
+    /// Returns the number of events in all shards.
     #[must_use]
     pub fn events(&self) -> u64 {
         self.shards.iter().map(|shard| shard.events).sum()
     }
 }
 
-/// What opening one shard found.
+/// The result of recovering one shard.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct ShardRecovery {
     /// The shard.
     pub shard: ShardId,
-    /// Events held (retention may have freed earlier ones).
+    /// Number of events held (retention may have freed earlier ones).
     pub events: u64,
-    /// Segments that hold records.
+    /// Number of segments that hold records.
     pub segments: usize,
-    /// Keys seen.
+    /// Number of keys.
     pub keys: usize,
-    /// Where the next record will be written.
+    /// The offset of the next record.
     pub end: Offset,
-    /// A tail that was torn: cut at `end`, its bytes kept.
+    /// The torn tail that was cut at `end`, if there was one.
     pub torn_tail: Option<TornTail>,
-    /// Retention has freed the log's beginning and no usable checkpoint knows what it held: versions of keys without events in the
-    /// log begin anew, and outcomes of commands are forgotten. (With states the store is refused instead.)
+    /// `true` if retention has freed the log's beginning and no usable checkpoint covers it: versions of keys without
+    /// events in the log begin anew, and outcomes of commands are forgotten. (A store with states is refused instead.)
     pub lost_beginning: bool,
 }
 
-/// A tail that did not hold and had never been durable.
+impl ShardRecovery {
+    /// The report of a log without records.
+    pub(super) fn empty(shard: ShardId, end: Offset) -> Self {
+        Self { shard, events: 0, segments: 0, keys: 0, end, torn_tail: None, lost_beginning: false }
+    }
+}
+
+/// An invalid end of a log that had never been durable.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct TornTail {
-    /// Where it began.
+    /// The offset at which it began.
     pub offset: Offset,
-    /// Bytes set aside.
+    /// Number of bytes set aside.
     pub bytes: u64,
-    /// The file that has them.
+    /// The file that has the bytes.
     pub quarantined: PathBuf,
-    /// What did not hold.
+    /// What made it invalid.
     pub why: &'static str,
 }

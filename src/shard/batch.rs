@@ -1,4 +1,4 @@
-//! The appending of one batch: every event gets its version and its place, becomes a record, and changes its key's state.
+//! Appends one batch: gives each event its version and offset, writes its record, and applies it to its key's state.
 
 use std::borrow::Borrow;
 
@@ -21,19 +21,20 @@ pub(super) struct Run {
     pub(super) published: Nanos,
     pub(super) late: Option<Lateness>,
     pub(super) events: u32,
+    /// The log's end after the run.
     pub(super) end: u64,
 }
 
-/// A run of which the end is not known yet.
+/// A run that is still open.
 #[derive(Debug, Clone, Copy)]
-struct RunBegun {
+struct OpenRun {
     published: Nanos,
     late: Lateness,
     first: usize,
 }
 
-impl RunBegun {
-    /// The run without event number `next`, whose record begins at `end`; nothing if that leaves none.
+impl OpenRun {
+    /// The run up to the record at `end`, which belongs to event `next` of the batch. `None` if the run has no event.
     fn until(&self, next: usize, end: Offset) -> Option<Run> {
         let late = (self.late != NOT_DUE).then_some(self.late);
         let run = Run { published: self.published, late, events: (next - self.first) as u32, end: end.0 };
@@ -41,64 +42,43 @@ impl RunBegun {
     }
 }
 
-/// How many events ahead the key table is looked at: a trip to memory is about this many appends long.
+/// Prefetch distance of the key table, in events: about as many appends as one memory access takes.
 const LOOK_AHEAD: usize = 16;
-/// How many events ahead a lane's slots are fetched from the producer's core, so that looking at the table does not wait for them.
+/// Prefetch distance of the lane's slots, in events. They come from the producer's core, and a look at the key table
+/// must not wait for them.
 const FETCH_AHEAD: usize = 32;
 
-/// What the appending of a batch touches, and nothing else.
+/// The parts of the core that appending a batch changes.
 pub(super) struct Batch<'a, A: Aggregate> {
     pub(super) writer: &'a mut Writer,
     pub(super) keys: &'a mut KeyTable<A>,
     pub(super) views: &'a mut [Box<dyn ViewWriter<A>>],
     pub(super) taker: &'a mut Taker,
     pub(super) runs: &'a mut Vec<Run>,
-    /// Where the events lie; for handlers only.
+    /// The appended events and the lengths of their records; `None` if there are no handlers.
     pub(super) placed: Option<&'a mut Vec<(Meta, usize)>>,
     pub(super) schemas: &'a Schemas,
     pub(super) shard: ShardId,
     pub(super) now: Nanos,
     pub(super) wall_offset: u64,
+    /// Bytes appended.
     pub(super) bytes: u64,
 }
 
-/// Begins a batch of a shard. (A macro, because a function would borrow the whole of the shard, with the lanes that the
-/// batch comes from.)
-macro_rules! batch {
-    ($shard:expr) => {{
-        let mut batch = crate::shard::batch::Batch {
-            writer: &mut $shard.writer,
-            keys: &mut $shard.keys,
-            views: &mut $shard.views,
-            taker: &mut $shard.taker,
-            runs: &mut $shard.work.runs,
-            placed: if $shard.handlers.is_empty() { None } else { Some(&mut $shard.work.placed) },
-            schemas: &$shard.work.schemas,
-            shard: $shard.id,
-            now: $shard.clock.now(),
-            wall_offset: $shard.clock.wall_offset(),
-            bytes: 0,
-        };
-        batch.mark();
-        batch
-    }};
-}
-pub(super) use batch;
-
 impl<A: Aggregate> Batch<'_, A> {
-    /// When this batch is appended.
+    /// The wall time at which the batch began.
     pub(super) fn time(&self) -> Time {
         wall_time(self.now, self.wall_offset)
     }
 
-    /// Notes in the log how far it had been synced.
+    /// Marks in the log how far it is synced.
     #[inline]
     pub(super) fn mark(&mut self) {
         let time = self.time();
         self.writer.mark(self.now, time);
     }
 
-    /// Appends slots until one finds no room and there is no new segment yet. Returns how many it appended.
+    /// Appends slots until one finds no room and no new segment is ready. Returns the number appended.
     #[inline]
     pub(super) fn append<T: Borrow<Slot<A::Event>>>(&mut self, slots: &[T]) -> Result<usize, FailureCause> {
         let mut appended = 0;
@@ -111,9 +91,9 @@ impl<A: Aggregate> Batch<'_, A> {
         }
     }
 
-    /// Appends slots until the current segment is full. Returns how many it appended.
+    /// Appends slots until the current segment is full. Returns the number appended.
     ///
-    /// While events are appended, the key table's slots for later ones are brought near.
+    /// Prefetches the key table's slots of later events meanwhile.
     fn append_to_segment<T: Borrow<Slot<A::Event>>>(&mut self, slots: &[T]) -> Result<usize, FailureCause> {
         let mut seen = [Seen::default(); LOOK_AHEAD];
         for (slot, seen) in slots.iter().zip(&mut seen) {
@@ -123,7 +103,7 @@ impl<A: Aggregate> Batch<'_, A> {
         let mut staged = [0; GROUP];
         let mut appender = self.writer.appender(&mut staged);
         let begun = appender.offset().0;
-        let mut run = RunBegun { published: 0, late: NOT_DUE, first: 0 };
+        let mut run = OpenRun { published: 0, late: NOT_DUE, first: 0 };
         let (mut appended, mut refused) = (0, None);
         for slot in slots {
             let slot = slot.borrow();
@@ -143,7 +123,7 @@ impl<A: Aggregate> Batch<'_, A> {
             let offset = appender.offset();
             if run.published != slot.published || run.late != slot.late {
                 self.runs.extend(run.until(appended, offset));
-                run = RunBegun { published: slot.published, late: slot.late, first: appended };
+                run = OpenRun { published: slot.published, late: slot.late, first: appended };
             }
             let known = self.keys.slot(slot.key, slot.hash, here);
             let header = RecordHeader {
@@ -179,13 +159,14 @@ impl<A: Aggregate> Batch<'_, A> {
     }
 }
 
-/// Lets the views see a state that has changed. (Not inlined: engines without views have no use for it.)
+/// Shows a changed state to the views. (Not inlined: engines without views never call it.)
 #[inline(never)]
 fn show<A: Aggregate>(views: &mut [Box<dyn ViewWriter<A>>], state: &A, meta: &Meta) {
     views.iter_mut().for_each(|view| view.changed(meta.key, state, meta));
 }
 
-/// Appends one event, changes its key's state by it, and lets the views see that. Returns the record's exact length.
+/// Appends one event, applies it to its key's state, and shows the state to the views. Returns the record's exact
+/// length.
 #[inline(always)]
 pub(super) fn record<A: Aggregate>(
     appender: &mut Appender<'_, '_>,

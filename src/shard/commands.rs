@@ -1,162 +1,179 @@
-//! Commands on the shard: decided against the state as it is, carried out as one group of records, answered in order.
+//! Commands on the shard: decides them against the current state, appends their events, and replies in order.
 //!
-//! Nothing comes between a decision and its events. Where no segment has room for them yet, they are held, and the shard
-//! appends nothing else before them.
+//! The events of one command are appended together, all or none. Nothing is appended between a decision and its events.
+//! While no segment has room for them, the decision is held, and the shard appends nothing else.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
 
-use super::Shard;
-use super::batch::{Batch, Run, batch, record};
-use crate::command::{ClientEnd, Order, Verdict};
+use super::batch::{Batch, Run, record};
+use super::core::Core;
+use crate::command::{ClientEnd, CommandSlot, Reply};
 use crate::error::FailureCause;
 use crate::error::panic_text;
 use crate::event::{Correlation, Event as _, Key, KeyHash, Root, Sequence, Version};
 use crate::log::format::{Ending, RECORD_HEADER_BYTES, RecordHeader};
-use crate::log::writer::GROUP;
-use crate::state::aggregate::{Aggregate, Emit};
+use crate::log::writer::{Appender, GROUP};
+use crate::state::aggregate::{Aggregate, Emit, Stored};
 use crate::state::outcomes::{Outcomes, Remembered};
 use crate::storage::memory::padded;
 
-/// What the shard says to a command.
-pub(super) type Answered<A> = Verdict<<A as Aggregate>::Rejection>;
+/// The reply to a command of `A`.
+type ReplyOf<A> = Reply<<A as Aggregate>::Rejection>;
+/// The decision on a command of `A`.
+type DecisionOf<A> = Decision<<A as Aggregate>::Rejection>;
 
-/// A decision that is still to be written.
-pub(crate) struct Held<A: Aggregate> {
-    /// The number of the client in the shard's list. No client leaves the list while a decision is held.
+/// A decision that no segment has room for yet.
+struct HeldDecision<A: Aggregate> {
+    /// The client's index in the shard's list. No client leaves the list while a decision is held.
     client: usize,
-    decided: Decided<A::Rejection>,
+    decision: DecisionOf<A>,
 }
 
-/// What was decided on a command; its events lie in the shard's `emit`.
-struct Decided<R> {
+/// A decision that must be appended. Its events are in `Commands::emit`.
+struct Decision<R> {
     key: Key,
     hash: KeyHash,
     published: u64,
     idempotency: Option<u64>,
-    /// Only what carries an idempotency key is written although it was rejected.
+    /// `Some` only with an idempotency key: other rejections are not appended.
     rejection: Option<R>,
 }
 
-impl<A: Aggregate> Shard<A> {
-    /// One batch of commands of one client. Returns how many were answered.
-    pub(super) fn drain_client(&mut self, at: usize) -> Result<usize, FailureCause> {
-        let ready = self.clients[at].orders.slots().min(self.batch_max);
-        if ready == 0 || self.work.held.is_some() {
+/// The state for deciding commands: remembered outcomes, the held decision, and buffers of one batch.
+pub(super) struct Commands<A: Aggregate> {
+    /// Outcomes of commands with idempotency keys.
+    pub(super) outcomes: Outcomes<A::Rejection>,
+    /// Where decisions put their events; reused.
+    emit: Emit<A::Event>,
+    held: Option<HeldDecision<A>>,
+    /// Replies of the current batch, not yet sent; reused.
+    replies: Vec<ReplyOf<A>>,
+}
+
+impl<A: Aggregate> Commands<A> {
+    pub(super) fn new(outcomes: Outcomes<A::Rejection>, batch_max: usize) -> Self {
+        Self { outcomes, emit: Emit::new(), held: None, replies: Vec::with_capacity(batch_max) }
+    }
+
+    /// Returns `true` if a decision waits for a segment.
+    pub(super) fn is_holding(&self) -> bool {
+        self.held.is_some()
+    }
+
+    /// Decides one batch of commands of the client at index `at`. Returns the number of replies.
+    pub(super) fn drain(
+        &mut self,
+        core: &mut Core<A>,
+        client: &mut ClientEnd<A>,
+        at: usize,
+        batch_max: usize,
+    ) -> Result<usize, FailureCause> {
+        let ready = client.commands.slots().min(batch_max);
+        if ready == 0 || self.held.is_some() {
             return Ok(0);
         }
-        let Ok(chunk) = self.clients[at].orders.read_chunk(ready) else { return Ok(0) };
+        let Ok(chunk) = client.commands.read_chunk(ready) else { return Ok(0) };
         let (front, back) = chunk.as_slices();
-        front.iter().chain(back).for_each(|order| {
-            self.keys.look(order.hash);
+        front.iter().chain(back).for_each(|command| {
+            core.keys.look(command.hash);
         });
-        let mut batch = batch!(self);
+        let mut batch = core.begin_batch();
         let now = batch.now;
-        let (mut events, mut answered) = (0, 0);
-        // What is not taken stays in the lane.
-        for order in chunk {
-            let verdict = match batch.decide(order, &mut self.work.emit, &self.outcomes) {
-                Ok(verdict) => verdict,
-                Err(decided) => match batch.carry_out(decided, &mut self.work.emit, &mut self.outcomes) {
-                    Ok(verdict) => verdict,
-                    Err(decided) => {
-                        self.work.held = Some(Held { client: at, decided });
+        let (mut events, mut replied) = (0, 0);
+        // Commands that the loop does not reach stay in the lane.
+        for command in chunk {
+            let reply = match batch.decide(command, &mut self.emit, &self.outcomes) {
+                Ok(reply) => reply,
+                Err(decision) => match batch.carry_out(decision, &mut self.emit, &mut self.outcomes) {
+                    Ok(reply) => reply,
+                    Err(decision) => {
+                        self.held = Some(HeldDecision { client: at, decision });
                         break;
                     }
                 },
             };
-            if let Verdict::Done { events: count, repeated: false, .. } = verdict {
+            if let Reply::Done { events: count, repeated: false, .. } = reply {
                 events += count as usize;
             }
-            answered += 1;
-            self.work.answers.push(verdict);
+            replied += 1;
+            self.replies.push(reply);
         }
         let bytes = batch.bytes;
-        self.stalled(self.work.held.is_some());
-        self.answer(at, now, events, bytes)?;
-        Ok(answered)
+        core.note_stall(self.held.is_some());
+        self.reply(core, client, now, events, bytes)?;
+        Ok(replied)
     }
 
-    /// Tries again to append what was decided. Whether it is done.
-    pub(super) fn append_held(&mut self) -> Result<bool, FailureCause> {
-        let Some(Held { client, decided }) = self.work.held.take() else { return Ok(true) };
-        let mut batch = batch!(self);
+    /// Tries again to append the held decision. Returns `true` if none is held any more.
+    pub(super) fn append_held(
+        &mut self,
+        core: &mut Core<A>,
+        clients: &mut [ClientEnd<A>],
+    ) -> Result<bool, FailureCause> {
+        let Some(HeldDecision { client, decision }) = self.held.take() else { return Ok(true) };
+        let mut batch = core.begin_batch();
         let now = batch.now;
-        match batch.carry_out(decided, &mut self.work.emit, &mut self.outcomes) {
-            Ok(verdict) => {
+        match batch.carry_out(decision, &mut self.emit, &mut self.outcomes) {
+            Ok(reply) => {
                 let bytes = batch.bytes;
-                let events = if let Verdict::Done { events, .. } = verdict { events as usize } else { 0 };
-                self.work.answers.push(verdict);
-                self.answer(client, now, events, bytes)?;
+                let events = if let Reply::Done { events, .. } = reply { events as usize } else { 0 };
+                self.replies.push(reply);
+                self.reply(core, &mut clients[client], now, events, bytes)?;
                 Ok(true)
             }
-            Err(decided) => {
-                self.work.held = Some(Held { client, decided });
-                self.stalled(true);
+            Err(decision) => {
+                self.held = Some(HeldDecision { client, decision });
+                core.note_stall(true);
                 Ok(false)
             }
         }
     }
 
-    /// Publishes what a batch of commands appended, and then its answers.
-    fn answer(&mut self, at: usize, now: u64, events: usize, bytes: u64) -> Result<(), FailureCause> {
-        let ClientEnd { orders, shared, answered, .. } = &mut self.clients[at];
-        *answered += self.work.answers.len() as u64;
-        let (count, shared, depth) = (*answered, Arc::clone(shared), orders.slots());
-        for verdict in &self.work.answers {
-            match verdict {
-                Verdict::Done { repeated, .. } => self.counters.repeated.add(u64::from(*repeated)),
-                _ => self.counters.rejected.add(1),
+    /// Publishes the events of a batch of commands, and then sends the replies.
+    fn reply(
+        &mut self,
+        core: &mut Core<A>,
+        client: &mut ClientEnd<A>,
+        now: u64,
+        events: usize,
+        bytes: u64,
+    ) -> Result<(), FailureCause> {
+        let (pending, ClientEnd { commands, replies, shared, replied }) = (&mut self.replies, client);
+        *replied += pending.len() as u64;
+        for reply in &*pending {
+            match reply {
+                Reply::Done { repeated, .. } => core.counters.repeated.add(u64::from(*repeated)),
+                _ => core.counters.rejected.add(1),
             }
         }
-        self.counters.commands.add(self.work.answers.len() as u64);
-        let mut clients = std::mem::take(&mut self.clients);
-        let answers = &mut clients[at].answers;
-        let published = self.publish(now, events, bytes, depth, |work| {
-            let answered = work.answers.len();
-            let Ok(chunk) = answers.write_chunk_uninit(answered) else {
-                unreachable!("a client has no more commands on their way than answers have room")
+        core.counters.commands.add(pending.len() as u64);
+        let published = core.publish(now, events, bytes, commands.slots(), || {
+            let Ok(chunk) = replies.write_chunk_uninit(pending.len()) else {
+                unreachable!("a client sends no more commands than the ring of replies has slots")
             };
-            chunk.fill_from_iter(work.answers.drain(..));
-            shared.appended_reached(count);
+            chunk.fill_from_iter(pending.drain(..));
+            shared.appended_reached(*replied);
         });
-        self.clients = clients;
         shared.space.notify();
         published
-    }
-
-    /// Lets everybody who asked look at the states. Returns how many there were.
-    pub(super) fn answer_questions(&mut self) -> usize {
-        if self.questions.is_empty() {
-            return 0;
-        }
-        let questions = self.questions.take();
-        let count = questions.len();
-        for question in questions {
-            // What a question does wrong is its asker's to know.
-            if let Err(panic) = catch_unwind(AssertUnwindSafe(|| question(&self.keys))) {
-                tracing::warn!(shard = self.id.0, panic = panic_text(&*panic), "a question to a state panicked");
-            }
-        }
-        count
     }
 }
 
 impl<A: Aggregate> Batch<'_, A> {
-    /// Decides on a command. `Ok`: there is nothing to append. `Err`: what is to be appended.
+    /// Decides a command. Returns `Ok` if there is nothing to append, and `Err` with a decision that must be appended.
     fn decide(
         &mut self,
-        order: Order<A::Command>,
+        command: CommandSlot<A::Command>,
         emit: &mut Emit<A::Event>,
         outcomes: &Outcomes<A::Rejection>,
-    ) -> Result<Answered<A>, Decided<A::Rejection>> {
-        let Order { key, hash, published, expected, idempotency, command } = order;
+    ) -> Result<ReplyOf<A>, DecisionOf<A>> {
+        let CommandSlot { key, hash, published, expected, idempotency, command } = command;
         if let Some(idempotency) = idempotency
             && let Some(outcome) = outcomes.find(key, idempotency)
         {
             return Ok(match outcome {
-                &Remembered::Done { version, events } => Verdict::Done { version, events, repeated: true },
-                Remembered::Rejected(rejection) => Verdict::Rejected(rejection.clone()),
+                &Remembered::Done { version, events } => Reply::Done { version, events, repeated: true },
+                Remembered::Rejected(rejection) => Reply::Rejected(rejection.clone()),
             });
         }
         let time = self.time();
@@ -169,56 +186,98 @@ impl<A: Aggregate> Batch<'_, A> {
             }
         };
         if !expected.holds(version) {
-            return Ok(Verdict::WrongVersion(version));
+            return Ok(Reply::WrongVersion(version));
         }
         emit.begin(key, version, time);
-        let decision = match catch_unwind(AssertUnwindSafe(|| state.decide(command, emit))) {
-            Ok(decision) => decision,
-            Err(panic) => return Ok(Verdict::Panicked(panic_text(&*panic))),
+        let decided = match catch_unwind(AssertUnwindSafe(|| state.decide(command, emit))) {
+            Ok(decided) => decided,
+            Err(panic) => return Ok(Reply::Panicked(panic_text(&*panic))),
         };
-        let decided = |rejection| Decided { key, hash, published, idempotency, rejection };
-        match decision {
-            Err(rejection) if idempotency.is_none() => Ok(Verdict::Rejected(rejection)),
+        let decision = |rejection| Decision { key, hash, published, idempotency, rejection };
+        match decided {
+            Err(rejection) if idempotency.is_none() => Ok(Reply::Rejected(rejection)),
             Err(rejection) => {
                 emit.events.clear();
-                Err(decided(Some(rejection)))
+                Err(decision(Some(rejection)))
             }
             Ok(()) if emit.events.is_empty() && idempotency.is_none() => {
-                Ok(Verdict::Done { version, events: 0, repeated: false })
+                Ok(Reply::Done { version, events: 0, repeated: false })
             }
             Ok(()) => {
                 for event in &emit.events {
                     if self.schemas.current(event.event_type()).is_none() {
-                        return Ok(Verdict::UndeclaredType(event.event_type()));
+                        return Ok(Reply::UndeclaredType(event.event_type()));
                     }
                 }
-                Err(decided(None))
+                Err(decision(None))
             }
         }
     }
 
-    /// Appends what was decided, all of it or nothing. `Err`: no segment has room for it yet.
+    /// Appends a decision, all of it or nothing, and remembers its outcome. Returns `Err` if no segment has room for it
+    /// yet.
     fn carry_out(
         &mut self,
-        decided: Decided<A::Rejection>,
+        decision: DecisionOf<A>,
         emit: &mut Emit<A::Event>,
         outcomes: &mut Outcomes<A::Rejection>,
-    ) -> Result<Answered<A>, Decided<A::Rejection>> {
-        let &Decided { key, hash, published, idempotency, ref rejection } = &decided;
-        let needed = match self.needed(emit, rejection.as_ref(), idempotency) {
+    ) -> Result<ReplyOf<A>, DecisionOf<A>> {
+        let needed = match self.bytes_needed(&decision, emit) {
             Ok(needed) => needed,
             Err(too_large) => return Ok(too_large),
         };
         let room = self.writer.room();
         let time = self.time();
         if needed > room && self.writer.roll(time).is_err() {
-            return Err(decided);
+            return Err(decision);
         }
+        let events = emit.events.len() as u32;
+        let version = self.append_decision(&decision, emit);
+        let Decision { key, idempotency, rejection, .. } = decision;
+        if let Some(idempotency) = idempotency {
+            let outcome = match &rejection {
+                Some(rejection) => Remembered::Rejected(rejection.clone()),
+                None => Remembered::Done { version, events },
+            };
+            outcomes.remember(key, version, idempotency, outcome);
+        }
+        Ok(match rejection {
+            Some(rejection) => Reply::Rejected(rejection),
+            None => Reply::Done { version, events, repeated: false },
+        })
+    }
+
+    /// The bytes that a decision takes in a segment, or the reply to one that no segment can hold.
+    fn bytes_needed(&mut self, decision: &DecisionOf<A>, emit: &Emit<A::Event>) -> Result<usize, ReplyOf<A>> {
+        let mut needed = 0;
+        let event_bytes_max = self.writer.event_bytes_max();
+        for event in &emit.events {
+            let bytes = self.writer.measure(event);
+            if bytes > event_bytes_max {
+                return Err(Reply::TooLarge { bytes_max: event_bytes_max });
+            }
+            needed += padded(RECORD_HEADER_BYTES + bytes);
+        }
+        if decision.idempotency.is_some() {
+            let bytes = decision.rejection.as_ref().map_or(0, |rejection| self.writer.measure(rejection));
+            if bytes > event_bytes_max {
+                return Err(Reply::TooLarge { bytes_max: event_bytes_max });
+            }
+            needed += padded(RECORD_HEADER_BYTES + bytes);
+        }
+        let bytes_max = self.writer.room_of_a_segment();
+        if needed > bytes_max { Err(Reply::TooLarge { bytes_max }) } else { Ok(needed) }
+    }
+
+    /// Appends the events of a decision and, with an idempotency key, its outcome. The segment must have room for all
+    /// of them. Returns the key's version afterwards.
+    fn append_decision(&mut self, decision: &DecisionOf<A>, emit: &mut Emit<A::Event>) -> Version {
+        let &Decision { key, hash, published, idempotency, ref rejection } = decision;
         let first_sequence = self.writer.sequence();
         let mut staged = [0; GROUP];
         let mut appender = self.writer.appender(&mut staged);
         let begun = appender.offset().0;
-        let (count, noted) = (emit.events.len(), idempotency.is_some());
+        let (count, has_outcome) = (emit.events.len(), idempotency.is_some());
         for (i, event) in emit.events.drain(..).enumerate() {
             let seen = self.keys.look(hash);
             let known = self.keys.slot(key, hash, seen);
@@ -231,13 +290,13 @@ impl<A: Aggregate> Batch<'_, A> {
                 event_type,
                 correlation: if own == Correlation(0) { emit.correlation } else { own },
                 version: Version(known.version.0 + 1),
-                schema_version: self.schemas.current(event_type).expect("looked at when it was decided"),
-                more: noted || i + 1 < count,
+                schema_version: self.schemas.current(event_type).expect("`decide` checked the event's type"),
+                more: has_outcome || i + 1 < count,
             };
             let (shard, offset) = (self.shard, appender.offset());
             let meta = || header.meta(shard, offset, Sequence(first_sequence + i as u64));
             let len = record(&mut appender, &header, &event, meta, known, self.views, self.taker);
-            let len = len.expect("there is room for all events of a command, or none was begun");
+            let len = len.expect("the segment has room for all events of the command");
             if let Some(placed) = &mut self.placed {
                 placed.push((meta(), len));
             }
@@ -250,11 +309,7 @@ impl<A: Aggregate> Batch<'_, A> {
                 None => Ending::Done { events },
             };
             let header = RecordHeader::outcome(key, idempotency, version, ending, emit.now);
-            let noted = match rejection {
-                Some(rejection) => appender.append(&header, rejection).map(|_| ()),
-                None => appender.append_empty(&header),
-            };
-            noted.expect("there is room for the outcome too");
+            append_outcome(&mut appender, &header, rejection.as_ref());
         }
         let end = appender.finish();
         self.bytes += end.0 - begun;
@@ -262,44 +317,15 @@ impl<A: Aggregate> Batch<'_, A> {
             self.runs.push(Run { published, late: None, events, end: end.0 });
         }
         self.writer.advance(end, count as u64);
-        let Decided { rejection, .. } = decided;
-        if let Some(idempotency) = idempotency {
-            let outcome = match &rejection {
-                Some(rejection) => Remembered::Rejected(rejection.clone()),
-                None => Remembered::Done { version, events },
-            };
-            outcomes.remember(key, version, idempotency, outcome);
-        }
-        Ok(match rejection {
-            Some(rejection) => Verdict::Rejected(rejection),
-            None => Verdict::Done { version, events, repeated: false },
-        })
+        version
     }
+}
 
-    /// The bytes that a decision takes in a segment, or why it can never be appended.
-    fn needed(
-        &mut self,
-        emit: &Emit<A::Event>,
-        rejection: Option<&A::Rejection>,
-        idempotency: Option<u64>,
-    ) -> Result<usize, Answered<A>> {
-        let mut needed = 0;
-        let event_bytes_max = self.writer.event_bytes_max();
-        for event in &emit.events {
-            let bytes = self.writer.measure(event);
-            if bytes > event_bytes_max {
-                return Err(Verdict::TooLarge { bytes_max: event_bytes_max });
-            }
-            needed += padded(RECORD_HEADER_BYTES + bytes);
-        }
-        if idempotency.is_some() {
-            let bytes = rejection.map_or(0, |rejection| self.writer.measure(rejection));
-            if bytes > event_bytes_max {
-                return Err(Verdict::TooLarge { bytes_max: event_bytes_max });
-            }
-            needed += padded(RECORD_HEADER_BYTES + bytes);
-        }
-        let bytes_max = self.writer.room_of_a_segment();
-        if needed > bytes_max { Err(Verdict::TooLarge { bytes_max }) } else { Ok(needed) }
-    }
+/// Appends the outcome of a command with an idempotency key.
+fn append_outcome<R: Stored>(appender: &mut Appender<'_, '_>, header: &RecordHeader, rejection: Option<&R>) {
+    let appended = match rejection {
+        Some(rejection) => appender.append(header, rejection).map(|_| ()),
+        None => appender.append_empty(header),
+    };
+    appended.expect("the segment has room for the outcome too");
 }

@@ -1,14 +1,14 @@
 //! Inline handlers: code that runs on the shard's thread right after an event is appended.
 //!
-//! They see `&Archived<E>` where it lies in the log. What takes longer than a microsecond or may block
-//! does not belong here; it follows the log from a thread of its own.
+//! A handler sees `&Archived<E>` in place, in the log. Work that takes longer than a microsecond, or that may block,
+//! belongs in a consumer, which follows the log on its own thread.
 
 use std::fmt;
 
 use crate::error::HandlerError;
 use crate::event::{Event, Meta, ShardId};
 
-/// What a handler learns at the end of a batch.
+/// The end of a batch, as a handler sees it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct BatchEnd {
@@ -16,25 +16,26 @@ pub struct BatchEnd {
     pub shard: ShardId,
     /// Events of the batch.
     pub events: usize,
-    /// Events still waiting in the lane the batch came from.
+    /// Events still queued in the lane that the batch came from.
     pub queue_depth: usize,
 }
 
-/// Code run on a shard's thread for every event, in append order. One instance per shard.
+/// Code that runs on a shard's thread for every event, in append order. Each shard has its own instance.
 ///
-/// It may call the engine, and must not wait for it: the shard goes on only when it returns. A publish into a full lane is
-/// [`Full`](crate::Rejected::Full) at once, a call that would wait says `OnEngineThread`; `docs/services.md` has the table.
+/// A handler may call the engine but must not wait for it: the shard continues only when the handler returns. A publish
+/// into a full lane is [`Full`](crate::Rejected::Full) at once, and a call that would wait returns `OnEngineThread`;
+/// `docs/services.md` has the table.
 pub trait Handler<E: Event>: Send {
-    /// One event, just appended. It may not be durable yet.
+    /// Handles one event that was just appended. It may not be durable yet.
     ///
     /// # Errors
-    /// Whatever the handler's policy is to act on.
+    /// Any error; the handler's [`OnError`] policy decides what the shard does.
     fn on_event(&mut self, event: &E::Archived, meta: &Meta) -> Result<(), HandlerError>;
 
-    /// The batch is over: the place for work that is cheaper for many than for one.
+    /// Handles the end of a batch: the place for work that costs less per batch than per event.
     ///
     /// # Errors
-    /// As `on_event`; with the quarantine policy it is counted and logged, since it belongs to no event.
+    /// As `on_event`. With [`OnError::Quarantine`] the note names no event.
     fn on_batch_end(&mut self, batch: &BatchEnd) -> Result<(), HandlerError> {
         let _unused: &BatchEnd = batch;
         Ok(())
@@ -50,14 +51,15 @@ where
     }
 }
 
-/// What happens when a handler returns an error or panics.
+/// What the shard does when a handler returns an error or panics.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
 pub enum OnError {
-    /// The shard stops with the cause: its publishers and waiters are told at once.
+    /// The shard stops, and its publishers and waiters receive the cause at once.
     #[default]
     Halt,
-    /// The event is noted in `quarantine/handlers.jsonl` with its offset and the error, and the handler goes on with
-    /// the next event. After a panic the handler sees later events as it then is.
+    /// The shard notes the event in `quarantine/handlers.jsonl`, with its offset and the error, and runs the handler on
+    /// the next event. After a panic the handler continues with the state that the panic left.
     Quarantine,
 }
 

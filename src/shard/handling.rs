@@ -1,122 +1,171 @@
-//! The inline handlers of one shard over one batch, and what becomes of their errors.
+//! The inline handlers of one shard: runs them over a batch, and applies their error policies.
 
+use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::Shard;
+use super::handler::{BatchEnd, OnError, Registered};
 use crate::error::FailureCause;
 use crate::error::HandlerError;
 use crate::error::panic_text;
-use crate::event::{Meta, Offset};
+use crate::event::{Event, Meta, Offset, ShardId};
 use crate::log::format::RECORD_HEADER_BYTES;
-use crate::log::segment::Waits;
-use crate::shard::handler::{BatchEnd, OnError, Registered};
-use crate::state::aggregate::Aggregate;
-use crate::storage::is_exhausted;
+use crate::log::segment::{ShardLog, Waits};
+use crate::log::writer::Writer;
+use crate::metrics::Counters;
+use crate::storage::memory::Memory;
+use crate::storage::{Storage, is_exhausted};
 
-/// How long after an attempt for which something was exhausted the next is made.
+/// The wait before the next attempt, after a write for which the storage had no room.
 const RETRY_NOTES: Duration = Duration::from_millis(100);
 
-impl<A: Aggregate> Shard<A> {
+/// The inline handlers of one shard.
+pub(super) struct Handlers<E: Event> {
+    registered: Vec<Registered<E>>,
+    /// The events of the current batch and the lengths of their records; reused.
+    placed: Vec<(Meta, usize)>,
+    log: Arc<ShardLog>,
+    failures: Failures,
+}
+
+impl<E: Event> Handlers<E> {
+    pub(super) fn new(
+        shard: ShardId,
+        registered: Vec<Registered<E>>,
+        batch_max: usize,
+        log: Arc<ShardLog>,
+        counters: Arc<Counters>,
+        storage: Arc<dyn Storage>,
+        quarantine: PathBuf,
+    ) -> Self {
+        let placed = Vec::with_capacity(batch_max);
+        let failed_in = Arc::clone(&log);
+        let failures =
+            Failures { shard, log: failed_in, counters, storage, quarantine, notes: Vec::new(), retry_at: None };
+        Self { registered, placed, log, failures }
+    }
+
+    #[inline]
+    pub(super) fn is_empty(&self) -> bool {
+        self.registered.is_empty()
+    }
+
+    /// The list that a batch adds its events to; `None` if there are no handlers.
+    #[inline]
+    pub(super) fn placed(&mut self) -> Option<&mut Vec<(Meta, usize)>> {
+        if self.registered.is_empty() { None } else { Some(&mut self.placed) }
+    }
+
     /// Runs every inline handler over this batch.
-    pub(super) fn handle(&mut self, queue_depth: usize) -> Result<(), FailureCause> {
-        let placed = std::mem::take(&mut self.work.placed);
-        let end = BatchEnd { shard: self.id, events: placed.len(), queue_depth };
-        let mut handlers = std::mem::take(&mut self.handlers);
-        let outcome = handlers.iter_mut().try_for_each(|handler| self.run_handler(handler, &placed, &end));
-        self.handlers = handlers;
-        self.work.placed = placed;
-        self.work.placed.clear();
+    pub(super) fn run(&mut self, writer: &Writer, queue_depth: usize) -> Result<(), FailureCause> {
+        let Self { registered, placed, log, failures } = self;
+        let end = BatchEnd { shard: failures.shard, events: placed.len(), queue_depth };
+        let mut run = |handler: &mut _| run_handler(handler, placed, &end, (writer, log), failures);
+        let outcome = registered.iter_mut().try_for_each(&mut run);
+        placed.clear();
         outcome
     }
 
-    /// Writes down which events handlers failed on, if any waits for that. `false`: the storage has no room for it now, and the shard
-    /// takes nothing more in until it has.
+    /// Writes the notes of handler failures, if there are any. Returns `false` if the storage has no room for them now;
+    /// the shard appends nothing until it has.
     #[inline]
     pub(super) fn write_notes(&mut self) -> Result<bool, FailureCause> {
-        if self.work.notes.is_empty() { Ok(true) } else { self.try_notes() }
+        if self.failures.notes.is_empty() { Ok(true) } else { self.failures.write_notes() }
     }
 
-    #[cold]
-    fn try_notes(&mut self) -> Result<bool, FailureCause> {
-        if self.work.notes_at.is_some_and(|at| Instant::now() < at) {
-            return Ok(false);
-        }
-        let file = self.quarantine.join("handlers.jsonl");
-        let noted = self
-            .storage
-            .create_dir(&self.quarantine)
-            .and_then(|()| self.storage.append(&file, &self.work.notes))
-            .and_then(|()| self.storage.sync_dir(&self.quarantine));
-        let action = "noting a quarantined event";
-        match noted {
-            Ok(()) => {
-                self.work.notes.clear();
-                if self.work.notes_at.take().is_some() {
-                    self.log.wait_for_storage(Waits::Note, None);
-                }
-                Ok(true)
-            }
-            Err(error) if is_exhausted(&error) => {
-                self.log.wait_for_storage(Waits::Note, Some((action, &error)));
-                self.work.notes_at = Some(Instant::now() + RETRY_NOTES);
-                Ok(false)
-            }
-            Err(source) => Err(FailureCause::Storage { action, source: Arc::new(source) }),
-        }
+    /// Returns `true` if notes of handler failures are not written yet.
+    pub(super) fn has_notes(&self) -> bool {
+        !self.failures.notes.is_empty()
     }
 
-    fn run_handler(
-        &mut self,
-        registered: &mut Registered<A::Event>,
-        placed: &[(Meta, usize)],
-        end: &BatchEnd,
-    ) -> Result<(), FailureCause> {
-        let mut next = 0;
-        while next < placed.len() {
-            // One catch per batch, not per event; `next` says where it stopped.
-            let outcome = catch_unwind(AssertUnwindSafe(|| -> Result<(), HandlerError> {
-                while let Some((meta, len)) = placed.get(next) {
-                    let Some(memory) = self.memory_of(meta.offset) else {
-                        return Err("the event's segment is gone".into());
-                    };
-                    let at = (meta.offset.0 % self.log.segment_bytes) as usize + RECORD_HEADER_BYTES;
-                    let Some(event) = memory.archived::<A::Event>(at, len - RECORD_HEADER_BYTES) else {
-                        return Err("the archive is not valid".into());
-                    };
-                    registered.handler.on_event(event, meta)?;
-                    next += 1;
-                }
-                Ok(())
-            }));
-            let error = match outcome {
-                Ok(Ok(())) => continue,
-                Ok(Err(error)) => error.to_string(),
-                Err(panic) => format!("panic: {}", panic_text(&*panic)),
-            };
-            self.on_handler_error(registered, Some(&placed[next].0), error)?;
-            next += 1;
-        }
-        let error = match catch_unwind(AssertUnwindSafe(|| registered.handler.on_batch_end(end))) {
-            Ok(Ok(())) => return Ok(()),
+    /// Returns `true` if notes wait for the storage to have room.
+    pub(super) fn is_waiting_for_storage(&self) -> bool {
+        self.failures.is_waiting()
+    }
+
+    /// The time of the next attempt to write notes, after the storage had no room.
+    pub(super) fn retry_at(&self) -> Option<Instant> {
+        self.failures.retry_at
+    }
+}
+
+/// Runs one handler over a batch.
+fn run_handler<E: Event>(
+    registered: &mut Registered<E>,
+    placed: &[(Meta, usize)],
+    end: &BatchEnd,
+    (writer, log): (&Writer, &ShardLog),
+    failures: &mut Failures,
+) -> Result<(), FailureCause> {
+    let mut next = 0;
+    while next < placed.len() {
+        // One catch per batch, not per event; `next` is the event that it stopped at.
+        let outcome = catch_unwind(AssertUnwindSafe(|| -> Result<(), HandlerError> {
+            while let Some((meta, len)) = placed.get(next) {
+                let Some(memory) = memory_of(writer, log, meta.offset) else {
+                    return Err("the event's segment is gone".into());
+                };
+                let at = (meta.offset.0 % log.segment_bytes) as usize + RECORD_HEADER_BYTES;
+                let Some(event) = memory.archived::<E>(at, len - RECORD_HEADER_BYTES) else {
+                    return Err("the archive is not valid".into());
+                };
+                registered.handler.on_event(event, meta)?;
+                next += 1;
+            }
+            Ok(())
+        }));
+        let error = match outcome {
+            Ok(Ok(())) => continue,
             Ok(Err(error)) => error.to_string(),
             Err(panic) => format!("panic: {}", panic_text(&*panic)),
         };
-        self.on_handler_error(registered, None, error)
+        failures.apply_policy(registered, Some(&placed[next].0), error)?;
+        next += 1;
     }
+    let error = match catch_unwind(AssertUnwindSafe(|| registered.handler.on_batch_end(end))) {
+        Ok(Ok(())) => return Ok(()),
+        Ok(Err(error)) => error.to_string(),
+        Err(panic) => format!("panic: {}", panic_text(&*panic)),
+    };
+    failures.apply_policy(registered, None, error)
+}
 
+/// The memory of the segment that holds `offset`.
+fn memory_of(writer: &Writer, log: &ShardLog, offset: Offset) -> Option<Arc<Memory>> {
+    match writer.current_memory() {
+        Some((base, memory)) if offset.0 >= base => Some(Arc::clone(memory)),
+        _ => log.segment(log.segment_of(offset)).map(|segment| segment.memory),
+    }
+}
+
+/// Applies the policies of handlers that failed, and writes notes of the events that they quarantine.
+struct Failures {
+    shard: ShardId,
+    log: Arc<ShardLog>,
+    counters: Arc<Counters>,
+    storage: Arc<dyn Storage>,
+    /// The folder for notes.
+    quarantine: PathBuf,
+    /// Notes that are not written yet. Nothing is appended before they are.
+    notes: Vec<u8>,
+    /// The time of the next attempt to write them, after the storage had no room.
+    retry_at: Option<Instant>,
+}
+
+impl Failures {
     #[cold]
-    fn on_handler_error(
+    fn apply_policy<E: Event>(
         &mut self,
-        registered: &Registered<A::Event>,
+        registered: &Registered<E>,
         meta: Option<&Meta>,
         error: String,
     ) -> Result<(), FailureCause> {
         let offset = meta.map_or(Offset(self.log.appended.get()), |meta| meta.offset);
         tracing::warn!(
             handler = registered.name,
-            shard = self.id.0,
+            shard = self.shard.0,
             offset = offset.0,
             error,
             "an inline handler failed"
@@ -128,22 +177,48 @@ impl<A: Aggregate> Shard<A> {
                 let event_id = meta.map(|meta| meta.id().to_string());
                 let (error, handler) = (json_string(&error), json_string(&registered.name));
                 let event_id = event_id.map_or("null".to_owned(), |id| json_string(&id));
-                let (offset, shard) = (offset.0, self.id.0);
+                let (offset, shard) = (offset.0, self.shard.0);
                 let line = format!(
                     "{{\"error\":{error},\"event_id\":{event_id},\"handler\":{handler},\"offset\":{offset},\"shard\":{shard}}}\n"
                 );
-                self.work.notes.extend_from_slice(line.as_bytes());
-                // Where there is no room for it, no further turn takes an event in before there is.
-                self.try_notes().map(drop)
+                self.notes.extend_from_slice(line.as_bytes());
+                // If there is no room for it now, the next turn tries again before it appends anything.
+                self.write_notes().map(drop)
             }
         }
     }
 
-    fn memory_of(&self, offset: Offset) -> Option<Arc<crate::storage::memory::Memory>> {
-        match self.writer.current_memory() {
-            Some((base, memory)) if offset.0 >= base => Some(Arc::clone(memory)),
-            _ => self.log.segment(self.log.segment_of(offset)).map(|segment| segment.memory),
+    fn is_waiting(&self) -> bool {
+        self.retry_at.is_some_and(|at| Instant::now() < at)
+    }
+
+    #[cold]
+    fn write_notes(&mut self) -> Result<bool, FailureCause> {
+        if self.is_waiting() {
+            return Ok(false);
         }
+        let action = "noting a quarantined event";
+        match self.append_to_file() {
+            Ok(()) => {
+                self.notes.clear();
+                if self.retry_at.take().is_some() {
+                    self.log.wait_for_storage(Waits::Note, None);
+                }
+                Ok(true)
+            }
+            Err(error) if is_exhausted(&error) => {
+                self.log.wait_for_storage(Waits::Note, Some((action, &error)));
+                self.retry_at = Some(Instant::now() + RETRY_NOTES);
+                Ok(false)
+            }
+            Err(source) => Err(FailureCause::Storage { action, error: Arc::new(source) }),
+        }
+    }
+
+    fn append_to_file(&self) -> io::Result<()> {
+        self.storage.create_dir(&self.quarantine)?;
+        self.storage.append(&self.quarantine.join("handlers.jsonl"), &self.notes)?;
+        self.storage.sync_dir(&self.quarantine)
     }
 }
 

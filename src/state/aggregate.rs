@@ -1,7 +1,7 @@
-//! What a user of the engine writes: the state of a key, the one place that changes it, and its rules.
+//! Aggregates: the state of a key, the one function that changes it, and its rules. The application writes them.
 //!
-//! One writer: [`Aggregate::evolve`]. It runs on the shard that owns the key, and everything else that needs a state
-//! (recovery, rebuilding, snapshots, time travel, views) is that same function run over the log.
+//! One writer: [`Aggregate::evolve`]. It runs on the shard that owns the key. Recovery, rebuilding, snapshots, time travel and
+//! views get their states from the same function, run over the log.
 
 use std::convert::Infallible;
 use std::fmt;
@@ -14,13 +14,12 @@ use rkyv::{Archive, Deserialize, Serialize};
 use crate::bounded::Bounded;
 use crate::event::{Correlation, Encode, Event, Key, Meta, Time, Version};
 
-/// A type that is archived to disk and turned back into itself. Implemented for every fitting rkyv type; nobody
-/// implements it by hand.
+/// A type that can be archived to disk and restored. Implemented for every suitable rkyv type; do not implement it by hand.
 pub trait Stored: Encode + Clone + Send + 'static {
-    /// Turns an archive, which begins at a multiple of 16, back into a value after checking every byte of it.
+    /// Restores a value from its archive, which begins at a multiple of 16, after validating every byte.
     ///
     /// # Errors
-    /// What the validator or the rebuilding found wrong.
+    /// The error of the validator or of the deserializer.
     fn decode(bytes: &[u8]) -> Result<Self, RkyvError>;
 }
 
@@ -34,7 +33,7 @@ where
     }
 }
 
-/// The state of one key, and its rules. `Default` is the state of a key without events.
+/// The state of one key, and its rules. `Default` gives the state of a key without events.
 ///
 /// ```
 /// use corelane::{Aggregate, Bounded, Emit, Event, EventType, EventTypeId, Meta};
@@ -83,47 +82,47 @@ where
 /// }
 /// ```
 pub trait Aggregate: Default + Stored {
-    /// What happened to a key: the only thing that is kept for ever.
+    /// Something that happened to a key. Events are the only data that is kept for ever.
     type Event: Event;
-    /// What somebody wants to happen.
+    /// A request to change a key's state.
     type Command: Send + 'static;
-    /// Why a command is not carried out.
+    /// The reason why a command is not carried out.
     type Rejection: Stored + fmt::Debug;
 
-    /// Version of the archived layout of `Self`. Count it up when the layout, or what `evolve` makes of old events, changes:
-    /// snapshots of other versions are then passed over, and what they saved is folded again from the log. Saved states of
-    /// another size or alignment are passed over in any case; two fields of one type that change places show in neither.
+    /// Version of the archived layout of `Self`. Increment it when the layout changes, or when `evolve` makes other states of
+    /// old events: snapshots of other versions are then ignored, and their states are folded again from the log. Saved states
+    /// of another size or alignment are ignored in any case. Swapping two fields of one type changes neither size nor alignment.
     const STATE_VERSION: u16 = 1;
 
-    /// Changes the state by one event. It must be deterministic and must not depend on anything but its arguments: it runs
-    /// when the event is appended and again whenever the state is rebuilt. `meta.version` is the event's number in its key;
-    /// `meta.sequence` is always [`crate::Sequence::UNKNOWN`] here, since a key's history is read without its neighbours.
+    /// Applies one event to the state. It must be deterministic and must depend on nothing but its arguments: it runs when the
+    /// event is appended and again whenever the state is rebuilt. `meta.version` is the event's number in its key;
+    /// `meta.sequence` is always [`crate::Sequence::UNKNOWN`] here, because a key's history is read without its neighbours.
     ///
-    /// A panic stops the shard; the event is then not part of the log. Where the event is read again, it is an error:
-    /// `OpenError::Panicked` of an opening, which leaves the store as it was, and `HistoryError::Panicked`. Calls that would wait for
+    /// A panic stops the shard, and the event does not become part of the log. When the event is read again, a panic is an
+    /// error: `OpenError::Panicked`, which leaves the store unchanged, or `HistoryError::Panicked`. Calls that would wait for
     /// the engine are refused here, as in [`crate::Handler`].
     fn evolve(&mut self, event: &<Self::Event as Archive>::Archived, meta: &Meta);
 
-    /// Decides on a command: gives out the events that carry it out, or says why not. Runs on the shard that owns the
-    /// key, against its current state, so nothing can come in between. What it reads besides (clock, views) is its own
-    /// business: it is never run again. Calls that would wait for the engine are refused, as in
+    /// Decides on a command: emits the events that carry it out, or rejects it. Runs on the shard that owns the key, against
+    /// its current state, so no other event can come between the decision and its events. It may read other inputs (a clock,
+    /// a view), because a decision is never repeated. Calls that would wait for the engine are refused, as in
     /// [`crate::Handler`].
     ///
     /// # Errors
-    /// The reason for refusing the command. No event of it is appended then.
+    /// The reason for rejecting the command. None of its events is appended then.
     fn decide(&self, command: Self::Command, emit: &mut Emit<Self::Event>) -> Result<(), Self::Rejection>;
 
-    /// Turns a state that was archived under another [`Aggregate::STATE_VERSION`] into one of today. `None`: it cannot be
-    /// used, and is folded again from the log.
+    /// Converts a state that was archived under another [`Aggregate::STATE_VERSION`]. `None` means that the saved state cannot
+    /// be used and the state is folded again from the log.
     #[must_use]
     fn upgrade(state_version: u16, archived: &[u8]) -> Option<Self> {
         let _unused = (state_version, archived);
         None
     }
 
-    /// Turns a rejection whose archive has another size or alignment than today's into one of today. Rejections are kept where
-    /// a command carried an idempotency key. `None`: it cannot be read, and a store that holds one is refused
-    /// ([`crate::OpenError::RejectionLayout`]).
+    /// Converts a rejection whose archive has another size or alignment than the program's. The engine keeps the rejections of
+    /// commands that carry an idempotency key. `None` means that the rejection cannot be read: opening the store is then
+    /// refused ([`crate::OpenError::RejectionLayout`]).
     #[must_use]
     fn upgrade_rejection(archived: &[u8]) -> Option<Self::Rejection> {
         let _unused = archived;
@@ -131,9 +130,8 @@ pub trait Aggregate: Default + Stored {
     }
 }
 
-/// The state of keys that have none: an engine of this carries events and keeps versions and chains, and folds nothing.
-///
-/// [`crate::EventLog`] is an engine of this.
+/// The state of keys that have none. Its engine, [`crate::EventLog`], carries events and keeps versions and chains, and folds
+/// nothing.
 #[derive(Archive, Serialize, Deserialize, Bounded)]
 pub struct Stateless<E>(PhantomData<fn() -> E>);
 
@@ -168,7 +166,7 @@ impl<E: Event> Aggregate for Stateless<E> {
     }
 }
 
-/// Where a decision puts its events, and what it may know besides the state.
+/// Collects the events of a decision, and gives it the facts besides the state.
 #[derive(Debug)]
 pub struct Emit<E> {
     pub(crate) events: Vec<E>,
@@ -183,37 +181,37 @@ impl<E> Emit<E> {
         Self { events: Vec::new(), key: Key(0), version: Version(0), now: Time(0), correlation: Correlation(0) }
     }
 
-    /// Begins a decision.
+    /// Clears the events and sets the facts of the next decision.
     pub(crate) fn begin(&mut self, key: Key, version: Version, now: Time) {
         self.events.clear();
         (self.key, self.version, self.now, self.correlation) = (key, version, now, Correlation(0));
     }
 
-    /// Adds an event. All events of one command are appended together, in this order, after the decision has been made.
+    /// Adds an event. All events of one command are appended together, in this order, after the decision.
     #[inline]
     pub fn event(&mut self, event: E) {
         self.events.push(event);
     }
 
-    /// Whose command it is.
+    /// The key that the command is for.
     #[must_use]
     pub fn key(&self) -> Key {
         self.key
     }
 
-    /// The key's version: that of its newest event, 0 where it has none.
+    /// The key's version: that of its newest event, or 0 if it has none.
     #[must_use]
     pub fn version(&self) -> Version {
         self.version
     }
 
-    /// Now, by the engine's clock: the time that the events will carry, unless they carry their own.
+    /// The current time by the engine's clock. The events get this time unless they carry their own.
     #[must_use]
     pub fn now(&self) -> Time {
         self.now
     }
 
-    /// Ties all events of this command to others of one cause (events that carry a correlation of their own keep it).
+    /// Sets the correlation of all events of this command. Events that carry their own correlation keep it.
     pub fn correlate(&mut self, correlation: Correlation) {
         self.correlation = correlation;
     }

@@ -1,23 +1,25 @@
-//! What was: a key's events one by one, everybody's events of a span of time, and a key's state at any time.
+//! History: a key's events one by one, all keys' events of a time span, and a key's state at any time.
 //!
-//! All of it reads the log in place, on the caller's thread, while the shard works on. Memory is bounded however long a
-//! history is: a chain, which leads backwards, is gone along once to find where its parts begin, and then part by part.
+//! Everything here reads the log in place, on the caller's thread, while the shard keeps working. Memory is bounded however
+//! long a history is: a key's chain leads backwards, so a first walk notes where each part of it begins, and the events are
+//! then read part by part.
 
 use crate::error::{CodePanic, HistoryError, PanickedEvent, ReadError, guard};
 use crate::event::{Event, EventType, Key, Offset, Sequence, ShardId, Time, Version};
 use crate::log::access::Access;
-use crate::log::finder::{Finder, Place};
+use crate::log::finder::{Finder, RecordPlace};
 use crate::log::format::RecordHeader;
 use crate::log::reader::{Reader, Record};
 use crate::state::aggregate::Aggregate;
 use crate::state::snapshot::store::{Saved, SnapshotStore};
 
-/// A moment of a key.
+/// A moment in a key's history.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum AsOf {
-    /// After its event number so many; 0 is before the first.
+    /// After the key's event with this version; 0 is before its first event.
     Version(Version),
-    /// Before its first event that is later than this. (Where an event is earlier than the one before it, that one decides.)
+    /// Before the key's first event that is later than this. (An event that is earlier than its predecessor comes after it all
+    /// the same.)
     Time(Time),
 }
 
@@ -33,48 +35,48 @@ impl From<Time> for AsOf {
     }
 }
 
-/// A state of the past.
+/// A key's state at a moment in its history.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct PastState<A> {
     /// The state.
     pub state: A,
-    /// The number of the newest event that is in it.
+    /// The version of the newest event in it.
     pub version: Version,
-    /// How many events were applied to the saved state that was nearest.
+    /// The number of events that were applied to the nearest saved state.
     pub applied: u64,
 }
 
-/// How many events of each type the log holds.
+/// The number of events that the log holds, by type.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub struct Counts {
-    /// All of them.
+    /// Events of all types.
     pub events: u64,
-    /// Type by type, in the order of `TYPES`.
+    /// Events of each type, in the order of `TYPES`.
     pub by_type: Vec<(EventType, u64)>,
 }
 
-/// Offsets of one part of a chain that are kept at a time.
+/// Events in one part of a chain: the number of offsets kept at a time.
 const PART: usize = 1024;
 
-/// Where a key stands: its newest event.
+/// A key's newest event.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Head {
     pub(crate) version: Version,
     pub(crate) offset: Offset,
 }
 
-/// A key's events in order, as far as they had been appended when this was asked for.
+/// A key's events in order, up to the newest at the time of the call that made the stream.
 pub struct Stream<E: Event> {
     key: Key,
     finder: Finder,
     access: Access,
-    /// The newest offsets of the parts that are still to come, the next one last.
+    /// The newest offset of each part not read yet, the next part last.
     parts: Vec<Offset>,
-    /// The offsets of this part, the next one last.
+    /// The offsets of the current part, the next event last.
     part: Vec<Offset>,
-    /// Version of the next event.
+    /// The version of the next event.
     next: Version,
     until: Version,
     event: std::marker::PhantomData<fn() -> E>,
@@ -102,7 +104,7 @@ impl<E: Event> Stream<E> {
         };
         let mut at = head.offset;
         for version in (from.0..=head.version.0).rev() {
-            // The last of each part, and the newest of all.
+            // The newest event of each part, and of the whole chain.
             if (version - from.0 + 1).is_multiple_of(PART as u64) || version == head.version.0 {
                 stream.parts.push(at);
             }
@@ -117,11 +119,11 @@ impl<E: Event> Stream<E> {
         Ok(stream)
     }
 
-    /// Where the event before `place` is, which must be this version of the key.
-    fn before(&self, at: Offset, place: &Place, version: Version) -> Result<Offset, ReadError> {
-        let Place { header, .. } = place;
+    /// Returns the offset of the key's previous event. Fails unless the record at `at` is `version` of the key.
+    fn before(&self, at: Offset, place: &RecordPlace, version: Version) -> Result<Offset, ReadError> {
+        let RecordPlace { header, .. } = place;
         if header.is_own() || header.key != self.key || header.version != version {
-            return Err(self.finder.corruption(at, "a key's chain leads to a record of something else"));
+            return Err(self.finder.corruption(at, "a key's chain leads to a record that is not its next event"));
         }
         Ok(header.previous)
     }
@@ -130,17 +132,17 @@ impl<E: Event> Stream<E> {
         self.finder.log().shard
     }
 
-    /// The number of the next event.
+    /// The version of the next event.
     #[must_use]
     pub fn version(&self) -> Version {
         self.next
     }
 
-    /// The next event; its `meta.sequence` is [`Sequence::UNKNOWN`].
+    /// Returns the next event, or `None` at the end. Its `meta.sequence` is [`Sequence::UNKNOWN`].
     ///
     /// # Errors
-    /// `BeyondRetention` when the log was freed up to here meanwhile; `Corruption` when bytes that come from before this process
-    /// do not hold. The position stays: the next call says the same, and never what follows.
+    /// `BeyondRetention` if retention has freed the event meanwhile; `Corruption` if bytes that an earlier process wrote are
+    /// damaged. The stream does not move on: the next call returns the same error, never a later event.
     #[expect(clippy::should_implement_trait, reason = "lends from the stream, which Iterator cannot")]
     pub fn next(&mut self) -> Result<Option<Record<'_, E>>, ReadError> {
         if self.next > self.until {
@@ -161,11 +163,11 @@ impl<E: Event> Stream<E> {
         Ok(Some(Record { meta: place.header.meta(shard, offset, Sequence::UNKNOWN), event }))
     }
 
-    /// Finds the offsets of the next part.
+    /// Collects the offsets of the next part.
     fn collect(&mut self) -> Result<(), ReadError> {
         let Some(&(mut at)) = self.parts.last() else { return Ok(()) };
         let last = self.until.0.min(self.next.0 + PART as u64 - 1);
-        // Kept as a whole: half a part would go on behind what could not be read.
+        // Stored only when complete: half a part would skip the record that could not be read.
         let mut part = Vec::new();
         for version in (self.next.0..=last).rev() {
             part.push(at);
@@ -178,16 +180,16 @@ impl<E: Event> Stream<E> {
     }
 }
 
-/// All keys' events of a span of time: every shard's in the order of its log, the shards merged by time.
+/// All keys' events of a time span: each shard's events in the order of its log, the shards merged by time.
 pub struct EventsBetween<E: Event> {
-    shards: Vec<(Reader<E>, Seen)>,
+    shards: Vec<(Reader<E>, NextEvent)>,
     from: Time,
     until: Time,
 }
 
-/// What is known of a shard's next event.
+/// A shard's next event of the span.
 #[derive(Debug, Clone, Copy)]
-enum Seen {
+enum NextEvent {
     Unknown,
     At(Time),
 }
@@ -200,25 +202,26 @@ impl<E: Event> std::fmt::Debug for EventsBetween<E> {
 
 impl<E: Event> EventsBetween<E> {
     pub(crate) fn new(readers: Vec<Reader<E>>, from: Time, until: Time) -> Self {
-        Self { shards: readers.into_iter().map(|reader| (reader, Seen::Unknown)).collect(), from, until }
+        Self { shards: readers.into_iter().map(|reader| (reader, NextEvent::Unknown)).collect(), from, until }
     }
 
-    /// The next event of the span, or `None` at the end of what is appended; call again later for more.
+    /// Returns the next event of the span, or `None` at the end of the log; call it again later for more.
     ///
     /// # Errors
-    /// As [`Reader::next`]. Where one shard's log cannot be read on, the others' events wait too: which comes first is not known.
+    /// As [`Reader::next`]. An error in one shard's log also holds back the other shards' events, because their order is not
+    /// known.
     #[expect(clippy::should_implement_trait, reason = "lends from the readers, which Iterator cannot")]
     pub fn next(&mut self) -> Result<Option<Record<'_, E>>, ReadError> {
         let (from, until) = (self.from, self.until);
         let mut first: Option<(Time, usize)> = None;
         for (i, (reader, seen)) in self.shards.iter_mut().enumerate() {
-            if let Seen::Unknown = seen
+            if let NextEvent::Unknown = seen
                 && let Some(time) =
                     reader.seek(|header| header.time >= from && (header.time < until || until == Time::END))?
             {
-                *seen = Seen::At(time);
+                *seen = NextEvent::At(time);
             }
-            if let Seen::At(time) = *seen
+            if let NextEvent::At(time) = *seen
                 && first.is_none_or(|(earliest, _)| time < earliest)
             {
                 first = Some((time, i));
@@ -226,12 +229,12 @@ impl<E: Event> EventsBetween<E> {
         }
         let Some((_, i)) = first else { return Ok(None) };
         let (reader, seen) = &mut self.shards[i];
-        *seen = Seen::Unknown;
+        *seen = NextEvent::Unknown;
         reader.next()
     }
 }
 
-/// Counts what `readers` have before them, by their headers alone.
+/// Counts the events from the readers' positions on, by their headers alone.
 pub(crate) fn count<E: Event>(readers: Vec<Reader<E>>) -> Result<Counts, ReadError> {
     let mut by_id = vec![0_u64; E::TYPES.iter().map(|t| usize::from(t.id.0) + 1).max().unwrap_or(0)];
     for mut reader in readers {
@@ -246,9 +249,9 @@ pub(crate) fn count<E: Event>(readers: Vec<Reader<E>>) -> Result<Counts, ReadErr
     Ok(Counts { events: by_type.iter().map(|(_, count)| count).sum(), by_type })
 }
 
-/// A key's state at a moment: the nearest saved state before it, and the events between. `head` says where the key is now; it is
-/// asked only when nothing is saved behind that moment. What checkpoints saved is looked at if asked for: they are needed where
-/// the log has lost its beginning.
+/// Returns a key's state at a moment: the nearest saved state before it, with the events between applied. `head` returns the
+/// key's newest event; it is called only if no state is saved after that moment. `checkpoints` adds the states that checkpoints
+/// saved, which are needed if the log has lost its beginning.
 pub(crate) fn state_at<A: Aggregate>(
     store: &SnapshotStore,
     finder: &mut Finder,
@@ -269,7 +272,7 @@ pub(crate) fn state_at<A: Aggregate>(
         false => Ok(store.around(key, reaches)),
     };
     let (mut base, next) = around()?;
-    // In the middle of a batch a state is saved a moment before its event can be read.
+    // During a batch, a state is saved a moment before its event can be read.
     let appended = finder.log().appended.get();
     let upper = match next.filter(|next| next.head.0 < appended) {
         Some(next) => Head { version: next.version, offset: next.head },
@@ -289,7 +292,7 @@ pub(crate) fn state_at<A: Aggregate>(
             }
         };
         let Some(state) = state else {
-            // Unreadable: an earlier one, or the log from its beginning, gives the same.
+            // Unreadable: an earlier saved state, or the log from its beginning, gives the same result.
             (base, _) = around()?;
             continue;
         };
@@ -299,37 +302,37 @@ pub(crate) fn state_at<A: Aggregate>(
     }
 }
 
-/// A panic at an event.
+/// Adds the event to a panic.
 fn at_event(panic: CodePanic, offset: Offset, header: &RecordHeader) -> CodePanic {
     let event = PanickedEvent { offset, key: header.key, event_type: header.event_type };
     CodePanic { event: Some(event), ..panic }
 }
 
-/// The way back from an event.
+/// The walk from an event back to a saved state.
 struct Chain {
     key: Key,
-    /// Of the events that may be wanted, the newest first.
+    /// Offsets of the events to apply, the newest first.
     offsets: Vec<Offset>,
-    /// The next event on the way back.
+    /// The next event of the walk.
     version: Version,
     at: Offset,
 }
 
 impl Chain {
-    /// Goes back until `from` is the next event on the way.
+    /// Walks back to the event `from`.
     fn back_to(&mut self, from: Version, at: AsOf, finder: &mut Finder) -> Result<(), HistoryError> {
         while self.version > from {
             let place = match finder.find(self.at) {
                 Ok(place) => place,
                 Err(ReadError::BeyondRetention { .. }) => {
-                    // The first state that can be told is the one behind the earliest event held, if that can be told.
+                    // The first state that can be restored is the one after the earliest event held.
                     let earliest = Version(self.version.0 + 1);
                     return Err(HistoryError::BeyondRetention { key: self.key, earliest });
                 }
                 Err(error) => return Err(error.into()),
             };
             if place.header.is_own() || place.header.key != self.key || place.header.version != self.version {
-                let why = "a key's chain leads to a record of something else";
+                let why = "a key's chain leads to a record that is not its next event";
                 return Err(finder.corruption(self.at, why).into());
             }
             let is_wanted = match at {
@@ -345,7 +348,7 @@ impl Chain {
         Ok(())
     }
 
-    /// Applies the events on the way to `state`, whose version is `from`.
+    /// Applies the events of the walk to `state`, whose version is `from`.
     fn apply<A: Aggregate>(
         self,
         from: Version,

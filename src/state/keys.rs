@@ -1,22 +1,23 @@
-//! The key table of one shard: per key its version, the head of its chain, and its state. One writer: the owning shard.
+//! The key table of one shard: each key's version, the head of its chain, and its state. One writer: the owning shard.
 //!
-//! 64 open-addressing parts, chosen by the hash's low bits. A part grows by itself, so the longest pause of a growing table
-//! is 1/64 of a rehash. Its slots stand in groups of eight, and beside them, close together, a word of tags for each group:
-//! eight bits of the hash of every slot in use. The tags of a million keys fit into a core's cache, and they name the one slot
-//! that is worth going to memory for. So a key costs one cache line, of 32 bytes without a state and 64 with one of 32 bytes.
+//! The table has 64 open-addressing parts, chosen by the hash's low bits. Each part grows alone, so the longest pause of a
+//! growing table is 1/64 of a rehash. A part's slots form groups of eight. A separate array holds one word of tags per group:
+//! eight bits of the hash of each slot in use. The tags of a million keys fit into a core's cache, and they identify the one
+//! slot worth loading from memory. So a key costs one cache line: its slot takes 32 bytes without a state, and 64 with a state
+//! of 32 bytes.
 //!
-//! A turn looks at the tags of later events ([`KeyTable::look`]) before it appends earlier ones: with a million keys every
-//! slot would otherwise be waited for.
+//! A turn looks up the tags of later events ([`KeyTable::look`]) before it appends earlier ones, which prefetches their slots:
+//! with a million keys the turn would otherwise wait for every slot.
 
 use crate::event::{Key, KeyHash, Offset, Time, Version};
 use crate::sync::{plant, prefetch_at};
 
 const PARTS: usize = 64;
 const PART_BITS: u32 = PARTS.trailing_zeros();
-/// Slots of a group: as many as tags fit into a word.
+/// Slots per group: the number of tags in a word.
 const GROUP: usize = 8;
 
-/// What a shard knows of a key.
+/// The entry of one key.
 #[derive(Debug, Clone, Default)]
 #[repr(align(32))]
 pub(crate) struct Slot<S> {
@@ -25,12 +26,12 @@ pub(crate) struct Slot<S> {
     pub(crate) version: Version,
     /// The key's newest record.
     pub(crate) head: Offset,
-    /// The latest time of its events. Kept where there is a state.
+    /// The latest time of its events. Kept only for keys with a state.
     pub(crate) time_max: Time,
     pub(crate) state: S,
 }
 
-/// Slots side by side. It begins with a cache line, so no slot of up to 64 bytes lies across two.
+/// Adjacent slots. A group begins at a cache line, so no slot of up to 64 bytes crosses two lines.
 #[derive(Debug, Default)]
 #[repr(align(64))]
 struct Group<S>([Slot<S>; GROUP]);
@@ -38,11 +39,11 @@ struct Group<S>([Slot<S>; GROUP]);
 const _: () = assert!(size_of::<Slot<()>>() == 32);
 const _: () = assert!(size_of::<Slot<[u64; 4]>>() == 64);
 
-/// One part; a cache line.
+/// One part; its header is a cache line.
 #[derive(Debug)]
 #[repr(align(64))]
 struct Part<S> {
-    /// A tag a byte, the first slot's lowest; 0 where the slot is free.
+    /// One tag per byte, the first slot's in the lowest; 0 for a free slot.
     tags: Box<[u64]>,
     groups: Box<[Group<S>]>,
     used: usize,
@@ -56,7 +57,7 @@ impl<S: Default> Part<S> {
 }
 
 impl<S> Part<S> {
-    /// Three quarters of the slots may be in use: a key that its own group has no room for is then rare.
+    /// Returns `true` if three quarters of the slots are in use. Below that, keys that overflow their group are rare.
     fn is_full(&self) -> bool {
         self.used >= self.groups.len() * (GROUP / 4 * 3)
     }
@@ -72,11 +73,11 @@ impl<S> Part<S> {
     }
 }
 
-/// Versions, chain heads and states by key.
+/// Versions, chain heads and states, by key.
 #[derive(Debug)]
 pub(crate) struct KeyTable<S>(Box<[Part<S>; PARTS]>);
 
-/// Where in its part a key is, or was, or could be: to be looked at before it is believed.
+/// A hint at a key's slot in its part. It may be wrong: check the slot's key.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Seen(pub(crate) u32);
 
@@ -98,7 +99,7 @@ impl Seen {
 }
 
 impl<S: Default> KeyTable<S> {
-    /// A table that holds about `keys_expected` keys before parts grow.
+    /// Creates a table that holds about `keys_expected` keys before its parts grow.
     pub(crate) fn new(keys_expected: usize) -> Self {
         plant();
         let of_a_part = keys_expected.div_ceil(PARTS) + 1;
@@ -106,7 +107,7 @@ impl<S: Default> KeyTable<S> {
         Self(Box::new(std::array::from_fn(|_| Part::new(groups))))
     }
 
-    /// Where the key with this hash probably is, and asks for that slot to be brought near.
+    /// Returns the probable slot of the key with this hash, and prefetches that slot.
     #[inline]
     pub(crate) fn look(&self, hash: KeyHash) -> Seen {
         let part = &self.0[part_of(hash)];
@@ -116,7 +117,7 @@ impl<S: Default> KeyTable<S> {
         Seen::new(group, within)
     }
 
-    /// The slot of `key`, for its next event; with version 0 where the key is new. `seen` is where it probably is.
+    /// Returns the slot of `key` for its next event; a new key's slot has version 0. `seen` is the result of [`KeyTable::look`].
     #[inline(always)]
     pub(crate) fn slot(&mut self, key: Key, hash: KeyHash, seen: Seen) -> &mut Slot<S> {
         let number = part_of(hash);
@@ -126,8 +127,7 @@ impl<S: Default> KeyTable<S> {
         self.find_or_claim(key, hash)
     }
 
-    /// Finds keys that are not where they are looked for first, and places for new ones: where the part
-    /// would be too full with one more, it grows first.
+    /// Finds a key that is not at its probable slot, or claims a slot for a new key. A full part grows first.
     #[inline(never)]
     fn find_or_claim(&mut self, key: Key, hash: KeyHash) -> &mut Slot<S> {
         let part = &mut self.0[part_of(hash)];
@@ -145,21 +145,21 @@ impl<S: Default> KeyTable<S> {
         slot
     }
 
-    /// What is known of `key`.
+    /// Returns the slot of `key`, if the key has an event.
     pub(crate) fn get(&self, key: Key) -> Option<&Slot<S>> {
         let hash = KeyHash::of(key);
         let part = &self.0[part_of(hash)];
-        // A slot that was given out for an event which found no room has none yet.
+        // A slot claimed for an event that was then not appended has no version yet.
         find(part, key, hash).ok().and_then(|seen| part.slot(seen)).filter(|slot| slot.version.0 != 0)
     }
 
-    /// Every key, in no order.
+    /// Iterates over all keys, in no particular order.
     pub(crate) fn iter(&self) -> impl Iterator<Item = &Slot<S>> {
         self.0.iter().flat_map(|part| slots(part, 0, part.groups.len() * GROUP))
     }
 
-    /// The keys of `count` slots from `at` on, and where to go on; `None` where the table ends. A table that is gone over in
-    /// such steps while it grows is gone over whole: a part that has grown meanwhile is begun anew, so its keys may come twice.
+    /// Returns the keys in the next `count` slots of a walk, and the rest of the walk; `None` at the table's end. A walk visits
+    /// every key even if the table grows meanwhile: it starts a part that has grown over again, so its keys may come twice.
     pub(crate) fn walk(&self, at: Walk, count: usize) -> (impl Iterator<Item = &Slot<S>>, Option<Walk>) {
         let part = &self.0[at.part];
         let all = part.groups.len() * GROUP;
@@ -173,29 +173,29 @@ impl<S: Default> KeyTable<S> {
         (slots(part, from, to), next)
     }
 
-    /// Number of keys.
+    /// Returns the number of keys.
     pub(crate) fn len(&self) -> usize {
         self.0.iter().map(|part| part.used).sum()
     }
 }
 
-/// How far a table has been gone over.
+/// The position of a walk over a table.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Walk {
     part: usize,
     at: usize,
-    /// How large the part was then.
+    /// The part's number of slots at that time.
     slots: usize,
 }
 
-/// Of the slots with these numbers, those in use.
+/// Iterates over the slots in use among `from..to`.
 fn slots<S>(part: &Part<S>, from: usize, to: usize) -> impl Iterator<Item = &Slot<S>> {
-    // Free slots are told by their tags: their memory need not be gone to.
+    // The tags tell which slots are free, so the memory of free slots is not read.
     let is_used = |at: &usize| part.tags[at / GROUP] >> (at % GROUP * 8) & 0xff != 0;
     (from..to).filter(is_used).filter_map(|at| part.slot(Seen(at as u32))).filter(|slot| slot.version.0 != 0)
 }
 
-/// Where `key` is, or else the free slot where it belongs. A part is never full, so this ends.
+/// Returns the slot of `key`, or `Err` with the free slot where it belongs. A part is never full, so the search ends.
 fn find<S>(part: &Part<S>, key: Key, hash: KeyHash) -> Result<Seen, Seen> {
     let mut group = group_of(hash, part.tags.len());
     loop {
@@ -208,7 +208,7 @@ fn find<S>(part: &Part<S>, key: Key, hash: KeyHash) -> Result<Seen, Seen> {
             }
             equal &= equal - 1;
         }
-        // Slots are taken in order and never given back: a key that is not here is farther on only if there was no room here.
+        // Slots are claimed in order and never freed: a key overflows to a later group only if this one is full.
         let free = equal_tags(tags, 0);
         if free != 0 {
             return Err(Seen::new(group, free.trailing_zeros() as usize / GROUP));
@@ -228,8 +228,9 @@ fn grow<S: Default>(part: &mut Part<S>) {
     }
 }
 
-// The part takes the lowest bits of the hash, the tag the eight above, and the group, by multiply-high, the highest; all
-// independent of each other up to 2²⁷ keys a shard. It is keyed: routing's hash is public, and keys that collide would be chosen.
+// The part uses the lowest bits of the hash, the tag the eight above, and the group, by multiply-high, the highest. They are
+// independent of each other up to 2²⁷ keys per shard. The hash is keyed: the routing hash is public, and with it an attacker
+// could choose keys that collide.
 #[inline]
 fn part_of(hash: KeyHash) -> usize {
     hash.0 as usize % PARTS
@@ -240,13 +241,13 @@ fn group_of(hash: KeyHash, groups: usize) -> usize {
     ((u64::from(hash.0) * groups as u64) >> 32) as usize
 }
 
-/// Never 0, the tag of a free slot.
+/// Returns the tag of a hash. It is never 0, the tag of a free slot.
 #[inline]
 fn tag_of(hash: KeyHash) -> u64 {
     u64::from((hash.0 >> PART_BITS & 0xff).max(1))
 }
 
-/// The high bit of every byte of `tags` that is `tag`; above one of these possibly that of another.
+/// Returns the high bit of every byte of `tags` that equals `tag`. A byte above an equal one may be a false match.
 #[inline]
 fn equal_tags(tags: u64, tag: u64) -> u64 {
     const LOW: u64 = u64::MAX / 0xff;
@@ -260,13 +261,13 @@ mod tests {
     use std::collections::HashMap;
 
     #[test]
-    fn agrees_with_a_hash_map_while_growing() {
+    fn a_growing_table_agrees_with_a_hash_map() {
         let mut table = KeyTable::<()>::new(0);
         let mut model = HashMap::new();
         let mut x = 1_u64;
         for round in 0..200_000_u64 {
             x = x.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-            // Key 0 is a key like any other.
+            // Key 0 has no special meaning.
             let key = Key((x >> 33) % 50_000);
             let hash = KeyHash::of(key);
             let seen = table.look(hash);
@@ -285,7 +286,7 @@ mod tests {
     }
 
     #[test]
-    fn keys_of_one_group_and_one_tag_are_told_apart_also_beyond_the_group() {
+    fn keys_with_one_group_and_one_tag_are_distinct_even_when_they_overflow_the_group() {
         let mut table = KeyTable::<()>::new(10_000);
         let hash = KeyHash::of(Key(0));
         let groups = table.0[part_of(hash)].groups.len();
@@ -305,11 +306,11 @@ mod tests {
         for (i, &key) in alike.iter().enumerate() {
             assert_eq!(table.get(key).map(|slot| slot.version.0), Some(i as u64 + 1));
         }
-        assert_eq!(table.0[part_of(hash)].groups.len(), groups, "they were neighbours all the time");
+        assert_eq!(table.0[part_of(hash)].groups.len(), groups, "the part did not grow");
         assert_eq!(table.len(), alike.len());
     }
 
-    /// Groups and slots that are looked at for a key.
+    /// Returns the number of groups and slots that a look-up of `key` visits.
     fn looks(table: &KeyTable<()>, key: Key) -> usize {
         let hash = KeyHash::of(key);
         let part = &table.0[part_of(hash)];
@@ -326,7 +327,7 @@ mod tests {
         }
     }
 
-    /// The mean and the most of what is looked at for one of these keys.
+    /// Returns the mean and the maximum of [`looks`] over these keys.
     fn effort(keys: impl Iterator<Item = Key>) -> (usize, usize) {
         let mut table = KeyTable::<()>::new(0);
         let keys: Vec<Key> = keys.collect();
@@ -340,16 +341,16 @@ mod tests {
     }
 
     #[test]
-    fn keys_chosen_by_the_public_hash_cost_what_random_ones_do() {
-        // Half as many would do for a test, but the first to be inserted are the cheap ones.
+    fn keys_chosen_by_the_public_hash_cost_as_much_as_random_ones() {
+        // Enough keys that the cheap look-ups of an almost empty table do not hide a bad hash.
         let of = |hash: fn(u64) -> u64| effort((0..20_000).map(move |i| crate::event::key_routed_by(hash(i))));
         let (mean, most) = of(|i| i.wrapping_mul(0x9e37_79b9_7f4a_7c15));
-        assert!(mean <= 3 && most <= 60, "random ones: {mean}, at most {most}");
-        // The low half of the hash is the same for all; its high half; and all but the middle.
+        assert!(mean <= 3 && most <= 60, "random keys: {mean}, at most {most}");
+        // All keys share the hash's low half, then its high half, then everything but its middle.
         for chosen in [of(|i| i << 32 | 7), of(|i| 7 << 32 | i), of(|i| i << 20)] {
             assert!(chosen.0 <= 3 && chosen.1 <= 60, "{chosen:?}");
         }
-        // And such as people have.
+        // Keys as applications choose them.
         for plain in [1, 8, 1 << 12, 1 << 22, 1 << 40] {
             let effort = effort((0..20_000).map(|i| Key(i * plain)));
             assert!(effort.0 <= 3 && effort.1 <= 60, "steps of {plain}: {effort:?}");
@@ -357,7 +358,7 @@ mod tests {
     }
 
     #[test]
-    fn a_new_key_whose_event_found_no_room_is_not_known_and_keeps_its_place() {
+    fn a_new_key_whose_event_was_not_appended_is_unknown_and_keeps_its_slot() {
         let mut table = KeyTable::<u64>::new(0);
         for key in (0..1000).map(Key) {
             let hash = KeyHash::of(key);
@@ -368,13 +369,13 @@ mod tests {
             let seen = table.look(hash);
             let slot = table.slot(key, hash, seen);
             (slot.version, slot.state) = (Version(1), key.0);
-            assert_eq!(table.len() as u64, key.0 + 1, "one place");
+            assert_eq!(table.len() as u64, key.0 + 1, "one slot");
         }
         assert!((0..1000).all(|key| table.get(Key(key)).is_some_and(|slot| slot.state == key)));
     }
 
     #[test]
-    fn a_walk_over_a_growing_table_misses_no_key_that_was_there_when_it_began() {
+    fn a_walk_over_a_growing_table_visits_every_key_that_it_had_at_the_start() {
         let mut table = KeyTable::<u64>::new(0);
         let put = |table: &mut KeyTable<u64>, key: u64| {
             table.slot(Key(key), KeyHash::of(Key(key)), Seen::default()).version = Version(1);
@@ -393,8 +394,8 @@ mod tests {
     }
 
     #[test]
-    fn a_walk_that_stands_in_a_part_when_it_doubles_misses_no_key() {
-        // Large states are gone over one slot at a time.
+    fn a_walk_visits_every_key_of_a_part_that_doubles_during_the_walk() {
+        // A checkpoint walks over large states one slot at a time.
         for (first, steps) in (0..400_u64).map(|round| (round * 1_000, 1 + round as usize % 6)) {
             let mut table = KeyTable::<u64>::new(0);
             let put = |table: &mut KeyTable<u64>, key: u64| {

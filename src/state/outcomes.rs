@@ -1,4 +1,4 @@
-//! What became of commands with idempotency keys: the last so many of every key. One writer: the shard that owns the key.
+//! Outcomes of commands with idempotency keys: the newest `outcomes_kept` of every key. One writer: the shard that owns the key.
 
 use std::collections::VecDeque;
 
@@ -9,19 +9,19 @@ use crate::event::Root;
 use crate::event::{Key, Version};
 use crate::sync::Keyed;
 
-/// How a command ended.
+/// A command's outcome, as it is kept for a repeat of the command.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Remembered<R> {
     Done { version: Version, events: u32 },
     Rejected(R),
 }
 
-/// Outcomes by key and idempotency key; per key the newest `kept`.
+/// Outcomes by key and idempotency key: per key the newest `kept`.
 #[derive(Debug)]
 pub(crate) struct Outcomes<R> {
     kept: usize,
     keys: HashMap<Key, VecDeque<(u64, Remembered<R>)>, Keyed>,
-    /// Keys that had no event when the first was remembered of them, each once: no table of states may know them.
+    /// Keys that had no event at their first outcome, each once. The key table may not have them.
     eventless: Vec<Key>,
 }
 
@@ -49,18 +49,18 @@ impl<R> Outcomes<R> {
         outcomes.push_back((idempotency, outcome));
     }
 
-    /// Everything remembered of `key`, oldest first.
+    /// The outcomes of `key`, oldest first.
     pub(crate) fn of(&self, key: Key) -> impl Iterator<Item = &(u64, Remembered<R>)> {
         self.keys.get(&key).into_iter().flatten()
     }
 
-    /// Up to `count` keys that had no event when something was first remembered of them, from number `from` on.
+    /// Up to `count` keys that had no event at their first outcome, from the `from`-th such key on.
     pub(crate) fn eventless(&self, from: usize, count: usize) -> &[Key] {
         let from = from.min(self.eventless.len());
         &self.eventless[from..(from + count).min(self.eventless.len())]
     }
 
-    /// Takes `outcomes` for all that is known of `key`, which is at `version`.
+    /// Replaces all outcomes of `key`, which is at `version`.
     pub(crate) fn restore(&mut self, key: Key, version: Version, outcomes: VecDeque<(u64, Remembered<R>)>) {
         let skip = outcomes.len().saturating_sub(self.kept);
         if outcomes.len() > skip {
@@ -72,8 +72,8 @@ impl<R> Outcomes<R> {
     }
 }
 
-/// A command's rejection, whose archive has this root, as it is laid out today. `None`: it is not valid, or of another layout
-/// that the program does not read.
+/// Decodes a rejection whose archive has this root, or converts it from an older layout. Returns `None` if it is not valid, or
+/// of a layout that the program cannot read.
 pub(crate) fn rejection<A: Aggregate>(root: Root, archive: &[u8]) -> Option<A::Rejection> {
     if root == Root::of::<A::Rejection>() { A::Rejection::decode(archive).ok() } else { A::upgrade_rejection(archive) }
 }

@@ -1,10 +1,10 @@
-//! Memory of a segment: a mapped file, or plain memory where a test plays the disk.
+//! The memory of a segment: a mapped file, or plain memory in tests with a simulated disk.
 //!
-//! One writer: the holder of the [`WriteHalf`]. It writes only at and above its own position; readers
-//! get only bytes below `committed`, which never exceeds that position. So no byte is ever written
-//! while somebody may look at it, and that is what every unsafe block here rests on.
+//! One writer: the holder of the [`WriteHalf`]. It writes only at and above its own position. Readers get only bytes
+//! below `committed`, which never exceeds that position. So no byte is written while a reader can see it; every unsafe
+//! block here relies on that.
 //!
-//! Besides, it rests on the store's lock: no other process writes these files, and nobody shortens them.
+//! The unsafe blocks also rely on the store's lock: no other process writes these files, and no process truncates them.
 
 use std::fs::File;
 use std::io;
@@ -18,45 +18,45 @@ pub(crate) use heap::Heap;
 use crate::event::{Encode, Scratch, has_one_size};
 use crate::sync::Watermark;
 
-/// Records begin at multiples of this.
+/// Records begin at multiples of this many bytes.
 pub(crate) const ALIGN: usize = crate::event::ARCHIVE_ALIGN;
 
-/// Rounds a record's exact length up to where the next one begins.
+/// Rounds the exact length of a record up to the beginning of the next one.
 #[inline]
 pub(crate) const fn padded(len: usize) -> usize {
     (len + ALIGN - 1) & !(ALIGN - 1)
 }
 
-/// The whole of a segment's memory.
+/// The memory of a whole segment.
 #[derive(Debug)]
 pub(crate) struct Memory {
     base: NonNull<u8>,
     bytes: usize,
-    /// Readers may see what lies below.
+    /// Readers may see the bytes below this position.
     committed: Watermark,
-    /// At and above this, every record was written by this process.
+    /// At and above this position, this process wrote every record.
     written_from: usize,
-    /// Mapped page by page rather than in large ones.
+    /// Mapped in pages of the smallest size rather than in huge pages.
     small_pages: bool,
     backing: Backing,
 }
 
 #[derive(Debug)]
 enum Backing {
-    /// Kept for its unmapping when dropped.
+    /// Held for its `Drop`, which unmaps the file.
     File { _map: memmap2::MmapRaw },
     #[cfg(any(test, feature = "test-util"))]
     Heap(Arc<Heap>),
 }
 
-// SAFETY: the pointer is to memory that `backing` owns and that any thread may access; who may
-// access which bytes when is settled by `committed` and the uniqueness of `WriteHalf`.
+// SAFETY: the pointer refers to memory that `backing` owns and that any thread may access. `committed` and the
+// uniqueness of `WriteHalf` decide which thread may access which bytes.
 unsafe impl Send for Memory {}
-// SAFETY: as for Send: shared access reads only below `committed`.
+// SAFETY: as for Send; shared access reads only below `committed`.
 unsafe impl Sync for Memory {}
 
 impl Memory {
-    /// Maps a whole file, to be written if `writable`. Everything is readable until a writer takes it.
+    /// Maps a whole file, for writing if `writable`. Everything is readable until a writer takes the memory.
     pub(crate) fn map(file: &File, writable: bool) -> io::Result<Self> {
         let options = memmap2::MmapOptions::new();
         let map = if writable { options.map_raw(file)? } else { options.map_raw_read_only(file)? };
@@ -72,7 +72,7 @@ impl Memory {
         })
     }
 
-    /// Memory that a test's storage keeps as a file's live content.
+    /// Creates memory over `heap`, the live content of a file in a test's storage.
     #[cfg(any(test, feature = "test-util"))]
     pub(crate) fn heap(heap: Arc<Heap>) -> Self {
         let (base, bytes) = (heap.base, heap.layout.size());
@@ -90,7 +90,7 @@ impl Memory {
         self.bytes
     }
 
-    /// The heap behind it, if a test plays the disk.
+    /// Returns the heap behind the memory, in tests with a simulated disk.
     #[cfg(any(test, feature = "test-util"))]
     pub(crate) fn heap_backing(&self) -> Option<&Arc<Heap>> {
         match &self.backing {
@@ -107,44 +107,44 @@ impl Memory {
         }
     }
 
-    /// The committed position, in bytes from the segment's beginning.
+    /// Returns the committed position, in bytes from the beginning of the segment.
     pub(crate) fn committed(&self) -> usize {
         self.committed.get() as usize
     }
 
-    /// Bytes `[at, at + len)`, or `None` where they are not (yet) committed.
+    /// Returns the bytes `[at, at + len)`, or `None` if they are not all committed.
     #[inline]
     pub(crate) fn read(&self, at: usize, len: usize) -> Option<&[u8]> {
         let end = at.checked_add(len)?;
         if end > self.committed() {
             return None;
         }
-        // SAFETY: at + len <= committed <= bytes, so the place lies in the memory.
+        // SAFETY: at + len <= committed <= bytes, so the pointer stays inside the memory.
         let start = unsafe { self.base.add(at) };
         // SAFETY: bytes below `committed` are initialised and are not written while `self` lives.
         Some(unsafe { std::slice::from_raw_parts(start.as_ptr(), len) })
     }
 
-    /// Whether this process wrote what stands at `at`, so that it needs no checking.
+    /// Returns `true` if this process wrote the record at `at`, so that it needs no validation.
     #[inline]
     pub(crate) fn is_own(&self, at: usize) -> bool {
         at >= self.written_from
     }
 
-    /// The event archived in `[at, at + len)`. What this process wrote is taken as it is; other bytes
-    /// are checked (their CRC is the caller's business). `E` must be the type the engine carries.
+    /// Returns the event archived in `[at, at + len)`. Bytes that this process wrote are trusted; other bytes are
+    /// validated (the caller must have verified their CRC). `E` must be the type that the engine carries.
     #[inline]
     pub(crate) fn archived<E: Encode>(&self, at: usize, len: usize) -> Option<&E::Archived> {
         let bytes = self.read(at, len)?;
         if !self.is_own(at) {
             return E::access(bytes).ok();
         }
-        // SAFETY: this process wrote these bytes by archiving an `E` here (one engine carries one
-        // type, and readers of its memory are made by it alone); records are 16-aligned.
+        // SAFETY: this process wrote these bytes by archiving an `E` here: an engine carries one event type, and
+        // creates all readers of its memory. Records are 16-aligned.
         Some(unsafe { rkyv::access_unchecked::<E::Archived>(bytes) })
     }
 
-    /// Syncs `range` to the device; `Ok` means what fdatasync's success means, for that range.
+    /// Syncs `range` to the device. `Ok` gives the guarantee of a successful fdatasync, for that range.
     pub(crate) fn sync(&self, range: Range<usize>) -> io::Result<()> {
         if self.is_heap() {
             return Err(io::Error::other("plain memory is synced by the storage that owns it"));
@@ -153,14 +153,14 @@ impl Memory {
         let start = range.start / page * page;
         let end = range.end.next_multiple_of(page).min(self.bytes);
         if self.small_pages {
-            // Whole pages below the end are not written any more. Taken out of the address space all at once they need
-            // one flush of the other cores' translations; the sync would make one for every page it cleans. Whoever
-            // reads them finds them again in the system's cache.
+            // Whole pages below the end are not written any more. Unmapping them all at once needs one TLB flush on the
+            // other cores; the sync would need one for every page it cleans. Later reads find the pages in the page
+            // cache.
             if let Err(error) = self.advise(start..range.end / page * page, rustix::mm::Advice::LinuxDontNeed) {
-                tracing::debug!(%error, "synced pages stay in the address space");
+                tracing::debug!(%error, "synced pages stay mapped");
             }
         }
-        // SAFETY: start <= end <= bytes: the place lies in the memory.
+        // SAFETY: start <= end <= bytes, so the pointer stays inside the memory.
         let at = unsafe { self.base.add(start) };
         Ok(rustix::io::retry_on_intr(|| {
             // SAFETY: the range is mapped for as long as `self` lives, and msync changes no byte.
@@ -168,28 +168,28 @@ impl Memory {
         })?)
     }
 
-    /// Makes the pages of `range` present and writable, so that storing into them does not fault.
-    /// May wait for the device; not for the shard's thread.
+    /// Makes the pages of `range` present and writable, so that stores into them do not fault. May block on the device,
+    /// so the shard's thread must not call it.
     pub(crate) fn prefault(&self, range: Range<usize>) -> io::Result<()> {
         match self.advise(range, rustix::mm::Advice::LinuxPopulateWrite) {
-            // Before Linux 5.14 there is no such advice; the shard's first stores then fault.
+            // Linux before 5.14 lacks this advice; the shard's first stores then fault.
             Err(error) if error.kind() == io::ErrorKind::InvalidInput => Ok(()),
             done => done,
         }
     }
 
-    /// Asks for huge pages: six times cheaper to prefault, but synced in units of 2 MiB.
+    /// Requests huge pages: six times cheaper to prefault, but synced in units of 2 MiB.
     pub(crate) fn advise_huge(&self) -> io::Result<()> {
         self.advise(0..self.bytes, rustix::mm::Advice::LinuxHugepage)
     }
 
-    /// Asks for pages of the smallest size: no read-ahead, which would bring larger ones.
+    /// Requests pages of the smallest size, without read-ahead, which would create larger ones.
     pub(crate) fn advise_small(&mut self) -> io::Result<()> {
         self.small_pages = true;
         self.advise(0..self.bytes, rustix::mm::Advice::Random)
     }
 
-    /// Says that the whole is about to be read once, front to back.
+    /// Announces that the whole memory will be read once, front to back.
     pub(crate) fn advise_sequential(&self) -> io::Result<()> {
         self.advise(0..self.bytes, rustix::mm::Advice::Sequential)
     }
@@ -201,16 +201,16 @@ impl Memory {
         let page = rustix::param::page_size();
         let start = range.start / page * page;
         let end = range.end.next_multiple_of(page).min(self.bytes);
-        // SAFETY: start <= end <= bytes: the place lies in the memory.
+        // SAFETY: start <= end <= bytes, so the pointer stays inside the memory.
         let at = unsafe { self.base.add(start) };
-        // SAFETY: none of the advices used here changes the content of a shared file mapping (`DontNeed` would that of
-        // a private one, which `map_raw` never makes).
+        // SAFETY: none of the advices used here changes the content of a shared file mapping. (`DontNeed` would change
+        // that of a private mapping, which `map_raw` never creates.)
         unsafe { rustix::mm::madvise(at.as_ptr().cast(), end - start, advice) }?;
         Ok(())
     }
 }
 
-/// The one writer of a segment's memory.
+/// The only writer of a segment's memory.
 #[derive(Debug)]
 pub(crate) struct WriteHalf {
     memory: Arc<Memory>,
@@ -218,15 +218,15 @@ pub(crate) struct WriteHalf {
 }
 
 impl WriteHalf {
-    /// Takes the memory, whose sole owner the caller is, for writing at `at` and above.
+    /// Takes ownership of the memory, for writing at `at` and above.
     pub(crate) fn new(mut memory: Memory, at: usize) -> Self {
-        assert!(at <= memory.bytes, "a writer beyond the end");
+        assert!(at <= memory.bytes, "a writer beyond the end of the memory");
         memory.committed = Watermark::new(at as u64);
         memory.written_from = at;
         Self { memory: Arc::new(memory), at }
     }
 
-    /// Gives the memory back, readable as a whole. Only for who has not shared it.
+    /// Returns the memory, readable as a whole. Panics if it has been shared.
     pub(crate) fn into_memory(self) -> Memory {
         let mut memory = Arc::try_unwrap(self.memory).expect("the memory was not shared");
         memory.committed = Watermark::new(memory.bytes as u64);
@@ -238,39 +238,39 @@ impl WriteHalf {
         &self.memory
     }
 
-    /// Where the next byte goes.
+    /// Returns the position of the next byte to write.
     #[inline]
     pub(crate) fn at(&self) -> usize {
         self.at
     }
 
-    /// Everything at and above the position.
+    /// Returns all bytes at and above the position.
     #[inline]
     pub(crate) fn tail(&mut self) -> &mut [u8] {
-        // SAFETY: at <= bytes, checked whenever it moves.
+        // SAFETY: at <= bytes; every change of `at` checks this.
         let start = unsafe { self.memory.base.add(self.at) };
-        // SAFETY: [at, bytes) lies in the memory, at or above `committed`, so no reader has it, and
-        // `&mut self` makes this the only writer.
+        // SAFETY: [at, bytes) lies inside the memory and at or above `committed`, so no reader has it, and `&mut self`
+        // makes this the only writer.
         unsafe { std::slice::from_raw_parts_mut(start.as_ptr(), self.memory.bytes - self.at) }
     }
 
-    /// Moves past bytes written through `tail`.
+    /// Moves the position past `bytes` bytes written through `tail`.
     #[inline]
     pub(crate) fn skip(&mut self, bytes: usize) {
-        assert!(bytes <= self.memory.bytes - self.at, "a writer beyond the end");
+        assert!(bytes <= self.memory.bytes - self.at, "a writer beyond the end of the memory");
         self.at += bytes;
     }
 
-    /// Lets readers see everything below the position.
+    /// Lets readers see all bytes below the position.
     #[inline]
     pub(crate) fn publish(&self) {
         self.memory.committed.publish(self.at as u64);
     }
 }
 
-/// Archives `event` behind `HEAD` bytes at the beginning of `out`, which lies at a multiple of 16, with zeros behind it up to the
-/// next such multiple. Returns the bytes before the archive, the event as it now stands there, and how long its archive is;
-/// `None` when it does not fit or takes more than `bytes_max`.
+/// Archives `event` after `HEAD` bytes at the beginning of `out`, which must begin at a multiple of 16. Zeroes the
+/// padding up to the next multiple of 16. Returns the first `HEAD` bytes, the archived event, and the exact length of
+/// its archive, or `None` if the archive does not fit or is longer than `bytes_max`.
 #[inline(always)]
 pub(crate) fn archive<'o, const HEAD: usize, E: Encode>(
     event: &E,
@@ -280,18 +280,19 @@ pub(crate) fn archive<'o, const HEAD: usize, E: Encode>(
 ) -> Option<(&'o mut [u8; HEAD], &'o E::Archived, usize)> {
     const { assert!(HEAD.is_multiple_of(ALIGN)) };
     let (head, out) = out.split_first_chunk_mut()?;
-    assert!(out.as_ptr().addr().is_multiple_of(ALIGN), "archives begin at 16-byte steps");
+    assert!(out.as_ptr().addr().is_multiple_of(ALIGN), "archives begin at multiples of 16");
     let len = match encode_sized(event, out, bytes_max, scratch) {
         Some(len) => len,
         None => encode(event, out, bytes_max, scratch)?,
     };
     let body = &out[..len];
-    // SAFETY: these bytes are the archive of an `E`, written just now, with its root at their end; they begin at a
-    // multiple of 16, as rkyv took it that they do.
+    // SAFETY: `body` is the archive of an `E`, written above, with its root at the end. It begins at a multiple of 16,
+    // as rkyv requires.
     Some((head, unsafe { rkyv::access_unchecked::<E::Archived>(body) }, len))
 }
 
-/// Archives an event of a type whose archives have one size, which the compiler then knows, if it fits.
+/// Archives an event of a type whose archives all have one size, known at compile time. Returns `None` if it does not
+/// fit.
 #[inline(always)]
 fn encode_sized<E: Encode>(event: &E, out: &mut [u8], bytes_max: usize, scratch: &mut Scratch) -> Option<usize> {
     let len = size_of::<E::Archived>();
@@ -306,7 +307,7 @@ fn encode_sized<E: Encode>(event: &E, out: &mut [u8], bytes_max: usize, scratch:
     Some(len)
 }
 
-/// Archives any event, if it fits.
+/// Archives any event. Returns `None` if it does not fit.
 #[inline(never)]
 fn encode<E: Encode>(event: &E, out: &mut [u8], bytes_max: usize, scratch: &mut Scratch) -> Option<usize> {
     let room = out.len().min(bytes_max);
@@ -325,11 +326,11 @@ mod heap {
     pub(crate) struct Heap {
         pub(super) base: NonNull<u8>,
         pub(super) layout: Layout,
-        /// What has been synced.
+        /// The content that has been synced.
         pub(crate) durable: crate::sync::Mutex<Vec<u8>>,
     }
 
-    // SAFETY: plain owned memory; who may touch which byte is settled by `Memory`.
+    // SAFETY: plain owned memory; `Memory` decides which thread may access which bytes.
     unsafe impl Send for Heap {}
     // SAFETY: as for Send.
     unsafe impl Sync for Heap {}
@@ -341,11 +342,11 @@ mod heap {
     }
 
     impl Heap {
-        /// A file whose durable and live content is `content`.
+        /// Creates a file whose live and durable content is `content`.
         pub(crate) fn new(content: Vec<u8>) -> Self {
             assert!(!content.is_empty(), "an empty segment");
             let layout = Layout::from_size_align(content.len(), 4096).expect("a segment's size is a valid layout");
-            // SAFETY: the layout is not empty.
+            // SAFETY: the layout has a size above zero.
             let base = unsafe { alloc_zeroed(layout) };
             let Some(base) = NonNull::new(base) else { handle_alloc_error(layout) };
             // SAFETY: both are of `content.len()` bytes, and freshly allocated memory overlaps nothing.
@@ -357,14 +358,14 @@ mod heap {
             self.layout.size()
         }
 
-        /// Makes exactly `range` of the live content durable. The caller syncs only committed bytes.
+        /// Makes `range` of the live content durable. The caller syncs only committed bytes.
         pub(crate) fn sync(&self, range: Range<usize>) {
             let end = range.end.min(self.layout.size());
             let mut durable = crate::sync::lock(&self.durable);
             let start = range.start.min(end);
             // SAFETY: start <= size.
             let from = unsafe { self.base.add(start) };
-            // SAFETY: [start, end) is in bounds and initialised; committed bytes are written by nobody.
+            // SAFETY: [start, end) is in bounds and initialised; no thread writes committed bytes.
             let live = unsafe { std::slice::from_raw_parts(from.as_ptr(), end - start) };
             durable[start..end].copy_from_slice(live);
         }
@@ -372,7 +373,7 @@ mod heap {
 
     impl Drop for Heap {
         fn drop(&mut self) {
-            // SAFETY: allocated in `new` with this layout, and dropped once.
+            // SAFETY: allocated in `new` with this layout, and deallocated once.
             unsafe { dealloc(self.base.as_ptr(), self.layout) };
         }
     }

@@ -1,390 +1,83 @@
-//! What the log asks of a file system, as a trait: the real one here, its faulty twin in `testing`.
+//! The file system under a store, as a trait. The real implementation is in `files`, its fault-injecting twin in
+//! `testing`.
 //!
-//! Every creation, rename and removal is followed by a `sync_dir` of its folder; whoever calls these
-//! functions says when, because a crash between two of them is what recovery is tested with.
+//! Every creation, rename and removal must be followed by a `sync_dir` of its folder. The caller decides when, because
+//! the tests of recovery crash between the two.
 
+mod files;
 pub(crate) mod framed;
 pub(crate) mod memory;
 
-use std::collections::HashMap;
-use std::ffi::{OsStr, OsString};
 use std::fmt::Debug;
-use std::fs::{self, File, TryLockError};
-use std::io::{self, Read as _, Write as _};
+use std::io;
 use std::ops::Range;
-use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::ffi::OsStrExt as _;
-use std::os::unix::fs::{FileExt as _, MetadataExt as _};
-use std::path::{Path, PathBuf, absolute};
-use std::sync::Arc;
+use std::path::Path;
 
-use rustix::fs::{
-    AtFlags, Dir, FallocateFlags, Mode, OFlags, Stat, fallocate, fstat, fsync, mkdirat, openat, renameat, statat,
-    unlinkat,
-};
-use rustix::io::{Errno, retry_on_intr};
+use rustix::io::Errno;
 
-use crate::storage::memory::Memory;
-use crate::sync::{Mutex, lock};
+pub(crate) use files::Files;
 
-/// A held lock; released when dropped.
+use memory::Memory;
+
+/// A held lock of a folder. Dropping it releases the lock.
 pub(crate) trait Lock: Debug + Send + Sync {}
-
-#[derive(Debug)]
-struct FolderLock(#[expect(dead_code, reason = "held for its lock, which ends when it is closed")] File);
-impl Lock for FolderLock {}
 
 /// The file system under a store.
 pub(crate) trait Storage: Debug + Send + Sync {
-    /// Creates a folder and its parents, durably; makes the name of one that exists durable.
+    /// Creates a folder and its parents, durably. If the folder exists, makes its name durable.
     fn create_dir(&self, dir: &Path) -> io::Result<()>;
-    /// The names in a folder, sorted.
+    /// Returns the names in a folder, sorted.
     fn list(&self, dir: &Path) -> io::Result<Vec<String>>;
-    /// Takes the lock of a folder, whatever its name is now; `None` when somebody else holds it.
+    /// Locks a folder, independent of later renames. Returns `None` if another holder has the lock.
     fn lock(&self, dir: &Path) -> io::Result<Option<Box<dyn Lock>>>;
-    /// A small file's content.
+    /// Returns the content of a small file.
     fn read(&self, path: &Path) -> io::Result<Vec<u8>>;
     /// Creates or replaces a small file and syncs its content (not its folder).
     fn write(&self, path: &Path, content: &[u8]) -> io::Result<()>;
-    /// Adds to a small file, creating it if need be, and syncs it.
+    /// Appends to a small file, creating it if necessary, and syncs it.
     fn append(&self, path: &Path, content: &[u8]) -> io::Result<()>;
-    /// Creates an empty side file, or makes one empty.
+    /// Creates an empty side file, or truncates an existing one.
     fn create_side(&self, path: &Path) -> io::Result<Box<dyn SideFile>>;
     /// Opens a side file for reading.
     fn open_side(&self, path: &Path) -> io::Result<Box<dyn SideFile>>;
-    /// Opens a side file that exists, for reading and writing.
+    /// Opens an existing side file for reading and writing.
     fn edit_side(&self, path: &Path) -> io::Result<Box<dyn SideFile>>;
-    /// Creates a file of `bytes` real blocks and maps it. Leaves no file behind when it fails.
+    /// Creates a file of `bytes` allocated blocks and maps it. Leaves no file behind if it fails.
     fn create_segment(&self, path: &Path, bytes: u64) -> io::Result<Memory>;
-    /// Fills a file that nobody uses with zeros from `from` on, so that its content is present in pages of
-    /// [`SMALL_PAGE_BYTES`], and lets them reach the disk step by step.
+    /// Fills an unused file with zeros from `from` on, so that its content is cached in pages of `SMALL_PAGE_BYTES`.
+    /// Syncs the zeros in steps.
     fn zero(&self, path: &Path, from: u64) -> io::Result<()>;
-    /// Maps an existing file; to be written: with all its blocks really there.
+    /// Maps an existing file. If `writable`, allocates all its blocks first.
     fn open_segment(&self, path: &Path, writable: bool) -> io::Result<Memory>;
-    /// Syncs a range of a mapped file (fdatasync's promise, for the range).
+    /// Syncs a range of a mapped file, with the guarantee of fdatasync for that range.
     fn sync(&self, memory: &Memory, range: Range<usize>) -> io::Result<()>;
-    /// Renames; an existing target is replaced.
+    /// Renames a file, replacing an existing target.
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()>;
     /// Removes a file.
     fn remove(&self, path: &Path) -> io::Result<()>;
     /// Makes creations, renames and removals in a folder durable.
     fn sync_dir(&self, dir: &Path) -> io::Result<()>;
-    /// Which run of the machine this is: within it, what was written is read, synced or not. 0 where the system does not say.
+    /// Returns the id of the current boot of the machine, or 0 if it is unknown. Within one boot, reads return
+    /// everything written, synced or not.
     fn boot_id(&self) -> u64;
 }
 
 /// A file that grows at its end and is read anywhere.
 pub(crate) trait SideFile: Debug + Send + Sync {
-    /// Adds to its end. The operating system has it then; a sync makes it durable.
+    /// Appends to the file. The content then survives a kill of the process; only a sync makes it durable.
     fn append(&self, content: &[u8]) -> io::Result<()>;
-    /// Writes over what stands at `at`, and grows the file if need be. A failed write may have written a part.
+    /// Overwrites the content at `at`, growing the file if necessary. A failed write may have written a part.
     fn write_at(&self, at: u64, content: &[u8]) -> io::Result<()>;
-    /// Fills `out` with what stands at `at`.
+    /// Fills `out` with the content at `at`.
     fn read_at(&self, at: u64, out: &mut [u8]) -> io::Result<()>;
-    /// Its length.
+    /// Returns the length of the file in bytes.
     fn len(&self) -> io::Result<u64>;
-    /// Makes all of it durable.
+    /// Makes the whole file durable.
     fn sync(&self) -> io::Result<()>;
 }
 
-impl SideFile for File {
-    fn append(&self, content: &[u8]) -> io::Result<()> {
-        (&*self).write_all(content)
-    }
-
-    fn write_at(&self, at: u64, content: &[u8]) -> io::Result<()> {
-        self.write_all_at(content, at)
-    }
-
-    fn read_at(&self, at: u64, out: &mut [u8]) -> io::Result<()> {
-        self.read_exact_at(out, at)
-    }
-
-    fn len(&self) -> io::Result<u64> {
-        Ok(self.metadata()?.len())
-    }
-
-    fn sync(&self) -> io::Result<()> {
-        synced(self.sync_data())
-    }
-}
-
-/// What becomes dirty, and is written by a sync, as a whole. Smaller costs more instructions a byte, larger more bytes
-/// a sync (docs/decisions/0006).
-const SMALL_PAGE_BYTES: u64 = 32 << 10;
-
-/// How much a sync may find before it in the disk's queue.
-const ZERO_STEP_BYTES: u64 = 4 << 20;
-
-/// The operating system's files in one folder and below.
-///
-/// Bound to the folder that was opened, not to its name: every operation goes through the folder's descriptor. A working
-/// directory that changes, a link that is pointed elsewhere, and a folder that is renamed or replaced change nothing.
-#[derive(Debug)]
-pub(crate) struct Files {
-    /// Absolute. Paths given to the operations begin with it; only errors show it.
-    root: PathBuf,
-    dir: Arc<OwnedFd>,
-    /// Folders below that were opened once, by their path from the root. They stay what they were, too.
-    folders: Mutex<HashMap<PathBuf, Arc<OwnedFd>>>,
-}
-
-impl Files {
-    /// Opens the folder of a store, creating it and its parents, durably.
-    pub(crate) fn create(dir: &Path) -> io::Result<Self> {
-        // Once: the working directory may change in between.
-        let dir = absolute(dir)?;
-        create_dir(&dir)?;
-        Self::open(&dir)
-    }
-
-    /// Opens the folder of a store.
-    pub(crate) fn open(dir: &Path) -> io::Result<Self> {
-        let root = absolute(dir)?;
-        let dir = open_at(rustix::fs::CWD, root.as_os_str(), FOLDER)?;
-        Ok(Self { root, dir: Arc::new(dir), folders: Mutex::default() })
-    }
-
-    /// The folder's absolute path when it was opened.
-    pub(crate) fn root(&self) -> &Path {
-        &self.root
-    }
-
-    /// Opens a file for reading.
-    pub(crate) fn open_file(&self, path: &Path) -> io::Result<File> {
-        self.file(path, OFlags::RDONLY)
-    }
-
-    /// What is known of everything in a folder, links not followed, sorted by name.
-    pub(crate) fn list_with_stat(&self, dir: &Path) -> io::Result<Vec<(String, Stat)>> {
-        let folder = self.folder(dir)?;
-        let mut all = Vec::new();
-        for name in names(&folder)? {
-            match statat(&*folder, name.as_os_str(), AtFlags::SYMLINK_NOFOLLOW) {
-                Ok(stat) => all.push((name.to_string_lossy().into_owned(), stat)),
-                // It went while the folder was read.
-                Err(Errno::NOENT) => {}
-                Err(error) => return Err(error.into()),
-            }
-        }
-        all.sort_by(|a, b| a.0.cmp(&b.0));
-        Ok(all)
-    }
-
-    /// Returns `true` if the folder is locked. To find out, the lock is taken for an instant.
-    pub(crate) fn is_locked(&self) -> io::Result<bool> {
-        match again(&self.dir)?.try_lock_shared() {
-            Ok(()) => Ok(false),
-            Err(TryLockError::WouldBlock) => Ok(true),
-            Err(TryLockError::Error(error)) => Err(error),
-        }
-    }
-
-    fn file(&self, path: &Path, flags: OFlags) -> io::Result<File> {
-        let (folder, name) = self.place(path)?;
-        open_at(&*folder, name, flags).map(File::from)
-    }
-
-    /// The folder that a file is in, and its name there.
-    fn place<'p>(&self, path: &'p Path) -> io::Result<(Arc<OwnedFd>, &'p OsStr)> {
-        let (Some(folder), Some(name)) = (path.parent(), path.file_name()) else {
-            unreachable!("{}: no file of a store", path.display());
-        };
-        Ok((self.folder(folder)?, name))
-    }
-
-    fn folder(&self, path: &Path) -> io::Result<Arc<OwnedFd>> {
-        let Ok(below) = path.strip_prefix(&self.root) else {
-            unreachable!("{}: not in {}", path.display(), self.root.display());
-        };
-        self.find(&mut lock(&self.folders), below)
-    }
-
-    fn find(&self, folders: &mut HashMap<PathBuf, Arc<OwnedFd>>, below: &Path) -> io::Result<Arc<OwnedFd>> {
-        let (Some(parent), Some(name)) = (below.parent(), below.file_name()) else { return Ok(Arc::clone(&self.dir)) };
-        if let Some(held) = folders.get(below) {
-            // One that was removed is none; what has its name now is another.
-            if fstat(held)?.st_nlink > 0 {
-                return Ok(Arc::clone(held));
-            }
-            folders.remove(below);
-        }
-        let parent = self.find(folders, parent)?;
-        let folder = Arc::new(open_at(&*parent, name, FOLDER)?);
-        folders.insert(below.to_owned(), Arc::clone(&folder));
-        Ok(folder)
-    }
-}
-
-impl Storage for Files {
-    fn create_dir(&self, dir: &Path) -> io::Result<()> {
-        if dir == self.root {
-            return Ok(());
-        }
-        match self.folder(dir) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            // A process that was killed may have made it and not come to its sync.
-            found => return found.and_then(|_| sync_folder(&*self.place(dir)?.0)),
-        }
-        // The root is there, so this ends.
-        self.create_dir(dir.parent().unwrap_or(&self.root))?;
-        let (parent, name) = self.place(dir)?;
-        match mkdirat(&*parent, name, Mode::from_raw_mode(0o777)) {
-            Err(Errno::EXIST) => {}
-            made => made?,
-        }
-        sync_folder(&*parent)?;
-        self.folder(dir).map(drop)
-    }
-
-    fn list(&self, dir: &Path) -> io::Result<Vec<String>> {
-        let names = names(&*self.folder(dir)?)?;
-        let mut names: Vec<_> = names.iter().map(|name| name.to_string_lossy().into_owned()).collect();
-        names.sort();
-        Ok(names)
-    }
-
-    fn lock(&self, dir: &Path) -> io::Result<Option<Box<dyn Lock>>> {
-        let folder = again(&*self.folder(dir)?)?;
-        match folder.try_lock() {
-            Ok(()) => Ok(Some(Box::new(FolderLock(folder)))),
-            Err(TryLockError::WouldBlock) => Ok(None),
-            Err(TryLockError::Error(error)) => Err(error),
-        }
-    }
-
-    fn read(&self, path: &Path) -> io::Result<Vec<u8>> {
-        let mut content = Vec::new();
-        self.open_file(path)?.read_to_end(&mut content)?;
-        Ok(content)
-    }
-
-    fn write(&self, path: &Path, content: &[u8]) -> io::Result<()> {
-        let mut file = self.file(path, OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC)?;
-        file.write_all(content)?;
-        synced(file.sync_all())
-    }
-
-    fn append(&self, path: &Path, content: &[u8]) -> io::Result<()> {
-        let mut file = self.file(path, OFlags::WRONLY | OFlags::CREATE | OFlags::APPEND)?;
-        let before = file.metadata()?.len();
-        file.write_all(content).inspect_err(|error| {
-            // What is tried again must not stand behind a part of itself.
-            if let Err(again) = file.set_len(before) {
-                tracing::warn!(path = %path.display(), %error, %again, "a part of what was appended stays");
-            }
-        })?;
-        synced(file.sync_all())
-    }
-
-    fn create_side(&self, path: &Path) -> io::Result<Box<dyn SideFile>> {
-        Ok(Box::new(self.file(path, OFlags::RDWR | OFlags::CREATE | OFlags::TRUNC)?))
-    }
-
-    fn open_side(&self, path: &Path) -> io::Result<Box<dyn SideFile>> {
-        Ok(Box::new(self.open_file(path)?))
-    }
-
-    fn edit_side(&self, path: &Path) -> io::Result<Box<dyn SideFile>> {
-        Ok(Box::new(self.file(path, OFlags::RDWR)?))
-    }
-
-    fn create_segment(&self, path: &Path, bytes: u64) -> io::Result<Memory> {
-        let file = self.file(path, OFlags::RDWR | OFlags::CREATE | OFlags::EXCL)?;
-        let made =
-            allocate(&file, bytes).and_then(|()| synced(file.sync_all())).and_then(|()| Memory::map(&file, true));
-        if made.is_err()
-            && let Err(error) = self.remove(path)
-        {
-            tracing::warn!(path = %path.display(), %error, "an unfinished segment stays behind");
-        }
-        made
-    }
-
-    fn zero(&self, path: &Path, from: u64) -> io::Result<()> {
-        let file = self.file(path, OFlags::WRONLY)?;
-        let bytes = file.metadata()?.len();
-        let zeros = [0; SMALL_PAGE_BYTES as usize];
-        let mut at = from;
-        while at < bytes {
-            // ext4 caches what one call writes in one page of that size, if nothing is cached there yet.
-            let end = (at + 1).next_multiple_of(SMALL_PAGE_BYTES).min(bytes);
-            file.write_all_at(&zeros[..(end - at) as usize], at)?;
-            // Left to the system, all of it would be written at some time between two syncs that somebody waits for.
-            if end.is_multiple_of(ZERO_STEP_BYTES) {
-                synced(file.sync_data())?;
-            }
-            at = end;
-        }
-        synced(file.sync_data())
-    }
-
-    fn open_segment(&self, path: &Path, writable: bool) -> io::Result<Memory> {
-        let file = self.file(path, if writable { OFlags::RDWR } else { OFlags::RDONLY })?;
-        let bytes = file.metadata()?.len();
-        if bytes == 0 {
-            return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the file is empty"));
-        }
-        if writable {
-            // A copied or restored file may have holes; storing into one could be a SIGBUS on a full disk.
-            allocate(&file, bytes)?;
-        }
-        Memory::map(&file, writable)
-    }
-
-    fn sync(&self, memory: &Memory, range: Range<usize>) -> io::Result<()> {
-        synced(memory.sync(range))
-    }
-
-    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
-        let ((from_folder, from), (to_folder, to)) = (self.place(from)?, self.place(to)?);
-        Ok(renameat(&*from_folder, from, &*to_folder, to)?)
-    }
-
-    fn remove(&self, path: &Path) -> io::Result<()> {
-        let (folder, name) = self.place(path)?;
-        Ok(unlinkat(&*folder, name, AtFlags::empty())?)
-    }
-
-    fn sync_dir(&self, dir: &Path) -> io::Result<()> {
-        sync_folder(&*self.folder(dir)?)
-    }
-
-    fn boot_id(&self) -> u64 {
-        let id = fs::read("/proc/sys/kernel/random/boot_id").unwrap_or_default();
-        if id.is_empty() { 0 } else { xxhash_rust::xxh3::xxh3_64(&id).max(1) }
-    }
-}
-
-/// Makes the name of a folder that is there durable: a process that was killed may have made it and not come to its sync.
-fn sync_found(dir: &Path, parent: &Path) -> io::Result<()> {
-    // Nobody makes a mount point by making a folder; and it may lie in a file system that cannot sync.
-    if fs::metadata(dir)?.dev() != fs::metadata(parent)?.dev() {
-        return Ok(());
-    }
-    match File::open(parent) {
-        // Without permission to read it, no folder could have been made durable there: that was an error then.
-        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Ok(()),
-        parent => parent?.sync_all(),
-    }
-}
-
-/// A sync that failed. It is final, whatever the system's reason: unsynced data may be lost, and the next sync would not report that.
-#[derive(Debug, thiserror::Error)]
-#[error("a sync failed: {0}")]
-struct SyncFailed(io::Error);
-
-fn synced(result: io::Result<()>) -> io::Result<()> {
-    result.map_err(|error| io::Error::other(SyncFailed(error)))
-}
-
-/// Syncs an open folder. A signal that interrupts it is no failure.
-fn sync_folder(folder: impl AsFd) -> io::Result<()> {
-    synced(retry_on_intr(|| fsync(&folder)).map_err(io::Error::from))
-}
-
-/// Returns `true` if an operation other than a sync failed for lack of something that may come back (space, quota, descriptors,
-/// memory) or was interrupted. It changed nothing then, and is tried again.
+/// Returns `true` if an operation other than a sync was interrupted, or lacked a resource that may become available
+/// again (space, quota, descriptors, memory). The operation then changed nothing and may be retried.
 pub(crate) fn is_exhausted(error: &io::Error) -> bool {
     use io::ErrorKind::{Interrupted, OutOfMemory, QuotaExceeded, StorageFull, WouldBlock};
     let kinds = [StorageFull, QuotaExceeded, OutOfMemory, Interrupted, WouldBlock];
@@ -392,113 +85,10 @@ pub(crate) fn is_exhausted(error: &io::Error) -> bool {
     kinds.contains(&error.kind()) || descriptors.contains(&error.raw_os_error())
 }
 
-/// Gives a file real blocks up to its end.
-fn allocate(file: &File, bytes: u64) -> io::Result<()> {
-    Ok(retry_on_intr(|| fallocate(file, FallocateFlags::empty(), 0, bytes))?)
-}
-
-/// How a folder is opened. Reading it is enough, for its descriptor to be synced and locked too.
-const FOLDER: OFlags = OFlags::RDONLY.union(OFlags::DIRECTORY);
-
-fn open_at(folder: impl AsFd, name: &OsStr, flags: OFlags) -> io::Result<OwnedFd> {
-    let mode = Mode::from_raw_mode(0o666);
-    Ok(retry_on_intr(|| openat(&folder, name, flags | OFlags::CLOEXEC, mode))?)
-}
-
-/// Opens an open folder once more: a lock belongs to one opening of it, and ends when that is closed.
-fn again(folder: &OwnedFd) -> io::Result<File> {
-    open_at(folder, OsStr::new("."), FOLDER).map(File::from)
-}
-
-fn names(folder: &OwnedFd) -> io::Result<Vec<OsString>> {
-    let mut names = Vec::new();
-    for entry in Dir::read_from(folder)? {
-        let entry = entry?;
-        let name = OsStr::from_bytes(entry.file_name().to_bytes());
-        if name != "." && name != ".." {
-            names.push(name.to_owned());
-        }
-    }
-    Ok(names)
-}
-
-/// Creates a folder and its parents, durably; fine if it exists.
-fn create_dir(dir: &Path) -> io::Result<()> {
-    let Some(parent) = dir.parent() else { return Ok(()) };
-    if dir.is_dir() {
-        return sync_found(dir, parent);
-    }
-    create_dir(parent)?;
-    match fs::create_dir(dir) {
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists && dir.is_dir() => Ok(()),
-        Err(error) => Err(error),
-        Ok(()) => File::open(parent)?.sync_all(),
-    }
-}
-
-/// Replaces a small file so that a crash leaves the old or the new one, whole.
+/// Replaces a small file atomically: after a crash it has either its old or its new content.
 pub(crate) fn replace(storage: &dyn Storage, dir: &Path, name: &str, content: &[u8]) -> io::Result<()> {
     let fresh = dir.join(format!("{name}.new"));
     storage.write(&fresh, content)?;
     storage.rename(&fresh, &dir.join(name))?;
     storage.sync_dir(dir)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn zeroing_leaves_what_lies_before_it_and_nothing_behind() {
-        let dir = tempfile::tempdir().expect("a folder");
-        let path = dir.path().join("segment");
-        let files = Files::open(dir.path()).expect("opened");
-        for bytes in [1, 4096, 4097, 32 << 10, 100_000] {
-            for from in [0, 1, 4096] {
-                fs::write(&path, vec![0xff; bytes]).expect("written");
-                files.zero(&path, from).expect("zeroed");
-                let kept = bytes.min(from as usize);
-                let found = fs::read(&path).expect("read");
-                assert_eq!(found.len(), bytes);
-                assert!(found[..kept].iter().all(|&byte| byte == 0xff), "{bytes} bytes from {from}");
-                assert!(found[kept..].iter().all(|&byte| byte == 0), "{bytes} bytes from {from}");
-            }
-        }
-    }
-
-    #[test]
-    fn only_what_may_come_back_is_exhausted_and_a_sync_never_is() {
-        let again = [Errno::NOSPC, Errno::DQUOT, Errno::MFILE, Errno::NFILE, Errno::NOMEM, Errno::INTR, Errno::AGAIN];
-        for errno in again {
-            assert!(is_exhausted(&errno.into()), "{errno}");
-            let error = synced(Err(errno.into())).expect_err("failed");
-            assert!(!is_exhausted(&error), "{error}");
-            assert!(error.to_string().contains(&io::Error::from(errno).to_string()), "{error}");
-        }
-        for errno in [Errno::IO, Errno::NOENT, Errno::ACCESS, Errno::ROFS, Errno::NODEV, Errno::FBIG, Errno::BADF] {
-            assert!(!is_exhausted(&errno.into()), "{errno}");
-        }
-    }
-
-    #[test]
-    fn what_was_appended_in_part_is_taken_back() {
-        let dir = tempfile::tempdir().expect("a folder");
-        let mount = |args: &[&str]| {
-            let mounted = std::process::Command::new(args[0]).args(&args[1..]).arg(dir.path()).output();
-            mounted.is_ok_and(|output| output.status.success())
-        };
-        if !mount(&["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs"]) {
-            eprintln!("skipped: mounting needs root");
-            return;
-        }
-        let path = dir.path().join("notes");
-        let files = Files::open(dir.path()).expect("opened");
-        let done = files.append(&path, b"one\n").map(|()| files.append(&path, &[b'x'; 100_000]).err());
-        let left = files.read(&path);
-        drop(files);
-        assert!(mount(&["umount"]));
-        let error = done.expect("there is room for one").expect("there is none for the other");
-        assert!(is_exhausted(&error), "{error}");
-        assert_eq!(left.expect("read"), b"one\n");
-    }
 }

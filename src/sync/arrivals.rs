@@ -1,8 +1,8 @@
-//! A mailbox that one thread empties, until it closes it.
+//! A mailbox with any number of senders and one receiver, which closes it.
 
 use super::{AtomicBool, Mutex, Ordering, lock};
 
-/// Where things are left for one thread to take in, until it closes.
+/// A mailbox: any thread leaves items, one thread takes them until it closes the mailbox.
 #[derive(Debug)]
 pub(crate) struct Arrivals<T> {
     any: AtomicBool,
@@ -15,7 +15,7 @@ impl<T> Arrivals<T> {
         Self { any: AtomicBool::new(false), list: Mutex::new(Some(Vec::new())) }
     }
 
-    /// Leaves `item`, or returns it when closed. The caller wakes the taker afterwards.
+    /// Leaves `item`, or returns it if the mailbox is closed. The caller wakes the receiver afterwards.
     pub(crate) fn push(&self, item: T) -> Result<(), T> {
         match &mut *lock(&self.list) {
             Some(list) => {
@@ -33,14 +33,14 @@ impl<T> Arrivals<T> {
         !self.any.load(Ordering::Acquire)
     }
 
-    /// Takes what has arrived.
+    /// Takes the items that have arrived.
     pub(crate) fn take(&self) -> Vec<T> {
         let mut list = lock(&self.list);
         self.any.store(false, Ordering::Release);
         list.as_mut().map(std::mem::take).unwrap_or_default()
     }
 
-    /// Takes what has arrived, and lets nothing more arrive.
+    /// Takes the items that have arrived and closes the mailbox: every later `push` fails.
     pub(crate) fn close(&self) -> Vec<T> {
         let mut list = lock(&self.list);
         self.any.store(false, Ordering::Release);
@@ -54,9 +54,10 @@ mod models {
     use crate::sync::{CloseGate, thread};
     use loom::sync::Arc;
 
-    /// A lane that is registered while the shard closes is closed by one of the two, and never both adopted and forgotten.
+    /// A lane that is registered while the shard closes is closed by either thread: the shard never adopts and then
+    /// forgets it.
     #[test]
-    fn loom_a_lane_registered_while_closing_is_closed_by_somebody() {
+    fn loom_a_lane_registered_during_close_is_always_closed() {
         loom::model(|| {
             let arrivals = Arc::new(Arrivals::<Arc<CloseGate>>::new());
             let lane = Arc::new(CloseGate::new());
@@ -70,7 +71,7 @@ mod models {
             adopted.extend(arrivals.close());
             adopted.iter().for_each(|lane| lane.close());
             registrar.join().unwrap();
-            assert!(lane.is_closed(), "nobody closed the lane");
+            assert!(lane.is_closed(), "the lane stayed open");
         });
     }
 }

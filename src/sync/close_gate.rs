@@ -2,16 +2,16 @@
 
 use super::{AtomicU32, CachePadded, Ordering};
 
-/// Counts who is publishing right now, so that a shard can close and still append whatever was
-/// accepted: close first, wait until nobody is inside, then drain for the last time.
+/// Counts the publishers that are inside a lane, so that a shard can close the lane and still append every accepted
+/// event: it closes the gate, waits until no publisher is inside, and then drains the lane for the last time.
 ///
-/// Closedness and count are one word, so that entering and closing have one order.
+/// The closed flag and the count share one word, so that entering and closing have one total order.
 #[derive(Debug)]
 pub(crate) struct CloseGate(CachePadded<AtomicU32>);
 
 const CLOSED: u32 = 1 << 31;
 
-/// Somebody is inside the gate.
+/// Proof that a publisher is inside the close gate. Dropping it leaves the gate.
 #[derive(Debug)]
 pub(crate) struct Inside<'a>(&'a CloseGate);
 
@@ -20,7 +20,7 @@ impl CloseGate {
         Self(CachePadded::new(AtomicU32::new(0)))
     }
 
-    /// `None` once the gate is closed.
+    /// Enters the close gate. Returns `None` once it is closed.
     #[inline]
     pub(crate) fn enter(&self) -> Option<Inside<'_>> {
         let before = self.0.fetch_add(1, Ordering::AcqRel);
@@ -28,7 +28,7 @@ impl CloseGate {
         if before & CLOSED == 0 { Some(inside) } else { None }
     }
 
-    /// Lets nobody in from now on.
+    /// Makes every later `enter` fail.
     pub(crate) fn close(&self) {
         self.0.fetch_or(CLOSED, Ordering::AcqRel);
     }
@@ -37,7 +37,7 @@ impl CloseGate {
         self.0.load(Ordering::Acquire) & CLOSED != 0
     }
 
-    /// After `close`: whether everything that was accepted is visible.
+    /// Returns `true` if no publisher is inside. After `close`, every accepted event is then visible.
     pub(crate) fn is_empty(&self) -> bool {
         // Acquire: pairs with the Release in `Inside::drop`.
         self.0.load(Ordering::Acquire) & !CLOSED == 0
@@ -47,7 +47,8 @@ impl CloseGate {
 impl Drop for Inside<'_> {
     #[inline]
     fn drop(&mut self) {
-        // Release: what was pushed inside is visible to who sees the count at 0.
+        // Release: pairs with the Acquire in `is_empty`: a thread that sees the count at 0 sees everything pushed
+        // inside.
         self.0.0.fetch_sub(1, Ordering::Release);
     }
 }
@@ -59,9 +60,9 @@ mod models {
     use loom::sync::Arc;
     use loom::sync::atomic::AtomicUsize;
 
-    /// An event that was accepted is drained, whenever the shard closes.
+    /// An accepted event is drained, whenever the shard closes.
     #[test]
-    fn loom_gate_loses_nothing_accepted() {
+    fn loom_close_gate_loses_no_accepted_event() {
         loom::model(|| {
             let shared = Arc::new((CloseGate::new(), AtomicUsize::new(0)));
             let other = Arc::clone(&shared);

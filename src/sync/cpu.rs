@@ -1,19 +1,19 @@
-//! The processor: the cores this process may use, prefetch instructions, and giving the core away for a while.
+//! The processor: the cores this process may use, prefetch instructions, and sleeping.
 
 use std::time::Duration;
 
-/// Cores this process may use (cgroup- and affinity-aware), at least 1.
+/// Returns the number of cores this process may use (cgroup- and affinity-aware), at least 1.
 pub(crate) fn cores() -> usize {
     std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
 }
 
-/// Asks for the cache line in which `item` begins to be brought near; where it is longer than a line, also for that in which it ends.
+/// Prefetches the first cache line of `item` and, where `item` is larger than a line, also the last.
 #[inline]
 pub(crate) fn prefetch<T>(item: &T) {
     prefetch_at(item);
 }
 
-/// As [`prefetch`], for a place that need not be one.
+/// As [`prefetch`], for an address that need not be valid.
 #[inline]
 pub(crate) fn prefetch_at<T>(item: *const T) {
     #[cfg(target_arch = "x86_64")]
@@ -31,15 +31,16 @@ pub(crate) fn prefetch_at<T>(item: *const T) {
     let _ = item;
 }
 
-/// As [`prefetch_at`], and that no other core keeps the line.
+/// As [`prefetch_at`], for writing: other cores give up their copies of the line.
 #[inline]
 pub(crate) fn prefetch_to_write<T>(item: *const T) {
     #[cfg(all(target_arch = "x86_64", not(miri)))]
     {
         let first = item.cast::<u8>();
         let last = first.wrapping_add(size_of::<T>().saturating_sub(1));
-        // SAFETY: a prefetch changes nothing and faults on nothing, whatever the address. (The compiler's own stands for one
-        // to read, unless it compiles for newer processors; older ones take this instruction for none.)
+        // SAFETY: a prefetch changes nothing and faults on nothing, whatever the address. (The intrinsic compiles to a
+        // prefetch for reading unless the target is a newer processor; older processors execute this instruction as a
+        // no-op.)
         unsafe {
             std::arch::asm!("prefetchw [{0}]", "prefetchw [{1}]", in(reg) first, in(reg) last, options(nostack, preserves_flags, readonly))
         }
@@ -48,7 +49,7 @@ pub(crate) fn prefetch_to_write<T>(item: *const T) {
     let _ = item;
 }
 
-/// Sleeps; for cold paths that poll.
+/// Sleeps for `time`. For cold paths that poll.
 pub(crate) fn nap(time: Duration) {
     std::thread::sleep(time);
 }

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-/// How long a call may wait: until a moment, or for ever.
+/// The limit of a wait: a moment, or none.
 ///
 /// Every waiting call takes `impl Into<Deadline>`: a [`Duration`] from now, an [`Instant`], or [`Deadline::NEVER`].
 ///
@@ -17,22 +17,22 @@ use std::time::{Duration, Instant};
 pub struct Deadline(Option<Instant>);
 
 impl Deadline {
-    /// Waits for as long as it takes.
+    /// No limit: the call waits until it has its result.
     pub const NEVER: Self = Self(None);
 
-    /// This long from now. A duration that reaches beyond what an [`Instant`] can say is [`Deadline::NEVER`].
+    /// The moment `limit` from now. A limit beyond the range of [`Instant`] becomes [`Deadline::NEVER`].
     #[must_use]
     pub fn after(limit: Duration) -> Self {
         Self(Instant::now().checked_add(limit))
     }
 
-    /// At this moment.
+    /// The moment `instant`.
     #[must_use]
     pub fn at(instant: Instant) -> Self {
         Self(Some(instant))
     }
 
-    /// The moment, or `None` for [`Deadline::NEVER`].
+    /// Returns the moment, or `None` for [`Deadline::NEVER`].
     #[must_use]
     pub fn instant(self) -> Option<Instant> {
         self.0

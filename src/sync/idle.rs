@@ -1,34 +1,35 @@
-//! Wait strategies: what a thread does between two checks for work, and how long a caller waits for room.
+//! Wait strategies: what a thread does between two checks for work, and how long a caller waits for space.
 
 use std::time::{Duration, Instant};
 
 use super::{Signal, may_wait, nap, thread};
 
-/// What a thread does when it finds nothing to do.
+/// The wait strategy of an idle thread.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Wait {
-    /// Never gives the core away. Lowest latency; needs a core for itself.
+    /// Spins and never gives up the core. Lowest latency; needs a core of its own.
     BusySpin,
-    /// Spins for a while, then yields the core, and never sleeps.
+    /// Spins for a while, then yields the core. Never sleeps.
     SpinYield,
-    /// Spins, yields, then sleeps until woken: an idle engine costs nothing.
+    /// Spins, yields, then sleeps until woken. An idle engine uses no processor time.
     Park,
 }
 
-/// What a thread does between two looks for work: spins, yields, sleeps, as its strategy allows.
+/// The state of one thread's wait strategy between two checks for work.
 #[derive(Debug)]
 pub(crate) struct Idle {
     wait: Wait,
     rounds: u32,
-    /// Spins since the last yield, however much work came in between.
+    /// Spins since the last yield. Finding work does not reset it.
     spins: u32,
 }
 
-/// Spinning rounds before the first yield, and yields before the first sleep. Where sleeping is
-/// allowed threads may outnumber cores, and a long spin only takes the core from who has work.
+/// Spins before the first yield, and yields before the first sleep. Where sleeping is allowed, threads may outnumber
+/// cores, and a long spin only takes the core from a thread that has work.
 const SPINS: u32 = 64;
 const YIELDS: u32 = 32;
-/// How long who cannot be woken sleeps between two looks.
+/// Sleep between two checks of a thread that is not woken.
 const NAP: Duration = Duration::from_micros(100);
 
 impl Idle {
@@ -36,7 +37,7 @@ impl Idle {
         Self { wait, rounds: 0, spins: 0 }
     }
 
-    /// One that sleeps whenever there is nothing to do.
+    /// Returns an `Idle` that sleeps at the first step without work.
     pub(crate) fn sleepy() -> Self {
         Self { wait: Wait::Park, rounds: SPINS + YIELDS, spins: 0 }
     }
@@ -46,7 +47,7 @@ impl Idle {
         self.rounds = 0;
     }
 
-    /// One spin or yield; `false` where the strategy says to sleep instead.
+    /// Spins or yields once. Returns `false` if the strategy says to sleep instead.
     pub(crate) fn awake(&mut self) -> bool {
         self.rounds = self.rounds.saturating_add(1);
         match self.wait {
@@ -58,7 +59,7 @@ impl Idle {
         true
     }
 
-    /// One step of idling where nobody will wake us: spins, yields, then naps.
+    /// One step of idling where no other thread sends a wake-up: spins, yields, then naps.
     pub(crate) fn poll(&mut self, deadline: Option<Instant>) {
         self.rounds = self.rounds.saturating_add(1);
         match self.wait {
@@ -72,14 +73,15 @@ impl Idle {
         }
     }
 
-    /// One step of idling on `signal`, at most until `deadline`.
+    /// One step of idling: spins, yields, then sleeps on `signal` until `deadline` at the latest.
     pub(crate) fn step(&mut self, signal: &Signal, deadline: Option<Instant>, has_work: impl FnOnce() -> bool) {
         self.rounds = self.rounds.saturating_add(1);
         self.spins = self.spins.saturating_add(1);
         match self.wait {
             Wait::BusySpin => std::hint::spin_loop(),
             _ if self.rounds <= SPINS && self.spins <= SPINS => std::hint::spin_loop(),
-            // An event each microsecond would never let the spinning end, nor the syncer have this core.
+            // One event per microsecond would otherwise keep this thread spinning for ever, and the syncer off this
+            // core.
             _ if self.rounds <= SPINS => {
                 self.spins = 0;
                 thread::yield_now();
@@ -93,7 +95,7 @@ impl Idle {
     }
 }
 
-/// How long a publish may wait for room.
+/// How long a publish may wait for space in its lane.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Patience {
     None,
@@ -102,7 +104,7 @@ pub(crate) enum Patience {
 }
 
 impl Patience {
-    /// Waits until `deadline`, or for ever where there is none.
+    /// Waits until `deadline`, or for ever where it is `None`.
     pub(crate) fn until(deadline: Option<Instant>) -> Self {
         deadline.map_or(Self::Forever, Self::Until)
     }
@@ -114,7 +116,7 @@ impl Patience {
         }
     }
 
-    /// Returns `true` if the wait is over. A thread that an engine waits for never waits.
+    /// Returns `true` if the wait is over. On a thread that an engine waits for it always is.
     pub(crate) fn is_over(self) -> bool {
         match self {
             Self::None => true,

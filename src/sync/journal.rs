@@ -1,15 +1,15 @@
-//! What a reader of many places must look at again, because it moved from one to another meanwhile.
+//! A journal of moves: tells a reader of many places which items moved while it read.
 //!
-//! One writer, which notes an item before it moves it and settles afterwards. A reader takes a start, reads the places,
-//! and asks for what was noted since: every item that it may have missed or met twice is among them. The ring keeps the
-//! newest notes only; a reader that was too slow for it is told so.
+//! One writer, which notes an item before it moves it and settles the journal afterwards. A reader takes the journal's
+//! position, reads the places, and asks for the items noted since: every item that it may have missed or met twice is
+//! among them. The ring keeps only the newest notes; a reader that the writer has lapped learns so.
 
 use super::{AtomicU32, AtomicU64, CachePadded, Ordering, fence};
 
-/// The newest moves.
+/// A ring of the newest moves.
 #[derive(Debug)]
 pub(crate) struct Journal {
-    /// Moves noted, and those of them that are over. `settled <= noted`.
+    /// Moves noted, and those of them that have ended. `settled <= noted`.
     noted: CachePadded<AtomicU64>,
     settled: CachePadded<AtomicU64>,
     /// Move `n` is at `n % ring.len()`, a power of two.
@@ -26,36 +26,37 @@ impl Journal {
         }
     }
 
-    /// Says that `item` is about to move. Only the one writer calls this, before anything of the move can be seen.
+    /// Notes that `item` is about to move. Only the one writer calls this, before any effect of the move is visible.
     #[inline]
     pub(crate) fn note(&self, item: u32) {
         let number = self.noted.load(Ordering::Relaxed);
-        // Release: pairs with the Acquire fence in `since`: who reads this entry instead of the one it takes the place
-        // of, sees that all moves before it were noted.
+        // Release: pairs with the Acquire fence in `since`: a reader that sees this entry in place of the one it
+        // overwrites also sees that all moves before it were noted.
         fence(Ordering::Release);
         self.entry(number).store(item, Ordering::Relaxed);
-        // Release: pairs with the Acquire in `since`: who sees the number sees the entry.
+        // Release: pairs with the Acquire in `since`: a reader that sees the number sees the entry.
         self.noted.store(number + 1, Ordering::Release);
     }
 
-    /// Says that every noted move is over.
+    /// Marks every noted move as ended.
     #[inline]
     pub(crate) fn settle(&self) {
-        // Release: pairs with the Acquire in `start`: who sees the number sees the moves.
+        // Release: pairs with the Acquire in `start`: a reader that sees the number sees the moves.
         self.settled.store(self.noted.load(Ordering::Relaxed), Ordering::Release);
     }
 
-    /// To be called before reading: all moves below this number are seen whole.
+    /// Returns the position to pass to `since`. Call this before reading: the reader sees all moves below it
+    /// completely.
     #[inline]
     pub(crate) fn start(&self) -> u64 {
         // Acquire: pairs with the Release in `settle`.
         self.settled.load(Ordering::Acquire)
     }
 
-    /// To be called after reading: adds the items whose moves may have been seen in part. What was read must have been
-    /// read so that seeing an effect of a move makes its note visible (a [`super::SeqLock`] does).
+    /// Adds to `items` every item whose move the reader may have seen in part. Call this after reading. Reading must be
+    /// such that seeing an effect of a move makes its note visible (a [`super::SeqLock`] does this).
     ///
-    /// `false`: the ring has gone round meanwhile, and what was added means nothing.
+    /// Returns `false` if the writer has lapped the reader; the added items are then meaningless.
     #[inline]
     pub(crate) fn since(&self, start: u64, items: &mut Vec<u32>) -> bool {
         // Acquire: pairs with the Release in `note`.
@@ -85,10 +86,10 @@ mod models {
     use super::*;
     use loom::sync::Arc;
 
-    /// A place that holds an item or does not.
-    struct Place(SeqLock, AtomicU32);
+    /// A slot that holds one item, or 0 for none.
+    struct Slot(SeqLock, AtomicU32);
 
-    impl Place {
+    impl Slot {
         fn new(item: u32) -> Self {
             Self(SeqLock::new(), AtomicU32::new(item))
         }
@@ -104,13 +105,13 @@ mod models {
 
     const ITEM: u32 = 7;
 
-    /// An item that moves while the places are read one after the other is met once, or is looked at again.
+    /// An item that moves while the slots are read one after the other is met once, or is reported as moved.
     #[test]
     fn loom_a_moving_item_is_neither_missed_nor_doubled() {
         loom::model(|| {
-            let shared = Arc::new((Journal::new(4), Place::new(ITEM), Place::new(0)));
+            let shared = Arc::new((Journal::new(4), Slot::new(ITEM), Slot::new(0)));
             let other = Arc::clone(&shared);
-            // The reader is the one that is started: loom then begins it at every moment of the writer.
+            // The reader is the spawned thread, because loom then starts it at every step of the writer.
             let reader = thread::spawn(move || {
                 let start = other.0.start();
                 let met = [other.2.get(), other.1.get()].iter().filter(|item| **item == ITEM).count();
@@ -126,7 +127,7 @@ mod models {
         });
     }
 
-    /// Entries are those of the moves asked for, or the reader is told that they are gone.
+    /// `since` returns the entries of the requested moves, or reports that they were overwritten.
     #[test]
     fn loom_an_overwritten_entry_is_never_passed_off_as_an_old_one() {
         loom::model(|| {

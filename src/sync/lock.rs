@@ -7,7 +7,7 @@ use super::Mutex;
 #[cfg(not(loom))]
 use super::nap;
 
-/// Locks, also after another holder panicked: every value under a lock of this crate is valid after each single
+/// Locks `mutex`, also after a holder panicked: every value behind a mutex of this crate is valid after each single
 /// assignment.
 #[cfg(not(loom))]
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
@@ -19,7 +19,7 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> loom::sync::MutexGuard<'_, T> {
     mutex.lock().expect("loom mutexes do not poison")
 }
 
-/// As [`lock`], giving up at the deadline.
+/// As [`lock`]; returns `None` if the deadline passes first.
 #[cfg(not(loom))]
 pub(crate) fn lock_until<T>(mutex: &Mutex<T>, deadline: Option<Instant>) -> Option<std::sync::MutexGuard<'_, T>> {
     let Some(deadline) = deadline else { return Some(lock(mutex)) };

@@ -1,11 +1,11 @@
 //! The protocols between threads, one per file. This folder names no other module of the crate.
 //!
-//! It is the only importer of atomics, locks and threads for protocols, so that one switch, `--cfg loom`, puts all of
-//! them under a model checker (`tests/loom.rs` compiles this folder alone). What loom cannot model stays outside: the
-//! atomic view of mapped bytes, and the start of threads. `tests/tidy.rs` lists the exceptions.
+//! It is the only importer of atomics, locks and threads for protocols, so that one switch, `--cfg loom`, puts all
+//! protocols under a model checker (`tests/loom.rs` compiles this folder alone). Code that loom cannot model is
+//! elsewhere: the atomic view of mapped bytes, and starting threads. `tests/tidy.rs` lists the exceptions.
 //!
-//! `Arc` is always the standard library's, here and everywhere else: counting references is no protocol of ours, and
-//! loom's `Arc` cannot hold a trait object. Only the models use loom's.
+//! `Arc` is always the standard library's, in every module: reference counting is not one of our protocols, and loom's
+//! `Arc` cannot hold a trait object. Only the models use loom's.
 
 mod arrivals;
 mod close_gate;

@@ -1,4 +1,4 @@
-//! One value from one thread to another, which waits for it by blocking or as a task; and blocking until any condition holds.
+//! Sends one value from one thread to another, which blocks or awaits; and blocks until any condition holds.
 
 use std::future::Future;
 use std::pin::Pin;
@@ -8,32 +8,32 @@ use std::time::{Duration, Instant};
 
 use super::{Mutex, lock, may_wait, thread, wake};
 
-/// Why a wait ended without its outcome.
+/// The reason why a wait ended without a result.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum GaveUp {
     /// The deadline passed.
     TimedOut,
-    /// An engine waits for the current thread, so it must not wait for an engine.
+    /// The current thread belongs to an engine, which may be waiting for it, so it must not wait for an engine.
     OnEngineThread,
 }
 
 #[derive(Debug)]
 struct Shared<T> {
     value: Option<T>,
-    /// Nobody will keep the promise any more.
+    /// The `Keeping` was dropped, so no value can come any more.
     is_broken: bool,
     waker: Option<Waker>,
 }
 
-/// Who waits.
+/// The receiving half: waits for the value.
 #[derive(Debug)]
 pub(crate) struct Promise<T>(Arc<Mutex<Shared<T>>>);
 
-/// Who is waited for. Dropped without a value, it breaks the promise.
+/// The sending half: provides the value. Dropping it without a value breaks the promise.
 #[derive(Debug)]
 pub(crate) struct Keeping<T>(Arc<Mutex<Shared<T>>>);
 
-/// A promise and who is to keep it.
+/// Returns both halves of a new promise.
 pub(crate) fn promise<T>() -> (Promise<T>, Keeping<T>) {
     let shared = Arc::new(Mutex::new(Shared { value: None, is_broken: false, waker: None }));
     (Promise(Arc::clone(&shared)), Keeping(shared))
@@ -52,7 +52,7 @@ impl<T> Drop for Keeping<T> {
             shared.is_broken = true;
             shared.waker.take()
         };
-        // Not under the lock: a waker may ask again at once.
+        // Not under the lock: the waker may poll the promise at once.
         if let Some(waker) = waker {
             wake(waker);
         }
@@ -60,7 +60,7 @@ impl<T> Drop for Keeping<T> {
 }
 
 impl<T> Promise<T> {
-    /// Blocks until there is a value. `Ok(None)`: there will be none.
+    /// Blocks until the value arrives. Returns `Ok(None)` if the promise is broken.
     pub(crate) fn wait(&self, deadline: Option<Instant>) -> Result<Option<T>, GaveUp> {
         block_until(deadline, |waker| lock(&self.0).waker = Some(waker.clone()), || self.take().map(Ok))
     }
@@ -83,7 +83,8 @@ impl<T> Future for Promise<T> {
     }
 }
 
-/// Blocks until there is an outcome or the deadline has passed. A thread that an engine waits for is refused instead of blocked.
+/// Blocks until `outcome` returns a result or the deadline passes. On a thread that an engine waits for it fails
+/// instead of blocking.
 pub(crate) fn block_until<T, E: From<GaveUp>>(
     deadline: Option<Instant>,
     register: impl Fn(&Waker),
@@ -92,7 +93,7 @@ pub(crate) fn block_until<T, E: From<GaveUp>>(
     block(may_wait(), deadline, register, outcome)
 }
 
-/// As [`block_until`], for waits of an engine's own threads.
+/// As [`block_until`], without a deadline, for waits of an engine's own threads.
 pub(crate) fn block_own<T, E: From<GaveUp>>(
     register: impl Fn(&Waker),
     outcome: impl Fn() -> Option<Result<T, E>>,
@@ -123,7 +124,7 @@ fn block<T, E: From<GaveUp>>(
     }
 }
 
-/// A waker that unparks the current thread.
+/// Returns a waker that unparks the current thread.
 pub(crate) fn thread_waker() -> Waker {
     struct Unpark(thread::Thread);
     impl std::task::Wake for Unpark {

@@ -1,23 +1,24 @@
-//! What the current thread is to an engine, and so what it must not wait for.
+//! The role of the current thread towards engines. It decides whether the thread may wait for one.
 //!
-//! One writer: the thread itself, once, when it begins. It is looked at only where something is about to wait.
+//! One writer: the thread itself, once, when it starts. Read only before a wait.
 
 use std::cell::Cell;
 
-/// What a thread is to an engine.
+/// The role of a thread towards engines.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Role {
     /// The application's own thread.
     Application,
-    /// A thread of some engine: it appends, syncs, saves or prepares. Engines wait for these, so these never wait for an engine.
+    /// An engine's own thread: it appends, syncs, saves or prepares. Engines wait for it, so it never waits for an
+    /// engine.
     Engine,
-    /// A thread of a consumer. It may wait for the engine, and not for itself.
+    /// A thread of a consumer. It may wait for the engine, but not for itself.
     Consumer {
-        /// Tells this engine from all others that live.
+        /// Identifies the engine among all live engines.
         engine: usize,
-        /// Tells this consumer from all others that live.
+        /// Identifies the consumer among all live consumers.
         consumer: usize,
-        /// It is the one that drives the consumer, and not one of its workers.
+        /// `true` for the thread that drives the consumer, `false` for a worker.
         drives: bool,
     },
 }
@@ -26,12 +27,12 @@ thread_local! {
     static ROLE: Cell<Role> = const { Cell::new(Role::Application) };
 }
 
-/// Gives the current thread its role, until it ends.
+/// Sets the role of the current thread for the rest of its life.
 pub(crate) fn take_role(role: Role) {
     ROLE.set(role);
 }
 
-/// The current thread's role.
+/// Returns the role of the current thread.
 pub(crate) fn role() -> Role {
     ROLE.get()
 }

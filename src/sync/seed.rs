@@ -1,6 +1,8 @@
-//! The hash of tables whose keys outsiders choose: without the process's two secret words nobody can choose keys that collide.
+//! A seeded hash for tables whose keys outsiders choose. The seed is two secret words of the process; without them an
+//! attacker cannot choose keys that collide.
 //!
-//! One writer: the thread that makes the first such table. The words are set before a table exists, and never change.
+//! One writer: the thread that creates the first such table. The words are set before any table exists, and never
+//! change.
 
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::sync::Once;
@@ -10,7 +12,7 @@ static PLANTED: Once = Once::new();
 static MASK: AtomicU64 = AtomicU64::new(0);
 static FACTOR: AtomicU64 = AtomicU64::new(0x9e37_79b9_7f4a_7c15);
 
-/// Sets the words. Every table that uses [`keyed`] calls this before it is made.
+/// Sets the seed. Every table that uses [`keyed`] calls this before it is created.
 pub(crate) fn plant() {
     PLANTED.call_once(|| {
         let random = |number: u64| RandomState::new().hash_one(number);
@@ -22,32 +24,33 @@ pub(crate) fn plant() {
     });
 }
 
-/// Whether a factor has about as many ones as zeros in each quarter, so that keys in a row are spread.
+/// Returns `true` if each quarter of `factor` has about as many ones as zeros, so that consecutive keys spread.
 fn is_mixing(factor: u64) -> bool {
     (0..4).all(|quarter| (5..=11).contains(&(factor >> (16 * quarter) & 0xffff).count_ones()))
 }
 
-/// A hash of `number`, of which all bits may be used. Another one in every process.
+/// Returns a hash of `number` that differs between processes. All 64 bits are usable.
 #[inline(always)]
 pub(crate) fn keyed(number: u64) -> u64 {
-    // Relaxed: a table is made after the words were set, and reaches other threads by a lock or a release store.
+    // Relaxed: a table is created after the seed is set, and reaches other threads through a lock or a release store.
     folded(number, MASK.load(Ordering::Relaxed), FACTOR.load(Ordering::Relaxed))
 }
 
 #[inline(always)]
 fn folded(number: u64, mask: u64, factor: u64) -> u64 {
-    // Once more, with a factor that is none of a table's secrets: numbers in steps would lie in steps after the first.
+    // A second round with a fixed factor: after the first, numbers at equal steps would still have hashes at equal
+    // steps.
     fold(fold(number ^ mask, factor), 0x9e37_79b9_7f4a_7c15)
 }
 
-/// Both halves of the product, one upon the other.
+/// XORs both halves of the 128-bit product.
 #[inline(always)]
 fn fold(number: u64, factor: u64) -> u64 {
     let product = u128::from(number) * u128::from(factor);
     product as u64 ^ (product >> 64) as u64
 }
 
-/// [`keyed`] for hash maps.
+/// [`keyed`] as a hasher for hash maps.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Keyed(());
 
@@ -66,7 +69,7 @@ impl BuildHasher for Keyed {
     }
 }
 
-/// One number's, or several one after the other.
+/// Hashes one number, or several in sequence.
 #[derive(Debug)]
 pub(crate) struct KeyedHasher(u64);
 
@@ -93,7 +96,8 @@ impl Hasher for KeyedHasher {
 mod tests {
     use super::*;
 
-    /// How many numbers meet one before them, by low bits and by the high bits of the low half: what tables use.
+    /// Counts collisions in the low bits of the hash, and in the high bits of its low half: the two parts that tables
+    /// use.
     fn collisions(numbers: impl Fn(u64) -> u64, mask: u64, factor: u64) -> [usize; 2] {
         const PLACES: usize = 1 << 16;
         let mut met = [vec![false; PLACES], vec![false; PLACES]];
@@ -108,7 +112,7 @@ mod tests {
     }
 
     #[test]
-    fn numbers_in_a_row_and_in_steps_are_spread_with_every_seed() {
+    fn consecutive_and_evenly_spaced_numbers_spread_with_every_seed() {
         let mut x = 42_u64;
         let mut random = || {
             x ^= x << 13;
@@ -118,9 +122,9 @@ mod tests {
         };
         for _ in 0..25 {
             let mask = random();
-            let factor = (0..).map(|_| random() | 1).find(|word| is_mixing(*word)).expect("one of them");
+            let factor = (0..).map(|_| random() | 1).find(|word| is_mixing(*word)).expect("a mixing factor exists");
             for step in [1, 7, 8, 100, 1 << 12, 1 << 16, 1_000_000, 1 << 32, 1 << 44, 1 << 48] {
-                // Random ones meet in 0.37 of the cases.
+                // Random numbers collide in 0.37 of the cases.
                 let count = collisions(|i| i * step, mask, factor);
                 assert!(
                     count.iter().all(|count| *count < (1 << 16) * 4 / 10),

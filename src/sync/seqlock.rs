@@ -1,16 +1,17 @@
-//! Words that are read whole or not at all, while their one writer never waits.
+//! A sequence lock: a group of words that is read consistently or not at all, while its one writer never waits.
 //!
-//! The writer makes the version odd, changes the words, and makes it even again. A reader that meets an odd version, or
-//! another one afterwards, has read a mixture and reads again. Readers write nothing. The words are atomics, read and
-//! written `Relaxed`: a torn read is thrown away, and is no data race either.
+//! The writer makes the version odd, changes the words, and makes it even again. A reader that sees an odd version, or
+//! a different version afterwards, has read a mixture and reads again. Readers write nothing. The words are atomics,
+//! accessed `Relaxed`, so a torn read is not a data race; the reader discards it.
 
 use super::{AtomicU64, Ordering, fence};
 
-/// The version of some words. It stands beside them and does not own them.
+/// The version of a group of words. The words are stored beside it; it does not own them.
 #[derive(Debug)]
 pub(crate) struct SeqLock(AtomicU64);
 
-/// Looks between two yields while the writer is in the middle: it is so for nanoseconds, unless it lost its core.
+/// Checks between two yields while the writer is inside `write`. That takes nanoseconds unless the writer loses its
+/// core.
 const SPINS: u32 = 128;
 
 impl SeqLock {
@@ -18,20 +19,22 @@ impl SeqLock {
         Self(AtomicU64::new(0))
     }
 
-    /// Changes the words. Only the one writer calls this; `change` does nothing else, for readers wait for its end.
+    /// Changes the words. Only the one writer calls this. `change` must do nothing else, because readers wait for its
+    /// end.
     #[inline]
     pub(crate) fn write<R>(&self, change: impl FnOnce() -> R) -> R {
         let version = self.0.load(Ordering::Relaxed);
         self.0.store(version.wrapping_add(1), Ordering::Relaxed);
-        // Release: pairs with the Acquire fence in `is_unchanged`: who read a new word sees that the version moved.
+        // Release: pairs with the Acquire fence in `is_unchanged`: a reader that sees a new word sees the version
+        // change.
         fence(Ordering::Release);
         let changed = change();
-        // Release: pairs with the Acquire in `begin`: who sees the version sees the words.
+        // Release: pairs with the Acquire in `begin`: a reader that sees the version sees the words.
         self.0.store(version.wrapping_add(2), Ordering::Release);
         changed
     }
 
-    /// The version to read under; `None` while the writer is in the middle.
+    /// Returns the version to read under, or `None` while the writer is inside `write`.
     #[inline]
     pub(crate) fn begin(&self) -> Option<u64> {
         // Acquire: pairs with the last Release in `write`.
@@ -39,7 +42,7 @@ impl SeqLock {
         version.is_multiple_of(2).then_some(version)
     }
 
-    /// Whether all that was read since `begin` is of one version.
+    /// Returns `true` if everything read since `begin` belongs to `version`.
     #[inline]
     pub(crate) fn is_unchanged(&self, version: u64) -> bool {
         // Acquire: pairs with the Release fence in `write`.
@@ -47,7 +50,8 @@ impl SeqLock {
         self.0.load(Ordering::Relaxed) == version
     }
 
-    /// What `look` sees of one version. It may run several times, and see a mixture in all runs but the last.
+    /// Returns what `look` reads under one version. `look` may run several times and see a mixture in every run but the
+    /// last.
     #[inline]
     pub(crate) fn read<R>(&self, mut look: impl FnMut() -> R) -> R {
         let mut spins = 0;
@@ -74,7 +78,7 @@ fn pause(spins: &mut u32) {
     }
 }
 
-// Loom goes on with another thread only when told that this one cannot.
+// Loom schedules another thread only if this one yields.
 #[cfg(loom)]
 fn pause(_spins: &mut u32) {
     super::thread::yield_now();
@@ -96,7 +100,7 @@ mod models {
             });
         }
 
-        /// One look, so that loom has an end; `read` looks again.
+        /// Reads once, so that loom terminates; `read` would retry.
         fn get(&self) -> Option<(u64, u64)> {
             let version = self.0.begin()?;
             let seen = (self.1.load(Ordering::Relaxed), self.2.load(Ordering::Relaxed));
@@ -104,7 +108,7 @@ mod models {
         }
     }
 
-    /// Two words are always of one write, and who saw a write never sees an older one.
+    /// Both words always come from the same write, and a reader never sees an older write after a newer one.
     #[test]
     fn loom_seqlock_never_shows_a_mixture() {
         loom::model(|| {
@@ -117,7 +121,7 @@ mod models {
             let mut newest = 0;
             for (a, b) in [pair.get(), pair.get()].into_iter().flatten() {
                 assert_eq!(a, b, "torn");
-                assert!(a >= newest, "went back");
+                assert!(a >= newest, "an older write after a newer one");
                 newest = a;
             }
             writer.join().unwrap();

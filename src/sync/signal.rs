@@ -9,11 +9,11 @@ use super::{AtomicU32, CachePadded, Mutex, Ordering, fence, lock, thread};
 const AWAKE: u32 = 0;
 const ASLEEP: u32 = 1;
 
-/// Lets one thread sleep until another has work for it.
+/// Lets one thread sleep until another thread has work for it.
 ///
-/// The sleeper announces itself, looks for work once more, and only then sleeps; who brings work
-/// makes it visible, and then looks whether somebody sleeps. A sequentially consistent fence on
-/// both sides makes it impossible that both look too early.
+/// The sleeper announces itself, checks for work once more, and only then sleeps. A notifier makes its work visible
+/// first and then checks whether the sleeper has announced itself. A sequentially consistent fence on both sides
+/// ensures that at least one of them sees the other.
 #[derive(Debug)]
 pub(crate) struct Signal {
     state: CachePadded<AtomicU32>,
@@ -25,11 +25,11 @@ impl Signal {
         Self { state: CachePadded::new(AtomicU32::new(AWAKE)), sleeper: Mutex::new(None) }
     }
 
-    /// Sleeps until notified or `timeout`, unless `has_work`. May wake for no reason.
+    /// Sleeps until a notification or `timeout`, unless `has_work` returns `true`. May wake spuriously.
     pub(crate) fn sleep(&self, timeout: Option<Duration>, has_work: impl FnOnce() -> bool) {
         *lock(&self.sleeper) = Some(thread::current());
         self.state.store(ASLEEP, Ordering::Relaxed);
-        // SeqCst: pairs with the fence in `notify`: either we see the work or the notifier sees us.
+        // SeqCst: pairs with the fence in `notify`: either this thread sees the work or the notifier sees the sleeper.
         fence(Ordering::SeqCst);
         if !has_work() {
             park(timeout);
@@ -37,7 +37,7 @@ impl Signal {
         self.state.store(AWAKE, Ordering::Relaxed);
     }
 
-    /// Wakes the sleeper, if there is one. To be called after the work was made visible.
+    /// Wakes the sleeper, if any. Call this after making the work visible.
     #[inline]
     pub(crate) fn notify(&self) {
         // SeqCst: pairs with the fence in `sleep`.
@@ -49,7 +49,7 @@ impl Signal {
 
     #[cold]
     fn wake(&self) {
-        // Once per sleep: a busy notifier does not call into the kernel again and again.
+        // Only the first notifier of a sleep makes the system call.
         if self.state.swap(AWAKE, Ordering::Relaxed) == ASLEEP
             && let Some(sleeper) = &*lock(&self.sleeper)
         {
@@ -66,7 +66,7 @@ fn park(timeout: Option<Duration>) {
     }
 }
 
-// Loom knows no time: a sleep that needs its timeout to end shows as a deadlock, as it should.
+// Loom has no time: a sleep that only its timeout would end is reported as a deadlock.
 #[cfg(loom)]
 fn park(_timeout: Option<Duration>) {
     thread::park();
@@ -78,7 +78,7 @@ mod models {
     use loom::sync::Arc;
     use loom::sync::atomic::AtomicUsize;
 
-    /// A wake-up is never lost: if it were, the sleeper would stay parked and loom would report a deadlock.
+    /// A wake-up is never lost. If it were, the sleeper would stay parked and loom would report a deadlock.
     #[test]
     fn loom_parking_never_loses_a_wake_up() {
         loom::model(|| {

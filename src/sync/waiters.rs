@@ -1,10 +1,10 @@
-//! Waiters for a position: threads and tasks alike register a waker.
+//! Threads and tasks that wait for a position.
 
 use std::task::Waker;
 
 use super::{AtomicBool, Mutex, Ordering, fence, lock};
 
-/// Who waits for a position to be reached: threads and tasks alike are wakers.
+/// Wakers of the threads and tasks that wait for a position, with their targets.
 #[derive(Debug)]
 pub(crate) struct Waiters {
     any: AtomicBool,
@@ -16,7 +16,7 @@ impl Waiters {
         Self { any: AtomicBool::new(false), list: Mutex::new(Vec::new()) }
     }
 
-    /// Registers `waker` for `target`. The caller must look at the position again afterwards.
+    /// Registers `waker` for `target`. The caller must check the position again afterwards.
     pub(crate) fn register(&self, target: u64, waker: &Waker) {
         {
             let mut list = lock(&self.list);
@@ -24,11 +24,12 @@ impl Waiters {
             list.push((target, waker.clone()));
             self.any.store(true, Ordering::Relaxed);
         }
-        // SeqCst: pairs with the fence in `reached`: either we see the position or the mover sees us.
+        // SeqCst: pairs with the fence in `reached`: either the caller sees the position or the publisher sees the
+        // waker.
         fence(Ordering::SeqCst);
     }
 
-    /// Wakes everyone whose target is at most `position`. To be called after the position was published.
+    /// Wakes every waiter whose target is at most `position`. Call this after publishing the position.
     #[inline]
     pub(crate) fn reached(&self, position: u64) {
         // SeqCst: pairs with the fence in `register`.
@@ -56,7 +57,7 @@ impl Waiters {
     }
 }
 
-/// Wakes, whatever the waker does: it is the application's, and the thread that calls it has others to wake.
+/// Calls the waker and catches its panic: it is application code, and the calling thread has other wakers to call.
 pub(crate) fn wake(waker: Waker) {
     if std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| waker.wake())).is_err() {
         tracing::error!("a waker panicked");
@@ -70,7 +71,7 @@ mod models {
     use loom::sync::Arc;
     use loom::sync::atomic::AtomicUsize;
 
-    /// A receipt that is waited for is woken, whenever the position moves.
+    /// A waiter either sees the position when it registers or is woken.
     #[test]
     fn loom_waiters_are_woken() {
         loom::model(|| {
@@ -85,7 +86,7 @@ mod models {
             shared.0.register(5, &waker);
             let seen = shared.1.get() >= 5;
             mover.join().unwrap();
-            assert!(seen || woken.0.load(Ordering::Relaxed) > 0, "neither seen nor woken");
+            assert!(seen || woken.0.load(Ordering::Relaxed) > 0, "neither saw the position nor was woken");
         });
     }
 

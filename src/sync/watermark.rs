@@ -4,8 +4,8 @@
 
 use super::{AtomicU64, CachePadded, Ordering};
 
-/// A position that one thread moves forward and others read. What was written before
-/// [`Watermark::publish`] is visible to who sees the position.
+/// A position that one thread moves forward and other threads read. A thread that sees the position also sees
+/// everything written before [`Watermark::publish`].
 #[derive(Debug)]
 pub(crate) struct Watermark(CachePadded<AtomicU64>);
 
@@ -14,7 +14,7 @@ impl Watermark {
         Self(CachePadded::new(AtomicU64::new(at)))
     }
 
-    /// Only the one writer calls this, with positions that never fall.
+    /// Publishes `at`. Only the one writer calls this, and never with a lower position than before.
     #[inline]
     pub(crate) fn publish(&self, at: u64) {
         // Release: pairs with the Acquire in `get`.
@@ -35,9 +35,9 @@ mod models {
     use loom::sync::Arc;
     use loom::sync::atomic::AtomicUsize;
 
-    /// Who sees the watermark sees everything below it.
+    /// A thread that sees the watermark sees everything written before it.
     #[test]
-    fn loom_watermark_publishes_what_lies_below() {
+    fn loom_watermark_publishes_everything_below_it() {
         loom::model(|| {
             let shared = Arc::new((Watermark::new(0), AtomicUsize::new(0)));
             let other = Arc::clone(&shared);

@@ -1,15 +1,16 @@
-//! Windows into the hot path for `benches/`: thin wrappers, nothing of their own. No part of the API;
-//! whatever is here may change at any time.
+//! Access to the hot path for `benches/`: thin wrappers without logic of their own. Not part of the API: everything here may
+//! change at any time.
 
 use std::io;
 use std::marker::PhantomData;
 use std::path::PathBuf;
-use std::sync::Arc as StdArc;
 use std::sync::Arc;
+use std::time::Duration;
 
 use crossbeam::queue::ArrayQueue;
 
 use crate::clock::NOT_DUE;
+use crate::consumer::{InFlight, KeyQueues, QueuePolicy, Verdict};
 use crate::event::{Correlation, Event, Key, KeyHash, Offset, Scratch, ShardId, Time, Version};
 use crate::lane::ring::{Slot, push_chunk};
 use crate::log::format::{RecordHeader, encode_prepared, schema_fingerprint};
@@ -21,7 +22,7 @@ use crate::storage::memory::{ALIGN, padded};
 use crate::storage::memory::{Heap, Memory, WriteHalf};
 use crate::storage::{Files, Storage as _};
 
-/// The place of the only shard there is.
+/// Returns the place of the only shard of an engine with one shard.
 #[must_use]
 pub fn only_place(keys_expected: usize) -> Place {
     Place::new(ShardId(0), 1, keys_expected)
@@ -35,20 +36,20 @@ pub struct Ring<E> {
 }
 
 impl<E> Ring<E> {
-    /// A ring of `capacity` slots.
+    /// Creates a ring of `capacity` slots.
     #[must_use]
     pub fn new(capacity: usize) -> Self {
         let (tx, rx) = rtrb::RingBuffer::new(capacity);
         Self { tx, rx }
     }
 
-    /// Pushes up to `count` events as one chunk. Returns how many.
+    /// Pushes up to `count` events as one chunk. Returns how many it pushed.
     #[inline]
     pub fn push(&mut self, count: usize, events: impl Iterator<Item = (Key, E)>) -> usize {
         push_chunk(&mut self.tx, count, events.map(|(key, event)| Slot::new(key, 1, NOT_DUE, event)))
     }
 
-    /// Shows up to `count` events to `see` and lets go of them, as one chunk. Returns how many.
+    /// Pops up to `count` events as one chunk and passes them to `see`. Returns how many it popped.
     #[inline]
     pub fn pop(&mut self, count: usize, mut see: impl FnMut(Key, &E)) -> usize {
         let ready = self.rx.slots().min(count);
@@ -65,19 +66,19 @@ impl<E> Ring<E> {
 pub struct Keys(KeyTable<()>);
 
 impl Keys {
-    /// A table with room for this many keys.
+    /// Creates a table with room for `keys_expected` keys.
     #[must_use]
     pub fn new(keys_expected: usize) -> Self {
         Self(KeyTable::new(keys_expected))
     }
 
-    /// Asks for the place of this key to be brought near.
+    /// Prefetches the slot of this key.
     #[inline]
     pub fn prefetch(&self, key: Key) {
         self.0.look(KeyHash::of(key));
     }
 
-    /// What the table does for one event: finds the key, counts its version, moves its chain's head.
+    /// Does the table's work for one event: finds the key, increments its version, and moves its chain's head.
     #[inline]
     pub fn append(&mut self, key: Key, head: Offset) -> (Version, Offset) {
         let hash = KeyHash::of(key);
@@ -89,22 +90,22 @@ impl Keys {
     }
 }
 
-/// Archives in a segment's memory, as the process that wrote them reads them: unchecked.
+/// Archives in a segment's memory, as the process that wrote them reads them: without validation.
 #[derive(Debug)]
 pub struct Archives<E> {
-    memory: StdArc<Memory>,
+    memory: Arc<Memory>,
     places: Vec<(usize, usize)>,
     event: PhantomData<fn() -> E>,
 }
 
 impl<E: Event> Archives<E> {
-    /// Archives `events` one behind the other.
+    /// Archives `events` one after the other.
     ///
     /// # Panics
-    /// When one takes more than 4 KiB.
+    /// If an event takes more than 4 KiB.
     #[must_use]
     pub fn new(events: &[E]) -> Self {
-        let mut half = WriteHalf::new(Memory::heap(StdArc::new(Heap::new(vec![0; (events.len() + 1) << 12]))), 0);
+        let mut half = WriteHalf::new(Memory::heap(Arc::new(Heap::new(vec![0; (events.len() + 1) << 12]))), 0);
         let mut scratch = Scratch::new(1 << 14);
         let places = events.iter().map(|event| {
             let at = half.at();
@@ -114,26 +115,26 @@ impl<E: Event> Archives<E> {
         });
         let places = places.collect();
         half.publish();
-        Self { memory: StdArc::clone(half.memory()), places, event: PhantomData }
+        Self { memory: Arc::clone(half.memory()), places, event: PhantomData }
     }
 
-    /// Every event in order, as the process that wrote it sees it.
+    /// Iterates over all events in order, without validation.
     pub fn unchecked(&self) -> impl Iterator<Item = &E::Archived> {
         self.places.iter().filter_map(|&(at, len)| self.memory.archived::<E>(at, len))
     }
 
-    /// Every archive's bytes in order.
+    /// Iterates over the bytes of all archives in order.
     pub fn bytes(&self) -> impl Iterator<Item = &[u8]> {
         self.places.iter().filter_map(|&(at, len)| self.memory.read(at, len))
     }
 }
 
-/// A shard's writer over two files, which it writes in turn. No shard, no key table, no thread.
+/// A shard's writer over two files, which it writes alternately. It has no shard, no key table and no thread.
 #[derive(Debug)]
 pub struct LogWriter<E> {
     writer: Writer,
     log: Arc<ShardLog>,
-    prepared: StdArc<PreparedQueue>,
+    prepared: Arc<PreparedQueue>,
     files: Files,
     paths: [PathBuf; 2],
     next_index: u64,
@@ -142,10 +143,10 @@ pub struct LogWriter<E> {
 }
 
 impl<E: Event> LogWriter<E> {
-    /// A writer over two new files of `segment_bytes` in `dir`, their pages present.
+    /// Creates a writer over two new files of `segment_bytes` in `dir`, with all pages present.
     ///
     /// # Errors
-    /// What the file system said.
+    /// The error of the file system.
     pub fn new(dir: PathBuf, segment_bytes: u64) -> io::Result<Self> {
         let log = Arc::new(ShardLog::new(
             1,
@@ -156,7 +157,7 @@ impl<E: Event> LogWriter<E> {
             0,
             std::collections::VecDeque::new(),
         ));
-        let prepared = StdArc::new(ArrayQueue::new(1));
+        let prepared = Arc::new(ArrayQueue::new(1));
         let files = Files::open(&dir)?;
         let dir = files.root();
         let paths = [dir.join("0"), dir.join("1")];
@@ -166,22 +167,22 @@ impl<E: Event> LogWriter<E> {
         let resume = Resume { segment: None, next_index: 0, sequence: 0, marked: 0 };
         let event_bytes_max = 64 << 10;
         let writer =
-            Writer::new(Arc::clone(&log), StdArc::clone(&prepared), resume, schema_fingerprint::<E>(), event_bytes_max);
+            Writer::new(Arc::clone(&log), Arc::clone(&prepared), resume, schema_fingerprint::<E>(), event_bytes_max);
         Ok(Self { writer, log, prepared, files, paths, next_index: 0, left: 0, event: PhantomData })
     }
 
-    /// Makes room for `bytes` of records, beginning the next segment if need be.
+    /// Makes room for `bytes` of records; begins the next segment if need be.
     ///
     /// # Errors
-    /// What the file system said.
+    /// The error of the file system.
     ///
     /// # Panics
-    /// When a segment is too small for that.
+    /// If a segment is too small.
     pub fn make_room(&mut self, bytes: u64) -> io::Result<()> {
         if bytes <= self.left {
             return Ok(());
         }
-        // At most one segment is listed here, and it is the other file.
+        // The log lists at most one segment, and that is the other file.
         let memory = self.files.open_segment(&self.paths[(self.next_index % 2) as usize], true)?;
         memory.prefault(0..memory.len())?;
         let mut half = WriteHalf::new(memory, 0);
@@ -189,7 +190,7 @@ impl<E: Event> LogWriter<E> {
         let prepared = Prepared { index: self.next_index, salt: 0x5a17, memory: half.into_memory() };
         assert!(
             self.prepared.push(prepared).is_ok() && self.writer.roll(Time(1)).is_ok(),
-            "the one segment prepared is taken"
+            "the prepared segment is taken"
         );
         self.log.pop_oldest();
         self.next_index += 1;
@@ -198,10 +199,10 @@ impl<E: Event> LogWriter<E> {
         Ok(())
     }
 
-    /// Appends events, archive and header and CRC, and lets readers see them. Returns the log's new end.
+    /// Appends events (archive, header and CRC) and publishes them to readers. Returns the log's new end.
     ///
     /// # Panics
-    /// When there is no room.
+    /// If there is no room.
     #[inline]
     pub fn append(&mut self, events: &[(Key, E)]) -> Offset {
         let mut staged = [0; GROUP];
@@ -225,5 +226,113 @@ impl<E: Event> LogWriter<E> {
         let appended = appender.finish();
         self.writer.advance(appended, events.len() as u64);
         Offset(self.writer.publish())
+    }
+}
+
+/// A consumer's queues of events, one per key.
+#[derive(Debug)]
+pub struct Queues(KeyQueues);
+
+/// An event that was taken from its queue and is being handled.
+#[derive(Debug)]
+pub struct QueuedEvent(InFlight);
+
+impl QueuedEvent {
+    /// The number of this attempt; the first is 1.
+    #[must_use]
+    pub fn attempt(&self) -> u32 {
+        self.0.attempt()
+    }
+}
+
+impl Queues {
+    /// Empty queues.
+    ///
+    /// # Panics
+    /// When a value of the policy is out of range.
+    #[must_use]
+    pub fn new(policy: QueuePolicy) -> Self {
+        Self(KeyQueues::new(policy, Offset(0)).expect("the policy is valid"))
+    }
+
+    /// Adds the next event of the log.
+    ///
+    /// # Panics
+    /// When there is no room.
+    #[inline]
+    pub fn offer(&mut self, key: Key, offset: Offset) {
+        self.0.offer(key, offset).expect("there is room");
+    }
+
+    /// Takes the next event that may run.
+    #[inline]
+    #[expect(clippy::should_implement_trait, reason = "None is not the end")]
+    pub fn next(&mut self) -> Option<QueuedEvent> {
+        self.0.next().map(QueuedEvent)
+    }
+
+    /// Ends an event that was handled.
+    #[inline]
+    pub fn succeeded(&mut self, event: QueuedEvent) {
+        self.0.succeeded(event.0);
+    }
+
+    /// Tries a failed event again later.
+    #[inline]
+    pub fn retry(&mut self, event: QueuedEvent, after: Duration, now: Duration) {
+        let record = self.0.failed(event.0, Verdict::Retry { after }, now);
+        assert!(record.is_none(), "a retry needs no record");
+    }
+
+    /// Parks a failed event's key.
+    pub fn park(&mut self, event: QueuedEvent, now: Duration) {
+        let record = self.0.failed(event.0, Verdict::Park, now);
+        self.0.recorded(record.expect("a parked event is recorded"));
+    }
+
+    /// Parks a key with one dead letter.
+    ///
+    /// # Panics
+    /// When there is no room.
+    pub fn restore_parked(&mut self, key: Key) {
+        self.0.restore_parked(key, 1).expect("there is room");
+    }
+
+    /// Takes one dead letter of a key away. Returns how many are left.
+    ///
+    /// # Panics
+    /// When the key has none.
+    pub fn unpark(&mut self, key: Key) -> u32 {
+        self.0.unpark(key, 1).expect("the key has a letter")
+    }
+
+    /// Makes keys runnable whose time has come. Returns how many.
+    #[inline]
+    pub fn tick(&mut self, now: Duration) -> usize {
+        self.0.tick(now)
+    }
+
+    /// The offset below which all events are done.
+    #[must_use]
+    pub fn position(&self) -> Offset {
+        self.0.position()
+    }
+
+    /// Keys that wait for a retry.
+    #[must_use]
+    pub fn waiting(&self) -> usize {
+        self.0.statistics().waiting
+    }
+
+    /// Keys that have unfinished events or are parked.
+    #[must_use]
+    pub fn keys(&self) -> usize {
+        self.0.statistics().keys
+    }
+
+    /// Events offered and not done.
+    #[must_use]
+    pub fn unfinished(&self) -> usize {
+        self.0.statistics().unfinished
     }
 }

@@ -1,7 +1,7 @@
-//! An aggregate's rules without an engine: given these events, when this command, then those events.
+//! Tests of an aggregate without an engine: given these events, when this command, then those events.
 //!
-//! Events take the way they take on a shard: archived, folded in place with a `Meta` whose version grows, those of older
-//! layouts through their upcasters. Only the log is missing.
+//! Events are treated as on a shard: archived, and folded in place with a `Meta` whose version grows; events of older layouts
+//! pass their upcasters. Only the log is missing.
 
 use std::fmt::{Debug, Write as _};
 
@@ -15,11 +15,12 @@ use crate::log::format::{HEADER_BYTES, RECORD_HEADER_BYTES, RecordHeader};
 use crate::state::aggregate::{Aggregate, Emit};
 use crate::storage::memory::{ALIGN, padded};
 
-/// An archive's first buffer, and its largest: that of the largest event that any configuration allows.
+/// The first size of an archive's buffer.
 const ARCHIVE_BYTES_MIN: usize = 4 << 10;
+/// The largest event that any configuration allows.
 const ARCHIVE_BYTES_MAX: usize = 16 << 20;
 
-/// A key that has these events, and no others.
+/// Starts a test of a key that has exactly these events.
 ///
 /// ```
 /// use corelane::testing::given;
@@ -64,7 +65,7 @@ const ARCHIVE_BYTES_MAX: usize = 16 << 20;
 /// ```
 ///
 /// # Panics
-/// Where the engine would refuse an event: its type is not declared, it is too large, its archive is not valid.
+/// If the engine would refuse an event: its type is not declared, it is too large, or its archive is not valid.
 #[must_use]
 pub fn given<A: Aggregate>(events: impl IntoIterator<Item = A::Event>) -> Given<A> {
     let given = Given {
@@ -82,13 +83,13 @@ pub fn given<A: Aggregate>(events: impl IntoIterator<Item = A::Event>) -> Given<
     given.and(events)
 }
 
-/// A key with its events, about to be given a command. Made by [`given`].
+/// A key with its events, ready for a command. Made by [`given`].
 pub struct Given<A: Aggregate> {
     state: A,
     key: Key,
     now: Time,
     version: Version,
-    /// 0: there is no event yet.
+    /// The offset of the newest event; 0 if there is none.
     head: Offset,
     next: Offset,
     schemas: Schemas,
@@ -104,21 +105,21 @@ impl<A: Aggregate> Debug for Given<A> {
 }
 
 impl<A: Aggregate> Given<A> {
-    /// Whose events come from here on. Without it, key 1's.
+    /// Sets the key of the events that follow. Default: 1.
     #[must_use]
     pub fn key(mut self, key: Key) -> Self {
         self.key = key;
         self
     }
 
-    /// What time it is from here on, for events that carry none of their own and for decisions. Without it, 14 November 2023.
+    /// Sets the time for decisions, and for the events that follow and carry no time of their own. Default: 14 November 2023.
     #[must_use]
     pub fn at(mut self, now: Time) -> Self {
         self.now = now;
         self
     }
 
-    /// And these events after those.
+    /// Adds events.
     ///
     /// # Panics
     /// As [`given`].
@@ -130,10 +131,10 @@ impl<A: Aggregate> Given<A> {
         self
     }
 
-    /// And this one, as a program wrote it for which `schema_version` of its type was current: it is read through the upcaster.
+    /// Adds an event in the layout of an older schema version of its type. It is read through its upcaster.
     ///
     /// # Panics
-    /// As [`given`]; where there is no such upcaster, or it returns an error.
+    /// As [`given`]; if there is no such upcaster, or if it returns an error.
     #[must_use]
     pub fn and_old<O: Encode>(mut self, event_type: u16, schema_version: u16, old: &O) -> Self {
         let event_type = EventTypeId(event_type);
@@ -148,7 +149,7 @@ impl<A: Aggregate> Given<A> {
         self
     }
 
-    /// Gives a command.
+    /// Decides on a command and applies its events.
     ///
     /// # Panics
     /// As [`given`], for the events that the decision emits.
@@ -166,7 +167,7 @@ impl<A: Aggregate> Given<A> {
         When { given: self, outcome }
     }
 
-    /// Looks at the state that the events make.
+    /// Passes the state after the events to `look`.
     pub fn then_state(self, look: impl FnOnce(&A)) -> Self {
         look(&self.state);
         self
@@ -203,7 +204,7 @@ impl<A: Aggregate> Given<A> {
         self.next.0 += padded(RECORD_HEADER_BYTES + len) as u64;
     }
 
-    /// Archives a value; returns the archive's length.
+    /// Archives a value and returns the archive's length.
     fn encode<T: Encode>(&mut self, value: &T) -> usize {
         let mut bytes = self.archive.len().max(ARCHIVE_BYTES_MIN);
         loop {
@@ -217,7 +218,7 @@ impl<A: Aggregate> Given<A> {
     }
 }
 
-/// A command that was decided on, and carried out unless it was rejected. Made by [`Given::when`].
+/// A command that was decided on, and carried out or rejected. Made by [`Given::when`].
 pub struct When<A: Aggregate> {
     given: Given<A>,
     outcome: Result<Vec<A::Event>, A::Rejection>,
@@ -230,10 +231,10 @@ impl<A: Aggregate> Debug for When<A> {
 }
 
 impl<A: Aggregate> When<A> {
-    /// It was carried out with exactly these events, in this order.
+    /// Asserts that the command was carried out with exactly these events, in this order.
     ///
     /// # Panics
-    /// When it was not.
+    /// If it was not.
     #[track_caller]
     pub fn then(self, expected: impl IntoIterator<Item = A::Event>) -> Self
     where
@@ -247,10 +248,10 @@ impl<A: Aggregate> When<A> {
         }
     }
 
-    /// It was carried out, and there was nothing to do.
+    /// Asserts that the command was carried out with no event.
     ///
     /// # Panics
-    /// When it was not.
+    /// If it was not.
     #[track_caller]
     pub fn then_nothing(self) -> Self
     where
@@ -259,10 +260,10 @@ impl<A: Aggregate> When<A> {
         self.then([])
     }
 
-    /// It was rejected, and for this reason.
+    /// Asserts that the command was rejected for this reason.
     ///
     /// # Panics
-    /// When it was not.
+    /// If it was not.
     #[track_caller]
     pub fn then_rejected(self, expected: A::Rejection) -> Self
     where
@@ -276,13 +277,13 @@ impl<A: Aggregate> When<A> {
         }
     }
 
-    /// Looks at the state after it.
+    /// Passes the state after the command to `look`.
     pub fn then_state(self, look: impl FnOnce(&A)) -> Self {
         look(&self.given.state);
         self
     }
 
-    /// What became of it, for questions that the others do not ask.
+    /// Returns the events of the command, for other assertions.
     ///
     /// # Errors
     /// The rejection.
@@ -290,7 +291,7 @@ impl<A: Aggregate> When<A> {
         self.outcome.as_deref()
     }
 
-    /// And these events after those.
+    /// Adds events.
     ///
     /// # Panics
     /// As [`given`].
@@ -299,13 +300,13 @@ impl<A: Aggregate> When<A> {
         self.given.and(events)
     }
 
-    /// What time it is from here on.
+    /// Sets the time, as [`Given::at`].
     #[must_use]
     pub fn at(self, now: Time) -> Given<A> {
         self.given.at(now)
     }
 
-    /// Gives the next command.
+    /// Decides on the next command.
     ///
     /// # Panics
     /// As [`Given::when`].
@@ -315,13 +316,13 @@ impl<A: Aggregate> When<A> {
     }
 }
 
-/// Events one to a line; those that `others` does not have in this place are marked.
+/// Lists events one per line, and marks those that differ from `others` in the same place.
 fn list<E: PartialEq + Debug>(title: &str, events: &[E], others: &[E]) -> String {
     let plural = if events.len() == 1 { "" } else { "s" };
     let mut text = format!("{title}: carried out, {} event{plural}\n", events.len());
     for (i, event) in events.iter().enumerate() {
         let mark = if others.get(i) == Some(event) { ' ' } else { '!' };
-        writeln!(text, "{mark} {} {event:?}", i + 1).expect("a text takes in everything");
+        writeln!(text, "{mark} {} {event:?}", i + 1).expect("writing to a string cannot fail");
     }
     text
 }

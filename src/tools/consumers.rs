@@ -4,8 +4,9 @@ use std::io::Write as _;
 
 use corelane::consumer::LetterStatistics;
 use corelane::consumer::outside::{self, DeadLetters};
-use corelane::scan::{ShardFiles, Store};
-use corelane::{Meta, Offset, Position, ShardId};
+use corelane::log::Position;
+use corelane::log::scan::{ShardFiles, Store};
+use corelane::{Meta, Offset, ShardId};
 
 use super::show::{grouped, table};
 use super::{Condition, Failure, Output, warn};

@@ -8,10 +8,11 @@ use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
 use corelane::consumer::outside::{self, DeadLetters};
-use corelane::consumer::{DeadLetter, LetterKind, Letters, Request};
+use corelane::consumer::{DeadLetter, LetterKind, LetterSelector, Request};
 use corelane::envelope::{self, ArchivedUserId};
-use corelane::scan::Store;
-use corelane::{EventId, Key, Offset};
+use corelane::event::EventId;
+use corelane::log::scan::Store;
+use corelane::{Key, Offset};
 use serde_json::json;
 
 use super::show::{grouped, printable, table, utc};
@@ -106,9 +107,9 @@ struct Selection {
 }
 
 impl Selection {
-    fn letters(&self) -> Letters {
+    fn letters(&self) -> LetterSelector {
         let key = self.key.map(Key::new).or(self.user.as_deref().map(Key::of));
-        key.map_or(Letters::All, Letters::Of)
+        key.map_or(LetterSelector::All, LetterSelector::Of)
     }
 }
 
@@ -365,7 +366,7 @@ fn ask(args: &AskArgs, request: Request, is_confirmed: bool, out: &mut Output) -
     };
     let letters = DeadLetters::open(&store, name)?;
     let (Request::Reprocess(which) | Request::Discard(which)) = request;
-    let is_selected = |key: Key| which == Letters::All || which == Letters::Of(key);
+    let is_selected = |key: Key| which == LetterSelector::All || which == LetterSelector::Of(key);
     let selected: Vec<u64> =
         letters.keys().filter(|(key, _)| is_selected(*key)).map(|(_, count)| count.into()).collect();
     let count = format!("{} letters of {} keys", grouped(selected.iter().sum()), grouped(selected.len() as u64));

@@ -7,7 +7,7 @@ use std::io::Write;
 use std::ops::Range;
 
 use corelane::envelope::{self, ArchivedEnvelope, ArchivedUserId};
-use corelane::scan::{Lookup, RecordPosition, Records, ScannedRecord, Store};
+use corelane::log::scan::{Lookup, RecordPosition, Records, ScannedRecord, Store};
 use corelane::{Key, Offset, ReadError, ShardId, Time};
 
 use super::{Condition, DumpArgs, Failure, Order, Output, envelope_in, tail_message, warn};

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::io::Write as _;
 
 use comfy_table::Table;
-use corelane::scan::{FileInfo, ScannedRecord, SegmentState, ShardFiles, Store};
+use corelane::log::scan::{FileInfo, ScannedRecord, SegmentState, ShardFiles, Store};
 use corelane::{Offset, ReadError, ShardId, Time};
 
 use super::consumers::Consumers;

@@ -21,7 +21,7 @@ use std::process::ExitCode;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use corelane::consumer::{ConsumerError, LettersError};
 use corelane::envelope::{ArchivedEnvelope, Envelope};
-use corelane::scan::{Records, ScannedRecord, Store};
+use corelane::log::scan::{Records, ScannedRecord, Store};
 use corelane::{Event as _, EventTypeId, Offset, OpenError, ReadError, ShardId};
 
 /// Inspects a corelane store, also beside a running engine. Read-only, except that `dlq reprocess` and `dlq discard`
@@ -137,14 +137,20 @@ impl fmt::Display for Failure {
         match self {
             Self::Usage(why) => f.write_str(why),
             Self::Output(error) => write!(f, "writing the output: {error}"),
-            Self::Open(error) => error.fmt(f),
-            Self::Read(error) => error.fmt(f),
-            Self::Letters(error) => error.fmt(f),
+            Self::Open(error) => f.write_str(&with_sources(error)),
+            Self::Read(error) => f.write_str(&with_sources(error)),
+            Self::Letters(error) => f.write_str(&with_sources(error)),
             Self::Archive(shard, offset) => {
                 write!(f, "shard {shard}, offset {offset}: the event's archive is invalid")
             }
         }
     }
+}
+
+/// Returns the text of `error` followed by those of its sources.
+fn with_sources(error: &dyn std::error::Error) -> String {
+    let sources = std::iter::successors(error.source(), |error| error.source());
+    sources.fold(error.to_string(), |text, source| format!("{text}: {source}"))
 }
 
 impl From<io::Error> for Failure {

@@ -7,8 +7,9 @@ use std::io::Write as _;
 
 use corelane::check::{self, SavedStates};
 use corelane::consumer::outside;
-use corelane::scan::{Records, ScannedRecord, SegmentState, Store};
-use corelane::{Key, Meta, Offset, Position, ReadError, Sequence, ShardId, Version};
+use corelane::log::Position;
+use corelane::log::scan::{Records, ScannedRecord, SegmentState, Store};
+use corelane::{Key, Meta, Offset, ReadError, Sequence, ShardId, Version};
 
 use super::consumers;
 use super::show::grouped;

@@ -1,8 +1,9 @@
-//! A bank account: the smallest aggregate that has rules.
+//! A bank account: a small aggregate with rules.
 
 use std::collections::HashMap;
 
-use corelane::{Aggregate, Bounded, Emit, Engine, Event, EventType, EventTypeId, Meta, ShardId, deserialize};
+use corelane::event::deserialize;
+use corelane::{Aggregate, Bounded, Emit, Engine, Event, EventType, EventTypeId, Meta, ShardId};
 use rkyv::{Archive, Deserialize, Serialize};
 
 #[derive(Archive, Serialize, Deserialize, Bounded, Debug, Clone, PartialEq)]
@@ -29,7 +30,7 @@ impl Event for Money {
 pub(crate) struct Account {
     pub(crate) cents: u64,
     pub(crate) notes: u64,
-    /// Tells one order of events from another.
+    /// Depends on the order of the events.
     pub(crate) hash: u64,
 }
 
@@ -42,7 +43,7 @@ pub(crate) enum Refused {
 pub(crate) enum Order {
     Deposit(u64),
     Withdraw(u64),
-    /// Two events: nothing may ever be seen of one alone.
+    /// Two events, which are never visible one without the other.
     Exchange {
         out: u64,
         back: u64,
@@ -53,13 +54,13 @@ pub(crate) enum Order {
     },
     /// One event for each.
     Deposits(Vec<u64>),
-    /// One event for each, of so many bytes of text.
+    /// One event for each, with a text of this length.
     NotesOf(Vec<usize>),
     Nothing,
     Panic,
 }
 
-/// The rules once more, on owned values and written apart from the aggregate: what models and folds are made of.
+/// The same rules on owned values, independent of the aggregate, for models and folds.
 impl Account {
     pub(crate) fn apply(&mut self, event: &Money, version: u64) {
         let n = match event {
@@ -103,7 +104,7 @@ impl Account {
     }
 }
 
-/// An event as a shard's log has it.
+/// An event in a shard's log.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Logged {
     pub(crate) key: u64,
@@ -112,7 +113,7 @@ pub(crate) struct Logged {
     pub(crate) money: Money,
 }
 
-/// Everything in one shard's log; per key the versions are 1, 2, 3, …
+/// Reads one shard's whole log. Checks that each key has versions 1, 2, 3, …
 pub(crate) fn logged(engine: &Engine<Account>, shard: u16) -> Vec<Logged> {
     let mut reader = engine.reader(ShardId(shard));
     let (mut all, mut versions) = (Vec::new(), HashMap::new());
@@ -121,13 +122,13 @@ pub(crate) fn logged(engine: &Engine<Account>, shard: u16) -> Vec<Logged> {
         assert_eq!(record.meta.sequence.0, all.len() as u64, "sequences have no holes");
         assert_eq!(version, versions.get(&key).unwrap_or(&0) + 1, "versions of key {key}");
         versions.insert(key, version);
-        let money = deserialize::<Money>(record.event).expect("an archive of this very type");
+        let money = deserialize::<Money>(record.event).expect("an archive of this type");
         all.push(Logged { key, version, offset: record.meta.offset.0, money });
     }
     all
 }
 
-/// The states that these events make.
+/// Folds the events into states.
 pub(crate) fn folded<'a>(events: impl IntoIterator<Item = &'a Logged>) -> HashMap<u64, (Account, u64)> {
     let mut states: HashMap<u64, (Account, u64)> = HashMap::new();
     for event in events {

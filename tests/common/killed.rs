@@ -1,12 +1,12 @@
-//! A process of its own that is killed while it works.
+//! Child processes that are killed while they work.
 
 use std::ffi::OsStr;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-/// Runs the test `name` of this program as a child with `env`, and kills it after `delay`: counted from its first word in the
-/// file `acked`, or from its start where it is to be killed `early`.
+/// Runs the test `name` of this program in a child process with `env` and kills it after `delay`, counted from its
+/// first bytes in the file `acked`, or from its start if `early`.
 pub(crate) fn run_and_kill(name: &str, env: &[(&str, &OsStr)], acked: &Path, early: bool, delay: Duration) {
     let before = std::fs::metadata(acked).unwrap().len();
     let mut child = Command::new(std::env::current_exe().unwrap())

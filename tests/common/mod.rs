@@ -1,8 +1,9 @@
-//! What the fault tests share: a plain event, small stores, and the whole of a log as a list.
-#![allow(dead_code, clippy::unwrap_used, reason = "every test binary uses a part of this; a test may unwrap")]
+//! Shared by the tests: a plain event, small stores, and a whole log as a list.
+#![allow(dead_code, clippy::unwrap_used, reason = "each test binary uses a part of this; a test may unwrap")]
 
 pub(crate) mod bank;
 pub(crate) mod killed;
+pub(crate) mod own_process;
 
 use std::collections::BTreeMap;
 use std::future::Future;
@@ -18,9 +19,9 @@ use corelane::{
 };
 use rkyv::{Archive, Deserialize, Serialize};
 
-/// The bytes of a segment in these tests.
+/// The bytes of a segment.
 pub(crate) const SEGMENT: u64 = 64 << 10;
-/// The page of a segment's header.
+/// The bytes of a segment's header page.
 pub(crate) const PAGE: usize = 4096;
 
 /// An event of any size.
@@ -47,7 +48,7 @@ impl Event for Note {
     }
 }
 
-/// An event as the log has it.
+/// An event in the log.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Held {
     pub(crate) key: u64,
@@ -59,7 +60,7 @@ pub(crate) struct Held {
     pub(crate) previous: Option<u64>,
 }
 
-/// How long anything may take on a machine that is busy with other things; only a test that hangs waits so long.
+/// The time limit of a wait, for a busy machine. Only a hanging test waits this long.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
 
 pub(crate) fn soon() -> Option<Instant> {
@@ -79,7 +80,7 @@ pub(crate) fn open_on(storage: &FaultyStorage, config: Config) -> Result<EventLo
     EventLog::<Note>::builder(config).faulty_storage(storage).open()
 }
 
-/// Everything in one shard's log, sequences checked.
+/// Reads one shard's whole log and checks its sequences.
 pub(crate) fn read_shard(engine: &EventLog<Note>, shard: u16) -> Vec<Held> {
     let mut reader = engine.reader(ShardId(shard));
     let mut all: Vec<Held> = Vec::new();
@@ -101,12 +102,12 @@ pub(crate) fn read_shard(engine: &EventLog<Note>, shard: u16) -> Vec<Held> {
     all
 }
 
-/// The numbers in the order of shard 0's log.
+/// The numbers of shard 0's events in log order.
 pub(crate) fn numbers(engine: &EventLog<Note>) -> Vec<u64> {
     read_shard(engine, 0).iter().map(|held| held.n).collect()
 }
 
-/// Every file below `dir` with its content.
+/// Reads every file below `dir`.
 pub(crate) fn tree(dir: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
     let mut files = BTreeMap::new();
     let mut folders = vec![dir.to_owned()];
@@ -133,12 +134,12 @@ pub(crate) fn copy(from: &Path, to: &Path) {
     }
 }
 
-/// The first segment of shard 0.
+/// The path of a segment of shard 0.
 pub(crate) fn segment_path(dir: &Path, index: u64) -> PathBuf {
     dir.join("shard-0000").join(format!("{index:012}.seg"))
 }
 
-/// A number from the environment.
+/// The number in an environment variable, or `default`.
 pub(crate) fn env_number(name: &str, default: u64) -> u64 {
     std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(default)
 }
@@ -151,12 +152,12 @@ impl Wake for Unpark {
     }
 }
 
-/// Runs a future on this thread, sleeping until it is woken.
+/// Runs a future on this thread, which sleeps until the future is woken.
 pub(crate) fn block_on<T>(future: impl Future<Output = T>) -> T {
     block_on_until(future, Instant::now() + Duration::from_secs(600)).expect("woken within ten minutes")
 }
 
-/// As [`block_on`]; `None`: it was not done at `end`.
+/// Like [`block_on`]; returns `None` if the future is not done at `end`.
 pub(crate) fn block_on_until<T>(future: impl Future<Output = T>, end: Instant) -> Option<T> {
     let waker = Waker::from(Arc::new(Unpark(std::thread::current())));
     let mut future = pin!(future);
@@ -172,7 +173,7 @@ pub(crate) fn block_on_until<T>(future: impl Future<Output = T>, end: Instant) -
     }
 }
 
-/// Waits until `is_so`, for as long as [`PATIENCE`].
+/// Waits until `is_so` returns `true`, at most [`PATIENCE`].
 pub(crate) fn until(what: &str, mut is_so: impl FnMut() -> bool) {
     let end = Instant::now() + PATIENCE;
     while !is_so() {
@@ -181,7 +182,7 @@ pub(crate) fn until(what: &str, mut is_so: impl FnMut() -> bool) {
     }
 }
 
-/// Waits until nobody has synced anything on this disk for a while: every thread of the engine has done its work.
+/// Waits until this disk has had no sync for 50 ms, so that every thread of the engine has done its work.
 pub(crate) fn settle(storage: &FaultyStorage) {
     let mut syncs = storage.syncs();
     loop {
@@ -192,7 +193,7 @@ pub(crate) fn settle(storage: &FaultyStorage) {
     }
 }
 
-/// Publishes events of 3,000 bytes from number `from` on until the disk is full; returns the number of the first that was refused.
+/// Publishes events of 3,000 bytes from number `from` on until the disk is full. Returns the number of the refused one.
 pub(crate) fn fill(engine: &EventLog<Note>, from: u64) -> u64 {
     let mut producer = engine.producer();
     let mut n = from;
@@ -203,7 +204,7 @@ pub(crate) fn fill(engine: &EventLog<Note>, from: u64) -> u64 {
                 assert_eq!((event.n, event.text.len()), (n, 3000), "the event comes back");
                 return n;
             }
-            // The shard has not come so far yet.
+            // The shard has not caught up yet.
             Err(Rejected::Full(_)) => {}
             Err(other) => panic!("{other:?}"),
         }
@@ -211,7 +212,7 @@ pub(crate) fn fill(engine: &EventLog<Note>, from: u64) -> u64 {
     }
 }
 
-/// Polls a future once, and never again.
+/// Polls a future once without a waker.
 pub(crate) fn poll_once<F: Future>(future: &mut std::pin::Pin<Box<F>>) -> Option<F::Output> {
     match future.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
         Poll::Ready(value) => Some(value),

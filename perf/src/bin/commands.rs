@@ -72,7 +72,7 @@ fn main() -> Result<()> {
         std::env::args().nth(1).map_or(Ok(5_000_000), |text| text.parse()).context("usage: commands [COMMANDS]")?;
     let dir = tempfile::tempdir_in("target")
         .context("creating a folder for the store in ./target (run from the repository's root)")?;
-    let retention = Retention { bytes_max: Some(512 << 20), age_max: None };
+    let retention = Retention::bytes(512 << 20);
     let config = Config::new(dir.path()).durability(Durability::OsCache).wait(Wait::SpinYield).retention(retention);
     let engine = Engine::<Account>::open(config)?;
     let mut client = engine.client();

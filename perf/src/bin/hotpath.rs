@@ -24,9 +24,10 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
+use corelane::command::Ticket;
 use corelane::{
     Aggregate, Bounded, Client, Config, Deadline, Durability, Emit, Engine, Key, Meta, Pin, Producer, Reader, ShardId,
-    Stateless, Ticket, Wait,
+    Stateless, Wait,
 };
 use rkyv::{Archive, Deserialize, Serialize};
 

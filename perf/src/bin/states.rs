@@ -171,7 +171,7 @@ fn query_past(engine: &Engine<Player>, events: u64, name: &str) -> Result<()> {
 /// Queries the players in an area, alone and while the shard publishes, and measures the shard's rate meanwhile.
 fn area(dir: &Path, players: u64) -> Result<()> {
     let nearby = Area::<Player>::new((0.0, 0.0, WORLD, WORLD), 20.0, |player| Some((player.x, player.y)));
-    let retention = Retention { bytes_max: Some(512 << 20), age_max: None };
+    let retention = Retention::bytes(512 << 20);
     let config = config(dir, players).wait(Wait::SpinYield).retention(retention);
     let engine = Engine::<Player>::builder(config).view(&nearby).open()?;
     let (mut producer, mut random) = (engine.producer(), 7);

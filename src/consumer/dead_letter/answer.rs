@@ -1,4 +1,4 @@
-//! What the dead letters are told and what they answer. Data only.
+//! The arguments and results of the dead letters. Data only.
 
 use std::io;
 use std::path::PathBuf;
@@ -10,47 +10,48 @@ use crate::event::{Correlation, EventId, EventTypeId, Key, Meta, Sequence, Time,
 
 /// Why an event is a dead letter.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum LetterKind {
-    /// The service failed on it.
+    /// The handler failed on it.
     Failed,
-    /// Its key was parked before it came.
+    /// Its key was already parked.
     Behind,
-    /// It could not be read as an event of this program.
+    /// It could not be decoded as an event of this program.
     Undecodable,
 }
 
-/// An event that was set aside, and what is known of it. Its archive is kept beside it.
+/// An event that was parked. Its archive is stored with it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct DeadLetter {
     /// The event's unique id.
     pub id: EventId,
-    /// Whose event.
+    /// The event's key.
     pub key: Key,
-    /// Which type.
+    /// The event's type.
     pub event_type: EventTypeId,
-    /// Version of the type's layout in the archive.
+    /// The version of the type's layout in the archive.
     pub schema_version: u16,
     /// The event's number in its key.
     pub version: Version,
     /// The event's time.
     pub time: Time,
-    /// Ties events of one cause together.
+    /// The event's correlation id.
     pub correlation: Correlation,
-    /// Why it is here.
+    /// Why it is a dead letter.
     pub why: LetterKind,
-    /// How often it was tried. 0 for what never ran.
+    /// The number of attempts. 0 for an event that never ran.
     pub attempts: u32,
-    /// What the last attempt said: at most 1,024 bytes of it are kept.
+    /// The error of the last attempt, cut to 1,024 bytes.
     pub error: String,
-    /// When it was set aside.
+    /// When it was parked or failed first.
     pub first_failed: Time,
     /// When it failed last.
     pub last_failed: Time,
 }
 
 impl DeadLetter {
-    /// What the log knew of its event; the sequence is not known, nor what came before it.
+    /// Returns the event's metadata. Its sequence number and its previous event are unknown.
     #[must_use]
     pub fn meta(&self) -> Meta {
         Meta {
@@ -68,16 +69,17 @@ impl DeadLetter {
     }
 }
 
-/// What happens when there is no room for a further letter.
+/// What happens if there is no room for another letter.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum WhenFull {
-    /// It is refused and the consumer stops. Nothing is lost.
+    /// The consumer halts. No event is lost.
     Halt,
-    /// The letters that were written first make room; each leaves a record and is counted.
+    /// The oldest letters are discarded; each leaves a record and is counted.
     DiscardOldest,
 }
 
-/// How many dead letters are kept, and what happens to more.
+/// How many dead letters are kept, and what happens to further ones.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DeadLetterPolicy {
     pub(super) letters_max: usize,
@@ -93,13 +95,13 @@ impl Default for DeadLetterPolicy {
 
 impl DeadLetterPolicy {
     setters! {
-        /// Letters kept, 1..=2³⁰. Default: 1,048,576. Each takes 52 to 67 bytes of memory, and 37 more while the
-        /// checkpoint is not past it.
+        /// Letters kept, 1..=2³⁰. Default: 1,048,576. Each takes 52 to 67 bytes of memory, and 37 more while the saved
+        /// position is not past it.
         letters_max: usize,
-        /// Bytes of letters kept, with their archives, 4 KiB..=16 GiB. Default: 1 GiB. The files may take twice as much, and
-        /// three times while they are being made smaller.
+        /// Bytes of letters kept, with their archives, 4 KiB..=16 GiB. Default: 1 GiB. The files may take twice as
+        /// much, and three times during a compaction.
         bytes_max: u64,
-        /// What happens to more. Default: [`WhenFull::Halt`].
+        /// What happens to further letters. Default: [`WhenFull::Halt`].
         when_full: WhenFull,
     }
 
@@ -109,8 +111,8 @@ impl DeadLetterPolicy {
     }
 }
 
-/// Counts since the consumer was made, and what is there now. Every letter is in exactly one of `letters`, `handled` and
-/// `discarded`.
+/// Counts since the consumer was registered, and gauges of now. Every letter is in exactly one of `letters`, `handled`
+/// and `discarded`.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct LetterStatistics {
@@ -124,75 +126,75 @@ pub struct LetterStatistics {
     pub handled: u64,
     /// Letters that were discarded.
     pub discarded: u64,
-    /// Those of the discarded that made room for others.
+    /// Discarded letters that made room for others.
     pub overflowed: u64,
     /// Events that were skipped.
     pub skipped: u64,
 }
 
-/// One thing to be recorded.
+/// One entry to record.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Entry<'a> {
     /// An event becomes a letter.
     Parked { letter: &'a DeadLetter, archive: &'a [u8] },
-    /// An event is left out.
+    /// An event is skipped.
     Skipped { letter: &'a DeadLetter, archive: &'a [u8] },
-    /// A letter was tried and failed again; `attempts` counts all of them.
+    /// A letter was tried and failed again; `attempts` counts all attempts.
     FailedAgain { id: EventId, key: Key, attempts: u32, error: &'a str, time: Time },
-    /// A letter was tried and done.
+    /// A letter was handled.
     Handled { id: EventId, key: Key, time: Time },
-    /// A letter was given up.
+    /// A letter was discarded.
     Discarded { id: EventId, key: Key, time: Time },
 }
 
-/// What a write did besides.
+/// The side effects of a write.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Written {
-    /// Letters that made room, oldest first.
+    /// Letters discarded to make room, oldest first.
     pub(crate) overflowed: Vec<(Key, EventId)>,
 }
 
-/// Nothing of the batch counts.
+/// Why a batch was refused. No entry of it counts.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum WriteRefused {
     /// There is no room for its letters.
     #[error("there is no room for more dead letters")]
     Full,
-    /// The file system refused. What of the batch is on the disk is unknown; it is written again to another file.
+    /// The file system failed. The batch may be on disk in part; the next try writes it to another file.
     #[error("{action} {}: {source}", path.display())]
     Io {
-        /// What was being done.
+        /// The action that failed.
         action: &'static str,
-        /// To which file.
+        /// The file or folder.
         path: PathBuf,
-        /// What the system said.
+        /// The system's error.
         source: io::Error,
     },
 }
 
-/// Why dead letters could not be read or their files not be made smaller. What was recorded still is.
+/// Why dead letters could not be read or compacted. Everything recorded is still there.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum LettersError {
-    /// Bytes that had been durable are damaged.
-    #[error("{}, at {at}: {why}", path.display())]
+    /// Bytes that were durable are damaged.
+    #[error("{} is damaged at offset {at}: {why}", path.display())]
     Damaged {
         /// The file.
         path: PathBuf,
-        /// Where in it.
+        /// The offset in it.
         at: u64,
-        /// What does not hold.
+        /// What is wrong.
         why: &'static str,
     },
-    /// The file system refused.
+    /// The file system failed.
     #[error("{action} {}: {source}", path.display())]
     Io {
-        /// What was being done.
+        /// The action that failed.
         action: &'static str,
-        /// To which file.
+        /// The file or folder.
         path: PathBuf,
-        /// What the system said.
+        /// The system's error.
         source: io::Error,
     },
 }

@@ -1,6 +1,6 @@
-//! What is known of the letters without reading them: where each stands, and which events had an entry.
+//! The index of the letters: the place of each letter's entries, and the events that had an entry.
 //!
-//! It changes by entries alone, the same when they are written and when they are read at opening.
+//! Only entries change it, in the same way whether they are written or read at opening.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -9,16 +9,16 @@ use crate::event::{EventId, Key, Offset, ShardId};
 use super::answer::LetterStatistics;
 use super::format::{ALIGN, Change, ENTRY_BYTES, StoredEntry, Totals};
 
-/// Where an entry stands.
+/// The place of an entry in the files.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) struct Place {
+pub(super) struct EntryPlace {
     pub(super) file: u32,
-    /// In steps of [`ALIGN`]: a file of 32 GiB can be named.
+    /// The offset in units of [`ALIGN`], enough for files of 32 GiB.
     step: u32,
     pub(super) bytes: u32,
 }
 
-impl Place {
+impl EntryPlace {
     pub(super) fn new(file: u32, at: u64, bytes: usize) -> Self {
         let step = u32::try_from(at / ALIGN as u64).expect("files are far shorter than 32 GiB");
         Self { file, step, bytes: bytes as u32 }
@@ -31,49 +31,49 @@ impl Place {
 
 /// An entry without its content.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Noted {
+pub(super) struct EntrySummary {
     pub(super) change: Change,
     pub(super) id: EventId,
     key: Key,
-    pub(super) place: Place,
+    pub(super) place: EntryPlace,
 }
 
-impl Noted {
+impl EntrySummary {
     pub(super) fn new(entry: &StoredEntry<'_>, file: u32, at: u64) -> Self {
         let StoredEntry { change, id, key, .. } = *entry;
-        Self { change, id, key, place: Place::new(file, at, entry.len()) }
+        Self { change, id, key, place: EntryPlace::new(file, at, entry.len()) }
     }
 }
 
-/// A letter's name here: within a key letters stand in the order of the log.
-pub(super) type Name = (Key, Offset);
+/// Identifies a letter. Letters of one key are ordered as in the log.
+pub(super) type LetterName = (Key, Offset);
 
 #[derive(Debug, Default)]
-pub(super) struct Index {
-    letters: BTreeMap<Name, (Place, ShardId)>,
-    /// Of letters that failed again: where the newest entry says so.
-    again: BTreeMap<Name, Place>,
-    /// Events at or above the checkpoint that have an entry.
+pub(super) struct LetterIndex {
+    letters: BTreeMap<LetterName, (EntryPlace, ShardId)>,
+    /// The newest entry of each letter that failed again.
+    again: BTreeMap<LetterName, EntryPlace>,
+    /// Events at or above the consumer's saved position that have an entry.
     known: BTreeSet<EventId>,
-    /// The last event of a shard of which an entry was forgotten.
+    /// Each shard's last event whose entry was forgotten.
     forgotten: BTreeMap<ShardId, Offset>,
     totals: Totals,
     letter_bytes: u64,
     again_bytes: u64,
 }
 
-impl Index {
-    pub(super) fn apply(&mut self, noted: &Noted) {
-        let name = (noted.key, noted.id.offset);
-        match noted.change {
-            Change::Parked => self.park(name, noted),
+impl LetterIndex {
+    pub(super) fn apply(&mut self, entry: &EntrySummary) {
+        let name = (entry.key, entry.id.offset);
+        match entry.change {
+            Change::Parked => self.park(name, entry),
             Change::Skipped => {
-                self.known.insert(noted.id);
+                self.known.insert(entry.id);
                 self.totals.skipped += 1;
             }
             Change::FailedAgain if self.letters.contains_key(&name) => {
-                self.again_bytes += u64::from(noted.place.bytes);
-                let replaced = self.again.insert(name, noted.place);
+                self.again_bytes += u64::from(entry.place.bytes);
+                let replaced = self.again.insert(name, entry.place);
                 self.again_bytes -= replaced.map_or(0, |place| u64::from(place.bytes));
             }
             Change::Handled => self.totals.handled += u64::from(self.end(name)),
@@ -82,24 +82,24 @@ impl Index {
                 self.totals.discarded += ended;
                 self.totals.overflowed += if is_overflow { ended } else { 0 };
             }
-            Change::Known => drop(self.known.insert(noted.id)),
+            Change::Known => drop(self.known.insert(entry.id)),
             Change::Totals(totals) => self.totals = totals,
             Change::FailedAgain => {}
         }
     }
 
-    /// The first entry of a letter stays.
-    fn park(&mut self, name: Name, noted: &Noted) {
-        self.known.insert(noted.id);
+    /// Adds a letter. A second first entry changes nothing.
+    fn park(&mut self, name: LetterName, entry: &EntrySummary) {
+        self.known.insert(entry.id);
         self.letters.entry(name).or_insert_with(|| {
             self.totals.parked += 1;
-            self.letter_bytes += u64::from(noted.place.bytes);
-            (noted.place, noted.id.shard)
+            self.letter_bytes += u64::from(entry.place.bytes);
+            (entry.place, entry.id.shard)
         });
     }
 
-    /// A letter goes. `false` where there is none.
-    fn end(&mut self, name: Name) -> bool {
+    /// Removes a letter. Returns `false` if there is none.
+    fn end(&mut self, name: LetterName) -> bool {
         let Some((place, _)) = self.letters.remove(&name) else { return false };
         self.letter_bytes -= u64::from(place.bytes);
         self.again_bytes -= self.again.remove(&name).map_or(0, |place| u64::from(place.bytes));
@@ -131,9 +131,9 @@ impl Index {
         self.forgotten.get(&id.shard).is_some_and(|last| id.offset <= *last)
     }
 
-    /// Of events that had an entry, only letters that wait are known still.
+    /// Forgets all events that had an entry, except waiting letters.
     pub(super) fn forget_ended(&mut self) {
-        let id = |(&(_, offset), &(_, shard)): (&Name, &(Place, ShardId))| EventId { shard, offset };
+        let id = |(&(_, offset), &(_, shard)): (&LetterName, &(EntryPlace, ShardId))| EventId { shard, offset };
         let letters = self.letters.iter().map(id).collect();
         for id in std::mem::replace(&mut self.known, letters) {
             if !self.known.contains(&id) {
@@ -142,17 +142,17 @@ impl Index {
         }
     }
 
-    /// A letter's bytes, if it is one that waits.
-    pub(super) fn bytes_of(&self, name: Name) -> Option<u64> {
+    /// Returns the size of a letter's entry, if the letter is waiting.
+    pub(super) fn bytes_of(&self, name: LetterName) -> Option<u64> {
         self.letters.get(&name).map(|(place, _)| u64::from(place.bytes))
     }
 
-    pub(super) fn shard_of(&self, name: Name) -> Option<ShardId> {
+    pub(super) fn shard_of(&self, name: LetterName) -> Option<ShardId> {
         self.letters.get(&name).map(|&(_, shard)| shard)
     }
 
-    /// Where a letter stands, and where what it came to since.
-    pub(super) fn places(&self, name: Name) -> Option<(Place, Option<Place>)> {
+    /// Returns the places of a letter's first entry and of its newest one, if it failed again.
+    pub(super) fn places(&self, name: LetterName) -> Option<(EntryPlace, Option<EntryPlace>)> {
         let (place, _) = self.letters.get(&name)?;
         Some((*place, self.again.get(&name).copied()))
     }
@@ -162,7 +162,7 @@ impl Index {
         letters.map(|(&(_, offset), &(_, shard))| EventId { shard, offset })
     }
 
-    /// Each key with its letters' shard and number.
+    /// Returns each key with its shard and its number of letters.
     pub(super) fn keys(&self) -> impl Iterator<Item = (Key, ShardId, u32)> {
         let mut letters = self.letters.iter().map(|(&(key, _), &(_, shard))| (key, shard)).peekable();
         std::iter::from_fn(move || {
@@ -175,26 +175,26 @@ impl Index {
         })
     }
 
-    pub(super) fn names_after(&self, after: Option<Name>) -> impl Iterator<Item = Name> {
+    pub(super) fn names_after(&self, after: Option<LetterName>) -> impl Iterator<Item = LetterName> {
         use std::ops::Bound::{Excluded, Unbounded};
         let from = after.map_or(Unbounded, Excluded);
         self.letters.range((from, Unbounded)).map(|(&name, _)| name)
     }
 
-    /// Every letter with its place, which is also its age: what was written first stands first.
-    pub(super) fn by_place(&self) -> impl Iterator<Item = (Place, Name)> {
+    /// Returns every letter with its place. Places are ordered by age: entries are appended.
+    pub(super) fn by_place(&self) -> impl Iterator<Item = (EntryPlace, LetterName)> {
         self.letters.iter().map(|(&name, &(place, _))| (place, name))
     }
 
-    /// Events at or above the checkpoint that had an entry and are no letters any more, in order.
+    /// Returns the events at or above the saved position that had an entry and are no longer letters, in order.
     pub(super) fn known_only(&self) -> Vec<EventId> {
-        let id = |(&(_, offset), &(_, shard)): (&Name, &(Place, ShardId))| EventId { shard, offset };
+        let id = |(&(_, offset), &(_, shard)): (&LetterName, &(EntryPlace, ShardId))| EventId { shard, offset };
         let mut letters: Vec<EventId> = self.letters.iter().map(id).collect();
         letters.sort_unstable();
         self.known.iter().copied().filter(|id| letters.binary_search(id).is_err()).collect()
     }
 
-    /// Takes over the places of the same letters in another file. What is known stays.
+    /// Takes the places of the same letters in another file. The known events stay.
     pub(super) fn move_to(&mut self, moved: Self) {
         assert!(self.letters.keys().eq(moved.letters.keys()), "moving letters loses none");
         assert_eq!(self.totals, moved.totals);
@@ -206,7 +206,8 @@ impl Index {
         self.letters.len()
     }
 
-    /// Bytes that the files must keep, about: a letter above the checkpoint counts a little more than it takes.
+    /// Estimates the bytes that the files must keep. A letter above the saved position counts a little more than it
+    /// takes.
     pub(super) fn needed_bytes(&self) -> u64 {
         self.letter_bytes + self.again_bytes + (self.known.len() * ENTRY_BYTES) as u64
     }

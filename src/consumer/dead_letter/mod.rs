@@ -1,17 +1,18 @@
-//! Dead letters: the durable records of one consumer. What it set aside, what it skipped, and what became of them.
+//! Dead letters: the durable records of one consumer. Which events it parked, which it skipped, and how the parked ones
+//! ended.
 //!
-//! One writer: the consumer's driver thread. What a write said is durable is there after any crash, and a batch is there
-//! whole or not at all. Bytes whose fate is unknown are never written behind, and no sync is tried twice.
+//! One writer: the consumer's driver thread. A write that succeeded survives any crash, and a batch is written as a
+//! whole or not at all. No byte is written behind bytes whose fate is unknown, and no sync is repeated.
 //!
 //! ```text
 //!  Parked ─▶ a letter waits ─▶ FailedAgain ─▶ still waits
 //!                 │  └─▶ Handled
-//!                 └────▶ Discarded, by somebody or to make room
+//!                 └────▶ Discarded, on request or to make room
 //! ```
 //!
-//! Memory, measured with a million letters: 52 to 67 bytes a letter, its place only; 37 more while the checkpoint is not
-//! past it, as for every skipped event; and as much as a letter again for one that failed again. Nothing of an error or
-//! an archive.
+//! Memory, measured with a million letters: 52 to 67 bytes per letter, for its place; 37 more while the consumer's
+//! saved position is not past it, as for every skipped event; and twice as much for a letter that failed again. Errors
+//! and archives stay on disk.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::path::{Path, PathBuf};
@@ -29,62 +30,64 @@ mod files;
 mod format;
 mod index;
 mod room;
+pub(super) mod selector;
 
 use answer::{DeadLetter, DeadLetterPolicy, Entry, LetterStatistics, LettersError, WriteRefused, Written};
 pub(super) use files::is_letters_name;
-use files::{Access, Held, ReadFault, load, path, read_entry};
+use files::{LetterFile, OpenMode, ReadFault, load, path, read_entry};
 pub(super) use format::FileEnd;
-use format::{Batch, FileHeader, StoredEntry};
-use index::{Index, Name, Noted, Place};
+use format::{EntryBatch, FileHeader, StoredEntry};
+use index::{EntryPlace, EntrySummary, LetterIndex, LetterName};
 
-/// A longer file is not written on.
+/// A longer file is not continued.
 const FILE_BYTES_MAX: u64 = 1 << 30;
 
-/// Archives are handed out at addresses that their types may need.
+/// Archives are returned at addresses aligned for their types.
 pub(crate) type Archive = AlignedVec<16>;
 
 /// The letters of one consumer.
 #[derive(Debug)]
-pub(crate) struct Letters {
+pub(crate) struct LetterStore {
     storage: Arc<dyn Storage>,
     dir: PathBuf,
     policy: DeadLetterPolicy,
-    index: Index,
-    /// Files that count, by number.
-    files: BTreeMap<u32, Held>,
-    /// The file that may be written on: of this life, and without a failed write.
+    index: LetterIndex,
+    /// The files that count, by number.
+    files: BTreeMap<u32, LetterFile>,
+    /// The file that the next batch goes to: begun in this run, and without a failed write.
     tail: Option<Tail>,
-    /// Letters are durable up to here.
+    /// The end of the durable letters.
     durable: FileEnd,
     next_number: u32,
-    /// The next letters to make room, oldest first. Some may be gone.
-    oldest: VecDeque<Name>,
+    /// The next letters to discard if there is no room, oldest first. Some may be gone.
+    oldest: VecDeque<LetterName>,
 }
 
 #[derive(Debug, Clone, Copy)]
 struct Tail {
     number: u32,
-    /// Of the next batch.
+    /// The number of the next batch.
     batch: u32,
 }
 
-/// What of a batch is written, and what goes for it.
+/// The entries of a batch to write, and the letters that it ends.
 #[derive(Debug, Default)]
 struct Plan<'a> {
     entries: Vec<Entry<'a>>,
     overflowed: Vec<(Key, EventId)>,
     /// Events that get their first entry.
     recorded: BTreeSet<EventId>,
-    /// Letters that go.
-    ended: BTreeSet<Name>,
+    /// Letters that end.
+    ended: BTreeSet<LetterName>,
     letters_added: usize,
     bytes_added: u64,
     bytes_ended: u64,
     time: Time,
 }
 
-impl Letters {
-    /// Opens the letters in `dir` of a store with `shards` shards; they must reach to `known`. Creates nothing where there are none yet.
+impl LetterStore {
+    /// Opens the letters in `dir` of a store with `shards` shards. They must reach to `known`. Creates nothing if there
+    /// are none yet.
     pub(crate) fn open(
         storage: Arc<dyn Storage>,
         dir: &Path,
@@ -93,7 +96,7 @@ impl Letters {
         shards: usize,
     ) -> Result<Self, OpenError> {
         policy.check()?;
-        Self::load(storage, dir, policy, known, shards, Access::Own)
+        Self::load(storage, dir, policy, known, shards, OpenMode::Own)
     }
 
     fn load(
@@ -102,15 +105,15 @@ impl Letters {
         policy: DeadLetterPolicy,
         known: FileEnd,
         shards: usize,
-        access: Access,
+        mode: OpenMode,
     ) -> Result<Self, OpenError> {
-        let mut index = Index::default();
+        let mut index = LetterIndex::default();
         let mut strange = None;
-        let loaded = load(&*storage, dir, access, known, |noted| {
-            if usize::from(noted.id.shard.0) >= shards {
-                strange.get_or_insert(noted.place);
+        let loaded = load(&*storage, dir, mode, known, |entry| {
+            if usize::from(entry.id.shard.0) >= shards {
+                strange.get_or_insert(entry.place);
             }
-            index.apply(noted);
+            index.apply(entry);
         })?;
         if let Some(place) = strange {
             let (path, at) = (path(dir, place.file), place.at());
@@ -121,12 +124,12 @@ impl Letters {
         Ok(Self { storage, dir, policy, index, files, tail: None, durable, next_number, oldest: VecDeque::new() })
     }
 
-    /// Records a batch: all of it is durable then. Entries that say nothing new are left out: of an event that is known,
-    /// or of a letter that is not there.
+    /// Records a batch; it is durable when this returns. Redundant entries are left out: a second first entry of an
+    /// event, or an entry for a letter that is not waiting.
     ///
     /// # Errors
-    /// Nothing of the batch counts. After a further write it does not count after a restart either; before one, it may be
-    /// there after a restart, whole.
+    /// No entry of the batch counts. After a later write the batch stays without effect; before one, a restart may find
+    /// it, as a whole.
     pub(crate) fn write(&mut self, entries: &[Entry<'_>]) -> Result<Written, WriteRefused> {
         let mut plan = Plan::default();
         for entry in entries {
@@ -134,7 +137,7 @@ impl Letters {
         }
         let written = self.make_room(&mut plan).and_then(|()| self.put(&plan));
         if written.is_err() {
-            // Some were taken from it and are still there.
+            // Some letters were taken from the list and still wait.
             self.oldest.clear();
         }
         written.map(|()| Written { overflowed: plan.overflowed })
@@ -157,7 +160,7 @@ impl Letters {
                 self.index.bytes_of(name).is_some() && !plan.ended.contains(&name)
             }
             Entry::Handled { id, key, .. } | Entry::Discarded { id, key, .. } => {
-                assert!(!plan.recorded.contains(&id), "a letter is dealt with when it is durable");
+                assert!(!plan.recorded.contains(&id), "a letter ends in a later batch than it begins");
                 let name = (key, id.offset);
                 let bytes = self.index.bytes_of(name);
                 plan.bytes_ended += bytes.filter(|_| !plan.ended.contains(&name)).unwrap_or(0);
@@ -173,17 +176,19 @@ impl Letters {
         !self.has(letter.key, letter.id)
     }
 
-    /// Writes and syncs what was planned; then it counts.
+    /// Writes and syncs the planned entries, then applies them to the index.
     fn put(&mut self, plan: &Plan<'_>) -> Result<(), WriteRefused> {
         if plan.entries.is_empty() {
             return Ok(());
         }
         let tail = self.tail.take().filter(|tail| self.files[&tail.number].bytes < FILE_BYTES_MAX);
         let (number, mut batch, fresh) = match tail {
-            Some(Tail { number, batch }) => (number, Batch::new(number, self.files[&number].bytes, batch, &[]), None),
+            Some(Tail { number, batch }) => {
+                (number, EntryBatch::new(number, self.files[&number].bytes, batch, &[]), None)
+            }
             None => {
-                let (number, held) = self.begin_file()?;
-                (number, Batch::new(number, 0, 0, &self.header(number).encode()), Some(held))
+                let (number, file) = self.begin_file()?;
+                (number, EntryBatch::new(number, 0, 0, &self.header(number).encode()), Some(file))
             }
         };
         for &(key, id) in &plan.overflowed {
@@ -193,109 +198,110 @@ impl Letters {
             batch.add(entry);
         }
         let is_fresh = fresh.is_some();
-        let held = fresh.as_ref().unwrap_or_else(|| &self.files[&number]);
+        let file = fresh.as_ref().unwrap_or_else(|| &self.files[&number]);
         let io = |action, path| move |source| WriteRefused::Io { action, path, source };
-        held.handle.append(batch.seal()).map_err(io("writing", path(&self.dir, number)))?;
-        held.handle.sync().map_err(io("syncing", path(&self.dir, number)))?;
+        file.handle.append(batch.seal()).map_err(io("writing", path(&self.dir, number)))?;
+        file.handle.sync().map_err(io("syncing", path(&self.dir, number)))?;
         if is_fresh {
             self.storage.sync_dir(&self.dir).map_err(io("syncing", self.dir.clone()))?;
         }
-        self.files.extend(fresh.map(|held| (number, held)));
+        self.files.extend(fresh.map(|file| (number, file)));
         for (at, entry) in batch.entries() {
-            self.index.apply(&Noted::new(&entry, number, at));
+            self.index.apply(&EntrySummary::new(&entry, number, at));
         }
-        let held = self.files.get_mut(&number).expect("written to");
-        held.bytes += batch.len() as u64;
+        let file = self.files.get_mut(&number).expect("a batch was written to it");
+        file.bytes += batch.len() as u64;
         self.tail = Some(Tail { number, batch: batch.number() + 1 });
-        self.durable = FileEnd { number, bytes: held.bytes };
+        self.durable = FileEnd { number, bytes: file.bytes };
         Ok(())
     }
 
-    /// An empty file. Its number is used, whatever becomes of it.
-    fn begin_file(&mut self) -> Result<(u32, Held), WriteRefused> {
+    /// Creates an empty file. Its number is used up even if writing fails.
+    fn begin_file(&mut self) -> Result<(u32, LetterFile), WriteRefused> {
         let number = self.next_number;
         let io = |action, path| move |source| WriteRefused::Io { action, path, source };
         self.storage.create_dir(&self.dir).map_err(io("creating", self.dir.clone()))?;
         let path = path(&self.dir, number);
         let handle = self.storage.create_side(&path).map_err(io("creating", path))?;
         self.next_number += 1;
-        Ok((number, Held { handle, bytes: 0 }))
+        Ok((number, LetterFile { handle, bytes: 0 }))
     }
 
-    /// The header of a file that goes on from what counts now.
+    /// Returns the header of a file that continues the files that count.
     fn header(&self, number: u32) -> FileHeader {
-        let before = self.files.last_key_value().map(|(&number, held)| FileEnd { number, bytes: held.bytes });
+        let before = self.files.last_key_value().map(|(&number, file)| FileEnd { number, bytes: file.bytes });
         FileHeader { number, before, is_complete: false }
     }
 
-    /// Whether the key's event is a letter now, or has an entry (as parked or skipped, dealt with or not) that nobody has forgotten:
-    /// it is not to be offered, after a restart or where a consumer was set back.
+    /// Returns `true` if the event is a letter or has an entry that is not forgotten, whether it was parked or skipped
+    /// and however it ended. Such an event must not be offered again after a restart or a seek.
     pub(crate) fn has(&self, key: Key, id: EventId) -> bool {
         self.index.knows(id) || self.waits(key, id)
     }
 
-    /// Whether there is any event that [`Letters::has`].
+    /// Returns `true` if there is an event for which [`LetterStore::has`] is `true`.
     pub(crate) fn has_any(&self) -> bool {
         self.index.knows_any() || self.len() > 0
     }
 
-    /// Whether the event is a letter that waits.
+    /// Returns `true` if the event is a waiting letter.
     pub(crate) fn waits(&self, key: Key, id: EventId) -> bool {
         self.index.bytes_of((key, id.offset)).is_some()
     }
 
-    /// Whether the event may have had an entry that is forgotten.
+    /// Returns `true` if the event may have had an entry that is forgotten.
     pub(crate) fn may_have_forgotten(&self, id: EventId) -> bool {
         self.index.may_have_forgotten(id)
     }
 
-    /// The consumer's checkpoint is durable at `offset`: nobody will ask about events below.
+    /// Forgets entries of events below the consumer's durable position `offset`, except waiting letters. The position
+    /// says that they are done.
     pub(crate) fn forget_below(&mut self, shard: ShardId, offset: Offset) {
         self.index.forget_below(shard, offset);
     }
 
-    /// The consumer is set elsewhere, and its checkpoint is durable: only letters that wait are known of from here on, also after a
-    /// restart. What was handled, discarded or skipped may be offered and recorded again.
+    /// Forgets all entries except waiting letters, also after a restart: the consumer was set to another position, and
+    /// that position is durable. Events that were handled, discarded or skipped may be offered and recorded again.
     ///
     /// # Errors
-    /// They are known again after a restart.
+    /// After a restart the entries are known again.
     pub(crate) fn forget_ended(&mut self) -> Result<(), LettersError> {
         let LetterStatistics { handled, discarded, skipped, .. } = self.statistics();
         self.index.forget_ended();
         if handled + discarded + skipped > 0 {
-            // A new file has nothing of them but their counts.
+            // A new file holds nothing of the ended letters but their counts.
             self.compact()?;
         }
         Ok(())
     }
 
-    /// How many letters of a key wait. Counts them.
+    /// Counts the waiting letters of a key.
     #[cfg(test)]
     pub(crate) fn letters_of(&self, key: Key) -> u32 {
         self.index.letters_of(key).count() as u32
     }
 
-    /// The keys that have letters, with their shard and how many wait.
+    /// Returns the keys that have letters, each with its shard and the number waiting.
     pub(crate) fn keys(&self) -> impl Iterator<Item = (Key, ShardId, u32)> {
         self.index.keys()
     }
 
-    /// A key's letters, oldest first.
+    /// Returns a key's letters, oldest first.
     pub(crate) fn ids_of(&self, key: Key) -> impl Iterator<Item = EventId> {
         self.index.letters_of(key)
     }
 
-    /// The letter of a key that is to be dealt with first.
+    /// Returns the oldest letter of a key.
     pub(crate) fn oldest_of(&self, key: Key) -> Option<EventId> {
         self.index.letters_of(key).next()
     }
 
-    /// Up to where letters are durable: what is less at another opening has lost some.
+    /// Returns the end of the durable letters. If the next opening finds less, letters were lost.
     pub(crate) fn durable(&self) -> FileEnd {
         self.durable
     }
 
-    /// How many letters wait.
+    /// Returns the number of waiting letters.
     pub(crate) fn len(&self) -> usize {
         self.index.len()
     }
@@ -304,13 +310,13 @@ impl Letters {
         self.index.statistics()
     }
 
-    /// Up to `max` letters by key, and by offset in each, from behind `after` on.
+    /// Returns up to `max` letters behind `after`, ordered by key and offset.
     pub(crate) fn list(&self, after: Option<(Key, Offset)>, max: usize) -> Result<Vec<DeadLetter>, LettersError> {
         let mut entry = Vec::new();
         self.index.names_after(after).take(max).map(|name| self.letter(name, &mut entry)).collect()
     }
 
-    /// As [`Letters::list`], with their archives.
+    /// As [`LetterStore::list`], with the archives.
     pub(crate) fn list_with_archives(
         &self,
         after: Option<(Key, Offset)>,
@@ -321,7 +327,7 @@ impl Letters {
         self.index.names_after(after).take(max).map(letter).collect()
     }
 
-    /// One letter with its archive.
+    /// Returns one letter with its archive.
     pub(crate) fn show(&self, key: Key, id: EventId) -> Result<Option<(DeadLetter, Archive)>, LettersError> {
         let name = (key, id.offset);
         if self.index.bytes_of(name).is_none() {
@@ -335,9 +341,9 @@ impl Letters {
         Ok(Some((letter, archive_in(&entry))))
     }
 
-    /// A letter that is there, as it is after its last attempt. Its first entry is left in `entry`.
-    fn letter(&self, name: Name, entry: &mut Vec<u8>) -> Result<DeadLetter, LettersError> {
-        let (place, again) = self.index.places(name).expect("a letter that is there");
+    /// Reads a waiting letter, as of its last attempt. Leaves its first entry in `entry`.
+    fn letter(&self, name: LetterName, entry: &mut Vec<u8>) -> Result<DeadLetter, LettersError> {
+        let (place, again) = self.index.places(name).expect("the letter is waiting");
         let mut changes = None;
         if let Some(again) = again {
             changes = Some(self.read(again, entry, |stored| Ok((stored.attempts()?, stored.time())))?);
@@ -351,54 +357,56 @@ impl Letters {
 
     fn read<T>(
         &self,
-        place: Place,
+        place: EntryPlace,
         entry: &mut Vec<u8>,
         decode: impl FnOnce(&StoredEntry<'_>) -> Result<T, &'static str>,
     ) -> Result<T, LettersError> {
-        let Place { file, bytes, .. } = place;
+        let EntryPlace { file, bytes, .. } = place;
         read_entry(&self.files[&file], file, place.at(), entry, bytes as usize)
             .and_then(|()| StoredEntry::decode(entry).and_then(|stored| decode(&stored)).map_err(ReadFault::Damaged))
             .map_err(|fault| fault.of(path(&self.dir, file), place.at()))
     }
 }
 
-/// The archive in the entry of a letter that was read.
+/// Returns the archive in the entry of a letter that was read.
 fn archive_in(entry: &[u8]) -> Archive {
-    let bytes = StoredEntry::decode(entry).expect("it was read").archive();
-    // Without memory of its own it would not be aligned.
+    let bytes = StoredEntry::decode(entry).expect("the entry was decoded before").archive();
+    // An empty vector without an allocation would not be aligned.
     let mut archive = Archive::with_capacity(bytes.len().max(1));
     archive.extend_from_slice(bytes);
     archive
 }
 
-/// The letters in a folder that somebody else may be writing to. Nothing is changed, and nothing may be written. What is `known` to
-/// have been durable was asked before.
+/// Opens the letters in a folder read-only, while another process may be writing to it. The caller must have read
+/// `known`, the end of the durable letters, before.
 pub(crate) fn open_outside(
     storage: &Arc<dyn Storage>,
     dir: &Path,
     known: FileEnd,
     shards: usize,
-) -> Result<Letters, OpenError> {
-    /// While it looks, files may be replaced by a smaller one.
+) -> Result<LetterStore, OpenError> {
+    /// Compaction may replace the files during a try.
     const TRIES: usize = 8;
     let mut tries = 0;
     loop {
         tries += 1;
-        match Letters::load(Arc::clone(storage), dir, DeadLetterPolicy::default(), known, shards, Access::Outside) {
+        match LetterStore::load(Arc::clone(storage), dir, DeadLetterPolicy::default(), known, shards, OpenMode::Outside)
+        {
             Err(OpenError::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound && tries < TRIES => {}
             letters => return letters,
         }
     }
 }
 
-/// Statistics of the letters in a folder that has no writer. Changes nothing.
+/// Returns statistics of the letters in a folder that has no writer. Changes nothing.
 pub(super) fn statistics_of(
     storage: &Arc<dyn Storage>,
     dir: &Path,
     known: FileEnd,
     shards: usize,
 ) -> Result<LetterStatistics, OpenError> {
-    let letters = Letters::load(Arc::clone(storage), dir, DeadLetterPolicy::default(), known, shards, Access::Outside)?;
+    let letters =
+        LetterStore::load(Arc::clone(storage), dir, DeadLetterPolicy::default(), known, shards, OpenMode::Outside)?;
     Ok(letters.statistics())
 }
 

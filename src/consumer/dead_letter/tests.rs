@@ -1,4 +1,4 @@
-//! Letters against a plain model, and what is left of them after cuts, flips, failures and power cuts.
+//! The letters against a plain model, and their state after cuts, bit flips, failed operations and power cuts.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -15,24 +15,24 @@ use crate::testing::{FaultyStorage, Unsynced};
 
 const DIR: &str = "/store/consumers/mail";
 
-fn open(disk: &FaultyStorage) -> Result<Letters, OpenError> {
+fn open(disk: &FaultyStorage) -> Result<LetterStore, OpenError> {
     open_with(disk, DeadLetterPolicy::default())
 }
 
-/// Opens letters that reached so far.
-fn open_known(disk: &FaultyStorage, known: FileEnd) -> Result<Letters, OpenError> {
-    Letters::open(Arc::new(disk.clone()), Path::new(DIR), DeadLetterPolicy::default(), known, 2)
+/// Opens letters that must reach to `known`.
+fn open_known(disk: &FaultyStorage, known: FileEnd) -> Result<LetterStore, OpenError> {
+    LetterStore::open(Arc::new(disk.clone()), Path::new(DIR), DeadLetterPolicy::default(), known, 2)
 }
 
-pub(super) fn open_with(disk: &FaultyStorage, policy: DeadLetterPolicy) -> Result<Letters, OpenError> {
-    Letters::open(Arc::new(disk.clone()), Path::new(DIR), policy, FileEnd::default(), 2)
+pub(super) fn open_with(disk: &FaultyStorage, policy: DeadLetterPolicy) -> Result<LetterStore, OpenError> {
+    LetterStore::open(Arc::new(disk.clone()), Path::new(DIR), policy, FileEnd::default(), 2)
 }
 
-fn opened(disk: &FaultyStorage) -> Letters {
+fn opened(disk: &FaultyStorage) -> LetterStore {
     open(disk).expect("opens")
 }
 
-/// Keys live in the shard that is their last bit.
+/// A key's shard is its last bit.
 pub(super) fn id(key: u64, offset: u64) -> EventId {
     EventId { shard: ShardId(key as u16 & 1), offset: Offset(offset) }
 }
@@ -58,7 +58,7 @@ pub(super) fn archive(offset: u64) -> Vec<u8> {
     (0..offset % 37).map(|byte| (byte + offset) as u8).collect()
 }
 
-/// What is to be written, owned.
+/// An entry to write, with owned contents.
 #[derive(Debug, Clone)]
 pub(super) enum Op {
     Park(u64, u64),
@@ -80,7 +80,7 @@ fn entry<'a>(op: &Op, letter: &'a DeadLetter, archive: &'a [u8]) -> Entry<'a> {
 }
 
 /// Writes one batch.
-pub(super) fn write(letters: &mut Letters, ops: &[Op]) -> Result<Written, WriteRefused> {
+pub(super) fn write(letters: &mut LetterStore, ops: &[Op]) -> Result<Written, WriteRefused> {
     let of = |op: &Op| match *op {
         Op::Park(key, offset) | Op::Skip(key, offset) => (letter(key, offset, "no answer"), archive(offset)),
         Op::Again(key, offset, _) | Op::Handle(key, offset) | Op::Discard(key, offset) => {
@@ -93,7 +93,7 @@ pub(super) fn write(letters: &mut Letters, ops: &[Op]) -> Result<Written, WriteR
     letters.write(&entries)
 }
 
-/// The letters as a map, by key and offset; what every event came to; and the counts.
+/// The letters by key and offset, the events that have an entry, and the counts.
 #[derive(Debug, Clone, Default, PartialEq)]
 struct Model {
     letters: BTreeMap<(u64, u64), DeadLetter>,
@@ -126,8 +126,8 @@ impl Model {
         model
     }
 
-    /// What the letters say, as a model.
-    fn of(letters: &Letters, known: &Self) -> Self {
+    /// Returns the state of the letters as a model.
+    fn of(letters: &LetterStore, known: &Self) -> Self {
         let listed = letters.list(None, usize::MAX).expect("read");
         let known = known.known.iter().copied().filter(|&(key, offset)| letters.index.knows(id(key, offset)));
         Self {
@@ -137,7 +137,7 @@ impl Model {
         }
     }
 
-    fn check(&self, letters: &Letters) {
+    fn check(&self, letters: &LetterStore) {
         assert_eq!(&Self::of(letters, self), self);
         assert_eq!(letters.len(), self.letters.len());
         let mut keys: BTreeMap<u64, Vec<u64>> = BTreeMap::new();
@@ -163,16 +163,16 @@ fn file(number: u32) -> PathBuf {
     path(Path::new(DIR), number)
 }
 
-/// A disk with these files.
+/// Returns a disk with these files.
 fn disk_of(files: &BTreeMap<PathBuf, Vec<u8>>) -> FaultyStorage {
     FaultyStorage::with_files(files.clone())
 }
 
-fn assert_damaged(found: Result<Letters, OpenError>, what: &str) {
+fn assert_damaged(found: Result<LetterStore, OpenError>, what: &str) {
     assert!(matches!(found, Err(OpenError::DamagedFile { .. })), "{what}: {found:?}");
 }
 
-/// Batches of which each letter is dealt with in all ways.
+/// Batches in which letters end in every way.
 fn script() -> Vec<Vec<Op>> {
     vec![
         vec![Op::Park(1, 10)],
@@ -185,7 +185,7 @@ fn script() -> Vec<Vec<Op>> {
 }
 
 #[test]
-fn nothing_is_made_before_there_is_something() {
+fn no_file_is_created_before_the_first_letter() {
     let disk = FaultyStorage::new();
     let mut letters = opened(&disk);
     write(&mut letters, &[]).expect("nothing");
@@ -207,14 +207,14 @@ fn op() -> impl Strategy<Value = Op> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
     #[test]
-    fn agree_with_the_model_and_so_when_opened_again(
+    fn letters_agree_with_a_model_before_and_after_reopening(
         batches in prop::collection::vec((prop::collection::vec(op(), 1..4), 0..8_u8), 1..24),
     ) {
         let disk = FaultyStorage::new();
         let mut letters = opened(&disk);
         let mut model = Model::default();
         for (mut batch, then) in batches {
-            // In one batch a letter is not written and dealt with, and no event is two keys'.
+            // A batch does not both begin and end a letter, and no event has two keys.
             batch.dedup_by_key(|op| match *op {
                 Op::Park(_, at) | Op::Skip(_, at) | Op::Again(_, at, _) | Op::Handle(_, at) | Op::Discard(_, at) => at,
             });
@@ -242,7 +242,7 @@ proptest! {
 }
 
 #[test]
-fn a_file_cut_anywhere_in_its_last_batch_has_all_batches_before_it_and_can_be_written_on() {
+fn a_file_torn_in_its_last_batch_keeps_all_earlier_batches() {
     let disk = FaultyStorage::new();
     let mut letters = opened(&disk);
     let mut model = Model::default();
@@ -259,19 +259,19 @@ fn a_file_cut_anywhere_in_its_last_batch_has_all_batches_before_it_and_can_be_wr
         let mut cut = files.clone();
         cut.get_mut(&file(1)).expect("it is").truncate(len);
         let disk = disk_of(&cut);
-        assert_damaged(open_known(&disk, letters.durable()), "a batch that was durable is gone");
+        assert_damaged(open_known(&disk, letters.durable()), "a durable batch is gone");
         let mut letters = opened(&disk);
         model.check(&letters);
         write(&mut letters, &tail).expect("written");
         model.with(&tail).check(&letters);
         model.with(&tail).check(&opened(&disk));
-        assert_eq!(disk.files()[&file(1)].len(), len, "nothing is written behind what is torn");
+        assert_eq!(disk.files()[&file(1)].len(), len, "nothing is written behind a torn batch");
         assert!(disk.files().contains_key(&file(2)));
     }
 }
 
 #[test]
-fn a_first_write_that_was_cut_short_leaves_nothing_and_no_error() {
+fn a_torn_first_write_leaves_no_letters_and_no_error() {
     let disk = FaultyStorage::new();
     write(&mut opened(&disk), &[Op::Park(1, 10), Op::Park(1, 36)]).expect("written");
     let whole = disk.files()[&file(1)].clone();
@@ -285,7 +285,7 @@ fn a_first_write_that_was_cut_short_leaves_nothing_and_no_error() {
 }
 
 #[test]
-fn every_flipped_bit_that_a_later_write_follows_is_refused() {
+fn a_flipped_bit_before_a_later_batch_is_refused() {
     let disk = FaultyStorage::new();
     let mut letters = opened(&disk);
     let mut begun = Vec::new();
@@ -301,7 +301,7 @@ fn every_flipped_bit_that_a_later_write_follows_is_refused() {
             assert_damaged(open(&disk_of(&flipped)), &format!("byte {at}"));
         }
     }
-    // The next life names how far the file went: then its last batch is covered too.
+    // The next run names the end of the file, so its last batch is covered too.
     write(&mut opened(&disk), &[Op::Park(9, 900)]).expect("written");
     let files = disk.files();
     for at in 0..files[&file(1)].len() {
@@ -314,11 +314,11 @@ fn every_flipped_bit_that_a_later_write_follows_is_refused() {
     assert_damaged(open(&disk_of(&shorter)), "a file cut at a batch");
     let mut missing = files;
     missing.remove(&file(1));
-    assert!(matches!(open(&disk_of(&missing)), Err(OpenError::Io { .. })), "a file that is named is missing");
+    assert!(matches!(open(&disk_of(&missing)), Err(OpenError::Io { .. })), "a named file is missing");
 }
 
 #[test]
-fn every_flipped_bit_of_a_complete_file_is_refused() {
+fn a_flipped_bit_in_a_compacted_file_is_refused() {
     let disk = FaultyStorage::new();
     let mut letters = opened(&disk);
     for batch in &script() {
@@ -338,11 +338,12 @@ fn every_flipped_bit_of_a_complete_file_is_refused() {
 }
 
 #[test]
-fn damage_that_comes_after_opening_is_named_when_it_is_read() {
+fn damage_after_opening_is_reported_when_it_is_read() {
     let store = tempfile::tempdir().expect("a folder");
     let files: Arc<dyn Storage> = Arc::new(Files::open(store.path()).expect("opened"));
     let dir = store.path().join("consumers/mail");
-    let mut letters = Letters::open(files, &dir, DeadLetterPolicy::default(), FileEnd::default(), 2).expect("opens");
+    let mut letters =
+        LetterStore::open(files, &dir, DeadLetterPolicy::default(), FileEnd::default(), 2).expect("opens");
     write(&mut letters, &[Op::Park(1, 36)]).expect("written");
     let path = path(&dir, 1);
     let mut bytes = std::fs::read(&path).expect("read");
@@ -350,16 +351,16 @@ fn damage_that_comes_after_opening_is_named_when_it_is_read() {
     std::fs::write(&path, bytes).expect("written");
     let shown = letters.show(Key(1), id(1, 36));
     assert!(matches!(shown, Err(LettersError::Damaged { at: 64, .. })), "{shown:?}");
-    assert!(matches!(letters.compact(), Err(LettersError::Damaged { .. })), "and not copied as if it held");
+    assert!(matches!(letters.compact(), Err(LettersError::Damaged { .. })), "and not copied as if it were valid");
 }
 
 #[test]
-fn an_unknown_version_is_refused_and_left_alone() {
+fn an_unknown_version_is_refused_and_left_unchanged() {
     let disk = FaultyStorage::new();
     write(&mut opened(&disk), &[Op::Park(1, 10)]).expect("written");
     let mut files = disk.files();
     files.get_mut(&file(1)).expect("it is")[8] = 3;
-    // As a build of that version writes it, and damaged: the checksum tells.
+    // First without the matching checksum: damaged.
     assert_damaged_or_dropped(&files);
     let head = &mut files.get_mut(&file(1)).expect("it is")[..FILE_HEADER_BYTES];
     let crc = crate::log::seal::crc32c(0, &head[..56]);
@@ -370,7 +371,7 @@ fn an_unknown_version_is_refused_and_left_alone() {
     assert_eq!(disk.files(), files);
 }
 
-/// A flipped version is no other version.
+/// A flipped bit in the version is damage, not another version.
 fn assert_damaged_or_dropped(files: &BTreeMap<PathBuf, Vec<u8>>) {
     match open(&disk_of(files)) {
         Ok(letters) => assert_eq!(letters.len(), 0),
@@ -378,9 +379,9 @@ fn assert_damaged_or_dropped(files: &BTreeMap<PathBuf, Vec<u8>>) {
     }
 }
 
-/// Runs the script, with a compaction and a batch after it, until a write fails if `stop`. Returns the model of what was
-/// acknowledged, and the batches refused since the last that was not.
-fn run(letters: &mut Letters, stop: bool) -> (Model, Vec<Vec<Op>>) {
+/// Runs the script with compactions in between, until a write fails if `stop`. Returns the model of the acknowledged
+/// batches, and the batches refused since the last acknowledged one.
+fn run(letters: &mut LetterStore, stop: bool) -> (Model, Vec<Vec<Op>>) {
     let (mut model, mut refused) = (Model::default(), Vec::new());
     for (i, batch) in script().iter().enumerate() {
         if i == 3 || i == 5 {
@@ -406,7 +407,8 @@ fn run(letters: &mut Letters, stop: bool) -> (Model, Vec<Vec<Op>>) {
     (model, refused)
 }
 
-/// What is there is what was acknowledged, with at most the newest of the refused, whole. It reaches to what was `durable`.
+/// Checks that the acknowledged batches are there, with at most the newest refused batch as a whole, and that the files
+/// reach to `durable`.
 fn check_after(disk: &FaultyStorage, model: &Model, refused: &[Vec<Op>], durable: FileEnd, what: &str) {
     let letters = open_known(disk, durable).unwrap_or_else(|error| panic!("{what}: {error}"));
     let whole = refused.last().map(|batch| model.with(batch));
@@ -421,11 +423,11 @@ fn check_after(disk: &FaultyStorage, model: &Model, refused: &[Vec<Op>], durable
     found.with(&next).check(&opened(disk));
 }
 
-/// A fault of one kind at the n-th place.
+/// Injects a fault at the n-th operation of its kind.
 type Fault = fn(&FaultyStorage, u64);
 
 #[test]
-fn a_failure_at_any_operation_loses_nothing_acknowledged_and_halves_no_batch() {
+fn a_failure_at_any_operation_loses_no_acknowledged_batch_and_splits_none() {
     let faults: [(&str, Fault); 2] = [("operation", FaultyStorage::fail_operation), ("sync", FaultyStorage::fail_sync)];
     let mut failed = 0;
     for (name, fault) in faults {
@@ -479,7 +481,7 @@ fn a_failing_operation_while_opening_is_an_error_and_changes_nothing() {
 }
 
 #[test]
-fn a_refused_batch_is_never_there_once_a_later_one_is() {
+fn a_refused_batch_has_no_effect_once_a_later_one_is_written() {
     let disk = FaultyStorage::new();
     let mut letters = opened(&disk);
     write(&mut letters, &[Op::Park(1, 10)]).expect("written");
@@ -492,7 +494,7 @@ fn a_refused_batch_is_never_there_once_a_later_one_is() {
 }
 
 #[test]
-fn what_is_dead_goes_when_it_is_most_of_the_files() {
+fn files_are_compacted_when_most_bytes_are_obsolete() {
     let disk = FaultyStorage::new();
     let mut letters = opened(&disk);
     let big = vec![7; 64 << 10];
@@ -500,21 +502,21 @@ fn what_is_dead_goes_when_it_is_most_of_the_files() {
         let letter = letter(1, offset, "");
         letters.write(&[Entry::Parked { letter: &letter, archive: &big }]).expect("written");
     }
-    assert!(!letters.compact_if_due().expect("read"), "nothing is dead");
+    assert!(!letters.compact_if_due().expect("read"), "nothing is obsolete");
     for offset in 0..30 {
         write(&mut letters, &[Op::Handle(1, offset)]).expect("written");
     }
     assert!(letters.compact_if_due().expect("compacted"));
     let bytes: usize = disk.files().values().map(Vec::len).sum();
     assert!(bytes < 11 * big.len(), "{bytes}");
-    assert!(!letters.compact_if_due().expect("read"), "once is enough");
+    assert!(!letters.compact_if_due().expect("read"), "it is not due again");
     let again = opened(&disk);
     assert_eq!((again.len(), again.statistics().handled), (10, 30));
-    assert!(again.index.knows(id(1, 3)), "dealt with, and above the checkpoint");
+    assert!(again.index.knows(id(1, 3)), "ended, and above the saved position");
 }
 
 #[test]
-fn many_short_lives_do_not_leave_many_files() {
+fn many_short_runs_do_not_leave_many_files() {
     let disk = FaultyStorage::new();
     for offset in 0..200 {
         let mut letters = opened(&disk);
@@ -526,12 +528,12 @@ fn many_short_lives_do_not_leave_many_files() {
 }
 
 #[test]
-fn below_the_checkpoint_nothing_is_remembered_but_the_letters() {
+fn below_the_saved_position_only_letters_are_remembered() {
     let disk = FaultyStorage::new();
     let mut letters = opened(&disk);
     write(&mut letters, &[Op::Park(2, 10), Op::Skip(2, 20), Op::Skip(2, 30), Op::Skip(3, 10)]).expect("written");
     letters.forget_below(ShardId(0), Offset(30));
-    let known = |letters: &Letters| [id(2, 10), id(2, 20), id(2, 30), id(3, 10)].map(|id| letters.index.knows(id));
+    let known = |letters: &LetterStore| [id(2, 10), id(2, 20), id(2, 30), id(3, 10)].map(|id| letters.index.knows(id));
     assert_eq!(known(&letters), [false, false, true, true], "the other shard's stay");
     letters.compact().expect("compacted");
     let mut letters = opened(&disk);
@@ -543,7 +545,7 @@ fn below_the_checkpoint_nothing_is_remembered_but_the_letters() {
 }
 
 #[test]
-fn pages_of_the_list_make_the_list() {
+fn the_pages_of_a_list_make_up_the_list() {
     let mut letters = opened(&FaultyStorage::new());
     for offset in 0..20 {
         write(&mut letters, &[Op::Park(offset % 3, offset)]).expect("written");
@@ -575,13 +577,13 @@ fn a_long_error_is_cut_between_characters() {
 }
 
 #[test]
-fn a_reader_outside_sees_whole_batches_and_changes_nothing() {
+fn a_read_only_reader_sees_whole_batches_and_changes_nothing() {
     let store = tempfile::tempdir().expect("a folder");
     let files: Arc<dyn Storage> = Arc::new(Files::open(store.path()).expect("opened"));
     let dir = store.path().join("consumers/mail");
     assert_eq!(open_outside(&files, &dir, FileEnd::default(), 2).expect("no folder, no letters").len(), 0);
     let mut letters =
-        Letters::open(Arc::clone(&files), &dir, DeadLetterPolicy::default(), FileEnd::default(), 2).expect("opens");
+        LetterStore::open(Arc::clone(&files), &dir, DeadLetterPolicy::default(), FileEnd::default(), 2).expect("opens");
     let mut model = Model::default();
     for batch in &script() {
         write(&mut letters, batch).expect("written");
@@ -603,7 +605,7 @@ fn a_reader_outside_sees_whole_batches_and_changes_nothing() {
 }
 
 #[test]
-fn policies_that_cannot_be_used_are_named() {
+fn a_policy_out_of_range_is_refused_by_name() {
     let d = DeadLetterPolicy::default;
     for (policy, expected) in [(d().letters_max(0), "dead_letters_max"), (d().bytes_max(0), "dead_letters_bytes_max")] {
         match open_with(&FaultyStorage::new(), policy) {
@@ -614,7 +616,7 @@ fn policies_that_cannot_be_used_are_named() {
 }
 
 #[test]
-fn files_of_letters_are_frozen() {
+fn the_bytes_of_letter_files_match_the_golden_files() {
     let disk = FaultyStorage::new();
     let mut letters = opened(&disk);
     for batch in &script() {
@@ -629,7 +631,7 @@ fn files_of_letters_are_frozen() {
 }
 
 #[test]
-fn a_power_cut_may_keep_any_sectors_of_the_last_batch() {
+fn a_power_cut_that_keeps_some_sectors_of_the_last_batch_loses_only_that_batch() {
     let disk = FaultyStorage::new();
     let mut letters = opened(&disk);
     let mut model = Model::default();
@@ -649,7 +651,7 @@ fn a_power_cut_may_keep_any_sectors_of_the_last_batch() {
 }
 
 #[test]
-fn after_compaction_what_is_known_to_be_durable_is_the_new_file() {
+fn after_a_compaction_the_durable_end_is_in_the_new_file() {
     let disk = FaultyStorage::new();
     let mut letters = opened(&disk);
     for batch in &script() {
@@ -658,7 +660,7 @@ fn after_compaction_what_is_known_to_be_durable_is_the_new_file() {
     letters.compact().expect("compacted");
     let durable = letters.durable();
     assert_eq!(durable, opened(&disk).durable());
-    // Somebody puts back the files of before, or takes the new one away.
+    // The files of before are put back, or the new one is removed.
     let mut files = disk.files();
     files.remove(&file(2));
     assert_damaged(open_known(&disk_of(&files), durable), "the new one is gone");
@@ -666,8 +668,8 @@ fn after_compaction_what_is_known_to_be_durable_is_the_new_file() {
 }
 
 #[test]
-fn what_an_opening_found_behind_a_failed_sync_is_there_after_a_power_cut() {
-    // The failed batch begins a file, or stands behind one that was durable.
+fn a_batch_found_by_opening_after_a_failed_sync_survives_a_power_cut() {
+    // The failed batch begins a file, or follows a durable batch.
     for durable_batches in 0..2 {
         let disk = FaultyStorage::new();
         let mut letters = opened(&disk);
@@ -685,11 +687,11 @@ fn what_an_opening_found_behind_a_failed_sync_is_there_after_a_power_cut() {
         model.check(&letters);
         let found = letters.durable();
         let lost = disk.after_crash(Unsynced::Lost);
-        model.check(&open_known(&lost, found).expect("what was found is there"));
-        // A file that goes on from it names its end.
+        model.check(&open_known(&lost, found).expect("the batch that was found is there"));
+        // A file that continues it names its end.
         write(&mut letters, &[Op::Park(1, 20)]).expect("written");
         model.apply(&Op::Park(1, 20));
         let lost = disk.after_crash(Unsynced::Lost);
-        model.check(&open_known(&lost, letters.durable()).expect("so is what came behind it"));
+        model.check(&open_known(&lost, letters.durable()).expect("so is the batch behind it"));
     }
 }

@@ -1,40 +1,58 @@
-//! What ends by a record: dead letters and skips are written here, and letters are handled again or discarded.
+//! The consumer's records: dead letters and skips are written here, and letters are handled again or discarded.
+//!
+//! An event that ends by a record ends when the record is durable.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::VecDeque;
+use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::super::dead_letter::answer::{DeadLetter, Entry, WriteRefused, Written};
-use super::super::error::ConsumerError;
-use super::{Driver, Failed, HaltCause, What};
+use super::follower::ShardFollower;
+use super::job::{Failed, Work};
+use super::reprocessing::Reprocessing;
+use super::saving::PositionSaver;
+use super::suspension::Suspension;
+use super::waiters::HandledWaiters;
 use crate::clock::wall_now;
+use crate::consumer::dead_letter::LetterStore;
+use crate::consumer::dead_letter::answer::{DeadLetter, Entry, WriteRefused, Written};
+use crate::consumer::dead_letter::selector::LetterSelector;
+use crate::consumer::error::ConsumerError;
 use crate::consumer::key_queues::answer::{RecordKind, ToRecord};
+use crate::consumer::outcome::HaltCause;
 use crate::error::{ReadError, WaitError};
 use crate::event::{Event, EventId, Key, Offset, Time};
 
 /// Records written with one sync.
 const WRITE_MAX: usize = 1024;
-/// While there is other work, so long what is to be recorded is gathered for one write.
+/// How long records are gathered for one write while there is other work.
 const GATHER: Duration = Duration::from_millis(2);
-/// How long after a look at a log that is not durable yet the next is taken.
-const LOOK_AGAIN: Duration = Duration::from_micros(500);
-/// Keys that are looked at for a letter that may be handled, in one go.
-const LETTERS_LOOKED_AT: usize = 64;
-/// How long to wait for the log to become durable where all records must be written before something else.
+/// The pause before the log's durable offset is read again.
+const DURABLE_AGAIN: Duration = Duration::from_micros(500);
+/// Keys checked in one call for a letter that may be handled.
+const KEYS_CHECKED_MAX: usize = 64;
+/// How long a call that must write all records waits for the log to become durable.
 const DURABLE_TIME: Duration = Duration::from_secs(10);
-/// How long after a failed write the next is tried.
+/// The pause after a failed write.
 const WRITE_AGAIN: Duration = Duration::from_millis(500);
 
-/// A record that is to be written: its event waits for it.
+/// A record that is not written yet. Its event waits for it.
 #[derive(Debug)]
-pub(super) struct Unwritten {
-    pub(super) desk: usize,
-    pub(super) record: ToRecord,
-    pub(super) letter: DeadLetter,
+struct Unwritten {
+    shard: usize,
+    record: ToRecord,
+    letter: DeadLetter,
 }
 
-/// A letter that was handled again, or failed again: its key waits for the record.
+impl Unwritten {
+    fn is_behind(&self) -> bool {
+        self.record.kind() == RecordKind::ParkedBehind
+    }
+}
+
+/// A letter that was handled again, or failed again. Its key waits for the record.
 #[derive(Debug)]
-pub(super) struct Tried {
+struct Tried {
     id: EventId,
     key: Key,
     attempts: u32,
@@ -53,289 +71,312 @@ impl Tried {
     }
 }
 
-/// Keys whose letters are handled again, oldest first, each until the first failure.
-#[derive(Debug, Default)]
-pub(super) struct Reprocessing {
-    waiting: VecDeque<Key>,
-    /// All of them; which of the key's letters is out, if one is: being handled, or its record waiting to be written.
-    keys: BTreeMap<Key, Option<EventId>>,
+/// The other parts of a driver that writing records involves.
+pub(super) struct RecordContext<'a, E: Event> {
+    pub(super) followers: &'a mut [ShardFollower<E>],
+    pub(super) saver: &'a mut PositionSaver,
+    pub(super) waiters: &'a HandledWaiters,
+    pub(super) suspension: &'a mut Suspension,
 }
 
-impl Reprocessing {
-    pub(super) fn is_waiting(&self) -> bool {
-        !self.waiting.is_empty()
-    }
+/// The store of dead letters, and the records on their way to it.
+#[derive(Debug)]
+pub(super) struct Records {
+    consumer: Arc<str>,
+    dir: PathBuf,
+    letters: LetterStore,
+    unwritten: VecDeque<Unwritten>,
+    tried: VecDeque<Tried>,
+    /// No write before this time: the last one failed.
+    write_at: Duration,
+    /// When to check again whether the events to be recorded are durable in the log.
+    durable_at: Duration,
+    /// No write before this time while there is other work.
+    gather_until: Duration,
+    reprocessing: Reprocessing,
+    failures: u64,
+}
 
-    /// The key's next letter has its turn, after those of the others. `false`: it had it already.
-    fn add(&mut self, key: Key) -> bool {
-        let is_new = !self.keys.contains_key(&key);
-        if is_new {
-            self.come_back(key);
-        }
-        is_new
-    }
-
-    fn come_back(&mut self, key: Key) {
-        self.keys.insert(key, None);
-        self.waiting.push_back(key);
-    }
-
-    fn take(&mut self) -> Option<Key> {
-        self.waiting.pop_front()
-    }
-
-    fn is_out(&self, key: Key) -> bool {
-        self.keys.get(&key).is_some_and(Option::is_some)
-    }
-
-    fn end(&mut self, key: Key) {
-        self.keys.remove(&key);
-    }
-
-    /// None of these has its turn any more, except those of which one is out. Returns which.
-    fn end_where(&mut self, keys: &[Key]) -> Vec<Key> {
-        let ended: Vec<Key> = keys.iter().copied().filter(|key| !self.is_out(*key)).collect();
-        ended.iter().for_each(|key| self.end(*key));
-        let keys = &self.keys;
-        self.waiting.retain(|key| keys.contains_key(key));
-        ended
-    }
-
-    /// The letter is not handled now after all.
-    pub(super) fn put_back(&mut self, what: What) {
-        if let What::Letter { letter, .. } = what {
-            self.keys.insert(letter.key, None);
-            self.waiting.push_front(letter.key);
+impl Records {
+    pub(super) fn new(consumer: &Arc<str>, dir: PathBuf, letters: LetterStore) -> Self {
+        Self {
+            consumer: Arc::clone(consumer),
+            dir,
+            letters,
+            unwritten: VecDeque::new(),
+            tried: VecDeque::new(),
+            write_at: Duration::ZERO,
+            durable_at: Duration::ZERO,
+            gather_until: Duration::ZERO,
+            reprocessing: Reprocessing::default(),
+            failures: 0,
         }
     }
-}
 
-/// Which dead letters.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Letters {
-    /// All of them.
-    All,
-    /// One key's.
-    Of(Key),
-}
-
-impl<E: Event> Driver<E> {
-    pub(super) fn wants_to_write(&self) -> bool {
-        !self.unwritten.is_empty() || !self.tried.is_empty() || self.desks.iter().any(|desk| desk.lanes.has_records())
+    pub(super) fn letters(&self) -> &LetterStore {
+        &self.letters
     }
 
-    pub(super) fn write_due(&self) -> Option<Duration> {
-        let may_write = !self.tried.is_empty() || self.halted != Some(HaltCause::DeadLettersFull);
+    /// Returns the number of failed writes.
+    pub(super) fn failures(&self) -> u64 {
+        self.failures
+    }
+
+    /// Returns `true` if no record waits to be written, not counting those still in the key queues.
+    pub(super) fn is_empty(&self) -> bool {
+        self.unwritten.is_empty() && self.tried.is_empty()
+    }
+
+    /// Returns `true` if a key's letters wait for their turn to be handled again.
+    pub(super) fn has_letters_to_handle(&self) -> bool {
+        self.reprocessing.is_waiting()
+    }
+
+    /// Adds a record to be written.
+    pub(super) fn add(&mut self, shard: usize, record: ToRecord, letter: DeadLetter) {
+        self.unwritten.push_back(Unwritten { shard, record, letter });
+    }
+
+    fn has_work<E: Event>(&self, followers: &[ShardFollower<E>]) -> bool {
+        !self.is_empty() || followers.iter().any(|follower| follower.queues.has_records())
+    }
+
+    /// Returns the time of the next write, if there is something to write.
+    pub(super) fn due<E: Event>(&self, followers: &[ShardFollower<E>], suspension: &Suspension) -> Option<Duration> {
+        let may_write = !self.tried.is_empty() || !suspension.is_full();
         let durable_at = if self.tried.is_empty() { self.durable_at } else { Duration::ZERO };
-        (may_write && self.wants_to_write()).then(|| self.write_at.max(durable_at))
+        (may_write && self.has_work(followers)).then(|| self.write_at.max(durable_at))
     }
 
-    /// Writes what waits for a record: at once where there is nothing else to do, else many together, since each write is synced.
-    /// Returns how many.
-    pub(super) fn write_records(&mut self, now: Duration, is_idle: bool) -> usize {
-        if now < self.write_at || (!is_idle && now < self.gather_until) || !self.wants_to_write() {
+    /// Writes waiting records: at once if the consumer is idle, else many together, since each write is synced. Returns
+    /// the number written.
+    pub(super) fn write<E: Event>(
+        &mut self,
+        now: Duration,
+        is_idle: bool,
+        context: &mut RecordContext<'_, E>,
+    ) -> usize {
+        if now < self.write_at || (!is_idle && now < self.gather_until) || !self.has_work(context.followers) {
             return 0;
         }
         self.gather_until = now + GATHER;
-        let written = self.write_tried().and_then(|tried| Ok(tried + self.write_unwritten(now)?));
+        let written = self.write_tried(context).and_then(|tried| Ok(tried + self.write_unwritten(now, context)?));
         match written {
             Ok(written) => {
                 if let Err(error) = self.letters.compact_if_due() {
-                    let consumer = &*self.settings.name;
-                    tracing::warn!(consumer, %error, "dead letters cannot be compacted; they stay as they are");
+                    let consumer = &*self.consumer;
+                    tracing::warn!(consumer, %error, "dead letters cannot be compacted; the files stay unchanged");
                 }
                 written
             }
             Err(WriteRefused::Full) => {
-                self.halt(HaltCause::DeadLettersFull);
+                context.suspension.halt(HaltCause::DeadLettersFull);
                 0
             }
             Err(error) => {
-                tracing::error!(consumer = &*self.settings.name, %error, "records cannot be written; their keys wait");
-                self.saving.record_failures += 1;
+                tracing::error!(consumer = &*self.consumer, %error, "records cannot be written; their keys wait");
+                self.failures += 1;
                 self.write_at = now + WRITE_AGAIN;
                 0
             }
         }
     }
 
-    /// Writes what became of letters, and what else waits, without gathering more.
-    pub(crate) fn record_tried(&mut self, now: Duration) {
+    /// Writes the outcomes of letters, and other waiting records with them, without gathering more.
+    pub(super) fn write_outcomes<E: Event>(&mut self, now: Duration, context: &mut RecordContext<'_, E>) {
         if !self.tried.is_empty() {
-            self.write_records(now, true);
+            self.write(now, true, context);
         }
     }
 
-    /// All that became of letters.
-    pub(super) fn write_all_tried(&mut self) -> Result<(), WriteRefused> {
-        while self.write_tried()? > 0 {}
+    /// Writes the outcomes of all letters.
+    fn write_all_tried<E: Event>(&mut self, context: &mut RecordContext<'_, E>) -> Result<(), WriteRefused> {
+        while self.write_tried(context)? > 0 {}
         Ok(())
     }
 
-    /// What became of letters.
-    fn write_tried(&mut self) -> Result<usize, WriteRefused> {
+    /// Writes the outcomes of up to [`WRITE_MAX`] letters.
+    fn write_tried<E: Event>(&mut self, context: &mut RecordContext<'_, E>) -> Result<usize, WriteRefused> {
         let count = self.tried.len().min(WRITE_MAX);
         if count == 0 {
             return Ok(0);
         }
-        // One may have made room for others meanwhile: failed or not, it is gone.
+        // A letter that was discarded meanwhile to make room is gone, whether it failed or not.
         let waited: Vec<bool> =
             self.tried.iter().take(count).map(|tried| self.letters.waits(tried.key, tried.id)).collect();
         let entries: Vec<Entry<'_>> = self.tried.iter().take(count).map(Tried::entry).collect();
         self.letters.write(&entries)?;
-        self.name_letters()?;
+        self.name_letters(context)?;
         let tried: Vec<Tried> = self.tried.drain(..count).collect();
         for (Tried { id, key, error, .. }, waited) in tried.into_iter().zip(waited) {
             if error.is_none() || !waited {
-                self.unpark(id, key, 1);
+                self.unpark(id, key, context.followers);
             }
             if error.is_some() || self.letters.oldest_of(key).is_none() {
                 self.reprocessing.end(key);
             } else {
-                self.reprocessing.come_back(key);
+                self.reprocessing.requeue(key);
             }
         }
         Ok(count)
     }
 
-    /// Dead letters and skips.
-    fn write_unwritten(&mut self, now: Duration) -> Result<usize, WriteRefused> {
-        if self.halted == Some(HaltCause::DeadLettersFull) || now < self.durable_at {
+    /// Writes dead letters and skips.
+    fn write_unwritten<E: Event>(
+        &mut self,
+        now: Duration,
+        context: &mut RecordContext<'_, E>,
+    ) -> Result<usize, WriteRefused> {
+        if context.suspension.is_full() || now < self.durable_at {
             return Ok(0);
         }
-        self.gather_records()?;
-        self.let_go_of_unparked();
-        let written = self.write_gathered()?;
+        self.gather(context.followers)?;
+        self.release_unparked(context.followers);
+        let written = self.write_gathered(context)?;
         if written == 0 {
-            self.durable_at = now + LOOK_AGAIN;
+            self.durable_at = now + DURABLE_AGAIN;
         }
         Ok(written)
     }
 
-    /// Writes the gathered records whose events are durable in the log. Returns how many.
-    fn write_gathered(&mut self) -> Result<usize, WriteRefused> {
-        // A record speaks of an event that the log cannot lose any more.
-        let durable = |unwritten: &&Unwritten| self.desks[unwritten.desk].is_durable(unwritten.record.offset());
+    /// Writes the gathered records whose events are durable in the log. Returns the number written.
+    fn write_gathered<E: Event>(&mut self, context: &mut RecordContext<'_, E>) -> Result<usize, WriteRefused> {
+        // A record must not outlive its event: the log must not lose the event in a crash.
+        let followers = &mut *context.followers;
+        let durable = |unwritten: &&Unwritten| followers[unwritten.shard].is_durable(unwritten.record.offset());
         let mut count = self.unwritten.iter().take(WRITE_MAX).take_while(durable).count();
         if count == 0 {
             return Ok(0);
         }
         let written = loop {
-            match self.write(count) {
-                // There may be room for some of them.
+            match self.write_first(count, followers) {
+                // There may be room for fewer.
                 Err(WriteRefused::Full) if count > 1 => count /= 2,
                 written => break written?,
             }
         };
         for (key, id) in written.overflowed {
-            // Letters that had to make room: their keys have fewer. While one is being handled, no later event of its key may run.
-            if self.reprocessing.keys.get(&key) != Some(&Some(id)) {
-                self.unpark(id, key, 1);
+            // While a discarded letter is being handled, no later event of its key may run.
+            if !self.reprocessing.is_in_flight(key, id) {
+                self.unpark(id, key, followers);
             }
         }
-        // Before their events end: else the file could be taken away unnoticed.
-        self.name_letters()?;
+        // Before the events end: else the new file of letters could vanish unnoticed.
+        self.name_letters(context)?;
         for _ in 0..count {
-            let Some(Unwritten { desk, record, letter }) = self.unwritten.pop_front() else { break };
+            let Some(Unwritten { shard, record, letter }) = self.unwritten.pop_front() else { break };
             let is_parked = record.kind() != RecordKind::Skipped;
-            self.desks[desk].lanes.recorded(record);
+            context.followers[shard].queues.recorded(record);
             if is_parked && !self.letters.waits(letter.key, letter.id) {
-                // It was written when the checkpoint could not be, and discarded since.
-                self.unpark(letter.id, letter.key, 1);
+                // An earlier write recorded it, saving the position failed, and the letter has been discarded since.
+                self.unpark(letter.id, letter.key, context.followers);
             }
         }
         Ok(count)
     }
 
-    /// Records everything that was told, and what stands behind it, however long the log takes to become durable. Where there is no
-    /// room for it, it halts, and what was told is kept.
-    pub(super) fn write_all_told(&mut self) -> Result<(), ConsumerError> {
-        self.write_all_tried()?;
+    /// Records every event that was judged to be parked or skipped, and the events behind them. Waits for the log to
+    /// become durable. If there is no room, the consumer halts and the judgements are kept.
+    pub(super) fn write_all<E: Event>(&mut self, context: &mut RecordContext<'_, E>) -> Result<(), ConsumerError> {
+        self.write_all_tried(context)?;
         loop {
-            self.gather_records()?;
-            self.let_go_of_unparked();
+            self.gather(context.followers)?;
+            self.release_unparked(context.followers);
             if self.unwritten.is_empty() {
                 return Ok(());
             }
-            self.await_durable()?;
-            match self.write_gathered() {
+            self.await_durable(context.followers)?;
+            match self.write_gathered(context) {
                 Ok(_) => {}
                 Err(WriteRefused::Full) => {
-                    if self.halted != Some(HaltCause::DeadLettersFull) {
-                        self.halt(HaltCause::DeadLettersFull);
+                    if !context.suspension.is_full() {
+                        context.suspension.halt(HaltCause::DeadLettersFull);
                     }
-                    // Of what only stands behind a letter nothing was told; it is read again from the log.
-                    return if self.told().next().is_some() { Err(WriteRefused::Full.into()) } else { Ok(()) };
+                    // An event behind a letter was not judged: it is read from the log again.
+                    return if self.judged().next().is_some() { Err(WriteRefused::Full.into()) } else { Ok(()) };
                 }
                 Err(error) => return Err(error.into()),
             }
         }
     }
 
-    /// Events that were told to be parked or skipped, and are not recorded yet.
-    pub(super) fn told(&self) -> impl Iterator<Item = (usize, Offset)> {
-        let is_told = |unwritten: &&Unwritten| unwritten.record.kind() != RecordKind::ParkedBehind;
-        self.unwritten.iter().filter(is_told).map(|unwritten| (unwritten.desk, unwritten.record.offset()))
+    /// Returns the events that were judged to be parked or skipped and are not recorded yet, each with its shard's
+    /// index.
+    pub(super) fn judged(&self) -> impl Iterator<Item = (usize, Offset)> {
+        let is_judged = |unwritten: &&Unwritten| !unwritten.is_behind();
+        self.unwritten.iter().filter(is_judged).map(|unwritten| (unwritten.shard, unwritten.record.offset()))
     }
 
-    /// Waits until the log is durable behind the events whose records are to be written.
-    fn await_durable(&self) -> Result<(), ConsumerError> {
+    /// Waits until the events to be recorded are durable in the log.
+    fn await_durable<E: Event>(&self, followers: &[ShardFollower<E>]) -> Result<(), ConsumerError> {
         let end = Instant::now() + DURABLE_TIME;
-        for Unwritten { desk, record, .. } in &self.unwritten {
-            let desk = &self.desks[*desk];
-            while !desk.is_durable(record.offset()) {
-                if let Some(failure) = desk.log.failure() {
+        for Unwritten { shard, record, .. } in &self.unwritten {
+            let follower = &followers[*shard];
+            while !follower.is_durable(record.offset()) {
+                if let Some(failure) = follower.failure() {
                     return Err(WaitError::from(failure.clone()).into());
                 }
                 if Instant::now() >= end {
                     return Err(WaitError::TimedOut.into());
                 }
-                crate::sync::nap(LOOK_AGAIN);
+                crate::sync::nap(DURABLE_AGAIN);
             }
         }
         Ok(())
     }
 
-    /// Saves that there is a new file of letters, if there is.
-    fn name_letters(&mut self) -> Result<(), WriteRefused> {
-        if self.are_letters_named() {
+    /// Saves the position if there is a new file of letters, so that the position file names it.
+    fn name_letters<E: Event>(&mut self, context: &mut RecordContext<'_, E>) -> Result<(), WriteRefused> {
+        if context.saver.names_file_of(self.letters.durable()) {
             return Ok(());
         }
-        self.save_position().map_err(|error| {
+        self.save_position(context).map_err(|error| {
             let (action, path) = ("saving the position beside the dead letters in", self.dir.clone());
             WriteRefused::Io { action, path, source: std::io::Error::other(error) }
         })
     }
 
-    /// Events that were to be recorded behind letters which are gone by now: they run.
-    fn let_go_of_unparked(&mut self) {
-        let behind = |unwritten: &Unwritten| unwritten.record.kind() == RecordKind::ParkedBehind;
-        let is_live = |Unwritten { letter, .. }: &Unwritten| {
-            // One that was a letter already, and is discarded, has ended.
-            self.letters.oldest_of(letter.key).is_none() && !self.letters.has(letter.key, letter.id)
+    /// Saves the position, and forgets records below it. Durable when it returns.
+    pub(super) fn save_position<E: Event>(&mut self, context: &mut RecordContext<'_, E>) -> Result<(), ConsumerError> {
+        context.saver.save(context.followers, self.letters.durable())?;
+        for follower in &*context.followers {
+            // A waiter needs the record of its event until it is answered.
+            let from = context.waiters.lowest(follower.shard(), follower.queues.position());
+            self.letters.forget_below(follower.shard(), from);
+        }
+        Ok(())
+    }
+
+    /// Returns events to their queues that were to be recorded behind letters, if those letters are gone: they run.
+    fn release_unparked<E: Event>(&mut self, followers: &mut [ShardFollower<E>]) {
+        let is_live = |unwritten: &Unwritten| {
+            let letter = &unwritten.letter;
+            // A discarded letter has ended and must not run.
+            unwritten.is_behind()
+                && self.letters.oldest_of(letter.key).is_none()
+                && !self.letters.has(letter.key, letter.id)
         };
-        if !self.unwritten.iter().any(|unwritten| behind(unwritten) && is_live(unwritten)) {
+        if !self.unwritten.iter().any(is_live) {
             return;
         }
-        let (live, rest) = self.unwritten.drain(..).partition(|unwritten| behind(unwritten) && is_live(unwritten));
-        let live: VecDeque<Unwritten> = live;
+        let (live, rest): (VecDeque<_>, VecDeque<_>) = self.unwritten.drain(..).partition(is_live);
         self.unwritten = rest;
-        for Unwritten { desk, record, .. } in live {
-            self.desks[desk].lanes.not_recorded(record);
+        for Unwritten { shard, record, .. } in live {
+            followers[shard].queues.not_recorded(record);
         }
     }
 
-    /// Takes what the lanes want recorded.
-    fn gather_records(&mut self) -> Result<(), WriteRefused> {
-        for at in 0..self.desks.len() {
+    /// Takes records from the key queues.
+    fn gather<E: Event>(&mut self, followers: &mut [ShardFollower<E>]) -> Result<(), WriteRefused> {
+        for (shard, follower) in followers.iter_mut().enumerate() {
             while self.unwritten.len() < WRITE_MAX
-                && let Some(record) = self.desks[at].lanes.next_record()
+                && let Some(record) = follower.queues.next_record()
             {
                 let wall = wall_now();
-                match self.desks[at].letter(&record, None, wall, wall) {
-                    Ok(letter) => self.unwritten.push_back(Unwritten { desk: at, record, letter }),
+                match follower.letter(&record, None, wall, wall) {
+                    Ok(letter) => self.unwritten.push_back(Unwritten { shard, record, letter }),
                     Err(error) => {
-                        self.desks[at].lanes.not_recorded(record);
+                        follower.queues.not_recorded(record);
                         return Err(self.unreadable(error));
                     }
                 }
@@ -345,10 +386,14 @@ impl<E: Event> Driver<E> {
     }
 
     /// Writes the first `count` records.
-    fn write(&mut self, count: usize) -> Result<Written, WriteRefused> {
+    fn write_first<E: Event>(
+        &mut self,
+        count: usize,
+        followers: &mut [ShardFollower<E>],
+    ) -> Result<Written, WriteRefused> {
         let mut archives = Vec::with_capacity(count);
         for unwritten in self.unwritten.iter().take(count) {
-            let archive = self.desks[unwritten.desk].archive(unwritten.record.offset());
+            let archive = followers[unwritten.shard].archive(unwritten.record.offset());
             archives.push(archive.map_err(|error| self.unreadable(error))?);
         }
         let entries: Vec<Entry<'_>> = self
@@ -363,92 +408,123 @@ impl<E: Event> Driver<E> {
         self.letters.write(&entries)
     }
 
-    /// An event that is to be recorded cannot be read.
+    /// The error for an event that is to be recorded and cannot be read.
     fn unreadable(&self, error: ReadError) -> WriteRefused {
         let (action, path) = ("reading an event for", self.dir.clone());
         WriteRefused::Io { action, path, source: std::io::Error::other(error) }
     }
 
-    fn unpark(&mut self, id: EventId, key: Key, letters: u32) {
-        if let Err(error) = self.desks[usize::from(id.shard.0)].lanes.unpark(key, letters) {
-            // The letter's own record may be under way still; the store of letters is what counts.
-            tracing::debug!(consumer = &*self.settings.name, %error, "letters that the lanes did not know of");
+    /// Tells the key's queue that one letter is gone.
+    fn unpark<E: Event>(&self, id: EventId, key: Key, followers: &mut [ShardFollower<E>]) {
+        if let Err(error) = followers[usize::from(id.shard.0)].queues.unpark(key, 1) {
+            // The letter's own record may be unwritten still. The store of letters is authoritative.
+            tracing::debug!(consumer = &*self.consumer, %error, "a letter that the key queues did not know of");
         }
     }
 
-    /// Lets the letters be handled again, oldest first per key, each key until its first failure. Returns how many keys.
-    pub(crate) fn reprocess(&mut self, which: Letters) -> usize {
-        let keys: Vec<Key> = self.keys_of(which);
+    /// Starts handling letters again: oldest first per key, each key until its first failure. Returns the number of
+    /// keys started.
+    pub(super) fn reprocess(&mut self, selector: LetterSelector) -> usize {
+        let keys: Vec<Key> = self.keys_of(selector);
         keys.into_iter().filter(|key| self.reprocessing.add(*key)).count()
     }
 
-    pub(super) fn keys_of(&self, which: Letters) -> Vec<Key> {
-        match which {
-            Letters::All => self.letters.keys().map(|(key, _, _)| key).collect(),
-            Letters::Of(key) => self.letters.oldest_of(key).map(|_| key).into_iter().collect(),
+    /// Returns the selected keys that have letters.
+    pub(super) fn keys_of(&self, selector: LetterSelector) -> Vec<Key> {
+        match selector {
+            LetterSelector::All => self.letters.keys().map(|(key, _, _)| key).collect(),
+            LetterSelector::Of(key) => self.letters.oldest_of(key).map(|_| key).into_iter().collect(),
         }
     }
 
-    /// Whether a key's letters are being gone through.
+    /// Returns `true` while the key's letters are being handled again.
     pub(super) fn is_reprocessed(&self, key: Key) -> bool {
-        self.reprocessing.keys.contains_key(&key)
+        self.reprocessing.contains(key)
     }
 
-    /// Whether a letter of the key is being handled at this moment.
-    pub(super) fn is_out(&self, key: Key) -> bool {
-        self.reprocessing.is_out(key)
+    /// Returns `true` if a letter of the key is in flight.
+    pub(super) fn has_in_flight(&self, key: Key) -> bool {
+        self.reprocessing.has_in_flight(key)
     }
 
-    /// Takes letters away unhandled, each with a record. Returns how many.
-    pub(crate) fn discard(&mut self, which: Letters) -> Result<u64, ConsumerError> {
-        self.discard_of(&self.keys_of(which))
+    /// Discards letters, each with a record. Returns the number discarded.
+    pub(super) fn discard<E: Event>(
+        &mut self,
+        selector: LetterSelector,
+        context: &mut RecordContext<'_, E>,
+    ) -> Result<u64, ConsumerError> {
+        self.discard_of(&self.keys_of(selector), context)
     }
 
-    /// Takes away the letters of these keys, but for keys of which one is being handled at this moment.
-    pub(super) fn discard_of(&mut self, keys: &[Key]) -> Result<u64, ConsumerError> {
-        // What became of those that were handled comes first.
-        self.write_all_tried()?;
+    /// Discards the letters of these keys, except keys with a letter in flight.
+    pub(super) fn discard_of<E: Event>(
+        &mut self,
+        keys: &[Key],
+        context: &mut RecordContext<'_, E>,
+    ) -> Result<u64, ConsumerError> {
+        // The outcomes of letters that were handled come first.
+        self.write_all_tried(context)?;
         let keys = self.reprocessing.end_where(keys);
-        let going: Vec<(Key, EventId)> =
+        let letters: Vec<(Key, EventId)> =
             keys.into_iter().flat_map(|key| self.letters.ids_of(key).map(move |id| (key, id))).collect();
         let time = wall_now();
-        for part in going.chunks(WRITE_MAX) {
+        for part in letters.chunks(WRITE_MAX) {
             let entries: Vec<_> = part.iter().map(|&(key, id)| Entry::Discarded { id, key, time }).collect();
             self.letters.write(&entries)?;
-            part.iter().for_each(|&(key, id)| self.unpark(id, key, 1));
+            part.iter().for_each(|&(key, id)| self.unpark(id, key, context.followers));
         }
-        self.name_letters()?;
-        Ok(going.len() as u64)
+        self.name_letters(context)?;
+        Ok(letters.len() as u64)
     }
 
-    /// The next letter that is to be handled again.
-    pub(super) fn next_letter(&mut self) -> Result<Option<(usize, What)>, ConsumerError> {
-        for _ in 0..self.reprocessing.waiting.len().min(LETTERS_LOOKED_AT) {
+    /// Takes the next letter that is to be handled again, with its shard's index.
+    pub(super) fn next_letter<E: Event>(
+        &mut self,
+        followers: &[ShardFollower<E>],
+        suspension: &Suspension,
+    ) -> Result<Option<(usize, Work)>, ConsumerError> {
+        for _ in 0..self.reprocessing.waiting().min(KEYS_CHECKED_MAX) {
             let Some(key) = self.reprocessing.take() else { break };
             let id = self.letters.oldest_of(key);
-            if id
-                .is_some_and(|id| self.halted.is_none() && !self.desks[usize::from(id.shard.0)].is_past(key, id.offset))
-            {
-                // Older events of the key are to be letters before it: the consumer was set back.
-                self.reprocessing.come_back(key);
+            let is_past = |id: EventId| followers[usize::from(id.shard.0)].is_past(key, id.offset);
+            if id.is_some_and(|id| !suspension.is_halted() && !is_past(id)) {
+                // The consumer was set back: older events of the key become letters before this one.
+                self.reprocessing.requeue(key);
                 continue;
             }
             let found = id.map(|id| self.letters.show(key, id)).transpose();
-            let found = found.inspect_err(|_| self.reprocessing.come_back(key))?.flatten();
+            let found = found.inspect_err(|_| self.reprocessing.requeue(key))?.flatten();
             let Some((letter, archive)) = found else {
                 self.reprocessing.end(key);
                 continue;
             };
-            let desk = usize::from(letter.id.shard.0);
-            self.reprocessing.keys.insert(key, Some(letter.id));
-            return Ok(Some((desk, What::Letter { letter: Box::new(letter), archive })));
+            let shard = usize::from(letter.id.shard.0);
+            self.reprocessing.set_in_flight(key, letter.id);
+            return Ok(Some((shard, Work::Letter { letter: Box::new(letter), archive })));
         }
         Ok(None)
     }
 
-    /// A letter was handled again, or failed again: that is to be written.
+    /// Puts a letter back that was taken and is not handled now.
+    pub(super) fn put_back(&mut self, work: &Work) {
+        if let Work::Letter { letter, .. } = work {
+            self.reprocessing.put_back(letter.key);
+        }
+    }
+
+    /// Notes that a letter was handled again, or failed again. The outcome waits to be written.
     pub(super) fn letter_done(&mut self, letter: &DeadLetter, failed: Option<Failed>) {
         let (error, attempts) = (failed.map(|failed| failed.to_string()), letter.attempts.saturating_add(1));
         self.tried.push_back(Tried { id: letter.id, key: letter.key, attempts, error, time: wall_now() });
+    }
+
+    /// Forgets unwritten records: the consumer reads their events again.
+    pub(super) fn forget_unwritten(&mut self) {
+        self.unwritten.clear();
+    }
+
+    /// Forgets which events ended by a record, except waiting letters. The position must be durable.
+    pub(super) fn forget_ended(&mut self) -> Result<(), ConsumerError> {
+        self.letters.forget_ended().map_err(Into::into)
     }
 }

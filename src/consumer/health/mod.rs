@@ -1,13 +1,13 @@
-//! Whether one service works, and whether it may be called now: failure detector and circuit in one.
+//! The health of one service: failure detector and circuit breaker in one.
 //!
-//! One writer: whoever owns it. Bounded: 60 counters of the sliding window, whatever the rate of calls.
-//! It calls nothing and waits for nothing; the caller asks [`Health::admit`] before each call and reports what came of it.
+//! One writer: the owner. Bounded memory: 60 counters in a sliding window, whatever the rate of calls. It calls nothing
+//! and waits for nothing: the caller asks [`Health::admit`] before each call and reports the outcome.
 //!
 //! ```text
 //!             5 failures in a row, or > 10 % of the window
-//!   Healthy ─────────────────────────────────────────────▶ Unhealthy: nobody calls until `probe_at`
+//!   Healthy ─────────────────────────────────────────────▶ Unhealthy: no calls until `probe_at`
 //!      ▲                                                      │   ▲
-//!      │ 3 probes in a row went well                one probe │   │ it failed or was never reported:
+//!      │ 3 probes in a row succeeded                one probe │   │ it failed or was not reported:
 //!      └────────────────────────────────────────── Probing ◀──┘───┘ the pause doubles, up to the cap
 //! ```
 
@@ -21,12 +21,12 @@ use crate::error::ConfigError;
 pub(super) mod report;
 mod window;
 
-use report::HealthReport;
+use report::{HealthReport, HealthStatus, UnhealthyCause};
 use window::{PARTS, Window};
 
 const HOUR_MS: u64 = 3_600_000;
 
-/// When a service counts as unhealthy, and how it is tried again.
+/// When a service counts as unhealthy, and how it is probed then.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HealthPolicy {
     consecutive_max: u32,
@@ -56,22 +56,24 @@ impl Default for HealthPolicy {
 
 impl HealthPolicy {
     setters! {
-        /// So many failures in a row make the service unhealthy, 1..=1,000,000. Default: 5.
+        /// Failures in a row that make the service unhealthy, 1..=1,000,000. Default: 5.
         consecutive_max: u32,
-        /// More than this share of the window failing makes it unhealthy, 0..=100 percent. 100 turns the rule off. Default: 10.
+        /// The share of failures in the window above which the service is unhealthy, 0..=100 percent. 100 turns the
+        /// rule off. Default: 10.
         failure_percent_max: u32,
-        /// How far back the share of failures looks, 60 ms..=1 h. It slides in 60 steps, so it covers between 59 and 60
-        /// sixtieths of this. Default: 60 s.
+        /// The length of the window, 60 ms..=1 h. It moves in 60 steps, so it covers between 59 and 60 sixtieths of
+        /// this. Default: 60 s.
         window: Duration,
-        /// With fewer outcomes than this in the window the share says nothing, 1..=1,000,000. Default: 100.
+        /// Outcomes in the window below which the share of failures is ignored, 1..=1,000,000. Default: 100.
         samples_min: u32,
-        /// From getting unhealthy to the first probe, 1 ms..=1 h; doubled after every failed probe. Default: 1 s.
+        /// The pause from becoming unhealthy to the first probe, 1 ms..=1 h; doubled after every failed probe. Default:
+        /// 1 s.
         pause: Duration,
         /// The longest pause, from `pause` up to 1 h. Default: 30 s.
         pause_max: Duration,
-        /// A probe that is not reported for so long counts as failed, 1 ms..=1 h. Default: 30 s.
+        /// The time after which an unreported probe counts as failed, 1 ms..=1 h. Default: 30 s.
         probe_wait_max: Duration,
-        /// So many probes in a row, one at a time, make the service healthy again, 1..=1000. Default: 3.
+        /// Successful probes in a row, one at a time, that make the service healthy again, 1..=1000. Default: 3.
         probes: u32,
     }
 
@@ -87,78 +89,64 @@ impl HealthPolicy {
     }
 }
 
-/// Leave for one call; its outcome goes to [`Health::succeeded`] or [`Health::failed`].
+/// Permission for one call. Its outcome goes to [`Health::succeeded`], [`Health::failed`] or [`Health::inconclusive`].
 #[derive(Debug)]
 #[must_use = "the outcome of the call is to be reported"]
-pub struct CallPermit {
+pub(crate) struct CallPermit {
     epoch: u64,
     is_probe: bool,
 }
 
 impl CallPermit {
-    /// Whether it is the one call by which an unhealthy service is tried.
+    /// Returns `true` if the call probes an unhealthy service.
     #[must_use]
-    pub fn is_probe(&self) -> bool {
+    pub(crate) fn is_probe(&self) -> bool {
         self.is_probe
     }
 }
 
-/// The answer to [`Health::admit`].
+/// The answer of [`Health::admit`].
 #[derive(Debug)]
 #[must_use]
-pub enum Admission {
-    /// Call.
+pub(crate) enum Admission {
+    /// Call the service.
     Go(CallPermit),
-    /// Do not call; ask again at this time, or when an outcome was reported.
+    /// Do not call. Ask again at this time, or after an outcome was reported.
     Wait {
         /// On the clock of `now`.
         until: Duration,
     },
 }
 
-/// Why a service became unhealthy.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum UnhealthyCause {
-    /// So many failures in a row.
-    Consecutive(u32),
-    /// Too large a share of the window.
-    Share {
-        /// Failures in the window.
-        failures: u64,
-        /// Outcomes in the window.
-        samples: u64,
-    },
-}
-
-/// A change that a reported outcome brought about.
+/// A change of health that a reported outcome caused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[must_use = "a change of health is to be reported"]
-pub enum HealthChange {
-    /// From now on only probes are let through.
+pub(crate) enum HealthChange {
+    /// From now on only probes are admitted.
     BecameUnhealthy {
         /// Why.
         cause: UnhealthyCause,
-        /// When the first probe may go.
+        /// The time of the first probe.
         probe_at: Duration,
     },
     /// A probe failed.
     ProbeFailed {
-        /// When the next may go.
+        /// The time of the next probe.
         probe_at: Duration,
     },
-    /// Enough probes went well; everybody may call again.
+    /// Enough probes succeeded. Every call is admitted again.
     Recovered {
-        /// How long it was unhealthy.
+        /// How long the service was unhealthy.
         after: Duration,
     },
 }
 
 impl HealthChange {
-    /// Notes a change, if there was one.
-    pub(super) fn note(change: Option<Self>, consumer: &str) {
+    /// Logs a change, if there was one.
+    pub(super) fn log(change: Option<Self>, consumer: &str) {
         match change {
             Some(Self::BecameUnhealthy { cause, .. }) => {
-                tracing::warn!(consumer, ?cause, "a service is unhealthy: only probes go to it");
+                tracing::warn!(consumer, ?cause, "a service is unhealthy: only probes are sent to it");
             }
             Some(Self::Recovered { after }) => tracing::info!(consumer, ?after, "a service has recovered"),
             Some(Self::ProbeFailed { .. }) | None => {}
@@ -166,49 +154,16 @@ impl HealthChange {
     }
 }
 
-/// How a service is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum HealthStatus {
-    /// Everybody may call.
-    Healthy,
-    /// Nobody may call.
-    Unhealthy {
-        /// When a probe may go.
-        probe_at: Duration,
-    },
-    /// One probe is under way.
-    Probing {
-        /// When it counts as failed if nothing is heard of it.
-        give_up_at: Duration,
-    },
-}
-
 /// The health of one service.
-///
-/// ```
-/// # use corelane::consumer::{Admission, Health, HealthPolicy, HealthStatus};
-/// # use std::time::Duration;
-/// let mut mail = Health::new("mail", HealthPolicy::default().consecutive_max(2))?;
-/// let now = Duration::from_secs(10);
-/// for _ in 0..2 {
-///     let Admission::Go(pass) = mail.admit(now) else { panic!("healthy so far") };
-///     if let Some(change) = mail.failed(pass, now) {
-///         println!("mail: {change:?}");
-///     }
-/// }
-/// assert!(matches!(mail.admit(now), Admission::Wait { .. }));
-/// assert!(matches!(mail.admit(now + Duration::from_secs(1)), Admission::Go(pass) if pass.is_probe()));
-/// # Ok::<(), corelane::ConfigError>(())
-/// ```
 #[derive(Debug)]
-pub struct Health {
+pub(crate) struct Health {
     service: String,
     policy: HealthPolicy,
     status: HealthStatus,
-    /// When it became what it is: healthy, or not.
+    /// When it became healthy, or unhealthy.
     since: Duration,
     now: Duration,
-    /// Passes of older epochs no longer change anything. Every probe has one of its own.
+    /// Permits of older epochs change nothing. Every probe has its own epoch.
     epoch: u64,
     consecutive: u32,
     cause: Option<UnhealthyCause>,
@@ -227,11 +182,11 @@ struct Totals {
 }
 
 impl Health {
-    /// A healthy service. `service` is its name in reports.
+    /// Returns a healthy service. `service` is its name in reports.
     ///
     /// # Errors
-    /// The first value of the policy that cannot be used.
-    pub fn new(service: &str, policy: HealthPolicy) -> Result<Self, ConfigError> {
+    /// The first value of the policy that is out of range.
+    pub(crate) fn new(service: &str, policy: HealthPolicy) -> Result<Self, ConfigError> {
         policy.check()?;
         Ok(Self {
             service: service.to_owned(),
@@ -249,9 +204,9 @@ impl Health {
         })
     }
 
-    /// Asks for leave to call the service. Time that steps back is taken for standing still.
+    /// Asks for permission to call the service. If `now` is earlier than before, the time counts as unchanged.
     #[inline]
-    pub fn admit(&mut self, now: Duration) -> Admission {
+    pub(crate) fn admit(&mut self, now: Duration) -> Admission {
         self.now = self.now.max(now);
         match self.status {
             HealthStatus::Healthy => return Admission::Go(CallPermit { epoch: self.epoch, is_probe: false }),
@@ -276,14 +231,14 @@ impl Health {
         }
     }
 
-    /// A call went well. One that was let through before the last change of health is counted and changes nothing.
-    pub fn succeeded(&mut self, pass: CallPermit, now: Duration) -> Option<HealthChange> {
+    /// Reports a call that succeeded. A call admitted before the last change of health is counted and changes nothing.
+    pub(crate) fn succeeded(&mut self, permit: CallPermit, now: Duration) -> Option<HealthChange> {
         self.now = self.now.max(now);
         self.totals.succeeded += 1;
-        if pass.epoch != self.epoch {
+        if permit.epoch != self.epoch {
             return None;
         }
-        if !pass.is_probe {
+        if !permit.is_probe {
             self.consecutive = 0;
             self.window.add(self.now, true);
             return self.judge();
@@ -302,8 +257,9 @@ impl Health {
         Some(HealthChange::Recovered { after })
     }
 
-    /// So many calls went well since [`Health::is_healthy`] said that it was; each passes as [`Health::succeeded`] would have it.
-    pub fn succeeded_while_healthy(&mut self, calls: u64, now: Duration) {
+    /// Reports calls that succeeded since [`Health::is_healthy`] returned `true`. Equals as many calls of
+    /// [`Health::succeeded`].
+    pub(crate) fn succeeded_while_healthy(&mut self, calls: u64, now: Duration) {
         if calls == 0 {
             return;
         }
@@ -315,20 +271,20 @@ impl Health {
         }
     }
 
-    /// Whether everybody may call.
+    /// Returns `true` if every call is admitted.
     #[must_use]
-    pub fn is_healthy(&self) -> bool {
+    pub(crate) fn is_healthy(&self) -> bool {
         self.status == HealthStatus::Healthy
     }
 
-    /// A call failed. One that was let through before the last change of health is counted and changes nothing.
-    pub fn failed(&mut self, pass: CallPermit, now: Duration) -> Option<HealthChange> {
+    /// Reports a call that failed. A call admitted before the last change of health is counted and changes nothing.
+    pub(crate) fn failed(&mut self, permit: CallPermit, now: Duration) -> Option<HealthChange> {
         self.now = self.now.max(now);
         self.totals.failed += 1;
-        if pass.epoch != self.epoch {
+        if permit.epoch != self.epoch {
             return None;
         }
-        if !pass.is_probe {
+        if !permit.is_probe {
             self.consecutive += 1;
             self.window.add(self.now, false);
             return self.judge();
@@ -337,18 +293,18 @@ impl Health {
         Some(HealthChange::ProbeFailed { probe_at: self.pause_longer(self.now) })
     }
 
-    /// A call failed, and that says nothing about the service: its event had failed before, and others have gone well since. A
-    /// probe then told nothing: the next goes after the same pause again.
-    pub fn told_nothing(&mut self, pass: CallPermit, now: Duration) {
+    /// Reports a failed call that says nothing about the service: its event had failed before, and other calls have
+    /// succeeded since. If it was a probe, the next one follows after the same pause.
+    pub(crate) fn inconclusive(&mut self, permit: CallPermit, now: Duration) {
         self.now = self.now.max(now);
         self.totals.failed += 1;
-        if pass.epoch == self.epoch && pass.is_probe {
+        if permit.epoch == self.epoch && permit.is_probe {
             self.epoch += 1;
             self.status = HealthStatus::Unhealthy { probe_at: self.now + self.pause };
         }
     }
 
-    /// After an outcome while healthy: does it still count as such?
+    /// Decides after an outcome of a healthy service whether it is still healthy.
     fn judge(&mut self) -> Option<HealthChange> {
         let (samples, failures) = (self.window.samples, self.window.failures);
         let is_share = samples >= u64::from(self.policy.samples_min)
@@ -379,15 +335,15 @@ impl Health {
         probe_at
     }
 
-    /// How it is. A probe that nobody reports is given up by the next [`Health::admit`].
+    /// Returns the state. The next [`Health::admit`] gives up a probe that was not reported in time.
     #[must_use]
-    pub fn status(&self) -> HealthStatus {
+    pub(crate) fn status(&self) -> HealthStatus {
         self.status
     }
 
-    /// All that is known of the service at `now`.
+    /// Returns a report of the service at `now`.
     #[must_use]
-    pub fn report(&self, now: Duration) -> HealthReport {
+    pub(crate) fn report(&self, now: Duration) -> HealthReport {
         let now = now.max(self.now);
         let mut window = self.window.clone();
         window.move_to(now);

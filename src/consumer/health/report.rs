@@ -1,39 +1,70 @@
-//! What is known of a service's health, for people.
+//! A service's health, as reported to people.
 
 use std::fmt;
 use std::time::Duration;
 
-use super::{HealthStatus, UnhealthyCause};
+/// The state of a service.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum HealthStatus {
+    /// Every call is admitted.
+    Healthy,
+    /// No call is admitted.
+    Unhealthy {
+        /// When a probe is admitted.
+        probe_at: Duration,
+    },
+    /// One probe is in flight.
+    Probing {
+        /// When it counts as failed if its outcome is not reported.
+        give_up_at: Duration,
+    },
+}
 
-/// What is known of a service's health. Times are on the clock of `now`.
+/// Why a service became unhealthy.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum UnhealthyCause {
+    /// The number of failures in a row.
+    Consecutive(u32),
+    /// Too large a share of failures in the window.
+    Share {
+        /// Failures in the window.
+        failures: u64,
+        /// Outcomes in the window.
+        samples: u64,
+    },
+}
+
+/// The health of a service. Times are on the clock of `now`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct HealthReport {
-    /// Its name.
+    /// The service's name.
     pub service: String,
-    /// How it is.
+    /// The state.
     pub status: HealthStatus,
-    /// When this was asked.
+    /// The time of the report.
     pub now: Duration,
-    /// Since when it is healthy, or is not.
+    /// Since when it is healthy, or unhealthy.
     pub since: Duration,
     /// Why it became unhealthy the last time.
     pub cause: Option<UnhealthyCause>,
     /// Failures since the last success, as of when it was last healthy.
     pub consecutive_failures: u32,
-    /// How far back the next two look.
+    /// The length of the window.
     pub window: Duration,
-    /// Outcomes in the window; probes are not among them.
+    /// Outcomes in the window, without probes.
     pub window_samples: u64,
     /// Failures in the window.
     pub window_failures: u64,
-    /// Calls that went well, since the start.
+    /// Calls that succeeded since the start.
     pub succeeded: u64,
-    /// Calls that failed, since the start; probes that were given up are among them.
+    /// Calls that failed since the start, including probes that were given up.
     pub failed: u64,
-    /// How often leave to call was refused.
+    /// Calls that were not admitted.
     pub held_back: u64,
-    /// How often it became unhealthy.
+    /// Times that it became unhealthy.
     pub outages: u64,
 }
 

@@ -1,4 +1,5 @@
-//! The detector's rules one by one, and all of them against a model that keeps every outcome and counts anew.
+//! The rules of the detector one by one, and all of them against a model that keeps every outcome and counts from
+//! scratch.
 
 use super::*;
 use proptest::prelude::*;
@@ -13,19 +14,19 @@ fn health(policy: HealthPolicy) -> Health {
 fn go(health: &mut Health, now: Duration) -> CallPermit {
     match health.admit(now) {
         Admission::Go(pass) => pass,
-        Admission::Wait { until } => panic!("held back until {until:?} at {now:?}"),
+        Admission::Wait { until } => panic!("not admitted until {until:?} at {now:?}"),
     }
 }
 
 fn wait(health: &mut Health, now: Duration) -> Duration {
     match health.admit(now) {
         Admission::Wait { until } => until,
-        Admission::Go(pass) => panic!("let through at {now:?}: {pass:?}"),
+        Admission::Go(pass) => panic!("admitted at {now:?}: {pass:?}"),
     }
 }
 
 #[test]
-fn the_fifth_failure_in_a_row_opens_the_circuit_and_a_success_starts_the_count_again() {
+fn five_failures_in_a_row_open_the_circuit_and_a_success_resets_the_count() {
     let mut health = health(HealthPolicy::default());
     for is_success in [false, false, false, false, true, false, false, false, false] {
         let pass = go(&mut health, S);
@@ -39,7 +40,7 @@ fn the_fifth_failure_in_a_row_opens_the_circuit_and_a_success_starts_the_count_a
 }
 
 #[test]
-fn a_call_that_told_nothing_neither_counts_nor_lengthens_a_pause() {
+fn an_inconclusive_failure_neither_counts_nor_lengthens_a_pause() {
     let mut health = health(HealthPolicy::default());
     for _ in 0..4 {
         let pass = go(&mut health, S);
@@ -47,7 +48,7 @@ fn a_call_that_told_nothing_neither_counts_nor_lengthens_a_pause() {
     }
     for _ in 0..100 {
         let pass = go(&mut health, S);
-        health.told_nothing(pass, S);
+        health.inconclusive(pass, S);
     }
     let pass = go(&mut health, S);
     assert!(
@@ -56,16 +57,16 @@ fn a_call_that_told_nothing_neither_counts_nor_lengthens_a_pause() {
     for n in 2..5 {
         let probe = go(&mut health, n * S);
         assert!(probe.is_probe());
-        health.told_nothing(probe, n * S);
+        health.inconclusive(probe, n * S);
         assert_eq!(wait(&mut health, n * S), (n + 1) * S, "the same pause again");
     }
     assert_eq!(health.report(5 * S).failed, 108);
 }
 
 #[test]
-fn more_than_a_tenth_of_a_full_enough_window_opens_the_circuit() {
+fn more_than_a_tenth_of_at_least_100_outcomes_failing_opens_the_circuit() {
     let mut health = health(HealthPolicy::default());
-    // 11 failures among 99 say nothing yet: too few outcomes.
+    // 11 failures of 99 outcomes: too few outcomes to decide.
     for n in 0..99 {
         let pass = go(&mut health, S);
         let change = if n % 9 == 0 { health.failed(pass, S) } else { health.succeeded(pass, S) };
@@ -77,7 +78,7 @@ fn more_than_a_tenth_of_a_full_enough_window_opens_the_circuit() {
 }
 
 #[test]
-fn a_tenth_exactly_is_still_healthy_and_what_is_old_is_forgotten() {
+fn a_tenth_of_failures_is_still_healthy_and_old_outcomes_are_forgotten() {
     let mut health = health(HealthPolicy::default());
     for n in 0..1000 {
         let pass = go(&mut health, S);
@@ -99,12 +100,12 @@ fn unhealthy(policy: HealthPolicy) -> Health {
 }
 
 #[test]
-fn one_probe_at_a_time_and_three_in_a_row_end_the_outage() {
+fn three_successful_probes_one_at_a_time_end_an_outage() {
     let mut health = unhealthy(HealthPolicy::default());
     for _ in 0..2 {
         let probe = go(&mut health, S);
         assert!(probe.is_probe());
-        assert_eq!(wait(&mut health, S), 31 * S, "nobody else meanwhile");
+        assert_eq!(wait(&mut health, S), 31 * S, "no other call meanwhile");
         assert_eq!(health.succeeded(probe, S), None);
     }
     let probe = go(&mut health, S);
@@ -114,7 +115,7 @@ fn one_probe_at_a_time_and_three_in_a_row_end_the_outage() {
 }
 
 #[test]
-fn a_failed_probe_doubles_the_pause_up_to_the_cap_and_starts_the_probes_again() {
+fn a_failed_probe_doubles_the_pause_and_resets_the_probes() {
     let mut health = unhealthy(HealthPolicy::default().pause_max(3 * S).probes(2));
     let mut now = S;
     for pause in [2 * S, 3 * S, 3 * S] {
@@ -128,19 +129,19 @@ fn a_failed_probe_doubles_the_pause_up_to_the_cap_and_starts_the_probes_again() 
 }
 
 #[test]
-fn a_probe_that_nobody_reports_is_given_up() {
+fn an_unreported_probe_is_given_up() {
     let mut health = unhealthy(HealthPolicy::default());
     let lost = go(&mut health, S);
     assert_eq!(wait(&mut health, 30 * S), 31 * S);
     assert_eq!(wait(&mut health, 31 * S), 33 * S, "the pause has doubled");
     let probe = go(&mut health, 33 * S);
     assert_eq!(health.succeeded(lost, 33 * S), None);
-    assert_eq!(health.status(), HealthStatus::Probing { give_up_at: 63 * S }, "the lost one changes nothing any more");
+    assert_eq!(health.status(), HealthStatus::Probing { give_up_at: 63 * S }, "the lost probe has no effect");
     assert_eq!(health.succeeded(probe, 33 * S), None);
 }
 
 #[test]
-fn calls_from_before_the_outage_neither_end_nor_lengthen_it() {
+fn calls_admitted_before_an_outage_do_not_change_it() {
     let mut health = health(HealthPolicy::default().consecutive_max(1));
     let (first, second, third) = (go(&mut health, S), go(&mut health, S), go(&mut health, S));
     assert!(health.failed(first, S).is_some());
@@ -150,7 +151,7 @@ fn calls_from_before_the_outage_neither_end_nor_lengthen_it() {
 }
 
 #[test]
-fn what_cannot_be_used_is_named() {
+fn a_policy_out_of_range_is_refused_by_name() {
     let d = HealthPolicy::default;
     let bad = [
         (d().consecutive_max(0), "health_consecutive_max"),
@@ -171,7 +172,7 @@ fn what_cannot_be_used_is_named() {
 }
 
 #[test]
-fn a_report_reads_well() {
+fn a_report_prints_status_window_and_totals() {
     let mut health = unhealthy(HealthPolicy::default());
     wait(&mut health, 400 * MS);
     assert_eq!(
@@ -181,7 +182,7 @@ fn a_report_reads_well() {
     );
 }
 
-/// Everything ever heard, counted anew every time.
+/// Keeps every outcome and counts from scratch.
 #[derive(Default)]
 struct Model {
     outcomes: Vec<(Duration, bool)>,
@@ -256,7 +257,7 @@ impl ModelOutage {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(256))]
     #[test]
-    fn agrees_with_the_model(steps in prop::collection::vec((0..2000_u64, 0..100_u32, 0..4_u8), 1..300)) {
+    fn the_health_agrees_with_a_model(steps in prop::collection::vec((0..2000_u64, 0..100_u32, 0..4_u8), 1..300)) {
         let policy = HealthPolicy::default()
             .consecutive_max(3).failure_percent_max(30).window(6 * S).samples_min(10)
             .pause(S).pause_max(4 * S).probe_wait_max(2 * S).probes(2);
@@ -272,7 +273,7 @@ proptest! {
             let Admission::Go(pass) = admission else { continue };
             prop_assert_eq!(pass.is_probe(), !was_healthy);
             if pass.is_probe() && fate == 0 {
-                continue; // nothing is ever heard of this probe
+                continue; // this probe is never reported
             }
             let is_success = luck < 70;
             let change = if is_success { health.succeeded(pass, now) } else { health.failed(pass, now) };

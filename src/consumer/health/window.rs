@@ -1,17 +1,17 @@
-//! The sliding window: counters by part of time. Bounded, whatever the rate of calls.
+//! The sliding window: one pair of counters per part of time. Bounded memory, whatever the rate of calls.
 
 use std::time::Duration;
 
-/// Parts of the window; it moves on by one part at a time.
+/// Parts of the window. It moves by one part at a time.
 pub(super) const PARTS: usize = 60;
 
 /// Outcomes of the last 60 parts of time.
 #[derive(Debug, Clone)]
 pub(super) struct Window {
     part: Duration,
-    /// Number of the newest part since the beginning of time.
+    /// The number of the newest part, counted from time zero.
     newest: u64,
-    /// Successes and failures by part, the part's number modulo the length.
+    /// Successes and failures of each part, at the part's number modulo the length.
     parts: Box<[(u64, u64); PARTS]>,
     /// Outcomes in the window.
     pub(super) samples: u64,
@@ -39,7 +39,7 @@ impl Window {
         self.samples += count;
     }
 
-    /// Forgets the parts that time has passed by.
+    /// Forgets parts that are older than the window.
     pub(super) fn move_to(&mut self, now: Duration) {
         let newest = u64::try_from(now.as_nanos() / self.part.as_nanos()).unwrap_or(u64::MAX);
         for number in (self.newest + 1..=newest).take(PARTS) {

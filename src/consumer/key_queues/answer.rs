@@ -1,4 +1,4 @@
-//! What the lanes are told and what they answer. Data only.
+//! The arguments and results of the key queues. Data only.
 
 use std::time::Duration;
 
@@ -8,7 +8,7 @@ use crate::config::whole_ms;
 use crate::error::ConfigError;
 use crate::event::{Key, Offset};
 
-/// How much the lanes keep, and how much runs at once.
+/// Limits of a consumer's per-key queues.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct QueuePolicy {
     pub(super) concurrency: usize,
@@ -25,120 +25,115 @@ impl Default for QueuePolicy {
 
 impl QueuePolicy {
     setters! {
-        /// Keys of which an event runs at once, 1..=65,536. Default: 1.
+        /// Keys handled at the same time, 1..=65,536. A consumer takes it from
+        /// [`crate::consumer::ConsumerBuilder::concurrency`]. Default: 1.
         concurrency: usize,
-        /// Events offered and not ended, 1..=2³⁰; more are refused until one ends. Default: 65,536. Each takes 24 bytes.
+        /// Unfinished events kept in memory, 1..=2³⁰; the log is read further when one ends. Default: 65,536. Each
+        /// takes 24 bytes.
         unfinished_max: usize,
-        /// Keys that have unfinished events or are parked, 1..=2³⁰; events of further ones are refused until one is
-        /// free. Default: 1,048,576. Each takes about 44 bytes, and one that waits for a time about 30 more.
+        /// Keys with unfinished events or dead letters, 1..=2³⁰; events of further keys are read when one is free.
+        /// Default: 1,048,576. Each takes about 44 bytes, and a key that waits for a time about 30 more.
         keys_max: usize,
-        /// How long an event may wait for what is missing before it, 0..=24 h. Default: 5 s.
+        /// How long an event may wait for an event that is missing before it, 0..=24 h. Default: 5 s.
         gap_wait_max: Duration,
     }
 
     pub(super) fn check(&self) -> Result<(), ConfigError> {
-        in_range("lanes_concurrency", self.concurrency as u64, 1, 65_536)?;
-        in_range("lanes_unfinished_max", self.unfinished_max as u64, 1, 1 << 30)?;
-        in_range("lanes_keys_max", self.keys_max as u64, 1, 1 << 30)?;
-        in_range("lanes_gap_wait_max_ms", whole_ms(self.gap_wait_max), 0, 24 * 3_600_000)
+        in_range("queues_concurrency", self.concurrency as u64, 1, 65_536)?;
+        in_range("queues_unfinished_max", self.unfinished_max as u64, 1, 1 << 30)?;
+        in_range("queues_keys_max", self.keys_max as u64, 1, 1 << 30)?;
+        in_range("queues_gap_wait_max_ms", whole_ms(self.gap_wait_max), 0, 24 * 3_600_000)
     }
 }
 
-/// Why an event was not taken in. Nothing changed: whoever reads the log stops there and offers it again later.
+/// Why an event was refused. Nothing has changed: the reader stops there and offers it again later.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub enum QueueRefused {
+pub(crate) enum QueueRefused {
     /// `unfinished_max` events are unfinished.
     #[error("too many events are unfinished")]
     Full,
-    /// It is of a key without a place, and `keys_max` keys have one.
+    /// The key has no queue, and `keys_max` keys have one.
     #[error("too many keys have unfinished events or are parked")]
     TooManyKeys,
 }
 
-/// Fewer dead letters of the key are known than were to be taken away.
+/// A key has fewer dead letters than were to be taken away.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("key {key} has {letters} dead letters")]
-pub struct NotParked {
+pub(crate) struct NotParked {
     /// The key.
-    pub key: Key,
-    /// What it has.
-    pub letters: u32,
+    pub(crate) key: Key,
+    /// The dead letters that it has.
+    pub(crate) letters: u32,
 }
 
-/// What is to be done about an event that failed.
+/// The decision about an event that failed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Verdict {
+pub(crate) enum Verdict {
     /// Try it again after this long. Later events of its key wait.
     Retry {
-        /// From `now`.
+        /// Counted from `now`.
         after: Duration,
     },
-    /// Something is missing before it: try it again when [`crate::consumer::key_queues::KeyQueues::gap_filled`] says so, or `gap_wait_max` has
-    /// passed. It does not count as a failure.
+    /// An event is missing before it: try it again after [`crate::consumer::key_queues::KeyQueues::gap_filled`], or
+    /// when `gap_wait_max` has passed. It does not count as a failure.
     AwaitGap,
-    /// It becomes a dead letter, and so do later events of its key until its letters are dealt with.
+    /// It becomes a dead letter, and so do later events of its key until its letters are handled or discarded.
     Park,
-    /// It is left out, with a record. Its key goes on when the record is durable.
+    /// It is skipped, with a record. Its key continues when the record is durable.
     Skip,
-    /// Nothing runs any more until [`crate::consumer::key_queues::KeyQueues::resume`]; then it is tried again.
+    /// No event runs until [`crate::consumer::key_queues::KeyQueues::resume`]; then it is tried again.
     Halt,
 }
 
-/// An event that is out to be handled; it goes back with [`crate::consumer::key_queues::KeyQueues::succeeded`] or [`crate::consumer::key_queues::KeyQueues::failed`]. While
-/// it is out no other event of its key is.
+/// An event that is being handled. It returns through [`crate::consumer::key_queues::KeyQueues::succeeded`] or
+/// [`crate::consumer::key_queues::KeyQueues::failed`]. Meanwhile no other event of its key is in flight.
 #[derive(Debug, PartialEq, Eq)]
-#[must_use = "its key waits until the outcome is told"]
-pub struct InFlight {
-    pub(super) lane: u32,
+#[must_use = "its key waits until the outcome is reported"]
+pub(crate) struct InFlight {
+    pub(super) queue: u32,
     pub(super) key: Key,
     pub(super) offset: Offset,
     pub(super) attempt: u32,
-    pub(super) is_gap_over: bool,
 }
 
 impl InFlight {
-    /// Whose event.
+    /// Returns the event's key.
     #[must_use]
-    pub fn key(&self) -> Key {
+    pub(crate) fn key(&self) -> Key {
         self.key
     }
 
-    /// Which event.
+    /// Returns the event's offset.
     #[must_use]
-    pub fn offset(&self) -> Offset {
+    pub(crate) fn offset(&self) -> Offset {
         self.offset
     }
 
-    /// 1 the first time, and one more after every failure.
+    /// Returns the number of this attempt: 1 at first, and one more after every failure.
     #[must_use]
-    pub fn attempt(&self) -> u32 {
+    pub(crate) fn attempt(&self) -> u32 {
         self.attempt
-    }
-
-    /// It has waited for `gap_wait_max` for what is missing before it: the gap is to be closed, with a record.
-    #[must_use]
-    pub fn is_gap_over(&self) -> bool {
-        self.is_gap_over
     }
 }
 
 /// Why an event ends without having been handled.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum RecordKind {
-    /// It failed and its key is parked with it.
+pub(crate) enum RecordKind {
+    /// It failed, and its key is parked with it.
     Parked,
-    /// Its key was parked before it came.
+    /// Its key was already parked.
     ParkedBehind,
-    /// It was left out.
+    /// It was skipped.
     Skipped,
 }
 
-/// An event that ends when a record of it is durable; it goes back with [`crate::consumer::key_queues::KeyQueues::recorded`] or
-/// [`crate::consumer::key_queues::KeyQueues::not_recorded`].
+/// An event that ends when its record is durable. It returns through
+/// [`crate::consumer::key_queues::KeyQueues::recorded`] or [`crate::consumer::key_queues::KeyQueues::not_recorded`].
 #[derive(Debug, PartialEq, Eq)]
-#[must_use = "its key and the checkpoint wait until the outcome is told"]
-pub struct ToRecord {
-    pub(super) lane: u32,
+#[must_use = "its key and the position wait until the outcome is reported"]
+pub(crate) struct ToRecord {
+    pub(super) queue: u32,
     pub(super) key: Key,
     pub(super) offset: Offset,
     pub(super) attempts: u32,
@@ -146,35 +141,35 @@ pub struct ToRecord {
 }
 
 impl ToRecord {
-    /// Whose event.
-    #[must_use]
-    pub fn key(&self) -> Key {
+    #[cfg(test)]
+    pub(super) fn key(&self) -> Key {
         self.key
     }
 
-    /// Which event.
+    /// Returns the event's offset.
     #[must_use]
-    pub fn offset(&self) -> Offset {
+    pub(crate) fn offset(&self) -> Offset {
         self.offset
     }
 
-    /// How often it was tried.
+    /// Returns how many times it was tried.
     #[must_use]
-    pub fn attempts(&self) -> u32 {
+    pub(crate) fn attempts(&self) -> u32 {
         self.attempts
     }
 
-    /// Why it is to be recorded.
+    /// Returns why it is recorded.
     #[must_use]
-    pub fn kind(&self) -> RecordKind {
+    pub(crate) fn kind(&self) -> RecordKind {
         self.kind
     }
 }
 
-/// Where a key stands.
+/// The state of a key.
+#[cfg(test)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum KeyState {
-    /// Its events run as they come.
+pub(crate) enum KeyState {
+    /// Its events run in order.
     Live,
     /// Its first unfinished event failed.
     Retrying {
@@ -183,37 +178,36 @@ pub enum KeyState {
     },
     /// Its events become dead letters.
     Parked {
-        /// How many durable ones it has; 0 while the first is being recorded.
+        /// Its durable dead letters; 0 while the first is being recorded.
         letters: u32,
     },
-    /// Its first unfinished event waits for what is missing before it.
+    /// Its first unfinished event waits for an event that is missing before it.
     AwaitingGap {
-        /// Since when.
+        /// Since when it waits.
         since: Duration,
     },
 }
 
-/// Counts since the lanes were made. Every event offered is in exactly one of `succeeded`, `parked`, `skipped` and
-/// `unfinished` (or was left behind by [`crate::consumer::key_queues::KeyQueues::set_to`]).
+/// Counts since the queues were created. Every event offered is in exactly one of `succeeded`, `parked`, `skipped` and
+/// `unfinished`, or was left behind by [`crate::consumer::key_queues::KeyQueues::set_to`].
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct QueueStatistics {
+pub(crate) struct QueueStatistics {
     /// Events handled.
-    pub succeeded: u64,
+    pub(crate) succeeded: u64,
     /// Events that became dead letters.
-    pub parked: u64,
-    /// Events left out.
-    pub skipped: u64,
+    pub(crate) parked: u64,
+    /// Events skipped.
+    pub(crate) skipped: u64,
     /// Events offered and not ended, now.
-    pub unfinished: usize,
-    /// Attempts that failed.
-    pub failures: u64,
-    /// Events out to be handled, now.
-    pub running: usize,
+    pub(crate) unfinished: usize,
+    /// Failed attempts.
+    pub(crate) failures: u64,
+    /// Events in flight, now.
+    pub(crate) running: usize,
     /// Keys that may run and wait for their turn, now.
-    pub ready: usize,
+    pub(crate) ready: usize,
     /// Keys that wait for a retry or a gap, now.
-    pub waiting: usize,
+    pub(crate) waiting: usize,
     /// Keys that have unfinished events or are parked, now.
-    pub keys: usize,
+    pub(crate) keys: usize,
 }

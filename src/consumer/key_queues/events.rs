@@ -1,17 +1,18 @@
-//! The unfinished events, in the order offered and in a ring per key: a slab of 24 bytes an event; places are used again.
+//! The unfinished events: a slab of 24 bytes per event, linked in the order offered and in a ring per key. Free slots
+//! are reused.
 
 use crate::event::Offset;
 
-/// No place in a slab.
+/// No slot of a slab.
 pub(super) const NONE: u32 = u32::MAX;
 
 #[derive(Debug)]
 struct Unfinished {
     offset: Offset,
-    /// The key's next event; of its newest, the key's first.
+    /// The key's next event. In the key's newest event: the key's first.
     of_key: u32,
     older: u32,
-    /// Newer, or the next free place.
+    /// The next newer event. In a free slot: the next free slot.
     newer: u32,
 }
 
@@ -39,19 +40,19 @@ impl Events {
         self.slab[at as usize].offset
     }
 
-    /// The oldest unfinished event's offset.
+    /// Returns the oldest unfinished event's offset.
     pub(super) fn oldest(&self) -> Option<Offset> {
         (self.oldest != NONE).then(|| self.offset(self.oldest))
     }
 
-    /// All of them, oldest first.
+    /// Returns all offsets, oldest first.
     pub(super) fn offsets(&self) -> impl Iterator<Item = Offset> + '_ {
         let some = |at: u32| (at != NONE).then_some(at);
         std::iter::successors(some(self.oldest), move |at| some(self.slab[*at as usize].newer))
             .map(|at| self.offset(at))
     }
 
-    /// Adds the newest event of all, behind `tail` of its key. Returns the key's new tail.
+    /// Adds the newest event, behind `tail` of its key. Returns the key's new tail.
     pub(super) fn push(&mut self, offset: Offset, tail: u32) -> u32 {
         let event = Unfinished { offset, of_key: NONE, older: self.newest, newer: NONE };
         let at = self.free;
@@ -74,12 +75,12 @@ impl Events {
         at
     }
 
-    /// The key's first event.
+    /// Returns the slot of the key's first event.
     pub(super) fn first(&self, tail: u32) -> u32 {
         self.slab[tail as usize].of_key
     }
 
-    /// Takes the key's first event out. Returns the key's new tail.
+    /// Removes the key's first event. Returns the key's new tail.
     pub(super) fn pop(&mut self, tail: u32) -> u32 {
         let at = self.first(tail);
         let Unfinished { of_key, older, newer, .. } = self.slab[at as usize];

@@ -1,5 +1,5 @@
-//! Places of the keys that have something unfinished or are parked: a slab with an index. 32 bytes a key, and 5 to 12
-//! for the index; places are used again.
+//! The queues of keys that have unfinished events or are parked: a slab of 32 bytes per key, and an index of 5 to 12.
+//! Free slots are reused.
 
 use hashbrown::HashTable;
 
@@ -8,44 +8,42 @@ use crate::sync::{keyed, plant};
 
 use super::events::NONE;
 
-/// Where a key stands.
+/// The state of a key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Stage {
-    /// Its first event is in the list of what may run.
+    /// The first event may run and is in the ready list.
     Ready,
-    /// Its first event is out.
+    /// The first event is in flight.
     Running,
-    /// Its first event failed and waits for `due_ns`.
+    /// The first event failed and waits for `due_ns`.
     Retrying,
-    /// Its first event waits for what is missing before it, or for `due_ns`.
+    /// The first event waits for an event that is missing before it, or for `due_ns`.
     AwaitingGap,
-    /// Its first event ends when the record of it is durable.
+    /// The first event ends when its record is durable. `is_out`: the caller is writing the record.
     Recording { is_out: bool, is_skip: bool },
-    /// Nothing is unfinished, letters lie in the store of dead letters.
+    /// No event is unfinished, and the key has dead letters.
     Parked,
 }
 
 #[derive(Debug)]
-pub(super) struct Lane {
+pub(super) struct KeyQueue {
     pub(super) key: Key,
-    /// Time the first event waits for.
+    /// The time for which the first event waits.
     pub(super) due_ns: u64,
-    /// Dead letters of the key that are durable and not dealt with.
+    /// Durable dead letters of the key that still wait.
     pub(super) letters: u32,
-    /// The newest unfinished event, or `NONE`. In a free place: the next free one.
+    /// The newest unfinished event, or `NONE`. In a free slot: the next free slot.
     pub(super) tail: u32,
-    /// How often the first event failed.
+    /// Failures of the first event.
     pub(super) failures: u32,
     pub(super) stage: Stage,
-    /// The time for waiting for a gap is over.
-    pub(super) is_gap_over: bool,
 }
 
-const _: () = assert!(size_of::<Lane>() == 32);
+const _: () = assert!(size_of::<KeyQueue>() == 32);
 
 #[derive(Debug)]
 pub(super) struct Keys {
-    lanes: Vec<Lane>,
+    queues: Vec<KeyQueue>,
     index: HashTable<u32>,
     free: u32,
 }
@@ -53,7 +51,7 @@ pub(super) struct Keys {
 impl Keys {
     pub(super) fn new() -> Self {
         plant();
-        Self { lanes: Vec::new(), index: HashTable::new(), free: NONE }
+        Self { queues: Vec::new(), index: HashTable::new(), free: NONE }
     }
 
     pub(super) fn len(&self) -> usize {
@@ -61,40 +59,40 @@ impl Keys {
     }
 
     pub(super) fn find(&self, key: Key) -> Option<u32> {
-        self.index.find(keyed(key.0), |at| self.lanes[*at as usize].key == key).copied()
+        self.index.find(keyed(key.0), |at| self.queues[*at as usize].key == key).copied()
     }
 
-    pub(super) fn lane(&self, at: u32) -> &Lane {
-        &self.lanes[at as usize]
+    pub(super) fn queue(&self, at: u32) -> &KeyQueue {
+        &self.queues[at as usize]
     }
 
-    pub(super) fn lane_mut(&mut self, at: u32) -> &mut Lane {
-        &mut self.lanes[at as usize]
+    pub(super) fn queue_mut(&mut self, at: u32) -> &mut KeyQueue {
+        &mut self.queues[at as usize]
     }
 
-    /// A place for a key that has none.
+    /// Adds a key that has no queue.
     pub(super) fn add(&mut self, key: Key, stage: Stage) -> u32 {
-        let lane = Lane { key, due_ns: 0, letters: 0, tail: NONE, failures: 0, stage, is_gap_over: false };
+        let queue = KeyQueue { key, due_ns: 0, letters: 0, tail: NONE, failures: 0, stage };
         let at = self.free;
         let at = if at == NONE {
-            self.lanes.push(lane);
-            self.lanes.len() as u32 - 1
+            self.queues.push(queue);
+            self.queues.len() as u32 - 1
         } else {
-            self.free = self.lanes[at as usize].tail;
-            self.lanes[at as usize] = lane;
+            self.free = self.queues[at as usize].tail;
+            self.queues[at as usize] = queue;
             at
         };
-        self.index.insert_unique(keyed(key.0), at, |at| keyed(self.lanes[*at as usize].key.0));
+        self.index.insert_unique(keyed(key.0), at, |at| keyed(self.queues[*at as usize].key.0));
         at
     }
 
-    /// Lets go of a key with nothing unfinished and no letters.
+    /// Removes a key without unfinished events and letters.
     pub(super) fn remove(&mut self, at: u32) {
-        let lane = &mut self.lanes[at as usize];
-        assert!(lane.tail == NONE && lane.letters == 0);
-        let entry = self.index.find_entry(keyed(lane.key.0), |other| *other == at);
-        entry.expect("every lane is in the index").remove();
-        lane.tail = self.free;
+        let queue = &mut self.queues[at as usize];
+        assert!(queue.tail == NONE && queue.letters == 0);
+        let entry = self.index.find_entry(keyed(queue.key.0), |other| *other == at);
+        entry.expect("every queue is in the index").remove();
+        queue.tail = self.free;
         self.free = at;
     }
 }

@@ -1,40 +1,40 @@
-//! What a gated producer answers. Data only.
+//! The answers of a gated producer. Data only.
 
 use std::fmt;
 
 use crate::error::{GateError, Rejected, RejectedReason};
 use crate::event::Key;
-#[expect(unused_imports, reason = "named by the documentation")]
-use crate::ingress::gated::GatedProducer;
 use crate::ingress::sequence_gate::answer::OfferRefused;
 use crate::lane::receipt::Receipt;
 
-/// What became of an event that was offered and not refused.
+/// The gate's answer to an event that it did not refuse.
 #[derive(Debug)]
 #[must_use]
 pub enum Accepted<E> {
-    /// It was the one expected, and is published; so are those that waited behind it, as far as there was room.
+    /// The event was expected next, and is published. The events buffered behind it are published too, if there was
+    /// room.
     Published(Receipt),
-    /// It was the one expected, and stands in front: published before anything else as soon as it can be.
+    /// The event was expected next and could not be published yet. It is published before any other.
     Waiting,
-    /// It is early. It is published when those before it are, or are given up.
+    /// The event is early. It is published after the sequences before it have come or their gap is closed.
     Buffered,
-    /// It has been published, or waits already. It was counted and dropped.
+    /// The event was published before, or is buffered. The gate counted and dropped it.
     Duplicate,
-    /// It belongs to a gap that has been closed, and comes for the first time. A second time it is a duplicate.
+    /// The event belongs to a closed gap, and is offered for the first time. A second time it is a duplicate.
     Late(LateEvent<E>),
-    /// It lies below what the gate remembers of its partition: before where the partition started, before where it stood when the gate
-    /// was opened, or in times of gaps that were forgotten. Normally it has been published.
+    /// The sequence is below everything that the gate remembers of its partition: below the partition's start, below
+    /// the sequence that it expected when the gate was opened, or among forgotten gaps. Normally the event was
+    /// published before.
     TooOld(LateEvent<E>),
 }
 
-/// An event that came when its turn was over. Who wants it in the log all the same, out of order, says so:
-/// [`GatedProducer::publish_late`].
+/// An event that came after its turn. [`GatedProducer::publish_late`](crate::GatedProducer::publish_late) publishes it
+/// out of order.
 #[non_exhaustive]
 pub struct LateEvent<E> {
     /// Its partition.
     pub partition: u64,
-    /// Its number there.
+    /// Its sequence number in the partition.
     pub sequence: u64,
     /// Its key.
     pub key: Key,
@@ -42,7 +42,7 @@ pub struct LateEvent<E> {
     pub event: E,
 }
 
-// Not derived, here and below: an event need not be Debug for its answer to be.
+// Not derived, here and below: the event need not implement Debug.
 impl<E> fmt::Debug for LateEvent<E> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut shown = f.debug_struct("LateEvent");
@@ -51,23 +51,23 @@ impl<E> fmt::Debug for LateEvent<E> {
     }
 }
 
-/// Why an event was refused. It comes back, and the gate keeps nothing of it.
+/// The reason why an event was refused, with the event. The gate keeps nothing of it.
 #[derive(thiserror::Error)]
 #[non_exhaustive]
 pub enum GateRefused<E> {
-    /// The gate has no room for an early one, or its sequence cannot be.
+    /// The gate has no room for the early event, or its sequence is too far ahead.
     #[error(transparent)]
     Gate(OfferRefused<E>),
-    /// What stands in front cannot be published now; or the event is too large and never could be.
+    /// The front cannot be published now; or the event itself can never be published, such as one that is too large.
     #[error(transparent)]
     Publish(Rejected<E>),
-    /// The gate has stopped; offering again is of no use.
-    #[error("{1}")]
+    /// The gate has stopped. Offering again does not help.
+    #[error("{}", crate::error::with_sources(.1))]
     Stopped(E, GateError),
 }
 
 impl<E> GateRefused<E> {
-    /// `event`, because of `why`.
+    /// Refuses `event` because of `why`.
     pub(super) fn because(why: GateError, event: E) -> Self {
         match why {
             GateError::Publish(reason) => Self::Publish(reason.of(event)),
@@ -75,7 +75,7 @@ impl<E> GateRefused<E> {
         }
     }
 
-    /// Takes the event back.
+    /// Returns the event.
     pub fn into_event(self) -> E {
         match self {
             Self::Gate(refused) => refused.into_item(),
@@ -84,7 +84,7 @@ impl<E> GateRefused<E> {
         }
     }
 
-    /// Whether it is worth offering again later: there was no room.
+    /// Returns `true` if there was no room, so that a later offer may succeed.
     pub fn is_full(&self) -> bool {
         match self {
             Self::Gate(refused) => matches!(refused, OfferRefused::Full(_) | OfferRefused::PartitionFull(_)),

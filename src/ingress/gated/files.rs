@@ -1,119 +1,106 @@
-//! A gate's files: the record of its gaps and starts, the witness of that record, and how far it has counted the log. `FORMAT.md` §19.
+//! The files of a gate: the record of its gaps and starts, the witness of that record, and its positions in the log. `FORMAT.md` §19.
 //!
-//! One writer: the gate's owner. An entry of the record is synced before anything behind it is published; the witness says which
-//! entries must be there, so none is lost unnoticed; the positions are a cache.
+//! One writer: the gate's owner. An entry of the record is synced before any event behind it is published. The witness names the
+//! entries that must exist, so a lost entry is noticed. The positions are a cache.
 
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::error::{GateError, OpenError, RejectedReason};
-use crate::ingress::gated::record::{self, Entry, FileEnd, Gap, Start, WITNESSES_UNSYNCED_MAX};
-use crate::log::format::{FORMAT_VERSION, OFFSETS_END};
-use crate::log::manifest::checked;
+use crate::ingress::gated::record::{self, ChainEnd, Entry, Gap, Start, WITNESSES_UNSYNCED_MAX};
 use crate::log::position::Position;
-use crate::storage::framed::{u16_at, u64_at};
+use crate::storage::framed::{Frame, FrameError, Reader};
 use crate::storage::{SideFile, Storage, is_exhausted, replace};
 
-const POSITIONS_MAGIC: [u8; 8] = *b"corelpos";
 const GAPS: &str = "gaps";
 const WITNESS: &str = "witness";
 const POSITIONS: &str = "positions";
-const POSITIONS_FIXED_BYTES: usize = 24;
-const OTHER_SHARDS: &str = "it counts another number of shards";
+/// Positions of no shards and no partitions.
+const POSITIONS_FRAME: Frame = Frame { magic: *b"corelpos", bytes_min: 28 };
+const OTHER_SHARDS: &str = "it has positions in another number of shards";
 
-/// Where the gates of a store have their folders.
+/// The folder of a store's gates.
 pub(crate) fn gates_dir(store: &Path) -> PathBuf {
     store.join("gates")
 }
 
-/// Where one partition stands.
+/// The progress of one partition.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Standing {
     pub(crate) partition: u64,
-    /// Everything below it is in the log or in a gap.
+    /// Every sequence below is in the log or in a gap.
     pub(crate) expected: u64,
-    /// What of the sequences above it is in the log: first and last, rising.
+    /// The ranges of higher sequences that are in the log: first and last, in rising order.
     pub(crate) runs: Vec<(u64, u64)>,
 }
 
-/// How far the log was counted, and what was found up to there.
+/// The positions up to which a gate has counted its events in the log, and the result.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Positions {
-    /// By shard: the position before which every event is counted.
+    /// By shard: every event before the position is counted.
     pub(crate) counted: Vec<Position>,
     pub(crate) standings: Vec<Standing>,
 }
 
 impl Positions {
     fn encode(&self) -> Vec<u8> {
-        let mut out = Vec::from(POSITIONS_MAGIC);
-        out.extend(FORMAT_VERSION.to_le_bytes());
-        out.extend((self.counted.len() as u16).to_le_bytes());
-        out.extend([0; 2]);
-        out.extend((self.standings.len() as u64).to_le_bytes());
-        debug_assert_eq!(out.len(), POSITIONS_FIXED_BYTES);
-        self.counted.iter().for_each(|position| out.extend(position.to_bytes()));
+        let mut out = POSITIONS_FRAME.begin();
+        out.u16(self.counted.len() as u16);
+        out.zeros(2);
+        out.u64(self.standings.len() as u64);
+        self.counted.iter().for_each(|position| out.bytes(&position.to_bytes()));
         for standing in &self.standings {
-            out.extend(standing.partition.to_le_bytes());
-            out.extend(standing.expected.to_le_bytes());
-            out.extend((standing.runs.len() as u64).to_le_bytes());
+            out.u64(standing.partition);
+            out.u64(standing.expected);
+            out.u64(standing.runs.len() as u64);
             for (from, to) in &standing.runs {
-                out.extend(from.to_le_bytes());
-                out.extend(to.to_le_bytes());
+                out.u64(*from);
+                out.u64(*to);
             }
         }
-        let crc = crc32c::crc32c(&out);
-        out.extend(crc.to_le_bytes());
-        out
+        out.seal()
     }
 
     fn decode(path: &Path, bytes: &[u8]) -> Result<Self, OpenError> {
-        let body = checked(path, bytes, POSITIONS_MAGIC, POSITIONS_FIXED_BYTES)?;
-        let short = || OpenError::ForeignFile {
-            path: path.to_owned(),
-            why: "its counts do not fit its length, or it has no positions",
-        };
-        let mut words = Words(&body[POSITIONS_FIXED_BYTES..]);
-        let counted = (0..u16_at(body, 12)).map(|_| words.position()).collect::<Option<_>>().ok_or_else(short)?;
-        let standing = |words: &mut Words<'_>| {
-            let (partition, expected, runs) = (words.next()?, words.next()?, words.next()?);
-            let runs = (0..runs).map(|_| Some((words.next()?, words.next()?))).collect::<Option<Vec<_>>>()?;
-            Some(Standing { partition, expected, runs })
-        };
-        let standings: Option<_> = (0..u64_at(body, 16)).map(|_| standing(&mut words)).collect();
-        match standings {
-            Some(standings) if words.0.is_empty() => {
-                let positions = Self { counted, standings };
-                let why = "its positions are not those of a log";
-                if positions.can_be() {
-                    Ok(positions)
-                } else {
-                    Err(OpenError::ForeignFile { path: path.to_owned(), why })
-                }
-            }
-            _ => Err(short()),
-        }
+        POSITIONS_FRAME.open(bytes).and_then(Self::read).map_err(|error| error.of_file(path))
     }
-}
 
-impl Positions {
-    /// Whether a log can have been counted so.
-    fn can_be(&self) -> bool {
-        let is_of = |(i, position): (usize, &Position)| {
-            usize::from(position.shard().0) == i
-                && position.store() == self.counted[0].store()
-                && position.offset().0 < OFFSETS_END
+    fn read(mut fields: Reader<'_>) -> Result<Self, FrameError> {
+        let shards = fields.u16()?;
+        fields.bytes(2)?;
+        let partitions = fields.u64()?;
+        let position = |fields: &mut Reader<'_>| {
+            Position::from_bytes(&fields.array::<{ Position::BYTES }>()?)
+                .map_err(|_| "it has an invalid position".into())
         };
-        self.counted.iter().enumerate().all(is_of)
+        let counted = (0..shards).map(|_| position(&mut fields)).collect::<Result<_, FrameError>>()?;
+        let standings = (0..partitions).map(|_| Standing::read(&mut fields)).collect::<Result<_, _>>()?;
+        fields.end()?;
+        let positions = Self { counted, standings };
+        if positions.is_possible() { Ok(positions) } else { Err("no log can have its positions".into()) }
+    }
+
+    /// Returns `true` if a gate can have counted a log to these positions.
+    fn is_possible(&self) -> bool {
+        let is_of_shard = |(shard, position): (usize, &Position)| {
+            usize::from(position.shard().0) == shard && position.store() == self.counted[0].store()
+        };
+        self.counted.iter().enumerate().all(is_of_shard)
             && self.standings.is_sorted_by(|a, b| a.partition < b.partition)
-            && self.standings.iter().all(Standing::can_be)
+            && self.standings.iter().all(Standing::is_possible)
     }
 }
 
 impl Standing {
-    /// Whether the runs lie above what is expected and rise.
-    fn can_be(&self) -> bool {
+    fn read(fields: &mut Reader<'_>) -> Result<Self, FrameError> {
+        let (partition, expected, runs) = (fields.u64()?, fields.u64()?, fields.u64()?);
+        let runs = (0..runs).map(|_| Ok((fields.u64()?, fields.u64()?))).collect::<Result<_, FrameError>>()?;
+        Ok(Self { partition, expected, runs })
+    }
+
+    /// Returns `true` if the runs are above the expected sequence, in rising order.
+    fn is_possible(&self) -> bool {
         let mut last = self.expected;
         self.runs.iter().all(|&(from, to)| {
             let follows = last < from && from <= to && to < u64::MAX;
@@ -123,58 +110,43 @@ impl Standing {
     }
 }
 
-/// Eight bytes at a time.
-struct Words<'a>(&'a [u8]);
-
-impl Words<'_> {
-    fn next(&mut self) -> Option<u64> {
-        let (word, rest) = self.0.split_first_chunk::<8>()?;
-        self.0 = rest;
-        Some(u64::from_le_bytes(*word))
-    }
-
-    fn position(&mut self) -> Option<Position> {
-        let (bytes, rest) = self.0.split_first_chunk::<{ Position::BYTES }>()?;
-        self.0 = rest;
-        Position::from_bytes(bytes).ok()
-    }
-}
-
-/// The gaps and starts of a gate's record, each in the order in which they were added.
+/// The gaps and the starts of a gate's record, each in the order of their entries.
 #[derive(Debug, Default)]
 pub(crate) struct Recorded {
     pub(crate) gaps: Vec<Gap>,
     pub(crate) starts: Vec<Start>,
 }
 
-/// The record as it was found.
-struct Found {
+/// A gate's record and witness, as read from their files.
+struct GateRecord {
     entries: Vec<Entry>,
-    gaps_end: FileEnd,
-    /// Bytes of the record up to its end, and how many stand behind it.
+    gaps_end: ChainEnd,
+    /// The bytes of the record up to `gaps_end`.
     whole: Vec<u8>,
+    /// The number of bytes after `gaps_end`.
     torn: usize,
-    /// The witness, naming all of them; and how many it did not.
+    /// The bytes of the witness, completed to name all entries.
     witness: Vec<u8>,
+    /// The number of bytes that were missing from the witness.
     unwitnessed: usize,
 }
 
-/// Where the next entry goes.
+/// The ends of the record's files, where the next entry is written, and the number of entries.
 #[derive(Debug, Clone, Copy)]
 struct Ends {
-    gaps: FileEnd,
-    witness: FileEnd,
+    gaps: ChainEnd,
+    witness: ChainEnd,
     entries: u64,
 }
 
 /// Why an entry was not written.
 enum Unwritten {
-    /// There was no space. What the file holds behind its end is written over by the next attempt.
+    /// The disk is full. The next attempt overwrites the bytes after the end.
     Full,
     Failed(&'static str, io::Error),
 }
 
-/// Whether there is no such file, or no folder that it could be in.
+/// Returns `true` if the error says that the file, or its folder, does not exist.
 fn is_absent(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory)
 }
@@ -186,9 +158,9 @@ pub(crate) struct GateFiles {
     store: PathBuf,
     store_id: u64,
     dir: PathBuf,
-    /// Once it is open to be written.
+    /// `None` until the record is opened for writing.
     ends: Option<Ends>,
-    /// An entry could not be written. What the file holds at its end is unknown, so nothing is added any more.
+    /// The error of a failed write. The end of the file is unknown then, so no entry is added any more.
     failed: Option<(&'static str, Arc<io::Error>)>,
     is_full: bool,
 }
@@ -205,8 +177,8 @@ impl GateFiles {
         move |source| OpenError::Io { action, path, source }
     }
 
-    /// Whether there is a folder of this name: what is none is no gate's.
-    pub(crate) fn is_there(&self) -> Result<bool, OpenError> {
+    /// Returns `true` if the gate's folder exists. A file of its name is not a gate.
+    pub(crate) fn exists(&self) -> Result<bool, OpenError> {
         match self.storage.list(&self.dir) {
             Ok(_) => Ok(true),
             Err(error) if is_absent(&error) => Ok(false),
@@ -214,7 +186,7 @@ impl GateFiles {
         }
     }
 
-    /// The file's bytes, if there is one.
+    /// Reads a file. Returns `None` if it does not exist.
     fn read(&self, name: &str) -> Result<Option<Vec<u8>>, OpenError> {
         match self.storage.read(&self.dir.join(name)) {
             Ok(bytes) => Ok(Some(bytes)),
@@ -223,23 +195,23 @@ impl GateFiles {
         }
     }
 
-    /// The record, all that must be there being there; `None`: this gate has none yet.
-    fn find(&self) -> Result<Option<Found>, OpenError> {
-        // Read first: what it names is in the record by then, also while a gate is writing.
+    /// Reads the record and checks it against its witness. Returns `None` if the gate has no record yet.
+    fn find(&self) -> Result<Option<GateRecord>, OpenError> {
+        // The witness first: it names only entries that are in the record already, also while a gate is writing.
         let witness = self.read(WITNESS)?;
         let missing = |name: &str, why| Err(OpenError::DamagedFile { path: self.dir.join(name), at: 0, why });
         let Some(gaps) = self.read(GAPS)? else {
-            // Both of the others are made after it.
+            // The other two files are created after this one.
             if witness.is_some() || self.read(POSITIONS)?.is_some() {
-                return missing(GAPS, "it is missing from the folder of a gate");
+                return missing(GAPS, "it is missing from a gate's folder");
             }
             return Ok(None);
         };
         let (path, witness_path) = (self.dir.join(GAPS), self.dir.join(WITNESS));
         let (entries, gaps_end) = record::decode_gaps(&path, &gaps, self.store_id)?;
-        // It is made when the record has no entries.
+        // The witness is created before the first entry.
         if witness.is_none() && !entries.is_empty() {
-            return missing(WITNESS, "it is missing, so whether all gaps are recorded is not known");
+            return missing(WITNESS, "it is missing, and without it a lost gap would not be noticed");
         }
         let mut witness = witness.unwrap_or_else(|| record::witness_header(self.store_id));
         let (end, missing) = record::check_witness((&witness_path, self.store_id), &witness, &path, &gaps, gaps_end)?;
@@ -249,20 +221,21 @@ impl GateFiles {
         let mut whole = gaps;
         let torn = whole.len() - gaps_end.at as usize;
         whole.truncate(gaps_end.at as usize);
-        Ok(Some(Found { entries, gaps_end, whole, torn, witness, unwitnessed }))
+        Ok(Some(GateRecord { entries, gaps_end, whole, torn, witness, unwitnessed }))
     }
 
-    /// The gaps as the file has them. A torn one is not there yet.
+    /// Returns the recorded gaps, without a torn one.
     pub(crate) fn gaps(&self) -> Result<Vec<Gap>, OpenError> {
         let entries = self.find()?.map(|found| found.entries).unwrap_or_default();
         let gap = |entry| if let Entry::Gap(gap) = entry { Some(gap) } else { None };
         Ok(entries.into_iter().filter_map(gap).collect())
     }
 
-    /// Makes the record ready for further entries, and says which it holds; `None`: it is new.
+    /// Opens the record for writing and returns its entries, or `None` if it is new.
     ///
-    /// A torn tail is cut: its entry was not durable, so nothing behind it had been published. What holds is written once more and
-    /// synced before it is believed: after a kill it may be in the system's cache only, and after a failed sync marked as written there.
+    /// A torn tail is cut: its entry was not durable, so no event behind it was published. The valid bytes are written again and
+    /// synced before they are trusted: after a kill they may be only in the system's cache, and after a failed sync the cache may
+    /// mark them as written.
     pub(crate) fn open(&mut self) -> Result<Option<Recorded>, OpenError> {
         let found = self.find()?;
         if found.is_none() {
@@ -281,16 +254,16 @@ impl GateFiles {
         };
         if found.torn > 0 {
             let path = self.dir.join(GAPS);
-            tracing::warn!(path = %path.display(), bytes = found.torn, "a torn gap record is cut");
+            tracing::warn!(path = %path.display(), bytes = found.torn, "cutting a torn gap record");
             match replace(&*self.storage, &self.dir, GAPS, &found.whole) {
                 Err(error) if is_exhausted(&error) => {
-                    tracing::warn!(path = %path.display(), "no space to cut it; the next entry is written over it");
+                    tracing::warn!(path = %path.display(), "no space to cut the torn gap record; the next entry overwrites it");
                 }
                 cut => cut.map_err(self.io("cutting", GAPS))?,
             }
         }
         self.settle(&found)?;
-        let (at, entries) = (FileEnd::of(&found.witness, found.witness.len()), found.entries.len() as u64);
+        let (at, entries) = (ChainEnd::of(&found.witness, found.witness.len()), found.entries.len() as u64);
         self.ends = Some(Ends { gaps: found.gaps_end, witness: at, entries });
         let mut recorded = Recorded::default();
         for entry in found.entries {
@@ -302,12 +275,12 @@ impl GateFiles {
         Ok((!is_new).then_some(recorded))
     }
 
-    /// Makes durable what was found, up to the name of the folder.
-    fn settle(&self, found: &Found) -> Result<(), OpenError> {
+    /// Makes the record durable, with the names of its files and folders.
+    fn settle(&self, found: &GateRecord) -> Result<(), OpenError> {
         let settle = |name: &str, content: &[u8], has_more: bool| {
             let file = self.storage.edit_side(&self.dir.join(name))?;
             match file.write_at(0, content) {
-                // The same bytes are there already.
+                // The file has the same bytes already.
                 Err(error) if is_exhausted(&error) && !has_more => {}
                 written => written?,
             }
@@ -325,7 +298,8 @@ impl GateFiles {
         Ok(())
     }
 
-    /// Adds an entry, durably. On a full disk it can be tried again; any other error is final: what a failed sync left is unknown.
+    /// Adds an entry, durably. The caller may try again after a full disk. Any other error is final, because the bytes that a failed
+    /// sync leaves are unknown.
     pub(crate) fn add(&mut self, entry: &Entry) -> Result<(), GateError> {
         let path = self.dir.join(GAPS);
         if self.failed.is_none() {
@@ -336,7 +310,7 @@ impl GateFiles {
                 }
                 Err(Unwritten::Full) => {
                     if !std::mem::replace(&mut self.is_full, true) {
-                        tracing::error!(path = %path.display(), "no space for a gap record; the gate waits until there is");
+                        tracing::error!(path = %path.display(), "no space for a gap record; the gate waits for space");
                     }
                     return Err(GateError::Publish(RejectedReason::StorageFull));
                 }
@@ -350,45 +324,45 @@ impl GateFiles {
     }
 
     fn write(&mut self, entry: &Entry) -> Result<(), Unwritten> {
-        let ends = self.ends.expect("a gate that records is open");
+        let ends = self.ends.expect("the record is open");
         let failed =
             |name| move |error| if is_exhausted(&error) { Unwritten::Full } else { Unwritten::Failed(name, error) };
-        // Both before anything is written: where one was taken away, nothing is recorded.
+        // Both files before the first write: if one was replaced, nothing is recorded.
         let gaps = self.as_left(GAPS, ends.gaps).map_err(failed(GAPS))?;
         let witnesses = self.as_left(WITNESS, ends.witness).map_err(failed(WITNESS))?;
         let entry = entry.encode(ends.gaps.crc);
         gaps.write_at(ends.gaps.at, &entry).map_err(failed(GAPS))?;
-        // Final, whatever it says: no later sync makes durable what a failed one took for written.
+        // Every error is final: a later sync would skip pages that the failed one marked as written.
         gaps.sync().map_err(|error| Unwritten::Failed(GAPS, error))?;
-        let gaps_end = ends.gaps.behind(&entry);
+        let gaps_end = ends.gaps.after(&entry);
         let witness = record::witness(gaps_end.crc, ends.witness.crc);
         witnesses.write_at(ends.witness.at, &witness).map_err(failed(WITNESS))?;
         let entries = ends.entries + 1;
         if entries.is_multiple_of(WITNESSES_UNSYNCED_MAX) {
             witnesses.sync().map_err(|error| Unwritten::Failed(WITNESS, error))?;
         }
-        self.ends = Some(Ends { gaps: gaps_end, witness: ends.witness.behind(&witness), entries });
+        self.ends = Some(Ends { gaps: gaps_end, witness: ends.witness.after(&witness), entries });
         Ok(())
     }
 
-    /// A file of the record, which must still be the one that ends here.
-    fn as_left(&self, name: &str, end: FileEnd) -> io::Result<Box<dyn SideFile>> {
+    /// Opens a file of the record and checks that it still ends at `end`.
+    fn as_left(&self, name: &str, end: ChainEnd) -> io::Result<Box<dyn SideFile>> {
         let file = self.storage.edit_side(&self.dir.join(name))?;
         let mut crc = [0; 4];
         match file.read_at(end.at - 4, &mut crc) {
             Ok(()) if u32::from_le_bytes(crc) == end.crc => Ok(file),
             Err(error) if error.kind() != io::ErrorKind::UnexpectedEof => Err(error),
-            _ => Err(io::Error::new(io::ErrorKind::InvalidData, "it has been cut or replaced while the gate was open")),
+            _ => Err(io::Error::new(io::ErrorKind::InvalidData, "it was cut or replaced while the gate was open")),
         }
     }
 
-    /// The positions last saved.
+    /// Returns the positions last saved, or why they cannot be used.
     pub(crate) fn stored_positions(&self, shards: usize) -> Result<Option<Positions>, OpenError> {
         let Some(bytes) = self.read(POSITIONS)? else { return Ok(None) };
         let path = self.dir.join(POSITIONS);
         let positions = Positions::decode(&path, &bytes)?;
         if positions.counted.first().is_some_and(|position| position.store() != self.store_id) {
-            return Err(OpenError::ForeignFile { path, why: "it is of another store" });
+            return Err(OpenError::ForeignFile { path, why: "it belongs to another store" });
         }
         if positions.counted.len() != shards {
             return Err(OpenError::ForeignFile { path, why: OTHER_SHARDS });
@@ -396,14 +370,14 @@ impl GateFiles {
         Ok(Some(positions))
     }
 
-    /// How many gaps are recorded, and how many bytes behind the last whole entry are torn.
+    /// Returns the number of recorded gaps, and the number of torn bytes after the last whole entry.
     pub(crate) fn look(&self) -> Result<(usize, usize), OpenError> {
         let Some(found) = self.find()? else { return Ok((0, 0)) };
         let gaps = found.entries.iter().filter(|entry| matches!(entry, Entry::Gap(_))).count();
         Ok((gaps, found.torn))
     }
 
-    /// The positions last saved. Damaged ones and those of another store are none: the log says the same.
+    /// Returns the positions last saved. Damaged ones and those of another store count as none: the log has the same facts.
     pub(crate) fn positions(&self, shards: usize) -> Result<Option<Positions>, OpenError> {
         match self.stored_positions(shards) {
             Ok(positions) => Ok(positions),
@@ -412,24 +386,24 @@ impl GateFiles {
                 Err(OpenError::ForeignFile { path, why: OTHER_SHARDS })
             }
             Err(error) => {
-                tracing::warn!(%error, "a gate's positions are not used; the log is counted anew");
+                tracing::warn!(%error, "a gate's positions are not used; its events in the log are counted again");
                 Ok(None)
             }
         }
     }
 
-    /// Replaces the positions. What the witness says is made durable with them.
+    /// Syncs the witness and replaces the positions.
     pub(crate) fn save(&mut self, positions: &Positions) -> Result<(), OpenError> {
         let witness = self.storage.edit_side(&self.dir.join(WITNESS)).map_err(self.io("opening", WITNESS))?;
         if let Err(error) = witness.sync() {
-            // Final for the record too, which goes on with what the witness says.
+            // Final for the record too, because its next witness would follow unknown bytes.
             self.failed = Some((WITNESS, Arc::new(io::Error::new(error.kind(), error.to_string()))));
             return Err(self.io("syncing", WITNESS)(error));
         }
         replace(&*self.storage, &self.dir, POSITIONS, &positions.encode()).map_err(self.io("writing", POSITIONS))
     }
 
-    /// Makes what the files say durable, and their names: a process that was killed may not have come to its syncs.
+    /// Makes record and witness durable, with their names: a killed process may not have synced them.
     pub(crate) fn make_durable(&self) -> Result<(), OpenError> {
         for name in [GAPS, WITNESS] {
             if self.read(name)?.is_some() {
@@ -440,7 +414,7 @@ impl GateFiles {
         self.storage.sync_dir(&self.dir).map_err(self.io("syncing", ""))
     }
 
-    /// Removes positions that cannot be of this log.
+    /// Removes positions that do not match the log.
     pub(crate) fn forget_positions(&self) -> Result<(), OpenError> {
         self.storage.remove(&self.dir.join(POSITIONS)).map_err(self.io("removing", POSITIONS))?;
         self.storage.sync_dir(&self.dir).map_err(self.io("syncing", ""))

@@ -1,7 +1,9 @@
-//! A producer behind a sequence gate: what comes out of order is published in order, over restarts too.
+//! The gated producer: a sequence gate in front of a producer. It publishes unordered input in order, also across
+//! restarts.
 //!
-//! One writer: whoever owns it. Of each partition events are published by rising sequence and each at most once; a gap is passed only
-//! when its record is durable. Where a partition stands is told by the log itself: what a crash took is expected again.
+//! One writer: its owner. The events of a partition are published by rising sequence, each at most once. The gate
+//! passes a gap only after the gap's record is durable. The log itself says how far each partition has come, so events
+//! lost in a crash are expected again.
 //!
 //! ```text
 //!  offer ─▶ SequenceGate ─▶ front (at most one) ─▶ Producer ─▶ shards' logs ─┐ counted at the next opening
@@ -9,8 +11,8 @@
 //!                └─▶ GapClosed, starts ─▶ gates/NAME/gaps (synced)      gates/NAME/positions (a cache)
 //! ```
 //!
-//! The front is what has left the gate and could not be published. While it stands there nothing is taken from the gate, so nothing
-//! overtakes it.
+//! The front is an event or a gap that has left the gate and could not be published or recorded. While there is one,
+//! nothing is taken from the gate, so nothing overtakes it.
 
 mod answer;
 mod files;
@@ -28,8 +30,6 @@ use crate::ingress::producer::Producer;
 use crate::ingress::sequence_gate::SequenceGate;
 use crate::ingress::sequence_gate::answer::{GateStatistics, Offered, Released};
 use crate::ingress::sequence_gate::partition::Ahead;
-#[expect(unused_imports, reason = "named by the documentation")]
-use crate::ingress::sequence_gate::policy::GateStart;
 use crate::lane::door::ShardDoor;
 use crate::lane::flush::flush_shard;
 use crate::lane::receipt::Receipt;
@@ -49,7 +49,7 @@ pub(crate) use recovered::{Counts, Recovered, Uncounted};
 /// The names of an engine's gates that are open.
 pub(crate) type OpenGates = Arc<Mutex<HashSet<String>>>;
 
-/// A name that is taken as long as this lives.
+/// The exclusive use of a gate's name; dropping it releases the name.
 #[derive(Debug)]
 pub(crate) struct TakenName {
     name: String,
@@ -57,7 +57,7 @@ pub(crate) struct TakenName {
 }
 
 impl TakenName {
-    /// `None` where it is taken already.
+    /// Takes the name. Returns `None` if an open gate has it.
     pub(crate) fn take(open: &OpenGates, name: &str) -> Option<Self> {
         let is_free = lock(open).insert(name.to_owned());
         is_free.then(|| Self { name: name.to_owned(), open: Arc::clone(open) })
@@ -70,23 +70,23 @@ impl Drop for TakenName {
     }
 }
 
-/// What has left the gate and is not published.
+/// An event or a gap that has left the gate and is not published or recorded yet.
 enum Front<E> {
     Event { partition: u64, sequence: u64, key: Key, event: E },
     Gap(Gap),
 }
 
-/// What a gate needs of a shard.
+/// A gate's connection to one shard.
 pub(crate) struct GatedShard<E: Event> {
     pub(crate) door: Arc<ShardDoor>,
     pub(crate) syncer: Arc<SyncRequests>,
-    /// Moves over what is durable whenever positions are saved.
+    /// Reads up to the durable end whenever positions are saved.
     pub(crate) trail: Reader<E>,
-    /// Where it stood the last time. Retention frees nothing behind it, so the trail always reads on.
+    /// The position of `trail` after the last save. Retention frees nothing above it, so the trail can always continue.
     pub(crate) counted: Position,
 }
 
-/// A gate's connections.
+/// A gated producer's connections.
 pub(crate) struct Parts<E: Event> {
     pub(crate) producer: Producer<E>,
     pub(crate) gate: SequenceGate<u64, (Key, E)>,
@@ -95,20 +95,47 @@ pub(crate) struct Parts<E: Event> {
     pub(crate) shards: Vec<GatedShard<E>>,
     pub(crate) clock: Clock,
     pub(crate) keeper: Arc<KeeperRequests>,
-    /// The gate writes files of the store, also when its engine is gone.
+    /// Kept because the gate writes files of the store, also after its engine is dropped.
     pub(crate) _lock: Arc<dyn Lock>,
 }
 
-/// Publishes events in the order of their sequences, each once, whatever the order in which they are offered.
+/// Publishes events in the order of their sequence numbers, each once, regardless of the order in which they are
+/// offered.
 ///
-/// Made by [`crate::Engine::gated`]. While it lives the store stays locked. Retention frees nothing that it has not counted: call
-/// [`GatedProducer::save`] now and then.
+/// [`Engine::gated`](crate::Engine::gated) returns one. The store stays locked while a gated producer exists. Retention
+/// frees no event that the gate has not counted, so call [`GatedProducer::save`] regularly.
+///
+/// ```
+/// # use corelane::{Accepted, Bounded, Config, Deadline, Event, EventLog, EventType, EventTypeId, Key};
+/// # use corelane::ingress::GatePolicy;
+/// # use rkyv::{Archive, Deserialize, Serialize};
+/// # let dir = std::env::temp_dir().join(format!("corelane-gated-{}", std::process::id()));
+/// // The event contains its partition and sequence, so the log does too.
+/// #[derive(Archive, Serialize, Deserialize, Bounded)]
+/// struct Sale { seller: u64, number: u64 }
+/// # impl Event for Sale {
+/// #     const TYPES: &'static [EventType] = &[EventType::new(1, "sale", 1)];
+/// #     fn event_type(&self) -> EventTypeId { EventTypeId(1) }
+/// # }
+///
+/// let engine = EventLog::<Sale>::open(Config::new(&dir))?;
+/// let source = |sale: &ArchivedSale| Some((sale.seller.to_native(), sale.number.to_native()));
+/// let mut sales = engine.gated("sales", GatePolicy::default(), source)?;
+/// let mut offer = |number| sales.offer(7, number, Key::new(1), Sale { seller: 7, number });
+/// assert!(matches!(offer(1)?, Accepted::Buffered));
+/// assert!(matches!(offer(0)?, Accepted::Published(_))); // and then number 1
+/// assert!(matches!(offer(1)?, Accepted::Duplicate));
+/// sales.close(Deadline::NEVER)?;
+/// # engine.shutdown(Deadline::NEVER)?;
+/// # std::fs::remove_dir_all(&dir)?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub struct GatedProducer<E: Event> {
     parts: Parts<E>,
     front: Option<Front<E>>,
-    /// The last call could not publish all that was ready.
+    /// `true` if the last call could not publish everything that was ready.
     is_behind: bool,
-    /// Time that tests have let pass.
+    /// Simulated time, for tests.
     passed: Duration,
 }
 
@@ -123,13 +150,16 @@ impl<E: Event> GatedProducer<E> {
         Self { parts, front: None, is_behind: false, passed: Duration::ZERO }
     }
 
-    /// Takes an event in. What becomes ready by it is published at once, waiting for room as [`Producer::publish`] does; gaps that are
-    /// due are closed, each with a sync of its record. With [`GateStart::FirstSeen`] the first event of a partition is published
-    /// when its start is recorded, with a sync likewise.
+    /// Offers an event. Publishes every event that is now ready, waiting for room as [`Producer::publish`] does.
+    ///
+    /// Closes the gaps that are due; each needs a sync of its record. With [`GateStart::FirstSeen`], the first event of
+    /// a partition is published after a sync of the partition's start.
+    ///
+    /// [`GateStart::FirstSeen`]: crate::ingress::GateStart::FirstSeen
     ///
     /// # Errors
-    /// The event, and why it was refused. Where the disk has no space for a record, `StorageFull` is answered without waiting; once
-    /// there is space, the next call goes on.
+    /// The event, with the reason. If the disk has no space for a record, the call returns `StorageFull` without
+    /// waiting; when there is space again, the next call continues.
     #[inline]
     pub fn offer(&mut self, partition: u64, sequence: u64, key: Key, event: E) -> Result<Accepted<E>, GateRefused<E>> {
         self.offer_with(partition, sequence, key, event, Patience::Forever)
@@ -138,7 +168,7 @@ impl<E: Event> GatedProducer<E> {
     /// As [`GatedProducer::offer`], without waiting for room.
     ///
     /// # Errors
-    /// As there, and `Full` (or `StorageFull`) when what stands in front does not fit.
+    /// As there, and `Full` (or `StorageFull`) if the front does not fit.
     #[inline]
     pub fn try_offer(
         &mut self,
@@ -159,7 +189,7 @@ impl<E: Event> GatedProducer<E> {
         event: E,
         patience: Patience,
     ) -> Result<Accepted<E>, GateRefused<E>> {
-        // Before it is in the gate: one that never fits would stand in front for ever.
+        // Checked before the gate: an event that never fits would block the front for ever.
         let event = self.parts.producer.check(event).map_err(GateRefused::Publish)?;
         let clock = self.parts.clock.now();
         if self.is_behind
@@ -187,17 +217,18 @@ impl<E: Event> GatedProducer<E> {
             Ok(Offered::TooOld(item)) => Ok(Accepted::TooOld(late(item))),
             Err(refused) => Err(GateRefused::Gate(refused.map(|(_, event)| event))),
         };
-        // What stops it is met again, and told, by the next call. What was refused just now is not tried twice: it is `Waiting`.
+        // If `drain` stops, the next call returns the error. An event that was just refused is not tried again: the
+        // answer is `Waiting`.
         self.is_behind = self.front.is_some() || self.drain(clock, patience).is_err();
         answer
     }
 
-    /// Closes gaps that are due, and publishes what waits behind them and what was refused before, waiting for room. Returns the
-    /// number of events published and gaps closed. Call it when [`GatedProducer::next_due`] says so.
+    /// Closes the gaps that are due, and publishes the front and every event that is ready, waiting for room. Returns
+    /// the number of events published and gaps closed. Call it when [`GatedProducer::next_due`] is over.
     ///
     /// # Errors
-    /// The reason why it stopped. Nothing is lost or overtaken: the next call goes on there. A full disk is `StorageFull`, without
-    /// waiting where a gap's record has no space.
+    /// The reason why it stopped. Nothing is lost or overtaken, and the next call continues there. A full disk is
+    /// `StorageFull`; for a gap's record the call does not wait.
     pub fn pump(&mut self) -> Result<u64, GateError> {
         self.pump_with(Patience::Forever)
     }
@@ -216,7 +247,7 @@ impl<E: Event> GatedProducer<E> {
         pumped
     }
 
-    /// No more is to come: closes all gaps and publishes all that is buffered. From now on no gap is waited for.
+    /// Ends the input: closes all gaps and publishes all buffered events. From now on gaps are closed without waiting.
     ///
     /// # Errors
     /// As [`GatedProducer::pump`].
@@ -225,7 +256,8 @@ impl<E: Event> GatedProducer<E> {
         self.pump()
     }
 
-    /// In what time [`GatedProducer::pump`] may have something to do without a further offer; `None`: not before one.
+    /// Returns the time until [`GatedProducer::pump`] may have work without a further offer. `None`: only an offer
+    /// brings work.
     #[must_use]
     pub fn next_due(&self) -> Option<Duration> {
         if self.is_behind {
@@ -235,27 +267,27 @@ impl<E: Event> GatedProducer<E> {
         Some(due.saturating_sub(self.gate_time(self.parts.clock.now())))
     }
 
-    /// Publishes an event that came too late, out of order: behind what had to come after it. A gap it belongs to stays in the list.
-    /// After a restart the gate does not remember that it was published; offered again it is `TooOld`.
+    /// Publishes a late event out of order, after the events that should have followed it. Its gap stays in the list of
+    /// gaps. After a restart the gate does not remember that the event was published; offered again it is `TooOld`.
     ///
     /// # Errors
     /// As [`Producer::publish`].
     ///
     /// # Panics
-    /// When it was handed back by another gate, and is still to come here.
+    /// If another gate returned the event, and this one still expects it.
     pub fn publish_late(&mut self, late: LateEvent<E>) -> Result<Receipt, Rejected<E>> {
         let LateEvent { partition, sequence, key, event } = late;
         let is_over = self.parts.gate.is_over(&partition, sequence);
-        assert!(is_over, "sequence {sequence} of partition {partition} is still to come");
+        assert!(is_over, "sequence {sequence} of partition {partition} is still expected");
         self.parts.producer.publish(key, event)
     }
 
-    /// Waits until everything published here is durable, in every mode, and saves how far that is: the next opening counts only what
-    /// comes behind it, and retention may free what lies before it.
+    /// Waits until everything published here is durable, in every durability mode, and saves the positions. The next
+    /// opening counts only later events, and retention may free earlier ones.
     ///
     /// # Errors
-    /// `Wait` where a shard failed or the deadline passed; `Positions` where they could not be written, `Read` where the log could not
-    /// be read. The older ones stay.
+    /// `Wait` if a shard failed or the deadline passed, `Positions` if they could not be written, `Read` if the log
+    /// could not be read. The older positions stay valid.
     pub fn save(&mut self, deadline: impl Into<Deadline>) -> Result<(), GateError> {
         let deadline = deadline.into().instant();
         self.flush(deadline)?;
@@ -266,7 +298,8 @@ impl<E: Event> GatedProducer<E> {
         self.save_counted()
     }
 
-    /// Saves where the partitions stand, all of it being in the log before the shards' positions, or in gaps.
+    /// Saves how far each partition has come. Everything that this covers is in the log below the shards' positions, or
+    /// in gaps.
     pub(crate) fn save_counted(&mut self) -> Result<(), GateError> {
         let counted = self.parts.shards.iter().map(|shard| shard.counted).collect();
         let positions = Positions { counted, standings: self.standings() };
@@ -278,7 +311,7 @@ impl<E: Event> GatedProducer<E> {
         Ok(())
     }
 
-    /// Saves, and ends. What is buffered is dropped: its source has to offer it again, as after a crash.
+    /// Saves, and closes the gate. Buffered events are dropped: their source must offer them again, as after a crash.
     ///
     /// # Errors
     /// As [`GatedProducer::save`].
@@ -287,33 +320,33 @@ impl<E: Event> GatedProducer<E> {
         self.save(deadline)
     }
 
-    /// The gaps that were closed, in the order in which they were.
+    /// Returns the gaps, in the order in which they were closed.
     ///
     /// # Errors
-    /// What reading their file found.
+    /// The reason why their file cannot be read.
     pub fn gaps(&self) -> Result<Vec<Gap>, OpenError> {
         self.parts.files.gaps()
     }
 
-    /// The sequence that a partition waits for; `None` when nothing of it is known.
+    /// Returns the next sequence that a partition expects; `None` if the partition is unknown.
     #[must_use]
     pub fn expected(&self, partition: u64) -> Option<u64> {
         self.parts.gate.expected(&partition)
     }
 
-    /// Counts since it was opened.
+    /// Returns the counts since the gate was opened.
     #[must_use]
     pub fn statistics(&self) -> GateStatistics {
         self.parts.gate.statistics()
     }
 
-    /// A receipt per shard for everything published here so far.
+    /// Returns one receipt per shard, for everything published here before this call.
     #[must_use]
     pub fn receipts(&self) -> Vec<Receipt> {
         self.parts.producer.receipts()
     }
 
-    /// Plays that so much time has passed, for tests.
+    /// Advances the gate's clock by `by`, for tests.
     #[cfg(any(test, feature = "test-util"))]
     pub fn pass_time(&mut self, by: Duration) {
         self.passed += by;
@@ -323,7 +356,7 @@ impl<E: Event> GatedProducer<E> {
         Duration::from_nanos(clock) + self.passed
     }
 
-    /// Publishes what stands in front and what the gate releases, until there is nothing or something refuses.
+    /// Publishes the front and everything that the gate releases, until nothing is left or an error stops it.
     #[inline]
     fn drain(&mut self, clock: Nanos, patience: Patience) -> Result<u64, GateError> {
         let now = self.gate_time(clock);
@@ -354,7 +387,7 @@ impl<E: Event> GatedProducer<E> {
         }
     }
 
-    /// Publishes one, or puts it in front.
+    /// Publishes one event, or makes it the front.
     #[inline]
     fn publish(
         &mut self,
@@ -379,7 +412,7 @@ impl<E: Event> GatedProducer<E> {
         Ok(())
     }
 
-    /// Where every partition stands: what is below is in the log or in a gap.
+    /// Returns how far each partition has come: every sequence below is in the log or in a gap.
     fn standings(&self) -> Vec<Standing> {
         let front = self.front.as_ref().map(|front| match front {
             Front::Event { partition, sequence, .. } => (*partition, *sequence, *sequence),
@@ -389,7 +422,8 @@ impl<E: Event> GatedProducer<E> {
         for (partition, expected, ahead) in self.parts.gate.standings() {
             let mut standing = Standing { partition: *partition, expected, runs: Vec::new() };
             if let Some((_, first, last)) = front.filter(|(of, ..)| of == partition) {
-                // The gate is past it already, and past what an earlier life had published behind it.
+                // The gate is already past the front, and past the sequences above it that were published before a
+                // restart.
                 standing.expected = first;
                 standing.runs.extend((last + 1 < expected).then(|| (last + 1, expected - 1)));
             }
@@ -402,7 +436,7 @@ impl<E: Event> GatedProducer<E> {
     }
 }
 
-/// The name under which a gate keeps retention from what it has not counted. Consumers may have the same names.
+/// The name of a gate's retention hold. The prefix keeps it apart from a consumer of the same name.
 pub(crate) fn hold_name(gate: &str) -> String {
     format!("gate {gate}")
 }

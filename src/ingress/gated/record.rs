@@ -1,44 +1,42 @@
-//! The bytes of a gate's record: its gaps and where its partitions started, and which of these entries were durable. `FORMAT.md` §19.
+//! The bytes of a gate's record (its gaps and the starts of its partitions) and of the record's witness (the entries that are
+//! durable). Pure functions; `FORMAT.md` §19 has the tables.
 //!
-//! Pure functions. An entry's CRC is seeded with that of the entry before it, so a file holds as a whole up to some entry, or is
-//! damaged. How many entries it must hold says another file, entry by entry.
+//! The CRC of an entry is seeded with the CRC of the entry before it, so the file is valid up to one place. The witness tells whether
+//! a shorter file is torn or damaged.
 
 use std::path::Path;
 use std::time::Duration;
 
 use crate::error::OpenError;
 use crate::event::Time;
-use crate::log::format::FORMAT_VERSION;
-use crate::log::manifest::checked;
 use crate::log::seal::crc32c;
-use crate::storage::framed::{u32_at, u64_at};
+use crate::storage::framed::{CRC_BYTES, Frame, FrameError, Reader, Writer, u32_at};
 
-const GAPS_MAGIC: [u8; 8] = *b"corelgap";
-const WITNESS_MAGIC: [u8; 8] = *b"corelgat";
 const HEADER_BYTES: usize = 24;
-const STORE_AT: usize = 12;
+const GAPS_FRAME: Frame = Frame { magic: *b"corelgap", bytes_min: HEADER_BYTES };
+const WITNESS_FRAME: Frame = Frame { magic: *b"corelgat", bytes_min: HEADER_BYTES };
 const ENTRY_BYTES: usize = 48;
-const ENTRY_CRC_AT: usize = 44;
+const ENTRY_CRC_AT: usize = ENTRY_BYTES - CRC_BYTES;
 const WITNESS_BYTES: usize = 8;
-/// The witness is synced whenever it names a multiple of this, so a power cut takes fewer.
+/// The witness is synced whenever its number of entries is a multiple of this, so a power cut loses fewer.
 pub(super) const WITNESSES_UNSYNCED_MAX: u64 = 32;
 
 const KIND_GAP: u32 = 0;
 const KIND_START: u32 = 1;
 
-/// Sequences that did not come in time. What lies behind them was published without them.
+/// Sequences that did not arrive in time. The gate has published later ones without them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Gap {
-    /// Of which partition.
+    /// The partition.
     pub partition: u64,
-    /// The first sequence.
+    /// The first missing sequence.
     pub from: u64,
-    /// The last sequence.
+    /// The last missing sequence.
     pub to: u64,
-    /// How long they were waited for.
+    /// How long the gate waited for them.
     pub waited: Duration,
-    /// When they were given up.
+    /// When the gate gave them up.
     pub time: Time,
 }
 
@@ -56,7 +54,7 @@ pub(crate) struct Start {
     pub(crate) time: Time,
 }
 
-/// An entry that a gate makes durable before it publishes the events behind it.
+/// An entry of the record. It is durable before the gate publishes the events behind its gap or start.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Entry {
     Gap(Gap),
@@ -64,8 +62,8 @@ pub(crate) enum Entry {
 }
 
 impl Entry {
-    /// `before` is the CRC that stands before it in the file.
-    pub(super) fn encode(&self, before: u32) -> [u8; ENTRY_BYTES] {
+    /// Encodes the entry that follows a CRC of `before` in the file.
+    pub(super) fn encode(&self, before: u32) -> Vec<u8> {
         let (kind, words) = match self {
             Self::Gap(Gap { partition, from, to, waited, time }) => {
                 let waited_ns = u64::try_from(waited.as_nanos()).unwrap_or(u64::MAX);
@@ -75,97 +73,85 @@ impl Entry {
                 (KIND_START, [*partition, *sequence, *sequence, 0, time.0])
             }
         };
-        let mut out = [0; ENTRY_BYTES];
-        for (at, word) in words.into_iter().enumerate() {
-            out[8 * at..][..8].copy_from_slice(&word.to_le_bytes());
-        }
-        out[40..ENTRY_CRC_AT].copy_from_slice(&kind.to_le_bytes());
-        let crc = crc32c(before, &out[..ENTRY_CRC_AT]);
-        out[ENTRY_CRC_AT..].copy_from_slice(&crc.to_le_bytes());
-        out
+        let mut out = Writer::default();
+        words.into_iter().for_each(|word| out.u64(word));
+        out.u32(kind);
+        out.seal_after(before)
     }
 
-    /// The entry, or what is wrong with one whose CRC holds.
-    fn decode(bytes: &[u8]) -> Result<Self, &'static str> {
-        let (partition, from, to) = (u64_at(bytes, 0), u64_at(bytes, 8), u64_at(bytes, 16));
-        let time = Time(u64_at(bytes, 32));
+    /// Decodes an entry whose CRC matches.
+    fn decode(bytes: &[u8]) -> Result<Self, FrameError> {
+        let mut fields = Reader::new(bytes);
+        let (partition, from, to) = (fields.u64()?, fields.u64()?, fields.u64()?);
+        let (waited, time) = (Duration::from_nanos(fields.u64()?), Time(fields.u64()?));
         if from > to || to == u64::MAX {
-            return Err("an entry ends before it begins");
+            return Err("an entry ends before it begins".into());
         }
-        match u32_at(bytes, 40) {
-            KIND_GAP => Ok(Self::Gap(Gap::new(partition, from, to, Duration::from_nanos(u64_at(bytes, 24)), time))),
+        match fields.u32()? {
+            KIND_GAP => Ok(Self::Gap(Gap::new(partition, from, to, waited, time))),
             KIND_START => Ok(Self::Start(Start { partition, sequence: from, time })),
-            _ => Err("an entry is of an unknown kind"),
+            _ => Err("an entry has an unknown kind".into()),
         }
     }
 }
 
-/// Where a file of the record ends, and the CRC that stands before that: what the next one is seeded with.
+/// The end of a chain of CRCs: a place in a file, and the CRC before it, which seeds the next one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct FileEnd {
+pub(super) struct ChainEnd {
     pub(super) at: u64,
     pub(super) crc: u32,
 }
 
-impl FileEnd {
-    /// Behind `added`, which stands at this end and whose last four bytes are its CRC.
-    pub(super) fn behind(self, added: &[u8]) -> Self {
-        Self { at: self.at + added.len() as u64, crc: u32_at(added, added.len() - 4) }
+impl ChainEnd {
+    /// The end after `added`, whose last four bytes are its CRC.
+    pub(super) fn after(self, added: &[u8]) -> Self {
+        Self { at: self.at + added.len() as u64, crc: u32_at(added, added.len() - CRC_BYTES) }
     }
 
-    /// At `at`, behind the CRC that stands there.
+    /// The end at `at`, after a CRC.
     pub(super) fn of(bytes: &[u8], at: usize) -> Self {
-        Self { at: at as u64, crc: u32_at(bytes, at - 4) }
+        Self { at: at as u64, crc: u32_at(bytes, at - CRC_BYTES) }
     }
 }
 
-fn header(magic: [u8; 8], store: u64) -> Vec<u8> {
-    let mut out = Vec::from(magic);
-    out.extend(FORMAT_VERSION.to_le_bytes());
-    debug_assert_eq!(out.len(), STORE_AT);
-    out.extend(store.to_le_bytes());
-    let crc = crc32c(0, &out);
-    out.extend(crc.to_le_bytes());
-    out
+fn header(frame: Frame, store: u64) -> Vec<u8> {
+    let mut out = frame.begin();
+    out.u64(store);
+    out.seal()
 }
 
 pub(super) fn gaps_header(store: u64) -> Vec<u8> {
-    header(GAPS_MAGIC, store)
+    header(GAPS_FRAME, store)
 }
 
 pub(super) fn witness_header(store: u64) -> Vec<u8> {
-    header(WITNESS_MAGIC, store)
+    header(WITNESS_FRAME, store)
 }
 
-/// The witness that an entry with this CRC is durable.
-pub(super) fn witness(entry_crc: u32, before: u32) -> [u8; WITNESS_BYTES] {
-    let mut out = [0; WITNESS_BYTES];
-    out[..4].copy_from_slice(&entry_crc.to_le_bytes());
-    let crc = crc32c(before, &out[..4]);
-    out[4..].copy_from_slice(&crc.to_le_bytes());
-    out
+/// Encodes the witness of an entry with this CRC, which follows a CRC of `before` in the file.
+pub(super) fn witness(entry_crc: u32, before: u32) -> Vec<u8> {
+    let mut out = Writer::default();
+    out.u32(entry_crc);
+    out.seal_after(before)
 }
 
 fn damaged(path: &Path, at: usize, why: &'static str) -> OpenError {
     OpenError::DamagedFile { path: path.to_owned(), at: at as u64, why }
 }
 
-/// Checks a file's header, which must be of this store, and splits the rest into pieces whose CRCs hold, each seeded with the one
-/// before. The last piece may be cut short. Returns the end of the last piece that holds.
-fn chained(
-    (path, store): (&Path, u64),
-    bytes: &[u8],
-    magic: [u8; 8],
-    piece_bytes: usize,
-) -> Result<FileEnd, OpenError> {
-    let head = checked(path, &bytes[..bytes.len().min(HEADER_BYTES)], magic, HEADER_BYTES - 4)?;
-    if u64_at(head, STORE_AT) != store {
-        return Err(OpenError::ForeignFile { path: path.to_owned(), why: "the gate's record is of another store" });
-    }
-    let mut end = FileEnd::of(bytes, HEADER_BYTES);
+/// Checks a file's header, which must name this store, and the chain of the pieces after it. Returns the end of the last piece with
+/// a matching CRC.
+fn chained((path, store): (&Path, u64), bytes: &[u8], frame: Frame, piece_bytes: usize) -> Result<ChainEnd, OpenError> {
+    let check_store = |mut fields: Reader<'_>| match fields.u64()? {
+        named if named == store => Ok(()),
+        _ => Err(FrameError::Foreign("the gate's record belongs to another store")),
+    };
+    let header = &bytes[..bytes.len().min(HEADER_BYTES)];
+    frame.open(header).and_then(check_store).map_err(|error| error.of_file(path))?;
+    let mut end = ChainEnd::of(bytes, HEADER_BYTES);
     for piece in bytes[HEADER_BYTES..].chunks_exact(piece_bytes) {
-        let next = end.behind(piece);
-        if crc32c(end.crc, &piece[..piece_bytes - 4]) != next.crc {
+        let next = end.after(piece);
+        if crc32c(end.crc, &piece[..piece_bytes - CRC_BYTES]) != next.crc {
             break;
         }
         end = next;
@@ -173,31 +159,34 @@ fn chained(
     Ok(end)
 }
 
-/// Returns the entries of the file, and where it ends. One entry is written at a time, so only the last one can be torn.
-pub(super) fn decode_gaps(path: &Path, bytes: &[u8], store: u64) -> Result<(Vec<Entry>, FileEnd), OpenError> {
-    let end = chained((path, store), bytes, GAPS_MAGIC, ENTRY_BYTES)?;
+/// Returns the entries of the record and the end of the last one. Entries are written one at a time, so only the last can be torn.
+pub(super) fn decode_gaps(path: &Path, bytes: &[u8], store: u64) -> Result<(Vec<Entry>, ChainEnd), OpenError> {
+    let end = chained((path, store), bytes, GAPS_FRAME, ENTRY_BYTES)?;
     let whole = end.at as usize;
     if bytes.len() - whole > ENTRY_BYTES {
-        return Err(damaged(path, whole, "the CRC of an entry before the last does not hold"));
+        return Err(damaged(path, whole, "checksum mismatch in an entry before the last"));
     }
-    let entries = bytes[HEADER_BYTES..whole].chunks_exact(ENTRY_BYTES).enumerate();
-    let entry = |(i, bytes)| Entry::decode(bytes).map_err(|why| damaged(path, HEADER_BYTES + i * ENTRY_BYTES, why));
-    Ok((entries.map(entry).collect::<Result<_, _>>()?, end))
+    let entry = |(i, bytes)| {
+        let decoded = Entry::decode(bytes);
+        decoded.map_err(|error| damaged(path, HEADER_BYTES + i * ENTRY_BYTES, error.why()))
+    };
+    let entries = bytes[HEADER_BYTES..whole].chunks_exact(ENTRY_BYTES).enumerate().map(entry);
+    Ok((entries.collect::<Result<_, _>>()?, end))
 }
 
-/// Checks that every entry that was durable is in `gaps`, a file that holds up to `gaps_end`. Returns where the witness ends, and
-/// what is missing of it: the entries that were written last.
+/// Checks that `gaps`, which is valid up to `gaps_end`, has every witnessed entry. Returns the end of the witness, and the bytes to
+/// append to it for the last entries, which it does not name yet.
 pub(super) fn check_witness(
     (path, store): (&Path, u64),
     bytes: &[u8],
     gaps_path: &Path,
     gaps: &[u8],
-    gaps_end: FileEnd,
-) -> Result<(FileEnd, Vec<u8>), OpenError> {
-    let mut end = chained((path, store), bytes, WITNESS_MAGIC, WITNESS_BYTES)?;
+    gaps_end: ChainEnd,
+) -> Result<(ChainEnd, Vec<u8>), OpenError> {
+    let mut end = chained((path, store), bytes, WITNESS_FRAME, WITNESS_BYTES)?;
     let whole = end.at as usize;
     if bytes.len() - whole > WITNESSES_UNSYNCED_MAX as usize * WITNESS_BYTES {
-        return Err(damaged(path, whole, "the CRC of a witness that was synced does not hold"));
+        return Err(damaged(path, whole, "checksum mismatch in a witness that was synced"));
     }
     let witnessed = bytes[HEADER_BYTES..whole].chunks_exact(WITNESS_BYTES);
     let mut entries = gaps[HEADER_BYTES..gaps_end.at as usize].chunks_exact(ENTRY_BYTES);
@@ -205,16 +194,16 @@ pub(super) fn check_witness(
         let at = HEADER_BYTES + i * ENTRY_BYTES;
         match entries.next() {
             Some(entry) if entry[ENTRY_CRC_AT..] == witness[..4] => {}
-            Some(_) => return Err(damaged(gaps_path, at, "an entry differs from the one that was durable here")),
-            None => return Err(damaged(gaps_path, at, "an entry that was durable is missing")),
+            Some(_) => return Err(damaged(gaps_path, at, "an entry differs from the durable one")),
+            None => return Err(damaged(gaps_path, at, "a durable entry is missing")),
         }
     }
     let mut missing = Vec::new();
     let from = end;
     for entry in entries {
         let witness = witness(u32_at(entry, ENTRY_CRC_AT), end.crc);
+        end = end.after(&witness);
         missing.extend(witness);
-        end = end.behind(&witness);
     }
     Ok((from, missing))
 }
@@ -249,12 +238,12 @@ mod tests {
         let mut bytes = witness_header(STORE);
         let empty = bytes.clone();
         let (from, missing) = check(&empty, gaps, end).expect("nothing is witnessed");
-        assert_eq!(from, FileEnd::of(&bytes, HEADER_BYTES));
+        assert_eq!(from, ChainEnd::of(&bytes, HEADER_BYTES));
         bytes.extend(missing);
         bytes
     }
 
-    fn check(witness: &[u8], gaps: &[u8], end: FileEnd) -> Result<(FileEnd, Vec<u8>), OpenError> {
+    fn check(witness: &[u8], gaps: &[u8], end: ChainEnd) -> Result<(ChainEnd, Vec<u8>), OpenError> {
         check_witness((Path::new("witness"), STORE), witness, Path::new("gaps"), gaps, end)
     }
 
@@ -269,7 +258,7 @@ mod tests {
     }
 
     #[test]
-    fn a_record_cut_anywhere_holds_the_entries_before_the_cut() {
+    fn a_record_cut_anywhere_keeps_the_entries_before_the_cut() {
         let entries = [gap(1, 1), start(2, 5), gap(1, 9)];
         let bytes = file(&entries);
         for cut in HEADER_BYTES..bytes.len() {
@@ -284,7 +273,7 @@ mod tests {
     }
 
     #[test]
-    fn an_entry_that_was_durable_is_never_taken_for_a_torn_one() {
+    fn a_durable_entry_is_never_mistaken_for_a_torn_one() {
         let bytes = file(&[gap(1, 1), gap(2, 5), start(3, 7)]);
         let witness = witnesses(&bytes);
         for cut in 0..bytes.len() {
@@ -307,7 +296,7 @@ mod tests {
     }
 
     #[test]
-    fn entries_do_not_hold_in_another_order_or_behind_others() {
+    fn an_entry_is_invalid_after_any_other_entry_than_its_predecessor() {
         let entries = [gap(1, 1), gap(2, 5), gap(1, 9)];
         let bytes = file(&entries);
         for first in 0..3 {
@@ -321,16 +310,16 @@ mod tests {
     }
 
     #[test]
-    fn a_witness_that_is_behind_is_brought_up_to_the_entries() {
+    fn a_witness_that_lags_is_completed() {
         let bytes = file(&(0..100).map(|i| gap(i, i)).collect::<Vec<_>>());
         let (_, end) = decode_gaps(Path::new("gaps"), &bytes, STORE).expect("decodes");
         let whole = witnesses(&bytes);
         for cut in HEADER_BYTES..whole.len() {
-            let (from, missing) = check(&whole[..cut], &bytes, end).expect("it is behind");
+            let (from, missing) = check(&whole[..cut], &bytes, end).expect("a witness that lags");
             assert_eq!(from.at as usize, cut - (cut - HEADER_BYTES) % WITNESS_BYTES);
             assert_eq!(missing, whole[from.at as usize..]);
         }
-        // A power cut may leave anything of what was not synced, and nothing of what was.
+        // A power cut may damage unsynced witnesses; damage to a synced one is an error.
         let unsynced = WITNESSES_UNSYNCED_MAX as usize * WITNESS_BYTES;
         for at in HEADER_BYTES..whole.len() {
             let mut damaged = whole.clone();

@@ -1,8 +1,9 @@
-//! Where a gate's partitions stand, counted from the log and from the gaps that were closed.
+//! Recovers how far a gate's partitions have come: counts the sequences in the log and in the closed gaps.
 //!
-//! One writer: the thread that opens the gate. A power cut takes ends of logs, so what is missing of one shard may have its successors in
-//! another; and what came late may lie anywhere. So single sequences are told apart, and nothing depends on the order in which they
-//! are counted: where a partition started is told by the policy or by the gate's record, and else by the lowest that was counted.
+//! One writer: the thread that opens the gate. A power cut removes ends of logs, so a sequence lost in one shard may
+//! have successors in another, and late events may be anywhere. Therefore every sequence is counted on its own, and the
+//! result does not depend on the order of counting. The start of a partition comes from the policy, from the gate's
+//! record, or else from the lowest sequence counted.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -14,28 +15,29 @@ use crate::ingress::sequence_gate::partition::Ahead;
 use crate::ingress::sequence_gate::policy::GateStart;
 use crate::log::reader::Reader;
 
-/// Events read from one shard before the one that is furthest behind is looked for again.
+/// The number of events read from one shard before the next shard is chosen.
 const READ_AT_A_TIME: usize = 1024;
 
-/// What is known of one partition.
+/// The sequences counted of one partition.
 #[derive(Debug)]
-struct Counted {
-    /// Everything below it has been counted, or came before the partition's start; `None`: the start is not known before the end.
+struct CountedPartition {
+    /// Every sequence below it was counted or is below the partition's start. `None`: the start is known only after
+    /// counting.
     expected: Option<u64>,
-    /// What of the sequences above it has been: first and last.
-    runs: BTreeMap<u64, u64>,
+    /// Ranges of counted sequences above it: first to last.
+    ranges: BTreeMap<u64, u64>,
 }
 
-impl Counted {
+impl CountedPartition {
     fn new(expected: Option<u64>) -> Self {
-        Self { expected, runs: BTreeMap::new() }
+        Self { expected, ranges: BTreeMap::new() }
     }
 
     fn count(&mut self, sequence: u64) {
         match &mut self.expected {
             Some(expected) if sequence == *expected => {
                 *expected += 1;
-                while let Some(first) = self.runs.first_entry().filter(|first| first.key() == expected) {
+                while let Some(first) = self.ranges.first_entry().filter(|first| first.key() == expected) {
                     *expected = first.remove() + 1;
                 }
             }
@@ -44,33 +46,33 @@ impl Counted {
         }
     }
 
-    /// Starts it at the lowest sequence that is known of it, if it has no start. Returns where that is.
+    /// Starts a partition without a start at its lowest sequence. Returns that sequence, or `None` if it had a start.
     fn settle(&mut self, gaps: &[Gap]) -> Option<u64> {
         if self.expected.is_some() {
             return None;
         }
-        let (run, gap) = (self.runs.first_key_value().map(|(from, _)| *from), gaps.first().map(|gap| gap.from));
-        let start = run.into_iter().chain(gap).min()?;
-        let expected = self.runs.remove(&start).map_or(start, |to| to + 1);
+        let (range, gap) = (self.ranges.first_key_value().map(|(from, _)| *from), gaps.first().map(|gap| gap.from));
+        let start = range.into_iter().chain(gap).min()?;
+        let expected = self.ranges.remove(&start).map_or(start, |to| to + 1);
         self.expected = Some(expected);
         Some(start)
     }
 
-    /// Joins it with the runs beside it.
+    /// Adds a sequence to the ranges, and joins adjacent ones.
     fn add(&mut self, sequence: u64) {
-        let before = self.runs.range(..=sequence).next_back().map(|(from, to)| (*from, *to));
+        let before = self.ranges.range(..=sequence).next_back().map(|(from, to)| (*from, *to));
         if before.is_some_and(|(_, to)| sequence <= to) {
             return;
         }
-        let to = self.runs.remove(&(sequence + 1)).unwrap_or(sequence);
+        let to = self.ranges.remove(&(sequence + 1)).unwrap_or(sequence);
         let from = before.filter(|(_, to)| to + 1 == sequence).map_or(sequence, |(from, _)| from);
-        self.runs.insert(from, to);
+        self.ranges.insert(from, to);
     }
 
-    /// What is known beforehand, with `gaps` between the runs.
+    /// Returns the ranges, and the parts of `gaps` between them.
     fn ahead(&self, expected: u64, gaps: &[Gap]) -> Vec<(u64, u64, Ahead)> {
         let mut known: BTreeMap<u64, (u64, Ahead)> =
-            self.runs.iter().map(|(from, to)| (*from, (*to, Ahead::Passed))).collect();
+            self.ranges.iter().map(|(from, to)| (*from, (*to, Ahead::Passed))).collect();
         for gap in gaps.iter().filter(|gap| gap.to >= expected) {
             let mut from = gap.from.max(expected);
             while from <= gap.to {
@@ -89,29 +91,30 @@ impl Counted {
     }
 }
 
-/// A partition, what it expects, and what is known of the sequences from there on.
+/// A partition, the sequence that it expects, and the known sequences above.
 pub(crate) type Resumed = (u64, u64, Vec<(u64, u64, Ahead)>);
 
-/// A shard's reader, and where it is to end.
+/// A shard's reader, and the offset at which it must stop.
 pub(crate) type Uncounted<E> = (Reader<E>, Offset);
 
-/// What was found of all partitions.
+/// The state of all partitions of a gate.
 #[derive(Debug)]
 pub(crate) struct Recovered {
     pub(crate) standings: Vec<Resumed>,
-    /// Starts that nothing told but what was counted: as partition and sequence.
+    /// Starts derived from the counted sequences alone, as partition and sequence.
     pub(crate) derived_starts: Vec<(u64, u64)>,
 }
 
-/// All partitions of a gate.
+/// The sequences counted of all partitions of a gate.
 #[derive(Debug)]
 pub(crate) struct Counts {
     start: GateStart,
-    /// Retention has freed what was not counted: what is missing below the highest may have been there.
+    /// `true` if retention has freed uncounted events: a sequence missing below the highest may have been among them.
     has_lost_beginning: bool,
-    /// By partition; of two the later one, as a partition of which all is freed begins anew.
+    /// Recorded starts by partition. A later record replaces an earlier one: a partition whose events are all freed
+    /// starts again.
     starts: HashMap<u64, u64>,
-    partitions: HashMap<u64, Counted>,
+    partitions: HashMap<u64, CountedPartition>,
 }
 
 impl Counts {
@@ -124,14 +127,14 @@ impl Counts {
         let standings = positions.map(|positions| positions.standings).unwrap_or_default();
         let counted = |standing: Standing| {
             let Standing { partition, expected, runs } = standing;
-            (partition, Counted { expected: Some(expected), runs: runs.into_iter().collect() })
+            (partition, CountedPartition { expected: Some(expected), ranges: runs.into_iter().collect() })
         };
         let starts = starts.iter().map(|start| (start.partition, start.sequence)).collect();
         Self { start, has_lost_beginning, starts, partitions: standings.into_iter().map(counted).collect() }
     }
 
     pub(crate) fn count(&mut self, partition: u64, sequence: u64) {
-        // None has this sequence: the gate refuses it.
+        // The gate refuses this sequence, so no event has it.
         if sequence == u64::MAX {
             return;
         }
@@ -143,24 +146,24 @@ impl Counts {
         }
     }
 
-    /// What is counted of a partition; it begins where it started.
+    /// The counted sequences of a partition, which begin at its start.
     fn known<'a>(
-        partitions: &'a mut HashMap<u64, Counted>,
+        partitions: &'a mut HashMap<u64, CountedPartition>,
         starts: &HashMap<u64, u64>,
         start: GateStart,
         partition: u64,
-    ) -> &'a mut Counted {
+    ) -> &'a mut CountedPartition {
         partitions.entry(partition).or_insert_with(|| {
             let recorded = starts.get(&partition).copied();
-            Counted::new(recorded.or(match start {
+            CountedPartition::new(recorded.or(match start {
                 GateStart::At(first) => Some(first),
                 GateStart::FirstSeen => None,
             }))
         })
     }
 
-    /// Counts what lies before `until` in each shard. The shards go side by side by the times of their events, because what is
-    /// missing in one is kept in mind until it comes in another.
+    /// Counts the events below each shard's end. The shards are read in turn, by the times of their events:
+    /// a sequence that is missing in one shard takes memory until it is found in another.
     pub(crate) fn count_log<E: Event>(
         &mut self,
         shards: &mut [Uncounted<E>],
@@ -188,7 +191,7 @@ impl Counts {
         Ok(())
     }
 
-    /// Every partition: where it stands, and what is known of the sequences from there on.
+    /// Adds the closed gaps, and returns the state of every partition.
     pub(crate) fn with_gaps(mut self, mut gaps: Vec<Gap>) -> Recovered {
         gaps.sort_by_key(|gap| (gap.partition, gap.from));
         for gap in &gaps {
@@ -197,7 +200,8 @@ impl Counts {
                 counted.expected = counted.expected.max(Some(gap.to + 1));
             }
         }
-        // One that started has been waiting for its start since, also if nothing of it got into the log. What is freed is not known.
+        // A partition with a recorded start waits for that sequence, even if no event of it is in the log. If the
+        // beginning of the log is freed, its events are unknown.
         if !self.has_lost_beginning {
             for partition in self.starts.keys() {
                 Self::known(&mut self.partitions, &self.starts, self.start, *partition);
@@ -211,7 +215,7 @@ impl Counts {
         for (partition, mut counted) in self.partitions {
             let gaps = gaps_of(partition);
             recovered.derived_starts.extend(counted.settle(gaps).map(|start| (partition, start)));
-            let expected = counted.expected.expect("a partition without a start has a run or a gap");
+            let expected = counted.expected.expect("a partition without a start has a range or a gap");
             recovered.standings.push((partition, expected, counted.ahead(expected, gaps)));
         }
         recovered
@@ -231,9 +235,9 @@ mod tests {
     }
 
     proptest! {
-        /// Against plain sets: what is in the log, and what is in gaps, in any order and with repeats.
+        /// Compares with plain sets of the sequences in the log and in gaps, in any order and with repeats.
         #[test]
-        fn every_sequence_is_known_for_what_it_is(
+        fn every_sequence_is_recovered_as_passed_missing_or_open(
             log in proptest::collection::vec(0u64..60, 0..80),
             gaps in proptest::collection::vec((0u64..60, 0u64..5), 0..6),
             start in 0u64..5,
@@ -265,16 +269,16 @@ mod tests {
     }
 
     #[test]
-    fn where_the_beginning_is_lost_nothing_below_the_highest_is_waited_for() {
+    fn no_sequence_below_the_highest_is_expected_if_the_beginning_of_the_log_is_freed() {
         let mut counts = Counts::new(GateStart::At(0), None, &[], true);
         [500, 502].into_iter().for_each(|sequence| counts.count(0, sequence));
         assert_eq!(counts.with_gaps(vec![gap(503, 505)]).standings, [(0, 506, vec![])]);
     }
 
     proptest! {
-        /// Whatever lies in whichever shard, and whichever shard is read first.
+        /// Covers every distribution of events over shards, and every order of reading the shards.
         #[test]
-        fn nothing_depends_on_the_order_in_which_it_is_counted(
+        fn the_result_does_not_depend_on_the_order_of_counting(
             log in proptest::collection::vec(0u64..20, 1..30),
             shuffle in proptest::collection::vec(any::<prop::sample::Index>(), 30),
             recorded in proptest::option::of(0u64..20),
@@ -299,7 +303,7 @@ mod tests {
             let (one, two) = (counted(&log), counted(&other));
             prop_assert_eq!(&one.standings, &two.standings);
             prop_assert_eq!(&one.derived_starts, &two.derived_starts);
-            // The oracle: what lies from the start on, without a hole.
+            // The oracle: the first sequence from the start on that is not in the log.
             let lowest = log.iter().copied().chain(gaps.iter().map(|gap| gap.from)).min().expect("not empty");
             let start = recorded.or(policy).unwrap_or(lowest);
             if !has_lost_beginning {

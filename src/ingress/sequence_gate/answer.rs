@@ -1,49 +1,51 @@
-//! What the gate answers. Data only.
+//! The answers of the gate. Data only.
 
 use std::fmt;
 use std::time::Duration;
 
-/// What became of an item that was offered and not refused.
+/// The gate's answer to an item that it did not refuse.
 #[derive(Debug, PartialEq, Eq)]
 #[must_use]
 pub enum Offered<T> {
-    /// It is the one expected: handle it now. Those buffered behind it come from [`SequenceGate::next`](crate::ingress::SequenceGate::next).
+    /// The item was expected next: handle it now. [`SequenceGate::next`](crate::ingress::SequenceGate::next) releases
+    /// the items buffered behind it.
     Passed(T),
-    /// It is early. It will come from [`SequenceGate::next`](crate::ingress::SequenceGate::next).
+    /// The item is early. [`SequenceGate::next`](crate::ingress::SequenceGate::next) will release it.
     Buffered,
-    /// Its sequence has passed already, or waits in the buffer. It was counted and dropped.
+    /// An item of this sequence has passed or is buffered. The gate counted and dropped this one.
     Duplicate,
-    /// It belongs to a gap that has been closed, and comes for the first time. A second time it is a duplicate.
+    /// The item belongs to a closed gap, and is offered for the first time. A second time it is a duplicate.
     Late(T),
-    /// Its sequence lies below what the gate remembers of its partition: before where the partition started, or in the
-    /// times of gaps that were forgotten. Whether it has passed before is not known.
+    /// The sequence is below everything that the gate remembers of its partition: below the partition's start, or among
+    /// forgotten gaps. Whether such an item has passed before is not known.
     TooOld(T),
 }
 
-/// Why an item was refused. It comes back, and the gate keeps nothing of it.
+/// The reason why an item was refused, with the item. The gate keeps nothing of it.
 ///
-/// An item that is expected next is never refused for want of room, so what comes in the order of its sequences can
-/// always go on. Who is refused pulls [`SequenceGate::next`](crate::ingress::SequenceGate::next) and offers again later: at the latest when the gap in
-/// front is closed there is room.
+/// An item that is expected next is never refused for lack of room, so input in order always makes progress. After a
+/// refusal, call [`SequenceGate::next`](crate::ingress::SequenceGate::next) and offer the item again later: there is
+/// room at the latest when the first gap is closed.
 #[derive(thiserror::Error, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum OfferRefused<T> {
-    /// The partition has `early_max_per_partition` items buffered.
+    /// The partition has `early_max_per_partition` buffered items.
     #[error("the partition has no room for more early items")]
     PartitionFull(T),
-    /// All partitions together have `early_max` items buffered.
+    /// All partitions together have `early_max` buffered items.
     #[error("the gate has no room for more early items")]
     Full(T),
-    /// The sequence lies more than `ahead_max` above the one expected (or is `u64::MAX`, which is none). If its source did
-    /// jump that far, remove the partition and start it anew.
-    #[error("the sequence lies too far ahead")]
+    /// The sequence is more than `ahead_max` above the expected one, or is `u64::MAX`, which is not a valid sequence.
+    /// If the source did jump that far, remove the partition and start it again.
+    #[error("the sequence is too far ahead of the expected one")]
     TooFarAhead(T),
-    /// It is of a new partition, and the gate knows `partitions_max` already.
+    /// The item belongs to a new partition, and the gate has `partitions_max` partitions.
     #[error("the gate has no room for more partitions")]
     TooManyPartitions(T),
 }
 
 impl<T> OfferRefused<T> {
-    /// Takes the item back.
+    /// Returns the item.
     pub fn into_item(self) -> T {
         match self {
             Self::PartitionFull(item) | Self::Full(item) | Self::TooFarAhead(item) | Self::TooManyPartitions(item) => {
@@ -52,7 +54,7 @@ impl<T> OfferRefused<T> {
         }
     }
 
-    /// The same refusal of something else.
+    /// Returns the same refusal with a changed item.
     pub(crate) fn map<U>(self, change: impl FnOnce(T) -> U) -> OfferRefused<U> {
         match self {
             Self::PartitionFull(item) => OfferRefused::PartitionFull(change(item)),
@@ -63,7 +65,7 @@ impl<T> OfferRefused<T> {
     }
 }
 
-// Not derived: an item need not be Debug for its refusal to be.
+// Not derived: the item need not implement Debug.
 impl<T> fmt::Debug for OfferRefused<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
@@ -75,20 +77,20 @@ impl<T> fmt::Debug for OfferRefused<T> {
     }
 }
 
-/// What comes out of the gate's buffer.
+/// An item or a gap that the gate releases from its buffer.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Released<P, T> {
-    /// An item whose turn it is.
+    /// An item whose turn has come.
     Item {
         /// Its partition.
         partition: P,
-        /// Its number there.
+        /// Its sequence number in the partition.
         sequence: u64,
         /// The item.
         item: T,
     },
-    /// The sequences `from..=to` have not come for too long and are no longer waited for. The caller makes a record of it
-    /// durable before pulling on; the items behind the gap come next.
+    /// The sequences `from..=to` have not come in time, and the gate no longer waits for them. The items behind the gap
+    /// come next; make a record of the gap durable before you take them.
     GapClosed {
         /// The partition.
         partition: P,
@@ -96,47 +98,48 @@ pub enum Released<P, T> {
         from: u64,
         /// The last missing sequence.
         to: u64,
-        /// How long they were waited for, since the first item above them came.
+        /// The time since the first item above the gap came.
         waited: Duration,
     },
 }
 
-/// A partition that cannot be told where to start.
+/// The reason why a partition's start cannot be set.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum StartRefused {
-    /// It has started.
+    /// The partition has started.
     #[error("the partition has started already")]
     Started,
-    /// The gate knows `partitions_max` already.
+    /// The gate has `partitions_max` partitions.
     #[error("the gate has no room for more partitions")]
     TooManyPartitions,
 }
 
-/// Counts since the gate was made. Every offered item is in exactly one of `in_order`, `reordered`, `waiting`,
+/// Counts since the gate was created. Every offered item is in exactly one of `in_order`, `reordered`, `waiting`,
 /// `duplicates`, `late`, `too_old`, `refused` and `removed`.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct GateStatistics {
-    /// Passed at once.
+    /// Items that passed at once.
     pub in_order: u64,
-    /// Buffered, and released.
+    /// Items that were buffered and released.
     pub reordered: u64,
-    /// Buffered now.
+    /// Items buffered now.
     pub waiting: u64,
-    /// Dropped: seen before.
+    /// Items dropped as duplicates.
     pub duplicates: u64,
-    /// Handed back: of a closed gap.
+    /// Items returned because their gap was closed.
     pub late: u64,
-    /// Handed back: too old to be known.
+    /// Items returned as too old.
     pub too_old: u64,
-    /// Handed back: no room, or too far ahead.
+    /// Items refused.
     pub refused: u64,
-    /// Handed back by `remove`.
+    /// Items returned by `remove`.
     pub removed: u64,
     /// Gaps closed.
     pub gaps_closed: u64,
-    /// Sequences in them.
+    /// Sequences in closed gaps.
     pub missing: u64,
-    /// Partitions known now.
+    /// Partitions of the gate now.
     pub partitions: u64,
 }

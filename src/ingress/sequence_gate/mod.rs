@@ -1,17 +1,17 @@
-//! The sequence gate: input that arrives out of order is put in order, by a sequence number per partition.
+//! The sequence gate: puts input that arrives out of order in order, by a sequence number per partition.
 //!
-//! One writer: whoever owns it. Of each partition items leave by rising sequence and each at most once; what does not
-//! leave is buffered, handed back, or counted as a duplicate, and a gap is closed only by saying so.
+//! One writer: its owner. The items of a partition leave by rising sequence, each at most once. Every other item is
+//! buffered, returned, or counted as a duplicate, and the gate reports every gap that it closes.
 //!
 //! ```text
-//!  offer ─▶ the next one expected ──▶ Passed, at once: no look into any buffer
-//!        ─▶ early ──────────────────▶ buffered ──▶ next(): Item, when those before it have passed
-//!        ─▶ seen before ────────────▶ Duplicate      └───▶ next(): GapClosed, when they have not come for too long
-//!        ─▶ of a closed gap ────────▶ Late
+//!  offer ─▶ expected next ──▶ Passed at once, without a look into any buffer
+//!        ─▶ early ──────────▶ buffered ──▶ next(): Item, after the items before it have passed
+//!        ─▶ seen before ────▶ Duplicate      └───▶ next(): GapClosed, when they have not come in time
+//!        ─▶ of a closed gap ▶ Late
 //! ```
 //!
-//! In order an item costs one look-up of its partition and no allocation. What is buffered lies in a B-tree per
-//! partition: far jumps cost no more than near ones, only the number of buffered items counts.
+//! An item in order costs one look-up of its partition and no allocation. Buffered items are in one B-tree per
+//! partition: the cost depends on their number, not on the distance between their sequences.
 
 use std::collections::hash_map::Entry;
 use std::collections::{BinaryHeap, HashMap, VecDeque};
@@ -29,9 +29,9 @@ use answer::{GateStatistics, OfferRefused, Offered, Released, StartRefused};
 use partition::{Ahead, Behind, Partition};
 use policy::{GatePolicy, GateStart};
 
-/// Puts items in order by partition and sequence. `P` is what numbers are counted by: a user, a Kafka partition, a sender.
+/// Puts items in order by partition and sequence. `P` identifies a partition: a user, a Kafka partition, a sender.
 ///
-/// `now` is the time since any fixed moment on a monotonic clock; time that steps back is taken for standing still.
+/// `now` is the time since any fixed moment on a monotonic clock. If it goes back, the gate keeps the latest time.
 ///
 /// ```
 /// # use corelane::ingress::{GatePolicy, Offered, Released, SequenceGate};
@@ -56,7 +56,7 @@ pub struct SequenceGate<P, T> {
     partitions: HashMap<P, Partition<T>>,
     /// Partitions whose next item is buffered, each once.
     ready: VecDeque<P>,
-    /// Partitions with a gap, each at most once, by a time not later than the one at which their first gap is due.
+    /// Partitions with a gap, each at most once, by a time at or before the one at which their first gap is due.
     timed: BinaryHeap<Timed<P>>,
     now: Duration,
     has_ended: bool,
@@ -74,10 +74,10 @@ impl<P, T> fmt::Debug for SequenceGate<P, T> {
 }
 
 impl<P: Eq + Hash + Clone, T> SequenceGate<P, T> {
-    /// An empty gate.
+    /// Creates an empty gate.
     ///
     /// # Errors
-    /// The first value of the policy that cannot be used.
+    /// The first value of the policy that is out of range.
     pub fn new(policy: GatePolicy) -> Result<Self, ConfigError> {
         policy.check()?;
         Ok(Self {
@@ -91,10 +91,11 @@ impl<P: Eq + Hash + Clone, T> SequenceGate<P, T> {
         })
     }
 
-    /// Says at which sequence a partition starts, before its first item: where it stood before a restart, for instance.
+    /// Sets the sequence at which a partition starts, before its first item; for instance the one that it expected
+    /// before a restart.
     ///
     /// # Errors
-    /// When it has started, or there is no room for it.
+    /// If the partition has started, or the gate has no room for it.
     pub fn start_at(&mut self, partition: P, sequence: u64) -> Result<(), StartRefused> {
         let is_full = self.partitions.len() >= self.policy.partitions_max;
         match self.partitions.entry(partition) {
@@ -107,8 +108,8 @@ impl<P: Eq + Hash + Clone, T> SequenceGate<P, T> {
         }
     }
 
-    /// As [`SequenceGate::start_at`], for a partition of which more is known: sequences at or above `sequence` that have passed, or
-    /// that are given up.
+    /// As [`SequenceGate::start_at`], for a partition with known sequences at or above `sequence`: passed, or in a
+    /// closed gap.
     pub(crate) fn resume(
         &mut self,
         partition: P,
@@ -120,17 +121,17 @@ impl<P: Eq + Hash + Clone, T> SequenceGate<P, T> {
         Ok(())
     }
 
-    /// Every partition with the sequence that it waits for, and what is known beforehand of those above.
+    /// Returns every partition with the sequence that it expects and the known sequences above.
     pub(crate) fn standings(&self) -> impl Iterator<Item = (&P, u64, impl Iterator<Item = (u64, u64, Ahead)> + '_)> {
         self.partitions.iter().map(|(partition, known)| (partition, known.expected, known.ahead()))
     }
 
-    /// Whether a sequence is not waited for.
+    /// Returns `true` if the gate does not expect this sequence any more.
     pub(crate) fn is_over(&self, partition: &P, sequence: u64) -> bool {
         self.partitions.get(partition).is_some_and(|known| known.is_over(sequence))
     }
 
-    /// Whether an item would start its partition, which the policy leaves to the first one, and not be refused.
+    /// Returns `true` if the policy lets this item start its partition, and the gate would not refuse it.
     #[inline]
     pub(crate) fn would_start(&self, partition: &P, sequence: u64) -> bool {
         self.policy.start == GateStart::FirstSeen
@@ -139,10 +140,10 @@ impl<P: Eq + Hash + Clone, T> SequenceGate<P, T> {
             && !self.partitions.contains_key(partition)
     }
 
-    /// Takes an item in.
+    /// Offers an item to the gate.
     ///
     /// # Errors
-    /// The item, with the reason why there is no room for it.
+    /// The item, with the reason why it is refused.
     #[inline]
     pub fn offer(
         &mut self,
@@ -166,7 +167,7 @@ impl<P: Eq + Hash + Clone, T> SequenceGate<P, T> {
         offered
     }
 
-    /// An item of a partition that is new or in disorder, or one that is not the next.
+    /// Takes an item that is not expected next, or whose partition is new or has buffered items or gaps.
     fn offer_any(&mut self, partition: P, sequence: u64, item: T) -> Result<Offered<T>, OfferRefused<T>> {
         if sequence == u64::MAX {
             return Err(OfferRefused::TooFarAhead(item));
@@ -182,7 +183,7 @@ impl<P: Eq + Hash + Clone, T> SequenceGate<P, T> {
             })),
         };
         let known = entry.get_mut();
-        // The expected one may also be in the buffer, ready and not pulled yet; then this is a duplicate.
+        // The expected item may also be in the buffer, ready and not pulled yet; then this one is a duplicate.
         if sequence == known.expected && !known.has_ready() {
             known.expected += 1;
             known.step_over(self.policy.closed_gaps_max);
@@ -230,11 +231,11 @@ impl<P: Eq + Hash + Clone, T> SequenceGate<P, T> {
         Ok(Offered::Buffered)
     }
 
-    /// The next thing that comes out of the buffer at `now`: items whose turn it is, then gaps that were waited for too
-    /// long, each followed by the items behind it. `None` when there is nothing; ask again at [`SequenceGate::next_due`] or
-    /// after the next offer.
+    /// Releases the next item or gap at `now`: first items that are ready, then gaps that are due, each followed by the
+    /// items behind it. Returns `None` if there is nothing; call again at [`SequenceGate::next_due`] or after the next
+    /// offer.
     ///
-    /// Who does not pull loses nothing: items wait, and their order stays.
+    /// Nothing is lost if the owner does not call it: items wait, in order.
     pub fn next(&mut self, now: Duration) -> Option<Released<P, T>> {
         self.now = self.now.max(now);
         if let Some(released) = self.next_ready() {
@@ -246,7 +247,7 @@ impl<P: Eq + Hash + Clone, T> SequenceGate<P, T> {
             let Timed { partition, .. } = self.timed.pop()?;
             let Some(known) = self.partitions.get_mut(&partition) else { continue };
             known.is_timed = false;
-            // The gap it was noted for may have been filled since, and another one be due later or none.
+            // The gap it was listed for may be filled by now; another may be due later, or none.
             let Some(since) = known.missing_since() else { continue };
             let at = since.saturating_add(self.policy.gap_wait_max);
             known.is_timed = true;
@@ -254,8 +255,8 @@ impl<P: Eq + Hash + Clone, T> SequenceGate<P, T> {
             if at > self.now && !self.has_ended {
                 continue;
             }
-            let (from, to) = known.close_gap(self.policy.closed_gaps_max).expect("what was ready has been drained");
-            // What follows a gap is an item, or what an earlier life knew of and then perhaps another gap.
+            let (from, to) = known.close_gap(self.policy.closed_gaps_max).expect("ready items were released before");
+            // A gap ends at a buffered item, or at known sequences, after which another gap may follow.
             known.is_ready = known.has_ready();
             if known.is_ready {
                 self.ready.push_back(partition.clone());
@@ -269,8 +270,9 @@ impl<P: Eq + Hash + Clone, T> SequenceGate<P, T> {
 
     fn next_ready(&mut self) -> Option<Released<P, T>> {
         let partition = self.ready.front()?;
-        let known = self.partitions.get_mut(partition).expect("what is listed is known");
-        let (sequence, item) = known.pop_ready(self.policy.closed_gaps_max).expect("what is listed is ready");
+        let known = self.partitions.get_mut(partition).expect("a listed partition is known");
+        let (sequence, item) =
+            known.pop_ready(self.policy.closed_gaps_max).expect("a listed partition has a ready item");
         known.is_ready = known.has_ready();
         let partition = if known.is_ready { partition.clone() } else { self.ready.pop_front()? };
         self.statistics.waiting -= 1;
@@ -278,8 +280,8 @@ impl<P: Eq + Hash + Clone, T> SequenceGate<P, T> {
         Some(Released::Item { partition, sequence, item })
     }
 
-    /// When [`SequenceGate::next`] may have something without a further offer; `None` when not before one. It may be
-    /// early (the gap was filled meanwhile), never late.
+    /// Returns the time at which [`SequenceGate::next`] may release something without a further offer. `None`: only an
+    /// offer changes that. The time may be early, if the gap was filled meanwhile, but never late.
     #[must_use]
     pub fn next_due(&self) -> Option<Duration> {
         if !self.ready.is_empty() {
@@ -289,18 +291,19 @@ impl<P: Eq + Hash + Clone, T> SequenceGate<P, T> {
         Some(if self.has_ended { self.now } else { first.at })
     }
 
-    /// No more input is to come: from now on gaps are closed without waiting. Pull until there is nothing.
+    /// Ends the input: from now on gaps are closed without waiting. Call [`SequenceGate::next`] until it returns
+    /// `None`.
     pub fn end(&mut self) {
         self.has_ended = true;
     }
 
-    /// The sequence that a partition waits for; `None` when nothing came of it yet.
+    /// Returns the next sequence that a partition expects; `None` if the partition is unknown.
     #[must_use]
     pub fn expected(&self, partition: &P) -> Option<u64> {
         self.partitions.get(partition).map(|known| known.expected)
     }
 
-    /// Forgets a partition and hands back what of it is buffered, by rising sequence.
+    /// Removes a partition, and returns its buffered items by rising sequence.
     pub fn remove(&mut self, partition: &P) -> Vec<(u64, T)> {
         let Some(known) = self.partitions.remove(partition) else { return Vec::new() };
         if known.is_ready {
@@ -315,14 +318,14 @@ impl<P: Eq + Hash + Clone, T> SequenceGate<P, T> {
         early
     }
 
-    /// What it has done so far.
+    /// Returns the counts since the gate was created.
     #[must_use]
     pub fn statistics(&self) -> GateStatistics {
         GateStatistics { partitions: self.partitions.len() as u64, ..self.statistics }
     }
 }
 
-/// A partition and when to look at it; the earliest is the greatest, as the heap wants it.
+/// A partition and the time to check it. The earliest is the greatest, because the heap returns its greatest element.
 struct Timed<P> {
     at: Duration,
     partition: P,

@@ -1,9 +1,10 @@
-//! One partition of the gate: what it expects, what came early, which gaps were closed. No clock, no bounds of its own.
+//! One partition of the gate: the sequence that it expects, its early items and its closed gaps. It has no clock and no
+//! bounds.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
-/// What is known of a sequence below the one expected.
+/// The state of a sequence below the expected one.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Behind {
     Duplicate,
@@ -11,44 +12,45 @@ pub(super) enum Behind {
     TooOld,
 }
 
-/// What is known beforehand of a sequence above the one expected: it is not waited for.
+/// The state of a known sequence above the expected one, which the gate does not wait for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Ahead {
-    /// It has passed in an earlier life.
+    /// It passed before a restart.
     Passed,
-    /// It belongs to a gap that was closed then.
+    /// It belongs to a gap that was closed before a restart.
     Missing,
-    /// It belonged to one, and has come since.
+    /// It belonged to such a gap, and has come since.
     Late,
 }
 
-/// 32 bytes while everything comes in order.
+/// The state of one partition: 32 bytes while its items come in order.
 #[derive(Debug)]
 pub(super) struct Partition<T> {
     /// The next sequence to pass.
     pub(super) expected: u64,
-    /// Below it, nothing is known of single sequences.
+    /// Nothing is remembered of single sequences below this one.
     known_from: u64,
     disorder: Option<Box<Disorder<T>>>,
-    /// Stands in the gate's list of what is ready.
+    /// `true` while the partition is in the gate's list of ready partitions.
     pub(super) is_ready: bool,
-    /// Stands in the gate's heap.
+    /// `true` while the partition is in the gate's heap.
     pub(super) is_timed: bool,
 }
 
 const _: () = assert!(size_of::<Partition<u64>>() == 32);
 
+/// The state that a partition needs only while items are early or gaps are remembered.
 #[derive(Debug)]
 struct Disorder<T> {
-    /// All at or above `expected`.
+    /// Buffered items by sequence, all at or above `expected`.
     early: BTreeMap<u64, T>,
-    /// Which early items came when they were the highest so far, and when: rising in both. What is missing below a
-    /// sequence is missing since the first of these above it came.
+    /// The early items that had the highest sequence when they came, with the time: both rise. A sequence has been
+    /// missing since the first of these above it came.
     highest: VecDeque<(u64, Duration)>,
-    /// What is missing of closed gaps, first and last sequence, rising.
+    /// Sequences of closed gaps that have not come, as rising ranges, first to last.
     closed: Vec<(u64, u64)>,
-    /// What is known beforehand, first and last sequence, rising: all above `expected`, nothing of it in `early`. Boxed, because
-    /// there is any only behind a restart that found holes.
+    /// Known sequences, as rising ranges by first sequence: all above `expected`, none of them in `early`. Boxed, because
+    /// there are any only after a restart that found holes.
     #[expect(clippy::box_collection, reason = "8 bytes of every partition with early items instead of 24")]
     ahead: Option<Box<BTreeMap<u64, (u64, Ahead)>>>,
 }
@@ -68,7 +70,8 @@ impl<T> Partition<T> {
         Self { expected, known_from: expected, disorder: None, is_ready: false, is_timed: false }
     }
 
-    /// One that goes on from an earlier life. What is known beforehand comes by rising sequence, at or above `expected`.
+    /// Creates a partition that continues after a restart. The known ranges in `ahead` rise, and begin at or above
+    /// `expected`.
     pub(super) fn resumed(expected: u64, ahead: Vec<(u64, u64, Ahead)>, closed_max: usize) -> Self {
         let mut resumed = Self::new(expected);
         if !ahead.is_empty() {
@@ -79,7 +82,7 @@ impl<T> Partition<T> {
         resumed
     }
 
-    /// Moves over what is known beforehand, where it is next.
+    /// Steps over known sequences that are expected next.
     pub(super) fn step_over(&mut self, closed_max: usize) {
         while let Some(disorder) = &mut self.disorder
             && let Some(ahead) = &mut disorder.ahead
@@ -98,7 +101,7 @@ impl<T> Partition<T> {
         }
     }
 
-    /// What is known beforehand of a sequence above the expected one. A missing one is missing once.
+    /// Returns the state of a known sequence above the expected one. Marks a missing one as late.
     pub(super) fn known_ahead(&mut self, sequence: u64) -> Option<Ahead> {
         let ahead = self.disorder.as_mut()?.ahead.as_mut()?;
         let (&from, &(to, what)) = ahead.range(..=sequence).next_back().filter(|(_, (to, _))| *to >= sequence)?;
@@ -111,42 +114,42 @@ impl<T> Partition<T> {
         Some(what)
     }
 
-    /// Whether a sequence is not waited for: its turn is over, or known to be.
+    /// Returns `true` if the sequence is below the expected one, or known.
     pub(super) fn is_over(&self, sequence: u64) -> bool {
         sequence < self.expected || self.ahead_at(sequence).is_some_and(|(to, _)| to >= sequence)
     }
 
-    /// The nearest sequence at or below this one behind which everything is open.
+    /// Returns the first sequence of the stretch without known sequences that contains `sequence`.
     pub(super) fn open_from(&self, sequence: u64) -> u64 {
         self.ahead_at(sequence).map_or(self.expected, |(to, _)| to + 1)
     }
 
-    /// The last run known beforehand that begins at or below this one: its end.
+    /// Returns the last known range that begins at or below `sequence`: its end and state.
     fn ahead_at(&self, sequence: u64) -> Option<(u64, Ahead)> {
         let ahead = self.disorder.as_ref()?.ahead.as_ref()?;
         ahead.range(..=sequence).next_back().map(|(_, known)| *known)
     }
 
-    /// What is known beforehand, by rising sequence.
+    /// Returns the known ranges, by rising sequence.
     pub(super) fn ahead(&self) -> impl Iterator<Item = (u64, u64, Ahead)> + '_ {
         let ahead = self.disorder.as_ref().and_then(|disorder| disorder.ahead.as_ref());
         ahead.into_iter().flat_map(|ahead| ahead.iter().map(|(from, (to, what))| (*from, *to, *what)))
     }
 
-    /// Lets go of the memory of a disorder that is over.
+    /// Frees the memory of a disorder that is over.
     fn settle(&mut self) {
         if self.disorder.as_ref().is_some_and(|disorder| disorder.is_over()) {
             self.disorder = None;
         }
     }
 
-    /// Nothing is buffered and no gap is remembered.
+    /// Returns `true` if nothing is buffered and no gap is remembered.
     #[inline]
     pub(super) fn is_plain(&self) -> bool {
         self.disorder.is_none()
     }
 
-    /// Number of early items.
+    /// Returns the number of buffered items.
     pub(super) fn early(&self) -> usize {
         self.disorder.as_ref().map_or(0, |disorder| disorder.early.len())
     }
@@ -155,7 +158,7 @@ impl<T> Partition<T> {
         self.disorder.as_ref().is_some_and(|disorder| disorder.early.contains_key(&sequence))
     }
 
-    /// Whether the expected item is buffered.
+    /// Returns `true` if the expected item is buffered.
     pub(super) fn has_ready(&self) -> bool {
         self.first_early() == Some(self.expected)
     }
@@ -164,7 +167,7 @@ impl<T> Partition<T> {
         self.disorder.as_ref()?.early.first_key_value().map(|(sequence, _)| *sequence)
     }
 
-    /// Keeps an item that lies above the expected one and is not buffered yet.
+    /// Buffers an item above the expected one that is not buffered yet.
     pub(super) fn buffer(&mut self, sequence: u64, item: T, now: Duration) {
         assert!(sequence > self.expected);
         let disorder = self.disorder.get_or_insert_with(|| Box::new(Disorder::new()));
@@ -175,7 +178,7 @@ impl<T> Partition<T> {
         }
     }
 
-    /// Takes the expected item from the buffer, if it is there.
+    /// Takes the expected item from the buffer. Returns `None` if it is not buffered.
     pub(super) fn pop_ready(&mut self, closed_max: usize) -> Option<(u64, T)> {
         let disorder = self.disorder.as_mut()?;
         let first = disorder.early.first_entry().filter(|first| *first.key() == self.expected)?;
@@ -189,12 +192,12 @@ impl<T> Partition<T> {
         Some((sequence, item))
     }
 
-    /// Since when the expected item is missing; `None` when nothing shows that it is.
+    /// Returns the time since which the expected item has been missing; `None` if no item above it has come.
     pub(super) fn missing_since(&self) -> Option<Duration> {
         self.disorder.as_ref()?.highest.front().map(|(_, at)| *at)
     }
 
-    /// Gives up what is missing before the first early item, or before what is known to follow.
+    /// Closes the gap before the first buffered item or known sequence. Returns its first and last sequence.
     pub(super) fn close_gap(&mut self, closed_max: usize) -> Option<(u64, u64)> {
         let first_ahead = self.ahead().next().map_or(u64::MAX, |(from, ..)| from);
         let first = self.first_early().map(|first| first.min(first_ahead)).filter(|first| *first > self.expected)?;
@@ -206,7 +209,8 @@ impl<T> Partition<T> {
         Some(gap)
     }
 
-    /// What is known of a sequence below the expected one. Of a closed gap it is late once.
+    /// Returns the state of a sequence below the expected one. A sequence of a closed gap is late once, then a
+    /// duplicate.
     pub(super) fn behind(&mut self, sequence: u64, closed_max: usize) -> Behind {
         assert!(sequence < self.expected);
         if sequence < self.known_from {
@@ -225,7 +229,7 @@ impl<T> Partition<T> {
         Behind::Late
     }
 
-    /// Remembers at most so many gaps: the oldest goes first.
+    /// Forgets the oldest closed gap if more than `closed_max` are remembered.
     fn forget(&mut self, closed_max: usize) {
         let Some(disorder) = &mut self.disorder else { return };
         if disorder.closed.len() > closed_max {
@@ -234,7 +238,7 @@ impl<T> Partition<T> {
         }
     }
 
-    /// What is buffered, by rising sequence.
+    /// Returns the buffered items, by rising sequence.
     pub(super) fn into_early(self) -> Vec<(u64, T)> {
         self.disorder.map_or_else(Vec::new, |disorder| disorder.early.into_iter().collect())
     }
@@ -245,13 +249,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_partition_that_goes_on_from_many_holes_steps_over_each_once() {
-        const RUNS: u64 = 200_000;
+    fn a_partition_resumed_with_many_holes_steps_over_each_once() {
+        const RANGES: u64 = 200_000;
         let what = |i: u64| if i.is_multiple_of(2) { Ahead::Passed } else { Ahead::Late };
-        let ahead: Vec<_> = (0..RUNS).map(|i| (2 * i + 10, 2 * i + 11, what(i))).collect();
+        let ahead: Vec<_> = (0..RANGES).map(|i| (2 * i + 10, 2 * i + 11, what(i))).collect();
         let mut partition = Partition::<()>::resumed(9, ahead, 16);
-        // From the far end, so that a walk from the near one would go over all of them.
-        for i in (0..RUNS).rev() {
+        // From the far end, so that a walk from the near end would pass all ranges.
+        for i in (0..RANGES).rev() {
             let sequence = 2 * i + 11;
             assert!(partition.is_over(sequence));
             assert_eq!(partition.open_from(sequence), sequence + 1);
@@ -259,7 +263,7 @@ mod tests {
         }
         partition.expected += 1;
         partition.step_over(16);
-        assert_eq!(partition.expected, 2 * RUNS + 10);
+        assert_eq!(partition.expected, 2 * RANGES + 10);
         assert!(partition.is_plain());
     }
 }

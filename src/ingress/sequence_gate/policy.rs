@@ -1,4 +1,4 @@
-//! The gate's limits, each with its unit. Does not know what they are used for.
+//! The gate's limits, with their units and ranges.
 
 use std::time::Duration;
 
@@ -7,16 +7,18 @@ use crate::config::setters;
 use crate::config::whole_ms;
 use crate::error::ConfigError;
 
-/// Where a partition starts that nobody named a start for.
+/// The start of a partition for which [`SequenceGate::start_at`](crate::ingress::SequenceGate::start_at) was not
+/// called.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum GateStart {
-    /// At this sequence.
+    /// The partition starts at this sequence.
     At(u64),
-    /// At that of its first item. What comes below it later is too old.
+    /// The partition starts at the sequence of its first item. Later items below it are too old.
     FirstSeen,
 }
 
-/// What the gate waits for, and how much it keeps meanwhile.
+/// The limits of a gate: how long it waits for missing sequences, and how much it buffers meanwhile.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct GatePolicy {
     pub(super) start: GateStart,
@@ -44,26 +46,30 @@ impl Default for GatePolicy {
 
 impl GatePolicy {
     setters! {
-        /// Where a partition starts. Default: at 0.
+        /// The start of a partition. Default: at 0.
         start: GateStart,
-        /// How long a missing sequence is waited for, 0..=24 h, from when the first item above it came. Default: 5 s.
+        /// The longest wait for a missing sequence, 0..=24 h, from the arrival of the first item above it. Default: 5
+        /// s.
         gap_wait_max: Duration,
-        /// Early items buffered of one partition, 1..=2³⁰; more are refused. Default: 65,536.
+        /// The largest number of buffered items per partition, 1..=2³⁰; more are refused. Default: 65,536.
         early_max_per_partition: usize,
-        /// Early items buffered of all partitions, 1..=2³⁰; more are refused. Default: 1,048,576. One takes the item's
-        /// size and 16 to 40 bytes, and each partition that has any about 310 more.
+        /// The largest number of buffered items in all partitions, 1..=2³⁰; more are refused. Default: 1,048,576. A
+        /// buffered item takes its size plus 16 to 40 bytes, and each partition with buffered items about 310 bytes
+        /// more.
         early_max: usize,
-        /// How far above the expected sequence an item may lie, at least 1; farther ones are refused. It keeps one
-        /// wrong number from closing a gap over everything to come. Default: 1,048,576.
+        /// The largest distance of an item above the expected sequence, at least 1; items above are refused. Without
+        /// this limit, one wrong number could close a gap over everything to come. Default: 1,048,576.
         ahead_max: u64,
-        /// Partitions known at once, 1..=2³⁰; items of further ones are refused until one is removed. Default:
+        /// The largest number of partitions, 1..=2³⁰; items of further ones are refused until one is removed. Default:
         /// 1,048,576. A partition in order takes its key and 32 bytes in a hash table, half of which may be empty.
         partitions_max: usize,
-        /// Closed gaps remembered per partition, 1..=65,536, to tell late items from duplicates; each takes 16 bytes, and a
-        /// late item may split one into two. When there are more, the oldest is forgotten. Default: 64.
+        /// The number of closed gaps remembered per partition, 1..=65,536, to tell late items from duplicates. When
+        /// there are more, the oldest is forgotten. Each takes 16 bytes, and a late item may split one into two.
+        /// Default: 64.
         closed_gaps_max: usize,
     }
 
+    /// Returns the start of a partition.
     pub(crate) fn starts(&self) -> GateStart {
         self.start
     }

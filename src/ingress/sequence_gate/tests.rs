@@ -1,4 +1,5 @@
-//! The gate's rules one by one; then against a model that keeps everything; then under shuffles that are pulled at random.
+//! Tests the gate's rules one by one, then against a model that forgets nothing, then with shuffled input and random
+//! pulls.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -14,7 +15,7 @@ fn gate(policy: GatePolicy) -> Gate {
     SequenceGate::new(policy).expect("valid")
 }
 
-/// Offers an item that is its own sequence.
+/// Offers an item whose value is its sequence.
 fn offer(gate: &mut Gate, sequence: u64, now: Duration) -> Offered<u64> {
     gate.offer(0, sequence, sequence, now).expect("there is room")
 }
@@ -28,7 +29,7 @@ fn gap(from: u64, to: u64, waited: Duration) -> Option<Released<u8, u64>> {
 }
 
 #[test]
-fn what_comes_early_waits_for_those_before_it() {
+fn an_early_item_waits_for_the_items_before_it() {
     let mut gate = gate(GatePolicy::default());
     assert_eq!(offer(&mut gate, 2, T0), Offered::Buffered);
     assert_eq!(offer(&mut gate, 1, T0), Offered::Buffered);
@@ -42,13 +43,13 @@ fn what_comes_early_waits_for_those_before_it() {
 }
 
 #[test]
-fn duplicates_are_counted_whether_passed_or_buffered() {
+fn duplicates_of_passed_and_of_buffered_items_are_counted() {
     let mut gate = gate(GatePolicy::default());
     assert_eq!(offer(&mut gate, 0, T0), Offered::Passed(0));
     assert_eq!(offer(&mut gate, 2, T0), Offered::Buffered);
     assert_eq!(offer(&mut gate, 0, T0), Offered::Duplicate);
     assert_eq!(offer(&mut gate, 2, T0), Offered::Duplicate);
-    // Ready but not pulled is buffered, too.
+    // An item that is ready and not pulled is still buffered.
     assert_eq!(offer(&mut gate, 1, T0), Offered::Passed(1));
     assert_eq!(offer(&mut gate, 2, T0), Offered::Duplicate);
     assert_eq!([gate.next(T0), gate.next(T0)], [item(2), None]);
@@ -56,7 +57,7 @@ fn duplicates_are_counted_whether_passed_or_buffered() {
 }
 
 #[test]
-fn a_gap_is_closed_when_its_time_is_up_and_not_before() {
+fn a_gap_is_closed_when_it_is_due_and_not_before() {
     let mut gate = gate(GatePolicy::default());
     assert_eq!(offer(&mut gate, 3, S), Offered::Buffered);
     let due = gate.next_due().expect("a gap is open");
@@ -69,9 +70,9 @@ fn a_gap_is_closed_when_its_time_is_up_and_not_before() {
 }
 
 #[test]
-fn a_gap_counts_from_the_first_item_above_it_whichever_came_first() {
+fn the_wait_for_a_gap_begins_with_the_first_item_above_it() {
     let mut gate = gate(GatePolicy::default());
-    // 1 and 2 are missing since 3 came at 0 s; 4 to 8 only since 9 came at 1 s, though 6 came after it.
+    // 1 and 2 have been missing since 3 came at 0 s; 4 to 8 since 9 came at 1 s, although 6 came later.
     offer(&mut gate, 0, T0).ignore();
     offer(&mut gate, 3, T0).ignore();
     offer(&mut gate, 9, S).ignore();
@@ -92,23 +93,23 @@ fn a_late_item_is_late_once_and_then_a_duplicate() {
         assert_eq!(offer(&mut gate, sequence, 5 * S), Offered::Duplicate);
     }
     assert_eq!(offer(&mut gate, 5, 5 * S), Offered::Duplicate);
-    assert!(gate.partitions[&0].is_plain(), "nothing is left to remember");
+    assert!(gate.partitions[&0].is_plain(), "the partition remembers nothing");
 }
 
 #[test]
-fn what_is_no_longer_remembered_is_handed_back_as_too_old() {
+fn an_item_of_a_forgotten_gap_is_too_old() {
     let mut gate = gate(GatePolicy::default().closed_gaps_max(1).gap_wait_max(T0));
     for sequence in [1, 3] {
         offer(&mut gate, sequence, T0).ignore();
         while gate.next(T0).is_some() {}
     }
-    assert_eq!(offer(&mut gate, 0, T0), Offered::TooOld(0), "its gap was forgotten for that of 2");
+    assert_eq!(offer(&mut gate, 0, T0), Offered::TooOld(0), "its gap was forgotten when that of 2 was closed");
     assert_eq!(offer(&mut gate, 1, T0), Offered::Duplicate);
     assert_eq!(offer(&mut gate, 2, T0), Offered::Late(2));
 }
 
 #[test]
-fn a_partition_starts_where_it_is_told_or_at_its_first_item() {
+fn a_partition_starts_at_its_set_start_or_at_its_first_item() {
     let mut gate = gate(GatePolicy::default().start(GateStart::FirstSeen));
     assert_eq!(offer(&mut gate, 7, T0), Offered::Passed(7));
     assert_eq!(offer(&mut gate, 6, T0), Offered::TooOld(6));
@@ -125,7 +126,7 @@ fn a_full_gate_refuses_early_items_and_never_the_expected_one() {
         assert_eq!(gate.offer(0, sequence, sequence, T0), Ok(Offered::Buffered));
     }
     assert_eq!(gate.offer(0, 3, 3, T0), Err(OfferRefused::PartitionFull(3)));
-    assert_eq!(gate.offer(0, 2, 2, T0), Ok(Offered::Duplicate), "what waits already is no question of room");
+    assert_eq!(gate.offer(0, 2, 2, T0), Ok(Offered::Duplicate), "a duplicate needs no room");
     assert_eq!(gate.offer(1, 1, 1, T0), Ok(Offered::Buffered));
     assert_eq!(gate.offer(1, 2, 2, T0), Err(OfferRefused::Full(2)));
     assert_eq!(gate.offer(2, 0, 0, T0), Err(OfferRefused::TooManyPartitions(0)));
@@ -137,18 +138,18 @@ fn a_full_gate_refuses_early_items_and_never_the_expected_one() {
 }
 
 #[test]
-fn one_wrong_number_does_not_close_a_gap_over_everything() {
+fn one_wrong_number_cannot_close_a_gap_over_everything_to_come() {
     let mut gate = gate(GatePolicy::default().ahead_max(100));
     assert_eq!(gate.offer(0, u64::MAX, 1, T0), Err(OfferRefused::TooFarAhead(1)));
     assert_eq!(gate.offer(0, 101, 1, T0), Err(OfferRefused::TooFarAhead(1)));
     assert_eq!(gate.offer(0, 100, 1, T0), Ok(Offered::Buffered));
     gate.start_at(1, u64::MAX - 1).expect("new");
     assert_eq!(gate.offer(1, u64::MAX - 1, 1, T0), Ok(Offered::Passed(1)));
-    assert_eq!(gate.offer(1, u64::MAX, 1, T0), Err(OfferRefused::TooFarAhead(1)), "and nothing overflows");
+    assert_eq!(gate.offer(1, u64::MAX, 1, T0), Err(OfferRefused::TooFarAhead(1)), "no overflow");
 }
 
 #[test]
-fn the_end_of_input_closes_what_is_open_at_once() {
+fn the_end_of_input_closes_open_gaps_at_once() {
     let mut gate = gate(GatePolicy::default());
     offer(&mut gate, 1, T0).ignore();
     offer(&mut gate, 3, S).ignore();
@@ -158,21 +159,21 @@ fn the_end_of_input_closes_what_is_open_at_once() {
 }
 
 #[test]
-fn a_removed_partition_hands_back_what_waited() {
+fn removing_a_partition_returns_its_buffered_items() {
     let mut gate = gate(GatePolicy::default());
     for sequence in [4, 1, 2] {
         offer(&mut gate, sequence, T0).ignore();
     }
     offer(&mut gate, 0, T0).ignore();
     assert_eq!(gate.remove(&0), [(1, 1), (2, 2), (4, 4)]);
-    assert!(gate.ready.is_empty() && gate.timed.is_empty(), "it is in no list any more");
+    assert!(gate.ready.is_empty() && gate.timed.is_empty(), "no list contains it");
     assert_eq!((gate.next(9 * S), gate.next_due(), gate.expected(&0)), (None, None, None));
     assert_eq!((gate.statistics().waiting, gate.statistics().removed), (0, 3));
-    assert_eq!(offer(&mut gate, 1, 9 * S), Offered::Buffered, "known no more");
+    assert_eq!(offer(&mut gate, 1, 9 * S), Offered::Buffered, "the partition is new again");
 }
 
 #[test]
-fn time_that_steps_back_stands_still() {
+fn the_gate_ignores_a_clock_that_goes_back() {
     let mut gate = gate(GatePolicy::default());
     offer(&mut gate, 1, 10 * S).ignore();
     offer(&mut gate, 3, S).ignore();
@@ -181,7 +182,7 @@ fn time_that_steps_back_stands_still() {
 }
 
 #[test]
-fn what_cannot_be_used_is_named() {
+fn a_policy_value_out_of_range_is_named_in_the_error() {
     let d = GatePolicy::default;
     let bad = [
         (d().gap_wait_max(Duration::MAX), "gate_gap_wait_max_ms"),
@@ -203,12 +204,12 @@ impl<T> Offered<T> {
     fn ignore(self) {}
 }
 
-/// What one partition has seen, kept for ever and looked through every time.
+/// One partition's history, kept completely and searched on every call.
 #[derive(Default)]
 struct Model {
     expected: u64,
     early: BTreeMap<u64, u64>,
-    /// Sequence and time of everything that was ever buffered.
+    /// Sequence and time of every item that was ever buffered.
     came: Vec<(u64, Duration)>,
     missing: BTreeSet<u64>,
 }
@@ -229,7 +230,7 @@ impl Model {
         }
     }
 
-    /// Everything that must come out at `now`.
+    /// Returns everything that must be released at `now`.
     fn drain(&mut self, partition: u8, now: Duration, wait: Duration) -> Vec<Released<u8, u64>> {
         let mut out = Vec::new();
         loop {
@@ -256,7 +257,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(256))]
 
     #[test]
-    fn agrees_with_the_model(
+    fn the_gate_agrees_with_the_model(
         steps in prop::collection::vec((0..3_u8, 0..24_u64, 0..100_u8, 0..4000_u64), 1..300),
     ) {
         const WAIT: Duration = Duration::from_secs(5);
@@ -266,7 +267,7 @@ proptest! {
         for (id, (partition, ahead, which, ms)) in steps.into_iter().enumerate() {
             now += Duration::from_millis(if which < 50 { 0 } else { ms });
             let model = &mut models[usize::from(partition)];
-            // Around the expected one, mostly above it.
+            // Around the expected sequence, mostly above it.
             let sequence = (model.expected + ahead).saturating_sub(if which % 2 == 0 { 0 } else { 12 });
             prop_assert_eq!(gate.offer(partition, sequence, id as u64, now), Ok(model.offer(sequence, id as u64, now)));
             let mut released: [Vec<_>; 3] = Default::default();
@@ -281,13 +282,13 @@ proptest! {
         }
         let statistics = gate.statistics();
         prop_assert_eq!(statistics.waiting as usize, models.iter().map(|model| model.early.len()).sum::<usize>());
-        // No partition is listed twice, and none with a gap is forgotten.
+        // No partition is listed twice, and every partition with a gap is listed.
         prop_assert_eq!(gate.timed.len(), gate.partitions.values().filter(|known| known.is_timed).count());
         prop_assert!(gate.partitions.values().all(|known| known.early() == 0 || known.is_timed));
     }
 
     #[test]
-    fn a_shuffle_without_losses_comes_out_as_it_was(window in 1..64_usize, seed: u64, repeated in 0..50_u8) {
+    fn a_shuffle_without_losses_is_restored_to_order(window in 1..64_usize, seed: u64, repeated in 0..50_u8) {
         let mut random = crate::consumer::JitterRng::seeded(seed);
         let mut gate = gate(GatePolicy::default());
         let mut out = Vec::new();
@@ -304,7 +305,7 @@ proptest! {
                     }
                 }
                 while let Some(one) = gate.next(T0) {
-                    let Released::Item { item, .. } = one else { panic!("nothing is missing") };
+                    let Released::Item { item, .. } = one else { panic!("a gap without a missing item") };
                     out.push(item);
                 }
             }
@@ -313,10 +314,11 @@ proptest! {
     }
 
     #[test]
-    fn pulled_at_any_time_items_rise_and_every_one_is_accounted_for(
+    fn items_rise_and_every_item_is_counted_once_for_any_order_of_pulls(
         steps in prop::collection::vec((0..2_u8, 0..40_u64, 0..3_u8, 0..2000_u64), 1..400), closed_gaps in 1..4_usize,
     ) {
-        let policy = GatePolicy::default().early_max_per_partition(6).early_max(8).ahead_max(30).closed_gaps_max(closed_gaps);
+        let policy = GatePolicy::default().early_max_per_partition(6).early_max(8).ahead_max(30);
+        let policy = policy.closed_gaps_max(closed_gaps);
         let mut gate = gate(policy);
         let mut last: [Option<u64>; 2] = [None; 2];
         let (mut offered, mut now) = (0, T0);
@@ -350,21 +352,21 @@ proptest! {
 }
 
 #[test]
-fn what_an_earlier_life_knew_of_is_stepped_over_and_never_waited_for() {
+fn known_sequences_are_stepped_over_and_not_waited_for_after_a_restart() {
     use partition::Ahead::{Missing, Passed};
     let mut gate = gate(GatePolicy::default().gap_wait_max(S));
-    // 5 and 6 were lost; 7 to 9 are there; 10 and 11 had been given up; 12 was lost; 13 is there.
+    // 5, 6 and 12 were lost; 7 to 9 and 13 have passed; 10 and 11 belong to a closed gap.
     gate.resume(0, 5, vec![(7, 9, Passed), (10, 11, Missing), (13, 13, Passed)]).expect("new");
-    assert_eq!(gate.next_due(), None, "nothing is waited for before something comes");
+    assert_eq!(gate.next_due(), None, "no gap is timed before an item comes");
     assert_eq!(offer(&mut gate, 8, T0), Offered::Duplicate);
-    assert_eq!(offer(&mut gate, 10, T0), Offered::Late(10), "once");
+    assert_eq!(offer(&mut gate, 10, T0), Offered::Late(10), "late once");
     assert_eq!(offer(&mut gate, 10, T0), Offered::Duplicate);
     assert!(gate.is_over(&0, 10) && !gate.is_over(&0, 6));
     assert_eq!(offer(&mut gate, 14, T0), Offered::Buffered);
     assert_eq!(offer(&mut gate, 5, T0), Offered::Passed(5));
     assert_eq!(offer(&mut gate, 6, T0), Offered::Passed(6));
-    assert_eq!(gate.expected(&0), Some(12), "over what is known");
-    assert_eq!(offer(&mut gate, 11, T0), Offered::Late(11), "still told from a duplicate");
+    assert_eq!(gate.expected(&0), Some(12), "steps over known sequences");
+    assert_eq!(offer(&mut gate, 11, T0), Offered::Late(11), "still distinguished from a duplicate");
     assert_eq!(offer(&mut gate, 12, T0), Offered::Passed(12));
     assert_eq!([gate.next(T0), gate.next(T0)], [item(14), None]);
     assert_eq!(gate.expected(&0), Some(15));
@@ -372,7 +374,7 @@ fn what_an_earlier_life_knew_of_is_stepped_over_and_never_waited_for() {
 }
 
 #[test]
-fn a_gap_ends_where_something_is_known() {
+fn a_gap_ends_before_a_known_sequence() {
     use partition::Ahead::{Missing, Passed};
     let mut gate = gate(GatePolicy::default().gap_wait_max(S));
     gate.resume(0, 5, vec![(7, 9, Passed), (11, 11, Missing)]).expect("new");

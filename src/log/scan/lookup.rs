@@ -1,4 +1,4 @@
-//! Reads single records whose places are known.
+//! Reads single records with known positions.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -10,53 +10,53 @@ use super::records::ScannedRecord;
 use super::{Store, io_error, read_up_to};
 use crate::error::ReadError;
 use crate::event::{Offset, Sequence, ShardId, Time};
-use crate::log::format::{Found, HEADER_BYTES, RECORD_HEADER_BYTES, RecordHeader, SegmentHeader, record_at};
+use crate::log::format::{HEADER_BYTES, RECORD_HEADER_BYTES, RecordAt, RecordHeader, SegmentHeader, record_at};
 use crate::log::manifest::segment_name;
 use crate::storage::framed::u32_at;
 use crate::storage::memory::{ALIGN, padded};
 
-/// Where a record lies, and what it takes to read it by itself.
+/// The position of a record, with everything needed to read that record alone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct RecordPosition {
-    /// The event's time.
+    /// The time of the event.
     pub time: Time,
     /// The shard.
     pub shard: ShardId,
-    /// Where the record begins.
+    /// The offset of the record.
     pub offset: Offset,
-    /// The event's number in its shard (the log does not store it with the record).
+    /// The number of the event in its shard. (The log does not store it with the record.)
     pub sequence: Sequence,
-    /// Bytes of the record, without its padding.
+    /// The length of the record in bytes, without its padding.
     pub record_bytes: u32,
 }
 
 const _: () = assert!(size_of::<RecordPosition>() == 32, "an index holds one per event");
 
-/// Reads single records by their [`RecordPosition`]; cheapest where the places ascend.
+/// Reads single records by their [`RecordPosition`]. Cheapest if the positions ascend.
 #[derive(Debug)]
 pub struct Lookup {
     store: Store,
     open: HashMap<(ShardId, u64), (File, SegmentHeader)>,
     window: AlignedVec<16>,
-    /// Shard, segment and position of the window's first byte.
+    /// The shard, the segment and the position of the window's first byte.
     window_at: Option<(ShardId, u64, usize)>,
 }
 
 impl Lookup {
-    /// Bytes read ahead while places ascend closely.
+    /// Bytes read at once while positions ascend closely.
     const WINDOW_BYTES: usize = 256 << 10;
-    /// Open files kept.
+    /// The largest number of open files.
     const OPEN_MAX: usize = 256;
 
     pub(super) fn new(store: &Store) -> Self {
         Self { store: store.clone(), open: HashMap::new(), window: AlignedVec::new(), window_at: None }
     }
 
-    /// The record at `place`.
+    /// Reads the record at `place`.
     ///
     /// # Errors
-    /// `BeyondRetention` when it was freed meanwhile, `NotARecord` when no such record is there (or what is there does not hold), `Io`.
-    /// Asked again, it looks again.
+    /// Returns `BeyondRetention` if the record has been freed, `NotARecord` if there is no such record or it is
+    /// damaged, or `Io`. A later call reads the file again.
     pub fn get(&mut self, place: &RecordPosition) -> Result<ScannedRecord<'_>, ReadError> {
         let segment_bytes = self.store.segment_bytes();
         let (index, at) = (place.offset.get() / segment_bytes, (place.offset.get() % segment_bytes) as usize);
@@ -81,7 +81,7 @@ impl Lookup {
             }
         };
         let tail = self.window.get(start..start + padded(len)).unwrap_or_default();
-        if record_at(tail, salt) != Found::Record(len) {
+        if record_at(tail, salt) != RecordAt::Record(len) {
             return Err(self.gone(place));
         }
         let header = RecordHeader::decode(tail);
@@ -89,7 +89,7 @@ impl Lookup {
         Ok(ScannedRecord { meta: header.meta(place.shard, place.offset, place.sequence), body })
     }
 
-    /// Length and CRC word of the record at `offset`.
+    /// Returns the length and the CRC word of the record at `offset`.
     pub(crate) fn check_word(&mut self, shard: ShardId, offset: Offset) -> Result<(usize, u32), ReadError> {
         let place = |record_bytes| RecordPosition { time: Time(0), shard, offset, sequence: Sequence(0), record_bytes };
         let (index, at) = (offset.get() / self.store.segment_bytes(), offset.get() % self.store.segment_bytes());
@@ -105,7 +105,7 @@ impl Lookup {
     }
 
     fn move_window(&mut self, shard: ShardId, index: u64, at: usize, end: usize) -> Result<(), ReadError> {
-        // Far jumps read only what they need; a step forward promises more steps forward.
+        // A far jump reads only the record; a short step forward suggests more of them.
         let near = self.window_at.is_some_and(|(was_shard, was_index, from)| {
             (was_shard, was_index) == (shard, index)
                 && from <= at
@@ -113,7 +113,7 @@ impl Lookup {
         });
         let room = self.store.segment_bytes() as usize - at;
         let wanted = if near { Self::WINDOW_BYTES.max(end - at).min(room) } else { end - at };
-        // Until it has been read, it is a window on nothing.
+        // Invalid until it has been read.
         self.window_at = None;
         self.window.resize(wanted, 0);
         let Some((file, _)) = self.open.get(&(shard, index)) else { return Ok(()) };
@@ -145,11 +145,11 @@ impl Lookup {
     }
 
     fn gone(&mut self, place: &RecordPosition) -> ReadError {
-        // The file may have been written again since it was opened: the next look is a fresh one.
+        // The file may have been written again since it was opened; the next call opens it again.
         self.window_at = None;
         let shard = place.shard;
         self.open.remove(&(shard, place.offset.get() / self.store.segment_bytes()));
-        // After the look: a file goes out of the span before it is written again.
+        // Checked after the read: a segment leaves the span before its file is written again.
         match self.store.span(shard) {
             Ok(Some(span)) if place.offset.get() / self.store.segment_bytes() < span.first => {
                 let earliest = Offset(span.first * self.store.segment_bytes() + HEADER_BYTES as u64);

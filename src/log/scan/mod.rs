@@ -1,15 +1,18 @@
-//! Reads a store from outside its engine: another process, also while the store is written, also
-//! where nothing may be written. Takes no lock and changes no byte.
+//! Reads a store from outside its engine: from another process, even while the engine writes the store, and even on a
+//! read-only file system. Takes no lock and changes no byte.
 //!
-//! One writer: the engine, elsewhere. It stores a zero length word behind a record before it commits the record's own, so
-//! a length word that is not zero means a whole record. What this reader must add: its buffer may be older than the
-//! file, so an end is believed only after a second look, taken after the look at the next segment; and between any two looks the
-//! file may have been retired and written again (it keeps its inode, so an open descriptor shows that too), so whatever a look
-//! seems to say (an end, a tail, damage, a missing file) counts only if afterwards the span still has the segment and the file its
-//! header. A segment leaves the span before its file is touched, and its header goes before its records.
+//! One writer: the engine, elsewhere. It stores a zero length word behind a record before it stores the record's own
+//! length word, so a nonzero length word means a complete record. The reader must handle two more cases:
+//!
+//! - Its buffer may be older than the file. So it accepts an end of the log only after a second read, made after
+//!   reading the next segment.
+//! - Between two reads, the file may have been retired and written again. It keeps its inode, so an open descriptor
+//!   shows the new content too. So the reader accepts an end, a tail, damage or a missing file only if afterwards the
+//!   span still contains the segment and the file still has the segment's header. A segment leaves the span before its
+//!   file is changed, and its header is overwritten before its records.
 //!
 //! ```no_run
-//! use corelane::scan::Store;
+//! use corelane::log::scan::Store;
 //! use corelane::ShardId;
 //!
 //! let store = Store::open("data")?;
@@ -43,45 +46,47 @@ use crate::storage::{Files, Storage as _};
 pub use lookup::{Lookup, RecordPosition};
 pub use records::{MissedEvents, Records, ScannedRecord, Tail};
 
-/// Where recovery keeps what it cut.
+/// The folder in which recovery keeps the tails that it cut off.
 const QUARANTINE: &str = "quarantine";
-/// Fresh looks at bytes that do not hold, before they count as damage. A look at a file that is being written can be
-/// torn; the writer needs nanoseconds, so one more look nearly always settles it.
+/// The number of reads after which invalid bytes count as damage. A read of a file that is being written can be torn;
+/// the writer needs nanoseconds, so a second read nearly always succeeds.
 const LOOKS_MAX: u32 = 5;
 const LOOK_AGAIN: Duration = Duration::from_millis(1);
-/// How many missing segments are named at most.
+/// The largest number of missing segments that are listed.
 const MISSING_MAX: usize = 1000;
 
-/// A store, seen from outside. It stays the one that was opened, even if its folder is renamed or replaced.
+/// A store, read from outside its engine. It remains the store that was opened, even if its folder is renamed or
+/// replaced.
 #[derive(Debug, Clone)]
 pub struct Store {
     files: Arc<Files>,
     manifest: Manifest,
 }
 
-/// An event type that the store has seen declared.
+/// An event type that the store knows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct TypeInfo<'a> {
-    /// Its stable number.
+    /// The id.
     pub id: EventTypeId,
-    /// The newest version of its layout.
+    /// The newest schema version.
     pub schema_version: u16,
-    /// Its stable name.
+    /// The name.
     pub name: &'a str,
 }
 
 impl Store {
-    /// Looks at the store in `dir`, which may be open elsewhere and may be read-only.
+    /// Opens the store in `dir`, which may be open elsewhere and may be read-only.
     ///
     /// # Errors
-    /// `Io` where there is no manifest, `UnknownFormat`, `ArchiveFormat` and `ForeignFile` where it (or
-    /// a shard's span) is not of this build's format.
+    /// Returns `Io` if there is no manifest, and `UnknownFormat`, `ArchiveFormat` or `ForeignFile` if the manifest, or
+    /// the span of a shard, does not have this build's format.
     pub fn open(dir: impl Into<PathBuf>) -> Result<Self, OpenError> {
         let dir = dir.into();
         let nothing = |path: &Path| OpenError::Io {
             action: "reading",
             path: path.join(MANIFEST),
-            source: std::io::Error::new(ErrorKind::NotFound, "no store is here, or its manifest is gone"),
+            source: std::io::Error::new(ErrorKind::NotFound, "there is no store here, or its manifest is missing"),
         };
         let files = match Files::open(&dir) {
             Err(error) if error.kind() == ErrorKind::NotFound => return Err(nothing(&dir)),
@@ -91,7 +96,7 @@ impl Store {
         let store = Self { files: Arc::new(files), manifest };
         for shard in store.shard_ids() {
             let shard_dir = store.shard_dir(shard);
-            // As the engine does: a folder that is gone is no empty shard.
+            // As in the engine: a missing folder is not an empty shard.
             store.files.list(&shard_dir).map_err(|source| OpenError::Io {
                 action: "listing",
                 path: shard_dir.clone(),
@@ -102,7 +107,7 @@ impl Store {
         Ok(store)
     }
 
-    /// Where the store lay when it was opened: an absolute path.
+    /// Returns the absolute path that the store had when it was opened.
     #[must_use]
     pub fn dir(&self) -> &Path {
         self.files.root()
@@ -112,47 +117,47 @@ impl Store {
         &self.files
     }
 
-    /// The number of shards.
+    /// Returns the number of shards.
     #[must_use]
     pub fn shards(&self) -> u16 {
         self.manifest.shards
     }
 
-    /// Every shard.
+    /// Returns the ids of all shards.
     pub fn shard_ids(&self) -> impl Iterator<Item = ShardId> + use<> {
         (0..self.manifest.shards).map(ShardId)
     }
 
-    /// Bytes of one segment.
+    /// Returns the size of a segment in bytes.
     #[must_use]
     pub fn segment_bytes(&self) -> u64 {
         self.manifest.segment_bytes
     }
 
-    /// The event types that the store has seen declared.
+    /// Returns the event types that programs have declared to the store.
     pub fn event_types(&self) -> impl Iterator<Item = TypeInfo<'_>> {
         let types = &self.manifest.types;
         let is_newest = |t: &&StoredType| !types.iter().any(|o| o.id == t.id && o.schema_version > t.schema_version);
         types.iter().filter(is_newest).map(|t| TypeInfo { id: t.id, schema_version: t.schema_version, name: &t.name })
     }
 
-    /// The name of an event type, if the store knows it.
+    /// Returns the name of an event type, or `None` if the store does not know it.
     #[must_use]
     pub fn type_name(&self, id: EventTypeId) -> Option<&str> {
         self.manifest.types.iter().find(|t| t.id == id).map(|t| t.name.as_str())
     }
 
-    /// The folder of one shard.
+    /// Returns the folder of a shard.
     #[must_use]
     pub fn shard_dir(&self, shard: ShardId) -> PathBuf {
         shard_dir(self.dir(), shard)
     }
 
-    /// The files of one shard as they are now.
+    /// Lists the current files of a shard. A damaged segment is an entry of the list, not an error. Of the missing
+    /// segments, only the first thousand are listed.
     ///
     /// # Errors
-    /// What the file system or a damaged span says. A damaged segment is an entry of the list, not an error; of missing ones the first
-    /// thousand are.
+    /// Returns the error of the file system, or that of a damaged span.
     pub fn shard(&self, shard: ShardId) -> Result<ShardFiles, OpenError> {
         let dir = self.shard_dir(shard);
         let span = self.span(shard)?;
@@ -181,7 +186,7 @@ impl Store {
             let mut missing = Vec::new();
             let mut next = first;
             for index in files.segments.iter().map(|segment| segment.index).chain([last + 1]) {
-                // Of as many as a damaged span can name, the first tell enough.
+                // A damaged span can name any number of segments; the first ones suffice.
                 missing.extend((next..index).take(MISSING_MAX - missing.len()));
                 next = index + 1;
             }
@@ -192,7 +197,7 @@ impl Store {
             });
             files.segments.extend(missing);
             files.segments.sort_by_key(|segment| segment.index);
-            // Looked at one after the other, while retention may free the first of them: those are no part of the log any more.
+            // Retention may have freed the first segments during the listing; they no longer belong to the log.
             if let Some(now) = self.span(shard)?.filter(|now| now.first > first) {
                 files.segments.retain(|segment| segment.index >= now.first);
                 files.span = Some((now.first, if now.first > last { now.last } else { last }));
@@ -201,31 +206,31 @@ impl Store {
         Ok(files)
     }
 
-    /// The records of one shard, from the earliest.
+    /// Returns a reader of one shard's records, from the earliest.
     #[must_use]
     pub fn records(&self, shard: ShardId) -> Records {
         Records::new(self, shard)
     }
 
-    /// The end of a shard's last segment, written or not: an end for reading a log that grows.
+    /// Returns the end of a shard's last segment, written or not: a limit for reading a log that grows.
     ///
     /// # Errors
-    /// What the file system or a damaged span says.
+    /// Returns the error of the file system, or that of a damaged span.
     pub fn horizon(&self, shard: ShardId) -> Result<Offset, OpenError> {
         let span = self.span(shard)?;
         Ok(Offset(span.map_or(0, |span| span.last + 1).saturating_mul(self.segment_bytes())))
     }
 
-    /// Reads single records whose places are known.
+    /// Returns a reader of single records with known positions.
     #[must_use]
     pub fn lookup(&self) -> Lookup {
         Lookup::new(self)
     }
 
-    /// Tails that recovery found torn, cut off and kept.
+    /// Lists the torn tails that recovery cut off and kept.
     ///
     /// # Errors
-    /// What the file system says.
+    /// Returns the error of the file system.
     pub fn quarantine(&self) -> Result<Vec<FileInfo>, OpenError> {
         let path = self.dir().join(QUARANTINE);
         match self.list(&path) {
@@ -234,11 +239,11 @@ impl Store {
         }
     }
 
-    /// Every file in a folder, sorted by name.
+    /// Lists the files in a folder, sorted by name.
     fn list(&self, dir: &Path) -> io::Result<Vec<FileInfo>> {
         let mut files = self.files.list_with_stat(dir)?;
         files.retain(|(_, stat)| FileType::from_raw_mode(stat.st_mode).is_file());
-        // POSIX counts blocks of 512 bytes, whatever the file system's own are.
+        // POSIX counts blocks of 512 bytes, whatever the block size of the file system.
         let info = |(name, stat): (String, Stat)| FileInfo {
             name,
             bytes: stat.st_size as u64,
@@ -251,7 +256,7 @@ impl Store {
         Span::load(&*self.files, &self.shard_dir(shard), self.manifest.segment_bytes)
     }
 
-    /// The numbers of the segments that have files, from `first` to `last`, rising.
+    /// Returns the indices of the segments between `first` and `last` that have files, ascending.
     fn segments_within(&self, shard: ShardId, first: u64, last: u64) -> Result<Vec<u64>, ReadError> {
         let dir = self.shard_dir(shard);
         let listed = self.files.list(&dir).map_err(|source| ReadError::Io { action: "listing", path: dir, source })?;
@@ -261,7 +266,8 @@ impl Store {
         Ok(indices)
     }
 
-    /// The header of segment `index` and its first `bytes` bytes, if so much of it is there and it is no blank one.
+    /// Returns the header of segment `index` and its first `bytes` bytes, or `None` if the file is shorter or has no
+    /// valid header.
     pub(crate) fn beginning(
         &self,
         shard: ShardId,
@@ -277,7 +283,7 @@ impl Store {
         if file.metadata().map_err(io)?.len() < bytes as u64 {
             return Ok(None);
         }
-        // Before its header: of a file that is written again meanwhile, that goes first.
+        // Read before the header: when a file is written again, its header is overwritten first.
         let mut content = vec![0; bytes];
         if read_up_to(&file, &mut content, 0).map_err(io)? < bytes {
             return Ok(None);
@@ -299,7 +305,9 @@ impl Store {
         };
         let bytes = file.metadata().map_err(io)?.len();
         Ok(match self.header(&file, shard, index).map_err(io)? {
-            Ok(_) if bytes != self.segment_bytes() => SegmentState::Damaged("the file is not as long as a segment is"),
+            Ok(_) if bytes != self.segment_bytes() => {
+                SegmentState::Damaged("the file does not have the length of a segment")
+            }
             Ok(header) => SegmentState::Used {
                 first_offset: header.first_offset(),
                 first_sequence: Sequence(header.first_sequence),
@@ -311,7 +319,7 @@ impl Store {
         })
     }
 
-    /// The header of segment `index`, if that is what the file holds.
+    /// Reads the header of segment `index`.
     fn header(&self, file: &File, shard: ShardId, index: u64) -> io::Result<Result<SegmentHeader, Unusable>> {
         let mut page = [0; HEADER_BYTES + 4];
         let mut looks = 0;
@@ -329,24 +337,26 @@ impl Store {
     fn expected_header(&self, page: &[u8], shard: ShardId, index: u64) -> Result<SegmentHeader, Unusable> {
         let header = SegmentHeader::decode(page).map_err(|error| match error {
             HeaderError::Blank => Unusable::Blank,
-            HeaderError::Version(_) => Unusable::Damaged("the segment is of a format version this build does not know"),
+            HeaderError::Version(_) => {
+                Unusable::Damaged("the segment has a format version that this build does not know")
+            }
             HeaderError::Archive(_) => Unusable::Damaged("the segment was written with another archive format"),
             HeaderError::Damaged(why) => Unusable::Damaged(why),
         })?;
         if header.index != index {
-            return Err(Unusable::Damaged("the segment's header is that of another segment"));
+            return Err(Unusable::Damaged("the header belongs to another segment"));
         }
         if header.shard != shard {
-            return Err(Unusable::Damaged("the segment's header is that of another shard"));
+            return Err(Unusable::Damaged("the header belongs to another shard"));
         }
         if header.segment_bytes != self.segment_bytes() {
-            return Err(Unusable::Damaged("the segment's header tells another segment size"));
+            return Err(Unusable::Damaged("the header gives another segment size"));
         }
         Ok(header)
     }
 }
 
-/// Why a file holds no records of its segment.
+/// The reason why a file holds no records of its segment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Unusable {
     Blank,
@@ -359,11 +369,11 @@ enum Unusable {
 pub struct ShardFiles {
     /// The shard.
     pub shard: ShardId,
-    /// First and last of the segments that must exist; `None` where nothing was ever written.
+    /// The first and the last segment that must exist; `None` if nothing was ever written.
     pub span: Option<(u64, u64)>,
     /// The segments of the span, in order.
     pub segments: Vec<SegmentInfo>,
-    /// Everything else in the folder: spares (`spare-…`), surplus segments, small files.
+    /// All other files in the folder: spares (`spare-…`), surplus segments, small files.
     pub others: Vec<FileInfo>,
 }
 
@@ -371,34 +381,34 @@ pub struct ShardFiles {
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct SegmentInfo {
-    /// Its number.
+    /// The number of the segment.
     pub index: u64,
-    /// What it is.
+    /// The state of its file.
     pub state: SegmentState,
     /// Its file.
     pub file: FileInfo,
 }
 
-/// What a segment's file is.
+/// The state of a segment's file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum SegmentState {
-    /// It holds records, or is about to.
+    /// Holds records, or is about to.
     Used {
-        /// Where its first record begins.
+        /// The offset of the first record.
         first_offset: Offset,
         /// The sequence of its first event.
         first_sequence: Sequence,
-        /// When it was begun.
+        /// The time at which the segment was begun.
         created: Time,
-        /// Fingerprint of the event types of the program that began it.
+        /// The fingerprint of the event types of the program that began the segment.
         schema: u32,
     },
-    /// Prepared, and not yet written.
+    /// Prepared, but not yet written.
     Blank,
-    /// Its header does not hold.
+    /// The header is invalid, for this reason.
     Damaged(&'static str),
-    /// In the span, but not there.
+    /// In the span, but without a file.
     Missing,
 }
 
@@ -406,15 +416,15 @@ pub enum SegmentState {
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct FileInfo {
-    /// Its name in its folder.
+    /// The name of the file in its folder.
     pub name: String,
-    /// Its length.
+    /// The length in bytes.
     pub bytes: u64,
-    /// What it takes on the disk.
+    /// The bytes allocated on the disk.
     pub allocated_bytes: u64,
 }
 
-/// Fills as much of `buffer` as the file has from `at` on.
+/// Fills as much of `buffer` as the file has from `at` on. Returns the number of bytes read.
 fn read_up_to(file: &File, buffer: &mut [u8], at: u64) -> io::Result<usize> {
     let mut read = 0;
     while read < buffer.len() {

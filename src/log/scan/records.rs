@@ -1,4 +1,4 @@
-//! Reads the records of one shard in the order of the log, also while it grows or retention frees its beginning.
+//! Reads the records of one shard in the order of the log, even while the log grows or retention frees its beginning.
 
 use std::fs::File;
 use std::io::ErrorKind;
@@ -10,57 +10,59 @@ use super::{LOOK_AGAIN, LOOKS_MAX, RecordPosition, Store, Unusable, io_error, re
 use crate::error::{Corruption, OpenError, ReadError};
 use crate::event::{Meta, Offset, Sequence, ShardId};
 use crate::log::format::{
-    Found, HEADER_BYTES, RECORD_BYTES_MAX, RECORD_HEADER_BYTES, RecordHeader, Seam, SegmentHeader, record_at,
+    HEADER_BYTES, RECORD_BYTES_MAX, RECORD_HEADER_BYTES, RecordAt, RecordHeader, Seam, SegmentHeader, record_at,
 };
 use crate::log::manifest::{Span, segment_name};
 use crate::storage::framed::u32_at;
 use crate::storage::memory::{ALIGN, padded};
 
-/// Bytes read at once, unless asked otherwise.
+/// Default size of the buffer in bytes.
 const BUFFER_BYTES: usize = 1 << 20;
 
-/// Events that retention took away while they were about to be read.
+/// Events that retention freed before they could be read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct MissedEvents {
     /// The shard.
     pub shard: ShardId,
-    /// Where the next record would have been.
+    /// The offset at which the next record would have been.
     pub from: Offset,
-    /// Where reading went on.
+    /// The offset at which reading continued.
     pub until: Offset,
-    /// How many events lie between.
+    /// The number of events in between.
     pub events: u64,
 }
 
-/// What stands behind a position of the log, up to the end of its segment.
+/// The valid records behind a position of the log, up to the end of its segment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Tail {
     /// The position.
     pub offset: Offset,
-    /// Where the last record ends that holds; the position itself where none does.
+    /// The end of the last valid record; the position itself if there is none.
     pub end: Offset,
-    /// Events that hold.
+    /// The number of valid events.
     pub events: u64,
-    /// Whether a mark says that bytes behind the position had been synced.
+    /// `true` if a mark says that bytes behind the position were synced.
     pub was_durable: bool,
 }
 
-/// One event, as it stands in the log.
+/// One event, as stored in the log.
 #[derive(Debug, Clone, Copy)]
+#[non_exhaustive]
 pub struct ScannedRecord<'a> {
-    /// What the log knows of it.
+    /// The metadata of the event.
     pub meta: Meta,
-    /// Its archive, CRC checked and beginning at a multiple of 16. Whether it is a valid archive is for bytecheck to say.
+    /// The archive of the event, with a verified CRC, at a multiple of 16. It still needs validation by bytecheck.
     pub body: &'a [u8],
 }
 
 impl ScannedRecord<'_> {
-    /// Where it lies.
+    /// Returns the position of the record, for [`super::Lookup`].
     #[must_use]
     pub fn place(&self) -> RecordPosition {
         let Meta { time, shard, offset, sequence, .. } = self.meta;
-        // No record is longer than its length word can say.
+        // A record is never longer than its length word can express.
         let record_bytes = (RECORD_HEADER_BYTES + self.body.len()) as u32;
         RecordPosition { time, shard, offset, sequence, record_bytes }
     }
@@ -74,38 +76,38 @@ struct Current {
     header: SegmentHeader,
 }
 
-/// The records of one shard in the order of the log: a cursor that lends each from its buffer.
+/// Reads the records of one shard in the order of the log. Each record is borrowed from the reader's buffer.
 #[derive(Debug)]
 pub struct Records {
     store: Store,
     shard: ShardId,
     current: Option<Current>,
-    /// The segment to read or being read; `None` before the first.
+    /// The segment being read or to be read next; `None` before the first.
     index: Option<u64>,
     /// Position in the segment; a multiple of 16.
     at: usize,
-    /// Of the next event; `None` before a segment was entered.
+    /// The sequence of the next event; `None` before the first segment.
     sequence: Option<u64>,
-    /// What the segment to be entered must go on from: the end of the one before it, where that was read.
+    /// The end of the previous segment, which the next one must continue; `None` if that was not read to its end.
     continues: Option<Seam>,
-    /// The furthest position that a mark says was durable.
+    /// The largest durable offset that a mark has recorded.
     durable: u64,
-    /// Where what is left of a damaged segment was given up, until another is entered; `sequence` is of there.
+    /// The offset at which a damaged segment was abandoned, until another is entered. `sequence` belongs to it.
     given_up_at: Option<Offset>,
-    /// The log's position when a segment disappeared, until the next is entered; `sequence` is of there.
+    /// The offset at which a segment disappeared, until another is entered. `sequence` belongs to it.
     lost_at: Option<Offset>,
     until: Offset,
     gaps: Vec<MissedEvents>,
     buffer: AlignedVec<16>,
     buffer_bytes: usize,
-    /// Position in the segment of the buffer's first byte; a multiple of 16, so bodies are aligned in it.
+    /// The position in the segment of the buffer's first byte; a multiple of 16, so that bodies are aligned.
     buffer_at: usize,
-    /// Called before every look at the disk.
+    /// Called before every read from the disk.
     #[cfg(test)]
     pub(super) between_looks: BetweenLooks,
 }
 
-/// What a test lets happen between two looks at the disk.
+/// A test's callback between two reads from the disk.
 #[cfg(test)]
 #[derive(Default)]
 pub(super) struct BetweenLooks(pub(super) std::cell::RefCell<Option<Box<dyn FnMut()>>>);
@@ -117,7 +119,7 @@ impl std::fmt::Debug for BetweenLooks {
     }
 }
 
-/// What lies at the position.
+/// The item at the position.
 enum Look {
     Record(RecordHeader, usize),
     End,
@@ -147,43 +149,44 @@ impl Records {
         }
     }
 
-    /// Reads `bytes` at once instead of 1 MiB (at least 4 KiB).
+    /// Sets the size of the buffer, at least 4 KiB. Default: 1 MiB.
     #[must_use]
     pub fn buffered(mut self, bytes: usize) -> Self {
         self.buffer_bytes = bytes.max(4096).next_multiple_of(ALIGN);
         self
     }
 
-    /// Ends at `offset`, however far the log goes.
+    /// Ends the reader at `offset`, even if the log continues.
     #[must_use]
     pub fn until(mut self, offset: Offset) -> Self {
         self.until = offset;
         self
     }
 
-    /// Where the next record is expected.
+    /// Returns the offset at which the next record is expected.
     #[must_use]
     pub fn offset(&self) -> Offset {
         Offset(self.index.unwrap_or(0) * self.store.segment_bytes() + self.at as u64)
     }
 
-    /// The sequence of the next event; 0 before the first was looked for.
+    /// Returns the sequence of the next event, or 0 before the first call of [`Records::next`].
     #[must_use]
     pub fn sequence(&self) -> Sequence {
         Sequence(self.sequence.unwrap_or(0))
     }
 
-    /// What retention took away from under this reader.
+    /// Returns the ranges of events that retention freed before this reader reached them.
     #[must_use]
     pub fn gaps(&self) -> &[MissedEvents] {
         &self.gaps
     }
 
-    /// The next event, or `None` at the end of the log as it is now; call again later for more.
+    /// Returns the next event, or `None` at the current end of the log. Later calls return events appended since.
     ///
     /// # Errors
-    /// `Corruption` when bytes do not hold or are missing, `Io`. The position stays: the next call says the same (or has the record,
-    /// where the cause is gone), and never what follows. [`Records::skip_segment`] goes on behind damage.
+    /// Returns `Corruption` if bytes are damaged or missing, or `Io`. The position does not move: the next call returns
+    /// the same error (or the record, if the cause is gone), never a later event. [`Records::skip_segment`] continues
+    /// after damage.
     #[expect(clippy::should_implement_trait, reason = "lends from the buffer, which Iterator cannot")]
     pub fn next(&mut self) -> Result<Option<ScannedRecord<'_>>, ReadError> {
         let Some((header, len)) = self.step()? else { return Ok(None) };
@@ -194,15 +197,15 @@ impl Records {
         Ok(Some(ScannedRecord { meta, body: &self.buffer[start + RECORD_HEADER_BYTES..start + len] }))
     }
 
-    /// Gives up what is left of the segment after damage and stands at the beginning of the next one.
-    /// `false` at the last.
+    /// Abandons the rest of a damaged segment and moves to the beginning of the next one. Returns `false` if this is
+    /// the last.
     ///
     /// # Errors
-    /// What the file system or a damaged span says.
+    /// Returns the error of the file system, or that of a damaged span.
     pub fn skip_segment(&mut self) -> Result<bool, ReadError> {
         let span = self.span()?;
         let (Some(index), Some(span)) = (self.index, span) else { return Ok(false) };
-        // Missing ones are passed over together: a damaged span can name more of them than anybody could look for.
+        // Missing segments are skipped together: a damaged span can name more than can be checked one by one.
         let next = match self.store.segments_within(self.shard, index, span.last)?.first() {
             Some(first) if *first == index => Some(index + 1),
             first => first.copied(),
@@ -214,22 +217,22 @@ impl Records {
         Ok(true)
     }
 
-    /// Looks behind the position, to the end of the segment, for records that hold: behind an end there are none,
-    /// unless the log was torn or damaged. Reads the rest of the segment; the position stays. Where the log has grown
-    /// meanwhile, nothing is reported: [`Records::next`] has more.
+    /// Searches behind the position for valid records, up to the end of the segment. Behind the end of the log there
+    /// are none, unless the log was torn or damaged. Reads the rest of the segment; the position does not move. If the
+    /// log has grown meanwhile, nothing is reported, because [`Records::next`] returns more.
     ///
     /// # Errors
-    /// What the file system says.
+    /// Returns the error of the file system.
     pub fn tail(&mut self) -> Result<Tail, ReadError> {
         let home = self.at;
         self.forget_buffer();
         let found = self.look_behind();
-        // Also after an error: the position stays.
+        // Also after an error: the position does not move.
         self.at = home;
         self.forget_buffer();
         let (tail, offset) = (found?, self.offset());
-        // A writer commits in order: were it still at work here, the position would be the first to hold. And bytes that
-        // were looked at after the file was written again are not of this segment.
+        // A writer commits in order, so if it were still writing here, the record at the position would be valid first.
+        // And bytes that were read after the file was written again do not belong to this segment.
         if matches!(self.look()?, Look::Record(..)) || !self.is_current()? {
             let was_durable = self.durable > offset.get();
             return Ok(Tail { offset, end: offset, events: 0, was_durable });
@@ -238,7 +241,7 @@ impl Records {
         Ok(tail)
     }
 
-    /// What holds from the position on, which moves to the end of the segment.
+    /// Returns the valid records from the position on. Moves to the end of the segment.
     fn look_behind(&mut self) -> Result<Tail, ReadError> {
         let offset = self.offset();
         let mut tail = Tail { offset, end: offset, events: 0, was_durable: self.durable > offset.get() };
@@ -247,8 +250,8 @@ impl Records {
             if self.buffered_bytes() < RECORD_HEADER_BYTES && self.fill(RECORD_HEADER_BYTES)? < RECORD_HEADER_BYTES {
                 break;
             }
-            // Sense before checksum: the sum over any length that chance wrote would take for ever.
-            let seen = if self.makes_sense() { self.look_once()? } else { Look::End };
+            // Plausibility before the checksum: computing the CRC over every random length would take too long.
+            let seen = if self.is_plausible() { self.look_once()? } else { Look::End };
             match seen {
                 Look::Record(header, len) => {
                     if header.is_mark() {
@@ -265,8 +268,8 @@ impl Records {
         Ok(tail)
     }
 
-    /// Whether what is buffered at the position could be the header of a record of this place.
-    fn makes_sense(&self) -> bool {
+    /// Returns `true` if the buffered bytes at the position could be the header of a record at this offset.
+    fn is_plausible(&self) -> bool {
         let record = &self.buffer[self.at - self.buffer_at..];
         let len = u32_at(record, 0) as usize;
         if !(RECORD_HEADER_BYTES..=RECORD_BYTES_MAX).contains(&len) {
@@ -287,7 +290,7 @@ impl Records {
             && first == (header.version.get() == 1)
     }
 
-    /// Finds the next event, passing marks and ends of segments.
+    /// Moves to the next event, past marks and ends of segments.
     fn step(&mut self) -> Result<Option<(RecordHeader, usize)>, ReadError> {
         loop {
             if (self.current.is_none() && !self.enter()?) || self.offset() >= self.until {
@@ -296,7 +299,7 @@ impl Records {
             match self.look()? {
                 Look::Record(header, len) if header.is_mark() => {
                     if header.key.get() > self.offset().get() {
-                        return Err(self.corruption("a mark tells of bytes behind itself").into());
+                        return Err(self.corruption("a mark refers to bytes behind itself").into());
                     }
                     self.durable = self.durable.max(header.key.get());
                     self.at += padded(len);
@@ -313,7 +316,7 @@ impl Records {
         }
     }
 
-    /// What stands at the position. Bytes that do not hold are looked at afresh before they are called damaged.
+    /// Returns the item at the position. Reads invalid bytes again before it reports damage.
     fn look(&mut self) -> Result<Look, ReadError> {
         let mut looks = 0;
         loop {
@@ -352,24 +355,25 @@ impl Records {
         }
         let tail = &self.buffer[self.at - self.buffer_at..];
         Ok(match record_at(tail, salt) {
-            Found::Record(len) => Look::Record(RecordHeader::decode(tail), len),
-            Found::End => Look::End,
-            Found::Damaged(why) => Look::Damaged(why),
+            RecordAt::Record(len) => Look::Record(RecordHeader::decode(tail), len),
+            RecordAt::End => Look::End,
+            RecordAt::Damaged(why) => Look::Damaged(why),
         })
     }
 
     fn forget_buffer(&mut self) {
         self.buffer.clear();
-        // Also its place: the position may move back to a segment's beginning.
+        // The buffer's position too: the reader may move back to the beginning of a segment.
         self.buffer_at = 0;
     }
 
-    /// Bytes in the buffer from the position on.
+    /// Returns the number of buffered bytes from the position on.
     fn buffered_bytes(&self) -> usize {
         (self.buffer_at + self.buffer.len()).saturating_sub(self.at)
     }
 
-    /// Reads afresh from the position on, `need` bytes or more; returns how many there are.
+    /// Fills the buffer from the position on with at least `need` bytes, if there are. Returns the number of bytes
+    /// read.
     fn fill(&mut self, need: usize) -> Result<usize, ReadError> {
         self.look_comes();
         let Some(current) = &self.current else { return Ok(0) };
@@ -378,12 +382,12 @@ impl Records {
         self.buffer_at = self.at;
         let read = read_up_to(&current.file, &mut self.buffer, self.at as u64);
         let read = read.map_err(|source| io_error(&current.path, source));
-        // After an error nothing that was not read may pass for bytes of the file.
+        // After an error, bytes that were not read must not pass for bytes of the file.
         self.buffer.resize(*read.as_ref().unwrap_or(&0), 0);
         read
     }
 
-    /// Opens the segment to be read; `false` where it is not written yet.
+    /// Opens the segment to be read. Returns `false` if it has not been written yet.
     fn enter(&mut self) -> Result<bool, ReadError> {
         let mut looks = 0;
         loop {
@@ -405,11 +409,12 @@ impl Records {
                     return Ok(true);
                 }
                 Some(Err(Unusable::Blank)) if !self.used_behind(index, span.last)? => return Ok(false),
-                Some(Err(Unusable::Blank)) => "the segment's header is blank, but a later segment is written",
+                Some(Err(Unusable::Blank)) => "the segment's header is blank, but a later segment holds records",
                 Some(Err(Unusable::Damaged(why))) => why,
                 None => "a segment of the span is missing",
             };
-            // It may have been freed, or begun together with the next, since the span was read: the looks have to agree.
+            // Since the span was read, the segment may have been freed, or begun together with the next one: all reads
+            // must agree.
             if self.span()?.is_some_and(|now| index < now.first) {
                 continue;
             }
@@ -427,7 +432,8 @@ impl Records {
         {
             return Err(self.corruption(why).into());
         }
-        // A segment that was read to its end before it went is no loss; nor is one that was gone before the first was read.
+        // A segment that was read to its end before it was freed is not a loss, nor is one that was freed before the
+        // first read.
         if let Some((from, sequence)) = self.lost_at.take().zip(self.sequence) {
             let events = current.header.first_sequence.saturating_sub(sequence);
             if events > 0 {
@@ -450,7 +456,8 @@ impl Records {
         self.forget_buffer();
     }
 
-    /// Goes from an end over to the next segment. `false` at the end of the log; `true`: look again.
+    /// Moves from the end of a segment to the next one. Returns `false` at the end of the log, and `true` if the caller
+    /// must look again.
     fn leave(&mut self) -> Result<bool, ReadError> {
         let Some((index, salt)) = self.index.zip(self.current.as_ref().map(|current| current.header.salt)) else {
             return Ok(false);
@@ -459,20 +466,21 @@ impl Records {
         let mut looks = 0;
         loop {
             let next = self.open(index + 1)?;
-            // After the look at the next segment: what was committed here before the writer went on is seen now.
+            // After reading the next segment: this sees every record that was committed here before the writer moved
+            // on.
             if self.has_grown()? {
                 return Ok(true);
             }
-            // And after that look: whether it was this segment that was looked at.
+            // And then: whether all those reads were of this segment.
             if !self.is_current()? {
-                self.explain("the segment's header has changed while it was read")?;
+                self.explain("the segment's header changed while it was being read")?;
                 return Ok(true);
             }
             if let Some(Ok(next)) = next {
                 match next.header.seam().breaks_after(&here) {
-                    // Told here, where the hole is; the next segment may well be sound.
+                    // Reported here, at the hole; the next segment may be valid.
                     Some(why) => self.explain(why)?,
-                    // Every event up to there was read, whatever becomes of this file.
+                    // Every event of this segment has been read, whatever happens to its file now.
                     None => {
                         self.stand_before(index + 1);
                         self.begin(next)?;
@@ -489,7 +497,7 @@ impl Records {
             if index == span.last || (is_blank && !self.used_behind(index + 1, span.last)?) {
                 return Ok(false);
             }
-            // Being begun right now, freed, or damaged: a few looks later it is settled, and `enter` says which.
+            // The next segment is being begun, freed, or damaged. A few reads settle this, and `enter` reports which.
             if looks == LOOKS_MAX {
                 self.stand_before(index + 1);
                 self.continues = Some(here);
@@ -500,14 +508,14 @@ impl Records {
         }
     }
 
-    /// Whether a record has come to the position where there was none.
+    /// Returns `true` if there is now a record at the position.
     fn has_grown(&mut self) -> Result<bool, ReadError> {
         self.forget_buffer();
         Ok(!matches!(self.look_once()?, Look::End))
     }
 
-    /// Whether the file being read still was this segment when it was looked at last. Its header goes before anything else of a file
-    /// that is written again.
+    /// Returns `true` if the file still was this segment at the last read. When a file is written again, its header is
+    /// overwritten first.
     fn is_current(&self) -> Result<bool, ReadError> {
         self.look_comes();
         let Some(Current { file, path, header }) = &self.current else { return Ok(true) };
@@ -515,7 +523,8 @@ impl Records {
         Ok(now.is_ok_and(|now| now.salt == header.salt))
     }
 
-    /// Bytes do not hold. If their segment was retired meanwhile, goes on behind a gap; else that is damage.
+    /// Handles invalid bytes: continues after a gap if retention freed the segment meanwhile, and otherwise reports
+    /// damage.
     fn explain(&mut self, why: &'static str) -> Result<(), ReadError> {
         match self.index.zip(self.span()?) {
             Some((index, span)) if index < span.first => {
@@ -526,14 +535,14 @@ impl Records {
         }
     }
 
-    /// The segment being read, or to be read, is gone: the next is the first that is left.
+    /// Moves to the earliest segment still held, because retention freed the current one.
     fn lose(&mut self, span: Span) {
         let from = self.given_up_at.unwrap_or(self.offset());
         self.lost_at.get_or_insert(from);
         self.stand_before(span.first);
     }
 
-    /// Whether a segment behind `index` holds records.
+    /// Returns `true` if a segment after `index` holds records.
     fn used_behind(&self, index: u64, last: u64) -> Result<bool, ReadError> {
         for later in self.store.segments_within(self.shard, index + 1, last)? {
             if let Some(Ok(_)) = self.open(later)? {
@@ -543,7 +552,7 @@ impl Records {
         Ok(false)
     }
 
-    /// Opens a segment's file; `None` where there is none.
+    /// Opens the file of a segment. Returns `None` if there is no file.
     fn open(&self, index: u64) -> Result<Option<Result<Current, Unusable>>, ReadError> {
         self.look_comes();
         let path = self.store.shard_dir(self.shard).join(segment_name(index));
@@ -561,11 +570,11 @@ impl Records {
         self.look_comes();
         self.store.span(self.shard).map_err(|error| match error {
             OpenError::Io { action, path, source } => ReadError::Io { action, path, source },
-            _ => self.corruption("the shard's span does not hold").into(),
+            _ => self.corruption("the shard's span is damaged").into(),
         })
     }
 
-    /// The disk is about to be looked at.
+    /// Called before each read from the disk.
     fn look_comes(&self) {
         #[cfg(test)]
         if let Some(meanwhile) = &mut *self.between_looks.0.borrow_mut() {
@@ -586,7 +595,7 @@ mod tests {
     use crate::{Config, Deadline, EventLog, Key, ReadError, ShardId};
 
     #[test]
-    fn what_could_not_be_read_is_neither_an_end_nor_passed_over() {
+    fn an_unreadable_record_is_neither_an_end_nor_skipped() {
         let dir = tempfile::tempdir().expect("a folder");
         let engine = EventLog::<Envelope>::open(Config::new(dir.path()).segment_bytes(64 << 10)).expect("opened");
         let mut producer = engine.producer();
@@ -594,7 +603,8 @@ mod tests {
             producer.publish(Key(1), Envelope::new("said", 1, &n.to_string()).expect("it is JSON")).expect("published");
         }
         engine.flush(Deadline::NEVER).expect("flushed");
-        let mut records = crate::scan::Store::open(dir.path()).expect("a store").records(ShardId(0)).buffered(4096);
+        let mut records =
+            crate::log::scan::Store::open(dir.path()).expect("a store").records(ShardId(0)).buffered(4096);
         let mut next = 0;
         while next < 300 {
             let unreadable = File::create(dir.path().join("unreadable")).expect("made");
@@ -605,7 +615,7 @@ mod tests {
                 for _ in 0..2 {
                     assert!(matches!(records.next(), Err(ReadError::Io { .. })));
                     assert!(matches!(records.tail(), Err(ReadError::Io { .. })));
-                    assert_eq!(records.offset(), offset, "the position stays");
+                    assert_eq!(records.offset(), offset, "the position does not move");
                 }
                 records.current.as_mut().expect("being read").file = file;
             }

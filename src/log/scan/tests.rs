@@ -1,4 +1,4 @@
-//! Plays an engine that writes, retires and damages files, and reads them meanwhile.
+//! Simulates an engine that writes, retires and damages files while they are read.
 
 use std::collections::HashMap;
 use std::fs::{self, OpenOptions};
@@ -14,14 +14,14 @@ use crate::storage::memory::{ALIGN, padded};
 
 const SEGMENT_BYTES: u64 = 64 << 10;
 
-/// Plays the engine: writes a shard's files in the order in which it does.
+/// Simulates the engine: writes a shard's files in the order in which the engine does.
 struct Engine {
     dir: tempfile::TempDir,
     index: u64,
     span: Span,
     at: usize,
     salt: u32,
-    /// Where the last segment ended, and its salt.
+    /// The end of the last segment, and its salt.
     before: (u64, u32),
     sequence: u64,
     chains: HashMap<u64, (u64, u64)>,
@@ -61,12 +61,12 @@ impl Engine {
     }
 
     fn save_span(&self) {
-        // Renamed over the old one as the engine does, without the sync: no power fails here.
+        // Renamed over the old file as the engine does, but without the sync: no power failure is simulated here.
         let (new, span) = (self.dir.path().join("span.new"), shard_dir(self.dir.path(), ShardId(0)).join("span"));
         fs::write(&new, self.span.encode()).and_then(|()| fs::rename(&new, span)).expect("saved");
     }
 
-    /// Prepares a blank segment, from an old one if there is `old`.
+    /// Prepares a blank segment, from the file `old` if given.
     fn prepare(&mut self, index: u64, old: Option<&Path>) {
         match old {
             Some(old) => {
@@ -145,8 +145,8 @@ impl Engine {
         self.sequence += 1;
     }
 
-    /// Writes on for `events`, and frees what is more than `kept` segments: each is then written again as the next.
-    fn go_on(&mut self, events: u64, kept: u64) {
+    /// Appends `events` events and keeps at most `kept` segments: each freed one is written again as the next.
+    fn append_many(&mut self, events: u64, kept: u64) {
         for i in 0..events {
             self.append(i % 3, &[7; 2000]);
             if i % 5 == 0 {
@@ -189,7 +189,7 @@ fn drain(records: &mut Records) -> Vec<(Meta, Vec<u8>)> {
 }
 
 #[test]
-fn everything_written_is_read_over_segments_and_marks() {
+fn all_events_are_read_across_segments_and_marks() {
     let mut engine = Engine::new();
     for i in 0..3000 {
         engine.append(i % 10, &body(i));
@@ -204,7 +204,7 @@ fn everything_written_is_read_over_segments_and_marks() {
         assert_eq!((meta.sequence.get(), meta.key.get(), meta.version.get()), (i, i % 10, i / 10 + 1));
         assert_eq!(bytes, &body(i));
     }
-    assert_eq!(drain(&mut store.records(ShardId(0))), all, "whatever the buffer");
+    assert_eq!(drain(&mut store.records(ShardId(0))), all, "with any buffer size");
     let files = store.shard(ShardId(0)).expect("listed");
     assert_eq!(files.segments.len() as u64, engine.index + 1);
     assert!(files.segments.iter().all(|segment| matches!(segment.state, SegmentState::Used { .. })));
@@ -218,7 +218,7 @@ fn everything_written_is_read_over_segments_and_marks() {
     for step in [1, 7, 1999] {
         for i in 0..3000 {
             let i = i * step % 3000;
-            let record = lookup.get(&places[i]).expect("still there");
+            let record = lookup.get(&places[i]).expect("still held");
             assert_eq!((record.meta, record.body.to_vec()), all[i]);
         }
     }
@@ -227,13 +227,13 @@ fn everything_written_is_read_over_segments_and_marks() {
 }
 
 #[test]
-fn an_end_is_looked_at_again_before_the_reader_goes_on() {
+fn an_end_is_read_again_before_the_reader_moves_to_the_next_segment() {
     let mut engine = Engine::new();
     engine.append(1, b"a");
     let store = engine.store();
     let mut records = store.records(ShardId(0));
     assert_eq!(drain(&mut records).len(), 1);
-    // The reader's buffer holds the old end; meanwhile this segment is filled and the next one begun.
+    // The reader's buffer holds the old end. Meanwhile this segment is filled and the next one begun.
     let mut written = 1;
     while engine.index < 2 {
         engine.append(1, &body(96));
@@ -242,7 +242,7 @@ fn an_end_is_looked_at_again_before_the_reader_goes_on() {
             engine.mark();
         }
     }
-    assert_eq!(drain(&mut records).len(), written - 1, "nothing between the two ends is passed over");
+    assert_eq!(drain(&mut records).len(), written - 1, "no event between the two ends is skipped");
     engine.append(1, b"b");
     assert_eq!(drain(&mut records).len(), 1);
     let half = store.records(ShardId(0)).until(Offset(SEGMENT_BYTES));
@@ -252,7 +252,7 @@ fn an_end_is_looked_at_again_before_the_reader_goes_on() {
 }
 
 #[test]
-fn what_retention_takes_from_under_the_reader_is_a_gap() {
+fn events_freed_while_being_read_are_reported_as_a_gap() {
     let mut engine = Engine::new();
     while engine.index < 3 {
         engine.append(1, &body(96));
@@ -267,7 +267,7 @@ fn what_retention_takes_from_under_the_reader_is_a_gap() {
         }
         let from = records.offset();
         let first = engine.span.first;
-        // Two go; the file being read is written again under a new name.
+        // Two segments are freed; the file being read is written again under a new name.
         engine.span.first = first + 2;
         engine.save_span();
         for index in first..first + 2 {
@@ -291,7 +291,7 @@ fn what_retention_takes_from_under_the_reader_is_a_gap() {
             if meta.offset == gap.until {
                 next += gap.events;
             }
-            assert_eq!(meta.sequence.get(), next, "what is not in the gap is read");
+            assert_eq!(meta.sequence.get(), next, "every event outside the gap is read");
             next += 1;
         }
         while engine.index < engine.span.first + 3 {
@@ -301,13 +301,13 @@ fn what_retention_takes_from_under_the_reader_is_a_gap() {
 }
 
 #[test]
-fn the_end_of_a_file_written_again_is_not_taken_for_the_end_of_the_old_segment() {
+fn the_end_of_a_file_written_again_is_not_the_end_of_the_old_segment() {
     let mut engine = Engine::new();
     while engine.index < 3 {
         engine.append(1, &body(96));
     }
     let mut records = engine.store().records(ShardId(0)).buffered(4096);
-    // As many as fit into the buffer, so that the next look is at the file.
+    // Exactly the events that fit into the buffer, so that the next read is from the file.
     let seen = (4096 / 144) as u64;
     for _ in 0..seen {
         assert!(records.next().expect("a sound log").is_some());
@@ -334,7 +334,7 @@ fn the_end_of_a_file_written_again_is_not_taken_for_the_end_of_the_old_segment()
 }
 
 #[test]
-fn damage_is_named_and_the_next_segment_can_still_be_read() {
+fn damage_is_reported_and_the_next_segment_can_still_be_read() {
     let mut engine = Engine::new();
     while engine.index < 2 {
         engine.append(1, &body(96));
@@ -344,14 +344,14 @@ fn damage_is_named_and_the_next_segment_can_still_be_read() {
     let mut records = store.records(ShardId(0));
     let error = records.next().expect_err("damage");
     assert!(matches!(&error, ReadError::Corruption(c) if c.segment == 0 && c.offset == Offset(4096)), "{error}");
-    assert!(records.next().is_err(), "the position stays");
+    assert!(records.next().is_err(), "the position does not move");
     assert!(records.skip_segment().expect("a span"));
     assert!(!drain(&mut records).is_empty());
     assert!(!records.skip_segment().expect("a span"));
 }
 
 #[test]
-fn a_hole_in_the_log_does_not_pass_for_its_end() {
+fn a_hole_in_the_log_is_not_its_end() {
     let mut engine = Engine::new();
     for i in 0..100 {
         engine.append(i, &body(40));
@@ -368,9 +368,9 @@ fn a_hole_in_the_log_does_not_pass_for_its_end() {
     assert!(records.tail().expect("readable").was_durable);
     let mut early = store.records(ShardId(0));
     assert!(early.next().expect("a sound log").is_some());
-    assert_eq!(early.tail().expect("readable").events, 0, "what can be read is no tail");
+    assert_eq!(early.tail().expect("readable").events, 0, "readable records are not a tail");
 
-    // With a segment behind it, a hole is damage.
+    // A hole followed by another segment is damage.
     while engine.index < 1 {
         engine.append(1, &body(40));
     }
@@ -402,7 +402,7 @@ fn damaged_and_missing_segments_are_not_an_end() {
     engine.file(2).write_all_at(b"x", 50).expect("damaged");
     assert_eq!(last_error(&store).map(|c| c.segment), Some(2));
     engine.file(2).write_all_at(&[0; HEADER_BYTES], 0).expect("blanked");
-    assert_eq!(last_error(&store).map(|c| c.segment), Some(2), "no header before a record");
+    assert_eq!(last_error(&store).map(|c| c.segment), Some(2), "a record without a header");
     let mut prepared = [0; HEADER_BYTES];
     crate::log::format::encode_prepared(7, &mut prepared);
     engine.file(2).write_all_at(&prepared, 0).expect("blanked");
@@ -410,7 +410,7 @@ fn damaged_and_missing_segments_are_not_an_end() {
     engine.file(1).write_all_at(&prepared, 0).expect("blanked");
     assert_eq!(last_error(&store), None);
     engine.begin(2);
-    assert_eq!(last_error(&store).map(|c| c.segment), Some(1), "blank before one in use");
+    assert_eq!(last_error(&store).map(|c| c.segment), Some(1), "a blank segment before a used one");
     fs::remove_file(engine.path(1)).expect("removed");
     assert_eq!(last_error(&store).map(|c| c.segment), Some(1));
     let states: Vec<_> = store.shard(ShardId(0)).expect("listed").segments.into_iter().map(|s| s.state).collect();
@@ -423,14 +423,14 @@ fn damaged_and_missing_segments_are_not_an_end() {
 }
 
 #[test]
-fn a_store_without_records_is_empty_and_a_folder_without_manifest_is_none() {
+fn a_store_without_records_is_empty_and_a_folder_without_a_manifest_is_not_a_store() {
     let mut engine = Engine::new();
     let store = engine.store();
     assert!(store.records(ShardId(0)).next().expect("empty").is_none());
     engine.prepare(0, None);
     let mut records = store.records(ShardId(0));
     assert!(records.next().expect("empty").is_none());
-    assert_eq!(records.tail().expect("nothing").events, 0);
+    assert_eq!(records.tail().expect("readable").events, 0);
     engine.begin(0);
     assert!(records.next().expect("empty").is_none());
     engine.append(1, b"a");
@@ -438,29 +438,29 @@ fn a_store_without_records_is_empty_and_a_folder_without_manifest_is_none() {
     assert!(matches!(Store::open(engine.dir.path().join("none")), Err(OpenError::Io { .. })));
 }
 
-/// Reads to the end, from `next` on if anything was read before: what is missing was freed, and is named with its number. Returns the
-/// next sequence, if anything was ever read.
+/// Reads to the end, starting at sequence `next` if events were read before. Checks that every missing event was freed
+/// and counted in a gap. Returns the next sequence, if any event was ever read.
 fn read_all(records: &mut Records, engine: &std::cell::RefCell<Engine>, mut next: Option<u64>) -> Option<u64> {
     let (mut seen, mut gaps) = (0, records.gaps().len());
     loop {
         let found = records.next().expect("a sound log");
         let found = found.map(|record| (record.meta.sequence.get(), record.meta.offset));
         while let Some(gap) = records.gaps().get(gaps) {
-            assert!(gap.events <= (gap.until.get() - gap.from.get()) / 2048, "no more than can lie there: {gap:?}");
-            // Of a segment that was opened, and went before its first event was read.
+            assert!(gap.events <= (gap.until.get() - gap.from.get()) / 2048, "more events than fit: {gap:?}");
+            // The gap of a segment that was opened, and freed before its first event was read.
             next = next.map(|next| next + gap.events);
             gaps += 1;
         }
         let Some((sequence, _)) = found else { break };
-        assert_eq!(sequence, *next.get_or_insert(sequence), "what is not in a gap is read");
+        assert_eq!(sequence, *next.get_or_insert(sequence), "every event outside a gap is read");
         next = Some(sequence + 1);
         seen += 1;
         if seen % 40 == 0 {
-            assert_eq!(records.tail().expect("readable").events, 0, "what can be read is no tail");
+            assert_eq!(records.tail().expect("readable").events, 0, "readable records are not a tail");
         }
     }
     let tail = records.tail().expect("readable");
-    assert_eq!((tail.events, tail.was_durable), (0, false), "a healthy log has no torn tail");
+    assert_eq!((tail.events, tail.was_durable), (0, false), "an intact log has no torn tail");
     if let Some(next) = next {
         assert!(next <= engine.borrow().sequence);
     }
@@ -468,7 +468,7 @@ fn read_all(records: &mut Records, engine: &std::cell::RefCell<Engine>, mut next
 }
 
 #[test]
-fn a_log_that_moves_on_between_any_two_looks_is_neither_damaged_nor_torn() {
+fn a_log_that_grows_between_any_two_reads_is_neither_damaged_nor_torn() {
     const SEGMENT_EVENTS: u64 = (SEGMENT_BYTES - 4096) / 2048;
     for segments in [1, 4] {
         let mut looks = 1;
@@ -477,42 +477,42 @@ fn a_log_that_moves_on_between_any_two_looks_is_neither_damaged_nor_torn() {
                 break;
             }
             let mut engine = Engine::new();
-            engine.go_on(2 * SEGMENT_EVENTS + 9, 3);
+            engine.append_many(2 * SEGMENT_EVENTS + 9, 3);
             let engine = std::rc::Rc::new(std::cell::RefCell::new(engine));
             let mut records = engine.borrow().store().records(ShardId(0)).buffered(16384);
             let count = std::rc::Rc::new(std::cell::Cell::new(0));
             let (writer, counted) = (std::rc::Rc::clone(&engine), std::rc::Rc::clone(&count));
             *records.between_looks.0.borrow_mut() = Some(Box::new(move || {
                 if counted.replace(counted.get() + 1) == moves_at {
-                    writer.borrow_mut().go_on(segments * SEGMENT_EVENTS + moves_at % 5, 3);
+                    writer.borrow_mut().append_many(segments * SEGMENT_EVENTS + moves_at % 5, 3);
                 }
             }));
             let next = read_all(&mut records, &engine, None);
             looks = count.get();
-            // What came during the last looks.
+            // The events appended during the last reads.
             let next = read_all(&mut records, &engine, next);
-            assert_eq!(next, Some(engine.borrow().sequence), "{segments} segments at look {moves_at}");
+            assert_eq!(next, Some(engine.borrow().sequence), "{segments} segments at read {moves_at}");
         }
     }
 }
 
 #[test]
-fn a_reader_slower_than_retention_loses_only_what_it_names() {
+fn a_reader_slower_than_retention_loses_only_the_events_it_reports() {
     for seed in 0..6_u64 {
         let mut engine = Engine::new();
-        engine.go_on(70, 3);
+        engine.append_many(70, 3);
         let engine = std::rc::Rc::new(std::cell::RefCell::new(engine));
         let mut records = engine.borrow().store().records(ShardId(0)).buffered(4096);
         let (writer, mut looks, mut random) = (std::rc::Rc::clone(&engine), 0, seed * 2 + 1);
         *records.between_looks.0.borrow_mut() = Some(Box::new(move || {
             looks += 1;
             random = random.wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(29) | 1;
-            // Bounded, so that the reader comes to the end at last.
+            // Bounded, so that the reader eventually reaches the end.
             if looks < 200 {
-                writer.borrow_mut().go_on((random >> 40) % (4 + 6 * seed), 3);
+                writer.borrow_mut().append_many((random >> 40) % (4 + 6 * seed), 3);
             }
         }));
-        // Until the writer rests.
+        // Until the writer has stopped.
         let mut next = None;
         while next != Some(engine.borrow().sequence) {
             next = read_all(&mut records, &engine, next);
@@ -521,17 +521,17 @@ fn a_reader_slower_than_retention_loses_only_what_it_names() {
 }
 
 #[test]
-fn what_is_gone_before_the_first_look_is_no_loss() {
+fn events_freed_before_the_first_read_are_not_a_gap() {
     let mut engine = Engine::new();
-    engine.go_on(90, 3);
+    engine.append_many(90, 3);
     let engine = std::rc::Rc::new(std::cell::RefCell::new(engine));
     let mut records = engine.borrow().store().records(ShardId(0));
     let (writer, mut looks) = (std::rc::Rc::clone(&engine), 0);
     *records.between_looks.0.borrow_mut() = Some(Box::new(move || {
         looks += 1;
-        // Between the look at the span and the look at its first segment.
+        // Between reading the span and reading its first segment.
         if looks == 2 {
-            writer.borrow_mut().go_on(300, 3);
+            writer.borrow_mut().append_many(300, 3);
         }
     }));
     assert_eq!(read_all(&mut records, &engine, None), Some(engine.borrow().sequence));
@@ -539,58 +539,58 @@ fn what_is_gone_before_the_first_look_is_no_loss() {
 }
 
 #[test]
-fn what_is_freed_behind_damage_is_counted_from_the_damage_on() {
+fn a_gap_after_damage_begins_at_the_damage() {
     let mut engine = Engine::new();
-    engine.go_on(50, 9);
+    engine.append_many(50, 9);
     let mut records = engine.store().records(ShardId(0)).buffered(4096);
     for _ in 0..5 {
         assert!(records.next().expect("a sound log").is_some());
     }
     engine.file(0).write_all_at(b"x", records.offset().get() + 2048 + 60).expect("damaged");
-    assert!(records.next().expect("sound so far").is_some());
+    assert!(records.next().expect("a valid record").is_some());
     let read = records.sequence().get();
     let Err(ReadError::Corruption(corruption)) = records.next() else { panic!("damage") };
     let from = corruption.offset;
     assert!(records.skip_segment().expect("a span"));
-    engine.go_on(100, 3);
-    let record = records.next().expect("the rest is sound").expect("a record").meta;
+    engine.append_many(100, 3);
+    let record = records.next().expect("the rest is valid").expect("a record").meta;
     let [gap] = records.gaps() else { panic!("{:?}", records.gaps()) };
     assert_eq!((gap.from, gap.until, gap.events), (from, record.offset, record.sequence.get() - read));
 }
 
 #[test]
-fn a_segment_that_was_begun_anew_under_its_name_is_no_end() {
+fn a_segment_begun_again_under_its_own_name_is_damage_and_not_an_end() {
     let mut engine = Engine::new();
     engine.append(1, b"a");
     let mut records = engine.store().records(ShardId(0));
     assert_eq!(drain(&mut records).len(), 1);
-    // As after a torn tail was cut in a segment before it.
+    // As after recovery cut a torn tail in an earlier segment.
     let mut page = [0; HEADER_BYTES];
     crate::log::format::encode_prepared(99, &mut page);
     engine.file(0).write_all_at(&page, 0).expect("blanked");
     assert!(matches!(records.next(), Err(ReadError::Corruption(_))));
-    assert!(matches!(records.next(), Err(ReadError::Corruption(_))), "the position stays");
+    assert!(matches!(records.next(), Err(ReadError::Corruption(_))), "the position does not move");
 }
 
 #[test]
-fn a_place_in_a_file_that_was_written_again_is_beyond_retention() {
+fn a_position_in_a_file_written_again_is_beyond_retention() {
     let mut engine = Engine::new();
-    engine.go_on(60, 9);
+    engine.append_many(60, 9);
     let store = engine.store();
     let (mut records, mut places) = (store.records(ShardId(0)), Vec::new());
     while let Some(record) = records.next().expect("a sound log") {
         places.push(record.place());
     }
     let mut lookup = store.lookup();
-    lookup.get(&places[3]).expect("there");
-    engine.go_on(200, 3);
+    lookup.get(&places[3]).expect("still held");
+    engine.append_many(200, 3);
     for place in &places[..20] {
         assert!(matches!(lookup.get(place), Err(ReadError::BeyondRetention { .. })), "{place:?}");
     }
 }
 
 #[test]
-fn a_reader_follows_a_writer() {
+fn a_reader_follows_a_concurrent_writer() {
     let mut engine = Engine::new();
     engine.append(1, b"a");
     let store = engine.store();
@@ -619,7 +619,7 @@ fn a_reader_follows_a_writer() {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
     #[test]
-    fn no_flipped_bit_goes_unseen(at in 0_u64..14_000, bit in 0_u8..8) {
+    fn every_flipped_bit_is_detected(at in 0_u64..14_000, bit in 0_u8..8) {
         let mut engine = Engine::new();
         for i in 0..100 {
             engine.append(i, &body(96));

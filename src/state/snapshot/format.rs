@@ -1,4 +1,4 @@
-//! The bytes of a snapshot file: a header, and one entry per state. Pure functions; `FORMAT.md` draws the same tables.
+//! The bytes of a snapshot file: a header, and one entry per state. Pure functions; `FORMAT.md` §15 has the same tables.
 //!
 //! ```text
 //! header   0 magic 8   8 format u32   12 archive fingerprint u32   16 kind u16   18 shard u16   20 state version u16   22 zero u16
@@ -7,47 +7,47 @@
 //! entry    0 length u32   4 crc u32   8 key u64   16 version u48 | state version u16   24 head u64   32 latest time u64
 //!         40 state bytes u32   44 outcomes u32   48 state, padded to 16; then outcomes
 //! outcome  0 idempotency u64   8 version u64   16 ending u64   24 rejection bytes u32   28 zero u32   32 rejection, padded to 16
-//! end      an entry of version 0 and length 48 (a longer one: outcomes of a key without events): key = number of entries, head = end of the log, 32 durable u32 = 1 where that was durable,
-//!          36 check u32   40 boot u64
+//! end      an entry of version 0 and length 48: key = number of entries, head = end of the log, 32 durable u32 = 1 if the log
+//!          was durable up to there, 36 check u32, 40 boot u64. (A longer entry of version 0: outcomes of a key without events.)
 //! ```
 
 use rkyv::util::AlignedVec;
 
 use crate::event::{Encode, Key, Offset, Root, Scratch, Sequence, ShardId, Time, Version, has_one_size};
-use crate::log::format::{Ending, FORMAT_VERSION, LOW_47, archive_fingerprint};
+use crate::log::format::{Ending, LOW_47, archive_fingerprint};
 use crate::log::seal::crc32c;
 use crate::state::aggregate::{Aggregate, Stored};
 use crate::state::keys::Slot;
 use crate::state::outcomes::Remembered;
 use crate::state::outcomes::rejection;
-use crate::storage::framed::{u16_at, u32_at, u64_at};
+use crate::storage::framed::{Frame, FrameError, Reader, put_u32, put_u64, u16_at, u32_at, u64_at};
 use crate::storage::memory::{ALIGN, padded};
 
-const MAGIC: [u8; 8] = *b"corelsnp";
-/// Bytes of a file's header.
+/// Bytes of a file's header: a frame and four zeros.
 pub(crate) const FILE_HEADER_BYTES: usize = 80;
-const FILE_CRC_AT: usize = 72;
+const FRAME_BYTES: usize = FILE_HEADER_BYTES - 4;
+const FRAME: Frame = Frame { magic: *b"corelsnp", bytes_min: FRAME_BYTES };
 /// Bytes of an entry's header.
 pub(crate) const ENTRY_HEADER_BYTES: usize = 48;
 const OUTCOME_HEADER_BYTES: usize = 32;
 const LOW_48: u64 = (1 << 48) - 1;
 
-/// Why a file of another store is not read.
-pub(crate) const OTHER_STORE: &str = "it is another store's";
+/// The error for a file of another store.
+pub(crate) const OTHER_STORE: &str = "it belongs to another store";
 
-/// Of which store and shard files are.
+/// The store and shard that files belong to.
 pub(crate) type Owner = (u64, ShardId);
 
-/// What a file holds.
+/// The content of a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Kind {
-    /// Every so many events of a key its state, in the order of the log.
+    /// The state of a key after every `snapshot_every` of its events, in the order of the log.
     Snapshots,
-    /// The states of all keys, each as it was at some moment between `start` and the end.
+    /// The states of all keys, each at some moment between `start` and the end.
     Checkpoint,
 }
 
-/// The head of a file.
+/// The header of a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct FileHeader {
     pub(crate) kind: Kind,
@@ -57,79 +57,76 @@ pub(crate) struct FileHeader {
     pub(crate) state_version: u16,
     /// The root of an archived state.
     pub(crate) state: Root,
-    /// Where the log stood when the file was begun, and the sequence of the next event there.
+    /// The end of the log when the file was begun, and the sequence of the next event there.
     pub(crate) start: Offset,
     pub(crate) sequence: Sequence,
-    /// The CRC word of the record that ends at `start`; 0: none does.
+    /// The CRC word of the record that ends at `start`; 0: no record does.
     pub(crate) check: u32,
     pub(crate) time: Time,
 }
 
 impl FileHeader {
-    pub(crate) fn encode(&self) -> [u8; FILE_HEADER_BYTES] {
-        let mut out = [0; FILE_HEADER_BYTES];
-        out[0..8].copy_from_slice(&MAGIC);
-        out[8..12].copy_from_slice(&FORMAT_VERSION.to_le_bytes());
-        out[12..16].copy_from_slice(&archive_fingerprint().to_le_bytes());
-        out[16..18].copy_from_slice(&u16::from(self.kind == Kind::Checkpoint).to_le_bytes());
-        out[18..20].copy_from_slice(&self.shard.0.to_le_bytes());
-        out[20..22].copy_from_slice(&self.state_version.to_le_bytes());
-        out[24..32].copy_from_slice(&self.start.0.to_le_bytes());
-        out[32..40].copy_from_slice(&self.sequence.0.to_le_bytes());
-        out[40..48].copy_from_slice(&self.time.0.to_le_bytes());
-        out[48..52].copy_from_slice(&self.state.bytes.to_le_bytes());
-        out[52..54].copy_from_slice(&self.state.align.to_le_bytes());
-        out[56..64].copy_from_slice(&self.store.to_le_bytes());
-        out[64..68].copy_from_slice(&self.check.to_le_bytes());
-        let crc = crc32c(0, &out[..FILE_CRC_AT]);
-        out[FILE_CRC_AT..FILE_CRC_AT + 4].copy_from_slice(&crc.to_le_bytes());
-        out
+    pub(crate) fn encode(&self) -> Vec<u8> {
+        let mut out = FRAME.begin();
+        out.u32(archive_fingerprint());
+        out.u16(u16::from(self.kind == Kind::Checkpoint));
+        out.u16(self.shard.0);
+        out.u16(self.state_version);
+        out.zeros(2);
+        out.u64(self.start.0);
+        out.u64(self.sequence.0);
+        out.u64(self.time.0);
+        out.u32(self.state.bytes);
+        out.u16(self.state.align);
+        out.zeros(2);
+        out.u64(self.store);
+        out.u32(self.check);
+        out.zeros(4);
+        let mut header = out.seal();
+        header.resize(FILE_HEADER_BYTES, 0);
+        header
     }
 
-    /// The header of a file of this store and shard that this build can read.
-    pub(crate) fn decode(bytes: &[u8], (store, shard): Owner) -> Result<Self, &'static str> {
-        let head = bytes.get(..FILE_HEADER_BYTES).ok_or("the file is shorter than its header")?;
-        if head[..8] != MAGIC {
-            return Err("wrong magic");
+    /// Reads the header of a file of this store and shard.
+    pub(crate) fn decode(bytes: &[u8], owner: Owner) -> Result<Self, &'static str> {
+        let header = bytes.get(..FILE_HEADER_BYTES).ok_or("the file is shorter than its header")?;
+        let (frame, zeros) = header.split_at(FRAME_BYTES);
+        let fields = FRAME.open(frame).map_err(FrameError::why)?;
+        if zeros != [0; 4] {
+            return Err("unused bytes of the header are not zero");
         }
-        if crc32c(0, &head[..FILE_CRC_AT]) != u32_at(head, FILE_CRC_AT) || head[FILE_CRC_AT + 4..] != [0; 4] {
-            return Err("the header's CRC does not hold");
+        Self::read(fields, owner).map_err(FrameError::why)
+    }
+
+    fn read(mut fields: Reader<'_>, (store, shard): Owner) -> Result<Self, FrameError> {
+        if fields.u32()? != archive_fingerprint() {
+            return Err("its archives have another format".into());
         }
-        if u32_at(head, 8) != FORMAT_VERSION || u32_at(head, 12) != archive_fingerprint() {
-            return Err("it is of another format");
+        let (kind, stored_shard, state_version) = (fields.u16()?, fields.u16()?, fields.u16()?);
+        fields.bytes(2)?;
+        let (start, sequence, time) = (Offset(fields.u64()?), Sequence(fields.u64()?), Time(fields.u64()?));
+        let state = Root { bytes: fields.u32()?, align: fields.u16()? };
+        fields.bytes(2)?;
+        if fields.u64()? != store {
+            return Err(OTHER_STORE.into());
         }
-        if u64_at(head, 56) != store {
-            return Err(OTHER_STORE);
-        }
-        let kind = match u16_at(head, 16) {
+        let check = fields.u32()?;
+        let kind = match kind {
             0 => Kind::Snapshots,
             1 => Kind::Checkpoint,
-            _ => return Err("it is of no kind that this build knows"),
+            _ => return Err("this build does not know its kind".into()),
         };
-        if u16_at(head, 18) != shard.0 {
-            return Err("it is another shard's");
+        if stored_shard != shard.0 {
+            return Err("it belongs to another shard".into());
         }
-        let state = Root { bytes: u32_at(head, 48), align: u16_at(head, 52) };
-        let can_be = state.align.is_power_of_two() && state.bytes.is_multiple_of(u32::from(state.align));
-        if !can_be && state != Root::default() {
-            return Err("its size and alignment of a state do not fit");
+        let is_possible = state.align.is_power_of_two() && state.bytes.is_multiple_of(u32::from(state.align));
+        if !is_possible && state != Root::default() {
+            return Err("its size of a state is not a multiple of its alignment".into());
         }
-        Ok(Self {
-            kind,
-            store,
-            shard,
-            state_version: u16_at(head, 20),
-            state,
-            start: Offset(u64_at(head, 24)),
-            sequence: Sequence(u64_at(head, 32)),
-            check: u32_at(head, 64),
-            time: Time(u64_at(head, 40)),
-        })
+        Ok(Self { kind, store, shard, state_version, state, start, sequence, check, time })
     }
-}
 
-impl FileHeader {
-    /// Whether states of this file are of the program's state version and yet laid out otherwise: not to be read as today's.
+    /// Returns `true` if the file has the program's state version, but another layout of states, so they cannot be read.
     pub(crate) fn is_of_another_layout<A: Aggregate>(&self) -> bool {
         size_of::<A>() > 0 && self.state_version == A::STATE_VERSION && self.state != Root::of::<A>()
     }
@@ -138,7 +135,7 @@ impl FileHeader {
 /// Why a saved state, or a whole checkpoint, cannot be used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum Unusable {
-    /// What does not hold.
+    /// The bytes are not valid; the text says why.
     #[error("{0}")]
     Damaged(&'static str),
     /// The states have another size or alignment under the program's state version.
@@ -155,60 +152,60 @@ impl From<&'static str> for Unusable {
     }
 }
 
-/// How a checkpoint ends.
+/// The end entry of a checkpoint.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct End {
     pub(crate) entries: u64,
-    /// No entry knows of anything at or beyond this.
+    /// No entry depends on a record at or beyond this offset.
     pub(crate) log_end: Offset,
-    /// The CRC word of the record that ends there; 0: none does.
+    /// The CRC word of the record that ends at `log_end`; 0: no record does.
     pub(crate) check: u32,
-    /// Whether the log was durable up to there.
+    /// The log was durable up to `log_end`.
     pub(crate) durable: bool,
-    /// Which run of the machine this was: within it the system's cache keeps what was written.
+    /// The boot id of the machine. Until the next boot, the system's cache keeps the bytes written.
     pub(crate) boot: u64,
 }
 
 impl End {
     pub(crate) fn encode(&self) -> [u8; ENTRY_HEADER_BYTES] {
         let mut out = [0; ENTRY_HEADER_BYTES];
-        out[8..16].copy_from_slice(&self.entries.to_le_bytes());
-        out[24..32].copy_from_slice(&self.log_end.0.to_le_bytes());
-        out[32..36].copy_from_slice(&u32::from(self.durable).to_le_bytes());
-        out[36..40].copy_from_slice(&self.check.to_le_bytes());
-        out[40..48].copy_from_slice(&self.boot.to_le_bytes());
+        put_u64(&mut out, 8, self.entries);
+        put_u64(&mut out, 24, self.log_end.0);
+        put_u32(&mut out, 32, u32::from(self.durable));
+        put_u32(&mut out, 36, self.check);
+        put_u64(&mut out, 40, self.boot);
         seal(&mut out);
         out
     }
 
-    /// The end of a whole checkpoint.
+    /// Reads the end entry of a whole checkpoint file.
     pub(crate) fn decode(file: &[u8]) -> Result<Self, &'static str> {
         let at = file.len().checked_sub(ENTRY_HEADER_BYTES).filter(|&at| at >= FILE_HEADER_BYTES);
-        let at = at.ok_or("a checkpoint without an end")?;
+        let at = at.ok_or("a checkpoint without an end entry")?;
         match entry_at(file, at)? {
             Some(end) if end.is_end() => {
                 let durable = match u32_at(file, at + 32) {
                     0 => false,
                     1 => true,
-                    _ => return Err("a checkpoint's end does not say whether the log was durable"),
+                    _ => return Err("a checkpoint's end entry has an unknown durability flag"),
                 };
                 let (check, boot) = (u32_at(file, at + 36), u64_at(file, at + 40));
                 Ok(Self { entries: end.key.0, log_end: end.head, check, durable, boot })
             }
-            _ => Err("a checkpoint without an end"),
+            _ => Err("a checkpoint without an end entry"),
         }
     }
 }
 
-/// Completes an entry, whose length is that of `entry` before its padding.
+/// Writes length and CRC of an entry. `entry` ends before the padding.
 fn seal(entry: &mut [u8]) {
     let len = entry.len() as u32;
-    entry[0..4].copy_from_slice(&len.to_le_bytes());
+    put_u32(entry, 0, len);
     let crc = crc32c(0, &entry[8..]);
-    entry[4..8].copy_from_slice(&crc.to_le_bytes());
+    put_u32(entry, 4, crc);
 }
 
-/// Writes the checksums of the entries in `chunk`, which was filled by [`Chunk::add`]; tells `each` where one is.
+/// Writes the CRCs of the entries in `chunk`, which [`Chunk::add`] has filled, and calls `each` with every entry and its place.
 pub(crate) fn seal_chunk(chunk: &mut [u8], mut each: impl FnMut(usize, &Entry<'_>)) {
     let mut at = 0;
     while at < chunk.len() {
@@ -224,7 +221,7 @@ pub(crate) fn seal_chunk(chunk: &mut [u8], mut each: impl FnMut(usize, &Entry<'_
 /// Outcomes of commands by their idempotency keys.
 pub(crate) type Kept<R> = Vec<(u64, Remembered<R>)>;
 
-/// One state, as a file has it.
+/// One saved state.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Entry<'a> {
     pub(crate) key: Key,
@@ -232,14 +229,14 @@ pub(crate) struct Entry<'a> {
     pub(crate) state_version: u16,
     pub(crate) head: Offset,
     pub(crate) time_max: Time,
-    /// Its length with padding: where the next one begins.
+    /// Its length with padding: the distance to the next entry.
     pub(crate) bytes: usize,
     pub(crate) state: &'a [u8],
     outcomes: u32,
     rest: &'a [u8],
 }
 
-/// The entry at `at`, its CRC checked; `None` at the end of the bytes.
+/// Reads the entry at `at` and checks its CRC. Returns `None` at the end of the bytes.
 pub(crate) fn entry_at(bytes: &[u8], at: usize) -> Result<Option<Entry<'_>>, &'static str> {
     if at == bytes.len() {
         return Ok(None);
@@ -251,7 +248,7 @@ pub(crate) fn entry_at(bytes: &[u8], at: usize) -> Result<Option<Entry<'_>>, &'s
     }
     let entry = bytes.get(at..at + len).ok_or("an entry is cut short")?;
     if crc32c(0, &entry[8..]) != u32_at(head, 4) {
-        return Err("an entry's CRC does not hold");
+        return Err("checksum mismatch in an entry");
     }
     entry_at_unchecked(bytes, at)
 }
@@ -260,7 +257,7 @@ fn entry_at_unchecked(bytes: &[u8], at: usize) -> Result<Option<Entry<'_>>, &'st
     let len = u32_at(bytes, at) as usize;
     let entry = &bytes[at..at + len];
     let version = Version(u64_at(entry, 16) & LOW_48);
-    // An end has other things there.
+    // An end entry has other fields there.
     let is_end = version.0 == 0 && len == ENTRY_HEADER_BYTES;
     let (state_bytes, outcomes) = if is_end { (0, 0) } else { (u32_at(entry, 40) as usize, u32_at(entry, 44)) };
     let body = &entry[ENTRY_HEADER_BYTES..];
@@ -280,12 +277,12 @@ fn entry_at_unchecked(bytes: &[u8], at: usize) -> Result<Option<Entry<'_>>, &'st
 }
 
 impl Entry<'_> {
-    /// Whether this is no entry but the end of a checkpoint.
+    /// Returns `true` if this is the end entry of a checkpoint.
     pub(crate) fn is_end(&self) -> bool {
         self.version.0 == 0 && self.bytes == ENTRY_HEADER_BYTES
     }
 
-    /// The state, as it is laid out today.
+    /// Decodes the state, or upgrades it from an older state version.
     pub(crate) fn state<A: Aggregate>(&self) -> Result<A, &'static str> {
         if size_of::<A>() == 0 {
             return Ok(A::default());
@@ -293,10 +290,10 @@ impl Entry<'_> {
         if self.state_version == A::STATE_VERSION {
             return A::decode(self.state).map_err(|_| "a state's archive is not valid");
         }
-        A::upgrade(self.state_version, self.state).ok_or("a state of a version that this program cannot read")
+        A::upgrade(self.state_version, self.state).ok_or("the program cannot read this version of its states")
     }
 
-    /// What became of the key's commands, oldest first.
+    /// Decodes the outcomes of the key's commands, oldest first.
     pub(crate) fn outcomes<A: Aggregate>(&self) -> Result<Kept<A::Rejection>, Unusable> {
         let mut outcomes = Vec::new();
         self.each_outcome(|StoredOutcome { id, version, ending, archive }| {
@@ -316,7 +313,7 @@ impl Entry<'_> {
         Ok(outcomes)
     }
 
-    /// Tells `each` of the outcomes as they are stored, whatever the type of a rejection is.
+    /// Calls `each` with every outcome as it is stored, for any type of rejection.
     pub(crate) fn each_outcome(
         &self,
         mut each: impl FnMut(StoredOutcome<'_>) -> Result<(), Unusable>,
@@ -329,7 +326,7 @@ impl Entry<'_> {
             let archive = archive.ok_or("an outcome is cut short")?;
             let ending = Ending::decode(u64_at(head, 16)).ok_or("an outcome has an unknown ending")?;
             if u64_at(head, 8) > LOW_47 || u32_at(head, 28) != 0 {
-                return Err("an outcome is of a version that no key has".into());
+                return Err("an outcome has a version that no key can have".into());
             }
             each(StoredOutcome { id: u64_at(head, 0), version: Version(u64_at(head, 8)), ending, archive })?;
             rest = rest.get(OUTCOME_HEADER_BYTES + padded(bytes)..).unwrap_or_default();
@@ -338,7 +335,7 @@ impl Entry<'_> {
     }
 }
 
-/// How one command ended.
+/// The outcome of one command.
 pub(crate) struct StoredOutcome<'a> {
     id: u64,
     version: Version,
@@ -346,7 +343,7 @@ pub(crate) struct StoredOutcome<'a> {
     archive: &'a [u8],
 }
 
-/// Entries on their way to a file. Filled by the shard, without checksums; its memory is used again.
+/// A buffer of entries for a file. The shard fills it without CRCs. Its memory is reused.
 #[derive(Debug)]
 pub(crate) struct Chunk {
     bytes: AlignedVec<ALIGN>,
@@ -354,13 +351,13 @@ pub(crate) struct Chunk {
     pub(crate) entries: u64,
 }
 
-/// A chunk's memory at first, and when it counts as full.
+/// Initial size of a chunk's memory; a chunk counts as full at three quarters of it.
 const CHUNK_BYTES: usize = 64 << 10;
-/// A chunk that grew beyond this for a large state gives its memory back.
+/// A chunk that has grown beyond this frees its memory when it is cleared.
 const CHUNK_BYTES_KEPT: usize = 1 << 20;
-/// Up to here the scratch memory that the shard brings along is enough.
+/// The shard's scratch memory is large enough for states up to this size.
 const SCRATCH_BYTES: usize = 256 << 10;
-/// The largest state that can be saved.
+/// Size of the largest state that can be saved.
 const STATE_BYTES_MAX: usize = 16 << 20;
 
 impl Chunk {
@@ -377,12 +374,12 @@ impl Chunk {
         (self.used, self.entries) = (0, 0);
     }
 
-    /// Whether it should be sent before more is added.
+    /// Returns `true` if the chunk should be sent before another entry is added.
     pub(crate) fn is_full(&self) -> bool {
         self.used > CHUNK_BYTES - CHUNK_BYTES / 4
     }
 
-    /// Whether the states in it are so large that few of them fill a chunk.
+    /// Returns `true` if its entries are so large that fewer than 64 fill a chunk.
     pub(crate) fn is_of_large_states(&self) -> bool {
         self.used as u64 > self.entries * (CHUNK_BYTES as u64 / 64)
     }
@@ -391,7 +388,7 @@ impl Chunk {
         &mut self.bytes[..self.used]
     }
 
-    /// Adds what `slot` knows of its key, and what became of its commands. `false` where the state is too large.
+    /// Adds the state in `slot` and the outcomes of the key's commands. Returns `false` if state or outcomes are too large.
     #[inline]
     pub(crate) fn add<'o, A: Aggregate>(
         &mut self,
@@ -421,22 +418,22 @@ impl Chunk {
             }
             end = self.used;
         }
-        assert!(slot.version.0 > 0 || count > 0, "an entry of nothing would be taken for the end");
+        assert!(slot.version.0 > 0 || count > 0, "an empty entry would read as an end entry");
         self.reserve(0);
         let version = slot.version.0 & LOW_48 | u64::from(A::STATE_VERSION) << 48;
         let out = &mut self.bytes[begun..begun + ENTRY_HEADER_BYTES];
-        // The writer of the file adds the checksum.
-        out[0..8].copy_from_slice(&((end - begun) as u64).to_le_bytes());
-        out[8..16].copy_from_slice(&slot.key.0.to_le_bytes());
-        out[16..24].copy_from_slice(&version.to_le_bytes());
-        out[24..32].copy_from_slice(&slot.head.0.to_le_bytes());
-        out[32..40].copy_from_slice(&slot.time_max.0.to_le_bytes());
-        out[40..48].copy_from_slice(&(state_bytes as u64 | u64::from(count) << 32).to_le_bytes());
+        // Length and a CRC of zero; `seal_chunk` writes the CRC.
+        put_u64(out, 0, (end - begun) as u64);
+        put_u64(out, 8, slot.key.0);
+        put_u64(out, 16, version);
+        put_u64(out, 24, slot.head.0);
+        put_u64(out, 32, slot.time_max.0);
+        put_u64(out, 40, state_bytes as u64 | u64::from(count) << 32);
         self.entries += 1;
         true
     }
 
-    /// Adds what became of a command. `false` where its rejection is too large.
+    /// Adds the outcome of a command. Returns `false` if its rejection is too large.
     #[cold]
     fn outcome<R: Stored>(&mut self, id: u64, outcome: &Remembered<R>, scratch: &mut Scratch) -> bool {
         let head = self.used;
@@ -448,14 +445,14 @@ impl Chunk {
         let Some(rejection) = rejection else { return false };
         self.reserve(0);
         let out = &mut self.bytes[head..head + OUTCOME_HEADER_BYTES];
-        out[0..8].copy_from_slice(&id.to_le_bytes());
-        out[8..16].copy_from_slice(&version.to_le_bytes());
-        out[16..24].copy_from_slice(&ending.encode().to_le_bytes());
-        out[24..32].copy_from_slice(&(rejection as u64).to_le_bytes());
+        put_u64(out, 0, id);
+        put_u64(out, 8, version);
+        put_u64(out, 16, ending.encode());
+        put_u64(out, 24, rejection as u64);
         true
     }
 
-    /// Archives `value` behind what is used, and pads it. Returns its exact length.
+    /// Archives `value` after the used bytes and pads it. Returns its exact length, or `None` if it is too large.
     fn archive<T: Encode>(&mut self, value: &T, scratch: &mut Scratch) -> Option<usize> {
         let mut room = if has_one_size::<T>() { padded(size_of::<T::Archived>()) } else { 4096 };
         loop {
@@ -472,14 +469,14 @@ impl Chunk {
                 return None;
             }
             room = ((end - self.used) * 2).max(4096);
-            // Whether room or scratch was too little is not told; what has inner parts needs much of both.
+            // `encode` does not tell whether room or scratch was too small. A value with nested parts needs much of both.
             if room > SCRATCH_BYTES {
                 *scratch = Scratch::new(4 * room);
             }
         }
     }
 
-    /// Makes sure that `room` bytes stand behind what is used.
+    /// Grows the memory to at least `room` bytes after the used ones.
     fn reserve(&mut self, room: usize) {
         let wanted = self.used + room;
         if self.bytes.len() < wanted {
@@ -560,10 +557,10 @@ mod tests {
         }
     }
 
-    /// A file with these keys, and what it must be read as.
+    /// Returns a file with these keys and outcomes.
     fn file(kind: Kind, keys: &[(Slot<State>, Kept<u32>)]) -> Vec<u8> {
         let (mut chunk, mut scratch) = (Chunk::new(), Scratch::new(1 << 16));
-        // Whatever its memory held before is not in the file.
+        // Earlier bytes of the chunk's memory must not reach the file.
         chunk.bytes.fill(0xff);
         for (slot, outcomes) in keys {
             assert!(chunk.add(slot, outcomes.iter(), &mut scratch));
@@ -574,14 +571,14 @@ mod tests {
         [&header(kind).encode()[..], chunk.filled()].concat()
     }
 
-    /// Reads as a reader does: from memory that is aligned.
+    /// Compares a file with its keys; reads it from aligned memory, as readers do. Returns where the last entry ends.
     fn check(bytes: &[u8], kind: Kind, keys: &[(Slot<State>, Kept<u32>)]) -> usize {
         let mut file = AlignedVec::<ALIGN>::new();
         file.extend_from_slice(bytes);
         assert_eq!(FileHeader::decode(&file, OWNER), Ok(header(kind)));
         let mut at = FILE_HEADER_BYTES;
         for (slot, outcomes) in keys {
-            let entry = entry_at(&file, at).expect("it holds").expect("there is one");
+            let entry = entry_at(&file, at).expect("a valid entry").expect("an entry");
             assert_eq!((entry.key, entry.version, entry.head), (slot.key, slot.version, slot.head));
             assert_eq!((entry.time_max, entry.is_end()), (slot.time_max, false));
             if slot.version.0 > 0 {
@@ -604,9 +601,9 @@ mod tests {
     #[test]
     fn a_checkpoint_is_frozen() {
         let done = Remembered::Done { version: Version(6), events: 3 };
-        let nobody = Slot { key: Key(8), ..Slot::default() };
+        let without_events = Slot { key: Key(8), ..Slot::default() };
         let keys = [
-            (nobody, vec![(0x5555_6666_7777_8888, Remembered::Rejected(41))]),
+            (without_events, vec![(0x5555_6666_7777_8888, Remembered::Rejected(41))]),
             (slot(7, 6), vec![(1, Remembered::Rejected(42)), (2, done)]),
             (slot(9, 1), vec![]),
         ];
@@ -622,11 +619,11 @@ mod tests {
         let at = check(&bytes, Kind::Checkpoint, &keys);
         assert_eq!(bytes.len() - at, ENTRY_HEADER_BYTES);
         assert_eq!(End::decode(&bytes), Ok(end));
-        assert!(entry_at(&bytes, at).expect("it holds").expect("there is one").is_end());
+        assert!(entry_at(&bytes, at).expect("a valid entry").expect("an entry").is_end());
     }
 
     #[test]
-    fn every_flipped_bit_of_a_file_shows() {
+    fn every_flipped_bit_of_a_file_is_detected() {
         let keys = [(slot(7, 6), vec![(1, Remembered::Rejected(42))])];
         let end = End { entries: 1, log_end: Offset(4096), check: 5, durable: false, boot: 7 };
         let whole = [file(Kind::Checkpoint, &keys), end.encode().to_vec()].concat();
@@ -635,12 +632,12 @@ mod tests {
             let mut bytes = AlignedVec::<ALIGN>::new();
             bytes.extend_from_slice(&whole);
             bytes[bit / 8] ^= 1 << (bit % 8);
-            let holds = FileHeader::decode(&bytes, OWNER).is_ok()
+            let is_valid = FileHeader::decode(&bytes, OWNER).is_ok()
                 && matches!(entry_at(&bytes, FILE_HEADER_BYTES), Ok(Some(entry)) if !entry.is_end())
                 && End::decode(&bytes).is_ok();
-            // Padding between entries means nothing.
+            // Padding between entries is not checked.
             let is_padding = (FILE_HEADER_BYTES + entry_bytes..whole.len() - ENTRY_HEADER_BYTES).contains(&(bit / 8));
-            assert_eq!(holds, is_padding, "bit {bit}");
+            assert_eq!(is_valid, is_padding, "bit {bit}");
         }
     }
 }

@@ -1,6 +1,6 @@
-//! By id: one value per key, read from any thread.
+//! A view by id: one value per key, read from any thread.
 //!
-//! One writer per part: its shard. Values lie in slots that never move, each under a version of its own.
+//! One writer per part: its shard. Values are in slots that never move, each with its own sequence lock.
 
 use std::fmt;
 use std::sync::Arc;
@@ -10,15 +10,47 @@ use rkyv::util::AlignedVec;
 use crate::event::{Key, Meta, Scratch, ShardId};
 use crate::state::aggregate::{Aggregate, Stored};
 use crate::state::view::grow::Grow;
-use crate::state::view::index::Index;
+use crate::state::view::key_numbers::KeyNumbers;
 use crate::state::view::parts::{Part, Parts, Progress};
 use crate::state::view::{Place, Position, View, ViewWriter};
 use crate::sync::{AtomicU64, Ordering, SeqLock};
 
-/// One value per key, made from its state and read from any thread without asking the shard.
+/// A view with one value per key, made from the key's state and read from any thread without asking the shard.
 ///
-/// `V` is what readers need of a state: small is fast. It is kept archived in at most `bytes_max` bytes per key, so a
-/// `get` is one look-up, one copy and one check. Handles are cheap to clone.
+/// `V` is the part of a state that readers need; a small one is fast. The view keeps it archived in at most `bytes_max` bytes
+/// per key, so a `get` is one look-up, one copy and one validation. Handles are cheap to clone.
+///
+/// ```
+/// use corelane::view::ById;
+/// use corelane::{Config, Deadline, Engine, Key};
+/// # use corelane::{Aggregate, Bounded, Emit, Event, EventType, EventTypeId, Meta};
+/// # use rkyv::{Archive, Deserialize, Serialize};
+/// # #[derive(Archive, Serialize, Deserialize, Bounded)]
+/// # struct Scored { points: u32 }
+/// # impl Event for Scored {
+/// #     const TYPES: &'static [EventType] = &[EventType::new(1, "scored", 1)];
+/// #     fn event_type(&self) -> EventTypeId { EventTypeId(1) }
+/// # }
+/// # #[derive(Archive, Serialize, Deserialize, Bounded, Clone, Default)]
+/// # struct Player { points: u64 }
+/// # impl Aggregate for Player {
+/// #     type Event = Scored;
+/// #     type Command = ();
+/// #     type Rejection = ();
+/// #     fn evolve(&mut self, event: &ArchivedScored, _meta: &Meta) { self.points += u64::from(event.points.to_native()); }
+/// #     fn decide(&self, (): (), _emit: &mut Emit<Scored>) -> Result<(), ()> { Ok(()) }
+/// # }
+///
+/// let points = ById::new(16, |player: &Player| player.points);
+/// # let dir = tempfile::tempdir()?;
+/// let engine = Engine::<Player>::builder(Config::new(dir.path())).view(&points).open()?;
+/// engine.producer().publish(Key(7), Scored { points: 3 })?;
+/// engine.flush(Deadline::NEVER)?;
+/// // The shard answers between two batches, when it has published the views.
+/// engine.state(Key(7))?;
+/// assert_eq!(points.get(Key(7))?, Some(3));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub struct ById<A, V>(Arc<Inner<A, V>>);
 
 struct Inner<A, V> {
@@ -27,42 +59,43 @@ struct Inner<A, V> {
     parts: Parts<Values>,
 }
 
-/// Why [`ById::get`] has no value to give for a key that has one.
+/// Why [`ById::get`] cannot return a key's value.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Unreadable {
-    /// The key's value, as it is now, has an archive larger than the view keeps. An older one is not shown in its place.
+    /// The archive of the key's current value is larger than the view keeps. No older value is shown in its place.
     #[error("the value of key {key} is larger than {bytes_max} bytes")]
     TooLarge {
-        /// Whose.
+        /// The key.
         key: Key,
         /// The view's limit.
         bytes_max: usize,
     },
-    /// The archive was refused by its own type's check.
+    /// The archive is not a valid value of its type.
     #[error("the value of key {key}: {why}")]
     Invalid {
-        /// Whose.
+        /// The key.
         key: Key,
-        /// What the check said.
+        /// The validator's error.
         why: String,
     },
 }
 
 impl<A: Aggregate, V: Stored> ById<A, V> {
-    /// A view of what `value_of` makes of a state, at most `bytes_max` bytes archived (rounded up to a multiple of 8).
+    /// Creates a view of the values that `value_of` makes of states, each at most `bytes_max` bytes when archived (rounded up to
+    /// a multiple of 8).
     ///
-    /// `value_of` runs on the shard's thread for every event: it must be quick.
+    /// `value_of` runs on the shard's thread for every event, so it must be fast.
     #[must_use]
     pub fn new(bytes_max: usize, value_of: impl Fn(&A) -> V + Send + Sync + 'static) -> Self {
         let bytes_max = bytes_max.next_multiple_of(8);
         Self(Arc::new(Inner { value_of: Box::new(value_of), bytes_max, parts: Parts::new() }))
     }
 
-    /// The value of `key`; `None` for a key without events.
+    /// Returns the value of `key`; `None` for a key without events.
     ///
     /// # Errors
-    /// [`Unreadable::TooLarge`] when the value does not fit at the moment.
+    /// [`Unreadable::TooLarge`] if the current value does not fit.
     pub fn get(&self, key: Key) -> Result<Option<V>, Unreadable> {
         let bytes_max = self.0.bytes_max;
         let mut archive = AlignedVec::<16>::with_capacity(bytes_max);
@@ -81,7 +114,7 @@ impl<A: Aggregate, V: Stored> ById<A, V> {
         }
     }
 
-    /// How far each shard's part has come. Read before the values, it never says more than they show.
+    /// Returns the position of each shard's part. Values read afterwards include everything up to it.
     #[must_use]
     pub fn positions(&self) -> Vec<(ShardId, Position)> {
         self.0.parts.positions()
@@ -94,7 +127,7 @@ impl<A: Aggregate, V: Stored> View<A> for ById<A, V> {
         let part = self.0.parts.begin(place, Values::new(bytes_max, place.keys_expected));
         let mut archive = AlignedVec::<16>::with_capacity(bytes_max);
         archive.resize(bytes_max, 0);
-        // What rkyv sets aside for the parts of a value is of the size of their pointers, whatever their archives are.
+        // rkyv's scratch space holds pointers to a value's parts; its size does not depend on the archive's.
         let scratch = Scratch::new(bytes_max * 4 + 1024);
         Box::new(Writer { view: Arc::clone(&self.0), part, archive, scratch })
     }
@@ -112,15 +145,15 @@ impl<A, V> fmt::Debug for ById<A, V> {
     }
 }
 
-/// Slots of one allocation.
+/// Slots per allocation.
 const CHUNK: usize = 256;
-/// Length of a value that does not fit.
+/// The length that marks a value which does not fit.
 const TOO_LARGE: u64 = u64::MAX;
 
 /// One shard's values.
 #[derive(Debug)]
 struct Values {
-    index: Index,
+    index: KeyNumbers,
     chunks: Grow<Chunk>,
     words_max: usize,
     progress: Progress,
@@ -136,14 +169,14 @@ struct Chunk {
 impl Values {
     fn new(bytes_max: usize, keys_expected: usize) -> Self {
         Self {
-            index: Index::with_room(keys_expected),
+            index: KeyNumbers::with_room(keys_expected),
             chunks: Grow::new(),
             words_max: bytes_max / 8,
             progress: Progress::new(),
         }
     }
 
-    /// Copies a slot's archive into `archive`. `false`: it holds none, for it would not fit.
+    /// Copies a slot's archive into `archive`. Returns `false` if the value does not fit into a slot.
     fn copy(&self, slot: usize, archive: &mut AlignedVec<16>) -> bool {
         let Some(chunk) = self.chunks.get(slot / CHUNK) else { return false };
         let ((lock, length), words) = chunk.slot(slot % CHUNK, self.words_max);
@@ -153,7 +186,7 @@ impl Values {
             if bytes == TOO_LARGE {
                 return false;
             }
-            // While it is being written a length can be of another value than the words, but never beyond them.
+            // During a write, length and words may be of different values, but no length exceeds the words.
             let bytes = bytes as usize;
             for word in &words[..bytes.div_ceil(8)] {
                 archive.extend_from_slice(&word.load(Ordering::Relaxed).to_le_bytes());
@@ -163,7 +196,7 @@ impl Values {
         })
     }
 
-    /// Only the one writer calls this. `None`: the value does not fit.
+    /// Writes a slot; `None` marks a value that does not fit. Only the writer calls this.
     fn set(&self, slot: usize, archive: Option<&[u8]>) {
         let chunk = self.chunks.get_or_make(slot / CHUNK, || Chunk::new(self.words_max));
         let ((lock, length), words) = chunk.slot(slot % CHUNK, self.words_max);

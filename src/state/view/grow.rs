@@ -1,12 +1,12 @@
-//! A list that grows without moving anything, so that others can read it while it does.
+//! A list that grows without moving its items, so that other threads can read it meanwhile.
 //!
-//! One writer makes items, in any order; they are never taken away. The list is levels, each twice as long as the one
-//! before; a level is allocated when its first item is.
+//! One writer makes items, in any order; no item is ever removed. The list consists of levels, each twice as long as the one
+//! before. A level is allocated with its first item.
 
 use std::sync::OnceLock;
 
 const FIRST: usize = 64;
-/// Far more items than there is memory for.
+/// Enough for far more items than fit into memory.
 const LEVELS: usize = 28;
 
 #[derive(Debug)]
@@ -25,7 +25,7 @@ impl<T> Grow<T> {
         self.levels[level].get()?[at].get()
     }
 
-    /// Only the one writer calls this, so it never waits for another's `make`.
+    /// Returns an item, and makes it first if need be. Only the writer calls this, so it never waits for another `make`.
     #[inline]
     pub(super) fn get_or_make(&self, index: usize, make: impl FnOnce() -> T) -> &T {
         let (level, at) = place(index);
@@ -45,7 +45,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_index_has_a_place_of_its_own() {
+    fn every_index_has_its_own_place() {
         let mut expected = (0, 0);
         for index in 0..10_000 {
             assert_eq!(place(index), expected, "index {index}");
@@ -57,7 +57,7 @@ mod tests {
     }
 
     #[test]
-    fn items_stay_and_gaps_are_seen() {
+    fn items_stay_and_missing_ones_are_none() {
         let list = Grow::new();
         assert_eq!(list.get(5_000), None);
         assert_eq!(*list.get_or_make(5_000, || 1), 1);

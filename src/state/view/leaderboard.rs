@@ -1,8 +1,8 @@
-//! The best: the keys with the highest scores, over all shards.
+//! A leaderboard: the keys with the highest scores, over all shards.
 //!
-//! One writer per part: its shard. It knows every key's score, and keeps the best of them sorted down to a floor: above
-//! the floor is exactly what the sorted list holds. A score that stays below the floor costs one comparison. When so many
-//! have fallen that the list gets shorter than the places, it is made anew from all scores.
+//! One writer per part: its shard. It knows every key's score and keeps the best in a sorted list, down to a floor: the list
+//! holds exactly the scores at and above the floor. A score that stays below the floor costs one comparison. When falling
+//! scores leave the list shorter than the leaderboard's places, the writer rebuilds it from all scores.
 
 use std::cmp::Reverse;
 use std::fmt;
@@ -10,15 +10,51 @@ use std::sync::Arc;
 
 use crate::event::{Key, Meta, ShardId};
 use crate::state::aggregate::Aggregate;
-use crate::state::view::index::Index;
+use crate::state::view::key_numbers::KeyNumbers;
 use crate::state::view::parts::{Part, Parts, Progress};
 use crate::state::view::{Place, Position, View, ViewWriter};
 use crate::sync::{AtomicU64, Ordering, SeqLock};
 
-/// The keys with the highest scores. Of equal scores the lower key comes first. Scores may fall.
+/// A view of the keys with the highest scores. Of equal scores the lower key comes first. Scores may fall.
 ///
-/// Exact: it is what sorting all keys would give, each shard at a position that it has published. Handles are cheap to
+/// The result is exact: it equals sorting all keys, each shard at a position that it has published. Handles are cheap to
 /// clone.
+///
+/// ```
+/// # use corelane::{Aggregate, Bounded, Emit, Event, EventType, EventTypeId, Meta};
+/// # use rkyv::{Archive, Deserialize, Serialize};
+/// # #[derive(Archive, Serialize, Deserialize, Bounded)]
+/// # struct Scored { points: u32 }
+/// # impl Event for Scored {
+/// #     const TYPES: &'static [EventType] = &[EventType::new(1, "scored", 1)];
+/// #     fn event_type(&self) -> EventTypeId { EventTypeId(1) }
+/// # }
+/// # #[derive(Archive, Serialize, Deserialize, Bounded, Clone, Default)]
+/// # struct Player { points: i64 }
+/// # impl Aggregate for Player {
+/// #     type Event = Scored;
+/// #     type Command = ();
+/// #     type Rejection = ();
+/// #     fn evolve(&mut self, event: &ArchivedScored, _meta: &Meta) { self.points += i64::from(event.points.to_native()); }
+/// #     fn decide(&self, (): (), _emit: &mut Emit<Scored>) -> Result<(), ()> { Ok(()) }
+/// # }
+/// use corelane::view::Leaderboard;
+/// use corelane::{Config, Deadline, Engine, Key};
+///
+/// let best = Leaderboard::new(10, |player: &Player| player.points);
+/// # let dir = tempfile::tempdir()?;
+/// let engine = Engine::<Player>::builder(Config::new(dir.path())).view(&best).open()?;
+/// let mut producer = engine.producer();
+/// for (key, points) in [(7, 3), (8, 5), (9, 4)] {
+///     producer.publish(Key(key), Scored { points })?;
+/// }
+/// engine.flush(Deadline::NEVER)?;
+/// // The shard answers between two batches, when it has published the views.
+/// engine.state(Key(7))?;
+/// let keys: Vec<Key> = best.top(2).into_iter().map(|ranked| ranked.key).collect();
+/// assert_eq!(keys, [Key(8), Key(9)]);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub struct Leaderboard<A>(Arc<Inner<A>>);
 
 struct Inner<A> {
@@ -31,24 +67,24 @@ struct Inner<A> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Ranked {
-    /// Who.
+    /// The key.
     pub key: Key,
-    /// How good.
+    /// Its score.
     pub score: i64,
 }
 
 impl<A: Aggregate> Leaderboard<A> {
-    /// A view of the best `places` keys by what `score_of` makes of their states.
+    /// Creates a view of the best `places` keys by the score that `score_of` makes of a state.
     ///
-    /// `score_of` runs on the shard's thread for every event: it must be quick. Each batch that changes one of the best
-    /// writes `places` times 16 bytes. When many of the best fall, now and then a batch goes through all scores of the
-    /// shard (about 2 ms for a million).
+    /// `score_of` runs on the shard's thread for every event, so it must be fast. Each batch that changes one of the best
+    /// writes `places` times 16 bytes. When many of the best fall, an occasional batch reads all scores of the shard (about
+    /// 2 ms for a million).
     #[must_use]
     pub fn new(places: usize, score_of: impl Fn(&A) -> i64 + Send + Sync + 'static) -> Self {
         Self(Arc::new(Inner { score_of: Box::new(score_of), places, parts: Parts::new() }))
     }
 
-    /// The best `n`, best first; at most as many as the view has places.
+    /// Returns the best `n` keys, best first; at most as many as the view has places.
     #[must_use]
     pub fn top(&self, n: usize) -> Vec<Ranked> {
         let mut best = Vec::new();
@@ -58,7 +94,7 @@ impl<A: Aggregate> Leaderboard<A> {
         best
     }
 
-    /// How far each shard's part has come. Read before the ranks, it never says more than they show.
+    /// Returns the position of each shard's part. Ranks read afterwards include everything up to it.
     #[must_use]
     pub fn positions(&self) -> Vec<(ShardId, Position)> {
         self.0.parts.positions()
@@ -117,7 +153,7 @@ impl Best {
         });
     }
 
-    /// Only the one writer calls this.
+    /// Replaces the list. Only the writer calls this.
     fn set(&self, best: &[Rank]) {
         self.lock.write(|| {
             self.count.store(best.len() as u64, Ordering::Relaxed);
@@ -135,7 +171,7 @@ impl Part for Best {
     }
 }
 
-/// Greater is better.
+/// A score with its key, ordered so that the greater is the better.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 struct Rank {
     score: i64,
@@ -149,23 +185,23 @@ impl From<Ranked> for Rank {
 }
 
 const LOWEST: Rank = Rank { score: i64::MIN, key: Reverse(Key(u64::MAX)) };
-/// The list is so many times as long as the places, so that as many must fall before it is made anew.
+/// The list is this many times as long as the places, so that many scores must fall before it is rebuilt.
 const SPARE: usize = 8;
 const LIST_MIN: usize = 256;
 
 /// One shard's scores, and the best of them.
 #[derive(Debug)]
 struct Ranking {
-    numbers: Index,
+    numbers: KeyNumbers,
     /// By number.
     scores: Vec<Rank>,
-    /// Best first; at most `best_max`, but twice as long while it is made anew.
+    /// Best first; at most `best_max`, but up to twice as long during a rebuild.
     best: Vec<Rank>,
     best_max: usize,
     places: usize,
-    /// Exactly the ranks from here up are in `best`. `None`: none are.
+    /// `best` holds exactly the ranks from here up; `None` means that it holds none.
     floor: Option<Rank>,
-    /// One of the first `places` is no longer what was shown.
+    /// One of the first `places` has changed since it was shown.
     is_news: bool,
 }
 
@@ -173,7 +209,7 @@ impl Ranking {
     fn new(places: usize, keys_expected: usize) -> Self {
         let best_max = (places * SPARE).max(LIST_MIN);
         Self {
-            numbers: Index::with_room(keys_expected),
+            numbers: KeyNumbers::with_room(keys_expected),
             scores: Vec::with_capacity(keys_expected),
             best: Vec::with_capacity(best_max * 2),
             best_max,
@@ -217,13 +253,13 @@ impl Ranking {
     fn remove(&mut self, rank: Rank) {
         if self.is_above_floor(rank) {
             let at = self.best.partition_point(|better| *better > rank);
-            assert!(self.best.get(at) == Some(&rank), "above the floor is exactly what the list holds");
+            assert!(self.best.get(at) == Some(&rank), "the list holds exactly the ranks above the floor");
             self.best.remove(at);
             self.is_news |= at < self.places;
         }
     }
 
-    /// Lets the worst go when there are too many, and raises the floor above them.
+    /// Removes the worst if the list is too long, and raises the floor above them.
     fn shorten(&mut self) {
         if self.best.len() > self.best_max {
             self.best.truncate(self.best_max);
@@ -231,7 +267,7 @@ impl Ranking {
         }
     }
 
-    /// The best `places`, if they are others than last time.
+    /// Returns the best `places` if they have changed since the last call.
     fn news(&mut self) -> Option<&[Rank]> {
         if self.best.len() < self.places.min(self.scores.len()) {
             self.refill();
@@ -239,7 +275,7 @@ impl Ranking {
         std::mem::take(&mut self.is_news).then(|| &self.best[..self.places.min(self.best.len())])
     }
 
-    /// Makes `best` anew from all scores. The floor rises as it goes, so most scores are looked at only once.
+    /// Rebuilds `best` from all scores. The floor rises meanwhile, so most scores cost one comparison.
     fn refill(&mut self) {
         self.best.clear();
         self.floor = Some(LOWEST);
@@ -266,7 +302,7 @@ struct Writer<A> {
 }
 
 impl<A: Aggregate> ViewWriter<A> for Writer<A> {
-    /// The floor is above all until the first `publish`, so loading sorts nothing.
+    /// Until the first `publish` the list holds nothing, so loading sorts nothing.
     fn load(&mut self, key: Key, state: &A) {
         self.ranking.set(key, (self.view.score_of)(state));
     }

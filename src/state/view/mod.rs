@@ -1,18 +1,12 @@
-//! Read models: what other threads see of the states, without asking the shard and without slowing it.
+//! Views: read models that any thread reads without asking the shard and without slowing it.
 //!
-//! One writer per shard: the shard itself, right after it has changed a state. Readers are any threads; they never lock
-//! and never make the writer wait. A view is a cache: it is filled from the states when the store opens, so one can be
-//! added to an existing store at any time.
-//!
-//! Ready to use: [`ById`] (one value per key), [`Area`] (who is near a place), [`Leaderboard`] (the best) and
-//! [`ServerStatus`] (who is online, and the load). `docs/views.md` shows them. Their handles are cheap to clone and stay
-//! valid when the engine is gone: they then show what was published last. Their writers never wait; a reader may see a
-//! change a little before the position that it belongs to, and never after.
+//! One writer per part: the part's shard, right after it has changed a state. Readers are any threads; they never make the
+//! writer wait. The module `view` at the crate's root describes the views to their users.
 
 mod area;
 mod by_id;
 mod grow;
-mod index;
+mod key_numbers;
 mod leaderboard;
 mod parts;
 mod status;
@@ -25,34 +19,34 @@ pub use by_id::{ById, Unreadable};
 pub use leaderboard::{Leaderboard, Ranked};
 pub use status::{Presence, ServerStatus, Status};
 
-/// A read model of all shards: the handle that readers use, and the maker of its writers.
+/// A read model of all shards: the handle that readers use, and the factory of its writers.
 pub trait View<A: Aggregate>: Send + Sync {
-    /// The part of this view that shard `place.shard` will write. Called once per shard when an engine opens. A view
-    /// belongs to one engine at a time: a second opening begins it anew.
+    /// Makes the part of this view that the shard `place.shard` writes. The engine calls this once per shard when it opens. A
+    /// view belongs to one engine at a time: a second opening starts it over.
     fn writer(&self, place: &Place) -> Box<dyn ViewWriter<A>>;
 }
 
 /// One shard's part of a view. Runs on the shard's thread, so it must neither block nor allocate per event.
 pub trait ViewWriter<A: Aggregate>: Send {
-    /// A state as it is when the store opens; once per key, before anything else.
+    /// Loads a key's state when the store opens. Called once per key, before any other method.
     fn load(&mut self, key: Key, state: &A);
 
-    /// An event has just changed a state.
+    /// Notes that the event `meta` has just changed a key's state.
     fn changed(&mut self, key: Key, state: &A, meta: &Meta);
 
-    /// The batch is over: what it changed may be shown. Everything up to `at` is in.
+    /// Ends a batch: its changes may be shown. The part now includes every event up to `at`.
     fn publish(&mut self, at: Position);
 }
 
-/// Which shard a writer is for.
+/// The shard that a writer belongs to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Place {
     /// The shard.
     pub shard: ShardId,
-    /// How many there are.
+    /// The number of shards.
     pub shards: u16,
-    /// Keys to make room for.
+    /// The number of keys to make room for.
     pub keys_expected: usize,
 }
 
@@ -62,12 +56,12 @@ impl Place {
     }
 }
 
-/// How far a shard's part of a view has come: what staleness is measured by.
+/// The position of a shard's part of a view. Compare it with the log to measure how stale the part is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Position {
-    /// Events of the shard that are in: the sequence of the next one.
+    /// The sequence of the next event: the number of the shard's events that are included.
     pub sequence: Sequence,
-    /// When the newest of them was appended, by the engine's clock.
+    /// When the newest included event was appended, by the engine's clock.
     pub time: Time,
 }
 

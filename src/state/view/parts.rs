@@ -1,7 +1,7 @@
-//! The parts of a view, one per shard, and how far each has come.
+//! The parts of a view, one per shard, and their positions.
 //!
-//! One writer per part: its shard. A part lives as long as the engine that fills it; the next engine brings new ones, so
-//! that nothing is left over and an engine that is still stopping writes where nobody looks.
+//! One writer per part: its shard. A part lives as long as the engine that fills it. The next engine makes new parts, so
+//! nothing old is left, and an engine that is still stopping writes to parts that no reader uses.
 
 use std::fmt;
 use std::sync::Arc;
@@ -10,7 +10,7 @@ use crate::event::{Sequence, ShardId, Time};
 use crate::state::view::{Place, Position};
 use crate::sync::{AtomicU64, CachePadded, Ordering, SeqLock, ShardedLock};
 
-/// A position that is read whole.
+/// The position of a part, always read as one.
 #[derive(Debug)]
 pub(super) struct Progress(CachePadded<(SeqLock, AtomicU64, AtomicU64)>);
 
@@ -19,7 +19,7 @@ impl Progress {
         Self(CachePadded::new((SeqLock::new(), AtomicU64::new(0), AtomicU64::new(0))))
     }
 
-    /// Only the one writer calls this, after everything up to `at` can be seen.
+    /// Publishes a position. Only the writer calls this, after readers can see everything up to `at`.
     pub(super) fn publish(&self, at: Position) {
         let (lock, sequence, time) = &*self.0;
         lock.write(|| {
@@ -28,7 +28,7 @@ impl Progress {
         });
     }
 
-    /// Who reads a position and then the part, sees at least everything up to the position.
+    /// Returns the position. A reader that reads it before the part sees everything up to it.
     pub(super) fn get(&self) -> Position {
         let (lock, sequence, time) = &*self.0;
         lock.read(|| Position {
@@ -38,15 +38,15 @@ impl Progress {
     }
 }
 
-/// What every part has.
+/// A shard's part of a view.
 pub(super) trait Part {
     fn progress(&self) -> &Progress;
 }
 
-/// The parts that readers look at: those of the newest engine.
+/// The parts that readers use: those of the newest engine.
 ///
-/// The lock is taken for writing only while an engine opens. A shard never touches it, so readers cannot slow one; among
-/// themselves they share it, each on a line of its thread.
+/// The lock is taken for writing only while an engine opens. No shard touches it, so readers cannot slow a shard. Readers share
+/// it, each on its own thread's cache line.
 pub(super) struct Parts<P>(ShardedLock<Vec<Option<Arc<P>>>>);
 
 impl<P> Parts<P> {
@@ -54,7 +54,7 @@ impl<P> Parts<P> {
         Self(ShardedLock::new(Vec::new()))
     }
 
-    /// Puts a new part in the place of what a former engine has left there.
+    /// Replaces the part that an earlier engine left.
     pub(super) fn begin(&self, place: &Place, part: P) -> Arc<P> {
         let part = Arc::new(part);
         let mut parts = self.0.write().unwrap_or_else(std::sync::PoisonError::into_inner);
@@ -66,7 +66,7 @@ impl<P> Parts<P> {
         part
     }
 
-    /// Reads all parts: `look` gets one slot per shard, `None` where the shard has not been opened yet.
+    /// Passes all parts to `look`: one slot per shard, `None` for a shard that is not open yet.
     #[inline]
     pub(super) fn read<R>(&self, look: impl FnOnce(&[Option<Arc<P>>]) -> R) -> R {
         look(&self.0.read().unwrap_or_else(std::sync::PoisonError::into_inner))

@@ -1,6 +1,6 @@
-//! The server's status: who is online, how many there are, and the load.
+//! The server's status: how many keys are online, how many there are, and the load.
 //!
-//! One writer per part: its shard. It counts privately and shows everything with the position, in one piece, so a shard's
+//! One writer per part: its shard. It counts privately and publishes all figures together with the position, so a shard's
 //! figures are exactly those at its published position.
 
 use std::fmt;
@@ -8,13 +8,53 @@ use std::sync::Arc;
 
 use crate::event::{Key, Meta, Sequence, ShardId, Time};
 use crate::state::aggregate::Aggregate;
-use crate::state::view::index::Index;
+use crate::state::view::key_numbers::KeyNumbers;
 use crate::state::view::leaderboard::{Leaderboard, Ranked};
 use crate::state::view::parts::Parts;
 use crate::state::view::{Place, Position, View, ViewWriter};
 use crate::sync::{AtomicU64, Ordering, SeqLock};
 
-/// Figures of the whole server, read from any thread. Handles are cheap to clone.
+/// A view with the figures of the whole server, read from any thread. Handles are cheap to clone.
+///
+/// ```
+/// # use corelane::{Aggregate, Bounded, Emit, Event, EventType, EventTypeId, Meta};
+/// # use rkyv::{Archive, Deserialize, Serialize};
+/// # #[derive(Archive, Serialize, Deserialize, Bounded)]
+/// # enum Session { Joined, Left }
+/// # impl Event for Session {
+/// #     const TYPES: &'static [EventType] = &[EventType::new(1, "joined", 1), EventType::new(2, "left", 1)];
+/// #     fn event_type(&self) -> EventTypeId {
+/// #         match self { Session::Joined => EventTypeId(1), Session::Left => EventTypeId(2) }
+/// #     }
+/// # }
+/// # #[derive(Archive, Serialize, Deserialize, Bounded, Clone, Default)]
+/// # struct Player { is_online: bool }
+/// # impl Aggregate for Player {
+/// #     type Event = Session;
+/// #     type Command = ();
+/// #     type Rejection = ();
+/// #     fn evolve(&mut self, event: &ArchivedSession, _meta: &Meta) {
+/// #         self.is_online = matches!(event, ArchivedSession::Joined);
+/// #     }
+/// #     fn decide(&self, (): (), _emit: &mut Emit<Session>) -> Result<(), ()> { Ok(()) }
+/// # }
+/// use corelane::view::{Presence, ServerStatus};
+/// use corelane::{Config, Deadline, Engine, Key};
+///
+/// let presence = |player: &Player| if player.is_online { Presence::Online } else { Presence::Offline };
+/// let server = ServerStatus::new(presence);
+/// # let dir = tempfile::tempdir()?;
+/// let engine = Engine::<Player>::builder(Config::new(dir.path())).view(&server).open()?;
+/// let mut producer = engine.producer();
+/// producer.publish(Key(7), Session::Joined)?;
+/// producer.publish(Key(8), Session::Joined)?;
+/// producer.publish(Key(7), Session::Left)?;
+/// engine.flush(Deadline::NEVER)?;
+/// // The shard answers between two batches, when it has published the views.
+/// engine.state(Key(7))?;
+/// assert_eq!((server.get().online, server.get().total), (1, 2));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub struct ServerStatus<A>(Arc<Inner<A>>, Option<Leaderboard<A>>);
 
 struct Inner<A> {
@@ -22,7 +62,7 @@ struct Inner<A> {
     parts: Parts<Figures>,
 }
 
-/// What a state says about its key.
+/// A key's presence, as its state tells it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Presence {
     /// Counted as online.
@@ -41,47 +81,47 @@ pub struct Status {
     pub total: u64,
     /// Events in the log.
     pub events: u64,
-    /// Load: the mean over the five whole seconds before the one that the asked time lies in, of the events since the
-    /// engine opened.
+    /// Load: events appended since the engine opened, averaged over the five whole seconds before the second of the asked
+    /// time.
     pub events_per_s: f64,
-    /// The newest time among the positions: when the newest event that is counted was appended.
+    /// The newest time among the positions: when the newest counted event was appended.
     pub time: Time,
 }
 
 impl<A: Aggregate> ServerStatus<A> {
-    /// A view that counts what `presence_of` makes of the states.
+    /// Creates a view that counts keys by the presence that `presence_of` reads from their states.
     ///
-    /// `presence_of` runs on the shard's thread for every event: it must be quick.
+    /// `presence_of` runs on the shard's thread for every event, so it must be fast.
     #[must_use]
     pub fn new(presence_of: impl Fn(&A) -> Presence + Send + Sync + 'static) -> Self {
         Self(Arc::new(Inner { presence_of: Box::new(presence_of), parts: Parts::new() }), None)
     }
 
-    /// With the best `places` keys by the score that `score_of` makes of a state.
+    /// Adds a leaderboard of the best `places` keys by the score that `score_of` makes of a state.
     #[must_use]
     pub fn with_top(self, places: usize, score_of: impl Fn(&A) -> i64 + Send + Sync + 'static) -> Self {
         Self(self.0, Some(Leaderboard::new(places, score_of)))
     }
 
-    /// The best keys of the server, at most `n` and as many as [`ServerStatus::with_top`] was asked for; none without it.
+    /// Returns the best keys of the server: at most `n`, and at most the places of [`ServerStatus::with_top`]; none without it.
     #[must_use]
     pub fn top(&self, n: usize) -> Vec<Ranked> {
         self.1.as_ref().map(|best| best.top(n)).unwrap_or_default()
     }
 
-    /// The status, with the load up to the newest position.
+    /// Returns the status, with the load at the newest position's time.
     #[must_use]
     pub fn get(&self) -> Status {
         self.status(None)
     }
 
-    /// The status, with the load up to `now`: that of a server where nothing happens falls to 0.
+    /// Returns the status, with the load at `now`: the load of a quiet server falls to 0.
     #[must_use]
     pub fn get_at(&self, now: Time) -> Status {
         self.status(Some(now))
     }
 
-    /// How far each shard's part has come. Read before the figures, it never says more than they show.
+    /// Returns the position of each shard's part. Figures read afterwards include everything up to it.
     #[must_use]
     pub fn positions(&self) -> Vec<(ShardId, Position)> {
         self.0.parts.read(|parts| {
@@ -108,7 +148,7 @@ impl<A: Aggregate> ServerStatus<A> {
 impl<A: Aggregate> View<A> for ServerStatus<A> {
     fn writer(&self, place: &Place) -> Box<dyn ViewWriter<A>> {
         let part = self.0.parts.begin(place, Figures::new());
-        let numbers = Index::with_room(place.keys_expected);
+        let numbers = KeyNumbers::with_room(place.keys_expected);
         let presences = Vec::with_capacity(place.keys_expected);
         let status =
             Writer { view: Arc::clone(&self.0), part, numbers, presences, changed: 0, tally: Tally::default() };
@@ -131,7 +171,7 @@ impl<A> fmt::Debug for ServerStatus<A> {
     }
 }
 
-/// A status with the best keys.
+/// The writer of a status and its leaderboard.
 struct Both<A: Aggregate> {
     status: Writer<A>,
     best: Box<dyn ViewWriter<A>>,
@@ -154,9 +194,9 @@ impl<A: Aggregate> ViewWriter<A> for Both<A> {
     }
 }
 
-/// Whole seconds that the load is the mean of.
+/// Whole seconds over which the load is averaged.
 const LOAD_SECONDS: u64 = 5;
-/// One more: the second that is not over; and to a power of two.
+/// Seconds kept: one more for the current second, rounded up to a power of two.
 const SECONDS: usize = 8;
 const _: () = assert!(SECONDS > LOAD_SECONDS as usize);
 
@@ -164,7 +204,7 @@ fn second_of(time: Time) -> u64 {
     time.0 / 1_000_000_000
 }
 
-/// Events by second: those of second `s` are at `s % SECONDS`, as long as no later one has taken the place.
+/// Events by second: those of second `s` are at `s % SECONDS` until a later second overwrites them.
 #[derive(Debug, Clone, Copy, Default)]
 struct Load {
     events: [u64; SECONDS],
@@ -172,7 +212,7 @@ struct Load {
 }
 
 impl Load {
-    /// Counts events that were appended at about `time`. Time that goes back counts as the newest there was.
+    /// Counts events that were appended at about `time`. A time that goes back counts as the newest.
     fn add(&mut self, events: u64, time: Time) {
         let second = second_of(time).max(self.newest);
         for passed in (self.newest + 1..=second).rev().take(SECONDS) {
@@ -182,7 +222,7 @@ impl Load {
         self.events[second as usize % SECONDS] += events;
     }
 
-    /// Events of the [`LOAD_SECONDS`] before `second`.
+    /// Returns the events of the [`LOAD_SECONDS`] before `second`.
     fn before(&self, second: u64) -> u64 {
         let from = second.saturating_sub(LOAD_SECONDS);
         let kept = (self.newest + 1).saturating_sub(SECONDS as u64);
@@ -190,7 +230,7 @@ impl Load {
     }
 }
 
-/// What a shard shows, in one piece.
+/// A shard's figures, published together.
 #[derive(Debug, Clone, Copy, Default)]
 struct Tally {
     at: Position,
@@ -229,7 +269,7 @@ impl Figures {
         Tally::from_words(self.0.read(|| std::array::from_fn(|at| self.1[at].load(Ordering::Relaxed))))
     }
 
-    /// Only the one writer calls this.
+    /// Publishes the figures. Only the writer calls this.
     fn set(&self, tally: Tally) {
         self.0.write(|| {
             self.1.iter().zip(tally.to_words()).for_each(|(shown, word)| shown.store(word, Ordering::Relaxed));
@@ -240,7 +280,7 @@ impl Figures {
 struct Writer<A> {
     view: Arc<Inner<A>>,
     part: Arc<Figures>,
-    numbers: Index,
+    numbers: KeyNumbers,
     /// By number.
     presences: Vec<Presence>,
     /// Events since the last position.

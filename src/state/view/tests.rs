@@ -1,4 +1,4 @@
-//! Against plain models, and under threads that read while the writer writes.
+//! Views against plain models, and under threads that read while the writer writes.
 
 use std::collections::HashMap;
 use std::convert::Infallible;
@@ -14,7 +14,7 @@ use crate::event::{Correlation, Event, EventType, EventTypeId, Offset, Time, Ver
 use crate::state::aggregate::Emit;
 use crate::state::view::*;
 
-/// A state whose parts the views pick.
+/// A state whose fields feed the views.
 #[derive(Archive, Serialize, Deserialize, Bounded, Clone, Default, Debug, PartialEq)]
 pub(super) struct Player {
     pub(super) at: Option<(f64, f64)>,
@@ -42,7 +42,7 @@ impl Aggregate for Player {
     }
 }
 
-/// The views look at keys and states only.
+/// Some meta data: views use keys and states only.
 pub(super) fn meta(key: Key) -> Meta {
     Meta {
         shard: ShardId(0),
@@ -58,7 +58,7 @@ pub(super) fn meta(key: Key) -> Meta {
     }
 }
 
-/// The shards of an engine, as far as a view knows one.
+/// The shards of an engine, as a view sees them.
 pub(super) struct Shards(Vec<Box<dyn ViewWriter<Player>>>);
 
 impl Shards {
@@ -98,7 +98,7 @@ fn by_id_is_a_map_that_grows() {
         shards.change(key, &player);
         expected.insert(key, player);
     }
-    assert!(expected.len() > 8_000, "both shards have gone through several levels");
+    assert!(expected.len() > 8_000, "both shards have several levels");
     let mut too_large = 0;
     for key in 0..9_000 {
         let found = view.get(Key(key));
@@ -110,7 +110,7 @@ fn by_id_is_a_map_that_grows() {
             expected => assert_eq!(found, Ok(expected.map(|player| (player.number, player.text.clone())))),
         }
     }
-    assert!(too_large > 100, "some did not fit");
+    assert!(too_large > 100, "some values did not fit");
 }
 
 #[test]
@@ -139,7 +139,7 @@ fn by_id_is_never_torn_and_never_behind_its_position() {
     });
 }
 
-/// The first `n` by sorting everything.
+/// Returns the first `n` after sorting everything.
 fn sorted(scores: &HashMap<u64, i64>, n: usize) -> Vec<(u64, i64)> {
     let mut all: Vec<(u64, i64)> = scores.iter().map(|(key, score)| (*key, *score)).collect();
     all.sort_unstable_by_key(|(key, score)| (std::cmp::Reverse(*score), *key));
@@ -155,7 +155,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(24))]
 
     #[test]
-    fn a_leaderboard_is_what_sorting_gives(seed: u64, places in 1usize..40, keys in 1u64..900, shards in 1u16..4) {
+    fn a_leaderboard_equals_sorting_all_scores(seed: u64, places in 1usize..40, keys in 1u64..900, shards in 1u16..4) {
         let view = Leaderboard::new(places, |player: &Player| player.number);
         let mut writers = Shards::open(&view, shards);
         let mut scores = HashMap::new();
@@ -167,7 +167,7 @@ proptest! {
         }
         writers.publish(0, Time(0));
         for step in 0..2_000 {
-            // The best fall most often: that is what empties the list.
+            // The best fall most often, which empties the list.
             let best = view.top(places);
             let (key, score) = match random.random_range(0..10) {
                 0 => (random.random_range(0..keys), random.random_range(-50..50)),
@@ -184,7 +184,7 @@ proptest! {
 }
 
 #[test]
-fn a_leaderboard_filled_by_loading_is_shown_at_the_first_publish() {
+fn a_loaded_leaderboard_is_shown_at_the_first_publish() {
     let view = Leaderboard::new(10, |player: &Player| player.number);
     let mut writer = view.writer(&Place::new(ShardId(0), 1, 5_000));
     let scores: HashMap<u64, i64> = (0..5_000).map(|key| (key, (key as i64 * 7_919) % 1_000)).collect();
@@ -236,7 +236,7 @@ fn the_status_counts_each_key_once() {
 }
 
 #[test]
-fn the_load_is_of_the_last_whole_seconds() {
+fn the_load_is_averaged_over_the_last_whole_seconds() {
     const SECOND: u64 = 1_000_000_000;
     let view = ServerStatus::new(presence);
     let mut shards = Shards::open(&view, 1);
@@ -251,7 +251,7 @@ fn the_load_is_of_the_last_whole_seconds() {
     assert_eq!(view.get_at(Time(114 * SECOND)).events_per_s, 116.0 / 5.0);
     assert_eq!(view.get_at(Time(115 * SECOND)).events_per_s, 0.0);
     change(1, 1_000);
-    assert_eq!(view.get().events_per_s, 0.0, "nothing of before the silence is left");
+    assert_eq!(view.get().events_per_s, 0.0, "events from before the pause no longer count");
 }
 
 #[test]
@@ -274,7 +274,7 @@ fn a_status_is_exact_at_its_position() {
 }
 
 #[test]
-fn a_second_engine_begins_anew() {
+fn a_second_engine_starts_a_view_over() {
     let by_id = ById::new(64, |player: &Player| player.number);
     let board = Leaderboard::new(5, |player: &Player| player.number);
     let status = ServerStatus::new(presence);
@@ -289,7 +289,7 @@ fn a_second_engine_begins_anew() {
     let mut second = views.map(|view| Shards::open(view, 2));
     assert_eq!((reader.get(Key(7)), board.top(5).len(), status.get()), (Ok(None), 0, Status::default()));
     second.iter_mut().for_each(|shards| show(shards, 100..103));
-    // The first is still stopping: nobody sees what it does.
+    // The first engine is still stopping: no reader sees its writes.
     first.iter_mut().for_each(|shards| show(shards, 0..100));
     assert_eq!((reader.get(Key(7)), reader.get(Key(100))), (Ok(None), Ok(Some(1))));
     assert_eq!((top(&board, 5), status.get().total), (vec![(100, 1), (101, 1), (102, 1)], 3));
@@ -298,11 +298,11 @@ fn a_second_engine_begins_anew() {
     second.iter_mut().for_each(|shards| show(shards, 103..104));
     assert_eq!((reader.get(Key(100)), top(&board, 5), status.get().total), (Ok(None), vec![(103, 1)], 1));
     let _third = by_id.writer(&Place::new(ShardId(0), 3, 0));
-    assert_eq!(by_id.positions().len(), 1, "shards of another count are gone as soon as it is known");
+    assert_eq!(by_id.positions().len(), 1, "parts of another shard count are gone at once");
 }
 
 #[test]
-fn handles_go_between_threads() {
+fn handles_are_clone_send_and_sync() {
     fn check<T: Clone + Send + Sync + std::fmt::Debug>(_: &T) {}
     check(&ById::new(8, |player: &Player| player.number));
     check(&Area::new((0.0, 0.0, 1.0, 1.0), 1.0, |player: &Player| player.at));
@@ -311,7 +311,7 @@ fn handles_go_between_threads() {
 }
 
 #[test]
-fn by_id_tells_of_a_key_no_sooner_than_of_its_value() {
+fn by_id_shows_no_key_before_its_value() {
     const KEYS: u64 = 100_000;
     let view = ById::new(64, |player: &Player| (player.number, player.text.clone()));
     let mut shards = Shards::open(&view, 1);

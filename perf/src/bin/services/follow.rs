@@ -30,7 +30,7 @@ pub(crate) struct Phase {
 pub(crate) fn run(rate: u64, consumers: usize, phase: Duration, repeats: usize) -> Result<()> {
     let dir = tempfile::tempdir()?;
     // Retention recycles a few segments.
-    let retention = Retention { bytes_max: Some(2 << 30), age_max: None };
+    let retention = Retention::bytes(2 << 30);
     let config = Config::new(dir.path()).durability(Durability::OsCache).retention(retention);
     let engine = EventLog::<GameEvent>::open(config)?;
     let mut tick = 0;
@@ -40,13 +40,16 @@ pub(crate) fn run(rate: u64, consumers: usize, phase: Duration, repeats: usize) 
     for round in 0..repeats {
         without.push(measure(&engine, &mut tick, 0..10_000, rate, phase)?);
         let following: Vec<Consumer<GameEvent>> = (0..consumers)
-            .map(|i| engine.subscribe(&format!("follows-{i}")).on(|_, _| Ok(())))
+            .map(|i| engine.subscribe(&format!("follows-{i}")).start(|_, _| Ok(())))
             .collect::<Result<_, _>>()?;
         let before: u64 = following.iter().map(|consumer| consumer.report().handled).sum();
         let first = tick;
         with.push(measure(&engine, &mut tick, 0..10_000, rate, phase)?);
         for consumer in following {
-            ensure!(consumer.drain(Some(Instant::now() + Duration::from_secs(10))), "round {round}: it lags behind");
+            ensure!(
+                consumer.drain(Some(Instant::now() + Duration::from_secs(10))).is_ok(),
+                "round {round}: it lags behind"
+            );
             let handled = consumer.report().handled;
             ensure!(before == 0 && handled >= tick - first, "round {round}: {handled} of {}", tick - first);
             consumer.stop(Deadline::NEVER)?;

@@ -29,7 +29,7 @@ pub(crate) fn run(events: u64, keys: u64, concurrency: usize, sleep: Duration, r
             // A retry of this event fails again, so `failed` below stays above 0.
             if before.is_some_and(|before| before >= tick) { Err("out of order".into()) } else { Ok(()) }
         })?;
-        ensure!(consumer.drain(Deadline::NEVER), "the consumer ended");
+        consumer.drain(Deadline::NEVER)?;
         seconds.push(began.elapsed().as_secs_f64());
         let report = consumer.report();
         ensure!((report.handled, report.failed) == (events, 0), "{report:?}");

@@ -8,7 +8,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
-use corelane::consumer::{Consumer, HealthPolicy, Letters, Retry};
+use corelane::consumer::{Consumer, HealthPolicy, LetterSelector, Retry};
 use corelane::{Config, Durability, EventLog, Retention};
 
 use crate::event::{ArchivedGameEvent, GameEvent};
@@ -43,7 +43,7 @@ impl Seen {
 
 pub(crate) fn run(time: Duration) -> Result<()> {
     let dir = tempfile::tempdir()?;
-    let retention = Retention { bytes_max: Some(64 << 20), age_max: None };
+    let retention = Retention::bytes(64 << 20);
     let config =
         Config::new(dir.path()).durability(Durability::GroupCommit).segment_bytes(16 << 20).retention(retention);
     let engine = EventLog::<GameEvent>::open(config)?;
@@ -52,7 +52,7 @@ pub(crate) fn run(time: Duration) -> Result<()> {
     let start_slow = || slow(&engine, &slow_seen, &broken);
     let quick = {
         let (seen, broken) = (quick_seen.clone(), Arc::clone(&broken));
-        engine.subscribe("quick").on(move |event, meta| {
+        engine.subscribe("quick").start(move |event, meta| {
             if !seen.add(meta.key.get(), event) {
                 broken.fetch_add(1, Ordering::Relaxed);
             }
@@ -69,7 +69,7 @@ pub(crate) fn run(time: Duration) -> Result<()> {
         thread::sleep(Duration::from_secs_f64(tick as f64 / RATE as f64).saturating_sub(began.elapsed()));
         if tick.is_multiple_of(RATE) {
             // Reprocessing a key stops at its first failure, so it is requested repeatedly.
-            slow.reprocess(Letters::All)?;
+            slow.reprocess(LetterSelector::All)?;
         }
         if began.elapsed() >= shown {
             shown += Duration::from_secs(10);
@@ -96,14 +96,14 @@ pub(crate) fn run(time: Duration) -> Result<()> {
     }
     // The quick consumer counts no event twice; the slow one finally handles all of them.
     ensure!(
-        quick.drain(Some(Instant::now() + Duration::from_secs(60))),
+        quick.drain(Some(Instant::now() + Duration::from_secs(60))).is_ok(),
         "the quick consumer lags: {:?}",
         quick.report()
     );
     let end = Instant::now() + Duration::from_secs(120);
     while slow_seen.handled() < tick {
         ensure!(Instant::now() < end, "the slow consumer lags: {:?}", slow.report());
-        slow.reprocess(Letters::All)?;
+        slow.reprocess(LetterSelector::All)?;
         thread::sleep(Duration::from_millis(100));
     }
     ensure!(broken.load(Ordering::Relaxed) == 0, "{} events out of order", broken.load(Ordering::Relaxed));

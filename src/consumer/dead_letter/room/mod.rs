@@ -1,14 +1,14 @@
-//! What happens when there is no room for a batch's letters.
+//! Makes room for a batch's letters, or refuses the batch.
 
 use super::answer::{WhenFull, WriteRefused};
-use super::{Letters, Plan};
+use super::{LetterStore, Plan};
 use crate::event::EventId;
 
-/// So many of the oldest letters are looked for at once, because it takes a walk over all: one in this many.
+/// One in this number of letters is selected per walk over all letters, since finding the oldest takes such a walk.
 const OLDEST_SHARE: usize = 64;
 
-impl Letters {
-    /// Adds to the plan which letters go, so that all that it adds has room.
+impl LetterStore {
+    /// Adds letters to discard to the plan, until its new letters have room.
     pub(super) fn make_room(&mut self, plan: &mut Plan<'_>) -> Result<(), WriteRefused> {
         while !self.has_room(plan) {
             let is_in_vain = plan.ended.len() == self.index.len();
@@ -23,7 +23,7 @@ impl Letters {
     fn has_room(&self, plan: &Plan<'_>) -> bool {
         let letters = self.index.len() + plan.letters_added - plan.ended.len();
         let bytes = self.index.statistics().bytes + plan.bytes_added - plan.bytes_ended;
-        // What adds nothing is never refused: the limits may have been lower when the letters came.
+        // A batch without new letters is never refused: the limits may have been higher when the present letters came.
         plan.letters_added == 0 || (letters <= self.policy.letters_max && bytes <= self.policy.bytes_max)
     }
 
@@ -35,7 +35,7 @@ impl Letters {
         let Some(bytes) = self.index.bytes_of(name) else { return };
         if plan.ended.insert(name) {
             plan.bytes_ended += bytes;
-            let shard = self.index.shard_of(name).expect("it is there");
+            let shard = self.index.shard_of(name).expect("its letter is waiting");
             plan.overflowed.push((name.0, EventId { shard, offset: name.1 }));
         }
     }

@@ -1,4 +1,4 @@
-//! What a full store refuses, and what makes room.
+//! What a full store refuses, and how it makes room.
 
 use std::collections::VecDeque;
 
@@ -9,7 +9,7 @@ use crate::event::Key;
 use crate::testing::FaultyStorage;
 
 #[test]
-fn a_full_store_refuses_the_whole_batch_and_takes_more_when_there_is_room() {
+fn a_full_store_refuses_the_whole_batch_and_accepts_more_when_there_is_room() {
     let disk = FaultyStorage::new();
     let mut letters = open_with(&disk, DeadLetterPolicy::default().letters_max(2)).expect("opens");
     write(&mut letters, &[Op::Park(1, 10), Op::Park(1, 20)]).expect("room");
@@ -17,8 +17,8 @@ fn a_full_store_refuses_the_whole_batch_and_takes_more_when_there_is_room() {
     let refused = write(&mut letters, &[Op::Skip(3, 30), Op::Park(2, 40)]);
     assert!(matches!(refused, Err(WriteRefused::Full)), "{refused:?}");
     assert!(disk.files() == files && !letters.index.knows(id(3, 30)));
-    write(&mut letters, &[Op::Skip(3, 30)]).expect("what is skipped takes no room");
-    write(&mut letters, &[Op::Handle(1, 10), Op::Park(2, 40)]).expect("one goes and one comes");
+    write(&mut letters, &[Op::Skip(3, 30)]).expect("a skipped event takes no room");
+    write(&mut letters, &[Op::Handle(1, 10), Op::Park(2, 40)]).expect("one letter ends and one begins");
     assert_eq!(letters.len(), 2);
     let bytes = letters.statistics().bytes;
     assert_eq!(bytes, letters_bytes(&[20, 40]));
@@ -29,7 +29,7 @@ fn letters_bytes(offsets: &[u64]) -> u64 {
 }
 
 #[test]
-fn bytes_are_bounded_too() {
+fn the_bytes_of_letters_are_bounded() {
     let policy = DeadLetterPolicy::default().bytes_max(4 << 10);
     let mut letters = open_with(&FaultyStorage::new(), policy).expect("opens");
     let refused = (0..).find(|&offset| write(&mut letters, &[Op::Park(1, offset)]).is_err()).expect("some time");
@@ -39,14 +39,14 @@ fn bytes_are_bounded_too() {
 }
 
 #[test]
-fn the_oldest_make_room_and_each_is_named_and_counted() {
+fn the_oldest_letters_make_room_and_each_is_reported_and_counted() {
     let disk = FaultyStorage::new();
     let policy = DeadLetterPolicy::default().letters_max(100).when_full(WhenFull::DiscardOldest);
     let mut letters = open_with(&disk, policy.clone()).expect("opens");
     let mut discarded = Vec::new();
     let (mut expected, mut present) = (Vec::new(), VecDeque::new());
     for offset in 0..600_u64 {
-        // The younger key has the lower number, so age is not the order of the index.
+        // The younger key has the lower number, so the age differs from the order of the index.
         let key = 600 - offset / 3;
         match offset % 50 {
             20 => letters = open_with(&disk, policy.clone()).expect("opens"),
@@ -54,7 +54,7 @@ fn the_oldest_make_room_and_each_is_named_and_counted() {
             35 => {
                 disk.fail_sync(1);
                 write(&mut letters, &[Op::Park(key, offset)])
-                    .expect_err("what it would have discarded stays the oldest");
+                    .expect_err("the letters that it would have discarded stay the oldest");
             }
             40 => {
                 let (key, at) = present.remove(present.len() / 2).expect("some");
@@ -76,7 +76,7 @@ fn the_oldest_make_room_and_each_is_named_and_counted() {
 }
 
 #[test]
-fn more_letters_at_once_than_there_may_be_are_refused_and_nothing_goes() {
+fn a_batch_larger_than_the_limit_is_refused_and_discards_nothing() {
     let policy = DeadLetterPolicy::default().letters_max(2).when_full(WhenFull::DiscardOldest);
     let mut letters = open_with(&FaultyStorage::new(), policy).expect("opens");
     write(&mut letters, &[Op::Park(1, 1), Op::Park(1, 2)]).expect("room");
@@ -88,7 +88,7 @@ fn more_letters_at_once_than_there_may_be_are_refused_and_nothing_goes() {
 }
 
 #[test]
-fn a_letter_that_made_room_is_not_offered_again() {
+fn a_letter_discarded_to_make_room_is_not_offered_again() {
     let disk = FaultyStorage::new();
     let policy = DeadLetterPolicy::default().letters_max(1).when_full(WhenFull::DiscardOldest);
     let mut letters = open_with(&disk, policy.clone()).expect("opens");

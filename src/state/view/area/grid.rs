@@ -1,17 +1,17 @@
-//! From positions to cells, and from a circle to the cells that it may touch. Data only.
+//! Maps positions to cells, and a circle to the cells that it may touch. Data only.
 //!
-//! Invariant: a position within a circle, as [`Circle::holds`] computes it, lies in one of the cells that
-//! [`Grid::cover`] gives for that circle.
+//! Invariant: a position within a circle, as [`Circle::holds`] computes it, is in one of the cells that [`Grid::cover`] returns
+//! for that circle.
 
 use std::ops::Range;
 
-/// Beyond this a square overflows. Nothing is there.
+/// The largest coordinate: beyond it a square overflows.
 const FAR: f64 = 1e150;
-/// Relative to the lengths involved: thousands of times what rounding can amount to, and still far less than a cell.
+/// Relative to the lengths involved: thousands of times the largest rounding error, and far less than a cell.
 const SLACK: f64 = 1e-12;
 const CELLS_MAX: f64 = (1 << 22) as f64;
 
-/// Whether there is such a place at all.
+/// Returns `true` if the coordinates are numbers within ±[`FAR`].
 #[inline]
 pub(super) fn is_somewhere(x: f64, y: f64) -> bool {
     x.abs() <= FAR && y.abs() <= FAR
@@ -26,7 +26,7 @@ pub(super) struct Circle {
 }
 
 impl Circle {
-    /// `None`: nothing can lie in it.
+    /// Returns `None` if no position can be within the circle.
     pub(super) fn new(x: f64, y: f64, radius: f64) -> Option<Self> {
         let can_hold = is_somewhere(x, y) && radius >= 0.0;
         can_hold.then_some(Self { x, y, radius, radius_squared: radius * radius })
@@ -39,7 +39,7 @@ impl Circle {
     }
 }
 
-/// Cells of one size over a rectangle. Those at its edges reach on without end.
+/// Cells of one size over a rectangle. The cells at an edge extend without end.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Grid {
     x0: f64,
@@ -47,7 +47,7 @@ pub(super) struct Grid {
     cell_size: f64,
     columns: u32,
     rows: u32,
-    /// The largest coordinate of a corner: what rounding errors are relative to.
+    /// The largest coordinate of a corner; rounding errors are relative to it.
     scale: f64,
 }
 
@@ -73,7 +73,7 @@ impl Grid {
         self.row(y) * self.columns + self.column(x)
     }
 
-    // Both are monotone whatever the rounding, which is what `cover` stands on. `as` saturates.
+    // Both are monotone under any rounding, which `cover` relies on. `as` saturates.
     #[inline]
     fn column(&self, x: f64) -> u32 {
         (((x - self.x0) / self.cell_size) as u32).min(self.columns - 1)
@@ -84,7 +84,8 @@ impl Grid {
         (((y - self.y0) / self.cell_size) as u32).min(self.rows - 1)
     }
 
-    /// Gives ranges of cells, one per row, to `each` until it returns `false`. Returns what it returned last.
+    /// Passes the ranges of cells that the circle may touch, one per row, to `each` until it returns `false`. Returns its last
+    /// result.
     #[inline]
     pub(super) fn cover(&self, circle: &Circle, mut each: impl FnMut(Range<u32>) -> bool) -> bool {
         let Circle { x, y, radius, radius_squared } = *circle;
@@ -98,7 +99,7 @@ impl Grid {
         })
     }
 
-    /// From `y` to the nearest of the row; the edge rows have no end.
+    /// Returns the distance from `y` to the row; the rows at the edges have no end.
     fn distance_to_row(&self, row: u32, y: f64) -> f64 {
         let low = if row == 0 { f64::NEG_INFINITY } else { self.y0 + f64::from(row) * self.cell_size };
         let high = if row == self.rows - 1 { f64::INFINITY } else { self.y0 + f64::from(row + 1) * self.cell_size };

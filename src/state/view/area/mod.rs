@@ -1,7 +1,7 @@
-//! By area: who is near a place, asked from any thread.
+//! A view by area: the players near a place, from any thread.
 //!
-//! One writer per part: its shard. [`grid`] says which cell a position is in, [`part`] holds the players of the cells as
-//! readers see them, [`writer`] moves them.
+//! One writer per part: its shard. [`grid`] maps positions to cells, [`part`] holds the cells' players as readers see them, and
+//! [`writer`] moves the players.
 
 mod grid;
 mod part;
@@ -19,14 +19,51 @@ use crate::state::view::area::grid::{Circle, Grid, is_somewhere};
 pub use part::Found;
 use part::Players;
 
-/// Players by where they are.
+/// A view of players by position.
 ///
-/// What a query promises, however much moves meanwhile: a player that is within the radius during the whole query is
-/// found exactly once; who is found was within it, at the place that is given, at some moment of the query. "Within" is
+/// A query keeps two promises while players move. A player that is within the radius during the whole query is found exactly
+/// once. A player that is found was within the radius, at the returned position, at some moment of the query. "Within" means
 /// `dx * dx + dy * dy <= radius * radius`, computed in `f64`.
 ///
-/// A position outside the bounds is a position like any other, only slower to search: cells at the edges hold all that
-/// lies beyond them. One that is not a number, infinite or beyond ±1e150 is in no area. Handles are cheap to clone.
+/// Positions outside the bounds work too, but their search is slower: the cells at an edge hold everything beyond it. A
+/// position that is not a number, infinite or beyond ±1e150 is in no area. Handles are cheap to clone.
+///
+/// ```
+/// # use corelane::{Aggregate, Bounded, Emit, Event, EventType, EventTypeId, Meta};
+/// # use rkyv::{Archive, Deserialize, Serialize};
+/// # #[derive(Archive, Serialize, Deserialize, Bounded)]
+/// # struct Moved { x: f64, y: f64 }
+/// # impl Event for Moved {
+/// #     const TYPES: &'static [EventType] = &[EventType::new(1, "moved", 1)];
+/// #     fn event_type(&self) -> EventTypeId { EventTypeId(1) }
+/// # }
+/// # #[derive(Archive, Serialize, Deserialize, Bounded, Clone, Default)]
+/// # struct Player { at: Option<(f64, f64)> }
+/// # impl Aggregate for Player {
+/// #     type Event = Moved;
+/// #     type Command = ();
+/// #     type Rejection = ();
+/// #     fn evolve(&mut self, event: &ArchivedMoved, _meta: &Meta) {
+/// #         self.at = Some((event.x.to_native(), event.y.to_native()));
+/// #     }
+/// #     fn decide(&self, (): (), _emit: &mut Emit<Moved>) -> Result<(), ()> { Ok(()) }
+/// # }
+/// use corelane::view::Area;
+/// use corelane::{Config, Deadline, Engine, Key};
+///
+/// let area = Area::new((0.0, 0.0, 1000.0, 1000.0), 10.0, |player: &Player| player.at);
+/// # let dir = tempfile::tempdir()?;
+/// let engine = Engine::<Player>::builder(Config::new(dir.path())).view(&area).open()?;
+/// let mut producer = engine.producer();
+/// producer.publish(Key(7), Moved { x: 500.0, y: 500.0 })?;
+/// producer.publish(Key(8), Moved { x: 900.0, y: 100.0 })?;
+/// engine.flush(Deadline::NEVER)?;
+/// // The shard answers between two batches, when it has published the views.
+/// engine.state(Key(7))?;
+/// let near = area.within(510.0, 500.0, 50.0);
+/// assert_eq!((near.len(), near[0].key), (1, Key(7)));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub struct Area<A>(Arc<Inner<A>>);
 
 type PositionOf<A> = dyn Fn(&A) -> Option<(f64, f64)> + Send + Sync;
@@ -38,15 +75,15 @@ struct Inner<A> {
 }
 
 impl<A: Aggregate> Area<A> {
-    /// A view of the positions that `position_of` finds in the states; `None`: the player is nowhere.
+    /// Creates a view of the positions that `position_of` reads from the states; `None` means that the player is in no area.
     ///
     /// `bounds` is (x0, y0, x1, y1). A good `cell_size` is about a fifth of the usual radius, with some ten players per
-    /// cell. Memory per shard: 16 bytes per cell, 32 per player, and 464 per 16 players of a cell or part of them.
+    /// cell. Memory per shard: 16 bytes per cell, 32 per player, and 464 per 16 players of a cell, rounded up.
     ///
-    /// `position_of` runs on the shard's thread for every event: it must be quick.
+    /// `position_of` runs on the shard's thread for every event, so it must be fast.
     ///
     /// # Panics
-    /// When `bounds` or `cell_size` are no numbers or make no area, or make more than 2²² cells.
+    /// If `bounds` is not a finite rectangle, if `cell_size` is not positive and finite, or if there are more than 2²² cells.
     #[must_use]
     pub fn new(
         bounds: (f64, f64, f64, f64),
@@ -57,7 +94,7 @@ impl<A: Aggregate> Area<A> {
         Self(Arc::new(Inner { position_of: Box::new(position_of), grid, parts: Parts::new() }))
     }
 
-    /// Who is within `radius` of a place, in no order.
+    /// Returns the players within `radius` of a place, in no particular order.
     #[must_use]
     pub fn within(&self, x: f64, y: f64, radius: f64) -> Vec<Found> {
         let mut found = Vec::new();
@@ -65,14 +102,14 @@ impl<A: Aggregate> Area<A> {
         found
     }
 
-    /// As [`Area::within`], into a list that is emptied first: asked again and again, it need not be allocated anew.
+    /// Does the same as [`Area::within`], into `found`, which is cleared first. Repeated queries can reuse the allocation.
     pub fn within_into(&self, x: f64, y: f64, radius: f64, found: &mut Vec<Found>) {
         found.clear();
         let Some(circle) = Circle::new(x, y, radius) else { return };
         self.0.parts.read(|parts| parts.iter().flatten().for_each(|part| part.within(&circle, found)));
     }
 
-    /// How far each shard's part has come. Read before the players, it never says more than they show.
+    /// Returns the position of each shard's part. Players read afterwards include everything up to it.
     #[must_use]
     pub fn positions(&self) -> Vec<(ShardId, Position)> {
         self.0.parts.positions()

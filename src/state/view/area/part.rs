@@ -1,8 +1,8 @@
-//! One shard's players, as readers see them: by cell, for scanning, and by number, for looking again.
+//! One shard's players, as readers see them: by cell for scans, and by number for a second look.
 //!
-//! One writer: the shard. A block is read whole or not at all, and so is a player. A cell is a chain of blocks, all full
-//! but the first; its version moves when the chain does. A player that changes its block is noted in the journal before,
-//! so a reader that walks many blocks knows whom it may have missed or met twice.
+//! One writer: the shard. A block is read as one, and so is a player. A cell is a chain of blocks, all full but the first; the
+//! cell's version changes with the chain. The writer notes a player in the journal before the player changes its block, so a
+//! reader that walks many blocks knows which players it may have missed or seen twice.
 
 use std::ops::Range;
 
@@ -12,26 +12,27 @@ use crate::state::view::grow::Grow;
 use crate::state::view::parts::{Part, Progress};
 use crate::sync::{AtomicU32, AtomicU64, Journal, Ordering, SeqLock};
 
-/// A player that was within the radius, and where.
+/// A player that was within the radius, with its position.
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[non_exhaustive]
 pub struct Found {
-    /// Who.
+    /// The player's key.
     pub key: Key,
-    /// Where.
+    /// Its x coordinate.
     pub x: f64,
-    /// Where.
+    /// Its y coordinate.
     pub y: f64,
 }
 
-/// Players in a block.
+/// Players per block.
 pub(super) const BLOCK: usize = 16;
-/// Blocks, and players, of one allocation.
+/// Blocks per allocation.
 const BLOCKS_CHUNK: usize = 64;
+/// Players per allocation.
 const PLAYERS_CHUNK: usize = 1024;
-/// Moves between blocks that may happen during a query before it has to begin again.
+/// Moves between blocks during a query; after more, the query starts over.
 const JOURNAL: usize = 1024;
-/// How often a cell, and a shard, is tried before its players are gone through one by one.
+/// Tries of a cell, and of a shard, before a query reads all players one by one.
 const TRIES: usize = 4;
 
 #[derive(Debug)]
@@ -49,11 +50,11 @@ pub(super) struct Players {
 #[derive(Debug)]
 pub(super) struct Cell {
     pub(super) lock: SeqLock,
-    /// 1 + the first block; 0: none.
+    /// The first block's number plus 1; 0 for none.
     pub(super) head: AtomicU32,
 }
 
-/// A player, `x` and `y` as bits.
+/// A player; `x` and `y` as bits.
 #[derive(Debug)]
 struct Entry {
     key: AtomicU64,
@@ -61,19 +62,19 @@ struct Entry {
     y: AtomicU64,
 }
 
-/// Players of one cell.
+/// Up to [`BLOCK`] players of one cell.
 #[derive(Debug)]
 pub(super) struct Block {
     pub(super) lock: SeqLock,
     pub(super) count: AtomicU32,
-    /// As [`Cell::head`]: the next block of the cell.
+    /// The next block of the cell, as in [`Cell::head`].
     pub(super) next: AtomicU32,
     entries: [Entry; BLOCK],
     /// Only the writer reads these.
     numbers: [AtomicU32; BLOCK],
 }
 
-/// Where a player is now. In no area: `x` is NaN.
+/// A player's current position; `x` is NaN if the player is in no area.
 #[derive(Debug)]
 struct Player(SeqLock, Entry);
 
@@ -100,7 +101,7 @@ impl Players {
         &self.cells[cell as usize]
     }
 
-    /// Only the one writer calls this.
+    /// Returns a block, and makes it first if need be. Only the writer calls this.
     #[inline]
     pub(super) fn block(&self, block: u32) -> &Block {
         let make = || (0..BLOCKS_CHUNK).map(|_| Block::new()).collect();
@@ -112,7 +113,7 @@ impl Players {
         Some(&self.blocks.get(block as usize / BLOCKS_CHUNK)?[block as usize % BLOCKS_CHUNK])
     }
 
-    /// Only the one writer calls this.
+    /// Sets a player's current position. Only the writer calls this.
     #[inline]
     pub(super) fn set_player(&self, number: u32, found: Found) {
         let make = || (0..PLAYERS_CHUNK).map(|_| Player(SeqLock::new(), Entry::new())).collect();
@@ -120,7 +121,8 @@ impl Players {
         let Player(lock, entry) = &chunk[number as usize % PLAYERS_CHUNK];
         lock.write(|| entry.set(found));
         if number >= self.players_count.load(Ordering::Relaxed) {
-            // Release: pairs with the Acquire in `by_player`: who sees the count sees the player.
+            // Release: pairs with the Acquire in `by_player`: a reader that sees the count also sees
+            // the player.
             self.players_count.store(number + 1, Ordering::Release);
         }
     }
@@ -132,7 +134,7 @@ impl Players {
         Some(lock.read(|| entry.get()))
     }
 
-    /// Adds the players within `circle`.
+    /// Adds the players within `circle` to `found`.
     pub(super) fn within(&self, circle: &Circle, found: &mut Vec<Found>) {
         let before = found.len();
         for _ in 0..TRIES {
@@ -144,7 +146,7 @@ impl Players {
         self.by_player(circle, found);
     }
 
-    /// Scans the cells, then looks again at who moved meanwhile. `false`: too much did.
+    /// Scans the cells, then looks again at the players that moved meanwhile. Returns `false` if too many moved.
     pub(super) fn by_cell(&self, circle: &Circle, found: &mut Vec<Found>) -> bool {
         let before = found.len();
         let start = self.journal.start();
@@ -165,7 +167,7 @@ impl Players {
         })
     }
 
-    /// `false`: the chain changed, and what was found may be of another cell.
+    /// Returns `false` if the chain changed, so that the players found may be of another cell.
     #[inline]
     fn scan_cell(&self, cell: &Cell, circle: &Circle, found: &mut Vec<Found>) -> bool {
         let Some(version) = cell.lock.begin() else { return false };
@@ -180,7 +182,7 @@ impl Players {
         cell.lock.is_unchanged(version)
     }
 
-    /// Takes those who moved out of `found[before..]` and asks where each of them is now.
+    /// Removes the players that moved from `found[before..]`, and adds those that are within the circle now.
     fn look_again(&self, mut moved: Vec<u32>, circle: &Circle, found: &mut Vec<Found>, before: usize) -> bool {
         if moved.is_empty() {
             return true;
@@ -201,7 +203,7 @@ impl Players {
         true
     }
 
-    /// Goes through all players: slow, and sure to end.
+    /// Checks all players one by one: slow, but certain to end.
     pub(super) fn by_player(&self, circle: &Circle, found: &mut Vec<Found>) {
         // Acquire: pairs with the Release in `set_player`.
         let count = self.players_count.load(Ordering::Acquire);
@@ -227,7 +229,7 @@ impl Block {
         }
     }
 
-    /// Adds who is within; returns the next block of the chain.
+    /// Adds the players within the circle, and returns the next block of the chain.
     #[inline]
     fn scan(&self, circle: &Circle, found: &mut Vec<Found>) -> u32 {
         let before = found.len();
@@ -249,7 +251,9 @@ impl Block {
         self.entries[at].get()
     }
 
-    /// Only the one writer calls this and what follows; this within [`SeqLock::write`].
+    // Only the writer calls the rest.
+
+    /// Sets an entry, within [`SeqLock::write`].
     #[inline]
     pub(super) fn set(&self, at: usize, number: u32, player: Found) {
         self.numbers[at].store(number, Ordering::Relaxed);

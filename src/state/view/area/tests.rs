@@ -1,4 +1,4 @@
-//! Against going through all players, and under a writer that never stops moving them.
+//! Areas against a check of all players, and under a writer that never stops moving them.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -25,7 +25,7 @@ fn sorted(mut found: Vec<Found>) -> Vec<(u64, f64, f64)> {
     found.into_iter().map(|found| (found.key.0, found.x, found.y)).collect()
 }
 
-/// Who is within, by going through all.
+/// Returns the players within a circle, by checking all.
 fn expected(players: &HashMap<u64, (f64, f64)>, (x, y, radius): (f64, f64, f64)) -> Vec<(u64, f64, f64)> {
     let finite = players.iter().filter(|(_, at)| at.0.abs() <= 1e150 && at.1.abs() <= 1e150);
     let mut found: Vec<(u64, f64, f64)> = finite
@@ -36,7 +36,7 @@ fn expected(players: &HashMap<u64, (f64, f64)>, (x, y, radius): (f64, f64, f64))
     found
 }
 
-/// Without grid and cells.
+/// Queries without grid and cells.
 fn by_player(area: &Area<Player>, (x, y, radius): (f64, f64, f64)) -> Vec<Found> {
     let mut found = Vec::new();
     if let Some(circle) = Circle::new(x, y, radius) {
@@ -45,7 +45,7 @@ fn by_player(area: &Area<Player>, (x, y, radius): (f64, f64, f64)) -> Vec<Found>
     found
 }
 
-/// Inside, on borders between cells, outside, and no place at all.
+/// Coordinates inside, on borders between cells, outside, and invalid.
 fn coordinate() -> impl Strategy<Value = f64> {
     prop_oneof![
         4 => (0..=10).prop_map(f64::from),
@@ -84,7 +84,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(200))]
 
     #[test]
-    fn a_query_finds_who_is_within(steps in prop::collection::vec(step(), 1..600), shards in 1u16..3) {
+    fn a_query_finds_exactly_the_players_within(steps in prop::collection::vec(step(), 1..600), shards in 1u16..3) {
         let area = area((0.0, 0.0, 10.0, 10.0), 3.0);
         let mut writers = Shards::open(&area, shards);
         let mut players = HashMap::new();
@@ -110,9 +110,9 @@ proptest! {
         prop_assert_eq!(all, expected(&players, (0.0, 0.0, f64::INFINITY)));
     }
 
-    /// Places whose distance to the centre is the radius, or as good as.
+    /// All places have the radius as their distance to the centre, up to rounding.
     #[test]
-    fn rounding_leaves_nobody_out(
+    fn rounding_leaves_no_player_out(
         x0 in -1e6..1e6, y0 in -1e6..1e6, cell in 0.01..50.0,
         circle in (0.0..1.0, 0.0..1.0, 0.0..0.5), angles in prop::collection::vec(0.0..std::f64::consts::TAU, 1..40),
     ) {
@@ -131,14 +131,14 @@ proptest! {
     }
 }
 
-/// Keys below this never leave the circle; up to the next they come and go, and disappear; the rest stay outside.
+/// Keys below `INSIDE` never leave the circle; keys below `COMING` come, go and disappear; the rest stay outside.
 const INSIDE: u64 = 120;
 const COMING: u64 = 200;
 const ALL: u64 = 280;
 const CENTRE: f64 = 50.0;
 const RADIUS: f64 = 20.0;
 
-/// On the diagonal, so that a torn position shows: within 14 of the centre is inside, beyond 15 outside.
+/// Moves a player on the diagonal, where a torn position shows: within 14 of the centre is inside, beyond 15 outside.
 fn wander(random: &mut SmallRng) -> (u64, Player) {
     let key = random.random_range(0..ALL);
     let inside = CENTRE + random.random_range(-14.0..14.0);
@@ -163,7 +163,7 @@ fn check(found: &[Found]) {
     assert_eq!(missed, None, "missed; {} found", found.len());
 }
 
-/// Ends the other thread also where this one panics.
+/// Ends the other thread, even if this one panics.
 struct Over<'a>(&'a AtomicBool);
 
 impl Drop for Over<'_> {
@@ -172,7 +172,7 @@ impl Drop for Over<'_> {
     }
 }
 
-/// Asks while players move, until there were enough of both.
+/// Queries while players move, until there were enough queries and moves.
 fn query_while_moving(cell_size: f64) {
     let area = area((0.0, 0.0, 100.0, 100.0), cell_size);
     let mut shards = Shards::open(&area, 2);
@@ -205,18 +205,18 @@ fn query_while_moving(cell_size: f64) {
 }
 
 #[test]
-fn who_moves_between_cells_during_a_query_is_found_once() {
+fn a_player_that_moves_between_cells_during_a_query_is_found_once() {
     query_while_moving(2.0);
 }
 
 #[test]
-fn who_moves_between_blocks_of_a_crowd_is_found_once() {
+fn a_player_that_moves_between_blocks_of_one_cell_is_found_once() {
     query_while_moving(25.0);
 }
 
-/// Two cells with a full block each, and one player that takes the only other block from cell to cell with it.
+/// Two cells have a full block each, and one player moves the only other block from cell to cell.
 #[test]
-fn a_block_that_goes_to_another_cell_takes_no_reader_along() {
+fn a_reader_does_not_follow_a_block_into_another_cell() {
     const STAY: u64 = 2 * part::BLOCK as u64;
     let area = area((0.0, 0.0, 100.0, 100.0), 50.0);
     let mut shards = Shards::open(&area, 1);
@@ -242,7 +242,7 @@ fn a_block_that_goes_to_another_cell_takes_no_reader_along() {
 }
 
 #[test]
-fn a_second_engine_begins_anew() {
+fn a_second_engine_starts_an_area_over() {
     let area = area((0.0, 0.0, 10.0, 10.0), 1.0);
     let reader = area.clone();
     let mut first = Shards::open(&area, 2);
@@ -258,6 +258,6 @@ fn a_second_engine_begins_anew() {
 
 #[test]
 #[should_panic(expected = "an area from")]
-fn bounds_that_are_no_area_are_refused() {
+fn bounds_without_an_area_are_refused() {
     let _unused = area((0.0, 0.0, 0.0, 1.0), 1.0);
 }

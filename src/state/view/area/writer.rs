@@ -1,7 +1,7 @@
 //! The shard's side of an area: puts players into cells, moves them and takes them out.
 //!
-//! Every way of a player into another block is noted first and settled last; what a reader looks at again (the player by
-//! number) is right before the first block changes.
+//! Every move of a player into another block is noted first and settled last. The player's current position, which a reader
+//! looks at again, is set before the first block changes.
 
 use std::sync::Arc;
 
@@ -9,21 +9,21 @@ use crate::event::{Key, Meta};
 use crate::state::aggregate::Aggregate;
 use crate::state::view::area::part::{BLOCK, Players};
 use crate::state::view::area::{Found, Inner};
-use crate::state::view::index::Index;
+use crate::state::view::key_numbers::KeyNumbers;
 use crate::state::view::{Place, Position, ViewWriter};
 use crate::sync::Ordering;
 
 pub(super) struct Writer<A> {
     view: Arc<Inner<A>>,
     part: Arc<Players>,
-    numbers: Index,
+    numbers: KeyNumbers,
     /// By number.
     places: Vec<Option<Spot>>,
     free: Vec<u32>,
     blocks: u32,
 }
 
-/// Where a player's entry is.
+/// The place of a player's entry.
 #[derive(Debug, Clone, Copy)]
 struct Spot {
     cell: u32,
@@ -36,7 +36,7 @@ impl<A: Aggregate> Writer<A> {
         Self {
             view,
             part,
-            numbers: Index::with_room(place.keys_expected),
+            numbers: KeyNumbers::with_room(place.keys_expected),
             places: Vec::with_capacity(place.keys_expected),
             free: Vec::new(),
             blocks: 0,
@@ -66,7 +66,7 @@ impl<A: Aggregate> Writer<A> {
         }
     }
 
-    /// Nobody's block changes, so there is nothing to note.
+    /// Moves a player within its cell. No player changes its block, so there is nothing to note.
     #[inline]
     fn go_within(&mut self, spot: Spot, number: u32, player: Found) {
         let block = self.part.block(spot.block);
@@ -87,7 +87,8 @@ impl<A: Aggregate> Writer<A> {
         self.part.journal.settle();
     }
 
-    /// Not noted: who leaves cannot be met twice, except by coming back, which is noted.
+    /// Takes a player out of the area. This is not noted: a reader can see such a player twice only if it comes back, which is
+    /// noted.
     fn leave(&mut self, number: u32, key: Key) {
         let Some(spot) = self.places[number as usize].take() else { return };
         self.part.set_player(number, Found { key, x: f64::NAN, y: f64::NAN });
@@ -95,7 +96,7 @@ impl<A: Aggregate> Writer<A> {
         self.part.journal.settle();
     }
 
-    /// Puts a player into the first block of a cell, or before it.
+    /// Puts a player into the first block of a cell, or into a new block before it.
     fn put_in(&mut self, cell: u32, number: u32, player: Found) -> Spot {
         let chain = self.part.cell(cell);
         let head = chain.head.load(Ordering::Relaxed);
@@ -129,7 +130,7 @@ impl<A: Aggregate> Writer<A> {
         })
     }
 
-    /// Takes the entry at `spot` out: the last one of the cell's first block goes there instead.
+    /// Takes the entry at `spot` out: the last entry of the cell's first block replaces it.
     fn take_out(&mut self, spot: Spot) {
         let part = &self.part;
         let chain = part.cell(spot.cell);

@@ -1,0 +1,104 @@
+//! The outcome of a command: carried out, or the reason why not.
+
+use crate::error::WaitError;
+use crate::event::{EventTypeId, Key, Version};
+use crate::lane::receipt::Receipt;
+
+/// The version that a key must have for a command to be carried out.
+///
+/// It protects against changes by others. A client needs none against its own commands: those of one key are carried
+/// out in the order in which it sent them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub enum ExpectedVersion {
+    /// Any version.
+    #[default]
+    Any,
+    /// The key has no event yet.
+    NoEvents,
+    /// The key has events.
+    Exists,
+    /// The key has exactly this version.
+    Exact(Version),
+}
+
+impl ExpectedVersion {
+    pub(crate) fn holds(self, version: Version) -> bool {
+        match self {
+            Self::Any => true,
+            Self::NoEvents => version.0 == 0,
+            Self::Exists => version.0 > 0,
+            Self::Exact(expected) => version == expected,
+        }
+    }
+}
+
+/// A command that was carried out.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct Outcome {
+    /// The key of the command.
+    pub key: Key,
+    /// The key's version after the command.
+    pub version: Version,
+    /// The number of its events. The last one has `version`.
+    pub events: u32,
+    /// `true` if this is the outcome of an earlier command with the same idempotency key; the command itself did
+    /// nothing.
+    pub repeated: bool,
+    pub(super) receipt: Receipt,
+}
+
+impl Outcome {
+    /// Returns the receipt of the command. Its events are appended; the receipt can wait until they are durable.
+    #[must_use]
+    pub fn receipt(&self) -> &Receipt {
+        &self.receipt
+    }
+}
+
+/// Why a command was not carried out, or why that is not known.
+#[derive(Debug, Clone, thiserror::Error)]
+#[non_exhaustive]
+pub enum CommandError<R> {
+    /// The aggregate rejected the command. Nothing was appended.
+    #[error("the command was rejected")]
+    Rejected(R),
+    /// The key does not have the version that was expected. Nothing was appended.
+    #[error("the key has version {found}, but the command expected {expected:?}")]
+    WrongVersion {
+        /// The version that the command expected.
+        expected: ExpectedVersion,
+        /// The key's version.
+        found: Version,
+    },
+    /// An event of the decision, its rejection, or the whole decision is too large. Nothing was appended.
+    #[error("the command is too large: an event, its rejection or the whole decision exceeds {bytes_max} bytes")]
+    TooLarge {
+        /// The limit in bytes: `event_bytes_max`, or the room in one segment.
+        bytes_max: usize,
+    },
+    /// `TYPES` does not declare the type of one of the decision's events. Nothing was appended.
+    #[error("an event of the decision has type {event_type}, which its TYPES do not declare")]
+    UndeclaredType {
+        /// The id that `event_type()` returned.
+        event_type: EventTypeId,
+    },
+    /// `decide` panicked. Nothing was appended, and the shard continues.
+    #[error("`decide` panicked: {0}")]
+    Panicked(String),
+    /// The command was not sent.
+    #[error("the command was not sent: {0}")]
+    NotSent(crate::error::RejectedReason),
+    /// The command was sent, but no answer came. Whether it was carried out is not known; an idempotency key makes it
+    /// safe to repeat.
+    #[error("the command was sent, but no answer came: {0}")]
+    Unanswered(WaitError),
+    /// The answer was claimed before, or the ticket belongs to another client. Each answer is given once, to the client
+    /// that sent the command.
+    #[error("the answer was claimed before, or the ticket belongs to another client")]
+    Claimed,
+    /// The command was carried out, but whether it is durable is not known.
+    #[error("the command was carried out, but may not be durable: {0}")]
+    NotDurable(WaitError),
+}

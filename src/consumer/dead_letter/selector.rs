@@ -1,0 +1,13 @@
+//! Which dead letters a call is about.
+
+use crate::event::Key;
+
+/// Selects dead letters of a consumer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum LetterSelector {
+    /// All dead letters.
+    All,
+    /// The dead letters of one key.
+    Of(Key),
+}

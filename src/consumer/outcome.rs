@@ -1,0 +1,39 @@
+//! How an event ended, and why a consumer halted. Data only.
+
+use crate::event::{EventId, Key};
+
+/// Why a consumer calls no handler until it is resumed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum HaltCause {
+    /// An attempt was judged [`super::Judgement::Halt`], or its attempts are used up and [`super::Exhausted::Halt`] is
+    /// set.
+    Event {
+        /// The event. It is the first to be handled after the halt.
+        id: EventId,
+        /// The event's key.
+        key: Key,
+        /// The handler's error.
+        error: String,
+    },
+    /// There is no room for more dead letters.
+    DeadLettersFull,
+    /// A sink failed on a batch until its attempts were used up.
+    Batch {
+        /// The sink's error.
+        error: String,
+    },
+}
+
+/// How an event ended that a caller waited for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Handled {
+    /// It was handled, or the consumer does not follow its type.
+    Yes,
+    /// It was recorded as a dead letter, or as skipped.
+    Recorded,
+    /// The consumer has passed the event, and how it ended is unknown: the consumer began behind it or was set behind
+    /// it, or it has saved its position since and forgotten the records before that position.
+    Unknown,
+}

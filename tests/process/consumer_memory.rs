@@ -1,0 +1,120 @@
+//! Memory of a consumer's parts: bytes per waiting and parked key, and no allocation per item in order.
+
+use std::time::{Duration, Instant};
+
+use crate::counting;
+use corelane::consumer::{KeyQueues, QueuePolicy, Verdict};
+use corelane::ingress::{GatePolicy, Offered, SequenceGate};
+use corelane::{Key, Offset};
+
+const KEYS: u64 = 1_000_000;
+const SECOND: Duration = Duration::from_secs(1);
+
+fn offer_all(queues: &mut KeyQueues, from: u64) {
+    for n in 0..KEYS {
+        queues.offer(Key::new(n), Offset(from + n)).unwrap();
+    }
+}
+
+/// Runs every event that may run and ends it as `verdict` says. Returns the number of runs.
+fn run_all(queues: &mut KeyQueues, now: Duration, verdict: Option<Verdict>) -> u64 {
+    let mut runs = 0;
+    loop {
+        let ticked = queues.tick(now);
+        while let Some(run) = queues.next() {
+            runs += 1;
+            match verdict {
+                None => queues.succeeded(run),
+                Some(verdict) => {
+                    if let Some(record) = queues.failed(run, verdict, now) {
+                        queues.recorded(record);
+                    }
+                }
+            }
+        }
+        if ticked == 0 {
+            return runs;
+        }
+    }
+}
+
+#[test]
+fn a_million_keys_wait_or_are_parked_in_bounded_memory() {
+    let policy = QueuePolicy::default().unfinished_max(1 << 20).keys_max(1 << 20).concurrency(64);
+    let before = counting::thread_bytes();
+    let mut queues = KeyQueues::new(policy, Offset(0)).unwrap();
+    let began = Instant::now();
+
+    offer_all(&mut queues, 0);
+    // The retries spread over a second, as with jitter.
+    for n in 0..KEYS {
+        let run = queues.next().unwrap();
+        let after = Duration::from_nanos(Key::new(n).hash() % 1_000_000_000);
+        queues.failed(run, Verdict::Retry { after }, Duration::ZERO);
+    }
+    assert_eq!(queues.statistics().waiting as u64, KEYS);
+    let retrying_bytes = (counting::thread_bytes() - before) as u64;
+
+    assert_eq!(run_all(&mut queues, SECOND, Some(Verdict::Park)), KEYS);
+    assert_eq!((queues.statistics().keys as u64, queues.statistics().unfinished), (KEYS, 0));
+    assert_eq!(queues.checkpoint(), Offset(KEYS - 1), "the position passes all but the last event");
+
+    // Unparks every key and repeats all of it: the memory is reused.
+    for n in 0..KEYS {
+        assert_eq!(queues.unpark(Key::new(n), 1), Ok(0));
+    }
+    assert_eq!(queues.statistics().keys, 0);
+    offer_all(&mut queues, KEYS);
+    let retry = Verdict::Retry { after: SECOND };
+    assert_eq!(run_all(&mut queues, Duration::ZERO, Some(retry)), KEYS);
+    assert_eq!(run_all(&mut queues, SECOND, None), KEYS);
+    let after_bytes = (counting::thread_bytes() - before) as u64;
+    assert!(after_bytes <= retrying_bytes, "{after_bytes} bytes after {retrying_bytes}");
+    let took = began.elapsed();
+    drop(queues);
+    assert_eq!(counting::thread_bytes(), before);
+
+    // Only parked keys, as after a restart.
+    let mut queues = KeyQueues::new(QueuePolicy::default(), Offset(0)).unwrap();
+    for n in 0..KEYS {
+        queues.restore_parked(Key::new(n), 1).unwrap();
+    }
+    let parked_bytes = (counting::thread_bytes() - before) as u64;
+    let (retrying, parked) = (retrying_bytes / KEYS, parked_bytes / KEYS);
+    eprintln!("bytes per key: {retrying} retrying with one event, {parked} parked; 8 M steps in {took:?}");
+    // A table that has just doubled takes twice the size of its entries.
+    assert!(retrying <= 120 && parked <= 50, "{retrying} and {parked} bytes per key");
+}
+
+#[test]
+fn the_gate_allocates_nothing_per_item_in_order() {
+    let mut gate = SequenceGate::new(GatePolicy::default().gap_wait_max(Duration::ZERO)).unwrap();
+    // One partition without gaps, and one that remembers a closed gap.
+    assert_eq!(gate.offer(0_u64, 0, [0_u8; 48], SECOND), Ok(Offered::Passed([0; 48])));
+    assert_eq!(gate.offer(1, 1, [0; 48], SECOND), Ok(Offered::Buffered));
+    while gate.next(SECOND).is_some() {}
+    let before = counting::thread_allocations();
+    for sequence in 0..100_000 {
+        assert!(matches!(gate.offer(0, 1 + sequence, [0; 48], SECOND), Ok(Offered::Passed(_))));
+        assert!(matches!(gate.offer(1, 2 + sequence, [0; 48], SECOND), Ok(Offered::Passed(_))));
+        assert!(gate.next(SECOND).is_none());
+    }
+    assert_eq!(counting::thread_allocations(), before);
+}
+
+#[test]
+fn a_gate_of_a_million_partitions_in_order_takes_little_memory() {
+    let before = counting::thread_bytes();
+    let mut gate = SequenceGate::new(GatePolicy::default()).unwrap();
+    for partition in 0..KEYS {
+        assert!(matches!(gate.offer(partition, 0, (), SECOND), Ok(Offered::Passed(()))));
+    }
+    let partition = (counting::thread_bytes() - before) as u64 / KEYS;
+    let before = counting::thread_bytes();
+    for partition in 0..KEYS {
+        assert!(matches!(gate.offer(partition, 2, (), SECOND), Ok(Offered::Buffered)));
+    }
+    let disorder = (counting::thread_bytes() - before) as u64 / KEYS;
+    eprintln!("bytes per partition: {partition} in order, {disorder} more with one early item");
+    assert!(partition <= 96 && disorder <= 400, "{partition} and {disorder} bytes per partition");
+}
