@@ -1,9 +1,11 @@
+//! The hot path of a server, as a library: per-user order, lock-free lanes, and a durable zero-copy event log.
+//!
 #![doc = include_str!("../README.md")]
 //!
 //! # Modules
 //!
-//! The names that a first program needs are at the root of this crate. Every other name is in the module of its topic, and
-//! [`guide`] holds the chapters of the guide.
+//! The names that a first program needs are at the root of this crate. Every other name is in the module of its topic,
+//! and [`guide`] holds the chapters of the guide.
 //!
 //! # Cargo features
 //!
@@ -11,58 +13,49 @@
 //!
 //! | feature | adds |
 //! |---|---|
+//! | `json` | the module `envelope`: events as JSON lines |
+//! | `hlog` | latency histograms as `.hlog` interval logs |
 //! | `cli` | the operator's tool `corelane`, and the module `tools` that it is made of |
-//! | `test-util` | for tests: a storage that fails on demand, time that passes on demand, a limit on threads |
+//! | `test-util` | the module `testing`: rules without an engine, a storage that fails on demand; simulated time |
 // Under `--cfg loom` this crate is empty: the models build `sync/` alone (`tests/loom.rs`).
 #![cfg(not(loom))]
 
 // The derive macros name this crate by its name, here too.
 extern crate self as corelane;
 
-// The layers, lowest first; `tests/tidy.rs` checks that no file names a higher one. A folder whose names an application uses
-// is a public module.
+// The layers, lowest first; `tests/tidy.rs` checks that no file names a higher one. A folder whose names an application
+// uses is a public module.
 mod sync;
 
 mod bounded;
 mod clock;
-/// How an engine is set up.
 pub mod config;
 #[cfg(feature = "json")]
 pub mod envelope;
-/// The errors of every call.
 pub mod error;
-/// Events: their types, their positions in the log, their bytes, and how older layouts are read.
 pub mod event;
-/// Counters and latency histograms, as text for Prometheus and as files for HdrHistogram.
 pub mod metrics;
 
 mod storage;
 
-/// Reading a shard's log: through a running engine, or from the files beside it.
 pub mod log;
 
 mod lane;
 
-/// State: aggregates, their history and time travel.
 pub mod state;
 
-/// Commands: a client sends them, the shard that owns the key decides, and the answer comes back.
 pub mod command;
 
-/// Ingress: producers, receipts and sequence gates.
 pub mod ingress;
 
 mod shard;
 
-/// What the opening of a store reports.
 pub mod recovery;
 
 mod background;
 
-/// Services that follow the log: durable consumers, retries, dead letters, sinks and pollers.
 pub mod consumer;
 
-/// The engine itself, and the results of its methods that belong to no other topic.
 pub mod engine;
 
 mod ops;
@@ -86,9 +79,10 @@ pub mod handler {
 /// | [`Leaderboard`](view::Leaderboard) | Which keys have the highest scores? |
 /// | [`ServerStatus`](view::ServerStatus) | Which keys are online, and how high is the load? |
 ///
-/// A view is a cache: the engine fills it from the states when it opens, so a view can be added to an existing store at any
-/// time. Handles are cheap to clone and stay valid after the engine is gone: they then show what was published last. A reader
-/// may see a change a little before the position that it belongs to, and never after. [`guide::views`] shows them at work.
+/// A view is a cache: the engine fills it from the states when it opens, so a view can be added to an existing store at
+/// any time. Handles are cheap to clone and stay valid after the engine is gone: they then show what was published
+/// last. A reader may see a change a little before the position that it belongs to, and never after. [`guide::views`]
+/// shows them at work.
 pub mod view {
     pub use crate::state::view::{
         Area, ById, Found, Leaderboard, Place, Position, Presence, Ranked, ServerStatus, Status, Unreadable, View,
@@ -108,6 +102,10 @@ pub mod guide {
     pub mod ordering {}
     #[doc = include_str!("../docs/services.md")]
     pub mod services {}
+    #[doc = include_str!("../docs/failures.md")]
+    pub mod failures {}
+    #[doc = include_str!("../docs/memory.md")]
+    pub mod memory {}
     #[doc = include_str!("../docs/schema-evolution.md")]
     pub mod schema_evolution {}
     #[doc = include_str!("../docs/testing.md")]

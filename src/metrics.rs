@@ -1,6 +1,6 @@
 //! Counters and latency histograms: one writer each on the hot path, merged on request.
 //!
-//! A thread that records owns its histograms. A reader leaves an empty set in an [`Exchange`], and the owner swaps it
+//! A thread that records owns its histograms. A reader leaves an empty set in an `Exchange`, and the owner swaps it
 //! for its full set between two turns. So recording takes no lock, and the owner copies nothing.
 
 use std::fmt::Write as _;

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use corelane::bench_support::only_place;
 use corelane::event::Correlation;
 use corelane::view::{Area, View as _, ViewWriter};
-use corelane::{Aggregate, Bounded, Emit, Event, EventTypeId, Key, Meta, Offset, Sequence, ShardId, Time, Version};
+use corelane::{Aggregate, Bounded, Emit, Event, EventTypeId, Key, Meta};
 use criterion::{BenchmarkId, Criterion, Throughput};
 use rand::rngs::SmallRng;
 use rand::{Rng as _, SeedableRng as _};

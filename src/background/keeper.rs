@@ -159,14 +159,14 @@ mod tests {
             prepared: Arc::clone(&prepared),
             counters: Arc::default(),
             shard_signal: Arc::new(Signal::new()),
-            checkpoints: Arc::new(CheckpointRequests::new()),
+            checkpoints: Arc::new(CheckpointRequests::new(Offset(0))),
             span: Span { first: 0, last: 0 },
             next_index: 0,
             spares: Vec::new(),
             unused: Vec::new(),
         };
         let rules = KeeperRules { durability: Durability::OsCache, retention: Retention::default(), spares_max: 1 };
-        let requests = Arc::new(KeeperRequests { signal: Arc::new(Signal::new()), ending: AtomicBool::new(false) });
+        let requests = Arc::new(KeeperRequests::new());
         let storage: Arc<dyn Storage> = Arc::new(storage.clone());
         (Keeper::new(rules, &storage, requests, vec![shard]), log, prepared)
     }
@@ -183,7 +183,7 @@ mod tests {
         assert_eq!(keeper.step(at(now)), Step::Worked);
         assert!(prepared.is_full() && !keeper.has_work());
         assert_eq!(keeper.step(at(now)), Step::Idle(None));
-        keeper.requests.ending.store(true, Ordering::SeqCst);
+        keeper.requests.end();
         assert!(keeper.has_work());
         assert_eq!(keeper.step(at(now)), Step::Ended);
     }

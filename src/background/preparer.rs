@@ -115,7 +115,7 @@ impl Preparer {
         };
         if let Err(error) = files.extend_span(index).and_then(|()| self.make_present(&mut memory, files)) {
             // The next attempt continues with this file: a full disk may have no space for another.
-            files.put_back(path, Some(memory));
+            files.add_spare(path, Some(memory));
             return Err(error);
         }
         self.next_index += 1;
@@ -137,7 +137,7 @@ impl Preparer {
         let memory = match opened {
             Ok(memory) => memory,
             Err(error) if is_exhausted(&error) => {
-                files.put_back(spare, None);
+                files.add_spare(spare, None);
                 return Err(error);
             }
             Err(error) => {
@@ -150,7 +150,7 @@ impl Preparer {
         };
         let memory = blank(&*storage, memory, salt)?;
         if let Err(error) = storage.rename(&spare, path) {
-            files.put_back(spare, Some(memory));
+            files.add_spare(spare, Some(memory));
             return Err(error);
         }
         Ok(Some(memory))

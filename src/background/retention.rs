@@ -195,15 +195,24 @@ impl Reclaimer {
         for (path, memory) in std::mem::take(&mut self.retiring) {
             // After a failure the others wait for the next attempt.
             let memory = if failed.is_none() { Arc::try_unwrap(memory) } else { Err(memory) };
-            match memory.map(|memory| files.recycle(&path, memory)) {
-                Err(held) => self.retiring.push((path, held)),
-                Ok(Err((error, memory))) => {
-                    self.retiring.push((path, Arc::new(memory)));
-                    failed = Some(error);
+            let memory = match memory {
+                Ok(memory) => memory,
+                Err(held) => {
+                    self.retiring.push((path, held));
+                    continue;
                 }
-                Ok(Ok(())) => {
+            };
+            match files.retire(&path) {
+                Ok(spare) => {
+                    if let Some(spare) = spare {
+                        files.add_spare(spare, Some(memory));
+                    }
                     recycled = true;
                     failed = files.storage.sync_dir(&files.log.dir).err();
+                }
+                Err(error) => {
+                    self.retiring.push((path, Arc::new(memory)));
+                    failed = Some(error);
                 }
             }
         }
@@ -276,10 +285,13 @@ mod tests {
                     (path, Arc::new(memory))
                 };
                 let log = ShardLog::new(1, ShardId(0), dir.to_owned(), 4096, Offset(4096), 0, [].into());
-                let mut reclaimer =
-                    Reclaimer::new(Retention::default(), false, Arc::new(CheckpointRequests::new()), Arc::default(), {
-                        Arc::new(Signal::new())
-                    });
+                let mut reclaimer = Reclaimer::new(
+                    Retention::default(),
+                    false,
+                    Arc::new(CheckpointRequests::new(Offset(0))),
+                    Arc::default(),
+                    { Arc::new(Signal::new()) },
+                );
                 reclaimer.retiring = [retired(0), retired(1)].to_vec();
                 let span = Span { first: 2, last: 2 };
                 let found = (Vec::new(), Vec::new());

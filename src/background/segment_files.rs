@@ -58,8 +58,8 @@ impl SegmentFiles {
         Some(self.spares.remove(at))
     }
 
-    /// Keeps a file for the next attempt.
-    pub(super) fn put_back(&mut self, path: PathBuf, memory: Option<Memory>) {
+    /// Adds a file that will be written again.
+    pub(super) fn add_spare(&mut self, path: PathBuf, memory: Option<Memory>) {
         self.spares.push(Spare { path, memory });
     }
 
@@ -80,18 +80,17 @@ impl SegmentFiles {
         Ok(())
     }
 
-    /// Makes the file of a freed segment a spare, or removes it if there are enough. Returns the memory if that fails.
-    pub(super) fn recycle(&mut self, path: &Path, memory: Memory) -> Result<(), (io::Error, Memory)> {
+    /// Gives the file of a freed segment the name of a spare, or removes it if there are enough. Returns the spare's
+    /// path.
+    pub(super) fn retire(&mut self, path: &Path) -> io::Result<Option<PathBuf>> {
         if self.spares.len() >= self.spares_max {
-            return self.storage.remove(path).map_err(|error| (error, memory));
+            self.storage.remove(path)?;
+            return Ok(None);
         }
         let spare = self.log.dir.join(format!("spare-{:06}.seg", self.spare_number));
-        if let Err(error) = self.storage.rename(path, &spare) {
-            return Err((error, memory));
-        }
+        self.storage.rename(path, &spare)?;
         self.spare_number += 1;
-        self.put_back(spare, Some(memory));
-        Ok(())
+        Ok(Some(spare))
     }
 
     /// Removes one spare if there are more than `spares_max`. Returns `true` if there were.

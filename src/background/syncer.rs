@@ -272,10 +272,11 @@ mod tests {
         assert_eq!(syncer.step(now + SYNC_EVERY), Step::Worked);
         assert_eq!(syncer.log.durable.get(), 5000);
         syncer.log.appended.publish(6000);
-        assert_eq!(syncer.step(now + SYNC_EVERY), Step::Idle(Some(now + 2 * SYNC_EVERY)));
-        syncer.requests.ending.store(true, Ordering::SeqCst);
-        assert_eq!(syncer.step(now + SYNC_EVERY), Step::Worked, "the last sync waits for no interval");
-        assert_eq!((syncer.step(now + SYNC_EVERY), syncer.log.durable.get()), (Step::Ended, 6000));
+        let meanwhile = now + SYNC_EVERY + SYNC_EVERY / 2;
+        assert_eq!(syncer.step(meanwhile), Step::Idle(Some(now + 2 * SYNC_EVERY)), "counted from the last sync");
+        syncer.requests.end();
+        assert_eq!(syncer.step(meanwhile), Step::Worked, "the last sync waits for no interval");
+        assert_eq!((syncer.step(meanwhile), syncer.log.durable.get()), (Step::Ended, 6000));
     }
 
     #[test]

@@ -38,7 +38,7 @@ impl<'c, A: Aggregate> Answer<'c, A> {
         self.block(None)
     }
 
-    /// Blocks the thread until the answer comes or `deadline` passes. Then the answer is given up.
+    /// Blocks the thread until the answer comes or `deadline` passes. After the deadline the answer is given up.
     ///
     /// # Errors
     /// The reason why the command was not carried out; `Unanswered(TimedOut)` after the deadline.
@@ -138,7 +138,7 @@ impl<A: Aggregate> Client<A> {
         let lane = &mut self.lanes[ticket.lane];
         if lane.shared.appended_count() < ticket.number {
             lane.shared.register_appended(ticket.number, context.waker());
-            // Again: the reply may have come between the check and the registration.
+            // Check once more: the reply may have come between the check and the registration.
             if lane.shared.appended_count() < ticket.number {
                 return match lane.door.log.failure() {
                     Some(failure) => Poll::Ready(Err(CommandError::Unanswered(failure.clone().into()))),

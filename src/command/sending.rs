@@ -118,7 +118,7 @@ impl<'c, A: Aggregate> Sending<'c, A> {
         client.answer(ticket).wait()
     }
 
-    /// Sends the command and waits for the answer until `deadline`. Then the answer is given up.
+    /// Sends the command and waits for the answer until `deadline`. After the deadline the answer is given up.
     ///
     /// # Errors
     /// The reason why the command was not carried out; `Unanswered(TimedOut)` after the deadline.
@@ -206,7 +206,7 @@ impl<A: Aggregate> Future for SendingFuture<'_, A> {
                     if registered {
                         return Poll::Pending;
                     }
-                    // The next reply frees room. Again: it may have come before the registration.
+                    // The next reply frees room. Try once more: it may have come before the registration.
                     lane.shared.register_any(context.waker());
                     registered = true;
                 }

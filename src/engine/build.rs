@@ -52,9 +52,9 @@ const TURN_STAGES: [Stage; 8] = [
 /// What a shard's syncer records.
 const SYNC_STAGES: [Stage; 3] = [Stage::Durable, Stage::DurableDue, Stage::Sync];
 
-/// Returns how many chunks of 64 KiB for saved states go between one of `shards` and the snapshotter. With few shards they
-/// hold the snapshots of some million events: a snapshotter that waits for a processor or the file system must not make the
-/// shard skip any.
+/// Returns how many chunks of 64 KiB for saved states go between one of `shards` and the snapshotter. With few shards
+/// they hold the snapshots of some million events: a snapshotter that waits for a processor or the file system must not
+/// make the shard skip any.
 fn snapshot_chunks(shards: u16) -> usize {
     (128 / usize::from(shards)).clamp(8, 64)
 }
@@ -72,23 +72,23 @@ pub(super) struct Context<'a> {
 }
 
 /// The application's code on one shard's thread: its inline handlers, and its parts of the views, already filled.
-pub(super) struct Own<A: Aggregate> {
+pub(super) struct ShardCode<A: Aggregate> {
     handlers: Vec<Registered<A::Event>>,
     views: Vec<Box<dyn ViewWriter<A>>>,
 }
 
 /// Makes the application's handlers and views for a shard's thread.
-pub(super) fn own<A: Aggregate>(
+pub(super) fn shard_code<A: Aggregate>(
     config: &ValidConfig,
     factories: &[Factory<A::Event>],
     views: &[Box<dyn View<A>>],
     id: ShardId,
     recovered: &Recovered<A>,
-) -> Result<Own<A>, CodePanic> {
+) -> Result<ShardCode<A>, CodePanic> {
     let (keys, sequence) = (&recovered.folder.keys, Sequence(recovered.resume.sequence));
     let views = guard("a view", id, || filled(config, views, id, keys, sequence))?;
     let handlers = guard("the factory of a handler", id, || factories.iter().map(|make| make(id)).collect())?;
-    Ok(Own { handlers, views })
+    Ok(ShardCode { handlers, views })
 }
 
 /// Returns a shard's parts of all views, filled with its states.
@@ -129,7 +129,7 @@ struct Links {
 
 impl Context<'_> {
     /// Makes a shard from what recovery found, and the parts of the other threads that serve it.
-    pub(super) fn build<A: Aggregate>(&self, id: ShardId, recovered: Recovered<A>, own: Own<A>) -> Built<A> {
+    pub(super) fn build<A: Aggregate>(&self, id: ShardId, recovered: Recovered<A>, code: ShardCode<A>) -> Built<A> {
         let config = self.config;
         let Recovered { report, segments, resume, folder, saved, span, unused, spares, .. } = recovered;
         let saved = saved.expect("recovery reads the saved states");
@@ -158,7 +158,7 @@ impl Context<'_> {
             questions: Arc::clone(&questions),
             keys,
             outcomes,
-            views: own.views,
+            views: code.views,
             taker,
             writer: self.writer::<A>(&log, prepared, resume),
             log: Arc::clone(&log),
@@ -166,7 +166,7 @@ impl Context<'_> {
             syncs: config.durability != Durability::OsCache,
             unsynced_runs: (config.durability != Durability::OsCache && config.latency).then_some(marks_tx),
             keeper: Arc::clone(self.keeper),
-            handlers: own.handlers,
+            handlers: code.handlers,
             storage: Arc::clone(self.storage),
             quarantine: self.quarantine.to_owned(),
             recorder,

@@ -51,8 +51,8 @@ impl<A: Aggregate> std::fmt::Debug for Builder<A> {
 }
 
 impl<A: Aggregate> Builder<A> {
-    /// Adds an inline handler. The engine calls `make` once per shard when it opens, and runs handlers in the order in which
-    /// they were added.
+    /// Adds an inline handler. The engine calls `make` once per shard when it opens, and runs handlers in the order in
+    /// which they were added.
     #[must_use]
     pub fn handler<H: Handler<A::Event> + 'static>(
         mut self,
@@ -109,8 +109,8 @@ impl<A: Aggregate> Engine<A> {
     /// Opens the store that `config` names, or creates it. [`Engine::recovery`] reports what it found.
     ///
     /// # Errors
-    /// [`OpenError`]: why the store could not be opened. The store is then unchanged, with one exception: an error during the
-    /// repairs of a sound store (a full disk, for example) may leave some of them done.
+    /// [`OpenError`]: why the store could not be opened. The store is then unchanged, with one exception: an error
+    /// during the repairs of a sound store (a full disk, for example) may leave some of them done.
     pub fn open(config: Config) -> Result<Self, OpenError> {
         Self::builder(config).open()
     }

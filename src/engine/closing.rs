@@ -1,5 +1,5 @@
-//! Closing an engine. [`Closing`] holds everything that this needs apart from the engine itself, so that a drop which must
-//! not wait, or has waited long enough, can leave the rest to another thread.
+//! Closing an engine. [`Closing`] holds everything that this needs apart from the engine itself, so that a drop which
+//! must not wait, or has waited long enough, can leave the rest to another thread.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -16,8 +16,8 @@ use crate::metrics::Exchange;
 use crate::state::aggregate::Aggregate;
 use crate::sync::{Mutex, Ordering, Role, lock_until, role, thread};
 
-/// How long a drop waits for something that makes no progress: a full disk, a consumer's handler, a shard whose turn does
-/// not end.
+/// How long a drop waits for something that makes no progress: a full disk, a consumer's handler, a shard whose turn
+/// does not end.
 const DROP_TIME: Duration = Duration::from_secs(10);
 
 /// Everything that is needed to close an engine.
@@ -109,8 +109,8 @@ impl Closing {
     }
 
     /// Closes an engine that is being dropped. Waits for shards that make progress, and gives up after [`DROP_TIME`] on
-    /// everything else: events that a full disk keeps from being appended, consumers that do not end, and shards whose turn
-    /// does not end.
+    /// everything else: events that a full disk keeps from being appended, consumers that do not end, and shards whose
+    /// turn does not end.
     pub(super) fn close_dropped(self: &Arc<Self>) {
         if self.is_own_thread() {
             return self.leave("the engine was dropped on one of its own threads and closes in the background");

@@ -26,8 +26,8 @@ pub enum PublishSyncError<E> {
         /// Why it did not.
         error: ConsumerError,
     },
-    /// The event was appended and handled inline; this consumer was moved past it meanwhile, so it is not known whether the
-    /// consumer handled it.
+    /// The event was appended and handled inline; this consumer was moved past it meanwhile, so it is not known whether
+    /// the consumer handled it.
     #[error("consumer \"{consumer}\" was moved past the event")]
     Unknown {
         /// The consumer's name.
@@ -42,25 +42,26 @@ pub enum PublishSyncError<E> {
 }
 
 impl<A: Aggregate> Engine<A> {
-    /// Returns a builder for the durable consumer `name`. From the consumer's first start, retention keeps the events that it
-    /// has not finished, whether it runs or not, until [`Engine::remove_consumer`].
+    /// Returns a builder for the durable consumer `name`. From the consumer's first start, retention keeps the events
+    /// that it has not finished, whether it runs or not, until [`Engine::remove_consumer`].
     pub fn consumer(&self, name: &str) -> ConsumerBuilder<A::Event> {
         ConsumerBuilder::new(&self.services, name)
     }
 
-    /// Returns a builder for a subscriber of the event bus: a consumer whose first start begins with the next event, and that
-    /// sees events as soon as they are appended. Started again under the same name, it continues where it stopped.
+    /// Returns a builder for a subscriber of the event bus: a consumer whose first start begins with the next event,
+    /// and that sees events as soon as they are appended. Started again under the same name, it continues where it
+    /// stopped.
     pub fn subscribe(&self, name: &str) -> ConsumerBuilder<A::Event> {
         self.consumer(name).start_at(Start::Latest).before_durable()
     }
 
-    /// Publishes an event and waits until all inline handlers, and then `consumers`, have handled it. The result is about this
-    /// event alone, whatever else is published to its key meanwhile. Earlier events of `producer` for the same shard are
-    /// appended first.
+    /// Publishes an event and waits until all inline handlers, and then `consumers`, have handled it. The result is
+    /// about this event alone, whatever else is published to its key meanwhile. Earlier events of `producer` for the
+    /// same shard are appended first.
     ///
     /// # Errors
-    /// [`PublishSyncError`]: the event was not accepted, or a consumer had not handled it by the deadline. On a shard's own
-    /// thread, and inside a handler of one of `consumers`, the event comes back with [`Rejected::OnEngineThread`].
+    /// [`PublishSyncError`]: the event was not accepted, or a consumer had not handled it by the deadline. On a shard's
+    /// own thread, and inside a handler of one of `consumers`, the event comes back with [`Rejected::OnEngineThread`].
     pub fn publish_sync(
         &self,
         producer: &mut Producer<A::Event>,
@@ -110,13 +111,14 @@ impl<A: Aggregate> Engine<A> {
         self.services.remove(name)
     }
 
-    /// Waits until every running consumer has handled or recorded everything in the log. Call it before a shutdown to leave no
-    /// backlog. (A backlog is not lost: it is handled after the next start.) Pollers and stopped consumers are not waited for.
+    /// Waits until every running consumer has handled or recorded everything in the log. Call it before a shutdown to
+    /// leave no backlog. (A backlog is not lost: it is handled after the next start.) Pollers and stopped consumers are
+    /// not waited for.
     ///
     /// # Errors
     /// `Ended` if a registered consumer has failed ([`ConsumerReport::failure`]) or ends meanwhile; `Wait(TimedOut)` at
-    /// `deadline`; `Wait(OnEngineThread)` at once on a shard's own thread and inside a handler of one of the consumers, whose
-    /// event is not handled yet.
+    /// `deadline`; `Wait(OnEngineThread)` at once on a shard's own thread and inside a handler of one of the consumers,
+    /// whose event is not handled yet.
     pub fn drain_consumers(&self, deadline: impl Into<Deadline>) -> Result<(), ConsumerError> {
         self.services.drain(deadline.into().instant())
     }

@@ -48,7 +48,7 @@ impl GateHolds {
             let from = match positions.as_ref().map(check) {
                 Some(Ok(())) => positions.map(|positions| positions.counted.iter().map(|at| at.offset().0).collect()),
                 Some(Err(error)) => {
-                    tracing::warn!(name, %error, "a gate's positions belong to another log; the gate counts this log again");
+                    tracing::warn!(name, %error, "a gate's positions belong to another log; it counts this log again");
                     // An error of reading is reported when the gate is opened.
                     holds.foreign.extend(matches!(error, ReadError::Position(_)).then_some(files));
                     None
@@ -60,8 +60,8 @@ impl GateHolds {
         Ok(holds)
     }
 
-    /// Removes positions that belong to another log. Call it after the whole store was found sound and before anything is
-    /// appended.
+    /// Removes positions that belong to another log. Call it after the whole store was found sound and before anything
+    /// is appended.
     pub(super) fn remove_foreign(&self) -> Result<(), OpenError> {
         self.foreign.iter().try_for_each(GateFiles::forget_positions)
     }

@@ -28,12 +28,13 @@ struct Resume<A: Aggregate> {
 }
 
 impl<A: Aggregate> Engine<A> {
-    /// Opens a producer behind a sequence gate. For an event that this gate published, `source` returns the partition and the
-    /// sequence that the event came from; for every other event it returns `None`. The gate counts the log with it, and the
-    /// gaps recorded under `name`, to find the next sequence of each partition: a source may restart from any earlier place,
-    /// and no event is published twice.
+    /// Opens a producer behind a sequence gate. For an event that this gate published, `source` returns the partition
+    /// and the sequence that the event came from; for every other event it returns `None`. The gate counts the log with
+    /// it, and the gaps recorded under `name`, to find the next sequence of each partition: a source may restart from
+    /// any earlier place, and no event is published twice.
     ///
-    /// Waits until everything accepted before this call is durable. A `name` must keep its `source` for the life of the store.
+    /// Waits until everything accepted before this call is durable. A `name` must keep its `source` for the life of the
+    /// store.
     ///
     /// # Errors
     /// [`GateOpenError`]; the store keeps running without the gate.
@@ -83,7 +84,8 @@ impl<A: Aggregate> Engine<A> {
         Ok(gated)
     }
 
-    /// Returns the gaps that the gate `name` has closed, in the order in which it closed them; none if there is no such gate.
+    /// Returns the gaps that the gate `name` has closed, in the order in which it closed them; none if there is no such
+    /// gate.
     ///
     /// # Errors
     /// `Name`; the error that reading the gate's file met.
@@ -103,7 +105,7 @@ impl<A: Aggregate> Engine<A> {
         let mut positions = files.positions(self.shards.len())?;
         let readers = match positions.as_ref().map(|positions| self.uncounted(Some(positions))) {
             Some(Err(error)) if self.is_of_another_log(&error) => {
-                tracing::warn!(name, %error, "a gate's positions belong to another log; the gate counts this log again");
+                tracing::warn!(name, %error, "a gate's positions belong to another log; it counts this log again");
                 positions = None;
                 None
             }
@@ -136,8 +138,8 @@ impl<A: Aggregate> Engine<A> {
         self.shards.iter().any(|shard| shard.door.log.segment_of(shard.door.log.earliest()) > 0)
     }
 
-    /// Returns `true` if `error` says that a gate's positions belong to another log. While the log still has its beginning,
-    /// counting it again is exact, so damage, which looks the same, is treated the same.
+    /// Returns `true` if `error` says that a gate's positions belong to another log. While the log still has its
+    /// beginning, counting it again is exact, so damage, which looks the same, is treated the same.
     fn is_of_another_log(&self, error: &ReadError) -> bool {
         matches!(error, ReadError::Position(_))
             || (matches!(error, ReadError::Corruption(_)) && !self.has_lost_beginning())
@@ -173,8 +175,8 @@ impl<A: Aggregate> Engine<A> {
     }
 }
 
-/// Saves the positions of a gate that was just opened. A full disk is no error: the older positions stay, and so does their
-/// hold on retention.
+/// Saves the positions of a gate that was just opened. A full disk is no error: the older positions stay, and so does
+/// their hold on retention.
 fn save_first<E: crate::event::Event>(gated: &mut GatedProducer<E>, name: &str) -> Result<(), GateOpenError> {
     match gated.save_counted() {
         Ok(()) => Ok(()),

@@ -62,8 +62,8 @@ impl<A: Aggregate> Handle<A> {
         })
     }
 
-    /// Runs `look` on the shard's key table and waits for the result until `deadline`. Asks nothing on a thread that must
-    /// not wait.
+    /// Runs `look` on the shard's key table and waits for the result until `deadline`. Asks nothing on a thread that
+    /// must not wait.
     pub(super) fn ask<T: Send + 'static>(
         &self,
         deadline: Option<Instant>,

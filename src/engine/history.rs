@@ -55,8 +55,8 @@ impl<A: Aggregate> Engine<A> {
     /// checkpoint.
     ///
     /// # Errors
-    /// `ShardFailed`; `CheckpointFailed` if this checkpoint, or one that was in progress at the call, could not be written;
-    /// `TimedOut`; `Closed` once the engine closes; `OnEngineThread`.
+    /// `ShardFailed`; `CheckpointFailed` if this checkpoint, or one that was in progress at the call, could not be
+    /// written; `TimedOut`; `Closed` once the engine closes; `OnEngineThread`.
     pub fn checkpoint(&self, deadline: impl Into<Deadline>) -> Result<(), WaitError> {
         let deadline = deadline.into().instant();
         if !may_wait() {
@@ -111,8 +111,8 @@ impl<A: Aggregate> Engine<A> {
         all
     }
 
-    /// Returns a key's events in order, from version `from` to the newest at the time of the call. The stream of a key without
-    /// events is empty.
+    /// Returns a key's events in order, from version `from` to the newest at the time of the call. The stream of a key
+    /// without events is empty.
     ///
     /// # Errors
     /// `BeyondRetention` with the earliest version held; the error of reading the log or asking the shard.
@@ -121,8 +121,8 @@ impl<A: Aggregate> Engine<A> {
         Stream::new(self.finder(shard), key, from, head)
     }
 
-    /// Returns all keys' events with a time in `[from, until)`: each shard's events in the order of its log, the shards merged
-    /// by time. [`Time::END`] as `until` means no end.
+    /// Returns all keys' events with a time in `[from, until)`: each shard's events in the order of its log, the shards
+    /// merged by time. [`Time::END`] as `until` means no end.
     #[must_use]
     pub fn events_between(&self, from: Time, until: Time) -> EventsBetween<A::Event> {
         EventsBetween::new(self.readers(), from, until)
@@ -141,8 +141,8 @@ impl<A: Aggregate> Engine<A> {
     /// current state.
     ///
     /// # Errors
-    /// `BeyondRetention` with the earliest version whose state can be restored; `NotYet` for a version that does not exist;
-    /// the error that reading met.
+    /// `BeyondRetention` with the earliest version whose state can be restored; `NotYet` for a version that does not
+    /// exist; the error that reading met.
     pub fn state_at(&self, key: Key, at: impl Into<AsOf>) -> Result<PastState<A>, HistoryError> {
         let shard = self.of(key);
         let at = at.into();
@@ -190,8 +190,8 @@ impl<A: Aggregate> Engine<A> {
         }
     }
 
-    /// Folds a key's state again from all of its events in the log, and returns it with its version. Uses a saved state only if
-    /// the log has lost its beginning.
+    /// Folds a key's state again from all of its events in the log, and returns it with its version. Uses a saved state
+    /// only if the log has lost its beginning.
     ///
     /// # Errors
     /// As [`Engine::state_at`].
@@ -224,8 +224,9 @@ impl<A: Aggregate> Engine<A> {
         Ok((state, version))
     }
 
-    /// Folds the whole log again and compares the result with the states in use: a dry run of a rebuild. Starts from the oldest
-    /// checkpoint if the log has lost its beginning. Needs memory for a second key table, one shard at a time.
+    /// Folds the whole log again and compares the result with the states in use: a dry run of a rebuild. Starts from
+    /// the oldest checkpoint if the log has lost its beginning. Needs memory for a second key table, one shard at a
+    /// time.
     ///
     /// # Errors
     /// The error that reading met; `Wait` if a shard has ended.
@@ -294,9 +295,9 @@ impl<A: Aggregate> Engine<A> {
         Ok(Comparison { keys: met.len() as u64, events: folder.sequence, differing })
     }
 
-    /// Folds the whole log again and passes every key's state to `show`, in no particular order. The states in use do not
-    /// change. (To put rebuilt states in use, increment [`Aggregate::STATE_VERSION`]: the next opening folds the log again.)
-    /// Starts from the oldest checkpoint if the log has lost its beginning.
+    /// Folds the whole log again and passes every key's state to `show`, in no particular order. The states in use do
+    /// not change. (To put rebuilt states in use, increment [`Aggregate::STATE_VERSION`]: the next opening folds the
+    /// log again.) Starts from the oldest checkpoint if the log has lost its beginning.
     ///
     /// # Errors
     /// The error that reading met.
@@ -336,7 +337,8 @@ impl<A: Aggregate> Engine<A> {
         Ok(folder)
     }
 
-    /// Loads the oldest checkpoint whose start the log still holds into `folder`, and returns a reader that starts there.
+    /// Loads the oldest checkpoint whose start the log still holds into `folder`, and returns a reader that starts
+    /// there.
     fn oldest_base(
         &self,
         id: ShardId,

@@ -84,12 +84,14 @@ pub type EventLog<E> = Engine<Stateless<E>>;
 
 /// An open store and its running threads: one per shard, one syncer per shard, and the background threads.
 ///
-/// Dropping it shuts it down. The drop waits at most ten seconds for events that a full disk keeps from being appended, and
-/// for a shard whose turn does not end. A drop on one of the engine's own threads (in an inline handler or a consumer's
-/// handler) does not wait; the engine then closes in the background.
+/// Dropping it shuts it down. The drop waits at most ten seconds for events that a full disk keeps from being appended,
+/// and for a shard whose turn does not end. A drop on one of the engine's own threads (in an inline handler or a
+/// consumer's handler) does not wait; the engine then closes in the background.
 ///
 /// ```
-/// use corelane::{Aggregate, Bounded, Config, Deadline, Emit, Engine, Event, EventType, EventTypeId, Key, Meta, Version};
+/// use corelane::{
+///     Aggregate, Bounded, Config, Deadline, Emit, Engine, Event, EventType, EventTypeId, Key, Meta, Version,
+/// };
 /// use rkyv::{Archive, Deserialize, Serialize};
 ///
 /// #[derive(Archive, Serialize, Deserialize, Bounded)]
@@ -165,8 +167,8 @@ impl<A: Aggregate> Engine<A> {
         &self.config
     }
 
-    /// Returns an entry point for one thread: a lane to every shard. There may be any number, created at any time; dropping
-    /// a producer ends its lanes.
+    /// Returns an entry point for one thread: a lane to every shard. There may be any number, created at any time;
+    /// dropping a producer ends its lanes.
     #[must_use]
     pub fn producer(&self) -> Producer<A::Event> {
         let lanes = self.shards.iter().map(|shard| {
@@ -237,8 +239,8 @@ impl<A: Aggregate> Engine<A> {
     /// Returns a reader of a shard's log that continues from a saved position.
     ///
     /// # Errors
-    /// `Position` if the position is from another log, or from another history of this one; `BeyondRetention`, or the error
-    /// that reading met.
+    /// `Position` if the position is from another log, or from another history of this one; `BeyondRetention`, or the
+    /// error that reading met.
     pub fn reader_from(&self, position: &Position) -> Result<Reader<A::Event>, ReadError> {
         let (shard, shards) = (position.shard(), self.shards.len());
         // A position in a shard that this store does not have is from another store, which any shard's log reports.
@@ -246,9 +248,9 @@ impl<A: Aggregate> Engine<A> {
         position.reader(log, &self.lock)
     }
 
-    /// Waits until everything accepted before this call is appended and durable, in every durability mode, together with
-    /// everything it depends on: if retention has freed events in `OsCache` mode, the checkpoint that stands for them
-    /// becomes durable first. If a shard fails, the others are still flushed.
+    /// Waits until everything accepted before this call is appended and durable, in every durability mode, together
+    /// with everything it depends on: if retention has freed events in `OsCache` mode, the checkpoint that stands for
+    /// them becomes durable first. If a shard fails, the others are still flushed.
     ///
     /// # Errors
     /// `ShardFailed` with the failure of the first shard that failed; `TimedOut` at `deadline`.
@@ -310,8 +312,9 @@ impl<A: Aggregate> Engine<A> {
     /// returns the same result.
     ///
     /// # Errors
-    /// The first shard's failure; `TimedOut` if the deadline passes first (the threads then keep running, and a later call
-    /// or the drop waits again); `OnEngineThread` on a thread of this engine or its consumers, and nothing is closed.
+    /// The first shard's failure; `TimedOut` if the deadline passes first (the threads then keep running, and a later
+    /// call or the drop waits again); `OnEngineThread` on a thread of this engine or its consumers, and nothing is
+    /// closed.
     pub fn shutdown(&self, deadline: impl Into<Deadline>) -> Result<(), WaitError> {
         let deadline = deadline.into().instant();
         if self.closing.is_own_thread() {

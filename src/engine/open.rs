@@ -30,7 +30,8 @@ pub(super) enum ManifestChange {
     NewStore,
 }
 
-/// Returns the store's manifest with the program's new event types added, or the manifest of a new store. Writes nothing.
+/// Returns the store's manifest with the program's new event types added, or the manifest of a new store. Writes
+/// nothing.
 pub(super) fn load_manifest<E: Event>(
     storage: &dyn Storage,
     config: &ValidConfig,
@@ -94,8 +95,8 @@ impl Repairs<'_> {
     ) -> Result<(), OpenError> {
         let Self { storage, dir, .. } = *self;
         if self.change == ManifestChange::NewStore {
-            // Folders, and their locks, before the manifest that promises them. A crash in between leaves empty folders,
-            // which the next attempt must accept.
+            // Folders, and their locks, before the manifest that promises them. A crash in between leaves empty
+            // folders, which the next attempt must accept.
             for shard in 0..self.manifest.shards {
                 let path = shard_dir(dir, ShardId(shard));
                 let created = storage.create_dir(&path);

@@ -6,14 +6,14 @@ use crate::event::{Key, Version};
 use crate::state::aggregate::Aggregate;
 
 impl<A: Aggregate> Engine<A> {
-    /// Runs `look` on a key's state and version, on the shard that owns the key, and returns its result. The state includes
-    /// every event whose receipt or answer says "appended". `look` runs between two batches and the shard waits for it, so
-    /// keep it short. A key without events has the default state and version 0.
+    /// Runs `look` on a key's state and version, on the shard that owns the key, and returns its result. The state
+    /// includes every event whose receipt or answer says "appended". `look` runs between two batches and the shard
+    /// waits for it, so keep it short. A key without events has the default state and version 0.
     ///
     /// # Errors
     /// `ShardFailed`; `Closed` after the engine was shut down; `QuestionPanicked` with the message if `look` panicked;
-    /// `OnEngineThread` on a shard's own thread (inline handlers, `decide`, views, another question), which would wait for
-    /// itself.
+    /// `OnEngineThread` on a shard's own thread (inline handlers, `decide`, views, another question), which would wait
+    /// for itself.
     pub fn ask<T, F>(&self, key: Key, look: F) -> Result<T, WaitError>
     where
         T: Send + 'static,

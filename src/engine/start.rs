@@ -1,15 +1,15 @@
-//! Opening an engine, in order: read everything, make the program's handlers and views, start the threads, repair, and only
-//! then run.
+//! Opening an engine, in order: read everything, make the program's handlers and views, start the threads, repair, and
+//! only then run.
 //!
-//! A store that is refused is left unchanged: everything that can fail comes before the first change, except for the changes
-//! themselves.
+//! A store that is refused is left unchanged: everything that can fail comes before the first change, except for the
+//! changes themselves.
 
 use std::sync::Arc;
 use std::time::Instant;
 
 use super::Engine;
 use super::background::{run_keeper, run_snapshotter, run_syncer};
-use super::build::{Built, Context, Own, own as own_of};
+use super::build::{Built, Context, ShardCode, shard_code};
 use super::closing::{Closing, ClosingShard};
 use super::gate_holds::GateHolds;
 use super::handle::Handle;
@@ -74,16 +74,17 @@ pub(super) fn start<A: Aggregate>(
     let mut lock = StoreLock::default();
     lock.take(&*storage, &config.dir)?;
     let mut inspected = Inspected::<A>::read(&storage, &config, &mut lock, &mut threads)?;
-    let own = inspected.recovered.iter().enumerate();
-    let own = own.map(|(i, recovered)| own_of(&config, &code.handlers, &code.views, ShardId(i as u16), recovered));
-    let own: Vec<Own<A>> = own.collect::<Result<_, _>>()?;
+    let shard_codes = inspected.recovered.iter().enumerate();
+    let shard_codes = shard_codes
+        .map(|(i, recovered)| shard_code(&config, &code.handlers, &code.views, ShardId(i as u16), recovered));
+    let shard_codes: Vec<ShardCode<A>> = shard_codes.collect::<Result<_, _>>()?;
     let mut crew = start_crew(&config, &mut threads)?;
     inspected.repair(&*storage, &config, &mut lock)?;
     let duration_ns = u64::try_from(began.elapsed().as_nanos()).unwrap_or(u64::MAX);
     let reports = inspected.recovered.iter().map(|shard| shard.report.clone()).collect();
     let recovery = RecoveryReport { shards: reports, duration_ns };
     let Inspected { manifest, recovered, consumers, holds, .. } = inspected;
-    let parts = Parts::build(&config, &storage, manifest.store_id, recovered, own);
+    let parts = Parts::build(&config, &storage, manifest.store_id, recovered, shard_codes);
     let (engine, loops) = parts.assemble(config, storage, Arc::new(lock), recovery, consumers);
     engine.hold(&holds.from);
     loops.run(&engine, &mut crew);
@@ -119,7 +120,8 @@ impl<A: Aggregate> Inspected<A> {
     }
 }
 
-/// Starts every thread that the engine needs. They wait for their work until [`Loops::run`] hands it out in the same order.
+/// Starts every thread that the engine needs. They wait for their work until [`Loops::run`] hands it out in the same
+/// order.
 fn start_crew(config: &ValidConfig, threads: &mut Threads) -> Result<Crew, OpenError> {
     let names = (0..config.shards).flat_map(|i| [format!("corelane-sync-{i}"), format!("corelane-shard-{i}")]);
     let names = ["corelane-keeper".into(), "corelane-save".into()].into_iter().chain(names);
@@ -147,7 +149,7 @@ impl<A: Aggregate> Parts<A> {
         storage: &Arc<dyn Storage>,
         store: u64,
         recovered: Vec<Recovered<A>>,
-        own: Vec<Own<A>>,
+        codes: Vec<ShardCode<A>>,
     ) -> Self {
         let signal = || Arc::new(Signal::new());
         let mut parts = Self {
@@ -171,9 +173,9 @@ impl<A: Aggregate> Parts<A> {
             snapshotter: &snapshotter,
             quarantine: &config.dir.join("quarantine"),
         };
-        for (i, (recovered, own)) in recovered.into_iter().zip(own).enumerate() {
+        for (i, (recovered, code)) in recovered.into_iter().zip(codes).enumerate() {
             let Built { handle, kept, snapshots, shared, shard, syncer } =
-                context.build(ShardId(i as u16), recovered, own);
+                context.build(ShardId(i as u16), recovered, code);
             parts.handles.push(handle);
             parts.shared_lanes.push(shared);
             parts.kept.push(kept);

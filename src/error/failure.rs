@@ -41,8 +41,8 @@ pub enum FailureCause {
         /// The text of the handler's error.
         error: String,
     },
-    /// After it was accepted, an event changed its type to one that its `TYPES` do not declare. It was not appended, because
-    /// it could not be read again.
+    /// After it was accepted, an event changed its type to one that its `TYPES` do not declare. It was not appended,
+    /// because it could not be read again.
     #[error("an accepted event of key {key} has type {event_type}, which its TYPES do not declare")]
     UndeclaredType {
         /// The key of the event.

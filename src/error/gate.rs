@@ -10,11 +10,12 @@ use super::{ConfigError, OpenError, ReadError, RejectedReason, WaitError};
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum GateError {
-    /// The first queued event cannot be published now, or the storage has no space for the gate's record (`StorageFull`).
+    /// The first queued event cannot be published now, or the storage has no space for the gate's record
+    /// (`StorageFull`).
     #[error(transparent)]
     Publish(RejectedReason),
-    /// The record of a gap, or of the start of a partition, could not be made durable, so nothing after it may be published.
-    /// This is final; open the gate again.
+    /// The record of a gap, or of the start of a partition, could not be made durable, so nothing after it may be
+    /// published. This is final; open the gate again.
     #[error("writing the gate's record {} failed; open the gate again", path.display())]
     GapRecord {
         /// The gate's file.

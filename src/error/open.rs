@@ -6,8 +6,8 @@ use std::path::PathBuf;
 use super::{CodePanic, ConfigError, Corruption};
 use crate::event::{EventTypeId, Offset, Root, ShardId};
 
-/// The reason why a store could not be opened. The store is unchanged, with one exception: an `Io` error of a repair, after
-/// the whole store was found valid (`action` names the repair). The next open continues the repairs.
+/// The reason why a store could not be opened. The store is unchanged, with one exception: an `Io` error of a repair,
+/// after the whole store was found valid (`action` names the repair). The next open continues the repairs.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum OpenError {
@@ -61,8 +61,9 @@ pub enum OpenError {
         /// The fingerprint of this build.
         known: u32,
     },
-    /// Archived events of the program have another size or alignment than those in the store, but an event type kept its
-    /// schema version, so its records would be misread. A changed size means that the layout of every event type has changed.
+    /// Archived events of the program have another size or alignment than those in the store, but an event type kept
+    /// its schema version, so its records would be misread. A changed size means that the layout of every event type
+    /// has changed.
     #[error(
         "archived events take {declared} bytes (aligned to {declared_align}), but {stored} (aligned to {stored_align}) in the store: event type {event_type} and all others need a new schema version and an upcaster"
     )]
@@ -120,8 +121,8 @@ pub enum OpenError {
         /// The id in the program.
         declared: EventTypeId,
     },
-    /// Retention has freed the beginning of the log, and no usable checkpoint holds the states at that point. The store still
-    /// opens without states, or after its damaged checkpoint is restored.
+    /// Retention has freed the beginning of the log, and no usable checkpoint holds the states at that point. The store
+    /// still opens without states, or after its damaged checkpoint is restored.
     #[error("shard {shard}: the log begins at offset {earliest}, and no usable checkpoint holds the states before it")]
     StatesLost {
         /// The shard.
@@ -146,8 +147,8 @@ pub enum OpenError {
         /// Its alignment in the program.
         declared_align: u16,
     },
-    /// A command was rejected by a program whose rejections have another size or alignment. If the command were repeated,
-    /// this program could not return the reason.
+    /// A command was rejected by a program whose rejections have another size or alignment. If the command were
+    /// repeated, this program could not return the reason.
     #[error(
         "shard {shard}: rejections take {stored} bytes (aligned to {stored_align}), the program's {declared} (aligned to {declared_align}): read them with Aggregate::upgrade_rejection"
     )]

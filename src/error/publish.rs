@@ -12,10 +12,12 @@ pub enum Rejected<E> {
     #[error("the lane is full")]
     Full(E),
     /// The lane is full because the shard waits for its storage: for space, or because quota, descriptors or memory are
-    /// exhausted ([`crate::metrics::ShardMetrics::storage_full_why`]). The shard continues by itself when they are available again.
+    /// exhausted ([`crate::metrics::ShardMetrics::storage_full_why`]). The shard continues by itself when they are available
+    /// again.
     #[error("the lane is full: the shard waits for storage (space, quota, descriptors or memory)")]
     StorageFull(E),
-    /// The call would wait for its own thread: an engine's thread, or the thread of the consumer it calls. Nothing was sent.
+    /// The call would wait for its own thread: an engine's thread, or the thread of the consumer it calls. Nothing was
+    /// sent.
     #[error("the call would wait for its own thread: make it on another thread")]
     OnEngineThread(E),
     /// The engine is closed, or is shutting down.

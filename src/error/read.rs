@@ -58,8 +58,8 @@ impl From<Corruption> for HistoryError {
     }
 }
 
-/// The reason why reading cannot continue from a saved position. The data saved with the position was made from other events
-/// than the log holds: the store or the data was restored from a copy, or they do not belong together.
+/// The reason why reading cannot continue from a saved position. The data saved with the position was made from other
+/// events than the log holds: the store or the data was restored from a copy, or they do not belong together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum PositionError {

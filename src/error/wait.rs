@@ -13,8 +13,8 @@ pub enum WaitError {
     /// The deadline passed. The operation may still complete.
     #[error("the deadline passed")]
     TimedOut,
-    /// A checkpoint could not be written; the program's log (`tracing`) gives the reason. The events it would have covered are
-    /// still in the store's log.
+    /// A checkpoint could not be written; the program's log (`tracing`) gives the reason. The events it would have
+    /// covered are still in the store's log.
     #[error("the checkpoint could not be written")]
     CheckpointFailed,
     /// The engine is closed.
@@ -23,8 +23,8 @@ pub enum WaitError {
     /// The question itself panicked, with this text. The shard continues.
     #[error("the question panicked: {0}")]
     QuestionPanicked(String),
-    /// The call would wait for its own thread: an engine's thread (inline handlers, `evolve`, `decide`, views, questions), or
-    /// the thread of the consumer that it waits for.
+    /// The call would wait for its own thread: an engine's thread (inline handlers, `evolve`, `decide`, views,
+    /// questions), or the thread of the consumer that it waits for.
     #[error("the call would wait for its own thread: make it on another thread")]
     OnEngineThread,
     /// The durability mode never syncs by itself. Call `flush`.

@@ -155,7 +155,7 @@ impl Future for Pending {
             return Poll::Ready(outcome);
         }
         self.register(context.waker());
-        // Again: the count may have been reached between the check and the registration.
+        // Check once more: the count may have been reached between the check and the registration.
         match self.outcome() {
             Some(outcome) => Poll::Ready(outcome),
             None => Poll::Pending,

@@ -650,6 +650,18 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn offsets_are_multiples_of_sixteen_up_to_the_end_of_the_last_segment() {
+        for at in [0, 16, HEADER_BYTES as u64, OFFSETS_END] {
+            assert!(is_offset(Offset(at)), "{at}");
+        }
+        for at in [1, HEADER_BYTES as u64 + 8, OFFSETS_END + 16, u64::MAX - 15] {
+            assert!(!is_offset(Offset(at)), "{at}");
+        }
+        let smallest = HEADER_BYTES as u64;
+        assert!(is_record_offset(Offset(smallest)) && !is_record_offset(Offset(smallest - 16)));
+    }
+
+    #[test]
     fn fingerprints_are_frozen() {
         let little = fingerprint(4, 1_u32.to_le_bytes(), 8);
         assert_golden("archive-fingerprint.bin", &little.to_le_bytes());

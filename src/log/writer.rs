@@ -86,7 +86,7 @@ pub(crate) const GROUP: usize = 4 * SIDE_BY_SIDE;
 
 /// Prefetch distance ahead of the next record, in bytes; two cache lines per record. Stores become visible in order, so
 /// a store to a line that is not in the cache holds up all stores after it.
-const NEAR_BYTES: usize = 2048;
+const PREFETCH_AHEAD_BYTES: usize = 2048;
 
 /// Appends records to one segment. All its state is local, so that the compiler can keep it in registers instead of
 /// reloading it after every store.
@@ -137,7 +137,7 @@ impl Appender<'_, '_> {
             self.seal();
         }
         let out = &mut self.open[self.at..];
-        if let Some(ahead) = out.get(NEAR_BYTES..NEAR_BYTES + 65) {
+        if let Some(ahead) = out.get(PREFETCH_AHEAD_BYTES..PREFETCH_AHEAD_BYTES + 65) {
             prefetch(&ahead[0]);
             prefetch(&ahead[64]);
         }

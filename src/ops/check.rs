@@ -1,7 +1,7 @@
 //! Checks a store's files from outside: finds everything that opening the store would refuse or report.
 //!
-//! A check takes no lock, changes no byte and may run beside a running engine. It reads the files with the decoders that
-//! opening uses. [`crate::log::scan`] reads the log's records.
+//! A check takes no lock, changes no byte and may run beside a running engine. It reads the files with the decoders
+//! that opening uses. [`crate::log::scan`] reads the log's records.
 
 use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
@@ -123,7 +123,8 @@ struct SavedFile {
 }
 
 impl SavedStates {
-    /// Reads every entry of every file. Call this before the log is read: the log then includes every event that the states do.
+    /// Reads every entry of every file. Call this before the log is read: the log then includes every event that the
+    /// states do.
     ///
     /// # Errors
     /// The error of the file system, or of a damaged span.
@@ -201,8 +202,8 @@ impl SavedStates {
         }
         if !has_beginning {
             problems.push(format!(
-                "shard {}: the log begins at {} and no undamaged checkpoint starts in it: earlier states are lost, and opening a \
-                 store with states is refused",
+                "shard {}: the log begins at {} and no undamaged checkpoint starts in it: earlier states are lost, and \
+                 opening a store with states is refused",
                 self.shard, self.earliest
             ));
         }
@@ -266,8 +267,8 @@ fn decode(bytes: &[u8], kind: Kind, of: (u64, ShardId)) -> Result<SavedFile, Unu
     Ok(SavedFile { path: PathBuf::new(), number: 0, header, log_end, end_check, head, newest })
 }
 
-/// Follows the records of a segment to `place`. Returns `None` if the segment was freed, has not begun, or is incomplete, which
-/// reading the log reports.
+/// Follows the records of a segment to `place`. Returns `None` if the segment was freed, has not begun, or is
+/// incomplete, which reading the log reports.
 fn led_to(store: &Store, shard: ShardId, place: Offset) -> Result<Option<Result<Boundary, NoBoundary>>, OpenError> {
     // The end of a segment filled to its last byte still belongs to that segment.
     let index = place.get().saturating_sub(1) / store.segment_bytes();

@@ -107,7 +107,7 @@ mod tests {
         assert!(matches!(boundary_at(&whole, &header, end + 16), Err(NoBoundary::Broken(at, _)) if at == end));
         whole[ends[1] + 10] ^= 1;
         assert_eq!(boundary_at(&whole, &header, ends[1]), expected[1]);
-        let why = "a record's CRC does not hold";
+        let why = "checksum mismatch in a record";
         assert_eq!(boundary_at(&whole, &header, ends[2]), Err(NoBoundary::Broken(ends[1], why)));
     }
 }

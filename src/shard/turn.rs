@@ -261,9 +261,9 @@ impl<A: Aggregate> Shard<A> {
         (self.core.is_stalled && !self.core.writer.segment_ready()) || self.core.handlers.is_waiting_for_storage()
     }
 
-    /// As `has_work`, for a shard whose inbox is closed.
+    /// Returns `true` if a closed shard has work: events that it can append, or states to save.
     pub(crate) fn has_work_to_finish(&self) -> bool {
-        // The segment that it waits for may be one that retention frees once the states are saved.
+        // The segment that the events wait for may be one that retention frees once the states are saved.
         self.can_append() || self.core.taker.has_work()
     }
 

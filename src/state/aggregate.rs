@@ -1,7 +1,7 @@
 //! Aggregates: the state of a key, the one function that changes it, and its rules. The application writes them.
 //!
-//! One writer: [`Aggregate::evolve`]. It runs on the shard that owns the key. Recovery, rebuilding, snapshots, time travel and
-//! views get their states from the same function, run over the log.
+//! One writer: [`Aggregate::evolve`]. It runs on the shard that owns the key. Recovery, rebuilding, snapshots, time
+//! travel and views get their states from the same function, run over the log.
 
 use std::convert::Infallible;
 use std::fmt;
@@ -14,7 +14,8 @@ use rkyv::{Archive, Deserialize, Serialize};
 use crate::bounded::Bounded;
 use crate::event::{Correlation, Encode, Event, Key, Meta, Time, Version};
 
-/// A type that can be archived to disk and restored. Implemented for every suitable rkyv type; do not implement it by hand.
+/// A type that can be archived to disk and restored. Implemented for every suitable rkyv type; do not implement it by
+/// hand.
 pub trait Stored: Encode + Clone + Send + 'static {
     /// Restores a value from its archive, which begins at a multiple of 16, after validating every byte.
     ///
@@ -89,40 +90,42 @@ pub trait Aggregate: Default + Stored {
     /// The reason why a command is not carried out.
     type Rejection: Stored + fmt::Debug;
 
-    /// Version of the archived layout of `Self`. Increment it when the layout changes, or when `evolve` makes other states of
-    /// old events: snapshots of other versions are then ignored, and their states are folded again from the log. Saved states
-    /// of another size or alignment are ignored in any case. Swapping two fields of one type changes neither size nor alignment.
+    /// Version of the archived layout of `Self`. Increment it when the layout changes, or when `evolve` makes other
+    /// states of old events: snapshots of other versions are then ignored, and their states are folded again from the
+    /// log. Saved states of another size or alignment are ignored in any case. Swapping two fields of one type changes
+    /// neither size nor alignment.
     const STATE_VERSION: u16 = 1;
 
-    /// Applies one event to the state. It must be deterministic and must depend on nothing but its arguments: it runs when the
-    /// event is appended and again whenever the state is rebuilt. `meta.version` is the event's number in its key;
-    /// `meta.sequence` is always [`crate::Sequence::UNKNOWN`] here, because a key's history is read without its neighbours.
+    /// Applies one event to the state. It must be deterministic and must depend on nothing but its arguments: it runs
+    /// when the event is appended and again whenever the state is rebuilt. `meta.version` is the event's number in its
+    /// key; `meta.sequence` is always [`crate::Sequence::UNKNOWN`] here, because a key's history is read without its
+    /// neighbours.
     ///
-    /// A panic stops the shard, and the event does not become part of the log. When the event is read again, a panic is an
-    /// error: `OpenError::Panicked`, which leaves the store unchanged, or `HistoryError::Panicked`. Calls that would wait for
-    /// the engine are refused here, as in [`crate::Handler`].
+    /// A panic stops the shard, and the event does not become part of the log. When the event is read again, a panic is
+    /// an error: `OpenError::Panicked`, which leaves the store unchanged, or `HistoryError::Panicked`. Calls that would
+    /// wait for the engine are refused here, as in [`crate::Handler`].
     fn evolve(&mut self, event: &<Self::Event as Archive>::Archived, meta: &Meta);
 
-    /// Decides on a command: emits the events that carry it out, or rejects it. Runs on the shard that owns the key, against
-    /// its current state, so no other event can come between the decision and its events. It may read other inputs (a clock,
-    /// a view), because a decision is never repeated. Calls that would wait for the engine are refused, as in
-    /// [`crate::Handler`].
+    /// Decides on a command: emits the events that carry it out, or rejects it. Runs on the shard that owns the key,
+    /// against its current state, so no other event can come between the decision and its events. It may read other
+    /// inputs (a clock, a view), because a decision is never repeated. Calls that would wait for the engine are
+    /// refused, as in [`crate::Handler`].
     ///
     /// # Errors
     /// The reason for rejecting the command. None of its events is appended then.
     fn decide(&self, command: Self::Command, emit: &mut Emit<Self::Event>) -> Result<(), Self::Rejection>;
 
-    /// Converts a state that was archived under another [`Aggregate::STATE_VERSION`]. `None` means that the saved state cannot
-    /// be used and the state is folded again from the log.
+    /// Converts a state that was archived under another [`Aggregate::STATE_VERSION`]. `None` means that the saved state
+    /// cannot be used and the state is folded again from the log.
     #[must_use]
     fn upgrade(state_version: u16, archived: &[u8]) -> Option<Self> {
         let _unused = (state_version, archived);
         None
     }
 
-    /// Converts a rejection whose archive has another size or alignment than the program's. The engine keeps the rejections of
-    /// commands that carry an idempotency key. `None` means that the rejection cannot be read: opening the store is then
-    /// refused ([`crate::OpenError::RejectionLayout`]).
+    /// Converts a rejection whose archive has another size or alignment than the program's. The engine keeps the
+    /// rejections of commands that carry an idempotency key. `None` means that the rejection cannot be read: opening
+    /// the store is then refused ([`crate::OpenError::RejectionLayout`]).
     #[must_use]
     fn upgrade_rejection(archived: &[u8]) -> Option<Self::Rejection> {
         let _unused = archived;
@@ -130,8 +133,8 @@ pub trait Aggregate: Default + Stored {
     }
 }
 
-/// The state of keys that have none. Its engine, [`crate::EventLog`], carries events and keeps versions and chains, and folds
-/// nothing.
+/// The state of keys that have none. Its engine, [`crate::EventLog`], carries events and keeps versions and chains, and
+/// folds nothing.
 #[derive(Archive, Serialize, Deserialize, Bounded)]
 pub struct Stateless<E>(PhantomData<fn() -> E>);
 

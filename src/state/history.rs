@@ -1,8 +1,8 @@
 //! History: a key's events one by one, all keys' events of a time span, and a key's state at any time.
 //!
-//! Everything here reads the log in place, on the caller's thread, while the shard keeps working. Memory is bounded however
-//! long a history is: a key's chain leads backwards, so a first walk notes where each part of it begins, and the events are
-//! then read part by part.
+//! Everything here reads the log in place, on the caller's thread, while the shard keeps working. Memory is bounded
+//! however long a history is: a key's chain leads backwards, so a first walk notes where each part of it begins, and
+//! the events are then read part by part.
 
 use crate::error::{CodePanic, HistoryError, PanickedEvent, ReadError, guard};
 use crate::event::{Event, EventType, Key, Offset, Sequence, ShardId, Time, Version};
@@ -18,8 +18,8 @@ use crate::state::snapshot::store::{Saved, SnapshotStore};
 pub enum AsOf {
     /// After the key's event with this version; 0 is before its first event.
     Version(Version),
-    /// Before the key's first event that is later than this. (An event that is earlier than its predecessor comes after it all
-    /// the same.)
+    /// Before the key's first event that is later than this. (An event that is earlier than its predecessor comes after
+    /// it all the same.)
     Time(Time),
 }
 
@@ -141,8 +141,8 @@ impl<E: Event> Stream<E> {
     /// Returns the next event, or `None` at the end. Its `meta.sequence` is [`Sequence::UNKNOWN`].
     ///
     /// # Errors
-    /// `BeyondRetention` if retention has freed the event meanwhile; `Corruption` if bytes that an earlier process wrote are
-    /// damaged. The stream does not move on: the next call returns the same error, never a later event.
+    /// `BeyondRetention` if retention has freed the event meanwhile; `Corruption` if bytes that an earlier process
+    /// wrote are damaged. The stream does not move on: the next call returns the same error, never a later event.
     #[expect(clippy::should_implement_trait, reason = "lends from the stream, which Iterator cannot")]
     pub fn next(&mut self) -> Result<Option<Record<'_, E>>, ReadError> {
         if self.next > self.until {
@@ -208,8 +208,8 @@ impl<E: Event> EventsBetween<E> {
     /// Returns the next event of the span, or `None` at the end of the log; call it again later for more.
     ///
     /// # Errors
-    /// As [`Reader::next`]. An error in one shard's log also holds back the other shards' events, because their order is not
-    /// known.
+    /// As [`Reader::next`]. An error in one shard's log also holds back the other shards' events, because their order
+    /// is not known.
     #[expect(clippy::should_implement_trait, reason = "lends from the readers, which Iterator cannot")]
     pub fn next(&mut self) -> Result<Option<Record<'_, E>>, ReadError> {
         let (from, until) = (self.from, self.until);
@@ -249,9 +249,9 @@ pub(crate) fn count<E: Event>(readers: Vec<Reader<E>>) -> Result<Counts, ReadErr
     Ok(Counts { events: by_type.iter().map(|(_, count)| count).sum(), by_type })
 }
 
-/// Returns a key's state at a moment: the nearest saved state before it, with the events between applied. `head` returns the
-/// key's newest event; it is called only if no state is saved after that moment. `checkpoints` adds the states that checkpoints
-/// saved, which are needed if the log has lost its beginning.
+/// Returns a key's state at a moment: the nearest saved state before it, with the events between applied. `head`
+/// returns the key's newest event; it is called only if no state is saved after that moment. `checkpoints` adds the
+/// states that checkpoints saved, which are needed if the log has lost its beginning.
 pub(crate) fn state_at<A: Aggregate>(
     store: &SnapshotStore,
     finder: &mut Finder,

@@ -1,13 +1,13 @@
 //! The key table of one shard: each key's version, the head of its chain, and its state. One writer: the owning shard.
 //!
-//! The table has 64 open-addressing parts, chosen by the hash's low bits. Each part grows alone, so the longest pause of a
-//! growing table is 1/64 of a rehash. A part's slots form groups of eight. A separate array holds one word of tags per group:
-//! eight bits of the hash of each slot in use. The tags of a million keys fit into a core's cache, and they identify the one
-//! slot worth loading from memory. So a key costs one cache line: its slot takes 32 bytes without a state, and 64 with a state
-//! of 32 bytes.
+//! The table has 64 open-addressing parts, chosen by the hash's low bits. Each part grows alone, so the longest pause
+//! of a growing table is 1/64 of a rehash. A part's slots form groups of eight. A separate array holds one word of tags
+//! per group: eight bits of the hash of each slot in use. The tags of a million keys fit into a core's cache, and they
+//! identify the one slot worth loading from memory. So a key costs one cache line: its slot takes 32 bytes without a
+//! state, and 64 with a state of 32 bytes.
 //!
-//! A turn looks up the tags of later events ([`KeyTable::look`]) before it appends earlier ones, which prefetches their slots:
-//! with a million keys the turn would otherwise wait for every slot.
+//! A turn looks up the tags of later events ([`KeyTable::look`]) before it appends earlier ones, which prefetches their
+//! slots: with a million keys the turn would otherwise wait for every slot.
 
 use crate::event::{Key, KeyHash, Offset, Time, Version};
 use crate::sync::{plant, prefetch_at};
@@ -117,7 +117,8 @@ impl<S: Default> KeyTable<S> {
         Seen::new(group, within)
     }
 
-    /// Returns the slot of `key` for its next event; a new key's slot has version 0. `seen` is the result of [`KeyTable::look`].
+    /// Returns the slot of `key` for its next event; a new key's slot has version 0. `seen` is the result of
+    /// [`KeyTable::look`].
     #[inline(always)]
     pub(crate) fn slot(&mut self, key: Key, hash: KeyHash, seen: Seen) -> &mut Slot<S> {
         let number = part_of(hash);
@@ -158,8 +159,9 @@ impl<S: Default> KeyTable<S> {
         self.0.iter().flat_map(|part| slots(part, 0, part.groups.len() * GROUP))
     }
 
-    /// Returns the keys in the next `count` slots of a walk, and the rest of the walk; `None` at the table's end. A walk visits
-    /// every key even if the table grows meanwhile: it starts a part that has grown over again, so its keys may come twice.
+    /// Returns the keys in the next `count` slots of a walk, and the rest of the walk; `None` at the table's end. A
+    /// walk visits every key even if the table grows meanwhile: it starts a part that has grown over again, so its keys
+    /// may come twice.
     pub(crate) fn walk(&self, at: Walk, count: usize) -> (impl Iterator<Item = &Slot<S>>, Option<Walk>) {
         let part = &self.0[at.part];
         let all = part.groups.len() * GROUP;
@@ -228,9 +230,9 @@ fn grow<S: Default>(part: &mut Part<S>) {
     }
 }
 
-// The part uses the lowest bits of the hash, the tag the eight above, and the group, by multiply-high, the highest. They are
-// independent of each other up to 2²⁷ keys per shard. The hash is keyed: the routing hash is public, and with it an attacker
-// could choose keys that collide.
+// The part uses the lowest bits of the hash, the tag the eight above, and the group, by multiply-high, the highest.
+// They are independent of each other up to 2²⁷ keys per shard. The hash is keyed: the routing hash is public, and with
+// it an attacker could choose keys that collide.
 #[inline]
 fn part_of(hash: KeyHash) -> usize {
     hash.0 as usize % PARTS

@@ -1,5 +1,5 @@
-//! An aggregate is the state of one key and its rules. The engine folds the key's events into it, saves it, shows it as it was
-//! at any time, and feeds views with it.
+//! An aggregate is the state of one key and its rules. The engine folds the key's events into it, saves it, shows it as
+//! it was at any time, and feeds views with it.
 
 pub(crate) mod aggregate;
 pub(crate) mod history;

@@ -1,4 +1,5 @@
-//! Outcomes of commands with idempotency keys: the newest `outcomes_kept` of every key. One writer: the shard that owns the key.
+//! Outcomes of commands with idempotency keys: the newest `outcomes_kept` of every key. One writer: the shard that owns
+//! the key.
 
 use std::collections::VecDeque;
 
@@ -72,8 +73,8 @@ impl<R> Outcomes<R> {
     }
 }
 
-/// Decodes a rejection whose archive has this root, or converts it from an older layout. Returns `None` if it is not valid, or
-/// of a layout that the program cannot read.
+/// Decodes a rejection whose archive has this root, or converts it from an older layout. Returns `None` if it is not
+/// valid, or of a layout that the program cannot read.
 pub(crate) fn rejection<A: Aggregate>(root: Root, archive: &[u8]) -> Option<A::Rejection> {
     if root == Root::of::<A::Rejection>() { A::Rejection::decode(archive).ok() } else { A::upgrade_rejection(archive) }
 }

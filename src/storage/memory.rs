@@ -153,11 +153,11 @@ impl Memory {
         let start = range.start / page * page;
         let end = range.end.next_multiple_of(page).min(self.bytes);
         if self.small_pages {
-            // Whole pages below the end are not written any more. Unmapping them all at once needs one TLB flush on the
-            // other cores; the sync would need one for every page it cleans. Later reads find the pages in the page
-            // cache.
+            // Whole pages below the end are not written any more. Dropping their page-table entries all at once needs one
+            // TLB flush on the other cores; the sync would need one for every page it cleans. Later reads find the pages
+            // in the page cache.
             if let Err(error) = self.advise(start..range.end / page * page, rustix::mm::Advice::LinuxDontNeed) {
-                tracing::debug!(%error, "synced pages stay mapped");
+                tracing::debug!(%error, "synced pages stay in the page tables");
             }
         }
         // SAFETY: start <= end <= bytes, so the pointer stays inside the memory.

@@ -1,5 +1,5 @@
-//! Access to the hot path for `benches/`: thin wrappers without logic of their own. Not part of the API: everything here may
-//! change at any time.
+//! Access to the hot path for `benches/`: thin wrappers without logic of their own. Not part of the API: everything
+//! here may change at any time.
 
 use std::io;
 use std::marker::PhantomData;

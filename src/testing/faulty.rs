@@ -1,6 +1,7 @@
 //! A disk in memory that fails on demand: the faulty twin of the file system.
 //!
-//! It keeps live content (written) apart from durable content (synced). A crash discards the difference, as a power cut does.
+//! It keeps live content (written) apart from durable content (synced). A crash discards the difference, as a power cut
+//! does.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -25,8 +26,8 @@ impl<A: Aggregate> Builder<A> {
 
 /// A disk in memory that fails on demand. Clones are the same disk.
 ///
-/// It keeps live content (written) apart from durable content (synced). [`FaultyStorage::crash`] discards the difference, as a
-/// power cut does; [`FaultyStorage::fail_sync`] makes the n-th sync fail.
+/// It keeps live content (written) apart from durable content (synced). [`FaultyStorage::crash`] discards the
+/// difference, as a power cut does; [`FaultyStorage::fail_sync`] makes the n-th sync fail.
 ///
 /// ```
 /// use corelane::envelope::Envelope;
@@ -82,8 +83,8 @@ impl Disk {
     }
 }
 
-/// Live content, durable content, and `true` if a sync has something to write. A failed sync clears the flag too: later syncs
-/// write nothing until the file is written again.
+/// Live content, durable content, and `true` if a sync has something to write. A failed sync clears the flag too: later
+/// syncs write nothing until the file is written again.
 type Content = (Vec<u8>, Vec<u8>, bool);
 
 #[derive(Debug, Clone)]
@@ -118,8 +119,8 @@ impl FaultyStorage {
         Self::default()
     }
 
-    /// Simulates a power cut: unsynced bytes are lost or, sector by sector, kept at random. The engine that used the disk must
-    /// be gone.
+    /// Simulates a power cut: unsynced bytes are lost or, sector by sector, kept at random. The engine that used the
+    /// disk must be gone.
     pub fn crash(&self, unsynced: Unsynced) {
         let mut disk = lock(&self.0);
         let mut random = unsynced.seed();
@@ -131,8 +132,8 @@ impl FaultyStorage {
         disk.boot += 1;
     }
 
-    /// Returns the disk that a power cut at this moment would leave. This disk and its engine continue unharmed; nothing may be
-    /// appended during the call.
+    /// Returns the disk that a power cut at this moment would leave. This disk and its engine continue unharmed;
+    /// nothing may be appended during the call.
     #[must_use]
     pub fn after_crash(&self, unsynced: Unsynced) -> Self {
         // Locked to the end: the running engine's keeper renames and blanks segments at any time.
@@ -144,8 +145,8 @@ impl FaultyStorage {
         Self(Arc::new(Mutex::new(Disk { durable_names: files.clone(), files, boot, ..Disk::default() })))
     }
 
-    /// Simulates that nothing was ever synced: no name is durable, and no byte of the files that `grows` accepts. (Pass the files
-    /// that grow in place; files that are replaced as a whole keep their content.)
+    /// Simulates that nothing was ever synced: no name is durable, and no byte of the files that `grows` accepts. (Pass
+    /// the files that grow in place; files that are replaced as a whole keep their content.)
     pub fn forget_syncs(&self, grows: impl Fn(&Path) -> bool) {
         let mut disk = lock(&self.0);
         disk.durable_names.clear();
@@ -209,8 +210,8 @@ impl FaultyStorage {
         disk.exhausted.is_some_and(|(from, _)| disk.operations >= from)
     }
 
-    /// Takes the disk away before the `n`-th operation or sync from now (1 is the next). That one and all later ones fail, and
-    /// the content stays as it is until a crash.
+    /// Takes the disk away before the `n`-th operation or sync from now (1 is the next). That one and all later ones
+    /// fail, and the content stays as it is until a crash.
     pub fn be_gone(&self, n: u64) {
         let mut disk = lock(&self.0);
         disk.gone_at = Some(disk.operations + disk.syncs + n);
@@ -221,8 +222,8 @@ impl FaultyStorage {
         lock(&self.0).side_files_refused = refused;
     }
 
-    /// Ends every failure. A disk that was gone comes back with its live content. [`FaultyStorage::be_gone`] followed by this
-    /// simulates a killed process, whose unsynced bytes the operating system still has.
+    /// Ends every failure. A disk that was gone comes back with its live content. [`FaultyStorage::be_gone`] followed
+    /// by this simulates a killed process, whose unsynced bytes the operating system still has.
     pub fn heal(&self) {
         let mut disk = lock(&self.0);
         (disk.fail_sync_at, disk.fail_operation_at, disk.gone_at) = (None, None, None);

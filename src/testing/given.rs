@@ -1,7 +1,7 @@
 //! Tests of an aggregate without an engine: given these events, when this command, then those events.
 //!
-//! Events are treated as on a shard: archived, and folded in place with a `Meta` whose version grows; events of older layouts
-//! pass their upcasters. Only the log is missing.
+//! Events are treated as on a shard: archived, and folded in place with a `Meta` whose version grows; events of older
+//! layouts pass their upcasters. Only the log is missing.
 
 use std::fmt::{Debug, Write as _};
 
@@ -112,7 +112,8 @@ impl<A: Aggregate> Given<A> {
         self
     }
 
-    /// Sets the time for decisions, and for the events that follow and carry no time of their own. Default: 14 November 2023.
+    /// Sets the time for decisions, and for the events that follow and carry no time of their own. Default: 14 November
+    /// 2023.
     #[must_use]
     pub fn at(mut self, now: Time) -> Self {
         self.now = now;

@@ -543,8 +543,6 @@ fn a_sink_begins_where_it_was_registered_and_cannot_begin_again_once_that_is_fre
     let failure = report.failure.expect("the failure is shown");
     assert!(matches!(failure.error(), ConsumerError::BeginningGone { .. }), "{failure}");
     engine.remove_consumer("sink").unwrap();
-    assert!(
-        builder().start_sink(100, database()).unwrap().drain(soon()),
-        "registered again, the sink begins with the earliest event"
-    );
+    // Registered again, the sink begins with the earliest event.
+    builder().start_sink(100, database()).unwrap().drain(soon()).unwrap();
 }

@@ -425,6 +425,7 @@ fn in_its_own_handler(place: CallSite) -> BTreeMap<&'static str, &'static str> {
         "Engine::publish_sync",
         "Engine::shutdown",
         "Engine::shutdown (until)",
+        "Engine::drain_consumers",
         "Consumer::seek",
         "Consumer::wait_handled",
         "Consumer::drain",
@@ -453,8 +454,7 @@ fn in_its_own_handler(place: CallSite) -> BTreeMap<&'static str, &'static str> {
 /// engine's end.
 fn in_a_sink() -> BTreeMap<&'static str, &'static str> {
     let word = |name: &'static str, word: &'static str| match name {
-        "Engine::shutdown" | "Engine::shutdown (until)" => "OnEngineThread",
-        "Consumer::drain" => "true",
+        "Engine::shutdown" | "Engine::shutdown (until)" | "Engine::drain_consumers" => "OnEngineThread",
         // No such event exists, so the call waits until its deadline.
         "Consumer::wait_handled" => "TimedOut",
         _ if ["false", "AlreadyRunning", "1"].contains(&word) => word,

@@ -3,37 +3,31 @@
 use std::time::{Duration, Instant};
 
 use crate::counting;
-use corelane::consumer::{KeyQueues, QueuePolicy, Verdict};
+use corelane::bench_support::{QueuedEvent, Queues};
+use corelane::consumer::QueuePolicy;
 use corelane::ingress::{GatePolicy, Offered, SequenceGate};
 use corelane::{Key, Offset};
 
 const KEYS: u64 = 1_000_000;
 const SECOND: Duration = Duration::from_secs(1);
 
-fn offer_all(queues: &mut KeyQueues, from: u64) {
+fn offer_all(queues: &mut Queues, from: u64) {
     for n in 0..KEYS {
-        queues.offer(Key::new(n), Offset(from + n)).unwrap();
+        queues.offer(Key::new(n), Offset(from + n));
     }
 }
 
-/// Runs every event that may run and ends it as `verdict` says. Returns the number of runs.
-fn run_all(queues: &mut KeyQueues, now: Duration, verdict: Option<Verdict>) -> u64 {
-    let mut runs = 0;
+/// Takes every event that may run and ends each with `end`. Returns their number.
+fn run_all(queues: &mut Queues, now: Duration, end: impl Fn(&mut Queues, QueuedEvent)) -> u64 {
+    let mut events = 0;
     loop {
         let ticked = queues.tick(now);
-        while let Some(run) = queues.next() {
-            runs += 1;
-            match verdict {
-                None => queues.succeeded(run),
-                Some(verdict) => {
-                    if let Some(record) = queues.failed(run, verdict, now) {
-                        queues.recorded(record);
-                    }
-                }
-            }
+        while let Some(event) = queues.next() {
+            events += 1;
+            end(queues, event);
         }
         if ticked == 0 {
-            return runs;
+            return events;
         }
     }
 }
@@ -42,32 +36,32 @@ fn run_all(queues: &mut KeyQueues, now: Duration, verdict: Option<Verdict>) -> u
 fn a_million_keys_wait_or_are_parked_in_bounded_memory() {
     let policy = QueuePolicy::default().unfinished_max(1 << 20).keys_max(1 << 20).concurrency(64);
     let before = counting::thread_bytes();
-    let mut queues = KeyQueues::new(policy, Offset(0)).unwrap();
+    let mut queues = Queues::new(policy);
     let began = Instant::now();
 
     offer_all(&mut queues, 0);
     // The retries spread over a second, as with jitter.
     for n in 0..KEYS {
-        let run = queues.next().unwrap();
+        let event = queues.next().unwrap();
         let after = Duration::from_nanos(Key::new(n).hash() % 1_000_000_000);
-        queues.failed(run, Verdict::Retry { after }, Duration::ZERO);
+        queues.retry(event, after, Duration::ZERO);
     }
-    assert_eq!(queues.statistics().waiting as u64, KEYS);
+    assert_eq!(queues.waiting() as u64, KEYS);
     let retrying_bytes = (counting::thread_bytes() - before) as u64;
 
-    assert_eq!(run_all(&mut queues, SECOND, Some(Verdict::Park)), KEYS);
-    assert_eq!((queues.statistics().keys as u64, queues.statistics().unfinished), (KEYS, 0));
-    assert_eq!(queues.checkpoint(), Offset(KEYS - 1), "the position passes all but the last event");
+    assert_eq!(run_all(&mut queues, SECOND, |queues, event| queues.park(event, SECOND)), KEYS);
+    assert_eq!((queues.keys() as u64, queues.unfinished()), (KEYS, 0));
+    assert_eq!(queues.position(), Offset(KEYS - 1), "the position passes all but the last event");
 
     // Unparks every key and repeats all of it: the memory is reused.
     for n in 0..KEYS {
-        assert_eq!(queues.unpark(Key::new(n), 1), Ok(0));
+        assert_eq!(queues.unpark(Key::new(n)), 0);
     }
-    assert_eq!(queues.statistics().keys, 0);
+    assert_eq!(queues.keys(), 0);
     offer_all(&mut queues, KEYS);
-    let retry = Verdict::Retry { after: SECOND };
-    assert_eq!(run_all(&mut queues, Duration::ZERO, Some(retry)), KEYS);
-    assert_eq!(run_all(&mut queues, SECOND, None), KEYS);
+    let retry = |queues: &mut Queues, event| queues.retry(event, SECOND, Duration::ZERO);
+    assert_eq!(run_all(&mut queues, Duration::ZERO, retry), KEYS);
+    assert_eq!(run_all(&mut queues, SECOND, Queues::succeeded), KEYS);
     let after_bytes = (counting::thread_bytes() - before) as u64;
     assert!(after_bytes <= retrying_bytes, "{after_bytes} bytes after {retrying_bytes}");
     let took = began.elapsed();
@@ -75,9 +69,9 @@ fn a_million_keys_wait_or_are_parked_in_bounded_memory() {
     assert_eq!(counting::thread_bytes(), before);
 
     // Only parked keys, as after a restart.
-    let mut queues = KeyQueues::new(QueuePolicy::default(), Offset(0)).unwrap();
+    let mut queues = Queues::new(QueuePolicy::default());
     for n in 0..KEYS {
-        queues.restore_parked(Key::new(n), 1).unwrap();
+        queues.restore_parked(Key::new(n));
     }
     let parked_bytes = (counting::thread_bytes() - before) as u64;
     let (retrying, parked) = (retrying_bytes / KEYS, parked_bytes / KEYS);

@@ -1,6 +1,4 @@
 //! `#[derive(Event)]`: the types it declares, and the older layouts that it reads.
-#![expect(clippy::unwrap_used, reason = "a test may unwrap")]
-
 use corelane::event::{Correlation, Upcaster, deserialize};
 use corelane::{Bounded, Config, Deadline, Event, EventLog, EventType, EventTypeId, Key, ShardId, Stored, Time};
 use rkyv::{Archive, Deserialize, Serialize};

@@ -4,6 +4,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod derived_events;
 mod given;
 mod sentinels;
 mod state_checkpoints;

@@ -154,7 +154,7 @@ const TOTALS: u8 = 7;
 #[derive(Debug)]
 pub(super) struct EntryBatch {
     bytes: Vec<u8>,
-    /// Where the first entry begins: behind the file's header, if there is one.
+    /// Where the first entry begins: after the file's header, if the buffer has one.
     begun: usize,
     /// Where the last entry begins.
     last: usize,
@@ -177,7 +177,7 @@ impl EntryBatch {
         self.number
     }
 
-    /// Begins the next batch, behind this one, which is written.
+    /// Begins the next batch after this one is written.
     pub(super) fn begin_next(&mut self) {
         *self = Self::new(self.file, self.at + self.bytes.len() as u64, self.number + 1, &[]);
     }

@@ -28,7 +28,7 @@ pub enum Accepted<E> {
     TooOld(LateEvent<E>),
 }
 
-/// An event that came after its turn. [`GatedProducer::publish_late`](crate::GatedProducer::publish_late) publishes it
+/// An event that came after its turn. [`GatedProducer::publish_late`](crate::ingress::GatedProducer::publish_late) publishes it
 /// out of order.
 #[non_exhaustive]
 pub struct LateEvent<E> {
@@ -58,7 +58,8 @@ pub enum GateRefused<E> {
     /// The gate has no room for the early event, or its sequence is too far ahead.
     #[error(transparent)]
     Gate(OfferRefused<E>),
-    /// The front cannot be published now; or the event itself can never be published, such as one that is too large.
+    /// An earlier event cannot be published now; or the event itself can never be published, because it is too large or
+    /// of an undeclared type.
     #[error(transparent)]
     Publish(Rejected<E>),
     /// The gate has stopped. Offering again does not help.

@@ -1,6 +1,6 @@
 //! The files of a gate: the record of its gaps and starts, the witness of that record, and its positions in the log. `FORMAT.md` §19.
 //!
-//! One writer: the gate's owner. An entry of the record is synced before any event behind it is published. The witness names the
+//! One writer: the gate's owner. An entry of the record is synced before any later event is published. The witness names the
 //! entries that must exist, so a lost entry is noticed. The positions are a cache.
 
 use std::io;
@@ -196,7 +196,7 @@ impl GateFiles {
     }
 
     /// Reads the record and checks it against its witness. Returns `None` if the gate has no record yet.
-    fn find(&self) -> Result<Option<GateRecord>, OpenError> {
+    fn load_record(&self) -> Result<Option<GateRecord>, OpenError> {
         // The witness first: it names only entries that are in the record already, also while a gate is writing.
         let witness = self.read(WITNESS)?;
         let missing = |name: &str, why| Err(OpenError::DamagedFile { path: self.dir.join(name), at: 0, why });
@@ -226,18 +226,18 @@ impl GateFiles {
 
     /// Returns the recorded gaps, without a torn one.
     pub(crate) fn gaps(&self) -> Result<Vec<Gap>, OpenError> {
-        let entries = self.find()?.map(|found| found.entries).unwrap_or_default();
+        let entries = self.load_record()?.map(|found| found.entries).unwrap_or_default();
         let gap = |entry| if let Entry::Gap(gap) = entry { Some(gap) } else { None };
         Ok(entries.into_iter().filter_map(gap).collect())
     }
 
     /// Opens the record for writing and returns its entries, or `None` if it is new.
     ///
-    /// A torn tail is cut: its entry was not durable, so no event behind it was published. The valid bytes are written again and
+    /// A torn tail is cut: its entry was not durable, so no later event was published. The valid bytes are written again and
     /// synced before they are trusted: after a kill they may be only in the system's cache, and after a failed sync the cache may
     /// mark them as written.
     pub(crate) fn open(&mut self) -> Result<Option<Recorded>, OpenError> {
-        let found = self.find()?;
+        let found = self.load_record()?;
         if found.is_none() {
             self.storage.create_dir(&self.dir).map_err(self.io("creating", ""))?;
             replace(&*self.storage, &self.dir, GAPS, &record::gaps_header(self.store_id))
@@ -248,7 +248,7 @@ impl GateFiles {
                 .map_err(self.io("writing", WITNESS))?;
         }
         let is_new = found.is_none();
-        let Some(found) = found.map_or_else(|| self.find(), |found| Ok(Some(found)))? else {
+        let Some(found) = found.map_or_else(|| self.load_record(), |found| Ok(Some(found)))? else {
             let why = "it was removed while the gate was being opened";
             return Err(OpenError::DamagedFile { path: self.dir.join(GAPS), at: 0, why });
         };
@@ -328,8 +328,8 @@ impl GateFiles {
         let failed =
             |name| move |error| if is_exhausted(&error) { Unwritten::Full } else { Unwritten::Failed(name, error) };
         // Both files before the first write: if one was replaced, nothing is recorded.
-        let gaps = self.as_left(GAPS, ends.gaps).map_err(failed(GAPS))?;
-        let witnesses = self.as_left(WITNESS, ends.witness).map_err(failed(WITNESS))?;
+        let gaps = self.open_unchanged(GAPS, ends.gaps).map_err(failed(GAPS))?;
+        let witnesses = self.open_unchanged(WITNESS, ends.witness).map_err(failed(WITNESS))?;
         let entry = entry.encode(ends.gaps.crc);
         gaps.write_at(ends.gaps.at, &entry).map_err(failed(GAPS))?;
         // Every error is final: a later sync would skip pages that the failed one marked as written.
@@ -346,7 +346,7 @@ impl GateFiles {
     }
 
     /// Opens a file of the record and checks that it still ends at `end`.
-    fn as_left(&self, name: &str, end: ChainEnd) -> io::Result<Box<dyn SideFile>> {
+    fn open_unchanged(&self, name: &str, end: ChainEnd) -> io::Result<Box<dyn SideFile>> {
         let file = self.storage.edit_side(&self.dir.join(name))?;
         let mut crc = [0; 4];
         match file.read_at(end.at - 4, &mut crc) {
@@ -372,7 +372,7 @@ impl GateFiles {
 
     /// Returns the number of recorded gaps, and the number of torn bytes after the last whole entry.
     pub(crate) fn look(&self) -> Result<(usize, usize), OpenError> {
-        let Some(found) = self.find()? else { return Ok((0, 0)) };
+        let Some(found) = self.load_record()? else { return Ok((0, 0)) };
         let gaps = found.entries.iter().filter(|entry| matches!(entry, Entry::Gap(_))).count();
         Ok((gaps, found.torn))
     }

@@ -106,8 +106,8 @@ pub(crate) struct Parts<E: Event> {
 /// frees no event that the gate has not counted, so call [`GatedProducer::save`] regularly.
 ///
 /// ```
-/// # use corelane::{Accepted, Bounded, Config, Deadline, Event, EventLog, EventType, EventTypeId, Key};
-/// # use corelane::ingress::GatePolicy;
+/// # use corelane::ingress::{Accepted, GatePolicy};
+/// # use corelane::{Bounded, Config, Deadline, Event, EventLog, EventType, EventTypeId, Key};
 /// # use rkyv::{Archive, Deserialize, Serialize};
 /// # let dir = std::env::temp_dir().join(format!("corelane-gated-{}", std::process::id()));
 /// // The event contains its partition and sequence, so the log does too.
@@ -168,7 +168,7 @@ impl<E: Event> GatedProducer<E> {
     /// As [`GatedProducer::offer`], without waiting for room.
     ///
     /// # Errors
-    /// As there, and `Full` (or `StorageFull`) if the front does not fit.
+    /// As there, and `Full` (or `StorageFull`) if an earlier event that is ready finds no room.
     #[inline]
     pub fn try_offer(
         &mut self,
@@ -223,8 +223,8 @@ impl<E: Event> GatedProducer<E> {
         answer
     }
 
-    /// Closes the gaps that are due, and publishes the front and every event that is ready, waiting for room. Returns
-    /// the number of events published and gaps closed. Call it when [`GatedProducer::next_due`] is over.
+    /// Closes the gaps that are due, and publishes every event that is ready, waiting for room. Returns the number of
+    /// events published and gaps closed. Call it after the time that [`GatedProducer::next_due`] returns.
     ///
     /// # Errors
     /// The reason why it stopped. Nothing is lost or overtaken, and the next call continues there. A full disk is
@@ -256,8 +256,7 @@ impl<E: Event> GatedProducer<E> {
         self.pump()
     }
 
-    /// Returns the time until [`GatedProducer::pump`] may have work without a further offer. `None`: only an offer
-    /// brings work.
+    /// Returns the time until [`GatedProducer::pump`] may have work. `None`: it has none before the next offer.
     #[must_use]
     pub fn next_due(&self) -> Option<Duration> {
         if self.is_behind {

@@ -54,7 +54,7 @@ pub(crate) struct Start {
     pub(crate) time: Time,
 }
 
-/// An entry of the record. It is durable before the gate publishes the events behind its gap or start.
+/// An entry of the record. It is durable before the gate publishes the events after its gap or start.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Entry {
     Gap(Gap),

@@ -280,8 +280,8 @@ impl<P: Eq + Hash + Clone, T> SequenceGate<P, T> {
         Some(Released::Item { partition, sequence, item })
     }
 
-    /// Returns the time at which [`SequenceGate::next`] may release something without a further offer. `None`: only an
-    /// offer changes that. The time may be early, if the gap was filled meanwhile, but never late.
+    /// Returns the time at which [`SequenceGate::next`] may release something. `None`: nothing before the next offer.
+    /// The time may be early, if the gap was filled meanwhile, but never late.
     #[must_use]
     pub fn next_due(&self) -> Option<Duration> {
         if !self.ready.is_empty() {

@@ -49,8 +49,8 @@ struct Disorder<T> {
     highest: VecDeque<(u64, Duration)>,
     /// Sequences of closed gaps that have not come, as rising ranges, first to last.
     closed: Vec<(u64, u64)>,
-    /// Known sequences, as rising ranges by first sequence: all above `expected`, none of them in `early`. Boxed, because
-    /// there are any only after a restart that found holes.
+    /// Known sequences, as rising ranges by first sequence: all above `expected`, none of them in `early`. Boxed,
+    /// because there are any only after a restart that found holes.
     #[expect(clippy::box_collection, reason = "8 bytes of every partition with early items instead of 24")]
     ahead: Option<Box<BTreeMap<u64, (u64, Ahead)>>>,
 }

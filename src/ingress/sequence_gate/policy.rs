@@ -48,8 +48,7 @@ impl GatePolicy {
     setters! {
         /// The start of a partition. Default: at 0.
         start: GateStart,
-        /// The longest wait for a missing sequence, 0..=24 h, from the arrival of the first item above it. Default: 5
-        /// s.
+        /// The longest wait for a missing sequence, 0..=24 h, after the first item above it came. Default: 5 s.
         gap_wait_max: Duration,
         /// The largest number of buffered items per partition, 1..=2³⁰; more are refused. Default: 65,536.
         early_max_per_partition: usize,

@@ -139,7 +139,7 @@ pub(crate) enum Unusable {
     #[error("{0}")]
     Damaged(&'static str),
     /// The states have another size or alignment under the program's state version.
-    #[error("its states take {stored} under the same state version")]
+    #[error("its states take {stored}, but the program has the same state version")]
     State { stored: Root },
     /// A rejection has another size or alignment than the program's.
     #[error("a rejection takes {stored}")]
@@ -218,7 +218,7 @@ pub(crate) fn seal_chunk(chunk: &mut [u8], mut each: impl FnMut(usize, &Entry<'_
     }
 }
 
-/// Outcomes of commands by their idempotency keys.
+/// Outcomes of commands, with their idempotency keys.
 pub(crate) type Kept<R> = Vec<(u64, Remembered<R>)>;
 
 /// One saved state.

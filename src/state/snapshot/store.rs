@@ -1,7 +1,7 @@
 //! The saved states of one shard: files, and an index of them in memory.
 //!
-//! One writer: the snapshotter's thread, and before it runs, the thread that opens the store. Readers look up places under a
-//! lock that no thread holds for long, and read files without a lock.
+//! One writer: the snapshotter's thread, and before it runs, the thread that opens the store. Readers look up places
+//! under a lock that no thread holds for long, and read files without a lock.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -42,8 +42,8 @@ pub(crate) struct SnapshotFile {
     pub(crate) last_head: Offset,
     pub(crate) entries: u64,
     pub(crate) bytes: u64,
-    /// A checkpoint's entries, sorted by key. Read on first use, which is a look-up of a state that the log, having lost its
-    /// beginning, cannot lead to; empty if the file proved unreadable.
+    /// A checkpoint's entries, sorted by key. Read on first use, which is a look-up of a state that the log, having
+    /// lost its beginning, cannot lead to; empty if the file proved unreadable.
     pub(crate) places: Arc<OnceLock<Vec<(Key, Saved)>>>,
 }
 
@@ -74,7 +74,8 @@ pub struct SnapshotStats {
     pub bytes: u64,
     /// Number of checkpoints held.
     pub checkpoints: u64,
-    /// Number of saved states found unreadable since the engine was opened. An earlier saved state or the log replaced each.
+    /// Number of saved states found unreadable since the engine was opened. An earlier saved state or the log replaced
+    /// each.
     pub unreadable: u64,
     /// Number of snapshots that were not taken, because the disk was behind or the state was too large.
     pub skipped: u64,
@@ -114,8 +115,8 @@ impl SnapshotStore {
         }
     }
 
-    /// Returns the newest saved state that `reaches` accepts, and the one after it. If `reaches` accepts a state, it must accept
-    /// all older ones.
+    /// Returns the newest saved state that `reaches` accepts, and the one after it. If `reaches` accepts a state, it
+    /// must accept all older ones.
     pub(crate) fn around(&self, key: Key, reaches: impl Fn(&Saved) -> bool) -> (Option<Saved>, Option<Saved>) {
         let index = lock(&self.index);
         let Some(of_key) = index.keys.get(&key) else { return (None, None) };
@@ -123,8 +124,8 @@ impl SnapshotStore {
         (at.checked_sub(1).map(|at| of_key[at]), of_key.get(at).copied())
     }
 
-    /// Does the same as [`SnapshotStore::around`], with the states that checkpoints saved. The first call after a new checkpoint
-    /// reads its file.
+    /// Does the same as [`SnapshotStore::around`], with the states that checkpoints saved. The first call after a new
+    /// checkpoint reads its file.
     pub(crate) fn around_with_checkpoints(
         &self,
         key: Key,
@@ -201,7 +202,8 @@ impl SnapshotStore {
         });
         let shown = shown
             .map_err(|why| {
-                tracing::warn!(path = %file.path.display(), %key, version = %saved.version, why, "a saved state is unreadable");
+                let (path, version) = (file.path.display(), saved.version);
+                tracing::warn!(%path, %key, %version, why, "a saved state is unreadable");
                 self.unreadable.fetch_add(1, Ordering::Relaxed);
                 let mut index = lock(&self.index);
                 if let Some(of_key) = index.keys.get_mut(&key) {
@@ -216,7 +218,8 @@ impl SnapshotStore {
         Ok(shown)
     }
 
-    /// Removes the files that nothing needs any more from the index, and returns their paths. The log begins at `earliest`.
+    /// Removes the files that nothing needs any more from the index, and returns their paths. The log begins at
+    /// `earliest`.
     pub(crate) fn take_useless(&self, earliest: Offset, has_lost_the_beginning: bool) -> Vec<PathBuf> {
         let mut index = lock(&self.index);
         let checkpoints = || index.files.iter().filter(|file| file.kind == Kind::Checkpoint);
@@ -225,7 +228,8 @@ impl SnapshotStore {
             numbers.sort_unstable();
             numbers.split_off(numbers.len().saturating_sub(2))
         };
-        // If the log has lost its beginning, time travel starts from the oldest checkpoint whose start the log still holds.
+        // If the log has lost its beginning, time travel starts from the oldest checkpoint whose start the log still
+        // holds.
         let base =
             checkpoints().filter(|file| has_lost_the_beginning && file.start >= earliest).map(|file| file.number).min();
         let base_start = base.and_then(|base| checkpoints().find(|file| file.number == base)).map(|file| file.start);
@@ -263,8 +267,8 @@ impl SnapshotStore {
 }
 
 impl Saved {
-    /// The place of `entry`, which is at position `at` of file `file`. Returns `None` beyond the first 64 GiB, which only a
-    /// checkpoint can reach; the log has the states saved there.
+    /// The place of `entry`, which is at position `at` of file `file`. Returns `None` beyond the first 64 GiB, which
+    /// only a checkpoint can reach; the log has the states saved there.
     pub(crate) fn new(entry: &Entry<'_>, file: u32, at: u64) -> Option<Self> {
         let at = u32::try_from(at / ALIGN as u64).ok()?;
         Some(Self { version: entry.version, head: entry.head, time_max: entry.time_max, file, at })

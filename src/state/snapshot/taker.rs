@@ -31,8 +31,8 @@ pub(crate) enum Message {
     },
 }
 
-/// Tests for multiples of a fixed number without dividing. A number is a multiple of an odd divisor if its product with the
-/// divisor's inverse is small; rotating the product tests for the power of two as well.
+/// Tests for multiples of a fixed number without dividing. A number is a multiple of an odd divisor if its product with
+/// the divisor's inverse is small; rotating the product tests for the power of two as well.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Every {
     inverse: u64,
@@ -45,8 +45,8 @@ impl Every {
     pub(crate) fn new(n: u64) -> Self {
         let twos = n.trailing_zeros();
         let odd = n >> twos;
-        // Newton's method: each step doubles the number of correct bits, and an odd number is its own inverse in the lowest
-        // three.
+        // Newton's method: each step doubles the number of correct bits, and an odd number is its own inverse in the
+        // lowest three.
         let mut inverse = odd;
         for _ in 0..5 {
             inverse = inverse.wrapping_mul(2_u64.wrapping_sub(odd.wrapping_mul(inverse)));
@@ -60,8 +60,8 @@ impl Every {
     }
 }
 
-/// The progress of a checkpoint. Keys that have outcomes and no event come first: such a key may get its first event during the
-/// walk over the key table and be missed there. Then come all keys with events.
+/// The progress of a checkpoint. Keys that have outcomes and no event come first: such a key may get its first event
+/// during the walk over the key table and be missed there. Then come all keys with events.
 #[derive(Debug, Clone, Copy)]
 enum CheckpointWalk {
     Eventless(usize),
@@ -196,20 +196,21 @@ impl Taker {
         self.chunk.is_some().then_some(SENT_AFTER)
     }
 
-    /// Returns `true` if there is room for a step of a checkpoint. One chunk stays reserved for snapshots, which cannot wait.
+    /// Returns `true` if there is room for a step of a checkpoint. One chunk stays reserved for snapshots, which cannot
+    /// wait.
     fn may_walk(&self) -> bool {
         let for_snapshots = usize::from(self.every.is_some() && self.chunk.is_none());
         self.used.slots() > for_snapshots && self.messages.slots() >= SLOTS_OF_A_STEP
     }
 
-    /// Returns `true` if a chunk may be sent before it is full. The last chunk stays until the snapshotter returns another:
-    /// otherwise a few snapshots in each chunk would use up all chunks.
+    /// Returns `true` if a chunk may be sent before it is full. The last chunk stays until the snapshotter returns
+    /// another: otherwise a few snapshots in each chunk would use up all chunks.
     fn may_send_early(&self) -> bool {
         !self.used.is_empty() && !self.messages.is_full()
     }
 
-    /// Does a bounded piece of work at the end of a turn, when everything appended is published. `appended` is the end of the
-    /// log and `sequence` that of the next event. Returns `true` if it did checkpoint work.
+    /// Does a bounded piece of work at the end of a turn, when everything appended is published. `appended` is the end
+    /// of the log and `sequence` that of the next event. Returns `true` if it did checkpoint work.
     #[inline]
     pub(crate) fn step<A: Aggregate>(
         &mut self,
@@ -382,7 +383,7 @@ mod tests {
         let Some(Message::Snapshots(first)) = snapshots_of(&mut taker, 100) else {
             panic!("the first chunk was not sent in a pause")
         };
-        assert_eq!((first.entries, requests.skipped.load(Ordering::Relaxed)), (2, 0));
+        assert_eq!((first.entries, requests.skipped()), (2, 0));
         assert!(
             snapshots_of(&mut taker, 0).is_none() && !taker.has_work(),
             "the second chunk was sent before the first returned"

@@ -17,8 +17,8 @@ use crate::sync::{AtomicU64, Ordering, SeqLock};
 
 /// A view with one value per key, made from the key's state and read from any thread without asking the shard.
 ///
-/// `V` is the part of a state that readers need; a small one is fast. The view keeps it archived in at most `bytes_max` bytes
-/// per key, so a `get` is one look-up, one copy and one validation. Handles are cheap to clone.
+/// `V` is the part of a state that readers need; a small one is fast. The view keeps it archived in at most `bytes_max`
+/// bytes per key, so a `get` is one look-up, one copy and one validation. Handles are cheap to clone.
 ///
 /// ```
 /// use corelane::view::ById;
@@ -37,7 +37,9 @@ use crate::sync::{AtomicU64, Ordering, SeqLock};
 /// #     type Event = Scored;
 /// #     type Command = ();
 /// #     type Rejection = ();
-/// #     fn evolve(&mut self, event: &ArchivedScored, _meta: &Meta) { self.points += u64::from(event.points.to_native()); }
+/// #     fn evolve(&mut self, event: &ArchivedScored, _meta: &Meta) {
+/// #         self.points += u64::from(event.points.to_native());
+/// #     }
 /// #     fn decide(&self, (): (), _emit: &mut Emit<Scored>) -> Result<(), ()> { Ok(()) }
 /// # }
 ///
@@ -82,8 +84,8 @@ pub enum Unreadable {
 }
 
 impl<A: Aggregate, V: Stored> ById<A, V> {
-    /// Creates a view of the values that `value_of` makes of states, each at most `bytes_max` bytes when archived (rounded up to
-    /// a multiple of 8).
+    /// Creates a view of the values that `value_of` makes of states, each at most `bytes_max` bytes when archived
+    /// (rounded up to a multiple of 8).
     ///
     /// `value_of` runs on the shard's thread for every event, so it must be fast.
     #[must_use]

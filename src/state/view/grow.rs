@@ -1,7 +1,7 @@
 //! A list that grows without moving its items, so that other threads can read it meanwhile.
 //!
-//! One writer makes items, in any order; no item is ever removed. The list consists of levels, each twice as long as the one
-//! before. A level is allocated with its first item.
+//! One writer makes items, in any order; no item is ever removed. The list consists of levels, each twice as long as
+//! the one before. A level is allocated with its first item.
 
 use std::sync::OnceLock;
 
@@ -25,7 +25,8 @@ impl<T> Grow<T> {
         self.levels[level].get()?[at].get()
     }
 
-    /// Returns an item, and makes it first if need be. Only the writer calls this, so it never waits for another `make`.
+    /// Returns an item, and makes it first if need be. Only the writer calls this, so it never waits for another
+    /// `make`.
     #[inline]
     pub(super) fn get_or_make(&self, index: usize, make: impl FnOnce() -> T) -> &T {
         let (level, at) = place(index);

@@ -1,8 +1,8 @@
 //! Numbers for keys, from 0 in the order in which they are added. Views store their values by number.
 //!
-//! One writer, any number of readers. The levels are open-addressing tables, each twice as large as the one before. New keys
-//! go into the newest level, so nothing is ever rehashed and a written entry never changes. As long as no more keys come than
-//! were expected, there is one level.
+//! One writer, any number of readers. The levels are open-addressing tables, each twice as large as the one before. New
+//! keys go into the newest level, so nothing is ever rehashed and a written entry never changes. As long as no more
+//! keys come than were expected, there is one level.
 
 use std::sync::OnceLock;
 
@@ -66,8 +66,8 @@ impl KeyNumbers {
         self.keys.load(Ordering::Relaxed) as usize
     }
 
-    /// Adds a new key and returns its number. Only the writer calls this, after it has made everything that readers find under
-    /// the number.
+    /// Adds a new key and returns its number. Only the writer calls this, after it has made everything that readers
+    /// find under the number.
     pub(super) fn add(&self, key: Key) -> usize {
         let number = self.len();
         assert!(number < u32::MAX as usize, "more keys than numbers");

@@ -1,8 +1,8 @@
 //! A leaderboard: the keys with the highest scores, over all shards.
 //!
-//! One writer per part: its shard. It knows every key's score and keeps the best in a sorted list, down to a floor: the list
-//! holds exactly the scores at and above the floor. A score that stays below the floor costs one comparison. When falling
-//! scores leave the list shorter than the leaderboard's places, the writer rebuilds it from all scores.
+//! One writer per part: its shard. It knows every key's score and keeps the best in a sorted list, down to a floor: the
+//! list holds exactly the scores at and above the floor. A score that stays below the floor costs one comparison. When
+//! falling scores leave the list shorter than the leaderboard's places, the writer rebuilds it from all scores.
 
 use std::cmp::Reverse;
 use std::fmt;
@@ -17,8 +17,8 @@ use crate::sync::{AtomicU64, Ordering, SeqLock};
 
 /// A view of the keys with the highest scores. Of equal scores the lower key comes first. Scores may fall.
 ///
-/// The result is exact: it equals sorting all keys, each shard at a position that it has published. Handles are cheap to
-/// clone.
+/// The result is exact: it equals sorting all keys, each shard at a position that it has published. Handles are cheap
+/// to clone.
 ///
 /// ```
 /// # use corelane::{Aggregate, Bounded, Emit, Event, EventType, EventTypeId, Meta};
@@ -35,7 +35,9 @@ use crate::sync::{AtomicU64, Ordering, SeqLock};
 /// #     type Event = Scored;
 /// #     type Command = ();
 /// #     type Rejection = ();
-/// #     fn evolve(&mut self, event: &ArchivedScored, _meta: &Meta) { self.points += i64::from(event.points.to_native()); }
+/// #     fn evolve(&mut self, event: &ArchivedScored, _meta: &Meta) {
+/// #         self.points += i64::from(event.points.to_native());
+/// #     }
 /// #     fn decide(&self, (): (), _emit: &mut Emit<Scored>) -> Result<(), ()> { Ok(()) }
 /// # }
 /// use corelane::view::Leaderboard;
@@ -76,9 +78,9 @@ pub struct Ranked {
 impl<A: Aggregate> Leaderboard<A> {
     /// Creates a view of the best `places` keys by the score that `score_of` makes of a state.
     ///
-    /// `score_of` runs on the shard's thread for every event, so it must be fast. Each batch that changes one of the best
-    /// writes `places` times 16 bytes. When many of the best fall, an occasional batch reads all scores of the shard (about
-    /// 2 ms for a million).
+    /// `score_of` runs on the shard's thread for every event, so it must be fast. Each batch that changes one of the
+    /// best writes `places` times 16 bytes. When many of the best fall, an occasional batch reads all scores of the
+    /// shard (about 2 ms for a million).
     #[must_use]
     pub fn new(places: usize, score_of: impl Fn(&A) -> i64 + Send + Sync + 'static) -> Self {
         Self(Arc::new(Inner { score_of: Box::new(score_of), places, parts: Parts::new() }))
@@ -193,7 +195,7 @@ const LIST_MIN: usize = 256;
 #[derive(Debug)]
 struct Ranking {
     numbers: KeyNumbers,
-    /// By number.
+    /// Indexed by the key's number.
     scores: Vec<Rank>,
     /// Best first; at most `best_max`, but up to twice as long during a rebuild.
     best: Vec<Rank>,

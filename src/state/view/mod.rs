@@ -1,7 +1,7 @@
 //! Views: read models that any thread reads without asking the shard and without slowing it.
 //!
-//! One writer per part: the part's shard, right after it has changed a state. Readers are any threads; they never make the
-//! writer wait. The module `view` at the crate's root describes the views to their users.
+//! One writer per part: the part's shard, right after it has changed a state. Readers are any threads; they never make
+//! the writer wait. The module `view` at the crate's root describes the views to their users.
 
 mod area;
 mod by_id;
@@ -21,8 +21,8 @@ pub use status::{Presence, ServerStatus, Status};
 
 /// A read model of all shards: the handle that readers use, and the factory of its writers.
 pub trait View<A: Aggregate>: Send + Sync {
-    /// Makes the part of this view that the shard `place.shard` writes. The engine calls this once per shard when it opens. A
-    /// view belongs to one engine at a time: a second opening starts it over.
+    /// Makes the part of this view that the shard `place.shard` writes. The engine calls this once per shard when it
+    /// opens. A view belongs to one engine at a time: a second opening starts it over.
     fn writer(&self, place: &Place) -> Box<dyn ViewWriter<A>>;
 }
 

@@ -1,7 +1,7 @@
 //! The parts of a view, one per shard, and their positions.
 //!
-//! One writer per part: its shard. A part lives as long as the engine that fills it. The next engine makes new parts, so
-//! nothing old is left, and an engine that is still stopping writes to parts that no reader uses.
+//! One writer per part: its shard. A part lives as long as the engine that fills it. The next engine makes new parts,
+//! so nothing old is left, and an engine that is still stopping writes to parts that no reader uses.
 
 use std::fmt;
 use std::sync::Arc;
@@ -45,8 +45,8 @@ pub(super) trait Part {
 
 /// The parts that readers use: those of the newest engine.
 ///
-/// The lock is taken for writing only while an engine opens. No shard touches it, so readers cannot slow a shard. Readers share
-/// it, each on its own thread's cache line.
+/// The lock is taken for writing only while an engine opens. No shard touches it, so readers cannot slow a shard.
+/// Readers share it, each on its own thread's cache line.
 pub(super) struct Parts<P>(ShardedLock<Vec<Option<Arc<P>>>>);
 
 impl<P> Parts<P> {

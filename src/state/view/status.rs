@@ -1,7 +1,7 @@
 //! The server's status: how many keys are online, how many there are, and the load.
 //!
-//! One writer per part: its shard. It counts privately and publishes all figures together with the position, so a shard's
-//! figures are exactly those at its published position.
+//! One writer per part: its shard. It counts privately and publishes all figures together with the position, so a
+//! shard's figures are exactly those at its published position.
 
 use std::fmt;
 use std::sync::Arc;
@@ -81,8 +81,8 @@ pub struct Status {
     pub total: u64,
     /// Events in the log.
     pub events: u64,
-    /// Load: events appended since the engine opened, averaged over the five whole seconds before the second of the asked
-    /// time.
+    /// Load: events appended since the engine opened, averaged over the five whole seconds before the second of the
+    /// asked time.
     pub events_per_s: f64,
     /// The newest time among the positions: when the newest counted event was appended.
     pub time: Time,
@@ -103,7 +103,8 @@ impl<A: Aggregate> ServerStatus<A> {
         Self(self.0, Some(Leaderboard::new(places, score_of)))
     }
 
-    /// Returns the best keys of the server: at most `n`, and at most the places of [`ServerStatus::with_top`]; none without it.
+    /// Returns the best keys of the server: at most `n`, and at most the places of [`ServerStatus::with_top`]; none
+    /// without it.
     #[must_use]
     pub fn top(&self, n: usize) -> Vec<Ranked> {
         self.1.as_ref().map(|best| best.top(n)).unwrap_or_default()
@@ -281,7 +282,7 @@ struct Writer<A> {
     view: Arc<Inner<A>>,
     part: Arc<Figures>,
     numbers: KeyNumbers,
-    /// By number.
+    /// Indexed by the key's number.
     presences: Vec<Presence>,
     /// Events since the last position.
     changed: u64,

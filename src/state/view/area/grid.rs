@@ -1,7 +1,7 @@
 //! Maps positions to cells, and a circle to the cells that it may touch. Data only.
 //!
-//! Invariant: a position within a circle, as [`Circle::holds`] computes it, is in one of the cells that [`Grid::cover`] returns
-//! for that circle.
+//! Invariant: a position within a circle, as [`Circle::holds`] computes it, is in one of the cells that [`Grid::cover`]
+//! returns for that circle.
 
 use std::ops::Range;
 
@@ -84,8 +84,8 @@ impl Grid {
         (((y - self.y0) / self.cell_size) as u32).min(self.rows - 1)
     }
 
-    /// Passes the ranges of cells that the circle may touch, one per row, to `each` until it returns `false`. Returns its last
-    /// result.
+    /// Passes the ranges of cells that the circle may touch, one per row, to `each` until it returns `false`. Returns
+    /// its last result.
     #[inline]
     pub(super) fn cover(&self, circle: &Circle, mut each: impl FnMut(Range<u32>) -> bool) -> bool {
         let Circle { x, y, radius, radius_squared } = *circle;

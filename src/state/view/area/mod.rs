@@ -1,7 +1,7 @@
 //! A view by area: the players near a place, from any thread.
 //!
-//! One writer per part: its shard. [`grid`] maps positions to cells, [`part`] holds the cells' players as readers see them, and
-//! [`writer`] moves the players.
+//! One writer per part: its shard. [`grid`] maps positions to cells, [`part`] holds the cells' players as readers see
+//! them, and [`writer`] moves the players.
 
 mod grid;
 mod part;
@@ -21,9 +21,9 @@ use part::Players;
 
 /// A view of players by position.
 ///
-/// A query keeps two promises while players move. A player that is within the radius during the whole query is found exactly
-/// once. A player that is found was within the radius, at the returned position, at some moment of the query. "Within" means
-/// `dx * dx + dy * dy <= radius * radius`, computed in `f64`.
+/// A query keeps two promises while players move. A player that is within the radius during the whole query is found
+/// exactly once. A player that is found was within the radius, at the returned position, at some moment of the query.
+/// "Within" means `dx * dx + dy * dy <= radius * radius`, computed in `f64`.
 ///
 /// Positions outside the bounds work too, but their search is slower: the cells at an edge hold everything beyond it. A
 /// position that is not a number, infinite or beyond ±1e150 is in no area. Handles are cheap to clone.
@@ -75,7 +75,8 @@ struct Inner<A> {
 }
 
 impl<A: Aggregate> Area<A> {
-    /// Creates a view of the positions that `position_of` reads from the states; `None` means that the player is in no area.
+    /// Creates a view of the positions that `position_of` reads from the states; `None` means that the player is in no
+    /// area.
     ///
     /// `bounds` is (x0, y0, x1, y1). A good `cell_size` is about a fifth of the usual radius, with some ten players per
     /// cell. Memory per shard: 16 bytes per cell, 32 per player, and 464 per 16 players of a cell, rounded up.
@@ -83,7 +84,8 @@ impl<A: Aggregate> Area<A> {
     /// `position_of` runs on the shard's thread for every event, so it must be fast.
     ///
     /// # Panics
-    /// If `bounds` is not a finite rectangle, if `cell_size` is not positive and finite, or if there are more than 2²² cells.
+    /// If `bounds` is not a finite rectangle, if `cell_size` is not positive and finite, or if there are more than 2²²
+    /// cells.
     #[must_use]
     pub fn new(
         bounds: (f64, f64, f64, f64),
@@ -102,7 +104,8 @@ impl<A: Aggregate> Area<A> {
         found
     }
 
-    /// Does the same as [`Area::within`], into `found`, which is cleared first. Repeated queries can reuse the allocation.
+    /// Does the same as [`Area::within`], into `found`, which is cleared first. Repeated queries can reuse the
+    /// allocation.
     pub fn within_into(&self, x: f64, y: f64, radius: f64, found: &mut Vec<Found>) {
         found.clear();
         let Some(circle) = Circle::new(x, y, radius) else { return };

@@ -1,8 +1,8 @@
 //! One shard's players, as readers see them: by cell for scans, and by number for a second look.
 //!
-//! One writer: the shard. A block is read as one, and so is a player. A cell is a chain of blocks, all full but the first; the
-//! cell's version changes with the chain. The writer notes a player in the journal before the player changes its block, so a
-//! reader that walks many blocks knows which players it may have missed or seen twice.
+//! One writer: the shard. A block is read as one, and so is a player. A cell is a chain of blocks, all full but the
+//! first; the cell's version changes with the chain. The writer notes a player in the journal before the player changes
+//! its block, so a reader that walks many blocks knows which players it may have missed or seen twice.
 
 use std::ops::Range;
 

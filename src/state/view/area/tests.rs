@@ -122,7 +122,10 @@ proptest! {
         let mut writers = Shards::open(&area, 1);
         let mut players = HashMap::new();
         for (key, angle) in (0..).zip(angles) {
-            let (sine, cosine) = if key % 4 == 0 { ((angle as i64 % 2) as f64, ((angle as i64 + 1) % 2) as f64) } else { angle.sin_cos() };
+            let (sine, cosine) = match key % 4 {
+                0 => ((angle as i64 % 2) as f64, ((angle as i64 + 1) % 2) as f64),
+                _ => angle.sin_cos(),
+            };
             let place = (x + radius * cosine, y + radius * sine);
             writers.change(key, &at(place.0, place.1));
             players.insert(key, place);

@@ -1,7 +1,7 @@
 //! The shard's side of an area: puts players into cells, moves them and takes them out.
 //!
-//! Every move of a player into another block is noted first and settled last. The player's current position, which a reader
-//! looks at again, is set before the first block changes.
+//! Every move of a player into another block is noted first and settled last. The player's current position, which a
+//! reader looks at again, is set before the first block changes.
 
 use std::sync::Arc;
 
@@ -17,7 +17,7 @@ pub(super) struct Writer<A> {
     view: Arc<Inner<A>>,
     part: Arc<Players>,
     numbers: KeyNumbers,
-    /// By number.
+    /// Indexed by the key's number.
     places: Vec<Option<Spot>>,
     free: Vec<u32>,
     blocks: u32,
@@ -87,8 +87,8 @@ impl<A: Aggregate> Writer<A> {
         self.part.journal.settle();
     }
 
-    /// Takes a player out of the area. This is not noted: a reader can see such a player twice only if it comes back, which is
-    /// noted.
+    /// Takes a player out of the area. This is not noted: a reader can see such a player twice only if it comes back,
+    /// which is noted.
     fn leave(&mut self, number: u32, key: Key) {
         let Some(spot) = self.places[number as usize].take() else { return };
         self.part.set_player(number, Found { key, x: f64::NAN, y: f64::NAN });
