@@ -6,7 +6,6 @@ use std::hint::black_box;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use corelane::bench_support::only_place;
-use corelane::event::Correlation;
 use corelane::view::{Area, View as _, ViewWriter};
 use corelane::{Aggregate, Bounded, Emit, Event, EventTypeId, Key, Meta};
 use criterion::{BenchmarkId, Criterion, Throughput};
