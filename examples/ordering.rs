@@ -1,12 +1,14 @@
-//! Input that comes shuffled, twice and with holes is put right on its way into the log, and a restart in the middle changes nothing.
+//! Puts shuffled, duplicated and incomplete input in order before it reaches the log; a restart in the middle changes
+//! nothing.
 //!
 //! ```text
 //! cargo run --release --example ordering            2 million events
 //! cargo run --release --example ordering -- 500     thousands of events
 //! ```
 //!
-//! A source numbers the events of 16 partitions. On their way they are shuffled within 64; some come twice, some never, some far too
-//! late. What the log holds in the end, and what the gate says of it, is compared with what was generated; the example fails where they differ.
+//! A source numbers the events of 16 partitions. They arrive shuffled within 64; some arrive twice, some never, some
+//! far too late. The example compares the final log and the gate's figures with the generated input, and fails if they
+//! differ.
 #![expect(clippy::print_stdout, reason = "an example shows what it does")]
 
 #[path = "shared/event.rs"]
@@ -30,12 +32,12 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 const PARTITIONS: usize = 16;
 const USERS: u64 = 10_000;
 const WINDOW: usize = 64;
-/// After each block the gate is told that time has passed: what is missing then does not come in time.
+/// After each block the gate's time advances by `WAIT`, so that events missing by then count as missing.
 const BLOCK: usize = 64 * WINDOW;
-/// How long a missing event is waited for. The example does not wait: it lets the time pass.
+/// The gate's time limit for a missing event. The example does not wait: it simulates the passing of time.
 const WAIT: Duration = Duration::from_secs(5);
 
-/// What is offered, and what is to come of it.
+/// The generated input, and the expected result.
 struct Input {
     blocks: Vec<Vec<(u64, u64)>>,
     in_time: BTreeSet<(u64, u64)>,
@@ -51,24 +53,25 @@ impl Input {
             Self { blocks: Vec::new(), in_time: BTreeSet::new(), missing: BTreeSet::new(), duplicates: 0, late: 0 };
         let (mut next, mut late) = ([0; PARTITIONS], Vec::new());
         for at in 0..events / BLOCK {
-            // Its gap was closed two blocks ago.
-            let mut block: Vec<(u64, u64)> = late.extract_if(.., |(due, _)| *due <= at).map(|(_, what)| what).collect();
+            // Adds the late events that are due; their gaps were closed two blocks ago.
+            let mut block: Vec<(u64, u64)> =
+                late.extract_if(.., |(due, _)| *due <= at).map(|(_, event)| event).collect();
             input.late += block.len() as u64;
             while block.len() < BLOCK {
                 let partition = random.random_range(0..PARTITIONS);
-                let what = (partition as u64, next[partition]);
+                let event = (partition as u64, next[partition]);
                 next[partition] += 1;
                 if at + 4 < events / BLOCK && random.random_ratio(1, 20_000) {
-                    input.missing.insert(what);
+                    input.missing.insert(event);
                     if random.random() {
-                        late.push((at + 3, what));
+                        late.push((at + 3, event));
                     }
                     continue;
                 }
-                input.in_time.insert(what);
-                block.push(what);
+                input.in_time.insert(event);
+                block.push(event);
                 if random.random_ratio(1, 50) {
-                    block.push(what);
+                    block.push(event);
                     input.duplicates += 1;
                 }
             }
@@ -79,16 +82,16 @@ impl Input {
     }
 }
 
-/// What became of what was offered.
+/// The answers to the offers, counted by kind.
 #[derive(Debug, Default, Clone, Copy)]
 struct Answers {
-    taken: u64,
+    accepted: u64,
     duplicates: u64,
     late: u64,
     too_old: u64,
 }
 
-/// Of a stored event: where it came from. The event itself carries it.
+/// Returns the partition and the sequence of a stored event, which the event itself carries.
 fn source(event: &ArchivedGameEvent) -> Option<(u64, u64)> {
     match event {
         ArchivedGameEvent::Moved { zone, tick, .. } => Some((zone.to_native(), tick.to_native())),
@@ -96,7 +99,7 @@ fn source(event: &ArchivedGameEvent) -> Option<(u64, u64)> {
     }
 }
 
-fn made(partition: u64, sequence: u64) -> (Key, GameEvent) {
+fn event_of(partition: u64, sequence: u64) -> (Key, GameEvent) {
     let key = Key::new(sequence.wrapping_mul(31) % USERS);
     let event = if sequence.is_multiple_of(4) {
         GameEvent::Attacked { target: partition, damage: 7, x: 1.0, y: 2.0, tick: sequence }
@@ -116,9 +119,9 @@ fn offer_all(gated: &mut GatedProducer<GameEvent>, blocks: &[Vec<(u64, u64)>]) -
     let mut answers = Answers::default();
     for block in blocks {
         for (partition, sequence) in block.iter().copied() {
-            let (key, event) = made(partition, sequence);
+            let (key, event) = event_of(partition, sequence);
             let count = match gated.offer(partition, sequence, key, event)? {
-                Accepted::Published(_) | Accepted::Waiting | Accepted::Buffered => &mut answers.taken,
+                Accepted::Published(_) | Accepted::Waiting | Accepted::Buffered => &mut answers.accepted,
                 Accepted::Duplicate => &mut answers.duplicates,
                 Accepted::Late(_) => &mut answers.late,
                 Accepted::TooOld(_) => &mut answers.too_old,
@@ -131,7 +134,7 @@ fn offer_all(gated: &mut GatedProducer<GameEvent>, blocks: &[Vec<(u64, u64)>]) -
     Ok(answers)
 }
 
-/// Everything the log holds. Each shard must hold every partition by rising sequence, and nothing may be there twice.
+/// Reads the whole log. Each shard must hold every partition in ascending sequence, and no event twice.
 fn read(engine: &EventLog<GameEvent>) -> Result<BTreeSet<(u64, u64)>> {
     engine.flush(Deadline::NEVER)?;
     let mut all = BTreeSet::new();
@@ -139,10 +142,10 @@ fn read(engine: &EventLog<GameEvent>) -> Result<BTreeSet<(u64, u64)>> {
         let mut last = [None; PARTITIONS];
         let mut reader = engine.reader(ShardId(shard));
         while let Some(record) = reader.next()? {
-            let Some((partition, sequence)) = source(record.event) else { bail!("an event of another kind") };
+            let Some((partition, sequence)) = source(record.event) else { bail!("an event of an unknown kind") };
             let before = last[partition as usize].replace(sequence);
-            ensure!(before < Some(sequence), "partition {partition}: {sequence} lies behind {before:?}");
-            ensure!(all.insert((partition, sequence)), "partition {partition}: {sequence} is there twice");
+            ensure!(before < Some(sequence), "partition {partition}: {sequence} follows {before:?}");
+            ensure!(all.insert((partition, sequence)), "partition {partition}: {sequence} occurs twice");
         }
     }
     Ok(all)
@@ -152,7 +155,7 @@ fn sequences(gaps: &[Gap]) -> BTreeSet<(u64, u64)> {
     gaps.iter().flat_map(|gap| (gap.from..=gap.to).map(|sequence| (gap.partition, sequence))).collect()
 }
 
-/// How fast the same events go through in order, without a gate and behind one.
+/// Returns the rates of events in order, without a gate and with one.
 fn in_order(events: u64) -> Result<(f64, f64)> {
     let place = |n: u64| (n % PARTITIONS as u64, n / PARTITIONS as u64);
     let dir = tempfile::tempdir()?;
@@ -161,23 +164,25 @@ fn in_order(events: u64) -> Result<(f64, f64)> {
     let began = Instant::now();
     for n in 0..events {
         let (partition, sequence) = place(n);
-        let (key, event) = made(partition, sequence);
+        let (key, event) = event_of(partition, sequence);
         producer.publish(key, event)?;
     }
     let plain = rate(events, began, &producer.receipts())?;
     let began = Instant::now();
     for n in 0..events {
         let (partition, sequence) = place(n);
-        let (key, event) = made(partition, sequence);
-        let Accepted::Published(_) = gated.offer(partition, sequence, key, event)? else { bail!("{n} is next") };
+        let (key, event) = event_of(partition, sequence);
+        let Accepted::Published(_) = gated.offer(partition, sequence, key, event)? else {
+            bail!("event {n} was not published at once")
+        };
     }
-    let behind_gate = rate(events, began, &gated.receipts())?;
+    let with_gate = rate(events, began, &gated.receipts())?;
     drop(gated);
     engine.shutdown(Deadline::NEVER)?;
-    Ok((plain, behind_gate))
+    Ok((plain, with_gate))
 }
 
-/// Millions a second, until the last is appended.
+/// Returns millions of events per second, measured until the last is appended.
 fn rate(events: u64, began: Instant, receipts: &[Receipt]) -> Result<f64> {
     receipts.iter().try_for_each(|receipt| receipt.appended().wait())?;
     Ok(events as f64 / began.elapsed().as_secs_f64() / 1e6)
@@ -190,7 +195,7 @@ fn main() -> Result<()> {
     let (missing, in_time) = (input.missing.len(), input.in_time.len());
     println!("generated: {offered} offers of {PARTITIONS} partitions, shuffled within {WINDOW}");
     println!(
-        "           {in_time} in time, {} twice, {missing} not in time ({} of them late)",
+        "           {in_time} in time, {} duplicated, {missing} not in time ({} of them late)",
         input.duplicates, input.late
     );
 
@@ -199,22 +204,25 @@ fn main() -> Result<()> {
     let (first, _) = input.blocks.split_at(input.blocks.len() * 3 / 5);
     offer_all(&mut gated, first)?;
     let held = read(&engine)?.len();
-    // No save: the positions on the disk are those of the beginning.
+    // Without a save the stored positions are the initial ones.
     drop((gated, engine));
-    println!("stopped:   after {held} events, nothing saved; the source begins anew");
+    println!("stopped:   after {held} events, without saving; the source starts over");
 
     let began = Instant::now();
     let (engine, mut gated) = open(dir.path(), Durability::GroupCommit)?;
-    println!("reopened:  in {:.0} ms, counted from the log", began.elapsed().as_secs_f64() * 1e3);
+    println!(
+        "reopened:  in {:.0} ms; the gate recovered its positions from the log",
+        began.elapsed().as_secs_f64() * 1e3
+    );
     let answers = offer_all(&mut gated, &input.blocks)?;
     gated.finish()?;
-    ensure!(answers.taken as usize == in_time - held, "{answers:?}: {held} of {in_time} were there");
-    ensure!(read(&engine)? == input.in_time, "the log holds something else than what came in time");
+    ensure!(answers.accepted as usize == in_time - held, "{answers:?}: the log already held {held} of {in_time}");
+    ensure!(read(&engine)? == input.in_time, "the log differs from the events that came in time");
     let gaps = gated.gaps()?;
-    ensure!(sequences(&gaps) == input.missing, "the gaps are others than what is missing");
-    println!("offered:   again from the beginning: {answers:?}");
+    ensure!(sequences(&gaps) == input.missing, "the gaps differ from the missing events");
+    println!("offered:   all input again: {answers:?}");
     println!(
-        "log:       {in_time} events, every partition by rising sequence, each once; {} gaps recorded:",
+        "log:       {in_time} events, every partition in ascending sequence, each once; {} gaps recorded:",
         gaps.len()
     );
     for gap in gaps.iter().take(3) {
@@ -230,7 +238,7 @@ fn main() -> Result<()> {
     engine.shutdown(Deadline::NEVER)?;
     drop(engine);
 
-    // Once more without a break, for the figures; in `OsCache`, so that the disk is not what is measured.
+    // Once more without a restart, for the figures; in `OsCache`, so that the disk does not limit the rate.
     let dir = tempfile::tempdir()?;
     let (engine, mut gated) = open(dir.path(), Durability::OsCache)?;
     let began = Instant::now();
@@ -249,9 +257,9 @@ fn main() -> Result<()> {
     println!("           {} gaps closed over {} events", figures.gaps_closed, figures.missing);
     drop(gated);
     engine.shutdown(Deadline::NEVER)?;
-    let (plain, behind_gate) = in_order(offered as u64)?;
+    let (plain, with_gate) = in_order(offered as u64)?;
     println!(
-        "rate:      {shuffled:.2} M/s shuffled, with a sync for each gap; in order {behind_gate:.2}, without a gate {plain:.2}"
+        "rate:      {shuffled:.2} M/s shuffled, with a sync for each gap; in order {with_gate:.2}, without a gate {plain:.2}"
     );
     Ok(())
 }

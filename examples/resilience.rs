@@ -1,11 +1,11 @@
-//! Resilience: services that fail, and what becomes of their events: retried, held back, set aside, reprocessed. None lost.
+//! Resilience: services fail; their events are retried, held back, parked and reprocessed, and none is lost.
 //!
 //! ```text
 //! cargo run --release --example resilience
 //! ```
 //!
-//! A database fails 5 % of its calls, analytics 3 %. Three orders are malformed and fail always. Then the database is down for a while.
-//! In the end both have handled every event, each player's in order.
+//! A database fails 5 % of its calls, analytics 3 %. Three orders are malformed and always fail. Then the database is
+//! down for a while. In the end both have handled every event, each player's in order.
 #![expect(clippy::print_stdout, reason = "an example shows what it does")]
 
 use std::collections::BTreeMap;
@@ -42,7 +42,7 @@ impl Event for Ordered {
     }
 }
 
-/// What a service says when it fails.
+/// The error of a service.
 #[derive(Debug, thiserror::Error)]
 enum Failure {
     #[error("the connection was lost")]
@@ -53,13 +53,13 @@ enum Failure {
     Malformed,
 }
 
-/// A service somewhere else, as the handler finds it.
+/// A remote service, as its handler sees it.
 struct Service {
     fails_percent: u32,
     random: Mutex<StdRng>,
     is_down: AtomicBool,
     takes_malformed: AtomicBool,
-    /// Of each player, the orders in the order in which they were stored.
+    /// The orders of each player in the order of storing.
     stored: Mutex<BTreeMap<Key, Vec<u64>>>,
 }
 
@@ -89,7 +89,7 @@ impl Service {
         Ok(())
     }
 
-    /// Checks that it has the first so many orders of every player, each once and in order.
+    /// Checks that it has the first `orders` orders of every player, each once and in order.
     fn check(&self, orders: u64) -> Result<()> {
         let stored = lock(&self.stored);
         ensure!(stored.len() as u64 == PLAYERS, "{} players", stored.len());
@@ -100,7 +100,7 @@ impl Service {
     }
 }
 
-/// Starts the consumer by which a service gets its events.
+/// Starts the consumer that passes events to a service.
 fn start(engine: &EventLog<Ordered>, name: &str, service: &Arc<Service>) -> Result<Consumer<Ordered>> {
     let service = Arc::clone(service);
     Ok(engine
@@ -108,9 +108,9 @@ fn start(engine: &EventLog<Ordered>, name: &str, service: &Arc<Service>) -> Resu
         .concurrency(8)
         .retry(Retry::exponential(2.0).base(Duration::from_millis(5)).attempts(6))
         .judge(|error: &HandlerError, _attempts| match error.downcast_ref::<Failure>() {
-            // No retry helps: set aside at once, and later events of this player behind it.
+            // No retry helps: park it at once, and the player's later events behind it.
             Some(Failure::Malformed) => Judgement::Park,
-            // Not this event's fault: it does not use up its attempts.
+            // The event is not the cause: the failure does not count as an attempt.
             Some(Failure::Down) => Judgement::RetryIn(Duration::from_millis(50)),
             _ => Judgement::ByPolicy,
         })
@@ -118,8 +118,8 @@ fn start(engine: &EventLog<Ordered>, name: &str, service: &Arc<Service>) -> Resu
         .start(move |order, meta| Ok(service.store(meta.key, order)?))?)
 }
 
-/// Publishes the orders of one phase; of three players the middle one of the first phase is malformed. Returns how long it took until
-/// all were durable.
+/// Publishes the orders of one phase. In the first phase one order of each of three players is malformed. Returns the
+/// time until all are durable.
 fn publish(engine: &EventLog<Ordered>, phase: u64) -> Result<Duration> {
     let began = Instant::now();
     let mut producer = engine.producer();
@@ -133,12 +133,12 @@ fn publish(engine: &EventLog<Ordered>, phase: u64) -> Result<Duration> {
     Ok(began.elapsed())
 }
 
-/// Prints what happens, with the time.
+/// Prints notes with the time since the start.
 struct Timeline(Instant);
 
 impl Timeline {
-    fn note(&self, what: impl fmt::Display) {
-        println!("{:>5.2} s  {what}", self.0.elapsed().as_secs_f64());
+    fn note(&self, note: impl fmt::Display) {
+        println!("{:>5.2} s  {note}", self.0.elapsed().as_secs_f64());
     }
 }
 
@@ -150,16 +150,16 @@ fn main() -> Result<()> {
         (start(&engine, "database", &database)?, start(&engine, "analytics", &analytics)?);
     let timeline = Timeline(Instant::now());
 
-    let well = publish(&engine, 0)?;
-    timeline.note(format!("{} orders are durable after {:.0} ms", PLAYERS * ORDERS, ms(well)));
+    let before_outage = publish(&engine, 0)?;
+    timeline.note(format!("{} orders are durable after {:.0} ms", PLAYERS * ORDERS, ms(before_outage)));
     to_database.drain(soon())?;
     to_analytics.drain(soon())?;
     let report = to_database.report();
     timeline.note(format!("the database has handled {}; {} attempts failed", report.handled, report.failed));
-    ensure!(is_healthy(&to_database) && report.failed > 3, "failures here and there are no outage: {report:?}");
-    // The malformed ones, and what came behind them.
+    ensure!(is_healthy(&to_database) && report.failed > 3, "isolated failures are not an outage: {report:?}");
+    // The malformed orders, and the later orders of their players.
     let behind = ORDERS - ORDERS / 2;
-    timeline.note(format!("{} letters are set aside", report.letters.letters));
+    timeline.note(format!("{} letters are parked", report.letters.letters));
     ensure!(report.letters.letters as u64 == 3 * behind, "{report:?}");
     for letter in to_database.dead_letters(None, 1_000)?.iter().filter(|letter| letter.why == LetterKind::Failed) {
         timeline.note(format!("  player {}, version {}: {}", letter.key, letter.version, letter.error));
@@ -168,23 +168,23 @@ fn main() -> Result<()> {
     let failed = report.failed;
     database.is_down.store(true, Ordering::SeqCst);
     timeline.note("the database goes down");
-    let meanwhile = publish(&engine, 1)?;
-    timeline.note(format!("{} further orders are durable after {:.0} ms", PLAYERS * ORDERS, ms(meanwhile)));
-    until("it is red", || !is_healthy(&to_database))?;
+    let during_outage = publish(&engine, 1)?;
+    timeline.note(format!("{} further orders are durable after {:.0} ms", PLAYERS * ORDERS, ms(during_outage)));
+    until("the database is unhealthy", || !is_healthy(&to_database))?;
     timeline.note(health(&to_database));
     ensure!(to_analytics.drain(soon()).is_ok() && is_healthy(&to_analytics));
-    timeline.note("analytics has handled all of them: it is not its outage");
+    timeline.note("analytics has handled all of them: the outage does not affect it");
     sleep(Duration::from_millis(600));
     let report = to_database.report();
     timeline.note(health(&to_database));
-    // The eight that were under way, and from then on a probe now and then.
+    // The eight calls in progress, and from then on occasional probes.
     let calls = report.failed - failed;
     timeline.note(format!("{} orders wait; {calls} calls have failed since it went down", report.waiting()));
     ensure!(report.waiting() > 0 && calls < 40 && !is_healthy(&to_database), "{report:?}");
 
     database.is_down.store(false, Ordering::SeqCst);
     timeline.note("the database is up again");
-    until("it is green", || is_healthy(&to_database))?;
+    until("the database is healthy", || is_healthy(&to_database))?;
     timeline.note(health(&to_database));
     publish(&engine, 2)?;
     to_database.drain(soon())?;
@@ -194,8 +194,8 @@ fn main() -> Result<()> {
     ensure!(report.handled + report.letters.letters as u64 == 3 * PLAYERS * ORDERS, "{report:?}");
 
     database.takes_malformed.store(true, Ordering::SeqCst);
-    timeline.note("the database takes what was malformed; the letters are handled again");
-    // A letter that fails again stops its player's: then they are asked for once more.
+    timeline.note("the database now accepts malformed orders; the letters are reprocessed");
+    // A letter that fails again stops its player's letters, so they are requested again.
     until("no letters are left", || {
         to_database.reprocess(LetterSelector::All).is_ok() && to_database.report().letters.letters == 0
     })?;
@@ -203,7 +203,7 @@ fn main() -> Result<()> {
     for (name, consumer, service) in [("database", &to_database, &database), ("analytics", &to_analytics, &analytics)] {
         let report = consumer.report();
         timeline.note(format!(
-            "{name}: {} handled, {} letters handled, {} discarded, {} attempts failed ({:.1} % went well)",
+            "{name}: {} handled, {} letters handled, {} discarded, {} attempts failed ({:.1} % of the attempts succeeded)",
             report.handled,
             report.letters.handled,
             report.letters.discarded,
@@ -227,11 +227,11 @@ fn is_healthy(consumer: &Consumer<Ordered>) -> bool {
     consumer.report().health.is_some_and(|health| health.status == HealthStatus::Healthy)
 }
 
-/// Waits until it is so.
-fn until(what: &str, mut is_so: impl FnMut() -> bool) -> Result<()> {
+/// Waits until `condition` holds.
+fn until(name: &str, mut condition: impl FnMut() -> bool) -> Result<()> {
     let end = Instant::now() + Duration::from_secs(30);
-    while !is_so() {
-        ensure!(Instant::now() < end, "waited in vain until {what}");
+    while !condition() {
+        ensure!(Instant::now() < end, "timed out: {name}");
         sleep(Duration::from_millis(5));
     }
     Ok(())

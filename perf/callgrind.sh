@@ -1,24 +1,24 @@
 #!/usr/bin/env bash
-# Counts the instructions that the hot path, a command and a reader cost per event, and fails when they have become more.
+# Counts the instructions per event of the hot path, a command and a reader. Fails if they exceed the limits.
 #
-#   perf/callgrind.sh              compares with perf/instructions.txt; exit 1 where a figure is above it by more than 5 %
-#   perf/callgrind.sh --within P   the same with P percent in place of 5 (readers: four times that)
-#   perf/callgrind.sh --save       writes what was counted into perf/instructions.txt
-#   perf/callgrind.sh --top        also shows where the instructions of a batch go, function by function
+#   perf/callgrind.sh              compares with perf/instructions.txt; exit 1 if a figure exceeds its limit by more than 5 %
+#   perf/callgrind.sh --within P   allows P percent instead of 5 (readers: four times that)
+#   perf/callgrind.sh --save       writes the counts to perf/instructions.txt
+#   perf/callgrind.sh --top        also lists the instructions of a batch by function
 #
-# To compare with an older commit on this machine: check it out beside this one, copy this script and perf/src/bin/hotpath.rs
-# over it, run it there with --save, and copy its perf/instructions.txt to here.
+# To compare with an older commit on this machine: check it out in another folder, run its own script there with --save, and copy
+# its perf/instructions.txt here.
 #
-# perf/src/bin/hotpath.rs is run once for each figure with N events and once with 2N; the difference, divided by N, is the cost
-# of one event, so that starting, opening and recovering do not count. Only these functions count, with what they call:
+# The program hotpath (perf/src/bin/hotpath.rs) runs with N and with 2N events for each figure. The difference, divided by N, is the
+# cost of one event: starting, opening and recovering cancel out. Only these functions and their callees count:
 #
 #   batch       Producer::publish_batch and the Shard::turn that it feeds
 #   publish     Producer::publish, one event a call
 #   command     Client::send(…).ticket(), the Shard::turn that it feeds, and Client::answer(…).wait()
-#   read        Reader::next over what this process wrote
-#   recovered   Reader::next over what was there before
+#   read        Reader::next over events that this process wrote
+#   recovered   Reader::next over events written before the store was reopened
 #
-# exit: 0 within the limits   1 above one   2 the counting itself failed
+# exit: 0 within the limits   1 above a limit   2 counting failed
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -49,7 +49,7 @@ program=${CARGO_TARGET_DIR:-target}/$PROFILE/hotpath
 out=perf/out
 mkdir -p "$out"
 
-# Runs $1 (a mode of the example, or "batch") with $2 events; counts the functions that follow.
+# Runs hotpath in mode $1 with $2 events and counts the functions in the remaining arguments.
 run() {
     local mode=$1 events=$2 toggles=() name
     shift 2
@@ -60,14 +60,14 @@ run() {
         { cat "$out/callgrind.$mode.log" >&2; fail "the run \"$mode\" with $events events failed"; }
 }
 
-# Prints the inclusive count of the function whose name has $3 in it, in the run $1 with $2 events.
+# Prints the inclusive count of the function whose name contains $3, in the run of mode $1 with $2 events.
 inclusive() {
     callgrind_annotate --inclusive=yes --threshold=100 "$out/callgrind.$1.$2.out" 2>/dev/null |
         awk -v name="$3" '!found && index($0, name) { gsub(",", "", $1); print $1; found = 1 }'
 }
 
 figures=()
-# Counts, in the mode $2 of the example, the functions that follow, and what they come to as the figure $1.
+# Counts the functions in the remaining arguments in mode $2 and records their sum as figure $1.
 count() {
     local figure=$1 mode=$2 function once twice parts=() sum=0
     shift 2
@@ -75,8 +75,8 @@ count() {
     run "$mode" $((2 * EVENTS)) "${@//Shard<A>::turn/Shard*turn}"
     for function in "$@"; do
         once=$(inclusive "$mode" $EVENTS "$function") twice=$(inclusive "$mode" $((2 * EVENTS)) "$function")
-        # A function that was renamed, or inlined into its caller, would silently count as nothing.
-        [ -n "$once" ] && [ -n "$twice" ] || fail "$function is not in the profile: inlined or renamed? Give it #[inline(never)]"
+        # A renamed or inlined function would silently count as zero.
+        [ -n "$once" ] && [ -n "$twice" ] || fail "$function is not in the profile: it was inlined or renamed (add #[inline(never)])"
         sum=$((sum + twice - once))
         parts+=("$function $(awk -v a=$((twice - once)) -v n=$EVENTS 'BEGIN { printf "%.1f", a / n }')")
     done
@@ -102,7 +102,7 @@ fi
 
 if [ $save = 1 ]; then
     {
-        echo "# Instructions per event that perf/callgrind.sh compares with; written by its --save."
+        echo "# Limits of perf/callgrind.sh: instructions per event; written by --save."
         echo "# $(rustc --version), $(valgrind --version), $(uname -m), $(date -u +%F), commit $(git rev-parse --short=12 HEAD 2>/dev/null || echo unknown)"
         printf '%s\n' "${figures[@]}"
     } >$LIMIT
@@ -117,11 +117,11 @@ printf '%s\n' "${figures[@]}" | awk -v allowed="$allowed" '
         change = 100 * ($2 / limit[$1] - 1)
         most = $1 == "read" || $1 == "recovered" ? 4 * allowed : allowed
         printf "%-14s %7.1f, limit %7.1f, change %+.2f %% (allowed: +%g %%)\n", $1, $2, limit[$1], change, most
-        if (change < -most) print "  it has become less: keep that with perf/callgrind.sh --save"
+        if (change < -most) print "  below the limit: set the new limit with perf/callgrind.sh --save"
         if (change > most) over = 1
     }
     END { exit missing ? 2 : over }' $LIMIT - || {
     status=$?
-    [ $status = 1 ] && echo "FAILED: an event costs more than it did. perf/callgrind.sh --top shows where; if it must be, say why and --save." >&2
+    [ $status = 1 ] && echo "FAILED: an event costs more instructions than the limit. Find them with perf/callgrind.sh --top; if they are needed, run --save and give the reason in the commit." >&2
     exit $status
 }

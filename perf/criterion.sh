@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Runs the benches. Reports: target/criterion/report/index.html.
 #
-#   perf/criterion.sh                        all of them
-#   perf/criterion.sh keys                   only those whose id has `keys` in it (`append` is in several: append/writer)
-#   perf/criterion.sh keys --quick           a first look
-#   perf/criterion.sh --save main            keeps the figures under a name
-#   perf/criterion.sh --against main         compares with them
-#   perf/criterion.sh append/writer --profile 10   runs it for 10 s without measuring, sampled: perf/out/criterion.svg
+#   perf/criterion.sh                        all benches
+#   perf/criterion.sh keys                   the benches whose id contains `keys`
+#   perf/criterion.sh keys --quick           a rough result
+#   perf/criterion.sh --save main            saves the figures under the name `main`
+#   perf/criterion.sh --against main         compares with saved figures
+#   perf/criterion.sh append/writer --profile 10   samples the bench for 10 s instead of measuring it: perf/out/criterion.svg
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Draws where the load generator spends its time: perf/out/flamegraph.svg, to be opened in a browser.
+# Draws a flame graph of the load generator: perf/out/flamegraph.svg, for a browser.
 #
 #   perf/flamegraph.sh                                   10 million events, 1 producer, 1 shard, OsCache
-#   perf/flamegraph.sh --events 5000000 --durability group --users 1000000     any of loadgen's flags
+#   perf/flamegraph.sh --events 5000000 --durability group --users 1000000     takes loadgen's flags
 #
-# Samples the clock, not a hardware counter, so that it works in virtual machines too.
+# Samples the clock, not a hardware counter, so that it also works in virtual machines.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -23,12 +23,12 @@ command -v inferno-flamegraph >/dev/null || cargo install --locked --quiet infer
 cargo build --profile profiling --example loadgen
 program=${CARGO_TARGET_DIR:-target}/profiling/examples/loadgen
 
-# Call stacks by DWARF (line tables and unwind tables are there; frame pointers are not), 8 KiB of stack a sample.
-# The clock of user code only where the kernel allows no more (perf_event_paranoid > 1).
+# Call stacks by DWARF (the binary has unwind tables but no frame pointers), 8 KiB of stack per sample.
+# Samples user code only if the kernel allows no more (perf_event_paranoid > 1).
 event=cpu-clock
 [ "$(id -u)" = 0 ] || [ "$(cat /proc/sys/kernel/perf_event_paranoid)" -le 1 ] || event=cpu-clock:u
 perf record -e "$event" -F "$HERTZ" --call-graph dwarf,8192 -o "$out/perf.data" -- "$program" "$@"
-# Without inlined frames: resolving those takes perf minutes.
+# Without inlined frames, which take perf minutes to resolve.
 perf script --no-inline -i "$out/perf.data" 2>/dev/null | inferno-collapse-perf >"$out/stacks.txt"
 [ -s "$out/stacks.txt" ] || { echo "flamegraph.sh: perf took no sample" >&2; exit 1; }
 inferno-flamegraph --title "corelane loadgen $*" --subtitle "$(git rev-parse --short=12 HEAD), cpu-clock" "$out/stacks.txt" >"$out/flamegraph.svg"

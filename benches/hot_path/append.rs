@@ -1,4 +1,4 @@
-//! One shard's writer alone: archive, record header, CRC, commit word, into pages that are present.
+//! One shard's writer alone: archive, record header, CRC and commit word, into prefaulted pages.
 
 use std::time::{Duration, Instant};
 

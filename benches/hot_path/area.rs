@@ -1,12 +1,11 @@
-//! The area view with 100,000 players spread evenly: a query with 1 % of them inside, alone and while a writer moves
-//! players without pause, and what a move costs the shard.
+//! The area view with 100,000 evenly spread players: queries that find 1 % of them, alone and while a writer moves
+//! players without pause, and the cost of a move on the shard.
 
 use std::convert::Infallible;
 use std::hint::black_box;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use corelane::bench_support::only_place;
-use corelane::event::Correlation;
 use corelane::view::{Area, View as _, ViewWriter};
 use corelane::{Aggregate, Bounded, Emit, Event, EventTypeId, Key, Meta};
 use criterion::{BenchmarkId, Criterion, Throughput};
@@ -45,7 +44,7 @@ pub(crate) fn meta() -> Meta {
 
 type Filled = (Area<Walker>, Box<dyn ViewWriter<Walker>>, Vec<Walker>);
 
-/// All players in, and where they are.
+/// Returns the view with all players, its writer, and the players' positions.
 fn filled(random: &mut SmallRng) -> Filled {
     let area = Area::new((0.0, 0.0, SIDE, SIDE), CELL, |walker: &Walker| Some((walker.x, walker.y)));
     let mut writer = area.writer(&only_place(PLAYERS as usize));
@@ -55,7 +54,7 @@ fn filled(random: &mut SmallRng) -> Filled {
     (area, writer, walkers)
 }
 
-/// Moves of random players, each by up to `step` in both directions.
+/// Moves random players, each by up to `step` in both directions.
 fn moves(random: &mut SmallRng, walkers: &mut [Walker], step: f64) -> Vec<(Key, Walker)> {
     let mut next = || {
         let key = random.random_range(0..walkers.len());

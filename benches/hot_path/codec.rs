@@ -1,5 +1,5 @@
-//! An event to its archive, and the archive read in place: checked as bytes from a disk are, unchecked
-//! as bytes are that this process wrote.
+//! Encoding an event, and accessing its archive in place: checked, as for bytes from a disk, and unchecked, as for
+//! bytes that this process wrote.
 
 use std::hint::black_box;
 

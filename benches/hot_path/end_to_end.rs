@@ -1,5 +1,5 @@
-//! A whole engine: one producer's batches through lane, shard, key table and log, latency histograms on.
-//! The durability mode is part of the name; a figure without it says nothing.
+//! A whole engine: one producer's batches through lane, shard, key table and log, with latency histograms. The
+//! durability mode is part of each bench's name, since rates depend on it.
 
 use corelane::{Config, Durability, EventLog, Receipt, Retention};
 use criterion::{BenchmarkId, Criterion, Throughput};
@@ -16,7 +16,7 @@ pub(crate) fn benches(c: &mut Criterion) {
     group.sample_size(20).throughput(Throughput::Elements(EVENTS as u64));
     for durability in [Durability::OsCache, Durability::GroupCommit] {
         let dir = tempfile::tempdir().expect("a temporary folder");
-        // Freed segments are written again, so that the disk does not fill.
+        // Retention recycles segments, so that the disk does not fill.
         let retention = Retention::bytes(4 * SEGMENT_BYTES);
         let config = Config::new(dir.path()).durability(durability).segment_bytes(SEGMENT_BYTES).retention(retention);
         let engine = EventLog::<GameEvent>::open(config).expect("the store opens");

@@ -1,10 +1,10 @@
-//! The event all benches use, and the same random sequence of them every time.
+//! The event that all benches use, and a fixed random sequence of it.
 
 use corelane::Key;
 use rand::rngs::SmallRng;
 use rand::{Rng as _, SeedableRng as _};
 
-/// Users of events whose number of users is not the point.
+/// The number of users in benches that do not vary it.
 pub(crate) const USERS: u64 = 10_000;
 
 #[path = "../../examples/shared/event.rs"]
@@ -12,7 +12,7 @@ mod event;
 
 pub(crate) use event::{ArchivedGameEvent, GameEvent};
 
-/// The tick of an archived event: reads it, so that reading is not left out.
+/// Returns the tick of an archived event, so that the compiler cannot drop the read.
 #[inline]
 pub(crate) fn tick(event: &ArchivedGameEvent) -> u64 {
     match event {
@@ -20,7 +20,7 @@ pub(crate) fn tick(event: &ArchivedGameEvent) -> u64 {
     }
 }
 
-/// Users at random, half of them moving and half attacking.
+/// Returns events of random users; half are moves and half are attacks.
 pub(crate) fn events(count: usize) -> Vec<(Key, GameEvent)> {
     let mut random = SmallRng::seed_from_u64(0x5eed);
     let event = |tick: u64| {

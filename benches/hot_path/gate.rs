@@ -1,4 +1,4 @@
-//! The sequence gate: items that come in order, in order over many partitions, and shuffled within 64.
+//! The sequence gate: items in order, in order over many partitions, and shuffled within 64.
 
 use std::hint::black_box;
 use std::time::Duration;
@@ -23,7 +23,7 @@ pub(crate) fn benches(c: &mut Criterion) {
     let in_order: Vec<(u64, u64)> = (0..ITEMS as u64).map(|sequence| (0, sequence)).collect();
     group.bench_function(BenchmarkId::new("in_order", "1 partition"), |b| b.iter(|| run(&in_order, &events)));
 
-    // Every user counts for itself; the users come as they like.
+    // Each user is a partition; users come in random order.
     let mut numbered = |users: u64| -> Vec<(u64, u64)> {
         let mut sequences = vec![0; users as usize];
         let mut next = |user: u64| {
@@ -43,7 +43,8 @@ pub(crate) fn benches(c: &mut Criterion) {
     group.finish();
 }
 
-/// Everything goes in and comes out again; the gate is made anew every time, as sequences do not come twice.
+/// Offers all items and takes all released ones. Creates a new gate each time, since a gate accepts a sequence only
+/// once.
 fn run(input: &[(u64, u64)], events: &[GameEvent]) {
     let now = Duration::ZERO;
     let mut gate = SequenceGate::new(GatePolicy::default()).expect("the default policy holds");

@@ -1,4 +1,4 @@
-//! The key table, as a turn uses it: buckets asked for 16 events ahead, then found and changed.
+//! The key table as a turn uses it: buckets are prefetched 16 events ahead, then looked up and updated.
 
 use std::hint::black_box;
 
@@ -9,9 +9,9 @@ use rand::rngs::SmallRng;
 use rand::{Rng as _, SeedableRng as _};
 
 const EVENTS: usize = 4096;
-/// Drawn once and gone through round and round: enough that a million keys never become a few.
+/// Random keys, drawn once and reused in turn; enough of them that a million users stay a million.
 const DRAWS: usize = 1 << 20;
-/// As in the shard.
+/// The shard's prefetch distance.
 const AHEAD: usize = 16;
 
 pub(crate) fn benches(c: &mut Criterion) {

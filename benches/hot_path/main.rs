@@ -1,12 +1,13 @@
-//! What each part of an event's way costs, alone and together.
+//! Benches of each part of the hot path, alone and together.
 //!
 //! ```text
-//! cargo bench -p benches                     everything; reports in target/criterion/report
-//! cargo bench -p benches -- keys             the key table only
-//! cargo bench -p benches -- --quick          a first look
+//! cargo bench -p benches                     all benches; reports in target/criterion/report
+//! cargo bench -p benches -- keys             the benches of the key table
+//! cargo bench -p benches -- --quick          a rough result
 //! ```
 //!
-//! All use one 48-byte event, so that figures of parts can be added up. `perf/README.md` says how to compare.
+//! All use the same 48-byte event, so that the figures of parts add up. `perf/README.md` explains how to compare
+//! results.
 
 mod append;
 mod area;
@@ -14,8 +15,8 @@ mod codec;
 mod end_to_end;
 mod game;
 mod gate;
+mod key_queues;
 mod keys;
-mod lanes;
 mod replay;
 mod ring;
 mod views;
@@ -34,7 +35,7 @@ criterion_group!(
     replay::benches,
     end_to_end::benches,
     gate::benches,
-    lanes::benches,
+    key_queues::benches,
     area::benches,
     views::benches
 );

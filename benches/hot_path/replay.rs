@@ -1,5 +1,5 @@
-//! A reader from the earliest event to the end: over a live store (bytes this process wrote, taken as they
-//! are) and over a recovered one (every CRC and every archive checked).
+//! A reader from the earliest event to the end: of a live store (bytes that this process wrote, not checked again) and
+//! of a recovered one (every CRC and every archive checked).
 
 use corelane::{Config, Deadline, Durability, EventLog, ShardId};
 use criterion::{Criterion, Throughput};

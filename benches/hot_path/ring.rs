@@ -1,4 +1,4 @@
-//! A lane's ring, pushed and popped in chunks by one thread: what the moving costs, without the cores' talk.
+//! A lane's ring, pushed and popped in chunks by one thread: the cost of moving events, without traffic between cores.
 
 use std::hint::black_box;
 

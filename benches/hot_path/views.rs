@@ -1,5 +1,5 @@
-//! The other views with 100,000 keys: what an event costs the shard, what a question costs who asks, and how long a
-//! leaderboard of a million takes to go through all scores.
+//! The other views with 100,000 keys: the cost of an event on the shard, the cost of a query for its caller, and the
+//! time in which a leaderboard of a million goes through all scores.
 
 use std::hint::black_box;
 use std::time::{Duration, Instant};
@@ -15,7 +15,7 @@ use crate::area::{Walker, meta};
 
 const KEYS: u64 = 100_000;
 const EVENTS: usize = 1 << 16;
-/// Events between two positions.
+/// Events between two publications of the position.
 const BATCH: usize = 256;
 
 pub(crate) fn benches(c: &mut Criterion) {
@@ -62,7 +62,7 @@ fn change(c: &mut Criterion, name: &str, view: &dyn View<Walker>, events: &[(Key
     group.finish();
 }
 
-/// The first position after loading needs the scores of all.
+/// Times the first publication after loading, which reads all scores.
 fn refill(rounds: u64, view: &dyn View<Walker>) -> Duration {
     let mut random = SmallRng::seed_from_u64(0x5eed);
     let mut one = || {

@@ -1,17 +1,17 @@
-//! The game's rules: what players may want, when they are refused, and what becomes of them.
+//! The game's rules: commands, reasons for rejecting them, events, and states.
 
 use corelane::view::ById;
 use corelane::{Aggregate, Bounded, Emit, Event, EventType, EventTypeId, Key, Meta, Time};
 use rkyv::{Archive, Deserialize, Serialize};
 
-/// The map is so long and so wide.
+/// The length and the width of the map.
 pub(crate) const MAP: f64 = 1_000.0;
-/// How far one comes in a second.
+/// The greatest distance a player moves in a second.
 pub(crate) const SPEED_MAX: f64 = 100.0;
 const HEALTH: i64 = 100;
 const DAMAGE: i64 = 10;
 
-/// How far a skill reaches.
+/// Returns the range of a skill.
 pub(crate) fn reach(skill: u32) -> f64 {
     match skill {
         1 => 50.0,
@@ -36,7 +36,7 @@ pub(crate) enum Happened {
         target: u64,
         skill: u32,
         damage: i64,
-        /// How many events of the target's shard were known when it was decided.
+        /// The number of events of the target's shard that the decision had seen.
         seen: u64,
     },
     Hurt {
@@ -66,11 +66,11 @@ impl Event for Happened {
     }
 }
 
-/// The side that decides: everything that its rules need, and no more.
+/// The write side: the state that the rules need, and no more.
 #[derive(Archive, Serialize, Deserialize, Bounded, Debug, Clone, PartialEq, Default)]
 pub(crate) struct Player {
     pub(crate) place: Option<Place>,
-    /// Since when it is there.
+    /// The time when it arrived there, in ns.
     since: u64,
     pub(crate) health: i64,
     pub(crate) score: i64,
@@ -92,32 +92,32 @@ impl Place {
     }
 }
 
-/// The side that is asked: what others see of a player.
+/// The read side: the part of a player that others see.
 #[derive(Archive, Serialize, Deserialize, Bounded, Debug, Clone, PartialEq)]
 pub(crate) struct Card {
-    /// `None`: not in the game any more.
+    /// `None` once the player has left the game.
     pub(crate) place: Option<Place>,
     pub(crate) health: i64,
 }
 
-/// Cards of all players, published by the shards.
+/// The cards of all players; the shards publish them.
 pub(crate) type Cards = ById<Player, Card>;
 
 pub(crate) fn cards() -> Cards {
     ById::new(64, |player: &Player| Card { place: player.place, health: player.health })
 }
 
-/// What somebody wants.
+/// A command.
 pub(crate) enum Command {
     Join(Place),
     Move(Place),
-    /// The target is another key, perhaps of another shard: it is looked up in the view when the command is decided on.
+    /// The target is another key, perhaps of another shard; `decide` looks it up in the view.
     Attack {
         target: Key,
         skill: u32,
         others: Cards,
     },
-    /// The other half of an attack, given to the target by whoever carries attacks through.
+    /// The target's half of an attack; the client that sent the attack sends it to the target.
     Suffer {
         by: Key,
         damage: i64,
@@ -125,7 +125,7 @@ pub(crate) enum Command {
     Leave,
 }
 
-/// Why not.
+/// The reason for rejecting a command.
 #[derive(Archive, Serialize, Deserialize, Bounded, Debug, Clone, PartialEq)]
 pub(crate) enum Refused {
     NotInTheGame,
@@ -133,12 +133,13 @@ pub(crate) enum Refused {
     OffTheMap,
     TooFast {
         distance: f64,
-        /// How far one could have come by now.
+        /// The greatest distance possible by now.
         distance_max: f64,
     },
     NoSuchTarget {
         target: u64,
-        /// Of so many events of the target's shard; a later one may have made it.
+        /// The number of events of the target's shard that the decision had seen; a later one may have created the
+        /// target.
         seen: u64,
     },
     OutOfReach {
@@ -186,7 +187,7 @@ impl Aggregate for Player {
                 emit.event(Happened::Moved { x: to.x, y: to.y });
             }
             Command::Attack { target, skill, others } => {
-                // The position first: what is looked up after it is at least as new.
+                // Reads the position first, so that the card is at least as new.
                 let seen = seen_of(&others, target);
                 let there = others.get(target).ok().flatten().and_then(|card| card.place);
                 let Some(there) = there else { return Err(Refused::NoSuchTarget { target: target.get(), seen }) };
@@ -218,7 +219,7 @@ impl Player {
     }
 }
 
-/// How many events of `key`'s shard the view shows.
+/// Returns the number of events of `key`'s shard that the view contains.
 pub(crate) fn seen_of(others: &Cards, key: Key) -> u64 {
     let positions = others.positions();
     let shard = key.shard(positions.len().max(1) as u16);

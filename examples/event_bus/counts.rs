@@ -1,4 +1,4 @@
-//! The analytics service's database: counts per type, and with them the position up to which events are counted.
+//! The analytics service's database: counts by type, and the position up to which events are counted.
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
@@ -15,7 +15,7 @@ pub(crate) struct Counts(Connection);
 impl Counts {
     pub(crate) fn open(path: &Path) -> Result<Self> {
         let database = Connection::open(path)?;
-        // What a power cut may take of the newest transactions, it takes whole: the position goes with the counts.
+        // A power cut may lose the newest transactions, but only whole: counts and position stay consistent.
         database.pragma_update(None, "journal_mode", "wal")?;
         database.pragma_update(None, "synchronous", "normal")?;
         database.execute_batch(
@@ -48,14 +48,15 @@ impl Sink<Envelope> for Counts {
                 None => drop(counts.insert(event_type.to_owned(), 1)),
             }
         }
-        // Both or neither: that is what makes every event count once.
+        // One transaction for counts and position, so that every event counts once.
         let transaction = self.0.transaction()?;
         for (event_type, events) in counts {
             let add = "insert into counts values (?1, ?2) on conflict do update set events = events + excluded.events";
             transaction.prepare_cached(add)?.execute((event_type, events))?;
         }
-        let stand = "insert into positions values (?1, ?2) on conflict do update set position = excluded.position";
-        transaction.prepare_cached(stand)?.execute((batch.shard().0, batch.end().to_bytes()))?;
+        let set_position =
+            "insert into positions values (?1, ?2) on conflict do update set position = excluded.position";
+        transaction.prepare_cached(set_position)?.execute((batch.shard().0, batch.end().to_bytes()))?;
         transaction.commit()?;
         Ok(())
     }

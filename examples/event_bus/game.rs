@@ -1,4 +1,4 @@
-//! The game: what happens in it, and how often.
+//! The game's events, and how often each occurs.
 
 use corelane::{Bounded, Event, EventType, EventTypeId, Key};
 use rkyv::{Archive, Serialize};
@@ -35,10 +35,10 @@ impl Event for GameEvent {
     }
 }
 
-/// Players.
+/// The number of players.
 const KEYS: u64 = 10_000;
 
-/// What the players do: they move, and rarely do something else.
+/// Generates events: players move, and rarely do something else.
 #[derive(Default)]
 pub(crate) struct Traffic {
     pub(crate) events: u64,
@@ -60,13 +60,13 @@ impl Traffic {
         (key, event)
     }
 
-    /// Notes an event that is published besides.
+    /// Counts an event that was published separately.
     pub(crate) fn count(&mut self, event: &GameEvent) {
         self.events += 1;
         self.of_type[usize::from(event.event_type().get()) - 1] += 1;
     }
 
-    /// How many events of these types there were.
+    /// Returns the number of events of these types.
     pub(crate) fn of(&self, types: &[&str]) -> u64 {
         GameEvent::TYPES.iter().zip(self.of_type).filter(|(kind, _)| types.contains(&kind.name)).map(|(_, n)| n).sum()
     }

@@ -1,4 +1,4 @@
-//! Full speed, and four services that follow.
+//! Publishes at full speed while four services follow.
 
 use std::fs;
 use std::path::Path;
@@ -16,8 +16,8 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let dir = tempfile::tempdir()?;
     let time = Duration::from_secs_f64(args.seconds);
 
-    step("full speed, with nobody following");
-    // Once to warm up: the first store of a process is the slowest.
+    step("full speed, without services");
+    // Warm-up: the first store of a process is the slowest.
     alone(dir.path(), args.shards, time / 4)?;
     let alone_per_s = alone(dir.path(), args.shards, time)?;
     println!("{:.2} M events/s", alone_per_s / 1e6);
@@ -33,31 +33,31 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         services.0.iter().for_each(|service| show(&service.report()));
     })?;
     println!(
-        "{:.2} M events/s, {:.2} of what it was with nobody following (all of them share {} cores)",
+        "{:.2} M events/s, {:.2} of the rate without services (all share {} cores)",
         per_s / 1e6,
         per_s / alone_per_s,
         std::thread::available_parallelism()?
     );
 
-    step("publish_sync: published, and handled by those that are named");
+    step("publish_sync: publishes, then waits until the named services have handled the event");
     let [_, database, notifications, leaderboard] = &services.0;
     let (key, event) = (Key::new(42), GameEvent::LevelledUp { level: 100 });
     let began = Instant::now();
     engine.publish_sync(&mut producer, key, event, &[notifications, leaderboard], soon())?;
     traffic.count(&event);
-    println!("mailed and ranked {:.0} ms after it was published", began.elapsed().as_secs_f64() * 1e3);
+    println!("mailed and ranked {:.0} ms after publishing", began.elapsed().as_secs_f64() * 1e3);
 
-    step("what there is to do is done, as far as there is time");
-    // Analytics takes 3 ms for every event there is: it would take very long. What the others want is rare.
+    step("drain: the services finish the events they can finish in time");
+    // Analytics takes 3 ms for every event, which would take very long. The events of the other services are rare.
     let deadline = Some(Instant::now() + Duration::from_secs(30) + 20 * time);
     for service in [database, notifications, leaderboard] {
         ensure!(service.drain(deadline).is_ok(), "{}: {:?}", service.name(), service.report());
     }
     for service in &services.0 {
-        // The lag counts from the saved position.
+        // The report computes the lag from the saved position.
         service.save()?;
     }
-    // Nothing is published any more.
+    // Publishing has ended, so the counts are final.
     let reports = services.0.each_ref().map(|service| service.report());
     for (at, report) in reports.iter().enumerate() {
         show(report);
@@ -65,7 +65,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         ensure!(report.handled + report.waiting() == published, "{published} published for {report:?}");
         ensure!((report.parked, report.skipped) == (0, 0), "{report:?}");
     }
-    println!("analytics has {} left, and goes on with them after the next start", grouped(reports[0].waiting()));
+    println!("analytics has {} events left and continues with them after the restart", grouped(reports[0].waiting()));
     for service in services.0 {
         service.stop(soon())?;
     }
@@ -73,7 +73,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     engine.shutdown(soon())?;
     drop(engine);
 
-    step("the next start: the services have become fast, and go on where they were");
+    step("restart: the services, now fast, continue at their positions");
     let engine = open(&store, args.shards)?;
     let began = Instant::now();
     let services = Services::start(&engine, 0, &seen)?;
@@ -88,19 +88,19 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     for (at, (name, seen)) in NAMES.iter().zip(&seen).enumerate() {
         let (events, wrong) = Seen::get(seen);
         let published = traffic.of(Services::types(at));
-        ensure!(events == published, "{name} has handled {events} events of {published}");
-        ensure!(wrong.is_none(), "{name} has seen key {wrong:?} out of order");
+        ensure!(events == published, "{name} handled {events} of {published} events");
+        ensure!(wrong.is_none(), "{name} saw the events of key {wrong:?} out of order");
     }
     engine.shutdown(soon())?;
     println!(
-        "\neach service has handled its events ({} in all, {} of them level-ups) once, each player's in order",
+        "\neach service handled its events ({} in all, {} of them level-ups) once, each player's in order",
         grouped(traffic.events),
         grouped(traffic.of(&[LEVELLED_UP]))
     );
     Ok(())
 }
 
-/// Publishes to a store of its own that nobody follows.
+/// Publishes to a separate store without services.
 fn alone(dir: &Path, shards: u16, time: Duration) -> Result<f64> {
     let dir = dir.join("alone");
     let engine = open(&dir, shards)?;
@@ -111,12 +111,12 @@ fn alone(dir: &Path, shards: u16, time: Duration) -> Result<f64> {
     Ok(per_s)
 }
 
-/// The services see what is appended; the page cache is enough here, so that no disk sets the pace.
+/// Opens a store. `OsCache` is enough here: services see appended events, and no disk limits the rate.
 fn open(dir: &Path, shards: u16) -> Result<EventLog<GameEvent>> {
     Ok(EventLog::open(Config::new(dir).shards(shards).durability(Durability::OsCache))?)
 }
 
-/// Publishes as fast as it is taken, and shows how it goes every half second. Returns events per second.
+/// Publishes as fast as the engine accepts, and reports progress every half second. Returns the events per second.
 fn publish(
     producer: &mut Producer<GameEvent>,
     traffic: &mut Traffic,
@@ -152,7 +152,7 @@ fn show(report: &ConsumerReport) {
     );
 }
 
-/// 1234567 as 1,234,567.
+/// Formats 1234567 as `1,234,567`.
 fn grouped(n: u64) -> String {
     let digits = n.to_string();
     let mut text = String::new();
@@ -165,6 +165,6 @@ fn grouped(n: u64) -> String {
     text
 }
 
-fn step(what: &str) {
-    println!("\n== {what}");
+fn step(name: &str) {
+    println!("\n== {name}");
 }

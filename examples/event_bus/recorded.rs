@@ -1,4 +1,4 @@
-//! Recorded matches in, counts per type out, also when the process is killed meanwhile and run again.
+//! Counts the events of recorded matches by type, correctly even if the process is killed and restarted.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, File};
@@ -15,12 +15,12 @@ use serde_json::{Value, json};
 use crate::counts::Counts;
 use crate::{Args, soon};
 
-/// Events of one transaction.
+/// The most events of one transaction.
 const BATCH_MAX: usize = 10_000;
 
 pub(crate) fn run(input: &Path, args: &Args) -> Result<()> {
-    let made = tempfile::tempdir()?;
-    let dir = args.data_dir.as_deref().unwrap_or(made.path());
+    let temporary = tempfile::tempdir()?;
+    let dir = args.data_dir.as_deref().unwrap_or(temporary.path());
     fs::create_dir_all(dir)?;
     let began = Instant::now();
     let config = Config::new(dir.join("store")).shards(args.shards).segment_bytes(64 << 20);
@@ -29,10 +29,10 @@ pub(crate) fn run(input: &Path, args: &Args) -> Result<()> {
     let analytics = engine.consumer("analytics").start_sink(BATCH_MAX, Counts::open(&database)?)?;
 
     let Ingested { lines, held } = ingest(&engine, input, args.lines.unwrap_or(u64::MAX))?;
-    println!("{lines} events, {held} of them in the log already; {:.1} s", began.elapsed().as_secs_f64());
+    println!("{lines} events, {held} of them already in the log; {:.1} s", began.elapsed().as_secs_f64());
     ensure!(analytics.drain(soon()).is_ok(), "{:?}", analytics.report());
     let (handled, seconds) = (analytics.report().handled, began.elapsed().as_secs_f64());
-    println!("counted after {seconds:.1} s, {handled} of them in this run");
+    println!("all counted after {seconds:.1} s, {handled} of them in this run");
     analytics.stop(soon())?;
     engine.shutdown(soon())?;
 
@@ -44,12 +44,12 @@ pub(crate) fn run(input: &Path, args: &Args) -> Result<()> {
         fs::write(facts, format!("{:#}\n", json!({ "events_by_type": counts })))?;
     }
     let counted: u64 = counts.values().sum();
-    ensure!(counted == lines, "{counted} events are counted, the input has {lines}");
+    ensure!(counted == lines, "{counted} events are counted, but the input has {lines}");
     if let Some(expected) = &args.expect {
         let expected: Value = serde_json::from_reader(File::open(expected)?)?;
         let expected: BTreeMap<String, u64> = serde_json::from_value(expected["events_by_type"].clone())?;
-        ensure!(counts == expected, "expected were {expected:?}");
-        println!("all of {} counts as expected", counts.len());
+        ensure!(counts == expected, "the expected counts are {expected:?}");
+        println!("all {} counts are as expected", counts.len());
     }
     Ok(())
 }
@@ -59,11 +59,11 @@ struct Ingested {
     held: u64,
 }
 
-/// Publishes what the log does not have yet.
+/// Publishes the events that the log does not contain yet.
 ///
-/// One producer publishes the file in its order, and a log keeps each key's events in that order. So however the process ended, of each
-/// user the log has the first so many, and a user's version says how many. (Of the file as a whole it need not have a beginning: shards
-/// may have been differently far.)
+/// One producer publishes the file in order, and the log keeps each key's events in that order. So wherever the process
+/// ended, the log holds the first events of each user, and the user's version is their number. (The log need not hold a
+/// prefix of the whole file: shards may have advanced differently.)
 fn ingest(engine: &EventLog<Envelope>, input: &Path, lines_max: u64) -> Result<Ingested> {
     let mut producer = engine.producer();
     let (mut held_yet, mut ingested) = (HashMap::<Key, u64>::new(), Ingested { lines: 0, held: 0 });
@@ -74,7 +74,7 @@ fn ingest(engine: &EventLog<Envelope>, input: &Path, lines_max: u64) -> Result<I
         let key = event.key();
         let left = match held_yet.get_mut(&key) {
             Some(left) => left,
-            // Asked before this run publishes anything of it.
+            // Asked before this run publishes an event of the user.
             None => {
                 let Version(held) = engine.ask(key, |_, version| version)?;
                 held_yet.entry(key).or_insert(held)

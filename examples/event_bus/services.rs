@@ -1,4 +1,4 @@
-//! The four services. What they would do takes its time; here they sleep for it, and note the order in which they see events.
+//! The four services. They sleep instead of working, and check the order in which they receive events.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -13,37 +13,37 @@ use crate::game::{ArchivedGameEvent, BOUGHT, GameEvent, KILLED, LEVELLED_UP, MOV
 
 pub(crate) const NAMES: [&str; 4] = ["analytics", "database", "notifications", "leaderboard"];
 
-/// What each of them wants.
+/// The event types of each service.
 const TYPES: [&[&str]; 4] =
     [&[MOVED, KILLED, BOUGHT, LEVELLED_UP], &[KILLED, BOUGHT, LEVELLED_UP], &[LEVELLED_UP], &[KILLED, LEVELLED_UP]];
 
-/// What a service saw, over all starts of it.
+/// The events that a service has received, over all its starts.
 #[derive(Default)]
-pub(crate) struct Seen(Mutex<Noted>);
+pub(crate) struct Seen(Mutex<Received>);
 
 #[derive(Default)]
-struct Noted {
-    /// Of each key the version handled last.
+struct Received {
+    /// The last version of each key.
     last: HashMap<Key, Version>,
     events: u64,
-    /// A key whose events came in another order than they were published in, or twice.
+    /// A key with an event out of order or delivered twice.
     wrong: Option<Key>,
 }
 
 impl Seen {
     fn note(&self, meta: &Meta) {
-        let mut noted = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let last = noted.last.insert(meta.key, meta.version);
+        let mut received = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let last = received.last.insert(meta.key, meta.version);
         if last.is_some_and(|last| last >= meta.version) {
-            noted.wrong = Some(meta.key);
+            received.wrong = Some(meta.key);
         }
-        noted.events += 1;
+        received.events += 1;
     }
 
-    /// How many events it saw, and a key whose order was not kept.
+    /// Returns the number of events, and a key whose events were out of order.
     pub(crate) fn get(&self) -> (u64, Option<Key>) {
-        let noted = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        (noted.events, noted.wrong)
+        let received = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        (received.events, received.wrong)
     }
 }
 
@@ -51,7 +51,7 @@ impl Seen {
 pub(crate) struct Services(pub(crate) [Consumer<GameEvent>; 4]);
 
 impl Services {
-    /// Starts them. With a cost of 0 they handle events on their own threads, where these lie in the log.
+    /// Starts the services. With a cost of 0 each handles events in place on its own thread.
     pub(crate) fn start(engine: &EventLog<GameEvent>, cost_percent: u32, seen: &[Arc<Seen>; 4]) -> Result<Self> {
         let cost = |ms: u32| Duration::from_micros(u64::from(ms * cost_percent * 10));
         let at_once = |keys: usize| if cost_percent == 0 { 1 } else { keys };
@@ -68,7 +68,7 @@ impl Services {
         let (mail_cost, mailed) = (cost(100), Arc::clone(&seen[2]));
         let notifications = engine.subscribe(NAMES[2]).types(TYPES[2].to_vec()).concurrency(at_once(64)).start_with(
             move |_event: &ArchivedGameEvent, meta: &Meta, call: &_| {
-                // The key goes with the mail: by it the mail server drops what it has had before.
+                // The mail carries the idempotency key, by which the mail server drops duplicates.
                 call.effect(|key| send_mail(&key.to_string(), mail_cost, meta, call.attempt()))?;
                 mailed.note(meta);
                 Ok(())
@@ -82,13 +82,13 @@ impl Services {
         Ok(Self([analytics, database, notifications, leaderboard]))
     }
 
-    /// The types that the service at this place wants.
+    /// Returns the event types of the service with this index.
     pub(crate) fn types(at: usize) -> &'static [&'static str] {
         TYPES[at]
     }
 }
 
-/// A handler that takes so long.
+/// Returns a handler that takes `cost` per event.
 fn taking(
     cost: Duration,
     seen: &Arc<Seen>,
@@ -103,7 +103,7 @@ fn taking(
     }
 }
 
-/// A mail server that is busy now and then.
+/// Sends a mail to a server that is sometimes busy.
 fn send_mail(_idempotency_key: &str, cost: Duration, meta: &Meta, attempt: u32) -> Result<(), HandlerError> {
     if !cost.is_zero() {
         sleep(cost);

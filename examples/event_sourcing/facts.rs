@@ -1,4 +1,4 @@
-//! What can be said of the recorded matches, every answer from the engine itself.
+//! Facts about the recorded matches, every one computed by the engine.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, HashSet};
@@ -12,7 +12,7 @@ use sha2::{Digest as _, Sha256};
 
 use crate::game::{ArchivedGameEvent, LEVEL_UP, Player, UNLISTED, name_of};
 
-/// The answers, under the names that they have in the expected ones.
+/// The answers. The field names are those of the file with the expected answers.
 #[derive(Serialize, PartialEq, Debug)]
 pub(crate) struct Facts {
     total_events: u64,
@@ -56,7 +56,7 @@ struct Travelled {
     state: Option<Value>,
 }
 
-/// What one pass over all events, in the order of time, tells.
+/// The results of one pass over all events in time order.
 #[derive(Default)]
 struct Passed {
     users: BTreeSet<Key>,
@@ -72,13 +72,13 @@ struct Passed {
 struct User {
     now: Player,
     then: Player,
-    /// Versions count a key's events.
+    /// The number of events, which is the version.
     events: u64,
     events_then: u64,
     level_ups: u64,
 }
 
-/// All answers, and how many events were applied at most to tell a state of the past.
+/// Computes all answers. Also returns the greatest number of events applied to compute a past state.
 pub(crate) fn answer(engine: &Engine<Player>) -> Result<(Facts, u64)> {
     let counts = engine.counts()?;
     let passed = pass(engine, counts.events)?;
@@ -146,7 +146,7 @@ fn pass(engine: &Engine<Player>, events: u64) -> Result<Passed> {
         if passed.events == (events - 1) / 2 {
             passed.median = time;
         }
-        ensure!(time >= passed.last, "events that are not in the order of their times");
+        ensure!(time >= passed.last, "the events are not in time order");
         passed.last = time;
         passed.events += 1;
         passed.users.insert(record.meta.key);
@@ -158,7 +158,7 @@ fn pass(engine: &Engine<Player>, events: u64) -> Result<Passed> {
     Ok(passed)
 }
 
-/// Ten users, each rule after the other among those that are left; of equals the lowest id.
+/// Chooses ten users. Each rule chooses among the users that earlier rules left; ties go to the lowest id.
 fn choose(users: &BTreeMap<u64, User>) -> Vec<(u64, &'static str)> {
     let mut chosen: Vec<(u64, &'static str)> = Vec::new();
     let mut take = |count, why, rank: fn(&User) -> i64| {
@@ -177,7 +177,7 @@ fn choose(users: &BTreeMap<u64, User>) -> Vec<(u64, &'static str)> {
     chosen
 }
 
-/// The hash of a user's times and kinds of events, from its stream.
+/// Returns the hash of the times and types in a user's stream.
 fn sequence(engine: &Engine<Player>, key: Key) -> Result<String> {
     let mut digest = Sha256::new();
     let mut stream = engine.stream(key, Version(1))?;
@@ -191,7 +191,7 @@ fn sequence(engine: &Engine<Player>, key: Key) -> Result<String> {
     Ok(hex(digest))
 }
 
-/// The hash of states, in the order of the ids.
+/// Returns the hash of states in the order of ids.
 fn digest<'s>(states: impl Iterator<Item = (u64, &'s Player)>) -> String {
     let mut digest = Sha256::new();
     for (id, player) in states {
@@ -218,7 +218,7 @@ fn position(player: &Player) -> (Value, Value) {
     player.position.map_or((Value::Null, Value::Null), |place| (number(place.x), number(place.y)))
 }
 
-/// A number in its shortest decimal form, as it stood in the file.
+/// Returns a number in its shortest decimal form, as the file writes it.
 fn number(number: f64) -> Value {
     let is_whole = number.fract() == 0.0 && number.abs() < 1e15;
     if is_whole { Value::from(number as i64) } else { Number::from_f64(number).map_or(Value::Null, Value::Number) }

@@ -1,4 +1,4 @@
-//! Events from a file of JSON lines, gzipped or not.
+//! Reads events from a file of JSON lines, gzipped or not.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader};
@@ -14,7 +14,7 @@ use sha2::{Digest as _, Sha256};
 use crate::facts::hex;
 use crate::game::{GameEvent, KILL, LEVEL_UP, PICKUP, Place, Source, kind_of};
 
-/// Shows every event of a file, in order. Returns the SHA-256 of its text.
+/// Passes every event of a file to `show`, in order. Returns the SHA-256 of the file's text.
 pub(crate) fn read(path: &Path, mut show: impl FnMut(Key, GameEvent) -> Result<()>) -> Result<String> {
     let mut file = BufReader::new(File::open(path)?);
     let is_gzip = file.fill_buf()?.starts_with(&[0x1f, 0x8b]);
@@ -33,7 +33,7 @@ pub(crate) fn read(path: &Path, mut show: impl FnMut(Key, GameEvent) -> Result<(
     Ok(hex(digest))
 }
 
-/// What the game looks for in a payload.
+/// The fields of a payload that the game uses.
 #[derive(serde::Deserialize)]
 struct Payload<'p> {
     #[serde(borrow)]
@@ -52,7 +52,7 @@ struct Payload<'p> {
 
 fn event(line: &str) -> Result<(Key, GameEvent)> {
     let line = Envelope::from_json(line)?;
-    let UserId::Number(_) = line.user_id() else { bail!("the user id is no number, as facts want it to be") };
+    let UserId::Number(_) = line.user_id() else { bail!("the user id is not a number, which the facts need") };
     let payload: Payload<'_> = serde_json::from_str(line.payload())?;
     let source = Source {
         timestamp_ms: Some(line.timestamp_ms().context("no timestamp")?),
@@ -78,7 +78,7 @@ fn event(line: &str) -> Result<(Key, GameEvent)> {
 }
 
 impl Payload<'_> {
-    /// `location.x` and `location.y`, else `x` and `y`.
+    /// Returns `location.x` and `location.y`, or else `x` and `y`.
     fn position(&self) -> Result<Option<Place>> {
         let place =
             |x: Option<&RawValue>, y: Option<&RawValue>| Ok(number(x)?.zip(number(y)?).map(|(x, y)| Place { x, y }));
@@ -93,10 +93,10 @@ impl Payload<'_> {
 }
 
 fn integer(raw: Option<&RawValue>) -> Result<Option<i64>> {
-    raw.map(|raw| raw.get().parse().map_err(|_| anyhow!("{raw} is no integer"))).transpose()
+    raw.map(|raw| raw.get().parse().map_err(|_| anyhow!("{raw} is not an integer"))).transpose()
 }
 
-/// The nearest `f64`: its shortest decimal form is what stands in the file.
+/// Parses the nearest `f64`, whose shortest decimal form is the text of the file.
 fn number(raw: Option<&RawValue>) -> Result<Option<f64>> {
-    raw.map(|raw| raw.get().parse().map_err(|_| anyhow!("{raw} is no number"))).transpose()
+    raw.map(|raw| raw.get().parse().map_err(|_| anyhow!("{raw} is not a number"))).transpose()
 }

@@ -1,4 +1,4 @@
-//! The game: what can happen to a player, and what it makes of the player.
+//! The game: a player's events, and the state they produce.
 
 use std::convert::Infallible;
 
@@ -6,7 +6,7 @@ use corelane::event::Correlation;
 use corelane::{Aggregate, Bounded, Emit, Event, EventType, EventTypeId, Meta, Time};
 use rkyv::{Archive, Deserialize, Serialize};
 
-/// What happened to a player. Variants are what the game computes with; everything else it keeps under its number.
+/// An event of a player. The game computes with three kinds; it keeps all others under their number.
 #[derive(Archive, Serialize, Deserialize, Bounded, Debug, Clone, PartialEq)]
 pub(crate) enum GameEvent {
     LevelledUp {
@@ -21,26 +21,27 @@ pub(crate) enum GameEvent {
         quantity: i64,
         source: Source,
     },
-    /// Of the other kinds in [`KINDS`], by number.
+    /// An event of another kind in [`KINDS`], by number.
     Other {
         kind: u16,
         source: Source,
     },
-    /// Of a kind that has no number yet. Once it has one, it is an [`GameEvent::Other`]; what was written before stays as it is.
+    /// An event of a kind without a number. Once the kind gets a number, new events are [`GameEvent::Other`]; stored
+    /// ones stay.
     Unlisted {
         name: String,
         source: Source,
     },
 }
 
-/// What every event has, as its source told it.
+/// The part common to all events, as the source sent it.
 #[derive(Archive, Serialize, Deserialize, Bounded, Debug, Clone, PartialEq, Default)]
 pub(crate) struct Source {
-    /// `None`: the time at which it is published.
+    /// `None` stands for the time of publishing.
     pub(crate) timestamp_ms: Option<u64>,
     pub(crate) match_id: String,
     pub(crate) position: Option<Place>,
-    /// All that was said of it, as JSON: what is not computed with today may be tomorrow.
+    /// The whole payload as JSON: the game may compute with more of it later.
     pub(crate) payload: String,
 }
 
@@ -57,7 +58,7 @@ pub(crate) const PICKUP: EventTypeId = EventTypeId(3);
 pub(crate) const MOVE: EventTypeId = EventTypeId(4);
 pub(crate) const UNLISTED: EventTypeId = EventTypeId(999);
 
-/// Numbers and names are stable for ever; new kinds go to the end.
+/// Numbers and names never change; new kinds go to the end.
 const KINDS: &[EventType] = &[
     EventType::new(1, "player.levelup", 1),
     EventType::new(2, "player.kill", 1),
@@ -172,27 +173,27 @@ impl ArchivedGameEvent {
     }
 }
 
-/// The name of a kind.
+/// Returns the name of a kind.
 pub(crate) fn name_of(kind: EventTypeId) -> &'static str {
     KINDS.iter().find(|known| known.id == kind).map_or("", |known| known.name)
 }
 
-/// The number of a kind, if it has one.
+/// Returns the number of a kind, if it has one.
 pub(crate) fn kind_of(name: &str) -> Option<EventTypeId> {
     KINDS.iter().find(|known| known.name == name && known.id != UNLISTED).map(|known| known.id)
 }
 
-/// What a kill is worth. It is a rule of this program and in no event: whoever changes it counts
-/// [`Aggregate::STATE_VERSION`] up, and all states are made anew from the log.
+/// Experience per kill. A rule of this program, stored in no event: a change must increment
+/// [`Aggregate::STATE_VERSION`], so that all states are rebuilt from the log.
 const EXPERIENCE_PER_KILL: i64 = 100;
 
-/// The state of a player: what the events make of it, and nothing else.
+/// The state of a player, computed from events only.
 #[derive(Archive, Serialize, Deserialize, Bounded, Debug, Clone, PartialEq)]
 pub(crate) struct Player {
     pub(crate) level: i64,
     pub(crate) experience: i64,
     pub(crate) kills: i64,
-    /// In the order of the names.
+    /// Sorted by name.
     pub(crate) inventory: Vec<Item>,
     pub(crate) position: Option<Place>,
     pub(crate) last_update_ms: u64,
@@ -211,7 +212,7 @@ impl Default for Player {
 }
 
 impl Player {
-    /// How many things the player carries.
+    /// Returns the number of items that the player carries.
     pub(crate) fn carried(&self) -> i64 {
         self.inventory.iter().map(|item| item.quantity).sum()
     }
@@ -226,7 +227,7 @@ impl Player {
 
 impl Aggregate for Player {
     type Event = GameEvent;
-    /// Whatever happened, happened elsewhere: there is nothing to decide. (Commands are the example `cqrs`.)
+    /// No commands: the events happened elsewhere. (The example `cqrs` shows commands.)
     type Command = Infallible;
     type Rejection = ();
 

@@ -1,12 +1,12 @@
-//! Event sourcing: what happened is all that is kept; states, of now and of any time, are made of it.
+//! Event sourcing: the store keeps events only; current and past states are computed from them.
 //!
 //! ```text
 //! cargo run --release --example event_sourcing
 //! cargo run --release --example event_sourcing -- --input FILE.jsonl.gz --facts OUT.json
 //! ```
 //!
-//! Without arguments it goes through everything that a store of events can be asked, and checks each answer. With a file of
-//! recorded matches it answers questions on them, closes the store, opens it again, and must say the same.
+//! Without arguments it demonstrates every kind of query and checks each answer. With a file of recorded matches it
+//! answers questions about them, reopens the store, and checks that the answers are the same.
 #![expect(clippy::print_stdout, reason = "an example shows what it does")]
 
 mod facts;
@@ -30,28 +30,28 @@ use crate::game::Player;
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 #[derive(Parser)]
-#[command(about = "Event sourcing, shown and checked")]
+#[command(about = "Demonstrates event sourcing, and checks it")]
 struct Args {
     /// Recorded matches, as JSON lines, gzipped or not.
     #[arg(long, value_name = "FILE", requires = "facts")]
     input: Option<PathBuf>,
-    /// Where to write what can be said of them.
+    /// File to write the answers to.
     #[arg(long, value_name = "FILE", requires = "input")]
     facts: Option<PathBuf>,
-    /// The store: a directory that is empty or not there yet. Default: a temporary one.
+    /// Directory of the store, empty or not yet created [default: a temporary directory].
     #[arg(long, value_name = "DIR")]
     data_dir: Option<PathBuf>,
     #[arg(long, default_value_t = 2)]
     shards: u16,
-    /// Keep the store afterwards.
+    /// Keep the store.
     #[arg(long)]
     keep: bool,
 }
 
 fn main() -> Result<()> {
     let args = Args::parse();
-    let made = tempfile::tempdir()?;
-    let dir = args.data_dir.clone().unwrap_or_else(|| made.path().join("store"));
+    let temporary = tempfile::tempdir()?;
+    let dir = args.data_dir.clone().unwrap_or_else(|| temporary.path().join("store"));
     let is_empty = !dir.exists() || fs::read_dir(&dir)?.next().is_none();
     ensure!(is_empty, "{} is not empty", dir.display());
     let config = Config::new(&dir).shards(args.shards).segment_bytes(64 << 20);
@@ -60,7 +60,7 @@ fn main() -> Result<()> {
         None => tour::run(config)?,
     }
     if args.keep {
-        let kept = if args.data_dir.is_none() { made.keep().join("store") } else { dir };
+        let kept = if args.data_dir.is_none() { temporary.keep().join("store") } else { dir };
         println!("the store is kept in {}", kept.display());
     } else {
         fs::remove_dir_all(&dir).with_context(|| format!("removing {}", dir.display()))?;
@@ -72,7 +72,7 @@ pub(crate) fn soon() -> Option<Instant> {
     Some(Instant::now() + Duration::from_secs(60))
 }
 
-/// Publishes a file and answers all questions, before and after the store was closed.
+/// Publishes a file and answers all questions, before and after reopening the store.
 fn recorded(config: Config, input: &Path, facts: &Path) -> Result<()> {
     let began = Instant::now();
     let engine = Engine::<Player>::open(config.clone())?;
@@ -88,31 +88,31 @@ fn recorded(config: Config, input: &Path, facts: &Path) -> Result<()> {
     let live = timed("answered from the running engine", &engine)?;
     let comparison = engine.compare()?;
     ensure!(comparison.differing.is_empty(), "rebuilt states differ: {:?}", comparison.differing);
-    println!("{} states rebuilt from {} events: each as it is in use", comparison.keys, comparison.events);
+    println!("{} states rebuilt from {} events: each equals the current state", comparison.keys, comparison.events);
     drop(producer);
     engine.shutdown(soon())?;
     drop(engine);
 
     let engine = Engine::<Player>::open(config)?;
-    println!("opened again in {:.2} s", engine.recovery().duration_ns as f64 / 1e9);
-    let reopened = timed("answered once more", &engine)?;
+    println!("reopened in {:.2} s", engine.recovery().duration_ns as f64 / 1e9);
+    let reopened = timed("answered from the reopened engine", &engine)?;
     ensure!(live == reopened, "the answers differ:\n{live:?}\n{reopened:?}");
-    println!("the same answers before and after");
+    println!("the answers are the same");
     engine.shutdown(soon())?;
 
     let name = input.file_name().unwrap_or_default().to_string_lossy();
     let mut all = json!({ "file": name, "jsonl_sha256": jsonl_sha256 });
-    if let (Some(all), serde_json::Value::Object(told)) = (all.as_object_mut(), serde_json::to_value(&live)?) {
-        all.extend(told);
+    if let (Some(all), serde_json::Value::Object(answers)) = (all.as_object_mut(), serde_json::to_value(&live)?) {
+        all.extend(answers);
     }
     fs::write(facts, format!("{all:#}\n")).with_context(|| format!("writing {}", facts.display()))
 }
 
-fn timed(what: &str, engine: &Engine<Player>) -> Result<facts::Facts> {
+fn timed(name: &str, engine: &Engine<Player>) -> Result<facts::Facts> {
     let began = Instant::now();
     let (facts, applied_max) = answer(engine)?;
     let seconds = began.elapsed().as_secs_f64();
-    println!("{what} in {seconds:.2} s; for a state of the past at most {applied_max} events were applied");
+    println!("{name} in {seconds:.2} s; a past state took at most {applied_max} events");
     let stats = engine.snapshot_stats();
     println!("{} states saved, {} skipped, {} unreadable", stats.count, stats.skipped, stats.unreadable);
     Ok(facts)

@@ -1,4 +1,4 @@
-//! One player's story, and every way to ask for it. Each step says what it shows, and fails if it does not hold.
+//! One player's story, and every way to query it. Each step prints what it shows and checks it.
 
 use std::time::Duration;
 
@@ -11,9 +11,9 @@ use crate::soon;
 
 const HERO: Key = Key::new(42);
 const RIVAL: Key = Key::new(43);
-/// Events of the hero.
+/// The number of the hero's events.
 const EVENTS: u64 = 1_000;
-/// The time of event 0; each next one is a second later.
+/// The time of event 0; each event is a second after the one before.
 const BEGAN_MS: u64 = 1_700_000_000_000;
 const SNAPSHOT_EVERY: u64 = 100;
 
@@ -30,13 +30,13 @@ pub(crate) fn run(config: Config) -> Result<()> {
     producer.receipts().iter().try_for_each(|receipt| receipt.durable().wait())?;
     println!("{EVENTS} events of player {HERO}, one of player {RIVAL}: durable");
 
-    step("state: made by `evolve` in the turn that appended the event");
+    step("state: `evolve` computes it in the turn that appends the event");
     let (hero, version) = engine.state(HERO)?.context("the hero has a state")?;
     println!("version {version}: {hero:?}");
     ensure!(version == Version(EVENTS) && hero == expected(EVENTS));
-    ensure!(engine.state(Key::new(7))?.is_none(), "who did nothing has no state");
+    ensure!(engine.state(Key::new(7))?.is_none(), "a key without events has no state");
 
-    step("stream: the events themselves, from any version on");
+    step("stream: the events of a key from any version");
     let mut stream = engine.stream(HERO, Version(901))?;
     let (mut events, mut level_ups) = (0, 0);
     while let Some(record) = stream.next()? {
@@ -47,13 +47,13 @@ pub(crate) fn run(config: Config) -> Result<()> {
     ensure!((events, level_ups) == (100, 1));
     drop(stream);
 
-    step("rebuild: from the first event on, no snapshot used");
+    step("rebuild: from the first event, without snapshots");
     let (rebuilt, at) = engine.rebuild(HERO)?;
-    println!("{at} events make the state that is in use");
+    println!("{at} events produce the current state");
     ensure!((&rebuilt, at) == (&hero, version));
 
     step("snapshots: one every hundred events of a key");
-    // The shard goes on while they are written.
+    // The shard does not wait while they are written.
     let stats = loop {
         let stats = engine.snapshot_stats();
         if stats.count + stats.skipped >= EVENTS / SNAPSHOT_EVERY {
@@ -67,7 +67,7 @@ pub(crate) fn run(config: Config) -> Result<()> {
     step("time travel: from the nearest snapshot");
     travel(&engine)?;
 
-    step("checkpoint: all states, so that opening folds only what comes after it");
+    step("checkpoint: saves all states, so that opening folds only later events");
     engine.checkpoint(soon())?;
     for n in EVENTS + 1..=EVENTS + 10 {
         producer.publish(HERO, story(n))?;
@@ -77,9 +77,9 @@ pub(crate) fn run(config: Config) -> Result<()> {
     engine.shutdown(soon())?;
     drop(engine);
 
-    step("open again");
+    step("reopen");
     let engine = Engine::<Player>::open(config)?;
-    let (hero, version) = engine.state(HERO)?.context("the hero is there again")?;
+    let (hero, version) = engine.state(HERO)?.context("the hero has a state after reopening")?;
     println!(
         "{} events found in {:.1} ms; the hero is at version {version}",
         engine.recovery().events(),
@@ -88,38 +88,38 @@ pub(crate) fn run(config: Config) -> Result<()> {
     ensure!(version == Version(EVENTS + 10) && hero == expected(EVENTS + 10));
     travel(&engine)?;
 
-    step("compare: the whole log folded anew, beside the states in use");
+    step("compare: folds the whole log again and compares with the current states");
     let comparison = engine.compare()?;
     println!("{} states from {} events: {} differ", comparison.keys, comparison.events, comparison.differing.len());
     ensure!((comparison.keys, comparison.events) == (2, EVENTS + 11) && comparison.differing.is_empty());
     engine.shutdown(soon())?;
-    println!("\nall of it held");
+    println!("\nevery check passed");
     Ok(())
 }
 
-/// Every state that there ever was, by version and by time, against what it should be.
+/// Queries every past state, by version and by time, and checks it.
 fn travel(engine: &Engine<Player>) -> Result<()> {
     let mut applied_max = 0;
     for n in 0..=EVENTS {
         let by_version = engine.state_at(HERO, Version(n))?;
-        // Half a second after event n, and before the next.
+        // Half a second after event n and before the next event.
         let by_time = engine.state_at(HERO, Time::unix_ms(BEGAN_MS + n * 1_000 + 500))?;
         ensure!(by_version.state == expected(n) && by_time.state == by_version.state, "version {n}: {by_version:?}");
         ensure!(by_version.version == Version(n) && by_time.version == Version(n));
         applied_max = applied_max.max(by_version.applied).max(by_time.applied);
     }
-    println!("{EVENTS} versions, each asked for by number and by time: at most {applied_max} events applied");
+    println!("{EVENTS} versions, each queried by number and by time: at most {applied_max} events applied");
     ensure!(applied_max <= SNAPSHOT_EVERY);
     match engine.state_at(HERO, Version(1_000_000)) {
         Err(HistoryError::NotYet { newest, .. }) => {
-            println!("version 1000000 is not there yet: the newest is {newest}")
+            println!("version 1000000 does not exist yet: the newest is {newest}")
         }
         other => anyhow::bail!("a state of the future: {other:?}"),
     }
     Ok(())
 }
 
-/// What happens to the hero as event number `n`.
+/// Returns the hero's event number `n`.
 fn story(n: u64) -> GameEvent {
     let place = |n: u64| Place { x: n as f64 / 2.0, y: 100.0 };
     let source = |position| Source {
@@ -138,7 +138,7 @@ fn story(n: u64) -> GameEvent {
     }
 }
 
-/// What the first `n` events of the story should make of the hero, reckoned without them.
+/// Returns the expected state of the hero after `n` events, computed without folding them.
 fn expected(n: u64) -> Player {
     let mut hero = Player::default();
     if n == 0 {
@@ -158,6 +158,6 @@ fn expected(n: u64) -> Player {
     hero
 }
 
-fn step(what: &str) {
-    println!("\n== {what}");
+fn step(name: &str) {
+    println!("\n== {name}");
 }

@@ -1,4 +1,4 @@
-//! What was asked for: flags, their defaults, and the clear refusal of what cannot be run.
+//! The command line: flags, defaults, and checks of values that cannot be run.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -13,39 +13,39 @@ const EVENTS: u64 = 20_000_000;
 const WARMUP: u64 = 2_000_000;
 const RECORD_HEADER_BYTES: u64 = 48;
 const REPEATS_LIMIT: u32 = 5;
-/// Clocks have an end.
+/// Longer times overflow the clock.
 const TIME_MAX: Duration = Duration::from_secs(1000 * 24 * 3600);
-/// Segments that `--limit` keeps in a synced mode, so that the run gets to recycled blocks.
+/// Segments that `--limit` keeps in a synced mode, so that the run reaches recycled blocks.
 const SEGMENTS_KEPT: u64 = 2;
 
-/// Sends events through a corelane engine, measures every stage, and proves at the end that nothing was lost.
+/// Publishes events to a corelane engine, measures every stage, and checks at the end that nothing was lost.
 ///
-/// Without flags: 20 million synthetic game events of 10,000 users, one producer, one shard, left to the
-/// operating system's cache, read back and checked. Numbers take k, M and G; times ms, s, m and h.
-/// A run in which nothing is appended for 30 s, as on a full disk, ends with the reason and status 1.
+/// Without flags: 20 million synthetic game events of 10,000 users, one producer, one shard, durability in the
+/// operating system's cache, then replayed and checked. Numbers take k, M and G; times ms, s, m and h.
+/// If nothing is appended for 30 s, as on a full disk, the run ends with the reason and exit status 1.
 #[derive(Parser, Debug, Clone)]
 #[command(name = "loadgen", max_term_width = 110)]
 pub(crate) struct Args {
-    /// Events to send [default: 20M, or all that --duration allows, or all of --input]
+    /// Events to send [default: 20M, or unlimited with --duration, or all of --input]
     #[arg(long, value_parser = count)]
     pub(crate) events: Option<u64>,
     /// Stop after this time (30s, 500ms, 2m; a bare number is seconds)
     #[arg(long, value_parser = time)]
     pub(crate) duration: Option<Duration>,
-    /// Events per second to offer by intended time over all producers; 0 sends flat out
+    /// Events per second to offer by intended time, over all producers; 0 sends at full speed
     #[arg(long, default_value = "0", value_parser = count)]
     pub(crate) rate: u64,
-    /// Search the highest offered rate that the engine sustains with p99 within --p99-max
+    /// Search for the highest offered rate that the engine sustains with p99 within --p99-max
     #[arg(long, conflicts_with_all = ["rate", "events", "duration", "input", "limit", "repeat"])]
     pub(crate) find_max: bool,
     /// The p99 that --find-max accepts, from the intended time to appended (os) or durable
     #[arg(long, default_value = "10ms", value_parser = time, requires = "find_max")]
     pub(crate) p99_max: Duration,
-    /// How long --find-max tries one rate
+    /// Time for which --find-max tries each rate
     #[arg(long, default_value = "3s", value_parser = time, requires = "find_max")]
     pub(crate) step: Duration,
-    /// Events sent before measuring, flat out; in no figure [default: 2M, or with retention
-    /// until every segment was written once, at most --events; 0 with --input]
+    /// Events sent at full speed before measuring; no figure includes them [default: 2M, or with
+    /// retention enough to write every segment once, at most --events; 0 with --input]
     #[arg(long, value_parser = count, conflicts_with = "input")]
     pub(crate) warmup: Option<u64>,
     /// Producer threads
@@ -60,49 +60,49 @@ pub(crate) struct Args {
     /// Slots of one lane, a power of two
     #[arg(long, default_value_t = 8192)]
     pub(crate) ring_capacity: usize,
-    /// Events per publish_batch when sending flat out
+    /// Events per publish_batch at full speed
     #[arg(long, default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..=1 << 20))]
     pub(crate) batch: u32,
     /// Users (keys) of synthetic events
     #[arg(long, default_value = "10k", value_parser = users, conflicts_with = "input")]
     pub(crate) users: u64,
-    /// How events spread over the users
+    /// Distribution of events over users
     #[arg(long, value_enum, default_value_t = KeyDist::Uniform, conflicts_with = "input")]
     pub(crate) key_dist: KeyDist,
     /// Weights of the event types move, attack, levelup and pickup
     #[arg(long, default_value = "move:70,attack:20,levelup:5,pickup:5", conflicts_with = "input")]
     pub(crate) mix: Mix,
-    /// Bytes of one archived event, a multiple of 8; above 48 with a boxed payload
+    /// Bytes of one archived event, a multiple of 8; above 48 it has a boxed payload
     #[arg(long, default_value_t = 48, value_parser = clap::value_parser!(u32).range(48..=60 << 10), conflicts_with = "input")]
     pub(crate) payload: u32,
-    /// os (survives a kill, not a power cut), periodic:MS, or group (syncs all the time)
+    /// os (survives a kill, not a power cut), periodic:MS, or group (syncs continuously)
     #[arg(long, default_value = "os", value_parser = durability)]
     pub(crate) durability: Durability,
-    /// What idle threads do [default: the library's choice for this machine]
+    /// Wait strategy of idle threads [default: the library's choice for this machine]
     #[arg(long, value_enum)]
     pub(crate) wait: Option<WaitArg>,
-    /// Where the store goes [default: a fresh folder under ./target, removed afterwards]
+    /// Folder of the store [default: a new folder under ./target, removed afterwards]
     #[arg(long)]
     pub(crate) data_dir: Option<PathBuf>,
-    /// Leave the store behind
+    /// Keep the store
     #[arg(long)]
     pub(crate) keep: bool,
     /// Send the events of this JSON-lines file (.gz too) instead of synthetic ones
     #[arg(long)]
     pub(crate) input: Option<PathBuf>,
-    /// Seed of everything random
+    /// Seed of all random values
     #[arg(long, default_value_t = 1)]
     pub(crate) seed: u64,
-    /// Save summary.json, .hgrm, .hlog, timeseries.csv and report.html here
+    /// Folder for summary.json, .hgrm, .hlog, timeseries.csv and report.html
     #[arg(long)]
     pub(crate) out: Option<PathBuf>,
     /// Print one JSON object as the last line
     #[arg(long)]
     pub(crate) json: bool,
-    /// Keep no state per user of the synthetic events: versions and chains alone
+    /// Keep no state per user of synthetic events, only versions and chains
     #[arg(long)]
     pub(crate) no_state: bool,
-    /// Events of one user between two snapshots of the state; 0: none
+    /// Events of one user between two snapshots of its state; 0 takes none
     #[arg(long, default_value_t = 100)]
     pub(crate) snapshot_every: u64,
     /// Reopen the store afterwards, replay it and check every event (the default)
@@ -111,19 +111,19 @@ pub(crate) struct Args {
     /// Skip the replay
     #[arg(long)]
     pub(crate) no_verify: bool,
-    /// Measure what the machine allows at most, interleaved with the engine, and print engine ÷ limit
+    /// Also measure the machine's limits, interleaved with the engine, and print engine ÷ limit
     #[arg(long, conflicts_with = "input")]
     pub(crate) limit: bool,
-    /// Runs; figures are those of the median run [default: 1, with --limit 5]
+    /// Number of runs; the figures are those of the median run [default: 1, with --limit 5]
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1000))]
     pub(crate) repeat: Option<u32>,
     /// Bytes of one segment (K, M, G are powers of 1024)
     #[arg(long, default_value = "256M", value_parser = bytes)]
     pub(crate) segment_bytes: u64,
-    /// Keep at most this many bytes per shard; freed segments are written again
+    /// Keep at most this many bytes per shard; freed segments are recycled
     #[arg(long, value_parser = bytes)]
     pub(crate) retention_bytes: Option<u64>,
-    /// Keys each shard makes room for at the start [default: --users]
+    /// Keys for which each shard allocates room at the start [default: --users]
     #[arg(long, value_parser = count)]
     pub(crate) expected_keys: Option<u64>,
 }
@@ -142,7 +142,7 @@ pub(crate) enum WaitArg {
 }
 
 impl Args {
-    /// The command line, checked as a whole; ends the process with clap's message when it cannot be run.
+    /// Returns the checked command line. Ends the process with clap's message if it is invalid.
     pub(crate) fn from_command_line() -> Self {
         let args = Self::parse();
         if let Err(why) = args.check() {
@@ -156,15 +156,15 @@ impl Args {
             return Err(format!("--payload {} is not a multiple of 8", self.payload));
         }
         if self.events == Some(0) || self.duration == Some(Duration::ZERO) {
-            return Err("nothing to send".to_owned());
+            return Err("--events and --duration must be more than 0".to_owned());
         }
         if self.step.is_zero() || self.p99_max.is_zero() {
-            return Err("--step and --p99-max must be more than nothing".to_owned());
+            return Err("--step and --p99-max must be more than 0".to_owned());
         }
-        // What the library takes unless it is asked for more.
+        // The library's default limit of a record.
         let payload_max = self.segment_bytes / 4;
         if u64::from(self.payload) > payload_max {
-            return Err(format!("--payload {} is more than a fourth of --segment-bytes", self.payload));
+            return Err(format!("--payload {} is more than a quarter of --segment-bytes", self.payload));
         }
         self.config(PathBuf::from("unused")).validate().map(drop).map_err(|error| error.to_string())
     }
@@ -193,7 +193,7 @@ impl Args {
         }
     }
 
-    /// The same with nothing freed, to read what is there.
+    /// Returns the same configuration without retention, to read everything in the store.
     pub(crate) fn config_keeping_all(&self, dir: PathBuf) -> Config {
         self.config(dir).retention(Retention::default())
     }
@@ -203,7 +203,7 @@ impl Args {
         self.retention_bytes.or(recycle.then_some(self.segment_bytes.saturating_mul(SEGMENTS_KEPT)))
     }
 
-    /// Events are acknowledged as durable while the run goes on.
+    /// Returns `true` if events become durable during the run.
     pub(crate) fn synced(&self) -> bool {
         self.durability != Durability::OsCache
     }
@@ -216,18 +216,18 @@ impl Args {
         self.repeat.unwrap_or(if self.limit { REPEATS_LIMIT } else { 1 })
     }
 
-    /// The most events of the measured phase; `None` when time or the end of the input ends it.
+    /// The most events of the measured phase, or `None` if time or the end of the input ends it.
     pub(crate) fn events_max(&self) -> Option<u64> {
         match (&self.input, self.events, self.duration) {
-            // The input is cut to --events where it is read; its producers' shares are not equal.
+            // Input::load applies --events; the producers' shares of an input are not equal.
             (Some(_), _, _) | (None, None, Some(_)) => None,
             (None, Some(events), _) => Some(events),
             (None, None, None) => Some(EVENTS),
         }
     }
 
-    /// Where segments are written again, all of them are written once first: what is kept, the one being freed and
-    /// the one being prepared.
+    /// The number of warm-up events. With retention they write every segment once: the kept ones, the one being freed,
+    /// and the one being prepared.
     pub(crate) fn warmup(&self) -> u64 {
         let round = |kept: u64| {
             let bytes = kept.saturating_add(2 * self.segment_bytes);
@@ -238,7 +238,7 @@ impl Args {
         if self.input.is_some() { 0 } else { self.warmup.unwrap_or_else(default) }
     }
 
-    /// The least that a new store takes on the disk: what is kept of the events, and in every shard a segment more than is full.
+    /// The least disk space of a new store: the events kept, and one more segment per shard.
     pub(crate) fn bytes_min(&self) -> u64 {
         let record = RECORD_HEADER_BYTES + u64::from(self.payload);
         let known = self.events_max().unwrap_or(0).saturating_add(self.warmup());
@@ -247,7 +247,7 @@ impl Args {
         known.saturating_mul(record).min(kept).saturating_add(self.segment_bytes.saturating_mul(shards))
     }
 
-    /// The durability mode in words, for every number.
+    /// The name of the durability mode, printed with every figure.
     pub(crate) fn durability_name(&self) -> String {
         match self.durability {
             Durability::OsCache => "os".to_owned(),
@@ -257,7 +257,7 @@ impl Args {
     }
 }
 
-/// `20M`, `1_000_000`, `12,5` is refused.
+/// Parses a number such as `20M` or `1_000_000`. Rejects `12,5`.
 fn scaled(text: &str, factor: u64, suffixes: &str) -> Result<u64, String> {
     let text = text.replace('_', "");
     let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
@@ -340,7 +340,7 @@ mod tests {
     }
 
     #[test]
-    fn numbers_take_suffixes_and_refuse_nonsense() {
+    fn numbers_take_suffixes_and_reject_nonsense() {
         assert_eq!(count("20M"), Ok(20_000_000));
         assert_eq!(count("1_000"), Ok(1000));
         assert_eq!(count("1.5k"), Ok(1500));

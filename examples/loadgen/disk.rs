@@ -1,8 +1,8 @@
-//! What this disk allows at most, asked for what a synced log asks of it. Nothing here is the engine's.
+//! Limits of the disk for a synced log, measured without any code of the engine.
 //!
-//! - [`disk_limit`]: its rate: bytes into a prefaulted mapping with an `fdatasync` every 4 MiB.
-//! - [`paced_disk`]: its patience: what an event waits if every millisecond's bytes are written and synced, alone and beside
-//!   as many busy cores as a run has. On a virtual machine the device is served by the same processors.
+//! - [`disk_limit`] measures throughput: it writes to a prefaulted mapping with an `fdatasync` every 4 MiB.
+//! - [`paced_disk`] measures latency: the time an event waits if each millisecond's bytes are written and synced, with
+//!   idle cores and with as many busy cores as a run has. On a virtual machine the same processors serve the device.
 
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::FileExt as _;
@@ -17,32 +17,31 @@ use memmap2::{Advice, MmapMut, MmapOptions};
 
 use crate::limit::{RECORD_BYTES, core, pin};
 
-/// The most that a probe's file takes.
+/// The greatest size of a probe's file.
 pub(crate) const MAPPING_BYTES_MAX: u64 = 256 << 20;
 const SYNC_BYTES: usize = 4 << 20;
 const PACE: Duration = Duration::from_millis(1);
 
-/// What a disk takes when it has to keep every 4 MiB before the next.
+/// A disk's throughput when every 4 MiB is synced before the next is written.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct DiskLimit {
-    /// Median over the passes that overwrite blocks written before.
+    /// Median of the passes over blocks that were written before.
     pub(crate) recycled_bytes_per_second: f64,
-    /// The one pass over blocks that were only allocated.
+    /// Result of the one pass over newly allocated blocks.
     pub(crate) new_bytes_per_second: f64,
 }
 
-/// Bytes per second that `dir` keeps when every 4 MiB is synced before the next is written.
+/// Measures the throughput of `dir` when every 4 MiB is synced before the next is written.
 ///
-/// The first pass goes over blocks that were only allocated, the further ones over the same blocks
-/// again, until `bytes_total` are written or `seconds_max` have passed; at least one sync of each
-/// kind is measured. Page faults are taken ahead of the clock, as a preparing thread would.
+/// The first pass writes newly allocated blocks, later passes the same blocks again, until `bytes_total` are written or
+/// `seconds_max` have passed. At least one sync of each kind is measured. Page faults occur outside the measured time,
+/// as with a preparing thread.
 ///
 /// # Errors
 ///
-/// A directory that cannot hold the file (a quarter of the bytes, 256 MiB at most), or a failed
-/// sync.
+/// Fails if the directory cannot hold the file (a quarter of the bytes, at most 256 MiB), or if a sync fails.
 pub(crate) fn disk_limit(dir: &Path, bytes_total: u64, seconds_max: f64) -> Result<DiskLimit> {
-    ensure!(seconds_max > 0.0, "the disk probe needs time");
+    ensure!(seconds_max > 0.0, "the disk probe needs a time limit above 0");
     let steps = (bytes_total / 4).min(MAPPING_BYTES_MAX) as usize / SYNC_BYTES;
     let mut mapping = Mapping::create(dir, steps.max(1) * SYNC_BYTES)?;
     let started = Instant::now();
@@ -54,7 +53,7 @@ pub(crate) fn disk_limit(dir: &Path, bytes_total: u64, seconds_max: f64) -> Resu
     loop {
         let pass = synced_pass(&mut mapping, new.bytes, until(1.0))?;
         bytes += pass.bytes as u64;
-        // A pass that time cut short says less than a whole one; alone it must do.
+        // A pass that the time limit cut short is less accurate; it counts only if there is no other.
         if pass.bytes == new.bytes || recycled.is_empty() {
             recycled.push(pass.bytes_per_second());
         }
@@ -80,13 +79,13 @@ impl Pass {
     }
 }
 
-/// Writes and syncs 4 MiB at a time from the start of the mapping; at least one step.
+/// Writes and syncs 4 MiB at a time from the start of the mapping. Makes at least one step.
 fn synced_pass(mapping: &mut Mapping, bytes_max: usize, until: Instant) -> Result<Pass> {
     let bytes = mapping.map.len().min(bytes_max);
     let mut pass = Pass { bytes: 0, elapsed: Duration::ZERO };
     let mut record = [0_u8; RECORD_BYTES];
     while pass.bytes < bytes && (pass.bytes == 0 || Instant::now() < until) {
-        // Only this step: a prefaulted page is a dirty page, and a sync writes all of them.
+        // Prefaults this step only: prefaulted pages are dirty, and a sync writes all dirty pages.
         mapping.prefault(pass.bytes, SYNC_BYTES)?;
         let started = Instant::now();
         for (n, to) in mapping.map[pass.bytes..][..SYNC_BYTES].chunks_mut(RECORD_BYTES).enumerate() {
@@ -100,15 +99,15 @@ fn synced_pass(mapping: &mut Mapping, bytes_max: usize, until: Instant) -> Resul
     Ok(pass)
 }
 
-/// What an event waits for the disk alone (ns), from when it is due to when it is synced.
+/// Measures the time (ns) for which an event waits for the disk alone, from its due time until it is synced.
 ///
-/// Every millisecond brings `bytes_per_second / 1000` bytes. They are written over blocks that were written before and synced,
-/// together with all that came while the last sync took its time: as a log is synced, but in one file and with nothing else to do.
-/// On each core of `busy` a thread spins meanwhile, giving way often.
+/// Each millisecond adds `bytes_per_second / 1000` bytes. They overwrite recycled blocks and are synced together with
+/// all bytes that came during the previous sync, as a log is synced, but in one file and without other work. On each
+/// core of `busy` a thread spins meanwhile and yields often.
 ///
 /// # Errors
 ///
-/// A core that does not exist, a directory that cannot hold the file (256 MiB), or a failed write or sync.
+/// Fails if a core does not exist, if the directory cannot hold the file (256 MiB), or if a write or sync fails.
 pub(crate) fn paced_disk(
     dir: &Path,
     bytes_per_second: u64,
@@ -128,7 +127,7 @@ pub(crate) fn paced_disk(
         for &core in &cores {
             let over = &over;
             scope.spawn(move || {
-                // Unpinned it is busy all the same.
+                // An unpinned thread keeps a core busy too, so a failure does not matter.
                 let _pinned = pin(Some(core));
                 while !over.load(Ordering::Relaxed) {
                     (0..64).for_each(|_| std::hint::spin_loop());
@@ -147,7 +146,7 @@ fn paced_syncs(file: &File, bytes: &[u8], time: Duration) -> Result<Histogram<u6
     let (started, mut due, mut at) = (Instant::now(), Instant::now(), 0);
     while started.elapsed() < time {
         let first = due;
-        // A disk that is slower than the bytes come never catches up.
+        // A disk slower than the offered rate never catches up; the time limit ends the loop.
         while due <= Instant::now() && started.elapsed() < time {
             if at + bytes.len() as u64 > MAPPING_BYTES_MAX {
                 at = 0;
@@ -171,7 +170,7 @@ fn paced_syncs(file: &File, bytes: &[u8], time: Duration) -> Result<Histogram<u6
     Ok(waits)
 }
 
-/// A file of real blocks, mapped; removed when the probe is over.
+/// A mapped file with allocated blocks. Dropping it removes the file.
 pub(crate) struct Mapping {
     pub(crate) map: MmapMut,
     file: File,
@@ -200,12 +199,11 @@ impl Mapping {
     }
 
     fn map(file: &File, bytes: usize) -> Result<MmapMut> {
-        // Blocks first: a store through a sparse mapping on a full disk would be SIGBUS.
+        // Allocates blocks first: a store through a sparse mapping on a full disk raises SIGBUS.
         rustix::fs::fallocate(file, rustix::fs::FallocateFlags::empty(), 0, bytes as u64)?;
-        // SAFETY: the file is new, this process made it under a name of its own, and nobody
-        // truncates it.
+        // SAFETY: this process created the file under a unique name, and nothing truncates it.
         let map = unsafe { MmapOptions::new().len(bytes).map_mut(file) }?;
-        // Advice: small pages serve as well, only the faults cost more.
+        // Only advice: small pages work too, with more page faults.
         if let Err(error) = map.advise(Advice::HugePage) {
             ensure!(error.kind() == std::io::ErrorKind::InvalidInput, error);
         }
@@ -220,7 +218,7 @@ impl Mapping {
 impl Drop for Mapping {
     fn drop(&mut self) {
         if let Err(error) = fs::remove_file(&self.path) {
-            say!("the probe's file {} stays behind: {error}", self.path.display());
+            say!("cannot remove the probe's file {}: {error}", self.path.display());
         }
     }
 }
@@ -230,18 +228,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_probes_measure_something_and_leave_nothing_behind() {
+    fn the_disk_probes_return_rates_and_remove_their_files() {
         let dir = std::env::temp_dir().join(format!("disk-test-{}", std::process::id()));
         fs::create_dir_all(&dir).expect("a directory");
         let disk = disk_limit(&dir, 16 << 20, 5.0).expect("rates");
         assert!(disk.recycled_bytes_per_second > 0.0 && disk.new_bytes_per_second > 0.0);
         let waits = paced_disk(&dir, 64 << 20, Duration::from_millis(50), None).expect("waits");
-        // How many there are depends on the disk; each is an event's, and none has waited for nothing.
+        // The number of waits depends on the disk; every wait is longer than 0.
         assert!((1..=50).contains(&waits.len()) && waits.min() > 0, "{} waits", waits.len());
-        // More than any disk takes: it ends all the same.
+        // More than any disk can write: the probe still ends.
         assert!(!paced_disk(&dir, 1 << 40, Duration::from_millis(50), None).expect("waits").is_empty());
         assert!(paced_disk(&dir, 1 << 20, Duration::from_millis(1), Some((0, 1 << 20))).is_err(), "no such core");
-        // Fails when a probe's file is still there.
+        // Fails if a probe's file remains.
         fs::remove_dir(&dir).expect("an empty directory");
     }
 }

@@ -1,4 +1,4 @@
-//! What is sent: synthetic game events, padded ones, or the lines of a file, and whose events they are.
+//! The events to send, with their keys: synthetic game events, padded events, or the lines of a file.
 
 use std::convert::Infallible;
 use std::str::FromStr;
@@ -12,15 +12,15 @@ use rkyv::{Archive, Deserialize, Serialize};
 
 use crate::cli::{Args, KeyDist};
 
-/// The archive of a [`GameEvent`], the same as the limit probe's.
+/// Bytes of an archived [`GameEvent`]; the limit probe's event has the same size.
 const GAME_EVENT_BYTES: usize = 48;
 const _: () = assert!(size_of::<rkyv::Archived<GameEvent>>() == GAME_EVENT_BYTES);
-/// Of a [`Padded`] event, what is not its filling.
+/// Bytes of an archived [`Padded`] event without its padding.
 const PADDED_BYTES: usize = size_of::<rkyv::Archived<Padded>>();
-/// Draws made before the clock starts.
+/// Random draws made before the clock starts.
 const DRAWS: usize = 1 << 20;
 const ZIPF_EXPONENT: f64 = 0.99;
-/// A tick is the producer's number and that producer's count of events.
+/// A tick consists of the producer's number and its count of events; this is the width of the count.
 const TICK_BITS: u32 = 48;
 
 /// An event of a game.
@@ -53,7 +53,7 @@ impl Event for GameEvent {
     }
 }
 
-/// What a player's events have made of it: small enough to lie in the key's slot.
+/// The state that a player's events produce: small enough for the key's slot.
 #[derive(Archive, Serialize, Deserialize, Bounded, Clone, Debug, Default, PartialEq)]
 pub(crate) struct Player {
     x: f32,
@@ -103,7 +103,7 @@ impl Aggregate for Player {
 #[derive(Archive, Serialize, Bounded, Clone, Debug)]
 pub(crate) struct Padded {
     tick: u64,
-    filling: Box<[u8]>,
+    padding: Box<[u8]>,
 }
 
 impl Event for Padded {
@@ -114,16 +114,16 @@ impl Event for Padded {
     }
 }
 
-/// What an engine of this tool keeps of a key: the states of events that a replay can check.
+/// The states that this tool's engines keep: aggregates whose events a replay can check.
 pub(crate) trait Carried: Aggregate<Event: Traced> {}
 impl<A: Aggregate<Event: Traced>> Carried for A {}
 
-/// What a replay can check an event by.
+/// An event that a replay can check.
 pub(crate) trait Traced: Event {
-    /// A number that says which event this is.
+    /// Returns a number that identifies the event.
     fn trace(event: &Self::Archived) -> u64;
 
-    /// Whether one key's event with trace `next` may come after one with `last`.
+    /// Returns `true` if an event with trace `next` may follow one with `last` in a key's order.
     fn may_follow(last: u64, next: u64) -> bool;
 }
 
@@ -166,7 +166,7 @@ impl Traced for Envelope {
     }
 }
 
-/// A hash of what a file says of an event.
+/// Returns a hash of an event's fields in the file.
 pub(crate) fn trace_of(event_type: &str, timestamp_ms: Option<u64>, correlation: Option<&str>, payload: &str) -> u64 {
     let mut hash = xxhash_rust::xxh3::xxh3_64(event_type.as_bytes()).wrapping_add(timestamp_ms.unwrap_or(u64::MAX));
     for text in [correlation.unwrap_or("\0"), payload] {
@@ -212,17 +212,17 @@ impl Mix {
     }
 }
 
-/// Where a producer gets its events.
+/// The source of a producer's events.
 pub(crate) trait Feed<E>: Send {
-    /// The next event and whose it is; `None` when there are no more.
+    /// Returns the next event with its key, or `None` at the end.
     fn next(&mut self) -> Option<(Key, E)>;
 }
 
-/// Drawn before the clock starts: users and event types, gone through round and round.
+/// Users and event types, drawn before the clock starts and reused in turn.
 struct Draws {
     table: Vec<(u32, u8)>,
     at: usize,
-    /// Added to every drawn user of a uniform spread, another one each round, so that all users come up.
+    /// Added to every drawn user of a uniform distribution. Changes each round, so that all users occur.
     shift: u32,
     stride: u32,
     users: u32,
@@ -243,7 +243,7 @@ impl Draws {
         Self { table, at: 0, shift: 0, stride, users, tick: u64::from(producer) << TICK_BITS }
     }
 
-    /// User, event type and tick.
+    /// Returns the next user, event type and tick.
     #[inline]
     fn next(&mut self) -> (Key, u8, u64) {
         let (drawn, kind) = self.table[self.at];
@@ -259,7 +259,7 @@ impl Draws {
     }
 }
 
-/// Game events without end.
+/// An endless sequence of game events.
 pub(crate) struct Games(Draws);
 
 impl Games {
@@ -283,24 +283,24 @@ impl Feed<GameEvent> for Games {
     }
 }
 
-/// Padded events without end.
+/// An endless sequence of padded events.
 pub(crate) struct Paddings {
     draws: Draws,
-    filling: Box<[u8]>,
+    padding: Box<[u8]>,
 }
 
 impl Paddings {
     pub(crate) fn new(args: &Args, producer: u16) -> Self {
-        let mut filling = vec![0; args.payload as usize - PADDED_BYTES];
-        SmallRng::seed_from_u64(args.seed).fill(&mut filling[..]);
-        Self { draws: Draws::new(args, producer), filling: filling.into() }
+        let mut padding = vec![0; args.payload as usize - PADDED_BYTES];
+        SmallRng::seed_from_u64(args.seed).fill(&mut padding[..]);
+        Self { draws: Draws::new(args, producer), padding: padding.into() }
     }
 }
 
 impl Feed<Padded> for Paddings {
     fn next(&mut self) -> Option<(Key, Padded)> {
         let (key, _, tick) = self.draws.next();
-        Some((key, Padded { tick, filling: self.filling.clone() }))
+        Some((key, Padded { tick, padding: self.padding.clone() }))
     }
 }
 
@@ -318,7 +318,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_mix_is_read_and_nonsense_refused() {
+    fn a_mix_is_parsed_and_nonsense_is_rejected() {
         assert_eq!("attack:3,move:1".parse::<Mix>().map(|mix| mix.0), Ok([1, 3, 0, 0]));
         for bad in ["", "move", "move:0", "jump:1", "move:-1"] {
             assert!(bad.parse::<Mix>().is_err(), "{bad:?}");

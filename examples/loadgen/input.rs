@@ -1,4 +1,4 @@
-//! The events of a file, read before the clock starts.
+//! Reads the events of a file into memory before the clock starts.
 
 use std::fs::File;
 use std::io::{BufRead as _, BufReader, Read};
@@ -20,7 +20,7 @@ pub(crate) struct Input {
 }
 
 impl Input {
-    /// Reads a file of JSON lines, gzipped or not; at most `events_max` events of it.
+    /// Reads at most `events_max` events from a file of JSON lines, gzipped or not.
     pub(crate) fn load(path: &Path, events_max: Option<u64>) -> Result<Self> {
         let began = Instant::now();
         let file = File::open(path).with_context(|| format!("opening {}", path.display()))?;
@@ -49,7 +49,7 @@ impl Input {
         self.events.len()
     }
 
-    /// Shares the events out so that one user's stay with one producer, in order.
+    /// Distributes the events over the producers. Each user's events stay with one producer, in order.
     pub(crate) fn feeds(&self, producers: u16) -> Vec<Lines> {
         let mut shares: Vec<Vec<_>> = (0..producers).map(|_| Vec::new()).collect();
         for event in &self.events {
@@ -58,7 +58,7 @@ impl Input {
         shares.into_iter().map(|share| Lines(share.into_iter())).collect()
     }
 
-    /// What a replay must find of every user.
+    /// Returns the history that a replay must find for every user.
     pub(crate) fn histories(&self) -> ByKey<History> {
         let mut histories = ByKey::<History>::default();
         for (key, event) in &self.events {
@@ -69,7 +69,7 @@ impl Input {
     }
 }
 
-/// From the hash's low bits, since the high ones choose the shard.
+/// Returns the producer of a key, from the low bits of its hash; the high bits choose the shard.
 fn producer_of(key: Key, producers: u16) -> usize {
     (key.hash() % u64::from(producers)) as usize
 }

@@ -1,13 +1,13 @@
-//! What this machine allows at most: the same work as the hot path, with nothing around it.
+//! Limits of this machine: the work of the hot path without anything around it.
 //!
-//! Two probes, and neither shares a line with the engine (the disk's are in `disk.rs`):
+//! Two probes, which share no code with the engine (`disk.rs` has the probes of the disk):
 //!
 //! - [`engine_limit`]: one producer thread, one ring, one thread that archives, checksums and
 //!   commits records into a prefaulted file mapping. No key table, no state, no histogram, no clock
 //!   per event.
-//! - [`keyed_limit`]: the same loop, and for each event what no engine can do without: its user and type come in no
-//!   order, the user's version and last record go into the header, and its state is changed. In place of a key
-//!   table there is an array with a place for each user, which costs less than any table.
+//! - [`keyed_limit`]: the same loop plus the work per event that every engine needs: users and types come in random
+//!   order, the user's version and last record go into the header, and its state changes. An array indexed by user
+//!   replaces the key table; it is cheaper than any table.
 //!
 //! A record is 96 bytes:
 //!
@@ -39,16 +39,16 @@ use crate::disk::{MAPPING_BYTES_MAX, Mapping};
 const HEADER_BYTES: usize = 48;
 const BODY_BYTES: usize = 48;
 pub(crate) const RECORD_BYTES: usize = HEADER_BYTES + BODY_BYTES;
-/// Records filled before the first of them is checksummed, side by side: a CRC that reads what was
-/// stored a moment ago waits for the store, and one alone waits for itself. One at a time runs at half
-/// the speed.
+/// Records filled before their checksums are computed side by side. A CRC of bytes stored just before waits for the
+/// stores, and a single CRC waits for its own previous step. One record at a time runs at half the speed.
 const GROUP: usize = 4;
-/// How far ahead the mapping and the ring are brought near. Without it the loop runs at two thirds of the speed.
-const RECORDS_NEAR_BYTES: usize = 2048;
-const SLOTS_NEAR: usize = 32;
-/// How far ahead a user is looked at.
-const KEYS_NEAR: usize = 16;
-/// Users and kinds of event drawn before the clock starts, gone through round and round.
+/// Prefetch distance in the mapping. Without prefetching the loop runs at two thirds of the speed.
+const PREFETCH_RECORD_BYTES: usize = 2048;
+/// Prefetch distance in the ring.
+const PREFETCH_SLOTS: usize = 32;
+/// Prefetch distance for users.
+const PREFETCH_KEYS: usize = 16;
+/// Users and event types drawn before the clock starts and reused in turn.
 const DRAWS: usize = 1 << 20;
 const KEYS: u64 = 10_000;
 const SPINS_BEFORE_YIELD: u32 = 1 << 10;
@@ -56,22 +56,22 @@ const SPINS_BEFORE_YIELD: u32 = 1 << 10;
 const _: () = assert!(size_of::<Archived<ProbeEvent>>() == BODY_BYTES);
 const _: () = assert!(size_of::<Slot>() == 64, "one ring slot is one cache line");
 
-/// What [`engine_limit`] runs with.
+/// The configuration of [`engine_limit`] and [`keyed_limit`].
 #[derive(Clone, Debug)]
 pub(crate) struct LimitConfig {
-    /// How many events go through.
+    /// The number of events.
     pub(crate) events: u64,
-    /// Slots of the ring; at least one batch.
+    /// Slots of the ring, at least one batch.
     pub(crate) ring_capacity: usize,
-    /// The most events that either side moves between two looks at the other side.
+    /// The most events that either side moves between two reads of the other side's index.
     pub(crate) batch: usize,
-    /// Where the mapped file lives while the probe runs.
+    /// Folder of the mapped file.
     pub(crate) dir: std::path::PathBuf,
     /// The core of the producer and the core of the writer.
     pub(crate) pin: Option<(usize, usize)>,
 }
 
-/// A game's events in the size the load generator publishes.
+/// Game events of the same size as the load generator's.
 #[derive(Archive, Serialize, Bounded, Clone, Copy, Debug)]
 enum ProbeEvent {
     Moved { x: f64, y: f64, heading: f64, zone: u64, tick: u64 },
@@ -80,7 +80,7 @@ enum ProbeEvent {
 }
 
 impl ProbeEvent {
-    /// Event number `n`; five of eight kinds move, two attack.
+    /// Returns event number `n`; of eight kinds five move and two attack.
     #[inline]
     fn nth(n: u64, kind: u64) -> Self {
         let x = (n & 0xffff) as f64;
@@ -101,7 +101,7 @@ impl ProbeEvent {
     }
 }
 
-/// One event on its way through the ring.
+/// One slot of the ring.
 #[derive(Clone, Copy, Debug)]
 #[repr(align(64))]
 struct Slot {
@@ -109,24 +109,24 @@ struct Slot {
     event: ProbeEvent,
 }
 
-/// What the loop does for each event besides.
+/// Additional work of the loop for each event.
 trait Duty: Send {
-    /// An event of this key comes soon.
-    fn bring_near(&self, key: u64);
+    /// Prefetches the data of a key whose event follows soon.
+    fn prefetch(&self, key: u64);
 
-    /// The event of this key that goes to `offset`: its version, and where the one before it lies.
+    /// Counts the key's event at `offset`. Returns its version and the offset of the key's previous event.
     fn place(&mut self, key: u64, offset: u64) -> (u64, u64);
 
-    /// The event as it stands in its record.
+    /// Applies the archived event to the user's state.
     fn fold(&mut self, key: u64, event: &ArchivedProbeEvent);
 }
 
-/// Nothing at all.
+/// No additional work.
 struct Bare;
 
 impl Duty for Bare {
     #[inline(always)]
-    fn bring_near(&self, _key: u64) {}
+    fn prefetch(&self, _key: u64) {}
 
     #[inline(always)]
     fn place(&mut self, _key: u64, _offset: u64) -> (u64, u64) {
@@ -137,7 +137,7 @@ impl Duty for Bare {
     fn fold(&mut self, _key: u64, _event: &ArchivedProbeEvent) {}
 }
 
-/// What is kept of a user: one cache line.
+/// The data of a user: one cache line.
 #[derive(Clone, Debug, Default)]
 #[repr(align(64))]
 struct User {
@@ -153,14 +153,14 @@ struct User {
 
 const _: () = assert!(size_of::<User>() == 64);
 
-/// Every user's versions and chains and, if `FOLDS`, states.
+/// Versions and chains of all users and, if `FOLDS`, their states.
 struct Users<const FOLDS: bool>(Box<[User]>);
 
 impl<const FOLDS: bool> Duty for Users<FOLDS> {
     #[inline(always)]
-    fn bring_near(&self, key: u64) {
+    fn prefetch(&self, key: u64) {
         if let Some(user) = self.0.get(key as usize) {
-            bring_line_near(user);
+            prefetch_line(user);
         }
     }
 
@@ -194,21 +194,21 @@ impl<const FOLDS: bool> Duty for Users<FOLDS> {
     }
 }
 
-/// Events per second of the bare loop: ring, archive, checksum, commit.
+/// Returns the events per second of the bare loop: ring, archive, checksum, commit.
 ///
 /// # Errors
 ///
-/// Impossible settings, a core that does not exist, or a directory that cannot hold the mapping
-/// (256 MiB at most).
+/// Fails if the configuration is invalid, a core does not exist, or the directory cannot hold the mapping (at most 256
+/// MiB).
 pub(crate) fn engine_limit(config: &LimitConfig) -> Result<f64> {
     rate(config, |n| Slot { key: key(n), event: ProbeEvent::nth(n, n % 8) }, &mut Bare)
 }
 
-/// Events per second of the same loop with that many users' versions, chains and, if `folds`, states.
+/// Returns the events per second of the same loop with versions, chains and, if `folds`, states of `users` users.
 ///
 /// # Errors
 ///
-/// As [`engine_limit`].
+/// The same as [`engine_limit`].
 pub(crate) fn keyed_limit(config: &LimitConfig, users: u64, folds: bool) -> Result<f64> {
     let mut random = 1_u64;
     let draws: Vec<(u32, u8)> = std::iter::repeat_with(|| {
@@ -247,7 +247,7 @@ fn rate(config: &LimitConfig, nth: impl Fn(u64) -> Slot + Sync, duty: &mut impl 
         let producer = scope.spawn(|| -> Result<()> {
             let pinned = pin(producer_core);
             start.wait();
-            // An unpinned run is still a run: the other side must not wait for ever.
+            // Runs even if pinning failed: the other side must not wait for ever.
             produce(&mut lane, config.events, config.batch, &nth);
             pinned
         });
@@ -265,7 +265,7 @@ fn rate(config: &LimitConfig, nth: impl Fn(u64) -> Slot + Sync, duty: &mut impl 
     Ok(config.events as f64 / elapsed.as_secs_f64())
 }
 
-/// Fills the ring in chunks of `batch`: one release store a chunk.
+/// Fills the ring in chunks of `batch`, with one release store per chunk.
 fn produce(lane: &mut Producer<Slot>, events: u64, batch: usize, nth: impl Fn(u64) -> Slot) {
     let mut next = 0_u64;
     while next < events {
@@ -281,14 +281,14 @@ fn produce(lane: &mut Producer<Slot>, events: u64, batch: usize, nth: impl Fn(u6
     }
 }
 
-/// Spreads the keys like a hash does, without a division.
+/// Spreads the keys like a hash, without a division.
 #[inline]
 fn key(n: u64) -> u64 {
     let hash = n.wrapping_mul(0x9e37_79b9_7f4a_7c15);
     ((hash >> 32) * KEYS) >> 32
 }
 
-/// Turns slots into committed records, round and round through the mapping.
+/// Turns slots into committed records; wraps around at the end of the mapping.
 fn write(ring: &mut Consumer<Slot>, mapping: &mut [u8], events: u64, batch: usize, duty: &mut impl Duty) {
     let (records, rest) = mapping.as_chunks_mut::<RECORD_BYTES>();
     assert!(rest.is_empty() && !records.is_empty());
@@ -316,8 +316,8 @@ fn write(ring: &mut Consumer<Slot>, mapping: &mut [u8], events: u64, batch: usiz
                 let (now, later) = slots.split_at(n);
                 for (i, (slots, records)) in now.chunks(GROUP).zip(records[at..at + n].chunks_mut(GROUP)).enumerate() {
                     let ahead = |slots: usize| now.get((i + slots / GROUP) * GROUP..).unwrap_or_default();
-                    bring_near(records, ahead(SLOTS_NEAR));
-                    ahead(KEYS_NEAR).iter().take(GROUP).for_each(|slot| duty.bring_near(slot.key));
+                    prefetch_ahead(records, ahead(PREFETCH_SLOTS));
+                    ahead(PREFETCH_KEYS).iter().take(GROUP).for_each(|slot| duty.prefetch(slot.key));
                     for (n, (slot, record)) in slots.iter().zip(&mut *records).enumerate() {
                         let offset = ((at + i * GROUP + n) * RECORD_BYTES) as u64;
                         let archived = fill(slot, time_ns, duty.place(slot.key, offset), record);
@@ -334,22 +334,22 @@ fn write(ring: &mut Consumer<Slot>, mapping: &mut [u8], events: u64, batch: usiz
     }
 }
 
-/// Asks for the memory of later records and slots: a store to a line that is not there holds up all
-/// stores behind it, and a slot has to come from the other core.
+/// Prefetches later records and slots: a store that misses the cache delays all later stores, and slots come from the
+/// other core's cache.
 #[inline(always)]
-fn bring_near(records: &[[u8; RECORD_BYTES]], slots: &[Slot]) {
-    let later = records.as_ptr().cast::<u8>().wrapping_add(RECORDS_NEAR_BYTES);
+fn prefetch_ahead(records: &[[u8; RECORD_BYTES]], slots: &[Slot]) {
+    let later = records.as_ptr().cast::<u8>().wrapping_add(PREFETCH_RECORD_BYTES);
     for line in 0..GROUP * RECORD_BYTES / 64 {
-        bring_line_near(later.wrapping_add(line * 64));
+        prefetch_line(later.wrapping_add(line * 64));
     }
-    slots.iter().take(GROUP).for_each(|slot| bring_line_near(slot));
+    slots.iter().take(GROUP).for_each(|slot| prefetch_line(slot));
 }
 
-/// Asks for the cache line in which an item begins.
+/// Prefetches the cache line in which an item begins.
 #[inline(always)]
-fn bring_line_near<T>(item: *const T) {
+fn prefetch_line<T>(item: *const T) {
     #[cfg(target_arch = "x86_64")]
-    // SAFETY: a prefetch reads nothing and faults on nothing, whatever the address.
+    // SAFETY: a prefetch reads nothing and faults at no address.
     unsafe {
         std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(item.cast());
     }
@@ -357,7 +357,7 @@ fn bring_line_near<T>(item: *const T) {
     let _ = item;
 }
 
-/// Everything of a record but its first eight bytes.
+/// Writes a record without its first eight bytes.
 #[inline(always)]
 fn fill<'a>(
     slot: &Slot,
@@ -377,11 +377,11 @@ fn fill<'a>(
         SubAllocator::empty(),
     );
     assert!(archived.is_ok_and(|body| body.len() == BODY_BYTES));
-    // SAFETY: these bytes were archived just now, and a body begins at a multiple of 16.
+    // SAFETY: these bytes were archived just above, and a body begins at a multiple of 16.
     unsafe { rkyv::access_unchecked(body) }
 }
 
-/// The checksums, and the length words last.
+/// Writes the checksums, then the length words.
 #[inline(always)]
 fn commit_group(records: &mut [[u8; RECORD_BYTES]]) {
     #[cfg(target_arch = "x86_64")]
@@ -398,7 +398,7 @@ fn commit_group(records: &mut [[u8; RECORD_BYTES]]) {
     }
 }
 
-/// Four checksums side by side: one alone waits two of three cycles for its own last word.
+/// Computes four checksums side by side: a single one waits two of three cycles for its previous step.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "sse4.2")]
 #[inline]
@@ -415,15 +415,15 @@ fn checksums([a, b, c, d]: [&[u8; RECORD_BYTES]; GROUP]) -> [u32; GROUP] {
     [!of_a as u32, !of_b as u32, !of_c as u32, !of_d as u32]
 }
 
-/// The checksum, and the length word last.
+/// Writes the checksum, then the length word.
 #[inline(always)]
 fn commit(record: &mut [u8; RECORD_BYTES], crc: u32) {
     record[4..8].copy_from_slice(&crc.to_le_bytes());
     // SAFETY: the pointer is to the record's first four bytes, exclusively borrowed and 4-aligned
     // (a record is a multiple of 96 bytes into a page-aligned mapping).
     let length = unsafe { AtomicU32::from_ptr(record.as_mut_ptr().cast()) };
-    // Release: whoever sees the length sees the record. Nobody reads here; the engine pays for it,
-    // so the probe does.
+    // Release: a reader that sees the length sees the record. The probe has no reader, but must pay the same cost as
+    // the engine.
     length.store((RECORD_BYTES as u32).to_le(), Ordering::Release);
 }
 
@@ -431,7 +431,10 @@ pub(crate) fn core(id: usize) -> Result<CoreId> {
     let cores = core_affinity::get_core_ids().unwrap_or_default();
     let found = cores.iter().copied().find(|core| core.id == id);
     found.with_context(|| {
-        format!("no core {id}: this process may run on {:?}", cores.iter().map(|c| c.id).collect::<Vec<_>>())
+        format!(
+            "core {id} does not exist or is not allowed: this process may run on {:?}",
+            cores.iter().map(|c| c.id).collect::<Vec<_>>()
+        )
     })
 }
 
@@ -489,7 +492,7 @@ mod tests {
     }
 
     #[test]
-    fn the_probes_measure_something_and_leave_nothing_behind() {
+    fn the_limit_probes_return_rates_and_remove_their_files() {
         let dir = std::env::temp_dir().join(format!("limit-test-{}", std::process::id()));
         fs::create_dir_all(&dir).expect("a directory");
         let config =

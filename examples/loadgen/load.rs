@@ -1,7 +1,7 @@
-//! Drives an engine: one thread per producer, flat out or by intended time, and what was measured meanwhile.
+//! Drives an engine with one thread per producer, at full speed or by intended time, and measures.
 //!
-//! Everything a producer needs is made before the clock starts. A [`Session`] is one open engine with its
-//! producers; a [`Phase`] is one stretch of load on it (the warm-up, the measurement, one step of a search).
+//! All data of the producers is created before the clock starts. A [`Session`] is one open engine with its producers; a
+//! [`Phase`] is one period of load on it (the warm-up, the measurement, one step of a search).
 
 use std::path::PathBuf;
 use std::sync::Barrier;
@@ -19,47 +19,47 @@ use crate::events::{Carried, Feed};
 use crate::machine::resident;
 use crate::watch::{Interval, Watch, jitter};
 
-/// A sleep shorter than this is no sleep: the system wakes late.
+/// The shortest time to sleep: the system wakes a thread late.
 const SLEEP_MIN: Duration = Duration::from_micros(300);
-/// Events sent between two looks at whether to stop.
-const LOOK_EVERY: u64 = 64;
+/// Events sent between two checks of the stop flag.
+const CHECK_STOP_EVERY: u64 = 64;
 
 /// The name of the phase before the measurement.
 pub(crate) const WARM_UP: &str = "warm-up";
 
-/// A stretch of load.
+/// A period of load.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Phase {
     pub(crate) events: Option<u64>,
     pub(crate) duration: Option<Duration>,
     /// Events per second over all producers, by intended time.
     pub(crate) rate: Option<f64>,
-    /// What to call it while it runs.
+    /// The name shown while it runs.
     pub(crate) name: &'static str,
 }
 
-/// What a phase found. Counts are of this phase alone.
+/// The results of a phase. Counts are of this phase only.
 #[derive(Debug, Clone)]
 pub(crate) struct Measured {
     pub(crate) published: u64,
     pub(crate) appended: u64,
     pub(crate) durable: u64,
-    /// From the first publish until everything was appended, or in a synced mode durable.
+    /// From the first publish until everything was appended, or durable in a synced mode.
     pub(crate) elapsed: Duration,
-    /// How long the closing sync took, outside `elapsed`, where events are left to the system's cache.
+    /// Duration of the final sync in `OsCache`; not part of `elapsed`.
     pub(crate) flush: Duration,
     pub(crate) bytes: u64,
     pub(crate) stages: Vec<Histogram<u64>>,
-    /// Rate: from when an event was due until it was published. Flat out: how long a batch took to be accepted.
+    /// With a rate: from an event's due time until it was published. At full speed: the time to publish a batch.
     pub(crate) delay: Histogram<u64>,
-    /// How late the system woke a thread from a sleep of 1 ms.
+    /// The delay with which the system woke a thread from a sleep of 1 ms.
     pub(crate) jitter: Histogram<u64>,
     pub(crate) intervals: Vec<Interval>,
     pub(crate) backlog_max: u64,
     /// Events of each shard.
     pub(crate) shards: Vec<u64>,
     pub(crate) segment_waits: u64,
-    /// Bytes in memory when it began and when it ended: the process's own, and those of mapped files.
+    /// Resident bytes at the beginning and at the end: anonymous memory, and mapped files.
     pub(crate) memory: Option<[(u64, u64); 2]>,
 }
 
@@ -68,7 +68,7 @@ impl Measured {
         self.appended as f64 / self.elapsed.as_secs_f64()
     }
 
-    /// Bytes of records.
+    /// Bytes of records per second.
     pub(crate) fn bytes_per_second(&self) -> f64 {
         self.bytes as f64 / self.elapsed.as_secs_f64()
     }
@@ -78,14 +78,14 @@ impl Measured {
     }
 }
 
-/// A histogram like the engine's.
+/// Returns a histogram with the bounds of the engine's.
 pub(crate) fn histogram() -> Histogram<u64> {
-    // As far as the engine's own: an open-loop load that falls behind falls behind by minutes.
+    // The upper bound covers an hour: an open-loop load may fall behind by minutes.
     Histogram::new_with_bounds(1, (1 << 42) - 1, 3).expect("the bounds are valid constants")
 }
 
-/// One producer and where it gets its events.
-struct Lane<A: Carried, F> {
+/// One producer with its source of events.
+struct Sending<A: Carried, F> {
     producer: Producer<A::Event>,
     feed: F,
     batch: Vec<(Key, A::Event)>,
@@ -95,34 +95,35 @@ struct Lane<A: Carried, F> {
 /// An open engine with its producers.
 pub(crate) struct Session<A: Carried, F> {
     pub(crate) engine: Engine<A>,
-    senders: Vec<Lane<A, F>>,
+    senders: Vec<Sending<A, F>>,
     batch: usize,
-    /// More threads want to run than there are cores: producers, shards or a syncer.
+    /// Producers, shards and syncer are more threads than there are cores.
     crowded: bool,
     synced: bool,
-    /// The run's report shows every interval.
+    /// Every interval's histograms are kept for the report.
     keep: bool,
 }
 
-/// What the threads of a phase share.
-struct Control {
+/// The state that the threads of a phase share.
+struct PhaseControl {
     start: Barrier,
     stop: AtomicBool,
 }
 
-/// What one producer did.
+/// The result of one producer.
 struct Sent {
     began: Instant,
     delay: Histogram<u64>,
 }
 
 impl<A: Carried, F: Feed<A::Event>> Session<A, F> {
-    /// Opens the store in `dir` and makes a producer for every feed.
+    /// Opens the store in `dir` and creates a producer for every feed.
     pub(crate) fn open(args: &Args, dir: PathBuf, feeds: Vec<F>) -> Result<Self> {
         let cores = producer_cores(args, feeds.len());
         let engine = Engine::open(args.config(dir)).context("opening the store")?;
         let batch = args.batch as usize;
-        let sender = |(feed, core)| Lane { producer: engine.producer(), feed, batch: Vec::with_capacity(batch), core };
+        let sender =
+            |(feed, core)| Sending { producer: engine.producer(), feed, batch: Vec::with_capacity(batch), core };
         let senders: Vec<_> = feeds.into_iter().zip(cores).map(sender).collect();
         Ok(Self {
             engine,
@@ -134,11 +135,11 @@ impl<A: Carried, F: Feed<A::Event>> Session<A, F> {
         })
     }
 
-    /// Sends, waits until everything is appended and durable, and says what was measured.
+    /// Sends the phase's events, waits until they are appended and durable, and returns the measurements.
     pub(crate) fn run(&mut self, phase: &Phase) -> Result<Measured> {
         let before = self.engine.metrics();
         let memory_before = resident();
-        let control = Control { start: Barrier::new(self.senders.len() + 1), stop: AtomicBool::new(false) };
+        let control = PhaseControl { start: Barrier::new(self.senders.len() + 1), stop: AtomicBool::new(false) };
         let producers = self.senders.len() as u64;
         let (batch, crowded, synced, keep) = (self.batch, self.crowded, self.synced, self.keep);
         let engine = &self.engine;
@@ -158,7 +159,7 @@ impl<A: Carried, F: Feed<A::Event>> Session<A, F> {
             let mut watch = Watch::new(engine, before.clone(), synced, keep, phase);
             let watched = watch_over(&mut watch, phase, &control, &done);
             if watched.is_err() {
-                // Lets go of producers that wait for room. What else has to end is the drop's business.
+                // Releases producers that wait for room. Dropping the session ends the rest.
                 control.stop.store(true, Ordering::Relaxed);
                 drop(engine.shutdown(Some(Instant::now())));
             }
@@ -176,7 +177,8 @@ impl<A: Carried, F: Feed<A::Event>> Session<A, F> {
                 elapsed = began.elapsed();
             }
             let intervals = watch.finish();
-            // Not behind the warm-up: from the first sync on, retention waits for the disk, and `OsCache` would not be what is measured.
+            // Not after the warm-up: from the first sync on retention waits for the disk, which would distort
+            // `OsCache`.
             let flush = if synced || phase.name == WARM_UP { Duration::ZERO } else { flush(engine)? };
             let mut delay = histogram();
             sent.iter().try_for_each(|sent| delay.add(&sent.delay))?;
@@ -188,11 +190,11 @@ impl<A: Carried, F: Feed<A::Event>> Session<A, F> {
     }
 }
 
-/// Looks at the engine from time to time until every producer is done, and stops them when time is up.
+/// Samples the engine until every producer is done. Stops the producers at the end of the phase's time.
 fn watch_over<A: Carried>(
     watch: &mut Watch<'_, A>,
     phase: &Phase,
-    control: &Control,
+    control: &PhaseControl,
     done: &Receiver<()>,
 ) -> Result<()> {
     let ends = phase.duration.map(|duration| Instant::now() + duration);
@@ -205,17 +207,17 @@ fn watch_over<A: Carried>(
                 if ends.is_some_and(|ends| Instant::now() >= ends) {
                     control.stop.store(true, Ordering::Relaxed);
                 }
-                watch.look();
+                watch.sample();
                 watch.progress.check(watch.engine)?;
             }
         }
     }
 }
 
-/// How long an engine that has events to append may append none before the run is given up.
+/// The longest time without progress while events wait to be appended.
 const STALL_MAX: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 30 });
 
-/// Sees whether an engine gets on.
+/// Detects an engine that makes no progress.
 #[derive(Debug)]
 pub(crate) struct Progress {
     appended: u64,
@@ -227,19 +229,19 @@ impl Progress {
         Self { appended: 0, since: Instant::now() }
     }
 
-    /// An error, with the engine's reason, where events have waited for too long and none was appended.
+    /// Fails with the engine's reason if events have waited for `STALL_MAX` and none was appended.
     pub(crate) fn check<A: Carried>(&mut self, engine: &Engine<A>) -> Result<()> {
         let shards = engine.shard_metrics();
         let appended = shards.iter().map(|shard| shard.appended).sum();
-        let waits = shards.iter().any(|shard| shard.backlog > 0);
-        if !waits || appended != self.appended {
+        let is_waiting = shards.iter().any(|shard| shard.backlog > 0);
+        if !is_waiting || appended != self.appended {
             *self = Self { appended, since: Instant::now() };
         }
         if self.since.elapsed() < STALL_MAX {
             return Ok(());
         }
         let why =
-            shards.iter().find_map(|shard| shard.storage_full_why.as_deref()).unwrap_or("the engine does not say why");
+            shards.iter().find_map(|shard| shard.storage_full_why.as_deref()).unwrap_or("the engine reports no reason");
         bail!("nothing was appended for {} s: {why}", STALL_MAX.as_secs())
     }
 }
@@ -259,14 +261,14 @@ fn wait_appended<A: Carried>(engine: &Engine<A>, before: &Metrics, published: u6
     Ok(())
 }
 
-/// Makes everything durable; how long that took.
+/// Makes everything durable and returns the time it took.
 fn flush<A: Carried>(engine: &Engine<A>) -> Result<Duration> {
     let began = Instant::now();
-    engine.flush(Deadline::NEVER).context("syncing what was appended")?;
+    engine.flush(Deadline::NEVER).context("syncing the appended events")?;
     Ok(began.elapsed())
 }
 
-/// What the clock and the counters of the load generator itself say.
+/// Measurements of the load generator itself.
 struct Timing {
     published: u64,
     elapsed: Duration,
@@ -281,7 +283,7 @@ fn measured(before: &Metrics, after: &Metrics, timing: Timing) -> Measured {
     let shards: Vec<u64> =
         after.shards.iter().zip(&before.shards).map(|(after, before)| after.appended - before.appended).collect();
     let appended = shards.iter().sum();
-    // What lies below the durable watermark is known by position; the positions agree once everything is synced.
+    // The engine reports durability by position; the positions are equal once everything is synced.
     let all_durable = after.shards.iter().all(|shard| shard.durable_to >= shard.appended_to);
     let of = |count: fn(&corelane::metrics::ShardMetrics) -> u64| {
         after.shards.iter().map(count).sum::<u64>() - before.shards.iter().map(count).sum::<u64>()
@@ -304,17 +306,17 @@ fn measured(before: &Metrics, after: &Metrics, timing: Timing) -> Measured {
     }
 }
 
-/// What was recorded between two snapshots.
+/// Returns the values recorded between two snapshots.
 pub(crate) fn difference(after: &Histogram<u64>, before: &Histogram<u64>) -> Histogram<u64> {
     let mut difference = after.clone();
-    difference.subtract(before).expect("a later snapshot holds all of an earlier one");
+    difference.subtract(before).expect("a later snapshot contains an earlier one");
     difference
 }
 
 /// One producer's part of a phase.
 struct Share {
     events: u64,
-    /// Between two events of this producer, and before its first.
+    /// The time between two events of this producer, and before its first.
     pace: Option<(Duration, Duration)>,
 }
 
@@ -330,11 +332,11 @@ impl Share {
     }
 }
 
-impl<A: Carried, F: Feed<A::Event>> Lane<A, F> {
+impl<A: Carried, F: Feed<A::Event>> Sending<A, F> {
     fn send(
         &mut self,
         share: &Share,
-        control: &Control,
+        control: &PhaseControl,
         batch: usize,
         crowded: bool,
         _done: Sender<()>,
@@ -346,7 +348,7 @@ impl<A: Carried, F: Feed<A::Event>> Lane<A, F> {
         control.start.wait();
         let began = Instant::now();
         match share.pace {
-            None => self.flat_out(share.events, batch, &control.stop, &mut delay)?,
+            None => self.full_speed(share.events, batch, &control.stop, &mut delay)?,
             Some((every, first)) => {
                 self.paced(share.events, every, began + first, crowded, &control.stop, &mut delay)?
             }
@@ -354,7 +356,7 @@ impl<A: Carried, F: Feed<A::Event>> Lane<A, F> {
         Ok(Sent { began, delay })
     }
 
-    fn flat_out(&mut self, events: u64, batch: usize, stop: &AtomicBool, delay: &mut Histogram<u64>) -> Result<()> {
+    fn full_speed(&mut self, events: u64, batch: usize, stop: &AtomicBool, delay: &mut Histogram<u64>) -> Result<()> {
         let mut left = events;
         while left > 0 && !stop.load(Ordering::Relaxed) {
             let want = left.min(batch as u64) as usize;
@@ -372,7 +374,7 @@ impl<A: Carried, F: Feed<A::Event>> Lane<A, F> {
         Ok(())
     }
 
-    /// Open loop: when an event is sent depends on the clock alone, never on how the last one fared.
+    /// Open loop: the clock alone determines the due time of an event, never the progress of earlier events.
     fn paced(
         &mut self,
         events: u64,
@@ -384,7 +386,7 @@ impl<A: Carried, F: Feed<A::Event>> Lane<A, F> {
     ) -> Result<()> {
         let every_ns = every.as_secs_f64() * 1e9;
         for n in 0..events {
-            if n % LOOK_EVERY == 0 && stop.load(Ordering::Relaxed) {
+            if n % CHECK_STOP_EVERY == 0 && stop.load(Ordering::Relaxed) {
                 break;
             }
             let due = first + Duration::from_nanos((n as f64 * every_ns) as u64);
@@ -400,7 +402,7 @@ impl<A: Carried, F: Feed<A::Event>> Lane<A, F> {
     }
 }
 
-/// Waits for a time; returns the time it is then, or `None` when there is nothing to wait for any more.
+/// Waits until `due` and returns the current time, or `None` if the phase was stopped.
 #[inline]
 fn wait_until(due: Instant, crowded: bool, stop: &AtomicBool) -> Option<Instant> {
     let mut now = Instant::now();
@@ -421,21 +423,21 @@ fn wait_until(due: Instant, crowded: bool, stop: &AtomicBool) -> Option<Instant>
     Some(now)
 }
 
-/// Producers and shards do not all fit.
+/// Returns `true` if producers and shards are more threads than there are cores.
 pub(crate) fn crowded(args: &Args) -> bool {
     usize::from(args.producers) + usize::from(args.shards) > core_ids().len()
 }
 
-/// The cores this process may use. Asked on a thread that is not pinned.
+/// Returns the cores that this process may use. The calling thread must not be pinned.
 pub(crate) fn core_ids() -> Vec<usize> {
     core_affinity::get_core_ids().unwrap_or_default().into_iter().map(|core| core.id).collect()
 }
 
-/// The core of each producer: those the shards leave free.
+/// Returns the core of each producer, among the cores that the shards leave free.
 fn producer_cores(args: &Args, producers: usize) -> Vec<Option<usize>> {
     let allowed = core_ids();
     match &args.pin {
-        // As the engine does it: one core stays for the threads that sync, prepare and save.
+        // Like the engine, leaves one core for the threads that sync, prepare and save.
         Pin::Auto if producers + usize::from(args.shards) < allowed.len() => {
             allowed.iter().copied().map(Some).take(producers).collect()
         }
@@ -448,8 +450,8 @@ fn producer_cores(args: &Args, producers: usize) -> Vec<Option<usize>> {
     }
 }
 
-/// The cores of the bare loop's two threads, which have nothing beside them: those of the first producer and of the first shard where
-/// cores are named, else the first and the last there is.
+/// Returns the cores of the bare loop's two threads: those of the first producer and the first shard if `--pin` lists
+/// cores, or else the first and the last core.
 pub(crate) fn first_pair(args: &Args) -> Option<(usize, usize)> {
     let allowed = core_ids();
     match (&args.pin, allowed.as_slice()) {

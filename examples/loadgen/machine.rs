@@ -1,10 +1,10 @@
-//! Where a number was measured: processor, cores, filesystem, commit.
+//! The conditions of a measurement: processor, cores, filesystem, commit.
 
 use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-/// What a reader must know before comparing numbers.
+/// The facts needed to compare figures.
 #[derive(Debug, Clone)]
 pub(crate) struct Machine {
     pub(crate) cpu: String,
@@ -15,8 +15,8 @@ pub(crate) struct Machine {
 }
 
 impl Machine {
-    /// Looks around; `dir` is where the data goes and exists.
-    pub(crate) fn look(dir: &Path, cores: usize) -> Self {
+    /// Detects the machine's facts. `dir` is the existing folder of the data.
+    pub(crate) fn detect(dir: &Path, cores: usize) -> Self {
         Self { cpu: cpu(), cores, filesystem: filesystem(dir), commit: commit(), kernel: kernel() }
     }
 }
@@ -36,7 +36,7 @@ fn kernel() -> String {
         .map_or_else(|_| unknown(), |release| format!("Linux {}", release.trim()))
 }
 
-/// Type and device of the mount that holds `dir`.
+/// Returns the type and the device of the mount that contains `dir`.
 fn filesystem(dir: &Path) -> String {
     let Ok(dir) = dir.canonicalize() else { return unknown() };
     let mounts = fs::read_to_string("/proc/mounts").unwrap_or_default();
@@ -59,7 +59,8 @@ fn commit() -> String {
     if clean { commit } else { format!("{commit} with local changes") }
 }
 
-/// Bytes of this process that are in memory: its own, and those of mapped files. `None` where the system does not say.
+/// Returns the resident bytes of this process, anonymous and of mapped files, or `None` if the system does not report
+/// them.
 pub(crate) fn resident() -> Option<(u64, u64)> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let of = |name: &str| {

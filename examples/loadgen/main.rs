@@ -1,12 +1,12 @@
-//! The main job: sends millions of events through an engine, measures every stage of their way, and proves
-//! after a restart that nothing was lost.
+//! The load generator: publishes millions of events, measures every stage, and checks after a restart that nothing was
+//! lost.
 //!
 //! ```text
 //! cargo run --release --example loadgen
 //! cargo run --release --example loadgen -- --help
 //! ```
 
-/// As `eprintln`, where the standard error may be closed or full: what is said to nobody is no reason to end a run.
+/// Like `eprintln`, but ignores a closed or full standard error, which must not end a run.
 macro_rules! say {
     ($($arg:tt)*) => {
         drop(std::io::Write::write_fmt(&mut std::io::stderr(), format_args!("{}\n", format_args!($($arg)*))))
@@ -40,7 +40,7 @@ use crate::events::{GameEvent, Games, Padded, Paddings, Player};
 use crate::input::Input;
 use crate::machine::Machine;
 use crate::output::Summary;
-use crate::run::{Load, Place, all};
+use crate::run::{Load, StoreFolder, all};
 use crate::save::save;
 use crate::search::find_max;
 
@@ -59,7 +59,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// Whether everything that was sent was kept.
+/// Runs the load. Returns `true` if the store kept every event.
 fn start(args: &Args) -> Result<bool> {
     run::remove_leftovers();
     run::check_places(args)?;
@@ -68,7 +68,7 @@ fn start(args: &Args) -> Result<bool> {
         let input = Input::load(path, args.events)?;
         say!("{} events loaded in {:.1} s", input.len(), input.loading.as_secs_f64());
         let histories = input.histories();
-        // A run that time or a smaller number ends early leaves some unsent.
+        // A run limited by time may leave some events unsent.
         let expected = args.duration.is_none().then_some(&histories);
         return measure::<Stateless<Envelope>, _>(
             args,
@@ -96,12 +96,12 @@ fn measure<A: events::Carried, F: events::Feed<A::Event>>(
     loading: Option<std::time::Duration>,
 ) -> Result<bool> {
     let machine = {
-        let place = Place::new(&Args { keep: false, ..args.clone() }, None)?;
-        Machine::look(&place.dir, load::core_ids().len())
+        let folder = StoreFolder::new(&Args { keep: false, ..args.clone() }, None)?;
+        Machine::detect(&folder.dir, load::core_ids().len())
     };
     let (args, runs, found) = if args.find_max {
         let found = find_max::<A, F>(args, load)?;
-        // What is shown is the run at that rate.
+        // The results are those of the run at the rate found.
         (&Args { rate: found.shown as u64, ..args.clone() }, vec![found.run.clone()], Some(found))
     } else {
         (args, all::<A, F>(args, load)?, None)
@@ -125,7 +125,7 @@ fn measure<A: events::Carried, F: events::Feed<A::Event>>(
     Ok(summary.is_whole())
 }
 
-/// Prints the results. A reader that stops early, such as `| head`, is no error.
+/// Prints the results. A closed pipe, as with `| head`, is not an error.
 fn print_to(out: &mut impl io::Write, text: &str) -> Result<()> {
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),

@@ -1,4 +1,4 @@
-//! What a run says for itself: tables for people, one line of JSON for scripts.
+//! Prints the results: tables for people, one line of JSON for scripts.
 
 use corelane::Pin;
 use corelane::metrics::Stage;
@@ -12,7 +12,7 @@ use crate::report;
 use crate::run::{Run, median, median_run};
 use crate::watch::Interval;
 
-/// Name, and the stage from publish and from due.
+/// Name and label of each stage, measured from publishing and from the due time.
 pub(crate) const STAGES: [(&str, &str, Stage, Stage); 4] = [
     ("ring", "publish → taken", Stage::Ring, Stage::RingDue),
     ("append", "publish → appended", Stage::Appended, Stage::AppendedDue),
@@ -22,14 +22,14 @@ pub(crate) const STAGES: [(&str, &str, Stage, Stage); 4] = [
 
 const QUANTILES: [(&str, f64); 5] = [("p50", 0.5), ("p90", 0.9), ("p99", 0.99), ("p999", 0.999), ("p9999", 0.9999)];
 
-/// Everything that goes into a text, a JSON object or a report.
+/// The data for text, JSON and report.
 pub(crate) struct Summary<'a> {
     pub(crate) args: &'a Args,
     pub(crate) machine: &'a Machine,
     pub(crate) runs: &'a [Run],
-    /// The middle one.
+    /// The median run.
     pub(crate) run: &'a Run,
-    /// How long the input took to load, if there was one.
+    /// The time to load the input, if there was one.
     pub(crate) loading: Option<std::time::Duration>,
 }
 
@@ -43,7 +43,7 @@ impl<'a> Summary<'a> {
         Some(Self { args, machine, runs, run: median_run(args, runs)?, loading })
     }
 
-    /// Every run kept every event.
+    /// Returns `true` if every run kept every event.
     pub(crate) fn is_whole(&self) -> bool {
         self.runs.iter().all(Run::is_whole)
     }
@@ -54,28 +54,28 @@ impl<'a> Summary<'a> {
             let allowed = core_ids();
             let refused: Vec<_> = asked.iter().filter(|core| !allowed.contains(core)).collect();
             if !refused.is_empty() {
-                warnings.push(format!("cores {refused:?} are not among {allowed:?}: their threads ran unpinned."));
+                warnings.push(format!("cores {refused:?} are not among {allowed:?}; their threads ran unpinned"));
             }
         }
         if crowded(self.args) {
             let threads = usize::from(self.args.producers) + usize::from(self.args.shards);
             warnings.push(format!(
-                "{threads} threads of producers and shards share {} cores: latencies include waiting for a core.",
+                "{threads} threads of producers and shards share {} cores; latencies include waiting for a core",
                 self.machine.cores
             ));
         }
         if cfg!(debug_assertions) {
-            warnings.push("Built without optimisation: use cargo run --release --example loadgen.".to_owned());
+            warnings.push("built without optimisation (use cargo run --release --example loadgen)".to_owned());
         }
         let waits = self.run.measured.segment_waits;
         if waits > 0 {
             warnings
-                .push(format!("{waits} waits for the next segment to be prepared: the disk was slower than the load."));
+                .push(format!("{waits} waits for the next segment to be prepared; the disk was slower than the load"));
         }
         warnings
     }
 
-    /// Name and value of what the numbers depend on.
+    /// Name and value of each condition that the figures depend on.
     pub(crate) fn facts(&self) -> Vec<(&'static str, String)> {
         let Args { producers, shards, batch, ring_capacity, seed, .. } = self.args;
         let events = match &self.args.input {
@@ -93,13 +93,13 @@ impl<'a> Summary<'a> {
         let sending = if self.args.rate > 0 {
             format!("{} offered by intended time", report::rate(self.args.rate as f64))
         } else {
-            format!("flat out in batches of {batch}")
+            format!("full speed in batches of {batch}")
         };
         let mut facts = vec![
             ("durability", durability_text(self.args)),
             ("load", format!("{producers} producers, {shards} shards, lanes of {ring_capacity}, {sending}")),
             ("events", events),
-            ("warm-up", format!("{} events, in no figure", grouped(self.args.warmup()))),
+            ("warm-up", format!("{} events, not in any figure", grouped(self.args.warmup()))),
             ("processor", format!("{}, {} cores", self.machine.cpu, self.machine.cores)),
             ("system", format!("{}, data on {}", self.machine.kernel, self.machine.filesystem)),
             ("commit", self.machine.commit.clone()),
@@ -108,7 +108,7 @@ impl<'a> Summary<'a> {
             facts.push((
                 "runs",
                 format!(
-                    "{}; the figures are those of the run of median {}, ratios are medians",
+                    "{}; the figures are those of the run with the median {}, ratios are medians",
                     self.runs.len(),
                     if self.args.rate > 0 { "p99" } else { "throughput" }
                 ),
@@ -117,7 +117,7 @@ impl<'a> Summary<'a> {
         facts
     }
 
-    /// The text for people.
+    /// Returns the text for people.
     pub(crate) fn text(&self) -> String {
         let measured = &self.run.measured;
         let mut out = String::new();
@@ -138,7 +138,7 @@ impl<'a> Summary<'a> {
         );
         if !measured.flush.is_zero() {
             out += &format!(
-                "{:>11}  {:.2} s for the sync at the end, not in the throughput\n",
+                "{:>11}  {:.2} s for the final sync, not in the throughput\n",
                 "",
                 measured.flush.as_secs_f64()
             );
@@ -155,14 +155,14 @@ impl<'a> Summary<'a> {
         let mut out = row(what, &measured.delay);
         out += &row("1 ms sleep late", &measured.jitter);
         out += &format!(
-            "\n{:>11}  at most {} events, seen between publish and append\n",
+            "\n{:>11}  at most {} events between publish and append\n",
             "backlog",
             grouped(measured.backlog_max)
         );
         if let Some([(own_before, mapped_before), (own, mapped)]) = measured.memory {
             let grown = |before: u64, after: u64| format!("{} → {}", byte_size(before as f64), byte_size(after as f64));
             out += &format!(
-                "{:>11}  {} of its own, {} of the log, from beginning to end\n",
+                "{:>11}  {} anonymous, {} mapped log, from beginning to end\n",
                 "memory",
                 grown(own_before, own),
                 grown(mapped_before, mapped)
@@ -179,7 +179,7 @@ impl<'a> Summary<'a> {
         out
     }
 
-    /// The same events, counted at every station.
+    /// The number of events at every stage.
     pub(crate) fn counts(&self) -> Vec<(&'static str, u64)> {
         let Measured { published, appended, durable, .. } = self.run.measured;
         let mut counts = vec![("published", published), ("appended", appended), ("durable", durable)];
@@ -199,7 +199,7 @@ impl<'a> Summary<'a> {
             );
             if replay.freed > 0 {
                 out += &format!(
-                    "{:>11}  {} events had been freed by retention; replayed counts them\n",
+                    "{:>11}  retention had freed {} events; \"replayed\" includes them\n",
                     "",
                     grouped(replay.freed)
                 );
@@ -236,7 +236,7 @@ impl<'a> Summary<'a> {
             let states = if self.args.no_state { "chains" } else { "chains and states" };
             let rate = report::rate(keyed);
             out += &format!(
-                "{:>11}  {rate} for it with the users' {states} in an array; engine ÷ that = {ratio:.3}\n",
+                "{:>11}  {rate} for the loop with the users' {states} in an array; engine ÷ that = {ratio:.3}\n",
                 ""
             );
         }
@@ -251,15 +251,15 @@ impl<'a> Summary<'a> {
         let passes = self.passes();
         out += &bytes("new", median(passes.iter().filter_map(|pass| pass.0)), disk_new);
         out += &bytes("recycled", median(passes.iter().filter_map(|pass| pass.1)), disk_recycled);
-        for (waits, cores) in self.disk_waits().into_iter().flatten().zip(["at rest", "kept busy"]) {
+        for (waits, cores) in self.disk_waits().into_iter().flatten().zip(["idle", "busy"]) {
             let [p50, p99] = [0.5, 0.99].map(|quantile| report::ns(waits.value_at_quantile(quantile)));
             out += &format!(
-                "{:>11}  the disk alone with the same bytes, a sync each millisecond, cores {cores}: p50 {p50}, p99 {p99}\n",
+                "{:>11}  the disk alone with the same bytes, a sync per millisecond, {cores} cores: p50 {p50}, p99 {p99}\n",
                 ""
             );
         }
         if let Some(unsynced) = self.unsynced() {
-            out += &format!("{:>11}  {} for the same engine with os\n", "unsynced", report::rate(unsynced));
+            out += &format!("{:>11}  {} for the same engine with durability os\n", "unsynced", report::rate(unsynced));
         }
         if let Some(ratio) = self.bound_ratio() {
             out += &format!("{:>11}  engine ÷ smaller of disk (recycled) and unsynced engine = {ratio:.3}\n", "");
@@ -285,7 +285,7 @@ impl<'a> Summary<'a> {
         )
     }
 
-    /// Recycled and new blocks, bytes per second.
+    /// Bytes per second on recycled and on new blocks.
     fn disk(&self) -> Option<(f64, f64)> {
         let disks = || self.runs.iter().filter_map(|run| run.limits.as_ref()?.disk);
         Some((
@@ -294,7 +294,7 @@ impl<'a> Summary<'a> {
         ))
     }
 
-    /// Of all runs together.
+    /// The waits of all runs together.
     fn disk_waits(&self) -> Option<[Histogram<u64>; 2]> {
         let mut all = self.runs.iter().filter_map(|run| run.limits.as_ref()?.disk_waits.clone());
         let first = all.next()?;
@@ -318,7 +318,8 @@ impl<'a> Summary<'a> {
         self.runs.iter().map(both).collect()
     }
 
-    /// What the engine synced per second over what the disk takes, run by run; on recycled blocks where it got to them.
+    /// The median ratio of the engine's synced bytes per second to the disk's; on recycled blocks if the run reached
+    /// them.
     fn disk_ratio(&self) -> Option<f64> {
         median(self.runs.iter().zip(self.passes()).filter_map(|(run, (_, recycled))| {
             Some(
@@ -337,7 +338,7 @@ impl<'a> Summary<'a> {
         }))
     }
 
-    /// The object for scripts.
+    /// Returns the JSON object for scripts.
     pub(crate) fn json(&self) -> Value {
         let (args, measured) = (self.args, &self.run.measured);
         let corrected = args.rate > 0;
@@ -418,8 +419,8 @@ impl<'a> Summary<'a> {
     }
 }
 
-/// Bytes synced per second before retention freed the first segment, and after every shard had begun two more:
-/// the one that was prepared already, and the first that had been freed.
+/// Returns the bytes synced per second before retention freed the first segment, and after every shard had begun two
+/// more segments: the one already prepared, and the first recycled one.
 fn passes(intervals: &[Interval], shards: u16) -> (Option<f64>, Option<f64>) {
     let rate = |intervals: &[Interval]| {
         let (first, last) = (intervals.first()?, intervals.last()?);
@@ -440,7 +441,7 @@ fn latencies(measured: &Measured, corrected: bool) -> Value {
     Value::Object(STAGES.into_iter().map(stage).collect())
 }
 
-/// Nothing measured is null, not 0.
+/// Returns the quantiles, or null if nothing was measured.
 fn quantiles(histogram: &Histogram<u64>) -> Value {
     let known = |value: u64| if histogram.is_empty() { Value::Null } else { json!(value) };
     let mut object: serde_json::Map<_, _> =
@@ -463,8 +464,10 @@ fn stage_table(args: &Args, measured: &Measured) -> String {
         out += &row(name, measured.stage(plain));
     }
     if args.rate > 0 {
-        out +=
-            &format!("{:>24}  from due: corrected, a stall counts for all it delays; from publish: uncorrected\n", "");
+        out += &format!(
+            "{:>24}  from due: corrected, a stall counts for every event it delays; from publish: uncorrected\n",
+            ""
+        );
     }
     out
 }

@@ -1,33 +1,32 @@
-//! The load generator's report: one HTML file that needs nothing but itself.
+//! The load generator's report: one self-contained HTML file.
 //!
-//! No script, no font, no request; the plots are inline SVG, drawn narrow so that a phone can read
-//! them, and coloured by CSS variables so that dark mode needs no second drawing. Every text that
-//! comes from outside goes through [`escape`].
+//! It has no script, font or request. The plots are inline SVG, narrow enough for a phone, and coloured by CSS
+//! variables, so that dark mode needs no second drawing. Every text from outside passes through [`escape`].
 
-/// What a run found, ready to be shown.
+/// The results of a run, ready for display.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Report {
-    /// What was run.
+    /// The title of the run.
     pub(crate) title: String,
-    /// Name and value of everything that was fixed: CPU, cores, filesystem, commit, durability, command line.
+    /// Name and value of each condition: CPU, cores, filesystem, commit, durability, command line.
     pub(crate) facts: Vec<(String, String)>,
-    /// Name and value of the few numbers that matter.
+    /// Name and value of the most important figures.
     pub(crate) headline: Vec<(String, String)>,
-    /// What makes this run say less than it seems to.
+    /// Reasons why the figures are less reliable than they look.
     pub(crate) warnings: Vec<String>,
-    /// One latency distribution each.
+    /// The latency distributions.
     pub(crate) stages: Vec<Stage>,
     /// The run, interval by interval.
     pub(crate) timeseries: Vec<Tick>,
-    /// Shard and the events it took.
+    /// Each shard and its number of events.
     pub(crate) shards: Vec<(u16, u64)>,
-    /// Latency by offered load; empty unless it was searched for.
+    /// Latency by offered load; empty without a search.
     pub(crate) load: Vec<LoadPoint>,
-    /// The same events counted at every station: published, appended, durable, replayed.
+    /// The number of events at every stage: published, appended, durable, replayed.
     pub(crate) integrity: Vec<(String, u64)>,
 }
 
-/// The latency from publishing to one station.
+/// The latency from publishing to one stage.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Stage {
     /// Such as `publish → appended`.
@@ -36,7 +35,7 @@ pub(crate) struct Stage {
     pub(crate) durability: String,
     /// Events measured.
     pub(crate) count: u64,
-    /// Nanoseconds, as all below.
+    /// Median in nanoseconds, like the quantiles below.
     pub(crate) p50: u64,
     /// 90 %.
     pub(crate) p90: u64,
@@ -48,29 +47,29 @@ pub(crate) struct Stage {
     pub(crate) p9999: u64,
     /// The slowest event.
     pub(crate) max: u64,
-    /// Percentile (0 to 100) and nanoseconds, ascending; the summary above stands in when it is empty.
+    /// Percentile (0 to 100) and nanoseconds, ascending. If empty, the quantiles above are drawn.
     pub(crate) curve: Vec<(f64, u64)>,
 }
 
 /// One interval of the run.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Tick {
-    /// Since the start, at the interval's end.
+    /// Time since the start at the interval's end.
     pub(crate) seconds: f64,
     /// Within the interval.
     pub(crate) events_per_second: f64,
     /// Within the interval.
     pub(crate) p99_ns: u64,
-    /// Events published but not yet through, at the interval's end.
+    /// Events published but not yet appended, at the interval's end.
     pub(crate) backlog: u64,
 }
 
 /// One step of the search for the highest load.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct LoadPoint {
-    /// Events per second that were to be published.
+    /// Offered events per second.
     pub(crate) offered: f64,
-    /// Events per second that went through.
+    /// Achieved events per second.
     pub(crate) achieved: f64,
     /// Nanoseconds, from the intended time.
     pub(crate) p50_ns: u64,
@@ -78,7 +77,7 @@ pub(crate) struct LoadPoint {
     pub(crate) p99_ns: u64,
 }
 
-/// The whole report as one HTML document.
+/// Returns the report as one HTML document.
 pub(crate) fn html(report: &Report) -> String {
     let title = escape(&report.title);
     let warnings: String =
@@ -108,17 +107,17 @@ pub(crate) fn html(report: &Report) -> String {
     .concat()
 }
 
-/// A duration for people: `1.2 µs`.
+/// Formats a duration: `1.2 µs`.
 pub(crate) fn ns(ns: u64) -> String {
     scaled(ns as f64, &["ns", "µs", "ms", "s"])
 }
 
-/// Events per second for people: `12.3 M/s`.
+/// Formats events per second: `12.3 M/s`.
 pub(crate) fn rate(per_second: f64) -> String {
     scaled(per_second, &["/s", "k/s", "M/s", "G/s"])
 }
 
-/// At most four digits and the unit; whole numbers of the smallest unit stay whole.
+/// Formats a value with at most four digits and its unit. Whole numbers of the smallest unit stay whole.
 fn scaled(value: f64, units: &[&str]) -> String {
     if !value.is_finite() {
         return "–".to_owned();
@@ -132,7 +131,7 @@ fn scaled(value: f64, units: &[&str]) -> String {
     format!("{value:.digits$} {}", units[unit])
 }
 
-/// `12345678` as `12,345,678`.
+/// Formats `12345678` as `12,345,678`.
 fn grouped(n: u64) -> String {
     let digits = n.to_string();
     let mut out = String::new();
@@ -160,7 +159,7 @@ fn escape(text: &str) -> String {
     out
 }
 
-/// Nothing around nothing.
+/// Wraps a text, unless it is empty.
 fn wrap(open: &str, inner: &str, close: &str) -> String {
     if inner.is_empty() { String::new() } else { [open, inner, close].concat() }
 }
@@ -180,7 +179,7 @@ fn integrity(counts: &[(String, u64)]) -> String {
     let least = counts.iter().map(|(_, n)| *n).min().unwrap_or(first);
     let most = counts.iter().map(|(_, n)| *n).max().unwrap_or(first);
     let (class, verdict) = match most - least {
-        0 => ("good", "✓ All counts agree: nothing lost, nothing doubled.".to_owned()),
+        0 => ("good", "✓ All counts agree: nothing lost, nothing duplicated.".to_owned()),
         gap => ("bad", format!("✗ The counts differ by {}.", grouped(gap))),
     };
     format!(
@@ -222,10 +221,10 @@ const TOP: f64 = 10.0;
 const BOTTOM: f64 = 40.0;
 const POINTS_MAX: usize = 400;
 const COLOURS: usize = 6;
-/// The share of an offered load that must go through for the load to count as kept.
-const KEPT: f64 = 0.98;
+/// The share of an offered load that must be achieved for the load to count as sustained.
+const SUSTAINED: f64 = 0.98;
 
-/// One axis: the values at its two ends, and what is written along it.
+/// One axis: its two end values, ticks and label.
 struct Axis {
     low: f64,
     high: f64,
@@ -235,7 +234,7 @@ struct Axis {
 }
 
 impl Axis {
-    /// Where a value lies, from 0 to 1.
+    /// Returns the relative position of a value, from 0 to 1.
     fn at(&self, value: f64) -> f64 {
         let scale = |v: f64| {
             if self.log { v.max(f64::MIN_POSITIVE).log10() } else { v }
@@ -243,7 +242,7 @@ impl Axis {
         ((scale(value) - scale(self.low)) / (scale(self.high) - scale(self.low))).clamp(0.0, 1.0)
     }
 
-    /// From zero in steps of 1, 2 or 5.
+    /// Returns an axis from zero in steps of 1, 2 or 5.
     fn linear(most: f64, label: &'static str, unit: impl Fn(f64) -> String) -> Self {
         let most = if most.is_finite() && most > 0.0 { most } else { 1.0 };
         let magnitude = 10_f64.powf((most / 4.0).log10().floor());
@@ -254,7 +253,7 @@ impl Axis {
         Self { low: 0.0, high: steps * step, log: false, ticks, label }
     }
 
-    /// Nanoseconds in whole decades.
+    /// Returns a logarithmic axis of nanoseconds in whole decades.
     fn decades(values: impl Iterator<Item = u64>, label: &'static str) -> Self {
         let (least, most) = values.fold((u64::MAX, 1), |(least, most), v| (least.min(v.max(1)), most.max(v)));
         let low = least.min(most).ilog10();
@@ -263,7 +262,7 @@ impl Axis {
         Self { low: 10_f64.powi(low as i32), high: 10_f64.powi(high as i32), log: true, ticks, label }
     }
 
-    /// 1/(1−p): every further nine takes the same room.
+    /// Returns an axis of 1/(1−p), on which every further nine takes the same space.
     fn nines(most: f64) -> Self {
         let high = most.clamp(1e4, 1e5);
         let ticks = [50.0, 90.0, 99.0, 99.9, 99.99].map(|p| (rarity(p), format!("{p} %")));
@@ -271,12 +270,12 @@ impl Axis {
     }
 }
 
-/// One in how many events is slower than the percentile.
+/// Returns n if one in n events is slower than the percentile.
 fn rarity(percentile: f64) -> f64 {
     1.0 / (1.0 - percentile / 100.0).max(1e-9)
 }
 
-/// `10.0 µs` as `10 µs`, and nothing needs no unit: ticks are round.
+/// Shortens a tick: `10.0 µs` to `10 µs`, and zero to `0`. Ticks are round numbers.
 fn short(text: String) -> String {
     if text.starts_with("0 ") { "0".to_owned() } else { text.replace(".0 ", " ") }
 }
@@ -286,11 +285,11 @@ struct Series {
     name: String,
     points: Vec<(f64, f64)>,
     area: bool,
-    /// Class of the dot at each point; no dots when empty.
+    /// CSS class of the dot at each point; empty for no dots.
     dots: Vec<&'static str>,
 }
 
-/// A figure with its caption, a legend when there is more than one line, and the drawing.
+/// Returns a figure with its caption, a legend if it has several lines, and the drawing.
 fn plot(title: &str, note: &str, x: &Axis, y: &Axis, series: &[Series]) -> String {
     let px = |v: f64| LEFT + x.at(v) * (WIDTH - LEFT - RIGHT);
     let py = |v: f64| HEIGHT - BOTTOM - y.at(v) * (HEIGHT - TOP - BOTTOM);
@@ -304,7 +303,7 @@ fn plot(title: &str, note: &str, x: &Axis, y: &Axis, series: &[Series]) -> Strin
     for (value, text) in &x.ticks {
         let at = px(*value);
         body += &format!("<path class=\"tick\" d=\"M{at:.1} {base}v5\"/>");
-        // A character is about half as wide as high; the last text must not leave the drawing.
+        // A character is about half as wide as high; keeps the last text inside the drawing.
         let at = at.min(WIDTH - 1.0 - text.chars().count() as f64 * 3.5);
         body += &format!("<text x=\"{at:.1}\" y=\"{:.1}\">{text}</text>", base + 17.0);
     }
@@ -388,7 +387,7 @@ fn curve(stage: &Stage) -> Vec<(f64, u64)> {
     vec![(50.0, p50), (90.0, p90), (99.0, p99), (99.9, p999), (99.99, p9999), (100.0, max)]
 }
 
-/// Few enough points to draw: means of rates, maxima of what must not hide.
+/// Reduces the number of points: averages rates, and keeps the maxima of latency and backlog.
 fn thinned(ticks: &[Tick]) -> Vec<Tick> {
     let ticks: Vec<_> =
         ticks.iter().copied().filter(|tick| tick.seconds.is_finite() && tick.events_per_second.is_finite()).collect();
@@ -404,12 +403,12 @@ fn thinned(ticks: &[Tick]) -> Vec<Tick> {
         .collect()
 }
 
-/// One value of every interval over time.
+/// Plots one value of every interval over time.
 fn over_time(title: &str, note: &str, y: &Axis, ticks: &[Tick], value: impl Fn(&Tick) -> f64) -> String {
     let last = ticks.iter().map(|tick| tick.seconds).fold(0.0, f64::max);
     let mut x = Axis::linear(last, "seconds", |v| format!("{}", (v * 1000.0).round() / 1000.0));
     if last > 0.0 {
-        // Time ends where the run ends.
+        // The axis ends with the run.
         x.high = last;
         x.ticks.retain(|(value, _)| *value <= last);
     }
@@ -448,7 +447,7 @@ fn backlog(ticks: &[Tick]) -> String {
         return String::new();
     }
     let y = Axis::linear(most as f64, "", |v| short(scaled(v, &["", "k", "M", "G"])));
-    let note = format!("At most {} events on their way.", grouped(most));
+    let note = format!("At most {} events in flight.", grouped(most));
     over_time("Backlog over time", &note, &y, &ticks, |tick| tick.backlog as f64)
 }
 
@@ -460,17 +459,19 @@ fn latency_by_load(load: &[LoadPoint]) -> String {
     load.sort_unstable_by(|a, b| a.offered.total_cmp(&b.offered));
     let x = Axis::linear(load[load.len() - 1].offered, "offered load", |v| short(rate(v)));
     let y = Axis::decades(load.iter().flat_map(|at| [at.p50_ns, at.p99_ns]), "");
-    let kept = |at: &LoadPoint| at.achieved >= KEPT * at.offered;
+    let is_sustained = |at: &LoadPoint| at.achieved >= SUSTAINED * at.offered;
     let line = |name: &str, value: fn(&LoadPoint) -> u64| Series {
         name: name.to_owned(),
         points: load.iter().map(|at| (at.offered, value(at) as f64)).collect(),
         area: false,
-        dots: load.iter().map(|at| if kept(at) { "full" } else { "hollow" }).collect(),
+        dots: load.iter().map(|at| if is_sustained(at) { "full" } else { "hollow" }).collect(),
     };
-    let most = load.iter().take_while(|at| kept(at)).last();
+    let most = load.iter().take_while(|at| is_sustained(at)).last();
     let note = match most {
-        Some(at) => format!("Kept up to {}, there p99 {}. Hollow: did not keep up.", rate(at.offered), ns(at.p99_ns)),
-        None => "Kept up with none of the loads.".to_owned(),
+        Some(at) => {
+            format!("Sustained up to {}, with p99 {}. Hollow dots: not sustained.", rate(at.offered), ns(at.p99_ns))
+        }
+        None => "No load was sustained.".to_owned(),
     };
     plot("Latency by offered load", &note, &x, &y, &[line("p50", |at| at.p50_ns), line("p99", |at| at.p99_ns)])
 }
@@ -496,7 +497,7 @@ fn shards(shards: &[(u16, u64)]) -> String {
         body += &format!("<text class=\"x\" x=\"{:.1}\" y=\"{text}\">{}</text>", from + width + 8.0, grouped(*events));
     }
     let mean = sum as f64 / shards.len() as f64;
-    let note = format!("The fullest took {:.2} times the mean.", most as f64 / mean);
+    let note = format!("The largest has {:.2} times the mean.", most as f64 / mean);
     figure("Events by shard", &note, "", shards.len() as f64 * ROW + 4.0, &body)
 }
 
@@ -615,7 +616,7 @@ mod tests {
     }
 
     #[test]
-    fn no_text_from_outside_becomes_markup() {
+    fn texts_from_outside_are_escaped() {
         const EVIL: &str = "<script>\"&'";
         let mut report = full();
         report.title = EVIL.into();
@@ -632,14 +633,14 @@ mod tests {
     }
 
     #[test]
-    fn nothing_measured_is_a_short_report_and_no_panic() {
+    fn an_empty_report_is_short_and_does_not_panic() {
         let html = html(&Report::default());
         assert!(html.ends_with("</html>\n"));
         assert!(!html.contains("<figure>") && !html.contains("NaN"));
     }
 
     #[test]
-    fn degenerate_numbers_draw_no_impossible_coordinates() {
+    fn degenerate_numbers_produce_valid_coordinates() {
         let tick = |seconds, events_per_second| Tick { seconds, events_per_second, p99_ns: u64::MAX, backlog: 0 };
         let load = |offered| LoadPoint { offered, achieved: f64::NAN, p50_ns: 0, p99_ns: u64::MAX };
         let report = Report {
@@ -657,7 +658,7 @@ mod tests {
     }
 
     #[test]
-    fn everything_measured_is_drawn_without_outside_resources() {
+    fn a_full_report_draws_everything_without_external_resources() {
         let html = html(&full());
         for title in ["Latency by percentile", "Throughput over time", "p99 over time", "Backlog over time"] {
             assert!(html.contains(title), "{title}");
@@ -670,7 +671,7 @@ mod tests {
     }
 
     #[test]
-    fn counts_that_differ_are_not_called_equal() {
+    fn differing_counts_are_reported() {
         let counts = |durable| integrity(&[("published".into(), 10), ("durable".into(), durable)]);
         assert!(counts(10).contains("All counts agree"));
         assert!(counts(7).contains("differ by 3"));

@@ -1,4 +1,4 @@
-//! One whole run or several: store, warm-up, measurement, restart and replay, and the limits in between.
+//! One or several whole runs: store, warm-up, measurement, restart and replay, with the limit probes in between.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -19,45 +19,45 @@ use crate::verify::{ByKey, History, Replay, replay};
 
 const BATCHES: [usize; 4] = [64, 128, 256, 512];
 const CALIBRATION_EVENTS: u64 = 4_000_000;
-/// 256 MiB of them.
+/// The most users of a probe: 256 MiB.
 const PROBE_USERS_MAX: u64 = 1 << 22;
 const DISK_BYTES_MAX: u64 = 4 << 30;
 const DISK_SECONDS_MAX: f64 = 10.0;
 const PACED_DISK_TIME: Duration = Duration::from_secs(10);
 
-/// One engine, from its opening to its replay, and what the machine allowed at that time.
+/// One engine from opening to replay, with the machine's limits at that time.
 #[derive(Debug, Clone)]
 pub(crate) struct Run {
-    /// Over new blocks, if the store was empty.
+    /// Writes new blocks if the store was empty.
     pub(crate) warmup: Option<Measured>,
     pub(crate) measured: Measured,
-    /// Events already in the store, and those of the warm-up.
+    /// Events already in the store, plus those of the warm-up.
     pub(crate) earlier: u64,
     pub(crate) replay: Option<Replay>,
     pub(crate) limits: Option<Limits>,
 }
 
-/// What the probes found right before and after a run.
+/// Results of the probes directly before and after a run.
 #[derive(Debug, Clone)]
 pub(crate) struct Limits {
     pub(crate) batch: usize,
     pub(crate) events_per_second: f64,
-    /// Of the bare loop that has the same users, and states where the engine has.
+    /// Rate of the loop with the same users, and with states if the engine has them.
     pub(crate) keyed_events_per_second: f64,
     pub(crate) disk: Option<DiskLimit>,
-    /// With a rate set: what the disk alone makes wait for a sync of the same bytes (ns), with cores at rest and with busy ones.
+    /// With a rate: waits (ns) for a sync of the same bytes by the disk alone, with idle and with busy cores.
     pub(crate) disk_waits: Option<[Histogram<u64>; 2]>,
-    /// The engine itself with the same load, left to the system's cache.
+    /// Rate of the engine with the same load in `OsCache`.
     pub(crate) unsynced: Option<f64>,
 }
 
 impl Run {
-    /// Events of this run that the replay found, or that retention had freed.
+    /// The events of this run that the replay found, or that retention had freed.
     pub(crate) fn replayed(&self) -> Option<u64> {
         self.replay.as_ref().map(|replay| (replay.events + replay.freed).saturating_sub(self.earlier))
     }
 
-    /// Nothing lost, nothing doubled, nothing out of order.
+    /// Returns `true` if no event was lost, duplicated or out of order.
     pub(crate) fn is_whole(&self) -> bool {
         let Measured { published, appended, durable, .. } = self.measured;
         published == appended
@@ -67,29 +67,30 @@ impl Run {
     }
 }
 
-/// Everything that a load needs besides its flags.
+/// The part of a load that its flags do not define.
 pub(crate) struct Load<'a, F> {
-    /// Makes the feeds of one run.
+    /// Creates the feeds of one run.
     pub(crate) feeds: &'a dyn Fn() -> Vec<F>,
-    /// What a replay must find.
+    /// The histories that a replay must find.
     pub(crate) expected: Option<&'a ByKey<History>>,
 }
 
-/// Where stores go that nobody gave a place, and how their names begin.
+/// The default folder of stores.
 const TARGET: &str = "target";
+/// The prefix of default store names.
 const PREFIX: &str = "loadgen-";
 
-/// Removes the stores of runs that were ended before they could do it themselves.
+/// Removes the stores of killed runs.
 pub(crate) fn remove_leftovers() {
     let entries = fs::read_dir(TARGET).into_iter().flatten().flatten();
     for dir in entries.map(|entry| entry.path()).filter(|dir| is_leftover(dir)) {
         if let Err(error) = fs::remove_dir_all(&dir) {
-            say!("{} stays behind: {error}", dir.display());
+            say!("cannot remove {}: {error}", dir.display());
         }
     }
 }
 
-/// Its process is gone (here) and nobody (elsewhere) holds its lock.
+/// Returns `true` if the store's process no longer exists and no process in another namespace holds the store's lock.
 fn is_leftover(dir: &Path) -> bool {
     let name = dir.file_name().and_then(|name| name.to_str()).unwrap_or_default();
     let process = name.strip_prefix(PREFIX).and_then(|rest| rest.split_once('-')?.0.parse::<u32>().ok());
@@ -97,8 +98,8 @@ fn is_leftover(dir: &Path) -> bool {
     is_gone && fs::File::open(dir).is_ok_and(|folder| folder.try_lock().is_ok())
 }
 
-/// What can be known of the places before a run: that the report can be written, apart from the store, and that the disk has room for the
-/// least that the run takes.
+/// Checks the folders before a run: the report's folder is writable and outside the store, and the disk has the least
+/// space that the run needs.
 pub(crate) fn check_places(args: &Args) -> Result<()> {
     if let Some(out) = &args.out {
         if let Some(data) = &args.data_dir {
@@ -111,33 +112,33 @@ pub(crate) fn check_places(args: &Args) -> Result<()> {
     if let Some(dir) = args.data_dir.as_ref().filter(|dir| !is_empty(dir)) {
         let is_store = args.repeats() > 1 || dir.join("manifest").exists();
         ensure!(is_store, "--data-dir: {} is neither empty nor a store", dir.display());
-        // Segments may be there to be written again.
+        // The existing store may have segments to recycle, so the space needed is unknown.
         return Ok(());
     }
-    let place = Place::new(&Args { keep: false, ..args.clone() }, None)?;
-    let free = rustix::fs::statvfs(&place.dir).context("asking for the free space")?;
+    let folder = StoreFolder::new(&Args { keep: false, ..args.clone() }, None)?;
+    let free = rustix::fs::statvfs(&folder.dir).context("asking for the free space")?;
     let (free, least) = (free.f_bavail.saturating_mul(free.f_frsize), args.bytes_min());
     ensure!(
         free >= least,
         "{} has {} free, and the run takes at least {}",
-        place.dir.display(),
+        folder.dir.display(),
         byte_size(free as f64),
         byte_size(least as f64)
     );
     Ok(())
 }
 
-/// A folder for a store.
+/// The folder of a store.
 #[derive(Debug)]
-pub(crate) struct Place {
+pub(crate) struct StoreFolder {
     pub(crate) dir: PathBuf,
     remove: bool,
-    /// The folder made to hold several.
+    /// The folder created to contain several runs.
     parent: Option<PathBuf>,
 }
 
-impl Place {
-    /// The folder asked for, or a fresh one under ./target. `run` tells several apart.
+impl StoreFolder {
+    /// Returns the folder of `--data-dir`, or a new one under ./target. `run` distinguishes several runs.
     pub(crate) fn new(args: &Args, run: Option<u32>) -> Result<Self> {
         let (dir, is_own) = match &args.data_dir {
             Some(dir) => (run.map_or_else(|| dir.clone(), |run| dir.join(format!("run-{run}"))), false),
@@ -148,7 +149,7 @@ impl Place {
                 (tempfile::Builder::new().prefix(&prefix).tempdir_in(TARGET)?.keep(), true)
             }
         };
-        // What was there before is not ours to remove.
+        // An existing store is never removed.
         let remove = !args.keep && (is_own || is_empty(&dir));
         let parent = args.data_dir.clone().filter(|parent| remove && run.is_some() && is_empty(parent));
         fs::create_dir_all(&dir).with_context(|| format!("creating {}", dir.display()))?;
@@ -156,22 +157,22 @@ impl Place {
     }
 }
 
-impl Drop for Place {
+impl Drop for StoreFolder {
     fn drop(&mut self) {
         if !self.remove {
-            say!("the store stays in {}", self.dir.display());
+            say!("the store is kept in {}", self.dir.display());
         } else if let Err(error) = fs::remove_dir_all(&self.dir) {
-            say!("{} stays behind: {error}", self.dir.display());
+            say!("cannot remove {}: {error}", self.dir.display());
         }
         if let Some(parent) = &self.parent
             && let Err(error) = fs::remove_dir(parent)
         {
-            say!("{} stays behind: {error}", parent.display());
+            say!("cannot remove {}: {error}", parent.display());
         }
     }
 }
 
-/// As many runs as asked for, each with its limits right beside it.
+/// Carries out all runs, each with its limit probes directly beside it.
 pub(crate) fn all<A: Carried, F: Feed<A::Event>>(args: &Args, load: &Load<'_, F>) -> Result<Vec<Run>> {
     let repeats = args.repeats();
     let mut runs = Vec::new();
@@ -180,10 +181,10 @@ pub(crate) fn all<A: Carried, F: Feed<A::Event>>(args: &Args, load: &Load<'_, F>
         if repeats > 1 {
             say!("run {n} of {repeats}");
         }
-        let place = Place::new(args, (repeats > 1).then_some(n))?;
-        let limits = if args.limit { Some(limits(args, &place.dir, &mut batch)?) } else { None };
-        let mut run = once::<A, F>(args, &place.dir, load)?;
-        drop(place);
+        let folder = StoreFolder::new(args, (repeats > 1).then_some(n))?;
+        let limits = if args.limit { Some(limits(args, &folder.dir, &mut batch)?) } else { None };
+        let mut run = once::<A, F>(args, &folder.dir, load)?;
+        drop(folder);
         run.limits = limits;
         if args.limit && args.synced() {
             beside_a_synced_run::<A, F>(args, load, &mut run)?;
@@ -193,7 +194,7 @@ pub(crate) fn all<A: Carried, F: Feed<A::Event>>(args: &Args, load: &Load<'_, F>
     Ok(runs)
 }
 
-/// One run in `dir`.
+/// Carries out one run in `dir`.
 fn once<A: Carried, F: Feed<A::Event>>(args: &Args, dir: &Path, load: &Load<'_, F>) -> Result<Run> {
     let mut earlier = events_before::<A>(args, dir)?;
     let fresh = earlier == 0;
@@ -218,7 +219,7 @@ fn once<A: Carried, F: Feed<A::Event>>(args: &Args, dir: &Path, load: &Load<'_, 
     Ok(Run { warmup, measured, earlier, replay, limits: None })
 }
 
-/// Events ever appended to the store in `dir`, those that retention has freed included.
+/// Returns the number of events ever appended to the store in `dir`, including those that retention has freed.
 pub(crate) fn events_before<A: Carried>(args: &Args, dir: &Path) -> Result<u64> {
     if is_empty(dir) {
         return Ok(0);
@@ -238,7 +239,7 @@ fn is_empty(dir: &Path) -> bool {
     fs::read_dir(dir).map_or(true, |mut entries| entries.next().is_none())
 }
 
-/// The bare loop, with the batch that suits it best on this machine.
+/// Measures the limits of the loop, with the batch size that is fastest on this machine.
 fn limits(args: &Args, dir: &Path, batch: &mut Option<usize>) -> Result<Limits> {
     let config = |batch: usize, events: u64| LimitConfig {
         events,
@@ -263,30 +264,30 @@ fn limits(args: &Args, dir: &Path, batch: &mut Option<usize>) -> Result<Limits> 
     Ok(Limits { batch, events_per_second, keyed_events_per_second, disk: None, disk_waits: None, unsynced: None })
 }
 
-/// The disk with the same bytes, and the engine without its syncs.
+/// Measures the disk with the same bytes, and the engine without syncs.
 fn beside_a_synced_run<A: Carried, F: Feed<A::Event>>(args: &Args, load: &Load<'_, F>, run: &mut Run) -> Result<()> {
     let Some(limits) = &mut run.limits else { return Ok(()) };
-    let place = Place::new(&Args { data_dir: None, keep: false, ..args.clone() }, None)?;
-    limits.disk = Some(disk_limit(&place.dir, run.measured.bytes.clamp(64 << 20, DISK_BYTES_MAX), DISK_SECONDS_MAX)?);
+    let folder = StoreFolder::new(&Args { data_dir: None, keep: false, ..args.clone() }, None)?;
+    limits.disk = Some(disk_limit(&folder.dir, run.measured.bytes.clamp(64 << 20, DISK_BYTES_MAX), DISK_SECONDS_MAX)?);
     if args.rate > 0 {
         let rate = run.measured.bytes_per_second() as u64;
-        let waits = |busy| paced_disk(&place.dir, rate, PACED_DISK_TIME, busy);
+        let waits = |busy| paced_disk(&folder.dir, rate, PACED_DISK_TIME, busy);
         limits.disk_waits = Some([waits(None)?, waits(Some(first_pair(args).unwrap_or((0, 0))))?]);
     }
     let retention_bytes = args.retention_bytes.or(Some(args.segment_bytes * 2));
     let unsynced = Args { durability: Durability::OsCache, no_verify: true, retention_bytes, ..args.clone() };
-    limits.unsynced = Some(once::<A, F>(&unsynced, &place.dir, load)?.measured.per_second());
+    limits.unsynced = Some(once::<A, F>(&unsynced, &folder.dir, load)?.measured.per_second());
     Ok(())
 }
 
-/// The middle one; of an even number the lower.
+/// Returns the median; of an even number of values the lower middle one.
 pub(crate) fn median(values: impl IntoIterator<Item = f64>) -> Option<f64> {
     let mut values: Vec<f64> = values.into_iter().collect();
     values.sort_by(f64::total_cmp);
     values.get(values.len().saturating_sub(1) / 2).copied()
 }
 
-/// The middle run: by throughput or, where that is given, by the p99 of the last stage that is measured.
+/// Returns the median run: by throughput or, with a rate, by the p99 of the last stage.
 pub(crate) fn median_run<'a>(args: &Args, runs: &'a [Run]) -> Option<&'a Run> {
     let last = if args.synced() { Stage::DurableDue } else { Stage::AppendedDue };
     let measure = |run: &Run| match args.rate {

@@ -1,4 +1,4 @@
-//! What `--out` leaves: figures for scripts, histograms for other tools, a report for people.
+//! Writes the files of `--out`: figures for scripts, histograms for other tools, a report for people.
 
 use std::fs::{self, File};
 use std::io::{BufWriter, Write as _};
@@ -16,10 +16,10 @@ use crate::report::{self, LoadPoint, Report, Tick};
 use crate::search::Step;
 use crate::watch::Interval;
 
-/// Seconds of one interval of the `.hlog`.
+/// Length of an interval of the `.hlog`, in seconds.
 const INTERVAL_SECONDS: f64 = 1.0;
 
-/// A shorter interval, such as the last of a run, says little and would be a spike or a dip in a plot.
+/// The shortest interval that is plotted. A shorter one, such as the last of a run, would show as a spike or a dip.
 const TICK_MIN: Duration = Duration::from_millis(50);
 
 /// Writes every file of a report into `dir`.
@@ -45,7 +45,7 @@ pub(crate) fn save(dir: &Path, summary: &Summary<'_>, json: &Value, steps: &[Ste
     write_hlog(&intervals, &mut out).and_then(|()| out.flush()).context("writing latency.hlog")
 }
 
-/// The stages that were measured, with the names of their files.
+/// Returns the measured stages with the names of their files.
 fn shown(summary: &Summary<'_>) -> Vec<(String, Stage)> {
     let corrected = summary.args.rate > 0;
     let both = |(name, _, plain, due): (&str, &str, Stage, Stage)| {
@@ -56,7 +56,7 @@ fn shown(summary: &Summary<'_>) -> Vec<(String, Stage)> {
     STAGES.into_iter().flat_map(both).filter(measured).collect()
 }
 
-/// One histogram per stage and second: name, start, length.
+/// Returns one histogram per stage and second, with name, start and length.
 fn seconds(intervals: &[Interval], stages: &[(String, Stage)]) -> Vec<(String, f64, f64, Histogram<u64>)> {
     let mut out = Vec::new();
     let mut rest = intervals;
@@ -109,7 +109,7 @@ fn report(summary: &Summary<'_>, steps: &[Step]) -> Report {
     let (args, measured) = (summary.args, &summary.run.measured);
     let durability = args.durability_name();
     let p99_of = if args.rate > 0 { Stage::AppendedDue } else { Stage::Appended };
-    // Histograms are read less often than counters; one stands for all intervals that it spans.
+    // Histograms are read less often than counters; each covers all intervals since the one before.
     let p99_from = |rest: &[Interval]| {
         rest.iter().find_map(|interval| interval.stage(p99_of)).map_or(0, |stage| stage.value_at_quantile(0.99))
     };

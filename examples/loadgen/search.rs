@@ -1,4 +1,4 @@
-//! Searches the highest offered rate that the engine sustains: doubling until it fails, then halving the gap.
+//! Searches for the highest offered rate that the engine sustains: doubles the rate until it fails, then bisects.
 
 use std::time::Duration;
 
@@ -11,25 +11,25 @@ use crate::cli::Args;
 use crate::events::{Carried, Feed};
 use crate::load::{Measured, Phase, Session, WARM_UP};
 use crate::report;
-use crate::run::{Load, Place, Run, events_before};
+use crate::run::{Load, Run, StoreFolder, events_before};
 use crate::verify::replay;
 
 const FIRST_RATE: f64 = 125_000.0;
 const RATE_MAX: f64 = 256e6;
-/// Rates tried between the last that held and the first that did not.
+/// Rates tried between the highest sustained rate and the lowest one that failed.
 const REFINEMENTS: usize = 5;
-/// The share of an offered rate that must get through.
+/// The share of an offered rate that the engine must achieve.
 const KEPT: f64 = 0.98;
 
-/// One rate that was tried.
+/// The result of one offered rate.
 #[derive(Debug, Clone)]
 pub(crate) struct Step {
     pub(crate) offered: f64,
     pub(crate) achieved: f64,
-    /// From the intended time.
+    /// Latency from the intended time.
     pub(crate) p50_ns: u64,
     pub(crate) p99_ns: u64,
-    /// How late the system woke a sleeper meanwhile: what no engine could have kept.
+    /// The delay with which the system woke sleeping threads meanwhile: a bound that no engine can beat.
     pub(crate) jitter_p99_ns: u64,
     pub(crate) held: bool,
 }
@@ -44,8 +44,8 @@ impl Step {
     }
 }
 
-/// The rates tried, in the order they were, and the run at the highest that held (or at the first, if none did).
-pub(crate) struct Found {
+/// The offered rates and the run at the highest sustained one (or at the first, if none was sustained).
+pub(crate) struct SearchResult {
     pub(crate) steps: Vec<Step>,
     pub(crate) best: Option<f64>,
     /// The rate of `run`.
@@ -57,13 +57,14 @@ struct Search<'a, A: Carried, F> {
     args: &'a Args,
     session: Session<A, F>,
     steps: Vec<Step>,
-    /// At the highest rate that held, or the first tried.
+    /// The results at the highest sustained rate, or at the first one.
     shown: Option<(f64, Measured)>,
     appended: u64,
 }
 
 impl<A: Carried, F: Feed<A::Event>> Search<'_, A, F> {
-    /// Whether a rate holds. One that does not gets a second try, since another program may have been in the way.
+    /// Returns `true` if the engine sustains a rate. Tries a failed rate a second time, since another program may have
+    /// interfered.
     fn held(&mut self, rate: f64) -> Result<bool> {
         let mut step = self.step(rate)?;
         if !step.held {
@@ -80,14 +81,14 @@ impl<A: Carried, F: Feed<A::Event>> Search<'_, A, F> {
         self.appended += measured.appended;
         let step = Step::new(self.args, rate, &measured);
         say!("{}", line(&step));
-        // Rates that hold come in rising order.
+        // Sustained rates are tried in ascending order.
         if step.held || self.shown.is_none() {
             self.shown = Some((rate, measured));
         }
         Ok(step)
     }
 
-    /// The highest rate that held.
+    /// Returns the highest sustained rate.
     fn climb(&mut self) -> Result<Option<f64>> {
         let (mut low, mut high) = (0.0, FIRST_RATE);
         while high <= RATE_MAX && self.held(high)? {
@@ -105,12 +106,12 @@ impl<A: Carried, F: Feed<A::Event>> Search<'_, A, F> {
     }
 }
 
-/// Opens a store, searches, and checks at the end that it holds everything.
-pub(crate) fn find_max<A: Carried, F: Feed<A::Event>>(args: &Args, load: &Load<'_, F>) -> Result<Found> {
-    let place = Place::new(args, None)?;
-    let mut earlier = events_before::<A>(args, &place.dir)?;
+/// Opens a store, searches, and checks at the end that the store kept every event.
+pub(crate) fn find_max<A: Carried, F: Feed<A::Event>>(args: &Args, load: &Load<'_, F>) -> Result<SearchResult> {
+    let folder = StoreFolder::new(args, None)?;
+    let mut earlier = events_before::<A>(args, &folder.dir)?;
     let fresh = earlier == 0;
-    let session = Session::<A, F>::open(args, place.dir.clone(), (load.feeds)())?;
+    let session = Session::<A, F>::open(args, folder.dir.clone(), (load.feeds)())?;
     let mut search = Search { args, session, steps: Vec::new(), shown: None, appended: 0 };
     if args.warmup() > 0 {
         earlier += search
@@ -124,17 +125,17 @@ pub(crate) fn find_max<A: Carried, F: Feed<A::Event>>(args: &Args, load: &Load<'
     drop(session);
     let (shown, measured) = shown.context("no rate was tried")?;
     let replay = if args.verifies() {
-        Some(replay::<A>(args.config_keeping_all(place.dir.clone()), fresh, load.expected)?)
+        Some(replay::<A>(args.config_keeping_all(folder.dir.clone()), fresh, load.expected)?)
     } else {
         None
     };
     steps.sort_by(|a, b| a.offered.total_cmp(&b.offered));
     let run = Run { warmup: None, earlier: earlier + appended - measured.appended, measured, replay, limits: None };
-    Ok(Found { steps, best, shown, run })
+    Ok(SearchResult { steps, best, shown, run })
 }
 
 fn line(step: &Step) -> String {
-    let verdict = if step.held { "held" } else { "not held" };
+    let verdict = if step.held { "sustained" } else { "not sustained" };
     let (offered, achieved) = (report::rate(step.offered), report::rate(step.achieved));
     format!(
         "{offered:>11} {achieved:>11} {:>11} {:>11} {:>11}  {verdict}",
@@ -144,8 +145,8 @@ fn line(step: &Step) -> String {
     )
 }
 
-impl Found {
-    /// The table for people.
+impl SearchResult {
+    /// Returns the table for people.
     pub(crate) fn text(&self, args: &Args) -> String {
         let to = if args.synced() { "durable" } else { "appended" };
         let mut out = format!(
@@ -165,16 +166,20 @@ impl Found {
         match self.best {
             Some(best) => {
                 out + &format!(
-                    "\nhighest rate held with p99 ≤ {limit}: {} [{}]\n\n",
+                    "\nhighest rate sustained with p99 ≤ {limit}: {} [{}]\n\n",
                     report::rate(best),
                     args.durability_name()
                 )
             }
-            None => out + &format!("\nno rate held p99 ≤ {limit}; below: the first rate tried\n\n"),
+            None => {
+                out + &format!(
+                    "\nno rate sustained with p99 ≤ {limit}; the results below are those of the first rate\n\n"
+                )
+            }
         }
     }
 
-    /// The same for scripts.
+    /// Returns the JSON object for scripts.
     pub(crate) fn json(&self, args: &Args) -> Value {
         let step = |step: &Step| json!({ "offered": step.offered, "achieved": step.achieved, "p50_ns": step.p50_ns, "p99_ns": step.p99_ns, "jitter_p99_ns": step.jitter_p99_ns, "held": step.held });
         json!({ "rate": self.best, "p99_max_ns": args.p99_max.as_nanos() as u64, "steps": self.steps.iter().map(step).collect::<Vec<_>>() })

@@ -1,4 +1,4 @@
-//! The load generator at the edge: places that cannot be, disks that fill, output that goes nowhere.
+//! Edge cases of the load generator: unusable folders, full disks, unwritable output.
 
 use std::fs::{self, OpenOptions};
 use std::path::Path;
@@ -22,7 +22,7 @@ fn refused(more: &[&str]) -> String {
 }
 
 #[test]
-fn places_that_cannot_be_are_refused_before_the_run() {
+fn unusable_folders_are_rejected_before_the_run() {
     let dir = tempfile::tempdir().expect("a folder");
     let (file, data) = (dir.path().join("file"), dir.path().join("data"));
     fs::write(&file, b"kept").expect("written");
@@ -39,7 +39,7 @@ fn places_that_cannot_be_are_refused_before_the_run() {
     assert_eq!(fs::read(&file).expect("read"), b"kept");
     let error = refused(&["--data-dir", text(&data), "--events", "1000G"]);
     assert!(error.contains("free, and the run takes at least"), "{error}");
-    assert!(!data.exists(), "nothing is left behind");
+    assert!(!data.exists(), "no file is left");
     let fits = ["--events", "1k", "--warmup", "0", "--segment-bytes", "64k", "--ring-capacity", "64"];
     let out = dir.path().join("report");
     let report = ["--out", text(&out), "--data-dir", text(&data)];
@@ -47,7 +47,7 @@ fn places_that_cannot_be_are_refused_before_the_run() {
 }
 
 #[test]
-fn values_without_sense_are_refused_and_large_ones_do_not_wrap() {
+fn senseless_values_are_rejected_and_large_ones_do_not_wrap() {
     let parse = |more: &[&str]| Args::try_parse_from([&["loadgen"], more].concat());
     for bad in [
         &["--duration", "99999999h"][..],
@@ -59,7 +59,7 @@ fn values_without_sense_are_refused_and_large_ones_do_not_wrap() {
     ] {
         assert!(parse(bad).is_err(), "{bad:?}");
     }
-    assert!(args(&["--payload", "32768", "--segment-bytes", "64k"]).check().is_err(), "no segment takes it");
+    assert!(args(&["--payload", "32768", "--segment-bytes", "64k"]).check().is_err(), "no segment has room for it");
     for bad in [
         &["--find-max", "--step", "0s"][..],
         &["--find-max", "--p99-max", "0"],
@@ -92,7 +92,7 @@ fn a_run_on_a_full_disk_ends_with_the_reason() {
             let mut session = Session::<Stateless<GameEvent>, _>::open(&args, store.clone(), feeds).expect("opens");
             let phase = Phase { events: Some(1_000_000), duration: None, rate: None, name: "filling" };
             let error = session.run(&phase).err();
-            // So that closing need not wait.
+            // Makes room, so that closing need not wait.
             fs::remove_file(&ballast).expect("removed");
             drop(session);
             fs::remove_dir_all(store).expect("removed");
@@ -108,11 +108,11 @@ fn a_run_on_a_full_disk_ends_with_the_reason() {
 }
 
 #[test]
-fn output_that_goes_nowhere_is_an_error_and_a_reader_who_has_enough_is_none() {
+fn unwritable_output_is_an_error_but_a_closed_pipe_is_not() {
     let mut full = OpenOptions::new().write(true).open("/dev/full").expect("opens");
     let error = print_to(&mut full, "results").expect_err("full");
     assert!(format!("{error:#}").starts_with("writing the results"), "{error:#}");
     let (reader, mut writer) = io::pipe().expect("a pipe");
     drop(reader);
-    print_to(&mut writer, "results").expect("nobody reads on");
+    print_to(&mut writer, "results").expect("a closed pipe is not an error");
 }

@@ -1,4 +1,4 @@
-//! Reads a store back after a restart: every event there, once, in its key's order.
+//! Replays a store after a restart: every event must be there, once, in its key's order.
 
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
@@ -9,7 +9,7 @@ use corelane::{Config, Deadline, Engine, Key, ShardId};
 
 use crate::events::{Carried, Traced as _};
 
-/// Keys are spread well enough by one multiplication.
+/// A hasher for keys: one multiplication spreads them well enough.
 #[derive(Default)]
 pub(crate) struct KeyHasher(u64);
 
@@ -29,10 +29,10 @@ impl Hasher for KeyHasher {
     }
 }
 
-/// What is known of each key.
+/// A map by key.
 pub(crate) type ByKey<T> = HashMap<u64, T, BuildHasherDefault<KeyHasher>>;
 
-/// All events of a key, in order, in two numbers.
+/// The number of a key's events and a digest of them in order.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct History {
     pub(crate) events: u64,
@@ -47,7 +47,7 @@ impl History {
     }
 }
 
-/// What a replay found.
+/// The result of a replay.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Replay {
     pub(crate) events: u64,
@@ -56,7 +56,7 @@ pub(crate) struct Replay {
     pub(crate) keys: u64,
     pub(crate) opening: Duration,
     pub(crate) replaying: Duration,
-    /// What was wrong; the first few.
+    /// The first faults found.
     pub(crate) faults: Vec<String>,
 }
 
@@ -77,8 +77,8 @@ struct Seen {
     history: History,
 }
 
-/// Opens the store anew and reads all of it. Where the store began empty (`fresh`) the events' own order is checked
-/// too, and `expected` is what every key must have, where that is known.
+/// Reopens the store and reads all of it. If the store was empty before the run (`fresh`), also checks the events' own
+/// order and, where `expected` is given, the history of every key.
 pub(crate) fn replay<A: Carried>(config: Config, fresh: bool, expected: Option<&ByKey<History>>) -> Result<Replay> {
     let began = Instant::now();
     let engine = Engine::<A>::open(config).context("reopening the store")?;
@@ -98,7 +98,7 @@ pub(crate) fn replay<A: Carried>(config: Config, fresh: bool, expected: Option<&
     {
         compare(expected, &keys, &mut replay);
     }
-    engine.shutdown(Deadline::NEVER).context("closing the store again")?;
+    engine.shutdown(Deadline::NEVER).context("closing the store")?;
     Ok(replay)
 }
 
@@ -118,12 +118,12 @@ fn replay_shard<A: Carried>(
             meta.sequence.get()
         });
         if meta.sequence.get() != expected {
-            replay.fault(|| format!("shard {shard}: event {} where {expected} was due", meta.sequence));
+            replay.fault(|| format!("shard {shard}: sequence {} instead of {expected}", meta.sequence));
         }
         next = Some(meta.sequence.get() + 1);
         replay.events += 1;
         let trace = A::Event::trace(record.event);
-        // The first version of a key is 1, unless retention has freed what came before.
+        // The first version of a key is 1, unless retention has freed earlier events.
         let unseen = || Seen {
             version: if replay.freed > 0 { meta.version.get() - 1 } else { 0 },
             last: 0,
@@ -154,14 +154,14 @@ fn compare(expected: &ByKey<History>, keys: &ByKey<Seen>, replay: &mut Replay) {
             let found = found.map_or(0, |found| found.events);
             replay.fault(|| {
                 format!(
-                    "key {key}: {} events were sent and {found} read back, or not the same ones in the same order",
+                    "key {key}: sent {} events and read {found}, or other events, or in another order",
                     history.events
                 )
             });
         }
     }
     if keys.len() > expected.len() {
-        replay.fault(|| format!("{} keys that nobody sent", keys.len() - expected.len()));
+        replay.fault(|| format!("{} keys that were never sent", keys.len() - expected.len()));
     }
 }
 
@@ -197,7 +197,7 @@ mod tests {
         };
         assert_eq!(faults(&[(1, history(&["1", "3"])), (2, history(&["2"]))]), 0);
         assert_eq!(faults(&[(1, history(&["1", "3", "4"])), (2, history(&["2"]))]), 1, "one is missing");
-        assert_eq!(faults(&[(1, history(&["1", "3"]))]), 1, "a key that nobody sent");
+        assert_eq!(faults(&[(1, history(&["1", "3"]))]), 1, "a key that was never sent");
         assert_eq!(faults(&[(1, history(&["3", "1"])), (2, history(&["2"]))]), 1, "another order");
     }
 }

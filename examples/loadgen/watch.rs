@@ -1,4 +1,5 @@
-//! Watches a run from outside: one line a second, the series for the report, and the system's own hiccups.
+//! Monitors a run: prints a line per second, and records the time series for the report and the system's wake-up
+//! delays.
 
 use std::io::IsTerminal as _;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -13,28 +14,28 @@ use crate::events::Carried;
 use crate::load::{Phase, Progress, difference, histogram};
 use crate::report;
 
-/// Between two looks at first, so that a short run has a curve too; one second later on.
-const LOOK_EVERY: Duration = Duration::from_millis(250);
-const QUICK_LOOKS: usize = 40;
+/// Time between the first samples, so that short runs have a curve too. Later samples are one second apart.
+const SAMPLE_EVERY: Duration = Duration::from_millis(250);
+const QUICK_SAMPLES: usize = 40;
 const LINE_EVERY: Duration = Duration::from_secs(1);
 const SYNCED_HISTOGRAMS_EVERY: Duration = Duration::from_secs(5);
 
-/// What happened between two looks.
+/// The figures between two samples.
 #[derive(Debug, Clone)]
 pub(crate) struct Interval {
-    /// Since the start.
+    /// Time since the start.
     pub(crate) from: Duration,
     pub(crate) to: Duration,
     pub(crate) appended: u64,
     pub(crate) bytes: u64,
     pub(crate) synced_bytes: u64,
-    /// Accepted and not yet appended, at the end.
+    /// Events accepted but not yet appended, at the interval's end.
     pub(crate) backlog: u64,
-    /// Since the engine was opened.
+    /// Count since the engine was opened.
     pub(crate) segments_begun: u64,
     pub(crate) segments_freed: u64,
-    /// In the order of [`Stage::ALL`], since the last interval that has any; empty where only counters were read, or nobody
-    /// wants them afterwards.
+    /// Histograms in the order of [`Stage::ALL`], since the last interval that has them. Empty if only counters were
+    /// read, or if the report does not need them.
     stages: Vec<Histogram<u64>>,
 }
 
@@ -48,21 +49,21 @@ impl Interval {
     }
 }
 
-/// The watcher of one phase.
+/// The monitor of one phase.
 pub(crate) struct Watch<'a, A: Carried> {
     pub(crate) engine: &'a Engine<A>,
     pub(crate) progress: Progress,
-    /// When the histograms were last read, and what they were.
+    /// The time and the result of the last reading of histograms.
     last: (Instant, Metrics),
     counters: Vec<ShardMetrics>,
     began: Instant,
-    looked: Instant,
+    sampled: Instant,
     printed: Instant,
     intervals: Vec<Interval>,
     p99_of: Stage,
     p99_ns: u64,
     synced: bool,
-    /// Every interval's histograms are wanted afterwards: 2 MB each.
+    /// Every interval's histograms are kept for the report: 2 MB each.
     keep: bool,
     name: &'static str,
     total: Option<u64>,
@@ -86,7 +87,7 @@ impl<'a, A: Carried> Watch<'a, A> {
             counters: before.shards.clone(),
             last: (now, before),
             began: now,
-            looked: now,
+            sampled: now,
             printed: now,
             intervals: Vec::new(),
             p99_of,
@@ -100,15 +101,15 @@ impl<'a, A: Carried> Watch<'a, A> {
         }
     }
 
-    /// When to look again.
+    /// Returns the time of the next sample.
     pub(crate) fn due(&self) -> Instant {
-        self.looked + if self.intervals.len() < QUICK_LOOKS { LOOK_EVERY } else { LINE_EVERY }
+        self.sampled + if self.intervals.len() < QUICK_SAMPLES { SAMPLE_EVERY } else { LINE_EVERY }
     }
 
-    pub(crate) fn look(&mut self) {
+    pub(crate) fn sample(&mut self) {
         let now = Instant::now();
-        // A syncer hands its histograms over between two syncs; waiting for that, and adding them up, takes a core
-        // from the run for some milliseconds.
+        // A syncer hands over its histograms between two syncs. Waiting for that and merging them takes some
+        // milliseconds of a core from the run.
         let every = if self.keep { LINE_EVERY } else { SYNCED_HISTOGRAMS_EVERY };
         let stages = if !self.synced || now - self.last.0 >= every { self.histograms(now) } else { Vec::new() };
         self.interval(now, stages);
@@ -128,7 +129,7 @@ impl<'a, A: Carried> Watch<'a, A> {
         let total = |of: fn(&ShardMetrics) -> u64| counters.iter().map(of).sum::<u64>();
         let since = |of: fn(&ShardMetrics) -> u64| total(of) - self.counters.iter().map(of).sum::<u64>();
         let interval = Interval {
-            from: self.looked - self.began,
+            from: self.sampled - self.began,
             to: now - self.began,
             appended: since(|shard| shard.appended),
             bytes: since(|shard| shard.appended_bytes),
@@ -139,22 +140,22 @@ impl<'a, A: Carried> Watch<'a, A> {
             stages,
         };
         self.done += interval.appended;
-        let waits = counters.iter().find_map(|shard| shard.storage_full_why.clone());
-        self.say(&interval, now, waits.as_deref());
+        let full_disk = counters.iter().find_map(|shard| shard.storage_full_why.clone());
+        self.print(&interval, now, full_disk.as_deref());
         self.intervals.push(interval);
         self.counters = counters;
-        self.looked = now;
+        self.sampled = now;
     }
 
-    fn say(&mut self, interval: &Interval, now: Instant, waits: Option<&str>) {
+    fn print(&mut self, interval: &Interval, now: Instant, full_disk: Option<&str>) {
         let mut text = format!(
             "{}, backlog {}, p99 to appended {}",
             report::rate(interval.per_second()),
             interval.backlog,
             report::ns(self.p99_ns)
         );
-        if let Some(why) = waits {
-            text += &format!("; waits: {why}");
+        if let Some(why) = full_disk {
+            text += &format!("; waiting: {why}");
         }
         match &self.bar {
             Some(bar) => {
@@ -172,7 +173,7 @@ impl<'a, A: Carried> Watch<'a, A> {
         }
     }
 
-    /// The last look, at everything; what was seen.
+    /// Takes the last sample, with histograms, and returns all intervals.
     pub(crate) fn finish(mut self) -> Vec<Interval> {
         let now = Instant::now();
         let stages = self.histograms(now);
@@ -198,7 +199,7 @@ fn bar(name: &'static str, total: Option<u64>) -> ProgressBar {
     bar
 }
 
-/// How much later than asked the system wakes a thread that sleeps for 1 ms.
+/// Measures the delay with which the system wakes a thread that sleeps for 1 ms.
 pub(crate) fn jitter(stop: &AtomicBool) -> Histogram<u64> {
     const SLEEP: Duration = Duration::from_millis(1);
     let mut late = histogram();

@@ -1,4 +1,4 @@
-//! The event of a game that examples and benches measure with: 48 bytes archived, as the load generator's.
+//! The event of examples, benches and measuring programs: 48 bytes archived, like the load generator's.
 
 use corelane::{Bounded, Event, EventType, EventTypeId};
 use rkyv::{Archive, Serialize};

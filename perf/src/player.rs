@@ -1,4 +1,4 @@
-//! The state of a player of the game of `event.rs`: 32 bytes, which lie in the key's slot.
+//! The state of a player in the game of `examples/shared/event.rs`: 32 bytes, stored in the key's slot.
 
 use std::convert::Infallible;
 
@@ -7,7 +7,7 @@ use rkyv::{Archive, Deserialize, Serialize};
 
 use crate::event::{ArchivedGameEvent, GameEvent};
 
-/// What a player's events have made of it.
+/// The state that a player's events produce.
 #[derive(Archive, Serialize, Deserialize, Bounded, Clone, Debug, Default, PartialEq)]
 pub(crate) struct Player {
     pub(crate) x: f64,

@@ -1,4 +1,4 @@
-//! The operator's tool; everything is in `corelane::tools`.
+//! The operator's tool. Its code is in `corelane::tools`.
 fn main() -> std::process::ExitCode {
     corelane::tools::main()
 }

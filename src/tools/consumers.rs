@@ -1,4 +1,4 @@
-//! What `inspect` and `verify` say of consumers: how far behind each is, and what retention keeps for it.
+//! Consumers, for `inspect` and `verify`: how far behind each one is, and the segments that retention keeps for it.
 
 use std::io::Write as _;
 
@@ -9,55 +9,56 @@ use corelane::log::scan::{ShardFiles, Store};
 use corelane::{Meta, Offset, ShardId};
 
 use super::show::{grouped, table};
-use super::{Failure, Output, Verdict, warn};
+use super::{Condition, Failure, Output, warn};
 
-/// A consumer in one shard.
+/// A consumer's position and lag in one shard.
 #[derive(Debug, Clone, Default)]
-struct Place {
+struct ShardLag {
     position: Offset,
-    /// Events at or behind the position.
+    /// Events at or after the position.
     lag_events: u64,
     lag_bytes: u64,
-    /// Bytes of segments below the log's last that cannot be freed because of it.
+    /// Bytes of segments, without the log's last, that retention cannot free because of the position.
     held_bytes: u64,
-    /// Of these, what no other consumer needs.
+    /// The part of `held_bytes` that no other consumer needs.
     held_alone_bytes: u64,
 }
 
 #[derive(Debug)]
-struct Consumer {
+struct ConsumerFiles {
     name: String,
-    places: Vec<Place>,
+    lags: Vec<ShardLag>,
     requests: usize,
     letters: Option<(LetterStatistics, usize)>,
     reaches: Vec<Offset>,
     seen: Vec<Position>,
 }
 
-/// What a check of a consumer found.
+/// The result of checking a consumer.
 #[derive(Debug)]
-pub(super) struct Checked {
-    /// What its files hold, in words.
+pub(super) struct CheckedConsumer {
+    /// A summary of its files.
     pub(super) line: String,
-    /// Its position, and the furthest offset that it names, by shard.
+    /// Its position and the greatest offset that its files name, by shard.
     pub(super) positions: Vec<Offset>,
     pub(super) reaches: Vec<Offset>,
-    /// The furthest that it has read, by shard.
+    /// The position up to which it has read, by shard.
     pub(super) seen: Vec<Position>,
 }
 
-impl Consumer {
-    fn sum(&self, of: impl Fn(&Place) -> u64) -> u64 {
-        self.places.iter().map(of).sum()
+impl ConsumerFiles {
+    fn sum(&self, of: impl Fn(&ShardLag) -> u64) -> u64 {
+        self.lags.iter().map(of).sum()
     }
 }
 
-/// A store's consumers, against its log as it is read.
+/// A store's consumers, compared with its log while the log is read.
 #[derive(Debug)]
 pub(super) struct Consumers {
-    all: Vec<Consumer>,
-    verdict: Verdict,
-    /// The shard that is being read: its consumers by position, how many of these the log has passed, and where they were passed.
+    all: Vec<ConsumerFiles>,
+    condition: Condition,
+    /// The shard being read. `order` holds its consumers by position; the first `passed` of them are behind the record
+    /// being read, and `first_behind` is the sequence of the first event that each of them has not handled.
     shard: Option<ShardId>,
     order: Vec<usize>,
     passed: usize,
@@ -66,24 +67,24 @@ pub(super) struct Consumers {
 }
 
 impl Consumers {
-    /// Looks at every consumer; damage to one is told, and the others are looked at.
-    pub(super) fn look(store: &Store) -> Result<Self, Failure> {
+    /// Reads every consumer's files. Reports damage to one and continues with the others.
+    pub(super) fn read(store: &Store) -> Result<Self, Failure> {
         let (order, first_behind) = (Vec::new(), Vec::new());
-        let verdict = Verdict::Sound;
-        let mut found = Self { all: Vec::new(), verdict, shard: None, order, passed: 0, first_behind, newest: 0 };
+        let condition = Condition::Sound;
+        let mut found = Self { all: Vec::new(), condition, shard: None, order, passed: 0, first_behind, newest: 0 };
         for name in outside::names(store)? {
             let mut problems = Vec::new();
-            let consumer = look_at(store, &name, &mut |problem| problems.push(problem))?;
+            let consumer = read_one(store, &name, &mut |problem| problems.push(problem))?;
             for problem in problems {
                 warn(&format!("consumer {name}: {problem}"));
-                found.verdict = Verdict::Damaged;
+                found.condition = Condition::Damaged;
             }
             found.all.extend(consumer);
         }
         Ok(found)
     }
 
-    /// The next event of the log.
+    /// Takes note of the next event of the log.
     pub(super) fn pass(&mut self, meta: &Meta) {
         if self.shard != Some(meta.shard) {
             self.begin(meta.shard);
@@ -99,7 +100,7 @@ impl Consumers {
 
     fn begin(&mut self, shard: ShardId) {
         let mut order: Vec<usize> = (0..self.all.len()).collect();
-        order.retain(|i| !self.all[*i].places.is_empty());
+        order.retain(|i| !self.all[*i].lags.is_empty());
         order.sort_by_key(|i| self.position(*i, shard));
         (self.shard, self.passed, self.newest) = (Some(shard), 0, 0);
         self.first_behind = vec![0; self.all.len()];
@@ -107,111 +108,116 @@ impl Consumers {
     }
 
     fn position(&self, consumer: usize, shard: ShardId) -> Offset {
-        self.all[consumer].places[usize::from(shard.get())].position
+        self.all[consumer].lags[usize::from(shard.get())].position
     }
 
-    /// The shard's log ends at `end`: what lies between it and each position.
+    /// Computes each consumer's lag and held bytes, given that the shard's log ends at `end`.
     pub(super) fn measure_held(&mut self, store: &Store, files: &ShardFiles, end: Offset) {
         if self.shard != Some(files.shard) {
-            // Without a single event.
+            // The shard has no event.
             self.begin(files.shard);
         }
         let segment = |offset: Offset| offset.get() / store.segment_bytes();
         let bytes = |from: u64, until: u64| -> u64 {
-            let held = files.segments.iter().filter(|held| (from..until).contains(&held.index));
-            held.map(|held| held.file.allocated_bytes).sum()
+            let segments = files.segments.iter().filter(|segment| (from..until).contains(&segment.index));
+            segments.map(|segment| segment.file.allocated_bytes).sum()
         };
         for (rank, &i) in self.order.iter().enumerate() {
             let from = segment(self.position(i, files.shard));
             let next = self.order.iter().enumerate().filter(|(other, _)| *other != rank);
             let others = next.map(|(_, other)| segment(self.position(*other, files.shard))).min();
-            let place = &mut self.all[i].places[usize::from(files.shard.get())];
+            let lag = &mut self.all[i].lags[usize::from(files.shard.get())];
             if rank < self.passed {
-                place.lag_events = self.newest + 1 - self.first_behind[i];
-                place.lag_bytes = end.get().saturating_sub(place.position.get());
+                lag.lag_events = self.newest + 1 - self.first_behind[i];
+                lag.lag_bytes = end.get().saturating_sub(lag.position.get());
             }
-            place.held_bytes = bytes(from, segment(end));
-            place.held_alone_bytes = bytes(from, segment(end).min(others.unwrap_or(u64::MAX)));
+            lag.held_bytes = bytes(from, segment(end));
+            lag.held_alone_bytes = bytes(from, segment(end).min(others.unwrap_or(u64::MAX)));
         }
     }
 
-    /// Writes what was found.
-    pub(super) fn write(&self, out: &mut Output) -> Result<Verdict, Failure> {
+    /// Writes the tables of positions and dead letters.
+    pub(super) fn write(&self, out: &mut Output) -> Result<Condition, Failure> {
         if self.all.is_empty() {
             writeln!(out, "\nNo consumers.")?;
-            return Ok(self.verdict);
+            return Ok(self.condition);
         }
         let columns = ["consumer", "shard", "position", "lag events", "lag bytes", "held bytes", "held by it alone"];
-        let mut places = table(&columns, &[0]);
+        let mut lags = table(&columns, &[0]);
         let columns =
-            ["consumer", "letters", "keys", "bytes", "all so far", "handled", "discarded", "skipped", "requests"];
+            ["consumer", "letters", "keys", "bytes", "ever parked", "handled", "discarded", "skipped", "requests"];
         let mut letters = table(&columns, &[0]);
         for consumer in &self.all {
-            for (shard, place) in consumer.places.iter().enumerate() {
-                places.add_row([
+            for (shard, lag) in consumer.lags.iter().enumerate() {
+                lags.add_row([
                     consumer.name.clone(),
                     shard.to_string(),
-                    place.position.to_string(),
-                    grouped(place.lag_events),
-                    grouped(place.lag_bytes),
-                    grouped(place.held_bytes),
-                    grouped(place.held_alone_bytes),
+                    lag.position.to_string(),
+                    grouped(lag.lag_events),
+                    grouped(lag.lag_bytes),
+                    grouped(lag.held_bytes),
+                    grouped(lag.held_alone_bytes),
                 ]);
             }
             let mut row = vec![consumer.name.clone()];
             match &consumer.letters {
-                Some((found, keys)) => row.extend([
-                    grouped(found.letters as u64),
+                Some((totals, keys)) => row.extend([
+                    grouped(totals.letters as u64),
                     grouped(*keys as u64),
-                    grouped(found.bytes),
-                    grouped(found.parked),
-                    grouped(found.handled),
-                    grouped(found.discarded),
-                    grouped(found.skipped),
+                    grouped(totals.bytes),
+                    grouped(totals.parked),
+                    grouped(totals.handled),
+                    grouped(totals.discarded),
+                    grouped(totals.skipped),
                 ]),
                 None => row.extend(["DAMAGED".to_owned()].into_iter().chain(std::iter::repeat_n(String::new(), 6))),
             }
             row.push(consumer.requests.to_string());
             letters.add_row(row);
         }
-        writeln!(out, "\nConsumers\n{places}\n\n{}\n\nDead letters\n{letters}", self.slowest())?;
-        Ok(self.verdict)
+        writeln!(out, "\nConsumers\n{lags}\n\n{}\n\nDead letters\n{letters}", self.slowest())?;
+        Ok(self.condition)
     }
 
-    /// Who is furthest behind, in a sentence.
+    /// Returns a sentence about the consumer that is furthest behind.
     fn slowest(&self) -> String {
-        let lag = |consumer: &&Consumer| (consumer.sum(|at| at.lag_bytes), consumer.sum(|at| at.lag_events));
-        let Some(slowest) = self.all.iter().filter(|consumer| lag(consumer).1 > 0).max_by_key(lag) else {
+        let lag_of =
+            |consumer: &&ConsumerFiles| (consumer.sum(|lag| lag.lag_bytes), consumer.sum(|lag| lag.lag_events));
+        let Some(slowest) = self.all.iter().filter(|consumer| lag_of(consumer).1 > 0).max_by_key(lag_of) else {
             return "No consumer is behind.".to_owned();
         };
-        let (bytes, events) = lag(&slowest);
+        let (bytes, events) = lag_of(&slowest);
         format!(
             "The slowest is {}: {} events, {} bytes behind. It holds {} bytes of segments, {} of them alone.",
             slowest.name,
             grouped(events),
             grouped(bytes),
-            grouped(slowest.sum(|at| at.held_bytes)),
-            grouped(slowest.sum(|at| at.held_alone_bytes))
+            grouped(slowest.sum(|lag| lag.held_bytes)),
+            grouped(slowest.sum(|lag| lag.held_alone_bytes))
         )
     }
 }
 
-/// Checks a consumer's files and tells `problem` what does not hold. `None`: there is no such consumer.
-pub(super) fn check(store: &Store, name: &str, problem: &mut dyn FnMut(String)) -> Result<Option<Checked>, Failure> {
-    let Some(consumer) = look_at(store, name, problem)? else { return Ok(None) };
+/// Checks a consumer's files and passes each fault to `problem`. Returns `None` if there is no such consumer.
+pub(super) fn check(
+    store: &Store,
+    name: &str,
+    problem: &mut dyn FnMut(String),
+) -> Result<Option<CheckedConsumer>, Failure> {
+    let Some(consumer) = read_one(store, name, problem)? else { return Ok(None) };
     for (request, why) in outside::broken_requests(store, name)? {
-        problem(format!("{request} is put aside when the consumer starts: {why}"));
+        problem(format!("{request} is unreadable, and the consumer will set it aside: {why}"));
     }
-    let letters = consumer.letters.map_or(0, |(found, _)| found.letters);
+    let letters = consumer.letters.map_or(0, |(totals, _)| totals.letters);
     let line = format!("{} dead letters, {} requests", grouped(letters as u64), consumer.requests);
-    let positions = consumer.places.iter().map(|place| place.position).collect();
-    Ok(Some(Checked { line, positions, reaches: consumer.reaches, seen: consumer.seen }))
+    let positions = consumer.lags.iter().map(|lag| lag.position).collect();
+    Ok(Some(CheckedConsumer { line, positions, reaches: consumer.reaches, seen: consumer.seen }))
 }
 
-fn look_at(store: &Store, name: &str, problem: &mut dyn FnMut(String)) -> Result<Option<Consumer>, Failure> {
-    let mut consumer = Consumer {
+fn read_one(store: &Store, name: &str, problem: &mut dyn FnMut(String)) -> Result<Option<ConsumerFiles>, Failure> {
+    let mut consumer = ConsumerFiles {
         name: name.to_owned(),
-        places: Vec::new(),
+        lags: Vec::new(),
         requests: 0,
         letters: None,
         reaches: Vec::new(),
@@ -221,7 +227,7 @@ fn look_at(store: &Store, name: &str, problem: &mut dyn FnMut(String)) -> Result
         Ok(None) => return Ok(None),
         Ok(Some(registered)) if registered.positions.len() != usize::from(store.shards()) => {
             problem(format!(
-                "its checkpoint is of {} shards, the store has {}",
+                "its position file is for {} shards, but the store has {}",
                 registered.positions.len(),
                 store.shards()
             ));
@@ -230,28 +236,28 @@ fn look_at(store: &Store, name: &str, problem: &mut dyn FnMut(String)) -> Result
             consumer.requests = registered.requests;
             consumer.reaches.clone_from(&registered.reaches);
             consumer.seen.clone_from(&registered.seen);
-            let places = registered.positions.iter().map(|&position| Place { position, ..Place::default() });
-            consumer.places = places.collect();
+            let lags = registered.positions.iter().map(|&position| ShardLag { position, ..ShardLag::default() });
+            consumer.lags = lags.collect();
             for (shard, position) in store.shard_ids().zip(&registered.positions) {
                 let horizon = store.horizon(shard)?;
                 if *position > horizon {
                     problem(format!(
-                        "shard {shard}: its position {position} lies behind the end of the log, {horizon}"
+                        "shard {shard}: its position {position} is beyond the end of the log at {horizon}"
                     ));
                 }
             }
         }
-        Err(error) => tell_damage(error.into(), problem)?,
+        Err(error) => report_damage(error.into(), problem)?,
     }
     match DeadLetters::open(store, name) {
         Ok(letters) => consumer.letters = Some((letters.statistics(), letters.keys().count())),
-        Err(error) => tell_damage(error.into(), problem)?,
+        Err(error) => report_damage(error.into(), problem)?,
     }
     Ok(Some(consumer))
 }
 
-/// Damage is told; anything else is an error.
-fn tell_damage(failure: Failure, problem: &mut dyn FnMut(String)) -> Result<(), Failure> {
+/// Passes damage to `problem` and returns any other failure.
+fn report_damage(failure: Failure, problem: &mut dyn FnMut(String)) -> Result<(), Failure> {
     if !failure.is_damage() {
         return Err(failure);
     }

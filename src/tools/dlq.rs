@@ -1,6 +1,7 @@
-//! `dlq`: shows dead letters, and asks consumers to handle them again or to discard them.
+//! `dlq`: shows dead letters, and asks consumers to reprocess or discard them.
 //!
-//! The asking leaves a file for the consumer: handlers run in its own process, and only it writes its letters.
+//! A request is a file in the consumer's folder: the handlers run in the consumer's process, and only it writes its
+//! letters.
 
 use std::io::{self, IsTerminal as _, Write as _};
 use std::path::PathBuf;
@@ -15,30 +16,30 @@ use corelane::{Key, Offset};
 use serde_json::json;
 
 use super::show::{grouped, printable, table, utc};
-use super::{Failure, Output, Verdict, envelope_of, warn};
+use super::{Condition, Failure, Output, envelope_of, warn};
 
-/// Letters read at once.
+/// Letters read per page.
 const PAGE: usize = 256;
-/// Rows of a table, unless told otherwise.
+/// Default number of rows of a table.
 const ROWS: u64 = 1000;
-/// Characters of an error in a row.
+/// Characters of an error that a row shows.
 const ERROR_CHARS: usize = 60;
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Dlq {
     /// Lists dead letters by consumer, then key, then age.
     List(ListArgs),
-    /// Shows everything that is known of one.
+    /// Shows one dead letter with its event.
     Show(ShowArgs),
-    /// Asks a consumer to handle dead letters again: oldest first per key, each key until its first failure.
+    /// Asks a consumer to handle dead letters again: oldest first per key, and each key until its first failure.
     ///
-    /// A running consumer takes the request up within about a second, another one when it is next started.
+    /// A running consumer takes up the request within about a second; a stopped one when it starts.
     Reprocess(AskArgs),
-    /// Asks a consumer to discard dead letters. They are lost, but for a count and what the log still has.
+    /// Asks a consumer to discard dead letters. Only their count remains, and the events that the log still holds.
     Discard {
         #[command(flatten)]
         ask: AskArgs,
-        /// Do not ask back.
+        /// Do not ask for confirmation.
         #[arg(long)]
         yes: bool,
     },
@@ -48,19 +49,19 @@ pub(super) enum Dlq {
 pub(super) struct ListArgs {
     /// The store.
     dir: PathBuf,
-    /// Only this consumer's.
+    /// Only the letters of this consumer.
     #[arg(long, value_name = "NAME")]
     consumer: Option<String>,
-    /// Only this key's.
+    /// Only the letters of this key.
     #[arg(long, conflicts_with = "user")]
     key: Option<u64>,
-    /// Only those of this user, whose id is a text.
+    /// Only the letters of this user, whose id is a text.
     #[arg(long, value_name = "TEXT")]
     user: Option<String>,
-    /// At most so many per consumer. Without it, 1,000 as a table and all as JSON.
+    /// The most letters to show per consumer [default: 1000 in a table, all with --json].
     #[arg(long, value_name = "N")]
     limit: Option<u64>,
-    /// One JSON object per line.
+    /// Write one JSON object per line.
     #[arg(long)]
     json: bool,
 }
@@ -69,13 +70,13 @@ pub(super) struct ListArgs {
 pub(super) struct ShowArgs {
     /// The store.
     dir: PathBuf,
-    /// Whose dead letter.
+    /// The consumer.
     #[arg(long, value_name = "NAME")]
     consumer: String,
-    /// The event's id: SHARD-OFFSET.
+    /// The id of the event: SHARD-OFFSET.
     #[arg(value_name = "ID")]
     id: EventId,
-    /// One JSON object.
+    /// Write one JSON object.
     #[arg(long)]
     json: bool,
 }
@@ -84,60 +85,60 @@ pub(super) struct ShowArgs {
 pub(super) struct AskArgs {
     /// The store.
     dir: PathBuf,
-    /// Which consumer.
+    /// The consumer.
     #[arg(long, value_name = "NAME")]
     consumer: String,
     #[command(flatten)]
-    which: Which,
+    selection: Selection,
 }
 
 #[derive(Debug, Args)]
 #[group(required = true, multiple = false)]
-struct Which {
+struct Selection {
     /// The letters of this key.
     #[arg(long)]
     key: Option<u64>,
     /// The letters of this user, whose id is a text.
     #[arg(long, value_name = "TEXT")]
     user: Option<String>,
-    /// All of its letters.
+    /// All letters of the consumer.
     #[arg(long)]
     all: bool,
 }
 
-impl Which {
+impl Selection {
     fn letters(&self) -> LetterSelector {
         let key = self.key.map(Key::new).or(self.user.as_deref().map(Key::of));
         key.map_or(LetterSelector::All, LetterSelector::Of)
     }
 }
 
-pub(super) fn dlq(command: Dlq, out: &mut Output) -> Result<Verdict, Failure> {
+pub(super) fn dlq(command: Dlq, out: &mut Output) -> Result<Condition, Failure> {
     match command {
         Dlq::List(args) => list(&args, out),
         Dlq::Show(args) => show(&args, out),
-        Dlq::Reprocess(args) => ask(&args, Request::Reprocess(args.which.letters()), true, out),
-        Dlq::Discard { ask: args, yes } => ask(&args, Request::Discard(args.which.letters()), yes, out),
+        Dlq::Reprocess(args) => ask(&args, Request::Reprocess(args.selection.letters()), true, out),
+        Dlq::Discard { ask: args, yes } => ask(&args, Request::Discard(args.selection.letters()), yes, out),
     }
 }
 
-/// The consumers to be looked at: the one that is wanted, or all.
+/// Returns the wanted consumer, or all consumers.
 fn consumers(store: &Store, wanted: Option<&str>) -> Result<Vec<String>, Failure> {
     let mut names = outside::names(store)?;
     match wanted {
         Some(wanted) if names.iter().any(|name| name == wanted) => Ok(vec![wanted.to_owned()]),
         Some(wanted) => Err(Failure::Usage(format!("there is no consumer \"{wanted}\""))),
         None => {
-            // A folder without a checkpoint is what is left of one. A checkpoint that does not hold hides no letters.
+            // A folder without a position file belongs to a removed consumer. A damaged one must not hide the letters.
             names.retain(|name| !matches!(outside::registered(store, name), Ok(None)));
             Ok(names)
         }
     }
 }
 
-fn list(args: &ListArgs, out: &mut Output) -> Result<Verdict, Failure> {
+fn list(args: &ListArgs, out: &mut Output) -> Result<Condition, Failure> {
     let store = Store::open(&args.dir)?;
-    let mut verdict = Verdict::Sound;
+    let mut condition = Condition::Sound;
     let names = consumers(&store, args.consumer.as_deref())?;
     if names.is_empty() && !args.json {
         writeln!(out, "No consumers.")?;
@@ -145,16 +146,16 @@ fn list(args: &ListArgs, out: &mut Output) -> Result<Verdict, Failure> {
     for name in &names {
         match list_one(&store, name, args, out) {
             Ok(()) => {}
-            // One consumer's damage says nothing of the others.
+            // Damage to one consumer says nothing about the others.
             Err(failure) if failure.exit_status() == 1 => {
                 out.flush()?;
                 warn(&format!("consumer {name}: {failure}"));
-                verdict = Verdict::Damaged;
+                condition = Condition::Damaged;
             }
             Err(failure) => return Err(failure),
         }
     }
-    Ok(verdict)
+    Ok(condition)
 }
 
 fn list_one(store: &Store, name: &str, args: &ListArgs, out: &mut Output) -> Result<(), Failure> {
@@ -203,10 +204,16 @@ fn list_one(store: &Store, name: &str, args: &ListArgs, out: &mut Output) -> Res
     if key.is_some() {
         write!(out, "{} of ", grouped(wanted))?;
     }
-    writeln!(out, "{} letters of {} keys; events of {} bytes here.", grouped(all), grouped(keys), grouped(bytes))?;
     writeln!(
         out,
-        "So far {} became letters; {} were handled, {} discarded ({} of them to make room). {} events were skipped.\n",
+        "{} letters of {} keys; the events shown take {} bytes.",
+        grouped(all),
+        grouped(keys),
+        grouped(bytes)
+    )?;
+    writeln!(
+        out,
+        "Since the consumer was created {} became letters: {} were handled, {} discarded ({} of them to make room). It skipped {} events.\n",
         grouped(totals.parked),
         grouped(totals.handled),
         grouped(totals.discarded),
@@ -216,7 +223,7 @@ fn list_one(store: &Store, name: &str, args: &ListArgs, out: &mut Output) -> Res
     Ok(())
 }
 
-/// What stands before a key's letters; `None`: nothing can.
+/// Returns the greatest position before a key's letters, or `None` for the first key.
 fn before(key: Key) -> Option<(Key, Offset)> {
     key.get().checked_sub(1).map(|before| (Key::new(before), Offset(u64::MAX)))
 }
@@ -225,7 +232,7 @@ fn is_of(store: &Store, args: &ListArgs, key: Option<Key>, letter: &DeadLetter, 
     if key.is_some_and(|key| key != letter.key) {
         return false;
     }
-    // Two texts, or a text and a number, can have one key.
+    // Two texts, or a text and a number, can hash to one key.
     let event = envelope_of(store, letter.event_type, letter.schema_version, archive);
     args.user.as_deref().is_none_or(|wanted| match event {
         Ok(Some(event)) => matches!(event.user_id(), ArchivedUserId::Text(text) if text.as_str() == wanted),
@@ -286,10 +293,10 @@ fn json_of(store: &Store, consumer: &str, letter: &DeadLetter, archive: &[u8]) -
     })
 }
 
-/// Writes one line, in which nothing can move a terminal's cursor.
+/// Writes one line without characters that control a terminal.
 fn write_json(out: &mut Output, value: serde_json::Value) -> Result<(), Failure> {
     for c in value.to_string().chars() {
-        // JSON escapes the others itself, and these stand in texts only.
+        // serde_json has escaped the ASCII control characters; the others occur only within strings.
         if c.is_control() {
             write!(out, "\\u{:04x}", u32::from(c))?;
         } else {
@@ -300,18 +307,18 @@ fn write_json(out: &mut Output, value: serde_json::Value) -> Result<(), Failure>
     Ok(())
 }
 
-fn show(args: &ShowArgs, out: &mut Output) -> Result<Verdict, Failure> {
+fn show(args: &ShowArgs, out: &mut Output) -> Result<Condition, Failure> {
     let store = Store::open(&args.dir)?;
     let name = consumers(&store, Some(&args.consumer))?.remove(0);
     let Some((letter, archive)) = DeadLetters::open(&store, &name)?.show(args.id)? else {
         return Err(Failure::Usage(format!("consumer {name} has no dead letter {}", args.id)));
     };
-    let (event, verdict) = event_line(&store, &letter, &archive)?;
+    let (event, condition) = event_line(&store, &letter, &archive)?;
     if args.json {
         let mut value = json_of(&store, &name, &letter, &archive);
         value["event"] = serde_json::from_str(&event).map_err(io::Error::from)?;
         write_json(out, value)?;
-        return Ok(verdict);
+        return Ok(condition);
     }
     let id = letter.event_type;
     writeln!(out, "consumer        {name}")?;
@@ -329,13 +336,13 @@ fn show(args: &ShowArgs, out: &mut Output) -> Result<Verdict, Failure> {
     writeln!(out, "error           {}", printable(&letter.error))?;
     writeln!(out, "archive bytes   {}", archive.len())?;
     writeln!(out, "event           {event}")?;
-    Ok(verdict)
+    Ok(condition)
 }
 
-/// The event as `dump` writes it, but for its sequence, which its letter does not know.
-fn event_line(store: &Store, letter: &DeadLetter, archive: &[u8]) -> Result<(String, Verdict), Failure> {
+/// Returns the event as `dump` writes it, without its sequence, which a letter does not store.
+fn event_line(store: &Store, letter: &DeadLetter, archive: &[u8]) -> Result<(String, Condition), Failure> {
     let meta = letter.meta();
-    let (mut line, mut verdict) = (Vec::new(), Verdict::Sound);
+    let (mut line, mut condition) = (Vec::new(), Condition::Sound);
     let event = envelope_of(store, letter.event_type, letter.schema_version, archive);
     match event {
         Ok(Some(event)) => envelope::write_envelope(&mut line, &meta, event)?,
@@ -346,12 +353,12 @@ fn event_line(store: &Store, letter: &DeadLetter, archive: &[u8]) -> Result<(Str
     }
     if event.is_err() {
         warn(&Failure::Archive(letter.id.shard, letter.id.offset));
-        verdict = Verdict::Damaged;
+        condition = Condition::Damaged;
     }
-    Ok((String::from_utf8_lossy(&line).trim_end().to_owned(), verdict))
+    Ok((String::from_utf8_lossy(&line).trim_end().to_owned(), condition))
 }
 
-fn ask(args: &AskArgs, request: Request, is_confirmed: bool, out: &mut Output) -> Result<Verdict, Failure> {
+fn ask(args: &AskArgs, request: Request, is_confirmed: bool, out: &mut Output) -> Result<Condition, Failure> {
     let store = Store::open(&args.dir)?;
     let name = &args.consumer;
     let Some(registered) = outside::registered(&store, name)? else {
@@ -359,39 +366,40 @@ fn ask(args: &AskArgs, request: Request, is_confirmed: bool, out: &mut Output) -
     };
     let letters = DeadLetters::open(&store, name)?;
     let (Request::Reprocess(which) | Request::Discard(which)) = request;
-    let is_meant = |key: Key| which == LetterSelector::All || which == LetterSelector::Of(key);
-    let meant: Vec<u64> = letters.keys().filter(|(key, _)| is_meant(*key)).map(|(_, count)| count.into()).collect();
-    let count = format!("{} letters of {} keys", grouped(meant.iter().sum()), grouped(meant.len() as u64));
-    if meant.is_empty() {
-        writeln!(out, "Consumer {name} has no such dead letters. Nothing is asked of it.")?;
-        return Ok(Verdict::Sound);
+    let is_selected = |key: Key| which == LetterSelector::All || which == LetterSelector::Of(key);
+    let selected: Vec<u64> =
+        letters.keys().filter(|(key, _)| is_selected(*key)).map(|(_, count)| count.into()).collect();
+    let count = format!("{} letters of {} keys", grouped(selected.iter().sum()), grouped(selected.len() as u64));
+    if selected.is_empty() {
+        writeln!(out, "Consumer {name} has no such dead letters; no request was made.")?;
+        return Ok(Condition::Sound);
     }
     if !is_confirmed && !confirm(&format!("Discard {count} of consumer {name}?"))? {
-        writeln!(out, "Nothing is asked.")?;
-        return Ok(Verdict::Sound);
+        writeln!(out, "No request was made.")?;
+        return Ok(Condition::Sound);
     }
     outside::ask(&store, name, request)?;
-    let what = if matches!(request, Request::Discard(_)) { "discard" } else { "handle again" };
-    writeln!(out, "Consumer {name} is asked to {what} {count}.")?;
+    let action = if matches!(request, Request::Discard(_)) { "discard" } else { "reprocess" };
+    writeln!(out, "Asked consumer {name} to {action} {count}.")?;
     if registered.requests > 0 {
-        writeln!(out, "Before that it has {} earlier requests.", registered.requests)?;
+        writeln!(out, "It has {} earlier requests to carry out first.", registered.requests)?;
     }
     if outside::is_open(&store)? {
         writeln!(
             out,
-            "An engine has the store open: if the consumer runs, it takes this up within about a second; \
-             if not, when it is next started."
+            "An engine has the store open: a running consumer takes up the request within about a second, \
+             a stopped one when it starts."
         )?;
     } else {
-        writeln!(out, "No engine has the store open: this is taken up when the consumer is next started.")?;
+        writeln!(out, "No engine has the store open: the consumer takes up the request when it starts.")?;
     }
-    Ok(Verdict::Sound)
+    Ok(Condition::Sound)
 }
 
-/// Asks whoever sits at the terminal.
+/// Asks the user at the terminal.
 fn confirm(question: &str) -> Result<bool, Failure> {
     if !io::stdin().is_terminal() || !io::stderr().is_terminal() {
-        return Err(Failure::Usage("say --yes: there is nobody to ask".to_owned()));
+        return Err(Failure::Usage("cannot ask for confirmation without a terminal (pass --yes)".to_owned()));
     }
     write!(io::stderr(), "{question} [y/N] ")?;
     let mut answer = String::new();

@@ -10,9 +10,9 @@ use corelane::envelope::{self, ArchivedEnvelope, ArchivedUserId};
 use corelane::log::scan::{Lookup, RecordPosition, Records, ScannedRecord, Store};
 use corelane::{Key, Offset, ReadError, ShardId, Time};
 
-use super::{DumpArgs, Failure, Order, Output, Verdict, envelope_in, tail_message, warn};
+use super::{Condition, DumpArgs, Failure, Order, Output, envelope_in, tail_message, warn};
 
-/// Which events are wanted.
+/// Selects the events to write.
 #[derive(Debug)]
 struct Filter {
     key: Option<Key>,
@@ -20,12 +20,12 @@ struct Filter {
     event_type: Option<String>,
     from_ms: u64,
     until_ms: u64,
-    /// Whether an event of the wanted type was seen, whatever else is wanted.
+    /// `true` once an event of the wanted type was read, even if another condition excludes it.
     is_type_seen: Cell<bool>,
 }
 
 impl Filter {
-    /// Writes the record's line if it is wanted.
+    /// Writes the record as one line if the filter selects it. Returns `true` if it did.
     fn write(&self, store: &Store, record: &ScannedRecord<'_>, out: &mut impl Write) -> Result<bool, Failure> {
         let Some(event) = self.pick(store, record)? else { return Ok(false) };
         match event {
@@ -38,7 +38,7 @@ impl Filter {
         Ok(true)
     }
 
-    /// The event as far as it can be read, if it is wanted.
+    /// Returns the event if the filter selects it; the inner `None` stands for an event that is not an envelope.
     fn pick<'a>(
         &self,
         store: &Store,
@@ -56,7 +56,7 @@ impl Filter {
                 || store.type_name(meta.event_type) == Some(wanted)
                 || wanted.parse() == Ok(meta.event_type.get())
         };
-        // Two texts, or a text and a number, can have one key.
+        // Two texts, or a text and a number, can hash to one key.
         let of_user = |wanted: &str| {
             event.is_none_or(|event| matches!(event.user_id(), ArchivedUserId::Text(text) if text.as_str() == wanted))
         };
@@ -69,17 +69,17 @@ impl Filter {
     }
 }
 
-pub(super) fn dump(store: &Store, args: DumpArgs, out: &mut Output) -> Result<Verdict, Failure> {
+pub(super) fn dump(store: &Store, args: DumpArgs, out: &mut Output) -> Result<Condition, Failure> {
     if let (Some(from), Some(until)) = (args.from, args.until)
         && from > until
     {
-        return Err(Failure::Usage(format!("--from {from} lies behind --until {until}")));
+        return Err(Failure::Usage(format!("--from {from} is after --until {until}")));
     }
     let key = args.key.map(Key::new).or(args.user.as_deref().map(Key::of));
     let shards = match (args.shard, key) {
         (Some(shard), _) if shard >= store.shards() => {
             return Err(Failure::Usage(format!(
-                "the store has shards 0 to {}, not {shard}",
+                "the store has shards 0 to {}, but no shard {shard}",
                 store.shards().saturating_sub(1)
             )));
         }
@@ -97,15 +97,15 @@ pub(super) fn dump(store: &Store, args: DumpArgs, out: &mut Output) -> Result<Ve
         is_type_seen: Cell::new(false),
     };
     let left = args.limit.unwrap_or(u64::MAX);
-    let verdict = match args.order {
+    let condition = match args.order {
         Order::Log => dump_log(store, &shards, &filter, left, out),
         Order::Time => dump_time(store, &shards, &filter, left, out),
     }?;
     if let Some(wanted) = filter.event_type.filter(|_| left > 0 && !filter.is_type_seen.get()) {
-        // Generic events bring names of their own, so which there are is known only now.
-        warn(&format!("none of the events looked at is of type {wanted:?}; `corelane inspect` lists the types"));
+        // The names of generic events are known only after the log was read.
+        warn(&format!("no event of type {wanted:?} was found (run `corelane inspect` to list the types)"));
     }
-    Ok(verdict)
+    Ok(condition)
 }
 
 fn dump_log(
@@ -114,15 +114,15 @@ fn dump_log(
     filter: &Filter,
     mut left: u64,
     out: &mut Output,
-) -> Result<Verdict, Failure> {
-    let mut verdict = Verdict::Sound;
+) -> Result<Condition, Failure> {
+    let mut condition = Condition::Sound;
     for &shard in shards {
         let mut records = store.records(shard).until(store.horizon(shard)?);
         while left > 0 {
             let Some(record) = records.next()? else {
                 if let Some(message) = tail_message(&mut records)? {
                     warn(&format!("shard {shard}: {message}"));
-                    verdict = Verdict::Damaged;
+                    condition = Condition::Damaged;
                 }
                 break;
             };
@@ -130,7 +130,7 @@ fn dump_log(
         }
         warn_of_gaps(&records);
     }
-    Ok(verdict)
+    Ok(condition)
 }
 
 fn warn_of_gaps(records: &Records) {
@@ -142,14 +142,14 @@ fn warn_of_gaps(records: &Records) {
     }
 }
 
-/// What a first look at a shard tells.
+/// The result of the first pass over a shard.
 struct Surveyed {
     in_order: bool,
     end: Offset,
 }
 
-/// Reads a shard once: whether it is in time order, and where it ends for this dump.
-fn survey(store: &Store, shard: ShardId, verdict: &mut Verdict) -> Result<Surveyed, Failure> {
+/// Reads a shard once to find out whether it is in time order, and where it ends for this dump.
+fn survey(store: &Store, shard: ShardId, condition: &mut Condition) -> Result<Surveyed, Failure> {
     let mut records = store.records(shard).until(store.horizon(shard)?);
     let (mut in_order, mut last) = (true, Time(0));
     while let Some(record) = records.next()? {
@@ -158,7 +158,7 @@ fn survey(store: &Store, shard: ShardId, verdict: &mut Verdict) -> Result<Survey
     }
     if let Some(message) = tail_message(&mut records)? {
         warn(&format!("shard {shard}: {message}"));
-        *verdict = Verdict::Damaged;
+        *condition = Condition::Damaged;
     }
     Ok(Surveyed { in_order, end: records.offset() })
 }
@@ -169,17 +169,17 @@ fn dump_time(
     filter: &Filter,
     left: u64,
     out: &mut Output,
-) -> Result<Verdict, Failure> {
-    let mut verdict = Verdict::Sound;
-    // 64 MiB for all, however many there are.
+) -> Result<Condition, Failure> {
+    let mut condition = Condition::Sound;
+    // 64 MiB for all shards together.
     let buffer_bytes = ((64 << 20) / shards.len().max(1)).clamp(64 << 10, 1 << 20);
     let mut sources = Vec::new();
     for &shard in shards {
-        let Surveyed { in_order, end } = survey(store, shard, &mut verdict)?;
+        let Surveyed { in_order, end } = survey(store, shard, &mut condition)?;
         let records = store.records(shard).until(end).buffered(buffer_bytes);
         sources.push(match in_order {
             true => Source::Log { records, line: Vec::new() },
-            false => Source::Index(Index::new(store, filter, records)?),
+            false => Source::Index(TimeIndex::new(store, filter, records)?),
         });
     }
     let mut heads = BinaryHeap::new();
@@ -200,23 +200,23 @@ fn dump_time(
             Source::Index(_) => {}
         }
     }
-    Ok(verdict)
+    Ok(condition)
 }
 
-/// Where an event stands in the order of time.
-type At = (Time, ShardId, Offset);
+/// An event's position in time order.
+type TimePosition = (Time, ShardId, Offset);
 
-/// One shard's wanted events in the order of time.
+/// The selected events of one shard in time order.
 enum Source {
-    /// The log is in that order already.
+    /// A log that is in time order.
     Log { records: Records, line: Vec<u8> },
-    /// Sorted here: 32 bytes per event.
-    Index(Index),
+    /// A log that is not: sorted in memory, 32 bytes per event.
+    Index(TimeIndex),
 }
 
 impl Source {
-    /// Goes to the next event, whose line is then in [`Source::line`].
-    fn advance(&mut self, store: &Store, filter: &Filter) -> Result<Option<At>, Failure> {
+    /// Advances to the next event. [`Source::line`] then returns its line.
+    fn advance(&mut self, store: &Store, filter: &Filter) -> Result<Option<TimePosition>, Failure> {
         match self {
             Self::Log { records, line } => {
                 line.clear();
@@ -239,12 +239,12 @@ impl Source {
     }
 }
 
-/// A shard's wanted events sorted by time, fetched batch by batch in the order of the log.
-struct Index {
+/// The selected events of a shard, sorted by time. Reads them in batches, each in log order.
+struct TimeIndex {
     places: Vec<RecordPosition>,
-    /// The next place to be given out.
+    /// The next event to return.
     next: usize,
-    /// The batch that was fetched last: its places, and where the line of each is in `lines`.
+    /// The last batch read: its range of `places`, and the range of each event's line in `lines`.
     batch: Range<usize>,
     ranges: Vec<Range<usize>>,
     lines: Vec<u8>,
@@ -253,7 +253,7 @@ struct Index {
     lost: u64,
 }
 
-impl Index {
+impl TimeIndex {
     const BATCH_EVENTS: usize = 16 << 10;
     const BATCH_BYTES: u64 = 8 << 20;
 
@@ -270,7 +270,7 @@ impl Index {
         Ok(Self { places, next: 0, batch: 0..0, ranges: Vec::new(), lines: Vec::new(), line: 0..0, lookup, lost: 0 })
     }
 
-    fn advance(&mut self, store: &Store, filter: &Filter) -> Result<Option<At>, Failure> {
+    fn advance(&mut self, store: &Store, filter: &Filter) -> Result<Option<TimePosition>, Failure> {
         while let Some(place) = self.places.get(self.next).copied() {
             if !self.batch.contains(&self.next) {
                 self.fetch(store, filter)?;
@@ -284,7 +284,7 @@ impl Index {
         Ok(None)
     }
 
-    /// Fetches the next places, reading forward through the log.
+    /// Reads the next batch in log order.
     fn fetch(&mut self, store: &Store, filter: &Filter) -> Result<(), Failure> {
         let (mut end, mut bytes) = (self.next, 0);
         while end < self.places.len() && end - self.next < Self::BATCH_EVENTS && bytes < Self::BATCH_BYTES {

@@ -10,9 +10,9 @@ use corelane::{Offset, ReadError, ShardId, Time};
 
 use super::consumers::Consumers;
 use super::show::{grouped, printable, range, rate, table, utc};
-use super::{Failure, Output, Verdict, envelope_in, tail_message, warn};
+use super::{Condition, Failure, Output, envelope_in, tail_message, warn};
 
-/// What a group of events looks like from outside.
+/// Figures of a group of events.
 #[derive(Debug, Clone, Default)]
 struct Summary {
     events: u64,
@@ -20,7 +20,7 @@ struct Summary {
     times: Option<(Time, Time)>,
     sequences: Option<(u64, u64)>,
     offsets: Option<(Offset, Offset)>,
-    /// The second being counted, how many it has, and the most that one had.
+    /// The second being counted, its events, and the most events of any second.
     second: (u64, u64, u64),
 }
 
@@ -39,7 +39,7 @@ impl Summary {
         self.second = (second, count, self.second.2.max(count));
     }
 
-    /// Events per second of the events' own time; `None` where they have no extent.
+    /// Events per second of event time, or `None` if all events have one time.
     fn rate(&self) -> Option<f64> {
         let (first, last) = self.times?;
         let seconds = (last.get() - first.get()) as f64 / 1e9;
@@ -47,10 +47,10 @@ impl Summary {
     }
 }
 
-pub(super) fn inspect(store: &Store, out: &mut Output) -> Result<Verdict, Failure> {
-    let mut verdict = Verdict::Sound;
-    // Before the log is read: what they do meanwhile is no lag.
-    let mut consumers = Consumers::look(store)?;
+pub(super) fn inspect(store: &Store, out: &mut Output) -> Result<Condition, Failure> {
+    let mut condition = Condition::Sound;
+    // Read before the log, so that their progress during this run does not count as lag.
+    let mut consumers = Consumers::read(store)?;
     let mut types: BTreeMap<(u16, String), Summary> = BTreeMap::new();
     let mut shards = table(
         &[
@@ -90,7 +90,7 @@ pub(super) fn inspect(store: &Store, out: &mut Output) -> Result<Verdict, Failur
         let scanned = summarise(store, shard, &mut types, &mut consumers)?;
         for message in &scanned.messages {
             warn(message);
-            verdict = Verdict::Damaged;
+            condition = Condition::Damaged;
         }
         segment_rows(store, &files, &scanned, &mut segments);
         consumers.measure_held(store, &files, scanned.end);
@@ -106,23 +106,23 @@ pub(super) fn inspect(store: &Store, out: &mut Output) -> Result<Verdict, Failur
     if quarantine.is_empty() {
         writeln!(out, "\nQuarantine is empty.")?;
     } else {
-        writeln!(out, "\nQuarantine: tails that were torn, cut and kept")?;
+        writeln!(out, "\nQuarantine: torn tails that opening cut off and kept")?;
         let mut kept = table(&["file", "bytes"], &[0]);
         for file in &quarantine {
             kept.add_row([printable(&file.name), grouped(file.bytes)]);
         }
         writeln!(out, "{kept}")?;
     }
-    Ok(if consumers.write(out)? == Verdict::Damaged { Verdict::Damaged } else { verdict })
+    Ok(if consumers.write(out)? == Condition::Damaged { Condition::Damaged } else { condition })
 }
 
-/// A shard's events, all together and by segment.
+/// Figures of a shard's events, in total and by segment.
 #[derive(Debug, Default)]
 struct Scanned {
     all: Summary,
     by_segment: HashMap<u64, Summary>,
     messages: Vec<String>,
-    /// Where the log ends.
+    /// The end of the log.
     end: Offset,
 }
 
@@ -150,7 +150,6 @@ fn summarise(
                         "?"
                     }
                 };
-                // Looked up first: a name is only copied when it is new.
                 match types.get_mut(&(id.get(), name.to_owned())) {
                     Some(summary) => summary.add(&record),
                     None => types.entry((id.get(), name.to_owned())).or_default().add(&record),
@@ -228,7 +227,7 @@ fn shard_row(files: &ShardFiles, all: &Summary) -> Vec<String> {
 fn segment_rows(store: &Store, files: &ShardFiles, scanned: &Scanned, rows: &mut Table) {
     let nothing = Summary::default();
     for segment in &files.segments {
-        let held = scanned.by_segment.get(&segment.index).unwrap_or(&nothing);
+        let summary = scanned.by_segment.get(&segment.index).unwrap_or(&nothing);
         let state = match segment.state {
             SegmentState::Used { .. } => "in use".to_owned(),
             SegmentState::Blank => "prepared".to_owned(),
@@ -239,12 +238,12 @@ fn segment_rows(store: &Store, files: &ShardFiles, scanned: &Scanned, rows: &mut
             files.shard.to_string(),
             segment.index.to_string(),
             state,
-            grouped(held.events),
-            range(held.sequences),
-            range(held.offsets),
-            held.times.map_or(String::new(), |times| utc(times.0)),
-            held.times.map_or(String::new(), |times| utc(times.1)),
-            format!("{:.1} %", 100.0 * held.bytes as f64 / store.segment_bytes() as f64),
+            grouped(summary.events),
+            range(summary.sequences),
+            range(summary.offsets),
+            summary.times.map_or(String::new(), |times| utc(times.0)),
+            summary.times.map_or(String::new(), |times| utc(times.1)),
+            format!("{:.1} %", 100.0 * summary.bytes as f64 / store.segment_bytes() as f64),
             grouped(segment.file.bytes),
             grouped(segment.file.allocated_bytes),
         ]);

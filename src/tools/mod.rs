@@ -1,7 +1,8 @@
-//! The operator's tool: looks at a store, checks it, writes its events as JSON lines, and deals with dead letters.
+//! The operator's tool: inspects and verifies a store, writes its events as JSON lines, and manages dead letters.
 //!
-//! It only reads: it keeps no lock, changes no byte, and works beside a running engine and on read-only media. The one exception are
-//! `dlq reprocess` and `dlq discard`: they leave a file in a consumer's folder, which the consumer itself takes up.
+//! It is read-only: it takes no lock, changes no byte, and works beside a running engine and on read-only media. The
+//! only exceptions are `dlq reprocess` and `dlq discard`, which leave a request file in a consumer's folder for the
+//! consumer to carry out.
 
 mod consumers;
 mod dlq;
@@ -23,7 +24,8 @@ use corelane::envelope::{ArchivedEnvelope, Envelope};
 use corelane::log::scan::{Records, ScannedRecord, Store};
 use corelane::{Event as _, EventTypeId, Offset, OpenError, ReadError, ShardId};
 
-/// Looks at a corelane store, also beside a running engine. Reads only; `dlq reprocess` and `dlq discard` leave a request.
+/// Inspects a corelane store, also beside a running engine. Read-only, except that `dlq reprocess` and `dlq discard`
+/// leave a request.
 #[derive(Debug, Parser)]
 #[command(version, about, after_help = "Exit status: 0 ok, 1 damage, 2 wrong usage or an I/O error.")]
 struct Cli {
@@ -33,24 +35,24 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Shows what a store holds: event types and their rates, shards, segments, spares, quarantine; its consumers, how far
-    /// behind each is, and what retention keeps for it.
+    /// Shows the contents of a store: event types with their rates, shards, segments, spares, quarantine, and its
+    /// consumers with their lag and the segments that retention keeps for them.
     Inspect {
         /// The store.
         dir: PathBuf,
     },
-    /// Checks every checksum, sequence and link of a store, its saved states, and the files of its consumers and gates: whatever
-    /// opening it would refuse or report.
+    /// Checks every checksum, sequence and link of a store, its saved states, and the files of its consumers and gates.
+    /// Reports everything that opening the store would refuse or report.
     ///
-    /// A torn tail (bytes that do not hold at the very end, as a power cut leaves them) is reported as such and
-    /// counts as damage here, although opening the store cuts it and goes on.
+    /// A torn tail (invalid bytes at the very end, as a power cut leaves them) counts as damage here, although opening
+    /// the store cuts it off and succeeds.
     Verify {
         /// The store.
         dir: PathBuf,
     },
     /// Writes events as JSON lines.
     Dump(DumpArgs),
-    /// Dead letters: events that a consumer could not handle and set aside.
+    /// Lists, shows, reprocesses or discards dead letters: events that a consumer could not handle and set aside.
     #[command(subcommand)]
     Dlq(dlq::Dlq),
 }
@@ -59,7 +61,7 @@ enum Command {
 struct DumpArgs {
     /// The store.
     dir: PathBuf,
-    /// `log`: shard by shard, as they were appended. `time`: over all shards by time, then shard, then offset.
+    /// `log`: shard by shard, in the order of appending. `time`: all shards merged by time, then shard, then offset.
     #[arg(long, value_enum, default_value_t = Order::Log)]
     order: Order,
     /// Only this key.
@@ -68,7 +70,7 @@ struct DumpArgs {
     /// Only this user, whose id is a text.
     #[arg(long)]
     user: Option<String>,
-    /// Only this event type: a name (for generic events their own `event_type`) or a number of the manifest.
+    /// Only this event type: a name (of a generic event its `event_type`) or a type id of the manifest.
     #[arg(long = "type", value_name = "NAME|ID")]
     event_type: Option<String>,
     /// Only events at or after this time, in ms since 1970.
@@ -80,7 +82,7 @@ struct DumpArgs {
     /// Only this shard.
     #[arg(long)]
     shard: Option<u16>,
-    /// At most so many events.
+    /// The most events to write.
     #[arg(long)]
     limit: Option<u64>,
 }
@@ -91,7 +93,7 @@ enum Order {
     Time,
 }
 
-/// Why a command ended early.
+/// The reason why a command ended early.
 #[derive(Debug)]
 enum Failure {
     Usage(String),
@@ -99,7 +101,7 @@ enum Failure {
     Open(OpenError),
     Read(ReadError),
     Letters(LettersError),
-    /// An event whose archive does not hold, although its checksum does.
+    /// An event whose archive is invalid although its checksum is valid.
     Archive(ShardId, Offset),
 }
 
@@ -139,7 +141,7 @@ impl fmt::Display for Failure {
             Self::Read(error) => f.write_str(&with_sources(error)),
             Self::Letters(error) => f.write_str(&with_sources(error)),
             Self::Archive(shard, offset) => {
-                write!(f, "shard {shard}, offset {offset}: the event's archive does not hold")
+                write!(f, "shard {shard}, offset {offset}: the event's archive is invalid")
             }
         }
     }
@@ -185,26 +187,26 @@ impl From<ConsumerError> for Failure {
     }
 }
 
-/// Whether everything that was looked at holds.
+/// The condition of the files that a command read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Verdict {
+enum Condition {
     Sound,
     Damaged,
 }
 
 type Output = BufWriter<Stdout>;
 
-/// The standard output without the line buffer that std puts before it.
+/// The standard output without std's line buffer.
 struct Stdout {
     file: File,
-    /// The check goes on to the end for the exit status, also when the output is closed.
-    goes_on: bool,
+    /// The command must run to its end for its exit status, even if the output is closed.
+    ignores_broken_pipe: bool,
 }
 
 impl io::Write for Stdout {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         match self.file.write(bytes) {
-            Err(error) if error.kind() == ErrorKind::BrokenPipe && self.goes_on => Ok(bytes.len()),
+            Err(error) if error.kind() == ErrorKind::BrokenPipe && self.ignores_broken_pipe => Ok(bytes.len()),
             written => written,
         }
     }
@@ -217,11 +219,11 @@ impl io::Write for Stdout {
 /// Runs the tool with the arguments of this process.
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
-    let goes_on = matches!(cli.command, Command::Inspect { .. } | Command::Verify { .. });
-    match stdout(goes_on).map_err(Failure::from).and_then(|out| run(cli.command, out)) {
-        Ok(Verdict::Sound) => ExitCode::SUCCESS,
-        Ok(Verdict::Damaged) => ExitCode::from(1),
-        // Whoever reads has enough, as `head` does.
+    let ignores_broken_pipe = matches!(cli.command, Command::Inspect { .. } | Command::Verify { .. });
+    match stdout(ignores_broken_pipe).map_err(Failure::from).and_then(|out| run(cli.command, out)) {
+        Ok(Condition::Sound) => ExitCode::SUCCESS,
+        Ok(Condition::Damaged) => ExitCode::from(1),
+        // The reader of the output has closed it, as `head` does.
         Err(Failure::Output(error)) if error.kind() == ErrorKind::BrokenPipe => ExitCode::SUCCESS,
         Err(failure) => {
             warn(&failure);
@@ -230,17 +232,17 @@ pub fn main() -> ExitCode {
     }
 }
 
-fn stdout(goes_on: bool) -> io::Result<Output> {
+fn stdout(ignores_broken_pipe: bool) -> io::Result<Output> {
     let file = io::stdout().as_fd().try_clone_to_owned()?.into();
-    Ok(BufWriter::with_capacity(256 << 10, Stdout { file, goes_on }))
+    Ok(BufWriter::with_capacity(256 << 10, Stdout { file, ignores_broken_pipe }))
 }
 
 fn warn(message: &dyn fmt::Display) {
-    // A closed error output is no reason for another exit status.
+    // A closed standard error must not change the exit status.
     drop(writeln!(io::stderr(), "corelane: {message}"));
 }
 
-fn run(command: Command, mut out: Output) -> Result<Verdict, Failure> {
+fn run(command: Command, mut out: Output) -> Result<Condition, Failure> {
     let done = match command {
         Command::Inspect { dir } => {
             Store::open(dir).map_err(Failure::from).and_then(|store| inspect::inspect(&store, &mut out))
@@ -253,21 +255,22 @@ fn run(command: Command, mut out: Output) -> Result<Verdict, Failure> {
         }
         Command::Dlq(dlq) => dlq::dlq(dlq, &mut out),
     };
-    // What was found before a failure is written all the same. The failure says more than that it could not be.
+    // Output written before a failure is flushed too. The failure says more than a flush error would.
     let flushed = out.flush();
-    let verdict = done?;
+    let condition = done?;
     flushed?;
-    Ok(verdict)
+    Ok(condition)
 }
 
-/// The generic event, where that is what a record holds.
+/// Returns the generic event of a record, or `None` if the record holds an event of another type.
 fn envelope_in<'a>(store: &Store, record: &ScannedRecord<'a>) -> Result<Option<&'a ArchivedEnvelope>, Failure> {
     let meta = &record.meta;
     envelope_of(store, meta.event_type, meta.schema_version, record.body)
         .map_err(|()| Failure::Archive(meta.shard, meta.offset))
 }
 
-/// The generic event, where that is what an archive is; an error where it should be and does not hold.
+/// Returns the generic event of an archive, or `None` for another type. Fails if the archive of a generic event is
+/// invalid.
 fn envelope_of<'a>(
     store: &Store,
     event_type: EventTypeId,
@@ -281,20 +284,20 @@ fn envelope_of<'a>(
     ArchivedEnvelope::access(archive).map(Some).map_err(drop)
 }
 
-/// What is wrong with the end of a log, if anything is.
+/// Describes what is wrong with the end of a log, or returns `None`.
 fn tail_message(records: &mut Records) -> Result<Option<String>, Failure> {
     let tail = records.tail()?;
     if tail.events == 0 && !tail.was_durable {
         return Ok(None);
     }
     let kind = if tail.was_durable {
-        "damage: what follows had been synced"
+        "damage: these events were synced before"
     } else {
-        "a torn tail: opening the store cuts it"
+        "a torn tail: opening the store cuts it off"
     };
     let events = tail.events;
     Ok(Some(format!(
-        "the log ends at offset {}, but {events} events that hold follow up to {} ({kind})",
+        "the log ends at offset {}, but {events} valid events follow up to offset {} ({kind})",
         tail.offset, tail.end
     )))
 }
@@ -304,7 +307,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_command_line_is_sound() {
+    fn the_command_line_definition_is_consistent() {
         use clap::CommandFactory as _;
         Cli::command().debug_assert();
     }

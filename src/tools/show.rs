@@ -1,11 +1,11 @@
-//! What tables, numbers, times and texts look like.
+//! Formats tables, numbers, times and texts.
 
 use std::fmt;
 
 use comfy_table::{CellAlignment, Table, TableComponent, presets};
 use corelane::Time;
 
-/// A table whose columns are numbers, but for those in `texts`.
+/// Returns a table whose columns are right-aligned numbers, except those listed in `texts`.
 pub(super) fn table(columns: &[&str], texts: &[usize]) -> Table {
     let mut table = Table::new();
     table.load_preset(presets::NOTHING).set_style(TableComponent::HeaderLines, '─').set_header(columns);
@@ -15,7 +15,7 @@ pub(super) fn table(columns: &[&str], texts: &[usize]) -> Table {
     table
 }
 
-/// A text from the store, without what a terminal would act on.
+/// Returns a text from the store with its control characters escaped, so that it cannot control the terminal.
 pub(super) fn printable(text: &str) -> String {
     let mut shown = String::with_capacity(text.len());
     for c in text.chars() {
@@ -32,7 +32,7 @@ pub(super) fn range<T: fmt::Display>(ends: Option<(T, T)>) -> String {
     ends.map_or(String::new(), |(first, last)| format!("{first}..={last}"))
 }
 
-/// A rate in the unit that suits it.
+/// Formats a rate per second, hour or day.
 pub(super) fn rate(per_second: Option<f64>) -> String {
     match per_second {
         None => String::new(),
@@ -43,11 +43,11 @@ pub(super) fn rate(per_second: Option<f64>) -> String {
     }
 }
 
-/// A time as 2010-07-30 21:55:01.009.
+/// Formats a time as `2010-07-30 21:55:01.009`.
 pub(super) fn utc(time: Time) -> String {
     let ms = time.as_ms();
     let (days, in_day) = (ms / 86_400_000, ms % 86_400_000);
-    // Years that begin in March put the leap day last (Hinnant, "days from civil").
+    // Counting years from March puts the leap day last (Hinnant, "civil_from_days").
     let shifted = days + 719_468;
     let (era, day_of_era) = (shifted / 146_097, shifted % 146_097);
     let year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
@@ -60,7 +60,7 @@ pub(super) fn utc(time: Time) -> String {
     format!("{year:04}-{month:02}-{day:02} {hour:02}:{minute:02}:{second:02}.{:03}", ms % 1000)
 }
 
-/// 1234567 as 1,234,567.
+/// Formats 1234567 as `1,234,567`.
 pub(super) fn grouped(number: u64) -> String {
     let digits = number.to_string();
     let mut shown = String::new();
@@ -91,7 +91,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_shown_cannot_move_the_cursor() {
+    fn printed_texts_and_numbers_cannot_move_the_cursor() {
         assert_eq!(printable("a\u{1b}[2J\u{9b}é"), "a\\u{1b}[2J\\u{9b}é");
         assert_eq!((grouped(0), grouped(999), grouped(1_234_567)), ("0".into(), "999".into(), "1,234,567".into()));
     }

@@ -1,5 +1,5 @@
-//! `verify`: checks every checksum, sequence and link of a store, its saved states, and the files of its consumers and gates: what
-//! opening it would refuse or report.
+//! `verify`: checks every checksum, sequence and link of a store, its saved states, and the files of its consumers and
+//! gates. It reports everything that opening the store would refuse or report.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -13,9 +13,9 @@ use corelane::{Key, Meta, Offset, ReadError, Sequence, ShardId, Version};
 
 use super::consumers;
 use super::show::grouped;
-use super::{Failure, Output, Verdict, envelope_in, tail_message};
+use super::{Condition, Failure, Output, envelope_in, tail_message};
 
-/// What is wrong with one shard or consumer: all are counted, the first are shown.
+/// The problems of one shard, consumer or gate: all are counted, the first ones are shown.
 #[derive(Debug, Default)]
 struct Problems {
     found: u64,
@@ -32,10 +32,10 @@ impl Problems {
         }
     }
 
-    /// Writes what was looked at, the verdict, and the problems.
-    fn write(&self, what: &str, out: &mut Output) -> Result<(), Failure> {
-        let verdict = if self.found == 0 { "ok".to_owned() } else { format!("{} PROBLEMS", grouped(self.found)) };
-        writeln!(out, "{what}: {verdict}")?;
+    /// Writes the name of the checked part, the result, and the problems.
+    fn write(&self, part: &str, out: &mut Output) -> Result<(), Failure> {
+        let result = if self.found == 0 { "ok".to_owned() } else { format!("{} PROBLEMS", grouped(self.found)) };
+        writeln!(out, "{part}: {result}")?;
         for problem in &self.shown {
             writeln!(out, "  {problem}")?;
         }
@@ -51,7 +51,7 @@ impl Problems {
 #[derive(Debug)]
 struct Chains {
     heads: HashMap<Key, (Offset, Version)>,
-    /// What lies before was freed or is damaged: links to there cannot be followed.
+    /// The log before this offset is freed or damaged; links to it cannot be checked.
     seen_from: Offset,
 }
 
@@ -68,8 +68,8 @@ impl Chains {
             return Ok(());
         }
         let link = meta.previous.map_or("no link".to_owned(), |offset| format!("a link to {offset}"));
-        let before = before.map_or("there is none before it".to_owned(), |(offset, version)| {
-            format!("the one before it has version {version} and lies at {offset}")
+        let before = before.map_or("no record precedes it".to_owned(), |(offset, version)| {
+            format!("the record before it has version {version} and is at offset {offset}")
         });
         Err(format!(
             "offset {}: the record of key {} has version {} and {link}, but {before}",
@@ -78,10 +78,11 @@ impl Chains {
     }
 }
 
-pub(super) fn verify(store: &Store, out: &mut Output) -> Result<Verdict, Failure> {
+pub(super) fn verify(store: &Store, out: &mut Output) -> Result<Condition, Failure> {
     let (mut events, mut problems) = (0, 0);
-    // What stands on the log is read before it, so that in a store that is open the log has come at least as far; and where the log
-    // begins before that, since it may be freed up to there.
+    // The order matters in a store that an engine has open. Followers are read before the log, so that the log reaches
+    // at least as far as their positions. The beginnings of the logs are read before the followers, since retention may
+    // move them.
     let begins: Vec<Offset> =
         store.shard_ids().map(|shard| check::earliest(store, shard).unwrap_or_default()).collect();
     let mut followers = Vec::new();
@@ -89,7 +90,7 @@ pub(super) fn verify(store: &Store, out: &mut Output) -> Result<Verdict, Failure
         let mut found = Problems::default();
         if let Some(checked) = consumers::check(store, &name, &mut |problem| found.add(problem))? {
             let line = format!("consumer {name}: {}", checked.line);
-            let consumers::Checked { positions, reaches, seen, .. } = checked;
+            let consumers::CheckedConsumer { positions, reaches, seen, .. } = checked;
             followers.push(Follower { line, positions, reaches, seen, found });
         } else if found.found > 0 {
             followers.push(Follower { line: format!("consumer {name}"), found, ..Follower::default() });
@@ -111,7 +112,7 @@ pub(super) fn verify(store: &Store, out: &mut Output) -> Result<Verdict, Failure
                 ends.push(checked.range.1);
                 checked.to_string()
             }
-            // One shard's damaged span says nothing of the others.
+            // A damaged span of one shard says nothing about the others.
             Err(failure) if failure.is_damage() => {
                 found.add(failure.to_string());
                 ends.push(Offset(u64::MAX));
@@ -132,17 +133,17 @@ pub(super) fn verify(store: &Store, out: &mut Output) -> Result<Verdict, Failure
         let bytes = kept.iter().map(|file| file.bytes).sum();
         writeln!(out, "quarantine: {} files, {} bytes", grouped(kept.len() as u64), grouped(bytes))?;
     }
-    let verdict = if problems == 0 { "ok".to_owned() } else { format!("{} PROBLEMS", grouped(problems)) };
-    writeln!(out, "{} events in {} shards: {verdict}", grouped(events), store.shards())?;
-    Ok(if problems == 0 { Verdict::Sound } else { Verdict::Damaged })
+    let result = if problems == 0 { "ok".to_owned() } else { format!("{} PROBLEMS", grouped(problems)) };
+    writeln!(out, "{} events in {} shards: {result}", grouped(events), store.shards())?;
+    Ok(if problems == 0 { Condition::Sound } else { Condition::Damaged })
 }
 
-/// A consumer or a gate, and where it stands by shard.
+/// A consumer or a gate, with its position in each shard.
 #[derive(Debug, Default)]
 struct Follower {
     line: String,
     positions: Vec<Offset>,
-    /// The furthest offset that it names.
+    /// The greatest offset that its files name, by shard.
     reaches: Vec<Offset>,
     /// Its saved positions in the log.
     seen: Vec<Position>,
@@ -150,11 +151,11 @@ struct Follower {
 }
 
 impl Follower {
-    /// Compares where it stands with logs that began at `begins` before it was read, and ended at `ends` afterwards.
+    /// Compares its positions with the logs: `begins` was read before its files, `ends` after them.
     fn compare(&mut self, store: &Store, begins: &[Offset], ends: &[Offset]) -> Result<(), Failure> {
         let Self { positions, reaches, seen, found, .. } = self;
         for (shard, (position, (begin, end))) in store.shard_ids().zip(positions.iter().zip(begins.iter().zip(ends))) {
-            // Where nothing was done or counted yet, it begins with what is held.
+            // A position of 0 means that nothing was handled yet: it then begins with the earliest event.
             if position < begin && position.get() > 0 {
                 found.add(format!("shard {shard}: its position is {position}, but the log begins at {begin}"));
             } else if (begin..=end).contains(&position)
@@ -165,21 +166,21 @@ impl Follower {
         }
         for (shard, (reach, end)) in store.shard_ids().zip(reaches.iter().zip(ends)) {
             if reach > end {
-                found.add(format!("shard {shard}: it has come to {reach}, but the log ends at {end}"));
+                found.add(format!("shard {shard}: it names offset {reach}, but the log ends at {end}"));
             }
         }
         for (shard, (position, end)) in store.shard_ids().zip(seen.iter().zip(ends)) {
             if position.offset() <= *end
                 && let Some(problem) = check::position(store, shard, position)?
             {
-                found.add(format!("shard {shard}: it has read up to {}: {problem}", position.offset()));
+                found.add(format!("shard {shard}: it has read up to offset {}: {problem}", position.offset()));
             }
         }
         Ok(())
     }
 }
 
-/// What a shard turned out to hold.
+/// The contents of a verified shard.
 #[derive(Debug)]
 struct Verified {
     events: u64,
@@ -213,7 +214,7 @@ fn verify_shard(store: &Store, shard: ShardId, problems: &mut Problems) -> Resul
                 let meta = record.meta;
                 check_record(store, &record, problems);
                 if first.is_none() {
-                    // Segments before this one were freed.
+                    // The segments before this one were freed.
                     first = Some((meta.offset, meta.sequence.get()));
                     chains.seen_from = chains.seen_from.max(segment_start(store, meta.offset));
                 }
@@ -240,7 +241,7 @@ fn verify_shard(store: &Store, shard: ShardId, problems: &mut Problems) -> Resul
     if let Some(message) = tail_message(&mut records)? {
         problems.add(message);
     }
-    // Where the log is damaged, what lies behind the damage was not read to its end.
+    // Behind damage the log was not read to its end.
     let is_whole = problems.found == before;
     let end = if is_whole { records.offset() } else { Offset(u64::MAX) };
     let sequence = if is_whole { records.sequence() } else { Sequence(u64::MAX) };
@@ -261,7 +262,7 @@ fn segment_start(store: &Store, offset: Offset) -> Offset {
     Offset(offset.get() / store.segment_bytes() * store.segment_bytes())
 }
 
-/// What a record's own checksum cannot show.
+/// Checks what the record's checksum does not cover.
 fn check_record(store: &Store, record: &ScannedRecord<'_>, problems: &mut Problems) {
     let meta = &record.meta;
     let owner = meta.key.shard(store.shards());
@@ -272,7 +273,7 @@ fn check_record(store: &Store, record: &ScannedRecord<'_>, problems: &mut Proble
         None => problems.add(format!("offset {}: event type {} is not in the manifest", meta.offset, meta.event_type)),
         Some(known) if meta.schema_version > known.schema_version => {
             problems.add(format!(
-                "offset {}: schema version {} is newer than the manifest's",
+                "offset {}: schema version {} is newer than the one in the manifest",
                 meta.offset, meta.schema_version
             ));
         }
@@ -283,12 +284,12 @@ fn check_record(store: &Store, record: &ScannedRecord<'_>, problems: &mut Proble
     }
 }
 
-/// What follows behind damage: it tells whether this is a tail that opening the store would cut.
+/// Describes what follows damage, which shows whether it is a tail that opening the store would cut.
 fn tail_note(records: &mut Records) -> Result<String, Failure> {
     let tail = records.tail()?;
     Ok(match (tail.events, tail.was_durable) {
-        (events, true) => format!(" (had been synced; {events} events that hold follow in this segment)"),
-        (0, false) => " (nothing that holds follows in this segment)".to_owned(),
-        (events, false) => format!(" ({events} events that hold follow in this segment)"),
+        (events, true) => format!(" (it was synced before; {events} valid events follow in this segment)"),
+        (0, false) => " (no valid event follows in this segment)".to_owned(),
+        (events, false) => format!(" ({events} valid events follow in this segment)"),
     })
 }

@@ -1,12 +1,12 @@
-//! The work, the same for all: what is deposited, and the rule each deposit is checked against.
+//! The work, the same for all contestants: the deposits, and the rule that checks them.
 
-/// No account may hold more.
+/// The greatest balance of an account.
 pub(crate) const LIMIT_CENTS: u64 = 1_000_000_000;
 
-/// No deposit of the work is larger.
+/// The greatest deposit.
 pub(crate) const DEPOSIT_CENTS_MAX: u64 = 1000;
 
-/// Why a deposit is refused.
+/// The reason for rejecting a deposit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum Refused {
     #[error("a deposit of nothing")]
@@ -15,7 +15,7 @@ pub(crate) enum Refused {
     OverLimit { over_cents: u64 },
 }
 
-/// The rule. Every library calls this one, with the balance it holds for the account.
+/// Checks a deposit. Every library calls this function with the account's balance.
 pub(crate) fn check(balance_cents: u64, deposit_cents: u64) -> Result<(), Refused> {
     if deposit_cents == 0 {
         return Err(Refused::Nothing);
@@ -26,13 +26,13 @@ pub(crate) fn check(balance_cents: u64, deposit_cents: u64) -> Result<(), Refuse
     }
 }
 
-/// What deposit number `deposit` of an account is worth. It differs between accounts and between deposits, so that one that is
-/// lost, doubled or booked elsewhere shows in a balance.
+/// Returns the amount of an account's deposit number `deposit`. Amounts differ between accounts and deposits, so that a
+/// lost, duplicated or misplaced deposit changes a balance.
 pub(crate) fn deposit_cents(account: u64, deposit: u64) -> u64 {
     1 + (account * 31 + deposit * 17) % DEPOSIT_CENTS_MAX
 }
 
-/// What an account holds after its first `deposits`.
+/// Returns the balance of an account after its first `deposits` deposits.
 pub(crate) fn balance_cents(account: u64, deposits: u64) -> u64 {
     (0..deposits).map(|deposit| deposit_cents(account, deposit)).sum()
 }

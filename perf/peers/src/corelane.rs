@@ -1,6 +1,6 @@
-//! corelane with its log on, in the system's cache (`OsCache`: it survives a kill of the process, not a power cut).
+//! corelane with its log in the system's cache (`OsCache`: it survives a kill of the process, not a power cut).
 //!
-//! One client, one shard on a thread of its own. The log lies in a directory of its own; opening it is not timed, for nobody.
+//! One client, and one shard on its own thread. Opening the store is not timed, as for every contestant.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
@@ -52,12 +52,12 @@ impl Aggregate for Account {
     }
 }
 
-/// How the client gives its commands.
+/// How the client sends its commands.
 #[derive(Clone, Copy, PartialEq)]
 pub(crate) enum Commands {
-    /// Many on their way; every answer is looked at, in order.
+    /// Many in flight; every answer is checked, in order.
     Pipelined,
-    /// The next only when the last is answered, as the peers do it.
+    /// Each waits for the answer to the one before, like the peers.
     OneAtATime,
 }
 
@@ -73,7 +73,7 @@ struct Open {
     _dir: tempfile::TempDir,
 }
 
-/// Commands on their way at most: fewer than a lane has room for.
+/// The most commands in flight: fewer than a lane has slots.
 const ON_THEIR_WAY: usize = 4096;
 
 impl Corelane {
@@ -87,7 +87,7 @@ impl Corelane {
 
     fn begin(&mut self) -> &mut Open {
         self.open = None;
-        // Beside the program: where programs are built there is a disk.
+        // Beside the program, since the build directory is on a disk.
         let here = std::env::current_exe().expect("this program has a path");
         let dir = tempfile::tempdir_in(here.parent().expect("in a folder")).expect("a folder for the log");
         let config = Config::new(dir.path().join("store"))
@@ -95,8 +95,8 @@ impl Corelane {
             .wait(Wait::SpinYield)
             .segment_bytes(16 << 20);
         let engine = Engine::open(config).expect("a new store opens");
-        // The first segments are made ready, by a thread that a server starts once and that would share the two processors here
-        // with the commands for a good part of their few milliseconds.
+        // Prepares the first segments. Otherwise the preparing thread would share the two processors with the commands
+        // for much of their few milliseconds.
         let mut client = engine.client();
         client.send(Key::new(u64::MAX), Deposit { cents: 1 }).wait().expect("carried out");
         std::thread::sleep(Duration::from_millis(100));

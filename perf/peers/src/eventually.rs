@@ -1,4 +1,4 @@
-//! `eventually` with its in-memory event store, in the two ways its repository can be used.
+//! `eventually` with its in-memory event store, in the two ways of using its repository.
 
 use std::future::{Future, ready};
 use std::pin::Pin;
@@ -53,14 +53,14 @@ impl Aggregate for Account {
 type Root = AggregateRoot<Account>;
 type Accounts = Repository<Account, EventStore<u64, Deposited>>;
 
-/// Where the state comes from that a command is checked against.
+/// The source of the state that checks a command.
 #[derive(Clone, Copy, PartialEq)]
 pub(crate) enum State {
-    /// From the repository, which folds all the account's events for every command: what the crate's documents show, and what
-    /// a server does that holds no accounts.
+    /// The repository, which folds all events of the account for every command: the way shown in the crate's
+    /// documentation, and that of a server that keeps no accounts in memory.
     Loaded,
-    /// From the account itself, loaded once and held from then on; the store's version check still guards every append.
-    /// The fastest use of the crate.
+    /// The account, loaded once and kept in memory; the store's version check still guards every append. The fastest
+    /// use of the crate.
     Held,
 }
 
@@ -86,10 +86,10 @@ fn empty() -> Accounts {
     Repository::new(AggregateRootBuilder::from(Account), EventStoreBuilder::for_aggregate(&Account))
 }
 
-/// One command: decided on by the account, and its event appended under the version it was decided at.
+/// Carries out one command: the account decides, and its event is appended with the version of the decision.
 async fn deposit(repository: &mut Accounts, mut root: Root, cents: u64) -> Result<Root, Refused> {
     root.handle(Deposit { cents }).await?;
-    Ok(repository.add(root).await.expect("nobody else appends"))
+    Ok(repository.add(root).await.expect("no other writer appends"))
 }
 
 async fn load(repository: &Accounts, account: u64) -> Root {
@@ -133,7 +133,7 @@ impl Peer for Eventually {
         })
     }
 
-    /// From the events in the store, also where states are held.
+    /// Reads the events in the store, even if states are kept in memory.
     fn balance_cents(&mut self, account: u64) -> u64 {
         self.executor.block_on(load(&self.repository, account)).state().cents
     }

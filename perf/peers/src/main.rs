@@ -1,7 +1,7 @@
-//! Commands per second of event sourcing crates, interleaved in one run: 1,000 accounts × 50 deposits, each checked against the
-//! balance it finds. `README.md` says what the figures mean.
+//! Compares event sourcing crates by commands per second, interleaved in one run: 1,000 accounts × 50 deposits, each
+//! checked against the current balance. `README.md` explains the figures.
 //!
-//! Results go to stderr. Stdout goes to `/dev/null`, since one of the libraries writes to it for every command.
+//! Results go to stderr. Stdout is redirected to `/dev/null`, since one library writes to it for every command.
 
 mod bank;
 mod corelane;
@@ -22,31 +22,31 @@ use crate::eventually::{Eventually, State};
 use crate::peer::{Executor, Peer};
 use crate::report::Outcome;
 
-/// The one the load generator uses. cqrs-es is 1.4 times as fast with it as with glibc's, eventually some 5 % slower.
+/// The load generator's allocator. cqrs-es is 1.4 times as fast with it as with glibc's, eventually about 5 % slower.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 /// Compares event sourcing crates by validated commands per second.
 #[derive(Parser)]
 struct Args {
-    /// Accounts, each with a history of its own.
+    /// Number of accounts.
     #[arg(long, default_value_t = 1000, value_parser = clap::value_parser!(u64).range(1..=1_000_000))]
     accounts: u64,
     /// Deposits per account, one command each.
     #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(u64).range(1..=100_000))]
     deposits: u64,
-    /// Rounds. Each contestant runs once in each; one round more comes first and is not counted.
+    /// Number of rounds. Each contestant runs once per round; an additional first round is not counted.
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
     repeat: u32,
-    /// Also the peers under the other executor, to see that it still makes no difference.
+    /// Run the peers under the other executor too, to check that it makes no difference.
     #[arg(long)]
     executors: bool,
-    /// A file for the figures, as JSON.
+    /// File for the figures, as JSON.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
 }
 
-/// Each peer under the executor that does least; under the other one too when asked for.
+/// Returns the contestants: each peer under the simplest executor, and under the other one if requested.
 fn contestants(args: &Args) -> Result<Vec<Box<dyn Peer>>> {
     let mut peers: Vec<Box<dyn Peer>> = vec![
         Box::new(CqrsEs::new(Executor::Pollster)),
@@ -72,7 +72,7 @@ fn main() -> Result<()> {
         peers.iter().map(|peer| Outcome { name: peer.name().to_owned(), rates: Vec::new() }).collect();
     for round in 0..=args.repeat as usize {
         for turn in 0..peers.len() {
-            // Somebody else begins each time.
+            // Another contestant begins in each round.
             let at = (turn + round) % peers.len();
             let rate = run(peers[at].as_mut(), args.accounts, args.deposits)?;
             // Round 0 warms up: memory, caches, clocks.
@@ -95,12 +95,12 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-/// One run and the proof that it did the work: commands per second.
+/// Runs a contestant, checks its work, and returns the commands per second.
 fn run(peer: &mut dyn Peer, accounts: u64, deposits: u64) -> Result<f64> {
     let time = peer.run(accounts, deposits);
     let name = peer.name().to_owned();
-    ensure!(peer.refuses(0, 0), "{name} lets a deposit of nothing pass");
-    ensure!(peer.refuses(0, bank::LIMIT_CENTS), "{name} lets a deposit above the limit pass");
+    ensure!(peer.refuses(0, 0), "{name} accepts a deposit of 0");
+    ensure!(peer.refuses(0, bank::LIMIT_CENTS), "{name} accepts a deposit above the limit");
     for account in 0..accounts {
         let (holds, should) = (peer.balance_cents(account), bank::balance_cents(account, deposits));
         ensure!(holds == should, "{name}: account {account} holds {holds} cents instead of {should}");

@@ -1,31 +1,32 @@
-//! What a library must do to take part, and what polls the futures of those that are async.
+//! The trait of a contestant, and the executors that poll the async ones.
 
 use std::time::Duration;
 
-/// One library, used in one way.
+/// A library used in one way.
 pub(crate) trait Peer {
-    /// As it stands in the table.
+    /// The name in the table.
     fn name(&self) -> &str;
 
-    /// Starts from nothing and gives each of `accounts` as many `deposits`: the first of every account, then the second of
-    /// every account, and so on, [`bank::deposit_cents`](crate::bank::deposit_cents) each. Returns the time from the first
-    /// command until the outcome of the last is known. Every outcome is looked at, and none may be a refusal.
+    /// Starts from an empty store and makes `deposits` deposits to each of `accounts` accounts, of
+    /// [`bank::deposit_cents`](crate::bank::deposit_cents) each: the first of every account, then the second of every
+    /// account, and so on. Returns the time from the first command to the last outcome. Checks every outcome; none may
+    /// be a rejection.
     ///
-    /// What is done once (opening a store, naming accounts, giving the last run's memory back) is not timed.
+    /// Work done once (opening a store, naming accounts, freeing the last run's memory) is not timed.
     fn run(&mut self, accounts: u64, deposits: u64) -> Duration;
 
-    /// What the library says an account holds after [`Peer::run`].
+    /// Returns an account's balance after [`Peer::run`], according to the library.
     fn balance_cents(&mut self, account: u64) -> u64;
 
-    /// Commands one deposit more after [`Peer::run`]: whether it was refused.
+    /// Makes one more deposit after [`Peer::run`]. Returns `true` if it was rejected.
     fn refuses(&mut self, account: u64, deposit_cents: u64) -> bool;
 }
 
-/// What polls, on the calling thread alone. The peers' in-memory stores are never pending, so all it costs is its own
-/// bookkeeping: within 3 % the two are equally fast.
+/// The executor, on the calling thread only. The peers' in-memory stores are never pending, so its cost is only its own
+/// bookkeeping: the two are equally fast within 3 %.
 ///
-/// More threads were tried too: with the accounts split between two, on a machine of two shared cores, no peer's median was
-/// higher than with one. Both of their stores are one map under one lock.
+/// More threads do not help: with the accounts split between two threads, on a machine of two shared cores, no peer's
+/// median was higher. Both stores are one map under one lock.
 pub(crate) enum Executor {
     Tokio(tokio::runtime::Runtime),
     Pollster,
@@ -51,7 +52,7 @@ impl Executor {
     }
 }
 
-/// A dependency's name with the version that is built in.
+/// Returns a dependency's name and version.
 pub(crate) fn versioned(dependency: &str) -> String {
     let (_, version) = include_str!("../Cargo.lock")
         .split_once(&format!("name = \"{dependency}\"\nversion = \""))

@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-/// What one contestant did, round by round.
+/// The results of one contestant, by round.
 pub(crate) struct Outcome {
     pub(crate) name: String,
     /// Commands per second, one entry per round.
@@ -14,8 +14,8 @@ impl Outcome {
         median(self.rates.clone())
     }
 
-    /// How many times as fast as `other`: the median over the rounds, each compared within itself, so that what a
-    /// neighbour on the machine does in one round falls on both.
+    /// Returns the speed relative to `other`: the median of the ratios within each round, so that a disturbance of a
+    /// round affects both.
     fn ratio_to(&self, other: &Self) -> f64 {
         median(self.rates.iter().zip(&other.rates).map(|(own, others)| own / others).collect())
     }
@@ -28,7 +28,7 @@ fn median(mut values: Vec<f64>) -> f64 {
     if values.len() % 2 == 1 { values[middle] } else { f64::midpoint(values[middle - 1], values[middle]) }
 }
 
-/// The outcomes, slowest first; in column `×a` how many times as fast as `a` each is.
+/// Formats the results, slowest first; column `×a` is the speed relative to `a`.
 pub(crate) fn table(outcomes: &[Outcome]) -> String {
     let mut sorted: Vec<&Outcome> = outcomes.iter().collect();
     sorted.sort_by(|one, other| one.rate_median().total_cmp(&other.rate_median()));
@@ -54,7 +54,7 @@ pub(crate) fn table(outcomes: &[Outcome]) -> String {
     table
 }
 
-/// The same for machines. `ratio_to` holds one entry per other contestant.
+/// Returns the results as JSON. `ratio_to` has one entry per other contestant.
 pub(crate) fn json(outcomes: &[Outcome]) -> Value {
     outcomes
         .iter()
@@ -72,7 +72,7 @@ pub(crate) fn json(outcomes: &[Outcome]) -> Value {
         .collect()
 }
 
-/// 1234567.8 as 1,234,568.
+/// Formats 1234567.8 as `1,234,568`.
 fn grouped(number: f64) -> String {
     let digits = format!("{number:.0}");
     let mut text = String::new();
@@ -95,7 +95,7 @@ mod tests {
 
     #[test]
     fn a_ratio_is_taken_within_rounds() {
-        // The medians are 20 and 20; round by round the second is twice, twice and half as fast.
+        // Both medians are 20; within the rounds the second is twice, twice and half as fast.
         let (one, other) = (outcome("one", &[10.0, 20.0, 40.0]), outcome("other", &[20.0, 40.0, 20.0]));
         assert_eq!(other.ratio_to(&one), 2.0);
     }

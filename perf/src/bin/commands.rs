@@ -1,11 +1,11 @@
-//! What a command costs: one client, 1,000 accounts, every deposit checked against the balance it finds.
+//! Measures commands: one client, 1,000 accounts, every deposit checked against the current balance.
 //!
 //! ```text
 //! cargo run --release -p perf --bin commands -- 5000000
 //! ```
 //!
-//! First many commands on their way at once, every answer looked at; then the next only when the last is answered, each timed.
-//! The log is on, left to the system's cache (`OsCache`); neither thread sleeps (`SpinYield`).
+//! First pipelined, with every answer checked; then one at a time, each timed. The log is in the system's cache
+//! (`OsCache`), and neither thread sleeps (`SpinYield`).
 #![expect(clippy::print_stdout, reason = "a tool's results belong on standard output")]
 
 use std::collections::VecDeque;
@@ -24,8 +24,8 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 const ACCOUNTS: u64 = 1000;
 const LIMIT_CENTS: u64 = 1 << 50;
-/// Commands on their way at most.
-const ON_THEIR_WAY: usize = 2048;
+/// The most commands in flight.
+const IN_FLIGHT_MAX: usize = 2048;
 const ONE_AT_A_TIME: u64 = 200_000;
 
 #[derive(Archive, Serialize, Deserialize, Bounded, Debug, Clone)]
@@ -70,20 +70,21 @@ impl Aggregate for Account {
 fn main() -> Result<()> {
     let commands: u64 =
         std::env::args().nth(1).map_or(Ok(5_000_000), |text| text.parse()).context("usage: commands [COMMANDS]")?;
-    let dir = tempfile::tempdir_in("target").context("a folder for the store in ./target")?;
+    let dir = tempfile::tempdir_in("target")
+        .context("creating a folder for the store in ./target (run from the repository's root)")?;
     let retention = Retention::bytes(512 << 20);
     let config = Config::new(dir.path()).durability(Durability::OsCache).wait(Wait::SpinYield).retention(retention);
     let engine = Engine::<Account>::open(config)?;
     let mut client = engine.client();
-    // The first segment is made ready.
+    // Prepares the first segment.
     client.send(Key::new(0), 1).wait()?;
 
-    let mut tickets = VecDeque::with_capacity(ON_THEIR_WAY);
+    let mut tickets = VecDeque::with_capacity(IN_FLIGHT_MAX);
     let began = Instant::now();
     for i in 0..commands {
         tickets.push_back(client.send(Key::new(i % ACCOUNTS), 1 + i % 100).ticket()?);
-        if tickets.len() == ON_THEIR_WAY {
-            for ticket in tickets.drain(..ON_THEIR_WAY / 2) {
+        if tickets.len() == IN_FLIGHT_MAX {
+            for ticket in tickets.drain(..IN_FLIGHT_MAX / 2) {
                 client.answer(ticket).wait()?;
             }
         }

@@ -1,17 +1,18 @@
-//! The hot path and little else, for tools that count or sample instructions: one producer, one shard,
-//! 48-byte events of 10,000 users with a 32-byte state each, `OsCache`. `perf/callgrind.sh` runs it.
+//! Runs the hot path for tools that count or sample instructions: one producer, one shard, 48-byte events of 10,000
+//! users with a 32-byte state each, `OsCache`. `perf/callgrind.sh` runs it.
 //!
 //! ```text
-//! cargo run --release -p perf --bin hotpath -- 1000000             events in batches of 256
-//! cargo run --release -p perf --bin hotpath -- 1000000 stateless   the same without states
-//! cargo run --release -p perf --bin hotpath -- 1000000 publish     one event a call
-//! cargo run --release -p perf --bin hotpath -- 1000000 command     commands of one event each, pipelined
-//! cargo run --release -p perf --bin hotpath -- 1000000 read        and read what this process wrote
-//! cargo run --release -p perf --bin hotpath -- 1000000 recovered   and read after the store was closed and opened again
+//! cargo run --release -p perf --bin hotpath -- 1000000             publish in batches of 256
+//! cargo run --release -p perf --bin hotpath -- 1000000 stateless   in batches of 256, without states
+//! cargo run --release -p perf --bin hotpath -- 1000000 publish     publish one event per call
+//! cargo run --release -p perf --bin hotpath -- 1000000 command     send commands of one event each, pipelined
+//! cargo run --release -p perf --bin hotpath -- 1000000 read        in batches, then read the events
+//! cargo run --release -p perf --bin hotpath -- 1000000 recovered   in batches, reopen the store, then read the events
 //! ```
 //!
-//! The same events every time: the ring is filled, and the next events are not made before all of it is appended. So no
-//! full ring is waited for, and the shard finds whole batches. The functions called `…_counted` are those that count.
+//! The events are the same in every run. A round fills the ring, and the next round starts when all of it is appended,
+//! so no producer waits for a full ring and the shard finds whole batches. Callgrind counts the functions named
+//! `…_counted`.
 
 #[path = "../../../examples/shared/event.rs"]
 mod event;
@@ -37,10 +38,10 @@ const USERS: u64 = 10_000;
 const SEED: u64 = 0x5eed;
 /// Events of one `publish_batch`, and of one batch of the shard.
 const BATCH: usize = 256;
-/// Events between two waits. Large, so that looking for events where there are none is rare.
+/// Events between two waits. Large, so that the shard rarely polls empty lanes.
 const ROUND: usize = 1 << 16;
 
-/// A player who takes commands: each is the event it asks for.
+/// A player whose commands are the events to append.
 #[derive(Archive, Serialize, Deserialize, Bounded, Clone, Debug, Default, PartialEq)]
 struct Commanded(Player);
 
@@ -96,7 +97,7 @@ fn config(dir: &Path) -> Config {
 
 type Batch = Vec<(Key, GameEvent)>;
 
-/// Publishes `events` events and returns the engine, closed.
+/// Publishes `events` events, shuts the engine down, and returns it.
 fn publish<A: Aggregate<Event = GameEvent>>(
     dir: &Path,
     events: u64,
@@ -104,16 +105,16 @@ fn publish<A: Aggregate<Event = GameEvent>>(
 ) -> Result<Engine<A>> {
     let engine = Engine::<A>::open(config(dir))?;
     let mut producer = engine.producer();
-    let (mut made, mut random, mut batch) = (0, SEED, Batch::with_capacity(BATCH));
-    while made < events {
+    let (mut created, mut random, mut batch) = (0, SEED, Batch::with_capacity(BATCH));
+    while created < events {
         for _ in 0..ROUND / BATCH {
-            while batch.len() < BATCH && made < events {
-                batch.push(draw(&mut random, made));
-                made += 1;
+            while batch.len() < BATCH && created < events {
+                batch.push(draw(&mut random, created));
+                created += 1;
             }
             send(&mut producer, &mut batch)?;
         }
-        await_appended(&engine, made)?;
+        await_appended(&engine, created)?;
     }
     drop(producer);
     engine.shutdown(Deadline::NEVER)?;
@@ -124,24 +125,24 @@ fn publish<A: Aggregate<Event = GameEvent>>(
 fn command(dir: &Path, events: u64) -> Result<()> {
     let engine = Engine::<Commanded>::open(config(dir))?;
     let mut client = engine.client();
-    let (mut made, mut random) = (0, SEED);
+    let (mut created, mut random) = (0, SEED);
     let (mut batch, mut tickets) = (Batch::with_capacity(ROUND), Vec::with_capacity(ROUND));
-    while made < events {
-        while batch.len() < ROUND && made < events {
-            batch.push(draw(&mut random, made));
-            made += 1;
+    while created < events {
+        while batch.len() < ROUND && created < events {
+            batch.push(draw(&mut random, created));
+            created += 1;
         }
         send_counted(&mut client, &mut batch, &mut tickets)?;
-        await_appended(&engine, made)?;
+        await_appended(&engine, created)?;
         claim_counted(&mut client, &mut tickets)?;
     }
     drop(client);
     engine.shutdown(Deadline::NEVER)?;
-    ensure!(appended(&engine) == events, "not every command was carried out");
+    ensure!(appended(&engine) == events, "not every command was appended");
     Ok(())
 }
 
-/// The next event and whose it is (a linear congruential generator's high bits).
+/// Returns the next event and its key, from the high bits of a linear congruential generator.
 fn draw(random: &mut u64, tick: u64) -> (Key, GameEvent) {
     *random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
     let (user, x) = ((*random >> 33) % USERS, (tick & 0xffff) as f64);
@@ -198,7 +199,7 @@ fn appended<A: Aggregate>(engine: &Engine<A>) -> u64 {
     engine.shard_metrics().iter().map(|shard| shard.appended).sum()
 }
 
-/// Looks now and then; a waiter of its own would be work of the shard that no event has.
+/// Polls: waking a waiter would add instructions to the shard that belong to no event.
 fn await_appended<A: Aggregate>(engine: &Engine<A>, events: u64) -> Result<()> {
     while appended(engine) < events {
         ensure!(engine.failures().is_empty(), "the shard failed: {:?}", engine.failures());

@@ -1,13 +1,13 @@
-//! What states cost besides the hot path: replaying them, opening with a checkpoint, time travel, and asking a view.
+//! Measures states beyond the hot path: replay, opening from a checkpoint, time travel, and queries of a view.
 //!
 //! ```text
 //! cargo run --release -p perf --bin states -- replay 20000000 10000     events, users
 //! cargo run --release -p perf --bin states -- open 100000000 1000000    events, users
-//! cargo run --release -p perf --bin states -- travel 1000000            events of the one key that is looked back on
+//! cargo run --release -p perf --bin states -- travel 1000000            events of the key whose past is queried
 //! cargo run --release -p perf --bin states -- area 100000               players
 //! ```
 //!
-//! 48-byte events, a 32-byte state, one shard, `OsCache` (files in the system's cache) unless said otherwise.
+//! 48-byte events, a 32-byte state, one shard, `OsCache` (files in the system's cache) unless stated otherwise.
 #![expect(clippy::print_stdout, reason = "a tool's results belong on standard output")]
 
 #[path = "../../../examples/shared/event.rs"]
@@ -35,7 +35,7 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 const WORLD: f64 = 1000.0;
 const BATCH: usize = 256;
 
-/// A linear congruential generator's high bits.
+/// Returns the high bits of a linear congruential generator.
 fn draw(random: &mut u64) -> u64 {
     *random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
     *random >> 33
@@ -54,7 +54,8 @@ fn main() -> Result<()> {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let number =
         |at: usize, default: u64| args.get(at).map_or(Ok(default), |text| text.parse()).context("not a number");
-    let dir = tempfile::tempdir_in("target").context("a folder for the store in ./target")?;
+    let dir = tempfile::tempdir_in("target")
+        .context("creating a folder for the store in ./target (run from the repository's root)")?;
     match args.first().map(String::as_str) {
         Some("replay") => replay(dir.path(), number(1, 20_000_000)?, number(2, 10_000)?),
         Some("open") => open(dir.path(), number(1, 100_000_000)?, number(2, 1_000_000)?),
@@ -68,7 +69,7 @@ fn config(dir: &Path, users: u64) -> Config {
     Config::new(dir).durability(Durability::OsCache).keys_expected(users as usize)
 }
 
-/// Publishes `events` of `users` drawn at random.
+/// Publishes `events` events of random users.
 fn fill(engine: &Engine<Player>, events: u64, users: u64) -> Result<()> {
     let (mut producer, mut random, mut batch) = (engine.producer(), 7, Vec::with_capacity(BATCH));
     for tick in 0..events {
@@ -83,7 +84,8 @@ fn fill(engine: &Engine<Player>, events: u64, users: u64) -> Result<()> {
     Ok(())
 }
 
-/// Folds the whole log when it is opened: every CRC checked, every archive validated, one core.
+/// Opens a store without a checkpoint, which folds the whole log: every CRC checked, every archive validated, on one
+/// core.
 fn replay(dir: &Path, events: u64, users: u64) -> Result<()> {
     let engine = Engine::<Player>::open(config(dir, users).checkpoint_bytes(0))?;
     fill(&engine, events, users)?;
@@ -92,7 +94,7 @@ fn replay(dir: &Path, events: u64, users: u64) -> Result<()> {
     let mut rates = Vec::new();
     for _ in 0..5 {
         let engine = Engine::<Player>::open(config(dir, users).checkpoint_bytes(0))?;
-        ensure!(engine.recovery().events() == events, "not every event was found");
+        ensure!(engine.recovery().events() == events, "recovery did not find every event");
         rates.push(events as f64 / (engine.recovery().duration_ns as f64 / 1e9) / 1e6);
         engine.shutdown(Deadline::NEVER)?;
     }
@@ -115,13 +117,13 @@ fn open(dir: &Path, events: u64, users: u64) -> Result<()> {
     let began = Instant::now();
     let engine = Engine::<Player>::open(config(dir, users))?;
     let seconds = began.elapsed().as_secs_f64();
-    ensure!(engine.recovery().events() == events, "not every event was found");
-    println!("open  {seconds:.2} s: {events} events, {users} users, the newest 1 % behind the checkpoint");
+    ensure!(engine.recovery().events() == events, "recovery did not find every event");
+    println!("open  {seconds:.2} s: {events} events, {users} users, the newest 1 % appended after the checkpoint");
     engine.shutdown(Deadline::NEVER)?;
     Ok(())
 }
 
-/// Looks back at random on a key with many events, other keys' events between them.
+/// Queries random past states of a key with many events, with other keys' events between them.
 fn travel(dir: &Path, events: u64) -> Result<()> {
     let engine = Engine::<Player>::open(config(dir, 1000))?;
     let (mut producer, mut random, mut batch) = (engine.producer(), 7, Vec::with_capacity(BATCH));
@@ -137,23 +139,23 @@ fn travel(dir: &Path, events: u64) -> Result<()> {
     }
     producer.publish_batch(&mut batch)?;
     producer.receipts().iter().try_for_each(|receipt| receipt.appended().wait())?;
-    look_back(&engine, events, "as written")?;
+    query_past(&engine, events, "as written")?;
     engine.shutdown(Deadline::NEVER)?;
     drop(engine);
     let engine = Engine::<Player>::open(config(dir, 1000))?;
-    look_back(&engine, events, "reopened")?;
+    query_past(&engine, events, "reopened")?;
     engine.shutdown(Deadline::NEVER)?;
     Ok(())
 }
 
-fn look_back(engine: &Engine<Player>, events: u64, name: &str) -> Result<()> {
+fn query_past(engine: &Engine<Player>, events: u64, name: &str) -> Result<()> {
     let (mut latency, mut applied, mut random) = (Histogram::<u64>::new(3)?, 0, 11);
     for _ in 0..20_000 {
         let version = 1 + draw(&mut random) % events;
         let began = Instant::now();
         let past = engine.state_at(Key::new(1), Version(version))?;
         latency.record(u64::try_from(began.elapsed().as_nanos())?)?;
-        ensure!(past.state.tick == version - 1, "version {version} has the state of another");
+        ensure!(past.state.tick == version - 1, "the state of version {version} is that of another version");
         applied = applied.max(past.applied);
     }
     let at = |quantile| latency.value_at_quantile(quantile) as f64 / 1e3;
@@ -166,7 +168,7 @@ fn look_back(engine: &Engine<Player>, events: u64, name: &str) -> Result<()> {
     Ok(())
 }
 
-/// Asks for the players near a place, and sees what that does to the shard.
+/// Queries the players in an area, alone and while the shard publishes, and measures the shard's rate meanwhile.
 fn area(dir: &Path, players: u64) -> Result<()> {
     let nearby = Area::<Player>::new((0.0, 0.0, WORLD, WORLD), 20.0, |player| Some((player.x, player.y)));
     let retention = Retention::bytes(512 << 20);
@@ -177,7 +179,7 @@ fn area(dir: &Path, players: u64) -> Result<()> {
         producer.publish(Key::new(player), draw_event(&mut random, player))?;
     }
     producer.receipts().iter().try_for_each(|receipt| receipt.appended().wait())?;
-    // A circle of this radius is a hundredth of the world.
+    // The area of a circle of this radius is a hundredth of the world.
     let radius = (WORLD * WORLD / 100.0 / std::f64::consts::PI).sqrt();
     let mut latency = Histogram::<u64>::new(3)?;
     let (mut found, mut total) = (Vec::new(), 0);
@@ -191,21 +193,22 @@ fn area(dir: &Path, players: u64) -> Result<()> {
     }
     let at = |quantile| latency.value_at_quantile(quantile) as f64 / 1e3;
     println!(
-        "area, nobody moves  p50 {:.1} µs, p99 {:.1} µs; {players} players, {:.0} found on average",
+        "area, no movement  p50 {:.1} µs, p99 {:.1} µs; {players} players, {:.0} found on average",
         at(0.5),
         at(0.99),
         total as f64 / 20_000.0
     );
-    // Readers that ask as a server's would, a thousand times a second each; and in turn none.
+    // With and without readers in turn; each reader queries a thousand times a second, as a server would.
     for readers in [0, 2, 0, 2, 0, 2] {
-        let (rate, asked, slowest) = load(&engine, &nearby, players, readers, radius)?;
-        println!("shard with {readers} readers  {rate:.2} M events/s; {asked} queries, p50 {slowest:.1} µs");
+        let (rate, queries, median_us) = load(&engine, &nearby, players, readers, radius)?;
+        println!("shard with {readers} readers  {rate:.2} M events/s; {queries} queries, p50 {median_us:.1} µs");
     }
     engine.shutdown(Deadline::NEVER)?;
     Ok(())
 }
 
-/// Publishes for two seconds while `readers` ask. Events per second in millions, queries, and their median in µs.
+/// Publishes for two seconds while `readers` query the view. Returns the events per second in millions, the number of
+/// queries, and their median in µs.
 fn load(
     engine: &Engine<Player>,
     nearby: &Area<Player>,

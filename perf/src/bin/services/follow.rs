@@ -1,5 +1,6 @@
-//! What consumers that follow live cost the way of an event into the log: phases with and without them alternate, the same offered
-//! rate in both. The way in has its cost in processor time of its two threads (who publishes, and the shard), and in the rate it keeps.
+//! Measures the cost that live consumers add to ingest. Phases with and without them alternate at the same offered
+//! rate. The cost of ingest is the processor time of its two threads, the publisher's and the shard's; its success is
+//! the share of the rate it keeps.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -13,27 +14,27 @@ use corelane::{Config, Deadline, Durability, EventLog, Retention};
 use crate::event::GameEvent;
 use crate::tools::{median, publish_of, thread_times};
 
-/// Events published at once; the next are due when their time has come.
+/// Events per batch. Each batch has a due time.
 const BATCH: u64 = 1_000;
 
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Phase {
     /// Events per second.
     pub(crate) rate: f64,
-    /// Processor time per event of the thread that publishes and of the shard's, ns.
-    pub(crate) way_in_ns: f64,
-    /// Share of the consumers' threads of one core.
+    /// Processor time per event of the publishing thread and the shard's thread, in ns.
+    pub(crate) ingest_ns: f64,
+    /// Processor time of the consumers' threads, as a share of one core.
     consumers: f64,
 }
 
 pub(crate) fn run(rate: u64, consumers: usize, phase: Duration, repeats: usize) -> Result<()> {
     let dir = tempfile::tempdir()?;
-    // Few segments, which are written again and again.
+    // Retention recycles a few segments.
     let retention = Retention::bytes(2 << 30);
     let config = Config::new(dir.path()).durability(Durability::OsCache).retention(retention);
     let engine = EventLog::<GameEvent>::open(config)?;
     let mut tick = 0;
-    // The segments' blocks and pages come into being here.
+    // Allocates the segments' blocks and pages.
     measure(&engine, &mut tick, 0..10_000, rate, 2 * phase)?;
     let (mut without, mut with) = (Vec::new(), Vec::new());
     for round in 0..repeats {
@@ -57,9 +58,9 @@ pub(crate) fn run(rate: u64, consumers: usize, phase: Duration, repeats: usize) 
     }
     let of = |phases: &[Phase], figure: fn(&Phase) -> f64| median(phases.iter().map(figure).collect());
     let show = |name: &str, phases: &[Phase]| {
-        let (rate, way_in) = (of(phases, |phase| phase.rate) / 1e6, of(phases, |phase| phase.way_in_ns));
+        let (rate, ingest) = (of(phases, |phase| phase.rate) / 1e6, of(phases, |phase| phase.ingest_ns));
         println!(
-            "{name}   {rate:5.2} M events/s   way in {way_in:5.1} ns of processor time per event   consumers {:3.0} % of a core",
+            "{name}   {rate:5.2} M events/s   ingest {ingest:5.1} ns of processor time per event   consumers {:3.0} % of a core",
             100.0 * of(phases, |phase| phase.consumers)
         );
     };
@@ -71,12 +72,12 @@ pub(crate) fn run(rate: u64, consumers: usize, phase: Duration, repeats: usize) 
     show("following ", &with);
     let pairs = || without.iter().zip(&with);
     let kept = median(pairs().map(|(without, with)| with.rate / without.rate).collect());
-    let cost = median(pairs().map(|(without, with)| with.way_in_ns / without.way_in_ns - 1.0).collect());
-    println!("rate kept {:.1} %, cost of the way in {:+.1} %", 100.0 * kept, 100.0 * cost);
+    let cost = median(pairs().map(|(without, with)| with.ingest_ns / without.ingest_ns - 1.0).collect());
+    println!("rate kept {:.1} %, cost of ingest {:+.1} %", 100.0 * kept, 100.0 * cost);
     Ok(())
 }
 
-/// One phase: events as they are due, and what it took.
+/// Runs one phase: publishes each batch when it is due, and measures.
 pub(crate) fn measure(
     engine: &EventLog<GameEvent>,
     tick: &mut u64,
@@ -99,10 +100,10 @@ pub(crate) fn measure(
     let events = (*tick - first) as f64;
     let spent = spent(&before, &after);
     let of = |is: fn(&str) -> bool| spent.iter().filter(|(name, _)| is(name)).map(|(_, time)| time.as_secs_f64()).sum();
-    let way_in: f64 = of(|name| name == "services" || name.starts_with("corelane-shard"));
+    let ingest: f64 = of(|name| name == "services" || name.starts_with("corelane-shard"));
     Ok(Phase {
         rate: events / seconds,
-        way_in_ns: way_in * 1e9 / events,
+        ingest_ns: ingest * 1e9 / events,
         consumers: of(|name| name.starts_with("corelane-follow")) / seconds,
     })
 }

@@ -1,4 +1,4 @@
-//! What consumers cost and reach: the figures of the README's table of services, each measured against something in the same run.
+//! Measures consumers: the figures of the README's table of services, each compared with a baseline in the same run.
 //!
 //! ```text
 //! cargo run --release -p perf --bin services -- read       # a consumer doing nothing, against a bare reader
@@ -8,10 +8,10 @@
 //! cargo run --release -p perf --bin services -- soak       # a slow and failing consumer, for ten minutes
 //! ```
 //!
-//! Durability mode `OsCache` where nothing else is printed. Every measure checks what it measured: an event that is missing, or out of
-//! its key's order, ends it with an error.
+//! The durability mode is `OsCache` unless printed otherwise. Every measurement fails if an event is missing or out of
+//! its key's order.
 
-#![expect(clippy::print_stdout, reason = "the figures are its output")]
+#![expect(clippy::print_stdout, reason = "a tool's results belong on standard output")]
 
 #[path = "../../../../examples/shared/event.rs"]
 mod event;
@@ -39,27 +39,27 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Measure {
-    /// A consumer doing nothing, against a bare reader of the same log.
+    /// Compares a consumer that does nothing with a bare reader of the same log.
     Read {
         #[arg(long, default_value_t = 20_000_000)]
         events: u64,
         #[arg(long, default_value_t = 5)]
         repeats: usize,
     },
-    /// What consumers that follow live cost the way of an event into the log.
+    /// Measures the cost that live consumers add to ingest.
     Follow {
         /// Events per second.
         #[arg(long, default_value_t = 5_000_000)]
         rate: u64,
         #[arg(long, default_value_t = 4)]
         consumers: usize,
-        /// Seconds of each of the phases, which alternate.
+        /// Seconds of each phase; phases with and without consumers alternate.
         #[arg(long, default_value_t = 3)]
         seconds: u64,
         #[arg(long, default_value_t = 5)]
         repeats: usize,
     },
-    /// Many keys at once over a handler that sleeps.
+    /// Runs a sleeping handler for many keys concurrently.
     Parallel {
         #[arg(long, default_value_t = 10_000)]
         events: u64,
@@ -72,14 +72,14 @@ enum Measure {
         #[arg(long, default_value_t = 5)]
         repeats: usize,
     },
-    /// So many keys whose event fails: retrying all at once, or parked.
+    /// Lets the event of every key fail: all keys retry at once, or all are parked.
     Million {
         #[arg(long, default_value_t = 1_000_000)]
         keys: u64,
-        #[arg(value_enum, default_value_t = million::What::Retrying)]
-        what: million::What,
+        #[arg(value_enum, default_value_t = million::KeyState::Retrying)]
+        state: million::KeyState,
     },
-    /// A consumer that is slow, fails, hangs and is restarted, while the log goes round in few segments.
+    /// Runs a consumer that is slow, fails, hangs and is restarted, while retention recycles a few segments.
     Soak {
         #[arg(long, default_value_t = 600)]
         seconds: u64,
@@ -95,7 +95,7 @@ fn main() -> Result<()> {
         Measure::Parallel { events, keys, concurrency, micros, repeats } => {
             parallel::run(events, keys, concurrency, Duration::from_micros(micros), repeats)
         }
-        Measure::Million { keys, what } => million::run(keys, what),
+        Measure::Million { keys, state } => million::run(keys, state),
         Measure::Soak { seconds } => soak::run(Duration::from_secs(seconds)),
     }
 }

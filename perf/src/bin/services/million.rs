@@ -1,4 +1,5 @@
-//! So many keys whose one event fails: all of them retrying at once, or all of them parked. What it takes in memory, and what the way of an event into the log notices of it.
+//! Lets the event of a million keys fail, so that all keys retry at once or all are parked. Measures memory per key and
+//! the effect on ingest.
 
 use corelane::Deadline;
 use std::sync::Arc;
@@ -11,14 +12,14 @@ use corelane::consumer::{ConsumerReport, DeadLetterPolicy, HealthPolicy, LetterS
 use crate::follow::measure;
 use crate::tools::{engine, memory_bytes, publish};
 
-/// What the keys do.
+/// The state that all keys enter.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-pub(crate) enum What {
+pub(crate) enum KeyState {
     Retrying,
     Parked,
 }
 
-pub(crate) fn run(keys: u64, what: What) -> Result<()> {
+pub(crate) fn run(keys: u64, state: KeyState) -> Result<()> {
     let dir = tempfile::tempdir()?;
     let engine = engine(&dir)?;
     publish(&mut engine.producer(), 0, keys, keys)?;
@@ -26,7 +27,7 @@ pub(crate) fn run(keys: u64, what: What) -> Result<()> {
     let is_well = Arc::new(AtomicBool::new(true));
     let room = usize::try_from(keys)? + 1024;
     let well = Arc::clone(&is_well);
-    let attempts = if what == What::Parked { 1 } else { 5 };
+    let attempts = if state == KeyState::Parked { 1 } else { 5 };
     let builder = engine
         .consumer("million")
         .queues(QueuePolicy::default().unfinished_max(room).keys_max(room))
@@ -37,7 +38,7 @@ pub(crate) fn run(keys: u64, what: What) -> Result<()> {
         if meta.key.get() < FREE_KEY && !well.load(Ordering::Relaxed) { Err("down".into()) } else { Ok(()) }
     })?;
     consumer.drain(Deadline::NEVER)?;
-    // The same consumer, following, with no key that fails.
+    // First a baseline: the same consumer follows, and no key fails.
     let (mut tick, phase) = (0, Duration::from_secs(5));
     let mut ingest = || measure(&engine, &mut tick, FREE_KEY..FREE_KEY + 10_000, RATE, phase);
     ingest()?;
@@ -46,26 +47,26 @@ pub(crate) fn run(keys: u64, what: What) -> Result<()> {
     is_well.store(false, Ordering::Relaxed);
     let (before, began) = (memory_bytes()?, Instant::now());
     consumer.seek(Start::Beginning)?;
-    let is_so = |report: &ConsumerReport| match what {
-        What::Parked => report.letters.letters as u64 == keys,
-        What::Retrying => report.retrying as u64 == keys,
+    let has_entered = |report: &ConsumerReport| match state {
+        KeyState::Parked => report.letters.letters as u64 == keys,
+        KeyState::Retrying => report.retrying as u64 == keys,
     };
-    while !is_so(&consumer.report()) {
+    while !has_entered(&consumer.report()) {
         ensure!(consumer.report().is_running, "{:?}", consumer.report());
         std::thread::sleep(Duration::from_millis(20));
     }
     let (took, grown) = (began.elapsed().as_secs_f64(), memory_bytes()?.saturating_sub(before));
     let busy = ingest()?;
     println!(
-        "{keys} keys {what:?}: after {took:.1} s, {} bytes a key; way in {:.1} ns of processor time per event, {:.1} without them, at {:.2} and {:.2} M events/s",
+        "{keys} keys {state:?}: after {took:.1} s, {} bytes a key; ingest {:.1} ns of processor time per event, {:.1} without them, at {:.2} and {:.2} M events/s",
         grown / keys,
-        busy.way_in_ns,
-        quiet.way_in_ns,
+        busy.ingest_ns,
+        quiet.ingest_ns,
         busy.rate / 1e6,
         quiet.rate / 1e6,
     );
     is_well.store(true, Ordering::Relaxed);
-    if what == What::Parked {
+    if state == KeyState::Parked {
         let began = Instant::now();
         consumer.reprocess(LetterSelector::All)?;
         while consumer.report().letters.letters > 0 {
@@ -77,7 +78,7 @@ pub(crate) fn run(keys: u64, what: What) -> Result<()> {
     Ok(())
 }
 
-/// Keys from here on never fail.
+/// Keys from this one on never fail.
 const FREE_KEY: u64 = 1 << 40;
-/// Events per second that go into the log meanwhile.
+/// Events per second published meanwhile.
 const RATE: u64 = 2_000_000;

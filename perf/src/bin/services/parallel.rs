@@ -1,4 +1,4 @@
-//! Many keys at once over a handler that sleeps, each key in order.
+//! Runs a sleeping handler for many keys concurrently, each key in order.
 
 use corelane::Deadline;
 use std::collections::HashMap;
@@ -26,7 +26,7 @@ pub(crate) fn run(events: u64, keys: u64, concurrency: usize, sleep: Duration, r
             let (ArchivedGameEvent::Moved { tick, .. } | ArchivedGameEvent::Attacked { tick, .. }) = event;
             let tick = tick.to_native();
             let before = seen.lock().map_err(|_| "poisoned")?.insert(meta.key.get(), tick);
-            // An error would be tried again; out of order is for ever.
+            // A retry of this event fails again, so `failed` below stays above 0.
             if before.is_some_and(|before| before >= tick) { Err("out of order".into()) } else { Ok(()) }
         })?;
         consumer.drain(Deadline::NEVER)?;

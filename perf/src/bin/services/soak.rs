@@ -1,5 +1,5 @@
-//! A consumer that is slow, fails, hangs and is restarted, while others keep up and the log goes round in few segments: nothing may be
-//! lost, no key's order broken, and memory and disk stay bounded.
+//! Runs a consumer that is slow, fails, hangs and is restarted, beside a quick one, while retention recycles a few
+//! segments. No event may be lost, every key must stay in order, and memory and disk use must stay bounded.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -15,15 +15,15 @@ use crate::event::{ArchivedGameEvent, GameEvent};
 use crate::tools::{memory_bytes, publish};
 
 const KEYS: u64 = 1_000;
-/// Events per second that are published: what the slow consumer can just do.
+/// Events published per second: the most that the slow consumer can handle.
 const RATE: u64 = 20_000;
 
-/// What a consumer has handled: of each key the newest tick.
+/// The newest tick of each key that a consumer has handled.
 #[derive(Clone, Default)]
 struct Seen(Arc<Mutex<HashMap<u64, u64>>>, Arc<AtomicU64>);
 
 impl Seen {
-    /// Whether the event comes in its key's order. One that was handled before a restart may come again.
+    /// Returns `true` if the event is in its key's order. An event handled before a restart may be delivered again.
     fn add(&self, key: u64, event: &ArchivedGameEvent) -> bool {
         let (ArchivedGameEvent::Moved { tick, .. } | ArchivedGameEvent::Attacked { tick, .. }) = event;
         let tick = tick.to_native();
@@ -68,7 +68,7 @@ pub(crate) fn run(time: Duration) -> Result<()> {
         tick += RATE / 100;
         thread::sleep(Duration::from_secs_f64(tick as f64 / RATE as f64).saturating_sub(began.elapsed()));
         if tick.is_multiple_of(RATE) {
-            // A key goes on until its first failure, so it is asked for again and again.
+            // Reprocessing a key stops at its first failure, so it is requested repeatedly.
             slow.reprocess(LetterSelector::All)?;
         }
         if began.elapsed() >= shown {
@@ -94,15 +94,15 @@ pub(crate) fn run(time: Duration) -> Result<()> {
             }
         }
     }
-    // The quick one counts no event twice; the slow one ends with all of them.
+    // The quick consumer counts no event twice; the slow one finally handles all of them.
     ensure!(
         quick.drain(Some(Instant::now() + Duration::from_secs(60))).is_ok(),
-        "the quick one lags: {:?}",
+        "the quick consumer lags: {:?}",
         quick.report()
     );
     let end = Instant::now() + Duration::from_secs(120);
     while slow_seen.handled() < tick {
-        ensure!(Instant::now() < end, "the slow one lags: {:?}", slow.report());
+        ensure!(Instant::now() < end, "the slow consumer lags: {:?}", slow.report());
         slow.reprocess(LetterSelector::All)?;
         thread::sleep(Duration::from_millis(100));
     }
@@ -115,7 +115,7 @@ pub(crate) fn run(time: Duration) -> Result<()> {
     Ok(())
 }
 
-/// Takes its time, fails one event in a hundred for some attempts, and hangs now and then.
+/// Starts a consumer that takes 1 ms per event, fails one call in a hundred, and sometimes hangs for half a second.
 fn slow(engine: &EventLog<GameEvent>, seen: &Seen, broken: &Arc<AtomicU64>) -> Result<Consumer<GameEvent>> {
     let (seen, broken, calls) = (seen.clone(), Arc::clone(broken), AtomicU64::new(0));
     let retry = Retry::exponential(2.0).base(Duration::from_millis(2)).attempts(3);

@@ -1,4 +1,4 @@
-//! What the measures share: events, medians, and what the system says of threads and memory.
+//! Shared by the measurements: events, medians, and the system's figures of threads and memory.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -9,7 +9,7 @@ use corelane::{Config, Durability, EventLog, Key, Producer};
 
 use crate::event::GameEvent;
 
-/// An engine without states in a folder of its own.
+/// Opens an engine without states in `dir`.
 pub(crate) fn engine(dir: &tempfile::TempDir) -> Result<EventLog<GameEvent>> {
     Ok(EventLog::open(Config::new(dir.path()).durability(Durability::OsCache))?)
 }
@@ -22,12 +22,12 @@ pub(crate) fn event(tick: u64) -> GameEvent {
     }
 }
 
-/// Publishes the events of ticks `from..to`, round robin over so many keys.
+/// Publishes the events of ticks `from..to` to the keys `0..keys` in turn.
 pub(crate) fn publish(producer: &mut Producer<GameEvent>, from: u64, to: u64, keys: u64) -> Result<()> {
     publish_of(producer, from, to, 0..keys)
 }
 
-/// The same over these keys.
+/// Publishes the events of ticks `from..to` to `keys` in turn.
 pub(crate) fn publish_of(producer: &mut Producer<GameEvent>, from: u64, to: u64, keys: Range<u64>) -> Result<()> {
     let mut batch = Vec::with_capacity(256);
     for tick in from..to {
@@ -44,7 +44,7 @@ pub(crate) fn median(mut figures: Vec<f64>) -> f64 {
     figures.get(figures.len() / 2).copied().unwrap_or(f64::NAN)
 }
 
-/// Bytes of this process in memory that are not those of mapped files.
+/// Returns the anonymous resident memory of this process in bytes (without mapped files).
 pub(crate) fn memory_bytes() -> Result<u64> {
     let status = std::fs::read_to_string("/proc/self/status")?;
     let line = status.lines().find(|line| line.starts_with("RssAnon:")).context("no RssAnon")?;
@@ -52,14 +52,14 @@ pub(crate) fn memory_bytes() -> Result<u64> {
     Ok(kib << 10)
 }
 
-/// Processor time of each thread of this process so far, by its number, with its name.
+/// Returns the name and the processor time of each thread of this process, by thread id.
 pub(crate) fn thread_times() -> Result<BTreeMap<u64, (String, Duration)>> {
     let mut times = BTreeMap::new();
     for entry in std::fs::read_dir("/proc/self/task")? {
         let path = entry?.path();
         let id = path.file_name().and_then(|name| name.to_str()).context("a thread's folder")?.parse()?;
         let read = |file: &str| std::fs::read_to_string(path.join(file));
-        // A thread may have ended meanwhile.
+        // The thread may have ended since the folder was listed.
         let (Ok(name), Ok(schedstat)) = (read("comm"), read("schedstat")) else { continue };
         let ns = schedstat.split_whitespace().next().context("no figure")?.parse()?;
         times.insert(id, (name.trim().to_owned(), Duration::from_nanos(ns)));

@@ -14,9 +14,9 @@ const CONCURRENCY: usize = 64;
 
 pub(crate) fn benches(c: &mut Criterion) {
     let keys: Vec<Key> = events(EVENTS).into_iter().map(|(key, _)| key).collect();
-    let mut group = c.benchmark_group("lanes");
+    let mut group = c.benchmark_group("key_queues");
     group.throughput(Throughput::Elements(EVENTS as u64));
-    for (name, retries_every) in [("all well", usize::MAX), ("1 in 20 again", 20)] {
+    for (name, retries_every) in [("all succeed", usize::MAX), ("1 in 20 retried", 20)] {
         group.bench_function(BenchmarkId::new("offer_run_end", name), |b| b.iter(|| run(&keys, retries_every)));
     }
     group.finish();
