@@ -94,7 +94,9 @@ fn a_consumer_whose_thread_cannot_be_started_is_shown_with_the_reason() {
     let refused = starts.map(|(name, start)| start(engine.consumer(name)).map(drop));
     drop(no_threads);
     for ((name, start), refused) in starts.iter().zip(refused) {
-        let error = refused.unwrap_err().to_string();
+        let refused = refused.unwrap_err();
+        let source = std::error::Error::source(&refused).unwrap();
+        let error = format!("{refused}: {source}");
         assert!(error.contains("starting a thread"), "{name}: {error}");
         let shown = || engine.consumers().into_iter().find(|report| report.name == *name).unwrap();
         let report = shown();
