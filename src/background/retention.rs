@@ -290,7 +290,7 @@ mod tests {
                     false,
                     Arc::new(CheckpointRequests::new(Offset(0))),
                     Arc::default(),
-                    { Arc::new(Signal::new()) },
+                    Arc::new(Signal::new()),
                 );
                 reclaimer.retiring = [retired(0), retired(1)].to_vec();
                 let span = Span { first: 2, last: 2 };
