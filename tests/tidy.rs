@@ -455,3 +455,26 @@ fn refused_wordings_are_found() {
         assert_eq!(refused_wording(text), None, "{text}");
     }
 }
+
+#[test]
+fn documents_name_only_tests_that_exist() {
+    let texts = texts();
+    let defined: BTreeSet<&str> = texts
+        .iter()
+        .filter(|(file, _)| file.ends_with(".rs"))
+        .flat_map(|(_, text)| text.split("fn ").skip(1))
+        .map(|rest| rest.split(|c: char| !c.is_alphanumeric() && c != '_').next().unwrap_or_default())
+        .collect();
+    let mut missing = Vec::new();
+    for (file, text) in texts.iter().filter(|(file, _)| file.ends_with(".md") && file != "CHANGELOG.md") {
+        // `file.rs: name`, or `…: name` for another test of the same file.
+        for named in text.split('`').skip(1).step_by(2).filter_map(|code| code.split_once(": ").map(|(_, name)| name)) {
+            let is_name =
+                named.len() > 12 && named.contains('_') && named.chars().all(|c| c.is_alphanumeric() || c == '_');
+            if is_name && !defined.contains(named) {
+                missing.push(format!("{file} names {named}"));
+            }
+        }
+    }
+    assert!(missing.is_empty(), "{}", missing.join("\n"));
+}
