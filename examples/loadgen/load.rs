@@ -19,7 +19,7 @@ use crate::events::{Carried, Feed};
 use crate::machine::resident;
 use crate::watch::{Interval, Watch, jitter};
 
-/// The shortest time to sleep: the system wakes a thread late.
+/// The shortest time worth sleeping, since the system wakes threads late.
 const SLEEP_MIN: Duration = Duration::from_micros(300);
 /// Events sent between two checks of the stop flag.
 const CHECK_STOP_EVERY: u64 = 64;

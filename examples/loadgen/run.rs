@@ -28,7 +28,7 @@ const PACED_DISK_TIME: Duration = Duration::from_secs(10);
 /// One engine from opening to replay, with the machine's limits at that time.
 #[derive(Debug, Clone)]
 pub(crate) struct Run {
-    /// Writes new blocks if the store was empty.
+    /// The warm-up. It writes new blocks if the store was empty.
     pub(crate) warmup: Option<Measured>,
     pub(crate) measured: Measured,
     /// Events already in the store, plus those of the warm-up.
