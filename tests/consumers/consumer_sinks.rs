@@ -488,8 +488,9 @@ fn a_sink_without_its_database_begins_again_only_on_request() {
         assert!(gone.committed().rows.is_empty(), "the sink got nothing");
 
         // The request to begin again stays valid if the sink takes no event the first time.
-        let over = engine.consumer("sink").start_sink_over(7, Moody::default()).unwrap();
-        over.pause();
+        let ill = Moody::default();
+        ill.set(true, false);
+        let over = engine.consumer("sink").start_sink_over(7, ill).unwrap();
         over.stop(soon()).unwrap();
         let sink = start(&engine, 7, gone.clone(), false).unwrap();
         assert!(sink.drain(soon()).is_ok(), "{:?}", sink.report());
