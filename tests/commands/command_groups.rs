@@ -76,7 +76,7 @@ fn seen(event: &Logged) -> (u64, u64, usize) {
 #[test]
 fn a_power_cut_keeps_all_of_a_command_or_nothing() {
     let mut kept = [0; 2];
-    for seed in 1..=env_number("CORELANE_POWER_CUTS", 30) {
+    for seed in 1..=env_number("CORELANE_POWER_CUTS", 60) {
         let durability = if seed % 2 == 0 { Durability::OsCache } else { Durability::GroupCommit };
         let mut random = rand::rngs::StdRng::seed_from_u64(seed);
         let storage = FaultyStorage::new();
@@ -110,7 +110,7 @@ fn a_power_cut_keeps_all_of_a_command_or_nothing() {
 
 #[test]
 fn a_remembered_rejection_is_lost_with_the_events_before_it() {
-    for seed in 1..=env_number("CORELANE_POWER_CUTS", 30) {
+    for seed in 1..=env_number("CORELANE_POWER_CUTS", 60) {
         let storage = FaultyStorage::new();
         let engine = open(&storage, Durability::OsCache);
         let mut client = engine.client();

@@ -115,7 +115,7 @@ fn logged(engine: &EventLog<Note>, shard: u16) -> Vec<u64> {
 #[test]
 fn a_sink_holds_every_event_once_despite_failures_restarts_and_power_cuts() {
     let (mut failures, mut cuts) = (0, 0);
-    for seed in 1..=env_number("CORELANE_POWER_CUTS", 24) {
+    for seed in 1..=env_number("CORELANE_POWER_CUTS", 40) {
         let database = Database::seeded(seed);
         let storage = FaultyStorage::new();
         let mut next = 0;
@@ -233,7 +233,7 @@ fn assert_shown_as_failed(engine: &EventLog<Note>, expected: PositionError) {
 fn a_store_opens_again_at_once_when_its_consumers_have_ended() {
     let (storage, database) = (FaultyStorage::new(), Database::default());
     database.committed().random = 1;
-    for round in 0..env_number("CORELANE_REOPENINGS", 100) {
+    for round in 0..env_number("CORELANE_REOPENINGS", 300) {
         let engine = open_on(&storage, small("/s")).unwrap_or_else(|error| panic!("round {round}: {error}"));
         let sink = start(&engine, 10, database.clone(), false).unwrap();
         let consumer = engine.consumer("many").concurrency(4).start(|_, _| Ok(())).unwrap();

@@ -169,7 +169,7 @@ fn invalid_archives_with_a_valid_checksum_are_typed_errors() {
     drop((producer, engine));
     let (mut refused, mut harmless) = (0, 0);
     let mut x = 1_u64;
-    for round in 0..env_number("CORELANE_INVALID_ARCHIVES", 150) {
+    for round in 0..env_number("CORELANE_INVALID_ARCHIVES", 400) {
         let disk = forge(&storage, |body| match round {
             0 => body.fill(0xff),
             1 => body.fill(0x80),

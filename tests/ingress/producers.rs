@@ -349,7 +349,7 @@ fn a_flush_covers_the_events_that_its_own_thread_published_through_a_shared_prod
             for thread in 0..4_u64 {
                 let (engine, producer) = (&engine, producer.clone());
                 scope.spawn(move || {
-                    for n in 0..env_number("CORELANE_FLUSHES", 150) {
+                    for n in 0..env_number("CORELANE_FLUSHES", 300) {
                         let receipt = loop {
                             if n % 2 == 0 {
                                 break producer.publish_with_receipt(Key(thread), Note::new(n)).unwrap();

@@ -115,7 +115,7 @@ fn a_torn_tail_in_real_files_is_cut_at_the_last_valid_record() {
 #[test]
 fn a_power_cut_that_tears_several_segments_loses_no_durable_event() {
     // Headers of later segments may reach the disk before the earlier tail.
-    for seed in 1..=env_number("CORELANE_POWER_CUTS", 30) {
+    for seed in 1..=env_number("CORELANE_POWER_CUTS", 60) {
         let storage = FaultyStorage::new();
         let engine = open_on(&storage, os_cache("/s")).unwrap();
         let mut producer = engine.producer();

@@ -96,7 +96,7 @@ fn nothing_is_allocated_per_event() {
     if !is_own_process("allocation::nothing_is_allocated_per_event") {
         return;
     }
-    let events = env_number("CORELANE_ALLOCATION_EVENTS", 300_000);
+    let events = env_number("CORELANE_ALLOCATION_EVENTS", 600_000);
     // The remaining allocations belong to segments (about 60,000 events each) and to syncs, not to events.
     for (durability, bound) in [(Durability::OsCache, events / 1_000), (Durability::GroupCommit, events / 200)] {
         let plain = allocations::<Stateless<Step>>(durability, events, |builder| builder, |_| ());

@@ -9,9 +9,9 @@ use corelane::consumer::QueuePolicy;
 use corelane::ingress::{GatePolicy, Offered, SequenceGate};
 use corelane::{Key, Offset};
 
-/// `CORELANE_MEMORY_KEYS` sets the number of keys and partitions. A million fills the tables to the same degree.
+/// `CORELANE_MEMORY_KEYS` sets the number of keys and partitions.
 fn keys() -> u64 {
-    env_number("CORELANE_MEMORY_KEYS", 250_000)
+    env_number("CORELANE_MEMORY_KEYS", 1_000_000)
 }
 
 const SECOND: Duration = Duration::from_secs(1);

@@ -347,7 +347,7 @@ fn states_are_compared_while_checkpoints_are_replaced() {
                 }
             }
         });
-        let results: Vec<_> = (0..500).map(|_| engine.compare().map(|compared| compared.differing.len())).collect();
+        let results: Vec<_> = (0..1_500).map(|_| engine.compare().map(|compared| compared.differing.len())).collect();
         stop.store(true, Ordering::SeqCst);
         let is_right =
             |result: &_| matches!(result, Ok(0) | Err(corelane::error::HistoryError::BeyondRetention { .. }));

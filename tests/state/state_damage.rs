@@ -87,7 +87,7 @@ fn states_of_a_round(keeps: Option<u64>) -> u64 {
     if keeps.is_some() { 60 } else { 15 }
 }
 
-/// Damages every file of saved states at `CORELANE_DAMAGE_PLACES` places (18): all 14 at its ends and some between.
+/// Damages every file of saved states at `CORELANE_DAMAGE_PLACES` places: its ends and some between.
 fn damage(keeps: Option<u64>, spares_one: bool) -> (u64, u64, u64) {
     let (mut files, states) = store(keeps);
     if spares_one {
@@ -96,7 +96,7 @@ fn damage(keeps: Option<u64>, spares_one: bool) -> (u64, u64, u64) {
         files.retain(|path, _| !is_checkpoint(&path) || Some(path) == newest.as_ref());
     }
     assert_eq!(check_versions(files.clone(), keeps, &states, "undamaged"), Some(0));
-    let places = env_number("CORELANE_DAMAGE_PLACES", 18);
+    let places = env_number("CORELANE_DAMAGE_PLACES", 24);
     let (mut noticed, mut refused, mut tried) = (0, 0, 0);
     for path in saved_files(&files) {
         let bytes = files[&path].len() as u64;
