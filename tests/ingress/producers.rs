@@ -331,7 +331,7 @@ fn every_event_waited_for_alone_becomes_durable() {
     let storage = FaultyStorage::new();
     let engine = open_on(&storage, small("/s").segment_bytes(4 << 20)).unwrap();
     let mut producer = engine.producer();
-    for n in 0..env_number("CORELANE_ALONE", 2_000) {
+    for n in 0..env_number("CORELANE_ALONE", 20_000) {
         let receipt = producer.publish(Key(n % 3), Note::new(n)).unwrap();
         receipt.durable().wait_until(soon().unwrap()).unwrap_or_else(|error| panic!("event {n}: {error}"));
     }

@@ -45,7 +45,7 @@ fn memory_does_not_grow_over_time_with_retention() {
     if !is_own_process("memory::memory_does_not_grow_over_time_with_retention") {
         return;
     }
-    let segments = env_number("CORELANE_MEMORY_SEGMENTS", 24);
+    let segments = env_number("CORELANE_MEMORY_SEGMENTS", 40);
     for durability in [Durability::OsCache, Durability::GroupCommit] {
         let dir = tempfile::tempdir().unwrap();
         let retention = Retention::bytes(4 << 20);
