@@ -182,7 +182,7 @@ const FIGURES: [Figure; 16] = [
 const KNOWN_AT_REST: [&str; 4] = ["lag_bytes", "is_running", "is_failed", DEAD_LETTERS];
 const DEAD_LETTERS: &str = "dead_letters";
 
-/// Returns the reports as Prometheus text, to append to [`crate::Metrics::prometheus`]. Counts are of the consumer's
+/// Returns the reports as Prometheus text, to append to [`crate::metrics::Metrics::prometheus`]. Counts are of the consumer's
 /// present run. For a consumer that does not run, only lag, dead letters and failure are included: a 0 would be
 /// mistaken for a count. The label `reason` of `corelane_consumer_failure` holds the failure.
 #[must_use]
