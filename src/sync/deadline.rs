@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-/// The limit of a wait: a moment, or none.
+/// The time limit of a wait: a moment, or no limit.
 ///
 /// Every waiting call takes `impl Into<Deadline>`: a [`Duration`] from now, an [`Instant`], or [`Deadline::NEVER`].
 ///
