@@ -16,7 +16,7 @@ use crate::storage::{Storage, replace};
 pub(crate) const MANIFEST: &str = "manifest";
 /// The span's file name.
 pub(crate) const SPAN: &str = "span";
-/// A manifest without event types.
+/// The frame of the manifest. The shortest one has no event types.
 const MANIFEST_FRAME: Frame = Frame { magic: *b"corelman", bytes_min: 52 };
 const SPAN_FRAME: Frame = Frame { magic: *b"corelspn", bytes_min: 32 };
 /// A name's length is stored in two bytes.
