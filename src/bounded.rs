@@ -53,8 +53,8 @@ pub const DEPTH_MAX: u32 = 64;
     note = "if `{Self}` comes from another crate, give its depth at the field: `#[bounded(depth = 1)]`"
 )]
 pub trait Bounded {
-    /// The largest number of levels of a value: 0 for a number, 1 for a string, one more for each list, box or struct around
-    /// it.
+    /// The largest number of levels of a value: 0 for a number, 1 for a string, one more for each list, box or struct
+    /// around it.
     const DEPTH: u32;
 }
 
@@ -100,7 +100,8 @@ behind_a_pointer!(
     [T: Bounded] BTreeSet<T> => NODES_MAX + T::DEPTH,
 );
 
-/// The largest number of node levels of an archived B-tree. Nodes have at least six children, so no archive can hold more.
+/// The largest number of node levels of an archived B-tree. Nodes have at least six children, so no archive can hold
+/// more.
 const NODES_MAX: u32 = 12;
 
 /// Types whose archive holds its content in place: no additional level.

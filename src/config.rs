@@ -193,8 +193,8 @@ impl Config {
     }
 
     checked_setters! {
-        /// The number of shards, 1..=1024. Fixed when the store is created. Several shards may share a core. Default:
-        /// 1.
+        /// The number of shards, 1..=1024. Default: 1. Fixed when the store is created. Several shards may share a
+        /// core.
         shards: u16,
         /// The durability mode. Default: [`Durability::GroupCommit`].
         durability: Durability,
@@ -214,13 +214,13 @@ impl Config {
         /// The number of keys that each shard allocates space for at the start, 0..=2³⁰. The table grows when needed.
         /// Default: 10,000.
         keys_expected: usize,
-        /// The number of events of one key between two snapshots of its state, 1..=2⁴⁰, or 0 for no snapshots. Default:
-        /// 100. Time travel applies at most this many events, unless snapshots were skipped
-        /// ([`crate::state::SnapshotStats::skipped`]).
+        /// The number of events of one key between two snapshots of its state, 1..=2⁴⁰, or 0 for no snapshots. Time
+        /// travel applies at most this many events, unless snapshots were skipped
+        /// ([`crate::state::SnapshotStats::skipped`]). Default: 100.
         snapshot_every: u64,
-        /// The number of log bytes between two checkpoints of all states of a shard, at least 1 MiB. 0 means that a
-        /// checkpoint is written only when retention needs one or [`crate::Engine::checkpoint`] is called. Default: 1
-        /// GiB. Opening a store replays about this many bytes of each shard's log.
+        /// The number of log bytes between two checkpoints of all states of a shard, at least 1 MiB. Default: 1 GiB. 0
+        /// means that a checkpoint is written only when retention needs one or [`crate::Engine::checkpoint`] is called.
+        /// Opening a store replays about this many bytes of each shard's log.
         checkpoint_bytes: u64,
         /// The number of commands with idempotency keys remembered per key, 0..=1024. A repeat of one of these commands
         /// returns the outcome of the first. Default: 16.

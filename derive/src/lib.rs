@@ -24,7 +24,8 @@ pub fn derive_bounded(input: TokenStream) -> TokenStream {
 /// An older schema version of a variant is read in one of two ways:
 ///
 /// - `same(1 = GameEventV1)`: version 1 is stored as the variant of this name in `GameEventV1`, with the same fields;
-/// - `upcast(1 = GameEvent::moved_from_v1)`: this function reads version 1. It has the type `fn(&[u8]) -> Result<Self, rkyv::rancor::Error>`.
+/// - `upcast(1 = GameEvent::moved_from_v1)`: this function reads version 1. It has the type
+///   `fn(&[u8]) -> Result<Self, rkyv::rancor::Error>`.
 ///
 /// On the enum or struct itself, `#[event(time = path)]` and `#[event(correlation = path)]` name functions that take
 /// `&Self` and implement the trait's methods `time` and `correlation`.

@@ -1,4 +1,4 @@
-//! The generic JSON event, and reading and writing events as JSON lines.
+//! The generic JSON event, and functions that read and write events as JSON lines.
 //!
 //! Every line has one outer shape: `event_type`, `timestamp` (ms since 1970), `user_id` (a number or a text),
 //! `correlation_id`, `payload`. A written line adds the position of the event: `event_id`, `shard`, `offset`,

@@ -1,4 +1,4 @@
-//! How an event is archived into bytes and read in place.
+//! Archives events into bytes and reads them in place.
 
 use std::fmt;
 use std::num::NonZeroUsize;

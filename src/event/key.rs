@@ -51,8 +51,7 @@ impl fmt::Display for Key {
     }
 }
 
-/// The hash of a key in a shard's key table. The hash of a key differs between processes. The publisher computes it
-/// once.
+/// The hash of a key in a shard's key table, different in each process. The publisher computes it once.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct KeyHash(pub(crate) u32);
 

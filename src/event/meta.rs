@@ -30,8 +30,8 @@ pub struct Meta {
 }
 
 impl Meta {
-    /// The metadata of a key's first event, at offset 0 of shard 0 and at time 0. For tests of code that takes a
-    /// `Meta`; set the other fields as needed.
+    /// Returns the metadata of a key's first event, at offset 0 of shard 0 and at time 0. This is for tests of code
+    /// that takes a `Meta`; set the other fields as needed.
     ///
     /// ```
     /// # use corelane::{EventTypeId, Key, Meta, Version};

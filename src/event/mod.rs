@@ -40,8 +40,8 @@ pub use corelane_derive::Event;
 /// assert_eq!(GameEvent::LevelledUp { level: 7 }.event_type(), EventTypeId(2));
 /// ```
 ///
-/// The derive macro declares every variant, so no event has an undeclared type. An id of 0, an id or a name used twice, and a
-/// variant without an id do not compile:
+/// The derive macro declares every variant, so no event has an undeclared type. An id of 0, an id or a name used twice,
+/// and a variant without an id do not compile:
 ///
 /// ```compile_fail
 /// # use corelane::{Bounded, Event};

@@ -1,4 +1,4 @@
-//! Receipts: proof that an event was accepted, and waiting until it is appended or durable.
+//! Receipts: proof that an event was accepted, and waits until it is appended or durable.
 //!
 //! Writers: the shard and the syncer write the lane's two counts. A receipt only reads them.
 
@@ -123,7 +123,8 @@ impl Pending {
     /// Blocks the thread until the event is appended or durable.
     ///
     /// # Errors
-    /// Returns `ShardFailed` as soon as the shard fails, and `NeverDurable` in `OsCache` mode.
+    /// Returns `ShardFailed` as soon as the shard fails, `NeverDurable` in `OsCache` mode if no flush has covered the
+    /// event, and `OnEngineThread` on a thread that an engine waits for.
     pub fn wait(&self) -> Result<(), WaitError> {
         self.block(None)
     }

@@ -54,8 +54,8 @@ pub(crate) fn is_record_offset(offset: Offset) -> bool {
     is_offset(offset) && offset.0 >= HEADER_BYTES as u64
 }
 
-/// The fingerprint of the properties that make archives of two builds compatible: rkyv's pointer width, byte order and
-/// alignment.
+/// Returns the fingerprint of the properties that make archives of two builds compatible: rkyv's pointer width, byte
+/// order and alignment.
 pub(crate) fn archive_fingerprint() -> u32 {
     let pointer_bytes = size_of::<rkyv::primitive::ArchivedUsize>() as u8;
     let aligned = align_of::<rkyv::primitive::ArchivedU64>() as u8;
@@ -78,7 +78,7 @@ fn fingerprint(pointer_bytes: u8, one: [u8; 4], aligned: u8) -> u32 {
     crc32c::crc32c(&[b'r', b'k', 8, pointer_bytes, u8::from(one == 1_u32.to_le_bytes()), aligned])
 }
 
-/// The fingerprint of a program's event types: ids, names and schema versions.
+/// Returns the fingerprint of a program's event types: ids, names and schema versions.
 pub(crate) fn schema_fingerprint<E: Event>() -> u32 {
     E::TYPES.iter().fold(0, |crc, t| {
         let crc = crc32c::crc32c_append(crc, &t.id.0.to_le_bytes());
@@ -122,7 +122,7 @@ impl Seam {
             return Some("the next segment does not follow this one: one of them is of another log");
         }
         if self.end != here.end {
-            return Some("the next segment states another end for this one than the end of its records");
+            return Some("the end that the next segment states for this one differs from the end of its records");
         }
         (self.sequence != here.sequence).then_some("the next segment's first sequence does not follow")
     }
@@ -503,7 +503,8 @@ pub(crate) mod tests {
         }
     }
 
-    /// Compares `bytes` with a golden file. `CORELANE_GOLDEN=write` renews the file; only a change of the format needs that.
+    /// Compares `bytes` with a golden file. `CORELANE_GOLDEN=write` renews the file; only a change of the format needs
+    /// that.
     pub(crate) fn assert_golden(name: &str, bytes: &[u8]) {
         let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name);
         if std::env::var("CORELANE_GOLDEN").is_ok_and(|value| value == "write") {

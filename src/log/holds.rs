@@ -17,7 +17,7 @@ pub(crate) struct Hold {
 }
 
 impl Hold {
-    /// Releases everything below `from`, and wakes the thread that frees segments.
+    /// Moves the hold to `from`, which releases everything below, and wakes the thread that frees segments.
     pub(crate) fn set(&self, from: Offset) {
         self.from.publish(from.0);
         self.freer.notify();

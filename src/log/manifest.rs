@@ -1,5 +1,5 @@
-//! The manifest of a store (the properties that are fixed when it is created, and its event types) and the span of a shard (the
-//! segments that must exist): `FORMAT.md` §3 and §4. Also the names of a store's files and folders.
+//! The manifest of a store (the properties that are fixed when it is created, and its event types) and the span of a
+//! shard (the segments that must exist): `FORMAT.md` §3 and §4. Also the names of a store's files and folders.
 
 use std::hash::{BuildHasher as _, Hasher as _, RandomState};
 use std::path::{Path, PathBuf};
@@ -257,12 +257,12 @@ impl Span {
     }
 }
 
-/// The folder of one shard.
+/// Returns the folder of one shard.
 pub(crate) fn shard_dir(dir: &Path, shard: ShardId) -> PathBuf {
     dir.join(format!("shard-{:04}", shard.0))
 }
 
-/// The name of segment `index`.
+/// Returns the file name of segment `index`.
 pub(crate) fn segment_name(index: u64) -> String {
     format!("{index:012}.seg")
 }

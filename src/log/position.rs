@@ -165,7 +165,7 @@ impl Position {
             // Retention freed it just now.
             Err(ReadError::BeyondRetention { .. }) => return Ok(()),
             Err(ReadError::NotARecord { .. }) => {
-                return Err(other("there is no event at the offset of its last event"));
+                return Err(other("no event begins at the offset of the last event before the position"));
             }
             Err(error) => return Err(error),
         };
@@ -179,10 +179,10 @@ impl Position {
     /// position, or `None` if it is.
     pub(crate) fn does_not_follow(&self, len: usize, check_word: Option<u32>) -> Option<&'static str> {
         if check_word != Some(self.check) {
-            return Some("the last event before it differs");
+            return Some("the last event before the position differs");
         }
         let is_before = self.last.0 + padded(len) as u64 <= self.offset.0;
-        (!is_before).then_some("the last event before it ends beyond it")
+        (!is_before).then_some("the last event before the position ends after it")
     }
 }
 

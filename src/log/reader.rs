@@ -461,15 +461,15 @@ impl Position {
         let other = |why| ReadError::from(PositionError::OtherHistory { shard, position, why });
         let reader = Reader::at(Arc::clone(log), position, Arc::clone(lock));
         let reader = reader.map_err(|error| match error {
-            ReadError::NotARecord { .. } => other("no event ends at its offset"),
+            ReadError::NotARecord { .. } => other("no event ends at the offset of the position"),
             error => error,
         })?;
         let (sequence, last) = (reader.sequence_here(), reader.last());
         if sequence != self.sequence {
-            return Err(other("the number of events before it differs"));
+            return Err(other("the number of events before the position differs"));
         }
         if last.0 > 0 && self.last.0 > 0 && last != self.last {
-            return Err(other("the last event before it differs"));
+            return Err(other("the last event before the position differs"));
         }
         Ok(reader)
     }

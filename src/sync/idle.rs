@@ -95,7 +95,7 @@ impl Idle {
     }
 }
 
-/// How long a publish may wait for space in its lane.
+/// The time that a publish may wait for space in its lane.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Patience {
     None,

@@ -11,8 +11,8 @@ use crate::lane::receipt::Receipt;
 #[derive(Debug)]
 #[must_use]
 pub enum Accepted<E> {
-    /// The event was expected next and is published. The events buffered behind it are published too, as far as there
-    /// was room.
+    /// The event was expected next and is published. The events buffered behind it are published too, until the lane is
+    /// full.
     Published(Receipt),
     /// The event was expected next but could not be published yet. It will be published before any other event.
     Waiting,
@@ -28,8 +28,8 @@ pub enum Accepted<E> {
     TooOld(LateEvent<E>),
 }
 
-/// An event that came after its turn. [`GatedProducer::publish_late`](crate::ingress::GatedProducer::publish_late) publishes it
-/// out of order.
+/// An event that came after its turn. [`GatedProducer::publish_late`](crate::ingress::GatedProducer::publish_late)
+/// publishes it out of order.
 #[non_exhaustive]
 pub struct LateEvent<E> {
     /// Its partition.

@@ -1,7 +1,8 @@
-//! The files of a gate: the record of its gaps and starts, the witness of that record, and its positions in the log. `FORMAT.md` §19.
+//! The files of a gate: the record of its gaps and starts, the witness of that record, and its positions in the log.
+//! `FORMAT.md` §19.
 //!
-//! One writer: the gate's owner. An entry of the record is synced before any later event is published. The witness names the
-//! entries that must exist, so a lost entry is noticed. The positions are a cache.
+//! One writer: the gate's owner. An entry of the record is synced before any later event is published. The witness
+//! names the entries that must exist, so a lost entry is noticed. The positions are a cache.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -18,9 +19,9 @@ const WITNESS: &str = "witness";
 const POSITIONS: &str = "positions";
 /// The frame of the positions. The shortest one has no shards and no partitions.
 const POSITIONS_FRAME: Frame = Frame { magic: *b"corelpos", bytes_min: 28 };
-const OTHER_SHARDS: &str = "it has positions in another number of shards";
+const OTHER_SHARDS: &str = "it has positions for a different number of shards";
 
-/// The folder of a store's gates.
+/// Returns the folder of a store's gates.
 pub(crate) fn gates_dir(store: &Path) -> PathBuf {
     store.join("gates")
 }
@@ -78,7 +79,7 @@ impl Positions {
         let standings = (0..partitions).map(|_| Standing::read(&mut fields)).collect::<Result<_, _>>()?;
         fields.end()?;
         let positions = Self { counted, standings };
-        if positions.is_possible() { Ok(positions) } else { Err("no log can have its positions".into()) }
+        if positions.is_possible() { Ok(positions) } else { Err("no log can have these positions".into()) }
     }
 
     /// Returns `true` if a gate can have counted a log to these positions.

@@ -1,5 +1,5 @@
-//! The bytes of a gate's record (its gaps and the starts of its partitions) and of the record's witness (the entries that are
-//! durable). Pure functions; `FORMAT.md` §19 has the tables.
+//! The bytes of a gate's record (its gaps and the starts of its partitions) and of the record's witness (the entries
+//! that are durable). Pure functions; `FORMAT.md` §19 has the tables.
 //!
 //! The CRC of each entry is seeded with the CRC of the entry before it, so the file is valid up to one point. The
 //! witness tells whether a file that ends early is torn or damaged.
@@ -18,8 +18,8 @@ const WITNESS_FRAME: Frame = Frame { magic: *b"corelgat", bytes_min: HEADER_BYTE
 const ENTRY_BYTES: usize = 48;
 const ENTRY_CRC_AT: usize = ENTRY_BYTES - CRC_BYTES;
 const WITNESS_BYTES: usize = 8;
-/// The witness is synced at every multiple of this number of entries, so a power cut loses fewer of its entries than
-/// this.
+/// The witness is synced at every multiple of this number of entries, so a power cut loses fewer than this number of
+/// its entries.
 pub(super) const WITNESSES_UNSYNCED_MAX: u64 = 32;
 
 const KIND_GAP: u32 = 0;
@@ -86,7 +86,7 @@ impl Entry {
         let (partition, from, to) = (fields.u64()?, fields.u64()?, fields.u64()?);
         let (waited, time) = (Duration::from_nanos(fields.u64()?), Time(fields.u64()?));
         if from > to || to == u64::MAX {
-            return Err("an entry ends before it begins".into());
+            return Err("an entry has an impossible range of sequences".into());
         }
         match fields.u32()? {
             KIND_GAP => Ok(Self::Gap(Gap::new(partition, from, to, waited, time))),
@@ -160,7 +160,8 @@ fn chained((path, store): (&Path, u64), bytes: &[u8], frame: Frame, piece_bytes:
     Ok(end)
 }
 
-/// Returns the entries of the record and the end of the last one. Entries are written one at a time, so only the last can be torn.
+/// Returns the entries of the record and the end of the last one. Entries are written one at a time, so only the last
+/// can be torn.
 pub(super) fn decode_gaps(path: &Path, bytes: &[u8], store: u64) -> Result<(Vec<Entry>, ChainEnd), OpenError> {
     let end = chained((path, store), bytes, GAPS_FRAME, ENTRY_BYTES)?;
     let whole = end.at as usize;

@@ -350,7 +350,7 @@ impl Store {
             return Err(Unusable::Damaged("the header belongs to another shard"));
         }
         if header.segment_bytes != self.segment_bytes() {
-            return Err(Unusable::Damaged("the header gives another segment size"));
+            return Err(Unusable::Damaged("the header states a different segment size"));
         }
         Ok(header)
     }

@@ -303,7 +303,7 @@ impl Records {
             match self.look()? {
                 Look::Record(header, len) if header.is_mark() => {
                     if header.key.get() > self.offset().get() {
-                        return Err(self.corruption("a mark refers to bytes behind itself").into());
+                        return Err(self.corruption("a mark refers to bytes after itself").into());
                     }
                     self.durable = self.durable.max(header.key.get());
                     self.at += padded(len);
