@@ -1,8 +1,9 @@
 //! Reads a store from outside its engine: from another process, even while the engine writes the store, and even on a
 //! read-only file system. Takes no lock and changes no byte.
 //!
-//! One writer: the engine, in another process. The engine stores a zero length word after a record before it stores the
-//! record's own length word, so a nonzero length word means a complete record. The reader must handle two more cases:
+//! One writer: the engine, usually in another process. The engine stores a zero length word after a record before it
+//! stores the record's own length word, so a nonzero length word means a complete record. The reader must handle two
+//! more cases:
 //!
 //! - The reader's buffer may be older than the file. So the reader accepts an end of the log only after a second read,
 //!   made after reading the next segment.

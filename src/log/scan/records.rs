@@ -190,7 +190,7 @@ impl Records {
     /// Returns `Corruption` if bytes are damaged or missing, or `Io`. The position does not move: the next call returns
     /// the same error (or the record, if the cause is gone), never a later event. [`Records::skip_segment`] continues
     /// after damage.
-    #[expect(clippy::should_implement_trait, reason = "lends from the buffer, which Iterator cannot")]
+    #[expect(clippy::should_implement_trait, reason = "lends from the buffer, which `Iterator` cannot do")]
     pub fn next(&mut self) -> Result<Option<ScannedRecord<'_>>, ReadError> {
         let Some((header, len)) = self.step()? else { return Ok(None) };
         let start = self.at - self.buffer_at;
