@@ -1,7 +1,7 @@
 //! The nesting depth of stored types, as a constant of the type.
 //!
-//! Leaf module. Archiving, validating and dropping a value recurse as deeply as the value nests, and rkyv cannot be stopped
-//! before it descends into a `Box`. So the type itself must bound the depth of all its values, at compile time.
+//! Leaf module. Archiving, validating and dropping a value recurse as deeply as the value nests, and rkyv cannot be
+//! stopped before it descends into a `Box`. So the type itself must bound the depth of all its values at compile time.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::marker::PhantomData;
@@ -30,7 +30,7 @@ pub const DEPTH_MAX: u32 = 64;
 /// assert_eq!(Bag::DEPTH, 4, "a list of items in a struct");
 /// ```
 ///
-/// A type that contains itself has no such constant, and does not compile:
+/// A type that contains itself has no such constant and does not compile:
 ///
 /// ```compile_fail,E0391
 /// use corelane::Bounded;
@@ -43,9 +43,9 @@ pub const DEPTH_MAX: u32 = 64;
 ///
 /// Store a tree as a list whose nodes refer to each other by index.
 ///
-/// For a field whose type comes from another crate, give the depth at the field, `#[bounded(depth = 1)]`, or implement the
-/// trait by hand. Neither is verified: a value that nests deeper may overflow the stack while it is archived. Reading is
-/// always safe: it refuses more than [`DEPTH_MAX`] levels.
+/// For a field whose type comes from another crate, give the depth at the field, `#[bounded(depth = 1)]`, or implement
+/// the trait by hand. corelane verifies neither: a value that nests deeper may overflow the stack while it is archived.
+/// Reading is always safe, because it refuses more than [`DEPTH_MAX`] levels.
 #[diagnostic::on_unimplemented(
     message = "corelane does not know how deeply values of `{Self}` nest",
     label = "not `Bounded`",
@@ -53,8 +53,8 @@ pub const DEPTH_MAX: u32 = 64;
     note = "if `{Self}` comes from another crate, give its depth at the field: `#[bounded(depth = 1)]`"
 )]
 pub trait Bounded {
-    /// The largest number of levels of a value: 0 for a number, 1 for a string, one more for each list, box or struct around
-    /// it.
+    /// The largest number of levels of a value: 0 for a number, 1 for a string, one more for each list, box or struct
+    /// around it.
     const DEPTH: u32;
 }
 
@@ -100,7 +100,8 @@ behind_a_pointer!(
     [T: Bounded] BTreeSet<T> => NODES_MAX + T::DEPTH,
 );
 
-/// The largest number of node levels of an archived B-tree. Nodes have at least six children, so no archive can hold more.
+/// The largest number of node levels of an archived B-tree. Nodes have at least six children, so no archive can hold
+/// more.
 const NODES_MAX: u32 = 12;
 
 /// Types whose archive holds its content in place: no additional level.

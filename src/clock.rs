@@ -1,8 +1,8 @@
-//! The clock that stamps events and measures latencies, and the only reader of wall time. (Deadlines of waits are
-//! `Instant`s, read by the waiting code.)
+//! The clock that stamps events and measures latencies. Only this file reads wall time. (Deadlines are `Instant`s,
+//! which the waiting code reads itself.)
 //!
-//! Latencies are monotonic nanoseconds from the time-stamp counter. Records hold wall time, which is derived from the same
-//! reading by an offset that a shard renews once per batch. So a jump of the wall clock never distorts a latency.
+//! Latencies are monotonic nanoseconds from the time-stamp counter. Records hold wall time: the same reading plus an
+//! offset that a shard renews once per batch. So a jump of the wall clock never distorts a latency.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -12,7 +12,8 @@ use crate::event::Time;
 pub(crate) type Nanos = u64;
 
 /// The time from an event's due time to its publish time, in 32 bits: below 2³¹ in ns, above that in units of 2²⁰ ns
-/// (1.05 ms), rounded up. The error is at most 0.05 %, and the range ends at 26 days. A longer time is a greater number.
+/// (1.05 ms), rounded up. The error is at most 0.05 %, and the range ends at 26 days. The encoding keeps the order: a
+/// longer time is a greater number.
 pub(crate) type Lateness = u32;
 
 /// The lateness of an event without a due time.
@@ -50,7 +51,7 @@ impl Clock {
         Self { inner, start }
     }
 
-    /// Monotonic nanoseconds; never 0, so 0 can mean "not stamped".
+    /// Returns monotonic nanoseconds, never 0, so 0 can mean "not stamped".
     #[inline]
     pub(crate) fn now(&self) -> Nanos {
         self.inner.delta_as_nanos(self.start, self.inner.raw()).max(1)

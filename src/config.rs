@@ -25,12 +25,12 @@ pub(crate) use setters;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum Durability {
-    /// Never synced by itself; the operating system writes the log when it chooses. Events survive a kill of the
+    /// The engine never syncs by itself; the operating system writes the log when it chooses. Events survive a killed
     /// process, but not a power cut. Only `flush` and `shutdown` acknowledge events as durable.
     OsCache,
-    /// Synced at this interval while there are unsynced events. 1 ms to 1 hour.
+    /// Syncs at this interval, 1 ms to 1 hour, while there are unsynced events.
     Periodic(Duration),
-    /// Synced whenever there are unsynced events. Syncs begin at least 900 µs apart, so each covers all events appended
+    /// Syncs whenever there are unsynced events. Syncs begin at least 900 µs apart, and each covers all events appended
     /// since the last one; after a pause, an event is synced at once.
     #[default]
     GroupCommit,
@@ -41,13 +41,13 @@ pub enum Durability {
 #[non_exhaustive]
 pub enum Pin {
     /// Pins shard `i` to the `i`-th allowed core, counted from the last one backwards. The first core, where the
-    /// operating system does its own work, stays free for producers. Pins nothing if that would leave fewer than two
-    /// cores for producers and for the threads that sync, prepare and save.
+    /// operating system does its own work, stays free for producers. If pinning would leave fewer than two cores for
+    /// producers and for the threads that sync, prepare and save, nothing is pinned.
     #[default]
     Auto,
     /// Pins nothing.
     None,
-    /// Pins the shards to these core ids in turn, wrapping around. For an id that is not allowed, the engine logs a
+    /// Pins the shards to these core ids in turn, wrapping around. If the process may not use a core, the engine logs a
     /// warning and leaves the shard unpinned.
     Cores(Vec<usize>),
 }
@@ -66,12 +66,12 @@ pub enum Pin {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub struct Retention {
-    /// The bytes of whole segments kept per shard, at least two segments. `None` means no bound.
+    /// The largest number of bytes in whole segments kept per shard, at least two segments. `None` means no bound.
     pub bytes_max: Option<u64>,
     /// The age up to which a segment is kept, counted from its newest append. `None` means no bound.
     ///
-    /// A wall clock that jumps frees nothing early: if the time of a segment cannot be right, its age is taken from
-    /// later segments, or from the time since this process first saw it (`GUARANTEES.md`).
+    /// A jump of the wall clock frees nothing early: if the time of a segment cannot be right, its age is taken from
+    /// later segments, or from the time since this process first saw the segment (`GUARANTEES.md`).
     pub age_max: Option<Duration>,
 }
 
@@ -82,7 +82,7 @@ impl Retention {
         Self { bytes_max: Some(bytes_max), age_max: None }
     }
 
-    /// Also frees segments whose newest append is older than `age_max`. For this bound alone, start from
+    /// Also frees segments whose newest append is older than `age_max`. To set only this bound, start from
     /// [`Retention::default`].
     #[must_use]
     pub const fn age(self, age_max: Duration) -> Self {
@@ -165,8 +165,8 @@ macro_rules! checked_setters {
 
 impl Config {
     /// Describes a store in the folder `dir`, with one shard and `GroupCommit`. A relative path is resolved against the
-    /// working directory once, when the store is opened; later changes of the working directory, or of the folder's
-    /// name, have no effect.
+    /// working directory once, when the store is opened. Later changes of the working directory or of the folder's name
+    /// have no effect.
     pub fn new(dir: impl Into<PathBuf>) -> Self {
         Self {
             checked: ValidConfig {
@@ -193,14 +193,14 @@ impl Config {
     }
 
     checked_setters! {
-        /// The number of shards, 1..=1024. Fixed when the store is created. Several shards may share a core. Default:
-        /// 1.
+        /// The number of shards, 1..=1024. Default: 1. Fixed when the store is created. Several shards may share a
+        /// core.
         shards: u16,
         /// The durability mode. Default: [`Durability::GroupCommit`].
         durability: Durability,
         /// The cores that the shards are pinned to. Default: [`Pin::Auto`].
         pin: Pin,
-        /// The slots of one lane, a power of two in 2..=2²⁴. Default: 8192.
+        /// The number of slots of one lane, a power of two in 2..=2²⁴. Default: 8192.
         ring_capacity: usize,
         /// The largest number of events that a shard takes from one lane at a time, 1..=65,536. Default: 512.
         batch_max: usize,
@@ -209,23 +209,23 @@ impl Config {
         segment_bytes: u64,
         /// The number of freed segments that each shard keeps as spares, 0..=1024. Default: 2.
         spares_max: usize,
-        /// The bounds of the log's size and age. Default: none, everything is kept.
+        /// The bounds of the log's size and age. Default: no bounds; everything is kept.
         retention: Retention,
         /// The number of keys that each shard allocates space for at the start, 0..=2³⁰. The table grows when needed.
         /// Default: 10,000.
         keys_expected: usize,
-        /// The number of events of one key between two snapshots of its state, 1..=2⁴⁰, or 0 for no snapshots. Default:
-        /// 100. Time travel applies at most this many events, unless snapshots were skipped
-        /// ([`crate::state::SnapshotStats::skipped`]).
+        /// The number of events of one key between two snapshots of its state, 1..=2⁴⁰, or 0 for no snapshots. Time
+        /// travel applies at most this many events, unless snapshots were skipped
+        /// ([`crate::state::SnapshotStats::skipped`]). Default: 100.
         snapshot_every: u64,
-        /// The bytes of a shard's log between two checkpoints of all its states, at least 1 MiB. 0 means that a
-        /// checkpoint is written only when retention needs one or [`crate::Engine::checkpoint`] is called. Default: 1
-        /// GiB. Opening a store folds about this many bytes of the log.
+        /// The number of log bytes between two checkpoints of all states of a shard, at least 1 MiB. Default: 1 GiB. 0
+        /// means that a checkpoint is written only when retention needs one or [`crate::Engine::checkpoint`] is called.
+        /// Opening a store replays about this many bytes of each shard's log.
         checkpoint_bytes: u64,
         /// The number of commands with idempotency keys remembered per key, 0..=1024. A repeat of one of these commands
         /// returns the outcome of the first. Default: 16.
         outcomes_kept: usize,
-        /// Whether latency histograms are recorded. Default: `true`.
+        /// Set to `false` to record no latency histograms. Default: `true`.
         latency: bool,
     }
 
@@ -251,7 +251,7 @@ impl Config {
     /// Returns [`ConfigError`] for the first invalid value.
     pub fn validate(mut self) -> Result<ValidConfig, ConfigError> {
         let c = &mut self.checked;
-        // The default shrinks to fit small segments; a configured value is rejected instead.
+        // The default shrinks to fit small segments; a configured value that does not fit is rejected.
         c.event_bytes_max = self.event_bytes_max.unwrap_or(EVENT_BYTES_MAX_DEFAULT.min((c.segment_bytes / 4) as usize));
         in_range("shards", u64::from(c.shards), 1, u64::from(SHARDS_MAX))?;
         power_of_two("ring_capacity", c.ring_capacity as u64, 2, 1 << 24)?;

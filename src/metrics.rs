@@ -1,7 +1,7 @@
-//! Counters and latency histograms: one writer each on the hot path, merged on request.
+//! Counters and latency histograms. Each has one writer on the hot path; a reader merges them on request.
 //!
-//! A thread that records owns its histograms. A reader leaves an empty set in an `Exchange`, and the owner swaps it
-//! for its full set between two turns. So recording takes no lock, and the owner copies nothing.
+//! A recording thread owns its histograms. A reader leaves an empty set in an `Exchange`, and between two turns the
+//! owner swaps its full set for the empty one. So recording takes no lock, and the owner copies nothing.
 
 use std::fmt::Write as _;
 use std::io;
@@ -137,7 +137,7 @@ impl Exchange {
     }
 }
 
-/// The recording side.
+/// The recording side of an [`Exchange`].
 #[derive(Debug)]
 pub(crate) struct Recorder {
     active: Box<Histograms>,
@@ -282,7 +282,7 @@ counters! {
     repeated,
     /// Events for which every inline handler has returned.
     handled,
-    /// Events that an inline handler failed on and put into quarantine.
+    /// Events put into quarantine because an inline handler failed on them.
     quarantined,
     /// Keys in the table.
     keys,
@@ -303,7 +303,7 @@ counters! {
 pub(crate) struct Counter(AtomicU64);
 
 impl Counter {
-    /// Only the one writer calls this.
+    /// Adds `n`. Only the one writer calls this.
     #[inline]
     pub(crate) fn add(&self, n: u64) {
         self.0.store(self.0.load(Ordering::Relaxed) + n, Ordering::Relaxed);
@@ -483,7 +483,7 @@ fn to_io(error: impl std::fmt::Debug) -> io::Error {
     io::Error::other(format!("{error:?}"))
 }
 
-/// The values recorded since the engine opened, over all exchanges.
+/// The values recorded since the engine opened, from all exchanges.
 #[derive(Debug)]
 pub(crate) struct Totals(Vec<Histogram<u64>>);
 
@@ -497,7 +497,7 @@ impl Totals {
         if !exchange.closed.load(Ordering::Acquire) {
             exchange.wanted.store(true, Ordering::Release);
             wake();
-            // An owner that is blocked (in a handler, in a sync) hands its values over at a later call.
+            // An owner that is blocked in a handler or a sync hands its values over at a later call.
             let patience = std::time::Instant::now() + std::time::Duration::from_millis(200);
             while exchange.is_wanted() && crate::sync::may_wait() && std::time::Instant::now() < patience {
                 crate::sync::nap(std::time::Duration::from_micros(50));

@@ -37,7 +37,7 @@ pub(crate) fn expand(mut input: DeriveInput) -> syn::Result<TokenStream> {
     })
 }
 
-/// The depth of a field: given by its attribute, otherwise by its type.
+/// Returns the depth of a field, as given by its attribute or else by its type.
 fn depth(field: &Field) -> syn::Result<TokenStream> {
     let mut given: Option<Expr> = None;
     for attribute in field.attrs.iter().filter(|attribute| attribute.path().is_ident("bounded")) {

@@ -1,4 +1,5 @@
-//! `#[derive(Event)]`: the list of types, the type of a value, and the upcasters, from one attribute per variant.
+//! `#[derive(Event)]`: derives the list of types, the type of a value, and the upcasters from one attribute per
+//! variant.
 
 use std::collections::HashMap;
 
@@ -6,7 +7,7 @@ use proc_macro2::{Span, TokenStream};
 use quote::quote;
 use syn::{Attribute, Data, DeriveInput, Error, Fields, Ident, LitInt, LitStr, Path, Token, meta::ParseNestedMeta};
 
-/// One event type, as its attribute states it.
+/// One event type, as stated by its attribute.
 struct Type<'a> {
     /// `None` for a struct, which has one type.
     variant: Option<&'a Ident>,
@@ -14,11 +15,11 @@ struct Type<'a> {
     id: u16,
     name: String,
     version: u16,
-    /// Older schema versions, each with the way to read it.
+    /// The older schema versions, each with the method of reading it.
     older: Vec<(u16, Reading)>,
 }
 
-/// How an older schema version is read.
+/// The method of reading an older schema version.
 enum Reading {
     /// From the variant of the same name in this enum, or from this struct, field by field.
     Same(Path),
@@ -121,7 +122,7 @@ fn one_type<'a>(
     Ok(Type { variant, fields, id, name, version, older })
 }
 
-/// The `(1 = path)` of `same` and `upcast`.
+/// Parses the `(1 = path)` of `same` and `upcast`.
 fn older_version(meta: &ParseNestedMeta<'_>) -> syn::Result<(u16, Path)> {
     let content;
     syn::parenthesized!(content in meta.input);
@@ -145,7 +146,7 @@ fn check_unique(types: &[Type<'_>], span: Span) -> syn::Result<()> {
     Ok(())
 }
 
-/// The upcasters of one event type.
+/// Returns the upcasters of one event type.
 fn upcasters(event: &Ident, event_type: &Type<'_>) -> Vec<TokenStream> {
     let Type { variant, fields, id, older, .. } = event_type;
     let one = |(version, reading): &(u16, Reading)| {
@@ -186,7 +187,7 @@ fn is_method(path: &Path) -> bool {
     path.is_ident("time") || path.is_ident("correlation")
 }
 
-/// The methods `time` and `correlation`, where the type's own attribute names functions for them.
+/// Returns the methods `time` and `correlation`, if the type's own attribute names functions for them.
 fn methods(input: &DeriveInput) -> syn::Result<TokenStream> {
     let (mut time, mut correlation) = (None, None);
     let is_struct = matches!(input.data, Data::Struct(_));

@@ -17,17 +17,18 @@ pub fn derive_bounded(input: TokenStream) -> TokenStream {
 
 /// Implements `Event` for an enum whose variants are the event types, or for a struct that is the only one.
 ///
-/// Every variant states its type: `#[event(id = 1, name = "player_moved", version = 2)]`. The id (1 to 65,535) and the name are stored
-/// with the data, so never change them. The schema version is 1 if it is left out. A variant without an id, an id or name
-/// used twice, and id 0 do not compile.
+/// Every variant states its type: `#[event(id = 1, name = "player_moved", version = 2)]`. The id (1 to 65,535) and the
+/// name are stored with the data, so never change them. The default schema version is 1. A variant without an id, an id
+/// or name used twice, and id 0 do not compile.
 ///
 /// An older schema version of a variant is read in one of two ways:
 ///
 /// - `same(1 = GameEventV1)`: version 1 is stored as the variant of this name in `GameEventV1`, with the same fields;
-/// - `upcast(1 = GameEvent::moved_from_v1)`: this function reads version 1. It has the type `fn(&[u8]) -> Result<Self, rkyv::rancor::Error>`.
+/// - `upcast(1 = GameEvent::moved_from_v1)`: this function reads version 1. It has the type
+///   `fn(&[u8]) -> Result<Self, rkyv::rancor::Error>`.
 ///
-/// On the enum or struct itself, `#[event(time = path)]` and `#[event(correlation = path)]` name the functions of the trait's
-/// methods `time` and `correlation`; they take `&Self`.
+/// On the enum or struct itself, `#[event(time = path)]` and `#[event(correlation = path)]` name functions that take
+/// `&Self` and implement the trait's methods `time` and `correlation`.
 #[proc_macro_derive(Event, attributes(event))]
 pub fn derive_event(input: TokenStream) -> TokenStream {
     let input = parse_macro_input!(input as DeriveInput);

@@ -1,4 +1,4 @@
-//! The answer to a command, for a thread or a task to wait for.
+//! The answer to a command, which a thread or a task can wait for.
 
 use std::future::Future;
 use std::pin::Pin;
@@ -11,7 +11,7 @@ use super::outcome::{CommandError, Outcome};
 use crate::state::aggregate::Aggregate;
 use crate::sync::Deadline;
 
-/// The answer to a command: a blocking wait, or a future of any runtime.
+/// The answer to a command: a blocking wait, or a future for any runtime.
 #[must_use = "nothing waits until `.wait()` or `.await`"]
 pub struct Answer<'c, A: Aggregate> {
     client: &'c mut Client<A>,
@@ -33,15 +33,16 @@ impl<'c, A: Aggregate> Answer<'c, A> {
     /// Blocks the thread until the answer comes.
     ///
     /// # Errors
-    /// The reason why the command was not carried out.
+    /// Returns the reason why the command was not carried out.
     pub fn wait(self) -> Result<Outcome, CommandError<A::Rejection>> {
         self.block(None)
     }
 
-    /// Blocks the thread until the answer comes or `deadline` passes. After the deadline the answer is given up.
+    /// Blocks the thread until the answer comes or `deadline` passes. After the deadline, the answer is discarded when
+    /// it arrives.
     ///
     /// # Errors
-    /// The reason why the command was not carried out; `Unanswered(TimedOut)` after the deadline.
+    /// Returns the reason why the command was not carried out, or `Unanswered(TimedOut)` after the deadline.
     pub fn wait_until(self, deadline: impl Into<Deadline>) -> Result<Outcome, CommandError<A::Rejection>> {
         let deadline = deadline.into().instant();
         self.block(deadline)
@@ -55,7 +56,7 @@ impl<'c, A: Aggregate> Answer<'c, A> {
         let lane = &mut self.client.lanes[ticket.lane];
         lane.await_answer(ticket.number, wait, deadline).map_err(CommandError::Unanswered)?;
         lane.receive();
-        // The command is answered: dropping `self` must not forget it, even if the wait for durability fails.
+        // The command is answered, so dropping `self` must not forget it, even if the wait for durability fails.
         self.ticket = None;
         let outcome = lane.claim(&ticket).unwrap_or_else(|| Err(CommandError::Claimed))?;
         if ticket.durable {
@@ -85,7 +86,7 @@ impl<A: Aggregate> Future for Answer<'_, A> {
 }
 
 impl<A: Aggregate> Drop for Answer<'_, A> {
-    /// Gives the answer up if it is not claimed.
+    /// Discards the answer if it is not claimed.
     fn drop(&mut self) {
         if let Some(ticket) = self.ticket.take() {
             self.client.forget(ticket);
@@ -99,13 +100,13 @@ impl<A: Aggregate> Client<A> {
         Answer::new(self, ticket)
     }
 
-    /// Returns the answer if it has come. Each answer is given once: later calls return [`CommandError::Claimed`].
+    /// Returns the answer if it has arrived. Each answer is given once: later calls return [`CommandError::Claimed`].
     pub fn try_answer(&mut self, ticket: &Ticket) -> Option<Result<Outcome, CommandError<A::Rejection>>> {
         if !self.is_mine(ticket) {
             return Some(Err(CommandError::Claimed));
         }
         let lane = &mut self.lanes[ticket.lane];
-        // Before the replies: a reply that comes after these reads is found by the next call.
+        // Read before the replies: a reply that comes after these reads is found by the next call.
         let failure = lane.door.log.failure().cloned();
         let is_answered = lane.shared.appended_count() >= ticket.number;
         lane.receive();
@@ -129,7 +130,7 @@ impl<A: Aggregate> Client<A> {
         }
     }
 
-    /// Polls the answer to `ticket`. While it is pending, the task is woken when it should poll again.
+    /// Polls the answer to `ticket`. While the answer is pending, the task is woken when it must poll again.
     pub(super) fn poll_answer(
         &mut self,
         ticket: &Ticket,

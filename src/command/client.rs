@@ -5,13 +5,14 @@ use crate::clock::Clock;
 use crate::state::aggregate::Aggregate;
 use crate::sync::Wait;
 
-/// Sends the commands of one thread: one lane to every shard, and one back.
+/// Sends the commands of one thread, through one lane to every shard and back.
 ///
-/// [`Engine::client`](crate::Engine::client) returns one. A client may outlive the engine; it then refuses every
+/// [`Engine::client`](crate::Engine::client) returns a client. A client may outlive the engine; it then refuses every
 /// command.
 ///
-/// Each shard's lane holds `ring_capacity` commands that are in flight or have an unclaimed answer. An unclaimed answer
-/// takes one slot until it is claimed or forgotten, however many commands are sent and answered meanwhile.
+/// The lane to each shard holds up to `ring_capacity` commands that are in flight or have an unclaimed answer. An
+/// unclaimed answer takes one slot until it is claimed or forgotten, no matter how many commands are sent and answered
+/// meanwhile.
 ///
 /// ```
 /// # use corelane::{
@@ -80,14 +81,14 @@ impl<A: Aggregate> Client<A> {
         self.lanes.get(ticket.lane).is_some_and(|lane| lane.id() == ticket.client)
     }
 
-    /// Gives an answer up, and frees its slot in the lane.
+    /// Discards an answer, and frees its slot in the lane.
     pub fn forget(&mut self, ticket: Ticket) {
         if self.is_mine(&ticket) {
             self.lanes[ticket.lane].forget(ticket.number);
         }
     }
 
-    /// Returns the number of commands in flight: sent and not answered yet.
+    /// Returns the number of commands in flight: sent, but not answered yet.
     #[must_use]
     pub fn on_their_way(&self) -> u64 {
         self.lanes.iter().map(|lane| lane.sent - lane.shared.appended_count()).sum()

@@ -81,19 +81,19 @@ pub(crate) struct ClientLane<A: Aggregate> {
     open: VecDeque<OpenCommand<A::Rejection>>,
     /// The number of commands that have left `open`. They leave it in order.
     settled: u64,
-    /// Unclaimed replies to settled commands, by command number: an answer that is claimed late does not delay later
-    /// ones.
+    /// Unclaimed replies to settled commands, by command number. Kept apart, so an answer that is claimed late does not
+    /// delay later ones.
     kept: BTreeMap<u64, (ExpectedVersion, Reply<A::Rejection>)>,
     /// The largest length of `open`: the capacity of the lane minus the number of kept replies.
     room: usize,
 }
 
-/// A command that was sent and is not settled.
+/// A command that was sent but is not settled.
 #[derive(Debug)]
 enum OpenCommand<R> {
     Unanswered(ExpectedVersion),
     Answered(ExpectedVersion, Reply<R>),
-    /// Sent with `tell`, or forgotten: its reply is dropped when it arrives.
+    /// Sent with `tell`, or forgotten: the reply is dropped when it arrives.
     Ignored,
     Claimed,
 }
@@ -103,7 +103,7 @@ enum OpenCommand<R> {
 #[must_use = "an unclaimed answer takes a slot of the lane; `forget` it, or send with `tell`"]
 pub struct Ticket {
     pub(super) key: Key,
-    /// The client's lane, as `ClientLane::id`: tickets of other lanes do not match.
+    /// The client's lane, as `ClientLane::id`. Tickets of other lanes do not match.
     pub(super) client: usize,
     /// The lane's index in the client.
     pub(super) lane: usize,
@@ -151,7 +151,7 @@ impl<A: Aggregate> ClientLane<A> {
         }
     }
 
-    /// Makes room for one more command by moving the oldest replies to `kept`. Returns `true` if there is room now.
+    /// Makes room for one more command by moving the oldest replies to `kept`. Returns `true` if there is now room.
     #[cold]
     fn make_room(&mut self) -> bool {
         self.receive();
@@ -177,7 +177,7 @@ impl<A: Aggregate> ClientLane<A> {
         Some(kept)
     }
 
-    /// The command with this number; `None` if it is settled or not sent.
+    /// Returns the command with this number, or `None` if it is settled or not sent.
     fn open(&mut self, number: u64) -> Option<&mut OpenCommand<A::Rejection>> {
         self.open.get_mut(usize::try_from(number.checked_sub(self.settled + 1)?).ok()?)
     }
@@ -213,7 +213,7 @@ impl<A: Aggregate> ClientLane<A> {
         let Ok(outcome) = claimed else { return };
         let Outcome { version, events, repeated, .. } = outcome;
         let reply = Reply::Done { version, events, repeated };
-        // A command that was carried out does not need its expectation any more.
+        // A command that was carried out no longer needs its expected version.
         let expected = ExpectedVersion::Any;
         match self.open(ticket.number) {
             Some(command) => *command = OpenCommand::Answered(expected, reply),
@@ -222,7 +222,7 @@ impl<A: Aggregate> ClientLane<A> {
         }
     }
 
-    /// Gives the answer to a command up.
+    /// Discards the answer to a command.
     pub(super) fn forget(&mut self, number: u64) {
         let has_arrived = number <= self.arrived;
         match self.open(number) {
@@ -232,8 +232,8 @@ impl<A: Aggregate> ClientLane<A> {
         self.settle();
     }
 
-    /// Sends a command if there is room for it and for its reply. Returns its number. `wanted`: the caller will claim
-    /// the answer.
+    /// Sends a command if there is room for it and for its reply. Returns its number. `wanted` says that the caller
+    /// will claim the answer.
     pub(super) fn try_send(
         &mut self,
         command: CommandSlot<A::Command>,
@@ -258,7 +258,8 @@ impl<A: Aggregate> ClientLane<A> {
         }
     }
 
-    /// Prefetches slots of later commands: their cache lines are on the shard's core, and a store would wait for them.
+    /// Prefetches slots of later commands, because their cache lines are on the shard's core and a store would wait for
+    /// them.
     #[inline]
     fn prefetch(&mut self) {
         if !self.sent.is_multiple_of(PREFETCH_COMMANDS as u64) {
@@ -271,7 +272,7 @@ impl<A: Aggregate> ClientLane<A> {
         }
     }
 
-    /// Sends a command, waiting for room. Unclaimed answers take room too, and waiting does not free it.
+    /// Sends a command, waiting for room. Unclaimed answers also take room, which waiting does not free.
     pub(super) fn send(
         &mut self,
         mut command: CommandSlot<A::Command>,

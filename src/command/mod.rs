@@ -4,7 +4,7 @@
 //! |---|---|
 //! | `client` | the lanes of one thread, one to every shard |
 //! | `sending` | a command before it is sent, with its options |
-//! | `answer` | the answer to a command, for a thread or a task to wait for |
+//! | `answer` | the answer to a command, which a thread or a task can wait for |
 //! | `outcome` | the outcome of a command, and the version that it may require |
 //! | `lane` | the rings between a client and one shard |
 

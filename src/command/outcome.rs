@@ -1,4 +1,4 @@
-//! The outcome of a command: carried out, or the reason why not.
+//! The outcome of a command: carried out, or an error.
 
 use crate::error::WaitError;
 use crate::event::{EventTypeId, Key, Version};
@@ -6,8 +6,8 @@ use crate::lane::receipt::Receipt;
 
 /// The version that a key must have for a command to be carried out.
 ///
-/// It protects against changes by others. A client needs none against its own commands: those of one key are carried
-/// out in the order in which it sent them.
+/// An expected version protects against changes by other clients. A client needs no protection against its own
+/// commands: commands for one key are carried out in the order in which the client sent them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum ExpectedVersion {
@@ -41,7 +41,7 @@ pub struct Outcome {
     pub key: Key,
     /// The key's version after the command.
     pub version: Version,
-    /// The number of its events. The last one has `version`.
+    /// The number of events of the command. The last one has `version`.
     pub events: u32,
     /// `true` if this is the outcome of an earlier command with the same idempotency key; the command itself did
     /// nothing.
@@ -57,7 +57,7 @@ impl Outcome {
     }
 }
 
-/// Why a command was not carried out, or why that is not known.
+/// The reason why a command was not carried out, or why its outcome is not known.
 #[derive(Debug, Clone, thiserror::Error)]
 #[non_exhaustive]
 pub enum CommandError<R> {
@@ -72,7 +72,7 @@ pub enum CommandError<R> {
         /// The key's version.
         found: Version,
     },
-    /// An event of the decision, its rejection, or the whole decision is too large. Nothing was appended.
+    /// An event of the decision, the rejection, or the whole decision is too large. Nothing was appended.
     #[error("the command is too large: an event, its rejection or the whole decision exceeds {bytes_max} bytes")]
     TooLarge {
         /// The limit in bytes: `event_bytes_max`, or the room in one segment.
@@ -90,7 +90,7 @@ pub enum CommandError<R> {
     /// The command was not sent.
     #[error("the command was not sent: {0}")]
     NotSent(crate::error::RejectedReason),
-    /// The command was sent, but no answer came. Whether it was carried out is not known; an idempotency key makes it
+    /// The command was sent, but no answer came. It may or may not have been carried out; an idempotency key makes it
     /// safe to repeat.
     #[error("the command was sent, but no answer came: {0}")]
     Unanswered(WaitError),
@@ -98,7 +98,7 @@ pub enum CommandError<R> {
     /// that sent the command.
     #[error("the answer was claimed before, or the ticket belongs to another client")]
     Claimed,
-    /// The command was carried out, but whether it is durable is not known.
+    /// The command was carried out, but its events may not be durable.
     #[error("the command was carried out, but may not be durable: {0}")]
     NotDurable(WaitError),
 }

@@ -57,18 +57,17 @@ impl<'c, A: Aggregate> Sending<'c, A> {
 
     /// Carries the command out at most once under this idempotency key.
     ///
-    /// A repeat does nothing and is answered as the first command was, also after a restart. The shard remembers the
+    /// A repeat does nothing and gets the answer of the first command, even after a restart. The shard remembers the
     /// newest `Config::outcomes_kept` outcomes of each key: commands that were carried out, and rejections by the
     /// aggregate. It does not remember other errors.
     ///
-    /// Texts are distinguished by their 64-bit hashes. Every number is an idempotency key of its own, including 0 and
-    /// `u64::MAX`.
+    /// A text is identified by its 64-bit hash. Every number is a separate idempotency key, including 0 and `u64::MAX`.
     pub fn once(mut self, idempotency: impl Into<IdempotencyKey>) -> Self {
         self.command.idempotency = Some(idempotency.into().0);
         self
     }
 
-    /// Answers when the command's events are durable instead of appended. (A rejection is answered at once.)
+    /// Delays the answer until the command's events are durable instead of appended. (A rejection is answered at once.)
     pub fn durable(mut self) -> Self {
         self.durable = true;
         self
@@ -77,7 +76,7 @@ impl<'c, A: Aggregate> Sending<'c, A> {
     /// Sends the command, waiting for room, and returns the ticket for [`Client::answer`].
     ///
     /// # Errors
-    /// The command, with the reason. `Full` if the lane is full of unclaimed answers.
+    /// Returns the command with the reason. The reason is `Full` if the lane is full of unclaimed answers.
     pub fn ticket(self) -> Result<Ticket, Rejected<A::Command>> {
         self.dispatch(true, Patience::Forever)
     }
@@ -112,16 +111,17 @@ impl<'c, A: Aggregate> Sending<'c, A> {
     /// Sends the command and waits for the answer.
     ///
     /// # Errors
-    /// The reason why the command was not carried out.
+    /// Returns the reason why the command was not carried out.
     pub fn wait(self) -> Result<Outcome, CommandError<A::Rejection>> {
         let (client, ticket) = self.sent(Patience::Forever)?;
         client.answer(ticket).wait()
     }
 
-    /// Sends the command and waits for the answer until `deadline`. After the deadline the answer is given up.
+    /// Sends the command and waits for the answer until `deadline`. After the deadline, the answer is discarded when it
+    /// arrives.
     ///
     /// # Errors
-    /// The reason why the command was not carried out; `Unanswered(TimedOut)` after the deadline.
+    /// Returns the reason why the command was not carried out, or `Unanswered(TimedOut)` after the deadline.
     pub fn wait_until(self, deadline: impl Into<Deadline>) -> Result<Outcome, CommandError<A::Rejection>> {
         let deadline = deadline.into().instant();
         let (client, ticket) = self.sent(Patience::until(deadline))?;
@@ -134,7 +134,7 @@ impl<'c, A: Aggregate> Sending<'c, A> {
 
     fn sent(self, patience: Patience) -> Result<(&'c mut Client<A>, Ticket), CommandError<A::Rejection>> {
         if !may_wait() {
-            // Before sending: this thread could not wait for the answer.
+            // Checked before sending, because this thread could not wait for the answer.
             return Err(CommandError::NotSent(RejectedReason::OnEngineThread));
         }
         self.send(true, patience).map_err(|rejected| CommandError::NotSent(rejected.reason()))
@@ -180,7 +180,7 @@ impl<A: Aggregate> std::fmt::Debug for SendingFuture<'_, A> {
     }
 }
 
-// No field is pinned: commands are moved.
+// No field is pinned, because commands are moved.
 impl<A: Aggregate> Unpin for SendingFuture<'_, A> {}
 
 impl<A: Aggregate> Future for SendingFuture<'_, A> {
@@ -206,7 +206,8 @@ impl<A: Aggregate> Future for SendingFuture<'_, A> {
                     if registered {
                         return Poll::Pending;
                     }
-                    // The next reply frees room. Try once more: it may have come before the registration.
+                    // The next reply frees room. Try once more, because the reply may have come before the
+                    // registration.
                     lane.shared.register_any(context.waker());
                     registered = true;
                 }
@@ -227,7 +228,7 @@ impl<A: Aggregate> Future for SendingFuture<'_, A> {
 }
 
 impl<A: Aggregate> Drop for SendingFuture<'_, A> {
-    /// Gives the answer up if the command was sent and is not answered.
+    /// Discards the answer if the command was sent but is not answered.
     fn drop(&mut self) {
         if let Some(ticket) = self.ticket.take() {
             self.client.forget(ticket);
@@ -235,7 +236,7 @@ impl<A: Aggregate> Drop for SendingFuture<'_, A> {
     }
 }
 
-/// Identifies a command that may be sent several times, so that it is carried out once.
+/// Identifies a command that may be sent several times but must be carried out only once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct IdempotencyKey(pub(crate) u64);
 

@@ -1,4 +1,4 @@
-//! The generic JSON event, and reading and writing events as JSON lines.
+//! The generic JSON event, and functions that read and write events as JSON lines.
 //!
 //! Every line has one outer shape: `event_type`, `timestamp` (ms since 1970), `user_id` (a number or a text),
 //! `correlation_id`, `payload`. A written line adds the position of the event: `event_id`, `shard`, `offset`,
@@ -36,7 +36,7 @@ use write::{CorrelationId, Outer, User, write_raw};
 
 use crate::event::{Correlation, Encode, Event, EventType, EventTypeId, Key, Meta, Time};
 
-/// An event of any kind, whose payload is its original JSON text, byte for byte.
+/// An event of any kind. The payload is its original JSON text, byte for byte.
 #[derive(Debug, Clone, PartialEq, Eq, rkyv::Archive, rkyv::Serialize, rkyv::Deserialize, corelane::Bounded)]
 #[rkyv(derive(Debug))]
 pub struct Envelope {
@@ -65,7 +65,7 @@ impl Event for Envelope {
 }
 
 impl Envelope {
-    /// Creates an event without timestamp and correlation.
+    /// Creates an event without a timestamp or a correlation id.
     ///
     /// # Errors
     /// Returns [`JsonError::NotJson`] if `payload` is not exactly one JSON value.
@@ -102,7 +102,7 @@ impl Envelope {
 
     /// Reads one line.
     ///
-    /// `event_id` is kept as the id given by the source, because the event gets a new id from the position of its
+    /// An `event_id` is kept as the id given by the source; the event itself gets a new id from the position of its
     /// record. The fields that a dump adds (`shard`, `offset`, `sequence`, `version`, `source_event_id`) are accepted.
     /// An `event_id` that only repeats `shard` and `offset` is not a source's id, so loading a dump and dumping it
     /// again gives the same lines. `null` in an optional field means that the field is absent.
@@ -261,14 +261,14 @@ pub fn from_json<E: DeserializeOwned>(line: &str) -> Result<Incoming<E>, JsonErr
     let slots = Slots::parse(line)?;
     let event_type = required("event_type", slots.get(EVENT_TYPE))?;
     string("event_type", event_type)?;
-    // Only these two fields, so that the type may deny unknown fields; the tag first, so that serde parses the payload
-    // straight into the variant.
+    // Only these two fields, because the type may deny unknown fields. The tag comes first: serde then parses the
+    // payload straight into the variant.
     let event = match slots.get(PAYLOAD) {
         Some(payload) => format!(r#"{{"event_type":{event_type},"payload":{payload}}}"#),
         None => format!(r#"{{"event_type":{event_type}}}"#),
     };
     let event = serde_json::from_str(&event).map_err(|error| match slots.get(PAYLOAD) {
-        // Line and column would refer to the text built above.
+        // Without line and column, which would refer to the text built above.
         Some(_) => JsonError::Payload { why: without_place(&error) },
         None => JsonError::MissingField { field: "payload" },
     })?;
@@ -319,7 +319,7 @@ pub fn to_json<E: serde::Serialize>(out: &mut impl io::Write, meta: &Meta, event
     Outer::typed(&event_type, meta).write(out, meta, |out| write_raw(out, payload))
 }
 
-/// Writes an event of an unknown Rust type: its archive as hexadecimal digits, in `payload.archive`.
+/// Writes an event of an unknown Rust type, with its archive as hexadecimal digits in `payload.archive`.
 ///
 /// # Errors
 /// Returns the error of `out`.

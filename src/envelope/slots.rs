@@ -1,4 +1,4 @@
-//! The top level of a line that is read: the text of each known field, each at most once.
+//! The top level of a line of input: the text of each known field, which may occur at most once.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -35,7 +35,7 @@ pub(super) const SOURCE_EVENT_ID: usize = 10;
 /// The top level of a line: the text of each known field, in the order of [`FIELDS`].
 pub(super) struct Slots<'a> {
     values: [Option<&'a RawValue>; FIELDS.len()],
-    // Returned only after the whole line has been parsed: text that is not JSON is the more basic error.
+    // Returned only after the whole line has been parsed, because invalid JSON is the more basic error.
     problem: Option<JsonError>,
 }
 

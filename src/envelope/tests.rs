@@ -221,7 +221,7 @@ fn json_of_any_depth_is_kept_as_text_or_refused_without_a_stack_overflow() {
             assert_eq!(Envelope::from_json(&line).expect("JSON").payload(), payload);
             assert!(Envelope::from_json(&payload).is_err(), "not an event");
             assert!(Envelope::new("deep", 1, &payload[..payload.len() / 2]).is_err(), "truncated");
-            // Read as a typed value: refused if nested too deeply.
+            // Read as a typed value, which is refused if it nests too deeply.
             let read = from_json::<serde_json::Value>(&line);
             assert_eq!(read.is_ok(), depth <= 100, "{depth}");
         }

@@ -1,8 +1,8 @@
-//! Turns panics of the program's own code, called while the engine reads, into errors.
+//! Turns panics of application code into errors while the engine reads stored data.
 
 use crate::event::{EventTypeId, Key, Offset, ShardId};
 
-/// A panic of the program's code, called while the engine read stored data: during open, or while reading history.
+/// A panic of application code that the engine called while it read stored data: during open, or while reading history.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub struct CodePanic {
@@ -16,7 +16,7 @@ pub struct CodePanic {
     pub message: String,
 }
 
-/// The event on which code of the program panicked.
+/// The event on which application code panicked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct PanickedEvent {
@@ -43,7 +43,7 @@ impl std::fmt::Display for CodePanic {
     }
 }
 
-/// Runs code of the program and turns a panic into an error.
+/// Runs application code and turns a panic into an error.
 pub(crate) fn guard<T>(code: &'static str, shard: ShardId, body: impl FnOnce() -> T) -> Result<T, CodePanic> {
     std::panic::catch_unwind(std::panic::AssertUnwindSafe(body)).map_err(|panic| CodePanic {
         code,
@@ -53,7 +53,7 @@ pub(crate) fn guard<T>(code: &'static str, shard: ShardId, body: impl FnOnce() -
     })
 }
 
-/// Returns the text of a panic, or `no text` if its payload is not text.
+/// Returns the message of a panic, or `no text` if its payload is not text.
 pub(crate) fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
     panic
         .downcast_ref::<&str>()

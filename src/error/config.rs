@@ -52,7 +52,7 @@ pub enum ConfigError {
         /// The limit in bytes.
         bytes_max: usize,
     },
-    /// An upcaster that could never be called: its event type is not declared, its schema version is not older than the
+    /// An upcaster can never be called: its event type is not declared, its schema version is not older than the
     /// declared one, or another upcaster reads the same version.
     #[error("the upcaster for schema version {schema_version} of event type {event_type} can never be called")]
     UselessUpcaster {

@@ -1,4 +1,4 @@
-//! The failure of a shard, final for the engine.
+//! The failure of a shard, which is final for the engine.
 
 use std::io;
 use std::sync::Arc;
@@ -41,8 +41,8 @@ pub enum FailureCause {
         /// The text of the handler's error.
         error: String,
     },
-    /// After it was accepted, an event changed its type to one that its `TYPES` do not declare. It was not appended,
-    /// because it could not be read again.
+    /// An event changed its type after it was accepted, to one that its `TYPES` do not declare. The event was not
+    /// appended, because it could not be read again.
     #[error("an accepted event of key {key} has type {event_type}, which its TYPES do not declare")]
     UndeclaredType {
         /// The key of the event.
@@ -59,7 +59,7 @@ pub enum FailureCause {
     /// Code on the shard's thread panicked, with this text.
     #[error("a panic on the shard's thread: {0}")]
     Panic(String),
-    /// The archive of an accepted event is larger than when its size was checked, and no longer fits.
+    /// The archive of an accepted event has grown since its size was checked, and no longer fits.
     #[error("an accepted event of key {key} does not fit into {bytes_max} bytes")]
     EventTooLarge {
         /// The key of the event.

@@ -14,7 +14,7 @@ pub enum GateError {
     /// (`StorageFull`).
     #[error(transparent)]
     Publish(RejectedReason),
-    /// The record of a gap, or of the start of a partition, could not be made durable, so nothing after it may be
+    /// The record of a gap, or of the start of a partition, could not be made durable, so no later event may be
     /// published. This is final; open the gate again.
     #[error("writing the gate's record {} failed; open the gate again", path.display())]
     GapRecord {
@@ -23,10 +23,10 @@ pub enum GateError {
         /// The error of the operating system.
         source: Arc<io::Error>,
     },
-    /// The positions could not be saved. The previous ones remain.
+    /// The positions could not be saved. The previously saved ones remain valid.
     #[error(transparent)]
     Positions(OpenError),
-    /// The log could not be read up to the positions to be saved. The previous ones remain.
+    /// The log could not be read up to the positions to be saved. The previously saved ones remain valid.
     #[error(transparent)]
     Read(ReadError),
     /// The published events did not become durable.
@@ -67,7 +67,7 @@ pub enum GateOpenError {
     /// The log could not be read.
     #[error(transparent)]
     Read(#[from] ReadError),
-    /// The starts of partitions that the log holds could not be recorded.
+    /// The log holds starts of partitions that could not be recorded in the gate's file.
     #[error(transparent)]
     Record(GateError),
     /// Events that were accepted earlier did not become durable.

@@ -6,8 +6,8 @@ use std::path::PathBuf;
 use super::{CodePanic, ConfigError, Corruption};
 use crate::event::{EventTypeId, Offset, Root, ShardId};
 
-/// The reason why a store could not be opened. The store is unchanged, with one exception: an `Io` error of a repair,
-/// after the whole store was found valid (`action` names the repair). The next open continues the repairs.
+/// The reason why a store could not be opened. The store is unchanged, with one exception: an `Io` error of a repair
+/// (`action` names it). Repairs begin after the whole store has been found valid, and the next open continues them.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum OpenError {
@@ -23,7 +23,7 @@ pub enum OpenError {
         /// The folder of the store.
         dir: PathBuf,
     },
-    /// The store has another number of shards. The number is fixed when a store is created.
+    /// The store has a different number of shards. The number is fixed when a store is created.
     #[error(
         "the store has {stored} shards, not {asked}; `corelane reshard`, which will move a store, does not exist yet"
     )]
@@ -33,7 +33,7 @@ pub enum OpenError {
         /// The number in the configuration.
         asked: u16,
     },
-    /// The store has another segment size. The size is fixed when a store is created.
+    /// The store has a different segment size. The size is fixed when a store is created.
     #[error("the store has segments of {stored} bytes, not {asked}")]
     SegmentBytes {
         /// The size in the manifest.
@@ -51,7 +51,7 @@ pub enum OpenError {
         /// The newest version that this build reads.
         known: u32,
     },
-    /// A file was written with other archive settings (byte order, alignment, pointer width).
+    /// A file was written with different archive settings (byte order, alignment, pointer width).
     #[error("{} was written with another archive format ({found:#010x}; this build has {known:#010x})", path.display())]
     ArchiveFormat {
         /// The file.
@@ -61,9 +61,9 @@ pub enum OpenError {
         /// The fingerprint of this build.
         known: u32,
     },
-    /// Archived events of the program have another size or alignment than those in the store, but an event type kept
-    /// its schema version, so its records would be misread. A changed size means that the layout of every event type
-    /// has changed.
+    /// The program's archived events differ in size or alignment from those in the store, but an event type kept its
+    /// schema version, so its records would be misread. A changed size means that the layout of every event type has
+    /// changed.
     #[error(
         "archived events take {declared} bytes (aligned to {declared_align}), but {stored} (aligned to {stored_align}) in the store: event type {event_type} and all others need a new schema version and an upcaster"
     )]
@@ -101,7 +101,7 @@ pub enum OpenError {
         /// The schema version in the record.
         schema_version: u16,
     },
-    /// The program declares an event type id that has another name in the store.
+    /// The program declares an event type id that has a different name in the store.
     #[error("event type {event_type} is \"{stored}\" in the store, but \"{declared}\" in the program")]
     EventTypeRenamed {
         /// The id.
@@ -111,7 +111,7 @@ pub enum OpenError {
         /// The name in the program.
         declared: String,
     },
-    /// The program declares a name that has another event type id in the store.
+    /// The program declares a name that has a different event type id in the store.
     #[error("\"{name}\" is event type {stored} in the store, but {declared} in the program")]
     EventTypeRenumbered {
         /// The name.
@@ -130,8 +130,8 @@ pub enum OpenError {
         /// The earliest offset still held.
         earliest: Offset,
     },
-    /// Retention has freed the beginning of the log, and the newest checkpoint holds states of the program's own state
-    /// version whose archives have another size or alignment than the program's, so they would be misread.
+    /// Retention has freed the beginning of the log, and the states in the newest checkpoint would be misread: they
+    /// have the program's state version, but their archives differ in size or alignment from the program's.
     #[error(
         "shard {shard}: saved states take {stored} bytes (aligned to {stored_align}), the program's {declared} (aligned to {declared_align}), and the log before them is freed: increase STATE_VERSION and read them with Aggregate::upgrade"
     )]
@@ -147,8 +147,8 @@ pub enum OpenError {
         /// Its alignment in the program.
         declared_align: u16,
     },
-    /// A command was rejected by a program whose rejections have another size or alignment. If the command were
-    /// repeated, this program could not return the reason.
+    /// The store holds the rejection of a command by a program whose rejections differ in size or alignment. If the
+    /// command were repeated, this program could not return the reason.
     #[error(
         "shard {shard}: rejections take {stored} bytes (aligned to {stored_align}), the program's {declared} (aligned to {declared_align}): read them with Aggregate::upgrade_rejection"
     )]
@@ -164,10 +164,10 @@ pub enum OpenError {
         /// Its alignment in the program.
         declared_align: u16,
     },
-    /// Bytes of the log that were durable are damaged. Nothing is skipped.
+    /// Durable bytes of the log are damaged. Opening skips no damage.
     #[error(transparent)]
     Corruption(#[from] Corruption),
-    /// Code of the program panicked while the store was being opened.
+    /// Application code panicked while the store was being opened.
     #[error(transparent)]
     Panicked(#[from] CodePanic),
     /// A file beside the log is damaged. It is left untouched.

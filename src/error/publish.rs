@@ -7,13 +7,13 @@ use crate::event::EventTypeId;
 #[derive(thiserror::Error)]
 #[non_exhaustive]
 pub enum Rejected<E> {
-    /// The lane is full, or stayed full until the deadline. On an engine's own thread, which must not wait, a full lane
+    /// The lane is full, or stayed full until the deadline. An engine's own thread must not wait, so there a full lane
     /// rejects at once.
     #[error("the lane is full")]
     Full(E),
     /// The lane is full because the shard waits for its storage: for space, or because quota, descriptors or memory are
-    /// exhausted ([`crate::metrics::ShardMetrics::storage_full_why`]). The shard continues by itself when they are available
-    /// again.
+    /// exhausted ([`crate::metrics::ShardMetrics::storage_full_why`]). The shard continues by itself when the resource
+    /// is available again.
     #[error("the lane is full: the shard waits for storage (space, quota, descriptors or memory)")]
     StorageFull(E),
     /// The call would wait for its own thread: an engine's thread, or the thread of the consumer it calls. Nothing was
@@ -84,7 +84,7 @@ impl<E> Rejected<E> {
     }
 }
 
-// Not derived, because an event does not have to be `Debug`.
+// Not derived, because an event need not be `Debug`.
 impl<E> std::fmt::Debug for Rejected<E> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "Rejected({:?})", self.reason())

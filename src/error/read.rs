@@ -58,8 +58,8 @@ impl From<Corruption> for HistoryError {
     }
 }
 
-/// The reason why reading cannot continue from a saved position. The data saved with the position was made from other
-/// events than the log holds: the store or the data was restored from a copy, or they do not belong together.
+/// The reason why reading cannot continue from a saved position. The data saved with the position was made from events
+/// other than those in the log: the store or the data was restored from a copy, or the two do not belong together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum PositionError {
@@ -87,7 +87,7 @@ pub enum PositionError {
         /// The shard it belongs to.
         position: ShardId,
     },
-    /// The log ends before the position: it has lost events, or is an older copy.
+    /// The log ends before the position: the log has lost events, or is an older copy.
     #[error("shard {shard}: the position is at offset {position}, but the log ends at {end}")]
     AheadOfLog {
         /// The shard.
@@ -97,8 +97,8 @@ pub enum PositionError {
         /// The end of the log.
         end: Offset,
     },
-    /// The log reaches the position, but with other events before it: the store was restored from a copy, or its newest
-    /// events were lost, and other events have been appended since.
+    /// The log reaches the position, but holds different events before it: the store was restored from a copy, or its
+    /// newest events were lost, and other events have been appended since.
     #[error("shard {shard}: the position at offset {position} belongs to another history of this store: {why}")]
     OtherHistory {
         /// The shard.

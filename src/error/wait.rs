@@ -7,20 +7,20 @@ use crate::sync::GaveUp;
 #[derive(Debug, Clone, thiserror::Error)]
 #[non_exhaustive]
 pub enum WaitError {
-    /// The shard failed first. Whether the event is on disk is unknown.
+    /// The shard failed first. The event may or may not be on disk.
     #[error(transparent)]
     ShardFailed(#[from] ShardFailure),
     /// The deadline passed. The operation may still complete.
     #[error("the deadline passed")]
     TimedOut,
-    /// A checkpoint could not be written; the program's log (`tracing`) gives the reason. The events it would have
-    /// covered are still in the store's log.
+    /// A checkpoint could not be written; the program's log (`tracing`) gives the reason. The events that the
+    /// checkpoint would have covered are still in the store's log.
     #[error("the checkpoint could not be written")]
     CheckpointFailed,
     /// The engine is closed.
     #[error("the engine is closed")]
     Closed,
-    /// The question itself panicked, with this text. The shard continues.
+    /// The question itself panicked, with this message. The shard continues.
     #[error("the question panicked: {0}")]
     QuestionPanicked(String),
     /// The call would wait for its own thread: an engine's thread (inline handlers, `evolve`, `decide`, views,

@@ -1,4 +1,4 @@
-//! How an event is archived into bytes and read in place.
+//! Archives events into bytes and reads them in place.
 
 use std::fmt;
 use std::num::NonZeroUsize;
@@ -19,7 +19,7 @@ use crate::bounded::{Bounded, DEPTH_MAX};
 /// A type that can be archived into bytes and read in place. Implemented for every suitable rkyv type; do not implement
 /// it by hand.
 ///
-/// A type with an alignment of more than 16 bytes, where archives begin, does not compile:
+/// Archives begin at multiples of 16 bytes. A type with a larger alignment does not compile:
 ///
 /// ```compile_fail,E0080
 /// use corelane::Bounded;
@@ -82,7 +82,8 @@ where
     }
 }
 
-/// [`DEPTH_MAX`] levels in the validator's count: the root is one level, and the validator stops before it reaches 0.
+/// [`DEPTH_MAX`] levels as the validator counts them: the root is one level, and the validator stops before its count
+/// reaches 0.
 const LEVELS_MAX: usize = DEPTH_MAX as usize + 2;
 
 /// Fails to compile for a type that could not be read back.
@@ -94,14 +95,14 @@ const fn assert_storable<T: Archive + Bounded>() {
 /// Archives begin at multiples of this many bytes.
 pub(crate) const ARCHIVE_ALIGN: usize = 16;
 
-/// Returns `true` if every archive of `T` consists of its root alone, so that all have one size. If a part were stored
-/// elsewhere, the resolver would contain its position.
+/// Returns `true` if every archive of `T` consists of its root alone; all archives then have one size. If a part were
+/// stored elsewhere, the resolver would contain its position.
 pub(crate) const fn has_one_size<T: Archive>() -> bool {
     align_of::<T::Resolver>() < align_of::<FixedUsize>()
 }
 
-/// The size and alignment of an archive's root. An archive is read from its end, so both must be the same as when it
-/// was written.
+/// The size and alignment of an archive's root. An archive is read from its end, so size and alignment must be the same
+/// as when it was written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(crate) struct Root {
     pub(crate) bytes: u32,

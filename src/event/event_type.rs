@@ -17,7 +17,7 @@ pub struct EventType {
 }
 
 impl EventType {
-    /// Describes an event type. An `id` of 0 fails to compile in a constant, and panics elsewhere.
+    /// Describes an event type. With an `id` of 0, a constant does not compile, and a call at run time panics.
     #[must_use]
     pub const fn new(id: u16, name: &'static str, schema_version: u16) -> Self {
         assert!(id != 0, "event type id 0 is reserved for the log's own records");
@@ -73,7 +73,8 @@ impl<E> Upcaster<E> {
         Self { event_type: EventTypeId(event_type), schema_version, upcast }
     }
 
-    /// Returns the error of an upcaster that meets a variant other than its own. `#[derive(Event)]` calls it.
+    /// Returns the error of an upcaster that meets a variant other than its own. Called by code from
+    /// `#[derive(Event)]`.
     #[doc(hidden)]
     #[must_use]
     pub fn another_variant() -> RkyvError {

@@ -5,7 +5,7 @@ use std::fmt;
 use super::position::ShardId;
 use crate::sync::keyed;
 
-/// The key of an event: the id of a user. Events of one key keep their order.
+/// The key of an event: usually the id of a user. Events of one key keep their order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct Key(pub u64);
 
@@ -28,8 +28,8 @@ impl Key {
         self.0
     }
 
-    /// Returns the routing hash: splitmix64's finaliser, fixed for ever. Anyone can compute it, so tables use another
-    /// hash.
+    /// Returns the routing hash: splitmix64's finaliser, fixed for ever. Anyone can compute this hash, so tables use
+    /// another one.
     #[must_use]
     pub const fn hash(self) -> u64 {
         let mut z = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
@@ -51,7 +51,7 @@ impl fmt::Display for Key {
     }
 }
 
-/// The hash of a key in a shard's key table. It differs between processes. The publisher computes it once.
+/// The hash of a key in a shard's key table, different in each process. The publisher computes it once.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct KeyHash(pub(crate) u32);
 
@@ -62,7 +62,7 @@ impl KeyHash {
     }
 }
 
-/// Returns the key with this routing hash. An attacker can compute this too, and so choose colliding keys.
+/// Returns the key with this routing hash. An attacker can do the same and so choose colliding keys.
 #[cfg(test)]
 pub(crate) fn key_routed_by(hash: u64) -> Key {
     let inverse = |factor: u64| (0..6).fold(factor, |x, _| x.wrapping_mul(2_u64.wrapping_sub(factor.wrapping_mul(x))));

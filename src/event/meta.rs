@@ -1,4 +1,4 @@
-//! What the log records about an event besides its body.
+//! The metadata of events.
 
 use super::key::Key;
 use super::position::{Correlation, EventId, EventTypeId, Offset, Sequence, ShardId, Time, Version};
@@ -13,7 +13,7 @@ pub struct Meta {
     pub offset: Offset,
     /// The number of the event in its shard, from 0.
     pub sequence: Sequence,
-    /// The key: whose event this is.
+    /// The key that the event belongs to.
     pub key: Key,
     /// The number of the event in its key, from 1.
     pub version: Version,
@@ -30,8 +30,8 @@ pub struct Meta {
 }
 
 impl Meta {
-    /// The metadata of a key's first event, at offset 0 of shard 0 and at time 0. For tests of code that takes a
-    /// `Meta`; set the other fields as needed.
+    /// Returns the metadata of a key's first event, at offset 0 of shard 0 and at time 0. This is for tests of code
+    /// that takes a `Meta`; set the other fields as needed.
     ///
     /// ```
     /// # use corelane::{EventTypeId, Key, Meta, Version};

@@ -1,6 +1,6 @@
-//! Events and the words for their positions.
+//! Events, and types for their positions.
 //!
-//! Positions are newtypes, events are data. Nothing here knows how an event travels.
+//! Positions are newtypes, events are data. This folder does not know how an event travels.
 
 mod encode;
 mod event_type;
@@ -40,8 +40,8 @@ pub use corelane_derive::Event;
 /// assert_eq!(GameEvent::LevelledUp { level: 7 }.event_type(), EventTypeId(2));
 /// ```
 ///
-/// The derive macro declares every variant, so no event has an undeclared type. An id of 0, an id or a name used twice, and a
-/// variant without an id do not compile:
+/// The derive macro declares every variant, so no event has an undeclared type. An id of 0, an id or a name used twice,
+/// and a variant without an id do not compile:
 ///
 /// ```compile_fail
 /// # use corelane::{Bounded, Event};
@@ -89,9 +89,9 @@ pub trait Event: Encode + Send + 'static {
     const TYPES: &'static [EventType];
 
     /// The upcasters for older layouts: one for each (event type, schema version) that a store may still hold. Opening
-    /// refuses a store that holds any other version. It also refuses an upcaster that could never be called, because
-    /// its type is not declared or its version is not older than the declared one
-    /// ([`crate::ConfigError::UselessUpcaster`]).
+    /// refuses a store that holds any other version. It also refuses an upcaster that can never be called
+    /// ([`crate::ConfigError::UselessUpcaster`]), because its type is not declared or its version is not older than the
+    /// declared one.
     const UPCASTERS: &'static [Upcaster<Self>] = &[];
 
     /// Returns the event type of this value, one of [`Event::TYPES`]. Publishing an event of any other type fails

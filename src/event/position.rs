@@ -61,12 +61,12 @@ position!(
 );
 
 impl Sequence {
-    /// An unknown sequence. Records do not store their sequence; it is counted while a log is read in order.
+    /// An unknown sequence. Records do not store their sequence; a reader counts it while it reads a log in order.
     pub const UNKNOWN: Self = Self(u64::MAX);
 }
 
 impl Time {
-    /// The latest time. As the end of a span it means that the span has no end: an event at this time is included.
+    /// The latest time. A span that ends with this time has no end: it includes even an event at this time.
     pub const END: Self = Self(u64::MAX);
 
     /// Returns the time `ms` milliseconds after 1970. Saturates in the year 2554.

@@ -45,8 +45,8 @@ impl DeclaredIds {
     }
 }
 
-/// Returns `true` if `event_type` is in `E::TYPES`. Ids are nearly always consecutive; then this is one comparison, and
-/// often none, because the compiler knows which values `event_type()` can return.
+/// Returns `true` if `event_type` is in `E::TYPES`. If the ids are consecutive, as they nearly always are, this is one
+/// comparison, and often none, because the compiler knows which values `event_type()` can return.
 #[inline(always)]
 pub(crate) fn is_declared<E: Event>(event_type: EventTypeId) -> bool {
     let declared = const { DeclaredIds::of(E::TYPES) };

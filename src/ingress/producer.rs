@@ -19,12 +19,12 @@ use crate::sync::{Deadline, Idle, Ordering, Patience};
 use crate::lane::receipt::OffsetWatch;
 use crate::lane::receipt::Receipt;
 
-/// The reason why a batch stopped early, and the number of events accepted before.
+/// The reason why a batch stopped early, and the number of events accepted until then.
 #[derive(Debug, Clone, thiserror::Error)]
 #[error("the batch stopped after {accepted} events: {reason}")]
 #[non_exhaustive]
 pub struct BatchRejected {
-    /// Events of this batch that were accepted. They are no longer in the vector.
+    /// The number of events of this batch that were accepted. These are no longer in the vector.
     pub accepted: usize,
     /// The reason why the first event left in the vector was refused.
     pub reason: RejectedReason,
@@ -35,7 +35,7 @@ struct Lane<E> {
     ring: rtrb::Producer<Slot<E>>,
     shared: Arc<LaneShared>,
     door: Arc<ShardDoor>,
-    /// Events accepted.
+    /// The number of events accepted.
     published: u64,
     /// This shard's part of a batch; empty between calls.
     staged: Vec<Slot<E>>,
@@ -44,11 +44,11 @@ struct Lane<E> {
 /// The parts of a lane's producing end.
 pub(crate) type LaneParts<E> = (rtrb::Producer<Slot<E>>, Arc<LaneShared>, Arc<ShardDoor>);
 
-/// Publishes the events of one thread: an SPSC lane to every shard.
+/// Publishes the events of one thread, through an SPSC lane to every shard.
 ///
-/// Events of one key that are published here are appended in publish order.
-/// [`Engine::producer`](crate::Engine::producer) returns one. A producer may outlive the engine; it then refuses every
-/// event.
+/// Events of one key that one producer publishes are appended in publish order.
+/// [`Engine::producer`](crate::Engine::producer) returns a producer. A producer may outlive the engine; it then refuses
+/// every event.
 ///
 /// ```
 /// # use corelane::{Bounded, Config, Deadline, Event, EventLog, EventType, EventTypeId, Key};
@@ -114,7 +114,7 @@ impl Bounds {
             return Ok(event);
         }
         thread_local! {
-            // Reused between the events of a thread, and replaced when the limit changes.
+            // Reused for all events of a thread, and replaced when the limit changes.
             static TRIAL: RefCell<Bounds> = const { RefCell::new(Bounds { bytes_max: 0, trial: None }) };
         }
         TRIAL.with_borrow_mut(|bounds| {
@@ -132,7 +132,7 @@ impl Bounds {
         }
     }
 
-    /// Returns the number of leading events that can be accepted, and the reason why the next cannot.
+    /// Returns the number of leading events that can be accepted, and the reason why the next one cannot.
     #[inline]
     fn fitting<E: Event>(&mut self, events: &[(Key, E)]) -> (usize, Option<RejectedReason>) {
         let event_type = |at: usize| events[at].1.event_type();
@@ -168,7 +168,7 @@ impl Bounds {
             && match &mut self.trial {
                 None => size_of::<E::Archived>() <= self.bytes_max,
                 Some((out, scratch)) => {
-                    // Aligned to 16 bytes, as in the log: the size depends on it.
+                    // Aligned to 16 bytes, as in the log, because the size depends on the alignment.
                     let skip = out.as_ptr().align_offset(16);
                     event.encode(&mut out[skip..skip + self.bytes_max], scratch).is_some()
                 }
@@ -193,7 +193,7 @@ enum NotPushed<E> {
     Full(Slot<E>),
 }
 
-/// Refuses an event whose type is not declared: it could not be read again.
+/// Refuses an event whose type is not declared, because it could not be read again.
 #[inline(always)]
 fn declared<E: Event>(event: E) -> Result<E, Rejected<E>> {
     let event_type = event.event_type();
@@ -212,8 +212,8 @@ impl<E: Event> Producer<E> {
     /// Publishes an event, waiting for room with the configured wait strategy.
     ///
     /// # Errors
-    /// The event, with the reason: the engine is closed, the shard has failed, or the event is too large or of an
-    /// undeclared type.
+    /// Returns the event with the reason: the engine is closed, the shard has failed, or the event is too large or of
+    /// an undeclared type.
     #[inline]
     pub fn publish(&mut self, key: Key, event: E) -> Result<Receipt, Rejected<E>> {
         let published = self.clock.now();
@@ -223,7 +223,7 @@ impl<E: Event> Producer<E> {
     /// Publishes an event if the lane has room for it now.
     ///
     /// # Errors
-    /// As [`Producer::publish`], and `Full` (or `StorageFull`).
+    /// As [`Producer::publish`]; also returns `Full` or `StorageFull`.
     #[inline]
     pub fn try_publish(&mut self, key: Key, event: E) -> Result<Receipt, Rejected<E>> {
         let published = self.clock.now();
@@ -240,10 +240,10 @@ impl<E: Event> Producer<E> {
         self.send(key, event, published, NOT_DUE, Patience::until(deadline))
     }
 
-    /// Publishes an event that was due `late` ago, as open-loop load generators do.
+    /// Publishes an event that was due `late` ago, for open-loop load generators.
     ///
-    /// The `*Due` histograms measure from the time at which the event was due, so they show stalls of the engine in
-    /// full (no coordinated omission). Lateness is recorded to within 0.05 %, up to 26 days.
+    /// The `*Due` histograms measure from the event's due time, so they show stalls of the engine in full (no
+    /// coordinated omission). Lateness is recorded to within 0.05 %, up to 26 days.
     ///
     /// # Errors
     /// As [`Producer::publish`].
@@ -304,11 +304,11 @@ impl<E: Event> Producer<E> {
         }
     }
 
-    /// Publishes an event and waits until it is in the log or `deadline` passes. Returns its offset, or the reason why
-    /// the offset is not known (`None`: retention has freed the event).
+    /// Publishes an event and waits until it is in the log or `deadline` passes. Returns its offset, `None` if
+    /// retention has freed the event, or the reason why the offset is not known.
     ///
     /// # Errors
-    /// As [`Producer::publish_until`]; `Full` also if earlier events are not appended by then.
+    /// As [`Producer::publish_until`]; returns `Full` also if earlier events are not appended by the deadline.
     pub(crate) fn publish_placed(
         &mut self,
         key: Key,
@@ -331,23 +331,23 @@ impl<E: Event> Producer<E> {
 
     /// Publishes events in order, waiting for room. Slots are claimed and made visible in chunks.
     ///
-    /// Removes accepted events from `events`. After an error the others stay, with each key's events in order.
+    /// Removes accepted events from `events`. After an error the other events stay, with each key's events in order.
     ///
     /// # Errors
-    /// The number of accepted events, and the reason why the next was refused.
+    /// Returns the number of accepted events, and the reason why the next one was refused.
     pub fn publish_batch(&mut self, events: &mut Vec<(Key, E)>) -> Result<(), BatchRejected> {
         self.batch(events, Patience::Forever)
     }
 
-    /// As [`Producer::publish_batch`], without waiting for room.
+    /// As [`Producer::publish_batch`], but without waiting for room.
     ///
     /// # Errors
-    /// As [`Producer::publish_batch`], and `Full` (or `StorageFull`).
+    /// As [`Producer::publish_batch`]; also returns `Full` or `StorageFull`.
     pub fn try_publish_batch(&mut self, events: &mut Vec<(Key, E)>) -> Result<(), BatchRejected> {
         self.batch(events, Patience::None)
     }
 
-    /// As [`Producer::publish_batch`], waiting for room until `deadline`.
+    /// As [`Producer::publish_batch`], but waits for room only until `deadline`.
     ///
     /// # Errors
     /// As [`Producer::try_publish_batch`].
@@ -392,13 +392,13 @@ impl<E: Event> Producer<E> {
         }
     }
 
-    /// Returns one receipt per shard, for everything published here before this call.
+    /// Returns one receipt per shard, which covers everything that this producer published before this call.
     #[must_use]
     pub fn receipts(&self) -> Vec<Receipt> {
         self.lanes.iter().map(Lane::receipt).collect()
     }
 
-    /// Its lane to every shard, with the number of events accepted there.
+    /// Returns this producer's lane to every shard, with the number of events accepted there.
     pub(crate) fn lanes(&self) -> impl Iterator<Item = (Arc<LaneShared>, u64)> + '_ {
         self.lanes.iter().map(|lane| (Arc::clone(&lane.shared), lane.published))
     }
@@ -411,7 +411,7 @@ impl<E: Event> Producer<E> {
 }
 
 impl<E> Lane<E> {
-    /// Moves the first `count` items of `source` into the ring, in order, in chunks that become visible at once.
+    /// Moves the first `count` items of `source` into the ring, in order, in chunks that each become visible at once.
     /// Items that were not accepted stay in `source`.
     fn push_all<T>(
         &mut self,
@@ -498,8 +498,8 @@ impl<E> Lane<E> {
 
 impl<E> Drop for Lane<E> {
     fn drop(&mut self) {
-        // The shard notices an abandoned lane only during a turn. (The ring's own end is dropped after this, so the
-        // turn may come too early; the shard checks again before it sleeps the next time.)
+        // The shard notices an abandoned lane only during a turn. (The ring's own end is dropped after this call, so
+        // the turn may come too early; the shard checks again before it next sleeps.)
         self.door.signal.notify();
     }
 }

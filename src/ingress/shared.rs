@@ -1,6 +1,6 @@
 //! The shared producer: an entry point for many threads, with one bounded queue per shard.
 //!
-//! Events of one key published by one thread keep their order, since the queue is first in, first out.
+//! Events of one key published by one thread keep their order, because the queue is first in, first out.
 
 use std::borrow::Borrow;
 use std::sync::Arc;
@@ -18,7 +18,7 @@ use crate::lane::ring::Slot;
 use crate::sync::Wait;
 use crate::sync::{AtomicU64, Deadline, Idle, Ordering, Patience};
 
-/// One event in a shared lane, and the place for its ticket if its publisher asked for a receipt.
+/// One event in a shared lane, with the place for its ticket if the publisher asked for a receipt.
 #[derive(Debug)]
 pub(crate) struct SharedSlot<E> {
     pub(crate) slot: Slot<E>,
@@ -39,10 +39,11 @@ pub(crate) struct SharedLane<E> {
     pub(crate) door: Arc<ShardDoor>,
 }
 
-/// Publishes events of any number of threads: clone it, or share it by reference.
+/// Publishes events of any number of threads, which clone it or share it by reference.
 ///
-/// It is slower than a [`Producer`](crate::Producer): its lanes are bounded multi-producer queues, and each publish is
-/// one queue operation. [`Engine::shared_producer`](crate::Engine::shared_producer) returns one.
+/// A shared producer is slower than a [`Producer`](crate::Producer): its lanes are bounded multi-producer queues, and
+/// each publish is one queue operation. [`Engine::shared_producer`](crate::Engine::shared_producer) returns a shared
+/// producer.
 ///
 /// ```
 /// # use corelane::{Bounded, Config, Deadline, Event, EventLog, EventType, EventTypeId, Key};
@@ -123,8 +124,8 @@ impl<E: Event> SharedProducer<E> {
         self.send(key, event, None, Patience::until(deadline)).map(drop)
     }
 
-    /// Publishes an event, waiting for room, and returns a receipt. Each receipt allocates a few bytes, because the
-    /// shard has to tell it the event's ticket.
+    /// Publishes an event, waiting for room, and returns a receipt. Each receipt allocates a few bytes, in which the
+    /// shard stores the event's ticket.
     ///
     /// # Errors
     /// As [`crate::Producer::publish`].
@@ -147,8 +148,8 @@ impl<E: Event> SharedProducer<E> {
         let mut idle = Idle::new(self.wait);
         loop {
             let Some(inside) = lane.shared.enter() else { return Err(lane.door.refusal(slot.slot.event)) };
-            // Counted before it is visible: a count that a publisher reads then covers every event in the queue before
-            // its own.
+            // The event is counted before it is visible. So the count that a publisher reads covers every event before
+            // its own in the queue.
             lane.shared.published.fetch_add(1, Ordering::SeqCst);
             match lane.queue.push(slot) {
                 Ok(()) => {
@@ -163,13 +164,13 @@ impl<E: Event> SharedProducer<E> {
             if patience.is_over() {
                 return Err(lane.door.full(slot.slot.event));
             }
-            // A signal has one sleeper, and several threads may wait for room here; so they poll, yielding the core.
+            // A signal has one sleeper, but several threads may wait for room here, so they poll and yield the core.
             idle.poll(patience.deadline());
         }
     }
 }
 
-/// The ticket until the shard takes the event out of the queue.
+/// The value of the ticket until the shard takes the event out of the queue.
 pub(crate) const UNASSIGNED: u64 = u64::MAX;
 
 /// A receipt of a [`SharedProducer`]. The shard assigns its ticket when it takes the event out of the queue.
@@ -180,7 +181,7 @@ pub struct SharedReceipt {
 }
 
 impl SharedReceipt {
-    /// Returns the plain receipt; `None` until the shard has taken the event out of the queue.
+    /// Returns the plain receipt, or `None` until the shard has taken the event out of the queue.
     #[must_use]
     pub fn receipt(&self) -> Option<Receipt> {
         // Acquire: pairs with the shard's Release when it assigns the ticket.
@@ -190,10 +191,10 @@ impl SharedReceipt {
         }
     }
 
-    /// Blocks until the event is in the log, then returns the plain receipt, for `durable()` and the like.
+    /// Blocks until the event is in the log, then returns the plain receipt.
     ///
     /// # Errors
-    /// `ShardFailed` if the shard fails before that.
+    /// Returns `ShardFailed` if the shard fails before that.
     pub fn wait_appended(&self) -> Result<Receipt, WaitError> {
         let receipt = crate::sync::block_until(
             None,

@@ -1,7 +1,8 @@
-//! The state that both ends of a lane share besides its ring: the numbers of events accepted, appended and made
+//! The state, besides the ring, that both ends of a lane share: the numbers of events accepted, appended and made
 //! durable.
 //!
-//! Writers: the producer counts published events, the shard appended events, the syncer durable events.
+//! Writers: the producer counts published events, the shard counts appended events, and the syncer counts durable
+//! events.
 
 use std::sync::Arc;
 
@@ -9,21 +10,21 @@ use crate::config::Durability;
 use crate::log::segment::ShardLog;
 use crate::sync::{AtomicBool, AtomicU64, CloseGate, Inside, Ordering, Signal, Waiters, Watermark};
 
-/// The state that both ends of a lane share besides the ring.
+/// The state, besides the ring, that both ends of a lane share.
 #[derive(Debug)]
 pub(crate) struct LaneShared {
     pub(crate) log: Arc<ShardLog>,
-    /// `true` if the syncer syncs without being asked, that is in every mode but `OsCache`.
+    /// `true` if the syncer syncs without being asked, that is, in every mode except `OsCache`.
     pub(super) syncs: bool,
     pub(crate) close_gate: CloseGate,
     /// Wakes the producer when the lane has room again.
     pub(crate) space: Signal,
-    /// Events accepted. In a shared lane this includes events being pushed, which may still be refused. Written by
-    /// producers.
+    /// The number of events accepted. In a shared lane it includes events that are being pushed and may still be
+    /// refused. Written by producers.
     pub(crate) published: AtomicU64,
-    /// Events appended. Written by the shard.
+    /// The number of events appended. Written by the shard.
     pub(super) appended: Watermark,
-    /// Events durable. Written by the syncer.
+    /// The number of durable events. Written by the syncer.
     pub(super) durable: Watermark,
     pub(super) waiting_appended: Waiters,
     pub(super) waiting_durable: Waiters,
@@ -50,7 +51,7 @@ impl LaneShared {
         }
     }
 
-    /// The counts of a lane that carries commands.
+    /// Creates the counts of a lane that carries commands.
     pub(crate) fn of_commands(log: Arc<ShardLog>, durability: Durability) -> Self {
         Self { of_commands: true, ..Self::new(log, durability) }
     }
@@ -60,20 +61,21 @@ impl LaneShared {
     }
 
     /// Enters the lane to publish. Returns `None` if the lane is closed or its shard has failed. (A failure closes the
-    /// lanes only when the shard's thread sees it, so the failure is checked here too.)
+    /// lanes only after the shard's thread has seen it, so the failure is checked here too.)
     #[inline]
     pub(crate) fn enter(&self) -> Option<Inside<'_>> {
         if self.log.failure().is_some() { None } else { self.close_gate.enter() }
     }
 
-    /// The shard has appended the first `count` events of this lane. The log's watermark must be published before.
+    /// Records that the shard has appended the first `count` events of this lane. The log's watermark must be published
+    /// first.
     #[inline]
     pub(crate) fn appended_reached(&self, count: u64) {
         self.appended.publish(count);
         self.waiting_appended.reached(count);
     }
 
-    /// The first `count` events of this lane are durable.
+    /// Records that the first `count` events of this lane are durable.
     pub(crate) fn durable_reached(&self, count: u64) {
         self.durable.publish(count);
         self.waiting_durable.reached(count);
@@ -84,19 +86,19 @@ impl LaneShared {
         self.waiting_appended.register(count, waker);
     }
 
-    /// Returns `true` if the first `published` events are appended, except those that were refused.
+    /// Returns `true` if the first `published` events are appended, not counting events that were refused.
     pub(crate) fn is_appended(&self, published: u64) -> bool {
         let appended = self.appended.get();
         appended >= published || appended >= self.published.load(Ordering::SeqCst)
     }
 
-    /// Takes back the count of an event that was refused. Its waiters must check again.
+    /// Takes a refused event out of the count, and makes all waiters for appends check again.
     pub(crate) fn unpublish(&self) {
         self.published.fetch_sub(1, Ordering::SeqCst);
         self.waiting_appended.reached(u64::MAX);
     }
 
-    /// Registers a waker for the `count`-th event of this lane to become durable.
+    /// Registers a waker for the time when the `count`-th event of this lane becomes durable.
     pub(crate) fn register_durable(&self, count: u64, waker: &std::task::Waker) {
         self.waiting_durable.register(count, waker);
     }
@@ -114,7 +116,7 @@ impl LaneShared {
         self.appended.get()
     }
 
-    /// The producer is gone, and the shard has taken the lane's last event.
+    /// Records that the producer is gone and the shard has taken the lane's last event.
     pub(crate) fn retire(&self) {
         self.retired.store(true, Ordering::Release);
     }

@@ -15,7 +15,7 @@ pub(crate) struct ShardDoor {
     pub(crate) signal: Arc<Signal>,
     /// `true` once the engine refuses further events.
     pub(crate) closing: AtomicBool,
-    /// `true` once the shard takes no further turn: its thread runs no application code any more.
+    /// `true` once the shard takes no further turn; its thread then runs no more application code.
     pub(crate) turns_ended: AtomicBool,
     pub(crate) lanes: Arc<LaneRegistry>,
 }

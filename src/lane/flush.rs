@@ -1,6 +1,7 @@
-//! Flush: waits until the accepted events of a shard are durable, and until their receipts say so.
+//! Flush: waits until a shard's accepted events are durable and their receipts report it.
 //!
-//! Runs on the caller's thread. It asks the syncer, and reads what the shard and the syncer publish.
+//! A flush runs on the caller's thread. It asks the syncer for a sync, and reads the positions and counts that the
+//! shard and the syncer publish.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -11,11 +12,11 @@ use crate::lane::door::ShardDoor;
 use crate::lane::requests::SyncRequests;
 use crate::sync::block_until;
 
-/// How long a flush waits for a lane's durable count before it asks the syncer again.
+/// The time that a flush waits for a lane's durable count before it asks the syncer again.
 const SETTLE_EVERY: Duration = Duration::from_millis(1);
 
-/// Waits until the first `published` events of each lane are appended and durable. `lanes`: lanes of the shard, with
-/// `published`.
+/// Waits until the first `published` events of each lane are appended and durable. `lanes` holds lanes of the shard,
+/// each with its `published`.
 pub(crate) fn flush_shard(
     door: &ShardDoor,
     syncer: &SyncRequests,
@@ -34,9 +35,10 @@ pub(crate) fn flush_shard(
     let reached = || if door.log.durable.get() >= end { Some(Ok(())) } else { failed() };
     block_until(deadline, |waker| door.lanes.waiting_flush().register(end, waker), reached)?;
     for (count, lane) in counted {
-        // A sync may cover an event before its lane counts it. The next sync updates the lane, or the syncer does when
-        // nothing is left to sync. The loop asks repeatedly, because a sync in progress may have read the counts too
-        // early as well. It never asks beyond the appended end: the syncer could not sleep while it waits for that.
+        // A sync may cover an event before its lane counts it. The next sync updates the lane; if nothing is left to
+        // sync, the syncer updates it. The loop asks repeatedly, because a sync in progress may have read the counts
+        // too early as well. The loop never asks beyond the appended end, because the syncer could not sleep until the
+        // log reached that offset.
         while lane.durable_count() < count {
             syncer.flush(door.log.appended.get());
             let soon = Instant::now() + SETTLE_EVERY;

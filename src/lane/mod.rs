@@ -5,10 +5,10 @@
 //! | `ring` | the slots of a lane, in chunks |
 //! | `counts` | the numbers of events of a lane that were accepted, appended and made durable |
 //! | `registry` | the lanes of one shard, for other threads |
-//! | `door` | a producer's connection to a shard |
-//! | `receipt` | proof that an event was accepted, and waiting for it |
+//! | `door` | the state that producers and clients share with a shard |
+//! | `receipt` | proof that an event was accepted, and waits for the event |
 //! | `requests` | the mailboxes through which threads ask each other for work |
-//! | `flush` | waits until accepted events are durable |
+//! | `flush` | a wait until accepted events are durable |
 
 pub(crate) mod counts;
 pub(crate) mod door;

@@ -1,4 +1,4 @@
-//! Receipts: proof that an event was accepted, and waiting until it is appended or durable.
+//! Receipts: proof that an event was accepted, and waits until it is appended or durable.
 //!
 //! Writers: the shard and the syncer write the lane's two counts. A receipt only reads them.
 
@@ -14,7 +14,8 @@ use crate::lane::counts::LaneShared;
 use crate::sync::block_until;
 use crate::sync::{AtomicU64, Deadline, Ordering, thread_waker};
 
-/// Proof that an event was accepted. It can tell when the event is appended and when it is durable, and wait for both.
+/// Proof that an event was accepted. A receipt tells whether the event is appended and whether it is durable, and can
+/// wait for either.
 ///
 /// A receipt is a lane and a ticket, the event's number in the lane. The lane counts its events, so a receipt costs
 /// nothing per event unless it is used.
@@ -78,18 +79,18 @@ impl Receipt {
         self.lane.durable.get() >= self.ticket
     }
 
-    /// Returns a wait for the event to be in the log: `.wait()`, `.wait_until()` or `.await`.
+    /// Returns a [`Pending`] that waits until the event is in the log: `.wait()`, `.wait_until()` or `.await`.
     pub fn appended(&self) -> Pending {
         Pending { receipt: self.clone(), durable: false }
     }
 
-    /// Returns a wait for the event to be durable: `.wait()`, `.wait_until()` or `.await`.
+    /// Returns a [`Pending`] that waits until the event is durable: `.wait()`, `.wait_until()` or `.await`.
     pub fn durable(&self) -> Pending {
         Pending { receipt: self.clone(), durable: true }
     }
 }
 
-/// A wait for an event to be appended or durable: a future of any runtime, or a blocking wait.
+/// A wait until an event is appended or durable: a future for any runtime, or a blocking wait.
 #[derive(Debug)]
 #[must_use = "nothing waits until `.wait()` or `.await`"]
 pub struct Pending {
@@ -101,7 +102,7 @@ impl Pending {
     /// Returns the outcome if it is known.
     pub(crate) fn outcome(&self) -> Option<Result<(), WaitError>> {
         let lane = &self.receipt.lane;
-        // The failure is read first: a count that was reached before the failure must win.
+        // The failure is read first, because a count that was reached before the failure must win.
         let failure = lane.log.failure();
         let reached = if self.durable { self.receipt.is_durable() } else { self.receipt.is_appended() };
         if reached {
@@ -122,7 +123,8 @@ impl Pending {
     /// Blocks the thread until the event is appended or durable.
     ///
     /// # Errors
-    /// `ShardFailed` as soon as the shard fails; `NeverDurable` in `OsCache` mode.
+    /// Returns `ShardFailed` as soon as the shard fails, `NeverDurable` in `OsCache` mode if no flush has covered the
+    /// event, and `OnEngineThread` on a thread that an engine waits for.
     pub fn wait(&self) -> Result<(), WaitError> {
         self.block(None)
     }
@@ -130,7 +132,7 @@ impl Pending {
     /// Blocks the thread until the event is appended or durable, or `deadline` passes.
     ///
     /// # Errors
-    /// As [`Pending::wait`], and `TimedOut` after the deadline.
+    /// As [`Pending::wait`]; also returns `TimedOut` after the deadline.
     pub fn wait_until(&self, deadline: impl Into<Deadline>) -> Result<(), WaitError> {
         let deadline = deadline.into().instant();
         self.block(deadline)
@@ -163,10 +165,10 @@ impl Future for Pending {
     }
 }
 
-/// Learns the offset of the only event in flight in a lane.
+/// Finds the offset of the only event in flight in a lane.
 ///
-/// It registers as a waiter before the event is published. The shard wakes it after the batch of that event and before
-/// it appends anything else. Other events cost nothing.
+/// An `OffsetWatch` registers as a waiter before the event is published. The shard wakes it after the batch of that
+/// event and before it appends anything else. Other events cost nothing.
 pub(crate) struct OffsetWatch {
     lane: Arc<LaneShared>,
     ticket: u64,
@@ -179,10 +181,10 @@ pub(crate) struct OffsetWatch {
 
 impl Wake for OffsetWatch {
     fn wake(self: Arc<Self>) {
-        // A failure wakes it too.
+        // A failure of the shard also calls this.
         if self.lane.appended.get() >= self.ticket {
             let end = self.lane.log.appended.get();
-            // Called once, unless the shard fails; then there is no offset.
+            // This runs once, unless the shard fails; then there is no offset.
             // Release: pairs with the Acquire in `wait`.
             self.end.store(end, Ordering::Release);
         }
@@ -200,7 +202,7 @@ impl OffsetWatch {
         watch
     }
 
-    /// Waits on this thread until the event is appended. Returns its offset; `None` if retention has freed it
+    /// Blocks this thread until the event is appended. Returns its offset, or `None` if retention has freed the event
     /// meanwhile.
     pub(crate) fn wait(&self, deadline: Option<Instant>) -> Result<Option<Offset>, WaitError> {
         let outcome = || match self.end.load(Ordering::Acquire) {
@@ -208,7 +210,8 @@ impl OffsetWatch {
             end => Some(Ok(Offset(end))),
         };
         let end = block_until(deadline, |_| {}, outcome)?;
-        // A batch takes events of one lane, and this lane held no other event: the event is the last one of its batch.
+        // A batch takes events from one lane, and this lane held no other event, so the event is the last one of its
+        // batch.
         Ok(self.lane.log.last_event_in(self.from, end))
     }
 }

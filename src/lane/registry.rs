@@ -1,17 +1,17 @@
-//! The registry: the lanes of one shard, for every thread but the shard's own.
+//! The registry: the lanes of one shard, for all threads except the shard's own.
 
 use std::sync::Arc;
 
 use super::counts::LaneShared;
 use crate::sync::{AtomicU64, Mutex, Ordering, Waiters, lock};
 
-/// The lanes of one shard. Locked when a lane comes or goes, and once per sync; never per event.
+/// The lanes of one shard. Locked when a lane is added or removed, and once per sync, but never per event.
 #[derive(Debug, Default)]
 pub(crate) struct LaneRegistry {
     lanes: Mutex<Vec<Arc<LaneShared>>>,
     /// Waiters for the durable end of the log.
     waiting_flush: FlushWaiters,
-    /// Events of lanes that were removed from the list.
+    /// The number of events of lanes that were removed from the list.
     retired_events: AtomicU64,
 }
 
@@ -31,15 +31,14 @@ impl LaneRegistry {
         lanes.push(Arc::clone(lane));
     }
 
-    /// Returns every lane with the number of its appended events. Removes retired lanes whose counts can no longer
-    /// matter.
+    /// Returns every lane with the number of its appended events. Removes retired lanes whose counts no longer matter.
     pub(crate) fn appended_counts(&self) -> Vec<(Arc<LaneShared>, u64)> {
         let mut lanes = lock(&self.lanes);
         self.forget_retired(&mut lanes);
         lanes.iter().map(|lane| (Arc::clone(lane), lane.appended.get())).collect()
     }
 
-    /// Returns `true` if a lane has events that are appended and not counted as durable.
+    /// Returns `true` if a lane has events that are appended but not yet counted as durable.
     pub(crate) fn is_behind(&self) -> bool {
         lock(&self.lanes).iter().any(|lane| lane.durable.get() < lane.appended.get())
     }
@@ -56,7 +55,7 @@ impl LaneRegistry {
         });
     }
 
-    /// The number of events of lanes that were removed.
+    /// Returns the number of events of lanes that were removed.
     pub(crate) fn retired_events(&self) -> u64 {
         self.retired_events.load(Ordering::Relaxed)
     }

@@ -1,6 +1,6 @@
 //! Mailboxes: how threads ask each other for segments, syncs and checkpoints.
 //!
-//! A request is a flag, or a position that only rises. The asked thread answers through the positions that it
+//! A request is a flag, or an offset that only grows. The receiving thread answers through the positions that it
 //! publishes.
 
 use std::sync::Arc;
@@ -54,12 +54,12 @@ impl SyncRequests {
         self.signal.notify();
     }
 
-    /// The highest offset that a flush asked for.
+    /// Returns the highest offset that a flush has asked for.
     pub(crate) fn flush_target(&self) -> u64 {
         self.flush_target.load(Ordering::SeqCst)
     }
 
-    /// Tells the syncer to sync what is left and to end. The shard appends nothing afterwards.
+    /// Tells the syncer to sync the rest of the log and to end. The shard appends nothing afterwards.
     pub(crate) fn end(&self) {
         self.ending.store(true, Ordering::SeqCst);
         self.signal.notify();
@@ -70,7 +70,7 @@ impl SyncRequests {
     }
 }
 
-/// A run of events that are appended and not yet durable. The syncer records their latency when they are.
+/// A run of events that are appended but not yet durable. Once they are durable, the syncer records their latency.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct UnsyncedRun {
     pub(crate) end: u64,
@@ -90,9 +90,9 @@ pub(crate) struct CheckpointRequests {
     covered: AtomicU64,
     /// The start of the newest checkpoint, complete or not.
     begun: AtomicU64,
-    /// Number of checkpoints that were published or have failed.
+    /// The number of checkpoints that were published or have failed.
     settled: AtomicU64,
-    /// Number of checkpoints that have failed.
+    /// The number of checkpoints that have failed.
     failed: AtomicU64,
     skipped: AtomicU64,
     /// Waiters for `settled`.
@@ -100,7 +100,7 @@ pub(crate) struct CheckpointRequests {
 }
 
 impl CheckpointRequests {
-    /// No request yet; the newest published checkpoint starts at `covered`.
+    /// Creates a mailbox without a request. The newest published checkpoint starts at `covered`.
     pub(crate) fn new(covered: Offset) -> Self {
         Self {
             is_requested: AtomicBool::new(false),
@@ -124,26 +124,26 @@ impl CheckpointRequests {
         self.is_requested.load(Ordering::Acquire)
     }
 
-    /// The shard begins a checkpoint at `start`. It answers all requests made before.
+    /// Records that the shard begins a checkpoint at `start`, which answers all earlier requests.
     pub(crate) fn begin(&self, start: Offset) {
         self.is_requested.store(false, Ordering::SeqCst);
         self.begun.store(start.0, Ordering::Release);
     }
 
-    /// The start of the newest checkpoint, complete or not.
+    /// Returns the start of the newest checkpoint, complete or not.
     pub(crate) fn begun(&self) -> u64 {
         self.begun.load(Ordering::Acquire)
     }
 
-    /// The snapshotter has published the checkpoint that starts at `start`.
+    /// Records that the snapshotter has published the checkpoint that starts at `start`.
     pub(crate) fn publish(&self, start: Offset) {
         // Release: pairs with the Acquire in `covered`.
         self.covered.fetch_max(start.0, Ordering::Release);
         self.settle();
     }
 
-    /// The snapshotter could not write the newest checkpoint. (If another has begun meanwhile, retention asks once more
-    /// than necessary.)
+    /// Records that the snapshotter could not write the newest checkpoint. (If another one has begun meanwhile,
+    /// retention asks once more than necessary.)
     pub(crate) fn fail(&self) {
         self.failed.fetch_add(1, Ordering::Relaxed);
         self.begun.store(self.covered(), Ordering::Release);
@@ -155,28 +155,29 @@ impl CheckpointRequests {
         self.waiting.reached(settled);
     }
 
-    /// The offset below which published checkpoints cover every event.
+    /// Returns the offset below which published checkpoints cover every event.
     pub(crate) fn covered(&self) -> u64 {
         // Acquire: pairs with the Release in `publish`.
         self.covered.load(Ordering::Acquire)
     }
 
-    /// The number of checkpoints that have failed.
+    /// Returns the number of checkpoints that have failed.
     pub(crate) fn failures(&self) -> u64 {
         self.failed.load(Ordering::SeqCst)
     }
 
-    /// Counts snapshots that are not saved: the snapshotter is behind, cannot write, or the state is too large.
+    /// Counts snapshots that are not saved because the snapshotter is behind or cannot write, or because the state is
+    /// too large.
     pub(crate) fn skip(&self, snapshots: u64) {
         self.skipped.fetch_add(snapshots, Ordering::Relaxed);
     }
 
-    /// The number of snapshots that were not saved.
+    /// Returns the number of snapshots that were not saved.
     pub(crate) fn skipped(&self) -> u64 {
         self.skipped.load(Ordering::Relaxed)
     }
 
-    /// Registers `waker` for the next checkpoint that is published or fails.
+    /// Registers `waker` for the next time a checkpoint is published or fails.
     pub(crate) fn register(&self, waker: &Waker) {
         self.waiting.register(self.settled.load(Ordering::SeqCst) + 1, waker);
     }

@@ -1,7 +1,7 @@
 //! A lane's ring: rtrb's ring with corelane's slots.
 //!
-//! One producer and one shard, one thread each. Slots below the ring's tail are complete; a chunk becomes visible with
-//! one release store.
+//! Two ends: one producer and one shard, with one thread each. Slots below the ring's tail are complete; a chunk
+//! becomes visible with one release store.
 
 use crate::clock::{Lateness, Nanos};
 use crate::event::{Key, KeyHash};
@@ -12,7 +12,7 @@ use crate::sync::prefetch_to_write;
 pub(crate) struct Slot<E> {
     pub(crate) key: Key,
     pub(crate) published: Nanos,
-    /// The delay of `published` after the time at which the event was due; [`crate::clock::NOT_DUE`] if there was none.
+    /// The delay of `published` after the event's due time; [`crate::clock::NOT_DUE`] if the event had none.
     pub(crate) late: Lateness,
     /// The key's hash, for the shard's key table.
     pub(crate) hash: KeyHash,
@@ -26,20 +26,21 @@ impl<E> Slot<E> {
     }
 }
 
-/// Returns the number of free slots, at most `count`. Reads the shard's position only if the cached one shows too few.
+/// Returns the number of free slots, at most `count`. Reads the shard's position in the ring only if the cached
+/// position shows fewer than `count`.
 #[inline]
 pub(crate) fn free_slots<E>(ring: &rtrb::Producer<Slot<E>>, count: usize) -> usize {
     if ring.cached_slots() >= count { count } else { ring.slots().min(count) }
 }
 
-/// Prefetch distance ahead of the slot being written, in slots. Their cache lines are on the shard's core, and a store
-/// would wait for them.
+/// The prefetch distance ahead of the slot being written, in slots. The cache lines of these slots are on the shard's
+/// core, and a store would wait for them.
 const PREFETCH_SLOTS: usize = 24;
 
 /// Moves up to `count` of `events` into the ring, in order, and makes them visible at once. Returns the number moved.
 ///
-/// Takes exactly that number from the iterator. If the iterator panics, the events taken from it are lost and the chunk
-/// does not become visible.
+/// Takes exactly the returned number of events from the iterator. If the iterator panics, the events taken are lost and
+/// the chunk does not become visible.
 #[inline]
 pub(crate) fn push_chunk<E>(
     ring: &mut rtrb::Producer<Slot<E>>,

@@ -15,7 +15,7 @@ pub(crate) struct Access {
     scratch: Option<Scratch>,
 }
 
-/// The size of the first buffer for an upcasted event, and the largest size, in bytes.
+/// The sizes in bytes of the first and of the largest buffer for an upcasted event.
 const UPCAST_BYTES_MIN: usize = 4 << 10;
 const UPCAST_BYTES_MAX: usize = 16 << 20;
 
@@ -25,7 +25,7 @@ impl Access {
     }
 
     /// Returns the event of the record at `at` with this exact length and header, or `None` if its archive is invalid.
-    /// The caller has verified the record's CRC, unless this process wrote it.
+    /// The caller must have verified the record's CRC, unless this process wrote the record.
     #[inline]
     pub(crate) fn event<'a, E: Event>(
         &'a mut self,
@@ -41,7 +41,8 @@ impl Access {
         self.upcast::<E>(memory.read(at, len)?, header.event_type, header.schema_version)
     }
 
-    /// Returns the event of an archive stored elsewhere, or `None` if it is invalid. The caller has verified its CRC.
+    /// Returns the event of an archive stored outside the log, or `None` if the archive is invalid. The caller must
+    /// have verified its CRC.
     pub(crate) fn kept<'a, E: Event>(
         &'a mut self,
         archive: &'a [u8],

@@ -1,4 +1,5 @@
-//! Reads single records of a shard's log in place, by their offsets. Used by any thread; sees the log up to `appended`.
+//! Reads single records of a shard's log in place, by their offsets. Any thread may use a finder; it sees the log up to
+//! `appended`.
 
 use std::sync::Arc;
 
@@ -11,12 +12,13 @@ use crate::storage::framed::u32_at;
 use crate::storage::memory::Memory;
 use crate::storage::memory::padded;
 
-/// Finds records by offset. Keeps the segment of the last record.
+/// Finds records by offset. Holds on to the segment of the last record found.
 #[derive(Debug)]
 pub(crate) struct Finder {
     log: Arc<ShardLog>,
     segment: Option<Segment>,
-    /// The store's lock. Bytes that this process wrote are trusted, so no other process may write while a finder lives.
+    /// The store's lock. A finder trusts the bytes that this process wrote, so no other process may write while the
+    /// finder lives.
     _lock: Arc<dyn Lock>,
 }
 
@@ -58,7 +60,7 @@ impl Finder {
         } else {
             match record_at(tail, segment.salt) {
                 RecordAt::Record(len) => len,
-                // The offset comes from the log itself, so a zero word there is a hole.
+                // The offset comes from the log itself, so a zero length word there is a hole.
                 RecordAt::End => return Err(damaged("a record that the log refers to is missing").into()),
                 RecordAt::Damaged(why) => return Err(damaged(why).into()),
             }

@@ -19,12 +19,13 @@ pub(crate) const HEADER_BYTES: usize = 4096;
 pub(crate) const RECORD_HEADER_BYTES: usize = 48;
 /// Length of the longest record: its header and the largest archive that a configuration may allow.
 pub(crate) const RECORD_BYTES_MAX: usize = RECORD_HEADER_BYTES + (16 << 20);
-/// The event type id of the log's own records. Their schema version tells the kinds apart.
+/// The event type id of the log's own records. Their schema version distinguishes the kinds.
 const OWN: EventTypeId = EventTypeId(0);
-/// A mark: no event and no body. Its `key` is a position up to which the log was synced.
+/// A mark, which is not an event and has no body. Its `key` is the offset up to which the log was synced.
 const OWN_MARK: u16 = 0;
-/// The outcome of a command with an idempotency key, which is in `correlation`. `version` is the key's version after the
-/// command, and the back-link's bits hold an [`Ending`]. The body is the archive of the rejection, if there is one.
+/// The outcome of a command with an idempotency key. `correlation` is the idempotency key, `version` is the key's
+/// version after the command, and the back-link's bits hold an [`Ending`]. The body is the archive of the rejection, if
+/// there is one.
 const OWN_OUTCOME: u16 = 1;
 
 const SEGMENT_MAGIC: [u8; 8] = *b"corelseg";
@@ -41,27 +42,27 @@ pub(crate) const OFFSETS_END: u64 = (LOW_48 + 1) * ALIGN as u64;
 
 const _: () = assert!(RECORD_HEADER_BYTES.is_multiple_of(ALIGN) && HEADER_BYTES.is_multiple_of(ALIGN));
 
-/// Returns `true` if an offset read from a file can be a position of a log, or 0 for none. Whether a record begins there,
-/// only the log can tell.
+/// Returns `true` if an offset read from a file can be a position in a log, or is 0, which means none. Only the log can
+/// tell whether a record begins there.
 pub(crate) fn is_offset(offset: Offset) -> bool {
     offset.0.is_multiple_of(ALIGN as u64) && offset.0 <= OFFSETS_END
 }
 
-/// Returns `true` if a record may begin, or the log may end, at an offset read from a file: [`is_offset`] without the
-/// offsets of the first segment's header.
+/// Returns `true` if a record may begin, or the log may end, at an offset read from a file: as [`is_offset`], but
+/// without the offsets inside the first segment's header.
 pub(crate) fn is_record_offset(offset: Offset) -> bool {
     is_offset(offset) && offset.0 >= HEADER_BYTES as u64
 }
 
-/// The fingerprint of the properties that make archives of two builds compatible: rkyv's pointer width, byte order and
-/// alignment.
+/// Returns the fingerprint of the properties that make archives of two builds compatible: rkyv's pointer width, byte
+/// order and alignment.
 pub(crate) fn archive_fingerprint() -> u32 {
     let pointer_bytes = size_of::<rkyv::primitive::ArchivedUsize>() as u8;
     let aligned = align_of::<rkyv::primitive::ArchivedU64>() as u8;
     fingerprint(pointer_bytes, archived_one(), aligned)
 }
 
-/// The number 1 as rkyv stores it. Its byte order is a feature of the build and does not depend on the machine.
+/// Returns the number 1 as rkyv stores it. The byte order is a feature of the build and does not depend on the machine.
 fn archived_one() -> [u8; 4] {
     let mut one = rkyv::util::Align([0; 4]);
     let stored = rkyv::api::low::to_bytes_in_with_alloc::<_, _, rkyv::rancor::Failure>(
@@ -77,7 +78,7 @@ fn fingerprint(pointer_bytes: u8, one: [u8; 4], aligned: u8) -> u32 {
     crc32c::crc32c(&[b'r', b'k', 8, pointer_bytes, u8::from(one == 1_u32.to_le_bytes()), aligned])
 }
 
-/// The fingerprint of a program's event types: ids, names and schema versions.
+/// Returns the fingerprint of a program's event types: ids, names and schema versions.
 pub(crate) fn schema_fingerprint<E: Event>() -> u32 {
     E::TYPES.iter().fold(0, |crc, t| {
         let crc = crc32c::crc32c_append(crc, &t.id.0.to_le_bytes());
@@ -102,8 +103,8 @@ pub(crate) struct SegmentHeader {
     pub(crate) salt: u32,
 }
 
-/// The error for a page without magic before a record. It is damage, unless recovery finds that the record is of an earlier
-/// life of the file.
+/// The error for a page that has no magic but is followed by a record. This is damage, unless recovery finds that the
+/// record belongs to an earlier use of the file.
 pub(crate) const LOST_MAGIC: &str = "the segment header has lost its magic";
 
 /// The seam between two segments: the end and salt of the earlier one, and the number of events before the later one.
@@ -115,33 +116,34 @@ pub(crate) struct Seam {
 }
 
 impl Seam {
-    /// Returns the reason why a reader at `here` must not continue in the segment that states this seam, if there is one.
+    /// Returns the reason, if any, why a reader at `here` must not continue in the segment that states this seam.
     pub(crate) fn breaks_after(&self, here: &Seam) -> Option<&'static str> {
         if self.salt != here.salt {
             return Some("the next segment does not follow this one: one of them is of another log");
         }
         if self.end != here.end {
-            return Some("the next segment states another end for this one than the end of its records");
+            return Some("the end that the next segment states for this one differs from the end of its records");
         }
         (self.sequence != here.sequence).then_some("the next segment's first sequence does not follow")
     }
 }
 
-/// Why a page is not a valid segment header.
+/// The reason why a page is not a valid segment header.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum HeaderError {
     /// The segment is prepared and not yet begun.
     Blank,
     /// This build does not know the format version.
     Version(u32),
-    /// The archives have another format.
+    /// The archives have this other format.
     Archive(u32),
     /// Any other reason.
     Damaged(&'static str),
 }
 
-/// Writes the page of a prepared segment: its salt, and a CRC over the zeros before it and the salt. The CRC tells a lost page
-/// from a page that was never written. Only one sector changes, so the page is written whole or not at all.
+/// Writes the page of a prepared segment: its salt, and a CRC over the salt and the zeros before it. The CRC
+/// distinguishes a lost page from a page that was never written. Only one sector changes, so the page is written whole
+/// or not at all.
 pub(crate) fn encode_prepared(salt: u32, page: &mut [u8]) {
     assert!(page.len() >= HEADER_BYTES && salt != 0);
     page[..HEADER_BYTES].fill(0);
@@ -149,12 +151,12 @@ pub(crate) fn encode_prepared(salt: u32, page: &mut [u8]) {
     put_u32(page, HEADER_CRC_AT, prepared_crc(salt));
 }
 
-/// The CRC of a prepared page: of zeros and the salt.
+/// Returns the CRC of a prepared page, over zeros and the salt.
 fn prepared_crc(salt: u32) -> u32 {
     crc32c::crc32c_append(crc32c::crc32c(&[0; SALT_AT]), &salt.to_le_bytes())
 }
 
-/// Returns `true` if salt and CRC are those of [`encode_prepared`]. The bytes before them may hold a header that is being
+/// Returns `true` if salt and CRC are those of [`encode_prepared`]. The earlier bytes may hold a header that is being
 /// written.
 fn is_prepared(page: &[u8]) -> bool {
     let salt = u32_at(page, SALT_AT);
@@ -167,18 +169,19 @@ fn is_unused_zero(page: &[u8]) -> bool {
 }
 
 impl SegmentHeader {
-    /// The offset where the segment's first record begins.
+    /// Returns the offset at which the segment's first record begins.
     pub(crate) fn first_offset(&self) -> Offset {
         Offset(self.index.wrapping_mul(self.segment_bytes).wrapping_add(HEADER_BYTES as u64))
     }
 
-    /// The seam that the previous segment must end with.
+    /// Returns the seam that the previous segment must end with.
     pub(crate) fn seam(&self) -> Seam {
         Seam { end: self.previous_end, salt: self.previous_salt, sequence: self.first_sequence }
     }
 
-    /// Begins a segment: writes its header over a prepared page. Salt and CRC are stored last, as one word, which commits the
-    /// other fields. If the process is killed, or the system writes the page back, between two stores, the page is still prepared.
+    /// Begins a segment: writes its header over a prepared page. Salt and CRC are stored last, as one word, which
+    /// commits the other fields. If the process is killed, or the system writes the page back, between two stores, the
+    /// page still counts as prepared.
     pub(crate) fn encode(&self, page: &mut [u8]) {
         assert!(is_prepared(page) && u32_at(page, SALT_AT) == self.salt, "a segment is begun on its prepared page");
         page[0..8].copy_from_slice(&SEGMENT_MAGIC);
@@ -198,8 +201,8 @@ impl SegmentHeader {
         commit(&mut page[SALT_AT..], self.salt, crc);
     }
 
-    /// Reads the header from the first bytes of a segment: its page and the first record's length word, which tells a lost
-    /// magic from a blank page.
+    /// Reads the header from the first bytes of a segment: its page and the first record's length word. The length word
+    /// distinguishes a lost magic from a blank page.
     pub(crate) fn decode(bytes: &[u8]) -> Result<Self, HeaderError> {
         let page = bytes;
         if page.len() < HEADER_BYTES {
@@ -207,14 +210,15 @@ impl SegmentHeader {
         }
         let crc_matches = crc32c::crc32c(&page[..HEADER_CRC_AT]) == u32_at(page, HEADER_CRC_AT);
         let is_begun = crc_matches && page[..8] == SEGMENT_MAGIC;
-        // The fields before the last word were not committed. (A record after such a page: a power cut lost the header and kept
-        // the record, and neither was durable.)
+        // The fields before the last word were not committed. (A record may follow such a page: a power cut lost the
+        // header and kept the record, and neither was durable.)
         if !is_begun && is_prepared(page) {
             return Err(HeaderError::Blank);
         }
         if page[..8].iter().all(|&byte| byte == 0) {
-            // A page of an earlier build, which stored the magic last: never begun, or the process was killed before. That
-            // build wrote a zero length word for the first record before the page.
+            // The page is of an earlier build, which stored the magic last: the segment was never begun, or the process
+            // was killed before the magic was stored. That build wrote a zero length word for the first record before
+            // the page.
             let has_record = bytes.get(HEADER_BYTES..HEADER_BYTES + 4).is_some_and(|word| word != [0; 4]);
             return Err(if has_record { HeaderError::Damaged(LOST_MAGIC) } else { HeaderError::Blank });
         }
@@ -291,18 +295,18 @@ impl Ending {
 pub(crate) struct RecordHeader {
     pub(crate) time: Time,
     pub(crate) key: Key,
-    /// The key's previous record; 0: none.
+    /// The key's previous record; 0 if there is none.
     pub(crate) previous: Offset,
     pub(crate) event_type: EventTypeId,
     pub(crate) correlation: Correlation,
     pub(crate) version: Version,
     pub(crate) schema_version: u16,
-    /// The next record belongs to the same command: the log holds both or neither.
+    /// `true` if the next record belongs to the same command: the log holds both or neither.
     pub(crate) more: bool,
 }
 
 impl RecordHeader {
-    /// A mark: everything below `durable` is synced.
+    /// Returns the header of a mark: everything below `durable` is synced.
     pub(crate) fn mark(durable: u64, time: Time) -> Self {
         Self {
             time,
@@ -316,7 +320,7 @@ impl RecordHeader {
         }
     }
 
-    /// The outcome of a command of `key` with an idempotency key.
+    /// Returns the header of the outcome of a command of `key` with an idempotency key.
     pub(crate) fn outcome(key: Key, idempotency: u64, version: Version, ending: Ending, time: Time) -> Self {
         Self {
             time,
@@ -336,7 +340,7 @@ impl RecordHeader {
         self.event_type == OWN
     }
 
-    /// Returns `true` if the record is a mark; its `key` is then a position.
+    /// Returns `true` if the record is a mark; its `key` is then an offset.
     #[inline]
     pub(crate) fn is_mark(&self) -> bool {
         self.event_type == OWN && self.schema_version == OWN_MARK
@@ -353,7 +357,7 @@ impl RecordHeader {
         Ending::decode(self.previous.0 / ALIGN as u64)
     }
 
-    /// Writes the header before a complete body, with a length word of zero: not yet a record.
+    /// Writes the header before a complete body. The length word stays zero, so the bytes are not a record yet.
     #[inline(always)]
     pub(crate) fn stage(&self, head: &mut [u8; RECORD_HEADER_BYTES]) {
         debug_assert!(self.version.0 <= LOW_47 && self.previous.0.is_multiple_of(ALIGN as u64));
@@ -369,7 +373,7 @@ impl RecordHeader {
         head[40..48].copy_from_slice(&version.to_le_bytes());
     }
 
-    /// The metadata of the record at `offset` for readers and handlers.
+    /// Returns the metadata of the record at `offset`, for readers and handlers.
     #[inline]
     pub(crate) fn meta(&self, shard: ShardId, offset: Offset, sequence: Sequence) -> Meta {
         Meta {
@@ -386,7 +390,7 @@ impl RecordHeader {
         }
     }
 
-    /// Reads a header without checking it; [`record_at`] does.
+    /// Reads a header without checking it; [`record_at`] checks it.
     #[inline]
     pub(crate) fn decode(record: &[u8]) -> Self {
         let link = u64_at(record, 24);
@@ -499,7 +503,8 @@ pub(crate) mod tests {
         }
     }
 
-    /// Compares `bytes` with a golden file. `CORELANE_GOLDEN=write` renews the file; only a change of the format needs that.
+    /// Compares `bytes` with a golden file. `CORELANE_GOLDEN=write` renews the file; only a change of the format needs
+    /// that.
     pub(crate) fn assert_golden(name: &str, bytes: &[u8]) {
         let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name);
         if std::env::var("CORELANE_GOLDEN").is_ok_and(|value| value == "write") {
@@ -547,9 +552,9 @@ pub(crate) mod tests {
         let mut page = vec![0xff; HEADER_BYTES + 4];
         encode_prepared(0x0bad_cafe, &mut page);
         assert_golden("prepared-page.bin", &page[..HEADER_BYTES]);
-        // Whatever follows it.
+        // The bytes after the page do not matter.
         assert_eq!(SegmentHeader::decode(&page), Err(HeaderError::Blank));
-        // And whatever its uncommitted fields hold.
+        // Nor do its uncommitted fields.
         for bit in 0..SALT_AT * 8 {
             page[bit / 8] ^= 1 << (bit % 8);
             assert_eq!(SegmentHeader::decode(&page), Err(HeaderError::Blank), "bit {bit}");

@@ -17,7 +17,7 @@ pub(crate) struct Hold {
 }
 
 impl Hold {
-    /// Releases everything below `from`, and wakes the thread that frees segments.
+    /// Moves the hold to `from`, which releases everything below, and wakes the thread that frees segments.
     pub(crate) fn set(&self, from: Offset) {
         self.from.publish(from.0);
         self.freer.notify();
@@ -51,13 +51,13 @@ impl Holds {
         hold.freer.notify();
     }
 
-    /// Lowers the hold to `from`. Everything from there on that exists when this returns stays held.
+    /// Lowers the hold to `from`. Everything from `from` on that still exists when this returns stays held.
     pub(crate) fn lower(&self, hold: &Hold, from: Offset) {
         let _nothing_is_being_freed = lock(&self.0);
         hold.set(hold.get().min(from));
     }
 
-    /// Lowers the hold to `from`, if the log still begins at or before it. Returns `false`, and leaves the hold
+    /// Lowers the hold to `from`, if the log still begins at or before `from`. Returns `false`, and leaves the hold
     /// unchanged, if `from` is below `earliest`.
     pub(crate) fn reach(&self, hold: &Hold, from: Offset, earliest: impl FnOnce() -> Offset) -> bool {
         let _nothing_is_being_freed = lock(&self.0);
@@ -68,7 +68,7 @@ impl Holds {
         is_there
     }
 
-    /// Returns the lowest hold: nothing from there on may be freed. Returns `None` if there are no holds.
+    /// Returns the lowest hold: nothing at or above it may be freed. Returns `None` if there are no holds.
     pub(crate) fn lowest(&self) -> Option<Offset> {
         lock(&self.0).iter().map(|hold| hold.get()).min()
     }

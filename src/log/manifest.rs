@@ -1,5 +1,5 @@
-//! The manifest of a store (the properties that are fixed when it is created, and its event types) and the span of a shard (the
-//! segments that must exist): `FORMAT.md` §3 and §4. Also the names of a store's files and folders.
+//! The manifest of a store (the properties that are fixed when it is created, and its event types) and the span of a
+//! shard (the segments that must exist): `FORMAT.md` §3 and §4. Also the names of a store's files and folders.
 
 use std::hash::{BuildHasher as _, Hasher as _, RandomState};
 use std::path::{Path, PathBuf};
@@ -16,7 +16,7 @@ use crate::storage::{Storage, replace};
 pub(crate) const MANIFEST: &str = "manifest";
 /// The span's file name.
 pub(crate) const SPAN: &str = "span";
-/// A manifest without event types.
+/// The frame of the manifest. The shortest one has no event types.
 const MANIFEST_FRAME: Frame = Frame { magic: *b"corelman", bytes_min: 52 };
 const SPAN_FRAME: Frame = Frame { magic: *b"corelspn", bytes_min: 32 };
 /// A name's length is stored in two bytes.
@@ -25,13 +25,13 @@ const NAME_BYTES_MAX: usize = u16::MAX as usize;
 /// The properties of a store.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Manifest {
-    /// Drawn at random when the store is created, never 0. Tells this store from every other.
+    /// Drawn at random when the store is created, never 0. Distinguishes this store from every other.
     pub(crate) store_id: u64,
     pub(crate) shards: u16,
     pub(crate) segment_bytes: u64,
     /// Size and alignment of an archived event's root; zeros if unknown.
     pub(crate) root: Root,
-    /// Every layout ever declared for the store. The versions of a type are in the order of their declaration.
+    /// Every layout ever declared for the store. The versions of each type are in the order of their declaration.
     pub(crate) types: Vec<StoredType>,
 }
 
@@ -93,7 +93,7 @@ impl Manifest {
         manifest.impossible().map_or(Ok(manifest), |why| Err(why.into()))
     }
 
-    /// Returns the first property that no build writes. A matching CRC makes no number valid.
+    /// Returns the first property that no build writes. (A matching CRC alone does not make a number valid.)
     fn impossible(&self) -> Option<&'static str> {
         if !(1..=SHARDS_MAX).contains(&self.shards) {
             return Some("the manifest's number of shards is out of range");
@@ -143,7 +143,8 @@ impl Manifest {
     pub(crate) fn declare<E: Event>(&mut self) -> Result<bool, OpenError> {
         let root = Root::of::<E>();
         let mut changed = self.root != root;
-        // The stored size is that of the newest layouts. An older program is refused later, for the records that it finds.
+        // The stored size is that of the newest layouts. An older program is refused later, because of the records in
+        // the log.
         let newest = |id| self.types.iter().filter(|t| t.id == id).map(|t| t.schema_version).max();
         let is_as_stored = |declared: &&EventType| newest(declared.id) == Some(declared.schema_version);
         if changed
@@ -256,12 +257,12 @@ impl Span {
     }
 }
 
-/// The folder of one shard.
+/// Returns the folder of one shard.
 pub(crate) fn shard_dir(dir: &Path, shard: ShardId) -> PathBuf {
     dir.join(format!("shard-{:04}", shard.0))
 }
 
-/// The name of segment `index`.
+/// Returns the file name of segment `index`.
 pub(crate) fn segment_name(index: u64) -> String {
     format!("{index:012}.seg")
 }
@@ -284,7 +285,8 @@ pub(crate) fn is_folder_name(text: &str) -> bool {
 /// The name of a new segment until it is prepared.
 pub(crate) const FRESH: &str = "fresh.tmp";
 
-/// Returns a new salt for segment `index`: random, never 0. An earlier life of the file has the same one with probability 2⁻³².
+/// Returns a new salt for segment `index`: random, never 0. An earlier use of the file had the same salt with
+/// probability 2⁻³².
 pub(crate) fn fresh_salt(index: u64) -> u32 {
     (random(index) as u32).max(1)
 }

@@ -1,9 +1,9 @@
-//! A position in one shard's log that also identifies the log. A follower saves it beside the data made from the
-//! events.
+//! A position in one shard's log that also identifies the log. A follower saves the position with the data made from
+//! the events.
 //!
-//! Immutable: a reader creates it. It names the store, and the last event before it with the CRC of that event. The CRC
-//! is seeded with the salt of its segment and covers the event's time. So a log with another history since (restored
-//! from a copy, or with a lost tail written anew) has another CRC there.
+//! Immutable: a reader creates it. A position names the store and the last event before itself, with the CRC of that
+//! event. The CRC is seeded with the salt of its segment and covers the event's time. So a log whose history has
+//! diverged (restored from a copy, or with a lost tail written anew) has a different CRC there.
 //!
 //! ```text
 //!  0 store u64    8 offset u64   16 last u64   24 sequence u64   32 check u32   36 shard u16   38 version u16
@@ -25,11 +25,11 @@ use crate::storage::memory::padded;
 /// The version of the layout of [`Position::to_bytes`].
 const VERSION: u16 = 1;
 
-/// A position in one shard's log. Save it beside the data made from the events before it. It is verified when reading
-/// continues there: [`crate::Engine::reader_from`], [`crate::consumer::Sink::position`].
+/// A position in one shard's log. Save it with the data made from the events before it. The position is verified when
+/// reading continues there: [`crate::Engine::reader_from`], [`crate::consumer::Sink::position`].
 ///
-/// Opaque. Store its [`Position::BYTES`] bytes in a blob column, or its text ([`fmt::Display`] and [`FromStr`]) with
-/// two hexadecimal digits per byte. Both encodings are fixed for ever.
+/// A position is opaque. Store its [`Position::BYTES`] bytes in a blob column, or its text ([`fmt::Display`] and
+/// [`FromStr`]) with two hexadecimal digits per byte. Both encodings are fixed for ever.
 ///
 /// ```
 /// # use corelane::log::Position;
@@ -55,13 +55,13 @@ impl Position {
     /// The length of [`Position::to_bytes`] in bytes.
     pub const BYTES: usize = 40;
 
-    /// A position without a last event: at the beginning of a shard's log, or where the events before `offset` are
-    /// unknown.
+    /// Creates a position without a last event: the beginning of a shard's log, or an offset before which the events
+    /// are unknown.
     pub(crate) fn unwitnessed(store: u64, shard: ShardId, offset: Offset, sequence: Sequence) -> Self {
         Self { store, shard, offset, last: Offset(0), check: 0, sequence }
     }
 
-    /// The position after the event at `last`, whose CRC word is `check`.
+    /// Creates the position after the event at `last`, whose CRC word is `check`.
     pub(crate) fn behind(
         store: u64,
         shard: ShardId,
@@ -90,7 +90,7 @@ impl Position {
         self.offset
     }
 
-    /// Returns the sequence of the next event: the number of events of the shard before it.
+    /// Returns the sequence of the next event: the number of events of the shard before this position.
     #[must_use]
     pub fn sequence(&self) -> Sequence {
         self.sequence
@@ -140,8 +140,9 @@ impl Position {
         Ok(Self { store, shard: ShardId(u16_at(bytes, 36)), offset, last, check, sequence })
     }
 
-    /// Verifies that this is a position of `log`: that it has the log's store and shard, is not beyond its end, and
-    /// that the event before it matches. If retention has freed that event, only store, shard and end are compared.
+    /// Verifies that this is a position of `log`: the store and the shard are those of the log, the position is not
+    /// beyond the log's end, and the event before it matches. If retention has freed that event, only store, shard and
+    /// end are compared.
     pub(crate) fn check(&self, log: &Arc<ShardLog>, lock: &Arc<dyn Lock>) -> Result<(), ReadError> {
         let (shard, position) = (log.shard, self.offset);
         if self.store != log.store {
@@ -164,7 +165,7 @@ impl Position {
             // Retention freed it just now.
             Err(ReadError::BeyondRetention { .. }) => return Ok(()),
             Err(ReadError::NotARecord { .. }) => {
-                return Err(other("there is no event at the offset of its last event"));
+                return Err(other("no event begins at the offset of the last event before the position"));
             }
             Err(error) => return Err(error),
         };
@@ -174,14 +175,14 @@ impl Position {
         }
     }
 
-    /// Returns why the record at `last`, with this length and CRC word, is not the event before the position, or `None`
-    /// if it is.
+    /// Returns the reason why the record at `last`, with this length and CRC word, is not the event before the
+    /// position, or `None` if it is.
     pub(crate) fn does_not_follow(&self, len: usize, check_word: Option<u32>) -> Option<&'static str> {
         if check_word != Some(self.check) {
-            return Some("the last event before it differs");
+            return Some("the last event before the position differs");
         }
         let is_before = self.last.0 + padded(len) as u64 <= self.offset.0;
-        (!is_before).then_some("the last event before it ends beyond it")
+        (!is_before).then_some("the last event before the position ends after it")
     }
 }
 

@@ -1,4 +1,5 @@
-//! Reads a shard's log in place, even while the shard writes. Used by any thread; sees the log up to `appended`.
+//! Reads a shard's log in place, even while the shard writes. Any thread may use a reader; it sees the log up to
+//! `appended`, or only up to `durable`.
 
 use std::marker::PhantomData;
 use std::sync::Arc;
@@ -19,7 +20,7 @@ use crate::storage::memory::padded;
 pub(crate) enum Walked<'a> {
     /// A record that is not a mark, in `memory`.
     Record { memory: &'a Memory, at: usize, len: usize, header: &'a RecordHeader, offset: Offset },
-    /// The end of this memory: its last record has been passed.
+    /// The end of a segment with this memory: its last record has been passed.
     SegmentEnd(&'a Memory),
 }
 
@@ -39,7 +40,7 @@ impl<E: Event> std::fmt::Debug for Record<'_, E> {
 
 /// Reads the events of one shard's log in order.
 ///
-/// While a reader lives, the segment at its position is not written again, so keep readers short-lived or moving. A
+/// While a reader lives, the segment at its position cannot be written again, so keep readers short-lived or moving. A
 /// reader also keeps the store locked: until it is dropped, opening the store again fails with
 /// [`crate::OpenError::Locked`].
 ///
@@ -62,8 +63,8 @@ pub struct Reader<E: Event> {
     sight: Sight,
     access: Access,
     event: PhantomData<fn() -> E>,
-    /// The store's lock. A reader trusts the bytes that this process wrote. While it lives, even after its engine is
-    /// dropped, no other engine may open the store and write its segments again.
+    /// The store's lock. A reader trusts the bytes that this process wrote. So no other engine may open the store and
+    /// write its segments again while the reader lives, even after the reader's engine is dropped.
     _lock: Arc<dyn Lock>,
 }
 
@@ -85,7 +86,7 @@ pub(crate) enum Sight {
 /// The item at the reader's position.
 enum Step {
     Event(Ahead),
-    /// A record of the log itself, with its length.
+    /// One of the log's own records, with its length.
     Own(usize),
     NextSegment,
 }
@@ -142,9 +143,9 @@ impl<E: Event> Reader<E> {
     /// Returns the next event, or `None` at the end of the appended log. Later calls return events appended since.
     ///
     /// # Errors
-    /// Returns `BeyondRetention` if the position was freed, and `Corruption` if bytes from before this process are
+    /// Returns `BeyondRetention` if the position was freed, and `Corruption` if bytes that an earlier process wrote are
     /// damaged or missing. The position does not move, so the next call returns the same error, never a later event.
-    #[expect(clippy::should_implement_trait, reason = "lends from the reader, which Iterator cannot")]
+    #[expect(clippy::should_implement_trait, reason = "lends from the reader, which `Iterator` cannot do")]
     pub fn next(&mut self) -> Result<Option<Record<'_, E>>, ReadError> {
         match self.ahead(|_| true)? {
             Some(ahead) => self.take(&ahead).map(Some),
@@ -211,7 +212,7 @@ impl<E: Event> Reader<E> {
         self.log.shard
     }
 
-    /// Registers a waker for the time when more events become visible. The caller must check again afterwards.
+    /// Registers a waker, which is woken when more events become visible. The caller must check again afterwards.
     pub(crate) fn register(&self, waker: &Waker) {
         let target = self.horizon().0 + 1;
         match self.sight {
@@ -220,15 +221,15 @@ impl<E: Event> Reader<E> {
         }
     }
 
-    /// Returns the sequence of the next event. Not exact before the first step.
+    /// Returns the sequence of the next event, which is not exact before the first step.
     pub(crate) fn sequence(&self) -> u64 {
         self.sequence
     }
 
     /// Returns the sequence of the next event, exact even before the first step.
     pub(crate) fn sequence_here(&self) -> Sequence {
-        // Read before the list: if the list still lacks the segment, no event was at or after the position at that
-        // moment.
+        // Read before the list of segments: if the list then lacks the segment, no event was at or after the position
+        // when the sequence was read.
         let of_log = self.log.sequence.get();
         if self.segment.is_some() || self.last.0 > 0 {
             return Sequence(self.sequence);
@@ -242,7 +243,8 @@ impl<E: Event> Reader<E> {
         self.last
     }
 
-    /// Returns the CRC word of the last event passed, or `None` if there is none or it has been freed since.
+    /// Returns the CRC word of the last event passed, or `None` if no event was passed or the event has been freed
+    /// since.
     pub(crate) fn last_check(&self) -> Option<u32> {
         let index = self.log.segment_of(self.last);
         let own = self.segment.as_ref().filter(|segment| segment.index == index).cloned();
@@ -251,10 +253,12 @@ impl<E: Event> Reader<E> {
         segment.memory.read(at, RECORD_HEADER_BYTES).map(|head| u32_at(head, 4))
     }
 
-    /// Returns the position of the next event, to be saved. It identifies the log by the last event before it.
+    /// Returns the position of the next event, to be saved. The position identifies the log by the last event before
+    /// it.
     ///
     /// # Errors
-    /// Returns `BeyondRetention` if the event before it has been freed since, and otherwise the error of reading.
+    /// Returns `BeyondRetention` if the event before the position has been freed since, and otherwise the error of
+    /// reading.
     pub fn position(&self) -> Result<Position, ReadError> {
         let (shard, sequence) = (self.log.shard, self.sequence_here());
         let behind = |reader: &Self| reader.last_check().map(|check| (reader.last, check));
@@ -289,7 +293,7 @@ impl<E: Event> Reader<E> {
         })
     }
 
-    /// As [`Reader::position`], for a reader that has moved on from `before` and holds back retention.
+    /// As [`Reader::position`], but for a reader that has moved on from `before` and holds back retention.
     pub(crate) fn position_after(&self, before: &Position) -> Position {
         let witness = match before.last() {
             (last, _) if self.last > last => self.last_check().map(|check| (self.last, check)),
@@ -314,7 +318,7 @@ impl<E: Event> Reader<E> {
     /// Returns the item at the position without moving.
     #[inline]
     fn step(&mut self) -> Result<Option<Step>, ReadError> {
-        // The watermark first: everything below it is complete, whichever segment it is in.
+        // The watermark is read first: everything below it is complete, in every segment.
         let horizon = self.horizon().0;
         if self.at.0 >= horizon {
             return Ok(None);
@@ -375,7 +379,8 @@ impl<E: Event> Reader<E> {
         Ok(self.ahead(is_wanted)?.map(|ahead| ahead.header.time))
     }
 
-    /// Passes every record below `until` except marks to `take`, and each segment's memory when the reader leaves it.
+    /// Passes to `take` every record below `until` except marks, and each segment's memory when the reader leaves the
+    /// segment.
     pub(crate) fn walk(
         &mut self,
         until: Offset,
@@ -416,15 +421,16 @@ impl<E: Event> Reader<E> {
     #[cold]
     fn leave(&mut self) -> Result<(), ReadError> {
         let Some(segment) = &self.segment else { return Ok(()) };
-        // From the segment, not from the position: after a completely filled segment the position is already in the
-        // next one.
+        // The index comes from the segment, not from the position: after a completely filled segment the position is
+        // already in the next one.
         let next = segment.index + 1;
         let here = Seam { end: self.at, salt: segment.salt, sequence: self.sequence };
         let start = self.log.first_offset(next);
         let Some(next) = self.log.segment(next) else {
             let (shard, earliest) = (self.log.shard, self.log.earliest());
             if start >= earliest {
-                // `appended` is further on, and a segment enters the list before `appended` reaches it.
+                // This is damage: `appended` is beyond the position, and a segment enters the list before `appended`
+                // reaches it.
                 return Err(self.corruption("a zero length word before the end of the log").into());
             }
             (self.at, self.segment) = (start, None);
@@ -447,22 +453,23 @@ impl Position {
     /// Creates a reader that continues at this position.
     ///
     /// # Errors
-    /// Returns `Position` if the position does not belong to this log, and `BeyondRetention` if it was freed.
+    /// Returns `Position` if the position does not belong to this log, and `BeyondRetention` if retention has freed the
+    /// position.
     pub(crate) fn reader<E: Event>(&self, log: &Arc<ShardLog>, lock: &Arc<dyn Lock>) -> Result<Reader<E>, ReadError> {
         self.check(log, lock)?;
         let (shard, position) = (log.shard, self.offset);
         let other = |why| ReadError::from(PositionError::OtherHistory { shard, position, why });
         let reader = Reader::at(Arc::clone(log), position, Arc::clone(lock));
         let reader = reader.map_err(|error| match error {
-            ReadError::NotARecord { .. } => other("no event ends at its offset"),
+            ReadError::NotARecord { .. } => other("no event ends at the offset of the position"),
             error => error,
         })?;
         let (sequence, last) = (reader.sequence_here(), reader.last());
         if sequence != self.sequence {
-            return Err(other("the number of events before it differs"));
+            return Err(other("the number of events before the position differs"));
         }
         if last.0 > 0 && self.last.0 > 0 && last != self.last {
-            return Err(other("the last event before it differs"));
+            return Err(other("the last event before the position differs"));
         }
         Ok(reader)
     }

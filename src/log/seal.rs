@@ -1,9 +1,9 @@
 //! Sealing: stores the CRC and the length of records that are otherwise complete. Computes the CRC-32C of several short
 //! records at once.
 //!
-//! The processor's CRC instruction accepts 8 bytes per cycle but has a latency of three cycles, so a single record
-//! mostly waits. Four records side by side do not. Long inputs go to the `crc32c` crate, which splits them in the same
-//! way.
+//! The processor's CRC instruction accepts 8 bytes per cycle but has a latency of three cycles, so sealing a single
+//! record mostly waits. Sealing four records side by side does not. Long inputs go to the `crc32c` crate, which splits
+//! them in the same way.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -15,7 +15,7 @@ pub(crate) const UNSUMMED_BYTES: usize = 8;
 /// The number of records whose CRCs are computed side by side.
 pub(crate) const SIDE_BY_SIDE: usize = 4;
 
-/// From this length in bytes on, splitting one input gains more than it costs.
+/// The length in bytes from which splitting one input gains more than it costs.
 #[cfg(target_arch = "x86_64")]
 const LONG_BYTES: usize = 1024;
 
@@ -27,7 +27,7 @@ pub(crate) fn each(seed: u32, bytes: &mut [u8], lens: &[u32]) {
     let len = lens.first().copied().unwrap_or_default();
     let differing = lens.iter().fold(0, |differing, other| differing | (other ^ len));
     if differing == 0 && lens.len().is_multiple_of(SIDE_BY_SIDE) {
-        // Usually all events have one size. The usual archive sizes of an enum get straight-line code.
+        // Usually all events have one size, and the usual archive sizes of an enum get straight-line code.
         match len {
             64 => return of_size::<64>(seed, bytes),
             80 => return of_size::<80>(seed, bytes),
@@ -57,7 +57,7 @@ pub(crate) fn each(seed: u32, bytes: &mut [u8], lens: &[u32]) {
 fn of_size<const BYTES: usize>(seed: u32, bytes: &mut [u8]) {
     for four in bytes.as_chunks_mut::<BYTES>().0.as_chunks_mut::<SIDE_BY_SIDE>().0 {
         let [mut sum_a, mut sum_b, mut sum_c, mut sum_d] = [u64::from(!seed); SIDE_BY_SIDE];
-        // Written out, because a closure would not be compiled for the target feature.
+        // Written out, because a closure would not be compiled with the target feature.
         let [a, b, c, d] = four.each_ref().map(|record| record.as_chunks().0);
         for word in UNSUMMED_BYTES / 8..BYTES / 8 {
             sum_a = step(sum_a, &a[word]);
@@ -135,8 +135,8 @@ fn finish(mut sum: u64, input: &[u8]) -> u32 {
     !sum
 }
 
-/// Stores the length and the CRC of an otherwise complete record in one store, which makes it part of the log for
-/// readers of the file. Readers in this process see it after `publish`.
+/// Stores the length and the CRC of an otherwise complete record in one store. This makes the record part of the log
+/// for readers of the file. Readers in this process see it after `publish`.
 #[inline]
 pub(crate) fn commit(record: &mut [u8], len: u32, crc: u32) {
     let start: &mut [u8; UNSUMMED_BYTES] =
@@ -193,7 +193,8 @@ mod tests {
             for seed in [0, 1, 0x0bad_cafe, u32::MAX] {
                 let input = &noise[3..3 + body];
                 assert_eq!(crc32c(seed, input), crc32c::crc32c_append(seed, input), "{body} bytes");
-                // Each of the four is the longest once; then counts that are not multiples of four; and equal lengths.
+                // Each of the four records is the longest once; then come counts that are not multiples of four, and
+                // equal lengths.
                 for (longer, count) in (0..11).zip([8, 8, 8, 8, 8, 8, 2 * SIDE_BY_SIDE - 1, 5, 3, 8, 5]) {
                     let len = |i| RECORD_HEADER_BYTES + body + if i == longer { 11 + 8 * i } else { 0 };
                     let lens: Vec<u32> = (0..count).map(|i| len(i) as u32).collect();

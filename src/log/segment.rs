@@ -1,7 +1,8 @@
-//! The segments of one shard as all threads of this process see them: the list, the watermarks, and the first failure.
+//! The part of a shard's log that all threads of this process see: the list of segments, the watermarks, and the first
+//! failure.
 //!
 //! Writers: the shard moves `appended` and adds segments, the syncer moves `durable`, and the keeper removes segments
-//! from the front. Readers hold an `Arc` of a segment's memory; a segment is not written again while it is held.
+//! from the front. Readers hold an `Arc` of a segment's memory; while one is held, the segment is not written again.
 
 use std::collections::VecDeque;
 use std::path::PathBuf;
@@ -50,15 +51,15 @@ pub(crate) struct ShardLog {
     pub(crate) synced: Waiters,
     /// The retention holds of consumers and gates.
     pub(crate) holds: Holds,
-    /// A checkpoint that was published without a sync (`OsCache`), and the end of the log it covers: retention may have
-    /// freed the records it replaces. The snapshotter holds this lock from reading `durable` until it has published;
-    /// the syncer from reading this until it has moved `durable`.
+    /// A checkpoint that was published without a sync (`OsCache`), and the end of the log that it covers: retention may
+    /// have freed the records that it replaces. The snapshotter holds this lock from reading `durable` until it has
+    /// published the checkpoint. The syncer holds this lock from reading this field until it has moved `durable`.
     pub(crate) unsynced: Mutex<Option<(Box<dyn SideFile>, Offset)>>,
     failed: AtomicBool,
     failure: OnceLock<ShardFailure>,
-    /// Whether the shard or the keeper waits for the storage.
+    /// `true` while the shard or the keeper waits for the storage.
     storage_full: AtomicBool,
-    /// The reason of each kind of wait, by [`Waits`].
+    /// The reason for each kind of wait, indexed by [`Waits`].
     waiting: Mutex<[Option<Arc<str>>; 2]>,
 }
 
@@ -101,7 +102,7 @@ impl ShardLog {
         }
     }
 
-    /// Returns `true` if an operation waits for the storage, so that the shard takes nothing from its lanes.
+    /// Returns `true` if an operation waits for the storage; the shard then takes nothing from its lanes.
     pub(crate) fn is_storage_full(&self) -> bool {
         self.storage_full.load(Ordering::Relaxed)
     }
@@ -121,7 +122,7 @@ impl ShardLog {
         self.storage_full.store(waiting.iter().any(Option::is_some), Ordering::SeqCst);
     }
 
-    /// Returns why an operation waits for the storage.
+    /// Returns the reason why an operation waits for the storage.
     pub(crate) fn why_storage_full(&self) -> Option<Arc<str>> {
         lock(&self.waiting).iter().flatten().next().cloned()
     }
@@ -147,7 +148,7 @@ impl ShardLog {
     }
 
     /// Returns the last event in `from..end`, among those appended by this process. `from` must be the beginning or the
-    /// end of a record. Returns `None` if there is no event, or it has been freed since.
+    /// end of a record. Returns `None` if there is no such event, or if it has been freed since.
     pub(crate) fn last_event_in(&self, from: Offset, end: Offset) -> Option<Offset> {
         let (mut at, mut last) = (from, None);
         while at < end {
@@ -167,14 +168,14 @@ impl ShardLog {
                 position += padded(len);
                 at.0 += padded(len) as u64;
             }
-            // Also for a completely filled segment.
+            // This also leaves a completely filled segment.
             at = if at < end { at.max(self.first_offset(index + 1)) } else { at };
         }
         last
     }
 
     /// Returns the CRC word of the record that ends at `end`, or 0 if the log begins there. Everything below `end` must
-    /// be published. Returns `None` if the record has been freed, or no record ends there.
+    /// be published. Returns `None` if the record has been freed, or if no record ends there.
     pub(crate) fn check_before(&self, end: Offset) -> Option<u32> {
         // The end of a completely filled segment still belongs to that segment.
         let index = self.segment_of(Offset(end.0.saturating_sub(1)));
@@ -208,7 +209,8 @@ impl ShardLog {
         if segments.len() > 1 { segments.pop_front() } else { None }
     }
 
-    /// Returns the two oldest segments: the candidate for retention, and the earliest one after it is freed.
+    /// Returns the two oldest segments: the candidate for retention, and the segment that is the earliest once that one
+    /// is freed.
     pub(crate) fn oldest_two(&self) -> Option<(Segment, Segment)> {
         let segments = lock(&self.segments);
         Some((segments.front()?.clone(), segments.get(1)?.clone()))
@@ -231,7 +233,7 @@ impl ShardLog {
     pub(crate) fn fail(&self, cause: FailureCause) {
         let failure = ShardFailure { shard: self.shard, cause };
         tracing::error!(shard = self.shard.0, %failure, "a shard failed");
-        // A second failure is a consequence of the first and less informative.
+        // Any later failure is a consequence of the first one and less informative.
         if self.failure.set(failure).is_ok() {
             self.failed.store(true, Ordering::SeqCst);
         }

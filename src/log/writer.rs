@@ -1,6 +1,6 @@
 //! Appends records to a shard's current segment. One writer: the owning shard.
 //!
-//! Nothing here waits. When the current segment is full and the keeper has not provided the next one, the result is
+//! No function here waits. If the current segment is full and the keeper has not provided the next one, the result is
 //! [`Refused::NeedsSegment`], and the shard retries in a later turn.
 
 use std::sync::Arc;
@@ -16,7 +16,7 @@ use crate::storage::memory::{ALIGN, padded};
 use crate::storage::memory::{Memory, WriteHalf, archive};
 use crate::sync::prefetch;
 
-/// A segment that is ready to be written: named, allocated, with an empty header, and mostly prefaulted.
+/// A segment that is ready to be written: named, allocated, mostly prefaulted, and with an empty header.
 #[derive(Debug)]
 pub(crate) struct Prepared {
     pub(crate) index: u64,
@@ -63,9 +63,9 @@ pub(crate) struct Writer {
     scratch: Scratch,
     /// Scratch space for archives that are made only to measure them.
     trial: Option<Box<[u8]>>,
-    /// The end of the durable log in the last mark.
+    /// The end of the durable log, as recorded in the last mark.
     marked: u64,
-    /// When the last mark was written.
+    /// The time at which the last mark was written.
     marked_at: u64,
     /// The end of the last record that is not a mark.
     events_end: u64,
@@ -80,16 +80,16 @@ struct Current {
     salt: u32,
 }
 
-/// The number of records sealed together. Their CRCs are computed side by side. Sealing a record right after storing it
+/// The number of records sealed together, with CRCs computed side by side. Sealing a record right after storing it
 /// would be slower, because the CRC would wait for the stores.
 pub(crate) const GROUP: usize = 4 * SIDE_BY_SIDE;
 
-/// Prefetch distance ahead of the next record, in bytes; two cache lines per record. Stores become visible in order, so
-/// a store to a line that is not in the cache holds up all stores after it.
+/// The prefetch distance ahead of the next record, in bytes. Each record prefetches two cache lines. Stores become
+/// visible in order, so a store to a line that is not in the cache holds up all stores after it.
 const PREFETCH_AHEAD_BYTES: usize = 2048;
 
-/// Appends records to one segment. All its state is local, so that the compiler can keep it in registers instead of
-/// reloading it after every store.
+/// Appends records to one segment. Its state is local: the compiler can keep it in registers instead of reloading it
+/// after every store.
 pub(crate) struct Appender<'a, 's> {
     /// The segment from its first unsealed record on.
     open: &'a mut [u8],
@@ -104,8 +104,8 @@ pub(crate) struct Appender<'a, 's> {
     staged_len: usize,
 }
 
-/// The exact lengths of staged records: appended but not yet sealed. Separate from the [`Appender`], because its
-/// address is taken.
+/// The exact lengths of staged records, which are appended but not yet sealed. Kept outside the [`Appender`], because
+/// the address of this array is taken.
 pub(crate) type Group = [u32; GROUP];
 
 /// An appended event, in place in the log.
@@ -123,10 +123,11 @@ impl Appender<'_, '_> {
     }
 
     /// Archives `event` after `header`. The record is sealed, and so becomes part of the log, when the first event
-    /// after its group is appended, or by [`Appender::finish`]. A panic before that leaves no trace of it.
+    /// after its group is appended, or by [`Appender::finish`]. If the thread panics before that, the record leaves no
+    /// trace.
     ///
-    /// Always inlined, so that the header never goes through memory: storing its 2-byte fields and then loading them as
-    /// one word would wait until all earlier stores have reached the cache (a third of the total time).
+    /// Always inlined, which keeps the header out of memory: storing its 2-byte fields and then loading them as one
+    /// word would wait until all earlier stores have reached the cache (a third of the total time).
     #[inline(always)]
     pub(crate) fn append<E: Encode>(
         &mut self,
@@ -171,7 +172,7 @@ impl Appender<'_, '_> {
         Ok(())
     }
 
-    /// Seals the staged records, after writing an end word behind them.
+    /// Seals the staged records, after writing an end word after the last one.
     #[inline(always)]
     fn seal(&mut self) {
         let (group, open) = std::mem::take(&mut self.open).split_at_mut(self.at);
@@ -283,7 +284,7 @@ impl Writer {
             salt: prepared.salt,
         };
         let tail = half.tail();
-        // The end word before the header: a reader that sees the header finds the end of the segment.
+        // The end word is stored before the header: a reader that sees the header then finds the end of the segment.
         tail[HEADER_BYTES..HEADER_BYTES + 4].fill(0);
         header.encode(tail);
         half.skip(HEADER_BYTES);
@@ -310,7 +311,7 @@ impl Writer {
         }
     }
 
-    /// Returns `true` if events, or a part of one, have become durable since the last mark.
+    /// Returns `true` if events, or part of an event, have become durable since the last mark.
     fn has_news(&self) -> bool {
         self.log.durable.get().min(self.events_end) > self.marked
     }
@@ -444,7 +445,7 @@ mod tests {
         }
     }
 
-    /// Old bytes must not show, neither behind an archive of odd length nor behind the last record.
+    /// Old bytes must show neither after an archive of odd length nor after the last record.
     #[test]
     fn records_are_complete_padded_with_zeros_and_followed_by_an_end_word() {
         let mut half = WriteHalf::new(Memory::heap(Arc::new(Heap::new(vec![0xff; 1 << 16]))), 0);
@@ -459,7 +460,7 @@ mod tests {
             more: false,
         };
         let said = |chars| Envelope::new("said", 1, &format!("\"{}\"", "x".repeat(chars))).expect("it is JSON");
-        // More than two groups, the last one incomplete.
+        // Two full groups and an incomplete one.
         let count = 2 * GROUP as u64 + 5;
         let (mut scratch, mut staged) = (Scratch::new(1 << 14), [0; GROUP]);
         let mut appender = Appender {

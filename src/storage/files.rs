@@ -1,4 +1,4 @@
-//! The operating system's file system, bound to the folder that was opened.
+//! The operating system's file system, bound to one opened folder.
 
 use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
@@ -47,23 +47,25 @@ impl SideFile for File {
     }
 }
 
-/// The size of the pages that become dirty, and are written by a sync, as a whole. Smaller pages cost more instructions
-/// per byte, larger ones more bytes per sync (docs/decisions/0006).
+/// The page size: a page becomes dirty, and is written by a sync, as a whole. Smaller pages cost more instructions per
+/// byte, larger ones more bytes per sync (docs/decisions/0006).
 const SMALL_PAGE_BYTES: u64 = 32 << 10;
 
-/// Zeroing syncs after this many bytes, which bounds what a concurrent sync finds ahead of it in the disk's queue.
+/// Zeroing syncs after this many bytes. This bounds the writes that a concurrent sync finds ahead of itself in the
+/// disk's queue.
 const ZERO_STEP_BYTES: u64 = 4 << 20;
 
-/// The operating system's files in one folder and below.
+/// The operating system's files in one folder and its subfolders.
 ///
-/// Bound to the folder that was opened, not to its name: every operation goes through the folder's descriptor. Changing
-/// the working directory, redirecting a link, and renaming or replacing the folder have no effect.
+/// Bound to the opened folder, not to its name: every operation goes through the folder's descriptor. Changing the
+/// working directory, redirecting a link, and renaming or replacing the folder have no effect.
 #[derive(Debug)]
 pub(crate) struct Files {
-    /// The absolute path. Paths passed to the operations begin with it; it appears only in errors.
+    /// The absolute path of the folder. Paths passed to the operations begin with it. Otherwise it appears only in
+    /// errors.
     root: PathBuf,
     dir: Arc<OwnedFd>,
-    /// Subfolders that have been opened, by their path relative to the root. They too are bound to their descriptors.
+    /// Subfolders that have been opened, by their path relative to the root. These are bound to their descriptors too.
     folders: Mutex<HashMap<PathBuf, Arc<OwnedFd>>>,
 }
 
@@ -141,7 +143,7 @@ impl Files {
     fn find(&self, folders: &mut HashMap<PathBuf, Arc<OwnedFd>>, below: &Path) -> io::Result<Arc<OwnedFd>> {
         let (Some(parent), Some(name)) = (below.parent(), below.file_name()) else { return Ok(Arc::clone(&self.dir)) };
         if let Some(held) = folders.get(below) {
-            // A removed folder is stale; a new folder may have its name.
+            // The descriptor of a removed folder is stale; a new folder may have the same name.
             if fstat(held)?.st_nlink > 0 {
                 return Ok(Arc::clone(held));
             }
@@ -245,7 +247,7 @@ impl Storage for Files {
         let zeros = [0; SMALL_PAGE_BYTES as usize];
         let mut at = from;
         while at < bytes {
-            // ext4 caches the bytes of one call in one page of that size, if nothing is cached there yet.
+            // ext4 caches the bytes of one call in one page of this size, unless some of them are cached already.
             let end = (at + 1).next_multiple_of(SMALL_PAGE_BYTES).min(bytes);
             file.write_all_at(&zeros[..(end - at) as usize], at)?;
             // Without these syncs the kernel would write everything at once, possibly ahead of a sync that publishers
@@ -265,7 +267,7 @@ impl Storage for Files {
             return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the file is empty"));
         }
         if writable {
-            // A copied or restored file may have holes. Storing into a hole could raise SIGBUS on a full disk.
+            // A copied or restored file may have holes. On a full disk, storing into a hole could raise SIGBUS.
             allocate(&file, bytes)?;
         }
         Memory::map(&file, writable)
@@ -295,20 +297,22 @@ impl Storage for Files {
     }
 }
 
-/// Makes the name of an existing folder durable: the process that created it may have been killed before its sync.
+/// Makes the name of an existing folder durable, because the process that created it may have been killed before
+/// syncing it.
 fn sync_found(dir: &Path, parent: &Path) -> io::Result<()> {
     // A mount point is not created by creating a folder, and its parent may be in a file system that cannot sync.
     if fs::metadata(dir)?.dev() != fs::metadata(parent)?.dev() {
         return Ok(());
     }
     match File::open(parent) {
-        // A folder created in an unreadable parent could not be made durable; that was an error at the time.
+        // A folder in an unreadable parent could not be made durable when it was created; that was an error at the
+        // time.
         Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Ok(()),
         parent => parent?.sync_all(),
     }
 }
 
-/// A failed sync. It is final for any error: unsynced data may be lost, and the next sync would not report that.
+/// A failed sync. Any error is final: unsynced data may be lost, and the next sync would not report the loss.
 #[derive(Debug, thiserror::Error)]
 #[error("a sync failed: {0}")]
 struct SyncFailed(io::Error);
@@ -322,12 +326,12 @@ fn sync_folder(folder: impl AsFd) -> io::Result<()> {
     synced(retry_on_intr(|| fsync(&folder)).map_err(io::Error::from))
 }
 
-/// Allocates the blocks of a file up to its end.
+/// Allocates all blocks of a file up to `bytes`.
 fn allocate(file: &File, bytes: u64) -> io::Result<()> {
     Ok(retry_on_intr(|| fallocate(file, FallocateFlags::empty(), 0, bytes))?)
 }
 
-/// The flags for opening a folder. A read-only descriptor suffices to sync and lock it.
+/// The flags for opening a folder. A read-only descriptor suffices for syncing and locking.
 const FOLDER: OFlags = OFlags::RDONLY.union(OFlags::DIRECTORY);
 
 fn open_at(folder: impl AsFd, name: &OsStr, flags: OFlags) -> io::Result<OwnedFd> {
@@ -335,7 +339,8 @@ fn open_at(folder: impl AsFd, name: &OsStr, flags: OFlags) -> io::Result<OwnedFd
     Ok(retry_on_intr(|| openat(&folder, name, flags | OFlags::CLOEXEC, mode))?)
 }
 
-/// Opens an open folder again. A lock belongs to one open file description, and ends when that is closed.
+/// Opens a folder again through its descriptor. A lock belongs to one open file description, and ends when that
+/// description is closed.
 fn again(folder: &OwnedFd) -> io::Result<File> {
     open_at(folder, OsStr::new("."), FOLDER).map(File::from)
 }

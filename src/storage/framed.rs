@@ -4,14 +4,14 @@
 //! 0 magic 8   8 format version u32   12 fields   end − 4 crc u32, over everything before it
 //! ```
 //!
-//! A small file is one frame. A large file begins with one as its header; what follows has a layout of its own. Integers are
-//! little-endian. Readers of records and entries, which are not framed, use `u32_at` and its siblings.
+//! A small file is one frame. A large file begins with a frame as its header, followed by a layout of its own. Integers
+//! are little-endian. Records and entries are not framed; their readers use `u32_at` and its siblings.
 
 use std::path::Path;
 
 use crate::error::OpenError;
 
-/// The format version of the files that this build writes, and the only one it reads.
+/// The format version that this build writes, and the only one that it reads.
 pub(crate) const FORMAT_VERSION: u32 = 2;
 
 const VERSION_AT: usize = 8;
@@ -27,19 +27,19 @@ pub(crate) struct Frame {
     pub(crate) bytes_min: usize,
 }
 
-/// Why bytes are not a frame of the expected kind, or hold no valid fields.
+/// The reason why bytes are not a frame of the expected kind, or hold no valid fields.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum FrameError {
     /// The CRC does not match the bytes.
     Checksum,
-    /// The CRC matches, and the frame has this format version.
+    /// The CRC matches, but the frame has this other format version.
     Version(u32),
     /// A wrong magic, a wrong length, or values that no build writes.
     Foreign(&'static str),
 }
 
 impl Frame {
-    /// Begins a frame: its magic and the format version.
+    /// Begins a frame with its magic and the format version.
     pub(crate) fn begin(&self) -> Writer {
         let mut out = Writer::default();
         out.bytes(&self.magic);
@@ -64,10 +64,11 @@ impl Frame {
     }
 }
 
-/// Returns the version that a header with a wrong CRC states, if a newer build may have written it.
+/// Returns the version that a header with a wrong CRC states, if a newer build may have written the header.
 ///
-/// A newer format may store its CRC elsewhere, so the stated version counts without a matching CRC. A damaged version field of
-/// this format is recognized: with [`FORMAT_VERSION`] in its place the CRC matches, and the result is `None`.
+/// A newer format may store its CRC elsewhere, so the stated version counts even without a matching CRC. A damaged
+/// version field of this format is recognized: the CRC matches once [`FORMAT_VERSION`] replaces the field, and the
+/// result is `None`.
 pub(crate) fn stated_version(header: &[u8]) -> Option<u32> {
     let (body, crc) = header.split_at(header.len() - CRC_BYTES);
     let stated = u32_at(body, VERSION_AT);
@@ -77,7 +78,7 @@ pub(crate) fn stated_version(header: &[u8]) -> Option<u32> {
 }
 
 impl FrameError {
-    /// The error as a text that names no file.
+    /// Returns the error as a text that names no file.
     pub(crate) fn why(self) -> &'static str {
         match self {
             Self::Checksum => "checksum mismatch",
@@ -86,7 +87,7 @@ impl FrameError {
         }
     }
 
-    /// The error of opening a store that has this file.
+    /// Returns the error of opening a store that contains this file.
     pub(crate) fn of_file(self, path: &Path) -> OpenError {
         let path = path.to_owned();
         match self {

@@ -1,8 +1,8 @@
 //! The memory of a segment: a mapped file, or plain memory in tests with a simulated disk.
 //!
 //! One writer: the holder of the [`WriteHalf`]. It writes only at and above its own position. Readers get only bytes
-//! below `committed`, which never exceeds that position. So no byte is written while a reader can see it; every unsafe
-//! block here relies on that.
+//! below `committed`, which never exceeds that position. So no byte is written while a reader can see it. Every unsafe
+//! block in this file relies on this.
 //!
 //! The unsafe blocks also rely on the store's lock: no other process writes these files, and no process truncates them.
 
@@ -34,9 +34,9 @@ pub(crate) struct Memory {
     bytes: usize,
     /// Readers may see the bytes below this position.
     committed: Watermark,
-    /// At and above this position, this process wrote every record.
+    /// This process wrote every record at and above this position.
     written_from: usize,
-    /// Mapped in pages of the smallest size rather than in huge pages.
+    /// `true` if the memory is mapped in pages of the smallest size instead of huge pages.
     small_pages: bool,
     backing: Backing,
 }
@@ -72,7 +72,7 @@ impl Memory {
         })
     }
 
-    /// Creates memory over `heap`, the live content of a file in a test's storage.
+    /// Creates memory over `heap`: the live content of a file in a test's storage.
     #[cfg(any(test, feature = "test-util"))]
     pub(crate) fn heap(heap: Arc<Heap>) -> Self {
         let (base, bytes) = (heap.base, heap.layout.size());
@@ -125,7 +125,7 @@ impl Memory {
         Some(unsafe { std::slice::from_raw_parts(start.as_ptr(), len) })
     }
 
-    /// Returns `true` if this process wrote the record at `at`, so that it needs no validation.
+    /// Returns `true` if this process wrote the record at `at`; the record then needs no validation.
     #[inline]
     pub(crate) fn is_own(&self, at: usize) -> bool {
         at >= self.written_from
@@ -153,9 +153,9 @@ impl Memory {
         let start = range.start / page * page;
         let end = range.end.next_multiple_of(page).min(self.bytes);
         if self.small_pages {
-            // Whole pages below the end are not written any more. Dropping their page-table entries all at once needs one
-            // TLB flush on the other cores; the sync would need one for every page it cleans. Later reads find the pages
-            // in the page cache.
+            // Whole pages below the end are not written any more. Dropping all their page-table entries at once needs
+            // one TLB flush on the other cores; the sync would need one for each page that it cleans. Later reads find
+            // the pages in the page cache.
             if let Err(error) = self.advise(start..range.end / page * page, rustix::mm::Advice::LinuxDontNeed) {
                 tracing::debug!(%error, "synced pages stay in the page tables");
             }
@@ -178,12 +178,12 @@ impl Memory {
         }
     }
 
-    /// Requests huge pages: six times cheaper to prefault, but synced in units of 2 MiB.
+    /// Requests huge pages, which are six times cheaper to prefault, but are synced in units of 2 MiB.
     pub(crate) fn advise_huge(&self) -> io::Result<()> {
         self.advise(0..self.bytes, rustix::mm::Advice::LinuxHugepage)
     }
 
-    /// Requests pages of the smallest size, without read-ahead, which would create larger ones.
+    /// Requests pages of the smallest size. Turns off read-ahead, which would create larger pages.
     pub(crate) fn advise_small(&mut self) -> io::Result<()> {
         self.small_pages = true;
         self.advise(0..self.bytes, rustix::mm::Advice::Random)
@@ -226,7 +226,7 @@ impl WriteHalf {
         Self { memory: Arc::new(memory), at }
     }
 
-    /// Returns the memory, readable as a whole. Panics if it has been shared.
+    /// Returns the memory, all of it readable. Panics if the memory has been shared.
     pub(crate) fn into_memory(self) -> Memory {
         let mut memory = Arc::try_unwrap(self.memory).expect("the memory was not shared");
         memory.committed = Watermark::new(memory.bytes as u64);
@@ -291,8 +291,8 @@ pub(crate) fn archive<'o, const HEAD: usize, E: Encode>(
     Some((head, unsafe { rkyv::access_unchecked::<E::Archived>(body) }, len))
 }
 
-/// Archives an event of a type whose archives all have one size, known at compile time. Returns `None` if it does not
-/// fit.
+/// Archives an event of a type whose archives all have one size, known at compile time. Returns `None` if the archive
+/// does not fit.
 #[inline(always)]
 fn encode_sized<E: Encode>(event: &E, out: &mut [u8], bytes_max: usize, scratch: &mut Scratch) -> Option<usize> {
     let len = size_of::<E::Archived>();
@@ -307,7 +307,7 @@ fn encode_sized<E: Encode>(event: &E, out: &mut [u8], bytes_max: usize, scratch:
     Some(len)
 }
 
-/// Archives any event. Returns `None` if it does not fit.
+/// Archives any event. Returns `None` if the archive does not fit.
 #[inline(never)]
 fn encode<E: Encode>(event: &E, out: &mut [u8], bytes_max: usize, scratch: &mut Scratch) -> Option<usize> {
     let room = out.len().min(bytes_max);
@@ -326,7 +326,7 @@ mod heap {
     pub(crate) struct Heap {
         pub(super) base: NonNull<u8>,
         pub(super) layout: Layout,
-        /// The content that has been synced.
+        /// The synced content.
         pub(crate) durable: crate::sync::Mutex<Vec<u8>>,
     }
 

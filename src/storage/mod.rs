@@ -1,8 +1,8 @@
 //! The file system under a store, as a trait. The real implementation is in `files`, its fault-injecting twin in
 //! `testing`.
 //!
-//! Every creation, rename and removal must be followed by a `sync_dir` of its folder. The caller decides when, because
-//! the tests of recovery crash between the two.
+//! Every creation, rename and removal must be followed by a `sync_dir` of its folder. The caller makes that call,
+//! because the tests of recovery crash between the two steps.
 
 mod files;
 pub(crate) mod framed;
@@ -28,7 +28,7 @@ pub(crate) trait Storage: Debug + Send + Sync {
     fn create_dir(&self, dir: &Path) -> io::Result<()>;
     /// Returns the names in a folder, sorted.
     fn list(&self, dir: &Path) -> io::Result<Vec<String>>;
-    /// Locks a folder, independent of later renames. Returns `None` if another holder has the lock.
+    /// Locks a folder; renaming the folder later does not affect the lock. Returns `None` if the lock is already held.
     fn lock(&self, dir: &Path) -> io::Result<Option<Box<dyn Lock>>>;
     /// Returns the content of a small file.
     fn read(&self, path: &Path) -> io::Result<Vec<u8>>;
@@ -44,8 +44,8 @@ pub(crate) trait Storage: Debug + Send + Sync {
     fn edit_side(&self, path: &Path) -> io::Result<Box<dyn SideFile>>;
     /// Creates a file of `bytes` allocated blocks and maps it. Leaves no file behind if it fails.
     fn create_segment(&self, path: &Path, bytes: u64) -> io::Result<Memory>;
-    /// Fills an unused file with zeros from `from` on, so that its content is cached in pages of `SMALL_PAGE_BYTES`.
-    /// Syncs the zeros in steps.
+    /// Fills an unused file with zeros from `from` on, which makes the kernel cache its content in pages of
+    /// `SMALL_PAGE_BYTES`. Syncs the zeros in steps.
     fn zero(&self, path: &Path, from: u64) -> io::Result<()>;
     /// Maps an existing file. If `writable`, allocates all its blocks first.
     fn open_segment(&self, path: &Path, writable: bool) -> io::Result<Memory>;
@@ -62,11 +62,12 @@ pub(crate) trait Storage: Debug + Send + Sync {
     fn boot_id(&self) -> u64;
 }
 
-/// A file that grows at its end and is read anywhere.
+/// A file that grows at its end and can be read at any position.
 pub(crate) trait SideFile: Debug + Send + Sync {
     /// Appends to the file. The content then survives a kill of the process; only a sync makes it durable.
     fn append(&self, content: &[u8]) -> io::Result<()>;
-    /// Overwrites the content at `at`, growing the file if necessary. A failed write may have written a part.
+    /// Overwrites the content at `at`, growing the file if necessary. A failed write may have written part of the
+    /// content.
     fn write_at(&self, at: u64, content: &[u8]) -> io::Result<()>;
     /// Fills `out` with the content at `at`.
     fn read_at(&self, at: u64, out: &mut [u8]) -> io::Result<()>;
@@ -76,8 +77,8 @@ pub(crate) trait SideFile: Debug + Send + Sync {
     fn sync(&self) -> io::Result<()>;
 }
 
-/// Returns `true` if an operation other than a sync was interrupted, or lacked a resource that may become available
-/// again (space, quota, descriptors, memory). The operation then changed nothing and may be retried.
+/// Returns `true` for the error of an operation, other than a sync, that was interrupted or lacked a resource that may
+/// become available again (space, quota, descriptors, memory). The operation then changed nothing and may be retried.
 pub(crate) fn is_exhausted(error: &io::Error) -> bool {
     use io::ErrorKind::{Interrupted, OutOfMemory, QuotaExceeded, StorageFull, WouldBlock};
     let kinds = [StorageFull, QuotaExceeded, OutOfMemory, Interrupted, WouldBlock];

@@ -2,10 +2,10 @@
 
 use super::{AtomicU32, CachePadded, Ordering};
 
-/// Counts the publishers that are inside a lane, so that a shard can close the lane and still append every accepted
-/// event: it closes the gate, waits until no publisher is inside, and then drains the lane for the last time.
+/// Counts the publishers that are inside a lane. A shard can therefore close the lane and still append every accepted
+/// event: the shard closes the gate, waits until no publisher is inside, and then drains the lane for the last time.
 ///
-/// The closed flag and the count share one word, so that entering and closing have one total order.
+/// The closed flag and the count share one word, which gives entering and closing one total order.
 #[derive(Debug)]
 pub(crate) struct CloseGate(CachePadded<AtomicU32>);
 
@@ -20,7 +20,7 @@ impl CloseGate {
         Self(CachePadded::new(AtomicU32::new(0)))
     }
 
-    /// Enters the close gate. Returns `None` once it is closed.
+    /// Enters the close gate. Returns `None` if the gate is closed.
     #[inline]
     pub(crate) fn enter(&self) -> Option<Inside<'_>> {
         let before = self.0.fetch_add(1, Ordering::AcqRel);
@@ -60,7 +60,7 @@ mod models {
     use loom::sync::Arc;
     use loom::sync::atomic::AtomicUsize;
 
-    /// An accepted event is drained, whenever the shard closes.
+    /// Every accepted event is drained, no matter when the shard closes the lane.
     #[test]
     fn loom_close_gate_loses_no_accepted_event() {
         loom::model(|| {

@@ -7,7 +7,7 @@ pub(crate) fn cores() -> usize {
     std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
 }
 
-/// Prefetches the first cache line of `item` and, where `item` is larger than a line, also the last.
+/// Prefetches the first cache line of `item` and, if `item` is larger than a line, also the last.
 #[inline]
 pub(crate) fn prefetch<T>(item: &T) {
     prefetch_at(item);
@@ -31,7 +31,7 @@ pub(crate) fn prefetch_at<T>(item: *const T) {
     let _ = item;
 }
 
-/// As [`prefetch_at`], for writing: other cores give up their copies of the line.
+/// As [`prefetch_at`], but for writing: other cores give up their copies of the line.
 #[inline]
 pub(crate) fn prefetch_to_write<T>(item: *const T) {
     #[cfg(all(target_arch = "x86_64", not(miri)))]
@@ -49,7 +49,7 @@ pub(crate) fn prefetch_to_write<T>(item: *const T) {
     let _ = item;
 }
 
-/// Sleeps for `time`. For cold paths that poll.
+/// Sleeps for `time`. Only for polling on cold paths.
 pub(crate) fn nap(time: Duration) {
     std::thread::sleep(time);
 }

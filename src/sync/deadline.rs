@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-/// The limit of a wait: a moment, or none.
+/// The time limit of a wait: a moment, or no limit.
 ///
 /// Every waiting call takes `impl Into<Deadline>`: a [`Duration`] from now, an [`Instant`], or [`Deadline::NEVER`].
 ///
@@ -20,13 +20,13 @@ impl Deadline {
     /// No limit: the call waits until it has its result.
     pub const NEVER: Self = Self(None);
 
-    /// The moment `limit` from now. A limit beyond the range of [`Instant`] becomes [`Deadline::NEVER`].
+    /// Creates a deadline `limit` from now. A limit beyond the range of [`Instant`] becomes [`Deadline::NEVER`].
     #[must_use]
     pub fn after(limit: Duration) -> Self {
         Self(Instant::now().checked_add(limit))
     }
 
-    /// The moment `instant`.
+    /// Creates a deadline at `instant`.
     #[must_use]
     pub fn at(instant: Instant) -> Self {
         Self(Some(instant))

@@ -1,4 +1,4 @@
-//! Wait strategies: what a thread does between two checks for work, and how long a caller waits for space.
+//! Wait strategies: how a thread idles between two checks for work, and how long a caller waits for space.
 
 use std::time::{Duration, Instant};
 
@@ -25,11 +25,11 @@ pub(crate) struct Idle {
     spins: u32,
 }
 
-/// Spins before the first yield, and yields before the first sleep. Where sleeping is allowed, threads may outnumber
-/// cores, and a long spin only takes the core from a thread that has work.
+/// Spins before the first yield, and yields before the first sleep. If sleeping is allowed, threads may outnumber
+/// cores, and a long spin would only take the core from a thread that has work.
 const SPINS: u32 = 64;
 const YIELDS: u32 = 32;
-/// Sleep between two checks of a thread that is not woken.
+/// The sleep between two checks of a thread that no other thread wakes.
 const NAP: Duration = Duration::from_micros(100);
 
 impl Idle {
@@ -59,7 +59,7 @@ impl Idle {
         true
     }
 
-    /// One step of idling where no other thread sends a wake-up: spins, yields, then naps.
+    /// Idles for one step, on a thread that no other thread wakes: spins, yields, then naps.
     pub(crate) fn poll(&mut self, deadline: Option<Instant>) {
         self.rounds = self.rounds.saturating_add(1);
         match self.wait {
@@ -73,15 +73,15 @@ impl Idle {
         }
     }
 
-    /// One step of idling: spins, yields, then sleeps on `signal` until `deadline` at the latest.
+    /// Idles for one step: spins, yields, then sleeps on `signal` until `deadline` at the latest.
     pub(crate) fn step(&mut self, signal: &Signal, deadline: Option<Instant>, has_work: impl FnOnce() -> bool) {
         self.rounds = self.rounds.saturating_add(1);
         self.spins = self.spins.saturating_add(1);
         match self.wait {
             Wait::BusySpin => std::hint::spin_loop(),
             _ if self.rounds <= SPINS && self.spins <= SPINS => std::hint::spin_loop(),
-            // One event per microsecond would otherwise keep this thread spinning for ever, and the syncer off this
-            // core.
+            // Without this limit, one event per microsecond would keep this thread spinning for ever and the syncer off
+            // this core.
             _ if self.rounds <= SPINS => {
                 self.spins = 0;
                 thread::yield_now();
@@ -95,7 +95,7 @@ impl Idle {
     }
 }
 
-/// How long a publish may wait for space in its lane.
+/// The time that a publish may wait for space in its lane.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Patience {
     None,
@@ -104,7 +104,7 @@ pub(crate) enum Patience {
 }
 
 impl Patience {
-    /// Waits until `deadline`, or for ever where it is `None`.
+    /// Waits until `deadline`, or for ever if it is `None`.
     pub(crate) fn until(deadline: Option<Instant>) -> Self {
         deadline.map_or(Self::Forever, Self::Until)
     }
@@ -116,7 +116,7 @@ impl Patience {
         }
     }
 
-    /// Returns `true` if the wait is over. On a thread that an engine waits for it always is.
+    /// Returns `true` if the wait is over, as it always is on a thread that an engine waits for.
     pub(crate) fn is_over(self) -> bool {
         match self {
             Self::None => true,

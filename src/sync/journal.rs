@@ -1,15 +1,16 @@
 //! A journal of moves: tells a reader of many places which items moved while it read.
 //!
-//! One writer, which notes an item before it moves it and settles the journal afterwards. A reader takes the journal's
-//! position, reads the places, and asks for the items noted since: every item that it may have missed or met twice is
-//! among them. The ring keeps only the newest notes; a reader that the writer has lapped learns so.
+//! One writer: it notes each item before moving the item, and settles the journal afterwards. A reader takes the
+//! journal's position, reads the places, and asks for the items noted since: they include every item that the reader
+//! may have missed or met twice. The ring keeps only the newest notes; `since` reports that the writer has lapped the
+//! reader.
 
 use super::{AtomicU32, AtomicU64, CachePadded, Ordering, fence};
 
 /// A ring of the newest moves.
 #[derive(Debug)]
 pub(crate) struct Journal {
-    /// Moves noted, and those of them that have ended. `settled <= noted`.
+    /// The number of moves noted, and how many of these have ended. `settled <= noted`.
     noted: CachePadded<AtomicU64>,
     settled: CachePadded<AtomicU64>,
     /// Move `n` is at `n % ring.len()`, a power of two.
@@ -30,8 +31,8 @@ impl Journal {
     #[inline]
     pub(crate) fn note(&self, item: u32) {
         let number = self.noted.load(Ordering::Relaxed);
-        // Release: pairs with the Acquire fence in `since`: a reader that sees this entry in place of the one it
-        // overwrites also sees that all moves before it were noted.
+        // Release: pairs with the Acquire fence in `since`: a reader that sees this entry instead of the overwritten
+        // one also sees that all earlier moves were noted.
         fence(Ordering::Release);
         self.entry(number).store(item, Ordering::Relaxed);
         // Release: pairs with the Acquire in `since`: a reader that sees the number sees the entry.
@@ -45,7 +46,7 @@ impl Journal {
         self.settled.store(self.noted.load(Ordering::Relaxed), Ordering::Release);
     }
 
-    /// Returns the position to pass to `since`. Call this before reading: the reader sees all moves below it
+    /// Returns the position to pass to `since`. Call this before reading: the reader sees all moves below that position
     /// completely.
     #[inline]
     pub(crate) fn start(&self) -> u64 {
@@ -53,8 +54,8 @@ impl Journal {
         self.settled.load(Ordering::Acquire)
     }
 
-    /// Adds to `items` every item whose move the reader may have seen in part. Call this after reading. Reading must be
-    /// such that seeing an effect of a move makes its note visible (a [`super::SeqLock`] does this).
+    /// Adds to `items` every item whose move the reader may have seen in part. Call this after reading. A reader that
+    /// sees an effect of a move must also see its note; reading under a [`super::SeqLock`] ensures this.
     ///
     /// Returns `false` if the writer has lapped the reader; the added items are then meaningless.
     #[inline]
@@ -70,7 +71,7 @@ impl Journal {
         items.extend((start..noted).map(|number| self.entry(number).load(Ordering::Relaxed)));
         // Acquire: pairs with the Release fence in `note`.
         fence(Ordering::Acquire);
-        // Strictly less: the move that is being noted may already have overwritten an entry.
+        // Strictly less, because the move that is being noted may already have overwritten an entry.
         self.noted.load(Ordering::Relaxed) - start < self.ring.len() as u64
     }
 
@@ -105,7 +106,7 @@ mod models {
 
     const ITEM: u32 = 7;
 
-    /// An item that moves while the slots are read one after the other is met once, or is reported as moved.
+    /// An item that moves while the slots are being read one by one is met once, or is reported as moved.
     #[test]
     fn loom_a_moving_item_is_neither_missed_nor_doubled() {
         loom::model(|| {

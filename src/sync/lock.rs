@@ -7,7 +7,7 @@ use super::Mutex;
 #[cfg(not(loom))]
 use super::nap;
 
-/// Locks `mutex`, also after a holder panicked: every value behind a mutex of this crate is valid after each single
+/// Locks `mutex`, even if a holder has panicked: every value behind a mutex of this crate is valid after each single
 /// assignment.
 #[cfg(not(loom))]
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {

@@ -1,11 +1,11 @@
 //! The protocols between threads, one per file. This folder names no other module of the crate.
 //!
-//! It is the only importer of atomics, locks and threads for protocols, so that one switch, `--cfg loom`, puts all
+//! For protocols, only this folder imports atomics, locks and threads. One switch, `--cfg loom`, therefore puts all
 //! protocols under a model checker (`tests/loom.rs` compiles this folder alone). Code that loom cannot model is
-//! elsewhere: the atomic view of mapped bytes, and starting threads. `tests/tidy.rs` lists the exceptions.
+//! elsewhere: the atomic view of mapped bytes, and the code that starts threads. `tests/tidy.rs` lists the exceptions.
 //!
 //! `Arc` is always the standard library's, in every module: reference counting is not one of our protocols, and loom's
-//! `Arc` cannot hold a trait object. Only the models use loom's.
+//! `Arc` cannot hold a trait object. Only the models use loom's `Arc`.
 
 mod arrivals;
 mod close_gate;

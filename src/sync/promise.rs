@@ -1,4 +1,5 @@
-//! Sends one value from one thread to another, which blocks or awaits; and blocks until any condition holds.
+//! Promises: one thread sends one value to another, which blocks or awaits. Also blocks until an arbitrary condition
+//! holds.
 
 use std::future::Future;
 use std::pin::Pin;
@@ -13,7 +14,8 @@ use super::{Mutex, lock, may_wait, thread, wake};
 pub(crate) enum GaveUp {
     /// The deadline passed.
     TimedOut,
-    /// The current thread belongs to an engine, which may be waiting for it, so it must not wait for an engine.
+    /// The current thread belongs to an engine, and the engine may be waiting for this thread. So this thread must not
+    /// wait for an engine.
     OnEngineThread,
 }
 
@@ -52,7 +54,7 @@ impl<T> Drop for Keeping<T> {
             shared.is_broken = true;
             shared.waker.take()
         };
-        // Not under the lock: the waker may poll the promise at once.
+        // Called outside the lock, because the waker may poll the promise at once.
         if let Some(waker) = waker {
             wake(waker);
         }
@@ -83,7 +85,7 @@ impl<T> Future for Promise<T> {
     }
 }
 
-/// Blocks until `outcome` returns a result or the deadline passes. On a thread that an engine waits for it fails
+/// Blocks until `outcome` returns a result or the deadline passes. On a thread that an engine waits for, this fails
 /// instead of blocking.
 pub(crate) fn block_until<T, E: From<GaveUp>>(
     deadline: Option<Instant>,
@@ -93,7 +95,7 @@ pub(crate) fn block_until<T, E: From<GaveUp>>(
     block(may_wait(), deadline, register, outcome)
 }
 
-/// As [`block_until`], without a deadline, for waits of an engine's own threads.
+/// As [`block_until`], but without a deadline and for an engine's own threads.
 pub(crate) fn block_own<T, E: From<GaveUp>>(
     register: impl Fn(&Waker),
     outcome: impl Fn() -> Option<Result<T, E>>,

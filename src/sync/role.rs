@@ -1,4 +1,4 @@
-//! The role of the current thread towards engines. It decides whether the thread may wait for one.
+//! The role of the current thread towards engines, which decides whether the thread may wait for an engine.
 //!
 //! One writer: the thread itself, once, when it starts. Read only before a wait.
 
@@ -12,7 +12,7 @@ pub(crate) enum Role {
     /// An engine's own thread: it appends, syncs, saves or prepares. Engines wait for it, so it never waits for an
     /// engine.
     Engine,
-    /// A thread of a consumer. It may wait for the engine, but not for itself.
+    /// A thread of a consumer. It may wait for the engine, but not for its own consumer.
     Consumer {
         /// Identifies the engine among all live engines.
         engine: usize,

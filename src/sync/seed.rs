@@ -1,5 +1,5 @@
-//! A seeded hash for tables whose keys outsiders choose. The seed is two secret words of the process; without them an
-//! attacker cannot choose keys that collide.
+//! A seeded hash for tables whose keys outsiders choose. The seed consists of two secret words per process; without
+//! these words an attacker cannot choose keys that collide.
 //!
 //! One writer: the thread that creates the first such table. The words are set before any table exists, and never
 //! change.
@@ -124,7 +124,7 @@ mod tests {
             let mask = random();
             let factor = (0..).map(|_| random() | 1).find(|word| is_mixing(*word)).expect("a mixing factor exists");
             for step in [1, 7, 8, 100, 1 << 12, 1 << 16, 1_000_000, 1 << 32, 1 << 44, 1 << 48] {
-                // Random numbers collide in 0.37 of the cases.
+                // Random numbers collide in 37 % of the cases.
                 let count = collisions(|i| i * step, mask, factor);
                 assert!(
                     count.iter().all(|count| *count < (1 << 16) * 4 / 10),

@@ -1,8 +1,8 @@
 //! A sequence lock: a group of words that is read consistently or not at all, while its one writer never waits.
 //!
-//! The writer makes the version odd, changes the words, and makes it even again. A reader that sees an odd version, or
-//! a different version afterwards, has read a mixture and reads again. Readers write nothing. The words are atomics,
-//! accessed `Relaxed`, so a torn read is not a data race; the reader discards it.
+//! The writer makes the version odd, changes the words, and makes the version even again. A reader that sees an odd
+//! version, or a different version afterwards, has read a mixture and reads again. Readers write nothing. The words are
+//! atomics, accessed `Relaxed`, so a torn read is not a data race; the reader discards it.
 
 use super::{AtomicU64, Ordering, fence};
 
@@ -10,8 +10,8 @@ use super::{AtomicU64, Ordering, fence};
 #[derive(Debug)]
 pub(crate) struct SeqLock(AtomicU64);
 
-/// Checks between two yields while the writer is inside `write`. That takes nanoseconds unless the writer loses its
-/// core.
+/// The number of checks between two yields while the writer is inside `write`. A write takes nanoseconds unless the
+/// writer loses its core.
 const SPINS: u32 = 128;
 
 impl SeqLock {
@@ -19,8 +19,8 @@ impl SeqLock {
         Self(AtomicU64::new(0))
     }
 
-    /// Changes the words. Only the one writer calls this. `change` must do nothing else, because readers wait for its
-    /// end.
+    /// Changes the words. Only the one writer calls this. `change` must do nothing else, because readers wait until it
+    /// returns.
     #[inline]
     pub(crate) fn write<R>(&self, change: impl FnOnce() -> R) -> R {
         let version = self.0.load(Ordering::Relaxed);
@@ -50,8 +50,8 @@ impl SeqLock {
         self.0.load(Ordering::Relaxed) == version
     }
 
-    /// Returns what `look` reads under one version. `look` may run several times and see a mixture in every run but the
-    /// last.
+    /// Returns what `look` reads under one version. `look` may run several times, and every run but the last may see a
+    /// mixture.
     #[inline]
     pub(crate) fn read<R>(&self, mut look: impl FnMut() -> R) -> R {
         let mut spins = 0;

@@ -25,7 +25,8 @@ impl Signal {
         Self { state: CachePadded::new(AtomicU32::new(AWAKE)), sleeper: Mutex::new(None) }
     }
 
-    /// Sleeps until a notification or `timeout`, unless `has_work` returns `true`. May wake spuriously.
+    /// Sleeps until a notification or until `timeout` has passed, unless `has_work` returns `true`. May wake
+    /// spuriously.
     pub(crate) fn sleep(&self, timeout: Option<Duration>, has_work: impl FnOnce() -> bool) {
         *lock(&self.sleeper) = Some(thread::current());
         self.state.store(ASLEEP, Ordering::Relaxed);

@@ -4,7 +4,7 @@ use std::task::Waker;
 
 use super::{AtomicBool, Mutex, Ordering, fence, lock};
 
-/// Wakers of the threads and tasks that wait for a position, with their targets.
+/// The wakers of threads and tasks that wait for a position, each with its target.
 #[derive(Debug)]
 pub(crate) struct Waiters {
     any: AtomicBool,
@@ -57,7 +57,7 @@ impl Waiters {
     }
 }
 
-/// Calls the waker and catches its panic: it is application code, and the calling thread has other wakers to call.
+/// Calls the waker and catches its panic: a waker is application code, and the calling thread has other wakers to call.
 pub(crate) fn wake(waker: Waker) {
     if std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| waker.wake())).is_err() {
         tracing::error!("a waker panicked");

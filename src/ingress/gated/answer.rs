@@ -11,16 +11,16 @@ use crate::lane::receipt::Receipt;
 #[derive(Debug)]
 #[must_use]
 pub enum Accepted<E> {
-    /// The event was expected next, and is published. The events buffered behind it are published too, if there was
-    /// room.
+    /// The event was expected next and is published. The events buffered behind it are published too, until the lane is
+    /// full.
     Published(Receipt),
-    /// The event was expected next and could not be published yet. It is published before any other.
+    /// The event was expected next but could not be published yet. It will be published before any other event.
     Waiting,
-    /// The event is early. It is published after the sequences before it have come or their gap is closed.
+    /// The event is early. It will be published once the sequences before it have come or their gap is closed.
     Buffered,
     /// The event was published before, or is buffered. The gate counted and dropped it.
     Duplicate,
-    /// The event belongs to a closed gap, and is offered for the first time. A second time it is a duplicate.
+    /// The event belongs to a closed gap and is offered for the first time. If it is offered again, it is a duplicate.
     Late(LateEvent<E>),
     /// The sequence is below everything that the gate remembers of its partition: below the partition's start, below
     /// the sequence that it expected when the gate was opened, or among forgotten gaps. Normally the event was
@@ -28,8 +28,8 @@ pub enum Accepted<E> {
     TooOld(LateEvent<E>),
 }
 
-/// An event that came after its turn. [`GatedProducer::publish_late`](crate::ingress::GatedProducer::publish_late) publishes it
-/// out of order.
+/// An event that came after its turn. [`GatedProducer::publish_late`](crate::ingress::GatedProducer::publish_late)
+/// publishes it out of order.
 #[non_exhaustive]
 pub struct LateEvent<E> {
     /// Its partition.
@@ -42,7 +42,7 @@ pub struct LateEvent<E> {
     pub event: E,
 }
 
-// Not derived, here and below: the event need not implement Debug.
+// Not derived, here and below, because the event need not implement `Debug`.
 impl<E> fmt::Debug for LateEvent<E> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut shown = f.debug_struct("LateEvent");
@@ -51,15 +51,15 @@ impl<E> fmt::Debug for LateEvent<E> {
     }
 }
 
-/// The reason why an event was refused, with the event. The gate keeps nothing of it.
+/// The reason why an event was refused, with the event. The gate does not keep the event.
 #[derive(thiserror::Error)]
 #[non_exhaustive]
 pub enum GateRefused<E> {
     /// The gate has no room for the early event, or its sequence is too far ahead.
     #[error(transparent)]
     Gate(OfferRefused<E>),
-    /// An earlier event cannot be published now; or the event itself can never be published, because it is too large or
-    /// of an undeclared type.
+    /// An earlier event cannot be published now, or this event can never be published, because it is too large or of an
+    /// undeclared type.
     #[error(transparent)]
     Publish(Rejected<E>),
     /// The gate has stopped. Offering again does not help.
@@ -68,7 +68,7 @@ pub enum GateRefused<E> {
 }
 
 impl<E> GateRefused<E> {
-    /// Refuses `event` because of `why`.
+    /// Returns the refusal of `event` because of `why`.
     pub(super) fn because(why: GateError, event: E) -> Self {
         match why {
             GateError::Publish(reason) => Self::Publish(reason.of(event)),
@@ -85,7 +85,7 @@ impl<E> GateRefused<E> {
         }
     }
 
-    /// Returns `true` if there was no room, so that a later offer may succeed.
+    /// Returns `true` if there was no room; a later offer may then succeed.
     pub fn is_full(&self) -> bool {
         match self {
             Self::Gate(refused) => matches!(refused, OfferRefused::Full(_) | OfferRefused::PartitionFull(_)),

@@ -1,7 +1,8 @@
-//! The files of a gate: the record of its gaps and starts, the witness of that record, and its positions in the log. `FORMAT.md` §19.
+//! The files of a gate: the record of its gaps and starts, the witness of that record, and its positions in the log.
+//! `FORMAT.md` §19.
 //!
-//! One writer: the gate's owner. An entry of the record is synced before any later event is published. The witness names the
-//! entries that must exist, so a lost entry is noticed. The positions are a cache.
+//! One writer: the gate's owner. An entry of the record is synced before any later event is published. The witness
+//! names the entries that must exist, so a lost entry is noticed. The positions are a cache.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -16,11 +17,11 @@ use crate::storage::{SideFile, Storage, is_exhausted, replace};
 const GAPS: &str = "gaps";
 const WITNESS: &str = "witness";
 const POSITIONS: &str = "positions";
-/// Positions of no shards and no partitions.
+/// The frame of the positions. The shortest one has no shards and no partitions.
 const POSITIONS_FRAME: Frame = Frame { magic: *b"corelpos", bytes_min: 28 };
-const OTHER_SHARDS: &str = "it has positions in another number of shards";
+const OTHER_SHARDS: &str = "it has positions for a different number of shards";
 
-/// The folder of a store's gates.
+/// Returns the folder of a store's gates.
 pub(crate) fn gates_dir(store: &Path) -> PathBuf {
     store.join("gates")
 }
@@ -29,16 +30,16 @@ pub(crate) fn gates_dir(store: &Path) -> PathBuf {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Standing {
     pub(crate) partition: u64,
-    /// Every sequence below is in the log or in a gap.
+    /// Every lower sequence is in the log or in a gap.
     pub(crate) expected: u64,
     /// The ranges of higher sequences that are in the log: first and last, in rising order.
     pub(crate) runs: Vec<(u64, u64)>,
 }
 
-/// The positions up to which a gate has counted its events in the log, and the result.
+/// The positions up to which a gate has counted its events in the log, and the result of counting.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Positions {
-    /// By shard: every event before the position is counted.
+    /// One position per shard: every event before it is counted.
     pub(crate) counted: Vec<Position>,
     pub(crate) standings: Vec<Standing>,
 }
@@ -78,7 +79,7 @@ impl Positions {
         let standings = (0..partitions).map(|_| Standing::read(&mut fields)).collect::<Result<_, _>>()?;
         fields.end()?;
         let positions = Self { counted, standings };
-        if positions.is_possible() { Ok(positions) } else { Err("no log can have its positions".into()) }
+        if positions.is_possible() { Ok(positions) } else { Err("no log can have these positions".into()) }
     }
 
     /// Returns `true` if a gate can have counted a log to these positions.
@@ -139,7 +140,7 @@ struct Ends {
     entries: u64,
 }
 
-/// Why an entry was not written.
+/// The reason why an entry was not written.
 enum Unwritten {
     /// The disk is full. The next attempt overwrites the bytes after the end.
     Full,
@@ -160,7 +161,7 @@ pub(crate) struct GateFiles {
     dir: PathBuf,
     /// `None` until the record is opened for writing.
     ends: Option<Ends>,
-    /// The error of a failed write. The end of the file is unknown then, so no entry is added any more.
+    /// The error of a failed write. The end of the file is then unknown, so no further entry is added.
     failed: Option<(&'static str, Arc<io::Error>)>,
     is_full: bool,
 }
@@ -177,7 +178,7 @@ impl GateFiles {
         move |source| OpenError::Io { action, path, source }
     }
 
-    /// Returns `true` if the gate's folder exists. A file of its name is not a gate.
+    /// Returns `true` if the gate's folder exists. A file with this name is not a gate.
     pub(crate) fn exists(&self) -> Result<bool, OpenError> {
         match self.storage.list(&self.dir) {
             Ok(_) => Ok(true),
@@ -197,7 +198,8 @@ impl GateFiles {
 
     /// Reads the record and checks it against its witness. Returns `None` if the gate has no record yet.
     fn load_record(&self) -> Result<Option<GateRecord>, OpenError> {
-        // The witness first: it names only entries that are in the record already, also while a gate is writing.
+        // The witness is read first: even while a gate is writing, it names only entries that are already in the
+        // record.
         let witness = self.read(WITNESS)?;
         let missing = |name: &str, why| Err(OpenError::DamagedFile { path: self.dir.join(name), at: 0, why });
         let Some(gaps) = self.read(GAPS)? else {
@@ -224,18 +226,18 @@ impl GateFiles {
         Ok(Some(GateRecord { entries, gaps_end, whole, torn, witness, unwitnessed }))
     }
 
-    /// Returns the recorded gaps, without a torn one.
+    /// Returns the recorded gaps, without the gap of a torn entry.
     pub(crate) fn gaps(&self) -> Result<Vec<Gap>, OpenError> {
         let entries = self.load_record()?.map(|found| found.entries).unwrap_or_default();
         let gap = |entry| if let Entry::Gap(gap) = entry { Some(gap) } else { None };
         Ok(entries.into_iter().filter_map(gap).collect())
     }
 
-    /// Opens the record for writing and returns its entries, or `None` if it is new.
+    /// Opens the record for writing and returns its entries, or `None` if the record is new.
     ///
-    /// A torn tail is cut: its entry was not durable, so no later event was published. The valid bytes are written again and
-    /// synced before they are trusted: after a kill they may be only in the system's cache, and after a failed sync the cache may
-    /// mark them as written.
+    /// A torn tail is cut: its entry was not durable, so no later event was published. The valid bytes are written
+    /// again and synced before they are trusted. After a kill they may be only in the system's cache, and after a
+    /// failed sync the cache may mark them as written.
     pub(crate) fn open(&mut self) -> Result<Option<Recorded>, OpenError> {
         let found = self.load_record()?;
         if found.is_none() {
@@ -298,8 +300,8 @@ impl GateFiles {
         Ok(())
     }
 
-    /// Adds an entry, durably. The caller may try again after a full disk. Any other error is final, because the bytes that a failed
-    /// sync leaves are unknown.
+    /// Adds an entry, durably. After a full disk the caller may try again. Any other error is final, because a failed
+    /// sync leaves unknown bytes.
     pub(crate) fn add(&mut self, entry: &Entry) -> Result<(), GateError> {
         let path = self.dir.join(GAPS);
         if self.failed.is_none() {
@@ -327,7 +329,7 @@ impl GateFiles {
         let ends = self.ends.expect("the record is open");
         let failed =
             |name| move |error| if is_exhausted(&error) { Unwritten::Full } else { Unwritten::Failed(name, error) };
-        // Both files before the first write: if one was replaced, nothing is recorded.
+        // Both files are checked before the first write: if either was replaced, nothing is recorded.
         let gaps = self.open_unchanged(GAPS, ends.gaps).map_err(failed(GAPS))?;
         let witnesses = self.open_unchanged(WITNESS, ends.witness).map_err(failed(WITNESS))?;
         let entry = entry.encode(ends.gaps.crc);
@@ -356,7 +358,7 @@ impl GateFiles {
         }
     }
 
-    /// Returns the positions last saved, or why they cannot be used.
+    /// Returns the positions last saved, or the reason why they cannot be used.
     pub(crate) fn stored_positions(&self, shards: usize) -> Result<Option<Positions>, OpenError> {
         let Some(bytes) = self.read(POSITIONS)? else { return Ok(None) };
         let path = self.dir.join(POSITIONS);
@@ -377,7 +379,8 @@ impl GateFiles {
         Ok((gaps, found.torn))
     }
 
-    /// Returns the positions last saved. Damaged ones and those of another store count as none: the log has the same facts.
+    /// Returns the positions last saved. Positions that are damaged or belong to another store count as none, because
+    /// the log has the same facts.
     pub(crate) fn positions(&self, shards: usize) -> Result<Option<Positions>, OpenError> {
         match self.stored_positions(shards) {
             Ok(positions) => Ok(positions),
@@ -396,14 +399,14 @@ impl GateFiles {
     pub(crate) fn save(&mut self, positions: &Positions) -> Result<(), OpenError> {
         let witness = self.storage.edit_side(&self.dir.join(WITNESS)).map_err(self.io("opening", WITNESS))?;
         if let Err(error) = witness.sync() {
-            // Final for the record too, because its next witness would follow unknown bytes.
+            // The error is final for the record too, because its next witness would follow unknown bytes.
             self.failed = Some((WITNESS, Arc::new(io::Error::new(error.kind(), error.to_string()))));
             return Err(self.io("syncing", WITNESS)(error));
         }
         replace(&*self.storage, &self.dir, POSITIONS, &positions.encode()).map_err(self.io("writing", POSITIONS))
     }
 
-    /// Makes record and witness durable, with their names: a killed process may not have synced them.
+    /// Makes the record, the witness and their names durable, because a killed process may not have synced them.
     pub(crate) fn make_durable(&self) -> Result<(), OpenError> {
         for name in [GAPS, WITNESS] {
             if self.read(name)?.is_some() {

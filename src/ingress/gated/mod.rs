@@ -1,9 +1,9 @@
-//! The gated producer: a sequence gate in front of a producer. It publishes unordered input in order, also across
+//! The gated producer: a sequence gate in front of a producer. It publishes unordered input in order, even across
 //! restarts.
 //!
 //! One writer: its owner. The events of a partition are published by rising sequence, each at most once. The gate
-//! passes a gap only after the gap's record is durable. The log itself says how far each partition has come, so events
-//! lost in a crash are expected again.
+//! passes a gap only after the gap's record is durable. The progress of each partition is derived from the log itself,
+//! so events lost in a crash are expected again.
 //!
 //! ```text
 //!  offer ─▶ SequenceGate ─▶ front (at most one) ─▶ Producer ─▶ shards' logs ─┐ counted at the next opening
@@ -11,8 +11,8 @@
 //!                └─▶ GapClosed, starts ─▶ gates/NAME/gaps (synced)      gates/NAME/positions (a cache)
 //! ```
 //!
-//! The front is an event or a gap that has left the gate and could not be published or recorded. While there is one,
-//! nothing is taken from the gate, so nothing overtakes it.
+//! The front is an event or a gap that has left the gate but could not be published or recorded. While there is a
+//! front, nothing is taken from the gate, so nothing overtakes the front.
 
 mod answer;
 mod files;
@@ -46,7 +46,7 @@ pub use record::Gap;
 pub(crate) use record::{Entry, Start};
 pub(crate) use recovered::{Counts, Recovered, Uncounted};
 
-/// The names of an engine's gates that are open.
+/// The names of an engine's open gates.
 pub(crate) type OpenGates = Arc<Mutex<HashSet<String>>>;
 
 /// The exclusive use of a gate's name; dropping it releases the name.
@@ -57,7 +57,7 @@ pub(crate) struct TakenName {
 }
 
 impl TakenName {
-    /// Takes the name. Returns `None` if an open gate has it.
+    /// Takes the name. Returns `None` if an open gate has the name.
     pub(crate) fn take(open: &OpenGates, name: &str) -> Option<Self> {
         let is_free = lock(open).insert(name.to_owned());
         is_free.then(|| Self { name: name.to_owned(), open: Arc::clone(open) })
@@ -70,7 +70,7 @@ impl Drop for TakenName {
     }
 }
 
-/// An event or a gap that has left the gate and is not published or recorded yet.
+/// An event or a gap that has left the gate but is not published or recorded yet.
 enum Front<E> {
     Event { partition: u64, sequence: u64, key: Key, event: E },
     Gap(Gap),
@@ -82,7 +82,8 @@ pub(crate) struct GatedShard<E: Event> {
     pub(crate) syncer: Arc<SyncRequests>,
     /// Reads up to the durable end whenever positions are saved.
     pub(crate) trail: Reader<E>,
-    /// The position of `trail` after the last save. Retention frees nothing above it, so the trail can always continue.
+    /// The position of `trail` after the last save. Retention frees nothing above this position, so `trail` can always
+    /// continue.
     pub(crate) counted: Position,
 }
 
@@ -95,14 +96,13 @@ pub(crate) struct Parts<E: Event> {
     pub(crate) shards: Vec<GatedShard<E>>,
     pub(crate) clock: Clock,
     pub(crate) keeper: Arc<KeeperRequests>,
-    /// Kept because the gate writes files of the store, also after its engine is dropped.
+    /// Kept because the gate writes files of the store, even after its engine is dropped.
     pub(crate) _lock: Arc<dyn Lock>,
 }
 
-/// Publishes events in the order of their sequence numbers, each once, regardless of the order in which they are
-/// offered.
+/// Publishes events in the order of their sequence numbers, each once, no matter in which order they are offered.
 ///
-/// [`Engine::gated`](crate::Engine::gated) returns one. The store stays locked while a gated producer exists. Retention
+/// [`Engine::gated`](crate::Engine::gated) returns a gated producer. The store stays locked while it exists. Retention
 /// frees no event that the gate has not counted, so call [`GatedProducer::save`] regularly.
 ///
 /// ```
@@ -152,23 +152,24 @@ impl<E: Event> GatedProducer<E> {
 
     /// Offers an event. Publishes every event that is now ready, waiting for room as [`Producer::publish`] does.
     ///
-    /// Closes the gaps that are due; each needs a sync of its record. With [`GateStart::FirstSeen`], the first event of
-    /// a partition is published after a sync of the partition's start.
+    /// Closes the gaps that are due; each gap needs a sync of its record. With [`GateStart::FirstSeen`], the first
+    /// event of a partition is published after a sync of the partition's start.
     ///
     /// [`GateStart::FirstSeen`]: crate::ingress::GateStart::FirstSeen
     ///
     /// # Errors
-    /// The event, with the reason. If the disk has no space for a record, the call returns `StorageFull` without
+    /// Returns the event with the reason. If the disk has no space for a record, the call returns `StorageFull` without
     /// waiting; when there is space again, the next call continues.
     #[inline]
     pub fn offer(&mut self, partition: u64, sequence: u64, key: Key, event: E) -> Result<Accepted<E>, GateRefused<E>> {
         self.offer_with(partition, sequence, key, event, Patience::Forever)
     }
 
-    /// As [`GatedProducer::offer`], without waiting for room.
+    /// As [`GatedProducer::offer`], but without waiting for room.
     ///
     /// # Errors
-    /// As there, and `Full` (or `StorageFull`) if an earlier event that is ready finds no room.
+    /// As [`GatedProducer::offer`]; also returns `Full` or `StorageFull` if there is no room for an earlier event that
+    /// is ready.
     #[inline]
     pub fn try_offer(
         &mut self,
@@ -189,7 +190,7 @@ impl<E: Event> GatedProducer<E> {
         event: E,
         patience: Patience,
     ) -> Result<Accepted<E>, GateRefused<E>> {
-        // Checked before the gate: an event that never fits would block the front for ever.
+        // Checked before the gate, because an event that never fits would block the front for ever.
         let event = self.parts.producer.check(event).map_err(GateRefused::Publish)?;
         let clock = self.parts.clock.now();
         if self.is_behind
@@ -224,19 +225,20 @@ impl<E: Event> GatedProducer<E> {
     }
 
     /// Closes the gaps that are due, and publishes every event that is ready, waiting for room. Returns the number of
-    /// events published and gaps closed. Call it after the time that [`GatedProducer::next_due`] returns.
+    /// events published and gaps closed. Call this after the time that [`GatedProducer::next_due`] returns.
     ///
     /// # Errors
-    /// The reason why it stopped. Nothing is lost or overtaken, and the next call continues there. A full disk is
-    /// `StorageFull`; for a gap's record the call does not wait.
+    /// Returns the reason why the gate stopped. Nothing is lost or overtaken, and the next call continues at the same
+    /// event or gap. If the disk is full, the reason is `StorageFull`; the call does not wait for space for a gap's
+    /// record.
     pub fn pump(&mut self) -> Result<u64, GateError> {
         self.pump_with(Patience::Forever)
     }
 
-    /// As [`GatedProducer::pump`], without waiting for room.
+    /// As [`GatedProducer::pump`], but without waiting for room.
     ///
     /// # Errors
-    /// As there, and `Full` (or `StorageFull`).
+    /// As [`GatedProducer::pump`]; also returns `Full` or `StorageFull`.
     pub fn try_pump(&mut self) -> Result<u64, GateError> {
         self.pump_with(Patience::None)
     }
@@ -247,7 +249,7 @@ impl<E: Event> GatedProducer<E> {
         pumped
     }
 
-    /// Ends the input: closes all gaps and publishes all buffered events. From now on gaps are closed without waiting.
+    /// Ends the input: closes all gaps and publishes all buffered events. From now on, gaps are closed without waiting.
     ///
     /// # Errors
     /// As [`GatedProducer::pump`].
@@ -256,7 +258,7 @@ impl<E: Event> GatedProducer<E> {
         self.pump()
     }
 
-    /// Returns the time until [`GatedProducer::pump`] may have work. `None`: it has none before the next offer.
+    /// Returns the time until [`GatedProducer::pump`] may have work, or `None` if it has none before the next offer.
     #[must_use]
     pub fn next_due(&self) -> Option<Duration> {
         if self.is_behind {
@@ -267,13 +269,14 @@ impl<E: Event> GatedProducer<E> {
     }
 
     /// Publishes a late event out of order, after the events that should have followed it. Its gap stays in the list of
-    /// gaps. After a restart the gate does not remember that the event was published; offered again it is `TooOld`.
+    /// gaps. After a restart the gate does not remember that the event was published; if it is offered again, it is
+    /// `TooOld`.
     ///
     /// # Errors
     /// As [`Producer::publish`].
     ///
     /// # Panics
-    /// If another gate returned the event, and this one still expects it.
+    /// Panics if another gate returned the event and this gate still expects it.
     pub fn publish_late(&mut self, late: LateEvent<E>) -> Result<Receipt, Rejected<E>> {
         let LateEvent { partition, sequence, key, event } = late;
         let is_over = self.parts.gate.is_over(&partition, sequence);
@@ -281,12 +284,12 @@ impl<E: Event> GatedProducer<E> {
         self.parts.producer.publish(key, event)
     }
 
-    /// Waits until everything published here is durable, in every durability mode, and saves the positions. The next
-    /// opening counts only later events, and retention may free earlier ones.
+    /// Waits until everything that this gate has published is durable, in every durability mode, and saves the
+    /// positions. The next opening counts only later events, and retention may free earlier ones.
     ///
     /// # Errors
-    /// `Wait` if a shard failed or the deadline passed, `Positions` if they could not be written, `Read` if the log
-    /// could not be read. The older positions stay valid.
+    /// Returns `Wait` if a shard failed or the deadline passed, `Positions` if the positions could not be written, and
+    /// `Read` if the log could not be read. The previously saved positions stay valid.
     pub fn save(&mut self, deadline: impl Into<Deadline>) -> Result<(), GateError> {
         let deadline = deadline.into().instant();
         self.flush(deadline)?;
@@ -297,8 +300,8 @@ impl<E: Event> GatedProducer<E> {
         self.save_counted()
     }
 
-    /// Saves how far each partition has come. Everything that this covers is in the log below the shards' positions, or
-    /// in gaps.
+    /// Saves the progress of each partition. All sequences that it covers are in the log below the shards' positions,
+    /// or in gaps.
     pub(crate) fn save_counted(&mut self) -> Result<(), GateError> {
         let counted = self.parts.shards.iter().map(|shard| shard.counted).collect();
         let positions = Positions { counted, standings: self.standings() };
@@ -310,7 +313,8 @@ impl<E: Event> GatedProducer<E> {
         Ok(())
     }
 
-    /// Saves, and closes the gate. Buffered events are dropped: their source must offer them again, as after a crash.
+    /// Saves the positions and closes the gate. Buffered events are dropped: their source must offer them again, as
+    /// after a crash.
     ///
     /// # Errors
     /// As [`GatedProducer::save`].
@@ -322,12 +326,12 @@ impl<E: Event> GatedProducer<E> {
     /// Returns the gaps, in the order in which they were closed.
     ///
     /// # Errors
-    /// The reason why their file cannot be read.
+    /// Returns the reason why the file of gaps cannot be read.
     pub fn gaps(&self) -> Result<Vec<Gap>, OpenError> {
         self.parts.files.gaps()
     }
 
-    /// Returns the next sequence that a partition expects; `None` if the partition is unknown.
+    /// Returns the next sequence that a partition expects, or `None` if the partition is unknown.
     #[must_use]
     pub fn expected(&self, partition: u64) -> Option<u64> {
         self.parts.gate.expected(&partition)
@@ -339,7 +343,7 @@ impl<E: Event> GatedProducer<E> {
         self.parts.gate.statistics()
     }
 
-    /// Returns one receipt per shard, for everything published here before this call.
+    /// Returns one receipt per shard, which covers everything that this gate published before this call.
     #[must_use]
     pub fn receipts(&self) -> Vec<Receipt> {
         self.parts.producer.receipts()
@@ -411,7 +415,7 @@ impl<E: Event> GatedProducer<E> {
         Ok(())
     }
 
-    /// Returns how far each partition has come: every sequence below is in the log or in a gap.
+    /// Returns the progress of each partition.
     fn standings(&self) -> Vec<Standing> {
         let front = self.front.as_ref().map(|front| match front {
             Front::Event { partition, sequence, .. } => (*partition, *sequence, *sequence),
@@ -421,8 +425,7 @@ impl<E: Event> GatedProducer<E> {
         for (partition, expected, ahead) in self.parts.gate.standings() {
             let mut standing = Standing { partition: *partition, expected, runs: Vec::new() };
             if let Some((_, first, last)) = front.filter(|(of, ..)| of == partition) {
-                // The gate is already past the front, and past the sequences above it that were published before a
-                // restart.
+                // The gate is already past the front, and past higher sequences that were published before a restart.
                 standing.expected = first;
                 standing.runs.extend((last + 1 < expected).then(|| (last + 1, expected - 1)));
             }
@@ -435,7 +438,8 @@ impl<E: Event> GatedProducer<E> {
     }
 }
 
-/// The name of a gate's retention hold. The prefix keeps it apart from a consumer of the same name.
+/// Returns the name of a gate's retention hold. The prefix distinguishes it from the hold of a consumer with the same
+/// name.
 pub(crate) fn hold_name(gate: &str) -> String {
     format!("gate {gate}")
 }

@@ -1,8 +1,8 @@
-//! The bytes of a gate's record (its gaps and the starts of its partitions) and of the record's witness (the entries that are
-//! durable). Pure functions; `FORMAT.md` §19 has the tables.
+//! The bytes of a gate's record (its gaps and the starts of its partitions) and of the record's witness (the entries
+//! that are durable). Pure functions; `FORMAT.md` §19 has the tables.
 //!
-//! The CRC of an entry is seeded with the CRC of the entry before it, so the file is valid up to one place. The witness tells whether
-//! a shorter file is torn or damaged.
+//! The CRC of each entry is seeded with the CRC of the entry before it, so the file is valid up to one point. The
+//! witness tells whether a file that ends early is torn or damaged.
 
 use std::path::Path;
 use std::time::Duration;
@@ -18,13 +18,14 @@ const WITNESS_FRAME: Frame = Frame { magic: *b"corelgat", bytes_min: HEADER_BYTE
 const ENTRY_BYTES: usize = 48;
 const ENTRY_CRC_AT: usize = ENTRY_BYTES - CRC_BYTES;
 const WITNESS_BYTES: usize = 8;
-/// The witness is synced whenever its number of entries is a multiple of this, so a power cut loses fewer.
+/// The witness is synced at every multiple of this number of entries, so a power cut loses fewer than this number of
+/// its entries.
 pub(super) const WITNESSES_UNSYNCED_MAX: u64 = 32;
 
 const KIND_GAP: u32 = 0;
 const KIND_START: u32 = 1;
 
-/// Sequences that did not arrive in time. The gate has published later ones without them.
+/// Sequences that did not arrive in time. The gate has published later sequences without them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Gap {
@@ -34,9 +35,9 @@ pub struct Gap {
     pub from: u64,
     /// The last missing sequence.
     pub to: u64,
-    /// How long the gate waited for them.
+    /// The time that the gate waited for the sequences.
     pub waited: Duration,
-    /// When the gate gave them up.
+    /// The time at which the gate gave the sequences up.
     pub time: Time,
 }
 
@@ -54,7 +55,7 @@ pub(crate) struct Start {
     pub(crate) time: Time,
 }
 
-/// An entry of the record. It is durable before the gate publishes the events after its gap or start.
+/// An entry of the record. An entry is durable before the gate publishes the events after its gap or start.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Entry {
     Gap(Gap),
@@ -62,7 +63,7 @@ pub(crate) enum Entry {
 }
 
 impl Entry {
-    /// Encodes the entry that follows a CRC of `before` in the file.
+    /// Encodes the entry. `before` is the CRC that precedes it in the file.
     pub(super) fn encode(&self, before: u32) -> Vec<u8> {
         let (kind, words) = match self {
             Self::Gap(Gap { partition, from, to, waited, time }) => {
@@ -85,7 +86,7 @@ impl Entry {
         let (partition, from, to) = (fields.u64()?, fields.u64()?, fields.u64()?);
         let (waited, time) = (Duration::from_nanos(fields.u64()?), Time(fields.u64()?));
         if from > to || to == u64::MAX {
-            return Err("an entry ends before it begins".into());
+            return Err("an entry has an impossible range of sequences".into());
         }
         match fields.u32()? {
             KIND_GAP => Ok(Self::Gap(Gap::new(partition, from, to, waited, time))),
@@ -95,7 +96,7 @@ impl Entry {
     }
 }
 
-/// The end of a chain of CRCs: a place in a file, and the CRC before it, which seeds the next one.
+/// The end of a chain of CRCs: a position in a file, and the CRC before it, which seeds the next CRC.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct ChainEnd {
     pub(super) at: u64,
@@ -103,12 +104,12 @@ pub(super) struct ChainEnd {
 }
 
 impl ChainEnd {
-    /// The end after `added`, whose last four bytes are its CRC.
+    /// Returns the end after `added`, whose last four bytes are its CRC.
     pub(super) fn after(self, added: &[u8]) -> Self {
         Self { at: self.at + added.len() as u64, crc: u32_at(added, added.len() - CRC_BYTES) }
     }
 
-    /// The end at `at`, after a CRC.
+    /// Returns the end at `at`. A CRC must precede this position.
     pub(super) fn of(bytes: &[u8], at: usize) -> Self {
         Self { at: at as u64, crc: u32_at(bytes, at - CRC_BYTES) }
     }
@@ -128,7 +129,7 @@ pub(super) fn witness_header(store: u64) -> Vec<u8> {
     header(WITNESS_FRAME, store)
 }
 
-/// Encodes the witness of an entry with this CRC, which follows a CRC of `before` in the file.
+/// Encodes the witness of an entry with the CRC `entry_crc`. `before` is the CRC that precedes the witness in its file.
 pub(super) fn witness(entry_crc: u32, before: u32) -> Vec<u8> {
     let mut out = Writer::default();
     out.u32(entry_crc);
@@ -139,8 +140,8 @@ fn damaged(path: &Path, at: usize, why: &'static str) -> OpenError {
     OpenError::DamagedFile { path: path.to_owned(), at: at as u64, why }
 }
 
-/// Checks a file's header, which must name this store, and the chain of the pieces after it. Returns the end of the last piece with
-/// a matching CRC.
+/// Checks a file's header, which must name this store, and the chain of pieces after the header. Returns the end of the
+/// last piece with a matching CRC.
 fn chained((path, store): (&Path, u64), bytes: &[u8], frame: Frame, piece_bytes: usize) -> Result<ChainEnd, OpenError> {
     let check_store = |mut fields: Reader<'_>| match fields.u64()? {
         named if named == store => Ok(()),
@@ -159,7 +160,8 @@ fn chained((path, store): (&Path, u64), bytes: &[u8], frame: Frame, piece_bytes:
     Ok(end)
 }
 
-/// Returns the entries of the record and the end of the last one. Entries are written one at a time, so only the last can be torn.
+/// Returns the entries of the record and the end of the last one. Entries are written one at a time, so only the last
+/// can be torn.
 pub(super) fn decode_gaps(path: &Path, bytes: &[u8], store: u64) -> Result<(Vec<Entry>, ChainEnd), OpenError> {
     let end = chained((path, store), bytes, GAPS_FRAME, ENTRY_BYTES)?;
     let whole = end.at as usize;
@@ -174,8 +176,8 @@ pub(super) fn decode_gaps(path: &Path, bytes: &[u8], store: u64) -> Result<(Vec<
     Ok((entries.collect::<Result<_, _>>()?, end))
 }
 
-/// Checks that `gaps`, which is valid up to `gaps_end`, has every witnessed entry. Returns the end of the witness, and the bytes to
-/// append to it for the last entries, which it does not name yet.
+/// Checks that `gaps`, which is valid up to `gaps_end`, has every witnessed entry. Returns the end of the witness, and
+/// the bytes to append to the witness for the last entries, which it does not name yet.
 pub(super) fn check_witness(
     (path, store): (&Path, u64),
     bytes: &[u8],

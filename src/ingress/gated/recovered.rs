@@ -1,8 +1,8 @@
-//! Recovers how far a gate's partitions have come: counts the sequences in the log and in the closed gaps.
+//! Recovers the progress of a gate's partitions: counts the sequences in the log and in the closed gaps.
 //!
-//! One writer: the thread that opens the gate. A power cut removes ends of logs, so a sequence lost in one shard may
-//! have successors in another, and late events may be anywhere. Therefore every sequence is counted on its own, and the
-//! result does not depend on the order of counting. The start of a partition comes from the policy, from the gate's
+//! One writer: the thread that opens the gate. A power cut removes the ends of logs, so a sequence lost in one shard
+//! may have successors in another. Late events may be anywhere in the log. So each sequence is counted on its own, and
+//! the result does not depend on the order of counting. The start of a partition comes from the policy, from the gate's
 //! record, or else from the lowest sequence counted.
 
 use std::collections::{BTreeMap, HashMap};
@@ -15,16 +15,16 @@ use crate::ingress::sequence_gate::partition::Ahead;
 use crate::ingress::sequence_gate::policy::GateStart;
 use crate::log::reader::Reader;
 
-/// The number of events read from one shard before the next shard is chosen.
+/// The number of events read from a shard before the next shard is chosen.
 const READ_AT_A_TIME: usize = 1024;
 
-/// The sequences counted of one partition.
+/// The counted sequences of one partition.
 #[derive(Debug)]
 struct CountedPartition {
-    /// Every sequence below it was counted or is below the partition's start. `None`: the start is known only after
+    /// Every lower sequence was counted or is below the partition's start. `None` if the start is known only after
     /// counting.
     expected: Option<u64>,
-    /// Ranges of counted sequences above it: first to last.
+    /// Ranges of counted sequences above `expected`: first to last.
     ranges: BTreeMap<u64, u64>,
 }
 
@@ -46,7 +46,8 @@ impl CountedPartition {
         }
     }
 
-    /// Starts a partition without a start at its lowest sequence. Returns that sequence, or `None` if it had a start.
+    /// Starts a partition at its lowest sequence if it has no start. Returns that sequence, or `None` if the partition
+    /// had a start.
     fn settle(&mut self, gaps: &[Gap]) -> Option<u64> {
         if self.expected.is_some() {
             return None;
@@ -58,7 +59,7 @@ impl CountedPartition {
         Some(start)
     }
 
-    /// Adds a sequence to the ranges, and joins adjacent ones.
+    /// Adds a sequence to the ranges, and joins adjacent ranges.
     fn add(&mut self, sequence: u64) {
         let before = self.ranges.range(..=sequence).next_back().map(|(from, to)| (*from, *to));
         if before.is_some_and(|(_, to)| sequence <= to) {
@@ -91,7 +92,7 @@ impl CountedPartition {
     }
 }
 
-/// A partition, the sequence that it expects, and the known sequences above.
+/// A partition, the sequence that it expects, and the known sequences above that.
 pub(crate) type Resumed = (u64, u64, Vec<(u64, u64, Ahead)>);
 
 /// A shard's reader, and the offset at which it must stop.
@@ -105,14 +106,15 @@ pub(crate) struct Recovered {
     pub(crate) derived_starts: Vec<(u64, u64)>,
 }
 
-/// The sequences counted of all partitions of a gate.
+/// The counted sequences of all partitions of a gate.
 #[derive(Debug)]
 pub(crate) struct Counts {
     start: GateStart,
-    /// `true` if retention has freed uncounted events: a sequence missing below the highest may have been among them.
+    /// `true` if retention has freed uncounted events. A sequence that is missing below the highest one may have been
+    /// among them.
     has_lost_beginning: bool,
-    /// Recorded starts by partition. A later record replaces an earlier one: a partition whose events are all freed
-    /// starts again.
+    /// The recorded starts by partition. A later start replaces an earlier one, because a partition whose events are
+    /// all freed starts again.
     starts: HashMap<u64, u64>,
     partitions: HashMap<u64, CountedPartition>,
 }
@@ -146,7 +148,7 @@ impl Counts {
         }
     }
 
-    /// The counted sequences of a partition, which begin at its start.
+    /// Returns the counted sequences of a partition, which begin at its start.
     fn known<'a>(
         partitions: &'a mut HashMap<u64, CountedPartition>,
         starts: &HashMap<u64, u64>,
@@ -162,8 +164,8 @@ impl Counts {
         })
     }
 
-    /// Counts the events below each shard's end. The shards are read in turn, by the times of their events:
-    /// a sequence that is missing in one shard takes memory until it is found in another.
+    /// Counts the events below each shard's end. The shards are read in turn, by the times of their events, because a
+    /// sequence that is missing in one shard takes memory until it is found in another.
     pub(crate) fn count_log<E: Event>(
         &mut self,
         shards: &mut [Uncounted<E>],
@@ -200,8 +202,8 @@ impl Counts {
                 counted.expected = counted.expected.max(Some(gap.to + 1));
             }
         }
-        // A partition with a recorded start waits for that sequence, even if no event of it is in the log. If the
-        // beginning of the log is freed, its events are unknown.
+        // A partition with a recorded start waits for that sequence, even if none of its events is in the log. If the
+        // beginning of the log is freed, the partition's events are unknown.
         if !self.has_lost_beginning {
             for partition in self.starts.keys() {
                 Self::known(&mut self.partitions, &self.starts, self.start, *partition);
@@ -303,7 +305,7 @@ mod tests {
             let (one, two) = (counted(&log), counted(&other));
             prop_assert_eq!(&one.standings, &two.standings);
             prop_assert_eq!(&one.derived_starts, &two.derived_starts);
-            // The oracle: the first sequence from the start on that is not in the log.
+            // The oracle is the first sequence from the start on that is not in the log.
             let lowest = log.iter().copied().chain(gaps.iter().map(|gap| gap.from)).min().expect("not empty");
             let start = recorded.or(policy).unwrap_or(lowest);
             if !has_lost_beginning {

@@ -14,18 +14,18 @@ pub enum Offered<T> {
     Buffered,
     /// An item of this sequence has passed or is buffered. The gate counted and dropped this one.
     Duplicate,
-    /// The item belongs to a closed gap, and is offered for the first time. A second time it is a duplicate.
+    /// The item belongs to a closed gap and is offered for the first time. If it is offered again, it is a duplicate.
     Late(T),
     /// The sequence is below everything that the gate remembers of its partition: below the partition's start, or among
-    /// forgotten gaps. Whether such an item has passed before is not known.
+    /// forgotten gaps. The gate does not know whether such an item has passed before.
     TooOld(T),
 }
 
-/// The reason why an item was refused, with the item. The gate keeps nothing of it.
+/// The reason why an item was refused, with the item. The gate does not keep the item.
 ///
 /// An item that is expected next is never refused for lack of room, so input in order always makes progress. After a
-/// refusal, call [`SequenceGate::next`](crate::ingress::SequenceGate::next) and offer the item again later: there is
-/// room at the latest when the first gap is closed.
+/// refusal, call [`SequenceGate::next`](crate::ingress::SequenceGate::next) and offer the item again later. There will
+/// be room when the first gap is closed, if not earlier.
 #[derive(thiserror::Error, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum OfferRefused<T> {
@@ -36,10 +36,10 @@ pub enum OfferRefused<T> {
     #[error("the gate has no room for more early items")]
     Full(T),
     /// The sequence is more than `ahead_max` above the expected one, or is `u64::MAX`, which is not a valid sequence.
-    /// If the source did jump that far, remove the partition and start it again.
+    /// If the source really jumped that far, remove the partition and start it again.
     #[error("the sequence is too far ahead of the expected one")]
     TooFarAhead(T),
-    /// The item belongs to a new partition, and the gate has `partitions_max` partitions.
+    /// The item belongs to a new partition, but the gate already has `partitions_max` partitions.
     #[error("the gate has no room for more partitions")]
     TooManyPartitions(T),
 }
@@ -65,7 +65,7 @@ impl<T> OfferRefused<T> {
     }
 }
 
-// Not derived: the item need not implement Debug.
+// Not derived, because the item need not implement `Debug`.
 impl<T> fmt::Debug for OfferRefused<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
@@ -89,8 +89,8 @@ pub enum Released<P, T> {
         /// The item.
         item: T,
     },
-    /// The sequences `from..=to` have not come in time, and the gate no longer waits for them. The items behind the gap
-    /// come next; make a record of the gap durable before you take them.
+    /// The sequences `from..=to` have not come in time, and the gate no longer waits for them. The items after the gap
+    /// come next; make a record of the gap durable before you take these items.
     GapClosed {
         /// The partition.
         partition: P,
@@ -107,15 +107,15 @@ pub enum Released<P, T> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum StartRefused {
-    /// The partition has started.
+    /// The partition has already started.
     #[error("the partition has started already")]
     Started,
-    /// The gate has `partitions_max` partitions.
+    /// The gate already has `partitions_max` partitions.
     #[error("the gate has no room for more partitions")]
     TooManyPartitions,
 }
 
-/// Counts since the gate was created. Every offered item is in exactly one of `in_order`, `reordered`, `waiting`,
+/// The counts since the gate was created. Every offered item is in exactly one of `in_order`, `reordered`, `waiting`,
 /// `duplicates`, `late`, `too_old`, `refused` and `removed`.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]

@@ -1,4 +1,4 @@
-//! The sequence gate: puts input that arrives out of order in order, by a sequence number per partition.
+//! The sequence gate: restores the order of input by a sequence number per partition.
 //!
 //! One writer: its owner. The items of a partition leave by rising sequence, each at most once. Every other item is
 //! buffered, returned, or counted as a duplicate, and the gate reports every gap that it closes.
@@ -31,7 +31,8 @@ use policy::{GatePolicy, GateStart};
 
 /// Puts items in order by partition and sequence. `P` identifies a partition: a user, a Kafka partition, a sender.
 ///
-/// `now` is the time since any fixed moment on a monotonic clock. If it goes back, the gate keeps the latest time.
+/// `now` is the time since any fixed moment on a monotonic clock. If `now` goes back, the gate uses the latest time
+/// that it was given.
 ///
 /// ```
 /// # use corelane::ingress::{GatePolicy, Offered, Released, SequenceGate};
@@ -56,7 +57,8 @@ pub struct SequenceGate<P, T> {
     partitions: HashMap<P, Partition<T>>,
     /// Partitions whose next item is buffered, each once.
     ready: VecDeque<P>,
-    /// Partitions with a gap, each at most once, by a time at or before the one at which their first gap is due.
+    /// Partitions with a gap, each at most once, ordered by a time no later than the one at which the partition's first
+    /// gap is due.
     timed: BinaryHeap<Timed<P>>,
     now: Duration,
     has_ended: bool,
@@ -77,7 +79,7 @@ impl<P: Eq + Hash + Clone, T> SequenceGate<P, T> {
     /// Creates an empty gate.
     ///
     /// # Errors
-    /// The first value of the policy that is out of range.
+    /// Returns the first value of the policy that is out of range.
     pub fn new(policy: GatePolicy) -> Result<Self, ConfigError> {
         policy.check()?;
         Ok(Self {
@@ -91,11 +93,11 @@ impl<P: Eq + Hash + Clone, T> SequenceGate<P, T> {
         })
     }
 
-    /// Sets the sequence at which a partition starts, before its first item; for instance the one that it expected
-    /// before a restart.
+    /// Sets the sequence at which a partition starts, for instance the one that it expected before a restart. Call this
+    /// before the partition's first item.
     ///
     /// # Errors
-    /// If the partition has started, or the gate has no room for it.
+    /// Returns an error if the partition has started, or if the gate has no room for it.
     pub fn start_at(&mut self, partition: P, sequence: u64) -> Result<(), StartRefused> {
         let is_full = self.partitions.len() >= self.policy.partitions_max;
         match self.partitions.entry(partition) {
@@ -108,8 +110,8 @@ impl<P: Eq + Hash + Clone, T> SequenceGate<P, T> {
         }
     }
 
-    /// As [`SequenceGate::start_at`], for a partition with known sequences at or above `sequence`: passed, or in a
-    /// closed gap.
+    /// As [`SequenceGate::start_at`], but for a partition with known sequences at or above `sequence`, which have
+    /// passed or are in a closed gap.
     pub(crate) fn resume(
         &mut self,
         partition: P,
@@ -121,7 +123,7 @@ impl<P: Eq + Hash + Clone, T> SequenceGate<P, T> {
         Ok(())
     }
 
-    /// Returns every partition with the sequence that it expects and the known sequences above.
+    /// Returns every partition with the sequence that it expects and the known sequences above that.
     pub(crate) fn standings(&self) -> impl Iterator<Item = (&P, u64, impl Iterator<Item = (u64, u64, Ahead)> + '_)> {
         self.partitions.iter().map(|(partition, known)| (partition, known.expected, known.ahead()))
     }
@@ -143,7 +145,7 @@ impl<P: Eq + Hash + Clone, T> SequenceGate<P, T> {
     /// Offers an item to the gate.
     ///
     /// # Errors
-    /// The item, with the reason why it is refused.
+    /// Returns the item with the reason why it was refused.
     #[inline]
     pub fn offer(
         &mut self,
@@ -167,7 +169,7 @@ impl<P: Eq + Hash + Clone, T> SequenceGate<P, T> {
         offered
     }
 
-    /// Takes an item that is not expected next, or whose partition is new or has buffered items or gaps.
+    /// Handles an item that is not expected next, or whose partition is new or has buffered items or gaps.
     fn offer_any(&mut self, partition: P, sequence: u64, item: T) -> Result<Offered<T>, OfferRefused<T>> {
         if sequence == u64::MAX {
             return Err(OfferRefused::TooFarAhead(item));
@@ -183,7 +185,7 @@ impl<P: Eq + Hash + Clone, T> SequenceGate<P, T> {
             })),
         };
         let known = entry.get_mut();
-        // The expected item may also be in the buffer, ready and not pulled yet; then this one is a duplicate.
+        // The expected item may be in the buffer already, ready but not pulled yet; this one is then a duplicate.
         if sequence == known.expected && !known.has_ready() {
             known.expected += 1;
             known.step_over(self.policy.closed_gaps_max);
@@ -232,10 +234,10 @@ impl<P: Eq + Hash + Clone, T> SequenceGate<P, T> {
     }
 
     /// Releases the next item or gap at `now`: first items that are ready, then gaps that are due, each followed by the
-    /// items behind it. Returns `None` if there is nothing; call again at [`SequenceGate::next_due`] or after the next
+    /// items after it. Returns `None` if there is none; call again at [`SequenceGate::next_due`] or after the next
     /// offer.
     ///
-    /// Nothing is lost if the owner does not call it: items wait, in order.
+    /// Nothing is lost if the owner does not call this: items wait, in order.
     pub fn next(&mut self, now: Duration) -> Option<Released<P, T>> {
         self.now = self.now.max(now);
         if let Some(released) = self.next_ready() {
@@ -247,7 +249,8 @@ impl<P: Eq + Hash + Clone, T> SequenceGate<P, T> {
             let Timed { partition, .. } = self.timed.pop()?;
             let Some(known) = self.partitions.get_mut(&partition) else { continue };
             known.is_timed = false;
-            // The gap it was listed for may be filled by now; another may be due later, or none.
+            // The gap for which the partition was listed may be filled by now. Another gap may be due later, or there
+            // may be none.
             let Some(since) = known.missing_since() else { continue };
             let at = since.saturating_add(self.policy.gap_wait_max);
             known.is_timed = true;
@@ -256,7 +259,7 @@ impl<P: Eq + Hash + Clone, T> SequenceGate<P, T> {
                 continue;
             }
             let (from, to) = known.close_gap(self.policy.closed_gaps_max).expect("ready items were released before");
-            // A gap ends at a buffered item, or at known sequences, after which another gap may follow.
+            // A gap ends at a buffered item or at known sequences. After known sequences, another gap may follow.
             known.is_ready = known.has_ready();
             if known.is_ready {
                 self.ready.push_back(partition.clone());
@@ -280,8 +283,8 @@ impl<P: Eq + Hash + Clone, T> SequenceGate<P, T> {
         Some(Released::Item { partition, sequence, item })
     }
 
-    /// Returns the time at which [`SequenceGate::next`] may release something. `None`: nothing before the next offer.
-    /// The time may be early, if the gap was filled meanwhile, but never late.
+    /// Returns the time at which [`SequenceGate::next`] may release an item or a gap, or `None` if it releases nothing
+    /// before the next offer. The time may be too early, if the gap was filled meanwhile, but never too late.
     #[must_use]
     pub fn next_due(&self) -> Option<Duration> {
         if !self.ready.is_empty() {
@@ -291,13 +294,13 @@ impl<P: Eq + Hash + Clone, T> SequenceGate<P, T> {
         Some(if self.has_ended { self.now } else { first.at })
     }
 
-    /// Ends the input: from now on gaps are closed without waiting. Call [`SequenceGate::next`] until it returns
+    /// Ends the input: from now on, gaps are closed without waiting. Call [`SequenceGate::next`] until it returns
     /// `None`.
     pub fn end(&mut self) {
         self.has_ended = true;
     }
 
-    /// Returns the next sequence that a partition expects; `None` if the partition is unknown.
+    /// Returns the next sequence that a partition expects, or `None` if the partition is unknown.
     #[must_use]
     pub fn expected(&self, partition: &P) -> Option<u64> {
         self.partitions.get(partition).map(|known| known.expected)
@@ -325,7 +328,8 @@ impl<P: Eq + Hash + Clone, T> SequenceGate<P, T> {
     }
 }
 
-/// A partition and the time to check it. The earliest is the greatest, because the heap returns its greatest element.
+/// A partition and the time at which to check it. The earliest time compares as the greatest, because the heap returns
+/// its greatest element.
 struct Timed<P> {
     at: Duration,
     partition: P,

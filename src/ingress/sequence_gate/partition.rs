@@ -1,5 +1,5 @@
-//! One partition of the gate: the sequence that it expects, its early items and its closed gaps. It has no clock and no
-//! bounds.
+//! One partition of the gate: its expected sequence, its early items and its closed gaps. This file has no clock and no
+//! limits.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
@@ -15,20 +15,20 @@ pub(super) enum Behind {
 /// The state of a known sequence above the expected one, which the gate does not wait for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Ahead {
-    /// It passed before a restart.
+    /// The sequence passed before a restart.
     Passed,
-    /// It belongs to a gap that was closed before a restart.
+    /// The sequence belongs to a gap that was closed before a restart.
     Missing,
-    /// It belonged to such a gap, and has come since.
+    /// The sequence belonged to such a gap, and its item has come since.
     Late,
 }
 
-/// The state of one partition: 32 bytes while its items come in order.
+/// The state of one partition, which takes 32 bytes while its items come in order.
 #[derive(Debug)]
 pub(super) struct Partition<T> {
     /// The next sequence to pass.
     pub(super) expected: u64,
-    /// Nothing is remembered of single sequences below this one.
+    /// The gate does not remember individual sequences below this one.
     known_from: u64,
     disorder: Option<Box<Disorder<T>>>,
     /// `true` while the partition is in the gate's list of ready partitions.
@@ -44,13 +44,13 @@ const _: () = assert!(size_of::<Partition<u64>>() == 32);
 struct Disorder<T> {
     /// Buffered items by sequence, all at or above `expected`.
     early: BTreeMap<u64, T>,
-    /// The early items that had the highest sequence when they came, with the time: both rise. A sequence has been
-    /// missing since the first of these above it came.
+    /// The early items that had the highest sequence when they came, each with its time of arrival. Sequences and times
+    /// rise. A missing sequence has been missing since the first of these items above it came.
     highest: VecDeque<(u64, Duration)>,
-    /// Sequences of closed gaps that have not come, as rising ranges, first to last.
+    /// The sequences of closed gaps that have not come, as rising ranges (first, last).
     closed: Vec<(u64, u64)>,
-    /// Known sequences, as rising ranges by first sequence: all above `expected`, none of them in `early`. Boxed,
-    /// because there are any only after a restart that found holes.
+    /// The known sequences, as rising ranges by first sequence: all above `expected`, none of them in `early`. Boxed,
+    /// because known sequences exist only after a restart that found holes.
     #[expect(clippy::box_collection, reason = "8 bytes of every partition with early items instead of 24")]
     ahead: Option<Box<BTreeMap<u64, (u64, Ahead)>>>,
 }
@@ -70,7 +70,7 @@ impl<T> Partition<T> {
         Self { expected, known_from: expected, disorder: None, is_ready: false, is_timed: false }
     }
 
-    /// Creates a partition that continues after a restart. The known ranges in `ahead` rise, and begin at or above
+    /// Creates a partition that continues after a restart. The known ranges in `ahead` must rise and begin at or above
     /// `expected`.
     pub(super) fn resumed(expected: u64, ahead: Vec<(u64, u64, Ahead)>, closed_max: usize) -> Self {
         let mut resumed = Self::new(expected);
@@ -101,7 +101,7 @@ impl<T> Partition<T> {
         }
     }
 
-    /// Returns the state of a known sequence above the expected one. Marks a missing one as late.
+    /// Returns the state of a known sequence above the expected one. A `Missing` sequence becomes `Late`.
     pub(super) fn known_ahead(&mut self, sequence: u64) -> Option<Ahead> {
         let ahead = self.disorder.as_mut()?.ahead.as_mut()?;
         let (&from, &(to, what)) = ahead.range(..=sequence).next_back().filter(|(_, (to, _))| *to >= sequence)?;
@@ -114,7 +114,7 @@ impl<T> Partition<T> {
         Some(what)
     }
 
-    /// Returns `true` if the sequence is below the expected one, or known.
+    /// Returns `true` if the sequence is below the expected one or is known.
     pub(super) fn is_over(&self, sequence: u64) -> bool {
         sequence < self.expected || self.ahead_at(sequence).is_some_and(|(to, _)| to >= sequence)
     }
@@ -136,7 +136,7 @@ impl<T> Partition<T> {
         ahead.into_iter().flat_map(|ahead| ahead.iter().map(|(from, (to, what))| (*from, *to, *what)))
     }
 
-    /// Frees the memory of a disorder that is over.
+    /// Frees the memory of a [`Disorder`] that has ended.
     fn settle(&mut self) {
         if self.disorder.as_ref().is_some_and(|disorder| disorder.is_over()) {
             self.disorder = None;
@@ -167,7 +167,7 @@ impl<T> Partition<T> {
         self.disorder.as_ref()?.early.first_key_value().map(|(sequence, _)| *sequence)
     }
 
-    /// Buffers an item above the expected one that is not buffered yet.
+    /// Buffers an item whose sequence is above the expected one and is not buffered yet.
     pub(super) fn buffer(&mut self, sequence: u64, item: T, now: Duration) {
         assert!(sequence > self.expected);
         let disorder = self.disorder.get_or_insert_with(|| Box::new(Disorder::new()));
@@ -192,7 +192,7 @@ impl<T> Partition<T> {
         Some((sequence, item))
     }
 
-    /// Returns the time since which the expected item has been missing; `None` if no item above it has come.
+    /// Returns the time since which the expected item has been missing, or `None` if no item above it has come.
     pub(super) fn missing_since(&self) -> Option<Duration> {
         self.disorder.as_ref()?.highest.front().map(|(_, at)| *at)
     }
@@ -254,7 +254,7 @@ mod tests {
         let what = |i: u64| if i.is_multiple_of(2) { Ahead::Passed } else { Ahead::Late };
         let ahead: Vec<_> = (0..RANGES).map(|i| (2 * i + 10, 2 * i + 11, what(i))).collect();
         let mut partition = Partition::<()>::resumed(9, ahead, 16);
-        // From the far end, so that a walk from the near end would pass all ranges.
+        // From the far end: a walk from the near end would pass all ranges.
         for i in (0..RANGES).rev() {
             let sequence = 2 * i + 11;
             assert!(partition.is_over(sequence));

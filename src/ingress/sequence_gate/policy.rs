@@ -18,7 +18,8 @@ pub enum GateStart {
     FirstSeen,
 }
 
-/// The limits of a gate: how long it waits for missing sequences, and how much it buffers meanwhile.
+/// The limits of a gate: the time that it waits for missing sequences, and the number of items that it buffers
+/// meanwhile.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct GatePolicy {
     pub(super) start: GateStart,
@@ -46,7 +47,7 @@ impl Default for GatePolicy {
 
 impl GatePolicy {
     setters! {
-        /// The start of a partition. Default: at 0.
+        /// The start of a partition. Default: sequence 0.
         start: GateStart,
         /// The longest wait for a missing sequence, 0..=24 h, after the first item above it came. Default: 5 s.
         gap_wait_max: Duration,
@@ -56,15 +57,16 @@ impl GatePolicy {
         /// buffered item takes its size plus 16 to 40 bytes, and each partition with buffered items about 310 bytes
         /// more.
         early_max: usize,
-        /// The largest distance of an item above the expected sequence, at least 1; items above are refused. Without
-        /// this limit, one wrong number could close a gap over everything to come. Default: 1,048,576.
+        /// The largest distance of an item above the expected sequence, at least 1; items further above are refused.
+        /// Without this limit, one wrong number could close a gap over all future sequences. Default: 1,048,576.
         ahead_max: u64,
-        /// The largest number of partitions, 1..=2³⁰; items of further ones are refused until one is removed. Default:
-        /// 1,048,576. A partition in order takes its key and 32 bytes in a hash table, half of which may be empty.
+        /// The largest number of partitions, 1..=2³⁰; items of further partitions are refused until one is removed.
+        /// Default: 1,048,576. A partition in order takes its key and 32 bytes in a hash table, half of which may be
+        /// empty.
         partitions_max: usize,
-        /// The number of closed gaps remembered per partition, 1..=65,536, to tell late items from duplicates. When
-        /// there are more, the oldest is forgotten. Each takes 16 bytes, and a late item may split one into two.
-        /// Default: 64.
+        /// The number of closed gaps remembered per partition, 1..=65,536, to distinguish late items from duplicates.
+        /// When there are more, the oldest is forgotten. Each gap takes 16 bytes, and a late item may split a gap into
+        /// two. Default: 64.
         closed_gaps_max: usize,
     }
 

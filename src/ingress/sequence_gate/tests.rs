@@ -72,7 +72,8 @@ fn a_gap_is_closed_when_it_is_due_and_not_before() {
 #[test]
 fn the_wait_for_a_gap_begins_with_the_first_item_above_it() {
     let mut gate = gate(GatePolicy::default());
-    // 1 and 2 have been missing since 3 came at 0 s; 4 to 8 since 9 came at 1 s, although 6 came later.
+    // 1 and 2 have been missing since 3 came at 0 s. 4 to 8 have been missing since 9 came at 1 s, although 6 came
+    // later.
     offer(&mut gate, 0, T0).ignore();
     offer(&mut gate, 3, T0).ignore();
     offer(&mut gate, 9, S).ignore();
@@ -267,7 +268,7 @@ proptest! {
         for (id, (partition, ahead, which, ms)) in steps.into_iter().enumerate() {
             now += Duration::from_millis(if which < 50 { 0 } else { ms });
             let model = &mut models[usize::from(partition)];
-            // Around the expected sequence, mostly above it.
+            // A sequence around the expected one, mostly above it.
             let sequence = (model.expected + ahead).saturating_sub(if which % 2 == 0 { 0 } else { 12 });
             prop_assert_eq!(gate.offer(partition, sequence, id as u64, now), Ok(model.offer(sequence, id as u64, now)));
             let mut released: [Vec<_>; 3] = Default::default();

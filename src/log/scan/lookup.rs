@@ -32,7 +32,7 @@ pub struct RecordPosition {
 
 const _: () = assert!(size_of::<RecordPosition>() == 32, "an index holds one per event");
 
-/// Reads single records by their [`RecordPosition`]. Cheapest if the positions ascend.
+/// Reads single records by their [`RecordPosition`]. Reading is cheapest if the positions ascend.
 #[derive(Debug)]
 pub struct Lookup {
     store: Store,
@@ -43,7 +43,7 @@ pub struct Lookup {
 }
 
 impl Lookup {
-    /// Bytes read at once while positions ascend closely.
+    /// The number of bytes read at once while positions ascend in short steps.
     const WINDOW_BYTES: usize = 256 << 10;
     /// The largest number of open files.
     const OPEN_MAX: usize = 256;
@@ -105,7 +105,8 @@ impl Lookup {
     }
 
     fn move_window(&mut self, shard: ShardId, index: u64, at: usize, end: usize) -> Result<(), ReadError> {
-        // A far jump reads only the record; a short step forward suggests more of them.
+        // A short step forward suggests that more will follow, so it reads a whole window. A longer jump reads only the
+        // record.
         let near = self.window_at.is_some_and(|(was_shard, was_index, from)| {
             (was_shard, was_index) == (shard, index)
                 && from <= at
@@ -113,7 +114,7 @@ impl Lookup {
         });
         let room = self.store.segment_bytes() as usize - at;
         let wanted = if near { Self::WINDOW_BYTES.max(end - at).min(room) } else { end - at };
-        // Invalid until it has been read.
+        // The window is invalid until it has been read.
         self.window_at = None;
         self.window.resize(wanted, 0);
         let Some((file, _)) = self.open.get(&(shard, index)) else { return Ok(()) };

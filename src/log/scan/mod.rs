@@ -1,15 +1,16 @@
 //! Reads a store from outside its engine: from another process, even while the engine writes the store, and even on a
 //! read-only file system. Takes no lock and changes no byte.
 //!
-//! One writer: the engine, elsewhere. It stores a zero length word behind a record before it stores the record's own
-//! length word, so a nonzero length word means a complete record. The reader must handle two more cases:
+//! One writer: the engine, usually in another process. The engine stores a zero length word after a record before it
+//! stores the record's own length word, so a nonzero length word means a complete record. The reader must handle two
+//! more cases:
 //!
-//! - Its buffer may be older than the file. So it accepts an end of the log only after a second read, made after
-//!   reading the next segment.
-//! - Between two reads, the file may have been retired and written again. It keeps its inode, so an open descriptor
-//!   shows the new content too. So the reader accepts an end, a tail, damage or a missing file only if afterwards the
-//!   span still contains the segment and the file still has the segment's header. A segment leaves the span before its
-//!   file is changed, and its header is overwritten before its records.
+//! - The reader's buffer may be older than the file. So the reader accepts an end of the log only after a second read,
+//!   made after reading the next segment.
+//! - Between two reads, the file may have been retired and written again. The file keeps its inode, so an open
+//!   descriptor shows the new content too. So the reader accepts an end, a tail, damage or a missing file only if
+//!   afterwards the span still contains the segment and the file still has the segment's header. A segment leaves the
+//!   span before its file is changed, and its header is overwritten before its records.
 //!
 //! ```no_run
 //! use corelane::log::scan::Store;
@@ -48,14 +49,14 @@ pub use records::{MissedEvents, Records, ScannedRecord, Tail};
 
 /// The folder in which recovery keeps the tails that it cut off.
 const QUARANTINE: &str = "quarantine";
-/// The number of reads after which invalid bytes count as damage. A read of a file that is being written can be torn;
-/// the writer needs nanoseconds, so a second read nearly always succeeds.
+/// The number of reads after which invalid bytes count as damage. A read of a file that is being written can be torn.
+/// The write takes nanoseconds, so a second read nearly always succeeds.
 const LOOKS_MAX: u32 = 5;
 const LOOK_AGAIN: Duration = Duration::from_millis(1);
 /// The largest number of missing segments that are listed.
 const MISSING_MAX: usize = 1000;
 
-/// A store, read from outside its engine. It remains the store that was opened, even if its folder is renamed or
+/// A store, read from outside its engine. This remains the store that was opened, even if its folder is renamed or
 /// replaced.
 #[derive(Debug, Clone)]
 pub struct Store {
@@ -76,7 +77,7 @@ pub struct TypeInfo<'a> {
 }
 
 impl Store {
-    /// Opens the store in `dir`, which may be open elsewhere and may be read-only.
+    /// Opens the store in `dir`. An engine may have it open, and it may be read-only.
     ///
     /// # Errors
     /// Returns `Io` if there is no manifest, and `UnknownFormat`, `ArchiveFormat` or `ForeignFile` if the manifest, or
@@ -96,7 +97,7 @@ impl Store {
         let store = Self { files: Arc::new(files), manifest };
         for shard in store.shard_ids() {
             let shard_dir = store.shard_dir(shard);
-            // As in the engine: a missing folder is not an empty shard.
+            // As for the engine, a missing folder is not an empty shard.
             store.files.list(&shard_dir).map_err(|source| OpenError::Io {
                 action: "listing",
                 path: shard_dir.clone(),
@@ -153,8 +154,8 @@ impl Store {
         shard_dir(self.dir(), shard)
     }
 
-    /// Lists the current files of a shard. A damaged segment is an entry of the list, not an error. Of the missing
-    /// segments, only the first thousand are listed.
+    /// Lists the current files of a shard. A damaged segment is an entry of the list, not an error. At most 1,000
+    /// missing segments are listed.
     ///
     /// # Errors
     /// Returns the error of the file system, or that of a damaged span.
@@ -186,7 +187,7 @@ impl Store {
             let mut missing = Vec::new();
             let mut next = first;
             for index in files.segments.iter().map(|segment| segment.index).chain([last + 1]) {
-                // A damaged span can name any number of segments; the first ones suffice.
+                // A damaged span can name any number of segments; listing the first ones suffices.
                 missing.extend((next..index).take(MISSING_MAX - missing.len()));
                 next = index + 1;
             }
@@ -197,7 +198,7 @@ impl Store {
             });
             files.segments.extend(missing);
             files.segments.sort_by_key(|segment| segment.index);
-            // Retention may have freed the first segments during the listing; they no longer belong to the log.
+            // Retention may have freed the first segments during the listing; these no longer belong to the log.
             if let Some(now) = self.span(shard)?.filter(|now| now.first > first) {
                 files.segments.retain(|segment| segment.index >= now.first);
                 files.span = Some((now.first, if now.first > last { now.last } else { last }));
@@ -243,7 +244,7 @@ impl Store {
     fn list(&self, dir: &Path) -> io::Result<Vec<FileInfo>> {
         let mut files = self.files.list_with_stat(dir)?;
         files.retain(|(_, stat)| FileType::from_raw_mode(stat.st_mode).is_file());
-        // POSIX counts blocks of 512 bytes, whatever the block size of the file system.
+        // POSIX counts blocks of 512 bytes, regardless of the file system's block size.
         let info = |(name, stat): (String, Stat)| FileInfo {
             name,
             bytes: stat.st_size as u64,
@@ -350,7 +351,7 @@ impl Store {
             return Err(Unusable::Damaged("the header belongs to another shard"));
         }
         if header.segment_bytes != self.segment_bytes() {
-            return Err(Unusable::Damaged("the header gives another segment size"));
+            return Err(Unusable::Damaged("the header states a different segment size"));
         }
         Ok(header)
     }
@@ -393,7 +394,7 @@ pub struct SegmentInfo {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum SegmentState {
-    /// Holds records, or is about to.
+    /// The file holds records or is about to.
     Used {
         /// The offset of the first record.
         first_offset: Offset,
@@ -404,11 +405,11 @@ pub enum SegmentState {
         /// The fingerprint of the event types of the program that began the segment.
         schema: u32,
     },
-    /// Prepared, but not yet written.
+    /// The file is prepared, but not yet written.
     Blank,
     /// The header is invalid, for this reason.
     Damaged(&'static str),
-    /// In the span, but without a file.
+    /// The segment is in the span, but has no file.
     Missing,
 }
 

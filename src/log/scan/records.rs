@@ -16,7 +16,7 @@ use crate::log::manifest::{Span, segment_name};
 use crate::storage::framed::u32_at;
 use crate::storage::memory::{ALIGN, padded};
 
-/// Default size of the buffer in bytes.
+/// The default size of the buffer in bytes.
 const BUFFER_BYTES: usize = 1 << 20;
 
 /// Events that retention freed before they could be read.
@@ -33,7 +33,7 @@ pub struct MissedEvents {
     pub events: u64,
 }
 
-/// The valid records behind a position of the log, up to the end of its segment.
+/// The valid records after a position in the log, up to the end of its segment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Tail {
@@ -43,7 +43,7 @@ pub struct Tail {
     pub end: Offset,
     /// The number of valid events.
     pub events: u64,
-    /// `true` if a mark says that bytes behind the position were synced.
+    /// `true` if a mark says that bytes after the position were synced.
     pub was_durable: bool,
 }
 
@@ -84,23 +84,26 @@ pub struct Records {
     current: Option<Current>,
     /// The segment being read or to be read next; `None` before the first.
     index: Option<u64>,
-    /// Position in the segment; a multiple of 16.
+    /// The position in the segment, a multiple of 16.
     at: usize,
     /// The sequence of the next event; `None` before the first segment.
     sequence: Option<u64>,
-    /// The end of the previous segment, which the next one must continue; `None` if that was not read to its end.
+    /// The end of the previous segment, which the next one must continue; `None` if the previous segment was not read
+    /// to its end.
     continues: Option<Seam>,
     /// The largest durable offset that a mark has recorded.
     durable: u64,
-    /// The offset at which a damaged segment was abandoned, until another is entered. `sequence` belongs to it.
+    /// The offset at which a damaged segment was abandoned; `None` again once another segment is entered. `sequence` is
+    /// the sequence at this offset.
     given_up_at: Option<Offset>,
-    /// The offset at which a segment disappeared, until another is entered. `sequence` belongs to it.
+    /// The offset at which a segment disappeared; `None` again once another segment is entered. `sequence` is the
+    /// sequence at this offset.
     lost_at: Option<Offset>,
     until: Offset,
     gaps: Vec<MissedEvents>,
     buffer: AlignedVec<16>,
     buffer_bytes: usize,
-    /// The position in the segment of the buffer's first byte; a multiple of 16, so that bodies are aligned.
+    /// The position of the buffer's first byte in the segment: a multiple of 16, which aligns the bodies.
     buffer_at: usize,
     /// Called before every read from the disk.
     #[cfg(test)]
@@ -187,7 +190,7 @@ impl Records {
     /// Returns `Corruption` if bytes are damaged or missing, or `Io`. The position does not move: the next call returns
     /// the same error (or the record, if the cause is gone), never a later event. [`Records::skip_segment`] continues
     /// after damage.
-    #[expect(clippy::should_implement_trait, reason = "lends from the buffer, which Iterator cannot")]
+    #[expect(clippy::should_implement_trait, reason = "lends from the buffer, which `Iterator` cannot do")]
     pub fn next(&mut self) -> Result<Option<ScannedRecord<'_>>, ReadError> {
         let Some((header, len)) = self.step()? else { return Ok(None) };
         let start = self.at - self.buffer_at;
@@ -197,8 +200,8 @@ impl Records {
         Ok(Some(ScannedRecord { meta, body: &self.buffer[start + RECORD_HEADER_BYTES..start + len] }))
     }
 
-    /// Abandons the rest of a damaged segment and moves to the beginning of the next one. Returns `false` if this is
-    /// the last.
+    /// Abandons the rest of a damaged segment and moves to the beginning of the next one. Returns `false` if there is
+    /// no next segment.
     ///
     /// # Errors
     /// Returns the error of the file system, or that of a damaged span.
@@ -217,9 +220,9 @@ impl Records {
         Ok(true)
     }
 
-    /// Searches behind the position for valid records, up to the end of the segment. Behind the end of the log there
-    /// are none, unless the log was torn or damaged. Reads the rest of the segment; the position does not move. If the
-    /// log has grown meanwhile, nothing is reported, because [`Records::next`] returns more.
+    /// Searches for valid records after the position, up to the end of the segment. At the end of the log there are
+    /// none, unless the log was torn or damaged. Reads the rest of the segment; the position does not move. If the log
+    /// has grown meanwhile, no record is reported, because [`Records::next`] returns the new ones.
     ///
     /// # Errors
     /// Returns the error of the file system.
@@ -227,12 +230,12 @@ impl Records {
         let home = self.at;
         self.forget_buffer();
         let found = self.look_behind();
-        // Also after an error: the position does not move.
+        // The position does not move, even after an error.
         self.at = home;
         self.forget_buffer();
         let (tail, offset) = (found?, self.offset());
-        // A writer commits in order, so if it were still writing here, the record at the position would be valid first.
-        // And bytes that were read after the file was written again do not belong to this segment.
+        // A writer commits in order: if it were still writing here, the record at the position would become valid
+        // first. Bytes that were read after the file was written again do not belong to this segment.
         if matches!(self.look()?, Look::Record(..)) || !self.is_current()? {
             let was_durable = self.durable > offset.get();
             return Ok(Tail { offset, end: offset, events: 0, was_durable });
@@ -250,7 +253,8 @@ impl Records {
             if self.buffered_bytes() < RECORD_HEADER_BYTES && self.fill(RECORD_HEADER_BYTES)? < RECORD_HEADER_BYTES {
                 break;
             }
-            // Plausibility before the checksum: computing the CRC over every random length would take too long.
+            // Plausibility is checked before the checksum, because computing a CRC for every random length would take
+            // too long.
             let seen = if self.is_plausible() { self.look_once()? } else { Look::End };
             match seen {
                 Look::Record(header, len) => {
@@ -299,7 +303,7 @@ impl Records {
             match self.look()? {
                 Look::Record(header, len) if header.is_mark() => {
                     if header.key.get() > self.offset().get() {
-                        return Err(self.corruption("a mark refers to bytes behind itself").into());
+                        return Err(self.corruption("a mark refers to bytes after itself").into());
                     }
                     self.durable = self.durable.max(header.key.get());
                     self.at += padded(len);
@@ -363,7 +367,7 @@ impl Records {
 
     fn forget_buffer(&mut self) {
         self.buffer.clear();
-        // The buffer's position too: the reader may move back to the beginning of a segment.
+        // The buffer's position is reset too, because the reader may move back to the beginning of a segment.
         self.buffer_at = 0;
     }
 
@@ -372,8 +376,8 @@ impl Records {
         (self.buffer_at + self.buffer.len()).saturating_sub(self.at)
     }
 
-    /// Fills the buffer from the position on with at least `need` bytes, if there are. Returns the number of bytes
-    /// read.
+    /// Fills the buffer from the position on, with at least `need` bytes if the file has them. Returns the number of
+    /// bytes read.
     fn fill(&mut self, need: usize) -> Result<usize, ReadError> {
         self.look_comes();
         let Some(current) = &self.current else { return Ok(0) };
@@ -382,7 +386,7 @@ impl Records {
         self.buffer_at = self.at;
         let read = read_up_to(&current.file, &mut self.buffer, self.at as u64);
         let read = read.map_err(|source| io_error(&current.path, source));
-        // After an error, bytes that were not read must not pass for bytes of the file.
+        // After an error, the buffer must not hold bytes that were not read from the file.
         self.buffer.resize(*read.as_ref().unwrap_or(&0), 0);
         read
     }
@@ -413,8 +417,8 @@ impl Records {
                 Some(Err(Unusable::Damaged(why))) => why,
                 None => "a segment of the span is missing",
             };
-            // Since the span was read, the segment may have been freed, or begun together with the next one: all reads
-            // must agree.
+            // Since the span was read, the segment may have been freed, or begun together with the next one, so all
+            // reads must agree.
             if self.span()?.is_some_and(|now| index < now.first) {
                 continue;
             }
@@ -432,8 +436,8 @@ impl Records {
         {
             return Err(self.corruption(why).into());
         }
-        // A segment that was read to its end before it was freed is not a loss, nor is one that was freed before the
-        // first read.
+        // A segment that was read to its end before it was freed is not a loss. Nor is a segment that was freed before
+        // the first read.
         if let Some((from, sequence)) = self.lost_at.take().zip(self.sequence) {
             let events = current.header.first_sequence.saturating_sub(sequence);
             if events > 0 {
@@ -466,21 +470,21 @@ impl Records {
         let mut looks = 0;
         loop {
             let next = self.open(index + 1)?;
-            // After reading the next segment: this sees every record that was committed here before the writer moved
-            // on.
+            // Checked after reading the next segment, and so sees every record that was committed here before the
+            // writer moved on.
             if self.has_grown()? {
                 return Ok(true);
             }
-            // And then: whether all those reads were of this segment.
+            // Checked last: all these reads must have been of this segment.
             if !self.is_current()? {
                 self.explain("the segment's header changed while it was being read")?;
                 return Ok(true);
             }
             if let Some(Ok(next)) = next {
                 match next.header.seam().breaks_after(&here) {
-                    // Reported here, at the hole; the next segment may be valid.
+                    // The hole is reported here, at its offset; the next segment may be valid.
                     Some(why) => self.explain(why)?,
-                    // Every event of this segment has been read, whatever happens to its file now.
+                    // Every event of this segment has been read, so later changes of its file do not matter.
                     None => {
                         self.stand_before(index + 1);
                         self.begin(next)?;
@@ -514,7 +518,7 @@ impl Records {
         Ok(!matches!(self.look_once()?, Look::End))
     }
 
-    /// Returns `true` if the file still was this segment at the last read. When a file is written again, its header is
+    /// Returns `true` if the file was still this segment at the last read. When a file is written again, its header is
     /// overwritten first.
     fn is_current(&self) -> Result<bool, ReadError> {
         self.look_comes();
@@ -523,7 +527,7 @@ impl Records {
         Ok(now.is_ok_and(|now| now.salt == header.salt))
     }
 
-    /// Handles invalid bytes: continues after a gap if retention freed the segment meanwhile, and otherwise reports
+    /// Handles invalid bytes: if retention freed the segment meanwhile, continues after a gap; otherwise reports
     /// damage.
     fn explain(&mut self, why: &'static str) -> Result<(), ReadError> {
         match self.index.zip(self.span()?) {

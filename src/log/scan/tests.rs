@@ -14,7 +14,7 @@ use crate::storage::memory::{ALIGN, padded};
 
 const SEGMENT_BYTES: u64 = 64 << 10;
 
-/// Simulates the engine: writes a shard's files in the order in which the engine does.
+/// Simulates the engine: writes a shard's files in the same order as the engine.
 struct Engine {
     dir: tempfile::TempDir,
     index: u64,
@@ -61,7 +61,8 @@ impl Engine {
     }
 
     fn save_span(&self) {
-        // Renamed over the old file as the engine does, but without the sync: no power failure is simulated here.
+        // Renamed over the old file as the engine does, but without the sync, because no power failure is simulated
+        // here.
         let (new, span) = (self.dir.path().join("span.new"), shard_dir(self.dir.path(), ShardId(0)).join("span"));
         fs::write(&new, self.span.encode()).and_then(|()| fs::rename(&new, span)).expect("saved");
     }
@@ -307,7 +308,7 @@ fn the_end_of_a_file_written_again_is_not_the_end_of_the_old_segment() {
         engine.append(1, &body(96));
     }
     let mut records = engine.store().records(ShardId(0)).buffered(4096);
-    // Exactly the events that fit into the buffer, so that the next read is from the file.
+    // Exactly the events that fit into the buffer, so the next read is from the file.
     let seen = (4096 / 144) as u64;
     for _ in 0..seen {
         assert!(records.next().expect("a sound log").is_some());
@@ -447,7 +448,7 @@ fn read_all(records: &mut Records, engine: &std::cell::RefCell<Engine>, mut next
         let found = found.map(|record| (record.meta.sequence.get(), record.meta.offset));
         while let Some(gap) = records.gaps().get(gaps) {
             assert!(gap.events <= (gap.until.get() - gap.from.get()) / 2048, "more events than fit: {gap:?}");
-            // The gap of a segment that was opened, and freed before its first event was read.
+            // Accounts for the gap of a segment that was opened but freed before its first event was read.
             next = next.map(|next| next + gap.events);
             gaps += 1;
         }
@@ -512,7 +513,7 @@ fn a_reader_slower_than_retention_loses_only_the_events_it_reports() {
                 writer.borrow_mut().append_many((random >> 40) % (4 + 6 * seed), 3);
             }
         }));
-        // Until the writer has stopped.
+        // Reads until the writer has stopped.
         let mut next = None;
         while next != Some(engine.borrow().sequence) {
             next = read_all(&mut records, &engine, next);
@@ -529,7 +530,7 @@ fn events_freed_before_the_first_read_are_not_a_gap() {
     let (writer, mut looks) = (std::rc::Rc::clone(&engine), 0);
     *records.between_looks.0.borrow_mut() = Some(Box::new(move || {
         looks += 1;
-        // Between reading the span and reading its first segment.
+        // Runs between reading the span and reading its first segment.
         if looks == 2 {
             writer.borrow_mut().append_many(300, 3);
         }
@@ -564,7 +565,7 @@ fn a_segment_begun_again_under_its_own_name_is_damage_and_not_an_end() {
     engine.append(1, b"a");
     let mut records = engine.store().records(ShardId(0));
     assert_eq!(drain(&mut records).len(), 1);
-    // As after recovery cut a torn tail in an earlier segment.
+    // The state after recovery has cut a torn tail in an earlier segment.
     let mut page = [0; HEADER_BYTES];
     crate::log::format::encode_prepared(99, &mut page);
     engine.file(0).write_all_at(&page, 0).expect("blanked");
