@@ -35,14 +35,14 @@ pub(crate) struct Syncer {
     pub(crate) marks: rtrb::Consumer<UnsyncedRun>,
     pub(crate) recorder: Recorder,
     pub(crate) counters: Arc<Counters>,
-    /// Measures syncs and latencies. It decides nothing.
+    /// Measures syncs and latencies. No decision depends on it.
     pub(crate) clock: Clock,
     /// The time of the last sync, or of the first step.
     pub(crate) synced_at: Option<Instant>,
 }
 
-/// Shortest interval between the beginnings of two syncs in `GroupCommit`. More syncs do not shorten anyone's wait:
-/// each wakes the device, flushes other cores' address translations and takes a core from producers and shards.
+/// Shortest interval between the beginnings of two syncs in `GroupCommit`. More frequent syncs would shorten no wait:
+/// each sync wakes the device, flushes other cores' address translations and takes a core from producers and shards.
 const SYNC_EVERY: Duration = Duration::from_micros(900);
 
 /// When the next sync is due.
@@ -78,7 +78,7 @@ impl Syncer {
         }
     }
 
-    /// Wakes all threads that wait for a sync: there will be no more.
+    /// Wakes all threads that wait for a sync: there will be no more syncs.
     fn end(&self) -> Step {
         self.shard_signal.notify();
         self.lanes.wake_all();
@@ -91,7 +91,7 @@ impl Syncer {
         let durable = self.log.durable.get();
         let appended = self.log.appended.get();
         let due = match self.durability {
-            // The thread wakes at `wake_at` for the interval.
+            // With a `wake_at`, the thread wakes by itself when the interval ends.
             Durability::GroupCommit | Durability::Periodic(_) => wake_at.is_none() && appended > durable,
             Durability::OsCache => false,
         };
@@ -142,7 +142,7 @@ impl Syncer {
         self.log.durable.publish(durable);
         self.log.synced.reached(durable);
         self.lanes.flushed(durable);
-        // A shard at rest writes a mark.
+        // An idle shard then writes a mark.
         self.shard_signal.notify();
         let now = self.clock.now();
         while let Ok(mark) = self.marks.peek() {
@@ -195,8 +195,8 @@ impl Syncer {
         let (first, last) = (self.log.segment_of(Offset(from)), self.log.segment_of(Offset(to)));
         for index in first..=last {
             let Some(segment) = self.log.segment(index) else {
-                // Not begun (the range ends at its beginning), or freed by retention before it was durable: in
-                // `OsCache` mode, while nothing was acknowledged.
+                // The segment has not begun (the range ends at its beginning), or retention freed it before it was
+                // durable (in `OsCache` mode, while nothing was acknowledged).
                 continue;
             };
             let base = index * self.log.segment_bytes;
@@ -204,8 +204,8 @@ impl Syncer {
             let first_record = self.log.first_offset(index).0;
             let start = if from <= first_record { 0 } else { (from - base) as usize };
             let committed = segment.memory.committed();
-            // The last sync of a segment includes the zero word after its last record: in a recycled segment old bytes
-            // would be there after a power cut, and the log would seem damaged before the next segment.
+            // The last sync of a segment includes the zero word after its last record: otherwise, after a power cut, a
+            // recycled segment could have old bytes there, and the log would seem damaged before the next segment.
             let end = if index < last {
                 (committed + END_WORD_BYTES).min(segment.memory.len())
             } else {

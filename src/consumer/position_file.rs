@@ -1,7 +1,7 @@
 //! A consumer's position: the file that registers it and says which events are done. `FORMAT.md` §17 has the bytes.
 //!
-//! One writer: the consumer's driver (while the store is being opened: the opening thread). The file is replaced as a whole, so a
-//! crash leaves the old or the new one. A restart repeats only the events that ended after the last save.
+//! One writer: the consumer's driver (while the store is being opened: the opening thread). The file is replaced as a
+//! whole, so a crash leaves the old or the new one. A restart repeats only the events that ended after the last save.
 
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
@@ -86,8 +86,8 @@ impl Progress {
         (position > read || !follows || unfinished.len() > UNFINISHED_MAX).then_some("its offsets are out of order")
     }
 
-    /// Forgets offsets at or beyond `end`: the log has lost those events, and will store others there. Returns `true` if there
-    /// was one.
+    /// Forgets offsets at or beyond `end`: the log has lost those events, and will store others there. Returns `true`
+    /// if there was one.
     pub(crate) fn cut(&mut self, end: Offset) -> bool {
         let before = self.clone();
         self.unfinished.retain(|offset| *offset < end);
@@ -198,7 +198,8 @@ pub(crate) fn clear(storage: &dyn Storage, dir: &Path) -> std::io::Result<()> {
     }
     names.iter().filter(|name| *name != REMOVED).try_for_each(|name| remove(name))?;
     storage.sync_dir(dir)?;
-    // Last: dead letters without this file and without a position look like those of a consumer that has lost its position.
+    // Last: dead letters without this file and without a position look like those of a consumer that has lost its
+    // position.
     remove(REMOVED)?;
     storage.sync_dir(dir)
 }
@@ -248,8 +249,8 @@ impl RegisteredConsumer {
     }
 }
 
-/// Makes the names in a consumer's folder durable. A killed process may have renamed the position without a sync, and retention
-/// frees events by the positions that it finds.
+/// Makes the names in a consumer's folder durable. A killed process may have renamed the position without a sync, and
+/// retention frees events by the positions that it finds.
 fn sync_names(storage: &dyn Storage, dir: &Path) -> std::io::Result<()> {
     match storage.sync_dir(dir) {
         // A dangling link, or a file that is not a folder and so not a consumer's.
@@ -258,7 +259,8 @@ fn sync_names(storage: &dyn Storage, dir: &Path) -> std::io::Result<()> {
     }
 }
 
-/// Loads the positions of all consumers and cuts them at `ends`, the ends of the logs that recovery has found. Changes no file.
+/// Loads the positions of all consumers and cuts them at `ends`, the ends of the logs that recovery has found. Changes
+/// no file.
 pub(crate) fn cut_all(
     storage: &dyn Storage,
     store: &Path,

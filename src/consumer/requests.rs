@@ -1,7 +1,7 @@
 //! Requests to a consumer from outside, each a small file in its folder: `FORMAT.md` §18 has the bytes.
 //!
-//! Two writers, one after the other: the requester creates the file, whole or not at all; from then on it belongs to the driver, which
-//! removes it when the request is carried out. So a crash repeats a request and loses none.
+//! Two writers, one after the other: the requester creates the file, whole or not at all; from then on it belongs to
+//! the driver, which removes it when the request is carried out. So a crash repeats a request and loses none.
 
 use std::io::{self, ErrorKind};
 use std::path::Path;
@@ -159,7 +159,8 @@ impl Requests {
         Ok(())
     }
 
-    /// Removes a request that is carried out, or puts an invalid one aside, durably. Returns `false` if the caller must try again.
+    /// Removes a request that is carried out, or puts an invalid one aside, durably. Returns `false` if the caller must
+    /// try again.
     pub(super) fn end(&mut self, storage: &dyn Storage, dir: &Path, consumer: &str, taken: &Taken) -> bool {
         let path = dir.join(&taken.name);
         let ended = match taken.request {

@@ -38,7 +38,7 @@ use crate::sync::{Arrivals, AtomicBool, Signal};
 
 /// Slots for runs of events between a shard and its syncer.
 const SYNC_MARKS: usize = 1 << 16;
-/// What a shard's turns record.
+/// The stages that a shard's turns record.
 const TURN_STAGES: [Stage; 8] = [
     Stage::Ring,
     Stage::Appended,
@@ -49,12 +49,12 @@ const TURN_STAGES: [Stage; 8] = [
     Stage::Turn,
     Stage::Batch,
 ];
-/// What a shard's syncer records.
+/// The stages that a shard's syncer records.
 const SYNC_STAGES: [Stage; 3] = [Stage::Durable, Stage::DurableDue, Stage::Sync];
 
-/// Returns how many chunks of 64 KiB for saved states go between one of `shards` and the snapshotter. With few shards
-/// they hold the snapshots of some million events: a snapshotter that waits for a processor or the file system must not
-/// make the shard skip any.
+/// Returns the number of 64 KiB chunks that carry saved states between each of the `shards` shards and the snapshotter.
+/// With few shards they hold the snapshots of a few million events: the shard must not skip any while the snapshotter
+/// waits for a processor or the file system.
 fn snapshot_chunks(shards: u16) -> usize {
     (128 / usize::from(shards)).clamp(8, 64)
 }

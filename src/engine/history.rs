@@ -33,7 +33,7 @@ pub struct Comparison {
 
 /// Keys compared at a time: the shard's turn waits while this many states are cloned.
 const COMPARED: usize = 256;
-/// How often a read starts over because retention freed the events that it was reading.
+/// The number of times a read starts over because retention freed the events that it was reading.
 const FREED_MEANWHILE_MAX: usize = 16;
 
 /// Folds the next event of `stream` into `state` and returns its version; `None` at the end. A panic is an error.
@@ -263,7 +263,7 @@ impl<A: Aggregate> Engine<A> {
         A: PartialEq,
     {
         let folder = self.refold(id, shard)?;
-        // A part of the table that grows during the walk is seen twice.
+        // If a part of the table grows during the walk, its keys are seen twice.
         let (mut met, mut differing) = (HashSet::new(), HashSet::new());
         let mut next = Some(Walk::default());
         while let Some(walk) = next {

@@ -22,7 +22,7 @@ use crate::state::snapshot::format::{End, FILE_HEADER_BYTES, FileHeader, Kind, U
 use crate::state::snapshot::store::{file_number, whole};
 use crate::storage::Storage;
 
-/// How often a file is read before it counts as damaged: a running engine may be writing it.
+/// Number of reads after which an invalid file counts as damaged: until then, a running engine may be writing it.
 const LOOKS_MAX: u32 = 5;
 /// The pause between two reads of one file.
 const LOOK_AGAIN: Duration = Duration::from_millis(2);
@@ -157,7 +157,8 @@ impl SavedStates {
         Ok(found)
     }
 
-    /// Returns the problems of the saved states in a log that ends at `end`, where the next event has this `sequence`.
+    /// Returns the problems of the saved states, given that the log ends at `end` and that the next event there has
+    /// this `sequence`.
     ///
     /// # Errors
     /// The error of the file system, or of a damaged span.
@@ -224,7 +225,7 @@ impl SavedStates {
     }
 }
 
-/// The message for a file of a copy of the store that was then written to.
+/// The message for a file from a copy of the store, if the copy or the store was written to afterwards.
 const OTHER_HISTORY: &str = "the record before it is another one: the file is of another history of this store";
 
 /// Reads a file of saved states once.
@@ -371,7 +372,7 @@ pub fn gates(store: &Store) -> Result<Vec<Gate>, OpenError> {
 /// Reads a gate's files once.
 fn gate(files: &GateFiles, name: &str, shards: usize) -> Gate {
     let mut gate = Gate { name: name.to_owned(), gaps: 0, counted: Vec::new(), problems: Vec::new() };
-    // Positions first: the record already has every gap that they count.
+    // Read the positions first: the record, read afterwards, then has every gap that they count.
     match files.stored_positions(shards) {
         Ok(positions) => {
             gate.counted = positions.map_or(Vec::new(), |positions| positions.counted);

@@ -45,7 +45,7 @@ pub(crate) struct Folder<A: Aggregate> {
     pub(crate) knows_all_keys: bool,
     /// The event that is folded now.
     folding: PanickedEvent,
-    /// The layout of a rejection, if it could not be read and that ended the reading.
+    /// The layout of the rejection that ended the reading, because it could not be read.
     pub(crate) unreadable_rejection: Option<Root>,
 }
 
@@ -75,7 +75,7 @@ impl<A: Aggregate> Folder<A> {
         }
     }
 
-    /// Attributes a panic to the event that was folded.
+    /// Attributes a panic to the event that was being folded.
     pub(crate) fn at_fault(&self, panic: CodePanic) -> CodePanic {
         CodePanic { event: (self.folding.offset.0 > 0).then_some(self.folding), ..panic }
     }

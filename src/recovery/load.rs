@@ -25,7 +25,7 @@ pub(crate) struct Candidate {
     /// The offset from which the log must be folded, and the sequence of the next event there.
     pub(crate) start: Offset,
     pub(crate) sequence: Sequence,
-    /// The log must reach at least up to here.
+    /// The offset that the log must reach at least.
     pub(crate) log_end: Offset,
     /// The CRC words of the records that end at `start` and at `log_end`.
     pub(crate) checks: [u32; 2],
@@ -35,7 +35,8 @@ pub(crate) struct Candidate {
 }
 
 impl Candidate {
-    /// Returns `true` if `log` has the records before the checkpoint's start and before its end, unless they are freed.
+    /// Returns `true` if `log` reaches the checkpoint's end and has the records that end at its start and at its end.
+    /// Freed records are not checked.
     pub(crate) fn is_of(&self, log: &ShardLog) -> bool {
         let has = |(place, check)| place < log.earliest() || log.check_before(place) == Some(check);
         self.log_end.0 <= log.appended.get() && [self.start, self.log_end].into_iter().zip(self.checks).all(has)
@@ -108,7 +109,7 @@ pub(super) fn read_ends(
     }))
 }
 
-/// Returns `true` if an entry can be of a log that ends at `end`.
+/// Returns `true` if an entry can belong to a log that ends at `end`.
 pub(crate) fn is_of(entry: &Entry<'_>, end: Offset) -> bool {
     entry.version.0 == 0 || (entry.version.0 <= LOW_47 && is_record_offset(entry.head) && entry.head < end)
 }
@@ -154,7 +155,7 @@ pub(crate) fn load<A: Aggregate>(
             time_max: entry.time_max,
             state: entry.state::<A>()?,
         };
-        // A part of the table that grew while it was saved appears twice.
+        // If a part of the table grew while it was saved, its keys appear twice.
         let hash = KeyHash::of(slot.key);
         let seen = folder.keys.look(hash);
         let known = folder.keys.slot(slot.key, hash, seen);

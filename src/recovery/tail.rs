@@ -10,7 +10,7 @@ use crate::recovery::scan::{RecordsEnd, Scan, Stranded};
 use crate::state::aggregate::Aggregate;
 use crate::storage::framed::u32_at;
 
-/// The end of a torn tail in its segment, and the reason why the tail does not hold.
+/// The end of a torn tail in its segment, and the reason why the tail is invalid.
 type Torn = (usize, &'static str);
 
 impl Opening<'_> {
@@ -67,7 +67,7 @@ impl Opening<'_> {
         if end.damaged.is_none() && later.end == end.at {
             return Ok(None);
         }
-        // At least the damaged record: the length that it claims, or a page.
+        // The tail has at least the length that the damaged record claims, and at least a page.
         let claimed = whole.get(end.at..end.at + 4).map_or(0, |word| u32_at(word, 0) as usize);
         let until = later.end.max(end.at + claimed.clamp(4096, RECORD_BYTES_MAX)).min(whole.len());
         Ok(Some((until, why)))

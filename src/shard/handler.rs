@@ -23,8 +23,8 @@ pub struct BatchEnd {
 /// Code that runs on a shard's thread for every event, in append order. Each shard has its own instance.
 ///
 /// A handler may call the engine but must not wait for it: the shard continues only when the handler returns. A publish
-/// into a full lane is [`Full`](crate::Rejected::Full) at once, and a call that would wait returns `OnEngineThread`;
-/// `docs/services.md` has the table.
+/// into a full lane returns [`Full`](crate::Rejected::Full) at once, and a call that would wait returns
+/// `OnEngineThread`; `docs/services.md` has the table.
 pub trait Handler<E: Event>: Send {
     /// Handles one event that was just appended. It may not be durable yet.
     ///

@@ -1,4 +1,5 @@
-//! The bytes of a file of letters: a header, and batches of entries. Pure functions; `FORMAT.md` §16 has the same tables.
+//! The bytes of a file of letters: a header, and batches of entries. Pure functions; `FORMAT.md` §16 has the same
+//! tables.
 //!
 //! ```text
 //! header   0 magic 8   8 format u32   12 flags u32 (1 complete)   16 number u32   20 number before u32   24 end before u64
@@ -11,7 +12,8 @@
 //! totals  56 parked u64   64 handled u64   72 discarded u64   80 overflowed u64   88 skipped u64
 //! ```
 //!
-//! The CRC of an entry is seeded with the file's number and the entry's place, so a copy of the entry is valid nowhere else.
+//! The CRC of an entry is seeded with the file's number and the entry's place, so a copy of the entry is valid nowhere
+//! else.
 
 use crate::event::{Correlation, EventId, EventTypeId, Key, Offset, ShardId, Time, Version};
 use crate::log::format::RECORD_BYTES_MAX;
