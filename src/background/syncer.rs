@@ -45,7 +45,7 @@ pub(crate) struct Syncer {
 /// each sync wakes the device, flushes other cores' address translations and takes a core from producers and shards.
 const SYNC_EVERY: Duration = Duration::from_micros(900);
 
-/// When the next sync is due.
+/// The time of the next sync.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Due {
     Now,
@@ -102,7 +102,7 @@ impl Syncer {
             || (appended <= durable && self.lanes.is_behind())
     }
 
-    /// Returns when the next sync is due.
+    /// Returns the time of the next sync.
     fn due(&self, is_ending: bool, synced_at: Instant, now: Instant) -> Due {
         let durable = self.log.durable.get();
         if self.log.appended.get() <= durable {

@@ -17,7 +17,7 @@ use crate::error::WaitError;
 use crate::event::{Event, EventId, Key, Offset, ShardId};
 use crate::sync::{Deadline, GaveUp, promise};
 
-/// How long a call waits for the consumer's thread, which may be inside a handler.
+/// The time that a call waits for the consumer's thread, which may be inside a handler.
 const ANSWER_TIME: Duration = Duration::from_secs(10);
 
 /// A running consumer. Dropping it stops it. It stays registered in the store, and the next start continues from its
@@ -117,7 +117,7 @@ impl<E: Event> Consumer<E> {
         sought
     }
 
-    /// Returns up to `max` dead letters behind `after`, ordered by key and offset.
+    /// Returns up to `max` dead letters that follow `after`, ordered by key and offset.
     ///
     /// # Errors
     /// As [`Consumer::pause`]; errors of the dead letters' files.
@@ -151,8 +151,8 @@ impl<E: Event> Consumer<E> {
         self.ask(move |driver| driver.gap_filled(key))
     }
 
-    /// Keeps the records of a shard's events from `from` on until the watch is dropped: the caller will ask how they
-    /// ended.
+    /// Keeps the records of a shard's events from `from` on until the watch is dropped. The caller will ask how these
+    /// events ended.
     pub(crate) fn watch(&self, shard: ShardId, from: Offset) -> Watch {
         self.shared.watches.watch(shard, from)
     }

@@ -1,8 +1,8 @@
-//! How an event ended, and why a consumer halted. Data only.
+//! The outcome of an event, and the cause of a halt. Data only.
 
 use crate::event::{EventId, Key};
 
-/// Why a consumer calls no handler until it is resumed.
+/// The reason why a consumer calls no handler until it is resumed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum HaltCause {
@@ -25,7 +25,7 @@ pub enum HaltCause {
     },
 }
 
-/// How an event ended that a caller waited for.
+/// The outcome of an event that a caller waited for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Handled {
@@ -33,7 +33,7 @@ pub enum Handled {
     Yes,
     /// It was recorded as a dead letter, or as skipped.
     Recorded,
-    /// The consumer has passed the event, and how it ended is unknown: the consumer began behind it or was set behind
-    /// it, or it has saved its position since and forgotten the records before that position.
+    /// The consumer has passed the event, and its outcome is unknown: the consumer began after the event or was set to
+    /// a position after it, or it has since saved its position and forgotten the records before that position.
     Unknown,
 }

@@ -21,12 +21,12 @@ use crate::log::access::Access;
 use crate::log::finder::Finder;
 use crate::sync::{Deadline, Mutex, lock, may_wait, thread_waker};
 
-/// How often the report for `Engine::consumers` is renewed while there is work.
+/// The interval at which the report for `Engine::consumers` is renewed while there is work.
 const SHOW_EVERY: Duration = Duration::from_millis(100);
 
-/// A consumer without threads. Its owner takes deliveries and reports how each ended; meanwhile no other event of that
-/// key is delivered. Retries, dead letters and saved positions are the same as with threads, and happen inside these
-/// calls: call often.
+/// A consumer without threads. Its owner takes deliveries and reports the outcome of each; until then no other event of
+/// that key is delivered. Retries, dead letters and saved positions work as with threads, but inside these calls, so
+/// call them often.
 ///
 /// Dropping it saves as [`Poller::save`] does. Deliveries in flight at that time are delivered again. The attempts of
 /// an event are counted while the poller lives; the next poller counts from 1.
@@ -99,8 +99,8 @@ impl<E: Event> Poller<E> {
         Self { services, driver, finders, access, clock, alarm: None, shown, show_at }
     }
 
-    /// Replaces the clock by a function that returns the time since a fixed moment, and never falls. For tests of
-    /// retries.
+    /// Replaces the clock by a function that returns the time since a fixed moment. This time must never fall. For
+    /// tests of retries.
     #[cfg(any(test, feature = "test-util"))]
     #[must_use]
     pub fn clock(mut self, clock: impl Fn() -> Duration + Send + 'static) -> Self {
@@ -225,13 +225,13 @@ impl<E: Event> Poller<E> {
         Ok(())
     }
 
-    /// Completes when [`Poller::next`] may have an event: for tasks, on any runtime. A thread of the poller, started
+    /// Completes when [`Poller::next`] may have an event. For tasks, on any runtime. A thread of the poller, started
     /// with the first call, wakes the task when a retry or a probe is due.
     pub fn ready(&mut self) -> impl Future<Output = ()> + '_ {
         HasEvent { poller: self, is_first: true }
     }
 
-    /// Returns the next event as soon as there is one: for tasks.
+    /// Returns the next event as soon as there is one. For tasks.
     ///
     /// # Errors
     /// As [`Poller::next`].

@@ -1,7 +1,7 @@
 //! A consumer's threads: the shell around a driver. One thread drives; with a concurrency above 1, worker threads call
 //! the handler.
 //!
-//! Idle threads sleep. The log, a call of the handle, a worker that is done, or the time wakes them.
+//! Idle threads sleep. They are woken by the log, by a call of the handle, by a worker that is done, or at a due time.
 
 use std::sync::Arc;
 use std::task::Waker;
@@ -150,7 +150,7 @@ pub(super) fn start<E: Event>(
     let leaving = Arc::clone(&services);
     let ending = Arc::clone(&shared);
     let left = name.clone();
-    // Before the thread may unregister itself.
+    // Register before the thread can unregister itself.
     services.note_running(&name, Arc::clone(&shared) as Arc<dyn Running>);
     let spawned = spawn(&services, name.clone(), move || {
         let failure = ending.life.run(&left, || shell.run(&*handler));
@@ -193,7 +193,7 @@ struct Shell<E: Event> {
     shared: Arc<ConsumerShared<E>>,
     jobs: Sender<Job>,
     outcomes: Receiver<Outcome>,
-    /// Jobs at workers, and since when.
+    /// Jobs at workers, each with the time when it was sent.
     out: Vec<((usize, Offset), Duration)>,
     idle_rounds: u32,
     /// Wakes this thread. Created when it first sleeps.
@@ -207,8 +207,8 @@ impl<E: Event> Shell<E> {
 
     fn run(&mut self, handler: &impl Serve<E>) -> Result<(), ConsumerError> {
         let driven = self.drive(handler);
-        // A record that could not be written is decided again. `stop` returns that error, unless the consumer ended by
-        // an earlier one.
+        // An event whose record could not be written is judged again in the next run. `stop` returns that error, unless
+        // the consumer ended by an earlier one.
         let saved = self.driver.save();
         if let (Err(_), Err(error)) = (&driven, &saved) {
             let consumer = &*self.driver.settings().name;

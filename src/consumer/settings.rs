@@ -13,21 +13,21 @@ use crate::error::HandlerError;
 use crate::event::{Event, EventTypeId, Time};
 use crate::log::reader::Sight;
 
-/// Where a new consumer starts, or where a consumer is set to.
+/// The place where a new consumer starts, or to which a consumer is set.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum Start {
     /// At the earliest event that the log holds.
     #[default]
     Beginning,
-    /// Behind the newest event.
+    /// After the newest event.
     Latest,
     /// At each shard's first event at or after this time. Times may fall, so earlier events may follow that event;
     /// every event before it is earlier.
     Time(Time),
 }
 
-/// What happens to an event whose attempts are used up.
+/// The policy for an event whose attempts are used up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum Exhausted {

@@ -16,8 +16,8 @@ use crate::metrics::Exchange;
 use crate::state::aggregate::Aggregate;
 use crate::sync::{Mutex, Ordering, Role, lock_until, role, thread};
 
-/// How long a drop waits for something that makes no progress: a full disk, a consumer's handler, a shard whose turn
-/// does not end.
+/// The time that a drop waits for something that makes no progress: a full disk, a consumer's handler, a shard whose
+/// turn does not end.
 const DROP_TIME: Duration = Duration::from_secs(10);
 
 /// Everything that is needed to close an engine.

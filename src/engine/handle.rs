@@ -1,4 +1,4 @@
-//! What the engine keeps of a running shard: its door, its mailboxes and its counters.
+//! The engine's end of a running shard: its door, its mailboxes and its counters.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;

@@ -155,7 +155,7 @@ impl<A: Aggregate> std::fmt::Debug for Engine<A> {
 }
 
 impl<A: Aggregate> Engine<A> {
-    /// What recovery found when the store was opened.
+    /// Returns the report of recovery, from the time when the store was opened.
     #[must_use]
     pub fn recovery(&self) -> &RecoveryReport {
         &self.recovery

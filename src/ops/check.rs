@@ -211,7 +211,7 @@ impl SavedStates {
         Ok(problems)
     }
 
-    /// Returns why a checkpoint's start is not a place in the log; `None` if it is one.
+    /// Checks that a checkpoint's start is a place in the log. Returns the reason if it is not.
     fn misplaced(&self, store: &Store, header: &FileHeader) -> Result<Option<&'static str>, OpenError> {
         Ok(match led_to(store, self.shard, header.start)? {
             Some(Ok(led)) if led.is_in_command => Some("that is inside a command"),
@@ -290,7 +290,7 @@ fn led_to(store: &Store, shard: ShardId, place: Offset) -> Result<Option<Result<
     }
 }
 
-/// Returns why reading a shard cannot begin at `place`; `None` if it can. The log must reach `place`.
+/// Checks that reading a shard can begin at `place`. Returns the reason if it cannot. The log must reach `place`.
 ///
 /// # Errors
 /// The error of the file system, or of a damaged span.
@@ -302,7 +302,8 @@ pub fn place(store: &Store, shard: ShardId, place: Offset) -> Result<Option<&'st
     })
 }
 
-/// Returns why a saved position is not one of this shard's log; `None` if it is. The log must reach the position.
+/// Checks that a saved position is one of this shard's log. Returns the reason if it is not. The log must reach the
+/// position.
 ///
 /// # Errors
 /// The error of the file system, or of a damaged span.

@@ -51,7 +51,7 @@ where
     }
 }
 
-/// What the shard does when a handler returns an error or panics.
+/// The policy for errors and panics of a handler.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum OnError {

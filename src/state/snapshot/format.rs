@@ -61,7 +61,7 @@ pub(crate) struct FileHeader {
     /// The end of the log when the file was begun, and the sequence of the next event there.
     pub(crate) start: Offset,
     pub(crate) sequence: Sequence,
-    /// The CRC word of the record that ends at `start`; 0: no record does.
+    /// The CRC word of the record that ends at `start`; 0 if no record ends there.
     pub(crate) check: u32,
     pub(crate) time: Time,
 }
@@ -160,7 +160,7 @@ pub(crate) struct End {
     pub(crate) entries: u64,
     /// No entry depends on a record at or beyond this offset.
     pub(crate) log_end: Offset,
-    /// The CRC word of the record that ends at `log_end`; 0: no record does.
+    /// The CRC word of the record that ends at `log_end`; 0 if no record ends there.
     pub(crate) check: u32,
     /// The log was durable up to `log_end`.
     pub(crate) durable: bool,

@@ -61,7 +61,7 @@ struct Inner<A, V> {
     parts: Parts<Values>,
 }
 
-/// Why [`ById::get`] cannot return a key's value.
+/// The reason why [`ById::get`] cannot return a key's value.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Unreadable {

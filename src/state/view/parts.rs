@@ -10,7 +10,7 @@ use crate::event::{Sequence, ShardId, Time};
 use crate::state::view::{Place, Position};
 use crate::sync::{AtomicU64, CachePadded, Ordering, SeqLock, ShardedLock};
 
-/// The position of a part, always read as one.
+/// The position of a part, always read atomically.
 #[derive(Debug)]
 pub(super) struct Progress(CachePadded<(SeqLock, AtomicU64, AtomicU64)>);
 

@@ -4,7 +4,7 @@ use super::answer::{WhenFull, WriteRefused};
 use super::{LetterStore, Plan};
 use crate::event::EventId;
 
-/// One in this number of letters is selected per walk over all letters, since finding the oldest takes such a walk.
+/// A walk over all letters selects the oldest 1/64 of them, since finding the oldest takes such a walk.
 const OLDEST_SHARE: usize = 64;
 
 impl LetterStore {

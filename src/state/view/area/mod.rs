@@ -25,8 +25,8 @@ use part::Players;
 /// exactly once. A player that is found was within the radius, at the returned position, at some moment of the query.
 /// "Within" means `dx * dx + dy * dy <= radius * radius`, computed in `f64`.
 ///
-/// Positions outside the bounds work too, but their search is slower: the cells at an edge hold everything beyond it. A
-/// position that is not a number, infinite or beyond ±1e150 is in no area. Handles are cheap to clone.
+/// Positions outside the bounds work too, but their search is slower: the cells at an edge hold all players beyond that
+/// edge. A position that is not a number, infinite or beyond ±1e150 is in no area. Handles are cheap to clone.
 ///
 /// ```
 /// # use corelane::{Aggregate, Bounded, Emit, Event, EventType, EventTypeId, Meta};
