@@ -192,7 +192,7 @@ impl Preparer {
     fn make_present(&self, memory: &mut Memory, files: &SegmentFiles) -> io::Result<()> {
         let advised = if self.small_pages { memory.advise_small() } else { memory.advise_huge() };
         if let Err(error) = advised {
-            tracing::debug!(%error, "the system takes no advice on page sizes");
+            tracing::debug!(%error, "the system does not accept advice on page sizes");
         }
         // The shard waits for its first segment; for later ones there is time.
         let ahead = if files.log.segments_len() == 0 { PREFAULT_STEP_BYTES } else { PREFAULT_BYTES };

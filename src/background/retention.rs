@@ -33,11 +33,11 @@ const AGE_CHECK: Duration = Duration::from_secs(1);
 /// The reason why the oldest segment cannot be freed yet, with the end of the segment.
 #[derive(Debug, Clone, Copy)]
 enum Blocker {
-    /// It is not durable.
+    /// The segment is not durable.
     Sync(u64),
-    /// A consumer or a gate needs it.
+    /// A consumer or a gate needs the segment.
     Hold(u64),
-    /// No checkpoint covers it.
+    /// No checkpoint covers the segment.
     Checkpoint(u64),
 }
 

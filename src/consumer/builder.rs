@@ -157,7 +157,7 @@ impl<E: Event> ConsumerBuilder<E> {
     /// tells whether it has already run.
     ///
     /// # Errors
-    /// As [`ConsumerBuilder::start`].
+    /// The same as for [`ConsumerBuilder::start`].
     pub fn start_with<F>(self, handler: F) -> Result<Consumer<E>, ConsumerError>
     where
         F: Fn(&E::Archived, &Meta, &Call<'_>) -> Result<(), HandlerError> + Send + Sync + 'static,
@@ -173,7 +173,7 @@ impl<E: Event> ConsumerBuilder<E> {
     /// Returns a consumer without threads, driven by the application's own thread or task.
     ///
     /// # Errors
-    /// As [`ConsumerBuilder::start`].
+    /// The same as for [`ConsumerBuilder::start`].
     pub fn poller(self) -> Result<Poller<E>, ConsumerError> {
         let services = Arc::clone(&self.services);
         self.driver().map(|driver| Poller::new(services, driver))

@@ -30,8 +30,8 @@ impl<'a> Call<'a> {
         self.is_rebuild
     }
 
-    /// Returns a key that is the same for every attempt at this event by this consumer, also after a crash, and unique
-    /// to them.
+    /// Returns a key that is the same for every attempt at this event by this consumer, even after a crash, and that no
+    /// other event or consumer has.
     #[must_use]
     pub fn effect_key(&self) -> EffectKey<'a> {
         EffectKey { consumer: self.consumer, id: self.id }

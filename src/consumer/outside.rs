@@ -127,7 +127,7 @@ impl DeadLetters {
     /// Returns the letter of an event.
     ///
     /// # Errors
-    /// As [`DeadLetters::list`].
+    /// The same as for [`DeadLetters::list`].
     pub fn show(&self, id: EventId) -> Result<Option<(DeadLetter, AlignedVec<16>)>, LettersError> {
         let key = self.0.keys().map(|(key, _, _)| key).find(|key| self.0.ids_of(*key).any(|other| other == id));
         key.map_or(Ok(None), |key| self.0.show(key, id))

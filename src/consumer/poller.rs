@@ -138,10 +138,11 @@ impl<E: Event> Poller<E> {
         self.show_at = now + SHOW_EVERY;
     }
 
-    /// Returns up to `max` deliveries, at most as many as may be in flight.
+    /// Returns up to `max` deliveries, limited by the number that may be in flight.
     ///
     /// # Errors
-    /// As [`Poller::next`]. Deliveries taken before the error are returned, and the next call returns the error.
+    /// The same as for [`Poller::next`]. Deliveries taken before the error are returned, and the next call returns the
+    /// error.
     pub fn next_batch(&mut self, max: usize) -> Result<Vec<Delivery>, ConsumerError> {
         let mut batch = Vec::new();
         while batch.len() < max {
@@ -177,7 +178,7 @@ impl<E: Event> Poller<E> {
     /// Reports that the handler failed. The consumer's policies decide what follows.
     ///
     /// # Errors
-    /// As [`Poller::succeeded`].
+    /// The same as for [`Poller::succeeded`].
     ///
     /// # Panics
     /// If another poller made the delivery.
@@ -188,7 +189,7 @@ impl<E: Event> Poller<E> {
     /// Reports that the event cannot be decoded. Its key is parked with it.
     ///
     /// # Errors
-    /// As [`Poller::succeeded`].
+    /// The same as for [`Poller::succeeded`].
     ///
     /// # Panics
     /// If another poller made the delivery.
@@ -234,7 +235,7 @@ impl<E: Event> Poller<E> {
     /// Returns the next event as soon as there is one. For tasks.
     ///
     /// # Errors
-    /// As [`Poller::next`].
+    /// The same as for [`Poller::next`].
     pub async fn next_async(&mut self) -> Result<Delivery, ConsumerError> {
         loop {
             if let Some(delivery) = self.next()? {
@@ -255,7 +256,7 @@ impl<E: Event> Poller<E> {
     ///
     /// # Errors
     /// Errors of the file system; `Records` if there is no room for more dead letters; `Wait` if the log does not
-    /// become durable. The next call saves whatever could not be saved now, or the events are delivered again.
+    /// become durable. The next call saves the rest. Without a further call, the unsaved events are delivered again.
     pub fn save(&mut self) -> Result<(), ConsumerError> {
         self.driver.save()
     }

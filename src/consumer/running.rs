@@ -30,8 +30,8 @@ use crate::sync::{Promise, promise};
 const SLICE: usize = 4096;
 /// The longest time before other work gets its turn.
 const SLICE_TIME: Duration = Duration::from_millis(2);
-/// Number and length of the naps after the last event, before the thread asks the log to wake it. Under load the shards
-/// then wake no one.
+/// Number and length of the naps after the last event, before the thread asks the log to wake it. Under load, the
+/// shards then need to wake no thread.
 const LINGERS: u32 = 8;
 const LINGER: Duration = Duration::from_micros(250);
 
@@ -168,7 +168,8 @@ pub(super) fn start<E: Event>(
         ending.life.end();
     });
     if spawned.is_err() {
-        // A call may have found the consumer meanwhile and wait for it. The caller of `start` notes the failure.
+        // A caller may have found the consumer meanwhile, and may be waiting for it. The caller of `start` notes the
+        // failure.
         drop(shared.asks.close());
         shared.life.end();
     }
@@ -222,7 +223,7 @@ impl<E: Event> Shell<E> {
         driven.and(saved)
     }
 
-    /// Drives until it is asked to stop and no job is in flight.
+    /// Drives the consumer until it is asked to stop and no job is in flight.
     fn drive(&mut self, handler: &impl Serve<E>) -> Result<(), ConsumerError> {
         let mut finders: Vec<_> = self.driver.followers().iter().map(|follower| follower.finder()).collect();
         let mut access = Access::new::<E>();

@@ -22,8 +22,8 @@ pub enum Start {
     Beginning,
     /// After the newest event.
     Latest,
-    /// At each shard's first event at or after this time. Times may fall, so earlier events may follow that event;
-    /// every event before it is earlier.
+    /// At each shard's first event at or after this time. Times may fall, so events with earlier times may follow that
+    /// event; every event before it has an earlier time.
     Time(Time),
 }
 
@@ -31,10 +31,10 @@ pub enum Start {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum Exhausted {
-    /// It becomes a dead letter and its key is parked: later events of the key become dead letters behind it.
+    /// The event becomes a dead letter and its key is parked: later events of the key become dead letters behind it.
     #[default]
     Park,
-    /// It is skipped, with a record, and its key continues.
+    /// The event is skipped, with a record, and its key continues.
     Skip,
     /// The consumer halts until it is resumed. The event stays the first of its key.
     Halt,
@@ -49,7 +49,7 @@ pub enum Judgement {
     ByPolicy,
     /// Try again after this long, however many attempts were made.
     RetryIn(Duration),
-    /// An event is missing before it: try again after [`super::Consumer::gap_filled`], or when
+    /// An event is missing before this one: try again after [`super::Consumer::gap_filled`], or when
     /// [`super::QueuePolicy::gap_wait_max`] has passed. It does not count as an attempt.
     AwaitGap,
     /// Park the key, with this event as its first dead letter.

@@ -94,8 +94,8 @@ impl<E: Event> Batch<'_, E> {
     /// takes in the events before it, and then ends with that error.
     ///
     /// # Errors
-    /// As [`Reader::next`], if that offset comes first: there is nothing to take in. The position and [`Batch::end`]
-    /// stay.
+    /// The same as for [`Reader::next`], if that offset comes first: there is nothing to take in. The position and
+    /// [`Batch::end`] stay.
     #[expect(clippy::should_implement_trait, reason = "lends from the log, which Iterator cannot")]
     pub fn next(&mut self) -> Result<Option<Record<'_, E>>, ReadError> {
         if self.left == 0 {
@@ -279,7 +279,7 @@ impl<E: Event> ConsumerBuilder<E> {
     /// attempts are used up the sink halts, to keep the order.
     ///
     /// # Errors
-    /// As [`ConsumerBuilder::start`].
+    /// The same as for [`ConsumerBuilder::start`].
     pub fn start_sink(self, batch_max: usize, sink: impl Sink<E>) -> Result<SinkConsumer, ConsumerError> {
         self.run_sink(batch_max, sink, false)
     }
@@ -289,8 +289,8 @@ impl<E: Event> ConsumerBuilder<E> {
     /// start, then [`ConsumerBuilder::start_sink`] again.
     ///
     /// # Errors
-    /// As [`ConsumerBuilder::start`], and `BeginningGone` if retention has freed events that were delivered before:
-    /// remove the consumer and register it again, to begin with the earliest event held.
+    /// The same as for [`ConsumerBuilder::start`], and `BeginningGone` if retention has freed events that were
+    /// delivered before: remove the consumer and register it again, to begin with the earliest event held.
     pub fn start_sink_over(self, batch_max: usize, sink: impl Sink<E>) -> Result<SinkConsumer, ConsumerError> {
         self.run_sink(batch_max, sink, true)
     }
@@ -425,7 +425,7 @@ impl<E: Event, S: Sink<E>> SinkRunner<E, S> {
         self.shared.life.now()
     }
 
-    /// Delivers a batch of every shard, or asks the sink for its positions. Returns the work done.
+    /// Delivers one batch per shard, or asks the sink for its positions. Returns the work done.
     fn step(&mut self) -> Result<usize, ConsumerError> {
         if self.is_lost {
             let Some(permit) = self.admit() else { return Ok(0) };

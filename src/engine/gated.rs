@@ -89,7 +89,7 @@ impl<A: Aggregate> Engine<A> {
     /// gate.
     ///
     /// # Errors
-    /// `Name`; the error that reading the gate's file met.
+    /// `Name`; an error of reading the gate's file.
     pub fn gaps(&self, name: &str) -> Result<Vec<Gap>, GateOpenError> {
         Ok(self.gate_files(name)?.gaps()?)
     }

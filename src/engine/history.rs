@@ -131,7 +131,7 @@ impl<A: Aggregate> Engine<A> {
     /// Counts the events that the log holds, by type. Reads every record's header.
     ///
     /// # Errors
-    /// The error that reading met.
+    /// An error of reading the log.
     pub fn counts(&self) -> Result<Counts, ReadError> {
         count(self.readers())
     }
@@ -142,7 +142,7 @@ impl<A: Aggregate> Engine<A> {
     ///
     /// # Errors
     /// `BeyondRetention` with the earliest version whose state can be restored; `NotYet` for a version that does not
-    /// exist; the error that reading met.
+    /// exist; an error of reading the log.
     pub fn state_at(&self, key: Key, at: impl Into<AsOf>) -> Result<PastState<A>, HistoryError> {
         let shard = self.of(key);
         let at = at.into();
@@ -194,7 +194,7 @@ impl<A: Aggregate> Engine<A> {
     /// only if the log has lost its beginning.
     ///
     /// # Errors
-    /// As [`Engine::state_at`].
+    /// The same as for [`Engine::state_at`].
     pub fn rebuild(&self, key: Key) -> Result<(A, Version), HistoryError> {
         for _ in 0..FREED_MEANWHILE_MAX {
             match self.rebuild_once(key) {
@@ -229,7 +229,7 @@ impl<A: Aggregate> Engine<A> {
     /// time.
     ///
     /// # Errors
-    /// The error that reading met; `Wait` if a shard has ended.
+    /// An error of reading the log; `Wait` if a shard has ended.
     pub fn compare(&self) -> Result<Comparison, HistoryError>
     where
         A: PartialEq,
@@ -300,7 +300,7 @@ impl<A: Aggregate> Engine<A> {
     /// log again.) Starts from the oldest checkpoint if the log has lost its beginning.
     ///
     /// # Errors
-    /// The error that reading met.
+    /// An error of reading the log.
     pub fn rebuild_all(&self, mut show: impl FnMut(Key, &A, Version)) -> Result<(), HistoryError> {
         for (i, shard) in self.shards.iter().enumerate() {
             let folder = self.refold(ShardId(i as u16), shard)?;

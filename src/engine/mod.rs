@@ -228,7 +228,7 @@ impl<A: Aggregate> Engine<A> {
     /// Returns a reader of a shard's log that starts at the record that begins at `offset`.
     ///
     /// # Errors
-    /// `BeyondRetention`, `NotARecord`, or the error that reading met.
+    /// `BeyondRetention`, `NotARecord`, or an error of reading the log.
     ///
     /// # Panics
     /// If the store has no such shard.
@@ -239,8 +239,8 @@ impl<A: Aggregate> Engine<A> {
     /// Returns a reader of a shard's log that continues from a saved position.
     ///
     /// # Errors
-    /// `Position` if the position is from another log, or from another history of this one; `BeyondRetention`, or the
-    /// error that reading met.
+    /// `Position` if the position is from another log, or from another history of this one; `BeyondRetention`, or an
+    /// error of reading the log.
     pub fn reader_from(&self, position: &Position) -> Result<Reader<A::Event>, ReadError> {
         let (shard, shards) = (position.shard(), self.shards.len());
         // A position in a shard that this store does not have is from another store, which any shard's log reports.
@@ -248,9 +248,9 @@ impl<A: Aggregate> Engine<A> {
         position.reader(log, &self.lock)
     }
 
-    /// Waits until everything accepted before this call is appended and durable, in every durability mode, together
-    /// with everything it depends on: if retention has freed events in `OsCache` mode, the checkpoint that stands for
-    /// them becomes durable first. If a shard fails, the others are still flushed.
+    /// Waits until everything accepted before this call is appended and durable, in every durability mode. Whatever the
+    /// events depend on becomes durable first: if retention has freed events in `OsCache` mode, this is the checkpoint
+    /// that stands for them. If a shard fails, the others are still flushed.
     ///
     /// # Errors
     /// `ShardFailed` with the failure of the first shard that failed; `TimedOut` at `deadline`.

@@ -238,7 +238,7 @@ fn look(storage: &dyn Storage, path: &Path, kind: Kind, of: (u64, ShardId)) -> i
 fn decode(bytes: &[u8], kind: Kind, of: (u64, ShardId)) -> Result<SavedFile, Unusable> {
     let header = FileHeader::decode(bytes, of)?;
     if header.kind != kind {
-        return Err("its name is of another kind of file".into());
+        return Err("its name belongs to another kind of file".into());
     }
     let end = if kind == Kind::Checkpoint { Some(End::decode(bytes)?) } else { None };
     let (log_end, end_check) = end.map_or((Offset(0), 0), |end| (end.log_end, end.check));

@@ -165,7 +165,7 @@ impl<A: Aggregate> Folder<A> {
         }
         if size_of::<A>() > 0 {
             let event = self.access.event::<A::Event>(memory, at, len as usize, &header);
-            let event = event.ok_or((offset, "an archive is invalid, although its CRC holds"))?;
+            let event = event.ok_or((offset, "an archive is invalid, although its CRC matches"))?;
             known.state.evolve(event, &header.meta(self.shard, offset, Sequence::UNKNOWN));
             known.time_max = known.time_max.max(header.time);
         }

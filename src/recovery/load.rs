@@ -103,7 +103,7 @@ pub(super) fn read_ends(
             let end = End::decode(&ends)?;
             let is_valid =
                 is_record_offset(header.start) && is_record_offset(end.log_end) && header.start <= end.log_end;
-            is_valid.then_some((header, end)).ok_or("it begins or ends where no log does")
+            is_valid.then_some((header, end)).ok_or("its start or end is not a place in a log")
         }
         Kind::Snapshots => Err("it is not a checkpoint"),
     }))
@@ -138,7 +138,7 @@ pub(crate) fn load<A: Aggregate>(
         }
         count += 1;
         if !is_of(&entry, candidate.log_end) {
-            return Err("an entry is of an event that no log has".into());
+            return Err("an entry names an event that no log can have".into());
         }
         newest = newest.max(entry.version);
         let outcomes = entry.outcomes::<A>()?;
@@ -164,7 +164,7 @@ pub(crate) fn load<A: Aggregate>(
         }
     }
     if count != end.entries || at != bytes.len() {
-        return Err("a checkpoint's entries are not all there".into());
+        return Err("entries of the checkpoint are missing".into());
     }
     Ok(newest)
 }

@@ -202,7 +202,7 @@ impl Opening<'_> {
     ) -> Result<RecordsEnd, OpenError> {
         let whole = memory.read(0, memory.len()).unwrap_or_default();
         if let Err(error) = memory.advise_sequential() {
-            tracing::debug!(%error, "the system takes no advice on reading ahead");
+            tracing::debug!(%error, "the system does not accept advice on read-ahead");
         }
         let base = index * self.manifest.segment_bytes;
         let mut at = from;
@@ -253,7 +253,7 @@ impl Opening<'_> {
             };
         }
         if header.version.0 == 0 {
-            return corrupt("an event has no version, although its CRC holds");
+            return corrupt("an event has no version, although its CRC matches");
         }
         if !(self.known)(header.event_type.0, header.schema_version) {
             return Err(OpenError::UnknownEventType {

@@ -77,8 +77,8 @@ impl Opening<'_> {
         Ok(true)
     }
 
-    /// Checks that every segment of the span has a file. Returns the files outside it: freed before a crash, or
-    /// prepared and not yet in the span. They are written again, never read.
+    /// Checks that every segment of the span has a file. Returns the files outside the span, which were freed before a
+    /// crash, or prepared and not yet added to the span. Such files are written again, never read.
     pub(super) fn surplus(&self, names: &SegmentNames, span: Span) -> Result<Vec<PathBuf>, OpenError> {
         let (held, surplus): (Vec<u64>, Vec<u64>) =
             names.segments.iter().partition(|&&index| (span.first..=span.last).contains(&index));

@@ -60,7 +60,7 @@ impl Opening<'_> {
         // Valid records after the end show how far the log once reached, and how far it was durable.
         let later = later_records(whole, end.at, last.salt, self.known);
         let durable = durable.max(later.durable);
-        let why = end.damaged.unwrap_or("the log ends before records that hold");
+        let why = end.damaged.unwrap_or("the log ends before valid records");
         if durable > self.offset(last.index, end.at).0 {
             return Err(self.corruption(last.index, end.at, why).into());
         }

@@ -170,7 +170,7 @@ impl<A: Aggregate> Core<A> {
         for question in questions {
             // The asker learns of a panic in its question; the shard only logs it.
             if let Err(panic) = catch_unwind(AssertUnwindSafe(|| question(&self.keys))) {
-                tracing::warn!(shard = self.id.0, panic = panic_text(&*panic), "a question to a state panicked");
+                tracing::warn!(shard = self.id.0, panic = panic_text(&*panic), "a question about the states panicked");
             }
         }
         count

@@ -24,7 +24,7 @@ pub struct BatchEnd {
 ///
 /// A handler may call the engine but must not wait for it: the shard continues only when the handler returns. A publish
 /// into a full lane returns [`Full`](crate::Rejected::Full) at once, and a call that would wait returns
-/// `OnEngineThread`; `docs/services.md` has the table.
+/// `OnEngineThread`; `docs/services.md` has a table of these calls.
 pub trait Handler<E: Event>: Send {
     /// Handles one event that was just appended. It may not be durable yet.
     ///
@@ -35,7 +35,7 @@ pub trait Handler<E: Event>: Send {
     /// Handles the end of a batch: the place for work that costs less per batch than per event.
     ///
     /// # Errors
-    /// As `on_event`. With [`OnError::Quarantine`] the note names no event.
+    /// The same as for `on_event`. With [`OnError::Quarantine`] the note names no event.
     fn on_batch_end(&mut self, batch: &BatchEnd) -> Result<(), HandlerError> {
         let _unused: &BatchEnd = batch;
         Ok(())

@@ -208,8 +208,8 @@ impl<E: Event> EventsBetween<E> {
     /// Returns the next event of the span, or `None` at the end of the log; call it again later for more.
     ///
     /// # Errors
-    /// As [`Reader::next`]. An error in one shard's log also holds back the other shards' events, because their order
-    /// is not known.
+    /// The same as for [`Reader::next`]. An error in one shard's log also holds back the other shards' events, because
+    /// their order is not known.
     #[expect(clippy::should_implement_trait, reason = "lends from the readers, which Iterator cannot")]
     pub fn next(&mut self) -> Result<Option<Record<'_, E>>, ReadError> {
         let (from, until) = (self.from, self.until);

@@ -12,11 +12,11 @@ use crate::event::{Correlation, EventId, EventTypeId, Key, Meta, Sequence, Time,
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum LetterKind {
-    /// The handler failed on it.
+    /// The handler failed on the event.
     Failed,
-    /// Its key was already parked.
+    /// The event's key was already parked.
     Behind,
-    /// It could not be decoded as an event of this program.
+    /// The event could not be decoded as one of this program.
     Undecodable,
 }
 

@@ -88,7 +88,7 @@ impl LetterIndex {
         }
     }
 
-    /// Adds a letter. A second first entry changes nothing.
+    /// Adds a letter. A repeated first entry changes nothing.
     fn park(&mut self, name: LetterName, entry: &EntrySummary) {
         self.known.insert(entry.id);
         self.letters.entry(name).or_insert_with(|| {

@@ -124,7 +124,7 @@ impl LetterStore {
         Ok(Self { storage, dir, policy, index, files, tail: None, durable, next_number, oldest: VecDeque::new() })
     }
 
-    /// Records a batch; it is durable when this returns. Redundant entries are left out: a second first entry of an
+    /// Records a batch; it is durable when this returns. Redundant entries are left out: a repeated first entry of an
     /// event, or an entry for a letter that is not waiting.
     ///
     /// # Errors

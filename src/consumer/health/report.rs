@@ -50,7 +50,7 @@ pub struct HealthReport {
     pub since: Duration,
     /// The reason why it last became unhealthy.
     pub cause: Option<UnhealthyCause>,
-    /// Failures since the last success, as of when it was last healthy.
+    /// Failures since the last success, as of the last time when it was healthy.
     pub consecutive_failures: u32,
     /// The length of the window.
     pub window: Duration,

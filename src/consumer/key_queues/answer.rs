@@ -76,14 +76,16 @@ pub(crate) enum Verdict {
         /// Counted from `now`.
         after: Duration,
     },
-    /// An event is missing before it: try it again after [`crate::consumer::key_queues::KeyQueues::gap_filled`], or
-    /// when `gap_wait_max` has passed. It does not count as a failure.
+    /// An event is missing before this one: try this one again after
+    /// [`crate::consumer::key_queues::KeyQueues::gap_filled`], or when `gap_wait_max` has passed. It does not count as
+    /// a failure.
     AwaitGap,
-    /// It becomes a dead letter, and so do later events of its key until its letters are handled or discarded.
+    /// The event becomes a dead letter, and so do later events of its key until the key's letters are handled or
+    /// discarded.
     Park,
-    /// It is skipped, with a record. Its key continues when the record is durable.
+    /// The event is skipped, with a record. Its key continues when the record is durable.
     Skip,
-    /// No event runs until [`crate::consumer::key_queues::KeyQueues::resume`]; then it is tried again.
+    /// No event runs until [`crate::consumer::key_queues::KeyQueues::resume`]; then this event is tried again.
     Halt,
 }
 
@@ -121,11 +123,11 @@ impl InFlight {
 /// The reason why an event ends without having been handled.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum RecordKind {
-    /// It failed, and its key is parked with it.
+    /// The event failed, and its key is parked.
     Parked,
-    /// Its key was already parked.
+    /// The event's key was already parked.
     ParkedBehind,
-    /// It was skipped.
+    /// The event was skipped.
     Skipped,
 }
 
@@ -170,19 +172,19 @@ impl ToRecord {
 #[cfg(test)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum KeyState {
-    /// Its events run in order.
+    /// The key's events run in order.
     Live,
-    /// Its first unfinished event failed.
+    /// The key's first unfinished event failed.
     Retrying {
         /// The time when it is tried again.
         due: Duration,
     },
-    /// Its events become dead letters.
+    /// The key's events become dead letters.
     Parked {
-        /// Its durable dead letters; 0 while the first is being recorded.
+        /// The number of the key's durable dead letters; 0 while the first is being recorded.
         letters: u32,
     },
-    /// Its first unfinished event waits for an event that is missing before it.
+    /// The key's first unfinished event waits for an event that is missing before it.
     AwaitingGap {
         /// The time since which it waits.
         since: Duration,

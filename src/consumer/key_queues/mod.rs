@@ -131,10 +131,10 @@ impl KeyQueues {
     /// For an owner that handles events as it reads them and queues only those that fail.
     ///
     /// # Errors
-    /// As [`KeyQueues::offer`].
+    /// The same as for [`KeyQueues::offer`].
     ///
     /// # Panics
-    /// As [`KeyQueues::offer`], and if the key is not at rest.
+    /// The same as for [`KeyQueues::offer`], and if the key is not at rest.
     pub(crate) fn offer_running(&mut self, key: Key, offset: Offset) -> Result<InFlight, QueueRefused> {
         assert!(self.is_at_rest(key), "an event of key {key} is unfinished");
         self.offer(key, offset)?;

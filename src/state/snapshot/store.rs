@@ -171,7 +171,7 @@ impl SnapshotStore {
             self.unreadable.fetch_add(1, Ordering::Relaxed);
             return Ok(Vec::new());
         }
-        // Keys of a part that grew during the checkpoint come twice; the later entry is never older.
+        // Keys of a part that grew during the checkpoint can occur twice; the later entry is never older.
         places.sort_by_key(|(key, saved)| (*key, std::cmp::Reverse(saved.version)));
         places.dedup_by_key(|(key, _)| *key);
         Ok(places)

@@ -16,7 +16,7 @@ use crate::state::view::parts::{Part, Parts, Progress};
 use crate::state::view::{Place, Position, View, ViewWriter};
 use crate::sync::{AtomicU64, Ordering, SeqLock};
 
-/// A view of the keys with the highest scores. Of equal scores the lower key comes first. Scores may fall.
+/// A view of the keys with the highest scores. Among equal scores, the lower key comes first. Scores may fall.
 ///
 /// The result is exact: it equals sorting all keys, each shard at a position that it has published. Handles are cheap
 /// to clone.
