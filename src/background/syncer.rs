@@ -29,7 +29,7 @@ pub(crate) struct Syncer {
     pub(crate) storage: Arc<dyn Storage>,
     pub(crate) requests: Arc<SyncRequests>,
     pub(crate) lanes: Arc<LaneRegistry>,
-    /// Wakes the shard, which closes its lanes after a failed sync, and marks the log when a sync has caught up.
+    /// Wakes the shard, which closes its lanes after a failed sync, and writes a mark when a sync has caught up.
     pub(crate) shard_signal: Arc<Signal>,
     pub(crate) durability: Durability,
     pub(crate) marks: rtrb::Consumer<UnsyncedRun>,
@@ -119,8 +119,8 @@ impl Syncer {
         if now >= at { Due::Now } else { Due::At(at) }
     }
 
-    /// Raises the durable counts of lanes that counted events after their sync: the shard publishes the log's watermark
-    /// before a lane's count, and a sync in between covers events that no lane has counted yet.
+    /// Raises the durable counts of lanes that counted events only after these were synced: the shard publishes the
+    /// log's watermark before a lane's count, so a sync in between covers events that no lane has counted yet.
     fn settle(&mut self) {
         if self.log.appended.get() > self.log.durable.get() || !self.lanes.is_behind() {
             return;
@@ -164,12 +164,12 @@ impl Syncer {
         let target = self.log.appended.get();
         let from = self.log.durable.get();
         let started = self.clock.now();
-        // In the other modes a checkpoint is synced before it counts. Locked until the log is durable: a checkpoint
-        // that is published afterwards is synced as well.
+        // In `OsCache` mode, the lock is held until the log is durable, so that a checkpoint published afterwards is
+        // synced as well. (In the other modes, a checkpoint is synced before it counts.)
         let log = Arc::clone(&self.log);
         let mut unsynced = (self.durability == Durability::OsCache).then(|| lock(&log.unsynced));
         // The checkpoint stands for events that retention freed before anything was acknowledged. It becomes durable
-        // first, together with the log up to its end.
+        // before anything is acknowledged, together with the log up to the checkpoint's end.
         let checkpoint = unsynced.as_mut().and_then(|unsynced| unsynced.take());
         let log_end = checkpoint.as_ref().map_or(0, |(_, log_end)| log_end.0);
         let target = target.max(log_end);

@@ -81,8 +81,8 @@ impl<E: Event> ConsumerBuilder<E> {
         self
     }
 
-    /// Sets the number of keys handled at the same time, each key in order, 1..=65,536. Above 1, as many threads call
-    /// the handler. Default: 1, on the consumer's own thread.
+    /// Sets the number of keys handled at the same time, each key in order, 1..=65,536. Above 1, this number of threads
+    /// calls the handler. Default: 1, on the consumer's own thread.
     pub fn concurrency(mut self, concurrency: usize) -> Self {
         self.settings.concurrency = concurrency;
         self

@@ -58,13 +58,13 @@ pub enum ConsumerError {
     /// More keys have dead letters than [`super::QueuePolicy::keys_max`].
     #[error("more keys have dead letters than the queue policy allows: raise keys_max")]
     TooManyKeys,
-    /// The position of the consumer or of its sink is not of this log: it was made from other events. Nothing is
-    /// delivered. Rebuild a sink's data with [`super::ConsumerBuilder::start_sink_over`]; remove any other consumer and
-    /// register it again.
+    /// The saved position of the consumer or of its sink belongs to a log with other events. Nothing is delivered.
+    /// Rebuild a sink's data with [`super::ConsumerBuilder::start_sink_over`]; remove any other consumer and register
+    /// it again.
     #[error(transparent)]
     Position(PositionError),
-    /// A sink has no position for a shard whose events were delivered before: its data is gone. Nothing is delivered
-    /// until the sink is started over ([`super::ConsumerBuilder::start_sink_over`]).
+    /// A sink has no position for a shard whose events were delivered before: the sink's data is gone. Nothing is
+    /// delivered until the sink is started over ([`super::ConsumerBuilder::start_sink_over`]).
     #[error(
         "shard {shard}: the sink has no position, but events up to offset {delivered} were delivered before: restore its data, or use start_sink_over"
     )]

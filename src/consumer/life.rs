@@ -97,7 +97,7 @@ impl Life {
         block_until(deadline, |waker| self.ending.register(1, waker), over).is_ok()
     }
 
-    /// Stops the thread and waits for its end. `failure` returns why it had ended by itself, if it had.
+    /// Stops the thread and waits for its end. `failure` returns the reason if the thread had ended by itself.
     pub(super) fn stop(
         &self,
         name: &str,

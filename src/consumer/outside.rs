@@ -30,7 +30,7 @@ pub struct Registered {
     pub reaches: Vec<Offset>,
     /// The furthest position that it has read in every shard. This position identifies the log.
     pub seen: Vec<Position>,
-    /// Requests that wait or are not completed.
+    /// Number of requests that are waiting or not completed.
     pub requests: usize,
 }
 

@@ -160,7 +160,7 @@ impl<E: Event> Poller<E> {
     /// Returns the delivered event in place; its `meta.sequence` is unknown. `None` if it cannot be decoded: report
     /// that with [`Poller::undecodable`], which returns the error if the log is damaged.
     pub fn event<'a>(&'a mut self, delivery: &'a Delivery) -> Option<(&'a E::Archived, Meta)> {
-        // If the log cannot be read, `undecodable` reads it too, and returns that error.
+        // If the log cannot be read, `undecodable` meets the same error and returns it.
         delivery.0.event::<E>(&mut self.finders[delivery.0.shard], &mut self.access).ok().flatten()
     }
 

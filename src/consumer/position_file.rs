@@ -17,7 +17,7 @@ use crate::storage::{Storage, replace};
 
 /// The frame of the file. The shortest content is a position of no shards.
 const FRAME: Frame = Frame { magic: *b"coreckpt", bytes_min: 36 };
-/// The file's name in the consumer's folder. It is older than the word "position" for it.
+/// The file's name in the consumer's folder. The name is older than the term "position".
 const NAME: &str = "checkpoint";
 /// The file's name while the consumer is being removed.
 const REMOVED: &str = "removed";

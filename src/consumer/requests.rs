@@ -1,7 +1,7 @@
 //! Requests to a consumer from outside, each a small file in its folder: `FORMAT.md` §18 has the bytes.
 //!
 //! Two writers, one after the other. The requester creates the file, whole or not at all. From then on the file belongs
-//! to the driver, which removes it when the request is carried out. So a crash repeats a request and loses none.
+//! to the driver, which removes it when the request is carried out. So a crash may repeat a request, but loses none.
 
 use std::io::{self, ErrorKind};
 use std::path::Path;
@@ -93,7 +93,7 @@ pub(crate) fn waiting(storage: &dyn Storage, dir: &Path) -> io::Result<Vec<Strin
     Ok(names)
 }
 
-/// Returns the names of the invalid requests in a consumer's folder, and what is wrong with each.
+/// Returns the names of the invalid requests in a consumer's folder, each with the reason why it is invalid.
 pub(crate) fn broken(storage: &dyn Storage, dir: &Path) -> io::Result<Vec<(String, &'static str)>> {
     let mut broken = Vec::new();
     for name in waiting(storage, dir)? {

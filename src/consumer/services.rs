@@ -316,8 +316,8 @@ impl Services {
     /// Waits until every running consumer has handled or recorded every event that is visible now.
     ///
     /// # Errors
-    /// The same as for [`Running::drain`] of the first that cannot be drained; `Ended` if a registered consumer has
-    /// failed.
+    /// The error of [`Running::drain`] for the first consumer that cannot be drained; `Ended` if a registered consumer
+    /// has failed.
     pub(crate) fn drain(&self, deadline: Option<Instant>) -> Result<(), ConsumerError> {
         self.check_none_failed()?;
         let running = self.running();

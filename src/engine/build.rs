@@ -1,4 +1,4 @@
-//! Builds a shard, and the parts of the threads that serve it, from what recovery found.
+//! Builds a shard, and the parts of the threads that serve it, from the result of recovery.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -108,7 +108,7 @@ fn filled<A: Aggregate>(
     writers
 }
 
-/// A shard, and the ends that other threads keep of it.
+/// A shard, and the ends of its links that other threads hold.
 pub(super) struct Built<A: Aggregate> {
     pub(super) handle: Handle<A>,
     pub(super) kept: KeptShard,
@@ -118,7 +118,7 @@ pub(super) struct Built<A: Aggregate> {
     pub(super) syncer: Syncer,
 }
 
-/// The ends that several threads share of one shard.
+/// The ends of one shard's links that several threads share.
 struct Links {
     door: Arc<ShardDoor>,
     prepared: Arc<PreparedQueue>,
@@ -128,7 +128,7 @@ struct Links {
 }
 
 impl Context<'_> {
-    /// Makes a shard from what recovery found, and the parts of the other threads that serve it.
+    /// Makes a shard from the result of recovery, and the parts of the other threads that serve it.
     pub(super) fn build<A: Aggregate>(&self, id: ShardId, recovered: Recovered<A>, code: ShardCode<A>) -> Built<A> {
         let config = self.config;
         let Recovered { report, segments, resume, folder, saved, span, unused, spares, .. } = recovered;

@@ -42,8 +42,8 @@ pub enum PublishSyncError<E> {
 }
 
 impl<A: Aggregate> Engine<A> {
-    /// Returns a builder for the durable consumer `name`. From the consumer's first start, retention keeps the events
-    /// that it has not finished, whether it runs or not, until [`Engine::remove_consumer`].
+    /// Returns a builder for the durable consumer `name`. From the consumer's first start, retention keeps the
+    /// consumer's unfinished events, whether it runs or not, until [`Engine::remove_consumer`].
     pub fn consumer(&self, name: &str) -> ConsumerBuilder<A::Event> {
         ConsumerBuilder::new(&self.services, name)
     }

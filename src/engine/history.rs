@@ -370,7 +370,7 @@ impl<A: Aggregate> Engine<A> {
         Ok(None)
     }
 
-    /// Clones the current states of some keys; also returns where the walk continues.
+    /// Clones the current states of some keys, and returns them with the rest of the walk.
     #[expect(clippy::type_complexity, reason = "a list and a position, used once")]
     fn states(&self, shard: &Handle<A>, walk: Walk) -> Result<(Vec<(Key, Version, A)>, Option<Walk>), WaitError> {
         shard.ask(None, move |keys| {

@@ -84,9 +84,9 @@ pub type EventLog<E> = Engine<Stateless<E>>;
 
 /// An open store and its running threads: one per shard, one syncer per shard, and the background threads.
 ///
-/// Dropping it shuts it down. The drop waits at most ten seconds for events that a full disk keeps from being appended,
-/// and for a shard whose turn does not end. A drop on one of the engine's own threads (in an inline handler or a
-/// consumer's handler) does not wait; the engine then closes in the background.
+/// Dropping the engine shuts it down. The drop waits at most ten seconds for events that a full disk keeps from being
+/// appended, for consumers that do not end, and for a shard whose turn does not end. A drop on one of the engine's own
+/// threads (in an inline handler or a consumer's handler) does not wait; the engine then closes in the background.
 ///
 /// ```
 /// use corelane::{

@@ -95,8 +95,8 @@ impl Repairs<'_> {
     ) -> Result<(), OpenError> {
         let Self { storage, dir, .. } = *self;
         if self.change == ManifestChange::NewStore {
-            // Folders, and their locks, before the manifest that promises them. A crash in between leaves empty
-            // folders, which the next attempt must accept.
+            // Create and lock the folders before saving the manifest that promises them. A crash in between leaves
+            // empty folders, which the next attempt must accept.
             for shard in 0..self.manifest.shards {
                 let path = shard_dir(dir, ShardId(shard));
                 let created = storage.create_dir(&path);

@@ -97,8 +97,8 @@ fn send_last_snapshots<A: Aggregate>(shard: &mut Shard<A>, idle: &mut Idle) {
 }
 
 /// Cores that pinned shards leave free: for a producer, and for the threads that sync, prepare and save. With fewer
-/// free cores, one of these threads comes to run on a pinned shard's core, and the shard waits although another core
-/// may be free (docs/decisions/0013).
+/// free cores, one of these threads ends up on a pinned shard's core, and the shard waits although another core may be
+/// free (docs/decisions/0013).
 const CORES_LEFT: usize = 2;
 
 /// Returns the core that each shard is pinned to.

@@ -13,7 +13,8 @@ use crate::state::outcomes::rejection;
 use crate::state::outcomes::{Outcomes, Remembered};
 use crate::storage::memory::Memory;
 
-/// The place of a record that will be folded. Its header is read again then, which costs less than keeping it.
+/// The place of a record that will be folded. Its header is read again when it is folded, which costs less than keeping
+/// it.
 #[derive(Debug, Clone, Copy)]
 struct Pending {
     offset: Offset,
@@ -55,7 +56,7 @@ fn header_at(memory: &Memory, at: usize) -> Option<RecordHeader> {
     memory.read(at, RECORD_HEADER_BYTES).map(RecordHeader::decode)
 }
 
-/// The offset of an invalid record, and what makes it invalid.
+/// The offset of an invalid record, and the reason why it is invalid.
 pub(crate) type Unreadable = (Offset, &'static str);
 
 impl<A: Aggregate> Folder<A> {

@@ -29,8 +29,8 @@ pub(crate) struct Candidate {
     pub(crate) log_end: Offset,
     /// The CRC words of the records that end at `start` and at `log_end`.
     pub(crate) checks: [u32; 2],
-    /// `true` if the log was durable up to `log_end`, or the system has not restarted since and still has it in its
-    /// cache. Otherwise the log before `start` must be scanned too.
+    /// `true` if the log was durable up to `log_end`, or if the system has not restarted since, so that its cache still
+    /// has the log. Otherwise the log before `start` must be scanned too.
     pub(crate) is_trusted: bool,
 }
 

@@ -65,7 +65,7 @@ pub(crate) struct Recovered<A: Aggregate> {
 }
 
 impl<A: Aggregate> Recovered<A> {
-    /// The log as it was found, to be read before anything is changed.
+    /// Returns the log as recovery found it, to be read before anything is changed.
     pub(crate) fn log(&self, manifest: &Manifest, dir: &Path) -> ShardLog {
         let (report, segments) = (&self.report, self.segments.clone());
         let (store, segment_bytes) = (manifest.store_id, manifest.segment_bytes);

@@ -24,7 +24,7 @@ use crate::state::outcomes::Outcomes;
 use crate::state::snapshot::taker::Taker;
 use crate::state::view::{Position, ViewWriter};
 
-/// The shard wakes the keeper each time this number of bytes was appended.
+/// Bytes appended between two wake-ups of the keeper.
 const KEEPER_STEP_BYTES: u64 = 4 << 20;
 
 /// A shard without its inbox.

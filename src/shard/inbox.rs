@@ -1,4 +1,4 @@
-//! The inbox: everything that a shard takes events, commands and questions from.
+//! The inbox: the sources of a shard's events, commands and questions.
 //!
 //! The inbox does not know what the core does with them.
 

@@ -258,7 +258,7 @@ impl Queues {
     /// Adds the next event of the log.
     ///
     /// # Panics
-    /// When there is no room.
+    /// If there is no room.
     #[inline]
     pub fn offer(&mut self, key: Key, offset: Offset) {
         self.0.offer(key, offset).expect("there is room");
@@ -293,7 +293,7 @@ impl Queues {
     /// Parks a key with one dead letter.
     ///
     /// # Panics
-    /// When there is no room.
+    /// If there is no room.
     pub fn restore_parked(&mut self, key: Key) {
         self.0.restore_parked(key, 1).expect("there is room");
     }

@@ -69,7 +69,7 @@ struct Disk {
     held: bool,
     side_files_refused: bool,
     files_refused: bool,
-    /// Number of crashes: the machine's boots.
+    /// Number of crashes, each of which is followed by a boot.
     boot: u64,
 }
 

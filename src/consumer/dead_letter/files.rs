@@ -248,7 +248,7 @@ fn settle(storage: &dyn Storage, dir: &Path, number: u32, file: &LetterFile, fro
         bytes.resize((file.bytes - at).min(WINDOW_BYTES as u64) as usize, 0);
         file.handle.read_at(at, &mut bytes)?;
         match editable.write_at(at, &bytes) {
-            // The same bytes are already there.
+            // A full disk does no harm: the same bytes are already in the file.
             Err(error) if is_exhausted(&error) => {}
             written => written?,
         }

@@ -137,7 +137,7 @@ impl LetterStore {
         }
         let written = self.make_room(&mut plan).and_then(|()| self.put(&plan));
         if written.is_err() {
-            // Some letters were taken from the list and still wait.
+            // The refused plan has taken letters from the list that still wait, so the list is rebuilt.
             self.oldest.clear();
         }
         written.map(|()| Written { overflowed: plan.overflowed })
@@ -379,7 +379,7 @@ fn archive_in(entry: &[u8]) -> Archive {
 }
 
 /// Opens the letters in a folder read-only, while another process may be writing to it. The caller must have read
-/// `known`, the end of the durable letters, before.
+/// `known`, the end of the durable letters, before this call.
 pub(crate) fn open_outside(
     storage: &Arc<dyn Storage>,
     dir: &Path,

@@ -186,7 +186,7 @@ impl<E: Event> ShardFollower<E> {
     #[cold]
     fn was_done(&mut self, key: Key, offset: Offset, letters: &LetterStore) -> bool {
         if let Some((read, unfinished)) = &mut self.restored {
-            // Its type was wanted in the earlier run and is not now.
+            // Events of a type that was wanted in the earlier run and is not now.
             while unfinished.front().is_some_and(|first| *first < offset) {
                 unfinished.pop_front();
             }
@@ -248,7 +248,7 @@ impl<E: Event> ShardFollower<E> {
         let here = self.reader.offset();
         self.queues.read_up_to(here);
         if let Some((read, unfinished)) = &mut self.restored {
-            // Its type was wanted in the earlier run and is not now.
+            // Events of a type that was wanted in the earlier run and is not now.
             while unfinished.front().is_some_and(|first| *first < here) {
                 unfinished.pop_front();
             }
@@ -289,7 +289,7 @@ impl<E: Event> ShardFollower<E> {
             let ahead = match self.wanted(&settings.filter) {
                 Ok(Some(ahead)) => ahead,
                 Ok(None) => break,
-                // Events before it are noted first; the next call returns the same error.
+                // Events before the error are noted first; the next call returns the same error.
                 Err(_) if self.reader.offset() > from => break,
                 Err(error) => return Err(error),
             };

@@ -414,8 +414,8 @@ impl<E: Event> Driver<E> {
         written
     }
 
-    /// Sets the consumer to another position. No job may be in flight. Events below the old position run no side
-    /// effects again, and dead letters stay.
+    /// Sets the consumer to another position. No job may be in flight. Side effects of events below the old position do
+    /// not run again, and dead letters stay.
     pub(crate) fn seek(&mut self, start: Start) -> Result<(), ConsumerError> {
         assert_eq!(self.running, 0, "a consumer is set to another position while no job is in flight");
         self.answer_waiters();

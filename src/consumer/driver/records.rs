@@ -276,7 +276,8 @@ impl Records {
             let is_parked = record.kind() != RecordKind::Skipped;
             context.followers[shard].queues.recorded(record);
             if is_parked && !self.letters.waits(letter.key, letter.id) {
-                // An earlier write recorded it, saving the position failed, and the letter has been discarded since.
+                // An earlier write recorded the letter, but saving the position failed, and the letter has been
+                // discarded since.
                 self.unpark(letter.id, letter.key, context.followers);
             }
         }

@@ -15,10 +15,10 @@
 //!                                                                          └─ unpark: the last letter is gone ─▶ Live
 //! ```
 //!
-//! Memory: 24 bytes per unfinished event; 32 bytes and an index of 5 to 12 bytes per key that has one or is parked;
-//! about 30 more per key that waits for a time. With a million keys: 100 bytes per retrying key with one event, 44 per
-//! parked key. A key at rest takes none. Allocations are kept and reused. A table that has just doubled takes twice
-//! what it holds, and three times while it doubles.
+//! Memory: 24 bytes per unfinished event; 32 bytes and an index of 5 to 12 bytes per key that has an unfinished event
+//! or is parked; about 30 more per key that waits for a time. With a million keys: 100 bytes per retrying key with one
+//! event, 44 per parked key. A key at rest takes none. Allocations are kept and reused. A table that has just doubled
+//! takes twice what it holds, and three times while it doubles.
 
 use std::collections::{BTreeSet, VecDeque};
 use std::time::Duration;

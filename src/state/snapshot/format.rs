@@ -134,7 +134,7 @@ impl FileHeader {
     }
 }
 
-/// Why a saved state, or a whole checkpoint, cannot be used.
+/// The reason why a saved state, or a whole checkpoint, cannot be used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum Unusable {
     /// The bytes are not valid; the text says why.
@@ -162,7 +162,7 @@ pub(crate) struct End {
     pub(crate) log_end: Offset,
     /// The CRC word of the record that ends at `log_end`; 0 if no record ends there.
     pub(crate) check: u32,
-    /// The log was durable up to `log_end`.
+    /// `true` if the log was durable up to `log_end`.
     pub(crate) durable: bool,
     /// The boot id of the machine. Until the next boot, the system's cache keeps the bytes written.
     pub(crate) boot: u64,

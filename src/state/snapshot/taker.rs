@@ -367,7 +367,7 @@ mod tests {
         keys.slot(key, crate::event::KeyHash::of(key), crate::state::keys::Seen::default()).version =
             crate::event::Version(1);
         let mut now = 0;
-        // Each step is later by the time that a chunk waits in a pause.
+        // Each step comes later than the one before, by the time that a chunk waits in a pause.
         let mut step = |taker: &mut Taker| {
             now += SENT_AFTER.as_nanos() as u64;
             taker.step(&keys, &outcomes, (Offset(0), Sequence(0), Time(0)), now, false);

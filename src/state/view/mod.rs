@@ -34,7 +34,7 @@ pub trait ViewWriter<A: Aggregate>: Send {
     /// Notes that the event `meta` has just changed a key's state.
     fn changed(&mut self, key: Key, state: &A, meta: &Meta);
 
-    /// Ends a batch: its changes may be shown. The part now includes every event up to `at`.
+    /// Ends a batch: its changes may now be shown. The part now includes every event up to `at`.
     fn publish(&mut self, at: Position);
 }
 

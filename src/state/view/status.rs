@@ -84,7 +84,7 @@ pub struct Status {
     /// The load: the average number of events per second in the five whole seconds before the second asked about.
     /// Counts only events appended since the engine opened.
     pub events_per_s: f64,
-    /// The newest time among the positions: when the newest counted event was appended.
+    /// The newest time among the positions: the time at which the newest counted event was appended.
     pub time: Time,
 }
 

@@ -8,7 +8,7 @@ use crate::event::EventId;
 const OLDEST_SHARE: usize = 64;
 
 impl LetterStore {
-    /// Adds letters to discard to the plan, until its new letters have room.
+    /// Adds letters to the plan that it discards, until the plan's new letters have room.
     pub(super) fn make_room(&mut self, plan: &mut Plan<'_>) -> Result<(), WriteRefused> {
         while !self.has_room(plan) {
             let is_in_vain = plan.ended.len() == self.index.len();
