@@ -77,7 +77,7 @@ pub mod handler {
 /// | [`ById`](view::ById) | What is the value of this key? |
 /// | [`Area`](view::Area) | Which keys are near this place? |
 /// | [`Leaderboard`](view::Leaderboard) | Which keys have the highest scores? |
-/// | [`ServerStatus`](view::ServerStatus) | Which keys are online, and how high is the load? |
+/// | [`ServerStatus`](view::ServerStatus) | How many keys are online, and how high is the load? |
 ///
 /// A view is a cache: the engine fills it from the states when it opens, so a view can be added to an existing store at
 /// any time. Handles are cheap to clone and stay valid after the engine is gone: they then show the last published

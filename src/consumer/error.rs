@@ -76,7 +76,7 @@ pub enum ConsumerError {
     },
     /// A sink cannot be started over: retention has freed its first events.
     #[error(
-        "shard {shard}: the sink began at offset {began}, but the earliest event held is at {earliest}: remove it and register it again"
+        "shard {shard}: the sink began at offset {began}, but the earliest event held is at {earliest}: remove the consumer and register it again"
     )]
     BeginningGone {
         /// The shard.

@@ -33,7 +33,7 @@ pub struct Comparison {
 
 /// Keys compared at a time: the shard's turn waits while this many states are cloned.
 const COMPARED: usize = 256;
-/// The number of times a read starts over because retention freed the events that it was reading.
+/// The maximum number of times that a read starts over because retention freed the events that it was reading.
 const FREED_MEANWHILE_MAX: usize = 16;
 
 /// Folds the next event of `stream` into `state` and returns its version; `None` at the end. A panic is an error.

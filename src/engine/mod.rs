@@ -9,7 +9,7 @@
 // | `store_lock` | the locks on a store's folders |
 // | `gate_holds` | the parts of the log that sequence gates still need |
 // | `build` | a shard and everything around it |
-// | `handle` | what the engine keeps of a running shard |
+// | `handle` | the engine's end of a running shard |
 // | `closing` | shutdown, and the drop of an engine |
 // | `runner` | the loop of a shard's thread |
 // | `threads` | starting and joining threads |

@@ -154,7 +154,10 @@ impl Opening<'_> {
             Err(HeaderError::Damaged(why)) => return Err(self.corruption(index, 0, why).into()),
         };
         if header.shard != self.shard || header.index != index || header.segment_bytes != self.manifest.segment_bytes {
-            return Err(OpenError::ForeignFile { path: path(), why: "the segment belongs to another place" });
+            return Err(OpenError::ForeignFile {
+                path: path(),
+                why: "the header names another shard, index or segment size",
+            });
         }
         // No record is smaller than its header.
         if header.first_sequence > index.saturating_mul(self.manifest.segment_bytes) / RECORD_HEADER_BYTES as u64 {

@@ -6,7 +6,7 @@
 //!
 //! | part | owns |
 //! |---|---|
-//! | [`AdmissionControl`] | the service's health, jitter, failing events: may the handler be called, and what follows a failure? |
+//! | [`AdmissionControl`] | the service's health, jitter and failing events; decides whether the handler may be called, and what follows a failure |
 //! | [`Records`] | dead letters, skips, reprocessing |
 //! | [`PositionSaver`] | the position file, from which a restart continues |
 //! | [`HandledWaiters`] | callers that wait for an event |
@@ -335,7 +335,7 @@ impl<E: Event> Driver<E> {
         (self.saver.failures(), self.records.failures())
     }
 
-    /// Hands out no more events until [`Driver::resume`]. Returns `true` if it was paused before.
+    /// Stops handing out events until [`Driver::resume`]. Returns `true` if it was paused before.
     pub(crate) fn pause(&mut self) -> bool {
         self.suspension.pause()
     }
