@@ -181,8 +181,8 @@ impl Preparer {
         }
         if self.small_pages {
             // A segment that was prepared and never begun has the name of a segment, and its first page must keep
-            // saying that. If the first page were zeroed too, a power cut could leave a page of zeros before bytes of
-            // an earlier use, which counts as damage.
+            // saying that it was never begun. If the first page were zeroed too, a power cut could leave a page of
+            // zeros before bytes of an earlier use, which counts as damage.
             storage.zero(path, HEADER_BYTES as u64)?;
         }
         Ok(memory)

@@ -32,7 +32,7 @@ pub(crate) struct SnapshotterRequests {
     pub(crate) ending: AtomicBool,
 }
 
-/// Length at which a file of snapshots is complete and the next file begins.
+/// Length from which on a file of snapshots is complete: the next snapshots go to another file.
 const FILE_BYTES: u64 = 64 << 20;
 /// A checkpoint completes the current file of snapshots if the file has at least this length.
 const FILE_BYTES_MIN: u64 = 8 << 20;
