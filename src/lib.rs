@@ -16,11 +16,11 @@
 //! | `json` | the module `envelope`: events as JSON lines |
 //! | `hlog` | latency histograms as `.hlog` interval logs |
 //! | `cli` | the operator's tool `corelane`, and the module `tools` that it is made of |
-//! | `test-util` | the module `testing`: rules without an engine, a storage that fails on demand; simulated time |
+//! | `test-util` | the module `testing`: tests of rules without an engine, and a storage that fails on demand; simulated time |
 // Under `--cfg loom` this crate is empty: the models build `sync/` alone (`tests/loom.rs`).
 #![cfg(not(loom))]
 
-// The derive macros name this crate by its name, here too.
+// The derive macros refer to this crate as `corelane`, inside this crate too.
 extern crate self as corelane;
 
 // The layers, lowest first; `tests/tidy.rs` checks that no file names a higher one. A folder whose names an application
@@ -77,12 +77,12 @@ pub mod handler {
 /// | [`ById`](view::ById) | What is the value of this key? |
 /// | [`Area`](view::Area) | Which keys are near this place? |
 /// | [`Leaderboard`](view::Leaderboard) | Which keys have the highest scores? |
-/// | [`ServerStatus`](view::ServerStatus) | Which keys are online, and how high is the load? |
+/// | [`ServerStatus`](view::ServerStatus) | How many keys are online, and how high is the load? |
 ///
 /// A view is a cache: the engine fills it from the states when it opens, so a view can be added to an existing store at
-/// any time. Handles are cheap to clone and stay valid after the engine is gone: they then show what was published
-/// last. A reader may see a change a little before the position that it belongs to, and never after. [`guide::views`]
-/// shows them at work.
+/// any time. Handles are cheap to clone and stay valid after the engine is gone: they then show the last published
+/// values. A reader may see a change slightly before the position that includes it, never later. [`guide::views`] has
+/// examples.
 pub mod view {
     pub use crate::state::view::{
         Area, ById, Found, Leaderboard, Place, Position, Presence, Ranked, ServerStatus, Status, Unreadable, View,
@@ -118,7 +118,7 @@ pub use ops::check;
 #[doc(hidden)]
 pub use testing::bench_support;
 
-// These crates' types appear in the API. The application's versions must match: use these.
+// Types of these crates appear in the API, and their versions must match the application's: use these re-exports.
 pub use {hdrhistogram, rkyv};
 
 #[doc(inline)]

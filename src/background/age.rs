@@ -1,10 +1,10 @@
 //! The age of a segment, measured by clocks that may be wrong. Time is an argument.
 //!
-//! A segment's records are at least as old as the next segment's header, and headers carry wall times. The wall clock
-//! is believed only where nothing contradicts it: not below a floor, not above now, not before an earlier segment; and
-//! "now" itself not where it has run far ahead of the monotonic clock. A segment whose time cannot be believed is as
-//! old as the first later segment with a time that can, and at least as old as the monotonic time since this process
-//! first saw it.
+//! A segment's records are at least as old as the next segment's header, and headers carry wall times. A header's time
+//! is believed unless it is below a floor, above now, or before the time of an earlier segment. "Now" is the wall time,
+//! limited by the monotonic clock. If the next segment's header cannot be believed, the first later header that can be
+//! believed replaces it; the age is then also at least the monotonic time since this process first saw the next
+//! segment.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -12,10 +12,10 @@ use std::time::{Duration, Instant};
 use super::step::Now;
 use crate::event::Time;
 
-/// 2020-01-01: no store is older. A clock that was never set reads less.
+/// 2020-01-01: no store is older. A clock that was never set shows an earlier time.
 const EARLIEST: u64 = 1_577_836_800_000_000_000;
 
-/// What is known of a segment.
+/// The two times known of a segment.
 #[derive(Debug, Clone, Copy)]
 struct Seen {
     /// The time in its header.
@@ -36,7 +36,7 @@ pub(crate) struct Ages {
 
 impl Ages {
     /// Returns `true` if the newest record of segment `oldest` is older than `max`. `begun` returns the time at which a
-    /// segment was begun, if it is held.
+    /// segment was begun, if the log still holds the segment.
     pub(crate) fn is_over(
         &mut self,
         oldest: u64,
@@ -77,7 +77,7 @@ impl Ages {
         self.freed = self.freed.max(self.own_time(oldest, self.believed_now(now)));
     }
 
-    /// Adds segments that were begun since, and forgets freed ones.
+    /// Adds segments begun since the last call, and forgets freed ones.
     fn update(&mut self, oldest: u64, now: Now, begun: impl Fn(u64) -> Option<Time>) {
         self.began.get_or_insert(now);
         self.seen = self.seen.split_off(&oldest);

@@ -23,7 +23,7 @@ use crate::sync::Signal;
 const PREFAULT_BYTES: usize = 64 << 20;
 /// Bytes prefaulted in one step, so that other shards get their turn.
 const PREFAULT_STEP_BYTES: usize = 4 << 20;
-/// Pause after an attempt for which the storage was exhausted.
+/// Pause after an attempt that found the storage exhausted.
 const RETRY: Duration = Duration::from_millis(100);
 
 /// The preparer of one shard.
@@ -38,8 +38,8 @@ pub(super) struct Preparer {
     prefaulted: (u64, usize),
     /// No segment is prepared before this time.
     retry_at: Option<Instant>,
-    /// `true` where syncs are small and follow each other closely: a segment is then read into the cache in small pages
-    /// before it is used. In pages as large as the system chooses, a sync of 100 KB wrote 1.7 MB.
+    /// `true` in modes with small and frequent syncs: a segment is then read into the cache in small pages before it is
+    /// used. With page sizes chosen by the system, a sync of 100 KB wrote 1.7 MB.
     small_pages: bool,
 }
 
@@ -54,8 +54,8 @@ impl Preparer {
     }
 
     /// Prepares at most one segment, prefaults at most [`PREFAULT_STEP_BYTES`] and removes at most one surplus spare.
-    /// Prepares nothing while `may_reuse`: retention is about to free a file, and one that is written again costs no
-    /// new blocks.
+    /// Prepares nothing while `may_reuse` is `true`: retention is about to free a file, and reusing it costs no new
+    /// blocks.
     pub(super) fn step(
         &mut self,
         files: &mut SegmentFiles,
@@ -64,12 +64,13 @@ impl Preparer {
     ) -> Result<Step, FailedAction> {
         let prepared = self.prepare(files, may_reuse, now).map_err(|error| ("preparing a segment", error))?;
         let prefaulted = self.prefault(files).map_err(|error| ("prefaulting a segment", error))?;
-        // Not before a segment has been prepared: until then a spare may be the next segment, or be in the span.
+        // Not before a segment has been prepared: until then a spare may become the next segment, or may be in the
+        // span.
         let trimmed = self.prepared.is_full() && files.trim().map_err(|error| ("removing a spare", error))?;
         Ok(if prepared || prefaulted || trimmed { Step::Worked } else { Step::Idle(self.retry_at) })
     }
 
-    /// Starts the pause after an attempt for which the storage was exhausted. Returns its end.
+    /// Starts the pause after an attempt that found the storage exhausted. Returns the end of the pause.
     pub(super) fn pause(&mut self, now: Instant) -> Instant {
         *self.retry_at.insert(now + RETRY)
     }
@@ -96,8 +97,8 @@ impl Preparer {
             return Ok(false);
         }
         let index = self.next_index;
-        // A segment is prepared as soon as the one before is begun, so this fails one segment before a back-link could
-        // wrap.
+        // A segment is prepared as soon as the segment before it is begun, so this fails one segment before a back-link
+        // could wrap.
         if index >= OFFSETS_END / files.log.segment_bytes {
             files.log.fail(FailureCause::OffsetsExhausted { end: Offset(OFFSETS_END) });
             self.shard_signal.notify();
@@ -179,9 +180,9 @@ impl Preparer {
             return Err(io::Error::new(io::ErrorKind::InvalidData, "the file's length is not that of a segment"));
         }
         if self.small_pages {
-            // A segment that was prepared and not begun has the name of a segment. Its first page must continue to say
-            // so: before the first bytes of an old life, a page of zeros would be damage, and a power cut may leave
-            // just that.
+            // A segment that was prepared and never begun has the name of a segment, and its first page must keep
+            // saying that it was never begun. If the first page were zeroed too, a power cut could leave a page of
+            // zeros before bytes of an earlier use, which counts as damage.
             storage.zero(path, HEADER_BYTES as u64)?;
         }
         Ok(memory)
@@ -191,7 +192,7 @@ impl Preparer {
     fn make_present(&self, memory: &mut Memory, files: &SegmentFiles) -> io::Result<()> {
         let advised = if self.small_pages { memory.advise_small() } else { memory.advise_huge() };
         if let Err(error) = advised {
-            tracing::debug!(%error, "the system takes no advice on page sizes");
+            tracing::debug!(%error, "the system does not accept advice on page sizes");
         }
         // The shard waits for its first segment; for later ones there is time.
         let ahead = if files.log.segments_len() == 0 { PREFAULT_STEP_BYTES } else { PREFAULT_BYTES };
@@ -221,7 +222,7 @@ impl Preparer {
     }
 }
 
-/// Blanks a segment before it gets its name: under that name nothing of an old life may be read.
+/// Blanks a segment before it gets its name: under that name no bytes of an earlier use may be read.
 fn blank(storage: &dyn Storage, memory: Memory, salt: u32) -> io::Result<Memory> {
     let mut half = WriteHalf::new(memory, 0);
     encode_prepared(salt, half.tail());

@@ -1,7 +1,7 @@
 //! Retention: frees the oldest segments of one shard, and recycles their files when no reader holds them.
 //!
 //! A segment is freed when the log is over its limits, the segment is durable, no consumer or gate needs it, and a
-//! checkpoint has the states that its events made. Retention asks the shard for that checkpoint.
+//! checkpoint has the states that its events led to. Retention asks the shard for that checkpoint.
 
 use std::io;
 use std::path::PathBuf;
@@ -22,8 +22,8 @@ use crate::sync::Signal;
 
 /// Interval between checks of freed segments that readers still hold.
 const READERS_CHECK: Duration = Duration::from_millis(100);
-/// Interval between checks of `durable` while retention waits for it. (A syncer that woke the keeper would do so a
-/// thousand times a second.)
+/// Interval between checks of `durable` while retention waits for it. (If the syncer woke the keeper instead, it would
+/// do so a thousand times a second.)
 const SYNC_CHECK: Duration = Duration::from_millis(100);
 /// Pause between a failed checkpoint and the next request for one.
 const RETRY_CHECKPOINT: Duration = Duration::from_millis(500);
@@ -33,11 +33,11 @@ const AGE_CHECK: Duration = Duration::from_secs(1);
 /// The reason why the oldest segment cannot be freed yet, with the end of the segment.
 #[derive(Debug, Clone, Copy)]
 enum Blocker {
-    /// It is not durable.
+    /// The segment is not durable.
     Sync(u64),
-    /// A consumer or a gate needs it.
+    /// A consumer or a gate needs the segment.
     Hold(u64),
-    /// No checkpoint covers it.
+    /// No checkpoint covers the segment.
     Checkpoint(u64),
 }
 
@@ -146,33 +146,33 @@ impl Reclaimer {
     fn is_over(&mut self, log: &ShardLog, oldest: u64, now: Now) -> bool {
         let over_bytes = self.limits.bytes_max.is_some_and(|max| log.segments_len() as u64 * log.segment_bytes > max);
         let over_age = self.limits.age_max.is_some_and(|max| {
-            // A header that is damaged by now gives a time that is never believed.
+            // A header that has been damaged since gives a time that is never believed.
             let begun = |index| log.segment(index).map(|segment| begun(&segment).unwrap_or_default());
             self.ages.is_over(oldest, max, now, begun)
         });
         over_bytes || over_age
     }
 
-    /// Returns what still needs the segment that ends at `freed_to`.
+    /// Returns the reason why the segment that ends at `freed_to` cannot be freed yet, if there is one.
     fn find_blocker(&self, log: &ShardLog, freed_to: u64) -> Option<Blocker> {
         if self.must_be_durable && log.durable.get() < freed_to {
             Some(Blocker::Sync(freed_to))
         } else if is_held(log, freed_to) {
             Some(Blocker::Hold(freed_to))
         } else if self.checkpoints.covered() < freed_to {
-            // The states that the freed events made must not go with them. Once anything was acknowledged, a checkpoint
-            // covers only what is durable.
+            // The states that the freed events led to must not be lost with them. Once anything was acknowledged, a
+            // checkpoint covers only durable events.
             Some(Blocker::Checkpoint(freed_to))
         } else {
             None
         }
     }
 
-    /// Takes the oldest segment out of the span and the log. Returns `false` if a consumer has meanwhile registered
-    /// that needs it.
+    /// Takes the oldest segment out of the span and the log. Returns `false` if a consumer that needs the segment has
+    /// registered meanwhile.
     fn free_oldest(&mut self, files: &mut SegmentFiles, next: u64, now: Now) -> io::Result<bool> {
         let log = Arc::clone(&files.log);
-        // A consumer that registers now finds the segment held, or gone.
+        // A consumer that registers at this moment finds the segment either held or gone.
         let freed = log.holds.free(log.first_offset(next), || {
             // The span first: after a crash in between, the file is surplus, not missing.
             files.shorten_span(next)?;
@@ -193,7 +193,7 @@ impl Reclaimer {
     fn recycle(&mut self, files: &mut SegmentFiles) -> io::Result<bool> {
         let (mut recycled, mut failed) = (false, None);
         for (path, memory) in std::mem::take(&mut self.retiring) {
-            // After a failure the others wait for the next attempt.
+            // After a failure the remaining files wait for the next attempt.
             let memory = if failed.is_none() { Arc::try_unwrap(memory) } else { Err(memory) };
             let memory = match memory {
                 Ok(memory) => memory,
@@ -219,8 +219,8 @@ impl Reclaimer {
         failed.map_or(Ok(recycled), Err)
     }
 
-    /// Requests the checkpoint that the next freeing needs when the current segment is half full: when it is full, a
-    /// freed file can be written again at once, and no new one is needed in between.
+    /// Requests the checkpoint that the next freeing needs as soon as the current segment is half full. When the
+    /// segment is full, a freed file can then be reused at once, and no new file is needed.
     fn ask_ahead(&self, log: &ShardLog) {
         let (appended, held) = (log.appended.get(), log.segments_len() as u64);
         let over = self.limits.bytes_max.and_then(|max| (held + 1).checked_sub(max / log.segment_bytes));
@@ -240,7 +240,7 @@ impl Reclaimer {
         }
     }
 
-    /// Starts the pause before the next request after a checkpoint failed, and ends it when it is over.
+    /// After a failed checkpoint, starts the pause before the next request; ends the pause when its time is over.
     fn notice_failed_checkpoints(&mut self, now: Instant) {
         let failed = self.checkpoints.failures();
         if failed != self.checkpoints_failed {

@@ -1,8 +1,8 @@
-//! The segment files of one shard's folder that are not in its log, and the span, which names those that are.
+//! The segment files in one shard's folder that are outside its log, and the span, which names the segments inside it.
 //!
-//! One writer: the keeper's thread. A change of the folder is durable before anyone relies on it: a segment's file and
-//! the span that names it before the shard gets the segment, the span without a segment before its file is written
-//! again.
+//! One writer: the keeper's thread. A change of the folder is durable before anything relies on it. A segment's file
+//! and the span that names it are durable before the shard gets the segment. The span without a freed segment is
+//! durable before the segment's file is reused.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -80,8 +80,8 @@ impl SegmentFiles {
         Ok(())
     }
 
-    /// Gives the file of a freed segment the name of a spare, or removes it if there are enough. Returns the spare's
-    /// path.
+    /// Gives the file of a freed segment the name of a spare, or removes the file if there are enough spares. Returns
+    /// the spare's path.
     pub(super) fn retire(&mut self, path: &Path) -> io::Result<Option<PathBuf>> {
         if self.spares.len() >= self.spares_max {
             self.storage.remove(path)?;

@@ -1,8 +1,8 @@
 //! Writes saved states to files. One per engine, so that no shard ever waits for the file system.
 //!
-//! A checkpoint counts once its file is complete and has its name. Where something was acknowledged as durable, by the
-//! mode or by a flush, the file is also durable then, and so is the log up to the checkpoint's end: no state comes back
-//! without its events, and retention frees no flushed event whose state a power cut could take.
+//! A checkpoint counts once its file is complete and has its name. If anything was acknowledged as durable, by the mode
+//! or by a flush, the file and the log up to the checkpoint's end must be durable first. No state can then come back
+//! without its events, and retention frees no flushed event whose state a power cut could erase.
 
 use std::io;
 use std::path::PathBuf;
@@ -32,9 +32,9 @@ pub(crate) struct SnapshotterRequests {
     pub(crate) ending: AtomicBool,
 }
 
-/// A file of snapshots of this length is followed by the next one.
+/// Length from which on a file of snapshots is complete: the next snapshots go to another file.
 const FILE_BYTES: u64 = 64 << 20;
-/// A checkpoint ends a file of snapshots of this length.
+/// A checkpoint completes the current file of snapshots if the file has at least this length.
 const FILE_BYTES_MIN: u64 = 8 << 20;
 /// Pause between a failure and the next file.
 const RETRY: Duration = Duration::from_secs(1);
@@ -53,7 +53,7 @@ pub(crate) struct ShardSnapshots {
     pub(crate) used: rtrb::Producer<Chunk>,
     pub(crate) state_version: u16,
     pub(crate) state: Root,
-    /// `false` where states are empty: nothing looks them up.
+    /// `false` if states are empty, because nothing looks them up.
     pub(crate) indexed: bool,
     pub(crate) next_number: u32,
     pub(crate) snapshots: Option<OpenFile>,
@@ -158,7 +158,7 @@ impl ShardSnapshots {
             Message::End { log_end, is_whole } => match self.checkpoint.take() {
                 Some(file) if is_whole => self.finishing = Some((file, log_end)),
                 Some(_) => self.fail_checkpoint(keeper, &io::Error::other("a state is too large to be saved")),
-                // It has failed before.
+                // The checkpoint has failed before.
                 None => {}
             },
         }
@@ -272,13 +272,13 @@ impl ShardSnapshots {
         held.path = path;
         let start = held.start;
         self.store.add(held, []);
-        // Snapshots after a checkpoint go to another file, so that whole files become useless together. A short file
-        // continues, or there would be very many.
+        // Snapshots after a checkpoint go to another file, so that all entries of a file become useless together. A
+        // short file is continued, to keep the number of files low.
         self.snapshots = self.snapshots.take().filter(|file| file.held.bytes < FILE_BYTES_MIN);
         let earliest = self.log.earliest();
         let lost = self.log.segment_of(earliest) > 0;
         let useless = self.store.take_useless(earliest, lost);
-        // The open file may be among them.
+        // The open file may be one of the useless files.
         self.snapshots = self.snapshots.take().filter(|file| !useless.contains(&file.held.path));
         for path in useless {
             if let Err(error) = storage.remove(&path) {
@@ -306,8 +306,8 @@ impl ShardSnapshots {
     }
 }
 
-/// Retention has freed the record that would identify a checkpoint's place: this checkpoint is older than the log, and
-/// the next will not be.
+/// The error for a checkpoint that is older than the log: retention has freed the record that would identify its place.
+/// The next checkpoint will not be too old.
 fn log_is_gone() -> io::Error {
     io::Error::other("retention has freed the log that the checkpoint covers")
 }

@@ -1,4 +1,4 @@
-//! The time that a step of background work is given, and its result.
+//! The time that is passed to a step of background work, and the result of the step.
 
 use std::time::Instant;
 
@@ -24,7 +24,7 @@ pub(crate) enum Step {
 }
 
 impl Step {
-    /// The result of two steps of workers that share a thread.
+    /// Combines the results of two steps, of workers that share a thread.
     pub(crate) fn and(self, other: Self) -> Self {
         match (self, other) {
             (Self::Worked, _) | (_, Self::Worked) => Self::Worked,

@@ -29,23 +29,23 @@ pub(crate) struct Syncer {
     pub(crate) storage: Arc<dyn Storage>,
     pub(crate) requests: Arc<SyncRequests>,
     pub(crate) lanes: Arc<LaneRegistry>,
-    /// Wakes the shard, which closes its lanes after a failed sync, and marks the log when a sync has caught up.
+    /// Wakes the shard, which closes its lanes after a failed sync, and writes a mark when a sync has caught up.
     pub(crate) shard_signal: Arc<Signal>,
     pub(crate) durability: Durability,
     pub(crate) marks: rtrb::Consumer<UnsyncedRun>,
     pub(crate) recorder: Recorder,
     pub(crate) counters: Arc<Counters>,
-    /// Measures syncs and latencies. It decides nothing.
+    /// Measures syncs and latencies. No decision depends on it.
     pub(crate) clock: Clock,
     /// The time of the last sync, or of the first step.
     pub(crate) synced_at: Option<Instant>,
 }
 
-/// Shortest interval between the beginnings of two syncs in `GroupCommit`. More syncs do not shorten anyone's wait:
-/// each wakes the device, flushes other cores' address translations and takes a core from producers and shards.
+/// Shortest interval between the beginnings of two syncs in `GroupCommit`. More frequent syncs would shorten no wait:
+/// each sync wakes the device, flushes other cores' address translations and takes a core from producers and shards.
 const SYNC_EVERY: Duration = Duration::from_micros(900);
 
-/// When the next sync is due.
+/// The time of the next sync.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Due {
     Now,
@@ -78,7 +78,7 @@ impl Syncer {
         }
     }
 
-    /// Wakes all threads that wait for a sync: there will be no more.
+    /// Wakes all threads that wait for a sync: there will be no more syncs.
     fn end(&self) -> Step {
         self.shard_signal.notify();
         self.lanes.wake_all();
@@ -91,7 +91,7 @@ impl Syncer {
         let durable = self.log.durable.get();
         let appended = self.log.appended.get();
         let due = match self.durability {
-            // The thread wakes at `wake_at` for the interval.
+            // With a `wake_at`, the thread wakes by itself when the interval ends.
             Durability::GroupCommit | Durability::Periodic(_) => wake_at.is_none() && appended > durable,
             Durability::OsCache => false,
         };
@@ -102,7 +102,7 @@ impl Syncer {
             || (appended <= durable && self.lanes.is_behind())
     }
 
-    /// Returns when the next sync is due.
+    /// Returns the time of the next sync.
     fn due(&self, is_ending: bool, synced_at: Instant, now: Instant) -> Due {
         let durable = self.log.durable.get();
         if self.log.appended.get() <= durable {
@@ -119,8 +119,8 @@ impl Syncer {
         if now >= at { Due::Now } else { Due::At(at) }
     }
 
-    /// Raises the durable counts of lanes that counted events after their sync: the shard publishes the log's watermark
-    /// before a lane's count, and a sync in between covers events that no lane has counted yet.
+    /// Raises the durable counts of lanes that counted events only after these were synced: the shard publishes the
+    /// log's watermark before a lane's count, so a sync in between covers events that no lane has counted yet.
     fn settle(&mut self) {
         if self.log.appended.get() > self.log.durable.get() || !self.lanes.is_behind() {
             return;
@@ -142,7 +142,7 @@ impl Syncer {
         self.log.durable.publish(durable);
         self.log.synced.reached(durable);
         self.lanes.flushed(durable);
-        // A shard at rest writes a mark.
+        // An idle shard then writes a mark.
         self.shard_signal.notify();
         let now = self.clock.now();
         while let Ok(mark) = self.marks.peek() {
@@ -164,12 +164,12 @@ impl Syncer {
         let target = self.log.appended.get();
         let from = self.log.durable.get();
         let started = self.clock.now();
-        // In the other modes a checkpoint is synced before it counts. Locked until the log is durable: a checkpoint
-        // that is published afterwards is synced as well.
+        // In `OsCache` mode, the lock is held until the log is durable, so that a checkpoint published afterwards is
+        // synced as well. (In the other modes, a checkpoint is synced before it counts.)
         let log = Arc::clone(&self.log);
         let mut unsynced = (self.durability == Durability::OsCache).then(|| lock(&log.unsynced));
         // The checkpoint stands for events that retention freed before anything was acknowledged. It becomes durable
-        // first, together with the log up to its end.
+        // before anything is acknowledged, together with the log up to the checkpoint's end.
         let checkpoint = unsynced.as_mut().and_then(|unsynced| unsynced.take());
         let log_end = checkpoint.as_ref().map_or(0, |(_, log_end)| log_end.0);
         let target = target.max(log_end);
@@ -195,8 +195,8 @@ impl Syncer {
         let (first, last) = (self.log.segment_of(Offset(from)), self.log.segment_of(Offset(to)));
         for index in first..=last {
             let Some(segment) = self.log.segment(index) else {
-                // Not begun (the range ends at its beginning), or freed by retention before it was durable: in
-                // `OsCache` mode, while nothing was acknowledged.
+                // The segment has not begun (the range ends at its beginning), or retention freed it before it was
+                // durable (in `OsCache` mode, while nothing was acknowledged).
                 continue;
             };
             let base = index * self.log.segment_bytes;
@@ -204,8 +204,8 @@ impl Syncer {
             let first_record = self.log.first_offset(index).0;
             let start = if from <= first_record { 0 } else { (from - base) as usize };
             let committed = segment.memory.committed();
-            // The last sync of a segment includes the zero word after its last record: in a recycled segment old bytes
-            // would be there after a power cut, and the log would seem damaged before the next segment.
+            // The last sync of a segment includes the zero word after its last record: otherwise, after a power cut, a
+            // recycled segment could have old bytes there, and the log would seem damaged before the next segment.
             let end = if index < last {
                 (committed + END_WORD_BYTES).min(segment.memory.len())
             } else {

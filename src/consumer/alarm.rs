@@ -1,4 +1,4 @@
-//! Wakes a task at a given time, on a thread of its own: it must work with any async runtime.
+//! Wakes a task at a given time. The alarm has a thread of its own, so that it works with any async runtime.
 
 use std::sync::Arc;
 use std::task::Waker;
@@ -12,7 +12,7 @@ struct Next {
     is_over: bool,
 }
 
-/// The time and the task to wake then.
+/// The time, and the task to wake at that time.
 #[derive(Debug)]
 pub(super) struct Alarm {
     next: Arc<Mutex<Next>>,

@@ -1,4 +1,4 @@
-//! One shard's log as the store assigns it to a consumer, with the progress that the consumer has saved.
+//! One shard's log, assigned to a consumer, with the consumer's saved progress.
 
 use std::sync::Arc;
 

@@ -1,4 +1,4 @@
-//! The entry point for applications: sets a consumer up and starts it.
+//! The entry point for applications: sets up a consumer and starts it.
 
 use std::fmt;
 use std::sync::Arc;
@@ -74,15 +74,15 @@ impl<E: Event> ConsumerBuilder<E> {
     }
 
     /// Delivers events as soon as they are appended, not only when they are durable. After a power cut the consumer may
-    /// have handled events that the log lost. In durability mode `OsCache` this is always so. Default: durable events
-    /// only.
+    /// have handled events that the log lost. In durability mode `OsCache`, events are always delivered like this.
+    /// Default: durable events only.
     pub fn before_durable(mut self) -> Self {
         self.settings.sight = Sight::Appended;
         self
     }
 
-    /// Sets the number of keys handled at the same time, each key in order, 1..=65,536. Above 1, as many threads call
-    /// the handler. Default: 1, on the consumer's own thread.
+    /// Sets the number of keys handled at the same time, each key in order, 1..=65,536. Above 1, this number of threads
+    /// calls the handler. Default: 1, on the consumer's own thread.
     pub fn concurrency(mut self, concurrency: usize) -> Self {
         self.settings.concurrency = concurrency;
         self
@@ -107,8 +107,8 @@ impl<E: Event> ConsumerBuilder<E> {
         self
     }
 
-    /// Decides about each error that a handler returns, given the attempt's number: for example that no retry can help.
-    /// Panics follow the retry policy.
+    /// Sets a function that decides about each error that a handler returns, given the attempt's number. It may, for
+    /// example, decide that no retry can help. Panics follow the retry policy.
     pub fn judge(mut self, judge: impl Fn(&HandlerError, u32) -> Judgement + Send + Sync + 'static) -> Self {
         self.settings.judge = Some(Arc::new(judge));
         self
@@ -153,11 +153,11 @@ impl<E: Event> ConsumerBuilder<E> {
         self.start_with(move |event: &E::Archived, meta: &Meta, _: &Call<'_>| handler(event, meta))
     }
 
-    /// As [`ConsumerBuilder::start`], for handlers with side effects: [`Call`] identifies each effect and tells whether
-    /// it has already run.
+    /// Does the same as [`ConsumerBuilder::start`], for handlers with side effects: [`Call`] identifies each effect and
+    /// tells whether it has already run.
     ///
     /// # Errors
-    /// As [`ConsumerBuilder::start`].
+    /// The same as for [`ConsumerBuilder::start`].
     pub fn start_with<F>(self, handler: F) -> Result<Consumer<E>, ConsumerError>
     where
         F: Fn(&E::Archived, &Meta, &Call<'_>) -> Result<(), HandlerError> + Send + Sync + 'static,
@@ -173,7 +173,7 @@ impl<E: Event> ConsumerBuilder<E> {
     /// Returns a consumer without threads, driven by the application's own thread or task.
     ///
     /// # Errors
-    /// As [`ConsumerBuilder::start`].
+    /// The same as for [`ConsumerBuilder::start`].
     pub fn poller(self) -> Result<Poller<E>, ConsumerError> {
         let services = Arc::clone(&self.services);
         self.driver().map(|driver| Poller::new(services, driver))

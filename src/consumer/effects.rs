@@ -1,4 +1,4 @@
-//! Side effects of a handler: each has a key that identifies repeats, and none runs again after a seek.
+//! Side effects of a handler. Each has a key that identifies repeats, and no side effect runs again after a seek.
 
 use std::fmt;
 
@@ -30,16 +30,16 @@ impl<'a> Call<'a> {
         self.is_rebuild
     }
 
-    /// Returns a key that is the same for every attempt at this event by this consumer, also after a crash, and unique
-    /// to them.
+    /// Returns a key that is the same for every attempt at this event by this consumer, even after a crash, and that no
+    /// other event or consumer has.
     #[must_use]
     pub fn effect_key(&self) -> EffectKey<'a> {
         EffectKey { consumer: self.consumer, id: self.id }
     }
 
-    /// Runs a side effect, unless this is a rebuild: a mail, a payment, a message to another system. `effect` passes
+    /// Runs a side effect (a mail, a payment, a message to another system), unless this is a rebuild. `effect` passes
     /// the key on to the receiver, which uses it to drop repeats: an effect that ran before a crash, and whose success
-    /// was not saved, runs again with the same key. Returns `None` if this is a rebuild; `effect` was not called.
+    /// was not saved, runs again with the same key. Returns `None`, without calling `effect`, if this is a rebuild.
     ///
     /// ```
     /// # use corelane::consumer::Call;

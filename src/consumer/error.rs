@@ -6,7 +6,7 @@ use super::dead_letter::answer::{LettersError, WriteRefused};
 use crate::error::{ConfigError, OpenError, PositionError, ReadError, WaitError};
 use crate::event::{Offset, ShardId};
 
-/// Why a consumer did not do what it was asked to do.
+/// The reason why a call to a consumer failed.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ConsumerError {
@@ -46,7 +46,7 @@ pub enum ConsumerError {
     /// The consumer has ended: it was stopped or, with a reason, ended by itself.
     #[error("the consumer has ended{}", failure.as_ref().map(|why| format!(": {why}")).unwrap_or_default())]
     Ended {
-        /// Why it ended by itself.
+        /// The reason, if it ended by itself.
         failure: Option<ConsumerFailure>,
     },
     /// The consumer does not answer in time: its thread is inside a handler.
@@ -58,13 +58,13 @@ pub enum ConsumerError {
     /// More keys have dead letters than [`super::QueuePolicy::keys_max`].
     #[error("more keys have dead letters than the queue policy allows: raise keys_max")]
     TooManyKeys,
-    /// The position of the consumer or of its sink is not of this log: it was made from other events. Nothing is
-    /// delivered. Rebuild a sink's data with [`super::ConsumerBuilder::start_sink_over`]; remove any other consumer and
-    /// register it again.
+    /// The saved position of the consumer or of its sink belongs to a log with other events. Nothing is delivered.
+    /// Rebuild a sink's data with [`super::ConsumerBuilder::start_sink_over`]; remove any other consumer and register
+    /// it again.
     #[error(transparent)]
     Position(PositionError),
-    /// A sink has no position for a shard whose events were delivered before: its data is gone. Nothing is delivered
-    /// until it is started over ([`super::ConsumerBuilder::start_sink_over`]).
+    /// A sink has no position for a shard whose events were delivered before: the sink's data is gone. Nothing is
+    /// delivered until the sink is started over ([`super::ConsumerBuilder::start_sink_over`]).
     #[error(
         "shard {shard}: the sink has no position, but events up to offset {delivered} were delivered before: restore its data, or use start_sink_over"
     )]
@@ -76,7 +76,7 @@ pub enum ConsumerError {
     },
     /// A sink cannot be started over: retention has freed its first events.
     #[error(
-        "shard {shard}: the sink began at offset {began}, but the earliest event held is at {earliest}: remove it and register it again"
+        "shard {shard}: the sink began at offset {began}, but the earliest event held is at {earliest}: remove the consumer and register it again"
     )]
     BeginningGone {
         /// The shard.
@@ -98,10 +98,10 @@ pub enum ConsumerError {
         /// The panic's message.
         text: String,
     },
-    /// Its files.
+    /// The consumer's files could not be read or written.
     #[error(transparent)]
     Files(#[from] OpenError),
-    /// Its dead letters could not be read.
+    /// The consumer's dead letters could not be read.
     #[error(transparent)]
     Letters(#[from] LettersError),
     /// A record could not be written.
@@ -137,8 +137,8 @@ impl From<ReadError> for ConsumerError {
     }
 }
 
-/// Why a consumer ended by itself, or could not be started: an error that can be kept and compared. Failures with the
-/// same text are equal.
+/// The reason why a consumer ended by itself, or could not be started: an error that can be kept and compared. Failures
+/// with the same text are equal.
 #[derive(Debug, Clone)]
 pub struct ConsumerFailure(Arc<ConsumerError>);
 

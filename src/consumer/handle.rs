@@ -17,7 +17,7 @@ use crate::error::WaitError;
 use crate::event::{Event, EventId, Key, Offset, ShardId};
 use crate::sync::{Deadline, GaveUp, promise};
 
-/// How long a call waits for the consumer's thread, which may be inside a handler.
+/// The time that a call waits for the consumer's thread, which may be inside a handler.
 const ANSWER_TIME: Duration = Duration::from_secs(10);
 
 /// A running consumer. Dropping it stops it. It stays registered in the store, and the next start continues from its
@@ -84,7 +84,7 @@ impl<E: Event> Consumer<E> {
     /// Ends a pause or a halt. The event that halted the consumer runs first.
     ///
     /// # Errors
-    /// As [`Consumer::pause`].
+    /// The same as for [`Consumer::pause`].
     pub fn resume(&self) -> Result<(), ConsumerError> {
         self.ask(Driver::resume)
     }
@@ -95,8 +95,8 @@ impl<E: Event> Consumer<E> {
     /// discarded events are delivered again. A halted consumer resumes.
     ///
     /// # Errors
-    /// As [`Consumer::pause`], and from inside a handler on any of its threads; `Read` if the log no longer holds the
-    /// position.
+    /// The same as for [`Consumer::pause`], and from inside a handler on any of its threads; `Read` if the log no
+    /// longer holds the position.
     pub fn seek(&self, start: Start) -> Result<(), ConsumerError> {
         if !self.shared.life.may_await() {
             return Err(WaitError::OnEngineThread.into());
@@ -117,10 +117,10 @@ impl<E: Event> Consumer<E> {
         sought
     }
 
-    /// Returns up to `max` dead letters behind `after`, ordered by key and offset.
+    /// Returns up to `max` dead letters that follow `after`, ordered by key and offset.
     ///
     /// # Errors
-    /// As [`Consumer::pause`]; errors of the dead letters' files.
+    /// The same as for [`Consumer::pause`]; errors of the dead letters' files.
     pub fn dead_letters(&self, after: Option<(Key, Offset)>, max: usize) -> Result<Vec<DeadLetter>, ConsumerError> {
         self.ask(move |driver| driver.letters().list(after, max))?.map_err(Into::into)
     }
@@ -129,7 +129,7 @@ impl<E: Event> Consumer<E> {
     /// letters is live again. Returns the number of keys started; [`Consumer::report`] shows the outcome.
     ///
     /// # Errors
-    /// As [`Consumer::pause`].
+    /// The same as for [`Consumer::pause`].
     pub fn reprocess(&self, which: LetterSelector) -> Result<usize, ConsumerError> {
         self.ask(move |driver| driver.reprocess(which))
     }
@@ -137,7 +137,7 @@ impl<E: Event> Consumer<E> {
     /// Discards dead letters, each with a record. Returns the number discarded.
     ///
     /// # Errors
-    /// As [`Consumer::pause`]; errors of the dead letters' files.
+    /// The same as for [`Consumer::pause`]; errors of the dead letters' files.
     pub fn discard(&self, which: LetterSelector) -> Result<u64, ConsumerError> {
         self.ask(move |driver| driver.discard(which))?
     }
@@ -146,13 +146,13 @@ impl<E: Event> Consumer<E> {
     /// if an event waited.
     ///
     /// # Errors
-    /// As [`Consumer::pause`].
+    /// The same as for [`Consumer::pause`].
     pub fn gap_filled(&self, key: Key) -> Result<bool, ConsumerError> {
         self.ask(move |driver| driver.gap_filled(key))
     }
 
-    /// Keeps the records of a shard's events from `from` on until the watch is dropped: the caller will ask how they
-    /// ended.
+    /// Keeps the records of a shard's events from `from` on until the watch is dropped. The caller will ask how these
+    /// events ended.
     pub(crate) fn watch(&self, shard: ShardId, from: Offset) -> Watch {
         self.shared.watches.watch(shard, from)
     }
@@ -185,7 +185,7 @@ impl<E: Event> Consumer<E> {
     /// Saves the position now. It is durable when this returns.
     ///
     /// # Errors
-    /// As [`Consumer::pause`]; errors of the file system.
+    /// The same as for [`Consumer::pause`]; errors of the file system.
     pub fn save(&self) -> Result<(), ConsumerError> {
         self.ask(Driver::save)?
     }

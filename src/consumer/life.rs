@@ -9,7 +9,7 @@ use crate::error::panic_text;
 use crate::sync::block_until;
 use crate::sync::{AtomicBool, AtomicU64, Mutex, Ordering, Role, Waiters, lock, may_wait, role, take_role, thread};
 
-/// How long dropping a handle waits for the thread to end.
+/// The time that dropping a handle waits for the thread to end.
 const DROP_TIME: Duration = Duration::from_secs(5);
 
 /// The state shared by a consumer's thread and its handles.
@@ -20,7 +20,7 @@ pub(crate) struct Life {
     given_up: AtomicBool,
     thread: Mutex<Option<thread::Thread>>,
     began: Instant,
-    /// Since when the thread has been inside a handler, in ns since `began`; 0 if it is not.
+    /// The time when the thread entered its handler, in ns since `began`; 0 if it is not inside a handler.
     in_handler_since_ns: AtomicU64,
     /// 1 once the thread has ended.
     ended: AtomicU64,
@@ -97,7 +97,7 @@ impl Life {
         block_until(deadline, |waker| self.ending.register(1, waker), over).is_ok()
     }
 
-    /// Stops the thread and waits for its end. `failure` returns why it had ended by itself, if it had.
+    /// Stops the thread and waits for its end. `failure` returns the reason if the thread had ended by itself.
     pub(super) fn stop(
         &self,
         name: &str,
@@ -116,19 +116,19 @@ impl Life {
         failure().map_or(Ok(()), |failure| Err(ConsumerError::Ended { failure: Some(failure) }))
     }
 
-    /// Stops the thread of a dropped handle. Waits for its end, unless `stop` has waited before.
+    /// Stops the thread of a dropped handle. Waits for the thread's end, unless `stop` has waited before.
     pub(super) fn stop_dropped(&self, name: &str) {
         if self.given_up.load(Ordering::Relaxed) {
             return;
         }
         self.ask_to_stop();
-        // On its own thread it ends when its handler returns.
+        // If this is the consumer's own thread, the thread ends when its handler returns.
         if self.may_await() && !self.await_end(Some(Instant::now() + DROP_TIME)) {
             tracing::error!(consumer = name, "a consumer's handler hangs; its thread is left behind");
         }
     }
 
-    /// Runs the thread's work and catches panics. Returns why it ended by itself, if it did.
+    /// Runs the thread's work and catches panics. Returns the reason if it ended by itself.
     pub(super) fn run(&self, name: &str, body: impl FnOnce() -> Result<(), ConsumerError>) -> Option<ConsumerFailure> {
         *lock(&self.thread) = Some(thread::current());
         self.take_thread(true);
@@ -162,7 +162,7 @@ impl Life {
         self.now()
     }
 
-    /// Returns how long the thread has been inside a handler, if it is.
+    /// Returns the time that the thread has been inside a handler, if it is.
     pub(super) fn in_handler_for(&self) -> Option<Duration> {
         let since_ns = self.in_handler_since_ns.load(Ordering::Relaxed);
         (since_ns > 0).then(|| self.now().saturating_sub(Duration::from_nanos(since_ns)))

@@ -2,10 +2,10 @@
 //!
 //! | part | its job |
 //! |---|---|
-//! | [`ConsumerBuilder`] | Sets a consumer up and starts it: with its own threads ([`Consumer`]), without ([`Poller`]), or as a [`Sink`]. |
+//! | [`ConsumerBuilder`] | Sets up a consumer and starts it: with its own threads ([`Consumer`]), without ([`Poller`]), or as a [`Sink`]. |
 //! | `driver` | Decides what one consumer does next. No thread, no waiting; the time is an argument. |
 //! | `key_queues` | Keeps each key's events in order, and knows the position below which all events are done. |
-//! | `retry`, `health` | When is a failed attempt repeated? May the service be called now? |
+//! | `retry`, `health` | Decide when a failed attempt is repeated, and whether the service may be called now. |
 //! | `dead_letter` | The files of events that were parked or skipped. |
 //! | `running`, `sink`, [`Poller`] | The shells that own threads, call handlers and wait. |
 

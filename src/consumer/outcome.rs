@@ -1,15 +1,15 @@
-//! How an event ended, and why a consumer halted. Data only.
+//! The outcome of an event, and the cause of a halt. Data only.
 
 use crate::event::{EventId, Key};
 
-/// Why a consumer calls no handler until it is resumed.
+/// The reason why a consumer calls no handler until it is resumed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum HaltCause {
-    /// An attempt was judged [`super::Judgement::Halt`], or its attempts are used up and [`super::Exhausted::Halt`] is
-    /// set.
+    /// An attempt was judged [`super::Judgement::Halt`], or an event's attempts are used up and
+    /// [`super::Exhausted::Halt`] is set.
     Event {
-        /// The event. It is the first to be handled after the halt.
+        /// The event, which is the first to be handled after the halt.
         id: EventId,
         /// The event's key.
         key: Key,
@@ -25,15 +25,15 @@ pub enum HaltCause {
     },
 }
 
-/// How an event ended that a caller waited for.
+/// The outcome of an event that a caller waited for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Handled {
-    /// It was handled, or the consumer does not follow its type.
+    /// The event was handled, or the consumer does not follow its type.
     Yes,
-    /// It was recorded as a dead letter, or as skipped.
+    /// The event was recorded as a dead letter, or as skipped.
     Recorded,
-    /// The consumer has passed the event, and how it ended is unknown: the consumer began behind it or was set behind
-    /// it, or it has saved its position since and forgotten the records before that position.
+    /// The consumer has passed the event, and its outcome is unknown: the consumer began after the event or was set to
+    /// a position after it, or it has since saved its position and forgotten the records before that position.
     Unknown,
 }

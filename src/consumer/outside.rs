@@ -1,5 +1,5 @@
 //! Reads a store's consumers from another process, beside a running engine, and leaves requests for them as files.
-//! Changes nothing else.
+//! Nothing else is changed.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -28,9 +28,9 @@ pub struct Registered {
     pub positions: Vec<Offset>,
     /// The highest offset that its position file names in every shard. Opening the store cuts it at the log's end.
     pub reaches: Vec<Offset>,
-    /// The furthest position that it has read in every shard. It identifies the log.
+    /// The furthest position that it has read in every shard. This position identifies the log.
     pub seen: Vec<Position>,
-    /// Requests that wait or are not completed.
+    /// Number of requests that are waiting or not completed.
     pub requests: usize,
 }
 
@@ -94,8 +94,8 @@ impl DeadLetters {
     pub fn open(store: &Store, consumer: &str) -> Result<Self, OpenError> {
         let path = dir_of(store, consumer);
         let storage: Arc<dyn Storage> = Arc::clone(store.files()) as _;
-        // Read before the letters, so that every letter that it names is there. If it is damaged, [`registered`]
-        // reports that.
+        // Read the position file before the letters, so that every letter that it names is there. If the file is
+        // damaged, [`registered`] reports that.
         let checkpoint = ConsumerPosition::load(&*storage, &path).ok().flatten();
         let shards = checkpoint.as_ref().map_or(usize::from(store.shards()), |checkpoint| checkpoint.shards.len());
         open_outside(&storage, &path, checkpoint.unwrap_or_default().letters, shards).map(Self)
@@ -112,7 +112,7 @@ impl DeadLetters {
         self.0.keys().map(|(key, _, letters)| (key, letters))
     }
 
-    /// Returns up to `max` letters behind `after`, ordered by key and offset, with their events' archives.
+    /// Returns up to `max` letters that follow `after`, ordered by key and offset, with their events' archives.
     ///
     /// # Errors
     /// The file system's error; an entry that was damaged since [`DeadLetters::open`].
@@ -127,7 +127,7 @@ impl DeadLetters {
     /// Returns the letter of an event.
     ///
     /// # Errors
-    /// As [`DeadLetters::list`].
+    /// The same as for [`DeadLetters::list`].
     pub fn show(&self, id: EventId) -> Result<Option<(DeadLetter, AlignedVec<16>)>, LettersError> {
         let key = self.0.keys().map(|(key, _, _)| key).find(|key| self.0.ids_of(*key).any(|other| other == id));
         key.map_or(Ok(None), |key| self.0.show(key, id))
@@ -135,7 +135,7 @@ impl DeadLetters {
 }
 
 /// Leaves a request for a consumer of `store`; durable when this returns. A running consumer takes it up within about a
-/// second, any other when it is started. A crash repeats what it interrupts.
+/// second, any other when it is started. A request that a crash interrupts is repeated.
 ///
 /// # Errors
 /// `NotRegistered`; the file system's error.

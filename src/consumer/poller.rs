@@ -21,12 +21,12 @@ use crate::log::access::Access;
 use crate::log::finder::Finder;
 use crate::sync::{Deadline, Mutex, lock, may_wait, thread_waker};
 
-/// How often the report for `Engine::consumers` is renewed while there is work.
+/// The interval at which the report for `Engine::consumers` is renewed while there is work.
 const SHOW_EVERY: Duration = Duration::from_millis(100);
 
-/// A consumer without threads. Its owner takes deliveries and reports how each ended; meanwhile no other event of that
-/// key is delivered. Retries, dead letters and saved positions are the same as with threads, and happen inside these
-/// calls: call often.
+/// A consumer without threads. Its owner takes deliveries and reports the outcome of each; until then no other event of
+/// that key is delivered. Retries, dead letters and saved positions work as with threads, but inside these calls, so
+/// call them often.
 ///
 /// Dropping it saves as [`Poller::save`] does. Deliveries in flight at that time are delivered again. The attempts of
 /// an event are counted while the poller lives; the next poller counts from 1.
@@ -99,8 +99,8 @@ impl<E: Event> Poller<E> {
         Self { services, driver, finders, access, clock, alarm: None, shown, show_at }
     }
 
-    /// Replaces the clock by a function that returns the time since a fixed moment, and never falls. For tests of
-    /// retries.
+    /// Replaces the clock by a function that returns the time since a fixed moment. This time must never fall. For
+    /// tests of retries.
     #[cfg(any(test, feature = "test-util"))]
     #[must_use]
     pub fn clock(mut self, clock: impl Fn() -> Duration + Send + 'static) -> Self {
@@ -138,10 +138,11 @@ impl<E: Event> Poller<E> {
         self.show_at = now + SHOW_EVERY;
     }
 
-    /// Returns up to `max` deliveries, at most as many as may be in flight.
+    /// Returns up to `max` deliveries, limited by the number that may be in flight.
     ///
     /// # Errors
-    /// As [`Poller::next`]. Deliveries taken before the error are returned, and the next call returns the error.
+    /// The same as for [`Poller::next`]. Deliveries taken before the error are returned, and the next call returns the
+    /// error.
     pub fn next_batch(&mut self, max: usize) -> Result<Vec<Delivery>, ConsumerError> {
         let mut batch = Vec::new();
         while batch.len() < max {
@@ -159,7 +160,7 @@ impl<E: Event> Poller<E> {
     /// Returns the delivered event in place; its `meta.sequence` is unknown. `None` if it cannot be decoded: report
     /// that with [`Poller::undecodable`], which returns the error if the log is damaged.
     pub fn event<'a>(&'a mut self, delivery: &'a Delivery) -> Option<(&'a E::Archived, Meta)> {
-        // If the log cannot be read, `undecodable` reads it too, and returns that error.
+        // If the log cannot be read, `undecodable` meets the same error and returns it.
         delivery.0.event::<E>(&mut self.finders[delivery.0.shard], &mut self.access).ok().flatten()
     }
 
@@ -177,7 +178,7 @@ impl<E: Event> Poller<E> {
     /// Reports that the handler failed. The consumer's policies decide what follows.
     ///
     /// # Errors
-    /// As [`Poller::succeeded`].
+    /// The same as for [`Poller::succeeded`].
     ///
     /// # Panics
     /// If another poller made the delivery.
@@ -188,7 +189,7 @@ impl<E: Event> Poller<E> {
     /// Reports that the event cannot be decoded. Its key is parked with it.
     ///
     /// # Errors
-    /// As [`Poller::succeeded`].
+    /// The same as for [`Poller::succeeded`].
     ///
     /// # Panics
     /// If another poller made the delivery.
@@ -225,16 +226,16 @@ impl<E: Event> Poller<E> {
         Ok(())
     }
 
-    /// Completes when [`Poller::next`] may have an event: for tasks, on any runtime. A thread of the poller, started
+    /// Completes when [`Poller::next`] may have an event. For tasks, on any runtime. A thread of the poller, started
     /// with the first call, wakes the task when a retry or a probe is due.
     pub fn ready(&mut self) -> impl Future<Output = ()> + '_ {
         HasEvent { poller: self, is_first: true }
     }
 
-    /// Returns the next event as soon as there is one: for tasks.
+    /// Returns the next event as soon as there is one. For tasks.
     ///
     /// # Errors
-    /// As [`Poller::next`].
+    /// The same as for [`Poller::next`].
     pub async fn next_async(&mut self) -> Result<Delivery, ConsumerError> {
         loop {
             if let Some(delivery) = self.next()? {
@@ -255,7 +256,7 @@ impl<E: Event> Poller<E> {
     ///
     /// # Errors
     /// Errors of the file system; `Records` if there is no room for more dead letters; `Wait` if the log does not
-    /// become durable. The next call saves whatever could not be saved now, or the events are delivered again.
+    /// become durable. The next call saves the rest. Without a further call, the unsaved events are delivered again.
     pub fn save(&mut self) -> Result<(), ConsumerError> {
         self.driver.save()
     }

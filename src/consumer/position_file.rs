@@ -1,7 +1,7 @@
 //! A consumer's position: the file that registers it and says which events are done. `FORMAT.md` §17 has the bytes.
 //!
-//! One writer: the consumer's driver (while the store is being opened: the opening thread). The file is replaced as a whole, so a
-//! crash leaves the old or the new one. A restart repeats only the events that ended after the last save.
+//! One writer: the consumer's driver (while the store is being opened: the opening thread). The file is replaced as a
+//! whole, so a crash leaves the old or the new one. A restart repeats only the events that ended after the last save.
 
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
@@ -15,13 +15,13 @@ use crate::log::position::Position;
 use crate::storage::framed::{Frame, FrameError, Reader, Writer};
 use crate::storage::{Storage, replace};
 
-/// A position of no shards.
+/// The frame of the file. The shortest content is a position of no shards.
 const FRAME: Frame = Frame { magic: *b"coreckpt", bytes_min: 36 };
-/// The file's name in the consumer's folder. It is older than the word "position" for it.
+/// The file's name in the consumer's folder. The name is older than the term "position".
 const NAME: &str = "checkpoint";
 /// The file's name while the consumer is being removed.
 const REMOVED: &str = "removed";
-/// The number of unfinished events that are named. Events after the last named one are offered again.
+/// The maximum number of unfinished events that are named. Events after the last named one are offered again.
 const UNFINISHED_MAX: usize = 1 << 16;
 
 /// The position of a consumer in a whole store.
@@ -35,11 +35,11 @@ pub(crate) struct ConsumerPosition {
 /// The position of a consumer in one shard.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Progress {
-    /// Every event below is done: handled, or recorded as parked or skipped.
+    /// Every event below this offset is done: handled, or recorded as parked or skipped.
     pub(crate) position: Offset,
-    /// Of the events below, all but `unfinished` are done. None at or above it is.
+    /// Of the events below this offset, all but `unfinished` are done. No event at or above it is done.
     pub(crate) read: Offset,
-    /// Side effects of the events below have already run: `position` when the consumer was set back.
+    /// Side effects of the events below this offset have already run. Set to `position` when the consumer is set back.
     pub(crate) effects_from: Offset,
     /// The offset where the consumer began when it was registered.
     pub(crate) began: Offset,
@@ -62,7 +62,7 @@ impl Progress {
         Self { position, read: position, seen, unfinished: Vec::new(), ..*self }
     }
 
-    /// The progress with these unfinished events. Those that are too many to be named are offered again.
+    /// The progress with these unfinished events. If there are too many to be named, the others are offered again.
     pub(crate) fn new(
         position: Offset,
         read: Offset,
@@ -86,8 +86,8 @@ impl Progress {
         (position > read || !follows || unfinished.len() > UNFINISHED_MAX).then_some("its offsets are out of order")
     }
 
-    /// Forgets offsets at or beyond `end`: the log has lost those events, and will store others there. Returns `true` if there
-    /// was one.
+    /// Forgets offsets at or beyond `end`: the log has lost those events, and will store others there. Returns `true`
+    /// if there were any.
     pub(crate) fn cut(&mut self, end: Offset) -> bool {
         let before = self.clone();
         self.unfinished.retain(|offset| *offset < end);
@@ -198,7 +198,8 @@ pub(crate) fn clear(storage: &dyn Storage, dir: &Path) -> std::io::Result<()> {
     }
     names.iter().filter(|name| *name != REMOVED).try_for_each(|name| remove(name))?;
     storage.sync_dir(dir)?;
-    // Last: dead letters without this file and without a position look like those of a consumer that has lost its position.
+    // Remove this file last: dead letters without this file and without a position look like those of a consumer that
+    // has lost its position.
     remove(REMOVED)?;
     storage.sync_dir(dir)
 }
@@ -232,7 +233,7 @@ pub(crate) fn names(storage: &dyn Storage, store: &Path) -> Result<Vec<String>, 
 pub(crate) struct RegisteredConsumer {
     pub(crate) name: String,
     pub(crate) position: ConsumerPosition,
-    /// The position differs from the saved one, which names events that the logs have lost.
+    /// `true` if the position differs from the saved one, which names events that the logs have lost.
     is_cut: bool,
 }
 
@@ -248,8 +249,8 @@ impl RegisteredConsumer {
     }
 }
 
-/// Makes the names in a consumer's folder durable. A killed process may have renamed the position without a sync, and retention
-/// frees events by the positions that it finds.
+/// Makes the names in a consumer's folder durable. A killed process may have renamed the position without a sync, and
+/// retention frees events by the positions that it finds.
 fn sync_names(storage: &dyn Storage, dir: &Path) -> std::io::Result<()> {
     match storage.sync_dir(dir) {
         // A dangling link, or a file that is not a folder and so not a consumer's.
@@ -258,7 +259,8 @@ fn sync_names(storage: &dyn Storage, dir: &Path) -> std::io::Result<()> {
     }
 }
 
-/// Loads the positions of all consumers and cuts them at `ends`, the ends of the logs that recovery has found. Changes no file.
+/// Loads the positions of all consumers and cuts them at `ends`, the ends of the logs that recovery has found. Changes
+/// no file.
 pub(crate) fn cut_all(
     storage: &dyn Storage,
     store: &Path,

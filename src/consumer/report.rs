@@ -11,7 +11,7 @@ use crate::config::whole_ms;
 use crate::event::{Event, Offset};
 use crate::log::segment::ShardLog;
 
-/// The state of a consumer. Counts are of its present run, except those of dead letters.
+/// The state of a consumer. Counts cover its present run, except those of dead letters.
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub struct ConsumerReport {
@@ -19,11 +19,11 @@ pub struct ConsumerReport {
     pub name: String,
     /// `true` while threads or a poller drive it. If not, only positions, lag, dead letters and the failure are known.
     pub is_running: bool,
-    /// It handles no event until it is resumed.
+    /// `true` if it handles no event until it is resumed.
     pub is_paused: bool,
-    /// Why it halted.
+    /// The cause, if it halted.
     pub halted: Option<HaltCause>,
-    /// Why it ended by itself, or why its last start failed. Kept until the next start.
+    /// The reason why it ended by itself, or why its last start failed. Kept until the next start.
     pub failure: Option<ConsumerFailure>,
     /// Events in the logs that it reads, of any type, now.
     pub published: u64,
@@ -37,7 +37,7 @@ pub struct ConsumerReport {
     pub parked: u64,
     /// Events being handled.
     pub running: usize,
-    /// How long the oldest of them has been running.
+    /// The time for which the oldest of them has been running.
     pub running_since: Option<Duration>,
     /// Keys that wait for a retry or a gap.
     pub retrying: usize,
@@ -45,7 +45,7 @@ pub struct ConsumerReport {
     pub unfinished: usize,
     /// Events, of any type, that are not read yet. Known while it runs.
     pub unread: u64,
-    /// Bytes of the logs behind its saved positions.
+    /// Bytes of the logs after its saved positions.
     pub lag_bytes: u64,
     /// Its saved position in every shard. Retention keeps every event at or after it.
     pub positions: Vec<Offset>,
@@ -58,7 +58,7 @@ pub struct ConsumerReport {
     pub write_failures: (u64, u64),
     /// Events read.
     read: u64,
-    /// Whether the files of dead letters could be read.
+    /// `true` if the files of dead letters could be read.
     knows_letters: bool,
 }
 
@@ -105,7 +105,7 @@ impl ConsumerReport {
         self.unread = if self.is_running { self.published.saturating_sub(self.read) } else { 0 };
     }
 
-    /// Notes how many events of all that were ever appended the consumer has read.
+    /// Notes the number of events that the consumer has read, of all events ever appended.
     pub(crate) fn set_read(&mut self, events: u64) {
         (self.read, self.is_running) = (events, true);
         self.unread = self.published.saturating_sub(events);
@@ -182,7 +182,7 @@ const FIGURES: [Figure; 16] = [
 const KNOWN_AT_REST: [&str; 4] = ["lag_bytes", "is_running", "is_failed", DEAD_LETTERS];
 const DEAD_LETTERS: &str = "dead_letters";
 
-/// Returns the reports as Prometheus text, to append to [`crate::metrics::Metrics::prometheus`]. Counts are of the consumer's
+/// Returns the reports as Prometheus text, to append to [`crate::metrics::Metrics::prometheus`]. Counts cover the consumer's
 /// present run. For a consumer that does not run, only lag, dead letters and failure are included: a 0 would be
 /// mistaken for a count. The label `reason` of `corelane_consumer_failure` holds the failure.
 #[must_use]

@@ -1,7 +1,7 @@
 //! Requests to a consumer from outside, each a small file in its folder: `FORMAT.md` §18 has the bytes.
 //!
-//! Two writers, one after the other: the requester creates the file, whole or not at all; from then on it belongs to the driver, which
-//! removes it when the request is carried out. So a crash repeats a request and loses none.
+//! Two writers, one after the other. The requester creates the file, whole or not at all. From then on the file belongs
+//! to the driver, which removes it when the request is carried out. So a crash may repeat a request, but loses none.
 
 use std::io::{self, ErrorKind};
 use std::path::Path;
@@ -73,7 +73,7 @@ impl Request {
 /// Leaves a request in a consumer's folder; durable when it returns.
 pub(crate) fn leave(storage: &dyn Storage, dir: &Path, request: Request, at: Time) -> io::Result<()> {
     static LEFT: AtomicU64 = AtomicU64::new(0);
-    // Names rise, also when the clock was set back, so a driver takes requests in the order in which they were left.
+    // Names rise even if the clock was set back, so a driver takes requests in the order in which they were left.
     let newest = waiting(storage, dir)?.iter().filter_map(|name| left_at(name)).max();
     let at = at.max(newest.map_or(Time(0), |newest| Time(newest.0.saturating_add(1))));
     let (process, count) = (std::process::id(), LEFT.fetch_add(1, Ordering::Relaxed));
@@ -93,7 +93,7 @@ pub(crate) fn waiting(storage: &dyn Storage, dir: &Path) -> io::Result<Vec<Strin
     Ok(names)
 }
 
-/// Returns the names of the invalid requests in a consumer's folder, and what is wrong with each.
+/// Returns the names of the invalid requests in a consumer's folder, each with the reason why it is invalid.
 pub(crate) fn broken(storage: &dyn Storage, dir: &Path) -> io::Result<Vec<(String, &'static str)>> {
     let mut broken = Vec::new();
     for name in waiting(storage, dir)? {
@@ -114,7 +114,7 @@ pub(super) struct Taken {
     name: String,
     /// `None`: the file is invalid and must be put aside.
     pub(super) request: Option<Request>,
-    /// The keys that still have letters to be dealt with.
+    /// The keys with letters that the request still has to handle or discard.
     pub(super) keys: Vec<Key>,
 }
 
@@ -159,7 +159,8 @@ impl Requests {
         Ok(())
     }
 
-    /// Removes a request that is carried out, or puts an invalid one aside, durably. Returns `false` if the caller must try again.
+    /// Removes a request that is carried out, or puts an invalid one aside, durably. Returns `false` if the caller must
+    /// try again.
     pub(super) fn end(&mut self, storage: &dyn Storage, dir: &Path, consumer: &str, taken: &Taken) -> bool {
         let path = dir.join(&taken.name);
         let ended = match taken.request {

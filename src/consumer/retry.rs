@@ -1,4 +1,4 @@
-//! When a failed attempt is repeated: pure functions of the number of failures and a random number.
+//! The delay before a failed attempt is repeated: pure functions of the number of failures and a random number.
 //!
 //! Independent of the cause of the failure and of the clock. The same policy, failures and seed give the same delays.
 
@@ -9,7 +9,7 @@ use crate::config::whole_ms;
 use crate::error::ConfigError;
 use crate::event::Key;
 
-/// How the delay grows with each failure.
+/// The growth of the delay with each failure.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Growth {
     /// base
@@ -111,8 +111,8 @@ fn thousandths(factor: f64) -> u64 {
     if factor >= 0.0 { (factor * 1000.0).ceil() as u64 } else { u64::MAX }
 }
 
-/// When a failed attempt is repeated, built by [`Retry`]. The default is exponential: 5 attempts, base 100 ms, factor
-/// 2, cap 30 s, jitter 0.5 to 1.5.
+/// The rule for repeating a failed attempt, built by [`Retry`]. The default is exponential: 5 attempts, base 100 ms,
+/// factor 2, cap 30 s, jitter 0.5 to 1.5.
 #[derive(Debug, Clone, PartialEq)]
 pub struct RetryPolicy {
     growth: Growth,
@@ -147,8 +147,8 @@ impl RetryPolicy {
     /// Returns the consequence of the `failures`-th failure of an event (1 is the first). Draws once from `rng` if
     /// there is a retry.
     ///
-    /// The delay is uniform in the part of delay × jitter that is below the cap. So no delay exceeds the cap, and
-    /// delays near the cap still differ.
+    /// The delay is uniform in the part of the range delay × jitter that is below the cap. So no delay exceeds the cap,
+    /// and delays near the cap still differ.
     ///
     /// # Panics
     /// If `failures` is 0.

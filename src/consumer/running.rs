@@ -1,7 +1,7 @@
 //! A consumer's threads: the shell around a driver. One thread drives; with a concurrency above 1, worker threads call
 //! the handler.
 //!
-//! Idle threads sleep. The log, a call of the handle, a worker that is done, or the time wakes them.
+//! Idle threads sleep. They are woken by the log, by a call of the handle, by a worker that is done, or at a due time.
 
 use std::sync::Arc;
 use std::task::Waker;
@@ -30,8 +30,8 @@ use crate::sync::{Promise, promise};
 const SLICE: usize = 4096;
 /// The longest time before other work gets its turn.
 const SLICE_TIME: Duration = Duration::from_millis(2);
-/// Number and length of the naps after the last event, before the thread asks the log to wake it. Under load the shards
-/// then wake no one.
+/// Number and length of the naps after the last event, before the thread asks the log to wake it. Under load, the
+/// shards then need to wake no thread.
 const LINGERS: u32 = 8;
 const LINGER: Duration = Duration::from_micros(250);
 
@@ -150,7 +150,7 @@ pub(super) fn start<E: Event>(
     let leaving = Arc::clone(&services);
     let ending = Arc::clone(&shared);
     let left = name.clone();
-    // Before the thread may unregister itself.
+    // Register before the thread can unregister itself.
     services.note_running(&name, Arc::clone(&shared) as Arc<dyn Running>);
     let spawned = spawn(&services, name.clone(), move || {
         let failure = ending.life.run(&left, || shell.run(&*handler));
@@ -168,7 +168,8 @@ pub(super) fn start<E: Event>(
         ending.life.end();
     });
     if spawned.is_err() {
-        // A call may have found the consumer meanwhile and wait for it. The caller of `start` notes the failure.
+        // A caller may have found the consumer meanwhile, and may be waiting for it. The caller of `start` notes the
+        // failure.
         drop(shared.asks.close());
         shared.life.end();
     }
@@ -193,7 +194,7 @@ struct Shell<E: Event> {
     shared: Arc<ConsumerShared<E>>,
     jobs: Sender<Job>,
     outcomes: Receiver<Outcome>,
-    /// Jobs at workers, and since when.
+    /// Jobs at workers, each with the time when it was sent.
     out: Vec<((usize, Offset), Duration)>,
     idle_rounds: u32,
     /// Wakes this thread. Created when it first sleeps.
@@ -207,8 +208,8 @@ impl<E: Event> Shell<E> {
 
     fn run(&mut self, handler: &impl Serve<E>) -> Result<(), ConsumerError> {
         let driven = self.drive(handler);
-        // A record that could not be written is decided again. `stop` returns that error, unless the consumer ended by
-        // an earlier one.
+        // An event whose record could not be written is judged again in the next run. `stop` returns that error, unless
+        // the consumer ended by an earlier one.
         let saved = self.driver.save();
         if let (Err(_), Err(error)) = (&driven, &saved) {
             let consumer = &*self.driver.settings().name;
@@ -222,7 +223,7 @@ impl<E: Event> Shell<E> {
         driven.and(saved)
     }
 
-    /// Drives until it is asked to stop and no job is in flight.
+    /// Drives the consumer until it is asked to stop and no job is in flight.
     fn drive(&mut self, handler: &impl Serve<E>) -> Result<(), ConsumerError> {
         let mut finders: Vec<_> = self.driver.followers().iter().map(|follower| follower.finder()).collect();
         let mut access = Access::new::<E>();

@@ -43,12 +43,12 @@ pub(crate) trait Running: Send + Sync {
 /// A registered consumer.
 struct Known {
     holds: Vec<Arc<Hold>>,
-    /// Threads or a poller drive it.
+    /// `true` if threads or a poller drive it.
     is_driven: bool,
     running: Option<Arc<dyn Running>>,
     /// The last report of its poller, if it has one.
     shown: Option<Arc<Mutex<ConsumerReport>>>,
-    /// Why it ended by itself, or why its last start failed.
+    /// The reason why it ended by itself, or why its last start failed.
     failure: Option<ConsumerFailure>,
     /// Its dead letters while it does not run. Read on first use.
     letters: Option<LetterStatistics>,
@@ -76,10 +76,10 @@ pub(crate) struct Services {
     lock: Arc<dyn Lock>,
     keeper: Arc<KeeperRequests>,
     shards: Vec<(Arc<ShardLog>, Arc<SyncRequests>)>,
-    /// The durability mode syncs by itself.
+    /// `true` if the durability mode syncs by itself.
     pub(crate) syncs: bool,
     known: Mutex<BTreeMap<String, Known>>,
-    /// Whether the engine has been shut down.
+    /// Says whether the engine has been shut down.
     closed: Mutex<Closed>,
 }
 
@@ -264,7 +264,7 @@ impl Services {
         }
         let dir = self.dir(name);
         let io = |source| OpenError::Io { action: "removing a consumer from", path: dir.clone(), source };
-        // The position file first: without it the consumer does not exist, whatever files remain.
+        // Remove the position file first: without it the consumer does not exist, whatever files remain.
         ConsumerPosition::remove(&*self.storage, &dir).map_err(io)?;
         self.release(&known.holds);
         all.remove(name);
@@ -316,11 +316,12 @@ impl Services {
     /// Waits until every running consumer has handled or recorded every event that is visible now.
     ///
     /// # Errors
-    /// As [`Running::drain`] of the first that cannot be drained; `Ended` if a registered consumer has failed.
+    /// The error of [`Running::drain`] for the first consumer that cannot be drained; `Ended` if a registered consumer
+    /// has failed.
     pub(crate) fn drain(&self, deadline: Option<Instant>) -> Result<(), ConsumerError> {
         self.check_none_failed()?;
         let running = self.running();
-        // Before waiting for any: one of them may own the current thread.
+        // Check before waiting for any: one of them may own the current thread.
         if !running.iter().all(|running| running.life().may_await()) {
             return Err(WaitError::OnEngineThread.into());
         }

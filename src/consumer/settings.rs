@@ -13,28 +13,28 @@ use crate::error::HandlerError;
 use crate::event::{Event, EventTypeId, Time};
 use crate::log::reader::Sight;
 
-/// Where a new consumer starts, or where a consumer is set to.
+/// The place where a new consumer starts, or to which a consumer is set.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum Start {
     /// At the earliest event that the log holds.
     #[default]
     Beginning,
-    /// Behind the newest event.
+    /// After the newest event.
     Latest,
-    /// At each shard's first event at or after this time. Times may fall, so earlier events may follow that event;
-    /// every event before it is earlier.
+    /// At each shard's first event at or after this time. Times may fall, so events with earlier times may follow that
+    /// event; every event before it has an earlier time.
     Time(Time),
 }
 
-/// What happens to an event whose attempts are used up.
+/// The policy for an event whose attempts are used up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum Exhausted {
-    /// It becomes a dead letter and its key is parked: later events of the key become dead letters behind it.
+    /// The event becomes a dead letter and its key is parked: later events of the key become dead letters behind it.
     #[default]
     Park,
-    /// It is skipped, with a record, and its key continues.
+    /// The event is skipped, with a record, and its key continues.
     Skip,
     /// The consumer halts until it is resumed. The event stays the first of its key.
     Halt,
@@ -49,7 +49,7 @@ pub enum Judgement {
     ByPolicy,
     /// Try again after this long, however many attempts were made.
     RetryIn(Duration),
-    /// An event is missing before it: try again after [`super::Consumer::gap_filled`], or when
+    /// An event is missing before this one: try again after [`super::Consumer::gap_filled`], or when
     /// [`super::QueuePolicy::gap_wait_max`] has passed. It does not count as an attempt.
     AwaitGap,
     /// Park the key, with this event as its first dead letter.

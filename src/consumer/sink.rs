@@ -29,10 +29,10 @@ use crate::log::position::Position;
 use crate::log::reader::{Reader, Record};
 use crate::sync::{AtomicBool, AtomicU64, Deadline, Mutex, Ordering, lock, thread, thread_waker};
 
-/// Takes in events together with the position behind them: for example a database with transactions. A [`Position`] is
-/// 40 bytes or a text of 80 characters. The sink keeps one per shard and returns it unchanged. It identifies the log: a
-/// position of another store, or of another history of this one (after restoring a copy of the store or of the
-/// database), ends the sink with a typed failure.
+/// Takes in events together with the position after them: for example a database with transactions. A [`Position`] is
+/// 40 bytes or a text of 80 characters. The sink keeps one position per shard and returns it unchanged. The position
+/// identifies the log: a position of another store, or of another history of this store (after restoring a copy of the
+/// store or of the database), ends the sink with a typed failure.
 ///
 /// ```
 /// # use corelane::consumer::{Batch, Sink};
@@ -61,15 +61,15 @@ use crate::sync::{AtomicBool, AtomicU64, Deadline, Mutex, Ordering, lock, thread
 /// ```
 pub trait Sink<E: Event>: Send + 'static {
     /// Returns the position that was kept with the data, or `None` if there is none for this shard yet: delivery then
-    /// begins where the sink was registered. If events were delivered before, `None` is
+    /// begins where the sink was registered. If events were delivered before, `None` ends the sink with
     /// [`ConsumerError::PositionGone`]. Called when the sink starts, and after every failed batch.
     ///
     /// # Errors
     /// Any error of reading the position. The retry policy decides when it is called again.
     fn position(&mut self, shard: ShardId) -> Result<Option<Position>, HandlerError>;
 
-    /// Takes in a batch of events for the sink: its effects on the data, and [`Batch::end`], in one transaction. All of
-    /// it or nothing.
+    /// Takes in a batch of events: stores the batch's effects on the data, and [`Batch::end`], in one transaction, all
+    /// or nothing.
     ///
     /// # Errors
     /// The batch was not taken in, and is delivered again. If it was taken in after all, `position` must return its
@@ -85,7 +85,7 @@ pub struct Batch<'a, E: Event> {
     filter: &'a Filter,
     left: usize,
     events: u64,
-    /// The log could not be read further.
+    /// `true` if the log could not be read further.
     is_cut: bool,
 }
 
@@ -94,8 +94,8 @@ impl<E: Event> Batch<'_, E> {
     /// takes in the events before it, and then ends with that error.
     ///
     /// # Errors
-    /// As [`Reader::next`], if that offset comes first: there is nothing to take in. The position and [`Batch::end`]
-    /// stay.
+    /// The same as for [`Reader::next`], if that offset comes first: there is nothing to take in. The position and
+    /// [`Batch::end`] stay.
     #[expect(clippy::should_implement_trait, reason = "lends from the log, which Iterator cannot")]
     pub fn next(&mut self) -> Result<Option<Record<'_, E>>, ReadError> {
         if self.left == 0 {
@@ -129,8 +129,8 @@ impl<E: Event> Batch<'_, E> {
         self.reader.shard()
     }
 
-    /// Returns the position behind the events taken from the batch until now. After the last event, it is the position
-    /// to keep with the data.
+    /// Returns the position after the events taken from the batch so far. After the last event, it is the position to
+    /// keep with the data.
     #[must_use]
     pub fn end(&self) -> Position {
         self.reader.position_after(&self.begun)
@@ -142,10 +142,11 @@ impl<E: Event> Batch<'_, E> {
 struct SinkShared {
     life: Life,
     paused: AtomicBool,
-    /// Asks for another attempt after a halt.
+    /// Set to ask for another attempt after a halt.
     resumed: AtomicBool,
     report: Mutex<ConsumerReport>,
-    /// The number of the last call of `drain`, and of the last call that was answered: its events have been taken in.
+    /// The number of the last call of `drain`, and of the last call that was answered because its events have been
+    /// taken in.
     drains: AtomicU64,
     drained: AtomicU64,
 }
@@ -239,7 +240,7 @@ impl Drop for SinkConsumer {
 struct SinkShard<E: Event> {
     reader: Reader<E>,
     hold: Arc<Hold>,
-    /// The sink holds all events below.
+    /// The sink holds all events before this position.
     position: Position,
 }
 
@@ -248,7 +249,7 @@ struct SinkRunner<E: Event, S: Sink<E>> {
     sink: S,
     shards: Vec<SinkShard<E>>,
     assigned: Vec<AssignedShard>,
-    /// A sink has no dead letters, but a consumer of the same name may have left some.
+    /// The end of the dead letters. A sink has none, but a consumer of the same name may have left some.
     letters: FileEnd,
     letters_left: LetterStatistics,
     /// The saved progress, shard by shard.
@@ -261,7 +262,7 @@ struct SinkRunner<E: Event, S: Sink<E>> {
     rng: JitterRng,
     /// Failed attempts at the present batch.
     failures: u32,
-    /// The sink must be asked for its positions: the fate of the last batch is unknown.
+    /// `true` if the sink must be asked for its positions, because the fate of the last batch is unknown.
     is_lost: bool,
     next_at: Duration,
     saved: Vec<Position>,
@@ -278,7 +279,7 @@ impl<E: Event> ConsumerBuilder<E> {
     /// attempts are used up the sink halts, to keep the order.
     ///
     /// # Errors
-    /// As [`ConsumerBuilder::start`].
+    /// The same as for [`ConsumerBuilder::start`].
     pub fn start_sink(self, batch_max: usize, sink: impl Sink<E>) -> Result<SinkConsumer, ConsumerError> {
         self.run_sink(batch_max, sink, false)
     }
@@ -288,8 +289,8 @@ impl<E: Event> ConsumerBuilder<E> {
     /// start, then [`ConsumerBuilder::start_sink`] again.
     ///
     /// # Errors
-    /// As [`ConsumerBuilder::start`], and `BeginningGone` if retention has freed events that were delivered before:
-    /// remove the consumer and register it again, to begin with the earliest event held.
+    /// The same as for [`ConsumerBuilder::start`], and `BeginningGone` if retention has freed events that were
+    /// delivered before: remove the consumer and register it again, to begin with the earliest event held.
     pub fn start_sink_over(self, batch_max: usize, sink: impl Sink<E>) -> Result<SinkConsumer, ConsumerError> {
         self.run_sink(batch_max, sink, true)
     }
@@ -342,7 +343,7 @@ impl<E: Event> ConsumerBuilder<E> {
         let spawned = spawn(&services, name.clone(), move || runner.run_to_the_end());
         drop(spawned.map_err(|error| {
             let error = services.note_refused(&name, error);
-            // A call may have found the sink meanwhile and wait for it.
+            // A caller may have found the sink meanwhile, and may be waiting for it.
             shared.life.end();
             error
         })?);
@@ -377,7 +378,7 @@ fn prepare<E: Event>(
             let reader = Reader::<E>::at(Arc::clone(log), began, Arc::clone(lock))?;
             *progress = progress.at(reader.position()?);
         }
-        // Before anything is delivered: the next start must find it even if this one takes in nothing.
+        // Save before anything is delivered: the next start must find the beginning even if this one takes in nothing.
         let checkpoint = ConsumerPosition { letters, shards: progress.clone() };
         let saved = checkpoint.save(&*services.storage, &dir);
         saved.map_err(|source| OpenError::Io { action: "writing the position file in", path: dir, source })?;
@@ -424,7 +425,7 @@ impl<E: Event, S: Sink<E>> SinkRunner<E, S> {
         self.shared.life.now()
     }
 
-    /// Delivers a batch of every shard, or asks the sink for its positions. Returns the work done.
+    /// Delivers one batch per shard, or asks the sink for its positions. Returns the work done.
     fn step(&mut self) -> Result<usize, ConsumerError> {
         if self.is_lost {
             let Some(permit) = self.admit() else { return Ok(0) };
@@ -442,7 +443,7 @@ impl<E: Event, S: Sink<E>> SinkRunner<E, S> {
             }
             return Ok(usize::from(!self.is_lost));
         }
-        // Before the logs are read: the answer covers the events that are visible when `drain` is called.
+        // Read the number before the logs: the answer covers the events that are visible when `drain` is called.
         let question = self.shared.drains.load(Ordering::SeqCst);
         let mut taken = 0;
         for at in 0..self.shards.len() {
@@ -554,7 +555,7 @@ impl<E: Event, S: Sink<E>> SinkRunner<E, S> {
         let (events, is_cut) = (batch.events, batch.is_cut);
         self.shared.life.leave_handler();
         if is_cut && events == 0 {
-            // The log's error says why, whatever error the sink returned.
+            // Report the log's error, whatever error the sink returned.
             shard.reader.next()?;
             return Ok(Err("the log could not be read further".into()));
         }

@@ -1,4 +1,4 @@
-//! Events that callers will ask about: their records are kept although the consumer's position is past them.
+//! Events that callers will ask about: their records are kept even after the consumer's position has passed them.
 //!
 //! Writers: callers of `publish_sync`. The driver reads them when it saves.
 
@@ -18,7 +18,7 @@ impl Watches {
         Watch { watches: Arc::clone(self), shard, from }
     }
 
-    /// Returns the first watched event of a shard, if it is below `offset`; else `offset`.
+    /// Returns the first watched event of a shard if it is below `offset`, otherwise `offset`.
     pub(super) fn lowest(&self, shard: ShardId, offset: Offset) -> Offset {
         let watches = lock(&self.0);
         let of_shard = watches.iter().filter(|(watched, _)| *watched == shard);

@@ -22,7 +22,7 @@ pub(super) fn run_syncer(mut syncer: Syncer) {
     }
 }
 
-/// Runs the keeper until the engine ends. It never spins: the cores belong to threads that others wait for.
+/// Runs the keeper until the engine ends. It never spins: that would take a core from a thread that others wait for.
 pub(super) fn run_keeper(mut keeper: Keeper) {
     let mut idle = Idle::sleepy();
     loop {

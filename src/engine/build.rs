@@ -1,4 +1,4 @@
-//! Builds a shard, and the parts of the threads that serve it, from what recovery found.
+//! Builds a shard, and the parts of the threads that serve it, from the result of recovery.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -38,7 +38,7 @@ use crate::sync::{Arrivals, AtomicBool, Signal};
 
 /// Slots for runs of events between a shard and its syncer.
 const SYNC_MARKS: usize = 1 << 16;
-/// What a shard's turns record.
+/// The stages that a shard's turns record.
 const TURN_STAGES: [Stage; 8] = [
     Stage::Ring,
     Stage::Appended,
@@ -49,12 +49,12 @@ const TURN_STAGES: [Stage; 8] = [
     Stage::Turn,
     Stage::Batch,
 ];
-/// What a shard's syncer records.
+/// The stages that a shard's syncer records.
 const SYNC_STAGES: [Stage; 3] = [Stage::Durable, Stage::DurableDue, Stage::Sync];
 
-/// Returns how many chunks of 64 KiB for saved states go between one of `shards` and the snapshotter. With few shards
-/// they hold the snapshots of some million events: a snapshotter that waits for a processor or the file system must not
-/// make the shard skip any.
+/// Returns the number of 64 KiB chunks that carry saved states between each of the `shards` shards and the snapshotter.
+/// With few shards they hold the snapshots of a few million events: the shard must not skip any while the snapshotter
+/// waits for a processor or the file system.
 fn snapshot_chunks(shards: u16) -> usize {
     (128 / usize::from(shards)).clamp(8, 64)
 }
@@ -108,7 +108,7 @@ fn filled<A: Aggregate>(
     writers
 }
 
-/// A shard, and the ends that other threads keep of it.
+/// A shard, and the ends of its links that other threads hold.
 pub(super) struct Built<A: Aggregate> {
     pub(super) handle: Handle<A>,
     pub(super) kept: KeptShard,
@@ -118,7 +118,7 @@ pub(super) struct Built<A: Aggregate> {
     pub(super) syncer: Syncer,
 }
 
-/// The ends that several threads share of one shard.
+/// The ends of one shard's links that several threads share.
 struct Links {
     door: Arc<ShardDoor>,
     prepared: Arc<PreparedQueue>,
@@ -128,7 +128,7 @@ struct Links {
 }
 
 impl Context<'_> {
-    /// Makes a shard from what recovery found, and the parts of the other threads that serve it.
+    /// Makes a shard from the result of recovery, and the parts of the other threads that serve it.
     pub(super) fn build<A: Aggregate>(&self, id: ShardId, recovered: Recovered<A>, code: ShardCode<A>) -> Built<A> {
         let config = self.config;
         let Recovered { report, segments, resume, folder, saved, span, unused, spares, .. } = recovered;

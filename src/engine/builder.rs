@@ -94,7 +94,7 @@ impl<A: Aggregate> Builder<A> {
     /// Opens the store, recovers what it holds and starts the engine.
     ///
     /// # Errors
-    /// [`OpenError`]: why the store could not be opened.
+    /// [`OpenError`], with the reason why the store could not be opened.
     pub fn open(self) -> Result<Engine<A>, OpenError> {
         let mut config = self.config.validate()?;
         let storage: Arc<dyn Storage> = match self.storage {
@@ -109,8 +109,8 @@ impl<A: Aggregate> Engine<A> {
     /// Opens the store that `config` names, or creates it. [`Engine::recovery`] reports what it found.
     ///
     /// # Errors
-    /// [`OpenError`]: why the store could not be opened. The store is then unchanged, with one exception: an error
-    /// during the repairs of a sound store (a full disk, for example) may leave some of them done.
+    /// [`OpenError`], with the reason why the store could not be opened. The store is then unchanged, with one
+    /// exception: an error during the repairs of a sound store (a full disk, for example) may leave some of them done.
     pub fn open(config: Config) -> Result<Self, OpenError> {
         Self::builder(config).open()
     }

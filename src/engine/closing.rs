@@ -1,5 +1,5 @@
-//! Closing an engine. [`Closing`] holds everything that this needs apart from the engine itself, so that a drop which
-//! must not wait, or has waited long enough, can leave the rest to another thread.
+//! Closing an engine. [`Closing`] holds everything that this needs without the engine itself. A drop that must not
+//! wait, or has waited long enough, can leave the rest to another thread.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -16,8 +16,8 @@ use crate::metrics::Exchange;
 use crate::state::aggregate::Aggregate;
 use crate::sync::{Mutex, Ordering, Role, lock_until, role, thread};
 
-/// How long a drop waits for something that makes no progress: a full disk, a consumer's handler, a shard whose turn
-/// does not end.
+/// The time that a drop waits for something that makes no progress: a full disk, a consumer's handler, a shard whose
+/// turn does not end.
 const DROP_TIME: Duration = Duration::from_secs(10);
 
 /// Everything that is needed to close an engine.
@@ -60,7 +60,7 @@ impl ClosingShard {
 }
 
 impl Closing {
-    /// Returns `true` if the calling thread belongs to this engine, so that waiting for the end would wait for itself.
+    /// Returns `true` if the calling thread belongs to this engine: if it waited for the end, it would wait for itself.
     pub(super) fn is_own_thread(&self) -> bool {
         match role() {
             Role::Application => false,
@@ -74,13 +74,13 @@ impl Closing {
         for shard in &self.shards {
             shard.door.closing.store(true, Ordering::SeqCst);
             shard.door.signal.notify();
-            // No further checkpoint begins: wake its waiters, so that they see it.
+            // No further checkpoint begins. Wake the waiters for one, so that they notice.
             shard.checkpoints.wake_all();
         }
         // Another caller may hold the list until its own deadline.
         let Some(mut threads) = lock_until(&self.threads, deadline) else { return Err(WaitError::TimedOut) };
-        // Keeper and snapshotter were started first and end last: until their end the shards may need segments, and
-        // retention saved states.
+        // The keeper and the snapshotter were started first and end last: until the shards have ended, they may need
+        // segments, and retention may need saved states.
         let helpers: [&dyn Fn(); 2] = [&|| self.keeper.end(), &|| {
             self.snapshotter.ending.store(true, Ordering::SeqCst);
             self.snapshotter.signal.notify();

@@ -8,7 +8,7 @@ use crate::ingress::producer::Producer;
 use crate::state::aggregate::Aggregate;
 use crate::sync::{Deadline, may_wait};
 
-/// Why [`Engine::publish_sync`] cannot say that the event was published and handled.
+/// The reason why [`Engine::publish_sync`] cannot confirm that the event was published and handled.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum PublishSyncError<E> {
@@ -23,7 +23,7 @@ pub enum PublishSyncError<E> {
     Consumer {
         /// The consumer's name.
         consumer: String,
-        /// Why it did not.
+        /// The consumer's error.
         error: ConsumerError,
     },
     /// The event was appended and handled inline; this consumer was moved past it meanwhile, so it is not known whether
@@ -42,8 +42,8 @@ pub enum PublishSyncError<E> {
 }
 
 impl<A: Aggregate> Engine<A> {
-    /// Returns a builder for the durable consumer `name`. From the consumer's first start, retention keeps the events
-    /// that it has not finished, whether it runs or not, until [`Engine::remove_consumer`].
+    /// Returns a builder for the durable consumer `name`. From the consumer's first start, retention keeps the
+    /// consumer's unfinished events, whether it runs or not, until [`Engine::remove_consumer`].
     pub fn consumer(&self, name: &str) -> ConsumerBuilder<A::Event> {
         ConsumerBuilder::new(&self.services, name)
     }
@@ -76,7 +76,7 @@ impl<A: Aggregate> Engine<A> {
         }
         let shard = key.shard(self.config.shards);
         let from = Offset(self.shards[usize::from(shard.0)].door.log.appended.get());
-        // Before the publish: a consumer may be past the event before it is asked.
+        // Watch before publishing: a consumer may pass the event before it is asked about it.
         let watches: Vec<_> = consumers.iter().map(|consumer| consumer.watch(shard, from)).collect();
         let placed = producer.publish_placed(key, event, deadline).map_err(PublishSyncError::Rejected)?;
         let offset = placed?;
@@ -84,7 +84,7 @@ impl<A: Aggregate> Engine<A> {
         self.head(key, deadline)?;
         for consumer in consumers {
             let name = || consumer.name().to_owned();
-            // Retention keeps what a consumer has not finished, so a freed event says that the consumer was moved.
+            // Retention keeps a consumer's unfinished events, so if the event is freed, the consumer was moved past it.
             let Some(offset) = offset else { return Err(PublishSyncError::Unknown { consumer: name() }) };
             match consumer.wait_handled(key, EventId { shard, offset }, deadline) {
                 Ok(Handled::Yes) => {}

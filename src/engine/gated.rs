@@ -23,15 +23,15 @@ use crate::sync::Deadline;
 struct Resume<A: Aggregate> {
     positions: Option<Positions>,
     readers: Vec<Uncounted<A::Event>>,
-    /// There are no positions, and retention has freed the log's beginning.
+    /// `true` if there are no positions and retention has freed the log's beginning.
     has_lost_beginning: bool,
 }
 
 impl<A: Aggregate> Engine<A> {
     /// Opens a producer behind a sequence gate. For an event that this gate published, `source` returns the partition
-    /// and the sequence that the event came from; for every other event it returns `None`. The gate counts the log with
-    /// it, and the gaps recorded under `name`, to find the next sequence of each partition: a source may restart from
-    /// any earlier place, and no event is published twice.
+    /// and the sequence that the event came from; for every other event it returns `None`. With `source` and the gaps
+    /// recorded under `name`, the gate counts the log to find the next sequence of each partition. So the upstream may
+    /// restart from any earlier place, and no event is published twice.
     ///
     /// Waits until everything accepted before this call is durable. A `name` must keep its `source` for the life of the
     /// store.
@@ -65,7 +65,8 @@ impl<A: Aggregate> Engine<A> {
             let resumed = gate.resume(partition, expected, ahead);
             resumed.map_err(|_| GateOpenError::TooManyPartitions { partitions })?;
         }
-        // Recorded from now on: a later opening may find lower sequences, which came late.
+        // The starts are recorded now, because a later opening may find lower sequences in the log: those of late
+        // events.
         for (partition, sequence) in derived_starts {
             let recorded = files.add(&Entry::Start(Start { partition, sequence, time: wall_now() }));
             recorded.map_err(GateOpenError::Record)?;
@@ -88,7 +89,7 @@ impl<A: Aggregate> Engine<A> {
     /// gate.
     ///
     /// # Errors
-    /// `Name`; the error that reading the gate's file met.
+    /// `Name`; an error of reading the gate's file.
     pub fn gaps(&self, name: &str) -> Result<Vec<Gap>, GateOpenError> {
         Ok(self.gate_files(name)?.gaps()?)
     }
@@ -125,7 +126,7 @@ impl<A: Aggregate> Engine<A> {
         Ok(Resume { positions, readers, has_lost_beginning })
     }
 
-    /// Holds back retention for gates: from these offsets, shard by shard.
+    /// Sets the retention holds of gates at these offsets, shard by shard.
     pub(super) fn hold(&self, holds: &[(String, Vec<u64>)]) {
         for (name, offsets) in holds {
             for (shard, offset) in self.shards.iter().zip(offsets) {
@@ -138,8 +139,8 @@ impl<A: Aggregate> Engine<A> {
         self.shards.iter().any(|shard| shard.door.log.segment_of(shard.door.log.earliest()) > 0)
     }
 
-    /// Returns `true` if `error` says that a gate's positions belong to another log. While the log still has its
-    /// beginning, counting it again is exact, so damage, which looks the same, is treated the same.
+    /// Returns `true` if `error` says that a gate's positions belong to another log. Damage looks the same. While the
+    /// log still has its beginning, damage is treated the same, because counting the log again gives the exact result.
     fn is_of_another_log(&self, error: &ReadError) -> bool {
         matches!(error, ReadError::Position(_))
             || (matches!(error, ReadError::Corruption(_)) && !self.has_lost_beginning())

@@ -1,4 +1,4 @@
-//! What the engine keeps of a running shard: its door, its mailboxes and its counters.
+//! The engine's end of a running shard: its door, its mailboxes and its counters.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -62,8 +62,8 @@ impl<A: Aggregate> Handle<A> {
         })
     }
 
-    /// Runs `look` on the shard's key table and waits for the result until `deadline`. Asks nothing on a thread that
-    /// must not wait.
+    /// Runs `look` on the shard's key table and waits for the result until `deadline`. On a thread that must not wait,
+    /// fails without asking.
     pub(super) fn ask<T: Send + 'static>(
         &self,
         deadline: Option<Instant>,
@@ -81,7 +81,7 @@ impl<A: Aggregate> Handle<A> {
         if may_wait() { self.answer(self.question_state(key, look), None) } else { Err(WaitError::OnEngineThread) }
     }
 
-    /// As [`Handle::ask_state`], for tasks.
+    /// Does the same as [`Handle::ask_state`], for tasks.
     pub(super) async fn ask_state_async<T, F>(&self, key: Key, look: F) -> Result<T, WaitError>
     where
         T: Send + 'static,

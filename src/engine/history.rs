@@ -33,7 +33,7 @@ pub struct Comparison {
 
 /// Keys compared at a time: the shard's turn waits while this many states are cloned.
 const COMPARED: usize = 256;
-/// How often a read starts over because retention freed the events that it was reading.
+/// The maximum number of times that a read starts over because retention freed the events that it was reading.
 const FREED_MEANWHILE_MAX: usize = 16;
 
 /// Folds the next event of `stream` into `state` and returns its version; `None` at the end. A panic is an error.
@@ -131,7 +131,7 @@ impl<A: Aggregate> Engine<A> {
     /// Counts the events that the log holds, by type. Reads every record's header.
     ///
     /// # Errors
-    /// The error that reading met.
+    /// An error of reading the log.
     pub fn counts(&self) -> Result<Counts, ReadError> {
         count(self.readers())
     }
@@ -142,7 +142,7 @@ impl<A: Aggregate> Engine<A> {
     ///
     /// # Errors
     /// `BeyondRetention` with the earliest version whose state can be restored; `NotYet` for a version that does not
-    /// exist; the error that reading met.
+    /// exist; an error of reading the log.
     pub fn state_at(&self, key: Key, at: impl Into<AsOf>) -> Result<PastState<A>, HistoryError> {
         let shard = self.of(key);
         let at = at.into();
@@ -194,7 +194,7 @@ impl<A: Aggregate> Engine<A> {
     /// only if the log has lost its beginning.
     ///
     /// # Errors
-    /// As [`Engine::state_at`].
+    /// The same as for [`Engine::state_at`].
     pub fn rebuild(&self, key: Key) -> Result<(A, Version), HistoryError> {
         for _ in 0..FREED_MEANWHILE_MAX {
             match self.rebuild_once(key) {
@@ -229,7 +229,7 @@ impl<A: Aggregate> Engine<A> {
     /// time.
     ///
     /// # Errors
-    /// The error that reading met; `Wait` if a shard has ended.
+    /// An error of reading the log; `Wait` if a shard has ended.
     pub fn compare(&self) -> Result<Comparison, HistoryError>
     where
         A: PartialEq,
@@ -263,7 +263,7 @@ impl<A: Aggregate> Engine<A> {
         A: PartialEq,
     {
         let folder = self.refold(id, shard)?;
-        // A part of the table that grows during the walk is seen twice.
+        // If a part of the table grows during the walk, its keys are seen twice.
         let (mut met, mut differing) = (HashSet::new(), HashSet::new());
         let mut next = Some(Walk::default());
         while let Some(walk) = next {
@@ -300,7 +300,7 @@ impl<A: Aggregate> Engine<A> {
     /// log again.) Starts from the oldest checkpoint if the log has lost its beginning.
     ///
     /// # Errors
-    /// The error that reading met.
+    /// An error of reading the log.
     pub fn rebuild_all(&self, mut show: impl FnMut(Key, &A, Version)) -> Result<(), HistoryError> {
         for (i, shard) in self.shards.iter().enumerate() {
             let folder = self.refold(ShardId(i as u16), shard)?;
@@ -370,7 +370,7 @@ impl<A: Aggregate> Engine<A> {
         Ok(None)
     }
 
-    /// Clones the current states of some keys; also returns where the walk continues.
+    /// Clones the current states of some keys, and returns them with the rest of the walk.
     #[expect(clippy::type_complexity, reason = "a list and a position, used once")]
     fn states(&self, shard: &Handle<A>, walk: Walk) -> Result<(Vec<(Key, Version, A)>, Option<Walk>), WaitError> {
         shard.ask(None, move |keys| {

@@ -9,7 +9,7 @@
 // | `store_lock` | the locks on a store's folders |
 // | `gate_holds` | the parts of the log that sequence gates still need |
 // | `build` | a shard and everything around it |
-// | `handle` | what the engine keeps of a running shard |
+// | `handle` | the engine's end of a running shard |
 // | `closing` | shutdown, and the drop of an engine |
 // | `runner` | the loop of a shard's thread |
 // | `threads` | starting and joining threads |
@@ -84,9 +84,9 @@ pub type EventLog<E> = Engine<Stateless<E>>;
 
 /// An open store and its running threads: one per shard, one syncer per shard, and the background threads.
 ///
-/// Dropping it shuts it down. The drop waits at most ten seconds for events that a full disk keeps from being appended,
-/// and for a shard whose turn does not end. A drop on one of the engine's own threads (in an inline handler or a
-/// consumer's handler) does not wait; the engine then closes in the background.
+/// Dropping the engine shuts it down. The drop waits at most ten seconds for events that a full disk keeps from being
+/// appended, for consumers that do not end, and for a shard whose turn does not end. A drop on one of the engine's own
+/// threads (in an inline handler or a consumer's handler) does not wait; the engine then closes in the background.
 ///
 /// ```
 /// use corelane::{
@@ -155,7 +155,7 @@ impl<A: Aggregate> std::fmt::Debug for Engine<A> {
 }
 
 impl<A: Aggregate> Engine<A> {
-    /// What recovery found when the store was opened.
+    /// Returns the report of recovery, from the time when the store was opened.
     #[must_use]
     pub fn recovery(&self) -> &RecoveryReport {
         &self.recovery
@@ -228,7 +228,7 @@ impl<A: Aggregate> Engine<A> {
     /// Returns a reader of a shard's log that starts at the record that begins at `offset`.
     ///
     /// # Errors
-    /// `BeyondRetention`, `NotARecord`, or the error that reading met.
+    /// `BeyondRetention`, `NotARecord`, or an error of reading the log.
     ///
     /// # Panics
     /// If the store has no such shard.
@@ -239,8 +239,8 @@ impl<A: Aggregate> Engine<A> {
     /// Returns a reader of a shard's log that continues from a saved position.
     ///
     /// # Errors
-    /// `Position` if the position is from another log, or from another history of this one; `BeyondRetention`, or the
-    /// error that reading met.
+    /// `Position` if the position is from another log, or from another history of this one; `BeyondRetention`, or an
+    /// error of reading the log.
     pub fn reader_from(&self, position: &Position) -> Result<Reader<A::Event>, ReadError> {
         let (shard, shards) = (position.shard(), self.shards.len());
         // A position in a shard that this store does not have is from another store, which any shard's log reports.
@@ -248,9 +248,9 @@ impl<A: Aggregate> Engine<A> {
         position.reader(log, &self.lock)
     }
 
-    /// Waits until everything accepted before this call is appended and durable, in every durability mode, together
-    /// with everything it depends on: if retention has freed events in `OsCache` mode, the checkpoint that stands for
-    /// them becomes durable first. If a shard fails, the others are still flushed.
+    /// Waits until everything accepted before this call is appended and durable, in every durability mode. Whatever the
+    /// events depend on becomes durable first: if retention has freed events in `OsCache` mode, this is the checkpoint
+    /// that stands for them. If a shard fails, the others are still flushed.
     ///
     /// # Errors
     /// `ShardFailed` with the failure of the first shard that failed; `TimedOut` at `deadline`.

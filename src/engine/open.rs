@@ -84,7 +84,7 @@ pub(super) struct Repairs<'a> {
 }
 
 impl Repairs<'_> {
-    /// Creates a new store, cuts torn tails, and removes what was saved of events that are gone, all before anything is
+    /// Creates a new store, cuts torn tails, and removes saved states of events that are gone, all before anything is
     /// appended. Every step can be repeated: the next opening completes what a crash or an error leaves undone.
     pub(super) fn carry_out<A: Aggregate>(
         &self,
@@ -95,8 +95,8 @@ impl Repairs<'_> {
     ) -> Result<(), OpenError> {
         let Self { storage, dir, .. } = *self;
         if self.change == ManifestChange::NewStore {
-            // Folders, and their locks, before the manifest that promises them. A crash in between leaves empty
-            // folders, which the next attempt must accept.
+            // Create and lock the folders before saving the manifest that promises them. A crash in between leaves
+            // empty folders, which the next attempt must accept.
             for shard in 0..self.manifest.shards {
                 let path = shard_dir(dir, ShardId(shard));
                 let created = storage.create_dir(&path);
@@ -155,7 +155,7 @@ pub(super) fn recover<A: Aggregate>(
                 outcomes_kept: config.outcomes_kept,
                 known: &known,
             };
-            // A panic of the program's code is this shard's result.
+            // A panic of the program's code becomes this shard's result.
             let result = guard("code of the program", opening.shard, || opening.recover::<A>());
             let result = result.map_err(OpenError::from).flatten();
             lock(&results).push_back((i, result));

@@ -25,7 +25,7 @@ impl<A: Aggregate> Engine<A> {
     /// Does the same as [`Engine::ask`], for tasks.
     ///
     /// # Errors
-    /// As [`Engine::ask`].
+    /// The same as for [`Engine::ask`].
     pub async fn ask_async<T, F>(&self, key: Key, look: F) -> Result<T, WaitError>
     where
         T: Send + 'static,
@@ -37,7 +37,7 @@ impl<A: Aggregate> Engine<A> {
     /// Returns a key's current state and its version; `None` if the key has no event.
     ///
     /// # Errors
-    /// As [`Engine::ask`].
+    /// The same as for [`Engine::ask`].
     pub fn state(&self, key: Key) -> Result<Option<(A, Version)>, WaitError> {
         self.ask(key, |state, version| (version.0 > 0).then(|| (state.clone(), version)))
     }

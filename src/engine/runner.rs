@@ -15,7 +15,8 @@ use crate::sync::{AtomicBool, Idle, Ordering};
 /// Requests to a runner.
 #[derive(Debug, Default)]
 pub(crate) struct RunnerRequests {
-    /// Set when the engine is dropped: give up events that cannot be appended because the disk is full.
+    /// Set when the engine is dropped: the runner then gives up events that cannot be appended because the disk is
+    /// full.
     pub(crate) abandon: AtomicBool,
 }
 
@@ -95,8 +96,9 @@ fn send_last_snapshots<A: Aggregate>(shard: &mut Shard<A>, idle: &mut Idle) {
     }
 }
 
-/// Cores that pinned shards leave free: for a producer, and for the threads that sync, prepare and save. With fewer, one of these
-/// comes to run where a pinned shard is, which waits although another core may be free (docs/decisions/0013).
+/// Cores that pinned shards leave free: for a producer, and for the threads that sync, prepare and save. With fewer
+/// free cores, one of these threads ends up on a pinned shard's core, and the shard waits although another core may be
+/// free (docs/decisions/0013).
 const CORES_LEFT: usize = 2;
 
 /// Returns the core that each shard is pinned to.

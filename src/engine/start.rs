@@ -1,8 +1,8 @@
 //! Opening an engine, in order: read everything, make the program's handlers and views, start the threads, repair, and
 //! only then run.
 //!
-//! A store that is refused is left unchanged: everything that can fail comes before the first change, except for the
-//! changes themselves.
+//! A store that is refused is left unchanged: everything that can fail, except the changes themselves, comes before the
+//! first change.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -52,7 +52,7 @@ impl<A: Aggregate> Default for Code<A> {
     }
 }
 
-/// What the files of a store say, before anything is changed.
+/// The contents of a store's files, read before anything is changed.
 struct Inspected<A: Aggregate> {
     manifest: Manifest,
     change: ManifestChange,
@@ -113,7 +113,7 @@ impl<A: Aggregate> Inspected<A> {
         Ok(Self { manifest, change, recovered, consumers, holds })
     }
 
-    /// Makes the files what the engine needs before it appends anything.
+    /// Brings the files into the state that the engine needs before it appends anything.
     fn repair(&mut self, storage: &dyn Storage, config: &ValidConfig, lock: &mut StoreLock) -> Result<(), OpenError> {
         let repairs = Repairs { storage, dir: &config.dir, manifest: &self.manifest, change: self.change };
         repairs.carry_out(&mut self.recovered, &self.consumers, &self.holds, lock)

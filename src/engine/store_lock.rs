@@ -29,8 +29,8 @@ impl StoreLock {
 const LOCK_RETRIES: u32 = 10;
 const LOCK_PAUSE: Duration = Duration::from_millis(5);
 
-/// Returns the lock that `try_lock` takes. A tool that checks for a running engine holds the lock for a moment only:
-/// the retries outlast it.
+/// Returns the lock that `try_lock` takes. A tool that checks for a running engine holds the lock only for a moment,
+/// and the retries outlast that.
 fn retry<L>(mut try_lock: impl FnMut() -> io::Result<Option<L>>) -> io::Result<Option<L>> {
     for _ in 0..LOCK_RETRIES {
         match try_lock()? {

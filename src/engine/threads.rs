@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use crate::sync::thread;
 
-/// Starts named threads. A test can limit their number to play a system that refuses more.
+/// Starts named threads. A test can limit their number to simulate a system that refuses more.
 pub(super) struct Threads {
     /// Number of threads that may still be started.
     pub(super) left: usize,

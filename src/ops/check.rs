@@ -22,7 +22,7 @@ use crate::state::snapshot::format::{End, FILE_HEADER_BYTES, FileHeader, Kind, U
 use crate::state::snapshot::store::{file_number, whole};
 use crate::storage::Storage;
 
-/// How often a file is read before it counts as damaged: a running engine may be writing it.
+/// Number of reads after which an invalid file counts as damaged: until then, a running engine may be writing it.
 const LOOKS_MAX: u32 = 5;
 /// The pause between two reads of one file.
 const LOOK_AGAIN: Duration = Duration::from_millis(2);
@@ -157,7 +157,8 @@ impl SavedStates {
         Ok(found)
     }
 
-    /// Returns the problems of the saved states in a log that ends at `end`, where the next event has this `sequence`.
+    /// Returns the problems of the saved states, given that the log ends at `end` and that the next event there has
+    /// this `sequence`.
     ///
     /// # Errors
     /// The error of the file system, or of a damaged span.
@@ -210,7 +211,7 @@ impl SavedStates {
         Ok(problems)
     }
 
-    /// Returns why a checkpoint's start is not a place in the log; `None` if it is one.
+    /// Checks that a checkpoint's start is a place in the log. Returns the reason if it is not.
     fn misplaced(&self, store: &Store, header: &FileHeader) -> Result<Option<&'static str>, OpenError> {
         Ok(match led_to(store, self.shard, header.start)? {
             Some(Ok(led)) if led.is_in_command => Some("that is inside a command"),
@@ -224,7 +225,7 @@ impl SavedStates {
     }
 }
 
-/// The message for a file of a copy of the store that was then written to.
+/// The message for a file from a copy of the store, if the copy or the store was written to afterwards.
 const OTHER_HISTORY: &str = "the record before it is another one: the file is of another history of this store";
 
 /// Reads a file of saved states once.
@@ -237,7 +238,7 @@ fn look(storage: &dyn Storage, path: &Path, kind: Kind, of: (u64, ShardId)) -> i
 fn decode(bytes: &[u8], kind: Kind, of: (u64, ShardId)) -> Result<SavedFile, Unusable> {
     let header = FileHeader::decode(bytes, of)?;
     if header.kind != kind {
-        return Err("its name is of another kind of file".into());
+        return Err("its name belongs to another kind of file".into());
     }
     let end = if kind == Kind::Checkpoint { Some(End::decode(bytes)?) } else { None };
     let (log_end, end_check) = end.map_or((Offset(0), 0), |end| (end.log_end, end.check));
@@ -289,7 +290,7 @@ fn led_to(store: &Store, shard: ShardId, place: Offset) -> Result<Option<Result<
     }
 }
 
-/// Returns why reading a shard cannot begin at `place`; `None` if it can. The log must reach `place`.
+/// Checks that reading a shard can begin at `place`. Returns the reason if it cannot. The log must reach `place`.
 ///
 /// # Errors
 /// The error of the file system, or of a damaged span.
@@ -301,7 +302,8 @@ pub fn place(store: &Store, shard: ShardId, place: Offset) -> Result<Option<&'st
     })
 }
 
-/// Returns why a saved position is not one of this shard's log; `None` if it is. The log must reach the position.
+/// Checks that a saved position is one of this shard's log. Returns the reason if it is not. The log must reach the
+/// position.
 ///
 /// # Errors
 /// The error of the file system, or of a damaged span.
@@ -371,7 +373,7 @@ pub fn gates(store: &Store) -> Result<Vec<Gate>, OpenError> {
 /// Reads a gate's files once.
 fn gate(files: &GateFiles, name: &str, shards: usize) -> Gate {
     let mut gate = Gate { name: name.to_owned(), gaps: 0, counted: Vec::new(), problems: Vec::new() };
-    // Positions first: the record already has every gap that they count.
+    // Read the positions first: the record, read afterwards, then has every gap that they count.
     match files.stored_positions(shards) {
         Ok(positions) => {
             gate.counted = positions.map_or(Vec::new(), |positions| positions.counted);

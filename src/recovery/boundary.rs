@@ -1,11 +1,11 @@
-//! Boundaries between the records of a segment. Only the log vouches for a place to read from: after a wrong place, a
-//! false torn tail would be cut.
+//! Boundaries between the records of a segment. Only the log itself can confirm a place to read from. Reading from a
+//! wrong place would find a false torn tail, and opening would cut it.
 
 use crate::log::format::{HEADER_BYTES, RecordAt, RecordHeader, SegmentHeader, record_at};
 use crate::storage::framed::u32_at;
 use crate::storage::memory::padded;
 
-/// Why a segment has no boundary at a place.
+/// The reason why a segment has no boundary at a place.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum NoBoundary {
     /// The records before it end or are damaged at this position.
@@ -19,7 +19,7 @@ pub(crate) enum NoBoundary {
 pub(crate) struct Boundary {
     /// Sequence of the next event.
     pub(crate) sequence: u64,
-    /// The CRC word of the record that ends there; 0 where the segment begins there. It differs in a log with another
+    /// The CRC word of the record that ends there; 0 if the segment begins there. It differs in a log with another
     /// history: the CRC is seeded with the segment's salt and covers the record's time.
     pub(crate) check: u32,
     /// `true` if the records on both sides belong to one command.

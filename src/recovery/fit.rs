@@ -1,5 +1,5 @@
-//! Checks that a checkpoint fits this log: the log must have the places that the checkpoint names. Runs before anything
-//! is read from there on.
+//! Checks that a checkpoint fits this log: the log must have the places that the checkpoint names. Runs before any
+//! record is read from such a place.
 
 use crate::error::Corruption;
 use crate::event::Offset;
@@ -25,7 +25,7 @@ impl Unfit {
     }
 }
 
-/// A checkpoint beside an empty log.
+/// The reason for not using a checkpoint beside an empty log.
 pub(super) const EMPTY_LOG: Unfit = Unfit { why: Unusable::Damaged("the log is empty"), is_sound: true, damage: None };
 
 impl Opening<'_> {
@@ -36,8 +36,9 @@ impl Opening<'_> {
         (index, (offset.0 - index * self.manifest.segment_bytes) as usize)
     }
 
-    /// Returns why the log does not have the place at which `checkpoint` says it begins, if it does not. Reads the
-    /// segment up to there, because a checkpoint alone does not vouch for a place to read from.
+    /// Checks that the log has the places at which `checkpoint` begins and ends. Returns the reason if it does not,
+    /// else `None`. Reads the segment up to the beginning, because a checkpoint alone cannot confirm a place to read
+    /// from.
     pub(super) fn misplaced(&self, checkpoint: &Candidate, opened: &[OpenedSegment]) -> Option<Unfit> {
         let (index, at) = self.place_of(checkpoint.start);
         let Some(segment) = opened.iter().find(|segment| segment.index == index) else {
@@ -66,15 +67,15 @@ impl Opening<'_> {
         }
     }
 
-    /// Returns why `checkpoint`, whose beginning the log has, is not of this log at its end, if it is not. A log that
-    /// is shorter or damaged before that end is for the scan to judge.
+    /// Checks that the end of `checkpoint`, whose beginning the log has, is in this log too. Returns the reason if it
+    /// is not, else `None`. If the log is shorter or damaged before that end, the scan decides.
     fn ends_elsewhere(&self, checkpoint: &Candidate, opened: &[OpenedSegment]) -> Option<Unfit> {
         let (index, at) = self.place_of(checkpoint.log_end);
         let segment = opened.iter().find(|segment| segment.index == index)?;
         match boundary_of(segment, segment.header.as_ref()?, at) {
             Ok(Boundary { check, .. }) if check == checkpoint.checks[1] => return None,
             Ok(_) | Err(NoBoundary::Inside) => {}
-            // The records end before, and the log continues in the next segment.
+            // The records end before the place, and the log may continue in the next segment.
             Err(NoBoundary::Broken(at, _)) => {
                 let next = opened.iter().find(|segment| segment.index == index + 1);
                 let previous_end = next.and_then(|next| next.header.as_ref()).map(|header| header.previous_end);

@@ -13,7 +13,8 @@ use crate::state::outcomes::rejection;
 use crate::state::outcomes::{Outcomes, Remembered};
 use crate::storage::memory::Memory;
 
-/// The place of a record that will be folded. Its header is read again then, which costs less than keeping it.
+/// The place of a record that will be folded. Its header is read again when it is folded, which costs less than keeping
+/// it.
 #[derive(Debug, Clone, Copy)]
 struct Pending {
     offset: Offset,
@@ -45,7 +46,7 @@ pub(crate) struct Folder<A: Aggregate> {
     pub(crate) knows_all_keys: bool,
     /// The event that is folded now.
     folding: PanickedEvent,
-    /// The layout of a rejection, if it could not be read and that ended the reading.
+    /// The layout of the rejection that ended the reading, because it could not be read.
     pub(crate) unreadable_rejection: Option<Root>,
 }
 
@@ -55,7 +56,7 @@ fn header_at(memory: &Memory, at: usize) -> Option<RecordHeader> {
     memory.read(at, RECORD_HEADER_BYTES).map(RecordHeader::decode)
 }
 
-/// The offset of an invalid record, and what makes it invalid.
+/// The offset of an invalid record, and the reason why it is invalid.
 pub(crate) type Unreadable = (Offset, &'static str);
 
 impl<A: Aggregate> Folder<A> {
@@ -75,7 +76,7 @@ impl<A: Aggregate> Folder<A> {
         }
     }
 
-    /// Attributes a panic to the event that was folded.
+    /// Attributes a panic to the event that was being folded.
     pub(crate) fn at_fault(&self, panic: CodePanic) -> CodePanic {
         CodePanic { event: (self.folding.offset.0 > 0).then_some(self.folding), ..panic }
     }
@@ -165,7 +166,7 @@ impl<A: Aggregate> Folder<A> {
         }
         if size_of::<A>() > 0 {
             let event = self.access.event::<A::Event>(memory, at, len as usize, &header);
-            let event = event.ok_or((offset, "an archive is invalid, although its CRC holds"))?;
+            let event = event.ok_or((offset, "an archive is invalid, although its CRC matches"))?;
             known.state.evolve(event, &header.meta(self.shard, offset, Sequence::UNKNOWN));
             known.time_max = known.time_max.max(header.time);
         }

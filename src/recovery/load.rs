@@ -25,17 +25,18 @@ pub(crate) struct Candidate {
     /// The offset from which the log must be folded, and the sequence of the next event there.
     pub(crate) start: Offset,
     pub(crate) sequence: Sequence,
-    /// The log must reach at least up to here.
+    /// The offset that the log must reach at least.
     pub(crate) log_end: Offset,
     /// The CRC words of the records that end at `start` and at `log_end`.
     pub(crate) checks: [u32; 2],
-    /// `true` if the log was durable up to `log_end`, or the system has not restarted since and still has it in its
-    /// cache. Otherwise the log before `start` must be scanned too.
+    /// `true` if the log was durable up to `log_end`, or if the system has not restarted since, so that its cache still
+    /// has the log. Otherwise the log before `start` must be scanned too.
     pub(crate) is_trusted: bool,
 }
 
 impl Candidate {
-    /// Returns `true` if `log` has the records before the checkpoint's start and before its end, unless they are freed.
+    /// Returns `true` if `log` reaches the checkpoint's end and has the records that end at its start and at its end.
+    /// Freed records are not checked.
     pub(crate) fn is_of(&self, log: &ShardLog) -> bool {
         let has = |(place, check)| place < log.earliest() || log.check_before(place) == Some(check);
         self.log_end.0 <= log.appended.get() && [self.start, self.log_end].into_iter().zip(self.checks).all(has)
@@ -102,13 +103,13 @@ pub(super) fn read_ends(
             let end = End::decode(&ends)?;
             let is_valid =
                 is_record_offset(header.start) && is_record_offset(end.log_end) && header.start <= end.log_end;
-            is_valid.then_some((header, end)).ok_or("it begins or ends where no log does")
+            is_valid.then_some((header, end)).ok_or("its start or end is not a place in a log")
         }
         Kind::Snapshots => Err("it is not a checkpoint"),
     }))
 }
 
-/// Returns `true` if an entry can be of a log that ends at `end`.
+/// Returns `true` if an entry can belong to a log that ends at `end`.
 pub(crate) fn is_of(entry: &Entry<'_>, end: Offset) -> bool {
     entry.version.0 == 0 || (entry.version.0 <= LOW_47 && is_record_offset(entry.head) && entry.head < end)
 }
@@ -137,7 +138,7 @@ pub(crate) fn load<A: Aggregate>(
         }
         count += 1;
         if !is_of(&entry, candidate.log_end) {
-            return Err("an entry is of an event that no log has".into());
+            return Err("an entry names an event that no log can have".into());
         }
         newest = newest.max(entry.version);
         let outcomes = entry.outcomes::<A>()?;
@@ -154,7 +155,7 @@ pub(crate) fn load<A: Aggregate>(
             time_max: entry.time_max,
             state: entry.state::<A>()?,
         };
-        // A part of the table that grew while it was saved appears twice.
+        // If a part of the table grew while it was saved, its keys appear twice.
         let hash = KeyHash::of(slot.key);
         let seen = folder.keys.look(hash);
         let known = folder.keys.slot(slot.key, hash, seen);
@@ -163,7 +164,7 @@ pub(crate) fn load<A: Aggregate>(
         }
     }
     if count != end.entries || at != bytes.len() {
-        return Err("a checkpoint's entries are not all there".into());
+        return Err("entries of the checkpoint are missing".into());
     }
     Ok(newest)
 }

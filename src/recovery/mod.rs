@@ -1,9 +1,10 @@
-//! Opens a shard's log: finds the newest checkpoint of it, folds the events after that, judges the end of the log, and
-//! reports. Nothing is changed here: the repairs run after the whole store was found sound.
+//! Opens a shard's log: finds its newest checkpoint, folds the later events, judges the end of the log, and reports.
+//! Recovery changes nothing: the repairs run after the whole store was found sound.
 //!
 //! A torn tail is set aside and cut; damage to durable bytes is an error. The log's marks tell the two apart: each
-//! holds the offset up to which the log was synced when it was written. Invalid bytes below any mark were durable once:
-//! damage. Invalid bytes above every mark were never acknowledged: a tail torn by a power cut.
+//! holds the offset up to which the log was synced when the mark was written. Invalid bytes below any of these offsets
+//! were durable once: they are damage. Invalid bytes above all of them were never acknowledged: they are a tail torn by
+//! a power cut.
 
 pub(crate) mod boundary;
 mod fit;
@@ -64,7 +65,7 @@ pub(crate) struct Recovered<A: Aggregate> {
 }
 
 impl<A: Aggregate> Recovered<A> {
-    /// The log as it was found, to be read before anything is changed.
+    /// Returns the log as recovery found it, to be read before anything is changed.
     pub(crate) fn log(&self, manifest: &Manifest, dir: &Path) -> ShardLog {
         let (report, segments) = (&self.report, self.segments.clone());
         let (store, segment_bytes) = (manifest.store_id, manifest.segment_bytes);
@@ -108,7 +109,7 @@ impl Opening<'_> {
         let earliest = Span::load(&**self.storage, self.dir, self.manifest.segment_bytes)?.map_or(0, |span| span.first);
         let earliest = self.offset(earliest, HEADER_BYTES);
         let has_lost_the_beginning = earliest.0 > HEADER_BYTES as u64;
-        // A missing folder is an error before anything else is looked for in it.
+        // Reports a missing folder before anything else is looked for in it.
         self.names()?;
         let (candidates, invalid) = load::candidates(&**self.storage, self.dir, self.owner()).map_err(io)?;
         let tried = self.try_checkpoints::<A>(&candidates, earliest)?;
@@ -240,9 +241,9 @@ impl Opening<'_> {
         Ok(Ok(self.recovered(scan, span, unused, names.spares, repair)))
     }
 
-    /// Returns the place from which records are read: the start of a trusted checkpoint. A checkpoint is not trusted if
-    /// it may know more than the disk. Nor is it if a layout was ever declared that this program cannot read: only a
-    /// scan of the whole log shows whether the log still has such events.
+    /// Returns the place from which records are read: the start of a trusted checkpoint. A checkpoint is not used for
+    /// this if it may cover events that never reached the disk, or if a layout was ever declared that this program
+    /// cannot read: only a scan of the whole log shows whether the log still has events of that layout.
     fn start(&self, checkpoint: Option<&Candidate>) -> Option<Start> {
         let reads_all = self.manifest.types.iter().all(|t| (self.known)(t.id.0, t.schema_version));
         let checkpoint = checkpoint.filter(|checkpoint| checkpoint.is_trusted && reads_all)?;
@@ -250,7 +251,7 @@ impl Opening<'_> {
         Some(Start { index, at, sequence: checkpoint.sequence.0 })
     }
 
-    /// A scanned log that has records, with the place where it will be written.
+    /// The recovered log after a scan that found records, with its write position.
     fn recovered<A: Aggregate>(
         &self,
         scan: Scan<A>,
@@ -266,7 +267,7 @@ impl Opening<'_> {
         let last = Segment { memory: Arc::clone(half.memory()), ..last };
         segments.push_back(last.clone());
         let end = self.offset(last.index, at);
-        // Marks alone after the last event need no other mark.
+        // If only marks follow the last event, no further mark is needed.
         let marked = if durable >= events_end && repair.is_none() { end.0 } else { durable };
         let (next_index, sequence) = (last.index + 1, folder.sequence);
         let report = ShardRecovery {

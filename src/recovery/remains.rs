@@ -1,5 +1,5 @@
-//! The bytes of a segment after the end of its log: later records that are still valid, or records of an earlier life
-//! of the file.
+//! The bytes of a segment after the end of its log: later records that are still valid, or records of an earlier use of
+//! the file.
 
 use crate::event::{Key, Version};
 use crate::log::format::{HEADER_BYTES, RECORD_BYTES_MAX, RECORD_HEADER_BYTES, RecordAt, RecordHeader, record_at};
@@ -22,7 +22,7 @@ pub(super) fn later_records(whole: &[u8], from: usize, salt: u32, known: &dyn Fn
     while at + RECORD_HEADER_BYTES <= whole.len() {
         let header = RecordHeader::decode(&whole[at..]);
         let mark = header.is_mark();
-        // Most places are not the beginning of a header: this check saves the checksum.
+        // Most places are not the beginning of a header: this check avoids most checksums.
         let likely = if mark {
             u32_at(whole, at) as usize == RECORD_HEADER_BYTES
         } else if header.is_own() {
@@ -44,8 +44,8 @@ pub(super) fn later_records(whole: &[u8], from: usize, salt: u32, known: &dyn Fn
     later
 }
 
-/// Returns `true` if the records after a lost header page are of an earlier life of the file, not the segment's own:
-/// its first event has a version that its key already had. `version_of` returns a key's version in the log before this
+/// Returns `true` if the records after a lost header page are of an earlier use of the file, not the segment's own: the
+/// first event then has a version that its key already had. `version_of` returns a key's version in the log before this
 /// segment.
 pub(super) fn are_of_an_earlier_life(whole: &[u8], version_of: impl Fn(Key) -> Version) -> bool {
     let Some(salt) = salt_of(&whole[HEADER_BYTES..]) else { return false };

@@ -26,8 +26,8 @@ pub(super) struct Repair {
 }
 
 impl Repair {
-    /// Carries out the repair. `last` is the segment that is written next, if there is one. After a crash on the way
-    /// the log is torn in the same place.
+    /// Carries out the repair. `last` is the segment that is written next, if there is one. After a crash during the
+    /// repair, the log is torn in the same place.
     pub(super) fn apply(
         self,
         storage: &dyn Storage,
@@ -62,7 +62,7 @@ impl Repair {
             .create_dir(quarantine)
             .and_then(|()| storage.list(quarantine))
             .map_err(|source| io(quarantine, source))?;
-        // The same place can be torn again: files of earlier openings stay.
+        // The same place can be torn again, so files of earlier openings are kept.
         let (mut name, mut n) = (format!("{plain}.torn"), 1_u64);
         while names.contains(&name) {
             n += 1;

@@ -60,6 +60,6 @@ pub struct TornTail {
     pub bytes: u64,
     /// The file that has the bytes.
     pub quarantined: PathBuf,
-    /// What made it invalid.
+    /// The reason why it is invalid.
     pub why: &'static str,
 }

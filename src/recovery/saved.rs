@@ -1,4 +1,4 @@
-//! The index of everything that a shard's folder has saved besides its log, built when a store is opened.
+//! The index of the saved states in a shard's folder, built when a store is opened.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -16,11 +16,11 @@ use crate::sync::Ordering;
 pub(crate) struct SavedFiles {
     pub(crate) store: SnapshotStore,
     pub(crate) next_number: u32,
-    /// Everything below is saved.
+    /// The newest usable checkpoint's start: the states of all events below it are saved.
     pub(crate) covered: Offset,
-    /// Files that claim more than the log has. [`SavedFiles::repair`] removes them.
+    /// Files with states of events that the log does not have. [`SavedFiles::repair`] removes them.
     remove: Vec<PathBuf>,
-    /// Files of which only the beginning is valid, with that beginning. [`SavedFiles::repair`] shortens them.
+    /// Files that are valid only at the beginning, with that beginning. [`SavedFiles::repair`] shortens them.
     cut: Vec<(String, Vec<u8>)>,
     /// Checkpoints that may be the only record of the log's freed beginning.
     usable: Vec<PathBuf>,
@@ -30,7 +30,7 @@ pub(crate) struct SavedFiles {
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct LogExtent {
     pub(crate) end: Offset,
-    /// Number of events that it ever had.
+    /// Number of events that the log ever had.
     pub(crate) events: u64,
 }
 
@@ -53,9 +53,9 @@ impl SavedFiles {
         if std::mem::take(&mut self.remove).is_empty() { Ok(()) } else { storage.sync_dir(dir) }
     }
 
-    /// Makes the checkpoints and the names in the shard's folder durable, its span and its segments included. A process
-    /// that was killed may have renamed a file before it could sync it; retention relies on such a checkpoint when it
-    /// frees the log, and so would a receipt.
+    /// Makes the checkpoints and the names in the shard's folder durable, its span and its segments included. A killed
+    /// process may have renamed a file without a sync. Retention relies on such a checkpoint when it frees the log, and
+    /// so would a receipt.
     pub(crate) fn make_durable(&self, storage: &dyn Storage, dir: &Path) -> io::Result<()> {
         for path in &self.usable {
             storage.open_side(path)?.sync()?;
@@ -90,8 +90,8 @@ impl SavedFiles {
         Ok(saved)
     }
 
-    /// Notes an unusable checkpoint for removal if it has events that are gone. One that is damaged or of another state
-    /// version stays: it may still be useful.
+    /// Lists an unusable checkpoint for removal if it has events that are gone. A checkpoint that is damaged or of
+    /// another state version stays: it may still be useful.
     fn check_unused(
         &mut self,
         storage: &dyn Storage,
@@ -177,7 +177,7 @@ struct Scanned {
     last_head: Offset,
     /// The end of the valid entries.
     end: usize,
-    /// Why they end there, unless the file does.
+    /// The reason why they end there, unless the file ends there too.
     why: Option<&'static str>,
 }
 

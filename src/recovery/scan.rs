@@ -64,7 +64,7 @@ pub(super) struct Scan<A: Aggregate> {
     pub(super) events_end: u64,
     /// The log's segments before the last one.
     pub(super) segments: VecDeque<Segment>,
-    /// The last segment before the break, or of the log, and the end of its records.
+    /// The last segment before the break (or of the log, if there is no break), and the end of its records.
     pub(super) last: Option<(Segment, RecordsEnd)>,
     pub(super) broken: Option<Break>,
     pub(super) stranded: Vec<Stranded>,
@@ -75,8 +75,8 @@ pub(super) struct Scan<A: Aggregate> {
 }
 
 impl RecordsEnd {
-    /// Returns why the segment with header `next` does not continue the log from here, the end of `segment`, if it does
-    /// not.
+    /// Returns the reason why the segment with header `next` does not continue the log after this end of `segment`;
+    /// `None` if it does.
     fn breaks_before(&self, next: &SegmentHeader, segment: &Segment, sequence: u64) -> Option<&'static str> {
         let end = Offset(segment.index * next.segment_bytes + self.at as u64);
         self.damaged.or_else(|| next.seam().breaks_after(&Seam { end, salt: segment.salt, sequence }))
@@ -202,7 +202,7 @@ impl Opening<'_> {
     ) -> Result<RecordsEnd, OpenError> {
         let whole = memory.read(0, memory.len()).unwrap_or_default();
         if let Err(error) = memory.advise_sequential() {
-            tracing::debug!(%error, "the system takes no advice on reading ahead");
+            tracing::debug!(%error, "the system does not accept advice on read-ahead");
         }
         let base = index * self.manifest.segment_bytes;
         let mut at = from;
@@ -253,7 +253,7 @@ impl Opening<'_> {
             };
         }
         if header.version.0 == 0 {
-            return corrupt("an event has no version, although its CRC holds");
+            return corrupt("an event has no version, although its CRC matches");
         }
         if !(self.known)(header.event_type.0, header.schema_version) {
             return Err(OpenError::UnknownEventType {
@@ -268,7 +268,7 @@ impl Opening<'_> {
 }
 
 /// Returns `true` if a segment at or after the first lost header was part of the log. It was not if its first page is
-/// that of a prepared segment, or if the log before it ends well and its records are of an earlier life of the file.
+/// that of a prepared segment, or if the log before it ends cleanly and its records are of an earlier use of the file.
 fn was_begun<A: Aggregate>(memory: &Memory, scan: &Scan<A>) -> bool {
     let whole = memory.read(0, memory.len()).unwrap_or_default();
     let is_blank = SegmentHeader::decode(whole) == Err(HeaderError::Blank);

@@ -77,8 +77,8 @@ impl Opening<'_> {
         Ok(true)
     }
 
-    /// Checks that every segment of the span has a file. Returns the files outside it: freed before a crash, or
-    /// prepared and not yet in the span. They are written again, never read.
+    /// Checks that every segment of the span has a file. Returns the files outside the span, which were freed before a
+    /// crash, or prepared and not yet added to the span. Such files are written again, never read.
     pub(super) fn surplus(&self, names: &SegmentNames, span: Span) -> Result<Vec<PathBuf>, OpenError> {
         let (held, surplus): (Vec<u64>, Vec<u64>) =
             names.segments.iter().partition(|&&index| (span.first..=span.last).contains(&index));
@@ -154,7 +154,10 @@ impl Opening<'_> {
             Err(HeaderError::Damaged(why)) => return Err(self.corruption(index, 0, why).into()),
         };
         if header.shard != self.shard || header.index != index || header.segment_bytes != self.manifest.segment_bytes {
-            return Err(OpenError::ForeignFile { path: path(), why: "the segment belongs to another place" });
+            return Err(OpenError::ForeignFile {
+                path: path(),
+                why: "the header names another shard, index or segment size",
+            });
         }
         // No record is smaller than its header.
         if header.first_sequence > index.saturating_mul(self.manifest.segment_bytes) / RECORD_HEADER_BYTES as u64 {

@@ -10,7 +10,7 @@ use crate::recovery::scan::{RecordsEnd, Scan, Stranded};
 use crate::state::aggregate::Aggregate;
 use crate::storage::framed::u32_at;
 
-/// The end of a torn tail in its segment, and the reason why the tail does not hold.
+/// The end of a torn tail in its segment, and the reason why the tail is invalid.
 type Torn = (usize, &'static str);
 
 impl Opening<'_> {
@@ -60,14 +60,14 @@ impl Opening<'_> {
         // Valid records after the end show how far the log once reached, and how far it was durable.
         let later = later_records(whole, end.at, last.salt, self.known);
         let durable = durable.max(later.durable);
-        let why = end.damaged.unwrap_or("the log ends before records that hold");
+        let why = end.damaged.unwrap_or("the log ends before valid records");
         if durable > self.offset(last.index, end.at).0 {
             return Err(self.corruption(last.index, end.at, why).into());
         }
         if end.damaged.is_none() && later.end == end.at {
             return Ok(None);
         }
-        // At least the damaged record: the length that it claims, or a page.
+        // The tail has at least the length that the damaged record claims, and at least a page.
         let claimed = whole.get(end.at..end.at + 4).map_or(0, |word| u32_at(word, 0) as usize);
         let until = later.end.max(end.at + claimed.clamp(4096, RECORD_BYTES_MAX)).min(whole.len());
         Ok(Some((until, why)))

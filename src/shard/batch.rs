@@ -42,10 +42,10 @@ impl OpenRun {
     }
 }
 
-/// Prefetch distance of the key table, in events: about as many appends as one memory access takes.
+/// Prefetch distance of the key table, in events: about the number of appends that one memory access takes.
 const LOOK_AHEAD: usize = 16;
-/// Prefetch distance of the lane's slots, in events. They come from the producer's core, and a look at the key table
-/// must not wait for them.
+/// Prefetch distance of the lane's slots, in events. The slots come from the producer's core, and the look-up in the
+/// key table must not wait for them.
 const FETCH_AHEAD: usize = 32;
 
 /// The parts of the core that appending a batch changes.
@@ -71,14 +71,14 @@ impl<A: Aggregate> Batch<'_, A> {
         wall_time(self.now, self.wall_offset)
     }
 
-    /// Marks in the log how far it is synced.
+    /// Appends a mark, which says how far the log is synced, if one is due.
     #[inline]
     pub(super) fn mark(&mut self) {
         let time = self.time();
         self.writer.mark(self.now, time);
     }
 
-    /// Appends slots until one finds no room and no new segment is ready. Returns the number appended.
+    /// Appends slots until one does not fit and no new segment is ready. Returns the number appended.
     #[inline]
     pub(super) fn append<T: Borrow<Slot<A::Event>>>(&mut self, slots: &[T]) -> Result<usize, FailureCause> {
         let mut appended = 0;

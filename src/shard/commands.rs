@@ -43,7 +43,7 @@ struct Decision<R> {
 pub(super) struct Commands<A: Aggregate> {
     /// Outcomes of commands with idempotency keys.
     pub(super) outcomes: Outcomes<A::Rejection>,
-    /// Where decisions put their events; reused.
+    /// The buffer for the events of a decision; reused.
     emit: Emit<A::Event>,
     held: Option<HeldDecision<A>>,
     /// Replies of the current batch, not yet sent; reused.

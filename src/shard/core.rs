@@ -1,4 +1,4 @@
-//! The core: everything that a batch changes, from the log's writer to the figures.
+//! The core: everything that a batch changes, from the log's writer to the metrics.
 //!
 //! One writer: the shard's thread. The core does not know which lane a batch comes from.
 
@@ -24,7 +24,7 @@ use crate::state::outcomes::Outcomes;
 use crate::state::snapshot::taker::Taker;
 use crate::state::view::{Position, ViewWriter};
 
-/// The shard wakes the keeper each time this number of bytes was appended.
+/// Bytes appended between two wake-ups of the keeper.
 const KEEPER_STEP_BYTES: u64 = 4 << 20;
 
 /// A shard without its inbox.
@@ -51,7 +51,7 @@ pub(super) struct Core<A: Aggregate> {
 }
 
 impl<A: Aggregate> Core<A> {
-    /// Begins a batch, and marks in the log how far it is synced.
+    /// Begins a batch, and appends a mark, which says how far the log is synced, if one is due.
     #[inline(always)]
     pub(super) fn begin_batch(&mut self) -> Batch<'_, A> {
         let mut batch = Batch {
@@ -72,7 +72,7 @@ impl<A: Aggregate> Core<A> {
     }
 
     /// Publishes a batch that began at `now`: first views and watermarks, then waiters (through `reached`), then
-    /// handlers, then figures.
+    /// handlers, then metrics.
     #[inline]
     pub(super) fn publish(
         &mut self,
@@ -128,7 +128,7 @@ impl<A: Aggregate> Core<A> {
         }
     }
 
-    /// Records the figures of a batch, and leaves its runs to the syncer.
+    /// Records the metrics of a batch, and hands its runs over to the syncer.
     #[inline]
     fn record(&mut self, appended: u64, now: Nanos, visible: Nanos, handled: Nanos) {
         self.counters.keys.set(self.keys.len() as u64);
@@ -164,13 +164,13 @@ impl<A: Aggregate> Core<A> {
         self.taker.step(&self.keys, outcomes, at, now, is_busy)
     }
 
-    /// Runs questions to the states. Returns their number.
+    /// Answers questions about the states. Returns their number.
     pub(super) fn answer(&self, questions: Vec<Question<A>>) -> usize {
         let count = questions.len();
         for question in questions {
             // The asker learns of a panic in its question; the shard only logs it.
             if let Err(panic) = catch_unwind(AssertUnwindSafe(|| question(&self.keys))) {
-                tracing::warn!(shard = self.id.0, panic = panic_text(&*panic), "a question to a state panicked");
+                tracing::warn!(shard = self.id.0, panic = panic_text(&*panic), "a question about the states panicked");
             }
         }
         count

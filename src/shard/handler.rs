@@ -23,8 +23,8 @@ pub struct BatchEnd {
 /// Code that runs on a shard's thread for every event, in append order. Each shard has its own instance.
 ///
 /// A handler may call the engine but must not wait for it: the shard continues only when the handler returns. A publish
-/// into a full lane is [`Full`](crate::Rejected::Full) at once, and a call that would wait returns `OnEngineThread`;
-/// `docs/services.md` has the table.
+/// into a full lane returns [`Full`](crate::Rejected::Full) at once, and a call that would wait returns
+/// `OnEngineThread`; `docs/services.md` has a table of these calls.
 pub trait Handler<E: Event>: Send {
     /// Handles one event that was just appended. It may not be durable yet.
     ///
@@ -35,7 +35,7 @@ pub trait Handler<E: Event>: Send {
     /// Handles the end of a batch: the place for work that costs less per batch than per event.
     ///
     /// # Errors
-    /// As `on_event`. With [`OnError::Quarantine`] the note names no event.
+    /// The same as for `on_event`. With [`OnError::Quarantine`] the note names no event.
     fn on_batch_end(&mut self, batch: &BatchEnd) -> Result<(), HandlerError> {
         let _unused: &BatchEnd = batch;
         Ok(())
@@ -51,7 +51,7 @@ where
     }
 }
 
-/// What the shard does when a handler returns an error or panics.
+/// The policy for errors and panics of a handler.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum OnError {

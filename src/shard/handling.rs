@@ -18,7 +18,7 @@ use crate::metrics::Counters;
 use crate::storage::memory::Memory;
 use crate::storage::{Storage, is_exhausted};
 
-/// The wait before the next attempt, after a write for which the storage had no room.
+/// The pause before notes are written again, after the storage had no room for them.
 const RETRY_NOTES: Duration = Duration::from_millis(100);
 
 /// The inline handlers of one shard.
@@ -69,7 +69,7 @@ impl<E: Event> Handlers<E> {
     }
 
     /// Writes the notes of handler failures, if there are any. Returns `false` if the storage has no room for them now;
-    /// the shard appends nothing until it has.
+    /// the shard then appends nothing until there is room.
     #[inline]
     pub(super) fn write_notes(&mut self) -> Result<bool, FailureCause> {
         if self.failures.notes.is_empty() { Ok(true) } else { self.failures.write_notes() }
@@ -101,7 +101,7 @@ fn run_handler<E: Event>(
 ) -> Result<(), FailureCause> {
     let mut next = 0;
     while next < placed.len() {
-        // One catch per batch, not per event; `next` is the event that it stopped at.
+        // One `catch_unwind` per batch, not per event; `next` is the event at which the handler stopped.
         let outcome = catch_unwind(AssertUnwindSafe(|| -> Result<(), HandlerError> {
             while let Some((meta, len)) = placed.get(next) {
                 let Some(memory) = memory_of(writer, log, meta.offset) else {
@@ -148,7 +148,7 @@ struct Failures {
     storage: Arc<dyn Storage>,
     /// The folder for notes.
     quarantine: PathBuf,
-    /// Notes that are not written yet. Nothing is appended before they are.
+    /// Notes that are not written yet. The shard appends nothing before they are written.
     notes: Vec<u8>,
     /// The time of the next attempt to write them, after the storage had no room.
     retry_at: Option<Instant>,
@@ -182,7 +182,7 @@ impl Failures {
                     "{{\"error\":{error},\"event_id\":{event_id},\"handler\":{handler},\"offset\":{offset},\"shard\":{shard}}}\n"
                 );
                 self.notes.extend_from_slice(line.as_bytes());
-                // If there is no room for it now, the next turn tries again before it appends anything.
+                // If there is no room for the note now, the next turn tries again before it appends anything.
                 self.write_notes().map(drop)
             }
         }

@@ -1,4 +1,4 @@
-//! The inbox: everything that a shard takes events, commands and questions from.
+//! The inbox: the sources of a shard's events, commands and questions.
 //!
 //! The inbox does not know what the core does with them.
 
@@ -124,19 +124,19 @@ impl<A: Aggregate> Inbox<A> {
         });
     }
 
-    /// Closes every lane, and waits for the publishers that have entered one. Whatever was accepted is in the lanes
-    /// afterwards.
+    /// Closes every lane, and waits for the publishers that have entered one. Afterwards the lanes hold every accepted
+    /// event and command.
     pub(super) fn close(&mut self) {
         self.lanes.extend(self.arriving.close());
         self.clients.extend(self.arriving_clients.close());
-        // Dropping a question tells its asker.
+        // A dropped question breaks its promise, which tells the asker.
         drop(self.questions.close());
         let lanes = || self.lanes.iter().map(|lane| &lane.shared);
         let clients = || self.clients.iter().map(|client| &client.shared);
         let all = || lanes().chain(clients()).chain([&self.shared_lane.shared]);
         all().for_each(|lane| lane.close_gate.close());
         for lane in all() {
-            // A publisher inside is between two instructions of a push; it never waits there.
+            // A publisher inside the gate is in the middle of a push, where it never waits.
             while !lane.close_gate.is_empty() {
                 thread::yield_now();
             }

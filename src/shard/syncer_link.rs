@@ -28,8 +28,8 @@ impl SyncerLink {
         Self { requests, is_automatic, runs, unsent: None }
     }
 
-    /// Wakes an automatic syncer if everything below `appended` was durable: it may sleep. One that is behind checks by
-    /// itself.
+    /// Wakes an automatic syncer if everything below `appended` was durable, because the syncer may then sleep. A
+    /// syncer that is behind checks by itself.
     #[inline]
     pub(super) fn wake_if_caught_up(&self, durable: impl FnOnce() -> u64, appended: u64) {
         if self.is_automatic && durable() >= appended {

@@ -119,8 +119,8 @@ impl<A: Aggregate> Shard<A> {
         let began = self.core.clock.now();
         self.core.is_stalled = false;
         if !self.core.handlers.write_notes()? || !self.append_held()? {
-            // Nothing may be appended now, but questions need not wait. Saving goes on too: the segment that a held
-            // decision waits for may be one that retention frees once the states are saved.
+            // Nothing may be appended now, but questions need not wait. Saving continues too: the held decision may
+            // wait for a segment that retention frees only once the states are saved.
             let answered = self.answer_questions();
             self.core.save(&self.commands.outcomes, false);
             self.core.recorder.exchange();
@@ -139,7 +139,7 @@ impl<A: Aggregate> Shard<A> {
                 self.inbox.retire_clients();
             }
             if self.core.writer.wants_idle_mark() {
-                // Not published, so it causes no sync of its own. A lost mark loses no event.
+                // The mark is not published, so it causes no sync of its own. A lost mark loses no event.
                 self.core.writer.mark_now(wall_now());
             }
         }
@@ -254,7 +254,7 @@ impl<A: Aggregate> Shard<A> {
         !self.is_stalled() && self.has_events()
     }
 
-    /// Returns `true` if the last turn left events because no segment was ready, and none is now; or if notes of
+    /// Returns `true` if the last turn left events because no segment was ready and none is ready now, or if notes of
     /// handler failures cannot be written before a later time. Called before sleeping: the keeper may have handed over
     /// a segment, and notified, between the turn and the sleep.
     pub(crate) fn is_stalled(&self) -> bool {
@@ -263,28 +263,28 @@ impl<A: Aggregate> Shard<A> {
 
     /// Returns `true` if a closed shard has work: events that it can append, or states to save.
     pub(crate) fn has_work_to_finish(&self) -> bool {
-        // The segment that the events wait for may be one that retention frees once the states are saved.
+        // The events may wait for a segment that retention frees only once the states are saved.
         self.can_append() || self.core.taker.has_work()
     }
 
-    /// Returns the time of the next work, if nothing else happens before.
+    /// Returns the time of the next work, unless something else happens before.
     pub(crate) fn wake_at(&self) -> Option<Instant> {
         let saving = self.core.taker.rest().map(|rest| Instant::now() + rest);
         saving.into_iter().chain(self.core.handlers.retry_at()).min()
     }
 
-    /// Closes every lane. Whatever was accepted is in the lanes afterwards, and nothing more is accepted.
+    /// Closes every lane. Afterwards the lanes hold every accepted event and command, and accept no more.
     pub(crate) fn close(&mut self) {
         self.inbox.close();
     }
 
-    /// Sends the snapshots of the last events. Returns `false` if the snapshotter has no room for them yet; it makes
-    /// room, since it ends after the shards.
+    /// Sends the snapshots of the last events. Returns `false` if the snapshotter has no room for them yet. It will
+    /// make room, since it ends after the shards.
     pub(crate) fn send_last_snapshots(&mut self) -> bool {
         self.core.taker.send_last()
     }
 
-    /// Waits until everything appended is durable, and marks that in the log. Called once, after the last turn.
+    /// Waits until everything appended is durable, and appends a mark that says so. Called once, after the last turn.
     pub(crate) fn finish(&mut self, lanes: &LaneRegistry) -> Result<(), FailureCause> {
         let Core { log, writer, syncer, .. } = &mut self.core;
         let end = log.appended.get();
@@ -311,7 +311,7 @@ impl<A: Aggregate> Shard<A> {
         self.core.log.fail(cause);
     }
 
-    /// Ends the syncer, and wakes everything that waits for this shard.
+    /// Ends the syncer, and wakes all threads that wait for this shard.
     pub(crate) fn end(&self, lanes: &LaneRegistry) {
         self.core.syncer.end();
         lanes.wake_all();

@@ -90,10 +90,10 @@ pub trait Aggregate: Default + Stored {
     /// The reason why a command is not carried out.
     type Rejection: Stored + fmt::Debug;
 
-    /// Version of the archived layout of `Self`. Increment it when the layout changes, or when `evolve` makes other
-    /// states of old events: snapshots of other versions are then ignored, and their states are folded again from the
-    /// log. Saved states of another size or alignment are ignored in any case. Swapping two fields of one type changes
-    /// neither size nor alignment.
+    /// Version of the archived layout of `Self`. Increment it when the layout changes, or when `evolve` derives other
+    /// states from old events: snapshots of other versions are then ignored, and the states are folded again from the
+    /// log. Saved states of another size or alignment are ignored in any case. (Swapping two fields of the same type
+    /// changes neither size nor alignment.)
     const STATE_VERSION: u16 = 1;
 
     /// Applies one event to the state. It must be deterministic and must depend on nothing but its arguments: it runs
@@ -133,8 +133,8 @@ pub trait Aggregate: Default + Stored {
     }
 }
 
-/// The state of keys that have none. Its engine, [`crate::EventLog`], carries events and keeps versions and chains, and
-/// folds nothing.
+/// The aggregate of an engine without states. Its engine, [`crate::EventLog`], carries events, keeps versions and
+/// chains, and folds nothing.
 #[derive(Archive, Serialize, Deserialize, Bounded)]
 pub struct Stateless<E>(PhantomData<fn() -> E>);
 
@@ -169,7 +169,7 @@ impl<E: Event> Aggregate for Stateless<E> {
     }
 }
 
-/// Collects the events of a decision, and gives it the facts besides the state.
+/// Collects the events of a decision, and gives the decision the facts that are not in the state.
 #[derive(Debug)]
 pub struct Emit<E> {
     pub(crate) events: Vec<E>,

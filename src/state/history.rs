@@ -1,8 +1,8 @@
 //! History: a key's events one by one, all keys' events of a time span, and a key's state at any time.
 //!
 //! Everything here reads the log in place, on the caller's thread, while the shard keeps working. Memory is bounded
-//! however long a history is: a key's chain leads backwards, so a first walk notes where each part of it begins, and
-//! the events are then read part by part.
+//! however long a history is: a key's chain leads backwards, so a first walk notes where each part of the chain begins,
+//! and the events are then read part by part.
 
 use crate::error::{CodePanic, HistoryError, PanickedEvent, ReadError, guard};
 use crate::event::{Event, EventType, Key, Offset, Sequence, ShardId, Time, Version};
@@ -18,8 +18,8 @@ use crate::state::snapshot::store::{Saved, SnapshotStore};
 pub enum AsOf {
     /// After the key's event with this version; 0 is before its first event.
     Version(Version),
-    /// Before the key's first event that is later than this. (An event that is earlier than its predecessor comes after
-    /// it all the same.)
+    /// Before the key's first event with a later time. (Events are ordered by version, also if an event has an earlier
+    /// time than its predecessor.)
     Time(Time),
 }
 
@@ -208,8 +208,8 @@ impl<E: Event> EventsBetween<E> {
     /// Returns the next event of the span, or `None` at the end of the log; call it again later for more.
     ///
     /// # Errors
-    /// As [`Reader::next`]. An error in one shard's log also holds back the other shards' events, because their order
-    /// is not known.
+    /// The same as for [`Reader::next`]. An error in one shard's log also holds back the other shards' events, because
+    /// their order is not known.
     #[expect(clippy::should_implement_trait, reason = "lends from the readers, which Iterator cannot")]
     pub fn next(&mut self) -> Result<Option<Record<'_, E>>, ReadError> {
         let (from, until) = (self.from, self.until);
@@ -302,7 +302,7 @@ pub(crate) fn state_at<A: Aggregate>(
     }
 }
 
-/// Adds the event to a panic.
+/// Adds the event at fault to a panic.
 fn at_event(panic: CodePanic, offset: Offset, header: &RecordHeader) -> CodePanic {
     let event = PanickedEvent { offset, key: header.key, event_type: header.event_type };
     CodePanic { event: Some(event), ..panic }

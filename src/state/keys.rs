@@ -160,8 +160,8 @@ impl<S: Default> KeyTable<S> {
     }
 
     /// Returns the keys in the next `count` slots of a walk, and the rest of the walk; `None` at the table's end. A
-    /// walk visits every key even if the table grows meanwhile: it starts a part that has grown over again, so its keys
-    /// may come twice.
+    /// walk visits every key even if the table grows meanwhile: it starts over in a part that has grown, so the keys of
+    /// that part may be visited twice.
     pub(crate) fn walk(&self, at: Walk, count: usize) -> (impl Iterator<Item = &Slot<S>>, Option<Walk>) {
         let part = &self.0[at.part];
         let all = part.groups.len() * GROUP;
@@ -186,7 +186,7 @@ impl<S: Default> KeyTable<S> {
 pub(crate) struct Walk {
     part: usize,
     at: usize,
-    /// The part's number of slots at that time.
+    /// The part's number of slots at the last step of the walk.
     slots: usize,
 }
 

@@ -1,5 +1,5 @@
-//! An aggregate is the state of one key and its rules. The engine folds the key's events into it, saves it, shows it as
-//! it was at any time, and feeds views with it.
+//! Aggregates: the state of each key, and its rules. The engine folds a key's events into the state, saves the state,
+//! restores it as of any time, and feeds views from it.
 
 pub(crate) mod aggregate;
 pub(crate) mod history;

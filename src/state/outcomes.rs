@@ -10,7 +10,7 @@ use crate::event::Root;
 use crate::event::{Key, Version};
 use crate::sync::Keyed;
 
-/// A command's outcome, as it is kept for a repeat of the command.
+/// A command's outcome, kept for repeats of the command.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Remembered<R> {
     Done { version: Version, events: u32 },

@@ -43,13 +43,13 @@ impl<E> Ring<E> {
         Self { tx, rx }
     }
 
-    /// Pushes up to `count` events as one chunk. Returns how many it pushed.
+    /// Pushes up to `count` events as one chunk. Returns the number pushed.
     #[inline]
     pub fn push(&mut self, count: usize, events: impl Iterator<Item = (Key, E)>) -> usize {
         push_chunk(&mut self.tx, count, events.map(|(key, event)| Slot::new(key, 1, NOT_DUE, event)))
     }
 
-    /// Pops up to `count` events as one chunk and passes them to `see`. Returns how many it popped.
+    /// Pops up to `count` events as one chunk and passes them to `see`. Returns the number popped.
     #[inline]
     pub fn pop(&mut self, count: usize, mut see: impl FnMut(Key, &E)) -> usize {
         let ready = self.rx.slots().min(count);
@@ -249,7 +249,7 @@ impl Queues {
     /// Empty queues.
     ///
     /// # Panics
-    /// When a value of the policy is out of range.
+    /// If a value of the policy is out of range.
     #[must_use]
     pub fn new(policy: QueuePolicy) -> Self {
         Self(KeyQueues::new(policy, Offset(0)).expect("the policy is valid"))
@@ -258,7 +258,7 @@ impl Queues {
     /// Adds the next event of the log.
     ///
     /// # Panics
-    /// When there is no room.
+    /// If there is no room.
     #[inline]
     pub fn offer(&mut self, key: Key, offset: Offset) {
         self.0.offer(key, offset).expect("there is room");
@@ -293,20 +293,20 @@ impl Queues {
     /// Parks a key with one dead letter.
     ///
     /// # Panics
-    /// When there is no room.
+    /// If there is no room.
     pub fn restore_parked(&mut self, key: Key) {
         self.0.restore_parked(key, 1).expect("there is room");
     }
 
-    /// Takes one dead letter of a key away. Returns how many are left.
+    /// Removes one dead letter of a key. Returns the number left.
     ///
     /// # Panics
-    /// When the key has none.
+    /// If the key has none.
     pub fn unpark(&mut self, key: Key) -> u32 {
         self.0.unpark(key, 1).expect("the key has a letter")
     }
 
-    /// Makes keys runnable whose time has come. Returns how many.
+    /// Makes the keys runnable whose time has come. Returns their number.
     #[inline]
     pub fn tick(&mut self, now: Duration) -> usize {
         self.0.tick(now)

@@ -62,14 +62,14 @@ struct Disk {
     segment_bytes_left: Option<u64>,
     operations: u64,
     fail_operation_at: Option<u64>,
-    /// From this operation on, only syncs of folders succeed; with the errno of the others.
+    /// From this operation on, every operation except a sync fails with this errno.
     exhausted: Option<(u64, i32)>,
-    /// The disk is gone from this count of operations and syncs.
+    /// The disk is gone once operations and syncs together reach this number.
     gone_at: Option<u64>,
     held: bool,
     side_files_refused: bool,
     files_refused: bool,
-    /// Number of crashes: the machine's boots.
+    /// Number of crashes, each of which is followed by a boot.
     boot: u64,
 }
 
@@ -190,7 +190,7 @@ impl FaultyStorage {
         disk.fail_sync_at = Some(disk.syncs + n);
     }
 
-    /// Makes the `n`-th operation from now that is no sync fail with an I/O error; 1 is the next.
+    /// Makes the `n`-th operation from now fail with an I/O error, not counting syncs; 1 is the next.
     pub fn fail_operation(&self, n: u64) {
         let mut disk = lock(&self.0);
         disk.fail_operation_at = Some(disk.operations + n);
@@ -348,7 +348,7 @@ impl SideFile for Side {
         })
     }
 
-    /// Writes a part on a full disk, which is the harder case for the engine.
+    /// On a full disk, writes a part of the content, which is the harder case for the engine.
     fn write_at(&self, at: u64, content: &[u8]) -> io::Result<()> {
         self.0.operation(|disk| {
             let taken = disk.takes_files();

@@ -123,7 +123,7 @@ impl<A: Aggregate> Given<A> {
     /// Adds events.
     ///
     /// # Panics
-    /// As [`given`].
+    /// The same as for [`given`].
     #[must_use]
     pub fn and(mut self, events: impl IntoIterator<Item = A::Event>) -> Self {
         for event in events {
@@ -135,7 +135,7 @@ impl<A: Aggregate> Given<A> {
     /// Adds an event in the layout of an older schema version of its type. It is read through its upcaster.
     ///
     /// # Panics
-    /// As [`given`]; if there is no such upcaster, or if it returns an error.
+    /// The same as for [`given`]; if there is no such upcaster, or if it returns an error.
     #[must_use]
     pub fn and_old<O: Encode>(mut self, event_type: u16, schema_version: u16, old: &O) -> Self {
         let event_type = EventTypeId(event_type);
@@ -153,7 +153,7 @@ impl<A: Aggregate> Given<A> {
     /// Decides on a command and applies its events.
     ///
     /// # Panics
-    /// As [`given`], for the events that the decision emits.
+    /// The same as for [`given`], for the events that the decision emits.
     #[must_use]
     pub fn when(mut self, command: A::Command) -> When<A> {
         self.emit.begin(self.key, self.version, self.now);
@@ -295,7 +295,7 @@ impl<A: Aggregate> When<A> {
     /// Adds events.
     ///
     /// # Panics
-    /// As [`given`].
+    /// The same as for [`given`].
     #[must_use]
     pub fn and(self, events: impl IntoIterator<Item = A::Event>) -> Given<A> {
         self.given.and(events)
@@ -310,7 +310,7 @@ impl<A: Aggregate> When<A> {
     /// Decides on the next command.
     ///
     /// # Panics
-    /// As [`Given::when`].
+    /// The same as for [`Given::when`].
     #[must_use]
     pub fn when(self, command: A::Command) -> When<A> {
         self.given.when(command)

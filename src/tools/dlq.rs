@@ -223,7 +223,7 @@ fn list_one(store: &Store, name: &str, args: &ListArgs, out: &mut Output) -> Res
     Ok(())
 }
 
-/// Returns the greatest position before a key's letters, or `None` for the first key.
+/// Returns the last place in the order of letters that is before this key's letters; `None` for the first key.
 fn before(key: Key) -> Option<(Key, Offset)> {
     key.get().checked_sub(1).map(|before| (Key::new(before), Offset(u64::MAX)))
 }

@@ -210,7 +210,7 @@ type TimePosition = (Time, ShardId, Offset);
 enum Source {
     /// A log that is in time order.
     Log { records: Records, line: Vec<u8> },
-    /// A log that is not: sorted in memory, 32 bytes per event.
+    /// A log that is not in time order: sorted in memory, 32 bytes per event.
     Index(TimeIndex),
 }
 

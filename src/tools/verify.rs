@@ -241,7 +241,7 @@ fn verify_shard(store: &Store, shard: ShardId, problems: &mut Problems) -> Resul
     if let Some(message) = tail_message(&mut records)? {
         problems.add(message);
     }
-    // Behind damage the log was not read to its end.
+    // If the log is damaged, it was not read to its end.
     let is_whole = problems.found == before;
     let end = if is_whole { records.offset() } else { Offset(u64::MAX) };
     let sequence = if is_whole { records.sequence() } else { Sequence(u64::MAX) };

@@ -8,15 +8,15 @@ use crate::config::setters;
 use crate::error::{ConfigError, OpenError};
 use crate::event::{Correlation, EventId, EventTypeId, Key, Meta, Sequence, Time, Version};
 
-/// Why an event is a dead letter.
+/// The reason why an event is a dead letter.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum LetterKind {
-    /// The handler failed on it.
+    /// The handler failed on the event.
     Failed,
-    /// Its key was already parked.
+    /// The event's key was already parked.
     Behind,
-    /// It could not be decoded as an event of this program.
+    /// The event could not be decoded as one of this program.
     Undecodable,
 }
 
@@ -38,15 +38,15 @@ pub struct DeadLetter {
     pub time: Time,
     /// The event's correlation id.
     pub correlation: Correlation,
-    /// Why it is a dead letter.
+    /// The reason why it is a dead letter.
     pub why: LetterKind,
     /// The number of attempts. 0 for an event that never ran.
     pub attempts: u32,
     /// The error of the last attempt, cut to 1,024 bytes.
     pub error: String,
-    /// When it was parked or failed first.
+    /// The time when it was parked, or failed first.
     pub first_failed: Time,
-    /// When it failed last.
+    /// The time when it failed last.
     pub last_failed: Time,
 }
 
@@ -69,7 +69,7 @@ impl DeadLetter {
     }
 }
 
-/// What happens if there is no room for another letter.
+/// The policy for a new letter without room.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum WhenFull {
@@ -79,7 +79,7 @@ pub enum WhenFull {
     DiscardOldest,
 }
 
-/// How many dead letters are kept, and what happens to further ones.
+/// The limits of the dead letters kept, and the policy for further ones.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DeadLetterPolicy {
     pub(super) letters_max: usize,
@@ -95,13 +95,13 @@ impl Default for DeadLetterPolicy {
 
 impl DeadLetterPolicy {
     setters! {
-        /// Letters kept, 1..=2³⁰. Default: 1,048,576. Each takes 52 to 67 bytes of memory, and 37 more while the saved
-        /// position is not past it.
+        /// Letters kept, 1..=2³⁰. Default: 1,048,576. Each takes 52 to 67 bytes of memory, and 37 more until the saved
+        /// position is past it.
         letters_max: usize,
         /// Bytes of letters kept, with their archives, 4 KiB..=16 GiB. Default: 1 GiB. The files may take twice as
         /// much, and three times during a compaction.
         bytes_max: u64,
-        /// What happens to further letters. Default: [`WhenFull::Halt`].
+        /// The policy for further letters. Default: [`WhenFull::Halt`].
         when_full: WhenFull,
     }
 
@@ -111,7 +111,7 @@ impl DeadLetterPolicy {
     }
 }
 
-/// Counts since the consumer was registered, and gauges of now. Every letter is in exactly one of `letters`, `handled`
+/// Counts since the consumer was registered, and current gauges. Every letter is in exactly one of `letters`, `handled`
 /// and `discarded`.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
@@ -154,7 +154,7 @@ pub(crate) struct Written {
     pub(crate) overflowed: Vec<(Key, EventId)>,
 }
 
-/// Why a batch was refused. No entry of it counts.
+/// The reason why a batch was refused. None of its entries counts.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum WriteRefused {
@@ -173,7 +173,7 @@ pub enum WriteRefused {
     },
 }
 
-/// Why dead letters could not be read or compacted. Everything recorded is still there.
+/// The reason why dead letters could not be read or compacted. Everything recorded is still there.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum LettersError {
@@ -184,7 +184,7 @@ pub enum LettersError {
         path: PathBuf,
         /// The offset in it.
         at: u64,
-        /// What is wrong.
+        /// The kind of damage.
         why: &'static str,
     },
     /// The file system failed.

@@ -13,9 +13,9 @@ use super::{LetterStore, Tail};
 
 /// The name of the new file until it is complete.
 const UNFINISHED: &str = "letters.new";
-/// Smaller files are not compacted.
+/// Files with fewer bytes in total are not compacted.
 const WORTH_BYTES: u64 = 1 << 20;
-/// More files are compacted. Every run of the consumer begins a file.
+/// A larger number of files is always compacted. Every run of the consumer begins a file.
 const FILES_MAX: usize = 64;
 /// Bytes per write.
 const CHUNK_BYTES: usize = 1 << 20;

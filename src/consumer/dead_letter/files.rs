@@ -1,8 +1,8 @@
 //! The files of one consumer's letters: which files count and up to which byte, and how to read their batches.
 //!
-//! A file names its predecessor and the end of the predecessor's valid bytes. So a refused batch is behind such an end
-//! or in a file that none names, and a missing or shortened file is noticed. The consumer's position file names the end
-//! of the newest.
+//! A file names its predecessor and the end of the predecessor's valid bytes. A refused batch is therefore after such
+//! an end, or in a file that no other file names. A missing or shortened file is noticed. The consumer's position file
+//! names the end of the newest file.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -58,7 +58,7 @@ pub(super) struct LetterFile {
     pub(super) bytes: u64,
 }
 
-/// Why an entry could not be read.
+/// The reason why an entry could not be read.
 #[derive(Debug)]
 pub(super) enum ReadFault {
     Io(io::Error),
@@ -205,7 +205,7 @@ impl Loaded {
     }
 }
 
-/// Whether another process may be writing to the files.
+/// The owner of the files: this process or another one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum OpenMode {
     /// The caller owns the files: they are made durable before they are used.
@@ -214,8 +214,8 @@ pub(super) enum OpenMode {
     Outside,
 }
 
-/// Finds the files that count and calls `each` with every entry of complete batches, in the order written. They must
-/// reach to `known`, an end that was durable.
+/// Finds the files that count and calls `each` with every entry of complete batches, in the order written. The files
+/// must reach to `known`, an end that was durable.
 pub(super) fn load(
     storage: &dyn Storage,
     dir: &Path,
@@ -248,7 +248,7 @@ fn settle(storage: &dyn Storage, dir: &Path, number: u32, file: &LetterFile, fro
         bytes.resize((file.bytes - at).min(WINDOW_BYTES as u64) as usize, 0);
         file.handle.read_at(at, &mut bytes)?;
         match editable.write_at(at, &bytes) {
-            // The same bytes are already there.
+            // A full disk does no harm: the same bytes are already in the file.
             Err(error) if is_exhausted(&error) => {}
             written => written?,
         }
@@ -281,7 +281,7 @@ fn load_all(storage: &dyn Storage, dir: &Path, mut each: impl FnMut(&EntrySummar
 
 type Link = (u32, FileHeader, LetterFile);
 
-/// Returns the newest file with a header. A crash may have left files above it without one.
+/// Returns the newest file with a valid header. A crash may have left newer files without one.
 fn newest(storage: &dyn Storage, dir: &Path, numbers: &[u32]) -> Result<Option<Link>, OpenError> {
     for &number in numbers.iter().rev() {
         let file = open(storage, dir, number)?;
@@ -339,7 +339,7 @@ fn reading(dir: &Path, number: u32, error: io::Error) -> OpenError {
     ReadFault::Io(error).of(path(dir, number), 0).into()
 }
 
-/// Reads a file to its end, and sets its end behind the last valid batch.
+/// Reads a whole file, and sets its end to that of the last valid batch.
 pub(super) fn read_all(
     dir: &Path,
     number: u32,

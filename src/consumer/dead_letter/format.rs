@@ -1,4 +1,5 @@
-//! The bytes of a file of letters: a header, and batches of entries. Pure functions; `FORMAT.md` §16 has the same tables.
+//! The bytes of a file of letters: a header, and batches of entries. Pure functions; `FORMAT.md` §16 has the same
+//! tables.
 //!
 //! ```text
 //! header   0 magic 8   8 format u32   12 flags u32 (1 complete)   16 number u32   20 number before u32   24 end before u64
@@ -11,7 +12,8 @@
 //! totals  56 parked u64   64 handled u64   72 discarded u64   80 overflowed u64   88 skipped u64
 //! ```
 //!
-//! The CRC of an entry is seeded with the file's number and the entry's place, so a copy of the entry is valid nowhere else.
+//! The CRC of an entry is seeded with the file's number and the entry's place, so a copy of the entry is valid nowhere
+//! else.
 
 use crate::event::{Correlation, EventId, EventTypeId, Key, Offset, ShardId, Time, Version};
 use crate::log::format::RECORD_BYTES_MAX;
@@ -32,12 +34,12 @@ const LETTER_BYTES: usize = 88;
 const TOTALS_BYTES: usize = 96;
 /// Length of the longest entry.
 const ENTRY_BYTES_MAX: usize = LETTER_BYTES + ERROR_BYTES_MAX + RECORD_BYTES_MAX;
-/// Longer error texts are cut.
+/// Longest error text in bytes. Longer texts are cut.
 const ERROR_BYTES_MAX: usize = 1024;
 /// Entries begin at multiples of this.
 pub(super) const ALIGN: usize = 8;
 
-/// A file and the end of the part that counts. Later ends compare greater; the default is that of no file.
+/// A file and the end of its part that counts. Later ends compare greater; the default stands for no file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
 pub(crate) struct FileEnd {
     pub(crate) number: u32,
@@ -50,11 +52,11 @@ pub(super) struct FileHeader {
     pub(super) number: u32,
     /// The end of the file that this one continues. `None`: this file holds everything.
     pub(super) before: Option<FileEnd>,
-    /// The file was made from all earlier ones and replaces them.
+    /// `true` if the file was made from all earlier ones and replaces them.
     pub(super) is_complete: bool,
 }
 
-/// Why the first bytes of a file are not a valid header.
+/// The reason why the first bytes of a file are not a valid header.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum HeaderFault {
     /// This build does not know the format version.
@@ -138,7 +140,7 @@ pub(super) enum Change {
     },
     /// The event was skipped, handled or discarded, and the entry about it is gone.
     Known,
-    /// Not of an event: the counts up to here. The last entry of the part that makes a file complete.
+    /// The counts up to here; belongs to no event. The last entry of the part that makes a file complete.
     Totals(Totals),
 }
 
@@ -154,9 +156,9 @@ const TOTALS: u8 = 7;
 #[derive(Debug)]
 pub(super) struct EntryBatch {
     bytes: Vec<u8>,
-    /// Where the first entry begins: after the file's header, if the buffer has one.
+    /// The position of the first entry: after the file's header, if the buffer has one.
     begun: usize,
-    /// Where the last entry begins.
+    /// The position of the last entry.
     last: usize,
     file: u32,
     at: u64,

@@ -1,6 +1,6 @@
 //! The index of the letters: the place of each letter's entries, and the events that had an entry.
 //!
-//! Only entries change it, in the same way whether they are written or read at opening.
+//! Only entries change the index: in the same way when they are written and when they are read at opening.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -88,7 +88,7 @@ impl LetterIndex {
         }
     }
 
-    /// Adds a letter. A second first entry changes nothing.
+    /// Adds a letter. A repeated first entry changes nothing.
     fn park(&mut self, name: LetterName, entry: &EntrySummary) {
         self.known.insert(entry.id);
         self.letters.entry(name).or_insert_with(|| {
@@ -194,7 +194,7 @@ impl LetterIndex {
         self.known.iter().copied().filter(|id| letters.binary_search(id).is_err()).collect()
     }
 
-    /// Takes the places of the same letters in another file. The known events stay.
+    /// Replaces the places of all letters by those of the same letters in another file. The known events stay.
     pub(super) fn move_to(&mut self, moved: Self) {
         assert!(self.letters.keys().eq(moved.letters.keys()), "moving letters loses none");
         assert_eq!(self.totals, moved.totals);

@@ -1,8 +1,8 @@
-//! Dead letters: the durable records of one consumer. Which events it parked, which it skipped, and how the parked ones
-//! ended.
+//! Dead letters: the durable records of one consumer, about the events that it parked or skipped, and about the end of
+//! each parked event.
 //!
 //! One writer: the consumer's driver thread. A write that succeeded survives any crash, and a batch is written as a
-//! whole or not at all. No byte is written behind bytes whose fate is unknown, and no sync is repeated.
+//! whole or not at all. No byte is written after bytes whose fate is unknown, and no sync is repeated.
 //!
 //! ```text
 //!  Parked ─▶ a letter waits ─▶ FailedAgain ─▶ still waits
@@ -10,9 +10,9 @@
 //!                 └────▶ Discarded, on request or to make room
 //! ```
 //!
-//! Memory, measured with a million letters: 52 to 67 bytes per letter, for its place; 37 more while the consumer's
-//! saved position is not past it, as for every skipped event. A letter that failed again takes twice as much. Errors
-//! and archives stay on disk.
+//! Memory, measured with a million letters: 52 to 67 bytes per letter, for its place; 37 more until the consumer's
+//! saved position is past it, as for every skipped event. A letter that failed again takes twice as much. Errors and
+//! archives stay on disk.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::path::{Path, PathBuf};
@@ -39,7 +39,7 @@ pub(super) use format::FileEnd;
 use format::{EntryBatch, FileHeader, StoredEntry};
 use index::{EntryPlace, EntrySummary, LetterIndex, LetterName};
 
-/// A longer file is not continued.
+/// A file of this length is not continued.
 const FILE_BYTES_MAX: u64 = 1 << 30;
 
 /// Archives are returned at addresses aligned for their types.
@@ -124,12 +124,12 @@ impl LetterStore {
         Ok(Self { storage, dir, policy, index, files, tail: None, durable, next_number, oldest: VecDeque::new() })
     }
 
-    /// Records a batch; it is durable when this returns. Redundant entries are left out: a second first entry of an
+    /// Records a batch; it is durable when this returns. Redundant entries are left out: a repeated first entry of an
     /// event, or an entry for a letter that is not waiting.
     ///
     /// # Errors
-    /// No entry of the batch counts. After a later write the batch stays without effect; before one, a restart may find
-    /// it, as a whole.
+    /// No entry of the batch counts. If no later write succeeds before a restart, the restart may still find the batch,
+    /// as a whole; after a later write, it never takes effect.
     pub(crate) fn write(&mut self, entries: &[Entry<'_>]) -> Result<Written, WriteRefused> {
         let mut plan = Plan::default();
         for entry in entries {
@@ -137,7 +137,7 @@ impl LetterStore {
         }
         let written = self.make_room(&mut plan).and_then(|()| self.put(&plan));
         if written.is_err() {
-            // Some letters were taken from the list and still wait.
+            // The refused plan has taken letters from the list that still wait, so the list is rebuilt.
             self.oldest.clear();
         }
         written.map(|()| Written { overflowed: plan.overflowed })
@@ -233,8 +233,8 @@ impl LetterStore {
         FileHeader { number, before, is_complete: false }
     }
 
-    /// Returns `true` if the event is a letter or has an entry that is not forgotten, whether it was parked or skipped
-    /// and however it ended. Such an event must not be offered again after a restart or a seek.
+    /// Returns `true` if the event is a letter, or has an entry (parked or skipped, ended or not) that is not
+    /// forgotten. Such an event must not be offered again after a restart or a seek.
     pub(crate) fn has(&self, key: Key, id: EventId) -> bool {
         self.index.knows(id) || self.waits(key, id)
     }
@@ -260,8 +260,9 @@ impl LetterStore {
         self.index.forget_below(shard, offset);
     }
 
-    /// Forgets all entries except waiting letters, also after a restart: the consumer was set to another position, and
-    /// that position is durable. Events that were handled, discarded or skipped may be offered and recorded again.
+    /// Forgets all entries except waiting letters, also for later restarts. Call it after the consumer was set to
+    /// another position and that position is durable. Events that were handled, discarded or skipped may be offered and
+    /// recorded again.
     ///
     /// # Errors
     /// After a restart the entries are known again.
@@ -310,13 +311,13 @@ impl LetterStore {
         self.index.statistics()
     }
 
-    /// Returns up to `max` letters behind `after`, ordered by key and offset.
+    /// Returns up to `max` letters that follow `after`, ordered by key and offset.
     pub(crate) fn list(&self, after: Option<(Key, Offset)>, max: usize) -> Result<Vec<DeadLetter>, LettersError> {
         let mut entry = Vec::new();
         self.index.names_after(after).take(max).map(|name| self.letter(name, &mut entry)).collect()
     }
 
-    /// As [`LetterStore::list`], with the archives.
+    /// Does the same as [`LetterStore::list`], with the archives.
     pub(crate) fn list_with_archives(
         &self,
         after: Option<(Key, Offset)>,
@@ -378,14 +379,14 @@ fn archive_in(entry: &[u8]) -> Archive {
 }
 
 /// Opens the letters in a folder read-only, while another process may be writing to it. The caller must have read
-/// `known`, the end of the durable letters, before.
+/// `known`, the end of the durable letters, before this call.
 pub(crate) fn open_outside(
     storage: &Arc<dyn Storage>,
     dir: &Path,
     known: FileEnd,
     shards: usize,
 ) -> Result<LetterStore, OpenError> {
-    /// Compaction may replace the files during a try.
+    /// Number of tries: compaction may replace the files during a try.
     const TRIES: usize = 8;
     let mut tries = 0;
     loop {

@@ -1,4 +1,4 @@
-//! Which dead letters a call is about.
+//! The selection of dead letters for a call.
 
 use crate::event::Key;
 

@@ -660,7 +660,7 @@ fn after_a_compaction_the_durable_end_is_in_the_new_file() {
     letters.compact().expect("compacted");
     let durable = letters.durable();
     assert_eq!(durable, opened(&disk).durable());
-    // The files of before are put back, or the new one is removed.
+    // Puts the earlier files back, or removes the new one.
     let mut files = disk.files();
     files.remove(&file(2));
     assert_damaged(open_known(&disk_of(&files), durable), "the new one is gone");

@@ -20,7 +20,7 @@ use crate::event::{EventId, Time};
 struct Failing {
     /// The time of its first failure.
     since: Time,
-    /// The calls that had succeeded until then.
+    /// The number of calls that had succeeded until then.
     successes: u64,
 }
 
@@ -34,7 +34,7 @@ pub(super) struct AdmissionControl {
     failing: HashMap<EventId, Failing>,
     /// Calls that succeeded, including those with dead letters.
     successes: u64,
-    /// `successes` at the last failure of a dead letter.
+    /// The value of `successes` at the last failure of a dead letter.
     successes_at_letter: u64,
 }
 
@@ -74,7 +74,7 @@ impl AdmissionControl {
         match self.health.admit(now) {
             Admission::Go(permit) => Some(permit),
             Admission::Wait { until } => {
-                // A probe in flight may return earlier; its outcome sets this again.
+                // A probe in flight may return earlier; its outcome sets `admitted_at` again.
                 self.admitted_at = until;
                 None
             }
@@ -86,7 +86,7 @@ impl AdmissionControl {
         (self.rng.next_fraction() * count as f64) as usize
     }
 
-    /// Notes calls that succeeded for events in place.
+    /// Notes calls that succeeded for events handled in place.
     pub(super) fn succeeded_in_place(&mut self, calls: u64, now: Duration) {
         self.successes += calls;
         self.health.succeeded_while_healthy(calls, now);
@@ -117,8 +117,8 @@ impl AdmissionControl {
         judgement.map(|judgement| self.verdict(judgement, attempt))
     }
 
-    /// Returns `true` if a failure says something about the service. If other calls succeeded since the same event
-    /// failed first, the event is at fault: a few events that always fail must not hold up all others.
+    /// Returns `true` if a failure is evidence against the service. If other calls succeeded since the same event first
+    /// failed, the event is at fault: a few events that always fail must not hold up all others.
     fn concerns_service(&mut self, event: Option<EventId>) -> bool {
         match event {
             Some(id) => self.failing.get(&id).is_none_or(|failing| failing.successes == self.successes),

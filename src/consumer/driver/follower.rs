@@ -42,13 +42,14 @@ pub(crate) struct ShardFollower<E: Event> {
     pub(super) queues: KeyQueues,
     /// Progress saved by an earlier run: below the offset, only the listed events are unfinished.
     restored: Option<(Offset, VecDeque<Offset>)>,
-    /// Events below may have a record: of an earlier run, or of before the consumer was set back.
+    /// Events below this offset may have a record, from an earlier run or from before the consumer was set back.
     records_until: Offset,
-    /// Side effects of events below have already run.
+    /// Side effects of events below this offset have already run.
     pub(super) effects_from: Offset,
-    /// The log cannot be read at the reader's offset. Reported once every event before it has been tried.
+    /// `true` if the log cannot be read at the reader's offset. The error is reported once every event before that
+    /// offset has been tried.
     is_stuck: bool,
-    /// How events below ended is unknown: the consumer began here, or was set here.
+    /// The outcomes of events below this offset are unknown: the consumer began here, or was set here.
     known_from: Offset,
     /// The consumer's position when it was registered.
     began: Offset,
@@ -106,8 +107,8 @@ impl<E: Event> ShardFollower<E> {
         })
     }
 
-    /// Continues with `reader`. Unfinished events are forgotten: the reader finds them again, or the application leaves
-    /// them behind. No event may be in flight.
+    /// Continues with `reader`. Forgets unfinished events: the reader finds them again, or the application has chosen
+    /// to leave them behind. No event may be in flight.
     pub(super) fn set_to(&mut self, reader: Reader<E>, settings: &Settings, letters: &LetterStore) {
         let done = self.queues.position();
         self.queues.set_to(reader.offset());
@@ -123,7 +124,7 @@ impl<E: Event> ShardFollower<E> {
         let (position, read) = (self.queues.position(), self.reader.offset());
         if read > self.seen.offset() {
             let here = self.reader.position_after(&self.seen);
-            // If only records of the log itself were read since, the older position identifies the log better.
+            // If only the log's own records were read since, the older position identifies the log better.
             self.seen = if here.last().0.0 > 0 { here } else { self.seen };
         }
         let restored = self.restored.as_ref();
@@ -154,12 +155,12 @@ impl<E: Event> ShardFollower<E> {
         self.log.holds.lower(&self.hold, Offset(0));
     }
 
-    /// Returns the offset below which it is unknown how events ended.
+    /// Returns the offset below which the outcomes of events are unknown.
     pub(super) fn known_from(&self) -> Offset {
         self.known_from
     }
 
-    /// Returns why the shard failed, if it did.
+    /// Returns the shard's failure, if it has failed.
     pub(super) fn failure(&self) -> Option<&ShardFailure> {
         self.log.failure()
     }
@@ -185,7 +186,7 @@ impl<E: Event> ShardFollower<E> {
     #[cold]
     fn was_done(&mut self, key: Key, offset: Offset, letters: &LetterStore) -> bool {
         if let Some((read, unfinished)) = &mut self.restored {
-            // Its type was wanted in the earlier run and is not now.
+            // Events of a type that was wanted in the earlier run and is not now.
             while unfinished.front().is_some_and(|first| *first < offset) {
                 unfinished.pop_front();
             }
@@ -236,18 +237,18 @@ impl<E: Event> ShardFollower<E> {
             read = read.max(1);
         }
         self.is_stuck = unread.is_err();
-        // The next call returns the same error.
+        // If other events come first, the error is held back: the next call meets the same error.
         let comes_first = read > 0 || self.queues.ready() > 0 || self.queues.statistics().running > 0;
         unread.or_else(|error| if comes_first { Ok(()) } else { Err(error) })?;
         Ok(read)
     }
 
-    /// Notes that every event below the reader's offset was offered, handled, or is of an unwanted type.
+    /// Notes that every event below the reader's offset was offered or handled, or is of an unwanted type.
     fn read_up_to_here(&mut self) {
         let here = self.reader.offset();
         self.queues.read_up_to(here);
         if let Some((read, unfinished)) = &mut self.restored {
-            // Its type was wanted in the earlier run and is not now.
+            // Events of a type that was wanted in the earlier run and is not now.
             while unfinished.front().is_some_and(|first| *first < here) {
                 unfinished.pop_front();
             }
@@ -270,7 +271,7 @@ impl<E: Event> ShardFollower<E> {
     }
 
     /// Calls `handler` for events in place, without a queue. Stops at an event whose key has unfinished events, and at
-    /// one that fails; the failed event is returned and is in flight.
+    /// an event that fails. A failed event is returned, and is then in flight.
     pub(super) fn run_in_place(
         &mut self,
         budget: usize,
@@ -288,7 +289,7 @@ impl<E: Event> ShardFollower<E> {
             let ahead = match self.wanted(&settings.filter) {
                 Ok(Some(ahead)) => ahead,
                 Ok(None) => break,
-                // Events before it are noted first; the next call returns the same error.
+                // Events before the error are noted first; the next call returns the same error.
                 Err(_) if self.reader.offset() > from => break,
                 Err(error) => return Err(error),
             };
@@ -298,7 +299,7 @@ impl<E: Event> ShardFollower<E> {
                 continue;
             }
             if !self.queues.is_at_rest(key) {
-                // It waits behind the key's unfinished events.
+                // The event waits behind the key's unfinished events.
                 if self.queues.offer(key, meta.offset).is_err() {
                     break;
                 }

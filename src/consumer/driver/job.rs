@@ -36,12 +36,12 @@ pub(crate) enum Work {
     Letter { letter: Box<DeadLetter>, archive: AlignedVec<16> },
 }
 
-/// Why an attempt failed.
+/// The reason why an attempt failed.
 #[derive(Debug)]
 pub(crate) enum Failed {
     Handler(HandlerError),
     Panic(String),
-    /// The archive is invalid, or its upcaster refused it.
+    /// The archive is invalid, or its upcaster returned an error.
     Undecodable,
     /// The log no longer holds the event: the event has not failed.
     Unreadable(ReadError),

@@ -1,12 +1,12 @@
 //! The driver: decides what a consumer does next. It owns no thread, waits for nothing, and takes the time as an
 //! argument.
 //!
-//! One writer: its owner. A [`ShardFollower`] per shard reads the log into key queues. The driver hands out their
-//! events as [`Job`]s and takes each back with its outcome. Its parts, each with its own state:
+//! One writer: its owner. A [`ShardFollower`] per shard reads the log into key queues. The driver hands out the queues'
+//! events as [`Job`]s, and takes each job back with its outcome. Its parts, each with its own state:
 //!
 //! | part | owns |
 //! |---|---|
-//! | [`AdmissionControl`] | the service's health, jitter, failing events: may the handler be called, and what follows a failure? |
+//! | [`AdmissionControl`] | the service's health, jitter and failing events; decides whether the handler may be called, and what follows a failure |
 //! | [`Records`] | dead letters, skips, reprocessing |
 //! | [`PositionSaver`] | the position file, from which a restart continues |
 //! | [`HandledWaiters`] | callers that wait for an event |
@@ -60,7 +60,7 @@ pub(crate) struct Driver<E: Event> {
     next_shard: usize,
     /// Jobs in flight.
     running: usize,
-    /// The owner calls [`Driver::run_in_place`]: only events that cannot run there become jobs.
+    /// `true` if the owner calls [`Driver::run_in_place`]: only events that cannot run in place become jobs.
     is_in_place: bool,
     admission: AdmissionControl,
     records: Records,
@@ -118,8 +118,8 @@ impl<E: Event> Driver<E> {
     }
 
     /// Does a bounded piece of all work except calling handlers: writes records, carries out requests, wakes keys whose
-    /// time has come, reads, answers waiters, saves. `is_idle` says that the previous step found nothing to do. Returns
-    /// the work done.
+    /// time has come, reads the log, answers waiters, and saves. `is_idle` says that the previous step found nothing to
+    /// do. Returns the work done.
     pub(crate) fn step(&mut self, now: Duration, is_idle: bool) -> Result<usize, ConsumerError> {
         let Self { requests, records, followers, saver, waiters, suspension, .. } = self;
         let mut context = RecordContext { followers, saver, waiters, suspension };
@@ -132,7 +132,7 @@ impl<E: Event> Driver<E> {
                 work += follower.offer(&self.settings, self.records.letters(), is_in_place)?;
             }
         }
-        // Before saving the position forgets records below it.
+        // Answer waiters first: saving the position forgets the records below it.
         self.answer_waiters();
         work += usize::from(self.save_if_due(now));
         Ok(work)
@@ -176,7 +176,7 @@ impl<E: Event> Driver<E> {
         let event = if is_healthy {
             queues.next()
         } else {
-            // A random one: the first may be the very events at fault.
+            // Choose at random: the first events may be the very ones at fault.
             queues.next_fresh(self.admission.draw(queues.ready()))
         };
         let event = event.expect("an event may run");
@@ -335,7 +335,7 @@ impl<E: Event> Driver<E> {
         (self.saver.failures(), self.records.failures())
     }
 
-    /// Hands out no more events until [`Driver::resume`]. Returns `true` if it was paused before.
+    /// Stops handing out events until [`Driver::resume`]. Returns `true` if it was paused before.
     pub(crate) fn pause(&mut self) -> bool {
         self.suspension.pause()
     }
@@ -357,7 +357,8 @@ impl<E: Event> Driver<E> {
         self.waiters.watches()
     }
 
-    /// Keeps the promise when the key's events up to `offset` are done, with how the event at `offset` ended.
+    /// Keeps the promise when the key's events up to `offset` are done. The promise's value says how the event at
+    /// `offset` ended.
     pub(crate) fn wait_for(&mut self, key: Key, offset: Offset, keeping: Keeping<Handled>) {
         let shard = usize::from(key.shard(self.followers.len() as u16).0);
         self.waiters.add(shard, key, offset, keeping);
@@ -413,8 +414,8 @@ impl<E: Event> Driver<E> {
         written
     }
 
-    /// Sets the consumer to another position. No job may be in flight. Events below the old position run no side
-    /// effects again, and dead letters stay.
+    /// Sets the consumer to another position. No job may be in flight. Side effects of events below the old position do
+    /// not run again, and dead letters stay.
     pub(crate) fn seek(&mut self, start: Start) -> Result<(), ConsumerError> {
         assert_eq!(self.running, 0, "a consumer is set to another position while no job is in flight");
         self.answer_waiters();
@@ -423,7 +424,8 @@ impl<E: Event> Driver<E> {
             full @ (Ok(()) | Err(ConsumerError::Records(WriteRefused::Full))) => full,
             Err(error) => return Err(error),
         };
-        // From here on the position says which events ended, not the records: set back, those events come again.
+        // From here on the position says which events have ended, not the records. If the position is set back, those
+        // events come again.
         records.save_position(&mut context)?;
         records.forget_ended()?;
         // Retention frees nothing from here on, so the readers' positions stay valid.
@@ -450,8 +452,8 @@ impl<E: Event> Driver<E> {
         self.save_position()
     }
 
-    /// Returns readers at `start`. If `written` says that events could not be recorded, the new position must not leave
-    /// them behind.
+    /// Returns readers at `start`. If `written` is an error, some events could not be recorded, and the new position
+    /// must not leave them behind.
     fn readers_at(&self, start: Start, written: Result<(), ConsumerError>) -> Result<Vec<Reader<E>>, ConsumerError> {
         let readers: Result<Vec<_>, ReadError> =
             self.followers.iter().map(|follower| follower.reader_at(start)).collect();

@@ -1,4 +1,4 @@
-//! The consumer's records: dead letters and skips are written here, and letters are handled again or discarded.
+//! The consumer's records: writes dead letters and skips, and handles letters again or discards them.
 //!
 //! An event that ends by a record ends when the record is durable.
 
@@ -25,13 +25,13 @@ use crate::event::{Event, EventId, Key, Offset, Time};
 
 /// Records written with one sync.
 const WRITE_MAX: usize = 1024;
-/// How long records are gathered for one write while there is other work.
+/// The time for which records are gathered for one write while there is other work.
 const GATHER: Duration = Duration::from_millis(2);
 /// The pause before the log's durable offset is read again.
 const DURABLE_AGAIN: Duration = Duration::from_micros(500);
 /// Keys checked in one call for a letter that may be handled.
 const KEYS_CHECKED_MAX: usize = 64;
-/// How long a call that must write all records waits for the log to become durable.
+/// The time that a call which must write all records waits for the log to become durable.
 const DURABLE_TIME: Duration = Duration::from_secs(10);
 /// The pause after a failed write.
 const WRITE_AGAIN: Duration = Duration::from_millis(500);
@@ -56,7 +56,7 @@ struct Tried {
     id: EventId,
     key: Key,
     attempts: u32,
-    /// Why it failed, if it did.
+    /// The error, if it failed again.
     error: Option<String>,
     time: Time,
 }
@@ -89,7 +89,7 @@ pub(super) struct Records {
     tried: VecDeque<Tried>,
     /// No write before this time: the last one failed.
     write_at: Duration,
-    /// When to check again whether the events to be recorded are durable in the log.
+    /// The time of the next check whether the events to be recorded are durable in the log.
     durable_at: Duration,
     /// No write before this time while there is other work.
     gather_until: Duration,
@@ -148,8 +148,8 @@ impl Records {
         (may_write && self.has_work(followers)).then(|| self.write_at.max(durable_at))
     }
 
-    /// Writes waiting records: at once if the consumer is idle, else many together, since each write is synced. Returns
-    /// the number written.
+    /// Writes waiting records: at once if the consumer is idle, otherwise many together, since each write is synced.
+    /// Returns the number written.
     pub(super) fn write<E: Event>(
         &mut self,
         now: Duration,
@@ -209,7 +209,7 @@ impl Records {
         if count == 0 {
             return Ok(0);
         }
-        // A letter that was discarded meanwhile to make room is gone, whether it failed or not.
+        // A letter that was discarded to make room meanwhile is gone, whatever its outcome.
         let waited: Vec<bool> =
             self.tried.iter().take(count).map(|tried| self.letters.waits(tried.key, tried.id)).collect();
         let entries: Vec<Entry<'_>> = self.tried.iter().take(count).map(Tried::entry).collect();
@@ -249,7 +249,7 @@ impl Records {
 
     /// Writes the gathered records whose events are durable in the log. Returns the number written.
     fn write_gathered<E: Event>(&mut self, context: &mut RecordContext<'_, E>) -> Result<usize, WriteRefused> {
-        // A record must not outlive its event: the log must not lose the event in a crash.
+        // A record must not outlive its event, so the event must first be safe from a crash.
         let followers = &mut *context.followers;
         let durable = |unwritten: &&Unwritten| followers[unwritten.shard].is_durable(unwritten.record.offset());
         let mut count = self.unwritten.iter().take(WRITE_MAX).take_while(durable).count();
@@ -258,7 +258,7 @@ impl Records {
         }
         let written = loop {
             match self.write_first(count, followers) {
-                // There may be room for fewer.
+                // There may be room for fewer records.
                 Err(WriteRefused::Full) if count > 1 => count /= 2,
                 written => break written?,
             }
@@ -269,14 +269,15 @@ impl Records {
                 self.unpark(id, key, followers);
             }
         }
-        // Before the events end: else the new file of letters could vanish unnoticed.
+        // Name the file before the events end: otherwise the new file of letters could vanish unnoticed.
         self.name_letters(context)?;
         for _ in 0..count {
             let Some(Unwritten { shard, record, letter }) = self.unwritten.pop_front() else { break };
             let is_parked = record.kind() != RecordKind::Skipped;
             context.followers[shard].queues.recorded(record);
             if is_parked && !self.letters.waits(letter.key, letter.id) {
-                // An earlier write recorded it, saving the position failed, and the letter has been discarded since.
+                // An earlier write recorded the letter, but saving the position failed, and the letter has been
+                // discarded since.
                 self.unpark(letter.id, letter.key, context.followers);
             }
         }
@@ -300,7 +301,7 @@ impl Records {
                     if !context.suspension.is_full() {
                         context.suspension.halt(HaltCause::DeadLettersFull);
                     }
-                    // An event behind a letter was not judged: it is read from the log again.
+                    // An event behind a letter was not judged, so it may be read from the log again.
                     return if self.judged().next().is_some() { Err(WriteRefused::Full.into()) } else { Ok(()) };
                 }
                 Err(error) => return Err(error.into()),
@@ -355,7 +356,8 @@ impl Records {
         Ok(())
     }
 
-    /// Returns events to their queues that were to be recorded behind letters, if those letters are gone: they run.
+    /// Returns events that were to be recorded behind letters to their queues if those letters are gone: the events can
+    /// then run.
     fn release_unparked<E: Event>(&mut self, followers: &mut [ShardFollower<E>]) {
         let is_live = |unwritten: &Unwritten| {
             let letter = &unwritten.letter;
@@ -425,7 +427,7 @@ impl Records {
     /// Tells the key's queue that one letter is gone.
     fn unpark<E: Event>(&self, id: EventId, key: Key, followers: &mut [ShardFollower<E>]) {
         if let Err(error) = followers[usize::from(id.shard.0)].queues.unpark(key, 1) {
-            // The letter's own record may be unwritten still. The store of letters is authoritative.
+            // The letter's own record may still be unwritten. The store of letters is authoritative.
             tracing::debug!(consumer = &*self.consumer, %error, "a letter that the key queues did not know of");
         }
     }
@@ -496,7 +498,7 @@ impl Records {
             let id = self.letters.oldest_of(key);
             let is_past = |id: EventId| followers[usize::from(id.shard.0)].is_past(key, id.offset);
             if id.is_some_and(|id| !suspension.is_halted() && !is_past(id)) {
-                // The consumer was set back: older events of the key become letters before this one.
+                // The consumer was set back: older events of the key must become letters before this one is handled.
                 self.reprocessing.requeue(key);
                 continue;
             }
@@ -513,7 +515,7 @@ impl Records {
         Ok(None)
     }
 
-    /// Puts a letter back that was taken and is not handled now.
+    /// Puts back a letter that was taken and is not handled now.
     pub(super) fn put_back(&mut self, work: &Work) {
         if let Work::Letter { letter, .. } = work {
             self.reprocessing.put_back(letter.key);

@@ -1,4 +1,4 @@
-//! Which keys' dead letters are handled again, and in which order.
+//! The keys whose dead letters are handled again, and their order.
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -41,7 +41,7 @@ impl Reprocessing {
         self.waiting.push_back(key);
     }
 
-    /// Puts a key in front of the others: its letter was taken and is not handled now.
+    /// Puts a key before the others: its letter was taken and is not handled now.
     pub(super) fn put_back(&mut self, key: Key) {
         self.keys.insert(key, None);
         self.waiting.push_front(key);
@@ -67,7 +67,7 @@ impl Reprocessing {
         self.keys.remove(&key);
     }
 
-    /// Removes those of the keys that have no letter in flight, and returns them.
+    /// Removes the given keys that have no letter in flight, and returns them.
     pub(super) fn end_where(&mut self, keys: &[Key]) -> Vec<Key> {
         let ended: Vec<Key> = keys.iter().copied().filter(|key| !self.has_in_flight(*key)).collect();
         ended.iter().for_each(|key| self.end(*key));

@@ -7,7 +7,7 @@ use super::records::{RecordContext, Records};
 use crate::consumer::requests::{Request, Requests};
 use crate::event::{Event, Key};
 
-/// The requests in hand.
+/// The requests being carried out.
 #[derive(Debug)]
 pub(super) struct RequestRunner {
     consumer: Arc<str>,
@@ -24,8 +24,8 @@ impl RequestRunner {
         self.requests.look_at
     }
 
-    /// Takes up new requests, if it is time to read the folder, and continues those in hand. Returns the number begun
-    /// or ended.
+    /// Takes up new requests, if it is time to read the folder, and continues the earlier ones. Returns the number
+    /// begun or ended.
     pub(super) fn carry_out<E: Event>(
         &mut self,
         now: Duration,

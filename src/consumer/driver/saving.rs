@@ -54,8 +54,8 @@ impl PositionSaver {
     }
 
     fn is_saved<E: Event>(&self, followers: &[ShardFollower<E>], letters: FileEnd) -> bool {
-        // Letters change although no shard's progress does. A file of letters that the position file does not name
-        // could vanish unnoticed.
+        // Letters can change although no shard's progress does, and a file of letters that the position file does not
+        // name could vanish unnoticed.
         letters == self.saved_letters
             && followers.iter().map(ShardFollower::progress_stamp).eq(self.saved.iter().copied())
     }

@@ -1,10 +1,10 @@
-//! Whether a consumer calls its handler at all: pauses and halts.
+//! Pauses and halts: while one lasts, a consumer does not call its handler.
 
 use std::sync::Arc;
 
 use crate::consumer::outcome::HaltCause;
 
-/// Why a consumer calls no handler, if it is paused or halted.
+/// The reasons why a consumer calls no handler: a pause, a halt, or both.
 #[derive(Debug)]
 pub(super) struct Suspension {
     consumer: Arc<str>,

@@ -1,4 +1,4 @@
-//! Callers that wait until the consumer is done with an event, and callers that will.
+//! Callers that wait until the consumer is done with an event, and events that callers will ask about.
 
 use std::sync::Arc;
 

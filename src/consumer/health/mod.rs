@@ -26,7 +26,7 @@ use window::{PARTS, Window};
 
 const HOUR_MS: u64 = 3_600_000;
 
-/// When a service counts as unhealthy, and how it is probed then.
+/// The rules by which a service counts as unhealthy, and by which it is then probed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HealthPolicy {
     consecutive_max: u32,
@@ -136,7 +136,7 @@ pub(crate) enum HealthChange {
     },
     /// Enough probes succeeded. Every call is admitted again.
     Recovered {
-        /// How long the service was unhealthy.
+        /// The time for which the service was unhealthy.
         after: Duration,
     },
 }
@@ -160,7 +160,7 @@ pub(crate) struct Health {
     service: String,
     policy: HealthPolicy,
     status: HealthStatus,
-    /// When it became healthy, or unhealthy.
+    /// The time when it became healthy or unhealthy.
     since: Duration,
     now: Duration,
     /// Permits of older epochs change nothing. Every probe has its own epoch.
@@ -257,8 +257,8 @@ impl Health {
         Some(HealthChange::Recovered { after })
     }
 
-    /// Reports calls that succeeded since [`Health::is_healthy`] returned `true`. Equals as many calls of
-    /// [`Health::succeeded`].
+    /// Reports calls that succeeded since [`Health::is_healthy`] returned `true`. Has the same effect as one call of
+    /// [`Health::succeeded`] for each.
     pub(crate) fn succeeded_while_healthy(&mut self, calls: u64, now: Duration) {
         if calls == 0 {
             return;
@@ -293,7 +293,7 @@ impl Health {
         Some(HealthChange::ProbeFailed { probe_at: self.pause_longer(self.now) })
     }
 
-    /// Reports a failed call that says nothing about the service: its event had failed before, and other calls have
+    /// Reports a failed call that is no evidence against the service: its event had failed before, and other calls have
     /// succeeded since. If it was a probe, the next one follows after the same pause.
     pub(crate) fn inconclusive(&mut self, permit: CallPermit, now: Duration) {
         self.now = self.now.max(now);
@@ -304,7 +304,7 @@ impl Health {
         }
     }
 
-    /// Decides after an outcome of a healthy service whether it is still healthy.
+    /// Decides, after an outcome, whether a healthy service is still healthy.
     fn judge(&mut self) -> Option<HealthChange> {
         let (samples, failures) = (self.window.samples, self.window.failures);
         let is_share = samples >= u64::from(self.policy.samples_min)

@@ -1,4 +1,4 @@
-//! A service's health, as reported to people.
+//! The report of a service's health, for people.
 
 use std::fmt;
 use std::time::Duration;
@@ -11,17 +11,17 @@ pub enum HealthStatus {
     Healthy,
     /// No call is admitted.
     Unhealthy {
-        /// When a probe is admitted.
+        /// The time when a probe is admitted.
         probe_at: Duration,
     },
     /// One probe is in flight.
     Probing {
-        /// When it counts as failed if its outcome is not reported.
+        /// The time when the probe counts as failed, if its outcome is not reported before.
         give_up_at: Duration,
     },
 }
 
-/// Why a service became unhealthy.
+/// The reason why a service became unhealthy.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum UnhealthyCause {
@@ -46,11 +46,11 @@ pub struct HealthReport {
     pub status: HealthStatus,
     /// The time of the report.
     pub now: Duration,
-    /// Since when it is healthy, or unhealthy.
+    /// The time since which it is healthy or unhealthy.
     pub since: Duration,
-    /// Why it became unhealthy the last time.
+    /// The reason why it last became unhealthy.
     pub cause: Option<UnhealthyCause>,
-    /// Failures since the last success, as of when it was last healthy.
+    /// Failures since the last success, as of the last time when it was healthy.
     pub consecutive_failures: u32,
     /// The length of the window.
     pub window: Duration,
@@ -64,7 +64,7 @@ pub struct HealthReport {
     pub failed: u64,
     /// Calls that were not admitted.
     pub held_back: u64,
-    /// Times that it became unhealthy.
+    /// The number of times that it became unhealthy.
     pub outages: u64,
 }
 

@@ -28,13 +28,14 @@ impl QueuePolicy {
         /// Keys handled at the same time, 1..=65,536. A consumer takes it from
         /// [`crate::consumer::ConsumerBuilder::concurrency`]. Default: 1.
         concurrency: usize,
-        /// Unfinished events kept in memory, 1..=2³⁰; the log is read further when one ends. Default: 65,536. Each
-        /// takes 24 bytes.
+        /// Unfinished events kept in memory, 1..=2³⁰. At this limit, the log is read further only when an event ends.
+        /// Default: 65,536. Each takes 24 bytes.
         unfinished_max: usize,
-        /// Keys with unfinished events or dead letters, 1..=2³⁰; events of further keys are read when one is free.
-        /// Default: 1,048,576. Each takes about 44 bytes, and a key that waits for a time about 30 more.
+        /// Keys with unfinished events or dead letters, 1..=2³⁰. At this limit, an event of a further key is read only
+        /// when one of these keys has neither. Default: 1,048,576. Each takes about 44 bytes, and a key that waits for
+        /// a time about 30 more.
         keys_max: usize,
-        /// How long an event may wait for an event that is missing before it, 0..=24 h. Default: 5 s.
+        /// The longest time that an event waits for an event missing before it, 0..=24 h. Default: 5 s.
         gap_wait_max: Duration,
     }
 
@@ -46,7 +47,7 @@ impl QueuePolicy {
     }
 }
 
-/// Why an event was refused. Nothing has changed: the reader stops there and offers it again later.
+/// The reason why an event was refused. Nothing has changed: the reader stops at the event and offers it again later.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum QueueRefused {
     /// `unfinished_max` events are unfinished.
@@ -57,7 +58,7 @@ pub(crate) enum QueueRefused {
     TooManyKeys,
 }
 
-/// A key has fewer dead letters than were to be taken away.
+/// The error for a key with fewer dead letters than were to be removed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("key {key} has {letters} dead letters")]
 pub(crate) struct NotParked {
@@ -75,14 +76,16 @@ pub(crate) enum Verdict {
         /// Counted from `now`.
         after: Duration,
     },
-    /// An event is missing before it: try it again after [`crate::consumer::key_queues::KeyQueues::gap_filled`], or
-    /// when `gap_wait_max` has passed. It does not count as a failure.
+    /// An event is missing before this one: try this one again after
+    /// [`crate::consumer::key_queues::KeyQueues::gap_filled`], or when `gap_wait_max` has passed. It does not count as
+    /// a failure.
     AwaitGap,
-    /// It becomes a dead letter, and so do later events of its key until its letters are handled or discarded.
+    /// The event becomes a dead letter, and so do later events of its key until the key's letters are handled or
+    /// discarded.
     Park,
-    /// It is skipped, with a record. Its key continues when the record is durable.
+    /// The event is skipped, with a record. Its key continues when the record is durable.
     Skip,
-    /// No event runs until [`crate::consumer::key_queues::KeyQueues::resume`]; then it is tried again.
+    /// No event runs until [`crate::consumer::key_queues::KeyQueues::resume`]; then this event is tried again.
     Halt,
 }
 
@@ -117,14 +120,14 @@ impl InFlight {
     }
 }
 
-/// Why an event ends without having been handled.
+/// The reason why an event ends without having been handled.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum RecordKind {
-    /// It failed, and its key is parked with it.
+    /// The event failed, and its key is parked.
     Parked,
-    /// Its key was already parked.
+    /// The event's key was already parked.
     ParkedBehind,
-    /// It was skipped.
+    /// The event was skipped.
     Skipped,
 }
 
@@ -152,13 +155,13 @@ impl ToRecord {
         self.offset
     }
 
-    /// Returns how many times it was tried.
+    /// Returns the number of attempts.
     #[must_use]
     pub(crate) fn attempts(&self) -> u32 {
         self.attempts
     }
 
-    /// Returns why it is recorded.
+    /// Returns the reason why it is recorded.
     #[must_use]
     pub(crate) fn kind(&self) -> RecordKind {
         self.kind
@@ -169,21 +172,21 @@ impl ToRecord {
 #[cfg(test)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum KeyState {
-    /// Its events run in order.
+    /// The key's events run in order.
     Live,
-    /// Its first unfinished event failed.
+    /// The key's first unfinished event failed.
     Retrying {
-        /// When it is tried again.
+        /// The time when it is tried again.
         due: Duration,
     },
-    /// Its events become dead letters.
+    /// The key's events become dead letters.
     Parked {
-        /// Its durable dead letters; 0 while the first is being recorded.
+        /// The number of the key's durable dead letters; 0 while the first is being recorded.
         letters: u32,
     },
-    /// Its first unfinished event waits for an event that is missing before it.
+    /// The key's first unfinished event waits for an event that is missing before it.
     AwaitingGap {
-        /// Since when it waits.
+        /// The time since which it waits.
         since: Duration,
     },
 }

@@ -52,7 +52,7 @@ impl Events {
             .map(|at| self.offset(at))
     }
 
-    /// Adds the newest event, behind `tail` of its key. Returns the key's new tail.
+    /// Adds the newest event, after `tail` of its key. Returns the key's new tail.
     pub(super) fn push(&mut self, offset: Offset, tail: u32) -> u32 {
         let event = Unfinished { offset, of_key: NONE, older: self.newest, newer: NONE };
         let at = self.free;

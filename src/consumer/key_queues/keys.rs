@@ -1,5 +1,5 @@
-//! The queues of keys that have unfinished events or are parked: a slab of 32 bytes per key, and an index of 5 to 12.
-//! Free slots are reused.
+//! The queues of keys that have unfinished events or are parked: a slab of 32 bytes per key, and an index of 5 to 12
+//! bytes per key. Free slots are reused.
 
 use hashbrown::HashTable;
 
@@ -15,9 +15,9 @@ pub(super) enum Stage {
     Ready,
     /// The first event is in flight.
     Running,
-    /// The first event failed and waits for `due_ns`.
+    /// The first event failed and waits until `due_ns`.
     Retrying,
-    /// The first event waits for an event that is missing before it, or for `due_ns`.
+    /// The first event waits for an event that is missing before it, at most until `due_ns`.
     AwaitingGap,
     /// The first event ends when its record is durable. `is_out`: the caller is writing the record.
     Recording { is_out: bool, is_skip: bool },
@@ -28,7 +28,7 @@ pub(super) enum Stage {
 #[derive(Debug)]
 pub(super) struct KeyQueue {
     pub(super) key: Key,
-    /// The time for which the first event waits.
+    /// The time until which the first event waits.
     pub(super) due_ns: u64,
     /// Durable dead letters of the key that still wait.
     pub(super) letters: u32,

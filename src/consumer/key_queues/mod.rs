@@ -1,5 +1,5 @@
-//! Per-key queues: which event of each key may run now, which events wait and for what, and the position below which
-//! all are done.
+//! Per-key queues: which event of each key may run now, which events wait, what they wait for, and the position below
+//! which all events are done.
 //!
 //! One writer: the owner. The queues call no handler and write no file. One event of a key is in flight at a time, the
 //! key's first unfinished one, so a key's events succeed in the order offered. The position never passes an event that
@@ -15,10 +15,10 @@
 //!                                                                          └─ unpark: the last letter is gone ─▶ Live
 //! ```
 //!
-//! Memory: 24 bytes per unfinished event; 32 bytes and an index of 5 to 12 bytes per key that has one or is parked;
-//! about 30 more per key that waits for a time. With a million keys: 100 bytes per retrying key with one event, 44 per
-//! parked key. A key at rest takes none. Allocations are kept and reused. A table that has just doubled takes twice
-//! what it holds, and three times while it doubles.
+//! Memory: 24 bytes per unfinished event; 32 bytes and an index of 5 to 12 bytes per key that has an unfinished event
+//! or is parked; about 30 more per key that waits for a time. With a million keys: 100 bytes per retrying key with one
+//! event, 44 per parked key. A key at rest takes none. Allocations are kept and reused. A table that has just doubled
+//! takes twice what it holds, and three times while it doubles.
 
 use std::collections::{BTreeSet, VecDeque};
 use std::time::Duration;
@@ -38,7 +38,7 @@ use answer::{InFlight, QueuePolicy, QueueRefused, QueueStatistics, RecordKind, T
 use events::Events;
 use keys::{Keys, Stage};
 
-/// Keys that one tick wakes at most.
+/// The maximum number of keys that one tick wakes.
 const TICK_MAX: usize = 1024;
 
 /// The queues of one consumer on one shard, one per key.
@@ -55,9 +55,9 @@ pub(crate) struct KeyQueues {
     timed: BTreeSet<(u64, u32)>,
     /// Keys in `Recording` whose record is not being written, each once.
     to_record: VecDeque<u32>,
-    /// Every event below was offered or does not concern this consumer.
+    /// Every event below this offset was offered or does not concern this consumer.
     read_to: Offset,
-    /// No event below is offered any more.
+    /// No event below this offset is offered any more.
     offers_from: Offset,
     halted: Option<(Key, Offset)>,
     /// Gauges are filled in by [`KeyQueues::statistics`].
@@ -131,10 +131,10 @@ impl KeyQueues {
     /// For an owner that handles events as it reads them and queues only those that fail.
     ///
     /// # Errors
-    /// As [`KeyQueues::offer`].
+    /// The same as for [`KeyQueues::offer`].
     ///
     /// # Panics
-    /// As [`KeyQueues::offer`], and if the key is not at rest.
+    /// The same as for [`KeyQueues::offer`], and if the key is not at rest.
     pub(crate) fn offer_running(&mut self, key: Key, offset: Offset) -> Result<InFlight, QueueRefused> {
         assert!(self.is_at_rest(key), "an event of key {key} is unfinished");
         self.offer(key, offset)?;
@@ -171,8 +171,8 @@ impl KeyQueues {
         Some(self.take_first(queue))
     }
 
-    /// As [`KeyQueues::next`], but prefers an event that has not failed yet: the first at or behind place `from` among
-    /// the ready ones. An event that failed before cannot show whether it or the service is at fault.
+    /// Does the same as [`KeyQueues::next`], but prefers an event that has not failed yet: the first at or after place
+    /// `from` among the ready ones. An event that failed before cannot show whether it or the service is at fault.
     pub(crate) fn next_fresh(&mut self, from: usize) -> Option<InFlight> {
         if !self.may_run() {
             return None;
@@ -182,7 +182,7 @@ impl KeyQueues {
         Some(self.take_first(queue))
     }
 
-    /// Returns `true` if an event may run that has not failed yet.
+    /// Returns `true` if an event that has not failed yet may run.
     #[must_use]
     pub(crate) fn has_fresh(&self) -> bool {
         self.may_run() && self.fresh(0).is_some()
@@ -305,7 +305,7 @@ impl KeyQueues {
         }
     }
 
-    /// Makes the key's first event ready or, if the key has letters, to be recorded behind them.
+    /// Makes the key's first event ready to run or, if the key has letters, to be recorded behind them.
     fn enqueue_first(&mut self, queue: u32) {
         let state = self.keys.queue_mut(queue);
         if state.letters == 0 {
@@ -317,7 +317,7 @@ impl KeyQueues {
         }
     }
 
-    /// Makes keys ready whose time has come, the earliest first and at most [`TICK_MAX`]. Returns how many.
+    /// Makes the keys ready whose time has come: the earliest first, and at most [`TICK_MAX`]. Returns their number.
     pub(crate) fn tick(&mut self, now: Duration) -> usize {
         let now_ns = u64::try_from(now.as_nanos()).unwrap_or(u64::MAX);
         let mut moved = 0;
@@ -391,7 +391,7 @@ impl KeyQueues {
         self.halted = None;
     }
 
-    /// Returns counts since the start, and gauges of now.
+    /// Returns counts since the start, and current gauges.
     #[must_use]
     pub(crate) fn statistics(&self) -> QueueStatistics {
         QueueStatistics {

@@ -19,7 +19,7 @@ impl KeyQueues {
         state.stage = Stage::Recording { is_out: true, is_skip };
         let kind = match (is_skip, state.failures) {
             (true, _) => RecordKind::Skipped,
-            // Only an event that ran can have failed.
+            // Without a failed attempt, the event is recorded only because its key was already parked.
             (false, 0) => RecordKind::ParkedBehind,
             (false, _) => RecordKind::Parked,
         };
@@ -99,8 +99,8 @@ impl KeyQueues {
         Ok(())
     }
 
-    /// Notes that `letters` of the key's oldest dead letters were handled or discarded. With the last one the key is
-    /// live again, and its waiting events run. Returns the number of letters left.
+    /// Notes that the key's oldest `letters` dead letters were handled or discarded. After the last one, the key is
+    /// live again and its waiting events run. Returns the number of letters left.
     ///
     /// # Errors
     /// If the key has fewer letters.

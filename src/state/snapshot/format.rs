@@ -1,4 +1,5 @@
-//! The bytes of a snapshot file: a header, and one entry per state. Pure functions; `FORMAT.md` §15 has the same tables.
+//! The bytes of a snapshot file: a header, and one entry per state. Pure functions; `FORMAT.md` §15 has the same
+//! tables.
 //!
 //! ```text
 //! header   0 magic 8   8 format u32   12 archive fingerprint u32   16 kind u16   18 shard u16   20 state version u16   22 zero u16
@@ -60,7 +61,7 @@ pub(crate) struct FileHeader {
     /// The end of the log when the file was begun, and the sequence of the next event there.
     pub(crate) start: Offset,
     pub(crate) sequence: Sequence,
-    /// The CRC word of the record that ends at `start`; 0: no record does.
+    /// The CRC word of the record that ends at `start`; 0 if no record ends there.
     pub(crate) check: u32,
     pub(crate) time: Time,
 }
@@ -126,13 +127,14 @@ impl FileHeader {
         Ok(Self { kind, store, shard, state_version, state, start, sequence, check, time })
     }
 
-    /// Returns `true` if the file has the program's state version, but another layout of states, so they cannot be read.
+    /// Returns `true` if the file has the program's state version, but another layout of states, so they cannot be
+    /// read.
     pub(crate) fn is_of_another_layout<A: Aggregate>(&self) -> bool {
         size_of::<A>() > 0 && self.state_version == A::STATE_VERSION && self.state != Root::of::<A>()
     }
 }
 
-/// Why a saved state, or a whole checkpoint, cannot be used.
+/// The reason why a saved state, or a whole checkpoint, cannot be used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum Unusable {
     /// The bytes are not valid; the text says why.
@@ -158,9 +160,9 @@ pub(crate) struct End {
     pub(crate) entries: u64,
     /// No entry depends on a record at or beyond this offset.
     pub(crate) log_end: Offset,
-    /// The CRC word of the record that ends at `log_end`; 0: no record does.
+    /// The CRC word of the record that ends at `log_end`; 0 if no record ends there.
     pub(crate) check: u32,
-    /// The log was durable up to `log_end`.
+    /// `true` if the log was durable up to `log_end`.
     pub(crate) durable: bool,
     /// The boot id of the machine. Until the next boot, the system's cache keeps the bytes written.
     pub(crate) boot: u64,
@@ -205,7 +207,8 @@ fn seal(entry: &mut [u8]) {
     put_u32(entry, 4, crc);
 }
 
-/// Writes the CRCs of the entries in `chunk`, which [`Chunk::add`] has filled, and calls `each` with every entry and its place.
+/// Writes the CRCs of the entries in `chunk`, which [`Chunk::add`] has filled, and calls `each` with every entry and
+/// its place.
 pub(crate) fn seal_chunk(chunk: &mut [u8], mut each: impl FnMut(usize, &Entry<'_>)) {
     let mut at = 0;
     while at < chunk.len() {
@@ -388,7 +391,8 @@ impl Chunk {
         &mut self.bytes[..self.used]
     }
 
-    /// Adds the state in `slot` and the outcomes of the key's commands. Returns `false` if state or outcomes are too large.
+    /// Adds the state in `slot` and the outcomes of the key's commands. Returns `false` if state or outcomes are too
+    /// large.
     #[inline]
     pub(crate) fn add<'o, A: Aggregate>(
         &mut self,
@@ -469,7 +473,8 @@ impl Chunk {
                 return None;
             }
             room = ((end - self.used) * 2).max(4096);
-            // `encode` does not tell whether room or scratch was too small. A value with nested parts needs much of both.
+            // `encode` does not tell whether room or scratch was too small. A value with nested parts needs much of
+            // both.
             if room > SCRATCH_BYTES {
                 *scratch = Scratch::new(4 * room);
             }

@@ -18,7 +18,7 @@ use crate::storage::memory::{ALIGN, padded};
 use crate::storage::{SideFile, Storage, is_exhausted};
 use crate::sync::{AtomicU64, Keyed, Mutex, Ordering, lock};
 
-/// The place of a saved state, and the version that it is of.
+/// The place of a saved state, and its version.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Saved {
     pub(crate) version: Version,
@@ -42,8 +42,8 @@ pub(crate) struct SnapshotFile {
     pub(crate) last_head: Offset,
     pub(crate) entries: u64,
     pub(crate) bytes: u64,
-    /// A checkpoint's entries, sorted by key. Read on first use, which is a look-up of a state that the log, having
-    /// lost its beginning, cannot lead to; empty if the file proved unreadable.
+    /// A checkpoint's entries, sorted by key. Read when they are first needed: for a state that cannot be folded from
+    /// the log, because the log has lost its beginning. Empty if the file proved unreadable.
     pub(crate) places: Arc<OnceLock<Vec<(Key, Saved)>>>,
 }
 
@@ -74,8 +74,8 @@ pub struct SnapshotStats {
     pub bytes: u64,
     /// Number of checkpoints held.
     pub checkpoints: u64,
-    /// Number of saved states found unreadable since the engine was opened. An earlier saved state or the log replaced
-    /// each.
+    /// Number of saved states found unreadable since the engine was opened. Each was replaced by an earlier saved state
+    /// or by the log.
     pub unreadable: u64,
     /// Number of snapshots that were not taken, because the disk was behind or the state was too large.
     pub skipped: u64,
@@ -171,7 +171,7 @@ impl SnapshotStore {
             self.unreadable.fetch_add(1, Ordering::Relaxed);
             return Ok(Vec::new());
         }
-        // Keys of a part that grew during the checkpoint come twice; the later entry is never older.
+        // Keys of a part that grew during the checkpoint can occur twice; the later entry is never older.
         places.sort_by_key(|(key, saved)| (*key, std::cmp::Reverse(saved.version)));
         places.dedup_by_key(|(key, _)| *key);
         Ok(places)
@@ -325,7 +325,7 @@ pub(crate) fn file_number(name: &str) -> Option<(Kind, u32)> {
     if digits.len() < 9 || !digits.bytes().all(|b| b.is_ascii_digit()) {
         return None;
     }
-    // New files get the highest number plus one: a name that no count reaches is not one of ours.
+    // New files get the highest number plus one, so a file with a number that no count reaches is not ours.
     let number = digits.parse().ok().filter(|&number: &u32| number < NUMBERS_END)?;
     (file_name(kind, number) == name).then_some((kind, number))
 }

@@ -26,7 +26,7 @@ pub(crate) enum Message {
     /// The checkpoint has all keys, and no state of an event at or beyond `log_end`.
     End {
         log_end: Offset,
-        /// Every state could be saved.
+        /// `true` if every state could be saved.
         is_whole: bool,
     },
 }
@@ -68,7 +68,7 @@ enum CheckpointWalk {
     Keys(Walk),
 }
 
-/// Slots of the key table that a busy turn walks over: it then takes about ten microseconds longer.
+/// Slots of the key table that a busy turn walks over: the turn then takes about ten microseconds longer.
 const WALK_BUSY: usize = 1024;
 /// Slots of the key table that a turn without other work walks over.
 const WALK_IDLE: usize = 8192;
@@ -97,7 +97,7 @@ pub(crate) struct Taker {
     turns: u32,
     /// The monotonic time at which a step first saw a snapshot in `chunk`.
     since: Option<Nanos>,
-    /// `since` is at least [`SENT_AFTER`] ago.
+    /// `true` if `since` is at least [`SENT_AFTER`] ago.
     is_due_early: bool,
     scratch: Scratch,
     walk: Option<CheckpointWalk>,
@@ -191,7 +191,7 @@ impl Taker {
             || (self.is_due_early && self.may_send_early())
     }
 
-    /// Returns how long an idle shard may sleep before it must send snapshots.
+    /// Returns the time that an idle shard may sleep before it must send snapshots.
     pub(crate) fn rest(&self) -> Option<Duration> {
         self.chunk.is_some().then_some(SENT_AFTER)
     }
@@ -222,7 +222,7 @@ impl Taker {
     ) -> bool {
         if self.chunk.is_some() {
             self.turns += 1;
-            // Not in every pause: each would wake the snapshotter, which takes the core from the syncer.
+            // Not in every pause: each send wakes the snapshotter, which takes a core from the syncer.
             let since = *self.since.get_or_insert(now);
             self.is_due_early = now.saturating_sub(since) >= SENT_AFTER.as_nanos() as u64;
             if ((!is_busy && self.is_due_early) || self.turns >= TURNS_MAX) && self.may_send_early() {
@@ -367,7 +367,7 @@ mod tests {
         keys.slot(key, crate::event::KeyHash::of(key), crate::state::keys::Seen::default()).version =
             crate::event::Version(1);
         let mut now = 0;
-        // Each step is later by the time that a chunk waits in a pause.
+        // Each step comes later than the one before, by the time that a chunk waits in a pause.
         let mut step = |taker: &mut Taker| {
             now += SENT_AFTER.as_nanos() as u64;
             taker.step(&keys, &outcomes, (Offset(0), Sequence(0), Time(0)), now, false);

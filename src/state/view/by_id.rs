@@ -17,8 +17,8 @@ use crate::sync::{AtomicU64, Ordering, SeqLock};
 
 /// A view with one value per key, made from the key's state and read from any thread without asking the shard.
 ///
-/// `V` is the part of a state that readers need; a small one is fast. The view keeps it archived in at most `bytes_max`
-/// bytes per key, so a `get` is one look-up, one copy and one validation. Handles are cheap to clone.
+/// `V` is the part of a state that readers need; a small value is fast. The view keeps it archived in at most
+/// `bytes_max` bytes per key, so a `get` is one look-up, one copy and one validation. Handles are cheap to clone.
 ///
 /// ```
 /// use corelane::view::ById;
@@ -61,7 +61,7 @@ struct Inner<A, V> {
     parts: Parts<Values>,
 }
 
-/// Why [`ById::get`] cannot return a key's value.
+/// The reason why [`ById::get`] cannot return a key's value.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Unreadable {

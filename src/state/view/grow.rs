@@ -6,7 +6,7 @@
 use std::sync::OnceLock;
 
 const FIRST: usize = 64;
-/// Enough for far more items than fit into memory.
+/// Levels for far more items than fit into memory.
 const LEVELS: usize = 28;
 
 #[derive(Debug)]

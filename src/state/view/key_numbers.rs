@@ -9,7 +9,7 @@ use std::sync::OnceLock;
 use crate::event::Key;
 use crate::sync::{AtomicU64, Ordering, keyed, plant};
 
-/// More than the address space holds.
+/// More levels than the address space can hold.
 const LEVELS: usize = 40;
 const FIRST_MIN: usize = 1024;
 
@@ -96,7 +96,7 @@ impl KeyNumbers {
     }
 }
 
-/// Returns how many keys a level of `entries` entries takes.
+/// Returns the number of keys that fit into a level of `entries` entries.
 fn room(entries: usize) -> usize {
     entries / 4 * 3
 }

@@ -1,8 +1,9 @@
 //! A leaderboard: the keys with the highest scores, over all shards.
 //!
-//! One writer per part: its shard. It knows every key's score and keeps the best in a sorted list, down to a floor: the
-//! list holds exactly the scores at and above the floor. A score that stays below the floor costs one comparison. When
-//! falling scores leave the list shorter than the leaderboard's places, the writer rebuilds it from all scores.
+//! One writer per part: its shard. The shard knows every key's score and keeps the best scores in a sorted list, down
+//! to a floor: the list holds exactly the scores at and above the floor. A score that stays below the floor costs one
+//! comparison. When falling scores leave the list shorter than the leaderboard's places, the writer rebuilds it from
+//! all scores.
 
 use std::cmp::Reverse;
 use std::fmt;
@@ -15,7 +16,7 @@ use crate::state::view::parts::{Part, Parts, Progress};
 use crate::state::view::{Place, Position, View, ViewWriter};
 use crate::sync::{AtomicU64, Ordering, SeqLock};
 
-/// A view of the keys with the highest scores. Of equal scores the lower key comes first. Scores may fall.
+/// A view of the keys with the highest scores. Among equal scores, the lower key comes first. Scores may fall.
 ///
 /// The result is exact: it equals sorting all keys, each shard at a position that it has published. Handles are cheap
 /// to clone.
@@ -79,8 +80,8 @@ impl<A: Aggregate> Leaderboard<A> {
     /// Creates a view of the best `places` keys by the score that `score_of` makes of a state.
     ///
     /// `score_of` runs on the shard's thread for every event, so it must be fast. Each batch that changes one of the
-    /// best writes `places` times 16 bytes. When many of the best fall, an occasional batch reads all scores of the
-    /// shard (about 2 ms for a million).
+    /// best scores writes `places` times 16 bytes. When many of the best scores fall, an occasional batch reads all
+    /// scores of the shard (about 2 ms for a million).
     #[must_use]
     pub fn new(places: usize, score_of: impl Fn(&A) -> i64 + Send + Sync + 'static) -> Self {
         Self(Arc::new(Inner { score_of: Box::new(score_of), places, parts: Parts::new() }))
@@ -173,7 +174,7 @@ impl Part for Best {
     }
 }
 
-/// A score with its key, ordered so that the greater is the better.
+/// A score with its key. The better rank compares greater.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 struct Rank {
     score: i64,
@@ -203,7 +204,7 @@ struct Ranking {
     places: usize,
     /// `best` holds exactly the ranks from here up; `None` means that it holds none.
     floor: Option<Rank>,
-    /// One of the first `places` has changed since it was shown.
+    /// `true` if one of the first `places` ranks has changed since they were last shown.
     is_news: bool,
 }
 
@@ -261,7 +262,7 @@ impl Ranking {
         }
     }
 
-    /// Removes the worst if the list is too long, and raises the floor above them.
+    /// If the list is too long, removes the worst ranks and raises the floor above them.
     fn shorten(&mut self) {
         if self.best.len() > self.best_max {
             self.best.truncate(self.best_max);
@@ -269,7 +270,7 @@ impl Ranking {
         }
     }
 
-    /// Returns the best `places` if they have changed since the last call.
+    /// Returns the best `places` ranks if one of them has changed since the last call.
     fn news(&mut self) -> Option<&[Rank]> {
         if self.best.len() < self.places.min(self.scores.len()) {
             self.refill();
@@ -304,7 +305,7 @@ struct Writer<A> {
 }
 
 impl<A: Aggregate> ViewWriter<A> for Writer<A> {
-    /// Until the first `publish` the list holds nothing, so loading sorts nothing.
+    /// Loading sorts nothing, because the list stays empty until the first `publish`.
     fn load(&mut self, key: Key, state: &A) {
         self.ranking.set(key, (self.view.score_of)(state));
     }

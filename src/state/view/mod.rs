@@ -1,6 +1,6 @@
 //! Views: read models that any thread reads without asking the shard and without slowing it.
 //!
-//! One writer per part: the part's shard, right after it has changed a state. Readers are any threads; they never make
+//! One writer per part: the part's shard, right after it has changed a state. Any thread may read, and no reader makes
 //! the writer wait. The module `view` at the crate's root describes the views to their users.
 
 mod area;
@@ -34,7 +34,7 @@ pub trait ViewWriter<A: Aggregate>: Send {
     /// Notes that the event `meta` has just changed a key's state.
     fn changed(&mut self, key: Key, state: &A, meta: &Meta);
 
-    /// Ends a batch: its changes may be shown. The part now includes every event up to `at`.
+    /// Ends a batch: its changes may now be shown. The part now includes every event up to `at`.
     fn publish(&mut self, at: Position);
 }
 
@@ -61,7 +61,7 @@ impl Place {
 pub struct Position {
     /// The sequence of the next event: the number of the shard's events that are included.
     pub sequence: Sequence,
-    /// When the newest included event was appended, by the engine's clock.
+    /// The time at which the newest included event was appended, by the engine's clock.
     pub time: Time,
 }
 

@@ -10,7 +10,7 @@ use crate::event::{Sequence, ShardId, Time};
 use crate::state::view::{Place, Position};
 use crate::sync::{AtomicU64, CachePadded, Ordering, SeqLock, ShardedLock};
 
-/// The position of a part, always read as one.
+/// The position of a part, always read atomically.
 #[derive(Debug)]
 pub(super) struct Progress(CachePadded<(SeqLock, AtomicU64, AtomicU64)>);
 
@@ -46,7 +46,7 @@ pub(super) trait Part {
 /// The parts that readers use: those of the newest engine.
 ///
 /// The lock is taken for writing only while an engine opens. No shard touches it, so readers cannot slow a shard.
-/// Readers share it, each on its own thread's cache line.
+/// Readers share the lock, each through its own thread's cache line.
 pub(super) struct Parts<P>(ShardedLock<Vec<Option<Arc<P>>>>);
 
 impl<P> Parts<P> {

@@ -1,7 +1,7 @@
-//! The server's status: how many keys are online, how many there are, and the load.
+//! The server's status: the number of keys online, the number of all keys, and the load.
 //!
-//! One writer per part: its shard. It counts privately and publishes all figures together with the position, so a
-//! shard's figures are exactly those at its published position.
+//! One writer per part: its shard. The shard counts privately and publishes all figures together with the position, so
+//! a shard's figures are exactly those at its published position.
 
 use std::fmt;
 use std::sync::Arc;
@@ -62,7 +62,7 @@ struct Inner<A> {
     parts: Parts<Figures>,
 }
 
-/// A key's presence, as its state tells it.
+/// A key's presence, read from the key's state.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Presence {
     /// Counted as online.
@@ -81,10 +81,10 @@ pub struct Status {
     pub total: u64,
     /// Events in the log.
     pub events: u64,
-    /// Load: events appended since the engine opened, averaged over the five whole seconds before the second of the
-    /// asked time.
+    /// The load: the average number of events per second in the five whole seconds before the second asked about.
+    /// Counts only events appended since the engine opened.
     pub events_per_s: f64,
-    /// The newest time among the positions: when the newest counted event was appended.
+    /// The newest time among the positions: the time at which the newest counted event was appended.
     pub time: Time,
 }
 
@@ -213,7 +213,7 @@ struct Load {
 }
 
 impl Load {
-    /// Counts events that were appended at about `time`. A time that goes back counts as the newest.
+    /// Counts events that were appended at about `time`. If `time` goes back, they count at the newest time.
     fn add(&mut self, events: u64, time: Time) {
         let second = second_of(time).max(self.newest);
         for passed in (self.newest + 1..=second).rev().take(SECONDS) {

@@ -4,11 +4,11 @@ use super::answer::{WhenFull, WriteRefused};
 use super::{LetterStore, Plan};
 use crate::event::EventId;
 
-/// One in this number of letters is selected per walk over all letters, since finding the oldest takes such a walk.
+/// A walk over all letters selects the oldest 1/64 of them, since finding the oldest takes such a walk.
 const OLDEST_SHARE: usize = 64;
 
 impl LetterStore {
-    /// Adds letters to discard to the plan, until its new letters have room.
+    /// Adds letters to the plan that it discards, until the plan's new letters have room.
     pub(super) fn make_room(&mut self, plan: &mut Plan<'_>) -> Result<(), WriteRefused> {
         while !self.has_room(plan) {
             let is_in_vain = plan.ended.len() == self.index.len();

@@ -1,4 +1,4 @@
-//! What a full store refuses, and how it makes room.
+//! Refusals of a full store, and making room.
 
 use std::collections::VecDeque;
 

@@ -7,7 +7,8 @@ use std::ops::Range;
 
 /// The largest coordinate: beyond it a square overflows.
 const FAR: f64 = 1e150;
-/// Relative to the lengths involved: thousands of times the largest rounding error, and far less than a cell.
+/// The tolerance for rounding errors, relative to the lengths involved: thousands of times the largest error, and far
+/// less than a cell.
 const SLACK: f64 = 1e-12;
 const CELLS_MAX: f64 = (1 << 22) as f64;
 
@@ -39,7 +40,7 @@ impl Circle {
     }
 }
 
-/// Cells of one size over a rectangle. The cells at an edge extend without end.
+/// Cells of one size over a rectangle. The cells at an edge extend to infinity.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Grid {
     x0: f64,

@@ -25,8 +25,8 @@ use part::Players;
 /// exactly once. A player that is found was within the radius, at the returned position, at some moment of the query.
 /// "Within" means `dx * dx + dy * dy <= radius * radius`, computed in `f64`.
 ///
-/// Positions outside the bounds work too, but their search is slower: the cells at an edge hold everything beyond it. A
-/// position that is not a number, infinite or beyond ±1e150 is in no area. Handles are cheap to clone.
+/// Positions outside the bounds work too, but their search is slower: the cells at an edge hold all players beyond that
+/// edge. A position that is not a number, infinite or beyond ±1e150 is in no area. Handles are cheap to clone.
 ///
 /// ```
 /// # use corelane::{Aggregate, Bounded, Emit, Event, EventType, EventTypeId, Meta};
@@ -78,8 +78,8 @@ impl<A: Aggregate> Area<A> {
     /// Creates a view of the positions that `position_of` reads from the states; `None` means that the player is in no
     /// area.
     ///
-    /// `bounds` is (x0, y0, x1, y1). A good `cell_size` is about a fifth of the usual radius, with some ten players per
-    /// cell. Memory per shard: 16 bytes per cell, 32 per player, and 464 per 16 players of a cell, rounded up.
+    /// `bounds` is (x0, y0, x1, y1). A good `cell_size` is about a fifth of the usual radius, with about ten players
+    /// per cell. Memory per shard: 16 bytes per cell, 32 per player, and 464 per 16 players of a cell, rounded up.
     ///
     /// `position_of` runs on the shard's thread for every event, so it must be fast.
     ///

@@ -1,8 +1,8 @@
 //! One shard's players, as readers see them: by cell for scans, and by number for a second look.
 //!
-//! One writer: the shard. A block is read as one, and so is a player. A cell is a chain of blocks, all full but the
-//! first; the cell's version changes with the chain. The writer notes a player in the journal before the player changes
-//! its block, so a reader that walks many blocks knows which players it may have missed or seen twice.
+//! One writer: the shard. Each block is read atomically, and so is each player. A cell is a chain of blocks, all full
+//! but the first; the cell's version changes with the chain. The writer notes a player in the journal before the player
+//! changes its block, so a reader that walks many blocks knows which players it may have missed or seen twice.
 
 use std::ops::Range;
 
@@ -167,7 +167,8 @@ impl Players {
         })
     }
 
-    /// Returns `false` if the chain changed, so that the players found may be of another cell.
+    /// Scans a cell. Returns `false` if the cell's chain changed meanwhile: the players found may then be of another
+    /// cell.
     #[inline]
     fn scan_cell(&self, cell: &Cell, circle: &Circle, found: &mut Vec<Found>) -> bool {
         let Some(version) = cell.lock.begin() else { return false };
@@ -251,7 +252,7 @@ impl Block {
         self.entries[at].get()
     }
 
-    // Only the writer calls the rest.
+    // Only the writer calls the functions below.
 
     /// Sets an entry, within [`SeqLock::write`].
     #[inline]

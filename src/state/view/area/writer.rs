@@ -1,7 +1,7 @@
 //! The shard's side of an area: puts players into cells, moves them and takes them out.
 //!
-//! Every move of a player into another block is noted first and settled last. The player's current position, which a
-//! reader looks at again, is set before the first block changes.
+//! Every move of a player into another block is noted in the journal before it begins, and settled there after it ends.
+//! The player's current position, which a reader looks at again, is set before the first block changes.
 
 use std::sync::Arc;
 
