@@ -47,7 +47,7 @@ enum How {
 #[derive(Debug, Clone, Copy)]
 enum End {
     Restart,
-    /// After a flush or not; `unsynced` decides which unsynced bytes survive.
+    /// With or without a flush before; `unsynced` decides which unsynced bytes survive.
     PowerCut {
         flushed: bool,
         unsynced: Option<u64>,

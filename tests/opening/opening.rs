@@ -602,7 +602,7 @@ mod panicking {
     pub(crate) const WRITER: u8 = 6;
     pub(crate) const FACTORY: u8 = 7;
 
-    /// The code that panics now. The tests that use it take turns, because all of a process share it.
+    /// The code that panics at present. All tests of the process share this variable, so they take turns (`TURN`).
     pub(crate) static PANICS: AtomicU8 = AtomicU8::new(NOTHING);
     pub(crate) static TURN: std::sync::Mutex<()> = std::sync::Mutex::new(());
 
