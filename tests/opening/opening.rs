@@ -335,7 +335,7 @@ fn no_field_of_a_file_of_saved_states_makes_opening_lose_or_change_an_event() {
     ];
     let newest = named(&files, CHECKPOINT).pop().unwrap();
     let snapshots = named(&files, SNAPSHOTS).pop().unwrap();
-    // The states are right whatever a header or an end says.
+    // The states are right with any value in a header or an end.
     for path in [&newest, &snapshots] {
         try_fields(all, path, 0, &header, true, |bytes| repair(bytes, 0, 72, 72));
     }
