@@ -40,8 +40,8 @@ fn code(text: &str) -> impl Iterator<Item = (usize, &str)> {
         .filter(|(_, line)| !line.trim().is_empty())
 }
 
-/// The layers, lowest first, and the folders and files of `src/` that belong to each (ARCHITECTURE.md, "Layers"). A file may
-/// name its own layer and those before it.
+/// The layers, lowest first, and the folders and files of `src/` that belong to each (ARCHITECTURE.md, "Layers"). A file
+/// may name its own layer and lower ones.
 const LAYERS: &[(&str, &[&str])] = &[
     ("sync", &["sync"]),
     ("words", &["bounded", "clock", "config", "envelope", "error", "event", "metrics"]),
