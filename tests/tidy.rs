@@ -1,4 +1,4 @@
-//! The rules of the house, run as a test.
+//! The project's own rules, run as tests.
 #![expect(clippy::unwrap_used, reason = "a test may unwrap")]
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -25,7 +25,7 @@ fn files() -> Vec<(String, String)> {
     files
 }
 
-/// The source files that are no unit tests.
+/// The source files without the files of unit tests.
 fn sources() -> Vec<(String, String)> {
     files().into_iter().filter(|(name, _)| !name.ends_with("/tests.rs")).collect()
 }
@@ -40,8 +40,8 @@ fn code(text: &str) -> impl Iterator<Item = (usize, &str)> {
         .filter(|(_, line)| !line.trim().is_empty())
 }
 
-/// The layers, lowest first, and the folders and files of `src/` that belong to each (ARCHITECTURE.md, "Layers"). A file may
-/// name its own layer and those before it.
+/// The layers, lowest first, and the folders and files of `src/` that belong to each (ARCHITECTURE.md, "Layers"). A file
+/// may name its own layer and lower ones.
 const LAYERS: &[(&str, &[&str])] = &[
     ("sync", &["sync"]),
     ("words", &["bounded", "clock", "config", "envelope", "error", "event", "metrics"]),
@@ -62,15 +62,15 @@ const LAYERS: &[(&str, &[&str])] = &[
 /// A module's path, without `crate`: `["log", "reader"]`.
 type Module = Vec<String>;
 
-/// The modules of the crate with what they name of each other.
+/// The modules of the crate, and the names that they use of each other.
 struct Modules {
     /// Their files and code, without comments and unit tests.
     code: BTreeMap<Module, (String, String)>,
-    /// Names that a module passes on with `pub use`, and what they stand for.
+    /// Names that a module re-exports with `pub use`, and their paths.
     passed_on: BTreeMap<Module, Module>,
 }
 
-/// A `use` declaration: whether it passes names on, and its paths, one a name.
+/// Returns the `use` declarations: `true` for a re-export, and the path of each name.
 fn uses(code: &str) -> Vec<(bool, Vec<String>)> {
     let mut uses = Vec::new();
     let mut rest = code;
@@ -139,7 +139,7 @@ impl Modules {
         modules
     }
 
-    /// A path as seen from the crate's root; `None` where it is of another crate.
+    /// Returns a path as seen from the crate's root, or `None` if it belongs to another crate.
     fn absolute(&self, path: &str, module: &Module) -> Option<Module> {
         let mut parts = path.split("::").map(|part| part.trim().to_owned()).peekable();
         let mut base = module.clone();
@@ -164,7 +164,7 @@ impl Modules {
         Some(base)
     }
 
-    /// The module whose file defines what a path names.
+    /// Returns the module whose file defines the item of a path.
     fn defining(&self, path: &Module) -> Option<Module> {
         let passed_on = (1..=path.len())
             .filter(|&len| !self.code.contains_key(&path[..len]))
@@ -175,7 +175,7 @@ impl Modules {
         }
     }
 
-    /// Every module with the modules that it names.
+    /// Returns every module with the modules that it names.
     fn named(&self) -> BTreeMap<&Module, BTreeSet<Module>> {
         let mut named = BTreeMap::new();
         for (module, (_, code)) in &self.code {
@@ -385,7 +385,7 @@ const REFUSED: &[&str] = &[
 const PRONOUNS: &[&str] = &["who", "whoever"];
 const VERBS: &[&str] = &["waits", "wants", "looks", "asks", "has", "is", "drives", "sees", "reads", "writes", "may"];
 
-/// What is wrong with a sentence, if anything.
+/// Returns the first refused wording of a text.
 fn refused_wording(text: &str) -> Option<String> {
     let words: Vec<String> = text
         .split(|c: char| !c.is_alphanumeric() && c != '\'')
@@ -427,7 +427,7 @@ fn sentences_are_plain_english() {
     let mut wrong = Vec::new();
     for (file, text) in texts() {
         if file == "CONTRIBUTING.md" {
-            // It quotes what it refuses.
+            // This file quotes the refused wordings.
             continue;
         }
         let lines: Vec<&str> = text.lines().collect();

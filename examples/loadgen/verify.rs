@@ -78,7 +78,7 @@ struct Seen {
 }
 
 /// Reopens the store and reads all of it. If the store was empty before the run (`fresh`), also checks the events' own
-/// order and, where `expected` is given, the history of every key.
+/// order and, if `expected` is given, the history of every key.
 pub(crate) fn replay<A: Carried>(config: Config, fresh: bool, expected: Option<&ByKey<History>>) -> Result<Replay> {
     let began = Instant::now();
     let engine = Engine::<A>::open(config).context("reopening the store")?;

@@ -174,11 +174,11 @@ fn step(client: &mut Client<Account>, oracle: &mut Oracle, random: &mut impl FnM
     0
 }
 
-/// Returns 1 if a command whose future was dropped had been sent, by the key's version.
+/// Returns 1 if the command of a dropped future had been sent, or else 0; the key's version shows it.
 fn cancelled(client: &mut Client<Account>, oracle: &mut Oracle, key: Key) -> u64 {
     let outcome = match client.send(key, Order::Nothing).wait() {
         Ok(outcome) => outcome,
-        // A free slot is needed to ask. The cancelled command must have given its slot back.
+        // The question needs a free slot, so the cancelled command must have given its slot back.
         Err(CommandError::NotSent(RejectedReason::Full)) => panic!("a cancelled command keeps its slot"),
         Err(error) => panic!("{error}"),
     };

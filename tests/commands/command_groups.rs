@@ -138,7 +138,7 @@ fn a_remembered_rejection_is_lost_with_the_events_before_it() {
         assert!(first.repeated || !durable, "seed {seed}");
         assert_eq!(first.repeated, cents == 10, "seed {seed}: an outcome exists if and only if its event does");
         client.send(Key(1), Order::Deposit(3)).wait().unwrap();
-        // If the command is decided again now, less is missing.
+        // A rejection that the power cut took is decided again, and then less is missing.
         let missing = refuse(&mut client, 100);
         assert!(if flushed { missing == 90 } else { [90, 87].contains(&missing) }, "seed {seed}: {missing}");
         assert!(first.repeated || missing == 87, "seed {seed}: a later outcome exists without an earlier one");

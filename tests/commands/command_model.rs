@@ -47,7 +47,7 @@ enum How {
 #[derive(Debug, Clone, Copy)]
 enum End {
     Restart,
-    /// After a flush or not; `unsynced` decides which unsynced bytes survive.
+    /// With or without a flush before; `unsynced` decides which unsynced bytes survive.
     PowerCut {
         flushed: bool,
         unsynced: Option<u64>,
@@ -316,7 +316,7 @@ fn check_answers(
 ) {
     let before: HashMap<u64, (Known, bool)> =
         known.iter().filter(|((of, _), _)| *of == key).map(|((_, id), known)| (*id, known.clone())).collect();
-    // By idempotency key: the new outcome, all answers, and whether a rejection is explained.
+    // By idempotency key: the new outcome, all answers, and `true` if a rejection is explained.
     let mut decided: HashMap<u64, Known> = HashMap::new();
     let mut answered: HashMap<u64, Vec<Known>> = HashMap::new();
     let mut explained: HashMap<u64, bool> = HashMap::new();

@@ -52,9 +52,9 @@ pub(crate) enum Order {
         count: usize,
         bytes: usize,
     },
-    /// One event for each.
+    /// One event per amount.
     Deposits(Vec<u64>),
-    /// One event for each, with a text of this length.
+    /// One event per length, with a text of that length.
     NotesOf(Vec<usize>),
     Nothing,
     Panic,

@@ -34,7 +34,7 @@ fn poller(
     Ok(poller.clock(move || Duration::from_millis(clock.load(Ordering::SeqCst))))
 }
 
-/// The knowledge outside of the machine, which survives a crash: the effects, and the requests to the consumer.
+/// Data outside the machine, which survives a crash: the effects, and the requests to the consumer.
 #[derive(Default)]
 struct Outside {
     /// In order.
@@ -344,8 +344,8 @@ fn take_all(poller: &mut Poller<Note>, now_ms: &AtomicU64) -> Vec<u64> {
 
 #[test]
 fn events_that_the_log_lost_are_removed_from_the_position_and_their_replacements_are_handled() {
-    // The first `durable` events are durable and the rest is lost. Some are out when the position is saved, and one
-    // waits for a retry.
+    // The first `durable` events are durable and the rest is lost. Some are in flight when the position is saved,
+    // and one waits for a retry.
     for (durable, out, seed) in (0..6).flat_map(|durable| (0..4).map(move |out| (durable * 3, out, durable + 10 * out)))
     {
         let what = format!("{durable} durable, {out} out");

@@ -78,7 +78,7 @@ impl Random {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum End {
     Handled,
-    /// Judged to be skipped; the record of it is not visible by itself.
+    /// Judged to be skipped. The report of a record does not name the event.
     Skipped,
     Discarded,
 }
@@ -114,7 +114,7 @@ impl Known {
     }
 }
 
-/// A delivery that is out.
+/// A delivery in flight.
 struct Out {
     n: u64,
     is_letter: bool,
@@ -175,8 +175,8 @@ struct World {
     parked: BTreeSet<u64>,
     /// Keys whose letters are being reprocessed.
     asked: BTreeSet<u64>,
-    /// Keys of which a letter failed while the disk may have refused the record of the failure: until it is written,
-    /// they may still be reprocessed.
+    /// Keys with a letter that failed while the disk may have refused the record of the failure. Until the record is
+    /// written, the key may still be reprocessed.
     perhaps_asked: BTreeSet<u64>,
     /// Letters whose outcome could not be written.
     unsure: BTreeSet<u64>,
@@ -421,7 +421,7 @@ impl World {
             assert!(!known.ended_for_good, "event {n} had ended, and is a letter: {known:?}");
             assert!(!known.ended_here, "event {n} was handled here, and is a letter: {known:?}");
             let is_out = self.out.iter().any(|out| out.n == *n);
-            assert!(!is_out, "event {n} is out and a letter");
+            assert!(!is_out, "event {n} is in flight and a letter");
             self.trace.push(format!("{n} of {} is a letter", known.key));
         }
         for n in before.difference(&after) {
@@ -546,8 +546,8 @@ impl World {
         self.trace.push(format!("{n} of {key} is delivered, {}", if is_letter { "a letter" } else { "from the log" }));
         let known = self.events.get(&n).unwrap_or_else(|| panic!("event {n} is not in the log"));
         assert_eq!((known.key, known.id), (key, id));
-        assert!(self.out.len() < self.concurrency, "more than `concurrency` deliveries are out");
-        assert!(self.out.iter().all(|out| self.events[&out.n].key != key), "two of key {key} are out");
+        assert!(self.out.len() < self.concurrency, "more than `concurrency` deliveries are in flight");
+        assert!(self.out.iter().all(|out| self.events[&out.n].key != key), "two events of key {key} are in flight");
         self.overflow(key, n);
         let known = &self.events[&n];
         for (m, earlier) in self.events.range(..n).filter(|(_, earlier)| earlier.key == key && earlier.must_end) {
@@ -954,7 +954,7 @@ fn an_unfinished_event_of_a_newly_excluded_type_is_not_saved_with_the_position()
     let at = world.out.iter().position(|out| out.n == 1).unwrap();
     world.succeed(at);
     world.detach();
-    // 0 was out and 1 is done. Now the filter excludes both, and no other event comes.
+    // Event 0 was in flight and 1 is done. Now the filter excludes both, and no other event comes.
     world.filter = vec![2];
     world.attach(false);
     world.take();
@@ -982,7 +982,7 @@ fn an_unfinished_event_of_a_newly_excluded_type_hides_no_later_event() {
     let at = world.out.iter().position(|out| out.n == 2).unwrap();
     world.succeed(at);
     world.detach();
-    // 0 and 1 were out and 2 is done. Now the filter excludes 0.
+    // Events 0 and 1 were in flight and 2 is done. Now the filter excludes 0.
     world.filter = vec![1, 2];
     world.attach(false);
     world.take();

@@ -389,7 +389,7 @@ fn database() -> Database {
 
 #[test]
 fn a_database_ahead_of_a_copy_of_the_store_is_detected_however_long_the_copy_is() {
-    // The copy continues to before, after, and exactly the database's position.
+    // The copy grows to an offset before the database's position, to that position, and to offsets beyond it.
     for more in [1, 20, 50, 51, 100, 2_000] {
         let (storage, database) = (FaultyStorage::new(), database());
         let engine = open_on(&storage, small("/s")).unwrap();

@@ -7,7 +7,7 @@ use corelane::error::PositionError;
 use corelane::testing::FaultyStorage;
 use corelane::{EventLog, HandlerError, Key, Meta, OpenError};
 
-/// The report of `Engine::consumers` about this one.
+/// The report of `Engine::consumers` about the consumer `name`.
 fn shown(engine: &EventLog<Note>, name: &str) -> corelane::consumer::ConsumerReport {
     engine.consumers().into_iter().find(|report| report.name == name).unwrap()
 }

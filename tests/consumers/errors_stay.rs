@@ -54,7 +54,7 @@ macro_rules! reading {
     };
 }
 
-/// Events 1, 14, 2 of one key, and 3.
+/// A store with the events 1, 14, 2 and 3 of one key.
 fn store() -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
     let engine = EventLog::<Old>::open(crate::common::small(dir.path())).unwrap();

@@ -116,7 +116,7 @@ impl Model {
         self.commands_acknowledged = self.commands;
     }
 
-    /// Checks that the store holds everything acknowledged, and removes what it lost from the model.
+    /// Checks that the store holds everything acknowledged, and removes its lost contents from the model.
     fn check(&mut self, engine: &Engine<Account>, what: &str) {
         for (key, events) in &mut self.events {
             let (state, version) = engine.state(Key(*key)).unwrap().unwrap_or_default();

@@ -144,7 +144,7 @@ fn a_killed_process_runs_no_command_twice_and_forgets_no_answer() {
             }
         }
         assert_eq!(found(&engine), there, "{how}: a repeat changed the log");
-        // Sends the last commands again, whose answers may be missing: each exists once afterwards, whether or not it
+        // Sends the last commands again, whose answers may be missing: each exists once afterwards, even if it
         // existed before.
         for id in (first..last + PIPELINED as u64).filter(|id| *id + 2 * PIPELINED as u64 > last) {
             let (key, order) = command(id);

@@ -525,7 +525,7 @@ fn a_batch_of_deliveries_ends_before_a_hole_and_the_next_call_reports_it() {
     let mut poller = engine.consumer("poller").start_at(Start::Beginning).concurrency(64).poller().unwrap();
     let batch = poller.next_batch(100).unwrap();
     assert_eq!(batch.len(), 5, "record {i}");
-    assert!(poller.next_batch(100).unwrap().is_empty(), "the events before the hole are still out");
+    assert!(poller.next_batch(100).unwrap().is_empty(), "the events before the hole are still in flight");
     batch.into_iter().for_each(|delivery| poller.succeeded(delivery).unwrap());
     for _ in 0..2 {
         let Err(ConsumerError::Read(error)) = poller.next_batch(100) else { panic!("the hole is reported") };

@@ -74,7 +74,7 @@ fn a_waiting_thread_returns_when_an_event_comes_or_at_the_deadline() {
         let numbers = |poller: &mut Poller<Note>, batch: &[_]| -> Vec<u64> {
             batch.iter().map(|delivery| poller.event(delivery).unwrap().0.n.to_native()).collect()
         };
-        assert!(numbers(&mut poller, &batch).len() <= 2, "at most `concurrency` deliveries are out");
+        assert!(numbers(&mut poller, &batch).len() <= 2, "at most `concurrency` deliveries are in flight");
         let mut all = Vec::new();
         while all.len() < 4 {
             all.extend(numbers(&mut poller, &batch));
@@ -87,7 +87,7 @@ fn a_waiting_thread_returns_when_an_event_comes_or_at_the_deadline() {
         let of_key_1: Vec<u64> = all.into_iter().filter(|n| [1, 3].contains(n)).collect();
         assert_eq!(of_key_1, [1, 3]);
     });
-    // A delivery that is out when the poller is dropped comes again.
+    // A delivery in flight when the poller is dropped comes again.
     publish(&engine, [(5, 50)]);
     let out = poller.next().unwrap().expect("the new event");
     drop(poller);

@@ -1,5 +1,5 @@
-//! Wall clocks that jump forwards and backwards: retention and reading by time stay correct. `src/log/age.rs` has the
-//! arithmetic.
+//! Wall clocks that jump forwards and backwards: retention and reading by time stay correct. `src/background/age.rs`
+//! has the arithmetic.
 
 use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};

@@ -1,4 +1,4 @@
-//! A store is the folder that was opened, even if its path changes; while it is open, it belongs to one engine.
+//! A store is the folder that was opened, even if the folder's path changes; an open store belongs to one engine.
 
 use std::collections::BTreeSet;
 use std::fs;

@@ -335,7 +335,7 @@ fn no_field_of_a_file_of_saved_states_makes_opening_lose_or_change_an_event() {
     ];
     let newest = named(&files, CHECKPOINT).pop().unwrap();
     let snapshots = named(&files, SNAPSHOTS).pop().unwrap();
-    // The states are right whatever a header or an end says.
+    // The states are right with any value in a header or an end.
     for path in [&newest, &snapshots] {
         try_fields(all, path, 0, &header, true, |bytes| repair(bytes, 0, 72, 72));
     }
@@ -602,7 +602,7 @@ mod panicking {
     pub(crate) const WRITER: u8 = 6;
     pub(crate) const FACTORY: u8 = 7;
 
-    /// The code that panics now. The tests that use it take turns, because all of a process share it.
+    /// The code that panics at present. All tests of the process share this variable, so they take turns (`TURN`).
     pub(crate) static PANICS: AtomicU8 = AtomicU8::new(NOTHING);
     pub(crate) static TURN: std::sync::Mutex<()> = std::sync::Mutex::new(());
 

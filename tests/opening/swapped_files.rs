@@ -1,4 +1,4 @@
-//! Files of another history of the store, or of another store, in place of a store's own: they are not used, or
+//! Files of another history of the store, or of another store, in place of a store's own: they are used only if they
 //! contradict nothing in the log.
 
 use std::collections::{BTreeMap, BTreeSet};

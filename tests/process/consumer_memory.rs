@@ -1,4 +1,4 @@
-//! Memory of a consumer's parts: bytes per waiting and parked key, and no allocation per item in order.
+//! Memory of a consumer's parts: bytes per waiting and parked key, and no allocation per item that a gate gets in order.
 
 use std::time::{Duration, Instant};
 

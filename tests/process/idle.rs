@@ -72,7 +72,7 @@ fn no_thread_of_an_idle_parking_engine_wakes_up() {
             producer.publish(Key(n), Note::sized(n, 100)).unwrap();
             shared.publish(Key(n), Note::new(n)).unwrap();
         }
-        // Concurrent flushes request more syncs than one; no requested sync may be missed.
+        // Concurrent flushes request several syncs, and none of them may be missed.
         std::thread::scope(|scope| {
             for thread in 0..4 {
                 let (engine, shared) = (&engine, shared.clone());
@@ -85,7 +85,7 @@ fn no_thread_of_an_idle_parking_engine_wakes_up() {
             }
         });
         let before = at_rest();
-        assert_eq!(before.len(), 6, "a keeper, a saver, and two threads per shard: {before:?}");
+        assert_eq!(before.len(), 6, "a keeper, a snapshotter, and two threads per shard: {before:?}");
         let began = Instant::now();
         std::thread::sleep(Duration::from_secs(2));
         let after = threads();

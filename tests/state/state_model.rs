@@ -1,5 +1,6 @@
 //! States against an in-memory model: after any series of events, commands, checkpoints, flushes, restarts, power cuts
-//! and retention, snapshot and tail == full replay == incremental == live, at every version and time of every key.
+//! and retention, four states agree at every version and time of every key: the live one, the model's, that of a full
+//! replay, and that of a snapshot and the events after it.
 //! `CORELANE_MODEL_CASES` sets the cases.
 
 use std::collections::VecDeque;

@@ -287,7 +287,7 @@ fn a_discard_retries_a_key_whose_letter_is_being_handled() {
     outside::ask(&Store::open(dir.path()).unwrap(), "c", Request::Discard(LetterSelector::All)).unwrap();
     now.store(1000, Ordering::SeqCst);
     assert!(poller.next().unwrap().is_none());
-    assert_eq!((poller.report().letters.letters, game.requests()), (2, 1), "except for the key that is out");
+    assert_eq!((poller.report().letters.letters, game.requests()), (2, 1), "except for the letter in flight");
     poller.failed(delivery, "no").unwrap();
     now.store(1999, Ordering::SeqCst);
     assert!(poller.next().unwrap().is_none());
