@@ -90,8 +90,8 @@ pub trait Event: Encode + Send + 'static {
 
     /// The upcasters for older layouts: one for each (event type, schema version) that a store may still hold. Opening
     /// refuses a store that holds any other version. It also refuses an upcaster that can never be called
-    /// ([`crate::ConfigError::UselessUpcaster`]), because its type is not declared or its version is not older than the
-    /// declared one.
+    /// ([`crate::ConfigError::UselessUpcaster`]), because its type is not declared, its version is not older than the
+    /// declared one, or another upcaster reads the same version.
     const UPCASTERS: &'static [Upcaster<Self>] = &[];
 
     /// Returns the event type of this value, one of [`Event::TYPES`]. Publishing an event of any other type fails

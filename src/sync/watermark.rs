@@ -14,7 +14,8 @@ impl Watermark {
         Self(CachePadded::new(AtomicU64::new(at)))
     }
 
-    /// Publishes `at`. Only the one writer calls this, and never with a lower position than before.
+    /// Publishes `at`. Only the one writer calls this. A position that stands for progress never falls; a hold on the
+    /// log may be lowered.
     #[inline]
     pub(crate) fn publish(&self, at: u64) {
         // Release: pairs with the Acquire in `get`.

@@ -10,6 +10,7 @@ use corelane::{Meta, Offset, ShardId};
 
 use super::show::{grouped, table};
 use super::{Condition, Failure, Output, warn};
+use crate::log::format::HEADER_BYTES;
 
 /// A consumer's position and lag in one shard.
 #[derive(Debug, Clone, Default)]
@@ -239,7 +240,8 @@ fn read_one(store: &Store, name: &str, problem: &mut dyn FnMut(String)) -> Resul
             let lags = registered.positions.iter().map(|&position| ShardLag { position, ..ShardLag::default() });
             consumer.lags = lags.collect();
             for (shard, position) in store.shard_ids().zip(&registered.positions) {
-                let horizon = store.horizon(shard)?;
+                // A new store has no segment yet, but its consumers already have the position of its first record.
+                let horizon = store.horizon(shard)?.max(Offset(HEADER_BYTES as u64));
                 if *position > horizon {
                     problem(format!(
                         "shard {shard}: its position {position} is beyond the end of the log at {horizon}"
