@@ -126,13 +126,16 @@ pub(crate) struct Exchange {
 impl Exchange {
     /// Requests the owner's histograms. The owner hands them over between two turns.
     pub(crate) fn ask(&self) {
+        // Acquire: pairs with the Release in the recorder's `drop`, after its last hand-over.
         if !self.closed.load(Ordering::Acquire) {
+            // Release: pairs with the Acquire in `is_wanted`.
             self.wanted.store(true, Ordering::Release);
         }
     }
 
     #[inline]
     pub(crate) fn is_wanted(&self) -> bool {
+        // Acquire: pairs with the Release in `ask` and `Totals::fetch`. The lock of `slot` orders the histograms.
         self.wanted.load(Ordering::Acquire)
     }
 }
@@ -203,6 +206,7 @@ impl Drop for Recorder {
                 }
             }
         }
+        // Release: pairs with the Acquire loads of `closed`: a thread that sees it finds the last values in the slot.
         self.exchange.closed.store(true, Ordering::Release);
         self.exchange.wanted.store(false, Ordering::Release);
     }
@@ -494,6 +498,7 @@ impl Totals {
 
     /// Adds the values recorded by the owner of `exchange` since the last call. `wake` wakes a sleeping owner.
     pub(crate) fn fetch(&mut self, exchange: &Exchange, wake: impl Fn()) {
+        // Acquire and Release: as in `Exchange::ask`.
         if !exchange.closed.load(Ordering::Acquire) {
             exchange.wanted.store(true, Ordering::Release);
             wake();

@@ -89,11 +89,13 @@ impl LaneShared {
     /// Returns `true` if the first `published` events are appended, not counting events that were refused.
     pub(crate) fn is_appended(&self, published: u64) -> bool {
         let appended = self.appended.get();
+        // SeqCst: one order with the counting in `SharedProducer` and `unpublish`, so a refused event is not waited for.
         appended >= published || appended >= self.published.load(Ordering::SeqCst)
     }
 
     /// Takes a refused event out of the count, and makes all waiters for appends check again.
     pub(crate) fn unpublish(&self) {
+        // SeqCst: pairs with the load in `is_appended`; the waiters check again afterwards.
         self.published.fetch_sub(1, Ordering::SeqCst);
         self.waiting_appended.reached(u64::MAX);
     }
@@ -118,6 +120,7 @@ impl LaneShared {
 
     /// Records that the producer is gone and the shard has taken the lane's last event.
     pub(crate) fn retire(&self) {
+        // Release: pairs with the Acquire in `LaneRegistry::forget_retired`: the counts are final.
         self.retired.store(true, Ordering::Release);
     }
 

@@ -205,6 +205,7 @@ impl OffsetWatch {
     /// Blocks this thread until the event is appended. Returns its offset, or `None` if retention has freed the event
     /// meanwhile.
     pub(crate) fn wait(&self, deadline: Option<Instant>) -> Result<Option<Offset>, WaitError> {
+        // Acquire: pairs with the Release in `wake`.
         let outcome = || match self.end.load(Ordering::Acquire) {
             0 => self.lane.log.failure().map(|failure| Err(WaitError::from(failure.clone()))),
             end => Some(Ok(Offset(end))),

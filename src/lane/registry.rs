@@ -47,6 +47,7 @@ impl LaneRegistry {
         lanes.retain(|lane| {
             // Without receipts, no caller can ask whether the rest is durable.
             let settled = lane.durable.get() == lane.appended.get() || Arc::strong_count(lane) == 1;
+            // Acquire: pairs with the Release in `LaneShared::retire`.
             let over = lane.retired.load(Ordering::Acquire) && settled;
             if over && !lane.of_commands {
                 self.retired_events.fetch_add(lane.appended.get(), Ordering::Relaxed);

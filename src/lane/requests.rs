@@ -2,6 +2,9 @@
 //!
 //! A request is a flag, or an offset that only grows. The receiving thread answers through the positions that it
 //! publishes.
+//!
+//! `SeqCst` throughout, where no comment says otherwise: every store pairs with the load of the same word, and stands before
+//! the `Signal` or `Waiters` that wakes its reader. None of it is on the path of an event.
 
 use std::sync::Arc;
 use std::task::Waker;
@@ -121,17 +124,20 @@ impl CheckpointRequests {
 
     #[inline]
     pub(crate) fn is_requested(&self) -> bool {
+        // Acquire: pairs with the Release in `ask`.
         self.is_requested.load(Ordering::Acquire)
     }
 
     /// Records that the shard begins a checkpoint at `start`, which answers all earlier requests.
     pub(crate) fn begin(&self, start: Offset) {
         self.is_requested.store(false, Ordering::SeqCst);
+        // Release: pairs with the Acquire in `begun`.
         self.begun.store(start.0, Ordering::Release);
     }
 
     /// Returns the start of the newest checkpoint, complete or not.
     pub(crate) fn begun(&self) -> u64 {
+        // Acquire: pairs with the Releases in `begin` and `fail`.
         self.begun.load(Ordering::Acquire)
     }
 

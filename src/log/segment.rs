@@ -119,6 +119,7 @@ impl ShardLog {
                 *reason = Some(format!("{action}: {error}").into());
             }
         }
+        // SeqCst: a flag for publishers and metrics; it orders no other data.
         self.storage_full.store(waiting.iter().any(Option::is_some), Ordering::SeqCst);
     }
 
@@ -235,6 +236,7 @@ impl ShardLog {
         tracing::error!(shard = self.shard.0, %failure, "a shard failed");
         // Any later failure is a consequence of the first one and less informative.
         if self.failure.set(failure).is_ok() {
+            // SeqCst: pairs with the load in `failure`. A waiter registers first and checks afterwards.
             self.failed.store(true, Ordering::SeqCst);
         }
     }
@@ -242,6 +244,7 @@ impl ShardLog {
     /// Returns the failure of the shard, if it failed.
     #[inline]
     pub(crate) fn failure(&self) -> Option<&ShardFailure> {
+        // SeqCst: pairs with the store in `fail`.
         if self.failed.load(Ordering::SeqCst) { self.failure.get() } else { None }
     }
 }

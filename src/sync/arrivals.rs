@@ -30,12 +30,14 @@ impl<T> Arrivals<T> {
 
     #[inline]
     pub(crate) fn is_empty(&self) -> bool {
+        // Acquire: pairs with the Release in `push`. The lock orders the items themselves.
         !self.any.load(Ordering::Acquire)
     }
 
     /// Takes the items that have arrived.
     pub(crate) fn take(&self) -> Vec<T> {
         let mut list = lock(&self.list);
+        // Under the lock, so that it cannot overwrite the `true` of a later push. Pairs with the Acquire in `is_empty`.
         self.any.store(false, Ordering::Release);
         list.as_mut().map(std::mem::take).unwrap_or_default()
     }
@@ -43,6 +45,7 @@ impl<T> Arrivals<T> {
     /// Takes the items that have arrived and closes the mailbox: every later `push` fails.
     pub(crate) fn close(&self) -> Vec<T> {
         let mut list = lock(&self.list);
+        // As in `take`.
         self.any.store(false, Ordering::Release);
         list.take().unwrap_or_default()
     }

@@ -23,6 +23,7 @@ impl CloseGate {
     /// Enters the close gate. Returns `None` if the gate is closed.
     #[inline]
     pub(crate) fn enter(&self) -> Option<Inside<'_>> {
+        // AcqRel: one word has one order of entries and closes. Pairs with the AcqRel in `close`.
         let before = self.0.fetch_add(1, Ordering::AcqRel);
         let inside = Inside(self);
         if before & CLOSED == 0 { Some(inside) } else { None }
@@ -30,10 +31,12 @@ impl CloseGate {
 
     /// Makes every later `enter` fail.
     pub(crate) fn close(&self) {
+        // AcqRel: pairs with the AcqRel in `enter`.
         self.0.fetch_or(CLOSED, Ordering::AcqRel);
     }
 
     pub(crate) fn is_closed(&self) -> bool {
+        // Acquire: pairs with the AcqRel in `close`.
         self.0.load(Ordering::Acquire) & CLOSED != 0
     }
 
