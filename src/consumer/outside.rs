@@ -56,18 +56,18 @@ pub fn registered(store: &Store, name: &str) -> Result<Option<Registered>, OpenE
         return Ok(None);
     }
     let path = dir_of(store, name);
-    let Some(checkpoint) = ConsumerPosition::load(&**store.files(), &path)? else { return Ok(None) };
+    let Some(position) = ConsumerPosition::load(&**store.files(), &path)? else { return Ok(None) };
     let requests = requests::waiting(&**store.files(), &path);
     let requests = requests.map_err(|source| OpenError::Io { action: "listing", path, source })?.len();
-    let positions = checkpoint.shards.iter().map(|shard| shard.position).collect();
+    let positions = position.shards.iter().map(|shard| shard.position).collect();
     let reach = |shard: &Progress| {
         [shard.position, shard.read, shard.effects_from, shard.began, shard.seen.offset()]
             .into_iter()
             .max()
             .unwrap_or_default()
     };
-    let reaches = checkpoint.shards.iter().map(reach).collect();
-    let seen = checkpoint.shards.iter().map(|shard| shard.seen).collect();
+    let reaches = position.shards.iter().map(reach).collect();
+    let seen = position.shards.iter().map(|shard| shard.seen).collect();
     Ok(Some(Registered { name: name.to_owned(), positions, reaches, seen, requests }))
 }
 
@@ -96,9 +96,9 @@ impl DeadLetters {
         let storage: Arc<dyn Storage> = Arc::clone(store.files()) as _;
         // Read the position file before the letters, so that every letter that it names is there. If the file is
         // damaged, [`registered`] reports that.
-        let checkpoint = ConsumerPosition::load(&*storage, &path).ok().flatten();
-        let shards = checkpoint.as_ref().map_or(usize::from(store.shards()), |checkpoint| checkpoint.shards.len());
-        open_outside(&storage, &path, checkpoint.unwrap_or_default().letters, shards).map(Self)
+        let position = ConsumerPosition::load(&*storage, &path).ok().flatten();
+        let shards = position.as_ref().map_or(usize::from(store.shards()), |position| position.shards.len());
+        open_outside(&storage, &path, position.unwrap_or_default().letters, shards).map(Self)
     }
 
     /// Returns the counts of letters.

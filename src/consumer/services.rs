@@ -138,7 +138,7 @@ impl Services {
         if known.get(name).is_some_and(|known| known.is_driven) {
             return Err(ConsumerError::AlreadyRunning { name: name.to_owned() });
         }
-        let checkpoint = self.checkpoint::<E>(&mut known, name, start).inspect_err(|error| {
+        let position = self.saved_position::<E>(&mut known, name, start).inspect_err(|error| {
             if let Some(known) = known.get_mut(name) {
                 known.failure = Some(error.to_failure());
             }
@@ -146,42 +146,41 @@ impl Services {
         let consumer = known.get_mut(name).expect("the consumer was registered above");
         (consumer.is_driven, consumer.failure, consumer.letters) = (true, None, None);
         let holds = consumer.holds.iter();
-        let assigned = self.shards.iter().zip(holds).zip(checkpoint.shards).map(|(((log, syncer), hold), progress)| {
-            AssignedShard {
+        let assigned =
+            self.shards.iter().zip(holds).zip(position.shards).map(|(((log, syncer), hold), progress)| AssignedShard {
                 log: Arc::clone(log),
                 syncer: Arc::clone(syncer),
                 lock: Arc::clone(&self.lock),
                 hold: Arc::clone(hold),
                 progress,
-            }
-        });
-        Ok((assigned.collect(), checkpoint.letters))
+            });
+        Ok((assigned.collect(), position.letters))
     }
 
     /// Returns the saved state of a consumer, which must be of this log. Registers a new consumer.
-    fn checkpoint<E: Event>(
+    fn saved_position<E: Event>(
         &self,
         known: &mut BTreeMap<String, Known>,
         name: &str,
         start: Start,
     ) -> Result<ConsumerPosition, ConsumerError> {
         let dir = self.dir(name);
-        let checkpoint = match known.get(name) {
+        let position = match known.get(name) {
             Some(_) => ConsumerPosition::load(&*self.storage, &dir)?.ok_or_else(|| OpenError::Io {
                 action: "reading the position file in",
                 path: dir.clone(),
                 source: ErrorKind::NotFound.into(),
             })?,
             None => {
-                let (checkpoint, holds) = self.register::<E>(name, &dir, start)?;
+                let (position, holds) = self.register::<E>(name, &dir, start)?;
                 known.insert(name.to_owned(), Known::registered(holds));
-                checkpoint
+                position
             }
         };
-        for ((log, _), progress) in self.shards.iter().zip(&checkpoint.shards) {
+        for ((log, _), progress) in self.shards.iter().zip(&position.shards) {
             progress.seen.check(log, &self.lock)?;
         }
-        Ok(checkpoint)
+        Ok(position)
     }
 
     fn register<E: Event>(
@@ -198,9 +197,9 @@ impl Services {
             .collect();
         let registered = self.saved_at::<E>(dir, start);
         match registered {
-            Ok(checkpoint) => {
-                holds.iter().zip(&checkpoint.shards).for_each(|(hold, progress)| hold.set(progress.position));
-                Ok((checkpoint, holds))
+            Ok(position) => {
+                holds.iter().zip(&position.shards).for_each(|(hold, progress)| hold.set(progress.position));
+                Ok((position, holds))
             }
             Err(error) => {
                 self.release(&holds);
@@ -211,12 +210,12 @@ impl Services {
 
     fn saved_at<E: Event>(&self, dir: &Path, start: Start) -> Result<ConsumerPosition, ConsumerError> {
         let positions = self.shards.iter().map(|(log, _)| start_position::<E>(log, &self.lock, start));
-        let checkpoint = ConsumerPosition::begin(positions.collect::<Result<Vec<_>, _>>()?);
+        let position = ConsumerPosition::begin(positions.collect::<Result<Vec<_>, _>>()?);
         let io = |action| move |source| OpenError::Io { action, path: dir.to_owned(), source };
         self.storage.create_dir(dir).map_err(io("creating"))?;
         clear(&*self.storage, dir).map_err(io("clearing"))?;
-        checkpoint.save(&*self.storage, dir).map_err(io("writing the position file in"))?;
-        Ok(checkpoint)
+        position.save(&*self.storage, dir).map_err(io("writing the position file in"))?;
+        Ok(position)
     }
 
     fn release(&self, holds: &[Arc<Hold>]) {

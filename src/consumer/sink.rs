@@ -223,7 +223,8 @@ impl SinkConsumer {
     /// Stops the sink after its present batch.
     ///
     /// # Errors
-    /// `Busy` at the deadline; `Ended` with the reason if the sink had ended by itself.
+    /// `Busy` at the deadline; `Wait` with `OnEngineThread` on the sink's own thread; `Ended` with the reason if the sink
+    /// had ended by itself.
     pub fn stop(self, deadline: impl Into<Deadline>) -> Result<(), ConsumerError> {
         let deadline = deadline.into().instant();
         self.shared.life.stop(&self.name, deadline, || self.shared.report().failure)
@@ -379,8 +380,8 @@ fn prepare<E: Event>(
             *progress = progress.at(reader.position()?);
         }
         // Save before anything is delivered: the next start must find the beginning even if this one takes in nothing.
-        let checkpoint = ConsumerPosition { letters, shards: progress.clone() };
-        let saved = checkpoint.save(&*services.storage, &dir);
+        let position = ConsumerPosition { letters, shards: progress.clone() };
+        let saved = position.save(&*services.storage, &dir);
         saved.map_err(|source| OpenError::Io { action: "writing the position file in", path: dir, source })?;
     }
     Ok((progress, left))
@@ -578,12 +579,12 @@ impl<E: Event, S: Sink<E>> SinkRunner<E, S> {
         }
         self.save_at = now + self.settings.save_every;
         let shards = self.progress.iter().zip(&positions).map(|(progress, position)| progress.at(*position)).collect();
-        let checkpoint = ConsumerPosition { letters: self.letters, shards };
+        let position = ConsumerPosition { letters: self.letters, shards };
         let dir = self.services.dir(&self.settings.name);
-        match checkpoint.save(&*self.services.storage, &dir) {
+        match position.save(&*self.services.storage, &dir) {
             Ok(()) => {
                 self.shards.iter().for_each(|shard| shard.hold.set(shard.position.offset()));
-                (self.saved, self.progress) = (positions, checkpoint.shards);
+                (self.saved, self.progress) = (positions, position.shards);
             }
             Err(source) => {
                 let error = OpenError::Io { action: "writing the position file in", path: dir, source };

@@ -144,7 +144,7 @@ impl<E: Event> Reader<E> {
     ///
     /// # Errors
     /// Returns `BeyondRetention` if the position was freed, and `Corruption` if bytes that an earlier process wrote are
-    /// damaged or missing. The position does not move, so the next call returns the same error, never a later event.
+    /// damaged or missing. No event is passed: the next call returns the same error, never a later event.
     #[expect(clippy::should_implement_trait, reason = "lends from the reader, which `Iterator` cannot do")]
     pub fn next(&mut self) -> Result<Option<Record<'_, E>>, ReadError> {
         match self.ahead(|_| true)? {

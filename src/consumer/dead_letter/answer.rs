@@ -162,7 +162,7 @@ pub enum WriteRefused {
     #[error("there is no room for more dead letters")]
     Full,
     /// The file system failed. The batch may be on disk in part; the next try writes it to another file.
-    #[error("{action} {}: {source}", path.display())]
+    #[error("{action} {}", path.display())]
     Io {
         /// The action that failed.
         action: &'static str,
@@ -188,7 +188,7 @@ pub enum LettersError {
         why: &'static str,
     },
     /// The file system failed.
-    #[error("{action} {}: {source}", path.display())]
+    #[error("{action} {}", path.display())]
     Io {
         /// The action that failed.
         action: &'static str,

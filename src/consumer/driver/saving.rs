@@ -97,13 +97,13 @@ impl PositionSaver {
     ) -> Result<(), ConsumerError> {
         let saved = followers.iter().map(ShardFollower::progress_stamp).collect();
         let shards = followers.iter_mut().map(ShardFollower::progress).collect();
-        let checkpoint = ConsumerPosition { shards, letters };
-        checkpoint.save(&*self.storage, &self.dir).map_err(|source| OpenError::Io {
+        let position = ConsumerPosition { shards, letters };
+        position.save(&*self.storage, &self.dir).map_err(|source| OpenError::Io {
             action: "writing the position file in",
             path: self.dir.clone(),
             source,
         })?;
-        for (follower, progress) in followers.iter().zip(&checkpoint.shards) {
+        for (follower, progress) in followers.iter().zip(&position.shards) {
             follower.hold_from(progress.position);
         }
         (self.saved, self.saved_letters) = (saved, letters);
