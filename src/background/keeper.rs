@@ -152,7 +152,8 @@ mod tests {
     fn keeper(storage: &FaultyStorage) -> (Keeper, Arc<ShardLog>, Arc<PreparedQueue>) {
         let dir = PathBuf::from("/s");
         storage.create_dir(&dir).expect("a folder");
-        let log = Arc::new(ShardLog::new(1, ShardId(0), dir, SEGMENT_BYTES, Offset(4096), 0, [].into()));
+        let log =
+            Arc::new(ShardLog::new((1, ShardId(0)), dir, SEGMENT_BYTES, Offset(4096), 0, [].into(), &Arc::default()));
         let prepared = Arc::new(PreparedQueue::new(1));
         let shard = KeptShard {
             log: Arc::clone(&log),

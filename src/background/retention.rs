@@ -284,7 +284,8 @@ mod tests {
                     let memory = storage.create_segment(&path, 4096).expect("space for a segment");
                     (path, Arc::new(memory))
                 };
-                let log = ShardLog::new(1, ShardId(0), dir.to_owned(), 4096, Offset(4096), 0, [].into());
+                let log =
+                    ShardLog::new((1, ShardId(0)), dir.to_owned(), 4096, Offset(4096), 0, [].into(), &Arc::default());
                 let mut reclaimer = Reclaimer::new(
                     Retention::default(),
                     false,

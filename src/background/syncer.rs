@@ -226,8 +226,16 @@ mod tests {
 
     /// The syncer of an empty shard, and one of its lanes.
     fn syncer(durability: Durability) -> (Syncer, Arc<LaneShared>) {
-        let log = Arc::new(ShardLog::new(1, ShardId(0), "/s".into(), 1 << 16, Offset(4096), 0, VecDeque::new()));
-        let lanes = Arc::new(LaneRegistry::default());
+        let log = Arc::new(ShardLog::new(
+            (1, ShardId(0)),
+            "/s".into(),
+            1 << 16,
+            Offset(4096),
+            0,
+            VecDeque::new(),
+            &Arc::default(),
+        ));
+        let lanes = Arc::new(LaneRegistry::new(&log.notifier));
         let lane = Arc::new(LaneShared::new(Arc::clone(&log), durability));
         lanes.register(&lane);
         let syncer = Syncer {

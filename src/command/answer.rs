@@ -9,7 +9,7 @@ use super::client::Client;
 use super::lane::Ticket;
 use super::outcome::{CommandError, Outcome};
 use crate::state::aggregate::Aggregate;
-use crate::sync::Deadline;
+use crate::sync::{Deadline, Registration};
 
 /// The answer to a command: a blocking wait, or a future for any runtime.
 #[must_use = "nothing waits until `.wait()` or `.await`"]
@@ -17,6 +17,8 @@ pub struct Answer<'c, A: Aggregate> {
     client: &'c mut Client<A>,
     /// `None` once the answer is claimed.
     ticket: Option<Ticket>,
+    /// The task's place among the waiters.
+    registration: Registration,
 }
 
 impl<A: Aggregate> std::fmt::Debug for Answer<'_, A> {
@@ -27,7 +29,7 @@ impl<A: Aggregate> std::fmt::Debug for Answer<'_, A> {
 
 impl<'c, A: Aggregate> Answer<'c, A> {
     fn new(client: &'c mut Client<A>, ticket: Ticket) -> Self {
-        Self { client, ticket: Some(ticket) }
+        Self { client, ticket: Some(ticket), registration: Registration::default() }
     }
 
     /// Blocks the thread until the answer comes.
@@ -77,7 +79,8 @@ impl<A: Aggregate> Future for Answer<'_, A> {
     fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
         let ticket = self.ticket.clone().filter(|ticket| self.client.is_mine(ticket));
         let Some(ticket) = ticket else { return Poll::Ready(Err(CommandError::Claimed)) };
-        let outcome = self.client.poll_answer(&ticket, context);
+        let this = &mut *self;
+        let outcome = this.client.poll_answer(&ticket, &mut this.registration, context);
         if outcome.is_ready() {
             self.ticket = None;
         }
@@ -134,11 +137,12 @@ impl<A: Aggregate> Client<A> {
     pub(super) fn poll_answer(
         &mut self,
         ticket: &Ticket,
+        registration: &mut Registration,
         context: &mut Context<'_>,
     ) -> Poll<Result<Outcome, CommandError<A::Rejection>>> {
         let lane = &mut self.lanes[ticket.lane];
         if lane.shared.appended_count() < ticket.number {
-            lane.shared.register_appended(ticket.number, context.waker());
+            lane.shared.register_appended(registration, ticket.number, context.waker());
             // Check once more: the reply may have come between the check and the registration.
             if lane.shared.appended_count() < ticket.number {
                 return match lane.door.log.failure() {
@@ -156,7 +160,7 @@ impl<A: Aggregate> Client<A> {
         if !ticket.durable {
             return Poll::Ready(Ok(outcome));
         }
-        match Pin::new(&mut outcome.receipt.durable()).poll(context) {
+        match outcome.receipt.durable().poll_with(registration, context) {
             Poll::Ready(Ok(())) => Poll::Ready(Ok(outcome)),
             Poll::Ready(Err(error)) => Poll::Ready(Err(CommandError::NotDurable(error))),
             Poll::Pending => {

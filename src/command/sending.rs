@@ -10,7 +10,7 @@ use super::outcome::{CommandError, ExpectedVersion, Outcome};
 use crate::error::{Rejected, RejectedReason};
 use crate::event::{Key, KeyHash};
 use crate::state::aggregate::Aggregate;
-use crate::sync::{Deadline, Patience, may_wait};
+use crate::sync::{Deadline, Patience, Registration, may_wait};
 
 impl<A: Aggregate> Client<A> {
     /// Prepares a command for `key`. [`Sending::wait`], `.await`, [`Sending::ticket`] or [`Sending::tell`] sends it.
@@ -162,7 +162,7 @@ impl<'c, A: Aggregate> IntoFuture for Sending<'c, A> {
 
     fn into_future(self) -> SendingFuture<'c, A> {
         let Self { client, command, durable } = self;
-        SendingFuture { client, unsent: Some(command), durable, ticket: None }
+        SendingFuture { client, unsent: Some(command), durable, ticket: None, registration: Registration::default() }
     }
 }
 
@@ -172,6 +172,8 @@ pub struct SendingFuture<'c, A: Aggregate> {
     unsent: Option<CommandSlot<A::Command>>,
     durable: bool,
     ticket: Option<Ticket>,
+    /// The task's place among the waiters.
+    registration: Registration,
 }
 
 impl<A: Aggregate> std::fmt::Debug for SendingFuture<'_, A> {
@@ -208,7 +210,7 @@ impl<A: Aggregate> Future for SendingFuture<'_, A> {
                     }
                     // The next reply frees room. Try once more, because the reply may have come before the
                     // registration.
-                    lane.shared.register_any(context.waker());
+                    lane.shared.register_any(&mut this.registration, context.waker());
                     registered = true;
                 }
                 Err(rejected) => return Poll::Ready(Err(CommandError::NotSent(rejected.reason()))),
@@ -216,7 +218,7 @@ impl<A: Aggregate> Future for SendingFuture<'_, A> {
         }
         match &this.ticket {
             Some(ticket) => {
-                let outcome = this.client.poll_answer(ticket, context);
+                let outcome = this.client.poll_answer(ticket, &mut this.registration, context);
                 if outcome.is_ready() {
                     this.ticket = None;
                 }

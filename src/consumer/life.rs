@@ -40,7 +40,7 @@ impl Life {
             began: Instant::now(),
             in_handler_since_ns: AtomicU64::new(0),
             ended: AtomicU64::new(0),
-            ending: Waiters::new(),
+            ending: Waiters::direct(),
             engine,
         }
     }
@@ -94,7 +94,7 @@ impl Life {
     /// Waits until the thread has ended. Returns `false` at the deadline.
     pub(super) fn await_end(&self, deadline: Option<Instant>) -> bool {
         let over = || self.has_ended().then_some(Ok::<_, WaitError>(()));
-        block_until(deadline, |waker| self.ending.register(1, waker), over).is_ok()
+        block_until(deadline, |at, waker| self.ending.register_own(at, 1, waker), over).is_ok()
     }
 
     /// Stops the thread and waits for its end. `failure` returns the reason if the thread had ended by itself.

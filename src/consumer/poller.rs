@@ -3,14 +3,14 @@
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll, Waker};
+use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use super::alarm::Alarm;
 use super::dead_letter::answer::DeadLetter;
 use super::dead_letter::selector::LetterSelector;
-use super::driver::Driver;
 use super::driver::job::{Failed, Job};
+use super::driver::{Driver, ShardFollower};
 use super::error::ConsumerError;
 use super::report::ConsumerReport;
 use super::services::Services;
@@ -19,7 +19,7 @@ use crate::error::{HandlerError, WaitError};
 use crate::event::{Event, EventId, Key, Meta, Offset};
 use crate::log::access::Access;
 use crate::log::finder::Finder;
-use crate::sync::{Deadline, Mutex, lock, may_wait, thread_waker};
+use crate::sync::{Deadline, Mutex, Registration, lock, may_wait, thread_waker};
 
 /// The interval at which the report for `Engine::consumers` is renewed while there is work.
 const SHOW_EVERY: Duration = Duration::from_millis(100);
@@ -64,6 +64,8 @@ pub struct Poller<E: Event> {
     access: Access,
     clock: Box<dyn Fn() -> Duration + Send>,
     alarm: Option<Alarm>,
+    /// Its owner's places among the waiters of each log.
+    registrations: Vec<Registration>,
     /// The report for `Engine::consumers`, and the time at which it is renewed although there is work.
     shown: Arc<Mutex<ConsumerReport>>,
     show_at: Duration,
@@ -96,7 +98,7 @@ impl<E: Event> Poller<E> {
         let shown = Arc::new(Mutex::new(ConsumerReport::of(&driver, Duration::ZERO)));
         services.note_report(&driver.settings().name, &shown);
         let (access, show_at) = (Access::new::<E>(), Duration::ZERO);
-        Self { services, driver, finders, access, clock, alarm: None, shown, show_at }
+        Self { services, driver, finders, access, clock, alarm: None, registrations: Vec::new(), shown, show_at }
     }
 
     /// Replaces the clock by a function that returns the time since a fixed moment. This time must never fall. For
@@ -215,7 +217,8 @@ impl<E: Event> Poller<E> {
             return Err(WaitError::OnEngineThread.into());
         }
         let waker = thread_waker();
-        if self.may_have_event(&waker) {
+        self.register(|follower, at| follower.register_thread(at, &waker));
+        if self.has_event() {
             return Ok(());
         }
         let due = self.driver.next_due().map(|due| Instant::now() + due.saturating_sub((self.clock)()));
@@ -245,9 +248,15 @@ impl<E: Event> Poller<E> {
         }
     }
 
-    /// Registers `waker` with the logs. Returns `true` if there may be an event already.
-    fn may_have_event(&self, waker: &Waker) -> bool {
-        self.driver.followers().iter().for_each(|follower| follower.register(waker));
+    /// Registers the caller with each log.
+    fn register(&mut self, register: impl Fn(&ShardFollower<E>, &mut Registration)) {
+        let followers = self.driver.followers();
+        self.registrations.resize_with(followers.len(), Registration::default);
+        followers.iter().zip(&mut self.registrations).for_each(|(follower, at)| register(follower, at));
+    }
+
+    /// Returns `true` if there may be an event.
+    fn has_event(&self) -> bool {
         self.driver.has_unread() || self.driver.next_due().is_some_and(|due| due <= (self.clock)())
     }
 
@@ -342,7 +351,11 @@ impl<E: Event> Future for HasEvent<'_, E> {
 
     fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<()> {
         let Self { poller, is_first } = self.get_mut();
-        if !std::mem::take(is_first) || poller.may_have_event(context.waker()) {
+        if !std::mem::take(is_first) {
+            return Poll::Ready(());
+        }
+        poller.register(|follower, at| follower.register(at, context.waker()));
+        if poller.has_event() {
             return Poll::Ready(());
         }
         if let Some(due) = poller.driver.next_due() {

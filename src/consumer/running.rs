@@ -24,7 +24,7 @@ use crate::log::finder::Finder;
 use crate::log::holds::Hold;
 use crate::log::segment::ShardLog;
 use crate::sync::{Arrivals, Mutex, lock, thread, thread_waker};
-use crate::sync::{Promise, promise};
+use crate::sync::{Promise, Registration, promise};
 
 /// Events handled in place before other work gets its turn.
 const SLICE: usize = 4096;
@@ -135,8 +135,16 @@ pub(super) fn start<E: Event>(
     let concurrency = driver.settings().concurrency;
     let (jobs, jobs_rx) = bounded(concurrency);
     let (outcomes_tx, outcomes) = unbounded();
-    let mut shell =
-        Shell { driver, shared: Arc::clone(&shared), jobs, outcomes, out: Vec::new(), idle_rounds: 0, waker: None };
+    let mut shell = Shell {
+        driver,
+        shared: Arc::clone(&shared),
+        jobs,
+        outcomes,
+        out: Vec::new(),
+        idle_rounds: 0,
+        waker: None,
+        registrations: Vec::new(),
+    };
     // Workers first: until the driver runs they are idle, and they end with their channel.
     let mut workers = Vec::new();
     if concurrency > 1 {
@@ -199,6 +207,8 @@ struct Shell<E: Event> {
     idle_rounds: u32,
     /// Wakes this thread. Created when it first sleeps.
     waker: Option<Waker>,
+    /// This thread's places among the waiters of each log.
+    registrations: Vec<Registration>,
 }
 
 impl<E: Event> Shell<E> {
@@ -321,8 +331,10 @@ impl<E: Event> Shell<E> {
         }
         if !is_stopping {
             let waker = self.waker.get_or_insert_with(thread_waker);
-            for follower in self.driver.followers().iter().filter(|_| self.driver.may_read()) {
-                follower.register(waker);
+            let followers = self.driver.followers();
+            self.registrations.resize_with(followers.len(), Registration::default);
+            for (follower, at) in followers.iter().zip(&mut self.registrations).filter(|_| self.driver.may_read()) {
+                follower.register_thread(at, waker);
             }
             if self.driver.has_unread() {
                 return;

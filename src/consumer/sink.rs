@@ -27,7 +27,7 @@ use crate::event::{Event, Offset, ShardId};
 use crate::log::holds::Hold;
 use crate::log::position::Position;
 use crate::log::reader::{Reader, Record};
-use crate::sync::{AtomicBool, AtomicU64, Deadline, Mutex, Ordering, lock, thread, thread_waker};
+use crate::sync::{AtomicBool, AtomicU64, Deadline, Mutex, Ordering, Registration, lock, thread, thread_waker};
 
 /// Takes in events together with the position after them: for example a database with transactions. A [`Position`] is
 /// 40 bytes or a text of 80 characters. The sink keeps one position per shard and returns it unchanged. The position
@@ -240,6 +240,8 @@ impl Drop for SinkConsumer {
 /// One shard of a sink.
 struct SinkShard<E: Event> {
     reader: Reader<E>,
+    /// This thread's place among the waiters of the log.
+    registration: Registration,
     hold: Arc<Hold>,
     /// The sink holds all events before this position.
     position: Position,
@@ -537,7 +539,7 @@ impl<E: Event, S: Sink<E>> SinkRunner<E, S> {
                 }
             };
             let reader = reader.with_sight(self.settings.sight);
-            shards.push(SinkShard { reader, hold: Arc::clone(hold), position });
+            shards.push(SinkShard { reader, registration: Registration::default(), hold: Arc::clone(hold), position });
         }
         self.shards = shards;
         Ok(Ok(()))
@@ -619,8 +621,8 @@ impl<E: Event, S: Sink<E>> SinkRunner<E, S> {
             } else if self.is_lost {
                 return;
             } else {
-                for shard in &self.shards {
-                    shard.reader.register(&waker);
+                for shard in &mut self.shards {
+                    shard.reader.register_thread(&mut shard.registration, &waker);
                 }
                 if self.shards.iter().any(|shard| shard.reader.offset() < shard.reader.horizon()) {
                     return;

@@ -34,7 +34,7 @@ use crate::state::snapshot::format::Chunk;
 use crate::state::snapshot::taker::{Message, Taker};
 use crate::state::view::{Place, Position, View, ViewWriter};
 use crate::storage::Storage;
-use crate::sync::{Arrivals, AtomicBool, Signal};
+use crate::sync::{Arrivals, AtomicBool, Notifier, Signal};
 
 /// Slots for runs of events between a shard and its syncer.
 const SYNC_MARKS: usize = 1 << 16;
@@ -69,6 +69,7 @@ pub(super) struct Context<'a> {
     pub(super) keeper: &'a Arc<KeeperRequests>,
     pub(super) snapshotter: &'a SnapshotterRequests,
     pub(super) quarantine: &'a std::path::Path,
+    pub(super) notifier: &'a Arc<Notifier>,
 }
 
 /// The application's code on one shard's thread: its inline handlers, and its parts of the views, already filled.
@@ -135,8 +136,9 @@ impl Context<'_> {
         let saved = saved.expect("recovery reads the saved states");
         let Folder { keys, outcomes, .. } = folder;
         let dir = shard_dir(&config.dir, id);
-        let log =
-            Arc::new(ShardLog::new(self.store, id, dir, config.segment_bytes, report.end, resume.sequence, segments));
+        let (begin, sequence) = (report.end, resume.sequence);
+        let log = ShardLog::new((self.store, id), dir, config.segment_bytes, begin, sequence, segments, self.notifier);
+        let log = Arc::new(log);
         let links = Links::new(&log, saved.covered);
         let Links { door, prepared, counters, syncer, checkpoints } = &links;
         let shared = self.shared_lane(door);
@@ -259,7 +261,7 @@ impl Links {
             signal: Arc::new(Signal::new()),
             closing: AtomicBool::new(false),
             turns_ended: AtomicBool::new(false),
-            lanes: Arc::new(LaneRegistry::default()),
+            lanes: Arc::new(LaneRegistry::new(&log.notifier)),
         });
         Self {
             door,

@@ -14,7 +14,7 @@ use crate::lane::door::ShardDoor;
 use crate::lane::requests::{CheckpointRequests, KeeperRequests};
 use crate::metrics::Exchange;
 use crate::state::aggregate::Aggregate;
-use crate::sync::{Mutex, Ordering, Role, lock_until, role, thread};
+use crate::sync::{Mutex, Notifier, Ordering, Role, lock, lock_until, role, thread};
 
 /// The time that a drop waits for something that makes no progress: a full disk, a consumer's handler, a shard whose
 /// turn does not end.
@@ -23,6 +23,7 @@ const DROP_TIME: Duration = Duration::from_secs(10);
 /// Everything that is needed to close an engine.
 pub(super) struct Closing {
     pub(super) shards: Vec<ClosingShard>,
+    pub(super) notifier: Arc<Notifier>,
     pub(super) keeper: Arc<KeeperRequests>,
     pub(super) snapshotter: Arc<SnapshotterRequests>,
     pub(super) services: Arc<Services>,
@@ -79,9 +80,9 @@ impl Closing {
         }
         // Another caller may hold the list until its own deadline.
         let Some(mut threads) = lock_until(&self.threads, deadline) else { return Err(WaitError::TimedOut) };
-        // The keeper and the snapshotter were started first and end last: until the shards have ended, they may need
-        // segments, and retention may need saved states.
-        let helpers: [&dyn Fn(); 2] = [&|| self.keeper.end(), &|| {
+        // These threads were started first and end last: until the shards have ended, they may need segments, retention
+        // may need saved states, and tasks must be woken.
+        let helpers: [&dyn Fn(); 3] = [&|| self.notifier.end(), &|| self.keeper.end(), &|| {
             self.snapshotter.ending.store(true, Ordering::SeqCst);
             self.snapshotter.signal.notify();
         }];
@@ -109,8 +110,8 @@ impl Closing {
     }
 
     /// Closes an engine that is being dropped. Waits for shards that make progress, and gives up after [`DROP_TIME`] on
-    /// everything else: events that a full disk keeps from being appended, consumers that do not end, and shards whose
-    /// turn does not end.
+    /// everything else: events that a full disk keeps from being appended, consumers that do not end, shards whose turn
+    /// does not end, and wakers that hang.
     pub(super) fn close_dropped(self: &Arc<Self>) {
         if self.is_own_thread() {
             return self.leave("the engine was dropped on one of its own threads and closes in the background");
@@ -135,6 +136,10 @@ impl Closing {
             }
             if self.shards.iter().any(ClosingShard::is_stuck) {
                 return self.leave("the engine was dropped while a shard hangs in the application's code");
+            }
+            // Everything is saved: only the notifier is left, which ends last.
+            if lock(&self.threads).len() == 1 {
+                return self.leave("the engine was dropped while a waker of the application hangs");
             }
         }
     }

@@ -14,7 +14,7 @@ use crate::shard::LaneEnd;
 use crate::state::aggregate::Aggregate;
 use crate::state::keys::KeyTable;
 use crate::state::snapshot::store::SnapshotStore;
-use crate::sync::{Arrivals, Ordering, Promise, may_wait, promise};
+use crate::sync::{Arrivals, Ordering, Promise, may_wait, promise_of_shard};
 
 /// The engine's end of a running shard.
 pub(super) struct Handle<A: Aggregate> {
@@ -39,7 +39,7 @@ impl<A: Aggregate> Handle<A> {
         &self,
         look: impl FnOnce(&KeyTable<A>) -> T + Send + 'static,
     ) -> Promise<Answered<T>> {
-        let (promise, keeping) = promise();
+        let (promise, keeping) = promise_of_shard(&self.door.log.notifier);
         let question = Box::new(move |keys: &KeyTable<A>| {
             let answer = catch_unwind(AssertUnwindSafe(|| look(keys)));
             keeping.keep(answer.map_err(|panic| panic_text(&*panic)));

@@ -75,7 +75,7 @@ impl<A: Aggregate> Engine<A> {
             let (log, checkpoints) = (&shard.door.log, &shard.checkpoints);
             block_until(
                 deadline,
-                |waker| checkpoints.register(waker),
+                |at, waker| checkpoints.register(at, waker),
                 || {
                     if checkpoints.covered() >= wanted {
                         return Some(Ok(()));

@@ -38,7 +38,7 @@ use crate::shard::handler::Factory;
 use crate::state::aggregate::Aggregate;
 use crate::state::view::View;
 use crate::storage::{Lock, Storage};
-use crate::sync::{AtomicBool, Mutex, Role, Signal, lock, take_role};
+use crate::sync::{AtomicBool, Mutex, Notifier, Role, Signal, lock, take_role};
 
 /// The application's code on the shards' threads.
 pub(super) struct Code<A: Aggregate> {
@@ -124,7 +124,7 @@ impl<A: Aggregate> Inspected<A> {
 /// order.
 fn start_crew(config: &ValidConfig, threads: &mut Threads) -> Result<Crew, OpenError> {
     let names = (0..config.shards).flat_map(|i| [format!("corelane-sync-{i}"), format!("corelane-shard-{i}")]);
-    let names = ["corelane-keeper".into(), "corelane-save".into()].into_iter().chain(names);
+    let names = ["corelane-notify", "corelane-keeper", "corelane-save"].map(String::from).into_iter().chain(names);
     Crew::start(threads, names).map_err(|source| {
         let path = config.dir.clone();
         OpenError::Io { action: "starting a thread for", path, source }
@@ -134,6 +134,7 @@ fn start_crew(config: &ValidConfig, threads: &mut Threads) -> Result<Crew, OpenE
 /// The parts of all shards, and the mailboxes that they share.
 struct Parts<A: Aggregate> {
     clock: Clock,
+    notifier: Arc<Notifier>,
     keeper: Arc<KeeperRequests>,
     snapshotter: Arc<SnapshotterRequests>,
     handles: Vec<Handle<A>>,
@@ -154,6 +155,7 @@ impl<A: Aggregate> Parts<A> {
         let signal = || Arc::new(Signal::new());
         let mut parts = Self {
             clock: Clock::new(),
+            notifier: Arc::default(),
             keeper: Arc::new(KeeperRequests::new()),
             snapshotter: Arc::new(SnapshotterRequests { signal: signal(), ending: AtomicBool::new(false) }),
             handles: Vec::new(),
@@ -162,8 +164,8 @@ impl<A: Aggregate> Parts<A> {
             snapshots: Vec::new(),
             shards: Vec::new(),
         };
-        let (clock, keeper, snapshotter) =
-            (parts.clock.clone(), Arc::clone(&parts.keeper), Arc::clone(&parts.snapshotter));
+        let (clock, notifier) = (parts.clock.clone(), Arc::clone(&parts.notifier));
+        let (keeper, snapshotter) = (Arc::clone(&parts.keeper), Arc::clone(&parts.snapshotter));
         let context = Context {
             config,
             store,
@@ -172,6 +174,7 @@ impl<A: Aggregate> Parts<A> {
             keeper: &keeper,
             snapshotter: &snapshotter,
             quarantine: &config.dir.join("quarantine"),
+            notifier: &notifier,
         };
         for (i, (recovered, code)) in recovered.into_iter().zip(codes).enumerate() {
             let Built { handle, kept, snapshots, shared, shard, syncer } =
@@ -216,6 +219,7 @@ impl<A: Aggregate> Parts<A> {
         ));
         let closing = Closing {
             shards: self.handles.iter().map(ClosingShard::of).collect(),
+            notifier: Arc::clone(&self.notifier),
             keeper: Arc::clone(&self.keeper),
             snapshotter: self.snapshotter,
             services: Arc::clone(&services),
@@ -236,12 +240,13 @@ impl<A: Aggregate> Parts<A> {
             gates: OpenGates::default(),
             config,
         };
-        (engine, Loops { keeper, snapshotter, shards: self.shards })
+        (engine, Loops { notifier: self.notifier, keeper, snapshotter, shards: self.shards })
     }
 }
 
 /// The loops of an engine's threads.
 struct Loops<A: Aggregate> {
+    notifier: Arc<Notifier>,
     keeper: Keeper,
     snapshotter: Snapshotter,
     shards: Vec<(Shard<A>, Syncer)>,
@@ -250,8 +255,9 @@ struct Loops<A: Aggregate> {
 impl<A: Aggregate> Loops<A> {
     /// Hands the loops to the threads of [`start_crew`], in the order of their names.
     fn run(self, engine: &Engine<A>, crew: &mut Crew) {
-        let Self { keeper, snapshotter, shards } = self;
+        let Self { notifier, keeper, snapshotter, shards } = self;
         let cores = assign_cores(&engine.config.pin, engine.config.shards);
+        engine.run(crew, move || notifier.run());
         engine.run(crew, move || run_keeper(keeper));
         engine.run(crew, move || run_snapshotter(snapshotter));
         for (i, (shard, syncer)) in shards.into_iter().enumerate() {

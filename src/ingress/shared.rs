@@ -198,7 +198,7 @@ impl SharedReceipt {
     pub fn wait_appended(&self) -> Result<Receipt, WaitError> {
         let receipt = crate::sync::block_until(
             None,
-            |waker| self.lane.register_any(waker),
+            |at, waker| self.lane.register_thread(at, self.lane.appended_count() + 1, waker),
             || match self.receipt() {
                 Some(receipt) => Some(Ok(receipt)),
                 None => self.lane.log.failure().map(|failure| Err(WaitError::from(failure.clone()))),

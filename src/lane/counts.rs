@@ -5,10 +5,11 @@
 //! events.
 
 use std::sync::Arc;
+use std::task::Waker;
 
 use crate::config::Durability;
 use crate::log::segment::ShardLog;
-use crate::sync::{AtomicBool, AtomicU64, CloseGate, Inside, Ordering, Signal, Waiters, Watermark};
+use crate::sync::{AtomicBool, AtomicU64, CloseGate, Inside, Ordering, Registration, Signal, Waiters, Watermark};
 
 /// The state, besides the ring, that both ends of a lane share.
 #[derive(Debug)]
@@ -36,6 +37,8 @@ pub(crate) struct LaneShared {
 
 impl LaneShared {
     pub(crate) fn new(log: Arc<ShardLog>, durability: Durability) -> Self {
+        let waiters = || Waiters::new(&log.notifier);
+        let (waiting_appended, waiting_durable) = (waiters(), waiters());
         Self {
             log,
             syncs: durability != Durability::OsCache,
@@ -44,8 +47,8 @@ impl LaneShared {
             published: AtomicU64::new(0),
             appended: Watermark::new(0),
             durable: Watermark::new(0),
-            waiting_appended: Waiters::new(),
-            waiting_durable: Waiters::new(),
+            waiting_appended,
+            waiting_durable,
             retired: AtomicBool::new(false),
             of_commands: false,
         }
@@ -81,9 +84,14 @@ impl LaneShared {
         self.waiting_durable.reached(count);
     }
 
-    /// Registers a waker for the append of the `count`-th event of this lane.
-    pub(crate) fn register_appended(&self, count: u64, waker: &std::task::Waker) {
-        self.waiting_appended.register(count, waker);
+    /// Registers a task for the append of the `count`-th event of this lane.
+    pub(crate) fn register_appended(&self, registration: &mut Registration, count: u64, waker: &Waker) {
+        self.waiting_appended.register(registration, count, waker);
+    }
+
+    /// Registers a thread for the append of the `count`-th event of this lane.
+    pub(crate) fn register_thread(&self, registration: &mut Registration, count: u64, waker: &Waker) {
+        self.waiting_appended.register_own(registration, count, waker);
     }
 
     /// Returns `true` if the first `published` events are appended, not counting events that were refused.
@@ -97,17 +105,17 @@ impl LaneShared {
     pub(crate) fn unpublish(&self) {
         // SeqCst: pairs with the load in `is_appended`; the waiters check again afterwards.
         self.published.fetch_sub(1, Ordering::SeqCst);
-        self.waiting_appended.reached(u64::MAX);
+        self.waiting_appended.wake_all();
     }
 
-    /// Registers a waker for the time when the `count`-th event of this lane becomes durable.
-    pub(crate) fn register_durable(&self, count: u64, waker: &std::task::Waker) {
-        self.waiting_durable.register(count, waker);
+    /// Registers a thread for the time when the `count`-th event of this lane becomes durable.
+    pub(crate) fn register_durable(&self, registration: &mut Registration, count: u64, waker: &Waker) {
+        self.waiting_durable.register_own(registration, count, waker);
     }
 
-    /// Registers a waker for the next append to this lane.
-    pub(crate) fn register_any(&self, waker: &std::task::Waker) {
-        self.waiting_appended.register(self.appended.get() + 1, waker);
+    /// Registers a task for the next append to this lane.
+    pub(crate) fn register_any(&self, registration: &mut Registration, waker: &Waker) {
+        self.waiting_appended.register(registration, self.appended.get() + 1, waker);
     }
 
     pub(crate) fn durable_count(&self) -> u64 {
@@ -126,7 +134,7 @@ impl LaneShared {
 
     pub(super) fn wake_all(&self) {
         self.space.notify();
-        self.waiting_appended.reached(u64::MAX);
-        self.waiting_durable.reached(u64::MAX);
+        self.waiting_appended.wake_all();
+        self.waiting_durable.wake_all();
     }
 }

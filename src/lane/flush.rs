@@ -27,13 +27,13 @@ pub(crate) fn flush_shard(
     let mut counted = Vec::with_capacity(lanes.len());
     for (lane, published) in lanes {
         let reached = || if lane.is_appended(published) { Some(Ok(())) } else { failed() };
-        block_until(deadline, |waker| lane.register_appended(published, waker), reached)?;
+        block_until(deadline, |at, waker| lane.register_thread(at, published, waker), reached)?;
         counted.push((lane.appended_count(), lane));
     }
     let end = door.log.appended.get();
     syncer.flush(end);
     let reached = || if door.log.durable.get() >= end { Some(Ok(())) } else { failed() };
-    block_until(deadline, |waker| door.lanes.waiting_flush().register(end, waker), reached)?;
+    block_until(deadline, |at, waker| door.lanes.waiting_flush().register_own(at, end, waker), reached)?;
     for (count, lane) in counted {
         // A sync may cover an event before its lane counts it. The next sync updates the lane; if nothing is left to
         // sync, the syncer updates it. The loop asks repeatedly, because a sync in progress may have read the counts
@@ -45,7 +45,7 @@ pub(crate) fn flush_shard(
             let reached = || if lane.durable_count() >= count { Some(Ok(())) } else { failed() };
             let settled = block_until(
                 Some(deadline.map_or(soon, |deadline| deadline.min(soon))),
-                |waker| lane.register_durable(count, waker),
+                |at, waker| lane.register_durable(at, count, waker),
                 reached,
             );
             match settled {

@@ -12,7 +12,7 @@ use crate::error::WaitError;
 use crate::event::{Offset, ShardId};
 use crate::lane::counts::LaneShared;
 use crate::sync::block_until;
-use crate::sync::{AtomicU64, Deadline, Ordering, thread_waker};
+use crate::sync::{AtomicU64, Deadline, Ordering, Registration, Waiters, thread_waker};
 
 /// Proof that an event was accepted. A receipt tells whether the event is appended and whether it is durable, and can
 /// wait for either.
@@ -81,21 +81,25 @@ impl Receipt {
 
     /// Returns a [`Pending`] that waits until the event is in the log: `.wait()`, `.wait_until()` or `.await`.
     pub fn appended(&self) -> Pending {
-        Pending { receipt: self.clone(), durable: false }
+        Pending { receipt: self.clone(), durable: false, registration: Registration::default() }
     }
 
     /// Returns a [`Pending`] that waits until the event is durable: `.wait()`, `.wait_until()` or `.await`.
     pub fn durable(&self) -> Pending {
-        Pending { receipt: self.clone(), durable: true }
+        Pending { receipt: self.clone(), durable: true, registration: Registration::default() }
     }
 }
 
 /// A wait until an event is appended or durable: a future for any runtime, or a blocking wait.
+///
+/// Cancel safety: dropping it ends the wait and leaves nothing behind. The event is appended all the same.
 #[derive(Debug)]
 #[must_use = "nothing waits until `.wait()` or `.await`"]
 pub struct Pending {
     receipt: Receipt,
     durable: bool,
+    /// The task's place among the waiters.
+    registration: Registration,
 }
 
 impl Pending {
@@ -114,10 +118,9 @@ impl Pending {
         (self.durable && !lane.syncs).then_some(Err(WaitError::NeverDurable))
     }
 
-    fn register(&self, waker: &std::task::Waker) {
+    fn waiters(&self) -> &Waiters {
         let lane = &self.receipt.lane;
-        let waiters = if self.durable { &lane.waiting_durable } else { &lane.waiting_appended };
-        waiters.register(self.receipt.ticket, waker);
+        if self.durable { &lane.waiting_durable } else { &lane.waiting_appended }
     }
 
     /// Blocks the thread until the event is appended or durable.
@@ -145,18 +148,33 @@ impl Pending {
             }
             std::hint::spin_loop();
         }
-        block_until(deadline, |waker| self.register(waker), || self.outcome())
+        let (waiters, ticket) = (self.waiters(), self.receipt.ticket);
+        block_until(deadline, |at, waker| waiters.register_own(at, ticket, waker), || self.outcome())
     }
 }
 
 impl Future for Pending {
     type Output = Result<(), WaitError>;
 
-    fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        let mut registration = std::mem::take(&mut self.registration);
+        let outcome = self.poll_with(&mut registration, context);
+        self.registration = registration;
+        outcome
+    }
+}
+
+impl Pending {
+    /// Polls the wait. While it is pending, the task is registered at `registration`, which the caller keeps.
+    pub(crate) fn poll_with(
+        &self,
+        registration: &mut Registration,
+        context: &mut Context<'_>,
+    ) -> Poll<Result<(), WaitError>> {
         if let Some(outcome) = self.outcome() {
             return Poll::Ready(outcome);
         }
-        self.register(context.waker());
+        self.waiters().register(registration, self.receipt.ticket, context.waker());
         // Check once more: the count may have been reached between the check and the registration.
         match self.outcome() {
             Some(outcome) => Poll::Ready(outcome),
@@ -195,24 +213,38 @@ impl Wake for OffsetWatch {
 impl OffsetWatch {
     /// Watches the lane's next event, number `ticket`, which this thread is about to publish. All earlier events must
     /// be appended.
-    pub(crate) fn before(lane: &Arc<LaneShared>, ticket: u64) -> Arc<Self> {
+    pub(crate) fn before(lane: &Arc<LaneShared>, ticket: u64) -> Watching {
         let (lane, from, end) = (Arc::clone(lane), Offset(lane.log.appended.get()), AtomicU64::new(0));
         let watch = Arc::new(Self { lane, ticket, from, end, waiter: thread_waker() });
-        watch.lane.waiting_appended.register(ticket, &Waker::from(Arc::clone(&watch)));
-        watch
+        let mut registration = Registration::default();
+        watch.lane.waiting_appended.register_own(&mut registration, ticket, &Waker::from(Arc::clone(&watch)));
+        Watching { watch, _registration: registration }
     }
 
-    /// Blocks this thread until the event is appended. Returns its offset, or `None` if retention has freed the event
-    /// meanwhile.
-    pub(crate) fn wait(&self, deadline: Option<Instant>) -> Result<Option<Offset>, WaitError> {
+    /// See [`Watching::wait`].
+    fn wait(&self, deadline: Option<Instant>) -> Result<Option<Offset>, WaitError> {
         // Acquire: pairs with the Release in `wake`.
         let outcome = || match self.end.load(Ordering::Acquire) {
             0 => self.lane.log.failure().map(|failure| Err(WaitError::from(failure.clone()))),
             end => Some(Ok(Offset(end))),
         };
-        let end = block_until(deadline, |_| {}, outcome)?;
+        let end = block_until(deadline, |_, _| {}, outcome)?;
         // A batch takes events from one lane, and this lane held no other event, so the event is the last one of its
         // batch.
         Ok(self.lane.log.last_event_in(self.from, end))
+    }
+}
+
+/// A watch that is registered. Dropping it ends the watch.
+pub(crate) struct Watching {
+    watch: Arc<OffsetWatch>,
+    _registration: Registration,
+}
+
+impl Watching {
+    /// Blocks this thread until the event is appended. Returns its offset, or `None` if retention has freed the event
+    /// meanwhile.
+    pub(crate) fn wait(&self, deadline: Option<Instant>) -> Result<Option<Offset>, WaitError> {
+        self.watch.wait(deadline)
     }
 }

@@ -3,28 +3,23 @@
 use std::sync::Arc;
 
 use super::counts::LaneShared;
-use crate::sync::{AtomicU64, Mutex, Ordering, Waiters, lock};
+use crate::sync::{AtomicU64, Mutex, Notifier, Ordering, Waiters, lock};
 
 /// The lanes of one shard. Locked when a lane is added or removed, and once per sync, but never per event.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct LaneRegistry {
     lanes: Mutex<Vec<Arc<LaneShared>>>,
     /// Waiters for the durable end of the log.
-    waiting_flush: FlushWaiters,
+    waiting_flush: Waiters,
     /// The number of events of lanes that were removed from the list.
     retired_events: AtomicU64,
 }
 
-#[derive(Debug)]
-struct FlushWaiters(Waiters);
-
-impl Default for FlushWaiters {
-    fn default() -> Self {
-        Self(Waiters::new())
-    }
-}
-
 impl LaneRegistry {
+    pub(crate) fn new(notifier: &Arc<Notifier>) -> Self {
+        Self { lanes: Mutex::default(), waiting_flush: Waiters::new(notifier), retired_events: AtomicU64::new(0) }
+    }
+
     pub(crate) fn register(&self, lane: &Arc<LaneShared>) {
         let mut lanes = lock(&self.lanes);
         self.forget_retired(&mut lanes);
@@ -68,16 +63,16 @@ impl LaneRegistry {
 
     /// Wakes the waiters for a durable end up to `offset`.
     pub(crate) fn flushed(&self, offset: u64) {
-        self.waiting_flush.0.reached(offset);
+        self.waiting_flush.reached(offset);
     }
 
     pub(crate) fn waiting_flush(&self) -> &Waiters {
-        &self.waiting_flush.0
+        &self.waiting_flush
     }
 
     /// Makes all waiters check again, after a failure or at the end.
     pub(crate) fn wake_all(&self) {
         self.all().iter().for_each(|lane| lane.wake_all());
-        self.waiting_flush.0.reached(u64::MAX);
+        self.waiting_flush.wake_all();
     }
 }

@@ -11,7 +11,7 @@ use std::task::Waker;
 
 use crate::clock::{Lateness, Nanos};
 use crate::event::Offset;
-use crate::sync::{AtomicBool, AtomicU64, Ordering, Signal, Waiters};
+use crate::sync::{AtomicBool, AtomicU64, Ordering, Registration, Signal, Waiters};
 
 /// Requests to the keeper.
 #[derive(Debug)]
@@ -112,7 +112,7 @@ impl CheckpointRequests {
             settled: AtomicU64::new(0),
             failed: AtomicU64::new(0),
             skipped: AtomicU64::new(0),
-            waiting: Waiters::new(),
+            waiting: Waiters::direct(),
         }
     }
 
@@ -183,13 +183,13 @@ impl CheckpointRequests {
         self.skipped.load(Ordering::Relaxed)
     }
 
-    /// Registers `waker` for the next time a checkpoint is published or fails.
-    pub(crate) fn register(&self, waker: &Waker) {
-        self.waiting.register(self.settled.load(Ordering::SeqCst) + 1, waker);
+    /// Registers a thread for the next time a checkpoint is published or fails.
+    pub(crate) fn register(&self, registration: &mut Registration, waker: &Waker) {
+        self.waiting.register_own(registration, self.settled.load(Ordering::SeqCst) + 1, waker);
     }
 
     /// Makes all waiters check again, because no further checkpoint may come.
     pub(crate) fn wake_all(&self) {
-        self.waiting.reached(u64::MAX);
+        self.waiting.wake_all();
     }
 }

@@ -15,6 +15,7 @@ use crate::storage::Lock;
 use crate::storage::framed::u32_at;
 use crate::storage::memory::Memory;
 use crate::storage::memory::padded;
+use crate::sync::{Registration, Waiters};
 
 /// An item passed to the callback of [`Reader::walk`].
 pub(crate) enum Walked<'a> {
@@ -212,12 +213,20 @@ impl<E: Event> Reader<E> {
         self.log.shard
     }
 
-    /// Registers a waker, which is woken when more events become visible. The caller must check again afterwards.
-    pub(crate) fn register(&self, waker: &Waker) {
-        let target = self.horizon().0 + 1;
+    /// Registers a task, which is woken when more events become visible. The caller must check again afterwards.
+    pub(crate) fn register(&self, registration: &mut Registration, waker: &Waker) {
+        self.waiters().register(registration, self.horizon().0 + 1, waker);
+    }
+
+    /// As [`Reader::register`], for a thread.
+    pub(crate) fn register_thread(&self, registration: &mut Registration, waker: &Waker) {
+        self.waiters().register_own(registration, self.horizon().0 + 1, waker);
+    }
+
+    fn waiters(&self) -> &Waiters {
         match self.sight {
-            Sight::Appended => self.log.grown.register(target, waker),
-            Sight::Durable => self.log.synced.register(target, waker),
+            Sight::Appended => &self.log.grown,
+            Sight::Durable => &self.log.synced,
         }
     }
 

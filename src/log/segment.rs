@@ -18,7 +18,7 @@ use crate::storage::SideFile;
 use crate::storage::framed::u32_at;
 use crate::storage::memory::Memory;
 use crate::storage::memory::padded;
-use crate::sync::{AtomicBool, Mutex, Ordering, Waiters, Watermark, lock};
+use crate::sync::{AtomicBool, Mutex, Notifier, Ordering, Waiters, Watermark, lock};
 
 /// One segment that holds records.
 #[derive(Debug, Clone)]
@@ -49,6 +49,8 @@ pub(crate) struct ShardLog {
     pub(crate) grown: Waiters,
     /// Waiters for `durable`.
     pub(crate) synced: Waiters,
+    /// Calls the wakers of tasks that wait for this shard.
+    pub(crate) notifier: Arc<Notifier>,
     /// The retention holds of consumers and gates.
     pub(crate) holds: Holds,
     /// A checkpoint that was published without a sync (`OsCache`), and the end of the log that it covers: retention may
@@ -73,14 +75,15 @@ pub(crate) enum Waits {
 }
 
 impl ShardLog {
+    /// Creates the log of a shard of a store, given by its id.
     pub(crate) fn new(
-        store: u64,
-        shard: ShardId,
+        (store, shard): (u64, ShardId),
         dir: PathBuf,
         segment_bytes: u64,
         at: Offset,
         sequence: u64,
         segments: VecDeque<Segment>,
+        notifier: &Arc<Notifier>,
     ) -> Self {
         Self {
             store,
@@ -91,8 +94,9 @@ impl ShardLog {
             appended: Watermark::new(at.0),
             durable: Watermark::new(at.0),
             sequence: Watermark::new(sequence),
-            grown: Waiters::new(),
-            synced: Waiters::new(),
+            grown: Waiters::new(notifier),
+            synced: Waiters::new(notifier),
+            notifier: Arc::clone(notifier),
             holds: Holds::default(),
             unsynced: Mutex::new(None),
             failed: AtomicBool::new(false),

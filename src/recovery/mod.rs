@@ -69,7 +69,15 @@ impl<A: Aggregate> Recovered<A> {
     pub(crate) fn log(&self, manifest: &Manifest, dir: &Path) -> ShardLog {
         let (report, segments) = (&self.report, self.segments.clone());
         let (store, segment_bytes) = (manifest.store_id, manifest.segment_bytes);
-        ShardLog::new(store, report.shard, dir.to_owned(), segment_bytes, report.end, self.resume.sequence, segments)
+        ShardLog::new(
+            (store, report.shard),
+            dir.to_owned(),
+            segment_bytes,
+            report.end,
+            self.resume.sequence,
+            segments,
+            &Arc::default(),
+        )
     }
 
     /// Carries out the repairs. Call it only after the whole store was found sound: a refused store must stay

@@ -290,7 +290,7 @@ impl<A: Aggregate> Shard<A> {
         let end = log.appended.get();
         syncer.flush(end);
         let synced = block_own(
-            |waker| lanes.waiting_flush().register(end, waker),
+            |at, waker| lanes.waiting_flush().register_own(at, end, waker),
             || {
                 let failure = log.failure().map(|failure| Err(WaitError::from(failure.clone())));
                 if log.durable.get() >= end { Some(Ok(())) } else { failure }

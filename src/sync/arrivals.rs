@@ -20,8 +20,8 @@ impl<T> Arrivals<T> {
         match &mut *lock(&self.list) {
             Some(list) => {
                 list.push(item);
-                // Release: pairs with the Acquire in `is_empty`.
-                self.any.store(true, Ordering::Release);
+                // Relaxed: the lock orders the items. A receiver that sees `false` too long is woken by the sender.
+                self.any.store(true, Ordering::Relaxed);
                 Ok(())
             }
             None => Err(item),
@@ -30,15 +30,14 @@ impl<T> Arrivals<T> {
 
     #[inline]
     pub(crate) fn is_empty(&self) -> bool {
-        // Acquire: pairs with the Release in `push`. The lock orders the items themselves.
-        !self.any.load(Ordering::Acquire)
+        !self.any.load(Ordering::Relaxed)
     }
 
     /// Takes the items that have arrived.
     pub(crate) fn take(&self) -> Vec<T> {
         let mut list = lock(&self.list);
-        // Under the lock, so that it cannot overwrite the `true` of a later push. Pairs with the Acquire in `is_empty`.
-        self.any.store(false, Ordering::Release);
+        // Under the lock, so that it cannot overwrite the `true` of a later push.
+        self.any.store(false, Ordering::Relaxed);
         list.as_mut().map(std::mem::take).unwrap_or_default()
     }
 
@@ -46,7 +45,7 @@ impl<T> Arrivals<T> {
     pub(crate) fn close(&self) -> Vec<T> {
         let mut list = lock(&self.list);
         // As in `take`.
-        self.any.store(false, Ordering::Release);
+        self.any.store(false, Ordering::Relaxed);
         list.take().unwrap_or_default()
     }
 }

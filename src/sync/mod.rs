@@ -14,6 +14,7 @@ mod deadline;
 mod idle;
 mod journal;
 mod lock;
+mod notifier;
 #[cfg(not(loom))]
 mod promise;
 mod role;
@@ -50,11 +51,12 @@ pub(crate) use journal::Journal;
 pub(crate) use lock::lock;
 #[cfg(not(loom))]
 pub(crate) use lock::lock_until;
+pub(crate) use notifier::Notifier;
 #[cfg(not(loom))]
-pub(crate) use promise::{GaveUp, Keeping, Promise, block_own, block_until, promise, thread_waker};
+pub(crate) use promise::{GaveUp, Keeping, Promise, block_own, block_until, promise, promise_of_shard, thread_waker};
 pub(crate) use role::{Role, may_wait, role, take_role};
 pub(crate) use seed::{Keyed, keyed, plant};
 pub(crate) use seqlock::SeqLock;
 pub(crate) use signal::Signal;
-pub(crate) use waiters::{Waiters, wake};
+pub(crate) use waiters::{Registration, Waiters, wake};
 pub(crate) use watermark::Watermark;

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
-use super::{Mutex, lock, may_wait, thread, wake};
+use super::{Mutex, Notifier, Registration, lock, may_wait, thread, wake};
 
 /// The reason why a wait ended without a result.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -24,7 +24,16 @@ struct Shared<T> {
     value: Option<T>,
     /// The `Keeping` was dropped, so no value can come any more.
     is_broken: bool,
-    waker: Option<Waker>,
+    /// Waits for the value.
+    waiter: Option<Waiter>,
+}
+
+#[derive(Debug)]
+enum Waiter {
+    /// The keeping thread wakes it.
+    Thread(Waker),
+    /// Its waker is application code: the notifier calls it, if there is one.
+    Task(Waker),
 }
 
 /// The receiving half: waits for the value.
@@ -33,30 +42,45 @@ pub(crate) struct Promise<T>(Arc<Mutex<Shared<T>>>);
 
 /// The sending half: provides the value. Dropping it without a value breaks the promise.
 #[derive(Debug)]
-pub(crate) struct Keeping<T>(Arc<Mutex<Shared<T>>>);
+pub(crate) struct Keeping<T> {
+    shared: Arc<Mutex<Shared<T>>>,
+    /// Wakes a task that waits. `None`: the keeping thread does.
+    notifier: Option<Arc<Notifier>>,
+}
 
-/// Returns both halves of a new promise.
+/// Returns both halves of a new promise. The thread that keeps it wakes the waiter.
 pub(crate) fn promise<T>() -> (Promise<T>, Keeping<T>) {
-    let shared = Arc::new(Mutex::new(Shared { value: None, is_broken: false, waker: None }));
-    (Promise(Arc::clone(&shared)), Keeping(shared))
+    kept_by(None)
+}
+
+/// Returns both halves of a promise that a shard keeps: if a task waits, `notifier` wakes it.
+pub(crate) fn promise_of_shard<T>(notifier: &Arc<Notifier>) -> (Promise<T>, Keeping<T>) {
+    kept_by(Some(Arc::clone(notifier)))
+}
+
+fn kept_by<T>(notifier: Option<Arc<Notifier>>) -> (Promise<T>, Keeping<T>) {
+    let shared = Arc::new(Mutex::new(Shared { value: None, is_broken: false, waiter: None }));
+    (Promise(Arc::clone(&shared)), Keeping { shared, notifier })
 }
 
 impl<T> Keeping<T> {
     pub(crate) fn keep(self, value: T) {
-        lock(&self.0).value = Some(value);
+        lock(&self.shared).value = Some(value);
     }
 }
 
 impl<T> Drop for Keeping<T> {
     fn drop(&mut self) {
-        let waker = {
-            let mut shared = lock(&self.0);
+        let waiter = {
+            let mut shared = lock(&self.shared);
             shared.is_broken = true;
-            shared.waker.take()
+            shared.waiter.take()
         };
         // Called outside the lock, because the waker may poll the promise at once.
-        if let Some(waker) = waker {
-            wake(waker);
+        match (waiter, &self.notifier) {
+            (Some(Waiter::Task(waker)), Some(notifier)) => notifier.wake(waker),
+            (Some(Waiter::Task(waker) | Waiter::Thread(waker)), _) => wake(waker),
+            (None, _) => {}
         }
     }
 }
@@ -64,7 +88,14 @@ impl<T> Drop for Keeping<T> {
 impl<T> Promise<T> {
     /// Blocks until the value arrives. Returns `Ok(None)` if the promise is broken.
     pub(crate) fn wait(&self, deadline: Option<Instant>) -> Result<Option<T>, GaveUp> {
-        block_until(deadline, |waker| lock(&self.0).waker = Some(waker.clone()), || self.take().map(Ok))
+        let register = |_: &mut Registration, waker: &Waker| self.register(Waiter::Thread(waker.clone()));
+        block_until(deadline, register, || self.take().map(Ok))
+    }
+
+    fn register(&self, waiter: Waiter) {
+        let replaced = lock(&self.0).waiter.replace(waiter);
+        // Outside the lock, because dropping a waker may run application code.
+        drop(replaced);
     }
 
     fn take(&self) -> Option<Option<T>> {
@@ -80,7 +111,7 @@ impl<T> Future for Promise<T> {
     type Output = Option<T>;
 
     fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<T>> {
-        lock(&self.0).waker = Some(context.waker().clone());
+        self.register(Waiter::Task(context.waker().clone()));
         self.take().map_or(Poll::Pending, Poll::Ready)
     }
 }
@@ -89,7 +120,7 @@ impl<T> Future for Promise<T> {
 /// instead of blocking.
 pub(crate) fn block_until<T, E: From<GaveUp>>(
     deadline: Option<Instant>,
-    register: impl Fn(&Waker),
+    register: impl FnMut(&mut Registration, &Waker),
     outcome: impl Fn() -> Option<Result<T, E>>,
 ) -> Result<T, E> {
     block(may_wait(), deadline, register, outcome)
@@ -97,7 +128,7 @@ pub(crate) fn block_until<T, E: From<GaveUp>>(
 
 /// As [`block_until`], but without a deadline and for an engine's own threads.
 pub(crate) fn block_own<T, E: From<GaveUp>>(
-    register: impl Fn(&Waker),
+    register: impl FnMut(&mut Registration, &Waker),
     outcome: impl Fn() -> Option<Result<T, E>>,
 ) -> Result<T, E> {
     block(true, None, register, outcome)
@@ -106,12 +137,12 @@ pub(crate) fn block_own<T, E: From<GaveUp>>(
 fn block<T, E: From<GaveUp>>(
     may_wait: bool,
     deadline: Option<Instant>,
-    register: impl Fn(&Waker),
+    mut register: impl FnMut(&mut Registration, &Waker),
     outcome: impl Fn() -> Option<Result<T, E>>,
 ) -> Result<T, E> {
-    let waker = thread_waker();
+    let (waker, mut registration) = (thread_waker(), Registration::default());
     loop {
-        register(&waker);
+        register(&mut registration, &waker);
         if let Some(outcome) = outcome() {
             return outcome;
         }

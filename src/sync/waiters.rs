@@ -1,59 +1,175 @@
 //! Threads and tasks that wait for a position.
+//!
+//! One publisher moves the position and calls [`Waiters::reached`]. Any number of waiters register, and check the
+//! position again afterwards. Wakers of threads, and the engine's own, run in the publisher's thread. Wakers of tasks
+//! are the application's code: the [`Notifier`] calls them.
 
+use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::task::Waker;
 
-use super::{AtomicBool, Mutex, Ordering, fence, lock};
+use super::{AtomicU64, Mutex, Notifier, Ordering, fence, lock};
 
-/// The wakers of threads and tasks that wait for a position, each with its target.
+/// The value of `lowest` while no waiter is registered: no position reaches it, so `wake_all` does not use it either.
+const NONE: u64 = u64::MAX;
+/// The position that reaches every target.
+const ALL: u64 = u64::MAX - 1;
+
+/// The threads and tasks that wait for a position, each with its target. Targets are below `u64::MAX - 1`.
 #[derive(Debug)]
 pub(crate) struct Waiters {
-    any: AtomicBool,
-    list: Mutex<Vec<(u64, Waker)>>,
+    /// Wakers that run in the publisher's thread: those of threads, and the engine's own.
+    own: Arc<WaiterList>,
+    tasks: Arc<WaiterList>,
+    /// Calls the wakers of tasks. `None`: the publisher calls them.
+    notifier: Option<Arc<Notifier>>,
 }
 
+/// Waiters ordered by target, so that waking one does not depend on the number of the others.
+#[derive(Debug)]
+pub(crate) struct WaiterList {
+    /// The lowest registered target, or `NONE`. Written under the lock.
+    lowest: AtomicU64,
+    /// The position up to which the notifier must wake this list; 0 while the list is not in the notifier's queue.
+    due: AtomicU64,
+    by_target: Mutex<ByTarget>,
+}
+
+#[derive(Debug, Default)]
+struct ByTarget {
+    wakers: BTreeMap<(u64, u64), Waker>,
+    /// Number of registrations made; tells waiters with equal targets apart.
+    registered: u64,
+}
+
+/// A waiter's place in a list. Dropping it takes the waiter out of the list.
+#[derive(Debug, Default)]
+pub(crate) struct Registration(Option<(Arc<WaiterList>, (u64, u64))>);
+
 impl Waiters {
-    pub(crate) fn new() -> Self {
-        Self { any: AtomicBool::new(false), list: Mutex::new(Vec::new()) }
+    /// Creates an empty list. `notifier` calls the wakers of tasks.
+    pub(crate) fn new(notifier: &Arc<Notifier>) -> Self {
+        Self { notifier: Some(Arc::clone(notifier)), ..Self::direct() }
     }
 
-    /// Registers `waker` for `target`. The caller must check the position again afterwards.
-    pub(crate) fn register(&self, target: u64, waker: &Waker) {
-        {
-            let mut list = lock(&self.list);
-            list.retain(|(at, known)| !(*at == target && known.will_wake(waker)));
-            list.push((target, waker.clone()));
-            self.any.store(true, Ordering::Relaxed);
-        }
-        // SeqCst: pairs with the fence in `reached`: either the caller sees the position or the publisher sees the
-        // waker.
-        fence(Ordering::SeqCst);
+    /// Creates an empty list whose publisher calls all wakers itself. Not for shards, which must not run the
+    /// application's code.
+    pub(crate) fn direct() -> Self {
+        Self { own: Arc::default(), tasks: Arc::default(), notifier: None }
+    }
+
+    /// Registers a task for `target`, or moves its registration there. The caller must check the position again
+    /// afterwards.
+    pub(crate) fn register(&self, registration: &mut Registration, target: u64, waker: &Waker) {
+        registration.enter(&self.tasks, target, waker);
+    }
+
+    /// As [`Waiters::register`], for a thread or for the engine's own code: the publisher calls the waker.
+    pub(crate) fn register_own(&self, registration: &mut Registration, target: u64, waker: &Waker) {
+        registration.enter(&self.own, target, waker);
     }
 
     /// Wakes every waiter whose target is at most `position`. Call this after publishing the position.
     #[inline]
     pub(crate) fn reached(&self, position: u64) {
-        // SeqCst: pairs with the fence in `register`.
+        // SeqCst: pairs with the fence in `enter`: either the waiter sees the position or this thread sees the waiter.
         fence(Ordering::SeqCst);
-        if self.any.load(Ordering::Relaxed) {
-            self.wake(position);
+        if self.own.lowest.load(Ordering::Relaxed) <= position {
+            self.own.wake(position);
+        }
+        if self.tasks.lowest.load(Ordering::Relaxed) <= position {
+            self.notify(position);
         }
     }
 
+    /// Makes all waiters check again.
+    pub(crate) fn wake_all(&self) {
+        self.reached(ALL);
+    }
+
     #[cold]
+    fn notify(&self, position: u64) {
+        let Some(notifier) = &self.notifier else { return self.tasks.wake(position) };
+        // Release: pairs with the Acquire in `wake_due`, so that a woken task sees the position. While the list is in the
+        // queue, the notifier sees the later position.
+        if self.tasks.due.fetch_max(position.max(1), Ordering::Release) == 0 {
+            notifier.wake_list(&self.tasks);
+        }
+    }
+}
+
+impl Default for WaiterList {
+    fn default() -> Self {
+        Self { lowest: AtomicU64::new(NONE), due: AtomicU64::new(0), by_target: Mutex::new(ByTarget::default()) }
+    }
+}
+
+impl WaiterList {
+    /// Wakes the waiters up to the position that the publisher has set. The notifier calls this.
+    pub(super) fn wake_due(&self) {
+        // Acquire: pairs with the Release in `notify`.
+        self.wake(self.due.swap(0, Ordering::Acquire));
+    }
+
     fn wake(&self, position: u64) {
         let mut due = Vec::new();
         {
-            let mut list = lock(&self.list);
-            list.retain(|(target, waker)| {
-                let keep = *target > position;
-                if !keep {
-                    due.push(waker.clone());
-                }
-                keep
-            });
-            self.any.store(!list.is_empty(), Ordering::Relaxed);
+            let mut by_target = lock(&self.by_target);
+            while let Some(first) = by_target.wakers.first_entry().filter(|first| first.key().0 <= position) {
+                due.push(first.remove());
+            }
+            self.note_lowest(&by_target);
         }
         due.into_iter().for_each(wake);
+    }
+
+    fn note_lowest(&self, by_target: &ByTarget) {
+        let lowest = by_target.wakers.first_key_value().map_or(NONE, |((target, _), _)| *target);
+        self.lowest.store(lowest, Ordering::Relaxed);
+    }
+}
+
+// A waker is application code, whose clone and drop may call the engine: both happen outside the lock.
+impl Registration {
+    fn enter(&mut self, list: &Arc<WaiterList>, target: u64, waker: &Waker) {
+        if !self.is_in(list, target) {
+            self.leave();
+        }
+        let mut replaced = Some(waker.clone());
+        {
+            let mut by_target = lock(&list.by_target);
+            let place = self.0.take().map_or((target, by_target.registered), |(_, place)| place);
+            by_target.registered += 1;
+            replaced = replaced.and_then(|waker| by_target.wakers.insert(place, waker));
+            list.note_lowest(&by_target);
+            self.0 = Some((Arc::clone(list), place));
+        }
+        drop(replaced);
+        // SeqCst: pairs with the fence in `reached`.
+        fence(Ordering::SeqCst);
+    }
+
+    fn is_in(&self, list: &Arc<WaiterList>, target: u64) -> bool {
+        self.0.as_ref().is_some_and(|(at, place)| Arc::ptr_eq(at, list) && place.0 == target)
+    }
+
+    /// Takes the waiter out of its list.
+    pub(crate) fn leave(&mut self) {
+        let Some((list, place)) = self.0.take() else { return };
+        let mut by_target = lock(&list.by_target);
+        // Dropped after the lock: a waker is application code.
+        let waker = by_target.wakers.remove(&place);
+        if waker.is_some() {
+            list.note_lowest(&by_target);
+        }
+        drop(by_target);
+        drop(waker);
+    }
+}
+
+impl Drop for Registration {
+    fn drop(&mut self) {
+        self.leave();
     }
 }
 
@@ -68,32 +184,102 @@ pub(crate) fn wake(waker: Waker) {
 mod models {
     use super::*;
     use crate::sync::{Watermark, thread};
-    use loom::sync::Arc;
     use loom::sync::atomic::AtomicUsize;
+
+    type Shared = loom::sync::Arc<(Waiters, Watermark)>;
+
+    fn shared(waiters: Waiters) -> Shared {
+        loom::sync::Arc::new((waiters, Watermark::new(0)))
+    }
 
     /// A waiter either sees the position when it registers or is woken.
     #[test]
     fn loom_waiters_are_woken() {
         loom::model(|| {
-            let shared = Arc::new((Waiters::new(), Watermark::new(0)));
-            let woken = std::sync::Arc::new(Woken(AtomicUsize::new(0)));
-            let other = Arc::clone(&shared);
+            let shared = shared(Waiters::direct());
+            let woken = Arc::new(Woken::new(&shared));
+            let other = loom::sync::Arc::clone(&shared);
             let mover = thread::spawn(move || {
                 other.1.publish(5);
                 other.0.reached(5);
             });
-            let waker = Waker::from(std::sync::Arc::clone(&woken));
-            shared.0.register(5, &waker);
+            let mut registration = Registration::default();
+            shared.0.register_own(&mut registration, 5, &Waker::from(Arc::clone(&woken)));
             let seen = shared.1.get() >= 5;
             mover.join().unwrap();
-            assert!(seen || woken.0.load(Ordering::Relaxed) > 0, "neither saw the position nor was woken");
+            assert!(seen || woken.times() > 0, "neither saw the position nor was woken");
         });
     }
 
-    struct Woken(AtomicUsize);
+    /// A task either sees the position when it registers, or the notifier wakes it and it sees the position then.
+    /// Positions reached while the notifier works are not lost either.
+    #[test]
+    fn loom_the_notifier_wakes_tasks() {
+        loom::model(|| {
+            let notifier = Arc::new(Notifier::default());
+            let shared = shared(Waiters::new(&notifier));
+            let woken = Arc::new(Woken::new(&shared));
+            let other = loom::sync::Arc::clone(&shared);
+            let publisher = thread::spawn(move || {
+                for position in [1, 2] {
+                    other.1.publish(position);
+                    other.0.reached(position);
+                }
+            });
+            let (mut first, mut second) = (Registration::default(), Registration::default());
+            shared.0.register(&mut first, 1, &Waker::from(Arc::clone(&woken)));
+            shared.0.register(&mut second, 2, &Waker::from(Arc::clone(&woken)));
+            let unseen = 2 - usize::try_from(shared.1.get()).unwrap();
+            // Once while the publisher runs, and once after it. `Signal` has a model of its own.
+            notifier.wake_due();
+            publisher.join().unwrap();
+            notifier.wake_due();
+            assert!(woken.times() >= unseen, "a task neither saw the position nor was woken");
+            assert!(woken.lowest_seen.load(Ordering::Relaxed) >= 1, "a woken task did not see the position");
+        });
+    }
+
+    /// A waiter that gives up while it is woken leaves nothing behind.
+    #[test]
+    fn loom_a_waiter_that_gives_up_leaves_the_list() {
+        loom::model(|| {
+            let shared = shared(Waiters::direct());
+            let woken = Arc::new(Woken::new(&shared));
+            let other = loom::sync::Arc::clone(&shared);
+            let publisher = thread::spawn(move || {
+                other.1.publish(1);
+                other.0.reached(1);
+            });
+            let mut registration = Registration::default();
+            shared.0.register_own(&mut registration, 1, &Waker::from(Arc::clone(&woken)));
+            drop(registration);
+            publisher.join().unwrap();
+            assert!(lock(&shared.0.own.by_target).wakers.is_empty(), "a waiter is left");
+            assert_eq!(shared.0.own.lowest.load(Ordering::Relaxed), NONE);
+        });
+    }
+
+    struct Woken {
+        times: AtomicUsize,
+        shared: Shared,
+        lowest_seen: AtomicU64,
+    }
+
+    impl Woken {
+        fn new(shared: &Shared) -> Self {
+            let shared = loom::sync::Arc::clone(shared);
+            Self { times: AtomicUsize::new(0), shared, lowest_seen: AtomicU64::new(NONE) }
+        }
+
+        fn times(&self) -> usize {
+            self.times.load(Ordering::Relaxed)
+        }
+    }
+
     impl std::task::Wake for Woken {
-        fn wake(self: std::sync::Arc<Self>) {
-            self.0.fetch_add(1, Ordering::Relaxed);
+        fn wake(self: Arc<Self>) {
+            self.times.fetch_add(1, Ordering::Relaxed);
+            self.lowest_seen.fetch_min(self.shared.1.get(), Ordering::Relaxed);
         }
     }
 }

@@ -149,13 +149,13 @@ impl<E: Event> LogWriter<E> {
     /// The error of the file system.
     pub fn new(dir: PathBuf, segment_bytes: u64) -> io::Result<Self> {
         let log = Arc::new(ShardLog::new(
-            1,
-            ShardId(0),
+            (1, ShardId(0)),
             dir.clone(),
             segment_bytes,
             Offset(0),
             0,
             std::collections::VecDeque::new(),
+            &Arc::default(),
         ));
         let prepared = Arc::new(ArrayQueue::new(1));
         let files = Files::open(&dir)?;

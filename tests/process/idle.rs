@@ -85,7 +85,7 @@ fn no_thread_of_an_idle_parking_engine_wakes_up() {
             }
         });
         let before = at_rest();
-        assert_eq!(before.len(), 6, "a keeper, a snapshotter, and two threads per shard: {before:?}");
+        assert_eq!(before.len(), 7, "a notifier, a keeper, a snapshotter, and two threads per shard: {before:?}");
         let began = Instant::now();
         std::thread::sleep(Duration::from_secs(2));
         let after = threads();

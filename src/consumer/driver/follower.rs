@@ -23,6 +23,7 @@ use crate::log::position::Position;
 use crate::log::reader::{Ahead, Reader};
 use crate::log::segment::ShardLog;
 use crate::storage::Lock;
+use crate::sync::Registration;
 
 /// Events read before other shards and other work get their turn.
 const READ_MAX: usize = 1024;
@@ -414,9 +415,14 @@ impl<E: Event> ShardFollower<E> {
         !self.is_stuck && self.reader.offset() < self.reader.horizon()
     }
 
-    /// Registers a waker for new events in the log. The caller must check the log again after this call.
-    pub(crate) fn register(&self, waker: &Waker) {
-        self.reader.register(waker);
+    /// Registers a task for new events in the log. The caller must check the log again after this call.
+    pub(crate) fn register(&self, registration: &mut Registration, waker: &Waker) {
+        self.reader.register(registration, waker);
+    }
+
+    /// As [`Follower::register`], for a thread.
+    pub(crate) fn register_thread(&self, registration: &mut Registration, waker: &Waker) {
+        self.reader.register_thread(registration, waker);
     }
 
     pub(crate) fn queues(&self) -> &KeyQueues {

@@ -44,7 +44,7 @@ use crate::log::reader::Reader;
 use crate::storage::Storage;
 use crate::sync::Keeping;
 use admission::AdmissionControl;
-use follower::ShardFollower;
+pub(super) use follower::ShardFollower;
 use job::{Failed, Handler, Job, Work};
 use records::{RecordContext, Records};
 use requested::RequestRunner;
