@@ -124,7 +124,7 @@ pub use {hdrhistogram, rkyv};
 #[doc(inline)]
 pub use {
     bounded::Bounded,
-    command::{Client, CommandError, Outcome},
+    command::{Client, CommandError, Outcome, SharedClient},
     config::{Config, Durability, Pin, Retention},
     engine::{Builder, Engine, EventLog},
     error::{ConfigError, HandlerError, OpenError, ReadError, Rejected, WaitError},

@@ -84,8 +84,11 @@ pub(crate) struct ClientLane<A: Aggregate> {
     /// Unclaimed replies to settled commands, by command number. Kept apart, so an answer that is claimed late does not
     /// delay later ones.
     kept: BTreeMap<u64, (ExpectedVersion, Reply<A::Rejection>)>,
-    /// The largest length of `open`: the capacity of the lane minus the number of kept replies.
+    /// The largest length of `open`: the capacity of the lane, minus the number of kept replies if these take room.
     room: usize,
+    /// `true` if kept replies take room, which bounds their number. The answers of a shared client do not: tasks that
+    /// hold answers while they send further commands would wait for each other. Each kept reply has an owner there.
+    kept_take_room: bool,
 }
 
 /// A command that was sent but is not settled.
@@ -121,7 +124,25 @@ impl<A: Aggregate> ClientLane<A> {
     ) -> Self {
         let room = commands.buffer().capacity();
         let (open, kept) = (VecDeque::new(), BTreeMap::new());
-        Self { commands, replies, shared, door, sent: 0, arrived: 0, open, settled: 0, kept, room }
+        Self {
+            commands,
+            replies,
+            shared,
+            door,
+            sent: 0,
+            arrived: 0,
+            open,
+            settled: 0,
+            kept,
+            room,
+            kept_take_room: true,
+        }
+    }
+
+    /// Makes this the lane of a shared client.
+    pub(super) fn shared(mut self) -> Self {
+        self.kept_take_room = false;
+        self
     }
 
     /// Identifies this lane among all that exist.
@@ -167,13 +188,13 @@ impl<A: Aggregate> ClientLane<A> {
 
     fn keep(&mut self, number: u64, expected: ExpectedVersion, reply: Reply<A::Rejection>) {
         self.kept.insert(number, (expected, reply));
-        self.room -= 1;
+        self.room -= usize::from(self.kept_take_room);
     }
 
     /// Takes the reply to a settled command, if it is unclaimed.
     fn take_kept(&mut self, number: u64) -> Option<(ExpectedVersion, Reply<A::Rejection>)> {
         let kept = self.kept.remove(&number)?;
-        self.room += 1;
+        self.room += usize::from(self.kept_take_room);
         Some(kept)
     }
 

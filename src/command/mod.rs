@@ -6,6 +6,7 @@
 //! | `sending` | a command before it is sent, with its options |
 //! | `answer` | the answer to a command, which a thread or a task can wait for |
 //! | `outcome` | the outcome of a command, and the version that it may require |
+//! | `shared` | the lanes of many threads and tasks |
 //! | `lane` | the rings between a client and one shard |
 
 mod answer;
@@ -13,6 +14,7 @@ mod client;
 mod lane;
 mod outcome;
 mod sending;
+mod shared;
 
 pub use answer::Answer;
 pub use client::Client;
@@ -20,3 +22,4 @@ pub use lane::Ticket;
 pub(crate) use lane::{ClientEnd, ClientLane, CommandSlot, Question, Reply};
 pub use outcome::{CommandError, ExpectedVersion, Outcome};
 pub use sending::{IdempotencyKey, Sending};
+pub use shared::{SharedAnswer, SharedClient, SharedOutcome, SharedSending, Submitting};

@@ -13,11 +13,11 @@ use crate::clock::{Clock, wall_now};
 use crate::config::{Durability, ValidConfig};
 use crate::error::{CodePanic, guard};
 use crate::event::{Event, Offset, Root, Sequence, ShardId};
-use crate::ingress::shared::SharedLane;
 use crate::lane::counts::LaneShared;
 use crate::lane::door::ShardDoor;
 use crate::lane::registry::LaneRegistry;
 use crate::lane::requests::{CheckpointRequests, KeeperRequests, SyncRequests, UnsyncedRun};
+use crate::lane::shared::SharedLane;
 use crate::log::format::schema_fingerprint;
 use crate::log::manifest::{Span, shard_dir};
 use crate::log::segment::ShardLog;
@@ -192,7 +192,7 @@ impl Context<'_> {
     fn shared_lane<E: Event>(&self, door: &Arc<ShardDoor>) -> Arc<SharedLane<E>> {
         let shared = Arc::new(LaneShared::new(Arc::clone(&door.log), self.config.durability));
         door.lanes.register(&shared);
-        Arc::new(SharedLane { queue: ArrayQueue::new(self.config.ring_capacity), shared, door: Arc::clone(door) })
+        Arc::new(SharedLane::new(ArrayQueue::new(self.config.ring_capacity), shared, Arc::clone(door)))
     }
 
     /// Makes the shard's and the snapshotter's ends of saving states.

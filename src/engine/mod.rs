@@ -34,17 +34,18 @@ mod threads;
 use std::sync::Arc;
 
 use crate::clock::Clock;
-use crate::command::{Client, ClientEnd, ClientLane};
+use crate::command::{Client, ClientEnd, ClientLane, SharedClient};
 use crate::config::ValidConfig;
 use crate::consumer::services::Services;
 use crate::error::{ReadError, ShardFailure, WaitError};
 use crate::event::{Key, Offset, ShardId};
 use crate::ingress::gated::OpenGates;
 use crate::ingress::producer::Producer;
-use crate::ingress::shared::{SharedLane, SharedProducer};
+use crate::ingress::shared::SharedProducer;
 use crate::lane::counts::LaneShared;
 use crate::lane::flush::flush_shard;
 use crate::lane::requests::KeeperRequests;
+use crate::lane::shared::SharedLane;
 use crate::log::position::Position;
 use crate::log::reader::Reader;
 use crate::metrics::{Metrics, ShardMetrics, Totals};
@@ -200,6 +201,17 @@ impl<A: Aggregate> Engine<A> {
     /// number, created at any time.
     #[must_use]
     pub fn client(&self) -> Client<A> {
+        Client::new(self.client_lanes(), self.clock.clone(), self.config.wait)
+    }
+
+    /// Returns a client that any number of threads and tasks may clone and share: a lane to every shard, and one back.
+    /// There may be any number, created at any time.
+    #[must_use]
+    pub fn shared_client(&self) -> SharedClient<A> {
+        SharedClient::new(self.client_lanes(), self.clock.clone())
+    }
+
+    fn client_lanes(&self) -> Vec<ClientLane<A>> {
         let lanes = self.shards.iter().map(|shard| {
             let (orders_tx, orders) = rtrb::RingBuffer::new(self.config.ring_capacity);
             let (answers, answers_rx) = rtrb::RingBuffer::new(self.config.ring_capacity);
@@ -213,7 +225,7 @@ impl<A: Aggregate> Engine<A> {
             shard.door.signal.notify();
             ClientLane::new(orders_tx, answers_rx, shared, Arc::clone(&shard.door))
         });
-        Client::new(lanes.collect(), self.clock.clone(), self.config.wait)
+        lanes.collect()
     }
 
     /// Returns a reader of a shard's log that starts at the earliest event held.

@@ -7,6 +7,8 @@
 //! | `registry` | the lanes of one shard, for other threads |
 //! | `door` | the state that producers and clients share with a shard |
 //! | `receipt` | proof that an event was accepted, and waits for the event |
+//! | `shared` | the queue of many producers to one shard |
+//! | `shared_receipt` | receipts of that queue |
 //! | `requests` | the mailboxes through which threads ask each other for work |
 //! | `flush` | a wait until accepted events are durable |
 
@@ -17,3 +19,5 @@ pub(crate) mod receipt;
 pub(crate) mod registry;
 pub(crate) mod requests;
 pub(crate) mod ring;
+pub(crate) mod shared;
+pub(crate) mod shared_receipt;

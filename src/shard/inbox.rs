@@ -5,9 +5,9 @@
 use std::sync::Arc;
 
 use crate::command::{ClientEnd, Question};
-use crate::ingress::shared::{SharedLane, SharedSlot};
 use crate::lane::counts::LaneShared;
 use crate::lane::ring::Slot;
+use crate::lane::shared::{SharedLane, SharedSlot};
 use crate::state::aggregate::Aggregate;
 use crate::sync::{Arrivals, thread};
 

@@ -53,7 +53,9 @@ pub(crate) use lock::lock;
 pub(crate) use lock::lock_until;
 pub(crate) use notifier::Notifier;
 #[cfg(not(loom))]
-pub(crate) use promise::{GaveUp, Keeping, Promise, block_own, block_until, promise, promise_of_shard, thread_waker};
+pub(crate) use promise::{
+    GaveUp, Keeping, Promise, block_on, block_own, block_until, promise, promise_of_shard, thread_waker,
+};
 pub(crate) use role::{Role, may_wait, role, take_role};
 pub(crate) use seed::{Keyed, keyed, plant};
 pub(crate) use seqlock::SeqLock;

@@ -157,6 +157,26 @@ fn block<T, E: From<GaveUp>>(
     }
 }
 
+/// Blocks until the future completes or the deadline passes. On a thread that an engine waits for, this fails instead of
+/// blocking. A future that has completed by the deadline wins.
+pub(crate) fn block_on<F: Future + Unpin>(deadline: Option<Instant>, future: &mut F) -> Result<F::Output, GaveUp> {
+    let waker = thread_waker();
+    let mut context = Context::from_waker(&waker);
+    loop {
+        if let Poll::Ready(output) = Pin::new(&mut *future).poll(&mut context) {
+            return Ok(output);
+        }
+        if !may_wait() {
+            return Err(GaveUp::OnEngineThread);
+        }
+        match deadline.map(|at| at.saturating_duration_since(Instant::now())) {
+            Some(Duration::ZERO) => return Err(GaveUp::TimedOut),
+            Some(left) => thread::park_timeout(left),
+            None => thread::park(),
+        }
+    }
+}
+
 /// Returns a waker that unparks the current thread.
 pub(crate) fn thread_waker() -> Waker {
     struct Unpark(thread::Thread);

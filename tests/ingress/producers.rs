@@ -100,10 +100,10 @@ fn an_event_larger_than_the_limit_comes_back_and_one_at_the_limit_is_accepted() 
     let fits = Note::sized(1, 1024 - 16);
     let too_large = Note::sized(2, 1024 - 15);
     producer.publish(Key(1), fits.clone()).unwrap();
-    shared.publish(Key(1), fits.clone()).unwrap();
+    shared.publish(Key(1), fits.clone()).wait().unwrap();
     for rejected in [
         producer.publish(Key(1), too_large.clone()).unwrap_err(),
-        shared.publish(Key(1), too_large.clone()).unwrap_err(),
+        shared.publish(Key(1), too_large.clone()).wait().unwrap_err(),
     ] {
         assert!(matches!(rejected.reason(), RejectedReason::TooLarge { bytes_max: 1024 }));
         assert_eq!(rejected.into_event(), too_large, "the event comes back");
@@ -133,7 +133,7 @@ fn an_oversized_plain_event_comes_back_too() {
     let engine = EventLog::<Block>::builder(small("/s").event_bytes_max(255)).faulty_storage(&storage).open().unwrap();
     let mut producer = engine.producer();
     assert!(matches!(producer.publish(Key(1), Block([1; 32])), Err(Rejected::TooLarge { .. })));
-    assert!(matches!(engine.shared_producer().publish(Key(1), Block([1; 32])), Err(Rejected::TooLarge { .. })));
+    assert!(matches!(engine.shared_producer().publish(Key(1), Block([1; 32])).wait(), Err(Rejected::TooLarge { .. })));
     let mut batch = vec![(Key(1), Block([1; 32]))];
     assert_eq!(producer.publish_batch(&mut batch).unwrap_err().accepted, 0);
     engine.shutdown(soon()).unwrap();
@@ -146,7 +146,7 @@ fn after_shutdown_everything_is_refused_and_nothing_accepted_is_lost() {
     let (mut producer, shared) = (engine.producer(), engine.shared_producer());
     for n in 0..40 {
         producer.publish(Key(n), Note::new(n)).unwrap();
-        shared.publish(Key(n), Note::new(n)).unwrap();
+        shared.publish(Key(n), Note::new(n)).wait().unwrap();
     }
     let receipts = producer.receipts();
     engine.shutdown(soon()).unwrap();
@@ -157,7 +157,7 @@ fn after_shutdown_everything_is_refused_and_nothing_accepted_is_lost() {
     );
     assert!(matches!(producer.publish(Key(1), Note::new(7)), Err(Rejected::Closed(event)) if event.n == 7));
     assert!(matches!(producer.try_publish(Key(1), Note::new(7)), Err(Rejected::Closed(_))));
-    assert!(matches!(shared.publish(Key(1), Note::new(7)), Err(Rejected::Closed(_))));
+    assert!(matches!(shared.publish(Key(1), Note::new(7)).wait(), Err(Rejected::Closed(_))));
     let mut batch = vec![(Key(1), Note::new(1)), (Key(2), Note::new(2))];
     let rejected = producer.publish_batch(&mut batch).unwrap_err();
     assert!(matches!(rejected.reason, RejectedReason::Closed));
@@ -211,7 +211,7 @@ fn a_shutdown_during_publishing_keeps_exactly_the_accepted_events() {
                 .map(|t| {
                     let shared = shared.clone();
                     scope.spawn(move || {
-                        (0..u64::MAX).take_while(|n| shared.publish(Key(t), Note::new(*n)).is_ok()).count()
+                        (0..u64::MAX).take_while(|n| shared.publish(Key(t), Note::new(*n)).wait().is_ok()).count()
                     })
                 })
                 .collect();
@@ -269,10 +269,10 @@ fn a_shared_producer_keeps_the_order_of_every_thread() {
             let shared = shared.clone();
             scope.spawn(move || {
                 for n in 0..200 {
-                    shared.publish(Key(t), Note::new(n)).unwrap();
+                    shared.publish(Key(t), Note::new(n)).wait().unwrap();
                 }
-                let receipt = shared.publish_with_receipt(Key(t), Note::new(200)).unwrap();
-                receipt.wait_appended().unwrap().durable().wait().unwrap();
+                let receipt = shared.publish(Key(t), Note::new(200)).with_receipt().wait().unwrap();
+                receipt.durable().wait().unwrap();
             });
         }
     });
@@ -352,10 +352,10 @@ fn a_flush_covers_the_events_that_its_own_thread_published_through_a_shared_prod
                     for n in 0..env_number("CORELANE_FLUSHES", 300) {
                         let receipt = loop {
                             if n % 2 == 0 {
-                                break producer.publish_with_receipt(Key(thread), Note::new(n)).unwrap();
+                                break producer.publish(Key(thread), Note::new(n)).with_receipt().wait().unwrap();
                             }
                             if producer.try_publish(Key(thread), Note::new(n)).is_ok() {
-                                break producer.publish_with_receipt(Key(thread), Note::new(n)).unwrap();
+                                break producer.publish(Key(thread), Note::new(n)).with_receipt().wait().unwrap();
                             }
                         };
                         engine.flush(soon()).expect("flushed");

@@ -89,7 +89,7 @@ fn an_event_of_an_undeclared_type_comes_back_and_no_other_event_is_lost() {
         for refused in [
             producer.publish(Key(1), Undeclared { id }).unwrap_err(),
             producer.try_publish(Key(1), Undeclared { id }).unwrap_err(),
-            shared.publish(Key(1), Undeclared { id }).unwrap_err(),
+            shared.publish(Key(1), Undeclared { id }).wait().unwrap_err(),
         ] {
             let RejectedReason::UndeclaredType { event_type } = refused.reason() else { panic!("{refused}") };
             assert_eq!((event_type.0, refused.into_event().id), (id, id));

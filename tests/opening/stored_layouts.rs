@@ -250,12 +250,12 @@ fn an_event_whose_archive_is_longer_than_its_value_is_measured_when_it_is_publis
     let is_too_large = |reason| matches!(reason, RejectedReason::TooLarge { bytes_max: 1024 });
     assert!(is_too_large(producer.publish(Key(1), long).unwrap_err().reason()));
     assert!(is_too_large(producer.try_publish(Key(1), long).unwrap_err().reason()));
-    assert!(is_too_large(shared.publish(Key(1), long).unwrap_err().reason()));
+    assert!(is_too_large(shared.publish(Key(1), long).wait().unwrap_err().reason()));
     let mut batch = vec![(Key(1), short), (Key(1), short), (Key(1), long), (Key(1), short)];
     let refused = producer.publish_batch(&mut batch).unwrap_err();
     assert!(refused.accepted == 2 && is_too_large(refused.reason.clone()), "{refused}");
     assert_eq!(batch.len(), 2, "the refused event and those after it stay in the batch");
-    shared.publish(Key(1), short).unwrap();
+    shared.publish(Key(1), short).wait().unwrap();
     engine.flush(soon()).unwrap();
     assert_eq!(engine.metrics().shards[0].appended, 3);
     engine.shutdown(soon()).unwrap();

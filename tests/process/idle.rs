@@ -70,7 +70,7 @@ fn no_thread_of_an_idle_parking_engine_wakes_up() {
         let (mut producer, shared) = (engine.producer(), engine.shared_producer());
         for n in 0..1000 {
             producer.publish(Key(n), Note::sized(n, 100)).unwrap();
-            shared.publish(Key(n), Note::new(n)).unwrap();
+            shared.publish(Key(n), Note::new(n)).wait().unwrap();
         }
         // Concurrent flushes request several syncs, and none of them may be missed.
         std::thread::scope(|scope| {
@@ -78,7 +78,7 @@ fn no_thread_of_an_idle_parking_engine_wakes_up() {
                 let (engine, shared) = (&engine, shared.clone());
                 scope.spawn(move || {
                     for n in 0..300 {
-                        shared.publish(Key(thread), Note::new(n)).unwrap();
+                        shared.publish(Key(thread), Note::new(n)).wait().unwrap();
                         engine.flush(soon()).unwrap();
                     }
                 });

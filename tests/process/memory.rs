@@ -33,7 +33,7 @@ fn run(engine: &EventLog<Note>, segments: u64) {
             receipt = Some(producer.publish(Key(n % 1000), Note::sized(n, 200)).unwrap());
             n += 1;
         }
-        shared.publish_with_receipt(Key(n % 1000), Note::new(n)).unwrap().wait_appended().unwrap();
+        shared.publish(Key(n % 1000), Note::new(n)).with_receipt().wait().unwrap().appended().wait().unwrap();
         receipt.unwrap().appended().wait().unwrap();
         assert!(engine.metrics().shards[0].failure.is_none());
     }

@@ -1,0 +1,244 @@
+//! The shared client: every command is answered, in order, whatever tasks do with the answers.
+
+use std::sync::Arc;
+use std::sync::mpsc::{Sender, channel};
+use std::time::Duration;
+
+use crate::common::bank::{Account, Order, Refused};
+use crate::common::{block_on, poll_once, small, soon, until};
+use crate::executor::{Counted, run, task};
+use corelane::command::ExpectedVersion;
+use corelane::error::RejectedReason;
+use corelane::testing::FaultyStorage;
+use corelane::{CommandError, Config, Deadline, Durability, Engine, Key, Rejected, SharedClient, Version, WaitError};
+
+fn open(config: Config) -> Engine<Account> {
+    Engine::<Account>::open(config.durability(Durability::Periodic(Duration::from_millis(1)))).unwrap()
+}
+
+/// Stops the shard of `key` between two batches until the sender is dropped.
+fn stop_shard(engine: &Engine<Account>, key: Key) -> Sender<()> {
+    let (go, gone) = channel::<()>();
+    let (stopped_tx, stopped) = channel();
+    let asked = Box::pin(engine.ask_async(key, move |_, _| {
+        stopped_tx.send(()).unwrap();
+        gone.recv().unwrap_err();
+    }));
+    // The shard runs the question although nothing waits for its answer.
+    let mut asked = asked;
+    assert!(poll_once(&mut asked).is_none());
+    stopped.recv().unwrap();
+    go
+}
+
+#[test]
+fn ten_thousand_tasks_publish_and_command_at_once() {
+    for threads in [1, 3] {
+        let dir = tempfile::tempdir().unwrap();
+        let engine = open(small(dir.path()).shards(2).keys_expected(20_000));
+        let (client, producer) = (engine.shared_client(), engine.shared_producer());
+        let tasks = (0..10_000_u64).map(|n| {
+            let (client, producer) = (client.clone(), producer.clone());
+            task(async move {
+                let key = Key(n);
+                producer.publish(key, crate::common::bank::Money::Deposited { cents: 10 }).await.unwrap();
+                let receipt = producer.publish(key, crate::common::bank::Money::Deposited { cents: 1 });
+                receipt.with_receipt().await.unwrap().appended().await.unwrap();
+                let first = client.send(key, Order::Deposit(5)).submit().await.unwrap();
+                let second = client.send(key, Order::Withdraw(16)).submit().await.unwrap();
+                let refused = client.send(key, Order::Withdraw(1)).await;
+                assert!(matches!(refused, Err(CommandError::Rejected(Refused::NotEnough { missing: 1 }))));
+                assert_eq!(second.await.unwrap().version, Version(4), "key {n}");
+                assert_eq!(first.await.unwrap().version, Version(3), "key {n}");
+            })
+        });
+        run(threads, tasks.collect::<Vec<_>>());
+        for n in 0..10_000 {
+            let (state, version) = engine.state(Key(n)).unwrap().unwrap();
+            assert_eq!((state.cents, version), (0, Version(4)), "key {n}");
+        }
+        engine.shutdown(soon()).unwrap();
+    }
+}
+
+#[test]
+fn a_full_lane_makes_tasks_wait_their_turn_and_answers_everything() {
+    let dir = tempfile::tempdir().unwrap();
+    let engine = open(small(dir.path()).ring_capacity(2));
+    let client = engine.shared_client();
+    let tasks = (0..200_u64).map(|n| {
+        let client = client.clone();
+        task(async move {
+            for version in 1..=20 {
+                let sent = client.send(Key(n), Order::Deposit(1));
+                let outcome = if version % 5 == 0 { sent.durable().await } else { sent.await };
+                assert_eq!(outcome.unwrap().version, Version(version), "key {n}");
+            }
+        })
+    });
+    run(2, tasks.collect::<Vec<_>>());
+    // Nothing is claimed here, so only the replies themselves make room.
+    let tells = (0..200_u64).map(|n| {
+        let client = client.clone();
+        task(async move { client.send(Key(n), Order::Deposit(1)).tell().await.unwrap() })
+    });
+    run(2, tells.collect::<Vec<_>>());
+    let last = client.send(Key(1), Order::Nothing).wait().unwrap();
+    assert_eq!(last.version, Version(21));
+    engine.shutdown(soon()).unwrap();
+}
+
+#[test]
+fn a_command_dropped_before_it_is_sent_is_not_carried_out_and_the_next_caller_gets_its_turn() {
+    let dir = tempfile::tempdir().unwrap();
+    let engine = open(small(dir.path()).ring_capacity(2));
+    let client = engine.shared_client();
+    let key = Key(1);
+    let go = stop_shard(&engine, key);
+    let in_flight: Vec<_> = (0..2).map(|_| client.send(key, Order::Deposit(1)).try_submit().unwrap()).collect();
+    let waker = Arc::new(Counted::default());
+    let mut first = client.send(key, Order::Deposit(100)).into_future();
+    let mut second = client.send(key, Order::Deposit(10)).submit();
+    assert!(waker.poll(&mut first).is_pending());
+    assert!(waker.poll(&mut second).is_pending());
+    match client.send(key, Order::Deposit(1000)).try_submit() {
+        Err(Rejected::Full(Order::Deposit(1000))) => {}
+        other => panic!("the command comes back: {other:?}"),
+    }
+    let waited = client.send(key, Order::Deposit(1000)).wait_until(Duration::from_millis(20));
+    assert!(matches!(waited, Err(CommandError::NotSent(RejectedReason::Full))), "{waited:?}");
+    let before = waker.wakes();
+    drop(first);
+    assert_eq!(waker.wakes(), before + 1, "the next caller in the queue is woken");
+    drop(go);
+    let outcome = block_on(async { second.await.unwrap().await }).unwrap();
+    assert_eq!(outcome.version, Version(3));
+    drop(in_flight);
+    assert_eq!(engine.state(key).unwrap().unwrap().0.cents, 12);
+    until("no waker is left", || waker.wakers() == 0);
+}
+
+#[test]
+fn answers_take_no_room_and_a_command_whose_answer_is_dropped_is_carried_out() {
+    let dir = tempfile::tempdir().unwrap();
+    let engine = open(small(dir.path()).ring_capacity(2));
+    let client = engine.shared_client();
+    let key = Key(1);
+    let mut answers: Vec<_> =
+        (0..100).map(|_| block_on(client.send(key, Order::Deposit(1)).submit()).unwrap()).collect();
+    let go = stop_shard(&engine, key);
+    let waker = Arc::new(Counted::default());
+    // In the way of `select!` with a timer.
+    let mut late = client.send(key, Order::Deposit(1)).into_future();
+    assert!(waker.poll(&mut late).is_pending());
+    drop(late);
+    assert_eq!(waker.wakers(), 0, "a dropped answer leaves its waker");
+    drop(go);
+    assert_eq!(client.send(key, Order::Nothing).wait().unwrap().version, Version(101), "it was carried out");
+    let last = answers.pop().unwrap();
+    drop(answers);
+    assert_eq!(block_on(last).unwrap().version, Version(100), "an answer waits for its owner");
+}
+
+#[test]
+fn options_mean_the_same_as_for_a_client() {
+    let dir = tempfile::tempdir().unwrap();
+    let engine = open(small(dir.path()));
+    let client = engine.shared_client();
+    let key = Key(3);
+    let wrong = client.send(key, Order::Deposit(1)).expect(ExpectedVersion::Exists).wait();
+    assert!(matches!(wrong, Err(CommandError::WrongVersion { expected: ExpectedVersion::Exists, found: Version(0) })));
+    let first = client.send(key, Order::Deposit(1)).once("a").durable().wait().unwrap();
+    assert!(first.receipt().is_durable());
+    let repeated = client.send(key, Order::Deposit(1)).once("a").wait_until(Duration::from_secs(60)).unwrap();
+    assert_eq!((repeated.version, repeated.repeated), (Version(1), true));
+    let answer = block_on(client.send(key, Order::Panic).submit()).unwrap();
+    assert!(matches!(answer.wait(), Err(CommandError::Panicked(_))));
+}
+
+/// Starts tasks that wait for room, for a reply and for durability. Returns what each got.
+fn waits_of_every_kind(
+    client: &SharedClient<Account>,
+    key: Key,
+    stop: impl FnOnce() + Send + 'static,
+) -> Vec<Result<Version, String>> {
+    let (said_tx, said) = channel();
+    let mut tasks: Vec<_> = (0..30_u64)
+        .map(|n| {
+            let (client, said) = (client.clone(), said_tx.clone());
+            task(async move {
+                let sent = client.send(key, Order::Deposit(1));
+                let outcome = if n % 2 == 0 { sent.durable().await } else { sent.await };
+                said.send(outcome.map(|outcome| outcome.version).map_err(|error| format!("{error:?}"))).unwrap();
+            })
+        })
+        .collect();
+    drop(said_tx);
+    tasks.push(task(async move { stop() }));
+    run(1, tasks);
+    said.iter().collect()
+}
+
+#[test]
+fn a_shutdown_ends_every_wait() {
+    let dir = tempfile::tempdir().unwrap();
+    let engine = Arc::new(open(small(dir.path()).ring_capacity(4)));
+    let client = engine.shared_client();
+    let go = stop_shard(&engine, Key(1));
+    let closing = Arc::clone(&engine);
+    let (closed_tx, closed) = channel();
+    let said = waits_of_every_kind(&client, Key(1), move || {
+        std::thread::spawn(move || closed_tx.send(closing.shutdown(soon())).unwrap());
+        std::thread::sleep(Duration::from_millis(20));
+        drop(go);
+    });
+    closed.recv().unwrap().unwrap();
+    let carried_out = said.iter().filter(|said| said.is_ok()).count();
+    assert_eq!(said.len(), 30);
+    assert!(said.iter().flat_map(|said| said.as_ref().err()).all(|error| error.contains("Closed")), "{said:?}");
+    drop(engine);
+    let engine = open(small(dir.path()).ring_capacity(4));
+    let (_, version) = engine.state(Key(1)).unwrap().unwrap();
+    assert_eq!(version.0, carried_out as u64, "a command is carried out exactly if it was answered so");
+    assert!(matches!(client.send(Key(1), Order::Nothing).wait(), Err(CommandError::NotSent(RejectedReason::Closed))));
+}
+
+#[test]
+fn a_failed_shard_ends_every_wait() {
+    let storage = FaultyStorage::new();
+    let config = small("/s").ring_capacity(4).durability(Durability::GroupCommit);
+    let engine = Engine::<Account>::builder(config).faulty_storage(&storage).open().unwrap();
+    let client = engine.shared_client();
+    // The first segment is there.
+    client.send(Key(2), Order::Deposit(1)).durable().wait().unwrap();
+    storage.hold(true);
+    let failing = storage.clone();
+    let said = waits_of_every_kind(&client, Key(1), move || {
+        failing.fail_sync(1);
+        failing.hold(false);
+    });
+    assert_eq!(said.len(), 30);
+    assert!(said.iter().any(|said| said.is_err()), "a wait for durability fails: {said:?}");
+    let failed = client.send(Key(1), Order::Deposit(1)).wait();
+    assert!(matches!(failed, Err(CommandError::NotSent(RejectedReason::ShardFailed(_)))), "{failed:?}");
+}
+
+#[test]
+fn a_wait_until_a_deadline_says_what_is_known() {
+    let storage = FaultyStorage::new();
+    let config = small("/s").durability(Durability::GroupCommit);
+    let engine = Engine::<Account>::builder(config).faulty_storage(&storage).open().unwrap();
+    let client = engine.shared_client();
+    // The first segment is there.
+    client.send(Key(2), Order::Deposit(1)).durable().wait().unwrap();
+    storage.hold(true);
+    let late = client.send(Key(1), Order::Deposit(1)).durable().wait_until(Duration::from_millis(50));
+    assert!(matches!(late, Err(CommandError::NotDurable(WaitError::TimedOut))), "{late:?}");
+    let go = stop_shard(&engine, Key(1));
+    let late = client.send(Key(1), Order::Deposit(1)).wait_until(Duration::from_millis(50));
+    assert!(matches!(late, Err(CommandError::Unanswered(WaitError::TimedOut))), "{late:?}");
+    drop(go);
+    storage.hold(false);
+    let outcome = client.send(Key(1), Order::Deposit(1)).durable().wait_until(Deadline::NEVER).unwrap();
+    assert_eq!(outcome.version, Version(3));
+}
