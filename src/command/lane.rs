@@ -261,7 +261,9 @@ impl<A: Aggregate> ClientLane<A> {
         wanted: bool,
     ) -> Result<u64, Rejected<CommandSlot<A::Command>>> {
         if self.open.len() >= self.room && !self.make_room() {
-            return Err(self.door.full(command));
+            // No reply makes room any more if the lane is closed.
+            let is_closed = self.shared.enter().is_none();
+            return Err(if is_closed { self.door.refusal(command) } else { self.door.full(command) });
         }
         self.prefetch();
         let Some(inside) = self.shared.enter() else { return Err(self.door.refusal(command)) };

@@ -86,7 +86,8 @@ fn a_full_storage_makes_tasks_wait_until_there_is_space_again() {
     storage.set_space(Some(0));
     let blocked = crate::common::fill(&engine, 0);
     let waker = Arc::new(Counted::default());
-    let mut waiting: Vec<_> = (blocked..blocked + 2000).map(|n| producer.publish(Key(1), Note::sized(n, 3000))).collect();
+    let mut waiting: Vec<_> =
+        (blocked..blocked + 2000).map(|n| producer.publish(Key(1), Note::sized(n, 3000))).collect();
     waiting.retain_mut(|publishing| waker.poll(publishing).is_pending());
     assert!(waiting.len() > 1000, "the lane holds four events, and the shard one batch");
     storage.set_space(None);

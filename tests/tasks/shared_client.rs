@@ -126,6 +126,8 @@ fn answers_take_no_room_and_a_command_whose_answer_is_dropped_is_carried_out() {
     let key = Key(1);
     let mut answers: Vec<_> =
         (0..100).map(|_| block_on(client.send(key, Order::Deposit(1)).submit()).unwrap()).collect();
+    // All are answered, so the lane is empty.
+    client.send(key, Order::Nothing).wait().unwrap();
     let go = stop_shard(&engine, key);
     let waker = Arc::new(Counted::default());
     // In the way of `select!` with a timer.
@@ -241,4 +243,29 @@ fn a_wait_until_a_deadline_says_what_is_known() {
     storage.hold(false);
     let outcome = client.send(Key(1), Order::Deposit(1)).durable().wait_until(Deadline::NEVER).unwrap();
     assert_eq!(outcome.version, Version(3));
+}
+
+#[test]
+fn a_full_lane_of_a_failed_shard_refuses_instead_of_waiting() {
+    let storage = FaultyStorage::new();
+    let config = small("/s").ring_capacity(2).durability(Durability::GroupCommit);
+    let engine = Engine::<Account>::builder(config).faulty_storage(&storage).open().unwrap();
+    let (mut client, shared) = (engine.client(), engine.shared_client());
+    client.send(Key(2), Order::Deposit(1)).durable().wait().unwrap();
+    let key = Key(1);
+    client.send(key, Order::Deposit(1)).tell().unwrap();
+    storage.fail_sync(1);
+    let go = stop_shard(&engine, key);
+    for _ in 0..2 {
+        drop(client.send(key, Order::Deposit(1)).try_ticket());
+        drop(shared.send(key, Order::Deposit(1)).try_submit());
+    }
+    until("the sync has failed", || engine.shard_metrics()[0].failure.is_some());
+    let refused = client.send(key, Order::Deposit(1)).ticket();
+    assert!(matches!(refused, Err(Rejected::ShardFailed(..))), "{refused:?}");
+    let refused = block_on(client.send(key, Order::Deposit(1)).into_future());
+    assert!(matches!(refused, Err(CommandError::NotSent(RejectedReason::ShardFailed(_)))), "{refused:?}");
+    let refused = shared.send(key, Order::Deposit(1)).wait();
+    assert!(matches!(refused, Err(CommandError::NotSent(RejectedReason::ShardFailed(_)))), "{refused:?}");
+    drop(go);
 }
