@@ -7,6 +7,7 @@ mod gate;
 mod open;
 mod publish;
 mod read;
+mod time;
 mod wait;
 
 pub use code_panic::{CodePanic, PanickedEvent};
@@ -17,6 +18,7 @@ pub use gate::{GateError, GateOpenError};
 pub use open::OpenError;
 pub use publish::{Rejected, RejectedReason};
 pub use read::{Corruption, HistoryError, PositionError, ReadError};
+pub use time::TimeError;
 pub use wait::WaitError;
 
 /// The error of a handler: any error type, or text.
