@@ -2,6 +2,7 @@
 
 use super::Engine;
 use crate::consumer::{Consumer, ConsumerBuilder, ConsumerError, ConsumerReport, Handled, Start};
+use crate::error::fault::{Fault, says_whose_fault};
 use crate::error::{Rejected, WaitError};
 use crate::event::{EventId, Key, Offset};
 use crate::ingress::producer::Producer;
@@ -39,6 +40,18 @@ pub enum PublishSyncError<E> {
         /// The consumer's name.
         consumer: String,
     },
+}
+
+says_whose_fault!(PublishSyncError<E>);
+
+impl<E> PublishSyncError<E> {
+    fn fault(&self) -> Fault {
+        match self {
+            Self::Rejected(rejected) => rejected.reason().fault(),
+            // Accepted: published again, the event would be there twice.
+            Self::Wait(_) | Self::Consumer { .. } | Self::Unknown { .. } | Self::Recorded { .. } => Fault::Neither,
+        }
+    }
 }
 
 impl<A: Aggregate> Engine<A> {
