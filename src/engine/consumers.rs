@@ -83,7 +83,8 @@ impl<A: Aggregate> Engine<A> {
         consumers: &[&Consumer<A::Event>],
         deadline: impl Into<Deadline>,
     ) -> Result<(), PublishSyncError<A::Event>> {
-        let deadline = deadline.into().instant();
+        let until = deadline.into();
+        let deadline = until.instant();
         if !may_wait() || !consumers.iter().all(|consumer| consumer.may_await()) {
             return Err(PublishSyncError::Rejected(Rejected::OnEngineThread(event)));
         }
@@ -94,7 +95,7 @@ impl<A: Aggregate> Engine<A> {
         let placed = producer.publish_placed(key, event, deadline).map_err(PublishSyncError::Rejected)?;
         let offset = placed?;
         // The shard answers between two turns, when inline handlers have seen everything appended.
-        self.head(key, deadline)?;
+        self.head(key, until)?;
         for consumer in consumers {
             let name = || consumer.name().to_owned();
             // Retention keeps a consumer's unfinished events, so if the event is freed, the consumer was moved past it.

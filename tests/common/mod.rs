@@ -3,6 +3,7 @@
 
 pub(crate) mod bank;
 pub(crate) mod killed;
+pub(crate) mod log;
 pub(crate) mod own_process;
 
 use std::collections::BTreeMap;

@@ -148,7 +148,7 @@ fn a_checkpoint_that_omits_a_too_large_state_fails() {
     engine.shutdown(soon()).unwrap();
     drop(engine);
     let engine = open();
-    assert_eq!(engine.state(Key(1)).unwrap().unwrap().0.0.len(), 40 << 20);
+    assert_eq!(engine.state(Key(1)).wait().unwrap().unwrap().0.0.len(), 40 << 20);
     // A checkpoint succeeds when the state is small again.
     let mut producer = engine.producer();
     producer.publish(Key(1), Said { at: 5 }).unwrap();
@@ -194,7 +194,7 @@ fn events_emitted_before_a_rejection_are_not_appended() {
         let rejected = client.send(Key(1), ()).once(7).wait();
         assert!(matches!(rejected, Err(CommandError::Rejected(()))), "{rejected:?}");
     }
-    assert_eq!(engine.state(Key(1)).unwrap(), None);
+    assert_eq!(engine.state(Key(1)).wait().unwrap(), None);
     drop(client);
     engine.shutdown(soon()).unwrap();
     drop(engine);
@@ -256,7 +256,7 @@ fn a_checkpoint_of_events_lost_in_a_power_cut_is_forgotten_for_good() {
     // The machine restarts.
     disk.crash(Unsynced::Lost);
     let other = open(&disk, config());
-    assert_eq!(other.state(Key(0)).unwrap().unwrap().1, Version(100));
+    assert_eq!(other.state(Key(0)).wait().unwrap().unwrap().1, Version(100));
     // Other events take the offsets of the lost ones and continue beyond them.
     let mut producer = other.producer();
     for _ in 0..150 {
@@ -267,7 +267,7 @@ fn a_checkpoint_of_events_lost_in_a_power_cut_is_forgotten_for_good() {
     drop(other);
     let again = open(&disk, config());
     assert!(again.recovery().shards[0].end.get() > end);
-    let (state, version) = again.state(Key(0)).unwrap().unwrap();
+    let (state, version) = again.state(Key(0)).wait().unwrap().unwrap();
     assert_eq!((state.cents, version), (100 * 101 / 2 + 150 * 7, Version(250)));
     assert!(again.compare().unwrap().differing.is_empty());
 }
