@@ -129,7 +129,7 @@ fn metrics_wait_no_longer_than_asked_and_lose_no_value_of_a_shard_that_hangs() {
     // Calls that do not wait take what was handed over since.
     engine.producer().publish(KEY, Money::Deposited { cents: 1 }).unwrap();
     engine.flush(soon()).unwrap();
-    until("the values arrive", || engine.metrics(Duration::ZERO).histogram(Stage::Durable).len() == 4);
+    until("the values arrive", || engine.metrics(Duration::ZERO).histogram(Stage::Handled).len() == 4);
     let many: Vec<u64> = std::thread::scope(|scope| {
         let threads: Vec<_> = (0..4).map(|_| scope.spawn(|| engine.metrics(soon()))).collect();
         threads.into_iter().map(|thread| thread.join().unwrap().histogram(Stage::Appended).len()).collect()
