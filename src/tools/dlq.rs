@@ -350,23 +350,25 @@ fn event_line(
     let meta = letter.meta();
     let mut line = Vec::new();
     let event = envelope_of(store, letter.event_type, letter.schema_version, archive);
-    let is_damaged = match event {
+    let complaint = match event {
         Ok(Some(event)) => {
             envelope::write_envelope(&mut line, &meta, event)?;
-            false
+            None
         }
         Ok(None) => {
             typed.write(store, &meta, archive, &mut line)?;
-            typed.warn_of_undecodable()
+            typed.complaint()
         }
         Err(()) => {
             let name = store.type_name(letter.event_type).unwrap_or("?");
             envelope::write_opaque(&mut line, &meta, name, archive)?;
-            warn(&Failure::Archive(letter.id.shard, letter.id.offset));
-            true
+            Some(Failure::Archive(letter.id.shard, letter.id.offset).to_string())
         }
     };
-    let condition = if is_damaged { Condition::Damaged } else { Condition::Sound };
+    if let Some(complaint) = &complaint {
+        warn(complaint);
+    }
+    let condition = complaint.map_or(Condition::Sound, |_| Condition::Damaged);
     Ok((String::from_utf8_lossy(&line).trim_end().to_owned(), condition))
 }
 

@@ -107,7 +107,9 @@ pub(super) fn dump(store: &Store, args: DumpArgs, typed: &Typed, out: &mut Outpu
         // The names of generic events are known only after the log was read.
         warn(&format!("no event of type {wanted:?} was found (`inspect` lists the types)"));
     }
-    Ok(if typed.warn_of_undecodable() { Condition::Damaged } else { condition })
+    let Some(complaint) = typed.complaint() else { return Ok(condition) };
+    warn(&complaint);
+    Ok(Condition::Damaged)
 }
 
 fn dump_log(

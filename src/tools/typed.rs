@@ -13,7 +13,6 @@ use rkyv::api::low::LowDeserializer;
 use rkyv::rancor::Error as RkyvError;
 use serde_json::value::RawValue;
 
-use super::warn;
 use crate::error::panic_text;
 use crate::event::upcaster;
 
@@ -54,13 +53,11 @@ impl Typed {
         }
     }
 
-    /// Warns if an event that was written could not be decoded. Returns `true` if so.
-    pub(super) fn warn_of_undecodable(&self) -> bool {
+    /// Returns a message if an event that was written could not be decoded.
+    pub(super) fn complaint(&self) -> Option<String> {
         let events = self.undecodable.get();
-        if events > 0 {
-            warn(&format!("events that could not be decoded and show their archives and the reasons: {events}"));
-        }
-        events > 0
+        (events > 0)
+            .then(|| format!("events that could not be decoded and show their archives and the reasons: {events}"))
     }
 }
 

@@ -4,32 +4,15 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::common::bank::{Account, Money, Order};
-use crate::common::{SEGMENT, settle, small, soon};
+use crate::common::{ArchivedSaid, SEGMENT, Said, settle, small, soon};
 use corelane::testing::{FaultyStorage, Unsynced};
 use corelane::{
-    Aggregate, Bounded, CommandError, Config, Durability, Emit, Engine, Event, EventType, EventTypeId, Key, Meta,
-    Retention, Time, Version, WaitError,
+    Aggregate, Bounded, CommandError, Config, Durability, Emit, Engine, Key, Meta, Retention, Time, Version, WaitError,
 };
 use rkyv::{Archive, Deserialize, Serialize};
 
 fn open(storage: &FaultyStorage, config: Config) -> Engine<Account> {
     Engine::<Account>::builder(config).faulty_storage(storage).open().unwrap()
-}
-
-/// An event with its own time, which need not rise.
-#[derive(Archive, Serialize, Deserialize, Bounded, Debug, Clone)]
-struct Said {
-    at: u64,
-}
-
-impl Event for Said {
-    const TYPES: &'static [EventType] = &[EventType::new(1, "said", 1)];
-    fn event_type(&self) -> EventTypeId {
-        EventTypeId(1)
-    }
-    fn time(&self) -> Option<Time> {
-        Some(Time(self.at))
-    }
 }
 
 #[derive(Archive, Serialize, Deserialize, Bounded, Debug, Clone, Default, PartialEq)]
