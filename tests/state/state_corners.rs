@@ -65,6 +65,28 @@ fn a_state_at_a_time_is_right_even_if_times_do_not_rise() {
 }
 
 #[test]
+fn the_state_at_the_end_of_a_millisecond_includes_every_event_of_it() {
+    let storage = FaultyStorage::new();
+    let engine = Engine::<Times>::builder(small("/s")).faulty_storage(&storage).open().unwrap();
+    let ms = 1_280_526_901_009;
+    let times = [Time::unix_ms(ms), Time::new(Time::unix_ms(ms).get() + 333_333), Time::end_of_ms(ms)];
+    let mut producer = engine.producer();
+    for time in times.into_iter().chain([Time::unix_ms(ms + 1)]) {
+        producer.publish(Key(1), Said { at: time.get() }).unwrap();
+    }
+    let events_at = |time| engine.state_at(Key(1), time).unwrap().state.0.len();
+    engine.flush(soon()).unwrap();
+    assert_eq!([Time::end_of_ms(ms - 1), Time::unix_ms(ms), Time::end_of_ms(ms)].map(events_at), [0, 1, 3]);
+    assert_eq!([Time::end_of_ms(ms + 1), Time::end_of_ms(u64::MAX)].map(events_at), [4, 4]);
+    let mut between = engine.events_between(Time::unix_ms(ms), Time::unix_ms(ms + 1));
+    let mut found = 0;
+    while between.next().unwrap().is_some() {
+        found += 1;
+    }
+    assert_eq!(found, 3);
+}
+
+#[test]
 fn with_a_smaller_outcomes_kept_the_newest_outcomes_stay() {
     let storage = FaultyStorage::new();
     let engine = open(&storage, small("/s").outcomes_kept(4));
