@@ -104,12 +104,12 @@ impl Histograms {
         }
     }
 
-    fn merge_into(&mut self, totals: &mut [Histogram<u64>]) {
+    fn merge_into(&mut self, totals: &mut [Arc<Histogram<u64>>]) {
         for (from, to) in self.0.iter_mut().zip(totals) {
             // Adding a set of histograms takes milliseconds in a build without optimisation, even if they are empty.
             if let Some(from) = from.as_mut().filter(|from| !from.is_empty()) {
                 // Both sides have the same bounds, so adding cannot fail.
-                to.add(&*from).expect("histograms of equal bounds add");
+                Arc::make_mut(to).add(&*from).expect("histograms of equal bounds add");
                 from.reset();
             }
         }
@@ -354,11 +354,11 @@ pub struct Metrics {
     /// `true` if the histograms include everything that was recorded before the call. `false` if a thread did not hand
     /// over its newest values by the deadline; a later call has them.
     pub is_complete: bool,
-    latency: Vec<Histogram<u64>>,
+    latency: Vec<Arc<Histogram<u64>>>,
 }
 
 impl Metrics {
-    pub(crate) fn new(shards: Vec<ShardMetrics>, is_complete: bool, latency: Vec<Histogram<u64>>) -> Self {
+    pub(crate) fn new(shards: Vec<ShardMetrics>, is_complete: bool, latency: Vec<Arc<Histogram<u64>>>) -> Self {
         Self { shards, is_complete, latency }
     }
 
@@ -501,13 +501,14 @@ fn to_io(error: impl std::fmt::Debug) -> io::Error {
     io::Error::other(format!("{error:?}"))
 }
 
-/// The values recorded since the engine opened, from all exchanges.
+/// The values recorded since the engine opened, from all exchanges. A histogram takes 270 KB, so it is shared with the
+/// [`Metrics`] that were returned, and copied only if one of them is still held when new values arrive.
 #[derive(Debug)]
-pub(crate) struct Totals(Vec<Histogram<u64>>);
+pub(crate) struct Totals(Vec<Arc<Histogram<u64>>>);
 
 impl Totals {
     pub(crate) fn new() -> Self {
-        Self(Stage::ALL.iter().map(|_| histogram()).collect())
+        Self(Stage::ALL.iter().map(|_| Arc::new(histogram())).collect())
     }
 
     /// Adds the values that the owner of `exchange` has handed over, if any.
@@ -530,7 +531,7 @@ impl Totals {
         }
     }
 
-    pub(crate) fn histograms(&self) -> Vec<Histogram<u64>> {
+    pub(crate) fn histograms(&self) -> Vec<Arc<Histogram<u64>>> {
         self.0.clone()
     }
 }
