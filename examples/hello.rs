@@ -24,7 +24,7 @@ impl Aggregate for Account {
 fn main() -> anyhow::Result<()> {
     let engine = Engine::<Account>::open(Config::new("target/hello"))?;
     engine.producer().publish(Key::new(42), Deposited(500))?.durable().wait()?;
-    let (balance, version) = engine.ask(Key::new(42), |account, version| (account.0, version))?;
+    let (balance, version) = engine.ask(Key::new(42), |account, version| (account.0, version)).wait()?;
     eprintln!("{balance} cents after {version} deposits");
     Ok(())
 }

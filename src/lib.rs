@@ -14,6 +14,7 @@
 //! | feature | adds |
 //! |---|---|
 //! | `json` | the module `envelope`: events as JSON lines |
+//! | `rfc3339` | times as RFC 3339: `Time::from_rfc3339`, `Time::to_rfc3339` |
 //! | `hlog` | latency histograms as `.hlog` interval logs |
 //! | `cli` | the operator's tool `corelane`, and the module `tools` that it is made of |
 //! | `test-util` | the module `testing`: tests of rules without an engine, and a storage that fails on demand; simulated time |
@@ -102,6 +103,8 @@ pub mod guide {
     pub mod ordering {}
     #[doc = include_str!("../docs/services.md")]
     pub mod services {}
+    #[doc = include_str!("../docs/blocking.md")]
+    pub mod blocking {}
     #[doc = include_str!("../docs/failures.md")]
     pub mod failures {}
     #[doc = include_str!("../docs/memory.md")]

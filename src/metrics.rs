@@ -104,30 +104,42 @@ impl Histograms {
         }
     }
 
-    fn merge_into(&mut self, totals: &mut [Histogram<u64>]) {
+    fn merge_into(&mut self, totals: &mut [Arc<Histogram<u64>>]) {
         for (from, to) in self.0.iter_mut().zip(totals) {
-            if let Some(from) = from {
+            // Adding a set of histograms takes milliseconds in a build without optimisation, even if they are empty.
+            if let Some(from) = from.as_mut().filter(|from| !from.is_empty()) {
                 // Both sides have the same bounds, so adding cannot fail.
-                to.add(&*from).expect("histograms of equal bounds add");
+                Arc::make_mut(to).add(&*from).expect("histograms of equal bounds add");
                 from.reset();
             }
         }
     }
 }
 
-/// The slot through which a set of histograms changes hands.
+/// The slot through which a set of histograms changes hands. While a set is wanted, the slot is empty.
 #[derive(Debug)]
 pub(crate) struct Exchange {
     wanted: AtomicBool,
-    closed: AtomicBool,
-    slot: Mutex<Box<Histograms>>,
+    slot: Mutex<Handed>,
+}
+
+/// A set of histograms, and the end of its recorder.
+#[derive(Debug)]
+struct Handed {
+    histograms: Box<Histograms>,
+    /// `true` once the recorder is gone and its last values are in `histograms`.
+    is_closed: bool,
 }
 
 impl Exchange {
     /// Requests the owner's histograms. The owner hands them over between two turns.
     pub(crate) fn ask(&self) {
-        // Acquire: pairs with the Release in the recorder's `drop`, after its last hand-over.
-        if !self.closed.load(Ordering::Acquire) {
+        self.ask_in(&lock(&self.slot));
+    }
+
+    /// Does the same under the lock, so that a recorder that ends meanwhile leaves no request without an owner.
+    fn ask_in(&self, slot: &Handed) {
+        if !slot.is_closed {
             // Release: pairs with the Acquire in `is_wanted`.
             self.wanted.store(true, Ordering::Release);
         }
@@ -135,7 +147,8 @@ impl Exchange {
 
     #[inline]
     pub(crate) fn is_wanted(&self) -> bool {
-        // Acquire: pairs with the Release in `ask` and `Totals::fetch`. The lock of `slot` orders the histograms.
+        // Acquire: pairs with the Release stores in `ask`, `Recorder::swap` and its drop. The lock of `slot` orders the
+        // histograms.
         self.wanted.load(Ordering::Acquire)
     }
 }
@@ -152,8 +165,7 @@ impl Recorder {
     pub(crate) fn new(stages: &[Stage], enabled: bool) -> (Self, Arc<Exchange>) {
         let exchange = Arc::new(Exchange {
             wanted: AtomicBool::new(false),
-            closed: AtomicBool::new(false),
-            slot: Mutex::new(Box::new(Histograms::new(stages))),
+            slot: Mutex::new(Handed { histograms: Box::new(Histograms::new(stages)), is_closed: false }),
         });
         (Self { active: Box::new(Histograms::new(stages)), exchange: Arc::clone(&exchange), enabled }, exchange)
     }
@@ -185,7 +197,8 @@ impl Recorder {
 
     #[cold]
     fn swap(&mut self) {
-        std::mem::swap(&mut self.active, &mut lock(&self.exchange.slot));
+        let mut slot = lock(&self.exchange.slot);
+        std::mem::swap(&mut self.active, &mut slot.histograms);
         // Release: pairs with the Acquire in `Exchange::is_wanted`: a reader that sees `false` finds the recorded set.
         self.exchange.wanted.store(false, Ordering::Release);
     }
@@ -198,16 +211,14 @@ impl Recorder {
 impl Drop for Recorder {
     /// Adds the last recorded values to the slot, where a reader can still fetch them.
     fn drop(&mut self) {
-        {
-            let mut slot = lock(&self.exchange.slot);
-            for (from, to) in self.active.0.iter().zip(&mut slot.0) {
-                if let (Some(from), Some(to)) = (from, to) {
-                    to.add(from).expect("histograms of equal bounds add");
-                }
+        let mut slot = lock(&self.exchange.slot);
+        for (from, to) in self.active.0.iter().zip(&mut slot.histograms.0) {
+            if let (Some(from), Some(to)) = (from, to) {
+                to.add(from).expect("histograms of equal bounds add");
             }
         }
-        // Release: pairs with the Acquire loads of `closed`: a thread that sees it finds the last values in the slot.
-        self.exchange.closed.store(true, Ordering::Release);
+        slot.is_closed = true;
+        // Release: pairs with the Acquire in `Exchange::is_wanted`.
         self.exchange.wanted.store(false, Ordering::Release);
     }
 }
@@ -340,12 +351,15 @@ type Gauge = (&'static str, fn(&ShardMetrics) -> u64);
 pub struct Metrics {
     /// The metrics of each shard, in order.
     pub shards: Vec<ShardMetrics>,
-    latency: Vec<Histogram<u64>>,
+    /// `true` if the histograms include everything that was recorded before the call. `false` if a thread did not hand
+    /// over its newest values by the deadline; a later call has them.
+    pub is_complete: bool,
+    latency: Vec<Arc<Histogram<u64>>>,
 }
 
 impl Metrics {
-    pub(crate) fn new(shards: Vec<ShardMetrics>, latency: Vec<Histogram<u64>>) -> Self {
-        Self { shards, latency }
+    pub(crate) fn new(shards: Vec<ShardMetrics>, is_complete: bool, latency: Vec<Arc<Histogram<u64>>>) -> Self {
+        Self { shards, is_complete, latency }
     }
 
     /// Returns the histogram of a stage over all shards, since the engine opened.
@@ -487,31 +501,37 @@ fn to_io(error: impl std::fmt::Debug) -> io::Error {
     io::Error::other(format!("{error:?}"))
 }
 
-/// The values recorded since the engine opened, from all exchanges.
+/// The values recorded since the engine opened, from all exchanges. A histogram takes 270 KB, so it is shared with the
+/// [`Metrics`] that were returned, and copied only if one of them is still held when new values arrive.
 #[derive(Debug)]
-pub(crate) struct Totals(Vec<Histogram<u64>>);
+pub(crate) struct Totals(Vec<Arc<Histogram<u64>>>);
 
 impl Totals {
     pub(crate) fn new() -> Self {
-        Self(Stage::ALL.iter().map(|_| histogram()).collect())
+        Self(Stage::ALL.iter().map(|_| Arc::new(histogram())).collect())
     }
 
-    /// Adds the values recorded by the owner of `exchange` since the last call. `wake` wakes a sleeping owner.
-    pub(crate) fn fetch(&mut self, exchange: &Exchange, wake: impl Fn()) {
-        // Acquire and Release: as in `Exchange::ask`.
-        if !exchange.closed.load(Ordering::Acquire) {
-            exchange.wanted.store(true, Ordering::Release);
-            wake();
-            // An owner that is blocked in a handler or a sync hands its values over at a later call.
-            let patience = std::time::Instant::now() + std::time::Duration::from_millis(200);
-            while exchange.is_wanted() && crate::sync::may_wait() && std::time::Instant::now() < patience {
-                crate::sync::nap(std::time::Duration::from_micros(50));
-            }
+    /// Adds the values that the owner of `exchange` has handed over, if any.
+    pub(crate) fn fetch(&mut self, exchange: &Exchange) {
+        self.fetch_from(exchange, &mut lock(&exchange.slot));
+    }
+
+    /// Does the same as [`Totals::fetch`], and asks the owner for the values it has recorded since.
+    pub(crate) fn fetch_and_ask(&mut self, exchange: &Exchange) {
+        // Under one lock: if the owner handed over a set in between, it would get the same set back.
+        let mut slot = lock(&exchange.slot);
+        self.fetch_from(exchange, &mut slot);
+        exchange.ask_in(&slot);
+    }
+
+    fn fetch_from(&mut self, exchange: &Exchange, slot: &mut Handed) {
+        // While a set is wanted, the slot is empty, and the owner must not wait for its lock.
+        if !exchange.is_wanted() {
+            slot.histograms.merge_into(&mut self.0);
         }
-        lock(&exchange.slot).merge_into(&mut self.0);
     }
 
-    pub(crate) fn histograms(&self) -> Vec<Histogram<u64>> {
+    pub(crate) fn histograms(&self) -> Vec<Arc<Histogram<u64>>> {
         self.0.clone()
     }
 }

@@ -137,7 +137,7 @@ fn attacks(engine: &Engine<Player>, client: &mut Client<Player>, cards: &Cards) 
     );
     ensure!((first.version, first.repeated) == (second.version, false) && second.repeated);
     ensure!(first.receipt().is_durable(), "the answer waits for durability");
-    let health = engine.ask(BOB, |bob, _| bob.health)?;
+    let health = engine.ask(BOB, |bob, _| bob.health).wait()?;
     ensure!(health == 90, "{health}");
     Ok(())
 }
@@ -145,7 +145,7 @@ fn attacks(engine: &Engine<Player>, client: &mut Client<Player>, cards: &Cards) 
 fn versions(engine: &Engine<Player>, client: &mut Client<Player>) -> Result<()> {
     step("expected version: of two commands based on the same version, the second is rejected");
     let mut other = engine.client();
-    let version = ExpectedVersion::Exact(engine.ask(ALICE, |_, version| version)?);
+    let version = ExpectedVersion::Exact(engine.ask(ALICE, |_, version| version).wait()?);
     thread::sleep(Duration::from_millis(50));
     client.send(ALICE, Command::Move(at(104.0, 104.0))).expect(version).wait()?;
     match other.send(ALICE, Command::Move(at(104.0, 102.0))).expect(version).wait() {
@@ -188,7 +188,7 @@ async fn awaited(engine: &Engine<Player>, client: &mut Client<Player>) -> Result
     ensure!(joined.receipt().is_durable());
     let twice = client.send(carol, Command::Join(at(1.0, 1.0))).await;
     ensure!(rejected(twice)? == Refused::InTheGameAlready);
-    let place = engine.ask_async(carol, |carol, _| carol.place).await?;
+    let place = engine.ask(carol, |carol, _| carol.place).await?;
     println!("Carol is at {place:?}");
     ensure!(place == Some(at(1.0, 1.0)));
     client.send(carol, Command::Leave).await?;
@@ -201,7 +201,7 @@ type Shown = (u64, Vec<(Key, i64)>, Vec<Key>);
 
 fn queries(engine: &Engine<Player>, views: &Views) -> Result<Shown> {
     step("queries: one player, an area, the best players, the whole server");
-    let (asked, version) = engine.state(BOB)?.context("Bob is in the game")?;
+    let (asked, version) = engine.state(BOB).wait()?.context("Bob is in the game")?;
     let card = views.cards.get(BOB)?.context("Bob has a card")?;
     println!("Bob, asked: version {version}, {asked:?}; his card: {card:?}");
     ensure!((card.place, card.health) == (asked.place, asked.health));

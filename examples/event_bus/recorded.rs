@@ -76,7 +76,7 @@ fn ingest(engine: &EventLog<Envelope>, input: &Path, lines_max: u64) -> Result<I
             Some(left) => left,
             // Asked before this run publishes an event of the user.
             None => {
-                let Version(held) = engine.ask(key, |_, version| version)?;
+                let Version(held) = engine.ask(key, |_, version| version).wait()?;
                 held_yet.entry(key).or_insert(held)
             }
         };

@@ -85,7 +85,7 @@ pub(crate) fn answer(engine: &Engine<Player>) -> Result<(Facts, u64)> {
     ensure!(passed.events == counts.events, "{} events were counted and {} read", counts.events, passed.events);
     let (mut users, mut applied_max) = (BTreeMap::new(), 0);
     for &key in &passed.users {
-        let (now, Version(events)) = engine.state(key)?.context("a key with events has a state")?;
+        let (now, Version(events)) = engine.state(key).wait()?.context("a key with events has a state")?;
         let past = engine.state_at(key, passed.median)?;
         applied_max = applied_max.max(past.applied);
         let (mut stream, mut level_ups) = (engine.stream(key, Version(1))?, 0);

@@ -31,10 +31,10 @@ pub(crate) fn run(config: Config) -> Result<()> {
     println!("{EVENTS} events of player {HERO}, one of player {RIVAL}: durable");
 
     step("state: `evolve` computes it in the turn that appends the event");
-    let (hero, version) = engine.state(HERO)?.context("the hero has a state")?;
+    let (hero, version) = engine.state(HERO).wait()?.context("the hero has a state")?;
     println!("version {version}: {hero:?}");
     ensure!(version == Version(EVENTS) && hero == expected(EVENTS));
-    ensure!(engine.state(Key::new(7))?.is_none(), "a key without events has no state");
+    ensure!(engine.state(Key::new(7)).wait()?.is_none(), "a key without events has no state");
 
     step("stream: the events of a key from any version");
     let mut stream = engine.stream(HERO, Version(901))?;
@@ -79,7 +79,7 @@ pub(crate) fn run(config: Config) -> Result<()> {
 
     step("reopen");
     let engine = Engine::<Player>::open(config)?;
-    let (hero, version) = engine.state(HERO)?.context("the hero has a state after reopening")?;
+    let (hero, version) = engine.state(HERO).wait()?.context("the hero has a state after reopening")?;
     println!(
         "{} events found in {:.1} ms; the hero is at version {version}",
         engine.recovery().events(),

@@ -17,7 +17,7 @@ use hdrhistogram::Histogram;
 use crate::cli::Args;
 use crate::events::{Carried, Feed};
 use crate::machine::resident;
-use crate::watch::{Interval, Watch, jitter};
+use crate::watch::{HANDED_OVER_IN, Interval, Watch, jitter};
 
 /// The shortest time worth sleeping, since the system wakes threads late.
 const SLEEP_MIN: Duration = Duration::from_micros(300);
@@ -137,7 +137,7 @@ impl<A: Carried, F: Feed<A::Event>> Session<A, F> {
 
     /// Sends the phase's events, waits until they are appended and durable, and returns the measurements.
     pub(crate) fn run(&mut self, phase: &Phase) -> Result<Measured> {
-        let before = self.engine.metrics();
+        let before = self.engine.metrics(HANDED_OVER_IN);
         let memory_before = resident();
         let control = PhaseControl { start: Barrier::new(self.senders.len() + 1), stop: AtomicBool::new(false) };
         let producers = self.senders.len() as u64;
@@ -185,7 +185,7 @@ impl<A: Carried, F: Feed<A::Event>> Session<A, F> {
             let jitter = jitter.join().map_err(|_| anyhow!("the jitter thread panicked"))?;
             let memory = memory_before.zip(resident()).map(|(before, after)| [before, after]);
             let timing = Timing { published, elapsed, flush, delay, jitter, intervals, memory };
-            Ok(measured(&before, &engine.metrics(), timing))
+            Ok(measured(&before, &engine.metrics(HANDED_OVER_IN), timing))
         })
     }
 }

@@ -19,6 +19,8 @@ const SAMPLE_EVERY: Duration = Duration::from_millis(250);
 const QUICK_SAMPLES: usize = 40;
 const LINE_EVERY: Duration = Duration::from_secs(1);
 const SYNCED_HISTOGRAMS_EVERY: Duration = Duration::from_secs(5);
+/// The time that the engine's threads have to hand over their histograms. A slow sync may take seconds.
+pub(crate) const HANDED_OVER_IN: Duration = Duration::from_secs(10);
 
 /// The figures between two samples.
 #[derive(Debug, Clone)]
@@ -116,7 +118,7 @@ impl<'a, A: Carried> Watch<'a, A> {
     }
 
     fn histograms(&mut self, now: Instant) -> Vec<Histogram<u64>> {
-        let metrics = self.engine.metrics();
+        let metrics = self.engine.metrics(HANDED_OVER_IN);
         let since = |stage: &Stage| difference(metrics.histogram(*stage), self.last.1.histogram(*stage));
         let stages: Vec<_> = Stage::ALL.iter().map(since).collect();
         self.p99_ns = stages[self.p99_of as usize].value_at_quantile(0.99);

@@ -1,4 +1,4 @@
 //! The operator's tool. Its code is in `corelane::tools`.
 fn main() -> std::process::ExitCode {
-    corelane::tools::main()
+    corelane::tools::main_generic()
 }

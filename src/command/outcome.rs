@@ -1,6 +1,7 @@
 //! The outcome of a command: carried out, or an error.
 
 use crate::error::WaitError;
+use crate::error::fault::{Fault, says_whose_fault};
 use crate::event::{EventTypeId, Key, Version};
 use crate::lane::receipt::Receipt;
 
@@ -101,4 +102,28 @@ pub enum CommandError<R> {
     /// The command was carried out, but its events may not be durable.
     #[error("the command was carried out, but may not be durable: {0}")]
     NotDurable(WaitError),
+}
+
+says_whose_fault!(CommandError<R>);
+
+impl<R> CommandError<R> {
+    /// Returns `true` if the command was sent and may or may not have been carried out, now or later. It is safe to send
+    /// it again only with an idempotency key. An HTTP server answers with 504.
+    #[must_use]
+    pub fn is_outcome_unknown(&self) -> bool {
+        matches!(self, Self::Unanswered(_))
+    }
+
+    fn fault(&self) -> Fault {
+        match self {
+            Self::Rejected(_) | Self::WrongVersion { .. } | Self::TooLarge { .. } => Fault::Request,
+            Self::NotSent(reason) => reason.fault(),
+            // Sent again, `Unanswered` and `NotDurable` might be carried out twice.
+            Self::UndeclaredType { .. }
+            | Self::Panicked(_)
+            | Self::Unanswered(_)
+            | Self::Claimed
+            | Self::NotDurable(_) => Fault::Neither,
+        }
+    }
 }

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use super::dead_letter::answer::{LettersError, WriteRefused};
+use crate::error::fault::{Fault, fault_of_io, says_whose_fault};
 use crate::error::{ConfigError, OpenError, PositionError, ReadError, WaitError};
 use crate::event::{Offset, ShardId};
 
@@ -125,6 +126,39 @@ impl ConsumerError {
             ref other => Self::NotStarted { why: crate::error::with_sources(other) },
         };
         kept.into()
+    }
+}
+
+says_whose_fault!(ConsumerError);
+
+impl ConsumerError {
+    fn fault(&self) -> Fault {
+        match self {
+            Self::Name { .. }
+            | Self::UnknownType { .. }
+            | Self::NoTypes
+            | Self::AlreadyRunning { .. }
+            | Self::NotRegistered { .. } => Fault::Request,
+            Self::Busy { .. } => Fault::Passing,
+            Self::Files(error) => error.fault(),
+            Self::Letters(LettersError::Io { source, .. }) | Self::Records(WriteRefused::Io { source, .. }) => {
+                fault_of_io(source)
+            }
+            Self::Read(error) => error.fault(),
+            Self::Wait(error) => error.fault(),
+            // A position here is the consumer's own, and settings come from the program, not from a request.
+            Self::Config(_)
+            | Self::Closed
+            | Self::Ended { .. }
+            | Self::TooManyKeys
+            | Self::Position(_)
+            | Self::PositionGone { .. }
+            | Self::BeginningGone { .. }
+            | Self::NotStarted { .. }
+            | Self::Panicked { .. }
+            | Self::Letters(LettersError::Damaged { .. })
+            | Self::Records(WriteRefused::Full) => Fault::Neither,
+        }
     }
 }
 

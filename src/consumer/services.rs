@@ -312,6 +312,11 @@ impl Services {
         lock(&self.known).values().filter_map(|known| known.running.clone()).collect()
     }
 
+    /// Returns the names of the consumers that have threads.
+    pub(crate) fn running_names(&self) -> Vec<String> {
+        lock(&self.known).iter().filter(|(_, known)| known.running.is_some()).map(|(name, _)| name.clone()).collect()
+    }
+
     /// Waits until every running consumer has handled or recorded every event that is visible now.
     ///
     /// # Errors

@@ -19,6 +19,8 @@ use crate::sync::{Mutex, Notifier, Ordering, Role, lock, lock_until, role, threa
 /// The time that a drop waits for something that makes no progress: a full disk, a consumer's handler, a shard whose
 /// turn does not end.
 const DROP_TIME: Duration = Duration::from_secs(10);
+/// A drop that waits longer than this is logged.
+const DROP_QUIET_TIME: Duration = Duration::from_millis(100);
 
 /// Everything that is needed to close an engine.
 pub(super) struct Closing {
@@ -109,17 +111,30 @@ impl Closing {
         self.shards.iter().filter_map(|shard| shard.door.log.failure().cloned())
     }
 
-    /// Closes an engine that is being dropped. Waits for shards that make progress, and gives up after [`DROP_TIME`] on
-    /// everything else: events that a full disk keeps from being appended, consumers that do not end, shards whose turn
-    /// does not end, and wakers that hang.
+    /// Closes an engine that is being dropped. A drop that takes longer than [`DROP_QUIET_TIME`] logs what it waits for.
     pub(super) fn close_dropped(self: &Arc<Self>) {
         if self.is_own_thread() {
             return self.leave("the engine was dropped on one of its own threads and closes in the background");
         }
+        let began = Instant::now();
+        self.shards.iter().for_each(ClosingShard::ask);
+        if !matches!(self.close(Some(began + DROP_QUIET_TIME)), Err(WaitError::TimedOut)) {
+            // All threads have ended. A shard's failure was logged when it happened.
+            return;
+        }
+        let waits_for = self.waits_for();
+        tracing::warn!(%waits_for, "the drop of an engine waits (call shutdown with a deadline to choose the time)");
+        self.close_slowly(began);
+        tracing::warn!(%waits_for, waited_ms = began.elapsed().as_millis() as u64, "the drop of an engine waited");
+    }
+
+    /// Waits for shards that make progress, and gives up after [`DROP_TIME`] on everything else: events that a full disk
+    /// keeps from being appended, consumers that do not end, and shards whose turn does not end.
+    fn close_slowly(self: &Arc<Self>, began: Instant) {
         let mut has_abandoned = false;
+        let mut deadline = began + DROP_TIME;
         loop {
-            self.shards.iter().for_each(ClosingShard::ask);
-            match self.close(Some(Instant::now() + DROP_TIME)) {
+            match self.close(Some(deadline)) {
                 Ok(()) => return,
                 Err(WaitError::TimedOut) => {}
                 Err(error) if has_abandoned => {
@@ -130,6 +145,8 @@ impl Closing {
                 Err(_) => return,
             }
             if !std::mem::replace(&mut has_abandoned, true) {
+                let (waits_for, waited_ms) = (self.waits_for(), began.elapsed().as_millis() as u64);
+                tracing::error!(%waits_for, waited_ms, "the drop of an engine gives up on what makes no progress");
                 self.services.abandon();
                 self.runner.abandon.store(true, Ordering::SeqCst);
                 self.shards.iter().for_each(|shard| shard.door.signal.notify());
@@ -141,7 +158,28 @@ impl Closing {
             if lock(&self.threads).len() == 1 {
                 return self.leave("the engine was dropped while a waker of the application hangs");
             }
+            self.shards.iter().for_each(ClosingShard::ask);
+            deadline = Instant::now() + DROP_TIME;
         }
+    }
+
+    /// Describes what keeps the engine from closing.
+    fn waits_for(&self) -> String {
+        let busy = self.shards.iter().enumerate().filter(|(_, shard)| !shard.door.turns_ended.load(Ordering::SeqCst));
+        let mut all: Vec<String> = busy
+            .map(|(i, shard)| match shard.door.log.why_storage_full() {
+                Some(why) => format!("shard {i} (its storage is full: {why})"),
+                None if shard.is_stuck() => format!("shard {i} (its turn does not end)"),
+                None => format!("shard {i} (it has events to append)"),
+            })
+            .collect();
+        all.extend(self.services.running_names().into_iter().map(|name| format!("consumer {name}")));
+        if all.is_empty() {
+            let threads = lock(&self.threads);
+            let running = threads.iter().filter(|thread| !thread.is_finished());
+            all.extend(running.filter_map(|thread| Some(format!("thread {}", thread.thread().name()?))));
+        }
+        all.join(", ")
     }
 
     /// Leaves the closing to another thread. The store stays locked until it is done.

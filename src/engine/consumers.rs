@@ -2,6 +2,7 @@
 
 use super::Engine;
 use crate::consumer::{Consumer, ConsumerBuilder, ConsumerError, ConsumerReport, Handled, Start};
+use crate::error::fault::{Fault, says_whose_fault};
 use crate::error::{Rejected, WaitError};
 use crate::event::{EventId, Key, Offset};
 use crate::ingress::producer::Producer;
@@ -41,6 +42,18 @@ pub enum PublishSyncError<E> {
     },
 }
 
+says_whose_fault!(PublishSyncError<E>);
+
+impl<E> PublishSyncError<E> {
+    fn fault(&self) -> Fault {
+        match self {
+            Self::Rejected(rejected) => rejected.reason().fault(),
+            // Accepted: published again, the event would be there twice.
+            Self::Wait(_) | Self::Consumer { .. } | Self::Unknown { .. } | Self::Recorded { .. } => Fault::Neither,
+        }
+    }
+}
+
 impl<A: Aggregate> Engine<A> {
     /// Returns a builder for the durable consumer `name`. From the consumer's first start, retention keeps the
     /// consumer's unfinished events, whether it runs or not, until [`Engine::remove_consumer`].
@@ -70,7 +83,8 @@ impl<A: Aggregate> Engine<A> {
         consumers: &[&Consumer<A::Event>],
         deadline: impl Into<Deadline>,
     ) -> Result<(), PublishSyncError<A::Event>> {
-        let deadline = deadline.into().instant();
+        let until = deadline.into();
+        let deadline = until.instant();
         if !may_wait() || !consumers.iter().all(|consumer| consumer.may_await()) {
             return Err(PublishSyncError::Rejected(Rejected::OnEngineThread(event)));
         }
@@ -81,7 +95,7 @@ impl<A: Aggregate> Engine<A> {
         let placed = producer.publish_placed(key, event, deadline).map_err(PublishSyncError::Rejected)?;
         let offset = placed?;
         // The shard answers between two turns, when inline handlers have seen everything appended.
-        self.head(key, deadline)?;
+        self.head(key, until)?;
         for consumer in consumers {
             let name = || consumer.name().to_owned();
             // Retention keeps a consumer's unfinished events, so if the event is freed, the consumer was moved past it.

@@ -2,7 +2,6 @@
 
 use std::collections::HashSet;
 use std::sync::Arc;
-use std::time::Instant;
 
 use super::Engine;
 use super::handle::Handle;
@@ -94,7 +93,7 @@ impl<A: Aggregate> Engine<A> {
         Ok(())
     }
 
-    /// Returns statistics of saved states, summed over all shards.
+    /// Returns statistics of saved states, summed over all shards. Asks no shard.
     #[must_use]
     pub fn snapshot_stats(&self) -> SnapshotStats {
         let mut all = SnapshotStats::default();
@@ -114,21 +113,37 @@ impl<A: Aggregate> Engine<A> {
     /// Returns a key's events in order, from version `from` to the newest at the time of the call. The stream of a key
     /// without events is empty.
     ///
+    /// Asks the shard for the key's newest event, then reads the log: mapped memory and files. Both block, so a task
+    /// calls this, and reads the stream, on a thread for blocking work (`spawn_blocking`).
+    ///
     /// # Errors
     /// `BeyondRetention` with the earliest version held; the error of reading the log or asking the shard.
     pub fn stream(&self, key: Key, from: Version) -> Result<Stream<A::Event>, HistoryError> {
-        let (shard, head) = (self.of(key), self.head(key, None)?);
+        self.stream_until(key, from, Deadline::NEVER)
+    }
+
+    /// Does the same as [`Engine::stream`], but waits for the shard's answer only until `deadline`.
+    ///
+    /// # Errors
+    /// The same as for [`Engine::stream`]; `Wait(TimedOut)`.
+    pub fn stream_until(
+        &self,
+        key: Key,
+        from: Version,
+        deadline: impl Into<Deadline>,
+    ) -> Result<Stream<A::Event>, HistoryError> {
+        let (shard, head) = (self.of(key), self.head(key, deadline.into())?);
         Stream::new(self.finder(shard), key, from, head)
     }
 
     /// Returns all keys' events with a time in `[from, until)`: each shard's events in the order of its log, the shards
-    /// merged by time. [`Time::END`] as `until` means no end.
+    /// merged by time. [`Time::END`] as `until` means no end. Reading blocks, as for [`Engine::stream`]; asks no shard.
     #[must_use]
     pub fn events_between(&self, from: Time, until: Time) -> EventsBetween<A::Event> {
         EventsBetween::new(self.readers(), from, until)
     }
 
-    /// Counts the events that the log holds, by type. Reads every record's header.
+    /// Counts the events that the log holds, by type. Reads every record's header, and asks no shard.
     ///
     /// # Errors
     /// An error of reading the log.
@@ -138,22 +153,39 @@ impl<A: Aggregate> Engine<A> {
 
     /// Returns a key's state after a version, or at a time. Starts from the nearest saved state and applies at most
     /// `snapshot_every` events to it (more if snapshots were skipped or are unreadable). A time in the future gives the
-    /// current state.
+    /// current state. A time includes the events of that nanosecond; for a time in milliseconds, use
+    /// [`Time::end_of_ms`].
+    ///
+    /// Asks the shard for the key's newest event, then reads the log and saved states: mapped memory and files. Both
+    /// block, so a task calls this on a thread for blocking work (`spawn_blocking`).
     ///
     /// # Errors
     /// `BeyondRetention` with the earliest version whose state can be restored; `NotYet` for a version that does not
-    /// exist; an error of reading the log.
+    /// exist; an error of reading the log or asking the shard.
     pub fn state_at(&self, key: Key, at: impl Into<AsOf>) -> Result<PastState<A>, HistoryError> {
-        let shard = self.of(key);
-        let at = at.into();
+        self.state_at_until(key, at, Deadline::NEVER)
+    }
+
+    /// Does the same as [`Engine::state_at`], but waits for the shard's answers only until `deadline`. Reading is not
+    /// limited by time but by `snapshot_every` events.
+    ///
+    /// # Errors
+    /// The same as for [`Engine::state_at`]; `Wait(TimedOut)`.
+    pub fn state_at_until(
+        &self,
+        key: Key,
+        at: impl Into<AsOf>,
+        deadline: impl Into<Deadline>,
+    ) -> Result<PastState<A>, HistoryError> {
+        let (shard, at, deadline) = (self.of(key), at.into(), deadline.into());
         let mut checkpoints = false;
         loop {
-            let head = || Ok(self.head(key, None)?);
+            let head = || Ok(self.head(key, deadline)?);
             match state_at::<A>(&shard.store, &mut self.finder(shard), key, at, checkpoints, head) {
                 Err(HistoryError::BeyondRetention { .. }) if !checkpoints => checkpoints = true,
                 // Restoring the state after the first event held needs a state saved before that event.
                 Err(HistoryError::BeyondRetention { key, .. }) => {
-                    let (state, version, time_max) = self.now(key)?;
+                    let (state, version, time_max) = self.now(key, deadline)?;
                     let is_now = match at {
                         AsOf::Version(asked) => asked == version,
                         AsOf::Time(asked) => asked >= time_max,
@@ -161,7 +193,7 @@ impl<A: Aggregate> Engine<A> {
                     if is_now {
                         return Ok(PastState { state, version, applied: 0 });
                     }
-                    let earliest = self.earliest(shard, key)?;
+                    let earliest = self.earliest(shard, key, deadline)?;
                     return Err(HistoryError::BeyondRetention { key, earliest });
                 }
                 // Freed during the read: try again with the events that are left.
@@ -172,26 +204,28 @@ impl<A: Aggregate> Engine<A> {
     }
 
     /// Returns a key's current state, its version and the latest time of its events.
-    fn now(&self, key: Key) -> Result<(A, Version, Time), WaitError> {
-        self.of(key).ask(None, move |keys| {
+    fn now(&self, key: Key, deadline: Deadline) -> Result<(A, Version, Time), WaitError> {
+        let now = self.of(key).query(move |keys| {
             let slot = keys.get(key).cloned().unwrap_or_default();
             (slot.state, slot.version, slot.time_max)
-        })
+        });
+        now.wait_until(deadline)
     }
 
     /// Returns the earliest version of `key` whose state can be restored, if the log has lost some of the key's events.
-    fn earliest(&self, shard: &Handle<A>, key: Key) -> Result<Version, HistoryError> {
+    fn earliest(&self, shard: &Handle<A>, key: Key, deadline: Deadline) -> Result<Version, HistoryError> {
         // If the record itself is held, so are all later ones.
         let earliest = shard.door.log.earliest();
         let (_, saved) = shard.store.around_with_checkpoints(key, |saved| saved.head < earliest)?;
         match saved {
             Some(saved) => Ok(saved.version),
-            None => Ok(self.head(key, None)?.version),
+            None => Ok(self.head(key, deadline)?.version),
         }
     }
 
     /// Folds a key's state again from all of its events in the log, and returns it with its version. Uses a saved state
-    /// only if the log has lost its beginning.
+    /// only if the log has lost its beginning. Takes no time limit, because it reads all of the key's events; blocks as
+    /// [`Engine::stream`] does.
     ///
     /// # Errors
     /// The same as for [`Engine::state_at`].
@@ -207,11 +241,11 @@ impl<A: Aggregate> Engine<A> {
 
     fn rebuild_once(&self, key: Key) -> Result<(A, Version), HistoryError> {
         let shard = self.of(key);
-        let head = self.head(key, None)?;
+        let head = self.head(key, Deadline::NEVER)?;
         let (mut state, mut version) = (A::default(), Version(0));
         let mut stream = match Stream::<A::Event>::new(self.finder(shard), key, Version(1), head) {
             Err(HistoryError::BeyondRetention { .. }) => {
-                let base = self.earliest(shard, key)?;
+                let base = self.earliest(shard, key, Deadline::NEVER)?;
                 let past = self.state_at(key, base)?;
                 (state, version) = (past.state, past.version);
                 Stream::new(self.finder(shard), key, Version(version.0 + 1), head)?
@@ -226,7 +260,7 @@ impl<A: Aggregate> Engine<A> {
 
     /// Folds the whole log again and compares the result with the states in use: a dry run of a rebuild. Starts from
     /// the oldest checkpoint if the log has lost its beginning. Needs memory for a second key table, one shard at a
-    /// time.
+    /// time. Takes no time limit, because it reads the whole log.
     ///
     /// # Errors
     /// An error of reading the log; `Wait` if a shard has ended.
@@ -297,7 +331,8 @@ impl<A: Aggregate> Engine<A> {
 
     /// Folds the whole log again and passes every key's state to `show`, in no particular order. The states in use do
     /// not change. (To put rebuilt states in use, increment [`Aggregate::STATE_VERSION`]: the next opening folds the
-    /// log again.) Starts from the oldest checkpoint if the log has lost its beginning.
+    /// log again.) Starts from the oldest checkpoint if the log has lost its beginning. Takes no time limit, because it
+    /// reads the whole log; asks no shard.
     ///
     /// # Errors
     /// An error of reading the log.
@@ -373,10 +408,11 @@ impl<A: Aggregate> Engine<A> {
     /// Clones the current states of some keys, and returns them with the rest of the walk.
     #[expect(clippy::type_complexity, reason = "a list and a position, used once")]
     fn states(&self, shard: &Handle<A>, walk: Walk) -> Result<(Vec<(Key, Version, A)>, Option<Walk>), WaitError> {
-        shard.ask(None, move |keys| {
+        let states = shard.query(move |keys| {
             let (slots, then) = keys.walk(walk, COMPARED);
             (slots.map(|slot| (slot.key, slot.version, slot.state.clone())).collect(), then)
-        })
+        });
+        states.wait()
     }
 
     fn finder(&self, shard: &Handle<A>) -> Finder {
@@ -388,11 +424,11 @@ impl<A: Aggregate> Engine<A> {
     }
 
     /// Asks a key's shard for the key's version and newest record.
-    pub(super) fn head(&self, key: Key, deadline: Option<Instant>) -> Result<Head, WaitError> {
-        let shard = self.of(key);
-        shard.ask(deadline, move |keys| {
+    pub(super) fn head(&self, key: Key, deadline: Deadline) -> Result<Head, WaitError> {
+        let head = self.of(key).query(move |keys| {
             let head = keys.get(key).map(|slot| Head { version: slot.version, offset: slot.head });
             head.unwrap_or(Head { version: Version(0), offset: Offset(0) })
-        })
+        });
+        head.wait_until(deadline)
     }
 }

@@ -13,6 +13,7 @@
 // | `closing` | shutdown, and the drop of an engine |
 // | `runner` | the loop of a shard's thread |
 // | `threads` | starting and joining threads |
+// | `query` | `Query`: a question that a thread waits for or a task awaits |
 // | `queries`, `history`, `consumers`, `gated` | the rest of `Engine`'s methods, by topic |
 
 mod background;
@@ -26,12 +27,14 @@ mod handle;
 mod history;
 mod open;
 mod queries;
+mod query;
 pub(crate) mod runner;
 mod start;
 mod store_lock;
 mod threads;
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use crate::clock::Clock;
 use crate::command::{Client, ClientEnd, ClientLane, SharedClient};
@@ -53,12 +56,13 @@ use crate::recovery::report::RecoveryReport;
 use crate::shard::LaneEnd;
 use crate::state::aggregate::{Aggregate, Stateless};
 use crate::storage::{Lock, Storage};
-use crate::sync::{Deadline, Mutex, Ordering, lock};
+use crate::sync::{Deadline, Mutex, Ordering, lock, may_wait, nap};
 pub use builder::Builder;
 use closing::Closing;
 pub use consumers::PublishSyncError;
 use handle::Handle;
 pub use history::Comparison;
+pub use query::Query;
 
 /// An engine that carries events and keeps no states.
 ///
@@ -85,9 +89,15 @@ pub type EventLog<E> = Engine<Stateless<E>>;
 
 /// An open store and its running threads: one per shard, one syncer per shard, and the background threads.
 ///
-/// Dropping the engine shuts it down. The drop waits at most ten seconds for events that a full disk keeps from being
-/// appended, for consumers that do not end, and for a shard whose turn does not end. A drop on one of the engine's own
-/// threads (in an inline handler or a consumer's handler) does not wait; the engine then closes in the background.
+/// # Drop
+///
+/// Dropping the engine shuts it down, and **blocks** until everything accepted is appended and synced and every thread
+/// has ended. It waits as long as the shards make progress, and gives up after ten seconds on events that a full disk
+/// keeps from being appended, on consumers that do not end, and on a shard whose turn does not end. A drop that takes
+/// longer than 100 ms logs what it waits for and how long (`tracing`, level warn), and logs an error when it gives up.
+/// To choose the time, and to learn the result, call [`Engine::shutdown`] first; in a task, call it on a thread for
+/// blocking work. A drop on one of the engine's own threads (in an inline handler or a consumer's handler) does not
+/// wait; the engine then closes in the background.
 ///
 /// ```
 /// use corelane::{
@@ -126,7 +136,7 @@ pub type EventLog<E> = Engine<Stateless<E>>;
 ///     producer.publish(Key(7), Scored { points })?;
 /// }
 /// engine.flush(Deadline::NEVER)?;
-/// assert_eq!(engine.state(Key(7))?, Some((Player { points: 7 }, Version(2))));
+/// assert_eq!(engine.state(Key(7)).wait()?, Some((Player { points: 7 }, Version(2))));
 /// engine.shutdown(Deadline::NEVER)?;
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
@@ -296,19 +306,52 @@ impl<A: Aggregate> Engine<A> {
         outcome
     }
 
-    /// Returns all counters and histograms as they are now.
+    /// Returns all counters as they are now, and the histograms as far as their threads have handed them over by
+    /// `deadline`.
+    ///
+    /// Every shard's thread and syncer records its own histograms and hands them over between two turns, a syncer after
+    /// the sync in progress. This call asks all of them at once and waits for the slowest, so it usually takes as long
+    /// as one sync. With `Duration::ZERO` it does not wait: the histograms are then those of the previous call.
+    /// [`Metrics::is_complete`] says whether all threads answered. Without latency histograms
+    /// ([`Config::latency`](crate::Config::latency)), and on an engine's own thread, it never waits.
+    ///
+    /// ```
+    /// # use corelane::envelope::Envelope;
+    /// # use corelane::{Config, EventLog};
+    /// # use std::time::Duration;
+    /// # let dir = tempfile::tempdir()?;
+    /// # let engine = EventLog::<Envelope>::open(Config::new(dir.path()))?;
+    /// let text = engine.metrics(Duration::from_millis(20)).prometheus();
+    /// # assert!(text.contains("corelane_appended_total"));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     #[must_use]
-    pub fn metrics(&self) -> Metrics {
-        let mut totals = lock(&self.totals);
-        for shard in &self.shards {
-            let [turns, syncs] = &shard.exchanges;
-            totals.fetch(turns, || shard.door.signal.notify());
-            totals.fetch(syncs, || shard.syncer.signal.notify());
+    pub fn metrics(&self, deadline: impl Into<Deadline>) -> Metrics {
+        let deadline = deadline.into().instant();
+        let exchanges = || self.shards.iter().flat_map(|shard| &shard.exchanges);
+        if self.config.latency {
+            let mut totals = lock(&self.totals);
+            exchanges().for_each(|exchange| totals.fetch_and_ask(exchange));
+            self.shards.iter().for_each(|shard| {
+                shard.door.signal.notify();
+                shard.syncer.signal.notify();
+            });
         }
-        Metrics::new(self.shard_metrics(), totals.histograms())
+        let is_complete = loop {
+            if !exchanges().any(|exchange| exchange.is_wanted()) {
+                break true;
+            }
+            if !may_wait() || deadline.is_some_and(|at| Instant::now() >= at) {
+                break false;
+            }
+            nap(Duration::from_micros(50));
+        };
+        let mut totals = lock(&self.totals);
+        exchanges().for_each(|exchange| totals.fetch(exchange));
+        Metrics::new(self.shard_metrics(), is_complete, totals.histograms())
     }
 
-    /// Returns the counters alone. Cheap enough for every second: it wakes no thread.
+    /// Returns the counters alone. Never waits and wakes no thread.
     #[must_use]
     pub fn shard_metrics(&self) -> Vec<ShardMetrics> {
         self.shards.iter().enumerate().map(|(i, shard)| shard.metrics(ShardId(i as u16))).collect()

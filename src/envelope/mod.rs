@@ -32,7 +32,7 @@ pub use user_id::{ArchivedUserId, UserId, UserIdResolver};
 
 use error::{TIMESTAMP_MS_MAX, not_json, without_place};
 use slots::{CORRELATION_ID, EVENT_TYPE, PAYLOAD, Slots, optional_string, required, string};
-use write::{CorrelationId, Outer, User, write_raw};
+use write::{CorrelationId, Outer, User, write_raw, write_string};
 
 use crate::event::{Correlation, Encode, Event, EventType, EventTypeId, Key, Meta, Time};
 
@@ -324,6 +324,28 @@ pub fn to_json<E: serde::Serialize>(out: &mut impl io::Write, meta: &Meta, event
 /// # Errors
 /// Returns the error of `out`.
 pub fn write_opaque(out: &mut impl io::Write, meta: &Meta, type_name: &str, archive: &[u8]) -> io::Result<()> {
+    write_archive(out, meta, type_name, archive, None)
+}
+
+/// Writes an event that could not be decoded, as [`write_opaque`] does, with the reason in `payload.why`.
+#[cfg(feature = "cli")]
+pub(crate) fn write_undecodable(
+    out: &mut impl io::Write,
+    meta: &Meta,
+    type_name: &str,
+    archive: &[u8],
+    why: &str,
+) -> io::Result<()> {
+    write_archive(out, meta, type_name, archive, Some(why))
+}
+
+fn write_archive(
+    out: &mut impl io::Write,
+    meta: &Meta,
+    type_name: &str,
+    archive: &[u8],
+    why: Option<&str>,
+) -> io::Result<()> {
     const DIGITS: &[u8; 16] = b"0123456789abcdef";
     Outer::typed(type_name, meta).write(out, meta, |out| {
         out.write_all(br#"{"archive":""#)?;
@@ -334,8 +356,19 @@ pub fn write_opaque(out: &mut impl io::Write, meta: &Meta, type_name: &str, arch
             }
             out.write_all(&hex[..2 * chunk.len()])?;
         }
-        out.write_all(br#""}"#)
+        out.write_all(b"\"")?;
+        if let Some(why) = why {
+            out.write_all(br#","why":"#)?;
+            write_string(out, why)?;
+        }
+        out.write_all(b"}")
     })
+}
+
+/// Writes a typed event whose payload is already JSON.
+#[cfg(feature = "cli")]
+pub(crate) fn write_payload(out: &mut impl io::Write, meta: &Meta, type_name: &str, payload: &str) -> io::Result<()> {
+    Outer::typed(type_name, meta).write(out, meta, |out| write_raw(out, payload))
 }
 
 #[cfg(test)]

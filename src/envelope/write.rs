@@ -66,7 +66,7 @@ impl<'a> Outer<'a> {
 }
 
 /// Writes a text as a JSON string.
-fn write_string(out: &mut impl io::Write, text: &str) -> io::Result<()> {
+pub(super) fn write_string(out: &mut impl io::Write, text: &str) -> io::Result<()> {
     out.write_all(b"\"")?;
     write_escaped(out, text, |byte| match byte {
         b'"' => Some(Escape::Text(r#"\""#)),

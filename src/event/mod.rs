@@ -8,6 +8,7 @@ mod key;
 mod meta;
 mod position;
 mod schema;
+mod time;
 
 pub use crate::bounded::DEPTH_MAX;
 pub(crate) use encode::{ARCHIVE_ALIGN, Root, has_one_size};

@@ -65,23 +65,6 @@ impl Sequence {
     pub const UNKNOWN: Self = Self(u64::MAX);
 }
 
-impl Time {
-    /// The latest time. A span that ends with this time has no end: it includes even an event at this time.
-    pub const END: Self = Self(u64::MAX);
-
-    /// Returns the time `ms` milliseconds after 1970. Saturates in the year 2554.
-    #[must_use]
-    pub const fn unix_ms(ms: u64) -> Self {
-        Self(ms.saturating_mul(1_000_000))
-    }
-
-    /// Returns the whole milliseconds since 1970.
-    #[must_use]
-    pub const fn as_ms(self) -> u64 {
-        self.0 / 1_000_000
-    }
-}
-
 impl Correlation {
     /// No correlation.
     pub const NONE: Self = Self(0);

@@ -13,8 +13,7 @@ use std::io;
 use std::ops::Range;
 use std::path::Path;
 
-use rustix::io::Errno;
-
+pub(crate) use crate::error::is_exhausted;
 pub(crate) use files::Files;
 
 use memory::Memory;
@@ -75,15 +74,6 @@ pub(crate) trait SideFile: Debug + Send + Sync {
     fn len(&self) -> io::Result<u64>;
     /// Makes the whole file durable.
     fn sync(&self) -> io::Result<()>;
-}
-
-/// Returns `true` for the error of an operation, other than a sync, that was interrupted or lacked a resource that may
-/// become available again (space, quota, descriptors, memory). The operation then changed nothing and may be retried.
-pub(crate) fn is_exhausted(error: &io::Error) -> bool {
-    use io::ErrorKind::{Interrupted, OutOfMemory, QuotaExceeded, StorageFull, WouldBlock};
-    let kinds = [StorageFull, QuotaExceeded, OutOfMemory, Interrupted, WouldBlock];
-    let descriptors = [Errno::MFILE, Errno::NFILE].map(|errno| Some(errno.raw_os_error()));
-    kinds.contains(&error.kind()) || descriptors.contains(&error.raw_os_error())
 }
 
 /// Replaces a small file atomically: after a crash it has either its old or its new content.

@@ -15,7 +15,8 @@ use corelane::log::scan::Store;
 use corelane::{Key, Offset};
 use serde_json::json;
 
-use super::show::{grouped, printable, table, utc};
+use super::show::{grouped, printable, table};
+use super::typed::Typed;
 use super::{Condition, Failure, Output, envelope_of, warn};
 
 /// Letters read per page.
@@ -113,10 +114,10 @@ impl Selection {
     }
 }
 
-pub(super) fn dlq(command: Dlq, out: &mut Output) -> Result<Condition, Failure> {
+pub(super) fn dlq(command: Dlq, typed: &Typed, out: &mut Output) -> Result<Condition, Failure> {
     match command {
         Dlq::List(args) => list(&args, out),
-        Dlq::Show(args) => show(&args, out),
+        Dlq::Show(args) => show(&args, typed, out),
         Dlq::Reprocess(args) => ask(&args, Request::Reprocess(args.selection.letters()), true, out),
         Dlq::Discard { ask: args, yes } => ask(&args, Request::Discard(args.selection.letters()), yes, out),
     }
@@ -161,7 +162,7 @@ fn list(args: &ListArgs, out: &mut Output) -> Result<Condition, Failure> {
 fn list_one(store: &Store, name: &str, args: &ListArgs, out: &mut Output) -> Result<(), Failure> {
     let letters = DeadLetters::open(store, name)?;
     let mut rows = table(
-        &["key", "event id", "type", "why", "attempts", "first failed (UTC)", "last failed (UTC)", "error"],
+        &["key", "event id", "type", "why", "attempts", "first failed", "last failed", "error"],
         &[1, 2, 3, 5, 6, 7],
     );
     let (mut wanted, mut bytes) = (0_u64, 0);
@@ -266,8 +267,8 @@ fn row(store: &Store, letter: &DeadLetter, archive: &[u8]) -> Vec<String> {
         printable(type_name(store, letter, archive)),
         why(letter).to_owned(),
         letter.attempts.to_string(),
-        utc(letter.first_failed),
-        utc(letter.last_failed),
+        letter.first_failed.to_rfc3339(),
+        letter.last_failed.to_rfc3339(),
         printable(&error),
     ]
 }
@@ -307,13 +308,13 @@ fn write_json(out: &mut Output, value: serde_json::Value) -> Result<(), Failure>
     Ok(())
 }
 
-fn show(args: &ShowArgs, out: &mut Output) -> Result<Condition, Failure> {
+fn show(args: &ShowArgs, typed: &Typed, out: &mut Output) -> Result<Condition, Failure> {
     let store = Store::open(&args.dir)?;
     let name = consumers(&store, Some(&args.consumer))?.remove(0);
     let Some((letter, archive)) = DeadLetters::open(&store, &name)?.show(args.id)? else {
         return Err(Failure::Usage(format!("consumer {name} has no dead letter {}", args.id)));
     };
-    let (event, condition) = event_line(&store, &letter, &archive)?;
+    let (event, condition) = event_line(&store, &letter, &archive, typed)?;
     if args.json {
         let mut value = json_of(&store, &name, &letter, &archive);
         value["event"] = serde_json::from_str(&event).map_err(io::Error::from)?;
@@ -327,12 +328,12 @@ fn show(args: &ShowArgs, out: &mut Output) -> Result<Condition, Failure> {
     let type_name = printable(type_name(&store, &letter, &archive));
     writeln!(out, "type            {type_name} (id {id}, schema version {})", letter.schema_version)?;
     writeln!(out, "version         {}", letter.version)?;
-    writeln!(out, "time (UTC)      {}", utc(letter.time))?;
+    writeln!(out, "time            {}", letter.time.to_rfc3339())?;
     writeln!(out, "correlation     {}", letter.correlation.get())?;
     writeln!(out, "why             {}", why(&letter))?;
     writeln!(out, "attempts        {}", letter.attempts)?;
-    writeln!(out, "first failed    {} (UTC)", utc(letter.first_failed))?;
-    writeln!(out, "last failed     {} (UTC)", utc(letter.last_failed))?;
+    writeln!(out, "first failed    {}", letter.first_failed.to_rfc3339())?;
+    writeln!(out, "last failed     {}", letter.last_failed.to_rfc3339())?;
     writeln!(out, "error           {}", printable(&letter.error))?;
     writeln!(out, "archive bytes   {}", archive.len())?;
     writeln!(out, "event           {event}")?;
@@ -340,21 +341,34 @@ fn show(args: &ShowArgs, out: &mut Output) -> Result<Condition, Failure> {
 }
 
 /// Returns the event as `dump` writes it, without its sequence, which a letter does not store.
-fn event_line(store: &Store, letter: &DeadLetter, archive: &[u8]) -> Result<(String, Condition), Failure> {
+fn event_line(
+    store: &Store,
+    letter: &DeadLetter,
+    archive: &[u8],
+    typed: &Typed,
+) -> Result<(String, Condition), Failure> {
     let meta = letter.meta();
-    let (mut line, mut condition) = (Vec::new(), Condition::Sound);
+    let mut line = Vec::new();
     let event = envelope_of(store, letter.event_type, letter.schema_version, archive);
-    match event {
-        Ok(Some(event)) => envelope::write_envelope(&mut line, &meta, event)?,
-        Ok(None) | Err(()) => {
+    let complaint = match event {
+        Ok(Some(event)) => {
+            envelope::write_envelope(&mut line, &meta, event)?;
+            None
+        }
+        Ok(None) => {
+            typed.write(store, &meta, archive, &mut line)?;
+            typed.complaint()
+        }
+        Err(()) => {
             let name = store.type_name(letter.event_type).unwrap_or("?");
             envelope::write_opaque(&mut line, &meta, name, archive)?;
+            Some(Failure::Archive(letter.id.shard, letter.id.offset).to_string())
         }
+    };
+    if let Some(complaint) = &complaint {
+        warn(complaint);
     }
-    if event.is_err() {
-        warn(&Failure::Archive(letter.id.shard, letter.id.offset));
-        condition = Condition::Damaged;
-    }
+    let condition = complaint.map_or(Condition::Sound, |_| Condition::Damaged);
     Ok((String::from_utf8_lossy(&line).trim_end().to_owned(), condition))
 }
 

@@ -10,30 +10,29 @@ use corelane::envelope::{self, ArchivedEnvelope, ArchivedUserId};
 use corelane::log::scan::{Lookup, RecordPosition, Records, ScannedRecord, Store};
 use corelane::{Key, Offset, ReadError, ShardId, Time};
 
+use super::show::Moment;
+use super::typed::Typed;
 use super::{Condition, DumpArgs, Failure, Order, Output, envelope_in, tail_message, warn};
 
-/// Selects the events to write.
-#[derive(Debug)]
-struct Filter {
+/// Selects the events to write, and writes them.
+struct Filter<'a> {
+    typed: &'a Typed,
     key: Option<Key>,
     user: Option<String>,
     event_type: Option<String>,
-    from_ms: u64,
-    until_ms: u64,
+    from: Time,
+    until: Time,
     /// `true` once an event of the wanted type was read, even if another condition excludes it.
     is_type_seen: Cell<bool>,
 }
 
-impl Filter {
+impl Filter<'_> {
     /// Writes the record as one line if the filter selects it. Returns `true` if it did.
     fn write(&self, store: &Store, record: &ScannedRecord<'_>, out: &mut impl Write) -> Result<bool, Failure> {
         let Some(event) = self.pick(store, record)? else { return Ok(false) };
         match event {
             Some(event) => envelope::write_envelope(out, &record.meta, event)?,
-            None => {
-                let name = store.type_name(record.meta.event_type).unwrap_or("?");
-                envelope::write_opaque(out, &record.meta, name, record.body)?;
-            }
+            None => self.typed.write(store, &record.meta, record.body, out)?,
         }
         Ok(true)
     }
@@ -45,8 +44,8 @@ impl Filter {
         record: &ScannedRecord<'a>,
     ) -> Result<Option<Option<&'a ArchivedEnvelope>>, Failure> {
         let meta = &record.meta;
-        let ms = meta.time.as_ms();
-        let hidden = self.key.is_some_and(|key| key != meta.key) || ms < self.from_ms || ms > self.until_ms;
+        let in_time = self.from <= meta.time && meta.time <= self.until;
+        let hidden = self.key.is_some_and(|key| key != meta.key) || !in_time;
         if hidden && (self.event_type.is_none() || self.is_type_seen.get()) {
             return Ok(None);
         }
@@ -69,11 +68,13 @@ impl Filter {
     }
 }
 
-pub(super) fn dump(store: &Store, args: DumpArgs, out: &mut Output) -> Result<Condition, Failure> {
-    if let (Some(from), Some(until)) = (args.from, args.until)
+pub(super) fn dump(store: &Store, args: DumpArgs, typed: &Typed, out: &mut Output) -> Result<Condition, Failure> {
+    let from = args.from.as_ref().map_or(Time(0), Moment::first);
+    let until = args.until.as_ref().map_or(Time::END, Moment::last);
+    if let (Some(first), Some(last)) = (&args.from, &args.until)
         && from > until
     {
-        return Err(Failure::Usage(format!("--from {from} is after --until {until}")));
+        return Err(Failure::Usage(format!("--from {first} is after --until {last}")));
     }
     let key = args.key.map(Key::new).or(args.user.as_deref().map(Key::of));
     let shards = match (args.shard, key) {
@@ -89,11 +90,12 @@ pub(super) fn dump(store: &Store, args: DumpArgs, out: &mut Output) -> Result<Co
         (None, None) => store.shard_ids().collect(),
     };
     let filter = Filter {
+        typed,
         key,
         user: args.user,
         event_type: args.event_type,
-        from_ms: args.from.unwrap_or(0),
-        until_ms: args.until.unwrap_or(u64::MAX),
+        from,
+        until,
         is_type_seen: Cell::new(false),
     };
     let left = args.limit.unwrap_or(u64::MAX);
@@ -103,15 +105,17 @@ pub(super) fn dump(store: &Store, args: DumpArgs, out: &mut Output) -> Result<Co
     }?;
     if let Some(wanted) = filter.event_type.filter(|_| left > 0 && !filter.is_type_seen.get()) {
         // The names of generic events are known only after the log was read.
-        warn(&format!("no event of type {wanted:?} was found (run `corelane inspect` to list the types)"));
+        warn(&format!("no event of type {wanted:?} was found (`inspect` lists the types)"));
     }
-    Ok(condition)
+    let Some(complaint) = typed.complaint() else { return Ok(condition) };
+    warn(&complaint);
+    Ok(Condition::Damaged)
 }
 
 fn dump_log(
     store: &Store,
     shards: &[ShardId],
-    filter: &Filter,
+    filter: &Filter<'_>,
     mut left: u64,
     out: &mut Output,
 ) -> Result<Condition, Failure> {
@@ -166,7 +170,7 @@ fn survey(store: &Store, shard: ShardId, condition: &mut Condition) -> Result<Su
 fn dump_time(
     store: &Store,
     shards: &[ShardId],
-    filter: &Filter,
+    filter: &Filter<'_>,
     left: u64,
     out: &mut Output,
 ) -> Result<Condition, Failure> {
@@ -216,7 +220,7 @@ enum Source {
 
 impl Source {
     /// Advances to the next event. [`Source::line`] then returns its line.
-    fn advance(&mut self, store: &Store, filter: &Filter) -> Result<Option<TimePosition>, Failure> {
+    fn advance(&mut self, store: &Store, filter: &Filter<'_>) -> Result<Option<TimePosition>, Failure> {
         match self {
             Self::Log { records, line } => {
                 line.clear();
@@ -257,7 +261,7 @@ impl TimeIndex {
     const BATCH_EVENTS: usize = 16 << 10;
     const BATCH_BYTES: u64 = 8 << 20;
 
-    fn new(store: &Store, filter: &Filter, mut records: Records) -> Result<Self, Failure> {
+    fn new(store: &Store, filter: &Filter<'_>, mut records: Records) -> Result<Self, Failure> {
         let mut places = Vec::new();
         while let Some(record) = records.next()? {
             if filter.pick(store, &record)?.is_some() {
@@ -270,7 +274,7 @@ impl TimeIndex {
         Ok(Self { places, next: 0, batch: 0..0, ranges: Vec::new(), lines: Vec::new(), line: 0..0, lookup, lost: 0 })
     }
 
-    fn advance(&mut self, store: &Store, filter: &Filter) -> Result<Option<TimePosition>, Failure> {
+    fn advance(&mut self, store: &Store, filter: &Filter<'_>) -> Result<Option<TimePosition>, Failure> {
         while let Some(place) = self.places.get(self.next).copied() {
             if !self.batch.contains(&self.next) {
                 self.fetch(store, filter)?;
@@ -285,7 +289,7 @@ impl TimeIndex {
     }
 
     /// Reads the next batch in log order.
-    fn fetch(&mut self, store: &Store, filter: &Filter) -> Result<(), Failure> {
+    fn fetch(&mut self, store: &Store, filter: &Filter<'_>) -> Result<(), Failure> {
         let (mut end, mut bytes) = (self.next, 0);
         while end < self.places.len() && end - self.next < Self::BATCH_EVENTS && bytes < Self::BATCH_BYTES {
             bytes += u64::from(self.places[end].record_bytes);

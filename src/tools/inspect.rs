@@ -9,7 +9,7 @@ use corelane::log::scan::{FileInfo, ScannedRecord, SegmentState, ShardFiles, Sto
 use corelane::{Offset, ReadError, ShardId, Time};
 
 use super::consumers::Consumers;
-use super::show::{grouped, printable, range, rate, table, utc};
+use super::show::{grouped, printable, range, rate, table};
 use super::{Condition, Failure, Output, envelope_in, tail_message, warn};
 
 /// Figures of a group of events.
@@ -58,8 +58,8 @@ pub(super) fn inspect(store: &Store, out: &mut Output) -> Result<Condition, Fail
             "events",
             "sequence",
             "offset",
-            "from (UTC)",
-            "to (UTC)",
+            "from",
+            "to",
             "rate",
             "busiest second",
             "record bytes",
@@ -70,19 +70,7 @@ pub(super) fn inspect(store: &Store, out: &mut Output) -> Result<Condition, Fail
         &[4, 5],
     );
     let mut segments = table(
-        &[
-            "shard",
-            "segment",
-            "state",
-            "events",
-            "sequence",
-            "offset",
-            "from (UTC)",
-            "to (UTC)",
-            "used",
-            "file bytes",
-            "allocated",
-        ],
+        &["shard", "segment", "state", "events", "sequence", "offset", "from", "to", "used", "file bytes", "allocated"],
         &[2, 6, 7],
     );
     for shard in store.shard_ids() {
@@ -213,8 +201,8 @@ fn shard_row(files: &ShardFiles, all: &Summary) -> Vec<String> {
         grouped(all.events),
         range(all.sequences),
         range(all.offsets),
-        all.times.map_or(String::new(), |times| utc(times.0)),
-        all.times.map_or(String::new(), |times| utc(times.1)),
+        all.times.map_or(String::new(), |times| times.0.to_rfc3339()),
+        all.times.map_or(String::new(), |times| times.1.to_rfc3339()),
         rate(all.rate()),
         grouped(all.second.2),
         grouped(all.bytes),
@@ -241,8 +229,8 @@ fn segment_rows(store: &Store, files: &ShardFiles, scanned: &Scanned, rows: &mut
             grouped(summary.events),
             range(summary.sequences),
             range(summary.offsets),
-            summary.times.map_or(String::new(), |times| utc(times.0)),
-            summary.times.map_or(String::new(), |times| utc(times.1)),
+            summary.times.map_or(String::new(), |times| times.0.to_rfc3339()),
+            summary.times.map_or(String::new(), |times| times.1.to_rfc3339()),
             format!("{:.1} %", 100.0 * summary.bytes as f64 / store.segment_bytes() as f64),
             grouped(segment.file.bytes),
             grouped(segment.file.allocated_bytes),

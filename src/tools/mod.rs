@@ -1,5 +1,8 @@
 //! The operator's tool: inspects and verifies a store, writes its events as JSON lines, and manages dead letters.
 //!
+//! The stock binary `corelane` shows typed events as hexadecimal digits, because it does not know their types. An
+//! application builds its own tool in a few lines: [`main`].
+//!
 //! It is read-only: it takes no lock, changes no byte, and works beside a running engine and on read-only media. The
 //! only exceptions are `dlq reprocess` and `dlq discard`, which leave a request file in a consumer's folder for the
 //! consumer to carry out.
@@ -9,8 +12,10 @@ mod dlq;
 mod dump;
 mod inspect;
 mod show;
+mod typed;
 mod verify;
 
+use std::ffi::OsString;
 use std::fmt;
 use std::fs::File;
 use std::io::{self, BufWriter, ErrorKind, Write as _};
@@ -22,12 +27,21 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use corelane::consumer::{ConsumerError, LettersError};
 use corelane::envelope::{ArchivedEnvelope, Envelope};
 use corelane::log::scan::{Records, ScannedRecord, Store};
-use corelane::{Event as _, EventTypeId, Offset, OpenError, ReadError, ShardId};
+use corelane::{Event, EventTypeId, Offset, OpenError, ReadError, ShardId};
+
+use rkyv::api::low::LowDeserializer;
+use rkyv::rancor::Error as RkyvError;
+use show::Moment;
+use typed::Typed;
 
 /// Inspects a corelane store, also beside a running engine. Read-only, except that `dlq reprocess` and `dlq discard`
 /// leave a request.
 #[derive(Debug, Parser)]
-#[command(version, about, after_help = "Exit status: 0 ok, 1 damage, 2 wrong usage or an I/O error.")]
+#[command(
+    version,
+    about,
+    after_help = "Exit status: 0 ok, 1 damage or undecodable events, 2 wrong usage or an I/O error."
+)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -73,12 +87,12 @@ struct DumpArgs {
     /// Only this event type: a name (of a generic event its `event_type`) or a type id of the manifest.
     #[arg(long = "type", value_name = "NAME|ID")]
     event_type: Option<String>,
-    /// Only events at or after this time, in ms since 1970.
-    #[arg(long, value_name = "MS")]
-    from: Option<u64>,
-    /// Only events at or before this time, in ms since 1970.
-    #[arg(long, value_name = "MS")]
-    until: Option<u64>,
+    /// Only events at or after this time: ms since 1970, or an RFC 3339 time such as 2026-11-30T07:40:51.123Z.
+    #[arg(long, value_name = "TIME")]
+    from: Option<Moment>,
+    /// Only events at or before this time. Milliseconds include the whole millisecond.
+    #[arg(long, value_name = "TIME")]
+    until: Option<Moment>,
     /// Only this shard.
     #[arg(long)]
     shard: Option<u16>,
@@ -216,11 +230,67 @@ impl io::Write for Stdout {
     }
 }
 
-/// Runs the tool with the arguments of this process.
-pub fn main() -> ExitCode {
-    let cli = Cli::parse();
-    let ignores_broken_pipe = matches!(cli.command, Command::Inspect { .. } | Command::Verify { .. });
-    match stdout(ignores_broken_pipe).map_err(Failure::from).and_then(|out| run(cli.command, out)) {
+/// Runs the tool for events of type `E`, with the arguments of this process.
+///
+/// The tool shows these events as JSON: in `dump` and `dlq show`, each line's `payload` is the serde form of the event.
+/// (If that form is `{"event_type": NAME, "payload": P}` with the name of the event type, as for
+/// `#[serde(tag = "event_type", content = "payload")]`, the payload is `P`, and [`from_json`](corelane::envelope::from_json) reads the line
+/// again.) An event of an older schema version is shown in its current form, through its upcaster. An event that cannot
+/// be decoded is shown as its archive in hexadecimal digits with the reason; the exit status is then 1.
+///
+/// The tool opens no engine and takes no lock. A whole program is
+///
+/// ```no_run
+/// use corelane::{Bounded, Event};
+/// use rkyv::{Archive, Deserialize, Serialize};
+///
+/// #[derive(Archive, Serialize, Deserialize, Bounded, Event, serde::Serialize)]
+/// enum GameEvent {
+///     #[event(id = 1, name = "player_moved")]
+///     Moved { x: f32, y: f32 },
+///     #[event(id = 2, name = "player_levelled_up")]
+///     LevelledUp { level: u32 },
+/// }
+///
+/// fn main() -> std::process::ExitCode {
+///     corelane::tools::main::<GameEvent>()
+/// }
+/// ```
+///
+/// and then
+///
+/// ```text
+/// $ mytool dump store --key 42 --from 2026-11-30T07:40:00Z
+/// {"event_type":"player_moved","timestamp":1796024451123,"user_id":42,"payload":{"Moved":{"x":1.5,"y":0.0}},…}
+/// ```
+pub fn main<E>() -> ExitCode
+where
+    E: Event<Archived: rkyv::Deserialize<E, LowDeserializer<RkyvError>>> + serde::Serialize,
+{
+    run::<E, _>(std::env::args_os())
+}
+
+/// Runs the tool for events of type `E` with these arguments, the first of which is the name of the program. For a
+/// program with commands of its own.
+///
+/// Ends the process if the arguments are wrong, or ask for help or the version.
+pub fn run<E, T>(args: impl IntoIterator<Item = T>) -> ExitCode
+where
+    E: Event<Archived: rkyv::Deserialize<E, LowDeserializer<RkyvError>>> + serde::Serialize,
+    T: Into<OsString> + Clone,
+{
+    run_typed(Cli::parse_from(args).command, &Typed::of::<E>())
+}
+
+/// Runs the stock tool, `corelane`, with the arguments of this process. It knows only generic events
+/// ([`Envelope`]), and shows every other event as its archive in hexadecimal digits.
+pub fn main_generic() -> ExitCode {
+    run_typed(Cli::parse().command, &Typed::unknown())
+}
+
+fn run_typed(command: Command, typed: &Typed) -> ExitCode {
+    let ignores_broken_pipe = matches!(command, Command::Inspect { .. } | Command::Verify { .. });
+    match stdout(ignores_broken_pipe).map_err(Failure::from).and_then(|out| carry_out(command, typed, out)) {
         Ok(Condition::Sound) => ExitCode::SUCCESS,
         Ok(Condition::Damaged) => ExitCode::from(1),
         // The reader of the output has closed it, as `head` does.
@@ -242,7 +312,7 @@ fn warn(message: &dyn fmt::Display) {
     drop(writeln!(io::stderr(), "corelane: {message}"));
 }
 
-fn run(command: Command, mut out: Output) -> Result<Condition, Failure> {
+fn carry_out(command: Command, typed: &Typed, mut out: Output) -> Result<Condition, Failure> {
     let done = match command {
         Command::Inspect { dir } => {
             Store::open(dir).map_err(Failure::from).and_then(|store| inspect::inspect(&store, &mut out))
@@ -251,9 +321,9 @@ fn run(command: Command, mut out: Output) -> Result<Condition, Failure> {
             Store::open(dir).map_err(Failure::from).and_then(|store| verify::verify(&store, &mut out))
         }
         Command::Dump(args) => {
-            Store::open(&args.dir).map_err(Failure::from).and_then(|store| dump::dump(&store, args, &mut out))
+            Store::open(&args.dir).map_err(Failure::from).and_then(|store| dump::dump(&store, args, typed, &mut out))
         }
-        Command::Dlq(dlq) => dlq::dlq(dlq, &mut out),
+        Command::Dlq(dlq) => dlq::dlq(dlq, typed, &mut out),
     };
     // Output written before a failure is flushed too. The failure says more than a flush error would.
     let flushed = out.flush();

@@ -1,6 +1,7 @@
-//! Formats tables, numbers, times and texts.
+//! Formats tables, numbers and texts, and reads times.
 
 use std::fmt;
+use std::str::FromStr;
 
 use comfy_table::{CellAlignment, Table, TableComponent, presets};
 use corelane::Time;
@@ -43,21 +44,53 @@ pub(super) fn rate(per_second: Option<f64>) -> String {
     }
 }
 
-/// Formats a time as `2010-07-30 21:55:01.009`.
-pub(super) fn utc(time: Time) -> String {
-    let ms = time.as_ms();
-    let (days, in_day) = (ms / 86_400_000, ms % 86_400_000);
-    // Counting years from March puts the leap day last (Hinnant, "civil_from_days").
-    let shifted = days + 719_468;
-    let (era, day_of_era) = (shifted / 146_097, shifted % 146_097);
-    let year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
-    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-    let shifted_month = (5 * day_of_year + 2) / 153;
-    let day = day_of_year - (153 * shifted_month + 2) / 5 + 1;
-    let month = if shifted_month < 10 { shifted_month + 3 } else { shifted_month - 9 };
-    let year = year_of_era + era * 400 + u64::from(month <= 2);
-    let (hour, minute, second) = (in_day / 3_600_000, in_day / 60_000 % 60, in_day / 1000 % 60);
-    format!("{year:04}-{month:02}-{day:02} {hour:02}:{minute:02}:{second:02}.{:03}", ms % 1000)
+/// A time on the command line: milliseconds since 1970, which name a millisecond, or an RFC 3339 time.
+#[derive(Debug, Clone)]
+pub(super) enum Moment {
+    Ms(u64),
+    Exact(Time),
+}
+
+impl Moment {
+    /// Returns the first time that the argument names.
+    pub(super) fn first(&self) -> Time {
+        match *self {
+            Self::Ms(ms) => Time::unix_ms(ms),
+            Self::Exact(time) => time,
+        }
+    }
+
+    /// Returns the last time that the argument names.
+    pub(super) fn last(&self) -> Time {
+        match *self {
+            Self::Ms(ms) => Time::end_of_ms(ms),
+            Self::Exact(time) => time,
+        }
+    }
+}
+
+impl FromStr for Moment {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.parse() {
+            Ok(ms) => Ok(Self::Ms(ms)),
+            Err(_) => {
+                let time =
+                    Time::from_rfc3339(text).map_err(|error| format!("neither milliseconds nor a time: {error}"));
+                time.map(Self::Exact)
+            }
+        }
+    }
+}
+
+impl fmt::Display for Moment {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Ms(ms) => ms.fmt(f),
+            Self::Exact(time) => f.write_str(&time.to_rfc3339()),
+        }
+    }
 }
 
 /// Formats 1234567 as `1,234,567`.
@@ -78,15 +111,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn times_are_shown_as_utc() {
-        for (ms, shown) in [
-            (0, "1970-01-01 00:00:00.000"),
-            (951_782_400_000, "2000-02-29 00:00:00.000"),
-            (1_280_526_901_009, "2010-07-30 21:55:01.009"),
-            (4_107_542_399_999, "2100-02-28 23:59:59.999"),
-            (4_107_542_400_000, "2100-03-01 00:00:00.000"),
-        ] {
-            assert_eq!(utc(Time::unix_ms(ms)), shown);
+    fn a_moment_in_milliseconds_is_a_whole_millisecond() {
+        let ms: Moment = "7".parse().expect("a number");
+        assert_eq!((ms.first(), ms.last()), (Time(7_000_000), Time(7_999_999)));
+        let exact: Moment = "1970-01-01T00:00:00.007000001Z".parse().expect("a time");
+        assert_eq!((exact.first(), exact.last()), (Time(7_000_001), Time(7_000_001)));
+        assert_eq!(exact.to_string(), "1970-01-01T00:00:00.007000001Z");
+        for text in ["-1", "7.5", "yesterday", "1970-01-01T00:00:00"] {
+            let error = text.parse::<Moment>().expect_err(text);
+            assert!(error.starts_with("neither milliseconds nor a time"), "{error}");
         }
     }
 

@@ -201,7 +201,7 @@ fn answers_claimed_in_any_order_given_up_or_cancelled_agree_with_an_oracle() {
         let (mut client, mut oracle, mut sent) = (engine.client(), Oracle::default(), 0);
         let (mut fulls, mut long_kept) = (0, 0);
         for key in 0..4 {
-            oracle.versions[key as usize] = engine.state(Key(key)).unwrap().map_or(0, |(_, version)| version.0);
+            oracle.versions[key as usize] = engine.state(Key(key)).wait().unwrap().map_or(0, |(_, version)| version.0);
         }
         for _ in 0..3_000 {
             let before = sent;

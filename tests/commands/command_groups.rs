@@ -40,7 +40,7 @@ fn notes(client: &mut Client<Account>, key: u64, id: u64, sizes: Vec<usize>, dur
 fn check(how: &str, engine: &Engine<Account>, done: &[Done]) -> usize {
     let log = logged(engine, 0);
     for (key, (state, version)) in folded(&log) {
-        let found = engine.state(Key(key)).unwrap().map(|(state, version)| (state, version.0));
+        let found = engine.state(Key(key)).wait().unwrap().map(|(state, version)| (state, version.0));
         assert_eq!(found, Some((state, version)), "{how}: the state of key {key}");
     }
     let mut rest = &log[..];
@@ -133,7 +133,7 @@ fn a_remembered_rejection_is_lost_with_the_events_before_it() {
         let disk = storage.after_crash(if seed % 3 == 0 { Unsynced::Lost } else { Unsynced::Random(seed * 7919) });
         let engine = open(&disk, Durability::OsCache);
         let mut client = engine.client();
-        let cents = engine.ask(Key(1), |state, _| state.cents).unwrap();
+        let cents = engine.ask(Key(1), |state, _| state.cents).wait().unwrap();
         let first = client.send(Key(1), Order::Deposit(10)).once(1).wait().unwrap();
         assert!(first.repeated || !durable, "seed {seed}");
         assert_eq!(first.repeated, cents == 10, "seed {seed}: an outcome exists if and only if its event does");

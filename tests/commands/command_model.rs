@@ -260,7 +260,7 @@ impl Model {
 fn check_states(engine: &Engine<Account>, shard: u16, log: &[Logged]) {
     let states = folded(log);
     for key in (0..KEYS).filter(|key| Key(*key).shard(SHARDS).0 == shard) {
-        let state = engine.state(Key(key)).unwrap().map(|(state, version)| (state, version.0));
+        let state = engine.state(Key(key)).wait().unwrap().map(|(state, version)| (state, version.0));
         assert_eq!(state.as_ref(), states.get(&key), "the state of key {key}");
     }
 }

@@ -31,13 +31,13 @@ fn a_command_is_decided_against_the_state_and_its_outcome_is_returned() {
     }
     let outcome = client.send(key, Order::Withdraw(40)).wait().unwrap();
     assert_eq!(outcome.version, Version(2), "a rejection appends nothing");
-    let (state, version) = engine.state(key).unwrap().unwrap();
+    let (state, version) = engine.state(key).wait().unwrap().unwrap();
     assert_eq!((state.cents, version), (60, Version(2)));
-    assert!(engine.state(Key(8)).unwrap().is_none());
+    assert!(engine.state(Key(8)).wait().unwrap().is_none());
     let metrics = engine.shard_metrics();
     assert_eq!((metrics[0].commands, metrics[0].rejected), (3, 1));
     engine.shutdown(soon()).unwrap();
-    assert!(matches!(engine.state(key), Err(WaitError::Closed)));
+    assert!(matches!(engine.state(key).wait(), Err(WaitError::Closed)));
     assert!(matches!(client.send(key, Order::Deposit(1)).wait(), Err(CommandError::NotSent(RejectedReason::Closed))));
 }
 
@@ -53,7 +53,7 @@ fn a_command_with_a_wrong_expected_version_does_nothing() {
     let wrong = client.send(key, Order::Deposit(1)).expect(ExpectedVersion::NoEvents).wait();
     assert!(matches!(wrong, Err(CommandError::WrongVersion { found: Version(1), .. })));
     client.send(key, Order::Deposit(1)).expect(ExpectedVersion::Exact(Version(1))).wait().unwrap();
-    assert_eq!(engine.state(key).unwrap().unwrap().0.cents, 2);
+    assert_eq!(engine.state(key).wait().unwrap().unwrap().0.cents, 2);
 }
 
 #[test]
@@ -121,7 +121,7 @@ fn a_command_that_does_not_fit_is_refused_as_a_whole() {
     assert!(matches!(refused, Err(CommandError::TooLarge { .. })), "{refused:?}");
     let outcome = client.send(Key(1), Order::Notes { count: 3, bytes: 15_000 }).wait().unwrap();
     assert_eq!((outcome.version, outcome.events), (Version(4), 3));
-    let (state, _) = engine.state(Key(1)).unwrap().unwrap();
+    let (state, _) = engine.state(Key(1)).wait().unwrap().unwrap();
     assert_eq!((state.cents, state.notes), (5, 3), "no event of a refused command");
 }
 
@@ -140,7 +140,7 @@ fn a_command_larger_than_the_rest_of_a_segment_goes_whole_into_the_next() {
     let engine = open(dir.path());
     assert!(engine.recovery().shards[0].torn_tail.is_none());
     assert_eq!(engine.recovery().events(), 280);
-    let notes: u64 = (0..3).map(|key| engine.state(Key(key)).unwrap().unwrap().0.notes).sum();
+    let notes: u64 = (0..3).map(|key| engine.state(Key(key)).wait().unwrap().unwrap().0.notes).sum();
     assert_eq!(notes, 280);
 }
 
@@ -165,7 +165,7 @@ fn a_repeat_under_an_idempotency_key_gets_the_first_outcome_even_after_a_restart
         // A command without events has an outcome as well.
         let nothing = client.send(b, Order::Nothing).once(77).wait().unwrap();
         assert_eq!((nothing.version, nothing.events, nothing.repeated), (Version(1), 0, restart > 0));
-        assert_eq!(engine.state(a).unwrap().unwrap().0.cents, 20);
+        assert_eq!(engine.state(a).wait().unwrap().unwrap().0.cents, 20);
         engine.shutdown(soon()).unwrap();
     }
 }
@@ -194,7 +194,7 @@ fn tasks_await_answers() {
         }
         let durable = client.send(Key(1), Order::Deposit(1)).durable().await.unwrap();
         assert!(durable.receipt().is_durable());
-        assert_eq!(engine.ask_async(Key(1), |state, _| state.cents).await.unwrap(), 201);
+        assert_eq!(engine.ask(Key(1), |state, _| state.cents).await.unwrap(), 201);
         // A future dropped before its answer frees its slot.
         for _ in 0..200 {
             let mut sending = Box::pin(std::future::IntoFuture::into_future(client.send(Key(1), Order::Deposit(1))));
@@ -281,7 +281,7 @@ fn an_event_whose_archive_is_longer_than_its_value_is_measured_before_its_comman
         let outcome = client.send(Key(1), &["forty bytes of text, more or less, of it"; 9]).wait().unwrap();
         assert_eq!(outcome.version, Version(10 + 9 * i));
     }
-    assert_eq!(engine.ask(Key(1), |names, _| names.bytes).unwrap(), 5 + 500 * 9 * 40);
+    assert_eq!(engine.ask(Key(1), |names, _| names.bytes).wait().unwrap(), 5 + 500 * 9 * 40);
 }
 
 #[test]

@@ -3,6 +3,7 @@
 
 pub(crate) mod bank;
 pub(crate) mod killed;
+pub(crate) mod log;
 pub(crate) mod own_process;
 
 use std::collections::BTreeMap;
@@ -15,7 +16,7 @@ use std::time::{Duration, Instant};
 
 use corelane::testing::FaultyStorage;
 use corelane::{
-    Bounded, Config, Durability, Event, EventLog, EventType, EventTypeId, Key, OpenError, Pin, Rejected, ShardId,
+    Bounded, Config, Durability, Event, EventLog, EventType, EventTypeId, Key, OpenError, Pin, Rejected, ShardId, Time,
 };
 use rkyv::{Archive, Deserialize, Serialize};
 
@@ -45,6 +46,22 @@ impl Event for Note {
     const TYPES: &'static [EventType] = &[EventType::new(1, "note", 1)];
     fn event_type(&self) -> EventTypeId {
         EventTypeId(1)
+    }
+}
+
+/// An event with a time of its own, which need not rise.
+#[derive(Archive, Serialize, Deserialize, Bounded, Debug, Clone)]
+pub(crate) struct Said {
+    pub(crate) at: u64,
+}
+
+impl Event for Said {
+    const TYPES: &'static [EventType] = &[EventType::new(1, "said", 1)];
+    fn event_type(&self) -> EventTypeId {
+        EventTypeId(1)
+    }
+    fn time(&self) -> Option<Time> {
+        Some(Time(self.at))
     }
 }
 

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use crate::common::log::Log;
 use crate::common::{Note, SEGMENT, os_cache, small, soon, until};
 use corelane::consumer::{
     Consumer, ConsumerError, ConsumerReport, DeadLetterPolicy, Exhausted, HaltCause, Handled, HealthPolicy, Judgement,
@@ -12,6 +13,7 @@ use corelane::consumer::{
 };
 use corelane::{EventLog, HandlerError, Key, Meta, Retention};
 use rkyv::Archived;
+use tracing::Level;
 
 /// The events that a handler saw, by key.
 #[derive(Clone, Default)]
@@ -557,7 +559,9 @@ fn a_dropped_engine_leaves_a_hanging_handler_behind_and_stops_every_other_consum
     let other = engine.consumer("other").concurrency(2).start(|_, _| Ok(())).unwrap();
     publish(&engine, events(3, 30));
     until("the handler hangs", || hanging.report().running_since.is_some());
-    drop(engine);
+    let log = Log::default();
+    log.of(|| drop(engine));
+    assert!(log.says(Level::ERROR, &["gives up", "waits_for=consumer hangs ", "waited_ms="]), "{:?}", log.messages());
     assert!(!release.load(Ordering::SeqCst), "the drop gave up on the handler");
     until("the other consumer has ended", || !other.report().is_running);
     assert!(matches!(EventLog::<Note>::open(small(dir.path())), Err(corelane::OpenError::Locked { .. })));

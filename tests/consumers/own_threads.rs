@@ -8,6 +8,7 @@ use std::sync::{Arc, LazyLock, Mutex};
 use std::task::{Context, Wake, Waker};
 use std::time::{Duration, Instant};
 
+use crate::common::log::Log;
 use crate::common::{small, soon, until};
 use corelane::consumer::{
     Batch, Consumer, ConsumerError, Judgement, LetterSelector, Poller, Sink, SinkConsumer, Start,
@@ -24,6 +25,7 @@ use corelane::{
     SharedClient, SharedProducer, Time, Version, WaitError,
 };
 use rkyv::{Archive, Deserialize, Serialize};
+use tracing::Level;
 
 /// A place at which the engine runs application code.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -330,8 +332,8 @@ fn calls(rig: &Rig) -> BTreeMap<&'static str, String> {
             },
         );
     }
-    said.insert("Engine::ask", wait_word(engine.ask(key, |_, _| ())));
-    said.insert("Engine::state", wait_word(engine.state(key)));
+    said.insert("Engine::ask", wait_word(engine.ask(key, |_, _| ()).wait()));
+    said.insert("Engine::state", wait_word(engine.state(key).wait()));
     said.insert("Engine::stream", history_word(engine.stream(key, Version(1))));
     said.insert("Engine::state_at", history_word(engine.state_at(key, Time(u64::MAX))));
     said.insert("Engine::rebuild", history_word(engine.rebuild(key)));
@@ -342,7 +344,7 @@ fn calls(rig: &Rig) -> BTreeMap<&'static str, String> {
     said.insert("Engine::shutdown (until)", wait_word(engine.shutdown(Some(late()))));
     said.insert("Engine::drain_consumers", consumer_word(engine.drain_consumers(Deadline::NEVER)));
     said.insert("Engine::remove_consumer", consumer_word(engine.remove_consumer("own")));
-    said.insert("Engine::metrics", engine.metrics().shards.len().to_string());
+    said.insert("Engine::metrics", engine.metrics(Deadline::NEVER).shards.len().to_string());
     let waited = rig.poller.lock().unwrap().wait(Some(Instant::now() + Duration::from_millis(1)));
     said.insert("Poller::wait", consumer_word(waited));
     let consumer = rig.consumer.lock().unwrap().take().unwrap();
@@ -476,7 +478,7 @@ fn bring_about(rig: &Arc<Rig>, place: CallSite, n: u64, hook: Hook) {
     match place {
         CallSite::Decide => drop(rig.client.lock().unwrap().send(Key(1), n).ticket().unwrap()),
         CallSite::Question => {
-            let mut asked = Box::pin(rig.engine.ask_async(Key(1), move |_, _| fire(CallSite::Question, n)));
+            let mut asked = Box::pin(rig.engine.ask(Key(1), move |_, _| fire(CallSite::Question, n)));
             assert!(crate::common::poll_once(&mut asked).is_none_or(|fired| fired.unwrap()));
         }
         CallSite::WakerOfShard | CallSite::WakerOfSyncer => {
@@ -623,13 +625,16 @@ fn a_drop_gives_up_on_a_hanging_shard_which_closes_the_store_when_it_continues()
         producer.publish(Key(1), Ping { n: 0 }).unwrap();
     }
     // Returns after the promised ten seconds.
-    drop(engine);
+    let log = Log::default();
+    log.of(|| drop(engine));
+    let waits_for = "waits_for=shard 0 (its turn does not end)";
+    assert!(log.says(Level::ERROR, &["gives up", waits_for, "waited_ms="]), "{:?}", log.messages());
     assert!(matches!(open(dir.path()), Err(OpenError::Locked { .. })), "its threads still run");
     assert!(matches!(producer.try_publish(Key(1), Ping { n: 0 }), Ok(_) | Err(Rejected::Closed(_))));
     drop(go);
     until("the engine closes", || is_closed(dir.path()));
     let engine = open(dir.path()).unwrap();
-    assert!(engine.state(Key(1)).unwrap().unwrap().1 >= Version(4), "no accepted event is lost");
+    assert!(engine.state(Key(1)).wait().unwrap().unwrap().1 >= Version(4), "no accepted event is lost");
 }
 
 #[test]
@@ -647,7 +652,7 @@ fn a_consumers_handler_that_waits_for_a_checkpoint_does_not_block_the_shutdown()
         });
         let words = [
             wait_word(called.engine.checkpoint(Deadline::NEVER)),
-            wait_word(called.engine.ask(Key(1), |_, _| ())),
+            wait_word(called.engine.ask(Key(1), |_, _| ()).wait()),
             wait_word(called.engine.flush(Deadline::NEVER)),
             rejected_word(called.shared.publish(Key(1), Ping { n: 0 }).wait()),
             command_word(called.client.lock().unwrap().send(Key(1), 0).wait()),
@@ -666,15 +671,15 @@ fn a_consumers_handler_that_waits_for_a_checkpoint_does_not_block_the_shutdown()
 fn a_panicking_question_returns_the_panic_and_the_shard_continues() {
     let dir = tempfile::tempdir().unwrap();
     let engine = open(dir.path()).unwrap();
-    let asked = engine.ask(Key(1), |_, _| -> u64 { panic!("no such {}", "thing") });
+    let asked = engine.ask(Key(1), |_, _| -> u64 { panic!("no such {}", "thing") }).wait();
     assert!(matches!(&asked, Err(WaitError::QuestionPanicked(text)) if text == "no such thing"), "{asked:?}");
-    let asked = crate::common::block_on(engine.ask_async(Key(1), |_, _| -> u64 { panic!("nor this") }));
+    let asked = crate::common::block_on(engine.ask(Key(1), |_, _| -> u64 { panic!("nor this") }));
     assert!(matches!(&asked, Err(WaitError::QuestionPanicked(text)) if text == "nor this"), "{asked:?}");
     engine.producer().publish(Key(1), Ping { n: 7_777 }).unwrap();
     engine.flush(soon()).unwrap();
-    assert_eq!(engine.ask(Key(1), |state, version| (state.last, version)).unwrap(), (7_777, Version(1)));
+    assert_eq!(engine.ask(Key(1), |state, version| (state.last, version)).wait().unwrap(), (7_777, Version(1)));
     engine.shutdown(soon()).unwrap();
-    let asked = engine.ask(Key(1), |_, _| -> u64 { panic!("never asked") });
+    let asked = engine.ask(Key(1), |_, _| -> u64 { panic!("never asked") }).wait();
     assert!(matches!(asked, Err(WaitError::Closed)), "{asked:?}");
 }
 

@@ -16,14 +16,14 @@ fn a_disk_that_fills_at_any_segment_is_backpressure_until_space_returns() {
         storage.set_space(Some(segments * crate::common::SEGMENT));
         let engine = open_on(&storage, small("/s")).unwrap();
         let accepted = fill(&engine, 0);
-        assert!(engine.metrics().shards[0].storage_full);
+        assert!(engine.shard_metrics()[0].storage_full);
         let appended = numbers(&engine);
         assert!(appended.len() as u64 <= accepted);
         assert_eq!(appended.is_empty(), segments == 0);
         storage.set_space(None);
         engine.flush(soon()).unwrap();
         assert_eq!(numbers(&engine), (0..accepted).collect::<Vec<_>>(), "{segments} segments: every accepted event");
-        assert!(!engine.metrics().shards[0].storage_full);
+        assert!(!engine.shard_metrics()[0].storage_full);
         engine.shutdown(soon()).unwrap();
         drop(engine);
         assert_eq!(numbers(&open_on(&storage, small("/s")).unwrap()).len() as u64, accepted);

@@ -119,7 +119,7 @@ impl Model {
     /// Checks that the store holds everything acknowledged, and removes its lost contents from the model.
     fn check(&mut self, engine: &Engine<Account>, what: &str) {
         for (key, events) in &mut self.events {
-            let (state, version) = engine.state(Key(*key)).unwrap().unwrap_or_default();
+            let (state, version) = engine.state(Key(*key)).wait().unwrap().unwrap_or_default();
             let acknowledged = self.versions.get(key).copied().unwrap_or(0);
             assert!(version.get() >= acknowledged, "{what}: key {key} has {version} events of {acknowledged}");
             events.truncate(version.get() as usize);
@@ -408,7 +408,7 @@ fn after_a_kill_at_any_operation_later_acknowledgements_survive_a_power_cut() {
             }));
             storage.heal();
             let engine = open(&storage, Durability::GroupCommit).expect(&what);
-            let found: Vec<_> = (0..KEYS).map(|key| engine.state(Key(key)).unwrap()).collect();
+            let found: Vec<_> = (0..KEYS).map(|key| engine.state(Key(key)).wait().unwrap()).collect();
             let (gaps, positions) = (engine.gaps("g").unwrap(), engine.consumers());
             let mut producer = engine.producer();
             producer.publish(Key(KEYS), Money::Deposited { cents: 1 }).unwrap();
@@ -417,7 +417,7 @@ fn after_a_kill_at_any_operation_later_acknowledgements_survive_a_power_cut() {
             drop((producer, engine));
             let again = open(&cut, Durability::GroupCommit).expect(&what);
             for (key, found) in (0..).zip(found) {
-                assert_eq!(again.state(Key(key)).unwrap(), found, "{what}: key {key}");
+                assert_eq!(again.state(Key(key)).wait().unwrap(), found, "{what}: key {key}");
             }
             assert_eq!(again.gaps("g").unwrap(), gaps, "{what}");
             let names = |reports: &[corelane::consumer::ConsumerReport]| {

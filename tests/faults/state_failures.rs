@@ -102,7 +102,7 @@ fn states_can_be_read_while_a_command_waits_for_a_full_disk() {
         engine.shard_metrics()[0].storage_full
     });
     in_time("a question while a command waits", || {
-        let (state, version) = engine.state(Key(1)).unwrap().unwrap();
+        let (state, version) = engine.state(Key(1)).wait().unwrap().unwrap();
         assert_eq!(state.notes, version.get());
         assert_eq!(engine.state_at(Key(1), version).unwrap().state, state);
     });
@@ -128,7 +128,7 @@ fn a_command_that_waits_for_a_full_disk_survives_its_client() {
         storage.set_space(None);
         eventually("every command is appended", || {
             assert!(engine.failures().is_empty(), "{:?}", engine.failures());
-            engine.state(Key(1)).unwrap().is_some_and(|(state, _)| state.notes == sent)
+            engine.state(Key(1)).wait().unwrap().is_some_and(|(state, _)| state.notes == sent)
         });
     }
 }
@@ -185,7 +185,7 @@ fn a_full_disk_under_retention_that_needs_a_checkpoint_recovers_by_itself() {
         drop(engine);
         let engine = open(&storage, config()).unwrap();
         for key in 0..5 {
-            let (state, version) = engine.state(Key(key)).unwrap().unwrap();
+            let (state, version) = engine.state(Key(key)).wait().unwrap().unwrap();
             let events = 80 + 12 + if key == 1 { 200 } else { 0 };
             assert_eq!((state.notes, version), (events, Version(events)), "key {key}");
         }
@@ -225,7 +225,7 @@ impl Published {
     /// Checks that every state is an earlier one, and not older than the acknowledged one.
     fn check(&mut self, engine: &Engine<Account>) {
         for (key, (published, durable)) in (0..).zip(&mut self.0) {
-            let (state, version) = engine.state(Key(key)).unwrap().unwrap_or((Account::default(), Version(0)));
+            let (state, version) = engine.state(Key(key)).wait().unwrap().unwrap_or((Account::default(), Version(0)));
             let version = version.get();
             assert!((*durable..=*published).contains(&version), "key {key}: {version} in {durable}..={published}");
             assert_eq!(state.cents, version * (version + 1) / 2, "key {key} at {version}");
@@ -407,7 +407,7 @@ fn a_state_can_be_read_while_its_snapshots_are_taken() {
         });
         let mut answers = 0;
         while !stop.load(std::sync::atomic::Ordering::SeqCst) {
-            let Some((_, newest)) = engine.state(Key(1)).unwrap() else { continue };
+            let Some((_, newest)) = engine.state(Key(1)).wait().unwrap() else { continue };
             for back in 0..4 {
                 let version = Version(newest.get().saturating_sub(back));
                 let past = engine.state_at(Key(1), version).unwrap();

@@ -203,7 +203,7 @@ fn a_flush_covers_the_other_shards_when_one_has_failed() {
     let Err(WaitError::ShardFailed(failure)) = lost else { panic!("{lost:?}") };
     assert_eq!(engine.failures().len(), 1);
     // Every event of the other two shards is durable when the flush returns.
-    for shard in engine.metrics().shards {
+    for shard in engine.shard_metrics() {
         assert_eq!(shard.durable_to >= shard.appended_to, shard.shard != failure.shard, "{shard:?}");
     }
     // The same again, with a shard that has already failed.

@@ -62,7 +62,7 @@ fn published_events_become_durable_and_survive_a_restart() {
             }
             engine.flush(soon()).expect("flushes");
             assert!(last.is_durable());
-            let metrics = engine.metrics();
+            let metrics = engine.metrics(soon());
             assert_eq!(metrics.shards.iter().map(|s| s.appended).sum::<u64>(), 5_000);
             assert_eq!(metrics.shards.iter().map(|s| s.published).sum::<u64>(), 5_000);
             assert_eq!(read_all(&engine, 2).len(), 5_000);

@@ -85,7 +85,7 @@ fn an_error_or_panic_under_quarantine_is_recorded_and_the_shard_continues() {
     engine.flush(soon()).unwrap();
     engine.shutdown(soon()).unwrap();
     assert_eq!(*seen.lock().unwrap(), (0..20).filter(|n| *n != 5 && *n != 7).collect::<Vec<u64>>());
-    assert_eq!(engine.metrics().shards[0].quarantined, 2);
+    assert_eq!(engine.shard_metrics()[0].quarantined, 2);
     let notes = storage.files()[Path::new("/s/quarantine/handlers.jsonl")].clone();
     let notes = String::from_utf8(notes).unwrap();
     let lines: Vec<serde_json::Value> = notes.lines().map(|line| serde_json::from_str(line).unwrap()).collect();

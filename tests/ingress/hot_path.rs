@@ -40,7 +40,7 @@ fn no_turn_waits_for_the_disk_or_for_a_reader() {
             }
             assert_eq!(numbers(&engine), (0..=25).collect::<Vec<_>>(), "{durability:?}");
             assert!(
-                engine.metrics().shards[0].segments == 2 && 26 * 3000 > SEGMENT,
+                engine.shard_metrics()[0].segments == 2 && 26 * 3000 > SEGMENT,
                 "the events cross the end of a segment"
             );
             assert!(receipts.iter().all(|receipt| !receipt.is_durable()), "{durability:?}: no event was synced");

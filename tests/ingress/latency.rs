@@ -15,7 +15,7 @@ fn published(late: Duration) -> Metrics {
     let engine = EventLog::<Note>::open(config).unwrap();
     engine.producer().publish_due(Key(1), Note::new(1), late).unwrap();
     engine.shutdown(soon()).unwrap();
-    engine.metrics()
+    engine.metrics(soon())
 }
 
 #[test]
@@ -61,7 +61,7 @@ fn events_published_at_one_moment_keep_their_own_lateness() {
         producer.publish_due(Key(1), Note::new(i), Duration::from_secs(50)).unwrap();
     }
     engine.shutdown(soon()).unwrap();
-    let metrics = engine.metrics();
+    let metrics = engine.metrics(soon());
     for stage in DUE {
         let histogram = metrics.histogram(stage);
         assert_eq!(histogram.len(), 50, "{stage:?}");

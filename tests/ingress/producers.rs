@@ -86,7 +86,7 @@ fn an_event_that_panics_while_it_is_checked_affects_only_its_own_thread() {
     assert!(outcome.is_err());
     producer.publish_batch(&mut vec![event(4), event(5)]).unwrap();
     engine.flush(soon()).unwrap();
-    assert_eq!(engine.metrics().shards[0].appended, 2, "no event of the batch that panicked, every event of the next");
+    assert_eq!(engine.shard_metrics()[0].appended, 2, "no event of the batch that panicked, every event of the next");
     engine.shutdown(soon()).unwrap();
 }
 
@@ -255,7 +255,7 @@ fn producers_come_and_go_while_the_engine_runs() {
         let of_key: Vec<u64> = all.iter().filter(|held| held.key == t && held.n < 1000).map(|held| held.n).collect();
         assert_eq!(of_key, (0..100).collect::<Vec<_>>());
     }
-    let published: u64 = engine.metrics().shards.iter().map(|shard| shard.published).sum();
+    let published: u64 = engine.shard_metrics().iter().map(|shard| shard.published).sum();
     assert_eq!(published, 4 * 110, "events of closed lanes stay counted");
 }
 
@@ -365,7 +365,7 @@ fn a_flush_covers_the_events_that_its_own_thread_published_through_a_shared_prod
                 });
             }
         });
-        let metrics = engine.metrics();
+        let metrics = engine.metrics(soon());
         assert_eq!(metrics.shards[0].published, metrics.shards[0].appended, "refusals are not counted");
     }
 }

@@ -71,7 +71,7 @@ fn found(engine: &Engine<Account>) -> HashMap<u64, Vec<(u64, u64)>> {
     for shard in 0..SHARDS {
         let log = logged(engine, shard);
         for (key, (state, version)) in folded(&log) {
-            let held = engine.state(Key(key)).unwrap().map(|(state, version)| (state, version.0));
+            let held = engine.state(Key(key)).wait().unwrap().map(|(state, version)| (state, version.0));
             assert_eq!(held, Some((state, version)), "the state of key {key}");
         }
         let mut rest = &log[..];

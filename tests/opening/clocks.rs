@@ -4,11 +4,10 @@
 use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use crate::common::{Note, open_on, read_shard, small, soon, until};
+use crate::common::{Note, Said, open_on, read_shard, small, soon, until};
 use corelane::consumer::Start;
 use corelane::testing::FaultyStorage;
-use corelane::{Bounded, Event, EventLog, EventType, EventTypeId, Key, Retention, Time};
-use rkyv::{Archive, Deserialize, Serialize};
+use corelane::{EventLog, Key, Retention, Time};
 
 const DIR: &str = "/store";
 /// 2090-01-01, in nanoseconds.
@@ -76,22 +75,6 @@ fn segments_begun_while_the_clock_was_slow_are_not_freed_early() {
             read_shard(&engine, 0).last().unwrap().offset / crate::common::SEGMENT > segments + 6,
             "the thread has prepared new segments"
         );
-    }
-}
-
-/// An event with a time of its own.
-#[derive(Archive, Serialize, Deserialize, Bounded, Debug, Clone)]
-struct Said {
-    at: u64,
-}
-
-impl Event for Said {
-    const TYPES: &'static [EventType] = &[EventType::new(1, "said", 1)];
-    fn event_type(&self) -> EventTypeId {
-        EventTypeId(1)
-    }
-    fn time(&self) -> Option<Time> {
-        Some(Time(self.at))
     }
 }
 

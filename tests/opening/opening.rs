@@ -91,7 +91,7 @@ fn open_and_look(files: &Files, events: &[Logged], what: &str, states_too: bool)
         assert!(logged(&engine, 0) == events, "{what}: the log holds the written events");
         if states_too {
             for (key, (state, version)) in folded(events) {
-                let found = engine.state(Key(key)).unwrap();
+                let found = engine.state(Key(key)).wait().unwrap();
                 assert_eq!(found, Some((state, Version(version))), "{what}: key {key}");
             }
             assert!(engine.compare().unwrap().differing.is_empty(), "{what}");
@@ -737,7 +737,7 @@ fn application_code_that_panics_during_opening_is_an_error_and_leaves_the_store_
         }
         assert!(storage.files() == files, "{code}: refused and changed");
         let engine = open_sums::<2>(&storage).unwrap();
-        let sums = (0..7).map(|key| engine.state(Key(key)).unwrap().unwrap().0.sum);
+        let sums = (0..7).map(|key| engine.state(Key(key)).wait().unwrap().unwrap().0.sum);
         assert_eq!(sums.sum::<u64>(), (0..60).sum::<u64>());
     }
 }
@@ -764,7 +764,7 @@ fn an_evolve_that_panics_while_history_is_read_is_an_error_that_names_the_event(
         assert_eq!((event.key, panic.shard), (key, key.shard(SHARDS)));
         assert!(panic.message.contains("a panic on purpose"), "{panic}");
     }
-    assert_eq!(engine.rebuild(key).unwrap().0, engine.state(key).unwrap().unwrap().0);
+    assert_eq!(engine.rebuild(key).unwrap().0, engine.state(key).wait().unwrap().unwrap().0);
 }
 
 /// The files that a process leaves when it is killed before it stores byte `stored` of the last segment's header. At 72

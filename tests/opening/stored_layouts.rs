@@ -164,7 +164,7 @@ fn states_of_another_size_under_the_same_state_version_are_folded_again() {
     let storage = store(None);
     let engine = open::<Plain>(&storage, config(None)).unwrap();
     for key in 0..KEYS {
-        assert_eq!(engine.state(Key(key)).unwrap().unwrap().0, Plain { sum: 1000 * EVENTS });
+        assert_eq!(engine.state(Key(key)).wait().unwrap().unwrap().0, Plain { sum: 1000 * EVENTS });
         for version in 0..=EVENTS {
             let past = engine.state_at(Key(key), Version(version)).unwrap();
             assert_eq!(past.state, Plain { sum: 1000 * version }, "key {key} at {version}");
@@ -185,7 +185,7 @@ fn states_of_another_alignment_under_the_same_state_version_are_folded_again() {
     let storage = store(None);
     let engine = open::<Aligned>(&storage, config(None)).unwrap();
     assert!(engine.snapshot_stats().unreadable > 0, "the checkpoints are skipped");
-    assert_eq!(engine.state(Key(1)).unwrap().unwrap().0.sum, 1000 * EVENTS);
+    assert_eq!(engine.state(Key(1)).wait().unwrap().unwrap().0.sum, 1000 * EVENTS);
     let past = engine.state_at(Key(1), Version(77)).unwrap();
     assert_eq!((past.state.sum, past.applied), (77_000, 77), "the snapshots are skipped");
 }
@@ -196,7 +196,7 @@ fn states_of_another_layout_whose_events_are_freed_need_an_upgrade() {
     let refused = open::<Plain>(&storage, config(Some(2)));
     let Err(OpenError::StateLayout { stored: 16, declared: 8, .. }) = refused else { panic!("{refused:?}") };
     let engine = open::<Raised>(&storage, config(Some(2))).unwrap();
-    assert_eq!(engine.state(Key(2)).unwrap().unwrap().0, Raised { sum: 1000 * EVENTS });
+    assert_eq!(engine.state(Key(2)).wait().unwrap().unwrap().0, Raised { sum: 1000 * EVENTS });
 }
 
 #[test]
@@ -257,7 +257,7 @@ fn an_event_whose_archive_is_longer_than_its_value_is_measured_when_it_is_publis
     assert_eq!(batch.len(), 2, "the refused event and those after it stay in the batch");
     shared.publish(Key(1), short).wait().unwrap();
     engine.flush(soon()).unwrap();
-    assert_eq!(engine.metrics().shards[0].appended, 3);
+    assert_eq!(engine.shard_metrics()[0].appended, 3);
     engine.shutdown(soon()).unwrap();
 }
 

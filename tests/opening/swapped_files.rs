@@ -158,7 +158,7 @@ fn bank(files: &Files, config: &Config, cents: u64, events: u64) -> (Files, Vec<
         client.send(Key(n % KEYS), Order::Deposit(cents + n)).wait().unwrap();
     }
     engine.checkpoint(soon()).unwrap();
-    let states = (0..KEYS).map(|key| engine.state(Key(key)).unwrap().unwrap().0).collect();
+    let states = (0..KEYS).map(|key| engine.state(Key(key)).wait().unwrap().unwrap().0).collect();
     engine.shutdown(soon()).unwrap();
     drop(engine);
     (storage.files(), states)
@@ -186,7 +186,7 @@ fn check_states(files: Files, config: &Config, states: &[Account], what: &str) -
         Err(error) => panic!("{what}: {error}"),
     };
     for (key, state) in (0..).map(Key).zip(states) {
-        let (held, version) = engine.state(key).unwrap().unwrap();
+        let (held, version) = engine.state(key).wait().unwrap().unwrap();
         assert_eq!(&held, state, "{what}: {key:?}");
         assert_eq!(&engine.state_at(key, version).unwrap().state, state, "{what}: {key:?}");
     }

@@ -250,7 +250,7 @@ fn check(engine: &Engine<Player>, expected: &[(u64, u16, GameEvent)]) {
         state.apply(event, *version);
     }
     for (key, (state, version)) in states {
-        assert_eq!(engine.state(Key(key)).unwrap(), Some((state, Version(version))), "key {key}");
+        assert_eq!(engine.state(Key(key)).wait().unwrap(), Some((state, Version(version))), "key {key}");
     }
 }
 

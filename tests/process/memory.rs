@@ -22,7 +22,7 @@ fn mappings() -> usize {
 /// Publishes until `segments` more segments are freed, from every kind of producer; most are created and dropped on the
 /// way.
 fn run(engine: &EventLog<Note>, segments: u64) {
-    let freed = || engine.metrics().shards[0].segments_freed;
+    let freed = || engine.shard_metrics()[0].segments_freed;
     let (target, end, mut n) = (freed() + segments, soon().unwrap(), 0);
     let shared = engine.shared_producer();
     while freed() < target {
@@ -35,7 +35,7 @@ fn run(engine: &EventLog<Note>, segments: u64) {
         }
         shared.publish(Key(n % 1000), Note::new(n)).with_receipt().wait().unwrap().appended().wait().unwrap();
         receipt.unwrap().appended().wait().unwrap();
-        assert!(engine.metrics().shards[0].failure.is_none());
+        assert!(engine.shard_metrics()[0].failure.is_none());
     }
     engine.flush(soon()).unwrap();
 }

@@ -167,7 +167,7 @@ fn the_kit_folds_events_as_an_engine_does() {
     let engine = Engine::<Witness>::open(os_cache(dir.path())).unwrap();
     let mut client = engine.client();
     commands().into_iter().for_each(|command| drop(client.send(Key(42), command).wait().unwrap()));
-    let (live, version) = engine.state(Key(42)).unwrap().unwrap();
+    let (live, version) = engine.state(Key(42)).wait().unwrap().unwrap();
     engine.shutdown(soon()).unwrap();
     assert_eq!(version, Version(4));
 

@@ -90,7 +90,7 @@ fn the_smallest_and_largest_keys_are_ordinary_keys() {
     let builder = Engine::<Heard>::builder(small("/s").snapshot_every(2)).faulty_storage(&storage);
     let engine = builder.view(&values).view(&best).open().unwrap();
     for key in KEYS {
-        let (state, version) = engine.state(key).unwrap().unwrap();
+        let (state, version) = engine.state(key).wait().unwrap().unwrap();
         assert_eq!((state.events, version.0), (3, 3), "{key}");
         for version in 0..=3 {
             assert_eq!(engine.state_at(key, Version(version)).unwrap().state.events, version, "{key}");
@@ -171,7 +171,7 @@ fn idempotency_keys_and_expected_versions_have_no_special_values() {
             let rejected = client.send(Key(2), Order::Withdraw(id + u64::from(id == 0))).once(id).wait();
             assert!(matches!(rejected, Err(CommandError::Rejected(Refused::NotEnough { .. }))), "{rejected:?}");
         }
-        let state = engine.state(Key(1)).unwrap().unwrap().0;
+        let state = engine.state(Key(1)).wait().unwrap().unwrap().0;
         assert_eq!(state.cents, 30, "each deposit counts once");
         let refused = client.send(Key(1), Order::Deposit(1)).expect(ExpectedVersion::Exact(Version(u64::MAX))).wait();
         assert!(matches!(refused, Err(CommandError::WrongVersion { .. })), "{refused:?}");

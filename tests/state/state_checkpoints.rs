@@ -50,7 +50,7 @@ fn a_checkpoint_written_while_events_are_appended_gives_the_right_states() {
             }
             stop.store(true, Ordering::SeqCst);
         });
-        let live: Vec<_> = (0..KEYS + 500).map(|key| engine.state(Key(key)).unwrap()).collect();
+        let live: Vec<_> = (0..KEYS + 500).map(|key| engine.state(Key(key)).wait().unwrap()).collect();
         if durability == Durability::OsCache {
             cut_everywhere(&storage.files(), config);
         }
@@ -64,7 +64,7 @@ fn a_checkpoint_written_while_events_are_appended_gives_the_right_states() {
         for disk in disks {
             let again = open(&disk, config());
             for (key, live) in (0..).zip(&live) {
-                assert_eq!(&again.state(Key(key)).unwrap(), live, "key {key}");
+                assert_eq!(&again.state(Key(key)).wait().unwrap(), live, "key {key}");
             }
             assert!(again.compare().unwrap().differing.is_empty());
             again.shutdown(soon()).unwrap();
@@ -93,7 +93,7 @@ fn a_checkpoint_beyond_the_end_of_the_log_is_not_used() {
     let mut states = vec![Account::default()];
     for n in 1..=60 {
         client.send(Key(1), Order::Deposit(n)).wait().unwrap();
-        states.push(engine.state(Key(1)).unwrap().unwrap().0);
+        states.push(engine.state(Key(1)).wait().unwrap().unwrap().0);
         if n % 20 == 0 {
             engine.checkpoint(soon()).unwrap();
         }
@@ -108,7 +108,7 @@ fn a_checkpoint_beyond_the_end_of_the_log_is_not_used() {
         // The machine restarts, so unsynced bytes may be lost.
         disk.crash(Unsynced::Lost);
         let again = open(&disk, os_cache("/s").snapshot_every(3));
-        let version = again.state(Key(1)).unwrap().map_or(0, |(_, version)| version.get());
+        let version = again.state(Key(1)).wait().unwrap().map_or(0, |(_, version)| version.get());
         assert!(version >= seen, "a longer log has an earlier version: {version} after {seen}");
         assert!((from - 4096) / 64 >= version as usize, "{version} events in {} bytes", from - 4096);
         seen = version;
@@ -133,7 +133,7 @@ fn a_torn_command_is_kept_whole_with_its_outcome_or_not_at_all() {
     client.send(Key(1), Order::Deposit(100)).wait().unwrap();
     let begin = engine.shard_metrics()[0].appended_to.get() as usize;
     client.send(Key(1), Order::Notes { count: 3, bytes: 100 }).once(5).wait().unwrap();
-    let done = engine.state(Key(1)).unwrap().unwrap();
+    let done = engine.state(Key(1)).wait().unwrap().unwrap();
     assert_eq!(done.1, Version(4));
     let files = storage.files();
     let (path, end) = last_segment(&files, engine.shard_metrics()[0].appended_to.get());
@@ -141,7 +141,7 @@ fn a_torn_command_is_kept_whole_with_its_outcome_or_not_at_all() {
         let mut cut = files.clone();
         cut.get_mut(&path).unwrap()[from..].fill(0);
         let again = open(&FaultyStorage::with_files(cut), os_cache("/s").snapshot_every(1));
-        let (state, version) = again.state(Key(1)).unwrap().unwrap();
+        let (state, version) = again.state(Key(1)).wait().unwrap().unwrap();
         let is_whole = from >= end;
         assert_eq!(version, if is_whole { Version(4) } else { Version(1) }, "cut at {from} of {begin}..{end}");
         let mut reader = again.reader(corelane::ShardId(0));
@@ -153,7 +153,7 @@ fn a_torn_command_is_kept_whole_with_its_outcome_or_not_at_all() {
         assert_eq!((state.cents, state.notes), (100, version.get() - 1));
         let outcome = again.client().send(Key(1), Order::Notes { count: 3, bytes: 100 }).once(5).wait().unwrap();
         assert_eq!((outcome.version, outcome.repeated), (Version(4), is_whole), "cut at {from}");
-        assert_eq!(again.state(Key(1)).unwrap().unwrap().0.notes, 3);
+        assert_eq!(again.state(Key(1)).wait().unwrap().unwrap().0.notes, 3);
         assert_eq!(again.state_at(Key(1), Version(4)).unwrap().state.notes, 3);
     }
 }

@@ -4,32 +4,15 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::common::bank::{Account, Money, Order};
-use crate::common::{SEGMENT, settle, small, soon};
+use crate::common::{ArchivedSaid, SEGMENT, Said, settle, small, soon};
 use corelane::testing::{FaultyStorage, Unsynced};
 use corelane::{
-    Aggregate, Bounded, CommandError, Config, Durability, Emit, Engine, Event, EventType, EventTypeId, Key, Meta,
-    Retention, Time, Version, WaitError,
+    Aggregate, Bounded, CommandError, Config, Durability, Emit, Engine, Key, Meta, Retention, Time, Version, WaitError,
 };
 use rkyv::{Archive, Deserialize, Serialize};
 
 fn open(storage: &FaultyStorage, config: Config) -> Engine<Account> {
     Engine::<Account>::builder(config).faulty_storage(storage).open().unwrap()
-}
-
-/// An event with its own time, which need not rise.
-#[derive(Archive, Serialize, Deserialize, Bounded, Debug, Clone)]
-struct Said {
-    at: u64,
-}
-
-impl Event for Said {
-    const TYPES: &'static [EventType] = &[EventType::new(1, "said", 1)];
-    fn event_type(&self) -> EventTypeId {
-        EventTypeId(1)
-    }
-    fn time(&self) -> Option<Time> {
-        Some(Time(self.at))
-    }
 }
 
 #[derive(Archive, Serialize, Deserialize, Bounded, Debug, Clone, Default, PartialEq)]
@@ -79,6 +62,28 @@ fn a_state_at_a_time_is_right_even_if_times_do_not_rise() {
             assert_eq!(past.state.0, times[..until], "at {time}, every {every}, restarts {restarts}");
         }
     }
+}
+
+#[test]
+fn the_state_at_the_end_of_a_millisecond_includes_every_event_of_it() {
+    let storage = FaultyStorage::new();
+    let engine = Engine::<Times>::builder(small("/s")).faulty_storage(&storage).open().unwrap();
+    let ms = 1_280_526_901_009;
+    let times = [Time::unix_ms(ms), Time::new(Time::unix_ms(ms).get() + 333_333), Time::end_of_ms(ms)];
+    let mut producer = engine.producer();
+    for time in times.into_iter().chain([Time::unix_ms(ms + 1)]) {
+        producer.publish(Key(1), Said { at: time.get() }).unwrap();
+    }
+    let events_at = |time| engine.state_at(Key(1), time).unwrap().state.0.len();
+    engine.flush(soon()).unwrap();
+    assert_eq!([Time::end_of_ms(ms - 1), Time::unix_ms(ms), Time::end_of_ms(ms)].map(events_at), [0, 1, 3]);
+    assert_eq!([Time::end_of_ms(ms + 1), Time::end_of_ms(u64::MAX)].map(events_at), [4, 4]);
+    let mut between = engine.events_between(Time::unix_ms(ms), Time::unix_ms(ms + 1));
+    let mut found = 0;
+    while between.next().unwrap().is_some() {
+        found += 1;
+    }
+    assert_eq!(found, 3);
 }
 
 #[test]
@@ -148,7 +153,7 @@ fn a_checkpoint_that_omits_a_too_large_state_fails() {
     engine.shutdown(soon()).unwrap();
     drop(engine);
     let engine = open();
-    assert_eq!(engine.state(Key(1)).unwrap().unwrap().0.0.len(), 40 << 20);
+    assert_eq!(engine.state(Key(1)).wait().unwrap().unwrap().0.0.len(), 40 << 20);
     // A checkpoint succeeds when the state is small again.
     let mut producer = engine.producer();
     producer.publish(Key(1), Said { at: 5 }).unwrap();
@@ -194,7 +199,7 @@ fn events_emitted_before_a_rejection_are_not_appended() {
         let rejected = client.send(Key(1), ()).once(7).wait();
         assert!(matches!(rejected, Err(CommandError::Rejected(()))), "{rejected:?}");
     }
-    assert_eq!(engine.state(Key(1)).unwrap(), None);
+    assert_eq!(engine.state(Key(1)).wait().unwrap(), None);
     drop(client);
     engine.shutdown(soon()).unwrap();
     drop(engine);
@@ -256,7 +261,7 @@ fn a_checkpoint_of_events_lost_in_a_power_cut_is_forgotten_for_good() {
     // The machine restarts.
     disk.crash(Unsynced::Lost);
     let other = open(&disk, config());
-    assert_eq!(other.state(Key(0)).unwrap().unwrap().1, Version(100));
+    assert_eq!(other.state(Key(0)).wait().unwrap().unwrap().1, Version(100));
     // Other events take the offsets of the lost ones and continue beyond them.
     let mut producer = other.producer();
     for _ in 0..150 {
@@ -267,7 +272,7 @@ fn a_checkpoint_of_events_lost_in_a_power_cut_is_forgotten_for_good() {
     drop(other);
     let again = open(&disk, config());
     assert!(again.recovery().shards[0].end.get() > end);
-    let (state, version) = again.state(Key(0)).unwrap().unwrap();
+    let (state, version) = again.state(Key(0)).wait().unwrap().unwrap();
     assert_eq!((state.cents, version), (100 * 101 / 2 + 150 * 7, Version(250)));
     assert!(again.compare().unwrap().differing.is_empty());
 }

@@ -36,7 +36,7 @@ fn store(keeps: Option<u64>) -> (Files, Vec<Vec<Account>>) {
             for key in 0..KEYS {
                 let order = if n % 3 == 0 { Order::Deposit(n) } else { Order::Notes { count: 1, bytes } };
                 client.send(Key(key), order).once(1000 * round + n + 1).wait().unwrap();
-                states[key as usize].push(engine.state(Key(key)).unwrap().unwrap().0);
+                states[key as usize].push(engine.state(Key(key)).wait().unwrap().unwrap().0);
             }
             if n % 13 == 7 {
                 engine.checkpoint(soon()).unwrap();
@@ -61,7 +61,7 @@ fn check_versions(files: Files, keeps: Option<u64>, states: &[Vec<Account>], wha
     };
     for (key, states) in (0..).zip(states) {
         let newest = states.len() as u64 - 1;
-        let (state, version) = engine.state(Key(key)).unwrap().unwrap();
+        let (state, version) = engine.state(Key(key)).wait().unwrap().unwrap();
         assert_eq!((&state, version.get()), (&states[newest as usize], newest), "{what}: key {key}");
         for version in 0..=newest {
             match engine.state_at(Key(key), Version(version)) {
@@ -201,7 +201,7 @@ fn check_wide<const UPGRADES: bool>(engine: &Engine<Wide<UPGRADES>>, states: &[V
     let mut found = 0;
     for (key, states) in (0..).zip(states) {
         let newest = states.len() as u64 - 1;
-        assert_eq!(engine.state(Key(key)).unwrap().unwrap().0, states[newest as usize].clone().into());
+        assert_eq!(engine.state(Key(key)).wait().unwrap().unwrap().0, states[newest as usize].clone().into());
         for version in 0..=newest {
             match engine.state_at(Key(key), Version(version)) {
                 Ok(past) => {
@@ -252,7 +252,7 @@ fn states_of_an_older_layout_without_their_events_are_upgraded_or_refused() {
     assert!(matches!(refused, Err(OpenError::StatesLost { .. })), "{refused:?}");
     // The refused store is unchanged.
     let engine = open::<Account>(&storage, config(Some(2))).unwrap();
-    assert_eq!(engine.state(Key(1)).unwrap().unwrap().0, *states[1].last().unwrap());
+    assert_eq!(engine.state(Key(1)).wait().unwrap().unwrap().0, *states[1].last().unwrap());
 }
 
 #[test]

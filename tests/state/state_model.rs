@@ -282,7 +282,7 @@ impl World {
         self.epoch += 1;
         let engine = self.engine.as_ref().unwrap();
         for (key, known) in (0..).zip(&mut self.keys) {
-            let version = engine.state(Key(key)).unwrap().map_or(0, |(_, version)| version.get() as usize);
+            let version = engine.state(Key(key)).wait().unwrap().map_or(0, |(_, version)| version.get() as usize);
             assert!(version >= known.durable, "key {key}: {version} of {} durable events", known.durable);
             assert!(version <= known.version(), "key {key}: invented events");
             assert!(version == 0 || !known.inside[version - 1], "key {key}: {version} is inside a command");
@@ -298,7 +298,7 @@ impl World {
     fn check_key(&self, key: u64) {
         let (engine, known) = (self.engine(), &self.keys[key as usize]);
         let newest = known.version() as u64;
-        let live = engine.state(Key(key)).unwrap();
+        let live = engine.state(Key(key)).wait().unwrap();
         assert_eq!(live.as_ref().map(|(_, version)| version.get()), (newest > 0).then_some(newest));
         assert_eq!(&live.map_or(Account::default(), |(state, _)| state), known.now(), "key {key}, live");
         let (rebuilt, version) = engine.rebuild(Key(key)).unwrap();

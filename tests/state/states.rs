@@ -143,7 +143,7 @@ fn opening_from_the_newest_checkpoint_gives_the_same_states() {
     let engine = open(config());
     assert_eq!(engine.recovery().events(), 20 * 300 + 25 * 20);
     for key in 0..20 {
-        let (state, version) = engine.state(Key(key)).unwrap().unwrap();
+        let (state, version) = engine.state(Key(key)).wait().unwrap().unwrap();
         assert_eq!((state.cents, version), (sum(320), Version(320)));
     }
     let comparison = engine.compare().unwrap();
@@ -173,8 +173,8 @@ fn retention_frees_only_events_whose_states_are_saved_and_history_reports_its_ea
             std::thread::sleep(std::time::Duration::from_millis(1));
         }
         let newest = until - 1;
-        assert_eq!(engine.state(Key(8)).unwrap().unwrap().0.cents, sum(5), "a key whose events are all freed");
-        assert_eq!(engine.state(Key(3)).unwrap().unwrap().0.cents, sum(newest));
+        assert_eq!(engine.state(Key(8)).wait().unwrap().unwrap().0.cents, sum(5), "a key whose events are all freed");
+        assert_eq!(engine.state(Key(3)).wait().unwrap().unwrap().0.cents, sum(newest));
         let gone = engine.state_at(Key(3), Version(3));
         let Err(HistoryError::BeyondRetention { earliest, .. }) = gone else { panic!("{gone:?}") };
         for version in earliest.get()..=newest {
@@ -192,7 +192,7 @@ fn retention_frees_only_events_whose_states_are_saved_and_history_reports_its_ea
     // New events of the old key continue its version.
     let engine = open(config());
     deposit(&engine, 9, 6, 7);
-    let (_, version) = engine.state(Key(8)).unwrap().unwrap();
+    let (_, version) = engine.state(Key(8)).wait().unwrap().unwrap();
     assert_eq!(version, Version(6));
 }
 
@@ -239,7 +239,7 @@ fn damaged_snapshots_are_skipped_and_reported() {
         }
     }
     let engine = open(config());
-    assert_eq!(engine.state(Key(0)).unwrap().unwrap().0.cents, sum(300));
+    assert_eq!(engine.state(Key(0)).wait().unwrap().unwrap().0.cents, sum(300));
     assert!(engine.snapshot_stats().unreadable > 0);
     for version in [5, 150, 155, 299, 300] {
         assert_eq!(engine.state_at(Key(0), Version(version)).unwrap().state.cents, sum(version));
@@ -267,7 +267,7 @@ fn snapshots_of_events_lost_in_a_power_cut_are_forgotten() {
         files.extend(cut.into_iter().filter(|(path, _)| path.extension().is_none_or(|extension| extension != "snp")));
         let disk = FaultyStorage::with_files(files);
         let engine = Engine::<Account>::builder(config()).faulty_storage(&disk).open().unwrap();
-        assert_eq!(engine.state(Key(0)).unwrap().unwrap().1, Version(100));
+        assert_eq!(engine.state(Key(0)).wait().unwrap().unwrap().1, Version(100));
         // Other events take the offsets of the lost ones.
         let mut producer = engine.producer();
         for _ in 0..100 {
@@ -304,7 +304,7 @@ fn no_segment_is_freed_while_no_checkpoint_can_be_written() {
     storage.refuse_side_files(false);
     let engine = open();
     for key in 0..5 {
-        assert_eq!(engine.state(Key(key)).unwrap().unwrap().0.cents, sum(1500));
+        assert_eq!(engine.state(Key(key)).wait().unwrap().unwrap().0.cents, sum(1500));
     }
 }
 

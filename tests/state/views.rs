@@ -78,7 +78,7 @@ impl Views {
 }
 
 fn states(engine: &Engine<Account>) -> BTreeMap<u64, Account> {
-    (0..KEYS).filter_map(|key| Some((key, engine.state(Key(key)).unwrap()?.0))).collect()
+    (0..KEYS).filter_map(|key| Some((key, engine.state(Key(key)).wait().unwrap()?.0))).collect()
 }
 
 /// Publishes events and sends commands. Returns the number of events.
@@ -159,7 +159,7 @@ fn an_event_whose_receipt_is_appended_is_in_every_view() {
         let (x, y) = place(&account);
         assert!(views.area.within(x, y, 0.5).iter().any(|found| found.key == key));
         // The shard itself returns the same state.
-        assert_eq!(engine.state(key).unwrap().unwrap().0, account);
+        assert_eq!(engine.state(key).wait().unwrap().unwrap().0, account);
     }
 }
 

@@ -47,7 +47,7 @@ fn a_publish_that_is_dropped_while_it_waits_publishes_nothing_and_loses_no_wake_
     let producer = engine.shared_producer();
     let (go, gone) = std::sync::mpsc::channel::<()>();
     let (stopped_tx, stopped) = std::sync::mpsc::channel();
-    let mut asked = Box::pin(engine.ask_async(Key(1), move |_, _| {
+    let mut asked = Box::pin(engine.ask(Key(1), move |_, _| {
         stopped_tx.send(()).unwrap();
         gone.recv().unwrap_err();
     }));
@@ -104,7 +104,7 @@ fn a_shutdown_refuses_the_waiting_tasks_and_keeps_what_was_accepted() {
     let engine = Arc::new(open_on(&storage, os_cache("/s").ring_capacity(2)).unwrap());
     let producer = engine.shared_producer();
     let (go, gone) = std::sync::mpsc::channel::<()>();
-    let mut asked = Box::pin(engine.ask_async(Key(1), move |_, _| gone.recv().unwrap_err()));
+    let mut asked = Box::pin(engine.ask(Key(1), move |_, _| gone.recv().unwrap_err()));
     assert!(crate::common::poll_once(&mut asked).is_none());
     let (said_tx, said) = std::sync::mpsc::channel();
     let mut tasks: Vec<_> = (0..20_u64)

@@ -20,12 +20,10 @@ fn open(config: Config) -> Engine<Account> {
 fn stop_shard(engine: &Engine<Account>, key: Key) -> Sender<()> {
     let (go, gone) = channel::<()>();
     let (stopped_tx, stopped) = channel();
-    let asked = Box::pin(engine.ask_async(key, move |_, _| {
+    let mut asked = Box::pin(engine.ask(key, move |_, _| {
         stopped_tx.send(()).unwrap();
         gone.recv().unwrap_err();
     }));
-    // The shard runs the question although nothing waits for its answer.
-    let mut asked = asked;
     assert!(poll_once(&mut asked).is_none());
     stopped.recv().unwrap();
     go
@@ -54,7 +52,7 @@ fn ten_thousand_tasks_publish_and_command_at_once() {
         });
         run(threads, tasks.collect::<Vec<_>>());
         for n in 0..10_000 {
-            let (state, version) = engine.state(Key(n)).unwrap().unwrap();
+            let (state, version) = engine.state(Key(n)).wait().unwrap().unwrap();
             assert_eq!((state.cents, version), (0, Version(4)), "key {n}");
         }
         engine.shutdown(soon()).unwrap();
@@ -114,7 +112,7 @@ fn a_command_dropped_before_it_is_sent_is_not_carried_out_and_the_next_caller_ge
     let outcome = block_on(async { second.await.unwrap().await }).unwrap();
     assert_eq!(outcome.version, Version(3));
     drop(in_flight);
-    assert_eq!(engine.state(key).unwrap().unwrap().0.cents, 12);
+    assert_eq!(engine.state(key).wait().unwrap().unwrap().0.cents, 12);
     until("no waker is left", || waker.wakers() == 0);
 }
 
@@ -200,7 +198,7 @@ fn a_shutdown_ends_every_wait() {
     assert!(said.iter().flat_map(|said| said.as_ref().err()).all(|error| error.contains("Closed")), "{said:?}");
     drop(engine);
     let engine = open(small(dir.path()).ring_capacity(4));
-    let (_, version) = engine.state(Key(1)).unwrap().unwrap();
+    let (_, version) = engine.state(Key(1)).wait().unwrap().unwrap();
     assert_eq!(version.0, carried_out as u64, "a command is carried out exactly if it was answered so");
     assert!(matches!(client.send(Key(1), Order::Nothing).wait(), Err(CommandError::NotSent(RejectedReason::Closed))));
 }

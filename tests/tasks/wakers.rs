@@ -56,7 +56,7 @@ fn an_engine_that_is_dropped_while_a_waker_blocks_closes_when_it_returns() {
     let dir = tempfile::tempdir().unwrap();
     let engine = EventLog::<Note>::open(small(dir.path())).unwrap();
     let (go, waker) = blocking();
-    let mut asked = Box::pin(engine.ask_async(Key(1), |_, _| std::thread::sleep(Duration::from_millis(50))));
+    let mut asked = Box::pin(engine.ask(Key(1), |_, _| std::thread::sleep(Duration::from_millis(50))));
     assert!(asked.as_mut().poll(&mut Context::from_waker(&waker)).is_pending());
     std::thread::sleep(Duration::from_millis(100));
     drop(asked);

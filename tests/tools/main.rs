@@ -8,4 +8,5 @@ mod dlq;
 mod dump;
 mod live_tools;
 mod tool_edges;
+mod typed;
 mod verify;

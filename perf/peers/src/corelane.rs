@@ -138,7 +138,7 @@ impl Peer for Corelane {
 
     fn balance_cents(&mut self, account: u64) -> u64 {
         let open = self.open.as_ref().expect("there was a run");
-        open.engine.ask(Key::new(account), |state, _| state.cents).expect("the engine runs")
+        open.engine.ask(Key::new(account), |state, _| state.cents).wait().expect("the engine runs")
     }
 
     fn refuses(&mut self, account: u64, deposit_cents: u64) -> bool {

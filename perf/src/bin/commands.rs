@@ -112,7 +112,7 @@ fn main() -> Result<()> {
 
     let mut total = 0;
     for account in 0..ACCOUNTS {
-        total += engine.ask(Key::new(account), |state, _| state.cents)?;
+        total += engine.ask(Key::new(account), |state, _| state.cents).wait()?;
     }
     let expected = 1 + ONE_AT_A_TIME + (0..commands).map(|i| 1 + i % 100).sum::<u64>();
     ensure!(total == expected, "the accounts hold {total} cents instead of {expected}");

@@ -49,7 +49,7 @@ use crate::sync::{AtomicU64, Ordering, SeqLock};
 /// engine.producer().publish(Key(7), Scored { points: 3 })?;
 /// engine.flush(Deadline::NEVER)?;
 /// // The shard answers between two batches, when it has published the views.
-/// engine.state(Key(7))?;
+/// engine.state(Key(7)).wait()?;
 /// assert_eq!(points.get(Key(7))?, Some(3));
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```

@@ -53,7 +53,7 @@ use crate::sync::{AtomicU64, Ordering, SeqLock};
 /// }
 /// engine.flush(Deadline::NEVER)?;
 /// // The shard answers between two batches, when it has published the views.
-/// engine.state(Key(7))?;
+/// engine.state(Key(7)).wait()?;
 /// let keys: Vec<Key> = best.top(2).into_iter().map(|ranked| ranked.key).collect();
 /// assert_eq!(keys, [Key(8), Key(9)]);
 /// # Ok::<(), Box<dyn std::error::Error>>(())

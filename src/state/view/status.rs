@@ -51,7 +51,7 @@ use crate::sync::{AtomicU64, Ordering, SeqLock};
 /// producer.publish(Key(7), Session::Left)?;
 /// engine.flush(Deadline::NEVER)?;
 /// // The shard answers between two batches, when it has published the views.
-/// engine.state(Key(7))?;
+/// engine.state(Key(7)).wait()?;
 /// assert_eq!((server.get().online, server.get().total), (1, 2));
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```

@@ -59,7 +59,7 @@ use part::Players;
 /// producer.publish(Key(8), Moved { x: 900.0, y: 100.0 })?;
 /// engine.flush(Deadline::NEVER)?;
 /// // The shard answers between two batches, when it has published the views.
-/// engine.state(Key(7))?;
+/// engine.state(Key(7)).wait()?;
 /// let near = area.within(510.0, 500.0, 50.0);
 /// assert_eq!((near.len(), near[0].key), (1, Key(7)));
 /// # Ok::<(), Box<dyn std::error::Error>>(())
