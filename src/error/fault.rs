@@ -18,6 +18,32 @@ pub(crate) enum Fault {
     Neither,
 }
 
+/// The two questions that say [whose fault](corelane::error#whose-fault) an error is, for code that treats the errors of
+/// several calls alike. Each of these errors also has the two functions as its own.
+///
+/// ```
+/// use corelane::error::{HistoryError, WaitError, WhoseFault};
+///
+/// /// The HTTP status for an error.
+/// fn status(error: &impl WhoseFault) -> u16 {
+///     match (error.is_client_error(), error.is_retryable()) {
+///         (true, _) => 422,
+///         (_, true) => 503,
+///         _ => 500,
+///     }
+/// }
+///
+/// assert_eq!(status(&WaitError::TimedOut), 503);
+/// assert_eq!(status(&HistoryError::Wait(WaitError::Closed)), 500);
+/// ```
+pub trait WhoseFault {
+    /// Returns `true` if the request itself is at fault, which an HTTP server answers with a 4xx status.
+    fn is_client_error(&self) -> bool;
+    /// Returns `true` if a passing condition is at fault, which an HTTP server answers with 503: the same call may
+    /// succeed later, and repeating it does no harm.
+    fn is_retryable(&self) -> bool;
+}
+
 /// Gives an error the two public questions, answered by its `fault`.
 macro_rules! says_whose_fault {
     ($name:ident $(<$generic:ident>)?) => {
@@ -36,6 +62,16 @@ macro_rules! says_whose_fault {
             #[must_use]
             pub fn is_retryable(&self) -> bool {
                 self.fault() == $crate::error::fault::Fault::Passing
+            }
+        }
+
+        impl $(<$generic>)? $crate::error::WhoseFault for $name $(<$generic>)? {
+            fn is_client_error(&self) -> bool {
+                self.is_client_error()
+            }
+
+            fn is_retryable(&self) -> bool {
+                self.is_retryable()
             }
         }
     };

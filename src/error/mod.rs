@@ -2,7 +2,8 @@
 //!
 //! # Whose fault
 //!
-//! The errors that a server's handler meets answer two questions. At most one of them is answered with yes:
+//! The errors that a server's handler meets answer two questions, each with functions of its own and through the trait
+//! [`WhoseFault`]. At most one of them is answered with yes:
 //!
 //! | | means | HTTP |
 //! |---|---|---|
@@ -47,6 +48,7 @@ pub use code_panic::{CodePanic, PanickedEvent};
 pub(crate) use code_panic::{guard, panic_text};
 pub use config::ConfigError;
 pub use failure::{FailureCause, ShardFailure};
+pub use fault::WhoseFault;
 pub(crate) use fault::is_exhausted;
 pub use gate::{GateError, GateOpenError};
 pub use open::OpenError;
