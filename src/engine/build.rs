@@ -255,7 +255,7 @@ impl Context<'_> {
 impl Links {
     /// Makes the links of a shard whose newest checkpoint covers its log up to `covered`.
     fn new(log: &Arc<ShardLog>, covered: Offset) -> Self {
-        let checkpoints = Arc::new(CheckpointRequests::new(covered));
+        let checkpoints = Arc::new(CheckpointRequests::new(covered, &log.notifier));
         let door = Arc::new(ShardDoor {
             log: Arc::clone(log),
             signal: Arc::new(Signal::new()),

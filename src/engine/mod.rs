@@ -21,6 +21,7 @@ mod build;
 mod builder;
 mod closing;
 mod consumers;
+mod flush;
 mod gate_holds;
 mod gated;
 mod handle;
@@ -46,7 +47,6 @@ use crate::ingress::gated::OpenGates;
 use crate::ingress::producer::Producer;
 use crate::ingress::shared::SharedProducer;
 use crate::lane::counts::LaneShared;
-use crate::lane::flush::flush_shard;
 use crate::lane::requests::KeeperRequests;
 use crate::lane::shared::SharedLane;
 use crate::log::position::Position;
@@ -56,7 +56,7 @@ use crate::recovery::report::RecoveryReport;
 use crate::shard::LaneEnd;
 use crate::state::aggregate::{Aggregate, Stateless};
 use crate::storage::{Lock, Storage};
-use crate::sync::{Deadline, Mutex, Ordering, lock, may_wait, nap};
+use crate::sync::{Deadline, Mutex, lock, may_wait, nap};
 pub use builder::Builder;
 use closing::Closing;
 pub use consumers::PublishSyncError;
@@ -268,42 +268,6 @@ impl<A: Aggregate> Engine<A> {
         // A position in a shard that this store does not have is from another store, which any shard's log reports.
         let log = &self.shards[usize::from(shard.0).min(shards - 1)].door.log;
         position.reader(log, &self.lock)
-    }
-
-    /// Waits until everything accepted before this call is appended and durable, in every durability mode. Whatever the
-    /// events depend on becomes durable first: if retention has freed events in `OsCache` mode, this is the checkpoint
-    /// that stands for them. If a shard fails, the others are still flushed.
-    ///
-    /// # Errors
-    /// `ShardFailed` with the failure of the first shard that failed; `TimedOut` at `deadline`.
-    pub fn flush(&self, deadline: impl Into<Deadline>) -> Result<(), WaitError> {
-        let deadline = deadline.into().instant();
-        let accepted: Vec<_> = self
-            .shards
-            .iter()
-            .map(|shard| {
-                let lanes = shard.door.lanes.all().into_iter();
-                lanes
-                    .map(|lane| {
-                        let published = lane.published.load(Ordering::SeqCst);
-                        (lane, published)
-                    })
-                    .collect::<Vec<_>>()
-            })
-            .collect();
-        // Start every sync now: this call then waits for the slowest shard, not for the sum.
-        self.shards.iter().for_each(|shard| shard.syncer.flush(shard.door.log.appended.get()));
-        let mut outcome = Ok(());
-        for (shard, lanes) in self.shards.iter().zip(accepted) {
-            // Every shard is flushed, even after one has failed. A failure takes precedence over a deadline.
-            match flush_shard(&shard.door, &shard.syncer, lanes, deadline) {
-                Err(failed @ WaitError::ShardFailed(_)) if !matches!(outcome, Err(WaitError::ShardFailed(_))) => {
-                    outcome = Err(failed);
-                }
-                flushed => outcome = outcome.and(flushed),
-            }
-        }
-        outcome
     }
 
     /// Returns all counters as they are now, and the histograms as far as their threads have handed them over by

@@ -54,7 +54,7 @@ pub(crate) use lock::lock_until;
 pub(crate) use notifier::{Notifier, wake};
 #[cfg(not(loom))]
 pub(crate) use promise::{
-    GaveUp, Keeping, Promise, block_on, block_own, block_until, promise, promise_of_shard, thread_waker,
+    GaveUp, Keeping, Promise, block_on, block_own, block_until, promise, promise_of_shard, thread_waker, until,
 };
 pub(crate) use role::{Role, may_wait, role, take_role};
 pub(crate) use seed::{Keyed, keyed, plant};

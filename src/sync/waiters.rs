@@ -134,6 +134,9 @@ impl WaiterList {
 
 // A waker is application code, whose clone and drop may call the engine: both happen outside the lock.
 impl Registration {
+    /// No place.
+    pub(crate) const NONE: Self = Self(None);
+
     fn enter(&mut self, list: &Arc<WaiterList>, target: u64, waker: &Waker) {
         if !self.is_in(list, target) {
             self.leave();
