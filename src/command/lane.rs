@@ -6,7 +6,9 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::outcome::{CommandError, ExpectedVersion, Outcome};
+use super::expected::ExpectedVersion;
+use super::named::{Expected, NamedKey, NamedKeys};
+use super::outcome::{CommandError, Outcome};
 use crate::clock::Nanos;
 use crate::error::{Rejected, WaitError};
 use crate::event::{EventTypeId, Key, KeyHash, Version};
@@ -25,10 +27,11 @@ const PREFETCH_COMMANDS: usize = 8;
 /// One command in a lane.
 #[derive(Debug)]
 pub(crate) struct CommandSlot<C> {
+    /// The key, or the first of several.
     pub(crate) key: Key,
     pub(crate) hash: KeyHash,
     pub(crate) published: Nanos,
-    pub(crate) expected: ExpectedVersion,
+    pub(crate) expected: Expected,
     pub(crate) idempotency: Option<u64>,
     pub(crate) command: C,
 }
@@ -39,12 +42,46 @@ pub(crate) type Question<A> = Box<dyn FnOnce(&KeyTable<A>) + Send>;
 /// A shard's reply to a command.
 #[derive(Debug)]
 pub(crate) enum Reply<R> {
-    Done { version: Version, events: u32, repeated: bool },
+    Done {
+        version: Version,
+        events: u32,
+        repeated: bool,
+    },
     Rejected(R),
     WrongVersion(Version),
-    TooLarge { bytes_max: usize },
+    TooLarge {
+        bytes_max: usize,
+    },
     UndeclaredType(EventTypeId),
     Panicked(String),
+    ForeignKey(Key),
+    NotSupported,
+    /// A command for several keys was carried out.
+    DoneEach(Box<NamedKeys>),
+    /// One of several keys, at this index, has another version than the one expected.
+    WrongVersionOf(usize, Box<NamedKeys>),
+}
+
+impl<R> Reply<R> {
+    /// Returns the number of events that the command has appended; `None` if it was not carried out, or is a repeat.
+    #[inline]
+    pub(crate) fn appended(&self) -> Option<u32> {
+        match self {
+            Self::Done { events, repeated: false, .. } => Some(*events),
+            Self::DoneEach(named) if !named.repeated => Some(named.events),
+            _ => None,
+        }
+    }
+
+    /// Returns `true` for the outcome of an earlier command that was carried out.
+    #[inline]
+    pub(crate) fn is_repeat(&self) -> bool {
+        match self {
+            Self::Done { repeated, .. } => *repeated,
+            Self::DoneEach(named) => named.repeated,
+            _ => false,
+        }
+    }
 }
 
 /// The shard's end of a client's lane.
@@ -198,21 +235,31 @@ impl<A: Aggregate> ClientLane<A> {
         };
         Some(match reply {
             Reply::Done { version, events, repeated } => {
-                Ok(Outcome { key: ticket.key, version, events, repeated, receipt })
+                Ok(Outcome { key: ticket.key, version, events, repeated, named: None, receipt })
             }
             Reply::Rejected(rejection) => Err(CommandError::Rejected(rejection)),
-            Reply::WrongVersion(found) => Err(CommandError::WrongVersion { expected, found }),
+            Reply::DoneEach(named) => Ok(Outcome::of_several(named, receipt)),
+            Reply::WrongVersion(found) => Err(CommandError::WrongVersion { key: ticket.key, expected, found }),
+            Reply::WrongVersionOf(at, named) => {
+                let NamedKey { key, expected, version: found, .. } = named.keys[at];
+                Err(CommandError::WrongVersion { key, expected, found })
+            }
             Reply::TooLarge { bytes_max } => Err(CommandError::TooLarge { bytes_max }),
             Reply::UndeclaredType(event_type) => Err(CommandError::UndeclaredType { event_type }),
             Reply::Panicked(text) => Err(CommandError::Panicked(text)),
+            Reply::ForeignKey(key) => Err(CommandError::ForeignKey { key }),
+            Reply::NotSupported => Err(CommandError::NotSupported),
         })
     }
 
     /// Puts back an answer that must not be given yet.
     pub(super) fn put_back(&mut self, ticket: &Ticket, claimed: Result<Outcome, CommandError<A::Rejection>>) {
         let Ok(outcome) = claimed else { return };
-        let Outcome { version, events, repeated, .. } = outcome;
-        let reply = Reply::Done { version, events, repeated };
+        let Outcome { version, events, repeated, named, .. } = outcome;
+        let reply = match named {
+            Some(named) => Reply::DoneEach(named),
+            None => Reply::Done { version, events, repeated },
+        };
         // A command that was carried out no longer needs its expected version.
         let expected = ExpectedVersion::Any;
         match self.open(ticket.number) {
@@ -244,7 +291,7 @@ impl<A: Aggregate> ClientLane<A> {
         }
         self.prefetch();
         let Some(inside) = self.shared.enter() else { return Err(self.door.refusal(command)) };
-        let expected = command.expected;
+        let expected = command.expected.of_one();
         match self.commands.push(command) {
             Ok(()) => {
                 self.sent += 1;

@@ -182,7 +182,8 @@ impl<A: Aggregate> Engine<A> {
             shard.door.signal.notify();
             (tx, shared, Arc::clone(&shard.door))
         });
-        Producer::new(lanes.collect(), self.clock.clone(), self.config.wait, self.config.event_bytes_max)
+        let (clock, router) = (self.clock.clone(), self.config.router());
+        Producer::new(lanes.collect(), clock, self.config.wait, self.config.event_bytes_max, router)
     }
 
     /// Returns an entry point that any number of threads may clone and share.
@@ -193,6 +194,7 @@ impl<A: Aggregate> Engine<A> {
             self.clock.clone(),
             self.config.wait,
             self.config.event_bytes_max,
+            self.config.router(),
         )
     }
 
@@ -213,7 +215,7 @@ impl<A: Aggregate> Engine<A> {
             shard.door.signal.notify();
             ClientLane::new(orders_tx, answers_rx, shared, Arc::clone(&shard.door))
         });
-        Client::new(lanes.collect(), self.clock.clone(), self.config.wait)
+        Client::new(lanes.collect(), self.clock.clone(), self.config.wait, self.config.router())
     }
 
     /// Returns a reader of a shard's log that starts at the earliest event held.
@@ -323,9 +325,15 @@ impl<A: Aggregate> Engine<A> {
         self.closing.close(deadline)
     }
 
+    /// Returns the shard that owns `key`.
+    #[must_use]
+    pub fn shard_of(&self, key: Key) -> ShardId {
+        self.config.shard_of(key)
+    }
+
     /// The shard that owns `key`.
     fn of(&self, key: Key) -> &Handle<A> {
-        &self.shards[usize::from(key.shard(self.config.shards).0)]
+        &self.shards[usize::from(self.shard_of(key).0)]
     }
 }
 

@@ -9,7 +9,7 @@ use crossbeam::queue::ArrayQueue;
 
 use crate::clock::{Clock, NOT_DUE};
 use crate::error::{Rejected, WaitError};
-use crate::event::{Event, Key};
+use crate::event::{Event, Key, Router};
 use crate::ingress::producer::Bounds;
 use crate::lane::counts::LaneShared;
 use crate::lane::door::ShardDoor;
@@ -75,6 +75,7 @@ pub struct SharedProducer<E: Event> {
     clock: Clock,
     wait: Wait,
     event_bytes_max: usize,
+    router: Router,
 }
 
 impl<E: Event> Clone for SharedProducer<E> {
@@ -84,6 +85,7 @@ impl<E: Event> Clone for SharedProducer<E> {
             clock: self.clock.clone(),
             wait: self.wait,
             event_bytes_max: self.event_bytes_max,
+            router: self.router,
         }
     }
 }
@@ -95,8 +97,14 @@ impl<E: Event> std::fmt::Debug for SharedProducer<E> {
 }
 
 impl<E: Event> SharedProducer<E> {
-    pub(crate) fn new(lanes: Arc<[Arc<SharedLane<E>>]>, clock: Clock, wait: Wait, event_bytes_max: usize) -> Self {
-        Self { lanes, clock, wait, event_bytes_max }
+    pub(crate) fn new(
+        lanes: Arc<[Arc<SharedLane<E>>]>,
+        clock: Clock,
+        wait: Wait,
+        event_bytes_max: usize,
+        router: Router,
+    ) -> Self {
+        Self { lanes, clock, wait, event_bytes_max, router }
     }
 
     /// Publishes an event, waiting for room.
@@ -143,7 +151,7 @@ impl<E: Event> SharedProducer<E> {
         patience: Patience,
     ) -> Result<&SharedLane<E>, Rejected<E>> {
         let event = Bounds::check_once(event, self.event_bytes_max)?;
-        let lane = &*self.lanes[usize::from(key.shard(self.lanes.len() as u16).0)];
+        let lane = &*self.lanes[self.router.index(key)];
         let mut slot = SharedSlot { slot: Slot::new(key, self.clock.now(), NOT_DUE, event), ticket };
         let mut idle = Idle::new(self.wait);
         loop {

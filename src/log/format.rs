@@ -23,9 +23,9 @@ pub(crate) const RECORD_BYTES_MAX: usize = RECORD_HEADER_BYTES + (16 << 20);
 const OWN: EventTypeId = EventTypeId(0);
 /// A mark, which is not an event and has no body. Its `key` is the offset up to which the log was synced.
 const OWN_MARK: u16 = 0;
-/// The outcome of a command with an idempotency key. `correlation` is the idempotency key, `version` is the key's
-/// version after the command, and the back-link's bits hold an [`Ending`]. The body is the archive of the rejection, if
-/// there is one.
+/// The outcome of a command with an idempotency key. `key` is the command's first key, `correlation` is the idempotency
+/// key, `version` is the key's version after the command, and the back-link's bits hold an [`Ending`]. The body is the
+/// archive of the rejection, or the [`OtherKeys`] of a command for several keys.
 const OWN_OUTCOME: u16 = 1;
 
 const SEGMENT_MAGIC: [u8; 8] = *b"corelseg";
@@ -260,8 +260,8 @@ impl SegmentHeader {
 /// How a command ended. An outcome stores it in the 48 bits of the back-link.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Ending {
-    /// The command was carried out and emitted this many events.
-    Done { events: u32 },
+    /// The command was carried out, emitted this many events, and named this many keys besides its first.
+    Done { events: u32, others: u8 },
     /// The command was rejected; the rejection's archive has this root.
     Rejected(Root),
 }
@@ -272,7 +272,10 @@ const REJECTED: u64 = 1 << 47;
 impl Ending {
     pub(crate) fn encode(self) -> u64 {
         match self {
-            Self::Done { events } => u64::from(events),
+            Self::Done { events, others } => {
+                assert!(usize::from(others) <= OTHER_KEYS_MAX, "no command names more keys");
+                u64::from(events) | u64::from(others) << 32
+            }
             Self::Rejected(root) => {
                 assert!(usize::from(root.align) <= ALIGN, "no archive has a larger alignment");
                 REJECTED | u64::from(root.align) << 32 | u64::from(root.bytes)
@@ -282,11 +285,57 @@ impl Ending {
 
     pub(crate) fn decode(word: u64) -> Option<Self> {
         if word & REJECTED == 0 {
-            return u32::try_from(word).ok().map(|events| Self::Done { events });
+            let others = word >> 32;
+            return (others <= OTHER_KEYS_MAX as u64)
+                .then_some(Self::Done { events: word as u32, others: others as u8 });
         }
         let align = (word & !REJECTED) >> 32;
         let root = Root { bytes: word as u32, align: align as u16 };
         (align.is_power_of_two() && align <= ALIGN as u64).then_some(Self::Rejected(root))
+    }
+}
+
+/// The largest number of keys that a command names besides its first.
+pub(crate) const OTHER_KEYS_MAX: usize = 15;
+/// Bytes of one of them in the body of an outcome.
+pub(crate) const OTHER_KEY_BYTES: usize = 16;
+
+/// The keys that a command named besides its first, at least one, with their versions after the command.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct OtherKeys(Vec<(Key, Version)>);
+
+impl OtherKeys {
+    /// Returns `None` for no keys.
+    pub(crate) fn new(keys: impl Iterator<Item = (Key, Version)>) -> Option<Box<Self>> {
+        let keys: Vec<_> = keys.collect();
+        (!keys.is_empty()).then(|| Box::new(Self(keys)))
+    }
+
+    pub(crate) fn iter(&self) -> impl Iterator<Item = (Key, Version)> + '_ {
+        self.0.iter().copied()
+    }
+
+    /// Returns the number of keys, as an [`Ending`] holds it.
+    pub(crate) fn count(others: Option<&Self>) -> u8 {
+        others.map_or(0, |others| others.0.len() as u8)
+    }
+
+    /// Returns the body of an outcome.
+    pub(crate) fn encode(others: Option<&Self>) -> Vec<u8> {
+        let keys = others.into_iter().flat_map(Self::iter);
+        keys.flat_map(|(key, version)| [key.0.to_le_bytes(), version.0.to_le_bytes()].concat()).collect()
+    }
+
+    /// Reads the body of an outcome with `count` other keys. The error is the reason why the body is invalid.
+    pub(crate) fn decode(count: u8, body: &[u8]) -> Result<Option<Box<Self>>, &'static str> {
+        if body.len() != usize::from(count) * OTHER_KEY_BYTES {
+            return Err("an outcome does not hold the keys of its command");
+        }
+        let keys = body.chunks_exact(OTHER_KEY_BYTES).map(|one| (Key(u64_at(one, 0)), Version(u64_at(one, 8))));
+        if keys.clone().any(|(_, version)| version.0 > LOW_47) {
+            return Err("an outcome has a version that no key can have");
+        }
+        Ok(Self::new(keys))
     }
 }
 
@@ -634,13 +683,37 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn the_outcome_of_a_command_for_several_keys_is_frozen() {
+        let keys = [(Key(0xfedc_ba98_7654_3210), Version(0x0000_2abb_ccdd_eeff)), (Key(9), Version(0))];
+        let others = OtherKeys::new(keys.into_iter()).expect("two keys");
+        let ending = Ending::Done { events: 5, others: OtherKeys::count(Some(&others)) };
+        let outcome =
+            RecordHeader::outcome(Key(42), 0x5555_6666_7777_8888, Version(7), ending, Time(1_700_000_000_123_456_789));
+        let bytes = sealed(&outcome, &OtherKeys::encode(Some(&others)), 0x0bad_cafe);
+        assert_golden("outcome-keys.bin", &bytes);
+        assert_eq!(record_at(&bytes, 0x0bad_cafe), RecordAt::Record(80));
+        let read = RecordHeader::decode(&bytes);
+        assert!(read == outcome && read.is_outcome() && read.ending() == Some(ending));
+        let body = &bytes[RECORD_HEADER_BYTES..80];
+        assert_eq!(OtherKeys::decode(2, body), Ok(Some(others)));
+        assert_eq!(OtherKeys::decode(0, &[]), Ok(None));
+        for (count, body) in [(1, body), (3, body), (2, &body[..31]), (0, &body[..16])] {
+            assert!(OtherKeys::decode(count, body).is_err(), "{count} keys in {} bytes", body.len());
+        }
+        let mut beyond = body.to_vec();
+        beyond[14] = 0x80;
+        assert!(OtherKeys::decode(2, &beyond).is_err(), "version 2^47");
+    }
+
+    #[test]
     fn an_ending_reads_back_as_written_and_other_bits_are_refused() {
         let root = |bytes, align| Root { bytes, align };
-        let done = |events| Ending::Done { events };
+        let done = |events| Ending::Done { events, others: 0 };
         for ending in [
             done(0),
             done(1),
             done(u32::MAX),
+            Ending::Done { events: 7, others: OTHER_KEYS_MAX as u8 },
             Ending::Rejected(root(0, 1)),
             Ending::Rejected(root(u32::MAX, 16)),
             Ending::Rejected(root(24, 8)),
@@ -648,7 +721,7 @@ pub(crate) mod tests {
             assert_eq!(Ending::decode(ending.encode()), Some(ending));
             assert!(ending.encode() <= LOW_48, "{ending:?} fits into a back-link");
         }
-        for word in [1 << 32, REJECTED - 1, REJECTED, REJECTED | 3 << 32, REJECTED | 32 << 32, REJECTED << 1, u64::MAX]
+        for word in [16 << 32, REJECTED - 1, REJECTED, REJECTED | 3 << 32, REJECTED | 32 << 32, REJECTED << 1, u64::MAX]
         {
             assert_eq!(Ending::decode(word), None, "{word:#x}");
         }

@@ -7,20 +7,21 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use super::batch::{Batch, Run, record};
 use super::core::Core;
-use crate::command::{ClientEnd, CommandSlot, Reply};
+use super::targets::{Each, One, Targets};
+use crate::command::{ClientEnd, CommandSlot, Expected, NamedKeys, Reply};
 use crate::error::FailureCause;
 use crate::error::panic_text;
 use crate::event::{Correlation, Event as _, Key, KeyHash, Root, Sequence, Version};
-use crate::log::format::{Ending, RECORD_HEADER_BYTES, RecordHeader};
+use crate::log::format::{Ending, OTHER_KEY_BYTES, OtherKeys, RECORD_HEADER_BYTES, RecordHeader};
 use crate::log::writer::{Appender, GROUP};
-use crate::state::aggregate::{Aggregate, Emit, Stored};
+use crate::state::aggregate::{Aggregate, Emit, Fault, Stored};
 use crate::state::outcomes::{Outcomes, Remembered};
 use crate::storage::memory::padded;
 
 /// The reply to a command of `A`.
-type ReplyOf<A> = Reply<<A as Aggregate>::Rejection>;
+pub(super) type ReplyOf<A> = Reply<<A as Aggregate>::Rejection>;
 /// The decision on a command of `A`.
-type DecisionOf<A> = Decision<<A as Aggregate>::Rejection>;
+pub(super) type DecisionOf<A> = Decision<<A as Aggregate>::Rejection>;
 
 /// A decision that no segment has room for yet.
 struct HeldDecision<A: Aggregate> {
@@ -30,13 +31,16 @@ struct HeldDecision<A: Aggregate> {
 }
 
 /// A decision that must be appended. Its events are in `Commands::emit`.
-struct Decision<R> {
-    key: Key,
-    hash: KeyHash,
-    published: u64,
-    idempotency: Option<u64>,
+pub(super) struct Decision<R> {
+    /// The key, or the first of several.
+    pub(super) key: Key,
+    pub(super) hash: KeyHash,
+    pub(super) published: u64,
+    pub(super) idempotency: Option<u64>,
     /// `Some` only with an idempotency key: other rejections are not appended.
-    rejection: Option<R>,
+    pub(super) rejection: Option<R>,
+    /// All keys of a command for several keys.
+    pub(super) named: Option<Box<NamedKeys>>,
 }
 
 /// The state for deciding commands: remembered outcomes, the held decision, and buffers of one batch.
@@ -76,6 +80,11 @@ impl<A: Aggregate> Commands<A> {
         let (front, back) = chunk.as_slices();
         front.iter().chain(back).for_each(|command| {
             core.keys.look(command.hash);
+            if let Expected::Each(named) = &command.expected {
+                named.keys.iter().for_each(|other| {
+                    core.keys.look(other.hash);
+                });
+            }
         });
         let mut batch = core.begin_batch();
         let now = batch.now;
@@ -92,9 +101,7 @@ impl<A: Aggregate> Commands<A> {
                     }
                 },
             };
-            if let Reply::Done { events: count, repeated: false, .. } = reply {
-                events += count as usize;
-            }
+            events += reply.appended().unwrap_or(0) as usize;
             replied += 1;
             self.replies.push(reply);
         }
@@ -116,7 +123,7 @@ impl<A: Aggregate> Commands<A> {
         match batch.carry_out(decision, &mut self.emit, &mut self.outcomes) {
             Ok(reply) => {
                 let bytes = batch.bytes;
-                let events = if let Reply::Done { events, .. } = reply { events as usize } else { 0 };
+                let events = reply.appended().unwrap_or(0) as usize;
                 self.replies.push(reply);
                 self.reply(core, &mut clients[client], now, events, bytes)?;
                 Ok(true)
@@ -142,7 +149,7 @@ impl<A: Aggregate> Commands<A> {
         *replied += pending.len() as u64;
         for reply in &*pending {
             match reply {
-                Reply::Done { repeated, .. } => core.counters.repeated.add(u64::from(*repeated)),
+                Reply::Done { .. } | Reply::DoneEach(_) => core.counters.repeated.add(u64::from(reply.is_repeat())),
                 _ => core.counters.rejected.add(1),
             }
         }
@@ -168,13 +175,14 @@ impl<A: Aggregate> Batch<'_, A> {
         outcomes: &Outcomes<A::Rejection>,
     ) -> Result<ReplyOf<A>, DecisionOf<A>> {
         let CommandSlot { key, hash, published, expected, idempotency, command } = command;
+        let expected = match expected {
+            Expected::One(expected) => expected,
+            Expected::Each(named) => return self.decide_many(named, published, idempotency, command, emit, outcomes),
+        };
         if let Some(idempotency) = idempotency
             && let Some(outcome) = outcomes.find(key, idempotency)
         {
-            return Ok(match outcome {
-                &Remembered::Done { version, events } => Reply::Done { version, events, repeated: true },
-                Remembered::Rejected(rejection) => Reply::Rejected(rejection.clone()),
-            });
+            return Ok(repeat::<A>(key, outcome));
         }
         let time = self.time();
         let fresh;
@@ -193,7 +201,10 @@ impl<A: Aggregate> Batch<'_, A> {
             Ok(decided) => decided,
             Err(panic) => return Ok(Reply::Panicked(panic_text(&*panic))),
         };
-        let decision = |rejection| Decision { key, hash, published, idempotency, rejection };
+        if let Some(fault) = emit.fault {
+            return Ok(faulty::<A>(fault));
+        }
+        let decision = |rejection| Decision { key, hash, published, idempotency, rejection, named: None };
         match decided {
             Err(rejection) if idempotency.is_none() => Ok(Reply::Rejected(rejection)),
             Err(rejection) => {
@@ -203,22 +214,25 @@ impl<A: Aggregate> Batch<'_, A> {
             Ok(()) if emit.events.is_empty() && idempotency.is_none() => {
                 Ok(Reply::Done { version, events: 0, repeated: false })
             }
-            Ok(()) => {
-                for event in &emit.events {
-                    if self.schemas.current(event.event_type()).is_none() {
-                        return Ok(Reply::UndeclaredType(event.event_type()));
-                    }
-                }
-                Err(decision(None))
-            }
+            Ok(()) => match self.undeclared(emit) {
+                Some(reply) => Ok(reply),
+                None => Err(decision(None)),
+            },
         }
+    }
+
+    /// Returns the reply to a decision with an event of an undeclared type.
+    #[inline]
+    pub(super) fn undeclared(&self, emit: &Emit<A::Event>) -> Option<ReplyOf<A>> {
+        let mut types = emit.events.iter().map(|event| event.event_type());
+        types.find(|event_type| self.schemas.current(*event_type).is_none()).map(Reply::UndeclaredType)
     }
 
     /// Appends a decision, all of it or nothing, and remembers its outcome. Returns `Err` if no segment has room for it
     /// yet.
     fn carry_out(
         &mut self,
-        decision: DecisionOf<A>,
+        mut decision: DecisionOf<A>,
         emit: &mut Emit<A::Event>,
         outcomes: &mut Outcomes<A::Rejection>,
     ) -> Result<ReplyOf<A>, DecisionOf<A>> {
@@ -232,18 +246,30 @@ impl<A: Aggregate> Batch<'_, A> {
             return Err(decision);
         }
         let events = emit.events.len() as u32;
-        let version = self.append_decision(&decision, emit);
-        let Decision { key, idempotency, rejection, .. } = decision;
+        let version = match decision.named.take() {
+            None => self.append_decision(&decision, One(decision.key, decision.hash), emit),
+            Some(mut named) => {
+                // The list goes back for reuse.
+                let others = std::mem::take(&mut emit.others);
+                let version = self.append_decision(&decision, Each::new(&mut named, &others), emit);
+                emit.others = others;
+                named.events = events;
+                decision.named = Some(named);
+                version
+            }
+        };
+        let Decision { key, idempotency, rejection, named, .. } = decision;
         if let Some(idempotency) = idempotency {
             let outcome = match &rejection {
                 Some(rejection) => Remembered::Rejected(rejection.clone()),
-                None => Remembered::Done { version, events },
+                None => Remembered::Done { version, events, others: named.as_ref().and_then(|named| named.others()) },
             };
             outcomes.remember(key, version, idempotency, outcome);
         }
-        Ok(match rejection {
-            Some(rejection) => Reply::Rejected(rejection),
-            None => Reply::Done { version, events, repeated: false },
+        Ok(match (rejection, named) {
+            (Some(rejection), _) => Reply::Rejected(rejection),
+            (None, None) => Reply::Done { version, events, repeated: false },
+            (None, Some(named)) => Reply::DoneEach(named),
         })
     }
 
@@ -259,7 +285,8 @@ impl<A: Aggregate> Batch<'_, A> {
             needed += padded(RECORD_HEADER_BYTES + bytes);
         }
         if decision.idempotency.is_some() {
-            let bytes = decision.rejection.as_ref().map_or(0, |rejection| self.writer.measure(rejection));
+            let others = decision.named.as_ref().map_or(0, |named| (named.keys.len() - 1) * OTHER_KEY_BYTES);
+            let bytes = decision.rejection.as_ref().map_or(others, |rejection| self.writer.measure(rejection));
             if bytes > event_bytes_max {
                 return Err(Reply::TooLarge { bytes_max: event_bytes_max });
             }
@@ -270,15 +297,21 @@ impl<A: Aggregate> Batch<'_, A> {
     }
 
     /// Appends the events of a decision and, with an idempotency key, its outcome. The segment must have room for all
-    /// of them. Returns the key's version afterwards.
-    fn append_decision(&mut self, decision: &DecisionOf<A>, emit: &mut Emit<A::Event>) -> Version {
-        let &Decision { key, hash, published, idempotency, ref rejection } = decision;
+    /// of them. Returns the key's version afterwards; of several keys, that of the first.
+    fn append_decision(
+        &mut self,
+        decision: &DecisionOf<A>,
+        mut targets: impl Targets,
+        emit: &mut Emit<A::Event>,
+    ) -> Version {
+        let &Decision { published, idempotency, ref rejection, .. } = decision;
         let first_sequence = self.writer.sequence();
         let mut staged = [0; GROUP];
         let mut appender = self.writer.appender(&mut staged);
         let begun = appender.offset().0;
         let (count, has_outcome) = (emit.events.len(), idempotency.is_some());
         for (i, event) in emit.events.drain(..).enumerate() {
+            let (key, hash) = targets.next();
             let seen = self.keys.look(hash);
             let known = self.keys.slot(key, hash, seen);
             let event_type = event.event_type();
@@ -301,15 +334,16 @@ impl<A: Aggregate> Batch<'_, A> {
                 placed.push((meta(), len));
             }
         }
-        let version = self.keys.get(key).map_or(Version(0), |known| known.version);
+        let version = targets.version(self.keys);
         let events = count as u32;
         if let Some(idempotency) = idempotency {
+            let others = targets.others();
             let ending = match rejection {
                 Some(_) => Ending::Rejected(Root::of::<A::Rejection>()),
-                None => Ending::Done { events },
+                None => Ending::Done { events, others: OtherKeys::count(others.as_deref()) },
             };
-            let header = RecordHeader::outcome(key, idempotency, version, ending, emit.now);
-            append_outcome(&mut appender, &header, rejection.as_ref());
+            let header = RecordHeader::outcome(decision.key, idempotency, version, ending, emit.now);
+            append_outcome(&mut appender, &header, rejection.as_ref(), others.as_deref());
         }
         let end = appender.finish();
         self.bytes += end.0 - begun;
@@ -321,11 +355,36 @@ impl<A: Aggregate> Batch<'_, A> {
     }
 }
 
+/// Returns the reply to a repeat of a command with this outcome; `key` owns the outcome.
+pub(super) fn repeat<A: Aggregate>(key: Key, outcome: &Remembered<A::Rejection>) -> ReplyOf<A> {
+    match outcome {
+        &Remembered::Done { version, events, others: None } => Reply::Done { version, events, repeated: true },
+        &Remembered::Done { version, events, others: Some(ref others) } => {
+            Reply::DoneEach(Box::new(NamedKeys::remembered((key, version), others, events)))
+        }
+        Remembered::Rejected(rejection) => Reply::Rejected(rejection.clone()),
+    }
+}
+
+/// Returns the reply to a decision with a mistake in its code.
+#[cold]
+pub(super) fn faulty<A: Aggregate>(fault: Fault) -> ReplyOf<A> {
+    match fault {
+        Fault::ForeignKey(key) => Reply::ForeignKey(key),
+        Fault::NotSupported => Reply::NotSupported,
+    }
+}
+
 /// Appends the outcome of a command with an idempotency key.
-fn append_outcome<R: Stored>(appender: &mut Appender<'_, '_>, header: &RecordHeader, rejection: Option<&R>) {
+fn append_outcome<R: Stored>(
+    appender: &mut Appender<'_, '_>,
+    header: &RecordHeader,
+    rejection: Option<&R>,
+    others: Option<&OtherKeys>,
+) {
     let appended = match rejection {
         Some(rejection) => appender.append(header, rejection).map(|_| ()),
-        None => appender.append_empty(header),
+        None => appender.append_bytes(header, &OtherKeys::encode(others)),
     };
     appended.expect("the segment has room for the outcome too");
 }

@@ -85,7 +85,7 @@ pub(super) fn dump(store: &Store, args: DumpArgs, out: &mut Output) -> Result<Co
         }
         (Some(shard), _) => vec![ShardId(shard)],
         // All of a key's events are in one shard.
-        (None, Some(key)) => vec![key.shard(store.shards())],
+        (None, Some(key)) => store.shards_of(key),
         (None, None) => store.shard_ids().collect(),
     };
     let filter = Filter {

@@ -8,3 +8,4 @@ mod command_answers;
 mod command_groups;
 mod command_model;
 mod commands;
+mod many;
