@@ -9,3 +9,5 @@ mod command_groups;
 mod command_model;
 mod commands;
 mod many;
+mod many_groups;
+mod many_model;
