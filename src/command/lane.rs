@@ -62,28 +62,6 @@ pub(crate) enum Reply<R> {
     WrongVersionOf(usize, Box<NamedKeys>),
 }
 
-impl<R> Reply<R> {
-    /// Returns the number of events that the command has appended; `None` if it was not carried out, or is a repeat.
-    #[inline]
-    pub(crate) fn appended(&self) -> Option<u32> {
-        match self {
-            Self::Done { events, repeated: false, .. } => Some(*events),
-            Self::DoneEach(named) if !named.repeated => Some(named.events),
-            _ => None,
-        }
-    }
-
-    /// Returns `true` for the outcome of an earlier command that was carried out.
-    #[inline]
-    pub(crate) fn is_repeat(&self) -> bool {
-        match self {
-            Self::Done { repeated, .. } => *repeated,
-            Self::DoneEach(named) => named.repeated,
-            _ => false,
-        }
-    }
-}
-
 /// The shard's end of a client's lane.
 #[derive(Debug)]
 pub(crate) struct ClientEnd<A: Aggregate> {
@@ -172,10 +150,12 @@ impl<A: Aggregate> ClientLane<A> {
             let at = (self.arrived - self.settled) as usize;
             self.arrived += 1;
             let command = &mut self.open[at];
-            *command = match command {
-                OpenCommand::Unanswered(expected) => OpenCommand::Answered(*expected, reply),
-                OpenCommand::Ignored | OpenCommand::Claimed | OpenCommand::Answered(..) => OpenCommand::Claimed,
-            };
+            match *command {
+                OpenCommand::Unanswered(expected) => *command = OpenCommand::Answered(expected, reply),
+                OpenCommand::Ignored | OpenCommand::Claimed | OpenCommand::Answered(..) => {
+                    *command = OpenCommand::Claimed;
+                }
+            }
             self.settle();
         }
     }

@@ -4,7 +4,7 @@ use super::expected::ExpectedVersion;
 use super::lane::CommandSlot;
 use super::named::{Expected, NamedKeys};
 use crate::clock::Nanos;
-use crate::error::{KeysError, Rejected};
+use crate::error::KeysError;
 use crate::event::{Key, KeyHash, Router};
 use crate::state::states::KEYS_MAX;
 
@@ -72,13 +72,10 @@ impl<C> Prepared<C> {
         self.slot.idempotency = Some(idempotency);
     }
 
-    /// Returns the command for a lane, or gives it back if its keys have a fault.
+    /// Returns the command for a lane, and the first fault of its keys. A command with a fault must not be sent.
     #[inline]
-    pub(super) fn into_slot(self) -> Result<CommandSlot<C>, Rejected<C>> {
-        match self.refused {
-            None => Ok(self.slot),
-            Some(fault) => Err(Rejected::Keys(self.slot.command, *fault)),
-        }
+    pub(super) fn into_parts(self) -> (CommandSlot<C>, Option<Box<KeysError>>) {
+        (self.slot, self.refused)
     }
 }
 

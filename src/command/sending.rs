@@ -9,7 +9,7 @@ use super::expected::ExpectedVersion;
 use super::lane::{CommandSlot, Ticket};
 use super::outcome::{CommandError, Outcome};
 use super::prepared::Prepared;
-use crate::error::{Rejected, RejectedReason};
+use crate::error::{KeysError, Rejected, RejectedReason};
 use crate::event::Key;
 use crate::state::aggregate::Aggregate;
 use crate::sync::{Deadline, Patience, may_wait};
@@ -163,7 +163,10 @@ impl<'c, A: Aggregate> Sending<'c, A> {
 
     fn send(self, wanted: bool, patience: Patience) -> Result<(&'c mut Client<A>, Ticket), Rejected<A::Command>> {
         let Self { client, command, durable } = self;
-        let command = command.into_slot()?;
+        let (command, refused) = command.into_parts();
+        if let Some(fault) = refused {
+            return Err(Rejected::Keys(command.command, *fault));
+        }
         let key = command.key;
         let lane = client.lane_of(key);
         let wait = client.wait;
@@ -183,11 +186,8 @@ impl<'c, A: Aggregate> IntoFuture for Sending<'c, A> {
 
     fn into_future(self) -> SendingFuture<'c, A> {
         let Self { client, command, durable } = self;
-        let (unsent, refused) = match command.into_slot() {
-            Ok(command) => (Some(command), None),
-            Err(refused) => (None, Some(refused.reason())),
-        };
-        SendingFuture { client, unsent, refused, durable, ticket: None }
+        let (command, refused) = command.into_parts();
+        SendingFuture { client, unsent: Some(command), refused, durable, ticket: None }
     }
 }
 
@@ -195,8 +195,8 @@ impl<'c, A: Aggregate> IntoFuture for Sending<'c, A> {
 pub struct SendingFuture<'c, A: Aggregate> {
     client: &'c mut Client<A>,
     unsent: Option<CommandSlot<A::Command>>,
-    /// The reason why the command is not sent.
-    refused: Option<RejectedReason>,
+    /// The fault of the command's keys, for which it is not sent.
+    refused: Option<Box<KeysError>>,
     durable: bool,
     ticket: Option<Ticket>,
 }
@@ -215,8 +215,9 @@ impl<A: Aggregate> Future for SendingFuture<'_, A> {
 
     fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
         let this = &mut *self;
-        if let Some(refused) = this.refused.take() {
-            return Poll::Ready(Err(CommandError::NotSent(refused)));
+        if let Some(fault) = this.refused.take() {
+            this.unsent = None;
+            return Poll::Ready(Err(CommandError::NotSent(RejectedReason::Keys(*fault))));
         }
         let mut registered = false;
         while let Some(command) = this.unsent.take() {

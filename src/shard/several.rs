@@ -4,28 +4,28 @@ use std::cell::LazyCell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use super::batch::Batch;
-use super::commands::{Decision, DecisionOf, ReplyOf, faulty, repeat};
-use crate::command::{NamedKey, NamedKeys, Reply};
-use crate::error::panic_text;
+use super::commands::{DecisionOf, ReplyOf, panicked, repeat};
+use super::targets::Each;
+use crate::command::{NamedKey, Reply};
 use crate::event::Version;
 use crate::state::aggregate::{Aggregate, Emit};
 use crate::state::outcomes::Outcomes;
 use crate::state::states::{KEYS_MAX, StateOf, States};
 
 impl<A: Aggregate> Batch<'_, A> {
-    /// Decides a command for several keys, as [`Batch::decide`] does for one.
+    /// Decides a command for several keys. Returns `Ok` if there is nothing to append, and `Err` with a decision that
+    /// must be appended.
     #[inline(never)]
     pub(super) fn decide_many(
         &mut self,
-        mut named: Box<NamedKeys>,
-        published: u64,
-        idempotency: Option<u64>,
+        mut decision: DecisionOf<A, Each>,
         command: A::Command,
         emit: &mut Emit<A::Event>,
         outcomes: &Outcomes<A::Rejection>,
-    ) -> Result<ReplyOf<A>, DecisionOf<A>> {
-        let NamedKey { key, hash, .. } = named.keys[0];
-        if let Some(idempotency) = idempotency
+    ) -> Result<ReplyOf<A>, DecisionOf<A, Each>> {
+        let named = &mut decision.targets.named.keys;
+        let key = named[0].key;
+        if let Some(idempotency) = decision.idempotency
             && let Some(outcome) = outcomes.find(key, idempotency)
         {
             return Ok(repeat::<A>(key, outcome));
@@ -36,37 +36,24 @@ impl<A: Aggregate> Batch<'_, A> {
             Some(known) => StateOf { key: named.key, version: known.version, state: &known.state },
             None => StateOf { key: named.key, version: Version(0), state: &*fresh },
         };
-        let mut states = [look(&named.keys[0]); KEYS_MAX];
-        for (at, one) in named.keys.iter_mut().enumerate() {
+        let mut states = [look(&named[0]); KEYS_MAX];
+        for (at, one) in named.iter_mut().enumerate() {
             if at > 0 {
                 states[at] = look(one);
             }
             one.version = states[at].version;
         }
-        if let Some(at) = named.keys.iter().position(|named| !named.expected.holds(named.version)) {
-            return Ok(Reply::WrongVersionOf(at, named));
+        if let Some(at) = named.iter().position(|named| !named.expected.holds(named.version)) {
+            return Ok(Reply::WrongVersionOf(at, decision.targets.named));
         }
-        emit.begin_many(named.keys.iter().map(|named| named.key), key, named.keys[0].version, now);
-        let states = States::new(&states[..named.keys.len()]);
-        let decided = match catch_unwind(AssertUnwindSafe(|| A::decide_many(&states, command, emit))) {
-            Ok(decided) => decided,
-            Err(panic) => return Ok(Reply::Panicked(panic_text(&*panic))),
-        };
-        if let Some(fault) = emit.fault {
-            return Ok(faulty::<A>(fault));
-        }
-        let decision = |rejection, named| Decision { key, hash, published, idempotency, rejection, named: Some(named) };
+        let version = named[0].version;
+        emit.begin_many(named.iter().map(|named| named.key), key, version, now);
+        let states = States::new(&states[..named.len()]);
+        let decided = catch_unwind(AssertUnwindSafe(|| A::decide_many(&states, command, emit)));
+        emit.end_many();
         match decided {
-            Err(rejection) if idempotency.is_none() => Ok(Reply::Rejected(rejection)),
-            Err(rejection) => {
-                emit.events.clear();
-                Err(decision(Some(rejection), named))
-            }
-            Ok(()) if emit.events.is_empty() && idempotency.is_none() => Ok(Reply::DoneEach(named)),
-            Ok(()) => match self.undeclared(emit) {
-                Some(reply) => Ok(reply),
-                None => Err(decision(None, named)),
-            },
+            Ok(decided) => self.judge(decision, decided, version, emit),
+            Err(panic) => Ok(panicked::<A>(emit, &*panic)),
         }
     }
 }

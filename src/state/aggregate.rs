@@ -231,16 +231,19 @@ impl<E> Emit<E> {
     /// Clears the events and sets the facts of the next decision.
     pub(crate) fn begin(&mut self, key: Key, version: Version, now: Time) {
         self.events.clear();
-        self.keys.clear();
-        self.fault = None;
         (self.key, self.version, self.now, self.correlation) = (key, version, now, Correlation(0));
     }
 
-    /// As [`Emit::begin`], for a decision on several keys; `key` is the first.
+    /// As [`Emit::begin`], for a decision on several keys; `key` is the first. [`Emit::end_many`] must follow.
     pub(crate) fn begin_many(&mut self, keys: impl Iterator<Item = Key>, key: Key, version: Version, now: Time) {
         self.begin(key, version, now);
         self.others.clear();
         self.keys.extend(keys);
+    }
+
+    /// Forgets the keys, so that the next decision can emit for none of them. The events stay.
+    pub(crate) fn end_many(&mut self) {
+        self.keys.clear();
     }
 
     /// Adds an event. All events of one command are appended together, in this order, after the decision. The event of a

@@ -3,6 +3,7 @@
 use crate::common::bank::{Account, Order, Refused, logged};
 use crate::common::{block_on, os_cache, small, soon};
 use corelane::command::{ExpectedVersion, KEYS_MAX, KeysError};
+use corelane::consumer::Start;
 use corelane::error::RejectedReason;
 use corelane::state::States;
 use corelane::testing::FaultyStorage;
@@ -510,6 +511,10 @@ impl Aggregate for Counted {
     fn decide_many(states: &States<'_, Self>, events: Vec<(Key, u16)>, emit: &mut Emit<Typed>) -> Result<(), ()> {
         assert_eq!(states.len(), states.iter().len());
         for (key, event_type) in events {
+            if event_type == 9 {
+                emit.event_for(Key(u64::MAX), Typed(1));
+                panic!("after a mistake");
+            }
             // A key that the command does not name panics.
             let _count = states[key].0;
             assert!(states.get(Key(u64::MAX)).is_none() && states.version(Key(u64::MAX)).is_none());
@@ -530,6 +535,10 @@ fn an_undeclared_event_type_of_one_key_and_a_state_that_is_not_named_refuse_the_
         Err(CommandError::Panicked(text)) => assert!(text.contains("does not name key 3"), "{text}"),
         other => panic!("{other:?}"),
     }
+    // A mistake before a panic is not that of the next decision.
+    let panicked = client.send_many(&[A, B], vec![(A, 9)]).wait();
+    assert!(matches!(panicked, Err(CommandError::Panicked(_))), "{panicked:?}");
+    assert_eq!(client.send(A, Vec::new()).wait().unwrap().events, 0);
     assert_eq!(engine.state(A).unwrap().map(|(_, version)| version), None);
     let outcome = client.send_many(&[A, B], vec![(B, 1), (A, 1), (B, 1)]).wait().unwrap();
     assert_eq!(outcome.versions().collect::<Vec<_>>(), [(A, Version(1)), (B, Version(2))]);
@@ -567,4 +576,31 @@ fn a_placement_lets_one_command_change_the_keys_of_one_zone_on_any_number_of_sha
         let again = client.send_many(&[key(zone, 0)], Order::Nothing).once(1).wait().unwrap();
         assert!(again.repeated && again.versions().count() == 5);
     }
+}
+
+#[test]
+fn a_consumer_may_stop_between_two_events_of_a_group_and_continues_there() {
+    let storage = FaultyStorage::new();
+    let mut seen = Vec::new();
+    for round in 0..6 {
+        let engine = open(&storage);
+        if round == 0 {
+            let mut client = engine.client();
+            client.send_many(&[A, B], Order::Deposits(vec![10, 20, 30, 40])).once(1).wait().unwrap();
+            client.send_many(&[B, C], Order::Pay(5)).wait().unwrap();
+        }
+        let mut poller = engine.consumer("one-by-one").before_durable().start_at(Start::Beginning).poller().unwrap();
+        let Some(delivery) = poller.next().unwrap() else { break };
+        seen.push(poller.event(&delivery).map(|(_, meta)| (meta.key, meta.version.0)).unwrap());
+        poller.succeeded(delivery).unwrap();
+        poller.save().unwrap();
+        drop(poller);
+        engine.shutdown(soon()).unwrap();
+    }
+    assert_eq!(seen, [(A, 1), (B, 1), (A, 2), (B, 2), (B, 3), (C, 1)]);
+    // A reader may begin in the middle of a group too.
+    let engine = open(&storage);
+    let second = logged(&engine, 0)[1].offset;
+    let mut reader = engine.reader_at(corelane::ShardId(0), corelane::Offset(second)).unwrap();
+    assert_eq!(reader.next().unwrap().map(|record| record.meta.key), Some(B));
 }
