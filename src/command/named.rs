@@ -5,7 +5,8 @@
 
 use super::expected::ExpectedVersion;
 use crate::event::{Key, KeyHash, Version};
-use crate::log::format::{OTHER_KEYS_MAX, OtherKeys};
+use crate::log::format::OTHER_KEYS_MAX;
+use crate::log::other_keys::OtherKeys;
 use crate::state::states::KEYS_MAX;
 
 // An outcome in the log holds every key of its command.

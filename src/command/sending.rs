@@ -192,6 +192,9 @@ impl<'c, A: Aggregate> IntoFuture for Sending<'c, A> {
 }
 
 /// A future that sends a command when it is polled, and resolves to the answer.
+///
+/// Cancel safety: dropped before it has sent the command, it sends nothing. Dropped later, it discards the answer; the
+/// command is carried out all the same.
 pub struct SendingFuture<'c, A: Aggregate> {
     client: &'c mut Client<A>,
     unsent: Option<CommandSlot<A::Command>>,

@@ -5,7 +5,8 @@
 use crate::error::{CodePanic, PanickedEvent, ReadError};
 use crate::event::{EventTypeId, Key, KeyHash, Offset, Root, Sequence, ShardId};
 use crate::log::access::Access;
-use crate::log::format::{Ending, OtherKeys, RECORD_HEADER_BYTES, RecordHeader};
+use crate::log::format::{Ending, RECORD_HEADER_BYTES, RecordHeader};
+use crate::log::other_keys::OtherKeys;
 use crate::log::reader::{Reader, Walked};
 use crate::state::aggregate::Aggregate;
 use crate::state::keys::{KeyTable, Seen};

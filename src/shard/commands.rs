@@ -13,7 +13,8 @@ use crate::command::{ClientEnd, CommandSlot, Expected, ExpectedVersion, NamedKey
 use crate::error::FailureCause;
 use crate::error::panic_text;
 use crate::event::{Correlation, Event as _, Key, Root, Sequence, Version};
-use crate::log::format::{Ending, OtherKeys, RECORD_HEADER_BYTES, RecordHeader};
+use crate::log::format::{Ending, RECORD_HEADER_BYTES, RecordHeader};
+use crate::log::other_keys::OtherKeys;
 use crate::log::writer::{Appender, GROUP};
 use crate::state::aggregate::{Aggregate, Emit, Fault, Stored};
 use crate::state::keys::KeyTable;

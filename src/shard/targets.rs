@@ -3,7 +3,7 @@
 
 use crate::command::{NamedKeys, Reply};
 use crate::event::{Key, KeyHash, Version};
-use crate::log::format::{OTHER_KEY_BYTES, OtherKeys};
+use crate::log::other_keys::{OTHER_KEY_BYTES, OtherKeys};
 use crate::state::keys::KeyTable;
 
 /// The keys of a decision's events.

@@ -8,7 +8,7 @@ use hashbrown::HashMap;
 use super::aggregate::{Aggregate, Stored as _};
 use crate::event::Root;
 use crate::event::{Key, Version};
-use crate::log::format::OtherKeys;
+use crate::log::other_keys::OtherKeys;
 use crate::sync::Keyed;
 
 /// A command's outcome, kept for repeats of the command.

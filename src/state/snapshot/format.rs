@@ -16,7 +16,8 @@
 use rkyv::util::AlignedVec;
 
 use crate::event::{Encode, Key, Offset, Root, Scratch, Sequence, ShardId, Time, Version, has_one_size};
-use crate::log::format::{Ending, LOW_47, OtherKeys, archive_fingerprint};
+use crate::log::format::{Ending, LOW_47, archive_fingerprint};
+use crate::log::other_keys::OtherKeys;
 use crate::log::seal::crc32c;
 use crate::state::aggregate::{Aggregate, Stored};
 use crate::state::keys::Slot;
@@ -333,6 +334,9 @@ impl Entry<'_> {
             let ending = Ending::decode(u64_at(head, 16)).ok_or("an outcome has an unknown ending")?;
             if u64_at(head, 8) > LOW_47 || u32_at(head, 28) != 0 {
                 return Err("an outcome has a version that no key can have".into());
+            }
+            if let Ending::Done { others, .. } = ending {
+                OtherKeys::decode(others, body)?;
             }
             each(StoredOutcome { id: u64_at(head, 0), version: Version(u64_at(head, 8)), ending, body })?;
             rest = rest.get(OUTCOME_HEADER_BYTES + padded(bytes)..).unwrap_or_default();
