@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::expected::ExpectedVersion;
-use super::named::{Expected, NamedKey, NamedKeys};
+use super::named::{Expected, NamedKeys};
 use super::outcome::{CommandError, Outcome};
 use crate::clock::Nanos;
 use crate::error::{Rejected, WaitError};
@@ -48,7 +48,7 @@ pub(crate) enum Reply<R> {
         repeated: bool,
     },
     Rejected(R),
-    WrongVersion(Version),
+    WrongVersion(Box<WrongVersion>),
     TooLarge {
         bytes_max: usize,
     },
@@ -58,8 +58,14 @@ pub(crate) enum Reply<R> {
     NotSupported,
     /// A command for several keys was carried out.
     DoneEach(Box<NamedKeys>),
-    /// One of several keys, at this index, has another version than the one expected.
-    WrongVersionOf(usize, Box<NamedKeys>),
+}
+
+/// A key that does not have the expected version.
+#[derive(Debug)]
+pub(crate) struct WrongVersion {
+    pub(crate) key: Key,
+    pub(crate) expected: ExpectedVersion,
+    pub(crate) found: Version,
 }
 
 /// The shard's end of a client's lane.
@@ -98,7 +104,7 @@ pub(crate) struct ClientLane<A: Aggregate> {
     settled: u64,
     /// Unclaimed replies to settled commands, by command number. Kept apart, so an answer that is claimed late does not
     /// delay later ones.
-    kept: BTreeMap<u64, (ExpectedVersion, Reply<A::Rejection>)>,
+    kept: BTreeMap<u64, Reply<A::Rejection>>,
     /// The largest length of `open`: the capacity of the lane minus the number of kept replies.
     room: usize,
 }
@@ -106,8 +112,8 @@ pub(crate) struct ClientLane<A: Aggregate> {
 /// A command that was sent but is not settled.
 #[derive(Debug)]
 enum OpenCommand<R> {
-    Unanswered(ExpectedVersion),
-    Answered(ExpectedVersion, Reply<R>),
+    Unanswered,
+    Answered(Reply<R>),
     /// Sent with `tell`, or forgotten: the reply is dropped when it arrives.
     Ignored,
     Claimed,
@@ -150,17 +156,18 @@ impl<A: Aggregate> ClientLane<A> {
             let at = (self.arrived - self.settled) as usize;
             self.arrived += 1;
             let command = &mut self.open[at];
-            match *command {
-                OpenCommand::Unanswered(expected) => *command = OpenCommand::Answered(expected, reply),
+            match command {
+                OpenCommand::Unanswered => *command = OpenCommand::Answered(reply),
                 OpenCommand::Ignored | OpenCommand::Claimed | OpenCommand::Answered(..) => {
                     *command = OpenCommand::Claimed;
+                    self.settle();
                 }
             }
-            self.settle();
         }
     }
 
     /// Removes claimed commands from the front.
+    #[inline]
     fn settle(&mut self) {
         while matches!(self.open.front(), Some(OpenCommand::Claimed)) && self.settled < self.arrived {
             self.open.pop_front();
@@ -174,21 +181,21 @@ impl<A: Aggregate> ClientLane<A> {
         self.receive();
         while self.open.len() >= self.room && self.settled < self.arrived {
             self.settled += 1;
-            if let Some(OpenCommand::Answered(expected, reply)) = self.open.pop_front() {
-                self.keep(self.settled, expected, reply);
+            if let Some(OpenCommand::Answered(reply)) = self.open.pop_front() {
+                self.keep(self.settled, reply);
             }
         }
         self.settle();
         self.open.len() < self.room
     }
 
-    fn keep(&mut self, number: u64, expected: ExpectedVersion, reply: Reply<A::Rejection>) {
-        self.kept.insert(number, (expected, reply));
+    fn keep(&mut self, number: u64, reply: Reply<A::Rejection>) {
+        self.kept.insert(number, reply);
         self.room -= 1;
     }
 
     /// Takes the reply to a settled command, if it is unclaimed.
-    fn take_kept(&mut self, number: u64) -> Option<(ExpectedVersion, Reply<A::Rejection>)> {
+    fn take_kept(&mut self, number: u64) -> Option<Reply<A::Rejection>> {
         let kept = self.kept.remove(&number)?;
         self.room += 1;
         Some(kept)
@@ -202,14 +209,14 @@ impl<A: Aggregate> ClientLane<A> {
     /// Takes the answer to a ticket's command, if its reply has arrived and is unclaimed.
     pub(super) fn claim(&mut self, ticket: &Ticket) -> Option<Result<Outcome, CommandError<A::Rejection>>> {
         let receipt = Receipt::new(Arc::clone(&self.shared), ticket.number);
-        let (expected, reply) = match self.open(ticket.number) {
+        let reply = match self.open(ticket.number) {
             None => self.take_kept(ticket.number)?,
             Some(command) if matches!(command, OpenCommand::Answered(..)) => {
-                let OpenCommand::Answered(expected, reply) = std::mem::replace(command, OpenCommand::Claimed) else {
+                let OpenCommand::Answered(reply) = std::mem::replace(command, OpenCommand::Claimed) else {
                     return None;
                 };
                 self.settle();
-                (expected, reply)
+                reply
             }
             Some(_) => return None,
         };
@@ -219,9 +226,8 @@ impl<A: Aggregate> ClientLane<A> {
             }
             Reply::Rejected(rejection) => Err(CommandError::Rejected(rejection)),
             Reply::DoneEach(named) => Ok(Outcome::of_several(named, receipt)),
-            Reply::WrongVersion(found) => Err(CommandError::WrongVersion { key: ticket.key, expected, found }),
-            Reply::WrongVersionOf(at, named) => {
-                let NamedKey { key, expected, version: found, .. } = named.keys[at];
+            Reply::WrongVersion(wrong) => {
+                let WrongVersion { key, expected, found } = *wrong;
                 Err(CommandError::WrongVersion { key, expected, found })
             }
             Reply::TooLarge { bytes_max } => Err(CommandError::TooLarge { bytes_max }),
@@ -240,12 +246,10 @@ impl<A: Aggregate> ClientLane<A> {
             Some(named) => Reply::DoneEach(named),
             None => Reply::Done { version, events, repeated },
         };
-        // A command that was carried out no longer needs its expected version.
-        let expected = ExpectedVersion::Any;
         match self.open(ticket.number) {
-            Some(command) => *command = OpenCommand::Answered(expected, reply),
+            Some(command) => *command = OpenCommand::Answered(reply),
             // Claiming settled the command.
-            None => self.keep(ticket.number, expected, reply),
+            None => self.keep(ticket.number, reply),
         }
     }
 
@@ -271,14 +275,13 @@ impl<A: Aggregate> ClientLane<A> {
         }
         self.prefetch();
         let Some(inside) = self.shared.enter() else { return Err(self.door.refusal(command)) };
-        let expected = command.expected.of_one();
         match self.commands.push(command) {
             Ok(()) => {
                 self.sent += 1;
                 self.shared.published.store(self.sent, Ordering::Relaxed);
                 drop(inside);
                 self.door.signal.notify();
-                self.open.push_back(if wanted { OpenCommand::Unanswered(expected) } else { OpenCommand::Ignored });
+                self.open.push_back(if wanted { OpenCommand::Unanswered } else { OpenCommand::Ignored });
                 Ok(self.sent)
             }
             Err(rtrb::PushError::Full(command)) => Err(self.door.full(command)),

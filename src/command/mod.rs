@@ -24,7 +24,7 @@ pub use answer::Answer;
 pub use client::Client;
 pub use expected::ExpectedVersion;
 pub use lane::Ticket;
-pub(crate) use lane::{ClientEnd, ClientLane, CommandSlot, Question, Reply};
+pub(crate) use lane::{ClientEnd, ClientLane, CommandSlot, Question, Reply, WrongVersion};
 pub(crate) use named::{Expected, NamedKey, NamedKeys};
 pub use outcome::{CommandError, Outcome};
 pub use sending::{IdempotencyKey, Sending};

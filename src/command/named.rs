@@ -24,17 +24,6 @@ pub(crate) enum Expected {
 // A command for one key pays nothing for the others.
 const _: () = assert!(size_of::<Expected>() == size_of::<ExpectedVersion>());
 
-impl Expected {
-    /// Returns the version expected of a single key.
-    #[inline]
-    pub(super) fn of_one(&self) -> ExpectedVersion {
-        match self {
-            Self::One(expected) => *expected,
-            Self::Each(_) => ExpectedVersion::Any,
-        }
-    }
-}
-
 /// A key of a command for several keys.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct NamedKey {

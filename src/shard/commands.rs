@@ -9,7 +9,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use super::batch::{Batch, Run, record};
 use super::core::Core;
 use super::targets::{Each, One, Targets};
-use crate::command::{ClientEnd, CommandSlot, Expected, ExpectedVersion, NamedKeys, Reply};
+use crate::command::{ClientEnd, CommandSlot, Expected, ExpectedVersion, NamedKeys, Reply, WrongVersion};
 use crate::error::FailureCause;
 use crate::error::panic_text;
 use crate::event::{Correlation, Event as _, Key, Root, Sequence, Version};
@@ -265,7 +265,7 @@ impl<A: Aggregate> Batch<'_, A> {
             }
         };
         if !expected.holds(version) {
-            return Ok(Reply::WrongVersion(version));
+            return Ok(Reply::WrongVersion(Box::new(WrongVersion { key, expected, found: version })));
         }
         emit.begin(key, version, time);
         let decided = match catch_unwind(AssertUnwindSafe(|| state.decide(command, emit))) {

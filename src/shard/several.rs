@@ -6,7 +6,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use super::batch::Batch;
 use super::commands::{DecisionOf, ReplyOf, panicked, repeat};
 use super::targets::Each;
-use crate::command::{NamedKey, Reply};
+use crate::command::{NamedKey, Reply, WrongVersion};
 use crate::event::Version;
 use crate::state::aggregate::{Aggregate, Emit};
 use crate::state::outcomes::Outcomes;
@@ -43,8 +43,9 @@ impl<A: Aggregate> Batch<'_, A> {
             }
             one.version = states[at].version;
         }
-        if let Some(at) = named.iter().position(|named| !named.expected.holds(named.version)) {
-            return Ok(Reply::WrongVersionOf(at, decision.targets.named));
+        if let Some(wrong) = named.iter().find(|named| !named.expected.holds(named.version)) {
+            let &NamedKey { key, expected, version: found, .. } = wrong;
+            return Ok(Reply::WrongVersion(Box::new(WrongVersion { key, expected, found })));
         }
         let version = named[0].version;
         emit.begin_many(named.iter().map(|named| named.key), key, version, now);

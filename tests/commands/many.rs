@@ -301,6 +301,7 @@ fn the_first_key_owns_the_outcome_and_a_repeat_gets_all_versions_also_after_a_re
     for how in ["from the log", "from the log again", "from a checkpoint", "from a checkpoint again"] {
         let engine = open(&storage);
         repeats(&engine, how);
+        assert_eq!(engine.snapshot_stats().unreadable, 0, "{how}");
         if how == "from the log again" {
             engine.checkpoint(soon()).unwrap();
         }
