@@ -251,7 +251,8 @@ impl Config {
         self
     }
 
-    /// Places keys by a function of the application instead of by their own hashes. Fixed when the store is created.
+    /// Places keys by a function of the application. Default: each key's own hash chooses its shard. Fixed when the
+    /// store is created: opening it with another placement is [`crate::OpenError::Placement`].
     #[must_use]
     pub fn placement(mut self, placement: Placement) -> Self {
         self.checked.placement = Some(placement);

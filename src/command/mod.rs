@@ -29,5 +29,4 @@ pub(crate) use named::{Expected, NamedKey, NamedKeys};
 pub use outcome::{CommandError, Outcome};
 pub use sending::{IdempotencyKey, Sending};
 
-pub use crate::error::KeysError;
 pub use crate::state::states::KEYS_MAX;

@@ -67,7 +67,7 @@ impl<'c, A: Aggregate> Sending<'c, A> {
     }
 
     /// Carries the command out only if `key`, one of the keys that the command names, has this version. A command that
-    /// does not name the key is not sent ([`KeysError::NotNamed`](super::KeysError::NotNamed)).
+    /// does not name the key is not sent ([`KeysError::NotNamed`]).
     pub fn expect_of(mut self, key: Key, expected: ExpectedVersion) -> Self {
         self.command.expect_of(key, expected);
         self

@@ -16,8 +16,9 @@ pub(crate) const PLACEMENT_NAME_BYTES_MAX: usize = 64;
 ///
 /// The function must be pure: it gives a key the same value for ever. [`Config::placement`](crate::Config::placement)
 /// declares it. Name and version are fixed when the store is created; a store with another placement does not open
-/// ([`OpenError::Placement`](crate::OpenError::Placement)). With one shard, the function is only called when a store is
-/// opened.
+/// ([`OpenError::Placement`](crate::OpenError::Placement)), and neither does one in which the function puts a key into
+/// another shard than before ([`OpenError::KeyMoved`](crate::OpenError::KeyMoved)). With one shard, a placement has no
+/// effect.
 ///
 /// If the function panics, the panic reaches the caller of `publish` or `send` before anything is sent.
 ///

@@ -12,4 +12,4 @@ pub(crate) mod view;
 pub use aggregate::{Aggregate, Emit, Stateless, Stored};
 pub use history::{AsOf, Counts, EventsBetween, PastState, Stream};
 pub use snapshot::store::SnapshotStats;
-pub use states::{KEYS_MAX, States};
+pub use states::States;

@@ -2,9 +2,9 @@
 
 use crate::common::bank::{Account, Order, Refused, logged};
 use crate::common::{block_on, os_cache, small, soon};
-use corelane::command::{ExpectedVersion, KEYS_MAX, KeysError};
+use corelane::command::{ExpectedVersion, KEYS_MAX};
 use corelane::consumer::Start;
-use corelane::error::RejectedReason;
+use corelane::error::{KeysError, RejectedReason};
 use corelane::state::States;
 use corelane::testing::FaultyStorage;
 use corelane::view::ById;
