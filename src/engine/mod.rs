@@ -193,7 +193,8 @@ impl<A: Aggregate> Engine<A> {
             shard.door.signal.notify();
             (tx, shared, Arc::clone(&shard.door))
         });
-        Producer::new(lanes.collect(), self.clock.clone(), self.config.wait, self.config.event_bytes_max)
+        let (clock, router) = (self.clock.clone(), self.config.router());
+        Producer::new(lanes.collect(), clock, self.config.wait, self.config.event_bytes_max, router)
     }
 
     /// Returns an entry point that any number of threads may clone and share.
@@ -204,6 +205,7 @@ impl<A: Aggregate> Engine<A> {
             self.clock.clone(),
             self.config.wait,
             self.config.event_bytes_max,
+            self.config.router(),
         )
     }
 
@@ -211,14 +213,14 @@ impl<A: Aggregate> Engine<A> {
     /// number, created at any time.
     #[must_use]
     pub fn client(&self) -> Client<A> {
-        Client::new(self.client_lanes(), self.clock.clone(), self.config.wait)
+        Client::new(self.client_lanes(), self.clock.clone(), self.config.wait, self.config.router())
     }
 
     /// Returns a client that any number of threads and tasks may clone and share: a lane to every shard, and one back.
     /// There may be any number, created at any time.
     #[must_use]
     pub fn shared_client(&self) -> SharedClient<A> {
-        SharedClient::new(self.client_lanes(), self.clock.clone())
+        SharedClient::new(self.client_lanes(), self.clock.clone(), self.config.router())
     }
 
     fn client_lanes(&self) -> Vec<ClientLane<A>> {
@@ -342,9 +344,15 @@ impl<A: Aggregate> Engine<A> {
         self.closing.close(deadline)
     }
 
+    /// Returns the shard that owns `key`.
+    #[must_use]
+    pub fn shard_of(&self, key: Key) -> ShardId {
+        self.config.shard_of(key)
+    }
+
     /// The shard that owns `key`.
     fn of(&self, key: Key) -> &Handle<A> {
-        &self.shards[usize::from(key.shard(self.config.shards).0)]
+        &self.shards[usize::from(self.shard_of(key).0)]
     }
 }
 
