@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use crate::error::ConfigError;
+use crate::event::{Key, PLACEMENT_NAME_BYTES_MAX, Placement, Router, ShardId};
 use crate::sync::Wait;
 
 /// Defines one builder method per field.
@@ -124,6 +125,8 @@ pub struct ValidConfig {
     pub(crate) snapshot_every: u64,
     pub(crate) checkpoint_bytes: u64,
     pub(crate) latency: bool,
+    /// `None`: a key's own hash chooses its shard.
+    pub(crate) placement: Option<Placement>,
 }
 
 impl ValidConfig {
@@ -137,6 +140,16 @@ impl ValidConfig {
     #[must_use]
     pub fn shards(&self) -> u16 {
         self.shards
+    }
+
+    /// Returns the shard of `key`: the one that the store's placement gives, or by default that of the key's own hash.
+    #[must_use]
+    pub fn shard_of(&self, key: Key) -> ShardId {
+        self.router().shard(key)
+    }
+
+    pub(crate) fn router(&self) -> Router {
+        Router::new(self.shards, self.placement.as_ref())
     }
 
     /// Returns the wait strategy: the configured one, or the one chosen by the number of cores.
@@ -186,6 +199,7 @@ impl Config {
                 snapshot_every: 100,
                 checkpoint_bytes: 1 << 30,
                 latency: true,
+                placement: None,
             },
             wait: None,
             event_bytes_max: None,
@@ -237,6 +251,14 @@ impl Config {
         self
     }
 
+    /// Places keys by a function of the application. Default: each key's own hash chooses its shard. Fixed when the
+    /// store is created: opening it with another placement is [`crate::OpenError::Placement`].
+    #[must_use]
+    pub fn placement(mut self, placement: Placement) -> Self {
+        self.checked.placement = Some(placement);
+        self
+    }
+
     /// Sets the largest archive of one event in bytes, 16 bytes to 16 MiB and at most a quarter of a segment. Default:
     /// 64 KiB, or a quarter of a segment if that is less.
     #[must_use]
@@ -271,6 +293,11 @@ impl Config {
         }
         if let Some(bytes) = c.retention.bytes_max {
             in_range("retention_bytes_max", bytes, c.segment_bytes.saturating_mul(2), u64::MAX)?;
+        }
+        if let Some(id) = c.placement.as_ref().map(Placement::id)
+            && !(1..=PLACEMENT_NAME_BYTES_MAX).contains(&id.name.len())
+        {
+            return Err(ConfigError::PlacementName { name: id.name.clone(), bytes_max: PLACEMENT_NAME_BYTES_MAX });
         }
         let cores = crate::sync::cores();
         c.wait = self.wait.unwrap_or(if usize::from(c.shards) + 1 >= cores { Wait::Park } else { Wait::SpinYield });
@@ -319,6 +346,8 @@ mod tests {
             Config::new("d").event_bytes_max(64 << 10).segment_bytes(128 << 10),
             Config::new("d").durability(Durability::Periodic(Duration::ZERO)),
             Config::new("d").retention(Retention::bytes(1)),
+            Config::new("d").placement(Placement::new("", 1, Key::get)),
+            Config::new("d").placement(Placement::new("x".repeat(65), 1, Key::get)),
         ];
         for config in bad {
             assert!(config.clone().validate().is_err(), "{config:?}");

@@ -131,7 +131,7 @@ pub use {
     config::{Config, Durability, Pin, Retention},
     engine::{Builder, Engine, EventLog},
     error::{ConfigError, HandlerError, OpenError, ReadError, Rejected, WaitError},
-    event::{Event, EventType, EventTypeId, Key, Meta, Offset, Sequence, ShardId, Time, Version},
+    event::{Event, EventType, EventTypeId, Key, Meta, Offset, Placement, Sequence, ShardId, Time, Version},
     ingress::{Producer, Receipt, SharedProducer},
     log::{Reader, Record},
     shard::handler::{Handler, OnError},

@@ -160,7 +160,7 @@ mod tests {
             prepared: Arc::clone(&prepared),
             counters: Arc::default(),
             shard_signal: Arc::new(Signal::new()),
-            checkpoints: Arc::new(CheckpointRequests::new(Offset(0))),
+            checkpoints: Arc::new(CheckpointRequests::new(Offset(0), &Arc::default())),
             span: Span { first: 0, last: 0 },
             next_index: 0,
             spares: Vec::new(),

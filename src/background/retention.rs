@@ -289,7 +289,7 @@ mod tests {
                 let mut reclaimer = Reclaimer::new(
                     Retention::default(),
                     false,
-                    Arc::new(CheckpointRequests::new(Offset(0))),
+                    Arc::new(CheckpointRequests::new(Offset(0), &Arc::default())),
                     Arc::default(),
                     Arc::new(Signal::new()),
                 );

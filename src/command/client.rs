@@ -2,6 +2,7 @@
 
 use super::lane::{ClientLane, Ticket};
 use crate::clock::Clock;
+use crate::event::{Key, Router};
 use crate::state::aggregate::Aggregate;
 use crate::sync::Wait;
 
@@ -63,6 +64,7 @@ pub struct Client<A: Aggregate> {
     pub(super) lanes: Vec<ClientLane<A>>,
     pub(super) clock: Clock,
     pub(super) wait: Wait,
+    pub(super) router: Router,
 }
 
 impl<A: Aggregate> std::fmt::Debug for Client<A> {
@@ -72,8 +74,15 @@ impl<A: Aggregate> std::fmt::Debug for Client<A> {
 }
 
 impl<A: Aggregate> Client<A> {
-    pub(crate) fn new(lanes: Vec<ClientLane<A>>, clock: Clock, wait: Wait) -> Self {
-        Self { lanes, clock, wait }
+    pub(crate) fn new(lanes: Vec<ClientLane<A>>, clock: Clock, wait: Wait, router: Router) -> Self {
+        Self { lanes, clock, wait, router }
+    }
+
+    /// Returns the index of the lane to the shard of `key`.
+    #[inline]
+    pub(super) fn lane_of(&self, key: Key) -> usize {
+        // A single shard needs no routing.
+        if let [_] = &self.lanes[..] { 0 } else { self.router.index(key) }
     }
 
     /// Returns `true` if this client issued the ticket.

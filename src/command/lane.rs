@@ -6,7 +6,9 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::outcome::{CommandError, ExpectedVersion, Outcome};
+use super::expected::ExpectedVersion;
+use super::named::{Expected, NamedKeys};
+use super::outcome::{CommandError, Outcome};
 use crate::clock::Nanos;
 use crate::error::{Rejected, WaitError};
 use crate::event::{EventTypeId, Key, KeyHash, Version};
@@ -25,10 +27,11 @@ const PREFETCH_COMMANDS: usize = 8;
 /// One command in a lane.
 #[derive(Debug)]
 pub(crate) struct CommandSlot<C> {
+    /// The key, or the first of several.
     pub(crate) key: Key,
     pub(crate) hash: KeyHash,
     pub(crate) published: Nanos,
-    pub(crate) expected: ExpectedVersion,
+    pub(crate) expected: Expected,
     pub(crate) idempotency: Option<u64>,
     pub(crate) command: C,
 }
@@ -39,12 +42,30 @@ pub(crate) type Question<A> = Box<dyn FnOnce(&KeyTable<A>) + Send>;
 /// A shard's reply to a command.
 #[derive(Debug)]
 pub(crate) enum Reply<R> {
-    Done { version: Version, events: u32, repeated: bool },
+    Done {
+        version: Version,
+        events: u32,
+        repeated: bool,
+    },
     Rejected(R),
-    WrongVersion(Version),
-    TooLarge { bytes_max: usize },
+    WrongVersion(Box<WrongVersion>),
+    TooLarge {
+        bytes_max: usize,
+    },
     UndeclaredType(EventTypeId),
     Panicked(String),
+    ForeignKey(Key),
+    NotSupported,
+    /// A command for several keys was carried out.
+    DoneEach(Box<NamedKeys>),
+}
+
+/// A key that does not have the expected version.
+#[derive(Debug)]
+pub(crate) struct WrongVersion {
+    pub(crate) key: Key,
+    pub(crate) expected: ExpectedVersion,
+    pub(crate) found: Version,
 }
 
 /// The shard's end of a client's lane.
@@ -83,7 +104,7 @@ pub(crate) struct ClientLane<A: Aggregate> {
     settled: u64,
     /// Unclaimed replies to settled commands, by command number. Kept apart, so an answer that is claimed late does not
     /// delay later ones.
-    kept: BTreeMap<u64, (ExpectedVersion, Reply<A::Rejection>)>,
+    kept: BTreeMap<u64, Reply<A::Rejection>>,
     /// The largest length of `open`: the capacity of the lane, minus the number of kept replies if these take room.
     room: usize,
     /// `true` if kept replies take room, which bounds their number. The answers of a shared client do not: tasks that
@@ -94,8 +115,8 @@ pub(crate) struct ClientLane<A: Aggregate> {
 /// A command that was sent but is not settled.
 #[derive(Debug)]
 enum OpenCommand<R> {
-    Unanswered(ExpectedVersion),
-    Answered(ExpectedVersion, Reply<R>),
+    Unanswered,
+    Answered(Reply<R>),
     /// Sent with `tell`, or forgotten: the reply is dropped when it arrives.
     Ignored,
     Claimed,
@@ -156,15 +177,18 @@ impl<A: Aggregate> ClientLane<A> {
             let at = (self.arrived - self.settled) as usize;
             self.arrived += 1;
             let command = &mut self.open[at];
-            *command = match command {
-                OpenCommand::Unanswered(expected) => OpenCommand::Answered(*expected, reply),
-                OpenCommand::Ignored | OpenCommand::Claimed | OpenCommand::Answered(..) => OpenCommand::Claimed,
-            };
-            self.settle();
+            match command {
+                OpenCommand::Unanswered => *command = OpenCommand::Answered(reply),
+                OpenCommand::Ignored | OpenCommand::Claimed | OpenCommand::Answered(..) => {
+                    *command = OpenCommand::Claimed;
+                    self.settle();
+                }
+            }
         }
     }
 
     /// Removes claimed commands from the front.
+    #[inline]
     fn settle(&mut self) {
         while matches!(self.open.front(), Some(OpenCommand::Claimed)) && self.settled < self.arrived {
             self.open.pop_front();
@@ -178,21 +202,21 @@ impl<A: Aggregate> ClientLane<A> {
         self.receive();
         while self.open.len() >= self.room && self.settled < self.arrived {
             self.settled += 1;
-            if let Some(OpenCommand::Answered(expected, reply)) = self.open.pop_front() {
-                self.keep(self.settled, expected, reply);
+            if let Some(OpenCommand::Answered(reply)) = self.open.pop_front() {
+                self.keep(self.settled, reply);
             }
         }
         self.settle();
         self.open.len() < self.room
     }
 
-    fn keep(&mut self, number: u64, expected: ExpectedVersion, reply: Reply<A::Rejection>) {
-        self.kept.insert(number, (expected, reply));
+    fn keep(&mut self, number: u64, reply: Reply<A::Rejection>) {
+        self.kept.insert(number, reply);
         self.room -= usize::from(self.kept_take_room);
     }
 
     /// Takes the reply to a settled command, if it is unclaimed.
-    fn take_kept(&mut self, number: u64) -> Option<(ExpectedVersion, Reply<A::Rejection>)> {
+    fn take_kept(&mut self, number: u64) -> Option<Reply<A::Rejection>> {
         let kept = self.kept.remove(&number)?;
         self.room += usize::from(self.kept_take_room);
         Some(kept)
@@ -206,40 +230,47 @@ impl<A: Aggregate> ClientLane<A> {
     /// Takes the answer to a ticket's command, if its reply has arrived and is unclaimed.
     pub(super) fn claim(&mut self, ticket: &Ticket) -> Option<Result<Outcome, CommandError<A::Rejection>>> {
         let receipt = Receipt::new(Arc::clone(&self.shared), ticket.number);
-        let (expected, reply) = match self.open(ticket.number) {
+        let reply = match self.open(ticket.number) {
             None => self.take_kept(ticket.number)?,
             Some(command) if matches!(command, OpenCommand::Answered(..)) => {
-                let OpenCommand::Answered(expected, reply) = std::mem::replace(command, OpenCommand::Claimed) else {
+                let OpenCommand::Answered(reply) = std::mem::replace(command, OpenCommand::Claimed) else {
                     return None;
                 };
                 self.settle();
-                (expected, reply)
+                reply
             }
             Some(_) => return None,
         };
         Some(match reply {
             Reply::Done { version, events, repeated } => {
-                Ok(Outcome { key: ticket.key, version, events, repeated, receipt })
+                Ok(Outcome { key: ticket.key, version, events, repeated, named: None, receipt })
             }
             Reply::Rejected(rejection) => Err(CommandError::Rejected(rejection)),
-            Reply::WrongVersion(found) => Err(CommandError::WrongVersion { expected, found }),
+            Reply::DoneEach(named) => Ok(Outcome::of_several(named, receipt)),
+            Reply::WrongVersion(wrong) => {
+                let WrongVersion { key, expected, found } = *wrong;
+                Err(CommandError::WrongVersion { key, expected, found })
+            }
             Reply::TooLarge { bytes_max } => Err(CommandError::TooLarge { bytes_max }),
             Reply::UndeclaredType(event_type) => Err(CommandError::UndeclaredType { event_type }),
             Reply::Panicked(text) => Err(CommandError::Panicked(text)),
+            Reply::ForeignKey(key) => Err(CommandError::ForeignKey { key }),
+            Reply::NotSupported => Err(CommandError::NotSupported),
         })
     }
 
     /// Puts back an answer that must not be given yet.
     pub(super) fn put_back(&mut self, ticket: &Ticket, claimed: Result<Outcome, CommandError<A::Rejection>>) {
         let Ok(outcome) = claimed else { return };
-        let Outcome { version, events, repeated, .. } = outcome;
-        let reply = Reply::Done { version, events, repeated };
-        // A command that was carried out no longer needs its expected version.
-        let expected = ExpectedVersion::Any;
+        let Outcome { version, events, repeated, named, .. } = outcome;
+        let reply = match named {
+            Some(named) => Reply::DoneEach(named),
+            None => Reply::Done { version, events, repeated },
+        };
         match self.open(ticket.number) {
-            Some(command) => *command = OpenCommand::Answered(expected, reply),
+            Some(command) => *command = OpenCommand::Answered(reply),
             // Claiming settled the command.
-            None => self.keep(ticket.number, expected, reply),
+            None => self.keep(ticket.number, reply),
         }
     }
 
@@ -267,14 +298,13 @@ impl<A: Aggregate> ClientLane<A> {
         }
         self.prefetch();
         let Some(inside) = self.shared.enter() else { return Err(self.door.refusal(command)) };
-        let expected = command.expected;
         match self.commands.push(command) {
             Ok(()) => {
                 self.sent += 1;
                 self.shared.published.store(self.sent, Ordering::Relaxed);
                 drop(inside);
                 self.door.signal.notify();
-                self.open.push_back(if wanted { OpenCommand::Unanswered(expected) } else { OpenCommand::Ignored });
+                self.open.push_back(if wanted { OpenCommand::Unanswered } else { OpenCommand::Ignored });
                 Ok(self.sent)
             }
             Err(rtrb::PushError::Full(command)) => Err(self.door.full(command)),

@@ -1,56 +1,50 @@
 //! The outcome of a command: carried out, or an error.
 
+use super::expected::ExpectedVersion;
+use super::named::NamedKeys;
 use crate::error::WaitError;
 use crate::error::fault::{Fault, says_whose_fault};
 use crate::event::{EventTypeId, Key, Version};
 use crate::lane::receipt::Receipt;
 
-/// The version that a key must have for a command to be carried out.
-///
-/// An expected version protects against changes by other clients. A client needs no protection against its own
-/// commands: commands for one key are carried out in the order in which the client sent them.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-#[non_exhaustive]
-pub enum ExpectedVersion {
-    /// Any version.
-    #[default]
-    Any,
-    /// The key has no event yet.
-    NoEvents,
-    /// The key has events.
-    Exists,
-    /// The key has exactly this version.
-    Exact(Version),
-}
-
-impl ExpectedVersion {
-    pub(crate) fn holds(self, version: Version) -> bool {
-        match self {
-            Self::Any => true,
-            Self::NoEvents => version.0 == 0,
-            Self::Exists => version.0 > 0,
-            Self::Exact(expected) => version == expected,
-        }
-    }
-}
-
 /// A command that was carried out.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct Outcome {
-    /// The key of the command.
+    /// The key of the command, or the first of its keys.
     pub key: Key,
-    /// The key's version after the command.
+    /// The key's version after the command. [`Outcome::versions`] returns those of all keys.
     pub version: Version,
-    /// The number of events of the command. The last one has `version`.
+    /// The number of events of the command, of all its keys.
     pub events: u32,
     /// `true` if this is the outcome of an earlier command with the same idempotency key; the command itself did
     /// nothing.
     pub repeated: bool,
+    /// All keys of a command for several keys.
+    pub(super) named: Option<Box<NamedKeys>>,
     pub(super) receipt: Receipt,
 }
 
 impl Outcome {
+    /// Returns the outcome of a command for several keys.
+    pub(super) fn of_several(named: Box<NamedKeys>, receipt: Receipt) -> Self {
+        let (first, events, repeated) = (named.keys[0], named.events, named.repeated);
+        Self { key: first.key, version: first.version, events, repeated, named: Some(named), receipt }
+    }
+
+    /// Returns every key of the command with its version after the command, in the order in which the command names
+    /// them. The outcome of an earlier command with the same idempotency key has the keys that the earlier one named.
+    pub fn versions(&self) -> impl Iterator<Item = (Key, Version)> + '_ {
+        let others = self.named.as_deref().map_or(&[][..], |named| &named.keys[1..]);
+        std::iter::once((self.key, self.version)).chain(others.iter().map(|other| (other.key, other.version)))
+    }
+
+    /// Returns the version of `key` after the command, or `None` if the command does not name the key.
+    #[must_use]
+    pub fn version_of(&self, key: Key) -> Option<Version> {
+        self.versions().find(|(one, _)| *one == key).map(|(_, version)| version)
+    }
+
     /// Returns the receipt of the command. Its events are appended; the receipt can wait until they are durable.
     #[must_use]
     pub fn receipt(&self) -> &Receipt {
@@ -66,8 +60,10 @@ pub enum CommandError<R> {
     #[error("the command was rejected")]
     Rejected(R),
     /// The key does not have the version that was expected. Nothing was appended.
-    #[error("the key has version {found}, but the command expected {expected:?}")]
+    #[error("key {key} has version {found}, but the command expected {expected:?}")]
     WrongVersion {
+        /// The key; of several, the first one with an unexpected version.
+        key: Key,
         /// The version that the command expected.
         expected: ExpectedVersion,
         /// The key's version.
@@ -85,9 +81,19 @@ pub enum CommandError<R> {
         /// The id that `event_type()` returned.
         event_type: EventTypeId,
     },
-    /// `decide` panicked. Nothing was appended, and the shard continues.
-    #[error("`decide` panicked: {0}")]
+    /// `decide` or `decide_many` panicked. Nothing was appended, and the shard continues.
+    #[error("the decision panicked: {0}")]
     Panicked(String),
+    /// The decision emitted an event for a key that the command does not name. Nothing was appended.
+    #[error("the decision emitted an event for key {key}, which the command does not name")]
+    ForeignKey {
+        /// The first such key.
+        key: Key,
+    },
+    /// The command names several keys, and the aggregate has no [`decide_many`](crate::Aggregate::decide_many). Nothing
+    /// was appended.
+    #[error("the aggregate has no `decide_many`: it decides on commands for one key only")]
+    NotSupported,
     /// The command was not sent.
     #[error("the command was not sent: {0}")]
     NotSent(crate::error::RejectedReason),
@@ -120,6 +126,8 @@ impl<R> CommandError<R> {
             Self::NotSent(reason) => reason.fault(),
             // Sent again, `Unanswered` and `NotDurable` might be carried out twice.
             Self::UndeclaredType { .. }
+            | Self::ForeignKey { .. }
+            | Self::NotSupported
             | Self::Panicked(_)
             | Self::Unanswered(_)
             | Self::Claimed

@@ -5,17 +5,36 @@ use std::pin::Pin;
 use std::task::{Context, Poll};
 
 use super::client::Client;
+use super::expected::ExpectedVersion;
 use super::lane::{CommandSlot, Ticket};
-use super::outcome::{CommandError, ExpectedVersion, Outcome};
-use crate::error::{Rejected, RejectedReason};
-use crate::event::{Key, KeyHash};
+use super::outcome::{CommandError, Outcome};
+use super::prepared::Prepared;
+use crate::error::{KeysError, Rejected, RejectedReason};
+use crate::event::Key;
 use crate::state::aggregate::Aggregate;
 use crate::sync::{Deadline, Patience, Registration, may_wait};
 
 impl<A: Aggregate> Client<A> {
     /// Prepares a command for `key`. [`Sending::wait`], `.await`, [`Sending::ticket`] or [`Sending::tell`] sends it.
     pub fn send(&mut self, key: Key, command: A::Command) -> Sending<'_, A> {
-        Sending::new(self, key, command)
+        let prepared = Prepared::one(key, self.clock.now(), command);
+        Sending::new(self, prepared)
+    }
+
+    /// Prepares a command for several keys of one shard. [`Aggregate::decide_many`] decides it: it sees the states of
+    /// all of them and emits events for any of them, which are appended together, all or none.
+    ///
+    /// Keys share a shard if the store has one shard, or if its [`Placement`](crate::Placement) gives them the same
+    /// value. A command names 1 to [`KEYS_MAX`](super::KEYS_MAX) different keys. Otherwise nothing is sent:
+    /// [`Rejected::Keys`], or [`CommandError::NotSent`] with [`RejectedReason::Keys`], says which key is wrong.
+    ///
+    /// The first key owns the outcome under an idempotency key ([`Sending::once`]).
+    ///
+    /// # Panics
+    /// If the application's placement panics. Nothing is sent then.
+    pub fn send_many(&mut self, keys: &[Key], command: A::Command) -> Sending<'_, A> {
+        let prepared = Prepared::many(keys, self.router, self.clock.now(), command);
+        Sending::new(self, prepared)
     }
 }
 
@@ -23,35 +42,34 @@ impl<A: Aggregate> Client<A> {
 #[must_use = "nothing is sent until `.wait()`, `.await`, `.ticket()` or `.tell()`"]
 pub struct Sending<'c, A: Aggregate> {
     client: &'c mut Client<A>,
-    command: CommandSlot<A::Command>,
+    command: Prepared<A::Command>,
     durable: bool,
 }
 
 impl<A: Aggregate> std::fmt::Debug for Sending<'_, A> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Sending")
-            .field("key", &self.command.key)
+            .field("key", &self.command.key())
             .field("durable", &self.durable)
             .finish_non_exhaustive()
     }
 }
 
 impl<'c, A: Aggregate> Sending<'c, A> {
-    fn new(client: &'c mut Client<A>, key: Key, command: A::Command) -> Self {
-        let command = CommandSlot {
-            key,
-            hash: KeyHash::of(key),
-            published: client.clock.now(),
-            expected: ExpectedVersion::Any,
-            idempotency: None,
-            command,
-        };
+    fn new(client: &'c mut Client<A>, command: Prepared<A::Command>) -> Self {
         Self { client, command, durable: false }
     }
 
-    /// Carries the command out only if the key has this version.
+    /// Carries the command out only if the key has this version; of several keys, only if each of them has it.
     pub fn expect(mut self, expected: ExpectedVersion) -> Self {
-        self.command.expected = expected;
+        self.command.expect(expected);
+        self
+    }
+
+    /// Carries the command out only if `key`, one of the keys that the command names, has this version. A command that
+    /// does not name the key is not sent ([`KeysError::NotNamed`]).
+    pub fn expect_of(mut self, key: Key, expected: ExpectedVersion) -> Self {
+        self.command.expect_of(key, expected);
         self
     }
 
@@ -61,9 +79,12 @@ impl<'c, A: Aggregate> Sending<'c, A> {
     /// newest `Config::outcomes_kept` outcomes of each key: commands that were carried out, and rejections by the
     /// aggregate. It does not remember other errors.
     ///
+    /// The first key of a command for several keys owns its outcome. A repeat with the same first key gets the first
+    /// outcome with the versions of all keys that the first command named, whichever other keys the repeat names.
+    ///
     /// A text is identified by its 64-bit hash. Every number is a separate idempotency key, including 0 and `u64::MAX`.
     pub fn once(mut self, idempotency: impl Into<IdempotencyKey>) -> Self {
-        self.command.idempotency = Some(idempotency.into().0);
+        self.command.once(idempotency.into().0);
         self
     }
 
@@ -142,9 +163,12 @@ impl<'c, A: Aggregate> Sending<'c, A> {
 
     fn send(self, wanted: bool, patience: Patience) -> Result<(&'c mut Client<A>, Ticket), Rejected<A::Command>> {
         let Self { client, command, durable } = self;
+        let (command, refused) = command.into_parts();
+        if let Some(fault) = refused {
+            return Err(Rejected::Keys(command.command, *fault));
+        }
         let key = command.key;
-        // A single shard needs no routing.
-        let lane = if let [_] = &client.lanes[..] { 0 } else { usize::from(key.shard(client.lanes.len() as u16).0) };
+        let lane = client.lane_of(key);
         let wait = client.wait;
         match client.lanes[lane].send(command, wanted, wait, patience) {
             Ok(number) => {
@@ -162,14 +186,21 @@ impl<'c, A: Aggregate> IntoFuture for Sending<'c, A> {
 
     fn into_future(self) -> SendingFuture<'c, A> {
         let Self { client, command, durable } = self;
-        SendingFuture { client, unsent: Some(command), durable, ticket: None, registration: Registration::default() }
+        let (command, refused) = command.into_parts();
+        let registration = Registration::default();
+        SendingFuture { client, unsent: Some(command), refused, durable, ticket: None, registration }
     }
 }
 
 /// A future that sends a command when it is polled, and resolves to the answer.
+///
+/// Cancel safety: dropped before it has sent the command, it sends nothing. Dropped later, it discards the answer; the
+/// command is carried out all the same.
 pub struct SendingFuture<'c, A: Aggregate> {
     client: &'c mut Client<A>,
     unsent: Option<CommandSlot<A::Command>>,
+    /// The fault of the command's keys, for which it is not sent.
+    refused: Option<Box<KeysError>>,
     durable: bool,
     ticket: Option<Ticket>,
     /// The task's place among the waiters.
@@ -190,10 +221,14 @@ impl<A: Aggregate> Future for SendingFuture<'_, A> {
 
     fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
         let this = &mut *self;
+        if let Some(fault) = this.refused.take() {
+            this.unsent = None;
+            return Poll::Ready(Err(CommandError::NotSent(RejectedReason::Keys(*fault))));
+        }
         let mut registered = false;
         while let Some(command) = this.unsent.take() {
             let key = command.key;
-            let lane = usize::from(key.shard(this.client.lanes.len() as u16).0);
+            let lane = this.client.lane_of(key);
             match this.client.lanes[lane].try_send(command, true) {
                 Ok(number) => {
                     let client = this.client.lanes[lane].id();

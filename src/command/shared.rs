@@ -10,12 +10,14 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 
+use super::expected::ExpectedVersion;
 use super::lane::{ClientLane, CommandSlot, Ticket};
-use super::outcome::{CommandError, ExpectedVersion, Outcome};
+use super::outcome::{CommandError, Outcome};
+use super::prepared::Prepared;
 use super::sending::IdempotencyKey;
 use crate::clock::Clock;
-use crate::error::{Rejected, RejectedReason, WaitError};
-use crate::event::{Key, KeyHash};
+use crate::error::{KeysError, Rejected, RejectedReason, WaitError};
+use crate::event::{Key, Router};
 use crate::lane::counts::LaneShared;
 use crate::lane::door::ShardDoor;
 use crate::lane::receipt::Pending;
@@ -79,6 +81,7 @@ pub struct SharedClient<A: Aggregate>(Arc<Shared<A>>);
 struct Shared<A: Aggregate> {
     lanes: Vec<SharedLane<A>>,
     clock: Clock,
+    router: Router,
 }
 
 /// A lane, its counts and its door, which are read without the lock.
@@ -108,29 +111,30 @@ impl<A: Aggregate> std::fmt::Debug for SharedClient<A> {
 }
 
 impl<A: Aggregate> SharedClient<A> {
-    pub(crate) fn new(lanes: Vec<ClientLane<A>>, clock: Clock) -> Self {
+    pub(crate) fn new(lanes: Vec<ClientLane<A>>, clock: Clock, router: Router) -> Self {
         let shared = |lane: ClientLane<A>| {
             let lane = lane.shared();
             let (counts, door) = (Arc::clone(&lane.shared), Arc::clone(&lane.door));
             let locked = Mutex::new(Locked { lane, waiting: BTreeMap::new(), next_number: 0 });
             SharedLane { locked, counts, door }
         };
-        Self(Arc::new(Shared { lanes: lanes.into_iter().map(shared).collect(), clock }))
+        Self(Arc::new(Shared { lanes: lanes.into_iter().map(shared).collect(), clock, router }))
     }
 
     /// Prepares a command for `key`. `.await`, [`SharedSending::wait`], [`SharedSending::submit`] or
     /// [`SharedSending::tell`] sends it.
     pub fn send(&self, key: Key, command: A::Command) -> SharedSending<A> {
-        let command = CommandSlot {
-            key,
-            hash: KeyHash::of(key),
-            published: self.0.clock.now(),
-            expected: ExpectedVersion::Any,
-            idempotency: None,
-            command,
-        };
-        let lane = usize::from(key.shard(self.0.lanes.len() as u16).0);
-        SharedSending { shared: Arc::clone(&self.0), lane, command, durable: false }
+        let command = Prepared::one(key, self.0.clock.now(), command);
+        SharedSending { shared: Arc::clone(&self.0), command, durable: false }
+    }
+
+    /// Prepares a command for several keys of one shard, as [`Client::send_many`](super::Client::send_many).
+    ///
+    /// # Panics
+    /// If the application's placement panics. Nothing is sent then.
+    pub fn send_many(&self, keys: &[Key], command: A::Command) -> SharedSending<A> {
+        let command = Prepared::many(keys, self.0.router, self.0.clock.now(), command);
+        SharedSending { shared: Arc::clone(&self.0), command, durable: false }
     }
 }
 
@@ -163,27 +167,32 @@ impl<A: Aggregate> SharedLane<A> {
 #[must_use = "nothing is sent until `.await`, `.wait()`, `.submit()` or `.tell()`"]
 pub struct SharedSending<A: Aggregate> {
     shared: Arc<Shared<A>>,
-    lane: usize,
-    command: CommandSlot<A::Command>,
+    command: Prepared<A::Command>,
     durable: bool,
 }
 
 impl<A: Aggregate> std::fmt::Debug for SharedSending<A> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("SharedSending").field("key", &self.command.key).finish_non_exhaustive()
+        f.debug_struct("SharedSending").field("key", &self.command.key()).finish_non_exhaustive()
     }
 }
 
 impl<A: Aggregate> SharedSending<A> {
-    /// Carries the command out only if the key has this version.
+    /// Carries the command out only if the key has this version; of several keys, only if each of them has it.
     pub fn expect(mut self, expected: ExpectedVersion) -> Self {
-        self.command.expected = expected;
+        self.command.expect(expected);
+        self
+    }
+
+    /// Carries the command out only if `key`, one of the keys that the command names, has this version.
+    pub fn expect_of(mut self, key: Key, expected: ExpectedVersion) -> Self {
+        self.command.expect_of(key, expected);
         self
     }
 
     /// Carries the command out at most once under this idempotency key; see [`Sending::once`](super::Sending::once).
     pub fn once(mut self, idempotency: impl Into<IdempotencyKey>) -> Self {
-        self.command.idempotency = Some(idempotency.into().0);
+        self.command.once(idempotency.into().0);
         self
     }
 
@@ -198,8 +207,10 @@ impl<A: Aggregate> SharedSending<A> {
     ///
     /// Cancel safety: if the future is dropped before it completes, the command was not sent.
     pub fn submit(self) -> Submitting<A> {
-        let Self { shared, lane, command, durable } = self;
-        Submitting { shared, lane, command: Some(command), is_wanted: true, durable, place: Place::default() }
+        let Self { shared, command, durable } = self;
+        let (command, fault) = command.into_parts();
+        let lane = shared.router.index(command.key);
+        Submitting { shared, lane, command: Some(command), fault, is_wanted: true, durable, place: Place::default() }
     }
 
     /// Sends the command, waiting for room, and drops its answer. The metrics count rejections.
@@ -221,6 +232,9 @@ impl<A: Aggregate> SharedSending<A> {
     pub fn try_submit(self) -> Result<SharedAnswer<A>, Rejected<A::Command>> {
         let mut submitting = self.submit();
         let command = submitting.command.take().expect("it is not sent yet");
+        if let Some(fault) = submitting.fault.take() {
+            return Err(Rejected::Keys(command.command, *fault));
+        }
         let (shared, lane) = (Arc::clone(&submitting.shared), submitting.lane);
         let mut locked = lock(&shared.lanes[lane].locked);
         if !locked.waiting.is_empty() {
@@ -289,6 +303,8 @@ pub struct Submitting<A: Aggregate> {
     lane: usize,
     /// `None` once the command is sent or refused.
     command: Option<CommandSlot<A::Command>>,
+    /// The fault of the command's keys, for which it is not sent.
+    fault: Option<Box<KeysError>>,
     is_wanted: bool,
     durable: bool,
     place: Place,
@@ -323,6 +339,9 @@ impl<A: Aggregate> Submitting<A> {
     /// Sends the command if it is this caller's turn and there is room; otherwise queues the caller.
     fn attempt(&mut self, waker: &Waker) -> Attempt<A::Command> {
         let command = self.command.take().expect("a future is not polled after it has completed");
+        if let Some(fault) = self.fault.take() {
+            return Attempt::Refused(Rejected::Keys(command.command, *fault));
+        }
         let mut waker = Some(waker.clone());
         let mut locked = lock(&self.shared.lanes[self.lane].locked);
         let first = locked.waiting.keys().next().copied();

@@ -195,7 +195,7 @@ impl<E: Event> ConsumerBuilder<E> {
         let name = Arc::clone(&settings.name);
         let (shards, letters) = services.drive::<E>(&name, settings.start)?;
         let storage = Arc::clone(&services.storage);
-        let driver = Driver::open(settings, storage, services.dir(&name), shards, letters);
+        let driver = Driver::open(settings, storage, services.dir(&name), shards, letters, services.router());
         driver.map_err(|error| services.note_refused(&name, error))
     }
 }

@@ -17,8 +17,9 @@ use super::life::Life;
 use super::position_file::{ConsumerPosition, RegisteredConsumer, clear, consumers_dir};
 use super::report::ConsumerReport;
 use super::settings::Start;
+use crate::config::{Durability, ValidConfig};
 use crate::error::{OpenError, WaitError};
-use crate::event::{Event, Offset};
+use crate::event::{Event, Offset, Router};
 use crate::lane::requests::KeeperRequests;
 use crate::lane::requests::SyncRequests;
 use crate::log::holds::Hold;
@@ -76,6 +77,7 @@ pub(crate) struct Services {
     lock: Arc<dyn Lock>,
     keeper: Arc<KeeperRequests>,
     shards: Vec<(Arc<ShardLog>, Arc<SyncRequests>)>,
+    router: Router,
     /// `true` if the durability mode syncs by itself.
     pub(crate) syncs: bool,
     known: Mutex<BTreeMap<String, Known>>,
@@ -93,11 +95,10 @@ impl Services {
     /// Returns the consumers of an engine that is being opened; `known` is the saved state of each.
     pub(crate) fn new(
         storage: Arc<dyn Storage>,
-        store: &Path,
+        config: &ValidConfig,
         lock: Arc<dyn Lock>,
         keeper: Arc<KeeperRequests>,
         shards: Vec<(Arc<ShardLog>, Arc<SyncRequests>)>,
-        syncs: bool,
         known: Vec<RegisteredConsumer>,
     ) -> Self {
         let register = |RegisteredConsumer { name, position, .. }: RegisteredConsumer| {
@@ -108,8 +109,13 @@ impl Services {
             (name, Known::registered(holds))
         };
         let known = known.into_iter().map(register).collect();
-        let (known, store, closed) = (Mutex::new(known), store.to_owned(), Mutex::new(Closed::No));
-        Self { storage, store, lock, keeper, shards, syncs, known, closed }
+        let (known, closed) = (Mutex::new(known), Mutex::new(Closed::No));
+        let (store, router, syncs) = (config.dir.clone(), config.router(), config.durability != Durability::OsCache);
+        Self { storage, store, lock, keeper, shards, router, syncs, known, closed }
+    }
+
+    pub(crate) fn router(&self) -> Router {
+        self.router
     }
 
     /// Returns a number that no other living engine has.

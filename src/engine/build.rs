@@ -100,7 +100,7 @@ fn filled<A: Aggregate>(
     keys: &KeyTable<A>,
     sequence: Sequence,
 ) -> Vec<Box<dyn ViewWriter<A>>> {
-    let place = Place::new(id, config.shards, config.keys_expected.max(keys.len()));
+    let place = Place::new(id, config.router(), config.keys_expected.max(keys.len()));
     let mut writers: Vec<_> = views.iter().map(|view| view.writer(&place)).collect();
     for writer in &mut writers {
         keys.iter().for_each(|slot| writer.load(slot.key, &slot.state));
@@ -255,7 +255,7 @@ impl Context<'_> {
 impl Links {
     /// Makes the links of a shard whose newest checkpoint covers its log up to `covered`.
     fn new(log: &Arc<ShardLog>, covered: Offset) -> Self {
-        let checkpoints = Arc::new(CheckpointRequests::new(covered));
+        let checkpoints = Arc::new(CheckpointRequests::new(covered, &log.notifier));
         let door = Arc::new(ShardDoor {
             log: Arc::clone(log),
             signal: Arc::new(Signal::new()),

@@ -88,7 +88,7 @@ impl<A: Aggregate> Engine<A> {
         if !may_wait() || !consumers.iter().all(|consumer| consumer.may_await()) {
             return Err(PublishSyncError::Rejected(Rejected::OnEngineThread(event)));
         }
-        let shard = key.shard(self.config.shards);
+        let shard = self.shard_of(key);
         let from = Offset(self.shards[usize::from(shard.0)].door.log.appended.get());
         // Watch before publishing: a consumer may pass the event before it is asked about it.
         let watches: Vec<_> = consumers.iter().map(|consumer| consumer.watch(shard, from)).collect();

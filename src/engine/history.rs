@@ -1,6 +1,7 @@
 //! History: a key's events, its state at any time, and states folded again from the log.
 
 use std::collections::HashSet;
+use std::pin::pin;
 use std::sync::Arc;
 
 use super::Engine;
@@ -15,8 +16,7 @@ use crate::state::aggregate::Aggregate;
 use crate::state::history::{AsOf, Counts, EventsBetween, Head, PastState, Stream, count, state_at};
 use crate::state::keys::Walk;
 use crate::state::snapshot::store::SnapshotStats;
-use crate::sync::block_until;
-use crate::sync::{Deadline, Ordering, may_wait};
+use crate::sync::{Deadline, Ordering, block_on, may_wait, until};
 
 /// The result of [`Engine::compare`]: states folded again from the log, against the states in use.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -57,40 +57,47 @@ impl<A: Aggregate> Engine<A> {
     /// `ShardFailed`; `CheckpointFailed` if this checkpoint, or one that was in progress at the call, could not be
     /// written; `TimedOut`; `Closed` once the engine closes; `OnEngineThread`.
     pub fn checkpoint(&self, deadline: impl Into<Deadline>) -> Result<(), WaitError> {
-        let deadline = deadline.into().instant();
         if !may_wait() {
             return Err(WaitError::OnEngineThread);
         }
+        block_on(deadline.into().instant(), &mut pin!(self.checkpoint_async()))?
+    }
+
+    /// As [`Engine::checkpoint`], for tasks. The call itself asks for the checkpoint, not the first poll.
+    ///
+    /// Cancel safety: dropping the future ends the wait; the checkpoint is made all the same.
+    ///
+    /// # Errors
+    /// As [`Engine::checkpoint`].
+    pub fn checkpoint_async(&self) -> impl Future<Output = Result<(), WaitError>> + Send + use<A> {
         let ask = |shard: &Handle<A>| {
-            let (log, checkpoints) = (&shard.door.log, &shard.checkpoints);
+            let (door, checkpoints) = (Arc::clone(&shard.door), Arc::clone(&shard.checkpoints));
             // Read before asking: the checkpoint may begin at once, and later events are not part of it.
-            let wanted = (log.appended.get(), checkpoints.failures());
+            let (wanted, failed) = (door.log.appended.get(), checkpoints.failures());
             checkpoints.ask();
-            shard.door.signal.notify();
-            wanted
+            door.signal.notify();
+            (door, checkpoints, wanted, failed)
         };
-        let wanted: Vec<_> = self.shards.iter().map(ask).collect();
-        for (shard, (wanted, failed)) in self.shards.iter().zip(wanted) {
-            let (log, checkpoints) = (&shard.door.log, &shard.checkpoints);
-            block_until(
-                deadline,
-                |at, waker| checkpoints.register(at, waker),
-                || {
+        let asked: Vec<_> = self.shards.iter().map(ask).collect();
+        async move {
+            for (door, checkpoints, wanted, failed) in asked {
+                let outcome = || {
                     if checkpoints.covered() >= wanted {
                         return Some(Ok(()));
                     }
-                    if let Some(failure) = log.failure() {
+                    if let Some(failure) = door.log.failure() {
                         return Some(Err(WaitError::from(failure.clone())));
                     }
                     if checkpoints.failures() > failed {
                         return Some(Err(WaitError::CheckpointFailed));
                     }
                     // A closing shard begins no other checkpoint.
-                    shard.door.closing.load(Ordering::SeqCst).then_some(Err(WaitError::Closed))
-                },
-            )?;
+                    door.closing.load(Ordering::SeqCst).then_some(Err(WaitError::Closed))
+                };
+                until(|[at], waker| checkpoints.register(at, waker), outcome).await?;
+            }
+            Ok(())
         }
-        Ok(())
     }
 
     /// Returns statistics of saved states, summed over all shards. Asks no shard.

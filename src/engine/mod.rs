@@ -21,6 +21,7 @@ mod build;
 mod builder;
 mod closing;
 mod consumers;
+mod flush;
 mod gate_holds;
 mod gated;
 mod handle;
@@ -46,7 +47,6 @@ use crate::ingress::gated::OpenGates;
 use crate::ingress::producer::Producer;
 use crate::ingress::shared::SharedProducer;
 use crate::lane::counts::LaneShared;
-use crate::lane::flush::flush_shard;
 use crate::lane::requests::KeeperRequests;
 use crate::lane::shared::SharedLane;
 use crate::log::position::Position;
@@ -56,7 +56,7 @@ use crate::recovery::report::RecoveryReport;
 use crate::shard::LaneEnd;
 use crate::state::aggregate::{Aggregate, Stateless};
 use crate::storage::{Lock, Storage};
-use crate::sync::{Deadline, Mutex, Ordering, lock, may_wait, nap};
+use crate::sync::{Deadline, Mutex, lock, may_wait, nap};
 pub use builder::Builder;
 use closing::Closing;
 pub use consumers::PublishSyncError;
@@ -193,7 +193,8 @@ impl<A: Aggregate> Engine<A> {
             shard.door.signal.notify();
             (tx, shared, Arc::clone(&shard.door))
         });
-        Producer::new(lanes.collect(), self.clock.clone(), self.config.wait, self.config.event_bytes_max)
+        let (clock, router) = (self.clock.clone(), self.config.router());
+        Producer::new(lanes.collect(), clock, self.config.wait, self.config.event_bytes_max, router)
     }
 
     /// Returns an entry point that any number of threads may clone and share.
@@ -204,6 +205,7 @@ impl<A: Aggregate> Engine<A> {
             self.clock.clone(),
             self.config.wait,
             self.config.event_bytes_max,
+            self.config.router(),
         )
     }
 
@@ -211,14 +213,14 @@ impl<A: Aggregate> Engine<A> {
     /// number, created at any time.
     #[must_use]
     pub fn client(&self) -> Client<A> {
-        Client::new(self.client_lanes(), self.clock.clone(), self.config.wait)
+        Client::new(self.client_lanes(), self.clock.clone(), self.config.wait, self.config.router())
     }
 
     /// Returns a client that any number of threads and tasks may clone and share: a lane to every shard, and one back.
     /// There may be any number, created at any time.
     #[must_use]
     pub fn shared_client(&self) -> SharedClient<A> {
-        SharedClient::new(self.client_lanes(), self.clock.clone())
+        SharedClient::new(self.client_lanes(), self.clock.clone(), self.config.router())
     }
 
     fn client_lanes(&self) -> Vec<ClientLane<A>> {
@@ -268,42 +270,6 @@ impl<A: Aggregate> Engine<A> {
         // A position in a shard that this store does not have is from another store, which any shard's log reports.
         let log = &self.shards[usize::from(shard.0).min(shards - 1)].door.log;
         position.reader(log, &self.lock)
-    }
-
-    /// Waits until everything accepted before this call is appended and durable, in every durability mode. Whatever the
-    /// events depend on becomes durable first: if retention has freed events in `OsCache` mode, this is the checkpoint
-    /// that stands for them. If a shard fails, the others are still flushed.
-    ///
-    /// # Errors
-    /// `ShardFailed` with the failure of the first shard that failed; `TimedOut` at `deadline`.
-    pub fn flush(&self, deadline: impl Into<Deadline>) -> Result<(), WaitError> {
-        let deadline = deadline.into().instant();
-        let accepted: Vec<_> = self
-            .shards
-            .iter()
-            .map(|shard| {
-                let lanes = shard.door.lanes.all().into_iter();
-                lanes
-                    .map(|lane| {
-                        let published = lane.published.load(Ordering::SeqCst);
-                        (lane, published)
-                    })
-                    .collect::<Vec<_>>()
-            })
-            .collect();
-        // Start every sync now: this call then waits for the slowest shard, not for the sum.
-        self.shards.iter().for_each(|shard| shard.syncer.flush(shard.door.log.appended.get()));
-        let mut outcome = Ok(());
-        for (shard, lanes) in self.shards.iter().zip(accepted) {
-            // Every shard is flushed, even after one has failed. A failure takes precedence over a deadline.
-            match flush_shard(&shard.door, &shard.syncer, lanes, deadline) {
-                Err(failed @ WaitError::ShardFailed(_)) if !matches!(outcome, Err(WaitError::ShardFailed(_))) => {
-                    outcome = Err(failed);
-                }
-                flushed => outcome = outcome.and(flushed),
-            }
-        }
-        outcome
     }
 
     /// Returns all counters as they are now, and the histograms as far as their threads have handed them over by
@@ -378,9 +344,15 @@ impl<A: Aggregate> Engine<A> {
         self.closing.close(deadline)
     }
 
+    /// Returns the shard that owns `key`.
+    #[must_use]
+    pub fn shard_of(&self, key: Key) -> ShardId {
+        self.config.shard_of(key)
+    }
+
     /// The shard that owns `key`.
     fn of(&self, key: Key) -> &Handle<A> {
-        &self.shards[usize::from(key.shard(self.config.shards).0)]
+        &self.shards[usize::from(self.shard_of(key).0)]
     }
 }
 

@@ -10,7 +10,7 @@ use super::threads::Threads;
 use crate::config::ValidConfig;
 use crate::consumer::position_file::RegisteredConsumer;
 use crate::error::{OpenError, guard};
-use crate::event::{Event, EventTypeId, Root, ShardId, upcaster};
+use crate::event::{Event, EventTypeId, Placement, Root, ShardId, upcaster};
 use crate::log::manifest::fresh_id;
 use crate::log::manifest::{Manifest, shard_dir};
 use crate::log::segment::ShardLog;
@@ -58,10 +58,15 @@ pub(super) fn load_manifest<E: Event>(
         shards: config.shards,
         segment_bytes: config.segment_bytes,
         root: Root::default(),
+        placement: config.placement.as_ref().map(|placement| placement.id().clone()),
         types: Vec::new(),
     });
     if manifest.shards != config.shards {
         return Err(OpenError::ShardCount { stored: manifest.shards, asked: config.shards });
+    }
+    let asked = config.placement.as_ref().map(Placement::id);
+    if manifest.placement.as_ref() != asked {
+        return Err(OpenError::Placement { stored: manifest.placement, asked: asked.cloned() });
     }
     if manifest.segment_bytes != config.segment_bytes {
         return Err(OpenError::SegmentBytes { stored: manifest.segment_bytes, asked: config.segment_bytes });
@@ -73,6 +78,22 @@ pub(super) fn load_manifest<E: Event>(
         (false, false) => ManifestChange::None,
     };
     Ok((manifest, change))
+}
+
+/// Checks that the application's placement, if there is one, puts every key into the shard that holds it.
+pub(super) fn check_placement<A: Aggregate>(config: &ValidConfig, recovered: &[Recovered<A>]) -> Result<(), OpenError> {
+    let Some(placement) = &config.placement else { return Ok(()) };
+    let router = config.router();
+    for shard in recovered {
+        let stored = shard.report.shard;
+        let mut keys = shard.folder.keys.iter().map(|slot| slot.key);
+        let moved = guard("the placement", stored, || keys.find(|key| router.shard(*key) != stored))?;
+        if let Some(key) = moved {
+            let (asked, placement) = (router.shard(key), placement.id().clone());
+            return Err(OpenError::KeyMoved { key, stored, asked, placement });
+        }
+    }
+    Ok(())
 }
 
 /// The repairs of a store that was found sound.

@@ -13,7 +13,7 @@ use super::build::{Built, Context, ShardCode, shard_code};
 use super::closing::{Closing, ClosingShard};
 use super::gate_holds::GateHolds;
 use super::handle::Handle;
-use super::open::{ManifestChange, Repairs, load_manifest, logs_of, recover};
+use super::open::{ManifestChange, Repairs, check_placement, load_manifest, logs_of, recover};
 use super::runner::{RunnerRequests, assign_cores, run};
 use super::store_lock::StoreLock;
 use super::threads::{Crew, Threads};
@@ -21,7 +21,7 @@ use crate::background::keeper::{Keeper, KeeperRules, KeptShard};
 use crate::background::snapshotter::{ShardSnapshots, Snapshotter, SnapshotterRequests};
 use crate::background::syncer::Syncer;
 use crate::clock::Clock;
-use crate::config::{Durability, ValidConfig};
+use crate::config::ValidConfig;
 use crate::consumer::position_file::{RegisteredConsumer, cut_all};
 use crate::consumer::services::Services;
 use crate::error::OpenError;
@@ -106,6 +106,7 @@ impl<A: Aggregate> Inspected<A> {
             shard_dirs.try_for_each(|dir| lock.take(&**storage, &dir))?;
         }
         let recovered = recover::<A>(storage, config, &manifest, is_new, threads)?;
+        check_placement(config, &recovered)?;
         let ends: Vec<Offset> = recovered.iter().map(|shard| shard.report.end).collect();
         let consumers = cut_all(&**storage, &config.dir, manifest.store_id, &ends)?;
         let logs = logs_of(config, &manifest, &recovered);
@@ -210,11 +211,10 @@ impl<A: Aggregate> Parts<A> {
         let logs = self.handles.iter().map(|shard| (Arc::clone(&shard.door.log), Arc::clone(&shard.syncer)));
         let services = Arc::new(Services::new(
             Arc::clone(&storage),
-            &config.dir,
+            &config,
             Arc::clone(&lock),
             Arc::clone(&self.keeper),
             logs.collect(),
-            config.durability != Durability::OsCache,
             consumers,
         ));
         let closing = Closing {

@@ -52,6 +52,14 @@ pub enum ConfigError {
         /// The limit in bytes.
         bytes_max: usize,
     },
+    /// The name of a placement is empty or too long.
+    #[error("the placement's name \"{name}\" must have 1 to {bytes_max} bytes")]
+    PlacementName {
+        /// The name.
+        name: String,
+        /// The limit in bytes.
+        bytes_max: usize,
+    },
     /// An upcaster can never be called: its event type is not declared, its schema version is not older than the
     /// declared one, or another upcaster reads the same version.
     #[error("the upcaster for schema version {schema_version} of event type {event_type} can never be called")]

@@ -105,7 +105,7 @@ says_whose_fault!(RejectedReason);
 impl RejectedReason {
     pub(crate) fn fault(&self) -> Fault {
         match self {
-            Self::TooLarge { .. } => Fault::Request,
+            Self::TooLarge { .. } | Self::Keys(_) => Fault::Request,
             Self::Full | Self::StorageFull => Fault::Passing,
             Self::OnEngineThread | Self::Closed | Self::ShardFailed(_) | Self::UndeclaredType { .. } => Fault::Neither,
         }
@@ -186,6 +186,8 @@ impl OpenError {
             | Self::EventTypeRenumbered { .. }
             | Self::StatesLost { .. }
             | Self::StateLayout { .. }
+            | Self::Placement { .. }
+            | Self::KeyMoved { .. }
             | Self::RejectionLayout { .. }
             | Self::Corruption(_)
             | Self::Panicked(_)

@@ -13,8 +13,8 @@
 //!
 //! | error | client error | retryable |
 //! |---|---|---|
-//! | [`Rejected`], [`RejectedReason`] | `TooLarge` | `Full`, `StorageFull` |
-//! | [`CommandError`](crate::CommandError) | `Rejected`, `WrongVersion`, `TooLarge`, `NotSent(TooLarge)` | `NotSent(Full)`, `NotSent(StorageFull)` |
+//! | [`Rejected`], [`RejectedReason`] | `TooLarge`, `Keys` | `Full`, `StorageFull` |
+//! | [`CommandError`](crate::CommandError) | `Rejected`, `WrongVersion`, `TooLarge`, `NotSent(TooLarge)`, `NotSent(Keys)` | `NotSent(Full)`, `NotSent(StorageFull)` |
 //! | [`WaitError`] | | `TimedOut` (wait again), `CheckpointFailed` |
 //! | [`HistoryError`] | `BeyondRetention`, `NotYet` | as its [`ReadError`] or [`WaitError`] |
 //! | [`ReadError`] | `BeyondRetention`, `NotARecord`, `Position` | `Io` for want of a resource |
@@ -38,6 +38,7 @@ mod config;
 mod failure;
 pub(crate) mod fault;
 mod gate;
+mod keys;
 mod open;
 mod publish;
 mod read;
@@ -51,6 +52,7 @@ pub use failure::{FailureCause, ShardFailure};
 pub use fault::WhoseFault;
 pub(crate) use fault::is_exhausted;
 pub use gate::{GateError, GateOpenError};
+pub use keys::KeysError;
 pub use open::OpenError;
 pub use publish::{Rejected, RejectedReason};
 pub use read::{Corruption, HistoryError, PositionError, ReadError};

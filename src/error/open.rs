@@ -4,7 +4,7 @@ use std::io;
 use std::path::PathBuf;
 
 use super::{CodePanic, ConfigError, Corruption};
-use crate::event::{EventTypeId, Offset, Root, ShardId};
+use crate::event::{EventTypeId, Key, Offset, PlacementId, Root, ShardId};
 
 /// The reason why a store could not be opened. The store is unchanged, with one exception: an `Io` error of a repair
 /// (`action` names it). Repairs begin after the whole store has been found valid, and the next open continues them.
@@ -32,6 +32,31 @@ pub enum OpenError {
         stored: u16,
         /// The number in the configuration.
         asked: u16,
+    },
+    /// The store places keys in another way. The placement is fixed when a store is created.
+    #[error(
+        "the store places keys by {}, not by {}: its keys would be searched in the wrong shards",
+        PlacementId::describe(stored.as_ref()),
+        PlacementId::describe(asked.as_ref())
+    )]
+    Placement {
+        /// The placement in the manifest; `None`: the key's own hash.
+        stored: Option<PlacementId>,
+        /// The placement in the configuration.
+        asked: Option<PlacementId>,
+    },
+    /// The placement gives a key of the store another shard than the one that holds the key: the function has changed
+    /// under its name and version, or is not pure.
+    #[error("key {key} is in shard {stored}, but {placement} puts it into shard {asked}")]
+    KeyMoved {
+        /// The key.
+        key: Key,
+        /// The shard that holds its events.
+        stored: ShardId,
+        /// The shard that the function gives.
+        asked: ShardId,
+        /// The placement.
+        placement: PlacementId,
     },
     /// The store has a different segment size. The size is fixed when a store is created.
     #[error("the store has segments of {stored} bytes, not {asked}")]

@@ -1,6 +1,6 @@
 //! Errors of publishing.
 
-use super::ShardFailure;
+use super::{KeysError, ShardFailure};
 use crate::event::EventTypeId;
 
 /// A rejected publish: the event, given back, and the reason.
@@ -42,6 +42,9 @@ pub enum Rejected<E> {
         /// The type that `event_type()` returned.
         event_type: EventTypeId,
     },
+    /// The keys of a command for several keys are invalid. Nothing was sent.
+    #[error("{1}")]
+    Keys(E, KeysError),
 }
 
 impl<E> Rejected<E> {
@@ -52,7 +55,8 @@ impl<E> Rejected<E> {
             | Self::StorageFull(e)
             | Self::OnEngineThread(e)
             | Self::Closed(e)
-            | Self::ShardFailed(e, _) => e,
+            | Self::ShardFailed(e, _)
+            | Self::Keys(e, _) => e,
             Self::TooLarge { event, .. } | Self::UndeclaredType { event, .. } => event,
         }
     }
@@ -67,6 +71,7 @@ impl<E> Rejected<E> {
             Self::ShardFailed(e, failure) => Rejected::ShardFailed(change(e), failure),
             Self::TooLarge { event, bytes_max } => Rejected::TooLarge { event: change(event), bytes_max },
             Self::UndeclaredType { event, event_type } => Rejected::UndeclaredType { event: change(event), event_type },
+            Self::Keys(e, fault) => Rejected::Keys(change(e), fault),
         }
     }
 
@@ -80,6 +85,7 @@ impl<E> Rejected<E> {
             Self::ShardFailed(_, failure) => RejectedReason::ShardFailed(failure.clone()),
             Self::TooLarge { bytes_max, .. } => RejectedReason::TooLarge { bytes_max: *bytes_max },
             Self::UndeclaredType { event_type, .. } => RejectedReason::UndeclaredType { event_type: *event_type },
+            Self::Keys(_, fault) => RejectedReason::Keys(fault.clone()),
         }
     }
 }
@@ -122,6 +128,9 @@ pub enum RejectedReason {
         /// The type that `event_type()` returned.
         event_type: EventTypeId,
     },
+    /// The keys of a command for several keys are invalid. Nothing was sent.
+    #[error(transparent)]
+    Keys(KeysError),
 }
 
 impl RejectedReason {
@@ -135,6 +144,7 @@ impl RejectedReason {
             Self::ShardFailed(failure) => Rejected::ShardFailed(event, failure),
             Self::TooLarge { bytes_max } => Rejected::TooLarge { event, bytes_max },
             Self::UndeclaredType { event_type } => Rejected::UndeclaredType { event, event_type },
+            Self::Keys(fault) => Rejected::Keys(event, fault),
         }
     }
 }

@@ -66,6 +66,7 @@ fn every_error_of_publishing_says_whose_fault_it_is() {
         RejectedReason::Closed => NEITHER,
         RejectedReason::ShardFailed(shard_failure()) => NEITHER,
         RejectedReason::TooLarge { bytes_max: 1 } => REQUEST,
+        RejectedReason::Keys(KeysError::Twice { key: Key(1) }) => REQUEST,
         RejectedReason::UndeclaredType { event_type: EventTypeId(9) } => NEITHER,
         Rejected::Full(()) => PASSING,
         Rejected::StorageFull(()) => PASSING,
@@ -73,6 +74,7 @@ fn every_error_of_publishing_says_whose_fault_it_is() {
         Rejected::Closed(()) => NEITHER,
         Rejected::ShardFailed((), shard_failure()) => NEITHER,
         Rejected::TooLarge { event: (), bytes_max: 1 } => REQUEST,
+        Rejected::Keys((), KeysError::None) => REQUEST,
         Rejected::UndeclaredType { event: (), event_type: EventTypeId(9) } => NEITHER,
         PublishSyncError::Rejected(Rejected::Full(())) => PASSING,
         PublishSyncError::Rejected(Rejected::TooLarge { event: (), bytes_max: 1 }) => REQUEST,
@@ -93,7 +95,10 @@ fn every_error_of_publishing_says_whose_fault_it_is() {
 fn every_error_of_a_command_says_whose_fault_it_is() {
     check! {
         CommandError::Rejected("no") => REQUEST,
-        CommandError::<()>::WrongVersion { expected: ExpectedVersion::Exists, found: Version(0) } => REQUEST,
+        CommandError::<()>::WrongVersion { key: Key(1), expected: ExpectedVersion::Exists, found: Version(0) } => REQUEST,
+        CommandError::<()>::ForeignKey { key: Key(1) } => NEITHER,
+        CommandError::<()>::NotSupported => NEITHER,
+        CommandError::<()>::NotSent(RejectedReason::Keys(KeysError::None)) => REQUEST,
         CommandError::<()>::TooLarge { bytes_max: 1 } => REQUEST,
         CommandError::<()>::UndeclaredType { event_type: EventTypeId(9) } => NEITHER,
         CommandError::<()>::Panicked("no".into()) => NEITHER,

@@ -38,7 +38,8 @@ impl Key {
         z ^ (z >> 31)
     }
 
-    /// Returns the shard of this key among `shards`: the high half of hash × `shards`. Fixed for ever.
+    /// Returns the shard of this key among `shards`, in a store without a [`Placement`](super::Placement): the high half
+    /// of hash × `shards`. Fixed for ever. [`Engine::shard_of`](crate::Engine::shard_of) knows the store's placement.
     #[must_use]
     pub const fn shard(self, shards: u16) -> ShardId {
         ShardId(((self.hash() as u128 * shards as u128) >> 64) as u16)

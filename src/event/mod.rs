@@ -6,6 +6,7 @@ mod encode;
 mod event_type;
 mod key;
 mod meta;
+mod placement;
 mod position;
 mod schema;
 mod time;
@@ -19,6 +20,8 @@ pub(crate) use key::KeyHash;
 #[cfg(test)]
 pub(crate) use key::key_routed_by;
 pub use meta::Meta;
+pub(crate) use placement::{PLACEMENT_NAME_BYTES_MAX, Router};
+pub use placement::{Placement, PlacementId};
 pub use position::{Correlation, EventId, EventTypeId, Offset, Sequence, ShardId, Time, Version};
 pub(crate) use schema::{Schemas, is_declared, upcaster};
 

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use crate::clock::{Clock, Lateness, NOT_DUE, Nanos, lateness};
 use crate::error::{Rejected, RejectedReason, WaitError};
-use crate::event::{Event, Key, Offset, Scratch, has_one_size, is_declared};
+use crate::event::{Event, Key, Offset, Router, Scratch, has_one_size, is_declared};
 use crate::lane::counts::LaneShared;
 use crate::lane::door::ShardDoor;
 use crate::lane::ring::{Slot, free_slots, push_chunk};
@@ -85,6 +85,7 @@ pub struct Producer<E: Event> {
     clock: Clock,
     wait: Wait,
     bounds: Bounds,
+    router: Router,
 }
 
 impl<E: Event> std::fmt::Debug for Producer<E> {
@@ -201,12 +202,18 @@ fn declared<E: Event>(event: E) -> Result<E, Rejected<E>> {
 }
 
 impl<E: Event> Producer<E> {
-    pub(crate) fn new(lanes: Vec<LaneParts<E>>, clock: Clock, wait: Wait, event_bytes_max: usize) -> Self {
+    pub(crate) fn new(
+        lanes: Vec<LaneParts<E>>,
+        clock: Clock,
+        wait: Wait,
+        event_bytes_max: usize,
+        router: Router,
+    ) -> Self {
         let lanes = lanes
             .into_iter()
             .map(|(ring, shared, door)| Lane { ring, shared, door, published: 0, staged: Vec::new() })
             .collect();
-        Self { lanes, clock, wait, bounds: Bounds::new::<E>(event_bytes_max) }
+        Self { lanes, clock, wait, bounds: Bounds::new::<E>(event_bytes_max), router }
     }
 
     /// Publishes an event, waiting for room with the configured wait strategy.
@@ -295,7 +302,7 @@ impl<E: Event> Producer<E> {
         patience: Patience,
     ) -> Result<Receipt, Rejected<E>> {
         // A single shard needs no routing.
-        let shard = if let [_] = &self.lanes[..] { 0 } else { usize::from(key.shard(self.lanes.len() as u16).0) };
+        let shard = if let [_] = &self.lanes[..] { 0 } else { self.router.index(key) };
         let lane = &mut self.lanes[shard];
         match lane.try_push(Slot::new(key, published, late, event)) {
             Ok(receipt) => Ok(receipt),
@@ -316,7 +323,7 @@ impl<E: Event> Producer<E> {
         deadline: Option<Instant>,
     ) -> Result<Result<Option<Offset>, WaitError>, Rejected<E>> {
         let event = self.bounds.check(event)?;
-        let lane = &self.lanes[usize::from(key.shard(self.lanes.len() as u16).0)];
+        let lane = &self.lanes[self.router.index(key)];
         let before = lane.receipt().appended();
         match deadline.map_or_else(|| before.wait(), |at| before.wait_until(at)) {
             Ok(()) => {}
@@ -370,9 +377,11 @@ impl<E: Event> Producer<E> {
                 refused = Some(reason);
             }
         } else {
-            let shards = self.lanes.len() as u16;
+            let router = self.router;
+            // A placement that panics loses no event.
+            router.try_all(events[..fitting].iter().map(|(key, _)| *key));
             for event in events.drain(..fitting) {
-                self.lanes[usize::from(event.0.shard(shards).0)].staged.push(slot(event));
+                self.lanes[router.index(event.0)].staged.push(slot(event));
             }
             let mut rest = Vec::new();
             for lane in &mut self.lanes {

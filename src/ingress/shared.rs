@@ -8,7 +8,7 @@ use super::producer::Bounds;
 use super::publishing::Publishing;
 use crate::clock::{Clock, NOT_DUE};
 use crate::error::Rejected;
-use crate::event::{Event, Key};
+use crate::event::{Event, Key, Router};
 use crate::lane::ring::Slot;
 use crate::lane::shared::SharedLane;
 use crate::sync::Wait;
@@ -51,6 +51,7 @@ pub struct SharedProducer<E: Event> {
     clock: Clock,
     wait: Wait,
     event_bytes_max: usize,
+    router: Router,
 }
 
 impl<E: Event> Clone for SharedProducer<E> {
@@ -60,6 +61,7 @@ impl<E: Event> Clone for SharedProducer<E> {
             clock: self.clock.clone(),
             wait: self.wait,
             event_bytes_max: self.event_bytes_max,
+            router: self.router,
         }
     }
 }
@@ -71,15 +73,21 @@ impl<E: Event> std::fmt::Debug for SharedProducer<E> {
 }
 
 impl<E: Event> SharedProducer<E> {
-    pub(crate) fn new(lanes: Arc<[Arc<SharedLane<E>>]>, clock: Clock, wait: Wait, event_bytes_max: usize) -> Self {
-        Self { lanes, clock, wait, event_bytes_max }
+    pub(crate) fn new(
+        lanes: Arc<[Arc<SharedLane<E>>]>,
+        clock: Clock,
+        wait: Wait,
+        event_bytes_max: usize,
+        router: Router,
+    ) -> Self {
+        Self { lanes, clock, wait, event_bytes_max, router }
     }
 
     /// Prepares to publish an event. [`Publishing::wait`] and `.await` publish it, waiting for room.
     pub fn publish(&self, key: Key, event: E) -> Publishing<'_, E> {
         let event = Bounds::check_once(event, self.event_bytes_max);
         let slot = event.map(|event| Slot::new(key, self.clock.now(), NOT_DUE, event));
-        let lane = &*self.lanes[usize::from(key.shard(self.lanes.len() as u16).0)];
+        let lane = &*self.lanes[self.router.index(key)];
         Publishing::new(lane, self.wait, slot)
     }
 

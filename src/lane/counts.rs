@@ -108,9 +108,9 @@ impl LaneShared {
         self.waiting_appended.wake_all();
     }
 
-    /// Registers a thread for the time when the `count`-th event of this lane becomes durable.
+    /// Registers a task for the time when the `count`-th event of this lane becomes durable.
     pub(crate) fn register_durable(&self, registration: &mut Registration, count: u64, waker: &Waker) {
-        self.waiting_durable.register_own(registration, count, waker);
+        self.waiting_durable.register(registration, count, waker);
     }
 
     /// Registers a task for the next append to this lane.

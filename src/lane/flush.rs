@@ -1,57 +1,67 @@
 //! Flush: waits until a shard's accepted events are durable and their receipts report it.
 //!
-//! A flush runs on the caller's thread. It asks the syncer for a sync, and reads the positions and counts that the
-//! shard and the syncer publish.
+//! A flush runs on the caller's thread or task. It asks the syncer for a sync, and reads the positions and counts that
+//! the shard and the syncer publish.
 
+use std::pin::pin;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use crate::error::WaitError;
 use crate::lane::counts::LaneShared;
 use crate::lane::door::ShardDoor;
 use crate::lane::requests::SyncRequests;
-use crate::sync::block_until;
+use crate::sync::{block_on, until};
 
-/// The time that a flush waits for a lane's durable count before it asks the syncer again.
-const SETTLE_EVERY: Duration = Duration::from_millis(1);
-
-/// Waits until the first `published` events of each lane are appended and durable. `lanes` holds lanes of the shard,
-/// each with its `published`.
-pub(crate) fn flush_shard(
+/// Blocks until the first `published` events of each lane are appended and durable; see [`flush_shard`].
+pub(crate) fn flush_shard_until(
+    deadline: Option<Instant>,
     door: &ShardDoor,
     syncer: &SyncRequests,
     lanes: Vec<(Arc<LaneShared>, u64)>,
-    deadline: Option<Instant>,
 ) -> Result<(), WaitError> {
-    let failed = || door.log.failure().map(|failure| Err(WaitError::from(failure.clone())));
+    block_on(deadline, &mut pin!(flush_shard(door, syncer, lanes)))?
+}
+
+/// Waits until the first `published` events of each lane are appended and durable. `lanes` holds lanes of the shard,
+/// each with its `published`.
+pub(crate) async fn flush_shard(
+    door: &ShardDoor,
+    syncer: &SyncRequests,
+    lanes: Vec<(Arc<LaneShared>, u64)>,
+) -> Result<(), WaitError> {
+    let log = &*door.log;
+    let unless_failed = |is_reached: bool| match log.failure() {
+        _ if is_reached => Some(Ok(())),
+        failure => failure.map(|failure| Err(WaitError::from(failure.clone()))),
+    };
     let mut counted = Vec::with_capacity(lanes.len());
     for (lane, published) in lanes {
-        let reached = || if lane.is_appended(published) { Some(Ok(())) } else { failed() };
-        block_until(deadline, |at, waker| lane.register_thread(at, published, waker), reached)?;
+        let reached = || unless_failed(lane.is_appended(published));
+        until(|[at], waker| lane.register_appended(at, published, waker), reached).await?;
         counted.push((lane.appended_count(), lane));
     }
-    let end = door.log.appended.get();
+    let end = log.appended.get();
     syncer.flush(end);
-    let reached = || if door.log.durable.get() >= end { Some(Ok(())) } else { failed() };
-    block_until(deadline, |at, waker| door.lanes.waiting_flush().register_own(at, end, waker), reached)?;
+    let reached = || unless_failed(log.durable.get() >= end);
+    until(|[at], waker| door.lanes.waiting_flush().register(at, end, waker), reached).await?;
     for (count, lane) in counted {
-        // A sync may cover an event before its lane counts it. The next sync updates the lane; if nothing is left to
-        // sync, the syncer updates it. The loop asks repeatedly, because a sync in progress may have read the counts
-        // too early as well. The loop never asks beyond the appended end, because the syncer could not sleep until the
-        // log reached that offset.
+        // A sync may cover an event before its lane counts it. The next sync raises the lane's count; if nothing is left
+        // to sync, the syncer raises it. So this asks again whenever the log has grown, because no further sync may be
+        // due, and whenever what it asked for is synced, because that sync may have read the counts too early as well. It
+        // never asks beyond the appended end, because the syncer could not sleep until the log reached that offset.
         while lane.durable_count() < count {
-            syncer.flush(door.log.appended.get());
-            let soon = Instant::now() + SETTLE_EVERY;
-            let reached = || if lane.durable_count() >= count { Some(Ok(())) } else { failed() };
-            let settled = block_until(
-                Some(deadline.map_or(soon, |deadline| deadline.min(soon))),
-                |at, waker| lane.register_durable(at, count, waker),
-                reached,
-            );
-            match settled {
-                Err(WaitError::TimedOut) if deadline.is_none_or(|deadline| Instant::now() < deadline) => {}
-                settled => settled?,
-            }
+            let end = log.appended.get();
+            let durable = log.durable.get();
+            syncer.flush(end);
+            let is_changed = || log.appended.get() > end || log.durable.get() > durable;
+            let reached = || unless_failed(lane.durable_count() >= count || is_changed());
+            let register = |[counted, grown, synced]: &mut [_; 3], waker: &_| {
+                lane.register_durable(counted, count, waker);
+                log.grown.register(grown, end + 1, waker);
+                log.synced.register(synced, durable + 1, waker);
+            };
+            until(register, reached).await?;
         }
     }
     Ok(())

@@ -11,7 +11,7 @@ use std::task::Waker;
 
 use crate::clock::{Lateness, Nanos};
 use crate::event::Offset;
-use crate::sync::{AtomicBool, AtomicU64, Ordering, Registration, Signal, Waiters};
+use crate::sync::{AtomicBool, AtomicU64, Notifier, Ordering, Registration, Signal, Waiters};
 
 /// Requests to the keeper.
 #[derive(Debug)]
@@ -104,7 +104,7 @@ pub(crate) struct CheckpointRequests {
 
 impl CheckpointRequests {
     /// Creates a mailbox without a request. The newest published checkpoint starts at `covered`.
-    pub(crate) fn new(covered: Offset) -> Self {
+    pub(crate) fn new(covered: Offset, notifier: &Arc<Notifier>) -> Self {
         Self {
             is_requested: AtomicBool::new(false),
             covered: AtomicU64::new(covered.0),
@@ -112,7 +112,7 @@ impl CheckpointRequests {
             settled: AtomicU64::new(0),
             failed: AtomicU64::new(0),
             skipped: AtomicU64::new(0),
-            waiting: Waiters::direct(),
+            waiting: Waiters::new(notifier),
         }
     }
 
@@ -183,9 +183,9 @@ impl CheckpointRequests {
         self.skipped.load(Ordering::Relaxed)
     }
 
-    /// Registers a thread for the next time a checkpoint is published or fails.
+    /// Registers a task for the next time a checkpoint is published or fails.
     pub(crate) fn register(&self, registration: &mut Registration, waker: &Waker) {
-        self.waiting.register_own(registration, self.settled.load(Ordering::SeqCst) + 1, waker);
+        self.waiting.register(registration, self.settled.load(Ordering::SeqCst) + 1, waker);
     }
 
     /// Makes all waiters check again, because no further checkpoint may come.

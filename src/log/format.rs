@@ -23,9 +23,9 @@ pub(crate) const RECORD_BYTES_MAX: usize = RECORD_HEADER_BYTES + (16 << 20);
 const OWN: EventTypeId = EventTypeId(0);
 /// A mark, which is not an event and has no body. Its `key` is the offset up to which the log was synced.
 const OWN_MARK: u16 = 0;
-/// The outcome of a command with an idempotency key. `correlation` is the idempotency key, `version` is the key's
-/// version after the command, and the back-link's bits hold an [`Ending`]. The body is the archive of the rejection, if
-/// there is one.
+/// The outcome of a command with an idempotency key. `key` is the command's first key, `correlation` is the idempotency
+/// key, `version` is the key's version after the command, and the back-link's bits hold an [`Ending`]. The body is the
+/// archive of the rejection, or the other keys of a command for several keys ([`crate::log::other_keys`]).
 const OWN_OUTCOME: u16 = 1;
 
 const SEGMENT_MAGIC: [u8; 8] = *b"corelseg";
@@ -260,8 +260,8 @@ impl SegmentHeader {
 /// How a command ended. An outcome stores it in the 48 bits of the back-link.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Ending {
-    /// The command was carried out and emitted this many events.
-    Done { events: u32 },
+    /// The command was carried out, emitted this many events, and named this many keys besides its first.
+    Done { events: u32, others: u8 },
     /// The command was rejected; the rejection's archive has this root.
     Rejected(Root),
 }
@@ -272,7 +272,10 @@ const REJECTED: u64 = 1 << 47;
 impl Ending {
     pub(crate) fn encode(self) -> u64 {
         match self {
-            Self::Done { events } => u64::from(events),
+            Self::Done { events, others } => {
+                assert!(usize::from(others) <= OTHER_KEYS_MAX, "no command names more keys");
+                u64::from(events) | u64::from(others) << 32
+            }
             Self::Rejected(root) => {
                 assert!(usize::from(root.align) <= ALIGN, "no archive has a larger alignment");
                 REJECTED | u64::from(root.align) << 32 | u64::from(root.bytes)
@@ -282,7 +285,9 @@ impl Ending {
 
     pub(crate) fn decode(word: u64) -> Option<Self> {
         if word & REJECTED == 0 {
-            return u32::try_from(word).ok().map(|events| Self::Done { events });
+            let others = word >> 32;
+            return (others <= OTHER_KEYS_MAX as u64)
+                .then_some(Self::Done { events: word as u32, others: others as u8 });
         }
         let align = (word & !REJECTED) >> 32;
         let root = Root { bytes: word as u32, align: align as u16 };
@@ -290,6 +295,8 @@ impl Ending {
     }
 }
 
+/// The largest number of keys that a command names besides its first.
+pub(crate) const OTHER_KEYS_MAX: usize = 15;
 /// The header of a record, without length and CRC.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct RecordHeader {
@@ -636,11 +643,12 @@ pub(crate) mod tests {
     #[test]
     fn an_ending_reads_back_as_written_and_other_bits_are_refused() {
         let root = |bytes, align| Root { bytes, align };
-        let done = |events| Ending::Done { events };
+        let done = |events| Ending::Done { events, others: 0 };
         for ending in [
             done(0),
             done(1),
             done(u32::MAX),
+            Ending::Done { events: 7, others: OTHER_KEYS_MAX as u8 },
             Ending::Rejected(root(0, 1)),
             Ending::Rejected(root(u32::MAX, 16)),
             Ending::Rejected(root(24, 8)),
@@ -648,7 +656,7 @@ pub(crate) mod tests {
             assert_eq!(Ending::decode(ending.encode()), Some(ending));
             assert!(ending.encode() <= LOW_48, "{ending:?} fits into a back-link");
         }
-        for word in [1 << 32, REJECTED - 1, REJECTED, REJECTED | 3 << 32, REJECTED | 32 << 32, REJECTED << 1, u64::MAX]
+        for word in [16 << 32, REJECTED - 1, REJECTED, REJECTED | 3 << 32, REJECTED | 32 << 32, REJECTED << 1, u64::MAX]
         {
             assert_eq!(Ending::decode(word), None, "{word:#x}");
         }

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use crate::clock::wall_now;
 use crate::config::{SEGMENT_BYTES, SHARDS_MAX};
 use crate::error::{ConfigError, OpenError};
-use crate::event::{Event, EventType, EventTypeId, Root, ShardId};
+use crate::event::{Event, EventType, EventTypeId, PLACEMENT_NAME_BYTES_MAX, PlacementId, Root, ShardId};
 use crate::log::format::{OFFSETS_END, archive_fingerprint};
 use crate::storage::framed::{Frame, FrameError, Reader};
 use crate::storage::{Storage, replace};
@@ -31,6 +31,8 @@ pub(crate) struct Manifest {
     pub(crate) segment_bytes: u64,
     /// Size and alignment of an archived event's root; zeros if unknown.
     pub(crate) root: Root,
+    /// How keys are placed; `None`: by their own hashes.
+    pub(crate) placement: Option<PlacementId>,
     /// Every layout ever declared for the store. The versions of each type are in the order of their declaration.
     pub(crate) types: Vec<StoredType>,
 }
@@ -49,11 +51,14 @@ impl Manifest {
         out.u32(archive_fingerprint());
         out.u16(self.shards);
         out.u16(self.root.align);
-        out.zeros(4);
+        let (name, version) = self.placement.as_ref().map_or(("", 0), |id| (&id.name, id.version));
+        out.u16(name.len() as u16);
+        out.u16(version);
         out.u64(self.segment_bytes);
         out.u32(self.types.len() as u32);
         out.u32(self.root.bytes);
         out.u64(self.store_id);
+        out.bytes(name.as_bytes());
         for t in &self.types {
             out.u16(t.id.0);
             out.u16(t.schema_version);
@@ -76,10 +81,16 @@ impl Manifest {
     /// Reads the fields after the archive fingerprint.
     fn read(mut fields: Reader<'_>) -> Result<Self, FrameError> {
         let (shards, align) = (fields.u16()?, fields.u16()?);
-        fields.bytes(4)?;
+        let (name_bytes, placement_version) = (fields.u16()?, fields.u16()?);
         let (segment_bytes, types) = (fields.u64()?, fields.u32()?);
         let root = Root { bytes: fields.u32()?, align };
         let store_id = fields.u64()?;
+        let placement = std::str::from_utf8(fields.bytes(usize::from(name_bytes))?);
+        let placement = placement.map_err(|_| "the placement's name in the manifest is not UTF-8")?.to_owned();
+        if usize::from(name_bytes) > PLACEMENT_NAME_BYTES_MAX || (placement.is_empty() && placement_version > 0) {
+            return Err("the manifest's placement has a name that no build writes".into());
+        }
+        let placement = (!placement.is_empty()).then(|| PlacementId::new(placement, placement_version));
         let read_type = |fields: &mut Reader<'_>| {
             let (id, schema_version) = (EventTypeId(fields.u16()?), fields.u16()?);
             let name_bytes = fields.u16()?;
@@ -89,7 +100,7 @@ impl Manifest {
         };
         let types = (0..types).map(|_| read_type(&mut fields)).collect::<Result<_, FrameError>>()?;
         fields.end()?;
-        let manifest = Self { store_id, shards, segment_bytes, root, types };
+        let manifest = Self { store_id, shards, segment_bytes, root, placement, types };
         manifest.impossible().map_or(Ok(manifest), |why| Err(why.into()))
     }
 
@@ -325,6 +336,7 @@ mod tests {
             shards: 12,
             segment_bytes: 256 << 20,
             root: Root::default(),
+            placement: Some(PlacementId::new("zone".into(), 0x0203)),
             types: vec![
                 StoredType { id: EventTypeId(1), schema_version: 2, name: "player_moved".into() },
                 StoredType { id: EventTypeId(300), schema_version: 1, name: "größe".into() },

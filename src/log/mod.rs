@@ -8,6 +8,7 @@ pub(crate) mod finder;
 pub(crate) mod format;
 pub(crate) mod holds;
 pub(crate) mod manifest;
+pub(crate) mod other_keys;
 pub(crate) mod position;
 pub(crate) mod reader;
 pub mod scan;

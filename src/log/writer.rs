@@ -159,15 +159,19 @@ impl Appender<'_, '_> {
         }
     }
 
-    /// Appends a record without a body.
-    pub(crate) fn append_empty(&mut self, header: &RecordHeader) -> Result<(), Refused> {
+    /// Appends a record whose body is not an archive.
+    pub(crate) fn append_bytes(&mut self, header: &RecordHeader, body: &[u8]) -> Result<(), Refused> {
         if self.staged_len == GROUP {
             self.seal();
         }
-        let head = self.open[self.at..].first_chunk_mut().ok_or(Refused::NeedsSegment)?;
+        let len = RECORD_HEADER_BYTES + body.len();
+        let out = self.open[self.at..].get_mut(..padded(len)).ok_or(Refused::NeedsSegment)?;
+        let (head, rest) = out.split_first_chunk_mut().ok_or(Refused::NeedsSegment)?;
         header.stage(head);
-        self.at += RECORD_HEADER_BYTES;
-        self.staged[self.staged_len] = RECORD_HEADER_BYTES as u32;
+        rest[..body.len()].copy_from_slice(body);
+        rest[body.len()..].fill(0);
+        self.at += padded(len);
+        self.staged[self.staged_len] = len as u32;
         self.staged_len += 1;
         Ok(())
     }
@@ -335,7 +339,7 @@ impl Writer {
         }
         let mut staged = [0; GROUP];
         let mut appender = self.appender(&mut staged);
-        let marked = appender.append_empty(&RecordHeader::mark(durable, time));
+        let marked = appender.append_bytes(&RecordHeader::mark(durable, time), &[]);
         debug_assert!(marked.is_ok(), "there is room for a mark");
         let end = appender.finish();
         let events_end = self.events_end;
@@ -477,7 +481,7 @@ mod tests {
         for i in 0..count {
             lens.push(appender.append(&header(i), &said(i as usize)).expect("there is room").len);
         }
-        appender.append_empty(&header(count)).expect("there is room");
+        appender.append_bytes(&header(count), &[]).expect("there is room");
         lens.push(RECORD_HEADER_BYTES);
         assert_eq!(appender.append(&header(0), &said(2000)).err(), Some(Refused::TooLarge { bytes_max: 1 << 10 }));
         let end = appender.finish();

@@ -6,6 +6,7 @@ use crate::error::{CodePanic, PanickedEvent, ReadError};
 use crate::event::{EventTypeId, Key, KeyHash, Offset, Root, Sequence, ShardId};
 use crate::log::access::Access;
 use crate::log::format::{Ending, RECORD_HEADER_BYTES, RecordHeader};
+use crate::log::other_keys::OtherKeys;
 use crate::log::reader::{Reader, Walked};
 use crate::state::aggregate::Aggregate;
 use crate::state::keys::{KeyTable, Seen};
@@ -180,7 +181,10 @@ impl<A: Aggregate> Folder<A> {
         let header = header_at(memory, *at).ok_or((*offset, "a record has vanished while it is read"))?;
         let body = memory.read(at + RECORD_HEADER_BYTES, *len as usize - RECORD_HEADER_BYTES).unwrap_or_default();
         let outcome = match header.ending().ok_or((*offset, "an outcome has an unknown ending"))? {
-            Ending::Done { events } => Remembered::Done { version: header.version, events },
+            Ending::Done { events, others } => {
+                let others = OtherKeys::decode(others, body).map_err(|why| (*offset, why))?;
+                Remembered::Done { version: header.version, events, others }
+            }
             Ending::Rejected(root) => match rejection::<A>(root, body) {
                 Some(rejection) => Remembered::Rejected(rejection),
                 None if root == Root::of::<A::Rejection>() => {

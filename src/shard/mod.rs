@@ -10,6 +10,8 @@
 //! | `core` | the writer, the key table, the views and everything else that a batch changes |
 //! | `batch` | appends one batch of events |
 //! | `commands` | decides commands and appends their events |
+//! | `several` | decides commands for several keys |
+//! | `targets` | the keys of a decision's events |
 //! | `handler` | the trait of inline handlers and their policies |
 //! | `handling` | runs the inline handlers over a batch |
 //! | `syncer_link` | wakes the syncer, and hands publish times over to it |
@@ -20,7 +22,9 @@ mod core;
 pub(crate) mod handler;
 mod handling;
 mod inbox;
+mod several;
 mod syncer_link;
+mod targets;
 mod turn;
 
 pub(crate) use inbox::LaneEnd;

@@ -13,6 +13,7 @@ use rkyv::{Archive, Deserialize, Serialize};
 
 use crate::bounded::Bounded;
 use crate::event::{Correlation, Encode, Event, Key, Meta, Time, Version};
+use crate::state::states::States;
 
 /// A type that can be archived to disk and restored. Implemented for every suitable rkyv type; do not implement it by
 /// hand.
@@ -115,6 +116,26 @@ pub trait Aggregate: Default + Stored {
     /// The reason for rejecting the command. None of its events is appended then.
     fn decide(&self, command: Self::Command, emit: &mut Emit<Self::Event>) -> Result<(), Self::Rejection>;
 
+    /// Decides on a command for several keys of one shard ([`Client::send_many`](crate::Client::send_many)): as
+    /// [`Aggregate::decide`], but it sees the states of all keys that the command names, and emits for any of them with
+    /// [`Emit::event_for`]. The events are appended together, all or none, in the order in which they were emitted; each
+    /// takes its key one version further.
+    ///
+    /// By default no command may name several keys: it fails with
+    /// [`CommandError::NotSupported`](crate::CommandError::NotSupported).
+    ///
+    /// # Errors
+    /// The reason for rejecting the command. None of its events is appended then.
+    fn decide_many(
+        states: &States<'_, Self>,
+        command: Self::Command,
+        emit: &mut Emit<Self::Event>,
+    ) -> Result<(), Self::Rejection> {
+        let _unused = (states, command);
+        emit.fault = Some(Fault::NotSupported);
+        Ok(())
+    }
+
     /// Converts a state that was archived under another [`Aggregate::STATE_VERSION`]. `None` means that the saved state
     /// cannot be used and the state is folded again from the log.
     #[must_use]
@@ -169,10 +190,24 @@ impl<E: Event> Aggregate for Stateless<E> {
     }
 }
 
+/// A mistake in the code of a decision.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Fault {
+    /// It emitted an event for a key that the command does not name.
+    ForeignKey(Key),
+    /// The aggregate has no `decide_many`.
+    NotSupported,
+}
+
 /// Collects the events of a decision, and gives the decision the facts that are not in the state.
 #[derive(Debug)]
 pub struct Emit<E> {
     pub(crate) events: Vec<E>,
+    /// All keys of a command for several keys.
+    pub(crate) keys: Vec<Key>,
+    /// The events that are not for the first key: the event's index and the key's, in the order of the events.
+    pub(crate) others: Vec<(usize, usize)>,
+    pub(crate) fault: Option<Fault>,
     pub(crate) key: Key,
     pub(crate) version: Version,
     pub(crate) now: Time,
@@ -181,7 +216,16 @@ pub struct Emit<E> {
 
 impl<E> Emit<E> {
     pub(crate) fn new() -> Self {
-        Self { events: Vec::new(), key: Key(0), version: Version(0), now: Time(0), correlation: Correlation(0) }
+        Self {
+            events: Vec::new(),
+            keys: Vec::new(),
+            others: Vec::new(),
+            fault: None,
+            key: Key(0),
+            version: Version(0),
+            now: Time(0),
+            correlation: Correlation(0),
+        }
     }
 
     /// Clears the events and sets the facts of the next decision.
@@ -190,19 +234,45 @@ impl<E> Emit<E> {
         (self.key, self.version, self.now, self.correlation) = (key, version, now, Correlation(0));
     }
 
-    /// Adds an event. All events of one command are appended together, in this order, after the decision.
+    /// As [`Emit::begin`], for a decision on several keys; `key` is the first. [`Emit::end_many`] must follow.
+    pub(crate) fn begin_many(&mut self, keys: impl Iterator<Item = Key>, key: Key, version: Version, now: Time) {
+        self.begin(key, version, now);
+        self.others.clear();
+        self.keys.extend(keys);
+    }
+
+    /// Forgets the keys, so that the next decision can emit for none of them. The events stay.
+    pub(crate) fn end_many(&mut self) {
+        self.keys.clear();
+    }
+
+    /// Adds an event. All events of one command are appended together, in this order, after the decision. The event of a
+    /// command for several keys is for the first of them.
     #[inline]
     pub fn event(&mut self, event: E) {
         self.events.push(event);
     }
 
-    /// The key that the command is for.
+    /// Adds an event for one of the command's keys. For any other key, the command fails with
+    /// [`CommandError::ForeignKey`](crate::CommandError::ForeignKey), and nothing is appended.
+    pub fn event_for(&mut self, key: Key, event: E) {
+        if key == self.key {
+            self.events.push(event);
+        } else if let Some(at) = self.keys.iter().position(|one| *one == key) {
+            self.others.push((self.events.len(), at));
+            self.events.push(event);
+        } else {
+            self.fault.get_or_insert(Fault::ForeignKey(key));
+        }
+    }
+
+    /// The key that the command is for, or the first of its keys.
     #[must_use]
     pub fn key(&self) -> Key {
         self.key
     }
 
-    /// The key's version: that of its newest event, or 0 if it has none.
+    /// The version of [`Emit::key`]: that of its newest event, or 0 if it has none.
     #[must_use]
     pub fn version(&self) -> Version {
         self.version

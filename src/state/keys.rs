@@ -148,7 +148,11 @@ impl<S: Default> KeyTable<S> {
 
     /// Returns the slot of `key`, if the key has an event.
     pub(crate) fn get(&self, key: Key) -> Option<&Slot<S>> {
-        let hash = KeyHash::of(key);
+        self.get_hashed(key, KeyHash::of(key))
+    }
+
+    /// Returns the slot of `key`, which has this hash, if the key has an event.
+    pub(crate) fn get_hashed(&self, key: Key, hash: KeyHash) -> Option<&Slot<S>> {
         let part = &self.0[part_of(hash)];
         // A slot claimed for an event that was then not appended has no version yet.
         find(part, key, hash).ok().and_then(|seen| part.slot(seen)).filter(|slot| slot.version.0 != 0)

@@ -6,8 +6,10 @@ pub(crate) mod history;
 pub(crate) mod keys;
 pub(crate) mod outcomes;
 pub(crate) mod snapshot;
+pub(crate) mod states;
 pub(crate) mod view;
 
 pub use aggregate::{Aggregate, Emit, Stateless, Stored};
 pub use history::{AsOf, Counts, EventsBetween, PastState, Stream};
 pub use snapshot::store::SnapshotStats;
+pub use states::States;

@@ -1,5 +1,5 @@
-//! Outcomes of commands with idempotency keys: the newest `outcomes_kept` of every key. One writer: the shard that owns
-//! the key.
+//! Outcomes of commands with idempotency keys: the newest `outcomes_kept` of every key. The first key of a command owns
+//! its outcome. One writer: the shard that owns the key.
 
 use std::collections::VecDeque;
 
@@ -8,12 +8,18 @@ use hashbrown::HashMap;
 use super::aggregate::{Aggregate, Stored as _};
 use crate::event::Root;
 use crate::event::{Key, Version};
+use crate::log::other_keys::OtherKeys;
 use crate::sync::Keyed;
 
 /// A command's outcome, kept for repeats of the command.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Remembered<R> {
-    Done { version: Version, events: u32 },
+    /// The key's version after the command, the number of its events, and the other keys that it named.
+    Done {
+        version: Version,
+        events: u32,
+        others: Option<Box<OtherKeys>>,
+    },
     Rejected(R),
 }
 

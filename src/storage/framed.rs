@@ -12,7 +12,7 @@ use std::path::Path;
 use crate::error::OpenError;
 
 /// The format version that this build writes, and the only one that it reads.
-pub(crate) const FORMAT_VERSION: u32 = 2;
+pub(crate) const FORMAT_VERSION: u32 = 3;
 
 const VERSION_AT: usize = 8;
 const FIELDS_AT: usize = 12;
@@ -257,14 +257,14 @@ mod tests {
     #[test]
     fn another_version_is_named_only_if_its_checksum_matches() {
         let mut newer = example();
-        put_u32(&mut newer, VERSION_AT, 3);
+        put_u32(&mut newer, VERSION_AT, FORMAT_VERSION + 1);
         assert_eq!(FRAME.open(&newer).err(), Some(FrameError::Checksum));
         assert_eq!(stated_version(&newer), None, "the version field is damaged");
         newer[20] ^= 1;
-        assert_eq!(stated_version(&newer), Some(3), "a newer format may store its checksum elsewhere");
+        assert_eq!(stated_version(&newer), Some(FORMAT_VERSION + 1), "a newer format may store its checksum elsewhere");
         let end = newer.len() - CRC_BYTES;
         let crc = crc32c::crc32c(&newer[..end]);
         put_u32(&mut newer, end, crc);
-        assert_eq!(FRAME.open(&newer).err(), Some(FrameError::Version(3)));
+        assert_eq!(FRAME.open(&newer).err(), Some(FrameError::Version(FORMAT_VERSION + 1)));
     }
 }

@@ -51,14 +51,14 @@ pub(crate) use journal::Journal;
 pub(crate) use lock::lock;
 #[cfg(not(loom))]
 pub(crate) use lock::lock_until;
-pub(crate) use notifier::Notifier;
+pub(crate) use notifier::{Notifier, wake};
 #[cfg(not(loom))]
 pub(crate) use promise::{
-    GaveUp, Keeping, Promise, block_on, block_own, block_until, promise, promise_of_shard, thread_waker,
+    GaveUp, Keeping, Promise, block_on, block_own, block_until, promise, promise_of_shard, thread_waker, until,
 };
 pub(crate) use role::{Role, may_wait, role, take_role};
 pub(crate) use seed::{Keyed, keyed, plant};
 pub(crate) use seqlock::SeqLock;
 pub(crate) use signal::Signal;
-pub(crate) use waiters::{Registration, Waiters, wake};
+pub(crate) use waiters::{Registration, Waiters};
 pub(crate) use watermark::Watermark;

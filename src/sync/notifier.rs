@@ -6,7 +6,6 @@
 use std::sync::Arc;
 use std::task::Waker;
 
-use super::waiters::{WaiterList, wake};
 use super::{Arrivals, AtomicBool, Ordering, Signal};
 
 /// The queue of the thread that calls the wakers of tasks. Many threads add to it; one thread runs it.
@@ -17,18 +16,23 @@ pub(crate) struct Notifier {
     ending: AtomicBool,
 }
 
+/// Wakers of which some are due.
+pub(super) trait Wakers: std::fmt::Debug + Send + Sync {
+    /// Calls the wakers that are due.
+    fn wake_due(&self);
+}
+
 /// Wakers that must be called.
 #[derive(Debug)]
 enum Due {
-    /// Those of a list, up to the position that its publisher has set.
-    List(Arc<WaiterList>),
+    Some(Arc<dyn Wakers>),
     One(Waker),
 }
 
 impl Due {
     fn wake(self) {
         match self {
-            Self::List(list) => list.wake_due(),
+            Self::Some(wakers) => wakers.wake_due(),
             Self::One(waker) => wake(waker),
         }
     }
@@ -41,9 +45,9 @@ impl Default for Notifier {
 }
 
 impl Notifier {
-    /// Calls the due wakers of `list` soon.
-    pub(super) fn wake_list(&self, list: &Arc<WaiterList>) {
-        self.add(Due::List(Arc::clone(list)));
+    /// Calls the wakers that are due soon.
+    pub(super) fn wake_some(&self, wakers: Arc<dyn Wakers>) {
+        self.add(Due::Some(wakers));
     }
 
     /// Calls `waker` soon.
@@ -79,5 +83,12 @@ impl Notifier {
         // Release: pairs with the Acquire in `run`.
         self.ending.store(true, Ordering::Release);
         self.signal.notify();
+    }
+}
+
+/// Calls the waker and catches its panic: a waker is application code, and the calling thread has other wakers to call.
+pub(crate) fn wake(waker: Waker) {
+    if std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| waker.wake())).is_err() {
+        tracing::error!("a waker panicked");
     }
 }

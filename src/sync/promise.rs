@@ -157,6 +157,23 @@ fn block<T, E: From<GaveUp>>(
     }
 }
 
+/// Completes as soon as `outcome` returns a result. `register` registers the task for its next change.
+pub(crate) async fn until<T, const N: usize>(
+    mut register: impl FnMut(&mut [Registration; N], &Waker),
+    outcome: impl Fn() -> Option<T>,
+) -> T {
+    let mut registrations = [const { Registration::NONE }; N];
+    std::future::poll_fn(|context| {
+        if let Some(outcome) = outcome() {
+            return Poll::Ready(outcome);
+        }
+        register(&mut registrations, context.waker());
+        // Check once more: the result may have come between the check and the registration.
+        outcome().map_or(Poll::Pending, Poll::Ready)
+    })
+    .await
+}
+
 /// Blocks until the future completes or the deadline passes. On a thread that an engine waits for, this fails instead of
 /// blocking. A future that has completed by the deadline wins.
 pub(crate) fn block_on<F: Future + Unpin>(deadline: Option<Instant>, future: &mut F) -> Result<F::Output, GaveUp> {

@@ -8,7 +8,8 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::task::Waker;
 
-use super::{AtomicU64, Mutex, Notifier, Ordering, fence, lock};
+use super::notifier::{Notifier, Wakers, wake};
+use super::{AtomicU64, Mutex, Ordering, fence, lock};
 
 /// The value of `lowest` while no waiter is registered: no position reaches it, so `wake_all` does not use it either.
 const NONE: u64 = u64::MAX;
@@ -93,7 +94,7 @@ impl Waiters {
         // Release: pairs with the Acquire in `wake_due`, so that a woken task sees the position. While the list is in the
         // queue, the notifier sees the later position.
         if self.tasks.due.fetch_max(position.max(1), Ordering::Release) == 0 {
-            notifier.wake_list(&self.tasks);
+            notifier.wake_some(Arc::clone(&self.tasks) as Arc<dyn Wakers>);
         }
     }
 }
@@ -104,13 +105,15 @@ impl Default for WaiterList {
     }
 }
 
-impl WaiterList {
-    /// Wakes the waiters up to the position that the publisher has set. The notifier calls this.
-    pub(super) fn wake_due(&self) {
+impl Wakers for WaiterList {
+    /// Wakes the waiters up to the position that the publisher has set.
+    fn wake_due(&self) {
         // Acquire: pairs with the Release in `notify`.
         self.wake(self.due.swap(0, Ordering::Acquire));
     }
+}
 
+impl WaiterList {
     fn wake(&self, position: u64) {
         let mut due = Vec::new();
         {
@@ -131,6 +134,9 @@ impl WaiterList {
 
 // A waker is application code, whose clone and drop may call the engine: both happen outside the lock.
 impl Registration {
+    /// No place.
+    pub(crate) const NONE: Self = Self(None);
+
     fn enter(&mut self, list: &Arc<WaiterList>, target: u64, waker: &Waker) {
         if !self.is_in(list, target) {
             self.leave();
@@ -170,13 +176,6 @@ impl Registration {
 impl Drop for Registration {
     fn drop(&mut self) {
         self.leave();
-    }
-}
-
-/// Calls the waker and catches its panic: a waker is application code, and the calling thread has other wakers to call.
-pub(crate) fn wake(waker: Waker) {
-    if std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| waker.wake())).is_err() {
-        tracing::error!("a waker panicked");
     }
 }
 

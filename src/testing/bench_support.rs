@@ -11,7 +11,7 @@ use crossbeam::queue::ArrayQueue;
 
 use crate::clock::NOT_DUE;
 use crate::consumer::{InFlight, KeyQueues, QueuePolicy, Verdict};
-use crate::event::{Correlation, Event, Key, KeyHash, Offset, Scratch, ShardId, Time, Version};
+use crate::event::{Correlation, Event, Key, KeyHash, Offset, Router, Scratch, ShardId, Time, Version};
 use crate::lane::ring::{Slot, push_chunk};
 use crate::log::format::{RecordHeader, encode_prepared, schema_fingerprint};
 use crate::log::segment::ShardLog;
@@ -25,7 +25,7 @@ use crate::storage::{Files, Storage as _};
 /// Returns the place of the only shard of an engine with one shard.
 #[must_use]
 pub fn only_place(keys_expected: usize) -> Place {
-    Place::new(ShardId(0), 1, keys_expected)
+    Place::new(ShardId(0), Router::new(1, None), keys_expected)
 }
 
 /// Both ends of a lane's ring.

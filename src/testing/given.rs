@@ -12,7 +12,7 @@ use crate::event::{
     upcaster,
 };
 use crate::log::format::{HEADER_BYTES, RECORD_HEADER_BYTES, RecordHeader};
-use crate::state::aggregate::{Aggregate, Emit};
+use crate::state::aggregate::{Aggregate, Emit, Fault};
 use crate::storage::memory::{ALIGN, padded};
 
 /// The first size of an archive's buffer.
@@ -85,10 +85,10 @@ pub fn given<A: Aggregate>(events: impl IntoIterator<Item = A::Event>) -> Given<
 
 /// A key with its events, ready for a command. Made by [`given`].
 pub struct Given<A: Aggregate> {
-    state: A,
-    key: Key,
-    now: Time,
-    version: Version,
+    pub(super) state: A,
+    pub(super) key: Key,
+    pub(super) now: Time,
+    pub(super) version: Version,
     /// The offset of the newest event; 0 if there is none.
     head: Offset,
     next: Offset,
@@ -153,11 +153,12 @@ impl<A: Aggregate> Given<A> {
     /// Decides on a command and applies its events.
     ///
     /// # Panics
-    /// The same as for [`given`], for the events that the decision emits.
+    /// The same as for [`given`], for the events that the decision emits; if it emits for another key.
     #[must_use]
     pub fn when(mut self, command: A::Command) -> When<A> {
         self.emit.begin(self.key, self.version, self.now);
         let decision = self.state.decide(command, &mut self.emit);
+        refuse_fault(&self.emit);
         let events = std::mem::take(&mut self.emit.events);
         let outcome = decision.map(|()| {
             for event in &events {
@@ -174,7 +175,7 @@ impl<A: Aggregate> Given<A> {
         self
     }
 
-    fn append(&mut self, event: &A::Event, correlation: Correlation) {
+    pub(super) fn append(&mut self, event: &A::Event, correlation: Correlation) {
         let event_type = event.event_type();
         let Some(schema_version) = self.schemas.current(event_type) else {
             panic!("the event is of type {event_type}, which its TYPES do not declare");
@@ -317,8 +318,19 @@ impl<A: Aggregate> When<A> {
     }
 }
 
+/// Panics if the engine would refuse the decision for a mistake in its code.
+pub(super) fn refuse_fault<E>(emit: &Emit<E>) {
+    match emit.fault {
+        None => {}
+        Some(Fault::ForeignKey(key)) => {
+            panic!("the decision emitted an event for key {key}, which the command does not name")
+        }
+        Some(Fault::NotSupported) => panic!("the aggregate has no `decide_many`"),
+    }
+}
+
 /// Lists events one per line, and marks those that differ from `others` in the same place.
-fn list<E: PartialEq + Debug>(title: &str, events: &[E], others: &[E]) -> String {
+pub(super) fn list<E: PartialEq + Debug>(title: &str, events: &[E], others: &[E]) -> String {
     let plural = if events.len() == 1 { "" } else { "s" };
     let mut text = format!("{title}: carried out, {} event{plural}\n", events.len());
     for (i, event) in events.iter().enumerate() {

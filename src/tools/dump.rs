@@ -86,7 +86,7 @@ pub(super) fn dump(store: &Store, args: DumpArgs, typed: &Typed, out: &mut Outpu
         }
         (Some(shard), _) => vec![ShardId(shard)],
         // All of a key's events are in one shard.
-        (None, Some(key)) => vec![key.shard(store.shards())],
+        (None, Some(key)) => store.shards_of(key),
         (None, None) => store.shard_ids().collect(),
     };
     let filter = Filter {

@@ -86,6 +86,9 @@ pub(super) fn inspect(store: &Store, out: &mut Output) -> Result<Condition, Fail
     }
     writeln!(out, "store           {}", store.dir().display())?;
     writeln!(out, "shards          {}", store.shards())?;
+    if let Some(placement) = store.placement() {
+        writeln!(out, "keys            by {placement}")?;
+    }
     writeln!(out, "segment bytes   {}", grouped(store.segment_bytes()))?;
     writeln!(out, "\nEvent types")?;
     writeln!(out, "{}", type_table(store, &types))?;

@@ -367,7 +367,7 @@ fn check_answers(
                         }
                     }
                 }
-                Err(CommandError::WrongVersion { expected, found }) => {
+                Err(CommandError::WrongVersion { expected, found, .. }) => {
                     assert!(!repeats, "a repeat was decided again: {sent:?}: {answer:?}");
                     assert_eq!(*expected, sent.expected);
                     assert!(!holds(sent.expected, found.0), "{sent:?}: {answer:?}");

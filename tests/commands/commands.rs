@@ -48,7 +48,10 @@ fn a_command_with_a_wrong_expected_version_does_nothing() {
     let mut client = engine.client();
     let key = Key(1);
     let wrong = client.send(key, Order::Deposit(1)).expect(ExpectedVersion::Exists).wait();
-    assert!(matches!(wrong, Err(CommandError::WrongVersion { expected: ExpectedVersion::Exists, found: Version(0) })));
+    assert!(matches!(
+        wrong,
+        Err(CommandError::WrongVersion { key: Key(1), expected: ExpectedVersion::Exists, found: Version(0) })
+    ));
     client.send(key, Order::Deposit(1)).expect(ExpectedVersion::NoEvents).wait().unwrap();
     let wrong = client.send(key, Order::Deposit(1)).expect(ExpectedVersion::NoEvents).wait();
     assert!(matches!(wrong, Err(CommandError::WrongVersion { found: Version(1), .. })));

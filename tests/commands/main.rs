@@ -8,3 +8,6 @@ mod command_answers;
 mod command_groups;
 mod command_model;
 mod commands;
+mod many;
+mod many_groups;
+mod many_model;

@@ -3,7 +3,8 @@
 use std::collections::HashMap;
 
 use corelane::event::deserialize;
-use corelane::{Aggregate, Bounded, Emit, Engine, Event, EventType, EventTypeId, Meta, ShardId};
+use corelane::state::States;
+use corelane::{Aggregate, Bounded, Emit, Engine, Event, EventType, EventTypeId, Key, Meta, ShardId};
 use rkyv::{Archive, Deserialize, Serialize};
 
 #[derive(Archive, Serialize, Deserialize, Bounded, Debug, Clone, PartialEq)]
@@ -58,6 +59,10 @@ pub(crate) enum Order {
     NotesOf(Vec<usize>),
     Nothing,
     Panic,
+    /// The first key pays this amount to every other key.
+    Pay(u64),
+    /// Events for the command's keys, then one for this key.
+    Foreign(u64),
 }
 
 /// The same rules on owned values, independent of the aggregate, for models and folds.
@@ -99,8 +104,23 @@ impl Account {
             Order::Notes { count, bytes } => vec![note(*bytes); *count],
             Order::Deposits(all) => all.iter().map(|&cents| Money::Deposited { cents }).collect(),
             Order::NotesOf(all) => all.iter().map(|&bytes| note(bytes)).collect(),
-            Order::Nothing | Order::Panic => Vec::new(),
+            Order::Nothing | Order::Panic | Order::Pay(_) | Order::Foreign(_) => Vec::new(),
         })
+    }
+
+    /// The decision on a command for several keys with these states: the events, and the index of each one's key.
+    pub(crate) fn would_many(states: &[Account], order: &Order) -> Result<Vec<(usize, Money)>, Refused> {
+        if let Order::Pay(cents) = order {
+            let out = cents * (states.len() as u64 - 1);
+            if let Some(missing) = out.checked_sub(states[0].cents).filter(|missing| *missing > 0) {
+                return Err(Refused::NotEnough { missing });
+            }
+            let paid = |at| [(0, Money::Withdrawn { cents: *cents }), (at, Money::Deposited { cents: *cents })];
+            return Ok((1..states.len()).flat_map(paid).collect());
+        }
+        // Other orders take the keys in turn.
+        let events = states[0].would(order)?;
+        Ok(events.into_iter().enumerate().map(|(i, event)| (i % states.len(), event)).collect())
     }
 }
 
@@ -182,6 +202,44 @@ impl Aggregate for Account {
             }
             Order::Nothing => {}
             Order::Panic => panic!("asked for"),
+            Order::Pay(_) => {}
+            Order::Foreign(key) => {
+                emit.event(Money::Deposited { cents: 1 });
+                emit.event_for(Key(key), Money::Deposited { cents: 1 });
+            }
+        }
+        Ok(())
+    }
+
+    fn decide_many(states: &States<'_, Self>, order: Order, emit: &mut Emit<Money>) -> Result<(), Refused> {
+        let keys: Vec<Key> = states.keys().collect();
+        let (first, others) = (keys[0], &keys[1..]);
+        assert_eq!((emit.key(), Some(emit.version())), (first, states.version(first)));
+        match order {
+            Order::Pay(cents) => {
+                let out = cents * others.len() as u64;
+                if out > states[first].cents {
+                    return Err(Refused::NotEnough { missing: out - states[first].cents });
+                }
+                for other in others {
+                    emit.event(Money::Withdrawn { cents });
+                    emit.event_for(*other, Money::Deposited { cents });
+                }
+            }
+            Order::Panic => {
+                emit.event_for(first, Money::Deposited { cents: 1 });
+                emit.event_for(keys[keys.len() - 1], Money::Deposited { cents: 1 });
+                panic!("asked for");
+            }
+            Order::Foreign(key) => {
+                keys.iter().for_each(|key| emit.event_for(*key, Money::Deposited { cents: 1 }));
+                emit.event_for(Key(key), Money::Deposited { cents: 1 });
+            }
+            // Other orders take the keys in turn.
+            order => {
+                let events = states[first].would(&order)?;
+                events.into_iter().enumerate().for_each(|(i, event)| emit.event_for(keys[i % keys.len()], event));
+            }
         }
         Ok(())
     }

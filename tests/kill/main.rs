@@ -6,3 +6,4 @@ mod common;
 
 mod kill;
 mod kill_commands;
+mod kill_transfers;

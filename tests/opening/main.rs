@@ -8,6 +8,7 @@ mod clocks;
 mod locked;
 mod opened_store;
 mod opening;
+mod placement;
 mod refused_stores;
 mod stored_layouts;
 mod swapped_files;

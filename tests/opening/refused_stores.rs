@@ -131,12 +131,12 @@ fn a_segment_of_another_store_is_corruption() {
 
 #[test]
 fn a_newer_format_is_refused_by_its_version() {
-    let error = refused(|dir| patch_header(&segment_path(dir, 0), |page| page[8] = 3));
-    assert!(matches!(error, OpenError::UnknownFormat { found: 3, known: 2, .. }), "{error}");
+    let error = refused(|dir| patch_header(&segment_path(dir, 0), |page| page[8] = 4));
+    assert!(matches!(error, OpenError::UnknownFormat { found: 4, known: 3, .. }), "{error}");
     let error = refused(|dir| patch(&segment_path(dir, 0), |page| page[8..80].fill(7)));
     assert!(matches!(error, OpenError::UnknownFormat { found: 0x0707_0707, .. }), "{error}");
-    let error = refused(|dir| patch_small(&dir.join("manifest"), |bytes| bytes[8] = 3));
-    assert!(matches!(error, OpenError::UnknownFormat { found: 3, .. }), "{error}");
+    let error = refused(|dir| patch_small(&dir.join("manifest"), |bytes| bytes[8] = 4));
+    assert!(matches!(error, OpenError::UnknownFormat { found: 4, .. }), "{error}");
     let error = refused(|dir| patch_small(&dir.join("shard-0000/span"), |bytes| bytes[8] = 4));
     assert!(matches!(error, OpenError::UnknownFormat { found: 4, .. }), "{error}");
 }

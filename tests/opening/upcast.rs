@@ -42,12 +42,12 @@ fn golden_events() -> Vec<(u64, GameEventV1)> {
 }
 
 fn golden() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/store-v2")
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/store-v3")
 }
 
-/// A store of format 1, which was never released.
-fn oldest() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/store-v1")
+/// A store of an older format, which was never released.
+fn older(version: u32) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/golden/store-v{version}"))
 }
 
 /// An unpacked copy of the golden store. Its files are stored compressed, because they are mostly zeros.
@@ -104,11 +104,16 @@ fn the_golden_store_holds_the_events_of_the_older_program() {
 
 #[test]
 fn a_store_of_an_older_format_is_refused_and_stays_unchanged() {
-    let dir = unpacked(&oldest());
-    let before = tree(dir.path());
-    let refused = EventLog::<GameEventV1>::open(os_cache(dir.path())).err();
-    assert!(matches!(&refused, Some(OpenError::UnknownFormat { found: 1, known: 2, .. })), "{refused:?}");
-    assert_eq!(tree(dir.path()), before);
+    for version in [1, 2] {
+        let dir = unpacked(&older(version));
+        let before = tree(dir.path());
+        let refused = EventLog::<GameEventV1>::open(os_cache(dir.path())).err();
+        assert!(
+            matches!(&refused, Some(OpenError::UnknownFormat { found, known: 3, .. }) if *found == version),
+            "{refused:?}"
+        );
+        assert_eq!(tree(dir.path()), before);
+    }
 }
 
 /// A current program: always the same layout, with the given upcasters.

@@ -3,7 +3,7 @@
 use crate::common::bank::{Account, Money, Order, Refused};
 use crate::common::{os_cache, soon};
 use corelane::event::{Correlation, Upcaster};
-use corelane::testing::given;
+use corelane::testing::{given, given_many};
 use corelane::{
     Aggregate, Bounded, Emit, Engine, Event, EventType, EventTypeId, Key, Meta, Offset, Stored, Time, Version,
 };
@@ -227,4 +227,52 @@ fn the_kit_refuses_events_that_an_engine_refuses() {
     assert_eq!(says, "the event is of type 4, which its TYPES do not declare");
     let says = complaint(|| given::<Witness>([Said::plain(&"x".repeat(17 << 20))]));
     assert_eq!(says, "the event is larger than 16777216 bytes");
+}
+
+#[test]
+fn decisions_on_several_keys_are_tested_without_an_engine() {
+    let (a, b, c) = (Key(1), Key(2), Key(3));
+    let deposited = |cents| Money::Deposited { cents };
+    let withdrawn = |cents| Money::Withdrawn { cents };
+    let kit = given_many::<Account>([(a, vec![deposited(100)]), (b, vec![]), (c, vec![deposited(5), withdrawn(1)])])
+        .at(Time(77))
+        .when(Order::Pay(30))
+        .then([(a, withdrawn(30)), (b, deposited(30)), (a, withdrawn(30)), (c, deposited(30))])
+        .then_state(a, |account| assert_eq!(account.cents, 40))
+        .when(Order::Pay(21))
+        .then_rejected(Refused::NotEnough { missing: 2 })
+        .when(Order::Deposits(vec![1, 2, 3, 4]))
+        .then([(a, deposited(1)), (b, deposited(2)), (c, deposited(3)), (a, deposited(4))]);
+    assert_eq!(kit.outcome().unwrap().len(), 4);
+    // The states are those of an engine, versions and all.
+    let dir = tempfile::tempdir().unwrap();
+    let engine = Engine::<Account>::open(os_cache(dir.path())).unwrap();
+    let mut client = engine.client();
+    client.send(a, Order::Deposit(100)).wait().unwrap();
+    client.send(c, Order::Deposit(5)).wait().unwrap();
+    client.send(c, Order::Withdraw(1)).wait().unwrap();
+    client.send_many(&[a, b, c], Order::Pay(30)).wait().unwrap();
+    client.send_many(&[a, b, c], Order::Deposits(vec![1, 2, 3, 4])).wait().unwrap();
+    drop([a, b, c].into_iter().fold(kit, |kit, key| {
+        let state = engine.state(key).wait().unwrap().unwrap().0;
+        kit.then_state(key, |account| assert_eq!(*account, state))
+    }));
+}
+
+#[test]
+fn the_kit_refuses_keys_that_an_engine_refuses() {
+    let says = complaint(|| given_many::<Account>([]));
+    assert_eq!(says, "a command names 1 to 16 keys, not 0");
+    let says = complaint(|| given_many::<Account>((0..17).map(|key| (Key(key), vec![]))));
+    assert_eq!(says, "a command names 1 to 16 keys, not 17");
+    let says = complaint(|| given_many::<Account>([(Key(1), vec![]), (Key(2), vec![]), (Key(1), vec![])]));
+    assert_eq!(says, "the command names key 1 twice");
+    let foreign = "the decision emitted an event for key 9, which the command does not name";
+    let says = complaint(|| given_many::<Account>([(Key(1), vec![])]).when(Order::Foreign(9)));
+    assert_eq!(says, foreign);
+    assert_eq!(complaint(|| given::<Account>([]).when(Order::Foreign(9))), foreign);
+    let says = complaint(|| given_many::<Witness>([(Key(1), vec![])]).when((0, Vec::new())));
+    assert_eq!(says, "the aggregate has no `decide_many`");
+    let failed = || given_many::<Account>([(Key(1), vec![])]).when(Order::Deposits(vec![1])).then([]);
+    assert!(complaint(failed).contains("! 1 (Key(1), Deposited { cents: 1 })"), "{}", complaint(failed));
 }

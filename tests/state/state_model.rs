@@ -112,7 +112,9 @@ impl Known {
             Order::Withdraw(cents) => vec![Money::Withdrawn { cents }],
             Order::Exchange { out, back } => vec![Money::Withdrawn { cents: out }, Money::Deposited { cents: back }],
             Order::Notes { count, bytes } => vec![Money::Noted { text: "n".repeat(bytes) }; count],
-            Order::Deposits(_) | Order::NotesOf(_) => unreachable!("this model gives no such commands"),
+            Order::Deposits(_) | Order::NotesOf(_) | Order::Pay(_) | Order::Foreign(_) => {
+                unreachable!("this model gives no such commands")
+            }
             Order::Nothing | Order::Panic => vec![],
         };
         let count = events.len();

@@ -145,3 +145,35 @@ fn a_shutdown_refuses_the_waiting_tasks_and_keeps_what_was_accepted() {
     held.sort_unstable();
     assert_eq!(held, accepted, "exactly the accepted events are in the log");
 }
+
+#[test]
+fn an_awaited_flush_covers_what_was_accepted_before_the_call() {
+    let storage = FaultyStorage::new();
+    let engine = Arc::new(open_on(&storage, os_cache("/s").shards(2)).unwrap());
+    let producer = engine.shared_producer();
+    let tasks = (0..8_u64).map(|key| {
+        let (engine, producer) = (Arc::clone(&engine), producer.clone());
+        task(async move {
+            for n in 0..100 {
+                let receipt = producer.publish(Key(key), Note::new(n)).with_receipt().await.unwrap();
+                engine.flush_async().await.unwrap();
+                assert!(receipt.is_durable(), "event {n} of key {key}");
+                if n == 50 {
+                    engine.checkpoint_async().await.unwrap();
+                }
+            }
+        })
+    });
+    run(2, tasks.collect::<Vec<_>>());
+    assert!(engine.snapshot_stats().checkpoints > 0);
+    let waker = Arc::new(Counted::default());
+    storage.hold(true);
+    producer.publish(Key(1), Note::new(100)).wait().unwrap();
+    let mut flushing = Box::pin(engine.flush_async());
+    assert!(waker.poll(&mut flushing).is_pending());
+    drop(flushing);
+    assert_eq!(waker.wakers(), 0, "a dropped wait leaves its waker");
+    storage.hold(false);
+    engine.shutdown(soon()).unwrap();
+    assert!(matches!(block_on(engine.checkpoint_async()), Ok(()) | Err(WaitError::Closed)));
+}

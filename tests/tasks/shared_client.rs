@@ -8,7 +8,7 @@ use crate::common::bank::{Account, Order, Refused};
 use crate::common::{block_on, poll_once, small, soon, until};
 use crate::executor::{Counted, run, task};
 use corelane::command::ExpectedVersion;
-use corelane::error::RejectedReason;
+use corelane::error::{KeysError, RejectedReason};
 use corelane::testing::FaultyStorage;
 use corelane::{CommandError, Config, Deadline, Durability, Engine, Key, Rejected, SharedClient, Version, WaitError};
 
@@ -147,7 +147,10 @@ fn options_mean_the_same_as_for_a_client() {
     let client = engine.shared_client();
     let key = Key(3);
     let wrong = client.send(key, Order::Deposit(1)).expect(ExpectedVersion::Exists).wait();
-    assert!(matches!(wrong, Err(CommandError::WrongVersion { expected: ExpectedVersion::Exists, found: Version(0) })));
+    assert!(matches!(
+        wrong,
+        Err(CommandError::WrongVersion { expected: ExpectedVersion::Exists, found: Version(0), .. })
+    ));
     let first = client.send(key, Order::Deposit(1)).once("a").durable().wait().unwrap();
     assert!(first.receipt().is_durable());
     let repeated = client.send(key, Order::Deposit(1)).once("a").wait_until(Duration::from_secs(60)).unwrap();
@@ -266,4 +269,41 @@ fn a_full_lane_of_a_failed_shard_refuses_instead_of_waiting() {
     let refused = shared.send(key, Order::Deposit(1)).wait();
     assert!(matches!(refused, Err(CommandError::NotSent(RejectedReason::ShardFailed(_)))), "{refused:?}");
     drop(go);
+}
+
+#[test]
+fn transfers_of_many_tasks_conserve_the_money_and_wrong_keys_send_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let engine = open(small(dir.path()).ring_capacity(8));
+    let client = engine.shared_client();
+    for account in 0..10 {
+        client.send(Key(account), Order::Deposit(100)).wait().unwrap();
+    }
+    let tasks = (0..100_u64).map(|n| {
+        let client = client.clone();
+        task(async move {
+            for i in 0..20 {
+                let (from, to) = (Key((n + i) % 10), Key((n + 3 * i + 1 + n % 7) % 10));
+                if from == to {
+                    continue;
+                }
+                match client.send_many(&[from, to], Order::Pay(7)).await {
+                    Ok(outcome) => assert_eq!(outcome.versions().count(), 2),
+                    Err(CommandError::Rejected(Refused::NotEnough { .. })) => {}
+                    Err(error) => panic!("{error:?}"),
+                }
+            }
+        })
+    });
+    run(2, tasks.collect::<Vec<_>>());
+    let cents = |key| engine.ask(Key(key), |state, _| state.cents).wait().unwrap();
+    assert_eq!((0..10).map(cents).sum::<u64>(), 1000);
+    let wrong = client.send_many(&[Key(1), Key(1)], Order::Pay(1)).try_submit();
+    assert!(matches!(wrong, Err(Rejected::Keys(Order::Pay(1), KeysError::Twice { key: Key(1) }))), "{wrong:?}");
+    let wrong = block_on(client.send_many(&[], Order::Pay(1)).into_future());
+    assert!(matches!(wrong, Err(CommandError::NotSent(RejectedReason::Keys(KeysError::None)))), "{wrong:?}");
+    let wrong = client.send_many(&[Key(1), Key(2)], Order::Pay(1)).expect_of(Key(3), ExpectedVersion::Exists).wait();
+    assert!(matches!(wrong, Err(CommandError::NotSent(RejectedReason::Keys(KeysError::NotNamed { .. })))), "{wrong:?}");
+    let wrong = client.send_many(&[Key(1), Key(2)], Order::Pay(1)).expect_of(Key(2), ExpectedVersion::NoEvents).wait();
+    assert!(matches!(wrong, Err(CommandError::WrongVersion { key: Key(2), .. })), "{wrong:?}");
 }

@@ -369,3 +369,38 @@ fn files_that_are_no_folders_among_consumers_and_gates_are_ignored() {
         assert_eq!(std::fs::read(dir.join(folder).join("notes.txt")).unwrap(), b"the operator's notes");
     }
 }
+
+#[test]
+fn a_store_with_a_placement_is_verified_without_it_and_a_key_in_two_shards_is_a_problem() {
+    use std::sync::atomic::{AtomicU64, Ordering};
+    // An impure placement, as no application may have.
+    static MOVED: AtomicU64 = AtomicU64::new(0);
+    let placement = || corelane::Placement::new("zone", 3, |key| (key.0 >> 32) + MOVED.load(Ordering::SeqCst));
+    let home = tempfile::tempdir().unwrap();
+    let open = || Engine::<Account>::open(small(home.path()).shards(2).placement(placement())).unwrap();
+    let engine = open();
+    let mut client = engine.client();
+    for zone in 0..20_u64 {
+        let keys: Vec<Key> = (0..4).map(|player| Key(zone << 32 | player)).collect();
+        client.send_many(&keys, Order::Deposits(vec![1; 9])).once(zone).wait().unwrap();
+    }
+    engine.checkpoint(soon()).unwrap();
+    engine.shutdown(soon()).unwrap();
+    let (status, said) = verify(home.path());
+    assert_eq!(status, 0, "{said}");
+    assert!(said.contains("keys are placed by the placement \"zone\", version 3: checked only that"), "{said}");
+    assert!(said.contains("180 events in 2 shards: ok"), "{said}");
+    let (status, said) = run(&["dump", "--key", "3"], home.path());
+    assert_eq!((status, said.lines().count()), (0, 2), "{said}");
+    let (status, said) = run(&["inspect"], home.path());
+    assert!(status == 0 && said.contains("keys            by the placement \"zone\", version 3"), "{said}");
+    drop((client, engine));
+    // The function gives a key another shard.
+    let engine = open();
+    let other = (1..).find(|moved| Key(*moved).shard(2) != Key(0).shard(2)).unwrap();
+    MOVED.store(other, Ordering::SeqCst);
+    engine.client().send(Key(3), Order::Deposit(1)).wait().unwrap();
+    engine.shutdown(soon()).unwrap();
+    let (status, said) = verify(home.path());
+    assert!(status != 0 && said.contains("key 3 is in shard 0 too"), "{said}");
+}

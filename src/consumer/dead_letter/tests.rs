@@ -359,7 +359,7 @@ fn an_unknown_version_is_refused_and_left_unchanged() {
     let disk = FaultyStorage::new();
     write(&mut opened(&disk), &[Op::Park(1, 10)]).expect("written");
     let mut files = disk.files();
-    files.get_mut(&file(1)).expect("it is")[8] = 3;
+    files.get_mut(&file(1)).expect("it is")[8] = 4;
     // First without the matching checksum: damaged.
     assert_damaged_or_dropped(&files);
     let head = &mut files.get_mut(&file(1)).expect("it is")[..FILE_HEADER_BYTES];
@@ -367,7 +367,7 @@ fn an_unknown_version_is_refused_and_left_unchanged() {
     head[56..60].copy_from_slice(&crc.to_le_bytes());
     let disk = disk_of(&files);
     let found = open(&disk);
-    assert!(matches!(found, Err(OpenError::UnknownFormat { found: 3, known: 2, .. })), "{found:?}");
+    assert!(matches!(found, Err(OpenError::UnknownFormat { found: 4, known: 3, .. })), "{found:?}");
     assert_eq!(disk.files(), files);
 }
 

@@ -39,7 +39,7 @@ use super::settings::{Settings, Start};
 use super::watches::Watches;
 use crate::clock::wall_now;
 use crate::error::ReadError;
-use crate::event::{Event, Key, Offset};
+use crate::event::{Event, Key, Offset, Router};
 use crate::log::reader::Reader;
 use crate::storage::Storage;
 use crate::sync::Keeping;
@@ -56,6 +56,7 @@ use waiters::HandledWaiters;
 pub(crate) struct Driver<E: Event> {
     settings: Arc<Settings>,
     followers: Vec<ShardFollower<E>>,
+    router: Router,
     /// The shard whose event is handed out next, if it has one.
     next_shard: usize,
     /// Jobs in flight.
@@ -85,6 +86,7 @@ impl<E: Event> Driver<E> {
         dir: PathBuf,
         shards: Vec<AssignedShard>,
         letters: FileEnd,
+        router: Router,
     ) -> Result<Self, ConsumerError> {
         let (settings, saved_letters) = (Arc::new(settings), letters);
         let name = &settings.name;
@@ -105,6 +107,7 @@ impl<E: Event> Driver<E> {
             requests: RequestRunner::new(name),
             settings,
             followers,
+            router,
             next_shard: 0,
             running: 0,
             is_in_place: false,
@@ -348,8 +351,7 @@ impl<E: Event> Driver<E> {
 
     /// Lets the key's first event run, if it waits for a gap to be filled. Returns `true` if it did.
     pub(crate) fn gap_filled(&mut self, key: Key) -> bool {
-        let shards = self.followers.len() as u16;
-        self.followers[usize::from(key.shard(shards).0)].queues.gap_filled(key)
+        self.followers[self.router.index(key)].queues.gap_filled(key)
     }
 
     /// Returns the events that callers will ask about.
@@ -360,7 +362,7 @@ impl<E: Event> Driver<E> {
     /// Keeps the promise when the key's events up to `offset` are done. The promise's value says how the event at
     /// `offset` ended.
     pub(crate) fn wait_for(&mut self, key: Key, offset: Offset, keeping: Keeping<Handled>) {
-        let shard = usize::from(key.shard(self.followers.len() as u16).0);
+        let shard = self.router.index(key);
         self.waiters.add(shard, key, offset, keeping);
     }
 

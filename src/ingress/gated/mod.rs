@@ -31,7 +31,7 @@ use crate::ingress::sequence_gate::SequenceGate;
 use crate::ingress::sequence_gate::answer::{GateStatistics, Offered, Released};
 use crate::ingress::sequence_gate::partition::Ahead;
 use crate::lane::door::ShardDoor;
-use crate::lane::flush::flush_shard;
+use crate::lane::flush::flush_shard_until;
 use crate::lane::receipt::Receipt;
 use crate::lane::requests::KeeperRequests;
 use crate::lane::requests::SyncRequests;
@@ -410,7 +410,7 @@ impl<E: Event> GatedProducer<E> {
 
     fn flush(&self, deadline: Option<Instant>) -> Result<(), GateError> {
         for (shard, own) in self.parts.shards.iter().zip(self.parts.producer.lanes()) {
-            flush_shard(&shard.door, &shard.syncer, vec![own], deadline).map_err(GateError::Wait)?;
+            flush_shard_until(deadline, &shard.door, &shard.syncer, vec![own]).map_err(GateError::Wait)?;
         }
         Ok(())
     }

@@ -39,7 +39,7 @@ use std::time::Duration;
 use rustix::fs::{FileType, Stat};
 
 use crate::error::{OpenError, ReadError};
-use crate::event::{EventTypeId, Offset, Sequence, ShardId, Time};
+use crate::event::{EventTypeId, Key, Offset, PlacementId, Sequence, ShardId, Time};
 use crate::log::format::{HEADER_BYTES, HeaderError, SegmentHeader};
 use crate::log::manifest::{MANIFEST, Manifest, Span, StoredType, segment_index, segment_name, shard_dir};
 use crate::storage::{Files, Storage as _};
@@ -122,6 +122,24 @@ impl Store {
     #[must_use]
     pub fn shards(&self) -> u16 {
         self.manifest.shards
+    }
+
+    /// Returns the placement of keys, or `None` if each key's own hash chooses its shard. The function itself is in the
+    /// application: nothing outside it can tell which shard a key belongs to.
+    #[must_use]
+    pub fn placement(&self) -> Option<&PlacementId> {
+        self.manifest.placement.as_ref()
+    }
+
+    /// Returns the shards that may hold `key`: one, or all if the store has a placement.
+    #[must_use]
+    pub fn shards_of(&self, key: Key) -> Vec<ShardId> {
+        self.shard_ids().filter(|shard| self.may_hold(*shard, key)).collect()
+    }
+
+    /// Returns `false` if `key` belongs to another shard.
+    pub(crate) fn may_hold(&self, shard: ShardId, key: Key) -> bool {
+        self.manifest.placement.is_some() || key.shard(self.manifest.shards) == shard
     }
 
     /// Returns the ids of all shards.

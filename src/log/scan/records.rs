@@ -281,14 +281,14 @@ impl Records {
         }
         let header = RecordHeader::decode(record);
         if header.is_outcome() {
-            return header.key.shard(self.store.shards()) == self.shard;
+            return self.store.may_hold(self.shard, header.key);
         }
         if header.is_own() {
             return len == RECORD_HEADER_BYTES && header.key.get() <= self.offset().get();
         }
         let first = header.previous.get() == 0;
         self.store.type_name(header.event_type).is_some()
-            && header.key.shard(self.store.shards()) == self.shard
+            && self.store.may_hold(self.shard, header.key)
             && header.previous < self.offset()
             && header.version.get() > 0
             && first == (header.version.get() == 1)

@@ -32,7 +32,7 @@ impl Engine {
         let dir = tempfile::tempdir().expect("a folder");
         let types = vec![StoredType { id: EventTypeId(1), schema_version: 1, name: "moved".into() }];
         let root = crate::event::Root::default();
-        Manifest { store_id: 1, shards: 1, segment_bytes: SEGMENT_BYTES, root, types }
+        Manifest { store_id: 1, shards: 1, segment_bytes: SEGMENT_BYTES, root, placement: None, types }
             .save(&Files::open(dir.path()).expect("opened"), dir.path())
             .expect("saved");
         fs::create_dir(shard_dir(dir.path(), ShardId(0))).expect("made");

@@ -7,7 +7,8 @@
 //!         64 check u32   68 zero u32   72 crc u32   76 zero u32
 //! entry    0 length u32   4 crc u32   8 key u64   16 version u48 | state version u16   24 head u64   32 latest time u64
 //!         40 state bytes u32   44 outcomes u32   48 state, padded to 16; then outcomes
-//! outcome  0 idempotency u64   8 version u64   16 ending u64   24 rejection bytes u32   28 zero u32   32 rejection, padded to 16
+//! outcome  0 idempotency u64   8 version u64   16 ending u64   24 body bytes u32   28 zero u32
+//!         32 body (the rejection, or the command's other keys), padded to 16
 //! end      an entry of version 0 and length 48: key = number of entries, head = end of the log, 32 durable u32 = 1 if the log
 //!          was durable up to there, 36 check u32, 40 boot u64. (A longer entry of version 0: outcomes of a key without events.)
 //! ```
@@ -16,6 +17,7 @@ use rkyv::util::AlignedVec;
 
 use crate::event::{Encode, Key, Offset, Root, Scratch, Sequence, ShardId, Time, Version, has_one_size};
 use crate::log::format::{Ending, LOW_47, archive_fingerprint};
+use crate::log::other_keys::OtherKeys;
 use crate::log::seal::crc32c;
 use crate::state::aggregate::{Aggregate, Stored};
 use crate::state::keys::Slot;
@@ -299,10 +301,12 @@ impl Entry<'_> {
     /// Decodes the outcomes of the key's commands, oldest first.
     pub(crate) fn outcomes<A: Aggregate>(&self) -> Result<Kept<A::Rejection>, Unusable> {
         let mut outcomes = Vec::new();
-        self.each_outcome(|StoredOutcome { id, version, ending, archive }| {
+        self.each_outcome(|StoredOutcome { id, version, ending, body }| {
             let outcome = match ending {
-                Ending::Done { events } => Remembered::Done { version, events },
-                Ending::Rejected(root) => match rejection::<A>(root, archive) {
+                Ending::Done { events, others } => {
+                    Remembered::Done { version, events, others: OtherKeys::decode(others, body)? }
+                }
+                Ending::Rejected(root) => match rejection::<A>(root, body) {
                     Some(rejection) => Remembered::Rejected(rejection),
                     None if root == Root::of::<A::Rejection>() => {
                         return Err("a rejection's archive is not valid".into());
@@ -325,13 +329,16 @@ impl Entry<'_> {
         for _ in 0..self.outcomes {
             let head = rest.get(..OUTCOME_HEADER_BYTES).ok_or("an outcome is cut short")?;
             let bytes = u32_at(head, 24) as usize;
-            let archive = rest.get(OUTCOME_HEADER_BYTES..OUTCOME_HEADER_BYTES + bytes);
-            let archive = archive.ok_or("an outcome is cut short")?;
+            let body = rest.get(OUTCOME_HEADER_BYTES..OUTCOME_HEADER_BYTES + bytes);
+            let body = body.ok_or("an outcome is cut short")?;
             let ending = Ending::decode(u64_at(head, 16)).ok_or("an outcome has an unknown ending")?;
             if u64_at(head, 8) > LOW_47 || u32_at(head, 28) != 0 {
                 return Err("an outcome has a version that no key can have".into());
             }
-            each(StoredOutcome { id: u64_at(head, 0), version: Version(u64_at(head, 8)), ending, archive })?;
+            if let Ending::Done { others, .. } = ending {
+                OtherKeys::decode(others, body)?;
+            }
+            each(StoredOutcome { id: u64_at(head, 0), version: Version(u64_at(head, 8)), ending, body })?;
             rest = rest.get(OUTCOME_HEADER_BYTES + padded(bytes)..).unwrap_or_default();
         }
         Ok(())
@@ -343,7 +350,7 @@ pub(crate) struct StoredOutcome<'a> {
     id: u64,
     version: Version,
     ending: Ending,
-    archive: &'a [u8],
+    body: &'a [u8],
 }
 
 /// A buffer of entries for a file. The shard fills it without CRCs. Its memory is reused.
@@ -442,18 +449,32 @@ impl Chunk {
     fn outcome<R: Stored>(&mut self, id: u64, outcome: &Remembered<R>, scratch: &mut Scratch) -> bool {
         let head = self.used;
         self.used += OUTCOME_HEADER_BYTES;
-        let (version, ending, rejection) = match outcome {
-            Remembered::Done { version, events } => (version.0, Ending::Done { events: *events }, Some(0)),
+        let (version, ending, body) = match outcome {
+            Remembered::Done { version, events, others } => {
+                let (events, count) = (*events, OtherKeys::count(others.as_deref()));
+                let body = self.put(&OtherKeys::encode(others.as_deref()));
+                (version.0, Ending::Done { events, others: count }, Some(body))
+            }
             Remembered::Rejected(rejection) => (0, Ending::Rejected(Root::of::<R>()), self.archive(rejection, scratch)),
         };
-        let Some(rejection) = rejection else { return false };
+        let Some(body) = body else { return false };
         self.reserve(0);
         let out = &mut self.bytes[head..head + OUTCOME_HEADER_BYTES];
         put_u64(out, 0, id);
         put_u64(out, 8, version);
         put_u64(out, 16, ending.encode());
-        put_u64(out, 24, rejection as u64);
+        put_u64(out, 24, body as u64);
         true
+    }
+
+    /// Copies `body` after the used bytes and pads it. Returns its length.
+    fn put(&mut self, body: &[u8]) -> usize {
+        self.reserve(padded(body.len()));
+        let at = self.used;
+        self.used += padded(body.len());
+        self.bytes[at..at + body.len()].copy_from_slice(body);
+        self.bytes[at + body.len()..self.used].fill(0);
+        body.len()
     }
 
     /// Archives `value` after the used bytes and pads it. Returns its exact length, or `None` if it is too large.
@@ -605,15 +626,18 @@ mod tests {
 
     #[test]
     fn a_checkpoint_is_frozen() {
-        let done = Remembered::Done { version: Version(6), events: 3 };
+        let done = Remembered::Done { version: Version(6), events: 3, others: None };
+        let others = OtherKeys::new([(Key(7), Version(6)), (Key(8), Version(0))].into_iter());
+        let of_three_keys = Remembered::Done { version: Version(1), events: 2, others };
         let without_events = Slot { key: Key(8), ..Slot::default() };
         let keys = [
             (without_events, vec![(0x5555_6666_7777_8888, Remembered::Rejected(41))]),
             (slot(7, 6), vec![(1, Remembered::Rejected(42)), (2, done)]),
             (slot(9, 1), vec![]),
+            (slot(10, 1), vec![(3, of_three_keys)]),
         ];
         let end = End {
-            entries: 3,
+            entries: 4,
             log_end: Offset(0x0012_3456_9999),
             check: 0x4142_4344,
             durable: true,

@@ -334,7 +334,7 @@ mod tests {
 
     #[test]
     fn a_checkpoint_leaves_a_chunk_for_snapshots() {
-        let requests = Arc::new(CheckpointRequests::new(Offset(0)));
+        let requests = Arc::new(CheckpointRequests::new(Offset(0), &Arc::default()));
         let (messages, sent) = rtrb::RingBuffer::new(64);
         let (mut empty, used) = rtrb::RingBuffer::new(3);
         while empty.push(Chunk::new()).is_ok() {}
@@ -356,7 +356,7 @@ mod tests {
     #[test]
     fn snapshots_collect_in_the_last_chunk_while_the_snapshotter_is_behind() {
         type State = crate::state::aggregate::Stateless<crate::envelope::Envelope>;
-        let requests = Arc::new(CheckpointRequests::new(Offset(0)));
+        let requests = Arc::new(CheckpointRequests::new(Offset(0), &Arc::default()));
         let (messages, mut sent) = rtrb::RingBuffer::new(4);
         let (mut empty, used) = rtrb::RingBuffer::new(2);
         while empty.push(Chunk::new()).is_ok() {}

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use rkyv::util::AlignedVec;
 
-use crate::event::{Key, Meta, Scratch, ShardId};
+use crate::event::{Key, Meta, Router, Scratch, ShardId};
 use crate::state::aggregate::{Aggregate, Stored};
 use crate::state::view::grow::Grow;
 use crate::state::view::key_numbers::KeyNumbers;
@@ -102,7 +102,8 @@ impl<A: Aggregate, V: Stored> ById<A, V> {
         let bytes_max = self.0.bytes_max;
         let mut archive = AlignedVec::<16>::with_capacity(bytes_max);
         let found = self.0.parts.read(|parts| {
-            let part = parts.get(usize::from(key.shard(parts.len().max(1) as u16).0))?.as_ref()?;
+            let router = parts.iter().flatten().next()?.router;
+            let part = parts.get(router.index(key))?.as_ref()?;
             let slot = part.index.find(key)?;
             Some(part.copy(slot, &mut archive))
         });
@@ -126,7 +127,7 @@ impl<A: Aggregate, V: Stored> ById<A, V> {
 impl<A: Aggregate, V: Stored> View<A> for ById<A, V> {
     fn writer(&self, place: &Place) -> Box<dyn ViewWriter<A>> {
         let bytes_max = self.0.bytes_max;
-        let part = self.0.parts.begin(place, Values::new(bytes_max, place.keys_expected));
+        let part = self.0.parts.begin(place, Values::new(bytes_max, place));
         let mut archive = AlignedVec::<16>::with_capacity(bytes_max);
         archive.resize(bytes_max, 0);
         // rkyv's scratch space holds pointers to a value's parts; its size does not depend on the archive's.
@@ -158,6 +159,7 @@ struct Values {
     index: KeyNumbers,
     chunks: Grow<Chunk>,
     words_max: usize,
+    router: Router,
     progress: Progress,
 }
 
@@ -169,11 +171,12 @@ struct Chunk {
 }
 
 impl Values {
-    fn new(bytes_max: usize, keys_expected: usize) -> Self {
+    fn new(bytes_max: usize, place: &Place) -> Self {
         Self {
-            index: KeyNumbers::with_room(keys_expected),
+            index: KeyNumbers::with_room(place.keys_expected),
             chunks: Grow::new(),
             words_max: bytes_max / 8,
+            router: place.router,
             progress: Progress::new(),
         }
     }

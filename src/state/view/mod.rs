@@ -11,7 +11,7 @@ mod leaderboard;
 mod parts;
 mod status;
 
-use crate::event::{Key, Meta, Sequence, ShardId, Time};
+use crate::event::{Key, Meta, Router, Sequence, ShardId, Time};
 use crate::state::aggregate::Aggregate;
 
 pub use area::{Area, Found};
@@ -48,11 +48,18 @@ pub struct Place {
     pub shards: u16,
     /// The number of keys to make room for.
     pub keys_expected: usize,
+    pub(super) router: Router,
 }
 
 impl Place {
-    pub(crate) fn new(shard: ShardId, shards: u16, keys_expected: usize) -> Self {
-        Self { shard, shards, keys_expected }
+    pub(crate) fn new(shard: ShardId, router: Router, keys_expected: usize) -> Self {
+        Self { shard, shards: router.shards(), keys_expected, router }
+    }
+
+    /// Returns the shard of `key`.
+    #[must_use]
+    pub fn shard_of(&self, key: Key) -> ShardId {
+        self.router.shard(key)
     }
 }
 

@@ -10,7 +10,7 @@ use rand::rngs::SmallRng;
 use rand::{Rng as _, SeedableRng as _};
 use rkyv::{Archive, Deserialize, Serialize};
 
-use crate::event::{Correlation, Event, EventType, EventTypeId, Offset, Time, Version};
+use crate::event::{Correlation, Event, EventType, EventTypeId, Offset, Router, Time, Version};
 use crate::state::aggregate::Emit;
 use crate::state::view::*;
 
@@ -63,7 +63,7 @@ pub(super) struct Shards(Vec<Box<dyn ViewWriter<Player>>>);
 
 impl Shards {
     pub(super) fn open(view: &dyn View<Player>, shards: u16) -> Self {
-        Self((0..shards).map(|shard| view.writer(&Place::new(ShardId(shard), shards, 0))).collect())
+        Self((0..shards).map(|shard| view.writer(&Place::new(ShardId(shard), Router::new(shards, None), 0))).collect())
     }
 
     pub(super) fn change(&mut self, key: u64, player: &Player) {
@@ -186,7 +186,7 @@ proptest! {
 #[test]
 fn a_loaded_leaderboard_is_shown_at_the_first_publish() {
     let view = Leaderboard::new(10, |player: &Player| player.number);
-    let mut writer = view.writer(&Place::new(ShardId(0), 1, 5_000));
+    let mut writer = view.writer(&Place::new(ShardId(0), Router::new(1, None), 5_000));
     let scores: HashMap<u64, i64> = (0..5_000).map(|key| (key, (key as i64 * 7_919) % 1_000)).collect();
     for (key, score) in &scores {
         writer.load(Key(*key), &numbered(*score));
@@ -297,7 +297,7 @@ fn a_second_engine_starts_a_view_over() {
     second = views.map(|view| Shards::open(view, 2));
     second.iter_mut().for_each(|shards| show(shards, 103..104));
     assert_eq!((reader.get(Key(100)), top(&board, 5), status.get().total), (Ok(None), vec![(103, 1)], 1));
-    let _third = by_id.writer(&Place::new(ShardId(0), 3, 0));
+    let _third = by_id.writer(&Place::new(ShardId(0), Router::new(3, None), 0));
     assert_eq!(by_id.positions().len(), 1, "parts of another shard count are gone at once");
 }
 
