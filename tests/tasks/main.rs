@@ -6,5 +6,6 @@ mod common;
 
 mod executor;
 mod publishing;
+mod runtimes;
 mod shared_client;
 mod wakers;
