@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::dead_letter::answer::{LettersError, WriteRefused};
 use crate::error::{ConfigError, OpenError, PositionError, ReadError, WaitError};
-use crate::event::{Offset, ShardId};
+use crate::event::{BadTypes, Offset, ShardId};
 
 /// The reason why a call to a consumer failed.
 #[derive(Debug, thiserror::Error)]
@@ -125,6 +125,15 @@ impl ConsumerError {
             ref other => Self::NotStarted { why: crate::error::with_sources(other) },
         };
         kept.into()
+    }
+}
+
+impl From<BadTypes> for ConsumerError {
+    fn from(bad: BadTypes) -> Self {
+        match bad {
+            BadTypes::None => Self::NoTypes,
+            BadTypes::Unknown(name) => Self::UnknownType { name },
+        }
     }
 }
 

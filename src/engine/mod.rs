@@ -13,7 +13,7 @@
 // | `closing` | shutdown, and the drop of an engine |
 // | `runner` | the loop of a shard's thread |
 // | `threads` | starting and joining threads |
-// | `queries`, `history`, `consumers`, `gated` | the rest of `Engine`'s methods, by topic |
+// | `queries`, `history`, `live`, `consumers`, `gated` | the rest of `Engine`'s methods, by topic |
 
 mod background;
 mod build;
@@ -24,6 +24,7 @@ mod gate_holds;
 mod gated;
 mod handle;
 mod history;
+mod live;
 mod open;
 mod queries;
 pub(crate) mod runner;

@@ -7,6 +7,7 @@ pub(crate) mod access;
 pub(crate) mod finder;
 pub(crate) mod format;
 pub(crate) mod holds;
+mod live;
 pub(crate) mod manifest;
 pub(crate) mod position;
 pub(crate) mod reader;
@@ -15,5 +16,6 @@ pub(crate) mod seal;
 pub(crate) mod segment;
 pub(crate) mod writer;
 
+pub use live::{Live, LiveBuilder, LiveEvent, LiveFrom, LiveIter};
 pub use position::Position;
 pub use reader::{Reader, Record};

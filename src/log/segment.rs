@@ -55,6 +55,8 @@ pub(crate) struct ShardLog {
     /// have freed the records that it replaces. The snapshotter holds this lock from reading `durable` until it has
     /// published the checkpoint. The syncer holds this lock from reading this field until it has moved `durable`.
     pub(crate) unsynced: Mutex<Option<(Box<dyn SideFile>, Offset)>>,
+    /// `true` once nothing more is appended.
+    ended: AtomicBool,
     failed: AtomicBool,
     failure: OnceLock<ShardFailure>,
     /// `true` while the shard or the keeper waits for the storage.
@@ -95,6 +97,7 @@ impl ShardLog {
             synced: Waiters::new(),
             holds: Holds::default(),
             unsynced: Mutex::new(None),
+            ended: AtomicBool::new(false),
             failed: AtomicBool::new(false),
             failure: OnceLock::new(),
             storage_full: AtomicBool::new(false),
@@ -222,12 +225,57 @@ impl ShardLog {
         lock(&self.segments).len()
     }
 
+    /// Returns the end of the appended log, with the number of events below it. Returns `None` if the shard is
+    /// publishing at this moment: try again.
+    ///
+    /// The shard publishes the bytes first, then the sequence, then `appended`. If nothing behind `appended` is
+    /// published after the sequence was read, both were read between the same two batches.
+    pub(crate) fn end_and_sequence(&self) -> Option<(Offset, u64)> {
+        let (appended, sequence) = (self.appended.get(), self.sequence.get());
+        let segments = lock(&self.segments);
+        let Some(newest) = segments.back() else { return Some((Offset(appended), sequence)) };
+        let committed = newest.memory.committed();
+        if newest.index * self.segment_bytes + committed as u64 == appended {
+            return Some((Offset(appended), sequence));
+        }
+        // The newest segment is empty, and the one before it ends with the published events.
+        let is_empty = committed == HEADER_BYTES && newest.seam.end.0 == appended;
+        is_empty.then_some((Offset(appended), newest.seam.sequence))
+    }
+
+    /// Returns the sequence of the first event of a segment that is held or will be the next one.
+    pub(crate) fn first_sequence(&self, index: u64) -> u64 {
+        // Read before the list of segments: if the list then lacks the segment, no event was in it when the sequence
+        // was read.
+        let of_log = self.sequence.get();
+        self.segment(index).map_or(of_log, |segment| segment.seam.sequence)
+    }
+
+    /// Returns the oldest segment held.
+    pub(crate) fn oldest(&self) -> Option<Segment> {
+        lock(&self.segments).front().cloned()
+    }
+
     /// Returns the earliest offset still held.
     pub(crate) fn earliest(&self) -> Offset {
         match lock(&self.segments).front() {
             Some(first) => self.first_offset(first.index),
             None => Offset(self.appended.get()),
         }
+    }
+
+    /// Notes that nothing more will be appended, and wakes all waiters for the log.
+    pub(crate) fn end(&self) {
+        // SeqCst: pairs with the load in `has_ended`. A waiter registers first and checks afterwards.
+        self.ended.store(true, Ordering::SeqCst);
+        self.grown.reached(u64::MAX);
+        self.synced.reached(u64::MAX);
+    }
+
+    /// Returns `true` if nothing more will be appended: the engine was closed, or the shard has failed.
+    pub(crate) fn has_ended(&self) -> bool {
+        // SeqCst: pairs with the store in `end`.
+        self.ended.load(Ordering::SeqCst)
     }
 
     /// Fails the shard. Only the first cause is kept.

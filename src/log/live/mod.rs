@@ -1,0 +1,20 @@
+//! Live feeds: the events of the log as they come, for readers that come and go.
+//!
+//! One owner per feed. A feed reads the log in place with a [`super::Reader`] per shard. It is known to nobody: the
+//! store keeps nothing for it and retention does not wait for it. Only while it waits do the logs have its waker.
+
+// | file | contents |
+// |---|---|
+// | `builder` | `LiveBuilder`: what a feed wants, and where it begins |
+// | `feed` | `Live`: the shards in turn; waiting as a thread or as a task |
+// | `shard` | one shard's part of a feed: filter, lag, end |
+// | `event` | `LiveEvent`: an event that owns its place in the log |
+
+mod builder;
+mod event;
+mod feed;
+mod shard;
+
+pub use builder::{LiveBuilder, LiveFrom};
+pub use event::LiveEvent;
+pub use feed::{Live, LiveIter};
