@@ -16,6 +16,6 @@ pub(crate) mod seal;
 pub(crate) mod segment;
 pub(crate) mod writer;
 
-pub use live::{Live, LiveBuilder, LiveEvent, LiveFrom, LiveIter};
+pub use live::{Live, LiveBatch, LiveBatches, LiveBuilder, LiveEvent, LiveFrom, LiveIter};
 pub use position::Position;
 pub use reader::{Reader, Record};

@@ -1,96 +1,87 @@
-//! An event of a live feed, which owns its place in the log.
-//!
-//! Immutable. The bytes below a log's published position never change while the segment's memory is shared.
+//! Events of a live feed that own their place in the log. Immutable.
 
 use std::fmt;
 use std::marker::PhantomData;
 use std::sync::Arc;
 
-use rkyv::util::AlignedVec;
-
+use super::batch::Batch;
 use crate::event::{Event, Meta};
-use crate::storage::Lock;
-use crate::storage::memory::{ALIGN, Memory};
+use crate::log::reader::Record;
 
-/// A segment that events of a feed share.
-#[derive(Debug)]
-pub(super) struct SharedSegment {
-    memory: Arc<Memory>,
-    /// The store's lock. Events in place trust the bytes that this process wrote. So no other engine may open the store
-    /// and write the segment again while an event lives.
-    _lock: Arc<dyn Lock>,
-}
-
-impl SharedSegment {
-    pub(super) fn new(memory: &Arc<Memory>, lock: &Arc<dyn Lock>) -> Arc<Self> {
-        Arc::new(Self { memory: Arc::clone(memory), _lock: Arc::clone(lock) })
-    }
-
-    /// Returns `true` if this is the segment with this memory.
-    #[inline]
-    pub(super) fn is_of(&self, memory: &Arc<Memory>) -> bool {
-        Arc::ptr_eq(&self.memory, memory)
-    }
-}
-
-/// The archive of an event.
-#[derive(Clone)]
-pub(super) enum Body {
-    /// In its segment: its position and its length.
-    InPlace(Arc<SharedSegment>, usize, usize),
-    /// Upcasted from an older layout.
-    Upcasted(Arc<AlignedVec<ALIGN>>),
-}
-
-/// An event of a [`super::Live`] feed: its metadata and its archive, in place.
+/// An event of a [`super::Live`] feed, in place.
 ///
-/// Cheap to keep and to clone: it shares the segment's memory, and nothing is copied (events of an older layout are
-/// upcasted once). While it lives, the segment's file cannot be written again, and the store stays locked; so drop it
-/// when it is handled, or deserialize it with [`crate::event::deserialize`].
+/// Cheap to keep, to clone and to send to another thread: nothing is copied, and an event of an older layout is upcasted
+/// once. While it lives, its segment's file cannot be written again, and the store stays locked. So drop it when it is
+/// handled, or keep a copy ([`crate::event::deserialize`]).
 pub struct LiveEvent<E: Event> {
-    meta: Meta,
-    body: Body,
+    batch: Arc<Batch>,
+    index: usize,
     event: PhantomData<fn() -> E>,
 }
 
 impl<E: Event> LiveEvent<E> {
-    /// `body` must be a valid archive of an `E`.
     #[inline]
-    pub(super) fn new(meta: Meta, body: Body) -> Self {
-        Self { meta, body, event: PhantomData }
+    pub(super) fn new(batch: Arc<Batch>, index: usize) -> Self {
+        Self { batch, index, event: PhantomData }
     }
 
     /// Returns the metadata of the event.
     #[inline]
     #[must_use]
-    pub fn meta(&self) -> &Meta {
-        &self.meta
+    pub fn meta(&self) -> Meta {
+        self.batch.meta(self.index)
     }
 
-    /// Returns the archived event. An event that an earlier process appended is validated by each call, so call it once
-    /// and keep the reference.
+    /// Returns the archived event. If an earlier process appended the event, each call validates the archive.
     ///
     /// # Panics
-    /// If the store's file has been damaged since the feed returned the event.
+    /// If an earlier process appended the event, and its file has been damaged since the feed returned the event.
     #[inline]
     #[must_use]
     pub fn event(&self) -> &E::Archived {
-        let event = match &self.body {
-            Body::InPlace(segment, at, len) => segment.memory.archived::<E>(*at, *len),
-            Body::Upcasted(archive) => E::access(archive).ok(),
-        };
-        event.expect("an archive that was valid when the feed returned it")
+        self.batch.event::<E>(self.index)
     }
 }
 
 impl<E: Event> Clone for LiveEvent<E> {
     fn clone(&self) -> Self {
-        Self { meta: self.meta, body: self.body.clone(), event: PhantomData }
+        Self::new(Arc::clone(&self.batch), self.index)
     }
 }
 
 impl<E: Event> fmt::Debug for LiveEvent<E> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("LiveEvent").field("meta", &self.meta).finish_non_exhaustive()
+        f.debug_struct("LiveEvent").field("meta", &self.meta()).finish_non_exhaustive()
+    }
+}
+
+/// Events of a [`super::LiveBatches`] stream: 1 to 256 events of one shard, in the order of its log, in place. It holds
+/// its segment and the store's lock as a [`LiveEvent`] does.
+pub struct LiveBatch<E: Event> {
+    batch: Arc<Batch>,
+    /// Events before this one were returned one by one.
+    from: usize,
+    event: PhantomData<fn() -> E>,
+}
+
+impl<E: Event> LiveBatch<E> {
+    pub(super) fn new(batch: Arc<Batch>, from: usize) -> Self {
+        Self { batch, from, event: PhantomData }
+    }
+
+    /// Returns the events.
+    ///
+    /// # Panics
+    /// The iterator panics if an earlier process appended an event, and its file has been damaged since the stream
+    /// returned the batch.
+    #[inline]
+    pub fn records(&self) -> impl ExactSizeIterator<Item = Record<'_, E>> {
+        (self.from..self.batch.len()).map(|index| self.batch.record(index))
+    }
+}
+
+impl<E: Event> fmt::Debug for LiveBatch<E> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("LiveBatch").field("events", &(self.batch.len() - self.from)).finish_non_exhaustive()
     }
 }

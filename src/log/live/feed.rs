@@ -5,19 +5,20 @@
 use std::fmt;
 use std::future::poll_fn;
 use std::pin::Pin;
-use std::task::{Context, Poll, Waker};
-use std::time::{Duration, Instant};
+use std::sync::Arc;
+use std::task::{Context, Poll, Waker, ready};
+use std::time::Instant;
 
 use futures_core::{FusedStream, Stream};
 
-use super::event::LiveEvent;
-use super::shard::{FollowedShard, Wanted};
+use super::batch::Batch;
+use super::event::{LiveBatch, LiveEvent};
+use super::shard::{FollowedShard, TurnEnd, Wanted};
 use crate::error::{LiveError, WaitError};
 use crate::event::Event;
+use crate::log::reader::Record;
 use crate::sync::{Deadline, may_wait, thread, thread_waker};
 
-/// Events of one shard that a feed looks at before the next shard gets its turn.
-const TURN: usize = 256;
 /// Turns after which a task that always finds something to read lets other tasks run.
 const TURNS_MAX: usize = 16;
 
@@ -38,12 +39,14 @@ pub struct Live<E: Event> {
     /// The shards that have not ended.
     shards: Vec<FollowedShard<E>>,
     wanted: Wanted,
-    /// The shard whose turn it is.
-    current: usize,
-    /// Events that this turn may still look at.
-    left: usize,
+    /// The shard whose turn is next.
+    next_shard: usize,
     /// Turns left before other tasks run.
     turns_left: usize,
+    /// Events that were found. A batch that nobody else holds is used again.
+    batch: Arc<Batch>,
+    /// The event of the batch that is returned next.
+    next: usize,
 }
 
 impl<E: Event> fmt::Debug for Live<E> {
@@ -53,8 +56,9 @@ impl<E: Event> fmt::Debug for Live<E> {
 }
 
 /// The result of a look at the shards.
-enum Looked<E: Event> {
-    Found(Result<LiveEvent<E>, LiveError>),
+enum Looked {
+    /// The batch has events.
+    Found,
     /// All visible events are read.
     Nothing,
     /// There may be more to read, but other tasks come first.
@@ -65,33 +69,66 @@ enum Looked<E: Event> {
 
 impl<E: Event> Live<E> {
     pub(super) fn new(shards: Vec<FollowedShard<E>>, wanted: Wanted) -> Self {
-        Self { shards, wanted, current: 0, left: TURN, turns_left: TURNS_MAX }
+        Self { shards, wanted, next_shard: 0, turns_left: TURNS_MAX, batch: Arc::default(), next: 0 }
     }
 
-    /// Returns the next event. Blocks the thread until there is one, or until `deadline`; `Duration::ZERO` does not
-    /// block. Returns `None` at the end of the feed.
+    /// Returns the next event in place. Blocks the thread until there is one, or until `deadline`; `Duration::ZERO` does
+    /// not block. Returns `None` at the end of the feed.
     ///
     /// # Errors
     /// `Lagged`, `Read` or `Wait(ShardFailed)` as described at [`Live`]. `Wait(TimedOut)` at the deadline.
     /// `Wait(OnEngineThread)` if there is no event, on a thread that an engine waits for. The last two lose nothing.
     #[inline]
-    pub fn next_until(&mut self, deadline: impl Into<Deadline>) -> Result<Option<LiveEvent<E>>, LiveError> {
-        match self.look() {
-            Looked::Found(found) => found.map(Some),
-            Looked::Ended => Ok(None),
-            Looked::Nothing | Looked::Yield => self.wait(deadline.into().instant()),
+    pub fn next_until(&mut self, deadline: impl Into<Deadline>) -> Result<Option<Record<'_, E>>, LiveError> {
+        if self.next == self.batch.len() && !self.wait(deadline.into().instant())? {
+            return Ok(None);
         }
+        let index = self.pass();
+        Ok(Some(self.batch.record(index)))
     }
 
-    #[cold]
-    fn wait(&mut self, deadline: Option<Instant>) -> Result<Option<LiveEvent<E>>, LiveError> {
+    /// Returns the next event in place as soon as there is one, or `None` at the end of the feed. For tasks.
+    ///
+    /// Cancel safety: a future that is dropped before it is ready has taken no event.
+    ///
+    /// # Errors
+    /// `Lagged`, `Read` or `Wait(ShardFailed)` as described at [`Live`].
+    #[inline]
+    pub async fn next_async(&mut self) -> Result<Option<Record<'_, E>>, LiveError> {
+        if self.next == self.batch.len() && !poll_fn(|context| self.poll_found(context)).await? {
+            return Ok(None);
+        }
+        let index = self.pass();
+        Ok(Some(self.batch.record(index)))
+    }
+
+    /// Returns a stream of the same events in batches. A task that takes in millions of events a second needs it: a
+    /// batch is shared once, where each [`LiveEvent`] is shared on its own.
+    #[must_use]
+    pub fn batches(self) -> LiveBatches<E> {
+        LiveBatches { feed: self }
+    }
+
+    /// Moves past the next event of the batch, and returns its index.
+    #[inline]
+    fn pass(&mut self) -> usize {
+        self.next += 1;
+        self.next - 1
+    }
+
+    /// Blocks until the batch has events. Returns `false` at the end of the feed.
+    fn wait(&mut self, deadline: Option<Instant>) -> Result<bool, LiveError> {
         let mut waker: Option<Waker> = None;
         let mut is_registered = false;
         loop {
-            match self.look() {
-                Looked::Found(found) => return found.map(Some),
-                Looked::Ended => return Ok(None),
+            match self.look()? {
+                Looked::Found => return Ok(true),
+                Looked::Ended => return Ok(false),
                 Looked::Nothing if !may_wait() => return Err(WaitError::OnEngineThread.into()),
+                Looked::Nothing | Looked::Yield if deadline.is_some_and(|at| at <= Instant::now()) => {
+                    self.rest();
+                    return Err(WaitError::TimedOut.into());
+                }
                 Looked::Nothing if is_registered => {
                     self.rest();
                     park_until(deadline);
@@ -100,117 +137,95 @@ impl<E: Event> Live<E> {
                 Looked::Nothing => {
                     self.register(waker.get_or_insert_with(thread_waker));
                     is_registered = true;
-                    continue;
                 }
                 Looked::Yield => {}
             }
-            if deadline.is_some_and(|at| at <= Instant::now()) {
-                return Err(WaitError::TimedOut.into());
+        }
+    }
+
+    /// Completes when the batch has events, or with `false` at the end of the feed. While it is pending, the task's
+    /// waker is registered and the feed holds no segment.
+    fn poll_found(&mut self, context: &Context<'_>) -> Poll<Result<bool, LiveError>> {
+        let mut is_registered = false;
+        loop {
+            match self.look()? {
+                Looked::Found => return Poll::Ready(Ok(true)),
+                Looked::Ended => return Poll::Ready(Ok(false)),
+                Looked::Yield => {
+                    context.waker().wake_by_ref();
+                    return Poll::Pending;
+                }
+                Looked::Nothing if is_registered => {
+                    self.rest();
+                    return Poll::Pending;
+                }
+                Looked::Nothing => {
+                    self.register(context.waker());
+                    // Look once more: an event may have come between the look and the registration.
+                    is_registered = true;
+                }
             }
         }
     }
 
-    /// Returns the next event as soon as there is one, or `None` at the end of the feed. For tasks.
-    ///
-    /// Cancel safety: a future that is dropped before it is ready has taken no event.
-    ///
-    /// # Errors
-    /// `Lagged`, `Read` or `Wait(ShardFailed)` as described at [`Live`].
-    pub async fn next_async(&mut self) -> Result<Option<LiveEvent<E>>, LiveError> {
-        poll_fn(|context| self.poll_event(context)).await.transpose()
-    }
-
-    /// Returns the next event if there is one. Otherwise registers the task's waker, and lets go of all segments.
-    #[inline]
-    fn poll_event(&mut self, context: &Context<'_>) -> Poll<Option<Result<LiveEvent<E>, LiveError>>> {
-        match self.look() {
-            Looked::Found(found) => Poll::Ready(Some(found)),
-            Looked::Ended => Poll::Ready(None),
-            Looked::Nothing => self.poll_registered(context),
-            Looked::Yield => {
-                context.waker().wake_by_ref();
-                Poll::Pending
+    /// Fills the batch, whose events have all been returned, from the shard whose turn it is.
+    fn look(&mut self) -> Result<Looked, LiveError> {
+        let mut caught_up = 0;
+        while caught_up < self.shards.len() {
+            if self.turns_left == 0 {
+                self.turns_left = TURNS_MAX;
+                return Ok(Looked::Yield);
             }
-        }
-    }
-
-    #[cold]
-    fn poll_registered(&mut self, context: &Context<'_>) -> Poll<Option<Result<LiveEvent<E>, LiveError>>> {
-        self.register(context.waker());
-        // Look once more: an event may have come between the look and the registration.
-        match self.look() {
-            Looked::Found(found) => Poll::Ready(Some(found)),
-            Looked::Ended => Poll::Ready(None),
-            Looked::Nothing => {
-                self.rest();
-                Poll::Pending
-            }
-            Looked::Yield => {
-                context.waker().wake_by_ref();
-                Poll::Pending
-            }
-        }
-    }
-
-    /// Looks for the next event, in the current shard first.
-    #[inline]
-    fn look(&mut self) -> Looked<E> {
-        let mut without_events = 0;
-        while without_events < self.shards.len() {
-            let shard = &mut self.shards[self.current];
-            if self.left == TURN
-                && let Some(lagged) = shard.skip_lag(self.wanted.lag_max)
-            {
-                return Looked::Found(Err(lagged));
-            }
-            if let Some(found) = shard.next(&self.wanted, &mut self.left) {
-                return Looked::Found(found);
-            }
-            if shard.has_ended() {
+            let batch = exclusive(&mut self.batch);
+            batch.clear();
+            self.next = 0;
+            let at = self.next_shard;
+            match self.shards[at].turn(&self.wanted, batch)? {
                 // This releases the store's lock with the last shard.
-                drop(self.shards.remove(self.current));
-                self.next_turn(self.current);
-                continue;
+                TurnEnd::Ended => drop(self.shards.remove(at)),
+                TurnEnd::CaughtUp => {
+                    caught_up += 1;
+                    self.next_shard += 1;
+                }
+                TurnEnd::More => {
+                    caught_up = 0;
+                    self.next_shard += 1;
+                    self.turns_left -= 1;
+                }
             }
-            let is_cut = self.left == 0;
-            without_events = if is_cut { 0 } else { without_events + 1 };
-            self.next_turn(self.current + 1);
-            if is_cut && self.is_time_to_yield() {
-                return Looked::Yield;
+            self.next_shard = if self.next_shard < self.shards.len() { self.next_shard } else { 0 };
+            if !self.batch.is_empty() {
+                return Ok(Looked::Found);
             }
         }
         self.turns_left = TURNS_MAX;
-        if self.shards.is_empty() { Looked::Ended } else { Looked::Nothing }
-    }
-
-    fn next_turn(&mut self, shard: usize) {
-        self.current = if shard < self.shards.len() { shard } else { 0 };
-        self.left = TURN;
-    }
-
-    fn is_time_to_yield(&mut self) -> bool {
-        self.turns_left -= 1;
-        let is_time = self.turns_left == 0;
-        if is_time {
-            self.turns_left = TURNS_MAX;
-        }
-        is_time
+        Ok(if self.shards.is_empty() { Looked::Ended } else { Looked::Nothing })
     }
 
     fn register(&mut self, waker: &Waker) {
         self.shards.iter_mut().for_each(|shard| shard.register(waker));
     }
 
+    /// Lets go of all segments.
     fn rest(&mut self) {
+        exclusive(&mut self.batch).clear();
+        self.next = 0;
         self.shards.iter_mut().for_each(FollowedShard::rest);
     }
 }
 
+/// Returns the batch if nobody else holds it, or replaces it.
+fn exclusive(batch: &mut Arc<Batch>) -> &mut Batch {
+    if Arc::get_mut(batch).is_none() {
+        *batch = Arc::default();
+    }
+    Arc::get_mut(batch).expect("a batch that nobody else holds")
+}
+
 /// Blocks the thread until it is woken, at most until `deadline`.
 fn park_until(deadline: Option<Instant>) {
-    match deadline.map(|at| at.saturating_duration_since(Instant::now())) {
-        Some(Duration::ZERO) => {}
-        Some(left) => thread::park_timeout(left),
+    match deadline {
+        Some(at) => thread::park_timeout(at.saturating_duration_since(Instant::now())),
         None => thread::park(),
     }
 }
@@ -222,13 +237,53 @@ impl<E: Event> Stream for Live<E> {
 
     #[inline]
     fn poll_next(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        self.get_mut().poll_event(context)
+        let feed = self.get_mut();
+        if feed.next == feed.batch.len() {
+            match ready!(feed.poll_found(context)) {
+                Ok(true) => {}
+                Ok(false) => return Poll::Ready(None),
+                Err(error) => return Poll::Ready(Some(Err(error))),
+            }
+        }
+        let index = feed.pass();
+        Poll::Ready(Some(Ok(LiveEvent::new(Arc::clone(&feed.batch), index))))
     }
 }
 
 impl<E: Event> FusedStream for Live<E> {
     fn is_terminated(&self) -> bool {
-        self.shards.is_empty()
+        self.shards.is_empty() && self.next == self.batch.len()
+    }
+}
+
+/// The events of a [`Live`] feed in batches.
+///
+/// Cancel safety: a batch is taken only by the poll that returns it.
+#[derive(Debug)]
+pub struct LiveBatches<E: Event> {
+    feed: Live<E>,
+}
+
+impl<E: Event> Stream for LiveBatches<E> {
+    type Item = Result<LiveBatch<E>, LiveError>;
+
+    fn poll_next(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        let feed = &mut self.get_mut().feed;
+        if feed.next == feed.batch.len() {
+            match ready!(feed.poll_found(context)) {
+                Ok(true) => {}
+                Ok(false) => return Poll::Ready(None),
+                Err(error) => return Poll::Ready(Some(Err(error))),
+            }
+        }
+        let from = std::mem::replace(&mut feed.next, feed.batch.len());
+        Poll::Ready(Some(Ok(LiveBatch::new(Arc::clone(&feed.batch), from))))
+    }
+}
+
+impl<E: Event> FusedStream for LiveBatches<E> {
+    fn is_terminated(&self) -> bool {
+        self.feed.is_terminated()
     }
 }
 
@@ -237,7 +292,7 @@ impl<'a, E: Event> IntoIterator for &'a mut Live<E> {
     type IntoIter = LiveIter<'a, E>;
 
     fn into_iter(self) -> LiveIter<'a, E> {
-        LiveIter { feed: Some(self) }
+        LiveIter { feed: self, is_over: false }
     }
 }
 
@@ -245,8 +300,8 @@ impl<'a, E: Event> IntoIterator for &'a mut Live<E> {
 /// [`WaitError::OnEngineThread`] instead, and ends.
 #[derive(Debug)]
 pub struct LiveIter<'a, E: Event> {
-    /// `None` after the end.
-    feed: Option<&'a mut Live<E>>,
+    feed: &'a mut Live<E>,
+    is_over: bool,
 }
 
 impl<E: Event> Iterator for LiveIter<'_, E> {
@@ -254,10 +309,21 @@ impl<E: Event> Iterator for LiveIter<'_, E> {
 
     #[inline]
     fn next(&mut self) -> Option<Self::Item> {
-        let found = self.feed.as_mut()?.next_until(Deadline::NEVER).transpose();
-        if matches!(found, None | Some(Err(LiveError::Wait(WaitError::OnEngineThread)))) {
-            self.feed = None;
+        let feed = &mut *self.feed;
+        if self.is_over {
+            return None;
         }
-        found
+        if feed.next == feed.batch.len() {
+            match feed.wait(None) {
+                Ok(true) => {}
+                Ok(false) => return None,
+                Err(error) => {
+                    self.is_over = matches!(error, LiveError::Wait(WaitError::OnEngineThread));
+                    return Some(Err(error));
+                }
+            }
+        }
+        let index = feed.pass();
+        Some(Ok(LiveEvent::new(Arc::clone(&feed.batch), index)))
     }
 }

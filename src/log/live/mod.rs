@@ -8,13 +8,15 @@
 // | `builder` | `LiveBuilder`: what a feed wants, and where it begins |
 // | `feed` | `Live`: the shards in turn; waiting as a thread or as a task |
 // | `shard` | one shard's part of a feed: filter, lag, end |
-// | `event` | `LiveEvent`: an event that owns its place in the log |
+// | `batch` | events of one segment, found by a shard's turn |
+// | `event` | `LiveEvent` and `LiveBatch`: events that own their place in the log |
 
+mod batch;
 mod builder;
 mod event;
 mod feed;
 mod shard;
 
 pub use builder::{LiveBuilder, LiveFrom};
-pub use event::LiveEvent;
-pub use feed::{Live, LiveIter};
+pub use event::{LiveBatch, LiveEvent};
+pub use feed::{Live, LiveBatches, LiveIter};

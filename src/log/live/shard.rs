@@ -2,14 +2,16 @@
 //!
 //! One owner: the feed. It reads the shard's log in order, and knows nothing of other shards.
 
-use std::sync::Arc;
 use std::task::Waker;
 
-use super::event::{Body, LiveEvent, SharedSegment};
+use super::batch::Batch;
 use crate::error::{LiveError, ReadError, WaitError};
-use crate::event::{Event, Key, TypeFilter};
-use crate::log::format::{RECORD_HEADER_BYTES, RecordHeader};
+use crate::event::{Event, Key, Sequence, TypeFilter};
+use crate::log::format::RecordHeader;
 use crate::log::reader::{Ahead, Reader};
+
+/// Events of one shard that a feed looks at before the next shard gets its turn.
+const TURN: usize = 256;
 
 /// The events that a feed wants.
 #[derive(Debug)]
@@ -28,80 +30,79 @@ impl Wanted {
     }
 }
 
+/// The end of a shard's turn.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum TurnEnd {
+    /// All visible events are read.
+    CaughtUp,
+    /// There may be more to read.
+    More,
+    /// There will be no more events.
+    Ended,
+}
+
 /// A shard's log, as far as a feed has read it.
 pub(super) struct FollowedShard<E: Event> {
     reader: Reader<E>,
-    /// The segment of the last event returned, which later events share.
-    segment: Option<Arc<SharedSegment>>,
     /// `true` if the shard has no more events for the feed.
     has_ended: bool,
 }
 
 impl<E: Event> FollowedShard<E> {
     pub(super) fn new(reader: Reader<E>) -> Self {
-        let mut shard = Self { reader, segment: None, has_ended: false };
+        let mut shard = Self { reader, has_ended: false };
         shard.rest();
         shard
     }
 
-    /// Returns `true` if the shard has no more events for the feed.
-    pub(super) fn has_ended(&self) -> bool {
-        self.has_ended
-    }
-
-    /// Returns the next event that the feed wants, or an error. `None` if all visible events are read, or if `left`
-    /// events have been looked at. Takes the number of events looked at from `left`.
-    #[inline]
-    pub(super) fn next(&mut self, wanted: &Wanted, left: &mut usize) -> Option<Result<LiveEvent<E>, LiveError>> {
-        loop {
+    /// Looks at the next [`TURN`] events at most, and adds those that the feed wants to the empty `batch`.
+    ///
+    /// # Errors
+    /// Only if it adds nothing.
+    pub(super) fn turn(&mut self, wanted: &Wanted, batch: &mut Batch) -> Result<TurnEnd, LiveError> {
+        if self.has_ended {
+            return Ok(TurnEnd::Ended);
+        }
+        self.skip_lag(wanted.lag_max)?;
+        let mut left = TURN;
+        while left > 0 {
             let ahead = self.reader.ahead(|header| {
-                *left -= 1;
-                *left == 0 || wanted.wants(header)
+                left -= 1;
+                left == 0 || wanted.wants(header)
             });
             match ahead {
-                Ok(Some(ahead)) if wanted.wants(&ahead.header) => return Some(self.take(&ahead)),
-                Ok(Some(ahead)) => {
-                    self.reader.pass(&ahead);
-                    return None;
-                }
-                Ok(None) if !self.reader.log().has_ended() => return None,
+                Ok(Some(ahead)) if !wanted.wants(&ahead.header) => self.reader.pass(&ahead),
+                Ok(Some(ahead)) => match self.add(&ahead, batch) {
+                    Some(()) => self.reader.pass(&ahead),
+                    // The event comes first in the next batch.
+                    None if !batch.is_empty() => break,
+                    None => return Err(self.invalid()),
+                },
+                Ok(None) if !self.reader.log().has_ended() => return Ok(TurnEnd::CaughtUp),
                 // Events were appended after the log was read and before it ended.
                 Ok(None) if self.reader.offset() < self.reader.horizon() => {}
-                Ok(None) => return self.end().map(Err),
-                Err(error) => {
-                    if let Some(error) = self.failed(error) {
-                        return Some(Err(error));
-                    }
-                }
+                // The shard ends with the next turn.
+                Ok(None) if !batch.is_empty() => break,
+                Ok(None) => return self.end(),
+                // The next turn meets the same error.
+                Err(_) if !batch.is_empty() => break,
+                Err(error) => self.failed(error)?,
             }
         }
+        Ok(TurnEnd::More)
     }
 
-    /// Returns the event ahead, and moves past it.
+    /// Adds the event ahead to the batch. Returns `None` if it is in another segment than the batch, or invalid.
     #[inline]
-    fn take(&mut self, ahead: &Ahead) -> Result<LiveEvent<E>, LiveError> {
-        let meta = self.reader.meta(ahead);
-        match self.body(ahead) {
-            Some(body) => {
-                self.reader.pass(ahead);
-                Ok(LiveEvent::new(meta, body))
-            }
-            None => Err(self.invalid()),
+    fn add(&mut self, ahead: &Ahead, batch: &mut Batch) -> Option<()> {
+        let upcasted = if self.reader.is_valid(ahead) { None } else { Some(self.reader.upcasted(ahead)?) };
+        let memory = self.reader.memory().filter(|memory| batch.takes(memory))?;
+        if batch.is_empty() {
+            let base = self.reader.offset().0 - ahead.at as u64;
+            batch.begin(self.reader.shard(), base, memory, self.reader.lock());
         }
-    }
-
-    /// Returns the archive of the event ahead, or `None` if it is invalid.
-    #[inline]
-    fn body(&mut self, ahead: &Ahead) -> Option<Body> {
-        if !self.reader.is_valid(ahead) {
-            return self.reader.upcasted(ahead).map(|archive| Body::Upcasted(Arc::new(archive)));
-        }
-        let memory = self.reader.memory()?;
-        let segment = match &self.segment {
-            Some(segment) if segment.is_of(memory) => Arc::clone(segment),
-            _ => Arc::clone(self.segment.insert(SharedSegment::new(memory, self.reader.lock()))),
-        };
-        Some(Body::InPlace(segment, ahead.at + RECORD_HEADER_BYTES, ahead.len - RECORD_HEADER_BYTES))
+        batch.push(ahead.at, ahead.len, Sequence(self.reader.sequence()), upcasted);
+        Some(())
     }
 
     #[cold]
@@ -110,45 +111,41 @@ impl<E: Event> FollowedShard<E> {
         ReadError::from(self.reader.corruption("an archive is not valid")).into()
     }
 
-    /// Handles an error of reading. Returns `None` if the feed has lost no event and continues.
+    /// Handles an error of reading. Returns `Ok` if the feed has missed no event and continues.
     #[cold]
-    fn failed(&mut self, error: ReadError) -> Option<LiveError> {
+    fn failed(&mut self, error: ReadError) -> Result<(), LiveError> {
         if let ReadError::BeyondRetention { shard, .. } = error
             && let Some(missed) = self.reader.skip_freed()
         {
-            return (missed > 0).then_some(LiveError::Lagged { shard, missed });
+            return if missed > 0 { Err(LiveError::Lagged { shard, missed }) } else { Ok(()) };
         }
         // The log cannot be read further, now or later.
         self.has_ended = true;
-        Some(error.into())
+        Err(error.into())
     }
 
-    /// Skips the unread events if there are more than the feed allows. Returns the error that says so.
-    #[inline]
-    pub(super) fn skip_lag(&mut self, lag_max: u64) -> Option<LiveError> {
-        let unread = self.reader.log().sequence.get().saturating_sub(self.reader.sequence());
-        if unread > lag_max { self.skip_unread() } else { None }
-    }
-
-    #[cold]
-    fn skip_unread(&mut self) -> Option<LiveError> {
+    /// Skips the unread events if there are more than the feed allows.
+    fn skip_lag(&mut self, lag_max: u64) -> Result<(), LiveError> {
         let before = self.reader.sequence();
-        match self.reader.skip_to_latest() {
-            Ok(()) => {
-                let missed = self.reader.sequence().saturating_sub(before);
-                (missed > 0).then_some(LiveError::Lagged { shard: self.reader.shard(), missed })
-            }
-            // The feed reads on, and meets the error itself.
-            Err(_) => None,
+        if self.reader.log().sequence.get().saturating_sub(before) <= lag_max {
+            return Ok(());
         }
+        if self.reader.skip_to_latest().is_err() {
+            // The feed reads on, and meets the error itself.
+            return Ok(());
+        }
+        let missed = self.reader.sequence().saturating_sub(before);
+        if missed > 0 { Err(LiveError::Lagged { shard: self.reader.shard(), missed }) } else { Ok(()) }
     }
 
-    /// Ends the shard's part. Returns the failure, if the shard failed.
+    /// Ends the shard's part, with the failure if the shard failed.
     #[cold]
-    fn end(&mut self) -> Option<LiveError> {
+    fn end(&mut self) -> Result<TurnEnd, LiveError> {
         self.has_ended = true;
-        let failure = self.reader.log().failure()?;
-        Some(WaitError::from(failure.clone()).into())
+        match self.reader.log().failure() {
+            Some(failure) => Err(WaitError::from(failure.clone()).into()),
+            None => Ok(TurnEnd::Ended),
+        }
     }
 
     /// Registers a waker, which is woken when more events become visible or the log ends. The caller must look again
@@ -159,7 +156,6 @@ impl<E: Event> FollowedShard<E> {
 
     /// Lets go of the segment: a feed that waits holds nothing.
     pub(super) fn rest(&mut self) {
-        self.segment = None;
         self.reader.release();
     }
 }
