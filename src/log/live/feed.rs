@@ -73,7 +73,8 @@ impl<E: Event> Live<E> {
     }
 
     /// Returns the next event in place. Blocks the thread until there is one, or until `deadline`; `Duration::ZERO` does
-    /// not block. Returns `None` at the end of the feed.
+    /// not block. A call may also reach its deadline while it passes over events that the feed does not want; the next
+    /// call continues there. Returns `None` at the end of the feed.
     ///
     /// # Errors
     /// `Lagged`, `Read` or `Wait(ShardFailed)` as described at [`Live`]. `Wait(TimedOut)` at the deadline.
