@@ -102,6 +102,8 @@ pub mod guide {
     pub mod ordering {}
     #[doc = include_str!("../docs/services.md")]
     pub mod services {}
+    #[doc = include_str!("../docs/live.md")]
+    pub mod live {}
     #[doc = include_str!("../docs/failures.md")]
     pub mod failures {}
     #[doc = include_str!("../docs/memory.md")]

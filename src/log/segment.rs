@@ -296,3 +296,50 @@ impl ShardLog {
         if self.failed.load(Ordering::SeqCst) { self.failure.get() } else { None }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::storage::memory::{Heap, WriteHalf};
+
+    const SEGMENT_BYTES: u64 = 8192;
+
+    fn begin(log: &ShardLog, index: u64, seam: Seam) -> WriteHalf {
+        let memory = Memory::heap(Arc::new(Heap::new(vec![0; SEGMENT_BYTES as usize])));
+        let half = WriteHalf::new(memory, HEADER_BYTES);
+        log.push_segment(Segment { index, seam, salt: 0, memory: Arc::clone(half.memory()) });
+        half
+    }
+
+    /// The writer's steps one by one: at no step does the end of the log come with the sequence of another batch.
+    #[test]
+    fn the_end_of_the_log_has_its_own_sequence_or_none() {
+        let log = ShardLog::new(1, ShardId(0), PathBuf::new(), SEGMENT_BYTES, Offset(4096), 0, VecDeque::new());
+        let ends = |offset, sequence| assert_eq!(log.end_and_sequence(), Some((Offset(offset), sequence)));
+        ends(4096, 0);
+        let mut half = begin(&log, 0, Seam { end: Offset(0), salt: 0, sequence: 0 });
+        ends(4096, 0);
+        half.skip(96);
+        ends(4096, 0);
+        half.publish();
+        assert_eq!(log.end_and_sequence(), None, "the bytes are published, the watermarks are not");
+        log.sequence.publish(1);
+        assert_eq!(log.end_and_sequence(), None, "`appended` belongs to sequence 0");
+        log.appended.publish(4192);
+        ends(4192, 1);
+        // A batch begins a segment before anything is published.
+        let mut next = begin(&log, 1, Seam { end: Offset(4192), salt: 0, sequence: 1 });
+        ends(4192, 1);
+        next.skip(96);
+        next.publish();
+        log.sequence.publish(2);
+        assert_eq!(log.end_and_sequence(), None);
+        log.appended.publish(SEGMENT_BYTES + 4192);
+        ends(SEGMENT_BYTES + 4192, 2);
+        // A batch fills the old segment, and begins another one before anything is published.
+        next.skip(96);
+        next.publish();
+        begin(&log, 2, Seam { end: Offset(SEGMENT_BYTES + 4288), salt: 0, sequence: 3 });
+        assert_eq!(log.end_and_sequence(), None);
+    }
+}

@@ -237,7 +237,8 @@ fn found(engine: &Engine<Player>) -> Vec<(u64, u16, GameEvent)> {
     }
     let mut feed = engine.live().from(LiveFrom::Beginning).start().unwrap();
     for (n, event) in (&mut feed).into_iter().take(found.len()).enumerate() {
-        let (event, meta) = event.map(|event| (deserialize::<GameEvent>(event.event()).unwrap(), event.meta())).unwrap();
+        let (event, meta) =
+            event.map(|event| (deserialize::<GameEvent>(event.event()).unwrap(), event.meta())).unwrap();
         assert!(found[n] == (meta.key.0, meta.schema_version, event), "a feed sees event {n} as a reader does");
     }
     found
