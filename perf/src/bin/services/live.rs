@@ -16,6 +16,8 @@ use crate::event::{ArchivedGameEvent, GameEvent};
 use crate::tools::{engine, median, publish};
 
 type Feed = LiveBuilder<GameEvent>;
+/// A name, a function that returns the number of events read and the sum of their ticks, and the expected number.
+type Variant<'a> = (&'a str, &'a dyn Fn() -> Result<(u64, u64)>, u64);
 
 pub(crate) fn run(events: u64, repeats: usize) -> Result<()> {
     let dir = tempfile::tempdir()?;
@@ -25,7 +27,7 @@ pub(crate) fn run(events: u64, repeats: usize) -> Result<()> {
     let feed = || engine.live().from(LiveFrom::Beginning);
     let one_key = events.div_ceil(10_000);
     let all = events * (events - 1) / 2;
-    let variants: [(&str, &dyn Fn() -> Result<(u64, u64)>, u64); 8] = [
+    let variants: [Variant<'_>; 8] = [
         ("bare reader", &|| read(&engine), events),
         ("live, next_until", &|| next_until(feed(), events), events),
         ("live, next_async", &|| poll_to_end(next_async(feed(), events)), events),
