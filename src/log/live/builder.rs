@@ -135,9 +135,9 @@ impl<E: Event> LiveBuilder<E> {
         self
     }
 
-    /// Skips all unread events of a shard when there are more than `events`, wanted or not: the feed returns
-    /// [`LiveError::Lagged`] and continues with events appended from then on. Checked at the beginning, and after every
-    /// 256 events read. Default: no limit; the feed falls behind until retention has freed what it would read next.
+    /// Skips all unread events of a shard when there are more than `events`, wanted or not, durable or not: the feed
+    /// returns [`LiveError::Lagged`] and continues with events appended from then on. Checked at the beginning, and after
+    /// every 256 events read. Default: no limit; the feed falls behind until retention has freed what it would read next.
     pub fn lag_max(mut self, events: u64) -> Self {
         self.lag_max = events;
         self
