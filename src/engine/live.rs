@@ -26,8 +26,8 @@ impl<A: Aggregate> Engine<A> {
     ///     let event = Envelope::new("player.levelled_up", user, r#"{"level":7}"#)?;
     ///     producer.publish(event.key(), event)?;
     /// }
-    /// let event = feed.next_until(Duration::from_secs(10))?.expect("the engine is open");
-    /// assert_eq!((event.meta().key, event.event().payload()), (Key::new(42), r#"{"level":7}"#));
+    /// let record = feed.next_until(Duration::from_secs(10))?.expect("the engine is open");
+    /// assert_eq!((record.meta.key, record.event.payload()), (Key::new(42), r#"{"level":7}"#));
     /// // In a task: `feed.next_async().await`, or the feed as a `Stream`.
     /// engine.shutdown(Deadline::NEVER)?;
     /// assert!(feed.next_until(Deadline::NEVER)?.is_none());
