@@ -29,8 +29,8 @@ const TURNS_MAX: usize = 16;
 /// the log, so each key's events in order; nothing is promised between shards, and no shard keeps others waiting.
 ///
 /// The store keeps nothing for a feed, and retention does not wait for it. A feed that is too slow gets
-/// [`LiveError::Lagged`] with the exact number of events missed, and continues with the earliest event held. After any
-/// other error the shard concerned has ended for the feed; other shards continue.
+/// [`LiveError::Lagged`] with the exact number of events missed, and continues with the earliest event held. A shard that
+/// failed or cannot be read gives one error, and has then ended for the feed; other shards continue.
 ///
 /// The feed ends, with `None`, when the engine has closed and every event was returned. If a shard has failed, the feed
 /// returns what is readable, then [`WaitError::ShardFailed`]. Until it ends or is dropped, it keeps the store locked. A
