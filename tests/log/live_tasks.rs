@@ -15,7 +15,7 @@ use corelane::consumer::{HealthPolicy, Poller, Retry};
 use corelane::error::LiveError;
 use corelane::log::{Live, LiveEvent, LiveFrom};
 use corelane::testing::FaultyStorage;
-use corelane::{EventLog, Handler, HandlerError, Key, Meta, OnError, Retention, WaitError};
+use corelane::{EventLog, Handler, HandlerError, Key, Meta, OnError, Retention, Wait, WaitError};
 use futures_core::{FusedStream, Stream};
 
 type Task = Pin<Box<dyn Future<Output = ()> + Send>>;
@@ -118,6 +118,24 @@ fn a_task_is_woken_by_each_event_of_any_shard() {
         assert_eq!(record.event.n.to_native(), 7);
     });
     assert_eq!(run_all(vec![reading, waiting], PATIENCE), 0, "a task was not woken");
+}
+
+#[test]
+fn an_event_that_comes_while_a_task_begins_to_wait_is_not_missed() {
+    const ROUNDS: u64 = 30_000;
+    let dir = tempfile::tempdir().unwrap();
+    let engine = EventLog::<Note>::open(os_cache(dir.path()).wait(Wait::SpinYield)).unwrap();
+    let mut feed = engine.live().start().unwrap();
+    let mut producer = engine.producer();
+    let task: Task = Box::pin(async move {
+        for round in 0..ROUNDS {
+            drop(producer.publish(Key::new(1), Note::new(round)).unwrap());
+            // The pause moves over the time that the shard needs, so that some events come at the worst moment.
+            (0..round % 200).for_each(|_| std::hint::spin_loop());
+            assert_eq!(number(&next(&mut feed).await.unwrap().unwrap()), round);
+        }
+    });
+    assert_eq!(run_all(vec![task], PATIENCE / 4), 0, "a wake-up was missed");
 }
 
 #[test]

@@ -207,10 +207,8 @@ impl<E: Event> Live<E> {
         self.shards.iter_mut().for_each(|shard| shard.register(waker));
     }
 
-    /// Lets go of all segments.
+    /// Lets go of all segments. The batch is empty after a look that found nothing.
     fn rest(&mut self) {
-        exclusive(&mut self.batch).clear();
-        self.next = 0;
         self.shards.iter_mut().for_each(FollowedShard::rest);
     }
 }
