@@ -105,6 +105,8 @@ pub mod guide {
     pub mod services {}
     #[doc = include_str!("../docs/blocking.md")]
     pub mod blocking {}
+    #[doc = include_str!("../docs/live.md")]
+    pub mod live {}
     #[doc = include_str!("../docs/failures.md")]
     pub mod failures {}
     #[doc = include_str!("../docs/memory.md")]

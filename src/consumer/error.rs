@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::dead_letter::answer::{LettersError, WriteRefused};
 use crate::error::fault::{Fault, fault_of_io, says_whose_fault};
 use crate::error::{ConfigError, OpenError, PositionError, ReadError, WaitError};
-use crate::event::{Offset, ShardId};
+use crate::event::{BadTypes, Offset, ShardId};
 
 /// The reason why a call to a consumer failed.
 #[derive(Debug, thiserror::Error)]
@@ -158,6 +158,15 @@ impl ConsumerError {
             | Self::Panicked { .. }
             | Self::Letters(LettersError::Damaged { .. })
             | Self::Records(WriteRefused::Full) => Fault::Neither,
+        }
+    }
+}
+
+impl From<BadTypes> for ConsumerError {
+    fn from(bad: BadTypes) -> Self {
+        match bad {
+            BadTypes::None => Self::NoTypes,
+            BadTypes::Unknown(name) => Self::UnknownType { name },
         }
     }
 }

@@ -23,6 +23,7 @@ mod life;
 mod outcome;
 pub mod outside;
 mod poller;
+mod poller_stream;
 pub(crate) mod position_file;
 mod report;
 mod requests;

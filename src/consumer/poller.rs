@@ -3,7 +3,7 @@
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
 use super::alarm::Alarm;
@@ -23,6 +23,8 @@ use crate::sync::{Deadline, Mutex, Registration, lock, may_wait, thread_waker};
 
 /// The interval at which the report for `Engine::consumers` is renewed while there is work.
 const SHOW_EVERY: Duration = Duration::from_millis(100);
+/// The pause of a task before work that was due and could not be done.
+const TRY_AGAIN_AFTER: Duration = Duration::from_millis(1);
 
 /// A consumer without threads. Its owner takes deliveries and reports the outcome of each; until then no other event of
 /// that key is delivered. Retries, dead letters and saved positions work as with threads, but inside these calls, so
@@ -258,6 +260,21 @@ impl<E: Event> Poller<E> {
     /// Returns `true` if there may be an event.
     fn has_event(&self) -> bool {
         self.driver.has_unread() || self.driver.next_due().is_some_and(|due| due <= (self.clock)())
+    }
+
+    /// Registers a task, which is woken when [`Poller::next`] may have an event.
+    pub(super) fn listen(&mut self, waker: &Waker) {
+        self.register(|follower, at| follower.register(at, waker));
+        if let Some(due) = self.driver.next_due() {
+            // Work that is due and cannot be done yet is tried again a little later.
+            let left = due.saturating_sub((self.clock)()).max(TRY_AGAIN_AFTER);
+            self.alarm.get_or_insert_with(Alarm::new).set(Instant::now() + left, waker);
+        }
+    }
+
+    /// Returns `true` if there will be no more events: nothing more is appended, and everything is done.
+    pub(super) fn has_ended(&self) -> bool {
+        self.driver.followers().iter().all(|follower| follower.log().has_ended()) && self.driver.is_caught_up()
     }
 
     /// Saves the position and the records of parked and skipped events. Durable when it returns. Waits for the log to

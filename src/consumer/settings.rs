@@ -5,12 +5,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::dead_letter::answer::DeadLetterPolicy;
-use super::error::ConsumerError;
 use super::health::HealthPolicy;
 use super::retry::RetryPolicy;
 use crate::consumer::key_queues::answer::QueuePolicy;
 use crate::error::HandlerError;
-use crate::event::{Event, EventTypeId, Time};
+use crate::event::Time;
+pub(crate) use crate::event::TypeFilter as Filter;
 use crate::log::reader::Sight;
 
 /// The place where a new consumer starts, or to which a consumer is set.
@@ -98,38 +98,5 @@ impl fmt::Debug for Settings {
             .field("filter", &self.filter)
             .field("concurrency", &self.concurrency)
             .finish_non_exhaustive()
-    }
-}
-
-/// The event types that a consumer wants.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Filter(Option<Box<[bool]>>);
-
-impl Filter {
-    pub(crate) fn all() -> Self {
-        Self(None)
-    }
-
-    /// Returns a filter for the types with these names.
-    pub(crate) fn named<E: Event>(names: &[String]) -> Result<Self, ConsumerError> {
-        if names.is_empty() {
-            return Err(ConsumerError::NoTypes);
-        }
-        let ids = E::TYPES.iter().map(|t| usize::from(t.id.0) + 1).max().unwrap_or(0);
-        let mut wanted = vec![false; ids].into_boxed_slice();
-        for name in names {
-            let known = E::TYPES.iter().find(|t| t.name == name);
-            let known = known.ok_or_else(|| ConsumerError::UnknownType { name: name.clone() })?;
-            wanted[usize::from(known.id.0)] = true;
-        }
-        Ok(Self(Some(wanted)))
-    }
-
-    #[inline]
-    pub(crate) fn wants(&self, event_type: EventTypeId) -> bool {
-        match &self.0 {
-            None => true,
-            Some(wanted) => wanted.get(usize::from(event_type.0)).copied().unwrap_or(false),
-        }
     }
 }

@@ -14,7 +14,7 @@
 // | `runner` | the loop of a shard's thread |
 // | `threads` | starting and joining threads |
 // | `query` | `Query`: a question that a thread waits for or a task awaits |
-// | `queries`, `history`, `consumers`, `gated` | the rest of `Engine`'s methods, by topic |
+// | `queries`, `history`, `flush`, `live`, `consumers`, `gated` | the rest of `Engine`'s methods, by topic |
 
 mod background;
 mod build;
@@ -26,6 +26,7 @@ mod gate_holds;
 mod gated;
 mod handle;
 mod history;
+mod live;
 mod open;
 mod queries;
 mod query;

@@ -5,7 +5,9 @@ use std::io;
 
 use rustix::io::Errno;
 
-use super::{GateError, HistoryError, OpenError, PositionError, ReadError, Rejected, RejectedReason, WaitError};
+use super::{
+    GateError, HistoryError, LiveError, OpenError, PositionError, ReadError, Rejected, RejectedReason, WaitError,
+};
 
 /// Whose fault an error is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -150,6 +152,20 @@ impl ReadError {
             Self::Position(error) => error.fault(),
             Self::Corruption(_) => Fault::Neither,
             Self::Io { source, .. } => fault_of_io(source),
+        }
+    }
+}
+
+says_whose_fault!(LiveError);
+
+impl LiveError {
+    fn fault(&self) -> Fault {
+        match self {
+            // The next call goes on behind the events that were missed.
+            Self::Lagged { .. } => Fault::Passing,
+            Self::UnknownType { .. } | Self::NoTypes => Fault::Request,
+            Self::Read(error) => error.fault(),
+            Self::Wait(error) => error.fault(),
         }
     }
 }

@@ -19,6 +19,7 @@
 //! | [`HistoryError`] | `BeyondRetention`, `NotYet` | as its [`ReadError`] or [`WaitError`] |
 //! | [`ReadError`] | `BeyondRetention`, `NotARecord`, `Position` | `Io` for want of a resource |
 //! | [`PositionError`] | all | |
+//! | [`LiveError`] | `UnknownType`, `NoTypes`; as its [`ReadError`] | `Lagged` (the feed continues); as its [`WaitError`] |
 //! | [`ConsumerError`](crate::consumer::ConsumerError) | `Name`, `UnknownType`, `NoTypes`, `NotRegistered`, `AlreadyRunning`; as its [`ReadError`] | `Busy`; files or letters for want of a resource; as its [`WaitError`] |
 //! | [`PublishSyncError`](crate::engine::PublishSyncError) | as its [`Rejected`] | as its [`Rejected`] |
 //! | [`GateError`] | as the error inside | as the error inside |
@@ -39,6 +40,7 @@ mod failure;
 pub(crate) mod fault;
 mod gate;
 mod keys;
+mod live;
 mod open;
 mod publish;
 mod read;
@@ -53,6 +55,7 @@ pub use fault::WhoseFault;
 pub(crate) use fault::is_exhausted;
 pub use gate::{GateError, GateOpenError};
 pub use keys::KeysError;
+pub use live::LiveError;
 pub use open::OpenError;
 pub use publish::{Rejected, RejectedReason};
 pub use read::{Corruption, HistoryError, PositionError, ReadError};

@@ -4,6 +4,7 @@
 
 mod encode;
 mod event_type;
+mod filter;
 mod key;
 mod meta;
 mod placement;
@@ -15,6 +16,7 @@ pub use crate::bounded::DEPTH_MAX;
 pub(crate) use encode::{ARCHIVE_ALIGN, Root, has_one_size};
 pub use encode::{Encode, Scratch, deserialize};
 pub use event_type::{EventType, Upcaster};
+pub(crate) use filter::{BadTypes, TypeFilter};
 pub use key::Key;
 pub(crate) use key::KeyHash;
 #[cfg(test)]

@@ -35,7 +35,7 @@ impl Access {
         header: &RecordHeader,
     ) -> Option<&'a E::Archived> {
         let (at, len) = (at + RECORD_HEADER_BYTES, len.checked_sub(RECORD_HEADER_BYTES)?);
-        if self.schemas.current(header.event_type) == Some(header.schema_version) {
+        if self.is_current(header) {
             return memory.archived::<E>(at, len);
         }
         self.upcast::<E>(memory.read(at, len)?, header.event_type, header.schema_version)
@@ -55,6 +55,22 @@ impl Access {
         self.upcast::<E>(archive, event_type, schema_version)
     }
 
+    /// Returns the archive of the event of an older layout, upcasted, or `None` if the event cannot be upcasted or has
+    /// the current layout. The caller must have verified the record's CRC.
+    #[cold]
+    pub(crate) fn upcasted<E: Event>(&mut self, archive: &[u8], header: &RecordHeader) -> Option<AlignedVec<ALIGN>> {
+        let len = self.encode_upcasted::<E>(archive, header.event_type, header.schema_version)?;
+        let mut copy = AlignedVec::with_capacity(len);
+        copy.extend_from_slice(&self.upcasted[..len]);
+        E::access(&copy).is_ok().then_some(copy)
+    }
+
+    /// Returns `true` if the program declares this layout as the current one of its type.
+    #[inline]
+    pub(crate) fn is_current(&self, header: &RecordHeader) -> bool {
+        self.schemas.current(header.event_type) == Some(header.schema_version)
+    }
+
     #[cold]
     fn upcast<E: Event>(
         &mut self,
@@ -62,17 +78,27 @@ impl Access {
         event_type: EventTypeId,
         schema_version: u16,
     ) -> Option<&E::Archived> {
+        let len = self.encode_upcasted::<E>(archive, event_type, schema_version)?;
+        E::access(&self.upcasted[..len]).ok()
+    }
+
+    /// Writes the upcasted event into `self.upcasted`. Returns its length.
+    fn encode_upcasted<E: Event>(
+        &mut self,
+        archive: &[u8],
+        event_type: EventTypeId,
+        schema_version: u16,
+    ) -> Option<usize> {
         let event = (upcaster::<E>(event_type, schema_version)?.upcast)(archive).ok()?;
         let scratch = self.scratch.get_or_insert_with(|| Scratch::new(4 * UPCAST_BYTES_MAX.min(1 << 20)));
         let mut bytes = self.upcasted.len().max(UPCAST_BYTES_MIN);
-        let len = loop {
+        loop {
             self.upcasted.resize(bytes, 0);
             match event.encode(&mut self.upcasted, scratch) {
-                Some(len) => break len,
+                Some(len) => return Some(len),
                 None if bytes >= UPCAST_BYTES_MAX => return None,
                 None => bytes *= 2,
             }
-        };
-        E::access(&self.upcasted[..len]).ok()
+        }
     }
 }

@@ -7,6 +7,7 @@ pub(crate) mod access;
 pub(crate) mod finder;
 pub(crate) mod format;
 pub(crate) mod holds;
+mod live;
 pub(crate) mod manifest;
 pub(crate) mod other_keys;
 pub(crate) mod position;
@@ -16,5 +17,6 @@ pub(crate) mod seal;
 pub(crate) mod segment;
 pub(crate) mod writer;
 
+pub use live::{Live, LiveBatch, LiveBatches, LiveBuilder, LiveEvent, LiveFrom, LiveIter};
 pub use position::Position;
 pub use reader::{Reader, Record};

@@ -5,6 +5,8 @@ use std::marker::PhantomData;
 use std::sync::Arc;
 use std::task::Waker;
 
+use rkyv::util::AlignedVec;
+
 use crate::error::{Corruption, PositionError, ReadError};
 use crate::event::{Event, Meta, Offset, Sequence, ShardId, Time};
 use crate::log::access::Access;
@@ -13,9 +15,11 @@ use crate::log::position::Position;
 use crate::log::segment::{Segment, ShardLog};
 use crate::storage::Lock;
 use crate::storage::framed::u32_at;
-use crate::storage::memory::Memory;
-use crate::storage::memory::padded;
+use crate::storage::memory::{ALIGN, Memory, padded};
 use crate::sync::{Registration, Waiters};
+
+/// Attempts to find the end of the log between two batches, before its newest segment is read instead.
+const END_TRIES: usize = 64;
 
 /// An item passed to the callback of [`Reader::walk`].
 pub(crate) enum Walked<'a> {
@@ -96,17 +100,32 @@ enum Step {
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Ahead {
     /// Its position in its segment, in bytes.
-    at: usize,
-    len: usize,
+    pub(super) at: usize,
+    pub(super) len: usize,
     pub(crate) header: RecordHeader,
 }
 
 impl<E: Event> Reader<E> {
     /// Creates a reader at the earliest event still held.
     pub(crate) fn earliest(log: Arc<ShardLog>, lock: Arc<dyn Lock>) -> Self {
-        let at = log.earliest();
+        // Read before the list of segments: if the list then is empty, no event was appended when it was read.
+        let of_log = log.sequence.get();
+        let oldest = log.oldest().map(|oldest| (log.first_offset(oldest.index), oldest.seam.sequence));
+        let (at, sequence) = oldest.unwrap_or_else(|| (Offset(log.appended.get()), of_log));
         let (access, sight) = (Access::new::<E>(), Sight::Appended);
-        Self { log, segment: None, at, last: Offset(0), sequence: 0, sight, access, event: PhantomData, _lock: lock }
+        Self { log, segment: None, at, last: Offset(0), sequence, sight, access, event: PhantomData, _lock: lock }
+    }
+
+    /// Creates a reader at the end of the appended log: it returns the events appended from now on.
+    pub(crate) fn latest(log: Arc<ShardLog>, lock: Arc<dyn Lock>) -> Result<Self, ReadError> {
+        for _ in 0..END_TRIES {
+            if let Some((at, sequence)) = log.end_and_sequence() {
+                return Ok(Self { at, sequence, ..Self::earliest(log, lock) });
+            }
+        }
+        // The shard has been suspended while it published, or has failed there.
+        let end = Offset(log.appended.get());
+        Self::at(log, end, lock)
     }
 
     /// Creates a reader at the record that begins at `offset`, or at the end of the log.
@@ -117,8 +136,9 @@ impl<E: Event> Reader<E> {
             return Err(ReadError::BeyondRetention { shard, asked: offset, earliest });
         }
         // The end of a completely filled segment still belongs to that segment.
-        let start = log.first_offset(log.segment_of(Offset(offset.0.saturating_sub(1))));
-        let mut reader = Self { at: start, ..Self::earliest(log, lock) };
+        let index = log.segment_of(Offset(offset.0.saturating_sub(1)));
+        let (start, sequence) = (log.first_offset(index), log.first_sequence(index));
+        let mut reader = Self { at: start, sequence, ..Self::earliest(log, lock) };
         // Records do not store their sequence, so it is counted from the beginning of the segment.
         while reader.at < offset {
             match reader.step()? {
@@ -204,6 +224,58 @@ impl<E: Event> Reader<E> {
         self.sequence += 1;
     }
 
+    /// Moves to the earliest event still held, after a `BeyondRetention` error. Returns the number of events passed
+    /// over, or `None` if the log holds no segment.
+    pub(super) fn skip_freed(&mut self) -> Option<u64> {
+        let oldest = self.log.oldest()?;
+        let missed = oldest.seam.sequence.saturating_sub(self.sequence);
+        (self.at, self.sequence) = (self.log.first_offset(oldest.index), oldest.seam.sequence);
+        self.segment = Some(oldest);
+        Some(missed)
+    }
+
+    /// Moves to the end of the appended log.
+    pub(super) fn skip_to_latest(&mut self) -> Result<(), ReadError> {
+        let latest = Self::latest(Arc::clone(&self.log), Arc::clone(&self._lock))?;
+        (self.at, self.sequence, self.last, self.segment) = (latest.at, latest.sequence, latest.last, latest.segment);
+        Ok(())
+    }
+
+    /// Returns `true` if the event at the position has the current layout of its type and a valid archive.
+    #[inline]
+    pub(super) fn is_valid(&self, ahead: &Ahead) -> bool {
+        let (at, len) = (ahead.at + RECORD_HEADER_BYTES, ahead.len.saturating_sub(RECORD_HEADER_BYTES));
+        let is_valid = |memory: &Arc<Memory>| memory.archived::<E>(at, len).is_some();
+        self.access.is_current(&ahead.header) && self.memory().is_some_and(is_valid)
+    }
+
+    /// Returns the archive of the event at the position, upcasted from its older layout, or `None` if that fails.
+    #[cold]
+    pub(super) fn upcasted(&mut self, ahead: &Ahead) -> Option<AlignedVec<ALIGN>> {
+        let memory = &self.segment.as_ref()?.memory;
+        let archive = memory.read(ahead.at + RECORD_HEADER_BYTES, ahead.len.checked_sub(RECORD_HEADER_BYTES)?)?;
+        self.access.upcasted::<E>(archive, &ahead.header)
+    }
+
+    /// Lets go of the segment at the position, so that the segment can be freed and written again.
+    pub(super) fn release(&mut self) {
+        self.segment = None;
+    }
+
+    /// Returns the memory of the segment at the position, if the reader holds it.
+    #[inline]
+    pub(super) fn memory(&self) -> Option<&Arc<Memory>> {
+        self.segment.as_ref().map(|segment| &segment.memory)
+    }
+
+    pub(super) fn log(&self) -> &Arc<ShardLog> {
+        &self.log
+    }
+
+    pub(super) fn lock(&self) -> &Arc<dyn Lock> {
+        &self._lock
+    }
+
     /// Limits the reader to the watermark `sight`.
     pub(crate) fn with_sight(self, sight: Sight) -> Self {
         Self { sight, ..self }
@@ -230,21 +302,9 @@ impl<E: Event> Reader<E> {
         }
     }
 
-    /// Returns the sequence of the next event, which is not exact before the first step.
+    /// Returns the sequence of the next event.
     pub(crate) fn sequence(&self) -> u64 {
         self.sequence
-    }
-
-    /// Returns the sequence of the next event, exact even before the first step.
-    pub(crate) fn sequence_here(&self) -> Sequence {
-        // Read before the list of segments: if the list then lacks the segment, no event was at or after the position
-        // when the sequence was read.
-        let of_log = self.log.sequence.get();
-        if self.segment.is_some() || self.last.0 > 0 {
-            return Sequence(self.sequence);
-        }
-        let index = self.log.segment_of(self.at);
-        Sequence(self.log.segment(index).map_or(of_log, |segment| segment.seam.sequence))
     }
 
     /// Returns the last event passed; 0 if none.
@@ -269,7 +329,7 @@ impl<E: Event> Reader<E> {
     /// Returns `BeyondRetention` if the event before the position has been freed since, and otherwise the error of
     /// reading.
     pub fn position(&self) -> Result<Position, ReadError> {
-        let (shard, sequence) = (self.log.shard, self.sequence_here());
+        let (shard, sequence) = (self.log.shard, Sequence(self.sequence));
         let behind = |reader: &Self| reader.last_check().map(|check| (reader.last, check));
         let mut witness = behind(self);
         if witness.is_none() && self.last.0 > 0 {
@@ -308,7 +368,7 @@ impl<E: Event> Reader<E> {
             (last, _) if self.last > last => self.last_check().map(|check| (self.last, check)),
             witness => Some(witness),
         };
-        let (shard, sequence) = (self.log.shard, self.sequence_here());
+        let (shard, sequence) = (self.log.shard, Sequence(self.sequence));
         match witness.filter(|(last, _)| last.0 > 0) {
             Some(witness) => Position::behind(self.log.store, shard, self.at, witness, sequence),
             None => Position::unwitnessed(self.log.store, shard, self.at, sequence),
@@ -388,6 +448,17 @@ impl<E: Event> Reader<E> {
         Ok(self.ahead(is_wanted)?.map(|ahead| ahead.header.time))
     }
 
+    /// As [`Reader::seek`], but passes over events that retention frees meanwhile.
+    pub(super) fn seek_held(&mut self, mut is_wanted: impl FnMut(&RecordHeader) -> bool) -> Result<(), ReadError> {
+        while let Err(error) = self.seek(&mut is_wanted) {
+            let is_freed = matches!(error, ReadError::BeyondRetention { .. });
+            if !is_freed || self.skip_freed().is_none() {
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+
     /// Passes to `take` every record below `until` except marks, and each segment's memory when the reader leaves the
     /// segment.
     pub(crate) fn walk(
@@ -452,7 +523,7 @@ impl<E: Event> Reader<E> {
         Ok(())
     }
 
-    fn corruption(&self, why: &'static str) -> Corruption {
+    pub(super) fn corruption(&self, why: &'static str) -> Corruption {
         let segment = self.segment.as_ref().map_or(self.log.segment_of(self.at), |segment| segment.index);
         Corruption { shard: self.log.shard, segment, offset: self.at, why }
     }
@@ -473,7 +544,7 @@ impl Position {
             ReadError::NotARecord { .. } => other("no event ends at the offset of the position"),
             error => error,
         })?;
-        let (sequence, last) = (reader.sequence_here(), reader.last());
+        let (sequence, last) = (Sequence(reader.sequence), reader.last());
         if sequence != self.sequence {
             return Err(other("the number of events before the position differs"));
         }

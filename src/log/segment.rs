@@ -57,6 +57,8 @@ pub(crate) struct ShardLog {
     /// have freed the records that it replaces. The snapshotter holds this lock from reading `durable` until it has
     /// published the checkpoint. The syncer holds this lock from reading this field until it has moved `durable`.
     pub(crate) unsynced: Mutex<Option<(Box<dyn SideFile>, Offset)>>,
+    /// `true` once nothing more is appended.
+    ended: AtomicBool,
     failed: AtomicBool,
     failure: OnceLock<ShardFailure>,
     /// `true` while the shard or the keeper waits for the storage.
@@ -99,6 +101,7 @@ impl ShardLog {
             notifier: Arc::clone(notifier),
             holds: Holds::default(),
             unsynced: Mutex::new(None),
+            ended: AtomicBool::new(false),
             failed: AtomicBool::new(false),
             failure: OnceLock::new(),
             storage_full: AtomicBool::new(false),
@@ -226,12 +229,57 @@ impl ShardLog {
         lock(&self.segments).len()
     }
 
+    /// Returns the end of the appended log, with the number of events below it. Returns `None` if the shard is
+    /// publishing at this moment: try again.
+    ///
+    /// The shard publishes the bytes first, then the sequence, then `appended`. If nothing behind `appended` is
+    /// published after the sequence was read, both were read between the same two batches.
+    pub(crate) fn end_and_sequence(&self) -> Option<(Offset, u64)> {
+        let (appended, sequence) = (self.appended.get(), self.sequence.get());
+        let segments = lock(&self.segments);
+        let Some(newest) = segments.back() else { return Some((Offset(appended), sequence)) };
+        let committed = newest.memory.committed();
+        if newest.index * self.segment_bytes + committed as u64 == appended {
+            return Some((Offset(appended), sequence));
+        }
+        // The newest segment is empty, and the one before it ends with the published events.
+        let is_empty = committed == HEADER_BYTES && newest.seam.end.0 == appended;
+        is_empty.then_some((Offset(appended), newest.seam.sequence))
+    }
+
+    /// Returns the sequence of the first event of a segment that is held or will be the next one.
+    pub(crate) fn first_sequence(&self, index: u64) -> u64 {
+        // Read before the list of segments: if the list then lacks the segment, no event was in it when the sequence
+        // was read.
+        let of_log = self.sequence.get();
+        self.segment(index).map_or(of_log, |segment| segment.seam.sequence)
+    }
+
+    /// Returns the oldest segment held.
+    pub(crate) fn oldest(&self) -> Option<Segment> {
+        lock(&self.segments).front().cloned()
+    }
+
     /// Returns the earliest offset still held.
     pub(crate) fn earliest(&self) -> Offset {
         match lock(&self.segments).front() {
             Some(first) => self.first_offset(first.index),
             None => Offset(self.appended.get()),
         }
+    }
+
+    /// Notes that nothing more will be appended, and wakes all waiters for the log.
+    pub(crate) fn end(&self) {
+        // SeqCst: pairs with the load in `has_ended`. A waiter registers first and checks afterwards.
+        self.ended.store(true, Ordering::SeqCst);
+        self.grown.reached(u64::MAX);
+        self.synced.reached(u64::MAX);
+    }
+
+    /// Returns `true` if nothing more will be appended: the engine was closed, or the shard has failed.
+    pub(crate) fn has_ended(&self) -> bool {
+        // SeqCst: pairs with the store in `end`.
+        self.ended.load(Ordering::SeqCst)
     }
 
     /// Fails the shard. Only the first cause is kept.
@@ -250,5 +298,60 @@ impl ShardLog {
     pub(crate) fn failure(&self) -> Option<&ShardFailure> {
         // SeqCst: pairs with the store in `fail`.
         if self.failed.load(Ordering::SeqCst) { self.failure.get() } else { None }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::storage::memory::{Heap, WriteHalf};
+
+    const SEGMENT_BYTES: u64 = 8192;
+
+    fn begin(log: &ShardLog, index: u64, seam: Seam) -> WriteHalf {
+        let memory = Memory::heap(Arc::new(Heap::new(vec![0; SEGMENT_BYTES as usize])));
+        let half = WriteHalf::new(memory, HEADER_BYTES);
+        log.push_segment(Segment { index, seam, salt: 0, memory: Arc::clone(half.memory()) });
+        half
+    }
+
+    /// The writer's steps one by one: at no step does the end of the log come with the sequence of another batch.
+    #[test]
+    fn the_end_of_the_log_has_its_own_sequence_or_none() {
+        let log = ShardLog::new(
+            (1, ShardId(0)),
+            PathBuf::new(),
+            SEGMENT_BYTES,
+            Offset(4096),
+            0,
+            VecDeque::new(),
+            &Arc::default(),
+        );
+        let ends = |offset, sequence| assert_eq!(log.end_and_sequence(), Some((Offset(offset), sequence)));
+        ends(4096, 0);
+        let mut half = begin(&log, 0, Seam { end: Offset(0), salt: 0, sequence: 0 });
+        ends(4096, 0);
+        half.skip(96);
+        ends(4096, 0);
+        half.publish();
+        assert_eq!(log.end_and_sequence(), None, "the bytes are published, the watermarks are not");
+        log.sequence.publish(1);
+        assert_eq!(log.end_and_sequence(), None, "`appended` belongs to sequence 0");
+        log.appended.publish(4192);
+        ends(4192, 1);
+        // A batch begins a segment before anything is published.
+        let mut next = begin(&log, 1, Seam { end: Offset(4192), salt: 0, sequence: 1 });
+        ends(4192, 1);
+        next.skip(96);
+        next.publish();
+        log.sequence.publish(2);
+        assert_eq!(log.end_and_sequence(), None);
+        log.appended.publish(SEGMENT_BYTES + 4192);
+        ends(SEGMENT_BYTES + 4192, 2);
+        // A batch fills the old segment, and begins another one before anything is published.
+        next.skip(96);
+        next.publish();
+        begin(&log, 2, Seam { end: Offset(SEGMENT_BYTES + 4288), salt: 0, sequence: 3 });
+        assert_eq!(log.end_and_sequence(), None);
     }
 }

@@ -314,6 +314,7 @@ impl<A: Aggregate> Shard<A> {
     /// Ends the syncer, and wakes all threads that wait for this shard.
     pub(crate) fn end(&self, lanes: &LaneRegistry) {
         self.core.syncer.end();
+        self.core.log.end();
         lanes.wake_all();
         self.core.taker.end();
     }

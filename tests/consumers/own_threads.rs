@@ -14,7 +14,7 @@ use corelane::consumer::{
     Batch, Consumer, ConsumerError, Judgement, LetterSelector, Poller, Sink, SinkConsumer, Start,
 };
 use corelane::engine::PublishSyncError;
-use corelane::error::{HistoryError, RejectedReason};
+use corelane::error::{HistoryError, LiveError, RejectedReason};
 use corelane::event::EventId;
 use corelane::handler::BatchEnd;
 use corelane::ingress::{GatePolicy, GateStart, GatedProducer, Pending};
@@ -345,6 +345,14 @@ fn calls(rig: &Rig) -> BTreeMap<&'static str, String> {
     said.insert("Engine::drain_consumers", consumer_word(engine.drain_consumers(Deadline::NEVER)));
     said.insert("Engine::remove_consumer", consumer_word(engine.remove_consumer("own")));
     said.insert("Engine::metrics", engine.metrics(Deadline::NEVER).shards.len().to_string());
+    // No event of this key exists, so the call waits until its deadline.
+    let mut feed = engine.live().key(Key(77)).start().unwrap();
+    let waited = match feed.next_until(Duration::from_millis(1)) {
+        Err(LiveError::Wait(WaitError::TimedOut)) => Ok(()),
+        Err(LiveError::Wait(error)) => Err(error),
+        other => panic!("{other:?}"),
+    };
+    said.insert("Live::next_until", wait_word(waited));
     let waited = rig.poller.lock().unwrap().wait(Some(Instant::now() + Duration::from_millis(1)));
     said.insert("Poller::wait", consumer_word(waited));
     let consumer = rig.consumer.lock().unwrap().take().unwrap();
@@ -411,6 +419,7 @@ fn on_a_shard() -> BTreeMap<&'static str, &'static str> {
             "Consumer::drain",
             "Consumer::stop",
             "Poller::wait",
+            "Live::next_until",
         ],
         "OnEngineThread",
     ))

@@ -7,6 +7,8 @@ mod common;
 mod bit_flips;
 mod holes;
 mod last_offset;
+mod live;
+mod live_tasks;
 mod marks;
 mod model;
 mod pollers;

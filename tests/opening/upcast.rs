@@ -10,6 +10,7 @@ use std::time::Duration;
 use crate::common::{os_cache, soon, tree};
 use corelane::consumer::{HealthPolicy, LetterKind, LetterSelector, Retry};
 use corelane::event::{Upcaster, deserialize};
+use corelane::log::LiveFrom;
 use corelane::{
     Aggregate, Bounded, Config, ConfigError, Durability, Emit, Engine, Event, EventLog, EventType, EventTypeId, Key,
     Meta, OpenError, ShardId, Stateless, Stored, Version,
@@ -238,6 +239,12 @@ fn found(engine: &Engine<Player>) -> Vec<(u64, u16, GameEvent)> {
         let event = deserialize::<GameEvent>(record.event).unwrap();
         assert_eq!(record.meta.event_type, event.event_type());
         found.push((record.meta.key.0, record.meta.schema_version, event));
+    }
+    let mut feed = engine.live().from(LiveFrom::Beginning).start().unwrap();
+    for (n, event) in (&mut feed).into_iter().take(found.len()).enumerate() {
+        let (event, meta) =
+            event.map(|event| (deserialize::<GameEvent>(event.event()).unwrap(), event.meta())).unwrap();
+        assert!(found[n] == (meta.key.0, meta.schema_version, event), "a feed sees event {n} as a reader does");
     }
     found
 }

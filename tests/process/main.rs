@@ -9,5 +9,6 @@ mod counting;
 mod allocation;
 mod consumer_memory;
 mod idle;
+mod live_memory;
 mod memory;
 mod refused_threads;

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! cargo run --release -p perf --bin services -- read       # a consumer doing nothing, against a bare reader
+//! cargo run --release -p perf --bin services -- live       # live feeds, against a bare reader
 //! cargo run --release -p perf --bin services -- follow     # four consumers at 5 M events/s offered, against none
 //! cargo run --release -p perf --bin services -- parallel   # concurrency(64) over a handler of 2.5 ms
 //! cargo run --release -p perf --bin services -- million retrying   # a million keys; or parked
@@ -16,6 +17,7 @@
 #[path = "../../../../examples/shared/event.rs"]
 mod event;
 mod follow;
+mod live;
 mod million;
 mod parallel;
 mod read;
@@ -44,6 +46,13 @@ enum Measure {
         #[arg(long, default_value_t = 20_000_000)]
         events: u64,
         #[arg(long, default_value_t = 5)]
+        repeats: usize,
+    },
+    /// Compares live feeds, as streams and as iterators, with a bare reader of the same log.
+    Live {
+        #[arg(long, default_value_t = 20_000_000)]
+        events: u64,
+        #[arg(long, default_value_t = 9)]
         repeats: usize,
     },
     /// Measures the cost that live consumers add to ingest.
@@ -89,6 +98,7 @@ enum Measure {
 fn main() -> Result<()> {
     match Cli::parse().measure {
         Measure::Read { events, repeats } => read::run(events, repeats),
+        Measure::Live { events, repeats } => live::run(events, repeats),
         Measure::Follow { rate, consumers, seconds, repeats } => {
             follow::run(rate, consumers, Duration::from_secs(seconds), repeats)
         }
