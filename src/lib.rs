@@ -103,6 +103,8 @@ pub mod guide {
     pub mod ordering {}
     #[doc = include_str!("../docs/services.md")]
     pub mod services {}
+    #[doc = include_str!("../docs/tokio.md")]
+    pub mod tokio {}
     #[doc = include_str!("../docs/blocking.md")]
     pub mod blocking {}
     #[doc = include_str!("../docs/live.md")]

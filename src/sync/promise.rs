@@ -116,6 +116,15 @@ impl<T> Future for Promise<T> {
     }
 }
 
+impl<T> Drop for Promise<T> {
+    /// Takes the waker back: the value may come late, and a waker keeps its task's memory.
+    fn drop(&mut self) {
+        let waiter = lock(&self.0).waiter.take();
+        // Outside the lock, because dropping a waker may run application code.
+        drop(waiter);
+    }
+}
+
 /// Blocks until `outcome` returns a result or the deadline passes. On a thread that an engine waits for, this fails
 /// instead of blocking.
 pub(crate) fn block_until<T, E: From<GaveUp>>(
