@@ -58,7 +58,7 @@ impl Server {
     }
 
     /// Waits for the end of the process.
-    fn ended(mut self) -> ExitStatus {
+    fn ended(&mut self) -> ExitStatus {
         let end = Instant::now() + PATIENCE;
         while Instant::now() < end {
             if let Some(status) = self.child.try_wait().unwrap() {
@@ -66,8 +66,15 @@ impl Server {
             }
             sleep(Duration::from_millis(5));
         }
-        self.child.kill().unwrap();
         panic!("the server does not end");
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        // Fails if the process has ended.
+        drop(self.child.kill());
+        drop(self.child.wait());
     }
 }
 
@@ -152,7 +159,7 @@ fn now_ms() -> u128 {
 #[test]
 fn the_server_answers_as_its_readme_says() {
     let dir = tempfile::tempdir().unwrap();
-    let server = Server::start(dir.path());
+    let mut server = Server::start(dir.path());
     let mut http = server.connect().unwrap();
     let mut live = server.connect().unwrap().live(42);
 
@@ -271,7 +278,7 @@ fn every_acknowledged_payment_survives_kills_under_load() {
         });
         assert!(!server.child.wait().unwrap().success());
     }
-    let server = Server::start(dir.path());
+    let mut server = Server::start(dir.path());
     check_all(&server, &payers);
     let paid: u64 = payers.iter().map(|payer| payer.acknowledged).sum();
     eprintln!("{paid} payments acknowledged in {rounds} rounds");
@@ -283,7 +290,7 @@ fn every_acknowledged_payment_survives_kills_under_load() {
 fn a_terminated_server_answers_what_it_has_accepted_and_exits_with_0() {
     let dir = tempfile::tempdir().unwrap();
     let mut payers: Vec<Payer> = (0..CONNECTIONS).map(|_| Payer::default()).collect();
-    let server = Server::start(dir.path());
+    let mut server = Server::start(dir.path());
     let mut live = server.connect().unwrap().live(0);
     // These would keep the server for ever: a connection at rest, a request that never ends, and a feed never read.
     let mut at_rest = server.connect().unwrap();
@@ -299,7 +306,7 @@ fn a_terminated_server_answers_what_it_has_accepted_and_exits_with_0() {
     assert!(server.ended().success());
     drop((at_rest, stalled, unread));
 
-    let server = Server::start(dir.path());
+    let mut server = Server::start(dir.path());
     check_all(&server, &payers);
     server.terminate();
     assert!(server.ended().success());
