@@ -15,7 +15,7 @@ use super::settings::Start;
 use super::watches::Watch;
 use crate::error::WaitError;
 use crate::event::{Event, EventId, Key, Offset, ShardId};
-use crate::sync::{Deadline, GaveUp, promise};
+use crate::sync::{Deadline, GaveUp, Promise, promise};
 
 /// The time that a call waits for the consumer's thread, which may be inside a handler.
 const ANSWER_TIME: Duration = Duration::from_secs(10);
@@ -46,7 +46,7 @@ const ANSWER_TIME: Duration = Duration::from_secs(10);
 /// ```
 #[derive(Debug)]
 pub struct Consumer<E: Event> {
-    shared: Arc<ConsumerShared<E>>,
+    pub(super) shared: Arc<ConsumerShared<E>>,
     name: String,
 }
 
@@ -101,20 +101,10 @@ impl<E: Event> Consumer<E> {
         if !self.shared.life.may_await() {
             return Err(WaitError::OnEngineThread.into());
         }
-        let deadline = Instant::now() + ANSWER_TIME;
-        let was_paused = self.ask(Driver::pause)?;
-        let sought = loop {
-            let sought = self.ask(move |driver| (driver.running() == 0).then(|| driver.seek(start)))?;
-            match sought {
-                Some(sought) => break sought,
-                None if Instant::now() >= deadline => break Err(ConsumerError::Busy { name: self.name.clone() }),
-                None => crate::sync::nap(Duration::from_millis(1)),
-            }
-        };
-        if !was_paused {
-            self.resume()?;
-        }
-        sought
+        let deadline = Some(Instant::now() + ANSWER_TIME);
+        let sought = self.ask_to_seek(start);
+        self.shared.life.help(deadline);
+        self.answer(sought.wait(deadline)).map_err(|error| self.busy(error))?
     }
 
     /// Returns up to `max` dead letters that follow `after`, ordered by key and offset.
@@ -167,9 +157,8 @@ impl<E: Event> Consumer<E> {
         if !self.shared.life.may_await() {
             return Err(WaitError::OnEngineThread.into());
         }
-        let (handled, keeping) = promise();
-        // This promise is not needed: the driver keeps the other one.
-        drop(self.shared.ask(move |driver| driver.wait_for(key, id.offset, keeping)));
+        let handled = self.ask_for(key, id);
+        self.shared.life.help(deadline);
         self.answer(handled.wait(deadline))
     }
 
@@ -201,6 +190,21 @@ impl<E: Event> Consumer<E> {
         self.shared.life.stop(&self.name, deadline, || self.shared.report().failure)
     }
 
+    /// Returns a promise that is kept when the key's events up to this one are done.
+    pub(super) fn ask_for(&self, key: Key, id: EventId) -> Promise<Handled> {
+        let (handled, keeping) = promise();
+        // This promise is not needed: the driver keeps the other one.
+        drop(self.shared.ask(move |driver| driver.wait_for(key, id.offset, keeping)));
+        handled
+    }
+
+    /// Returns a promise that is kept when the consumer was set to another position.
+    pub(super) fn ask_to_seek(&self, start: Start) -> Promise<Result<(), ConsumerError>> {
+        let (sought, keeping) = promise();
+        drop(self.shared.ask(move |driver| driver.seek_when_idle(start, keeping)));
+        sought
+    }
+
     fn ask<T: Send + 'static>(
         &self,
         look: impl FnOnce(&mut Driver<E>) -> T + Send + 'static,
@@ -208,10 +212,18 @@ impl<E: Event> Consumer<E> {
         if !self.shared.life.may_ask() {
             return Err(WaitError::OnEngineThread.into());
         }
-        self.answer(self.shared.ask(look).wait(Some(Instant::now() + ANSWER_TIME))).map_err(|error| match error {
+        let deadline = Some(Instant::now() + ANSWER_TIME);
+        let answer = self.shared.ask(look);
+        self.shared.life.help(deadline);
+        self.answer(answer.wait(deadline)).map_err(|error| self.busy(error))
+    }
+
+    /// Names the consumer in the error of a call that it did not answer in time.
+    fn busy(&self, error: ConsumerError) -> ConsumerError {
+        match error {
             ConsumerError::Wait(WaitError::TimedOut) => ConsumerError::Busy { name: self.name.clone() },
             error => error,
-        })
+        }
     }
 
     fn answer<T>(&self, answer: Result<Option<T>, GaveUp>) -> Result<T, ConsumerError> {

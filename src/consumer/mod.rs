@@ -11,12 +11,18 @@
 
 mod alarm;
 mod assigned_shard;
+#[cfg(feature = "tokio")]
+mod attempt;
 mod builder;
 mod dead_letter;
+#[cfg(feature = "tokio")]
+mod delivered;
 mod driver;
 mod effects;
 mod error;
 mod handle;
+#[cfg(feature = "tokio")]
+mod handle_async;
 mod health;
 mod key_queues;
 mod life;
@@ -31,6 +37,8 @@ mod running;
 pub(crate) mod services;
 mod settings;
 mod sink;
+#[cfg(feature = "tokio")]
+mod task;
 mod watches;
 
 pub use builder::ConsumerBuilder;
@@ -38,6 +46,8 @@ pub use dead_letter::answer::{
     DeadLetter, DeadLetterPolicy, LetterKind, LetterStatistics, LettersError, WhenFull, WriteRefused,
 };
 pub use dead_letter::selector::LetterSelector;
+#[cfg(feature = "tokio")]
+pub use delivered::Delivered;
 pub use effects::{Call, EffectKey};
 pub use error::{ConsumerError, ConsumerFailure};
 pub use handle::Consumer;

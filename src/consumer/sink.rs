@@ -308,7 +308,7 @@ impl<E: Event> ConsumerBuilder<E> {
         let mut report = ConsumerReport::at_rest(&name, positions);
         report.set_letters(letters_left);
         let shared = Arc::new(SinkShared {
-            life: Life::new(services.identity()),
+            life: Life::new(services.identity(), None),
             paused: AtomicBool::new(false),
             resumed: AtomicBool::new(false),
             report: Mutex::new(report),

@@ -45,6 +45,11 @@ impl<T> Keeping<T> {
     pub(crate) fn keep(self, value: T) {
         lock(&self.0).value = Some(value);
     }
+
+    /// Returns `true` if the promise was dropped: nobody waits for the value any more.
+    pub(crate) fn is_abandoned(&self) -> bool {
+        Arc::strong_count(&self.0) == 1
+    }
 }
 
 impl<T> Drop for Keeping<T> {
