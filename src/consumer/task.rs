@@ -82,7 +82,7 @@ where
     *lock(&seat.shell) = Some(shell);
     // Register before the task can unregister itself.
     services.note_running(&name, Arc::clone(&shared) as Arc<dyn Running>);
-    drop(runtime.spawn(drive(seat, Arc::clone(&shared))));
+    drop(runtime.spawn(drive(Leaving(seat), Arc::clone(&shared))));
     // A runtime that is shut down drops the task at once.
     if shared.life.has_ended() { Err(ConsumerError::RuntimeEnded) } else { Ok(shared) }
 }
@@ -158,6 +158,10 @@ impl<E: Event> Shell<E> {
     fn answer(&mut self) -> Result<usize, ConsumerError> {
         let ends = self.take_ends()?;
         let asks = if self.ending.is_none() { self.shared.run_asks(&mut self.driver) } else { 0 };
+        if asks > 0 {
+            // The caller may be the only thread that this consumer gets.
+            self.driver.answer_handles();
+        }
         Ok(ends + asks)
     }
 
@@ -337,7 +341,7 @@ impl<E: Event> Host for Seat<E> {
     }
 }
 
-/// Ends the consumer if the runtime drops the driver's task.
+/// Ends the consumer if the runtime drops the driver's task, polled or not.
 struct Leaving<E: Event>(Arc<Seat<E>>);
 
 impl<E: Event> Drop for Leaving<E> {
@@ -355,18 +359,18 @@ impl<E: Event> Drop for Leaving<E> {
 }
 
 /// The driver's task.
-async fn drive<E: Event>(seat: Arc<Seat<E>>, shared: Arc<ConsumerShared<E>>) {
-    let leaving = Leaving(Arc::clone(&seat));
+async fn drive<E: Event>(leaving: Leaving<E>, shared: Arc<ConsumerShared<E>>) {
+    let seat = &leaving.0;
     loop {
         *lock(&seat.polled_on) = Some(thread::current().id());
         let step = match seat.try_step() {
             Some(step) => step,
             None => {
-                let seat = Arc::clone(&seat);
+                let seat = Arc::clone(seat);
                 match spawn_blocking(move || seat.step()).await {
                     Ok(step) => step,
                     // The runtime is being shut down.
-                    Err(_) => return drop(leaving),
+                    Err(_) => return,
                 }
             }
         };

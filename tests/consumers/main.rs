@@ -4,6 +4,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod async_handlers;
 mod consumer_crashes;
 mod consumer_letters;
 mod consumer_model;

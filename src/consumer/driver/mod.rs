@@ -448,6 +448,13 @@ impl<E: Event> Driver<E> {
         self.seeks.push((start, keeping));
     }
 
+    /// Answers the waiters that need nothing more, and carries out changes of the position if no job is in flight.
+    #[cfg(feature = "tokio")]
+    pub(crate) fn answer_handles(&mut self) {
+        self.carry_out_seeks();
+        self.answer_waiters();
+    }
+
     /// Carries out waiting changes of the position. Returns their number.
     fn carry_out_seeks(&mut self) -> usize {
         self.seeks.retain(|(_, keeping)| !keeping.is_abandoned());
