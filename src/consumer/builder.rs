@@ -15,6 +15,8 @@ use super::health::HealthPolicy;
 use super::poller::Poller;
 use super::retry::Retry;
 use super::running;
+#[cfg(feature = "tokio")]
+use super::runtime::OwnRuntime;
 use super::services::Services;
 use super::settings::{Exhausted, Filter, Judgement, Settings, Start};
 #[cfg(feature = "tokio")]
@@ -227,7 +229,7 @@ impl<E: Event> ConsumerBuilder<E> {
         F: Fn(Delivered<E>) -> Fut + Send + Sync + 'static,
         Fut: Future<Output = Result<(), HandlerError>> + Send + 'static,
     {
-        let runtime = task::current_runtime()?;
+        let runtime = OwnRuntime::current()?;
         let services = Arc::clone(&self.services);
         let driver = self.driver()?;
         let name = driver.settings().name.to_string();

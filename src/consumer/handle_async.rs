@@ -1,42 +1,17 @@
 //! The functions of a consumer's handle for tasks. They wait without blocking the thread, and work for every consumer,
 //! however it was started.
 
-use std::future::poll_fn;
-use std::task::Poll;
-use std::time::Instant;
-
 use super::dead_letter::answer::DeadLetter;
 use super::dead_letter::selector::LetterSelector;
 use super::driver::Driver;
+use super::ending::{stop_async, within};
 use super::error::ConsumerError;
 use super::handle::Consumer;
-use super::life::Life;
 use super::outcome::Handled;
 use super::settings::Start;
 use crate::error::WaitError;
 use crate::event::{Event, EventId, Key, Offset};
 use crate::sync::{Deadline, Promise};
-
-/// Awaits `future` until the deadline. A deadline needs a tokio runtime with timers.
-async fn within<F: Future>(deadline: Option<Instant>, future: F) -> Option<F::Output> {
-    match deadline {
-        Some(at) => tokio::time::timeout_at(at.into(), future).await.ok(),
-        None => Some(future.await),
-    }
-}
-
-/// Stops the consumer or sink of this life and awaits its end. Returns an error if it has not ended by the deadline.
-pub(super) async fn stop_async(life: &Life, name: &str, deadline: Option<Instant>) -> Result<(), ConsumerError> {
-    life.ask_to_stop();
-    if !life.is_outside() {
-        return Err(life.stop_unwaited());
-    }
-    let ended = poll_fn(|context| {
-        life.ending().register(1, context.waker());
-        if life.has_ended() { Poll::Ready(()) } else { Poll::Pending }
-    });
-    within(deadline, ended).await.ok_or_else(|| life.give_up(name))
-}
 
 /// The functions for tasks: each does what the function without `_async` does, with the same arguments, and waits as a
 /// future. Inside an asynchronous handler of the same consumer, `drain_async`, `wait_handled_async`, `seek_async` and

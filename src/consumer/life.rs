@@ -75,7 +75,6 @@ impl Life {
     }
 
     /// Assigns the current thread to this consumer while `body` runs.
-    #[cfg(feature = "tokio")]
     pub(super) fn on_this_thread<T>(&self, drives: bool, body: impl FnOnce() -> T) -> T {
         struct Restore(Role);
         impl Drop for Restore {
@@ -155,7 +154,7 @@ impl Life {
         self.ended.load(Ordering::Acquire) == 1
     }
 
-    /// Asks the thread to stop.
+    /// Asks the consumer to stop.
     pub(super) fn ask_to_stop(&self) {
         self.stopping.store(true, Ordering::SeqCst);
         self.wake();
@@ -167,7 +166,6 @@ impl Life {
         self.wake();
     }
 
-    #[cfg(feature = "tokio")]
     pub(super) fn is_cancelling(&self) -> bool {
         self.cancelling.load(Ordering::SeqCst)
     }

@@ -19,6 +19,8 @@ mod dead_letter;
 mod delivered;
 mod driver;
 mod effects;
+#[cfg(feature = "tokio")]
+mod ending;
 mod error;
 mod handle;
 #[cfg(feature = "tokio")]
@@ -34,6 +36,8 @@ mod report;
 mod requests;
 mod retry;
 mod running;
+#[cfg(feature = "tokio")]
+mod runtime;
 pub(crate) mod services;
 mod settings;
 mod sink;
@@ -60,6 +64,8 @@ pub use report::{ConsumerReport, prometheus};
 pub use requests::Request;
 pub use retry::{Retry, RetryPolicy};
 pub use settings::{Exhausted, Judgement, Start};
+#[cfg(feature = "tokio")]
+pub use sink::AsyncSink;
 pub use sink::{Batch, Sink, SinkConsumer};
 
 #[cfg(feature = "bench-support")]

@@ -98,11 +98,13 @@ impl<E: Event> ConsumerShared<E> {
         driven.and(saved)
     }
 
-    /// Renews the report. `oldest` is the time when the oldest running job was handed out.
-    pub(super) fn show(&self, driver: &Driver<E>, oldest: Option<Duration>) {
+    /// Renews the report, and answers the waiters for the end of the backlog. `oldest` is the time when the oldest
+    /// running job was handed out.
+    pub(super) fn show(&self, driver: &mut Driver<E>, oldest: Option<Duration>) {
         let mut report = ConsumerReport::of(driver, self.life.now());
         report.running_since = oldest;
         *lock(&self.report) = report;
+        driver.answer_if_caught_up();
     }
 
     /// Returns the error for a call on a consumer that has ended.
@@ -339,8 +341,8 @@ impl<E: Event> Shell<E> {
         Ok(taken)
     }
 
-    fn report(&self) {
-        self.shared.show(&self.driver, self.out.iter().map(|(_, since)| *since).min());
+    fn report(&mut self) {
+        self.shared.show(&mut self.driver, self.out.iter().map(|(_, since)| *since).min());
     }
 
     /// Sleeps until there may be something to do.

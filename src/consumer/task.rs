@@ -12,7 +12,6 @@ use std::sync::Arc;
 use std::task::{Poll, Waker};
 use std::time::Duration;
 
-use tokio::runtime::{Handle, RuntimeFlavor};
 use tokio::task::{AbortHandle, spawn_blocking, yield_now};
 
 use super::attempt::{AttemptEnd, AttemptEnds, AttemptReport, JobId, attempt};
@@ -22,30 +21,22 @@ use super::driver::job::Job;
 use super::error::ConsumerError;
 use super::life::{Host, Life};
 use super::running::ConsumerShared;
+use super::runtime::{OwnRuntime, check_started, sleep_until_woken};
 use super::services::{Running, Services};
 use crate::error::{HandlerError, panic_text};
 use crate::event::Event;
 use crate::log::access::Access;
 use crate::log::finder::Finder;
-use crate::sync::{Mutex, lock, lock_until, thread};
+use crate::sync::{Mutex, lock, lock_until};
 
 /// Jobs handed out in one step, before other tasks get their turn.
 const JOBS_MAX: usize = 256;
 /// The shortest pause between two steps while a stopping consumer waits for running handlers.
 const STOPPING_STEP: Duration = Duration::from_millis(10);
 
-/// Returns the current runtime, which must have timers.
-pub(super) fn current_runtime() -> Result<Handle, ConsumerError> {
-    let runtime = Handle::try_current().map_err(|_| ConsumerError::NoRuntime)?;
-    // The runtime does not say whether it has timers, but a timer panics without them.
-    let timer = catch_unwind(|| drop(tokio::time::sleep(Duration::ZERO)));
-    timer.map_err(|_| ConsumerError::NoRuntime)?;
-    Ok(runtime)
-}
-
 /// Starts a consumer's tasks on `runtime`.
 pub(super) fn start<E, F, Fut>(
-    runtime: Handle,
+    runtime: OwnRuntime,
     driver: Driver<E>,
     services: Arc<Services>,
     handler: F,
@@ -55,15 +46,11 @@ where
     F: Fn(Delivered<E>) -> Fut + Send + Sync + 'static,
     Fut: Future<Output = Result<(), HandlerError>> + Send + 'static,
 {
-    let seat = Arc::new(Seat {
-        shell: Mutex::new(None),
-        ends: Arc::default(),
-        runtime: runtime.clone(),
-        polled_on: Mutex::new(None),
-    });
+    let handle = runtime.handle().clone();
+    let seat = Arc::new(Seat { shell: Mutex::new(None), ends: Arc::default(), runtime });
     let life = Life::new(services.identity(), Some(Arc::clone(&seat) as Arc<dyn Host>));
     let shared = Arc::new(ConsumerShared::new(&driver, life));
-    let (handler, spawner) = (Arc::new(handler), runtime.clone());
+    let (handler, spawner) = (Arc::new(handler), handle.clone());
     let name = driver.settings().name.to_string();
     let shell = Shell {
         finders: driver.followers().iter().map(|follower| follower.finder()).collect(),
@@ -82,9 +69,9 @@ where
     *lock(&seat.shell) = Some(shell);
     // Register before the task can unregister itself.
     services.note_running(&name, Arc::clone(&shared) as Arc<dyn Running>);
-    drop(runtime.spawn(drive(Leaving(seat), Arc::clone(&shared))));
-    // A runtime that is shut down drops the task at once.
-    if shared.life.has_ended() { Err(ConsumerError::RuntimeEnded) } else { Ok(shared) }
+    drop(handle.spawn(drive(Leaving(seat), Arc::clone(&shared))));
+    check_started(&shared.report())?;
+    Ok(shared)
 }
 
 /// The result of a step.
@@ -129,7 +116,14 @@ impl<E: Event> Shell<E> {
 
     /// Takes a step. Returns the work done.
     fn step(&mut self) -> usize {
-        let work = self.guarded(Self::try_step);
+        let work = self.guarded(Self::whole_step);
+        self.is_idle = work == 0;
+        work
+    }
+
+    /// Takes a step that does not wait for the disk. Returns the work done.
+    fn quick_step(&mut self) -> usize {
+        let work = self.guarded(Self::step_in_memory);
         self.is_idle = work == 0;
         work
     }
@@ -151,7 +145,7 @@ impl<E: Event> Shell<E> {
         if self.ending.is_some() || shared.life.is_cancelling() {
             self.out.values().for_each(|out| out.task.abort());
         }
-        shared.show(&self.driver, self.out.values().map(|out| out.since).min());
+        shared.show(&mut self.driver, self.out.values().map(|out| out.since).min());
         work
     }
 
@@ -165,12 +159,25 @@ impl<E: Event> Shell<E> {
         Ok(ends + asks)
     }
 
-    fn try_step(&mut self) -> Result<usize, ConsumerError> {
+    fn whole_step(&mut self) -> Result<usize, ConsumerError> {
         let mut work = self.answer()?;
-        if self.ending.is_some() {
-            return Ok(work);
+        if self.ending.is_none() {
+            work += self.driver.step(self.now(), self.is_idle)?;
+            work += self.hand_out_jobs()?;
         }
-        work += self.driver.step(self.now(), self.is_idle)?;
+        Ok(work)
+    }
+
+    fn step_in_memory(&mut self) -> Result<usize, ConsumerError> {
+        let mut work = self.take_ends()?;
+        if self.ending.is_none() {
+            work += self.driver.read(self.now())?;
+            work += self.hand_out_jobs()?;
+        }
+        Ok(work)
+    }
+
+    fn hand_out_jobs(&mut self) -> Result<usize, ConsumerError> {
         let mut jobs = 0;
         while jobs < JOBS_MAX
             && !self.shared.life.is_stopping()
@@ -179,7 +186,7 @@ impl<E: Event> Shell<E> {
             self.hand_out(job)?;
             jobs += 1;
         }
-        Ok(work + jobs)
+        Ok(jobs)
     }
 
     fn hand_out(&mut self, job: Job) -> Result<(), ConsumerError> {
@@ -222,10 +229,10 @@ impl<E: Event> Shell<E> {
         let (shared, services) = (Arc::clone(&self.shared), Arc::clone(&self.services));
         let name = self.driver.settings().name.to_string();
         let driven = self.ending.take().map_or(Ok(()), Err);
-        let failure = shared.life.on_this_thread(true, || {
-            shared.life.outcome(&name, || shared.save_at_end(&mut self.driver, driven))
-        });
-        shared.show(&self.driver, None);
+        let failure = shared
+            .life
+            .on_this_thread(true, || shared.life.outcome(&name, || shared.save_at_end(&mut self.driver, driven)));
+        shared.show(&mut self.driver, None);
         lock(&shared.report).failure.clone_from(&failure);
         drop(self);
         drop(shared.asks.close());
@@ -258,9 +265,7 @@ struct Seat<E: Event> {
     /// `None` once the consumer has ended.
     shell: Mutex<Option<Shell<E>>>,
     ends: Arc<AttemptEnds>,
-    runtime: Handle,
-    /// The thread that last ran the driver's task.
-    polled_on: Mutex<Option<thread::ThreadId>>,
+    runtime: OwnRuntime,
 }
 
 impl<E: Event> std::fmt::Debug for Seat<E> {
@@ -277,7 +282,7 @@ impl<E: Event> Seat<E> {
         if shell.may_block() {
             return None;
         }
-        Some(if shell.step() > 0 { Step::Worked } else { Step::Idle })
+        Some(if shell.quick_step() > 0 { Step::Worked } else { Step::Idle })
     }
 
     /// Takes a step. May wait for the disk.
@@ -301,25 +306,13 @@ impl<E: Event> Seat<E> {
         life.woken_by(&waker);
         let armed = self.shell.try_lock().ok().and_then(|slot| slot.as_ref().and_then(|shell| shell.arm(&waker)));
         let Some(due) = armed else { return yield_now().await };
-        let mut was_polled = false;
-        let woken = poll_fn(|_| match std::mem::replace(&mut was_polled, true) {
-            false => Poll::Pending,
-            true => Poll::Ready(()),
-        });
-        match due {
-            // Woken or due: either way, the driver looks again.
-            Some(due) => drop(tokio::time::timeout(due, woken).await),
-            None => woken.await,
-        }
+        sleep_until_woken(due).await;
     }
 }
 
 impl<E: Event> Host for Seat<E> {
     fn is_here(&self) -> bool {
-        // The other kind of runtime has more threads.
-        self.runtime.runtime_flavor() == RuntimeFlavor::CurrentThread
-            && Handle::try_current().is_ok_and(|current| current.id() == self.runtime.id())
-            && *lock(&self.polled_on) == Some(thread::current().id())
+        self.runtime.is_here()
     }
 
     fn is_busy(&self) -> bool {
@@ -362,7 +355,7 @@ impl<E: Event> Drop for Leaving<E> {
 async fn drive<E: Event>(leaving: Leaving<E>, shared: Arc<ConsumerShared<E>>) {
     let seat = &leaving.0;
     loop {
-        *lock(&seat.polled_on) = Some(thread::current().id());
+        seat.runtime.note_polled();
         let step = match seat.try_step() {
             Some(step) => step,
             None => {

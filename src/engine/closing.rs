@@ -65,9 +65,7 @@ impl Closing {
         match role() {
             Role::Application => self.services.hold_up_this_thread(),
             Role::Engine => true,
-            Role::Consumer { engine, .. } => {
-                engine == self.services.identity() || self.services.hold_up_this_thread()
-            }
+            Role::Consumer { engine, .. } => engine == self.services.identity() || self.services.hold_up_this_thread(),
         }
     }
 

@@ -5,6 +5,7 @@
 mod common;
 
 mod async_handlers;
+mod async_sinks;
 mod consumer_crashes;
 mod consumer_letters;
 mod consumer_model;

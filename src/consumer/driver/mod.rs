@@ -129,6 +129,15 @@ impl<E: Event> Driver<E> {
         let mut context = RecordContext { followers, saver, waiters, suspension };
         let mut work = sought + records.write(now, is_idle, &mut context);
         work += requests.carry_out(now, records, &mut context);
+        work += self.read(now)?;
+        work += usize::from(self.save_if_due(now));
+        Ok(work)
+    }
+
+    /// Does the part of [`Driver::step`] that writes no file: wakes keys whose time has come, reads the log, and answers
+    /// waiters. Returns the work done.
+    pub(crate) fn read(&mut self, now: Duration) -> Result<usize, ConsumerError> {
+        let mut work = 0;
         let is_in_place = self.is_in_place && self.admission.is_healthy();
         for follower in &mut self.followers {
             work += follower.queues.tick(now);
@@ -136,9 +145,8 @@ impl<E: Event> Driver<E> {
                 work += follower.offer(&self.settings, self.records.letters(), is_in_place)?;
             }
         }
-        // Answer waiters first: saving the position forgets the records below it.
+        // Answer waiters before a save, which forgets the records below the position.
         self.answer_waiters();
-        work += usize::from(self.save_if_due(now));
         Ok(work)
     }
 
@@ -291,8 +299,7 @@ impl<E: Event> Driver<E> {
         let is_runnable =
             self.records.has_letters_to_handle() || self.followers.iter().any(|follower| follower.queues.may_run());
         // Only letters are handled while there is no room for more.
-        let is_suspended =
-            self.suspension.is_paused() || (self.suspension.is_halted() && !self.suspension.is_full());
+        let is_suspended = self.suspension.is_paused() || (self.suspension.is_halted() && !self.suspension.is_full());
         let admitted = self.admission.due().filter(|_| is_runnable && !is_suspended);
         let records = self.records.due(&self.followers, &self.suspension);
         let save = self.saver.due(&self.followers, self.records.letters().durable());
@@ -391,13 +398,18 @@ impl<E: Event> Driver<E> {
 
     fn answer_waiters(&mut self) {
         self.waiters.answer(&self.followers, self.records.letters());
+    }
+
+    /// Keeps the promises of [`Driver::wait_for_all`] if every event that is visible now is done. Call it after the
+    /// report was renewed: a caller looks there next.
+    pub(crate) fn answer_if_caught_up(&mut self) {
         if self.waiters.awaits_all() && self.is_caught_up() {
             self.waiters.answer_for_all();
         }
     }
 
     /// Returns `true` if every event that is visible now is done.
-    pub(crate) fn is_caught_up(&self) -> bool {
+    fn is_caught_up(&self) -> bool {
         self.running == 0 && self.records.is_empty() && self.followers.iter().all(ShardFollower::is_caught_up)
     }
 
