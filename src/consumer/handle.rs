@@ -20,8 +20,13 @@ use crate::sync::{Deadline, GaveUp, Promise, promise};
 /// The time that a call waits for the consumer's thread, which may be inside a handler.
 const ANSWER_TIME: Duration = Duration::from_secs(10);
 
-/// A running consumer. Dropping it stops it. It stays registered in the store, and the next start continues from its
-/// saved position.
+/// A running consumer. Dropping it stops it: the drop waits up to 5 s for the consumer's thread; an asynchronous
+/// consumer is only asked to stop. It stays registered in the store, and the next start continues from its saved
+/// position.
+///
+/// These functions block the thread. For tasks, each has a form `…_async` with the same arguments (feature `tokio`). A
+/// thread that is the only one of an asynchronous consumer's runtime must not wait for its handlers: `drain`,
+/// `wait_handled`, `seek` and, while a handler is running, `stop` return `Wait` with `OnEngineThread` there.
 ///
 /// ```
 /// # use corelane::envelope::Envelope;
@@ -180,7 +185,8 @@ impl<E: Event> Consumer<E> {
     }
 
     /// Stops the consumer: running handlers finish, and the position is saved. If a handler hangs, returns `Busy` at
-    /// the deadline; its thread is left behind, and its event counts as not handled.
+    /// the deadline, and its event counts as not handled. The handler's thread is left behind; an asynchronous handler
+    /// is cancelled.
     ///
     /// # Errors
     /// `Busy`; `Ended` with the reason if the consumer had ended by itself; `Wait` with `OnEngineThread` from inside

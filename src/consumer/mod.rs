@@ -8,6 +8,7 @@
 //! | `retry`, `health` | Decide when a failed attempt is repeated, and whether the service may be called now. |
 //! | `dead_letter` | The files of events that were parked or skipped. |
 //! | `running`, `sink`, [`Poller`] | The shells that own threads, call handlers and wait. |
+//! | `task`, `attempt` | The shell of asynchronous handlers: tasks of the application's runtime (feature `tokio`). |
 
 mod alarm;
 mod assigned_shard;

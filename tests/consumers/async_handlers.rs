@@ -522,7 +522,10 @@ fn an_engine_is_dropped_while_handlers_run_and_its_store_opens_again() {
             let starts = Arc::clone(&started);
             let consumer = engine.consumer("c").start_async(move |_| {
                 starts.fetch_add(1, Ordering::SeqCst);
-                async { Ok(tokio::time::sleep(Duration::from_millis(30)).await) }
+                async {
+                    tokio::time::sleep(Duration::from_millis(30)).await;
+                    Ok(())
+                }
             });
             until_so("it runs", || started.load(Ordering::SeqCst) == 1).await;
             drop(consumer);

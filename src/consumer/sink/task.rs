@@ -60,7 +60,7 @@ impl<E: Event> ConsumerBuilder<E> {
         let host = Some(Arc::clone(&seat) as Arc<dyn Host>);
         let (runner, services) = SinkRunner::open(self, batch_max, sink, over, host)?;
         let (shared, name) = (Arc::clone(&runner.shared), runner.name().to_owned());
-        *lock(&seat.place) = Place::Seated(Seated { runner, ending: None });
+        *lock(&seat.place) = Place::Seated(Box::new(Seated { runner, ending: None }));
         services.note_running(&name, Arc::clone(&shared) as Arc<dyn Running>);
         drop(handle.spawn(drive(Leaving(seat), Arc::clone(&shared))));
         check_started(&shared.report())?;
@@ -95,7 +95,7 @@ impl<E: Event, S: AsyncSink<E>> Seated<E, S> {
 
 /// The place of the runner.
 enum Place<E: Event, S: AsyncSink<E>> {
-    Seated(Seated<E, S>),
+    Seated(Box<Seated<E, S>>),
     /// The task has it: a round is running.
     Away,
     Ended,
@@ -113,8 +113,10 @@ impl<E: Event, S: AsyncSink<E>> std::fmt::Debug for Seat<E, S> {
 }
 
 impl<E: Event, S: AsyncSink<E>> Seat<E, S> {
-    /// Ends the sink if it is to end. Returns `true` if it has ended.
-    fn end_if_over(&self, mut place: std::sync::MutexGuard<'_, Place<E, S>>) -> bool {
+    /// Ends the sink if it is to end and its runner is in the seat. Returns `true` if it has ended. Gives up at the
+    /// deadline.
+    fn end_if_over(&self, deadline: Option<Instant>) -> bool {
+        let Some(mut place) = lock_until(&self.place, deadline) else { return false };
         if !matches!(&*place, Place::Seated(seated) if seated.is_over()) {
             return matches!(*place, Place::Ended);
         }
@@ -127,14 +129,13 @@ impl<E: Event, S: AsyncSink<E>> Seat<E, S> {
 
     /// Does what may wait for the disk. Returns `true` if the sink has ended.
     fn file_work(&self) -> bool {
-        let mut place = lock(&self.place);
-        if let Place::Seated(seated) = &mut *place
+        if let Place::Seated(seated) = &mut *lock(&self.place)
             && !seated.is_over()
         {
             seated.ending = seated.runner.file_work().err();
             seated.runner.report();
         }
-        self.end_if_over(place)
+        self.end_if_over(None)
     }
 
     /// Takes a round. Returns the work done.
@@ -175,9 +176,7 @@ impl<E: Event, S: AsyncSink<E>> Host for Seat<E, S> {
     }
 
     fn help(&self, deadline: Option<Instant>) {
-        if let Some(place) = lock_until(&self.place, deadline) {
-            self.end_if_over(place);
-        }
+        self.end_if_over(deadline);
     }
 }
 
@@ -186,13 +185,12 @@ struct Leaving<E: Event, S: AsyncSink<E>>(Arc<Seat<E, S>>);
 
 impl<E: Event, S: AsyncSink<E>> Drop for Leaving<E, S> {
     fn drop(&mut self) {
-        let mut place = lock(&self.0.place);
-        if let Place::Seated(seated) = &mut *place
+        if let Place::Seated(seated) = &mut *lock(&self.0.place)
             && !seated.is_over()
         {
             seated.ending = Some(ConsumerError::RuntimeEnded);
         }
-        self.0.end_if_over(place);
+        self.0.end_if_over(None);
     }
 }
 
