@@ -19,6 +19,7 @@ pub(crate) struct Finder {
     segment: Option<Segment>,
     /// The store's lock. A finder trusts the bytes that this process wrote, so no other process may write while the
     /// finder lives.
+    #[cfg_attr(not(feature = "tokio"), expect(dead_code, reason = "held for its drop"))]
     lock: Arc<dyn Lock>,
 }
 

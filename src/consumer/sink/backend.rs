@@ -39,6 +39,7 @@ use crate::log::position::Position;
 /// Cancel safety that the sink must provide: the future of either function may be dropped at any `.await`, when the
 /// runtime is shut down or a call of `stop` reaches its deadline. As after an error, the transaction must then have
 /// taken effect as a whole or not at all.
+#[cfg_attr(not(feature = "tokio"), expect(unreachable_pub, reason = "public with the feature"))]
 pub trait AsyncSink<E: Event>: Send + 'static {
     /// Returns the position that was kept with the data; see [`super::Sink::position`].
     ///

@@ -276,6 +276,7 @@ impl<E: Event, S: AsyncSink<E>> SinkRunner<E, S> {
     }
 
     /// Returns `true` if [`SinkRunner::file_work`] has something to do.
+    #[cfg(feature = "tokio")]
     pub(super) fn has_file_work(&self) -> bool {
         self.found.is_some() || self.must_read_ahead() || self.is_save_due()
     }
