@@ -736,6 +736,7 @@ fn a_disk_that_hangs_does_not_block_the_runtime() {
             tokio::time::sleep(Duration::from_millis(5)).await;
             storage.hold(false);
         }
+        engine.flush(soon()).unwrap();
         consumer.drain_async(soon()).await.unwrap();
         assert_eq!((consumer.report().handled, consumer.report().parked), (41, 40));
         consumer.stop_async(soon()).await.unwrap();

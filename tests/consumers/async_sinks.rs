@@ -359,6 +359,7 @@ fn a_disk_that_hangs_does_not_block_the_runtime_of_a_sink() {
             tokio::time::sleep(Duration::from_millis(5)).await;
             storage.hold(false);
         }
+        engine.flush(soon()).unwrap();
         sink.drain_async(soon()).await.unwrap();
         sink.stop_async(soon()).await.unwrap();
     });
