@@ -712,6 +712,30 @@ fn dropped_futures_of_the_handle_leave_the_consumer_as_it_was() {
     engine.shutdown(soon()).unwrap();
 }
 
+/// While its probe of an unhealthy service is being handled, a consumer has nothing to do and asks for no attention.
+#[test]
+fn a_consumer_sleeps_while_its_only_place_probes_the_service() {
+    let dir = tempfile::tempdir().unwrap();
+    let engine = EventLog::<Note>::open(small(dir.path())).unwrap();
+    publish(&engine, (0..3).map(|n| (n, n)));
+    let seconds = Arc::new(AtomicUsize::new(1));
+    let clock = Arc::clone(&seconds);
+    let builder = engine.consumer("c").retry(Retry::fixed().base(3600 * SECOND).cap(3600 * SECOND));
+    let builder = builder.save_every(3600 * SECOND).health(HealthPolicy::default().consecutive_max(1));
+    let poller = builder.poller().unwrap();
+    let mut poller = poller.clock(move || SECOND * clock.load(Ordering::SeqCst) as u32);
+    let failing = poller.next().unwrap().unwrap();
+    poller.failed(failing, "down").unwrap();
+    seconds.store(100, Ordering::SeqCst);
+    let probe = poller.next().unwrap().expect("a probe is due");
+    assert!(poller.next().unwrap().is_none(), "one place");
+    let mut ready = Box::pin(poller.ready());
+    assert!(crate::common::poll_once(&mut ready).is_none(), "nothing to do before the probe is reported");
+    drop(ready);
+    poller.succeeded(probe).unwrap();
+    assert!(poller.next().unwrap().is_some());
+}
+
 /// The disk hangs while the consumer's position is due. Other tasks of the only thread go on.
 #[test]
 fn a_disk_that_hangs_does_not_block_the_runtime() {
@@ -735,9 +759,11 @@ fn a_disk_that_hangs_does_not_block_the_runtime() {
             // If a step of the consumer blocked this thread, the disk would be held for ever.
             tokio::time::sleep(Duration::from_millis(5)).await;
             storage.hold(false);
+            engine.flush(soon()).unwrap();
+            consumer.drain_async(soon()).await.unwrap();
+            // Time to save: the next round begins without anything due.
+            tokio::time::sleep(Duration::from_millis(5)).await;
         }
-        engine.flush(soon()).unwrap();
-        consumer.drain_async(soon()).await.unwrap();
         assert_eq!((consumer.report().handled, consumer.report().parked), (41, 40));
         consumer.stop_async(soon()).await.unwrap();
     });

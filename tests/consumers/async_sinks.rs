@@ -358,9 +358,9 @@ fn a_disk_that_hangs_does_not_block_the_runtime_of_a_sink() {
             // If the sink blocked this thread, the disk would be held for ever.
             tokio::time::sleep(Duration::from_millis(5)).await;
             storage.hold(false);
+            engine.flush(soon()).unwrap();
+            sink.drain_async(soon()).await.unwrap();
         }
-        engine.flush(soon()).unwrap();
-        sink.drain_async(soon()).await.unwrap();
         sink.stop_async(soon()).await.unwrap();
     });
     assert_eq!(database.rows(0), (0..80).collect::<Vec<_>>());

@@ -300,7 +300,9 @@ impl<E: Event> Driver<E> {
             self.records.has_letters_to_handle() || self.followers.iter().any(|follower| follower.queues.may_run());
         // Only letters are handled while there is no room for more.
         let is_suspended = self.suspension.is_paused() || (self.suspension.is_halted() && !self.suspension.is_full());
-        let admitted = self.admission.due().filter(|_| is_runnable && !is_suspended);
+        // A job in flight that uses the last place, or that a seek waits for, comes back first.
+        let has_place = self.running < self.settings.concurrency && self.seeks.is_empty();
+        let admitted = self.admission.due().filter(|_| is_runnable && has_place && !is_suspended);
         let records = self.records.due(&self.followers, &self.suspension);
         let save = self.saver.due(&self.followers, self.records.letters().durable());
         [queues, admitted, records, save, Some(self.requests.due())].into_iter().flatten().min()

@@ -10,7 +10,7 @@ use crate::consumer::life::Life;
 use crate::consumer::report::ConsumerReport;
 use crate::consumer::services::Running;
 use crate::error::WaitError;
-use crate::sync::{AtomicBool, AtomicU64, Deadline, Mutex, Ordering, Waiters, block_until, lock};
+use crate::sync::{AtomicBool, Deadline, Keeping, Mutex, Ordering, Promise, lock, promise};
 
 /// The state shared by the sink's runner and its handle.
 #[derive(Debug)]
@@ -20,62 +20,63 @@ pub(super) struct SinkShared {
     /// Set to ask for another attempt after a halt.
     pub(super) resumed: AtomicBool,
     pub(super) report: Mutex<ConsumerReport>,
-    /// The number of the last call of `drain`.
-    drains: AtomicU64,
-    /// The number of the last call of `drain` that was answered because its events have been taken in.
-    drained: AtomicU64,
-    /// Waiters for `drained`.
-    draining: Waiters,
+    drains: Mutex<Drains>,
+}
+
+/// The calls of `drain` that wait.
+#[derive(Debug, Default)]
+struct Drains {
+    /// The number of the last call.
+    last: u64,
+    waiting: Vec<(u64, Keeping<()>)>,
 }
 
 impl SinkShared {
     pub(super) fn new(life: Life, report: ConsumerReport) -> Self {
-        Self {
-            life,
-            paused: AtomicBool::new(false),
-            resumed: AtomicBool::new(false),
-            report: Mutex::new(report),
-            drains: AtomicU64::new(0),
-            drained: AtomicU64::new(0),
-            draining: Waiters::new(),
-        }
+        let (paused, resumed) = (AtomicBool::new(false), AtomicBool::new(false));
+        Self { life, paused, resumed, report: Mutex::new(report), drains: Mutex::default() }
     }
 
     /// Returns the number of the last call of `drain`. Read it before the logs: the answer covers the events that are
     /// visible when `drain` is called.
     pub(super) fn last_drain(&self) -> u64 {
-        self.drains.load(Ordering::SeqCst)
+        lock(&self.drains).last
     }
 
-    /// Answers the calls of `drain` up to `question`.
-    pub(super) fn answer_drains(&self, question: u64) {
-        if self.drained.fetch_max(question, Ordering::SeqCst) < question {
-            self.draining.reached(question);
-        }
+    /// Answers the calls of `drain` up to `last`: their events have been taken in.
+    pub(super) fn answer_drains(&self, last: u64) {
+        let answered: Vec<_> = lock(&self.drains).waiting.extract_if(.., |(number, _)| *number <= last).collect();
+        answered.into_iter().for_each(|(_, keeping)| keeping.keep(()));
     }
 
     /// Notes the reason of an end by itself, and wakes every waiter. The runner must have released everything before.
     pub(super) fn end(&self, failure: Option<ConsumerFailure>) {
         lock(&self.report).failure = failure;
         self.life.end();
-        self.draining.reached(u64::MAX);
+        let unanswered = std::mem::take(&mut lock(&self.drains).waiting);
+        drop(unanswered);
     }
 
-    /// Asks for an answer to a call of `drain`. Returns the call's number.
-    fn ask_to_drain(&self) -> u64 {
-        let question = self.drains.fetch_add(1, Ordering::SeqCst) + 1;
-        self.life.wake();
-        question
-    }
-
-    /// Returns the answer to a call of `drain`, once there is one.
-    fn drain_answer(&self, question: u64) -> Option<Result<(), ConsumerError>> {
-        // Read first: the runner may answer and then end.
-        let has_ended = self.life.has_ended();
-        if self.drained.load(Ordering::SeqCst) >= question {
-            return Some(Ok(()));
+    /// Asks for an answer to a call of `drain`. The promise is broken if the sink ends first.
+    fn ask_to_drain(&self) -> Promise<()> {
+        let (drained, keeping) = promise();
+        {
+            let mut drains = lock(&self.drains);
+            // Callers may give up and come again for ever while the sink is paused.
+            drains.waiting.retain(|(_, keeping)| !keeping.is_abandoned());
+            drains.last += 1;
+            let number = drains.last;
+            // An ended sink answers nothing: `end` sets the end before it takes the list.
+            if !self.life.has_ended() {
+                drains.waiting.push((number, keeping));
+            }
         }
-        has_ended.then(|| Err(ConsumerError::Ended { failure: lock(&self.report).failure.clone() }))
+        self.life.wake();
+        drained
+    }
+
+    fn drained(&self, answer: Option<()>) -> Result<(), ConsumerError> {
+        answer.ok_or_else(|| ConsumerError::Ended { failure: lock(&self.report).failure.clone() })
     }
 }
 
@@ -97,10 +98,9 @@ impl Running for SinkShared {
         if !self.life.may_await() {
             return Err(WaitError::OnEngineThread.into());
         }
-        let question = self.ask_to_drain();
+        let drained = self.ask_to_drain();
         self.life.help(deadline);
-        let answer = || self.drain_answer(question).map(Ok::<_, WaitError>);
-        block_until(deadline, |waker| self.draining.register(question, waker), answer)?
+        self.drained(drained.wait(deadline).map_err(WaitError::from)?)
     }
 }
 
@@ -160,7 +160,7 @@ impl SinkConsumer {
 impl SinkConsumer {
     /// Waits until the sink has taken in every event that is visible now; see [`SinkConsumer::drain`].
     ///
-    /// Cancel safety: nothing changes.
+    /// Cancel safety: nothing changes, and nothing of the wait remains.
     ///
     /// # Errors
     /// The same as for [`SinkConsumer::drain`].
@@ -169,12 +169,10 @@ impl SinkConsumer {
         if !self.shared.life.is_outside() {
             return Err(WaitError::OnEngineThread.into());
         }
-        let question = self.shared.ask_to_drain();
-        let answer = std::future::poll_fn(|context| {
-            self.shared.draining.register(question, context.waker());
-            self.shared.drain_answer(question).map_or(std::task::Poll::Pending, std::task::Poll::Ready)
-        });
-        ending::within(deadline, answer).await.unwrap_or(Err(WaitError::TimedOut.into()))
+        match ending::within(deadline, self.shared.ask_to_drain()).await {
+            Some(answer) => self.shared.drained(answer),
+            None => Err(WaitError::TimedOut.into()),
+        }
     }
 
     /// Stops the sink after its present batch. At the deadline returns `Busy` and cancels the batch, if the sink is
