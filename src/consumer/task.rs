@@ -205,10 +205,15 @@ impl<E: Event> Shell<E> {
     fn take_ends(&mut self) -> Result<usize, ConsumerError> {
         let ends = self.ends.take();
         let count = ends.len();
+        let mut taken = Ok(count);
         for (id, end) in ends {
             let Out { job, .. } = self.out.remove(&id).expect("each attempt ends once");
             match end {
-                AttemptEnd::Done(outcome) => self.driver.done(job, outcome, self.shared.life.now())?,
+                // After an error, the other ends are taken all the same: the consumer ends when no handler is running.
+                AttemptEnd::Done(outcome) => {
+                    let done = self.driver.done(job, outcome, self.shared.life.now());
+                    taken = taken.and(done.map(|()| count));
+                }
                 // The event stays in flight for the driver, so no position passes it.
                 AttemptEnd::Cancelled if self.shared.life.is_cancelling() => {}
                 AttemptEnd::Cancelled => {
@@ -216,7 +221,7 @@ impl<E: Event> Shell<E> {
                 }
             }
         }
-        Ok(count)
+        taken
     }
 
     /// Returns `true` if the consumer ends and no handler is running.
