@@ -16,6 +16,7 @@
 //! | `json` | the module `envelope`: events as JSON lines |
 //! | `rfc3339` | times as RFC 3339: `Time::from_rfc3339`, `Time::to_rfc3339` |
 //! | `hlog` | latency histograms as `.hlog` interval logs |
+//! | `tokio` | [`consumer`]s with asynchronous handlers and sinks, on the application's tokio runtime |
 //! | `cli` | the operator's tool `corelane`, and the module `tools` that it is made of |
 //! | `test-util` | the module `testing`: tests of rules without an engine, and a storage that fails on demand; simulated time |
 // Under `--cfg loom` this crate is empty: the models build `sync/` alone (`tests/loom.rs`).

@@ -5,6 +5,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::dead_letter::answer::DeadLetterPolicy;
+#[cfg(feature = "tokio")]
+use super::delivered::Delivered;
 use super::driver::Driver;
 use super::effects::Call;
 use super::error::ConsumerError;
@@ -13,8 +15,12 @@ use super::health::HealthPolicy;
 use super::poller::Poller;
 use super::retry::Retry;
 use super::running;
+#[cfg(feature = "tokio")]
+use super::runtime::OwnRuntime;
 use super::services::Services;
 use super::settings::{Exhausted, Filter, Judgement, Settings, Start};
+#[cfg(feature = "tokio")]
+use super::task;
 use crate::config::in_range;
 use crate::config::whole_ms;
 use crate::consumer::key_queues::answer::QueuePolicy;
@@ -82,7 +88,7 @@ impl<E: Event> ConsumerBuilder<E> {
     }
 
     /// Sets the number of keys handled at the same time, each key in order, 1..=65,536. Above 1, this number of threads
-    /// calls the handler. Default: 1, on the consumer's own thread.
+    /// calls the handler; an asynchronous handler needs no thread. Default: 1, on the consumer's own thread.
     pub fn concurrency(mut self, concurrency: usize) -> Self {
         self.settings.concurrency = concurrency;
         self
@@ -167,6 +173,67 @@ impl<E: Event> ConsumerBuilder<E> {
         let name = driver.settings().name.to_string();
         let control = running::start(driver, Arc::clone(&services), handler);
         let control = control.map_err(|error| services.note_refused(&name, error))?;
+        Ok(Consumer::new(control, &name))
+    }
+
+    /// Starts the consumer with an asynchronous handler, on the tokio runtime of the current thread. Feature `tokio`.
+    ///
+    /// Up to [`ConsumerBuilder::concurrency`] futures of the handler run at the same time, each as a task, each key's
+    /// events in order. Order, retries, dead letters, health and saved positions are those of
+    /// [`ConsumerBuilder::start`]. The consumer has no thread of its own: between events it is a task that sleeps. Its
+    /// file operations run on the runtime's threads for blocking work (`spawn_blocking`); this function itself blocks
+    /// while it opens the consumer's files.
+    ///
+    /// A handler's future that panics is a failed attempt. A handler must not block its thread. It may publish, send
+    /// commands and await their answers. It may call its own consumer, but not wait for itself: `drain`, `wait_handled`,
+    /// `seek` and `stop`, and their `_async` forms, return `OnEngineThread` there. Such a wait in another task that the
+    /// handler awaits cannot be detected: use deadlines.
+    ///
+    /// A future that never completes holds up its key and one of the `concurrency` places. Give calls to other systems a
+    /// timeout. [`Consumer::stop_async`] cancels at its deadline what is still running.
+    ///
+    /// When the runtime is shut down, the consumer ends with [`ConsumerError::RuntimeEnded`]. Futures that were dropped
+    /// count as not handled: their events are handled after the next start.
+    ///
+    /// ```
+    /// # use corelane::envelope::Envelope;
+    /// # use corelane::{Config, Deadline, EventLog};
+    /// # use std::time::Duration;
+    /// # async fn send(_mail: &str) -> Result<(), std::io::Error> { Ok(()) }
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let dir = tempfile::tempdir()?;
+    /// # let engine = EventLog::<Envelope>::open(Config::new(dir.path()))?;
+    /// let mails = engine.consumer("mails").concurrency(64).start_async(|event| async move {
+    ///     send(event.event().payload()).await?;
+    ///     Ok(())
+    /// })?;
+    ///
+    /// let event = Envelope::new("player.levelled_up", 42, r#"{"level":7}"#)?;
+    /// engine.producer().publish(event.key(), event)?;
+    /// # engine.flush(Deadline::NEVER)?;
+    /// mails.drain_async(Duration::from_secs(10)).await?;
+    /// assert_eq!(mails.report().handled, 1);
+    /// mails.stop_async(Duration::from_secs(10)).await?;
+    /// # engine.shutdown(Deadline::NEVER)?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// The same as for [`ConsumerBuilder::start`]; `NoRuntime` outside a tokio runtime, or if it has no timers;
+    /// `RuntimeEnded` if the runtime is being shut down.
+    #[cfg(feature = "tokio")]
+    pub fn start_async<F, Fut>(self, handler: F) -> Result<Consumer<E>, ConsumerError>
+    where
+        F: Fn(Delivered<E>) -> Fut + Send + Sync + 'static,
+        Fut: Future<Output = Result<(), HandlerError>> + Send + 'static,
+    {
+        let runtime = OwnRuntime::current()?;
+        let services = Arc::clone(&self.services);
+        let driver = self.driver()?;
+        let name = driver.settings().name.to_string();
+        let control = task::start(runtime, driver, services, handler)?;
         Ok(Consumer::new(control, &name))
     }
 

@@ -1,6 +1,7 @@
 //! Side effects of a handler. Each has a key that identifies repeats, and no side effect runs again after a seek.
 
 use std::fmt;
+use std::future::Future;
 
 use crate::event::EventId;
 
@@ -54,6 +55,29 @@ impl<'a> Call<'a> {
     /// The error of `effect`.
     pub fn effect<T, F>(&self, effect: impl FnOnce(EffectKey<'a>) -> Result<T, F>) -> Result<Option<T>, F> {
         if self.is_rebuild { Ok(None) } else { effect(self.effect_key()).map(Some) }
+    }
+
+    /// Does the same as [`Call::effect`] for an asynchronous side effect.
+    ///
+    /// ```
+    /// # use corelane::consumer::Call;
+    /// async fn on_purchase(call: Call<'_>) -> Result<(), std::io::Error> {
+    ///     call.effect_async(async |key| send_receipt(&key.to_string()).await).await?;
+    ///     Ok(())
+    /// }
+    /// # async fn send_receipt(_idempotency_key: &str) -> Result<(), std::io::Error> { Ok(()) }
+    /// ```
+    ///
+    /// Cancel safety: that of the future that `effect` returns. If this future is dropped before it completes, the
+    /// effect may have run; the next attempt has the same key.
+    ///
+    /// # Errors
+    /// The error of `effect`.
+    pub async fn effect_async<T, F, Fut>(&self, effect: impl FnOnce(EffectKey<'a>) -> Fut) -> Result<Option<T>, F>
+    where
+        Fut: Future<Output = Result<T, F>>,
+    {
+        if self.is_rebuild { Ok(None) } else { effect(self.effect_key()).await.map(Some) }
     }
 }
 

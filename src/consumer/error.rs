@@ -93,6 +93,12 @@ pub enum ConsumerError {
         /// The error of that start, as text.
         why: String,
     },
+    /// An asynchronous consumer was started outside a tokio runtime, or in one without timers (`enable_time`).
+    #[error("start an asynchronous consumer inside a tokio runtime with timers (enable_time)")]
+    NoRuntime,
+    /// The tokio runtime of an asynchronous consumer was shut down. Unfinished events are handled after the next start.
+    #[error("the consumer's async runtime was shut down")]
+    RuntimeEnded,
     /// The consumer's own code, or its sink's code outside a batch, panicked.
     #[error("the consumer's own code panicked: {text}")]
     Panicked {
@@ -156,6 +162,8 @@ impl ConsumerError {
             | Self::BeginningGone { .. }
             | Self::NotStarted { .. }
             | Self::Panicked { .. }
+            | Self::NoRuntime
+            | Self::RuntimeEnded
             | Self::Letters(LettersError::Damaged { .. })
             | Self::Records(WriteRefused::Full) => Fault::Neither,
         }

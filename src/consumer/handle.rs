@@ -15,13 +15,18 @@ use super::settings::Start;
 use super::watches::Watch;
 use crate::error::WaitError;
 use crate::event::{Event, EventId, Key, Offset, ShardId};
-use crate::sync::{Deadline, GaveUp, promise};
+use crate::sync::{Deadline, GaveUp, Promise, promise};
 
 /// The time that a call waits for the consumer's thread, which may be inside a handler.
 const ANSWER_TIME: Duration = Duration::from_secs(10);
 
-/// A running consumer. Dropping it stops it. It stays registered in the store, and the next start continues from its
-/// saved position.
+/// A running consumer. Dropping it stops it: the drop waits up to 5 s for the consumer's thread; an asynchronous
+/// consumer is only asked to stop. It stays registered in the store, and the next start continues from its saved
+/// position.
+///
+/// These functions block the thread. For tasks, each has a form `…_async` with the same arguments (feature `tokio`). A
+/// thread that is the only one of an asynchronous consumer's runtime must not wait for its handlers: `drain`,
+/// `wait_handled`, `seek` and, while a handler is running, `stop` return `Wait` with `OnEngineThread` there.
 ///
 /// ```
 /// # use corelane::envelope::Envelope;
@@ -46,7 +51,7 @@ const ANSWER_TIME: Duration = Duration::from_secs(10);
 /// ```
 #[derive(Debug)]
 pub struct Consumer<E: Event> {
-    shared: Arc<ConsumerShared<E>>,
+    pub(super) shared: Arc<ConsumerShared<E>>,
     name: String,
 }
 
@@ -101,20 +106,10 @@ impl<E: Event> Consumer<E> {
         if !self.shared.life.may_await() {
             return Err(WaitError::OnEngineThread.into());
         }
-        let deadline = Instant::now() + ANSWER_TIME;
-        let was_paused = self.ask(Driver::pause)?;
-        let sought = loop {
-            let sought = self.ask(move |driver| (driver.running() == 0).then(|| driver.seek(start)))?;
-            match sought {
-                Some(sought) => break sought,
-                None if Instant::now() >= deadline => break Err(ConsumerError::Busy { name: self.name.clone() }),
-                None => crate::sync::nap(Duration::from_millis(1)),
-            }
-        };
-        if !was_paused {
-            self.resume()?;
-        }
-        sought
+        let deadline = Some(Instant::now() + ANSWER_TIME);
+        let sought = self.ask_to_seek(start);
+        self.shared.life.help(deadline);
+        self.answer(sought.wait(deadline)).map_err(|error| self.busy(error))?
     }
 
     /// Returns up to `max` dead letters that follow `after`, ordered by key and offset.
@@ -167,9 +162,8 @@ impl<E: Event> Consumer<E> {
         if !self.shared.life.may_await() {
             return Err(WaitError::OnEngineThread.into());
         }
-        let (handled, keeping) = promise();
-        // This promise is not needed: the driver keeps the other one.
-        drop(self.shared.ask(move |driver| driver.wait_for(key, id.offset, keeping)));
+        let handled = self.ask_for(key, id);
+        self.shared.life.help(deadline);
         self.answer(handled.wait(deadline))
     }
 
@@ -191,7 +185,8 @@ impl<E: Event> Consumer<E> {
     }
 
     /// Stops the consumer: running handlers finish, and the position is saved. If a handler hangs, returns `Busy` at
-    /// the deadline; its thread is left behind, and its event counts as not handled.
+    /// the deadline, and its event counts as not handled. The handler's thread is left behind; an asynchronous handler
+    /// is cancelled.
     ///
     /// # Errors
     /// `Busy`; `Ended` with the reason if the consumer had ended by itself; `Wait` with `OnEngineThread` from inside
@@ -201,6 +196,21 @@ impl<E: Event> Consumer<E> {
         self.shared.life.stop(&self.name, deadline, || self.shared.report().failure)
     }
 
+    /// Returns a promise that is kept when the key's events up to this one are done.
+    pub(super) fn ask_for(&self, key: Key, id: EventId) -> Promise<Handled> {
+        let (handled, keeping) = promise();
+        // This promise is not needed: the driver keeps the other one.
+        drop(self.shared.ask(move |driver| driver.wait_for(key, id.offset, keeping)));
+        handled
+    }
+
+    /// Returns a promise that is kept when the consumer was set to another position.
+    pub(super) fn ask_to_seek(&self, start: Start) -> Promise<Result<(), ConsumerError>> {
+        let (sought, keeping) = promise();
+        drop(self.shared.ask(move |driver| driver.seek_when_idle(start, keeping)));
+        sought
+    }
+
     fn ask<T: Send + 'static>(
         &self,
         look: impl FnOnce(&mut Driver<E>) -> T + Send + 'static,
@@ -208,10 +218,18 @@ impl<E: Event> Consumer<E> {
         if !self.shared.life.may_ask() {
             return Err(WaitError::OnEngineThread.into());
         }
-        self.answer(self.shared.ask(look).wait(Some(Instant::now() + ANSWER_TIME))).map_err(|error| match error {
+        let deadline = Some(Instant::now() + ANSWER_TIME);
+        let answer = self.shared.ask(look);
+        self.shared.life.help(deadline);
+        self.answer(answer.wait(deadline)).map_err(|error| self.busy(error))
+    }
+
+    /// Names the consumer in the error of a call that it did not answer in time.
+    fn busy(&self, error: ConsumerError) -> ConsumerError {
+        match error {
             ConsumerError::Wait(WaitError::TimedOut) => ConsumerError::Busy { name: self.name.clone() },
             error => error,
-        })
+        }
     }
 
     fn answer<T>(&self, answer: Result<Option<T>, GaveUp>) -> Result<T, ConsumerError> {

@@ -8,15 +8,24 @@
 //! | `retry`, `health` | Decide when a failed attempt is repeated, and whether the service may be called now. |
 //! | `dead_letter` | The files of events that were parked or skipped. |
 //! | `running`, `sink`, [`Poller`] | The shells that own threads, call handlers and wait. |
+//! | `task`, `attempt` | The shell of asynchronous handlers: tasks of the application's runtime (feature `tokio`). |
 
 mod alarm;
 mod assigned_shard;
+#[cfg(feature = "tokio")]
+mod attempt;
 mod builder;
 mod dead_letter;
+#[cfg(feature = "tokio")]
+mod delivered;
 mod driver;
 mod effects;
+#[cfg(feature = "tokio")]
+mod ending;
 mod error;
 mod handle;
+#[cfg(feature = "tokio")]
+mod handle_async;
 mod health;
 mod key_queues;
 mod life;
@@ -29,9 +38,13 @@ mod report;
 mod requests;
 mod retry;
 mod running;
+#[cfg(feature = "tokio")]
+mod runtime;
 pub(crate) mod services;
 mod settings;
 mod sink;
+#[cfg(feature = "tokio")]
+mod task;
 mod watches;
 
 pub use builder::ConsumerBuilder;
@@ -39,6 +52,8 @@ pub use dead_letter::answer::{
     DeadLetter, DeadLetterPolicy, LetterKind, LetterStatistics, LettersError, WhenFull, WriteRefused,
 };
 pub use dead_letter::selector::LetterSelector;
+#[cfg(feature = "tokio")]
+pub use delivered::Delivered;
 pub use effects::{Call, EffectKey};
 pub use error::{ConsumerError, ConsumerFailure};
 pub use handle::Consumer;
@@ -51,6 +66,8 @@ pub use report::{ConsumerReport, prometheus};
 pub use requests::Request;
 pub use retry::{Retry, RetryPolicy};
 pub use settings::{Exhausted, Judgement, Start};
+#[cfg(feature = "tokio")]
+pub use sink::AsyncSink;
 pub use sink::{Batch, Sink, SinkConsumer};
 
 #[cfg(feature = "bench-support")]

@@ -30,7 +30,7 @@ const TRY_AGAIN_AFTER: Duration = Duration::from_millis(1);
 /// that key is delivered. Retries, dead letters and saved positions work as with threads, but inside these calls, so
 /// call them often.
 ///
-/// Dropping it saves as [`Poller::save`] does. Deliveries in flight at that time are delivered again. The attempts of
+/// Dropping it saves as [`Poller::save`] does, and blocks for that. Deliveries in flight at that time are delivered again. The attempts of
 /// an event are counted while the poller lives; the next poller counts from 1.
 ///
 /// ```
@@ -114,6 +114,9 @@ impl<E: Event> Poller<E> {
 
     /// Returns the next event that may be handled now. `None` if there is none; see [`Poller::wait`] and
     /// [`Poller::ready`].
+    ///
+    /// Never waits for an event, but may block for file operations: due saves (every `save_every`), dead letters, and
+    /// segments that are not in memory.
     ///
     /// # Errors
     /// Errors of reading the log or of writing the consumer's files. The position stays: the next call tries the same
@@ -233,11 +236,16 @@ impl<E: Event> Poller<E> {
 
     /// Completes when [`Poller::next`] may have an event. For tasks, on any runtime. A thread of the poller, started
     /// with the first call, wakes the task when a retry or a probe is due.
+    ///
+    /// Never blocks. Cancel safety: a dropped future changes nothing.
     pub fn ready(&mut self) -> impl Future<Output = ()> + '_ {
         HasEvent { poller: self, is_first: true }
     }
 
-    /// Returns the next event as soon as there is one. For tasks.
+    /// Returns the next event as soon as there is one. For tasks, on any runtime. Blocks for file operations as
+    /// [`Poller::next`] does. A task that must not block at all uses `ConsumerBuilder::start_async` (feature `tokio`).
+    ///
+    /// Cancel safety: a dropped future has taken no event.
     ///
     /// # Errors
     /// The same as for [`Poller::next`].
@@ -278,7 +286,8 @@ impl<E: Event> Poller<E> {
     }
 
     /// Saves the position and the records of parked and skipped events. Durable when it returns. Waits for the log to
-    /// become durable up to these events.
+    /// become durable up to these events, at most 10 s. Blocks: a task calls it on a thread for blocking work, for
+    /// example `spawn_blocking(move || (poller.save(), poller))`.
     ///
     /// # Errors
     /// Errors of the file system; `Records` if there is no room for more dead letters; `Wait` if the log does not

@@ -35,14 +35,14 @@ const SLICE_TIME: Duration = Duration::from_millis(2);
 const LINGERS: u32 = 8;
 const LINGER: Duration = Duration::from_micros(250);
 
-/// A call that the driving thread runs between two steps.
+/// A call that the driver's owner runs between two steps.
 type Ask<E> = Box<dyn FnOnce(&mut Driver<E>) + Send>;
 
-/// The state shared by a consumer's thread and its handles.
+/// The state shared by a running consumer and its handles.
 pub(super) struct ConsumerShared<E: Event> {
     pub(super) life: Life,
-    asks: Arrivals<Ask<E>>,
-    report: Mutex<ConsumerReport>,
+    pub(super) asks: Arrivals<Ask<E>>,
+    pub(super) report: Mutex<ConsumerReport>,
     logs: Vec<(Arc<ShardLog>, Arc<Hold>)>,
     pub(super) watches: Arc<Watches>,
 }
@@ -54,8 +54,57 @@ impl<E: Event> std::fmt::Debug for ConsumerShared<E> {
 }
 
 impl<E: Event> ConsumerShared<E> {
-    fn is_called(&self) -> bool {
+    /// Returns the shared state of a consumer that `driver` will drive.
+    pub(super) fn new(driver: &Driver<E>, life: Life) -> Self {
+        Self {
+            life,
+            asks: Arrivals::new(),
+            report: Mutex::new(ConsumerReport::of(driver, Duration::ZERO)),
+            logs: driver.followers().iter().map(|follower| follower.log_and_hold()).collect(),
+            watches: Arc::clone(driver.watches()),
+        }
+    }
+
+    pub(super) fn is_called(&self) -> bool {
         !self.asks.is_empty() || self.life.is_stopping()
+    }
+
+    /// Runs the calls that have arrived. Returns their number.
+    pub(super) fn run_asks(&self, driver: &mut Driver<E>) -> usize {
+        let asks = self.asks.take();
+        let count = asks.len();
+        asks.into_iter().for_each(|ask| ask(driver));
+        count
+    }
+
+    /// Saves everything at the end of a run that ended with `driven`. Returns the run's error, otherwise the error of
+    /// saving.
+    pub(super) fn save_at_end(
+        &self,
+        driver: &mut Driver<E>,
+        driven: Result<(), ConsumerError>,
+    ) -> Result<(), ConsumerError> {
+        // An event whose record could not be written is judged again in the next run. `stop` returns that error, unless
+        // the consumer ended by an earlier one.
+        let saved = driver.save();
+        if let (Err(_), Err(error)) = (&driven, &saved) {
+            let consumer = &*driver.settings().name;
+            tracing::error!(
+                consumer,
+                error = crate::error::with_sources(&error),
+                "records could not be saved at the end; their events are handled again"
+            );
+        }
+        driven.and(saved)
+    }
+
+    /// Renews the report, and answers the waiters for the end of the backlog. `oldest` is the time when the oldest
+    /// running job was handed out.
+    pub(super) fn show(&self, driver: &mut Driver<E>, oldest: Option<Duration>) {
+        let mut report = ConsumerReport::of(driver, self.life.now());
+        report.running_since = oldest;
+        *lock(&self.report) = report;
+        driver.answer_if_caught_up();
     }
 
     /// Returns the error for a call on a consumer that has ended.
@@ -69,6 +118,16 @@ impl<E: Event> ConsumerShared<E> {
         drop(self.asks.push(Box::new(move |driver: &mut Driver<E>| keeping.keep(look(driver)))));
         self.life.wake();
         promise
+    }
+}
+
+impl<E: Event> ConsumerShared<E> {
+    /// Returns a promise that is kept when every event that is visible then is done.
+    pub(super) fn ask_for_all(&self) -> Promise<()> {
+        let (drained, keeping) = promise();
+        // This promise is not needed: the driver keeps the other one.
+        drop(self.ask(move |driver| driver.wait_for_all(keeping)));
+        drained
     }
 }
 
@@ -93,16 +152,9 @@ impl<E: Event> Running for ConsumerShared<E> {
         if !self.life.may_await() {
             return Err(WaitError::OnEngineThread.into());
         }
-        loop {
-            if deadline.is_some_and(|at| Instant::now() >= at) {
-                return Err(WaitError::TimedOut.into());
-            }
-            match self.ask(|driver| driver.is_caught_up()).wait(deadline).map_err(WaitError::from)? {
-                Some(true) => return Ok(()),
-                Some(false) => crate::sync::nap(Duration::from_millis(1)),
-                None => return Err(self.ended()),
-            }
-        }
+        let drained = self.ask_for_all();
+        self.life.help(deadline);
+        drained.wait(deadline).map_err(WaitError::from)?.ok_or_else(|| self.ended())
     }
 }
 
@@ -123,13 +175,7 @@ pub(super) fn start<E: Event>(
     services: Arc<Services>,
     handler: impl Serve<E>,
 ) -> Result<Arc<ConsumerShared<E>>, ConsumerError> {
-    let shared = Arc::new(ConsumerShared {
-        life: Life::new(services.identity()),
-        asks: Arrivals::new(),
-        report: Mutex::new(ConsumerReport::of(&driver, Duration::ZERO)),
-        logs: driver.followers().iter().map(|follower| follower.log_and_hold()).collect(),
-        watches: Arc::clone(driver.watches()),
-    });
+    let shared = Arc::new(ConsumerShared::new(&driver, Life::new(services.identity(), None)));
     let name = driver.settings().name.to_string();
     let handler = Arc::new(handler);
     let concurrency = driver.settings().concurrency;
@@ -218,19 +264,9 @@ impl<E: Event> Shell<E> {
 
     fn run(&mut self, handler: &impl Serve<E>) -> Result<(), ConsumerError> {
         let driven = self.drive(handler);
-        // An event whose record could not be written is judged again in the next run. `stop` returns that error, unless
-        // the consumer ended by an earlier one.
-        let saved = self.driver.save();
-        if let (Err(_), Err(error)) = (&driven, &saved) {
-            let consumer = &*self.driver.settings().name;
-            tracing::error!(
-                consumer,
-                error = crate::error::with_sources(&error),
-                "records could not be saved at the end; their events are handled again"
-            );
-        }
+        let ended = self.shared.save_at_end(&mut self.driver, driven);
         self.report();
-        driven.and(saved)
+        ended
     }
 
     /// Drives the consumer until it is asked to stop and no job is in flight.
@@ -241,9 +277,7 @@ impl<E: Event> Shell<E> {
         let is_alone = self.driver.settings().concurrency == 1;
         let mut handler = |event: &E::Archived, meta: &Meta, call: &Call<'_>| handler(event, meta, call);
         loop {
-            let asks = self.shared.asks.take();
-            let mut work = asks.len();
-            asks.into_iter().for_each(|ask| ask(&mut self.driver));
+            let mut work = self.shared.run_asks(&mut self.driver);
             work += self.take_outcomes()?;
             work += self.driver.step(self.now(), self.idle_rounds > 0)?;
             let is_stopping = self.shared.life.is_stopping();
@@ -317,10 +351,8 @@ impl<E: Event> Shell<E> {
         Ok(taken)
     }
 
-    fn report(&self) {
-        let mut report = ConsumerReport::of(&self.driver, self.now());
-        report.running_since = self.out.iter().map(|(_, since)| *since).min();
-        *lock(&self.shared.report) = report;
+    fn report(&mut self) {
+        self.shared.show(&mut self.driver, self.out.iter().map(|(_, since)| *since).min());
     }
 
     /// Sleeps until there may be something to do.

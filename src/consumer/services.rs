@@ -350,9 +350,15 @@ impl Services {
         *lock(&self.closed) = Closed::Abandoned;
         for running in self.running() {
             running.life().ask_to_stop();
+            running.life().cancel_handlers();
             let ConsumerReport { name, running_since, .. } = running.report();
             tracing::error!(consumer = name, ?running_since, "a consumer has not ended; the engine closes without it");
         }
+    }
+
+    /// Returns `true` if the current thread runs a handler of an asynchronous consumer's task, or would have to.
+    pub(crate) fn hold_up_this_thread(&self) -> bool {
+        self.running().iter().any(|running| running.life().holds_up_this_thread())
     }
 
     /// Stops every running consumer and lets none start. Returns `true` if all have ended by the deadline.

@@ -66,9 +66,9 @@ impl Closing {
     /// Returns `true` if the calling thread belongs to this engine: if it waited for the end, it would wait for itself.
     pub(super) fn is_own_thread(&self) -> bool {
         match role() {
-            Role::Application => false,
+            Role::Application => self.services.hold_up_this_thread(),
             Role::Engine => true,
-            Role::Consumer { engine, .. } => engine == self.services.identity(),
+            Role::Consumer { engine, .. } => engine == self.services.identity() || self.services.hold_up_this_thread(),
         }
     }
 

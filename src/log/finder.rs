@@ -19,7 +19,8 @@ pub(crate) struct Finder {
     segment: Option<Segment>,
     /// The store's lock. A finder trusts the bytes that this process wrote, so no other process may write while the
     /// finder lives.
-    _lock: Arc<dyn Lock>,
+    #[cfg_attr(not(feature = "tokio"), expect(dead_code, reason = "held for its drop"))]
+    lock: Arc<dyn Lock>,
 }
 
 /// A record in [`Finder::memory`]: its position, exact length and header.
@@ -32,7 +33,7 @@ pub(crate) struct RecordPlace {
 
 impl Finder {
     pub(crate) fn new(log: Arc<ShardLog>, lock: Arc<dyn Lock>) -> Self {
-        Self { log, segment: None, _lock: lock }
+        Self { log, segment: None, lock }
     }
 
     pub(crate) fn log(&self) -> &Arc<ShardLog> {
@@ -79,6 +80,12 @@ impl Finder {
     /// Returns the memory that holds the last record found.
     pub(crate) fn memory(&self) -> Option<&Memory> {
         self.segment.as_ref().map(|segment| &*segment.memory)
+    }
+
+    /// Returns the memory that holds the last record found, and the store's lock, which must be kept with it.
+    #[cfg(feature = "tokio")]
+    pub(crate) fn shared_memory(&self) -> Option<(&Arc<Memory>, &Arc<dyn Lock>)> {
+        self.segment.as_ref().map(|segment| (&segment.memory, &self.lock))
     }
 
     /// Returns the archive of the last record found.

@@ -67,6 +67,11 @@ impl<T> Keeping<T> {
     pub(crate) fn keep(self, value: T) {
         lock(&self.shared).value = Some(value);
     }
+
+    /// Returns `true` if the promise was dropped: nobody waits for the value any more.
+    pub(crate) fn is_abandoned(&self) -> bool {
+        Arc::strong_count(&self.shared) == 1
+    }
 }
 
 impl<T> Drop for Keeping<T> {

@@ -183,3 +183,34 @@ fn a_gate_does_not_skip_an_event_that_cannot_be_read() {
     let gate = engine.gated("in", policy(), |event| Some((event.n.to_native(), 0))).unwrap();
     assert!([1, 14, 2, 3].iter().all(|partition| gate.expected(*partition) == Some(1)));
 }
+
+reading!(ForTasks, TASKS_REFUSE);
+
+#[test]
+fn an_asynchronous_handler_gets_upcasted_events_and_an_undecodable_one_is_parked() {
+    let dir = store();
+    let engine = open::<ForTasks>(dir.path());
+    let seen = Arc::new(Mutex::new(Vec::new()));
+    let saw = Arc::clone(&seen);
+    tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap().block_on(async {
+        let consumer = engine.consumer("c").concurrency(2).start_async(move |event| {
+            let saw = Arc::clone(&saw);
+            async move {
+                tokio::task::yield_now().await;
+                saw.lock().unwrap().push(event.event().n.to_native());
+                Ok(())
+            }
+        });
+        let consumer = consumer.unwrap();
+        consumer.drain_async(soon()).await.unwrap();
+        assert_eq!((consumer.report().handled, consumer.report().parked), (1, 3), "14, and two events behind it");
+        TASKS_REFUSE.store(false, Ordering::SeqCst);
+        consumer.reprocess_async(corelane::consumer::LetterSelector::All).await.unwrap();
+        while consumer.report().letters.letters > 0 {
+            tokio::time::sleep(std::time::Duration::from_millis(1)).await;
+        }
+        consumer.stop_async(soon()).await.unwrap();
+    });
+    assert_eq!(*seen.lock().unwrap(), [1, 14, 2, 3]);
+    engine.shutdown(soon()).unwrap();
+}

@@ -4,6 +4,8 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod async_handlers;
+mod async_sinks;
 mod consumer_crashes;
 mod consumer_letters;
 mod consumer_model;

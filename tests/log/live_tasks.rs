@@ -508,3 +508,25 @@ fn a_poller_whose_deliveries_are_all_in_flight_is_pending_and_continues_when_one
     assert!(take(&mut poller).is_none());
     assert_eq!(poller.report().handled, 5);
 }
+
+#[test]
+fn a_pollers_stream_is_woken_by_a_retry_and_ends_only_after_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let engine = EventLog::<Note>::open(small(dir.path())).unwrap();
+    let mut poller = poller(&engine);
+    publish(&engine, [(1, 7)]);
+    let work = async {
+        let first = next(&mut poller).await.unwrap().unwrap();
+        poller.failed(first, "not yet").unwrap();
+        // No event comes: only the retry wakes the task.
+        let second = next(&mut poller).await.unwrap().unwrap();
+        assert_eq!(second.attempt(), 2);
+        poller.failed(second, "not yet").unwrap();
+        engine.shutdown(soon()).unwrap();
+        let third = next(&mut poller).await.expect("a retry is left").unwrap();
+        assert_eq!(third.attempt(), 3);
+        poller.succeeded(third).unwrap();
+        assert!(next(&mut poller).await.is_none());
+    };
+    block_on_until(work, soon().unwrap()).expect("the task is woken");
+}

@@ -415,12 +415,20 @@ impl<E: Event> ShardFollower<E> {
         !self.is_stuck && self.reader.offset() < self.reader.horizon()
     }
 
+    /// Returns `true` if the next event to read, or an unfinished one, is not in the newest segment.
+    #[cfg(feature = "tokio")]
+    pub(super) fn is_in_older_segment(&self) -> bool {
+        let next = if self.queues.may_run() { self.queues.position() } else { self.reader.offset() };
+        let is_wanted = self.queues.may_run() || self.has_unread();
+        is_wanted && self.log.segment_of(next) < self.log.segment_of(Offset(self.log.appended.get()))
+    }
+
     /// Registers a task for new events in the log. The caller must check the log again after this call.
     pub(crate) fn register(&self, registration: &mut Registration, waker: &Waker) {
         self.reader.register(registration, waker);
     }
 
-    /// As [`Follower::register`], for a thread.
+    /// As [`ShardFollower::register`], for a thread.
     pub(crate) fn register_thread(&self, registration: &mut Registration, waker: &Waker) {
         self.reader.register_thread(registration, waker);
     }

@@ -2,10 +2,14 @@
 
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+#[cfg(feature = "tokio")]
+use std::sync::Arc;
 
 use rkyv::util::AlignedVec;
 
 use crate::consumer::dead_letter::answer::DeadLetter;
+#[cfg(feature = "tokio")]
+use crate::consumer::delivered::Delivered;
 use crate::consumer::effects::Call;
 use crate::consumer::health::CallPermit;
 use crate::consumer::key_queues::answer::InFlight;
@@ -90,9 +94,37 @@ impl Job {
         guarded(|| {
             let (event, meta) =
                 self.event::<E>(finder, access).map_err(Failed::Unreadable)?.ok_or(Failed::Undecodable)?;
-            let is_rebuild = matches!(self.work, Work::Event(_)) && meta.offset < self.effects_from;
-            let call = Call::new(consumer, meta.id(), self.attempt(), is_rebuild);
+            let call = Call::new(consumer, meta.id(), self.attempt(), self.is_rebuild(&meta));
             handler(event, &meta, &call).map_err(Failed::Handler)
+        })
+    }
+
+    fn is_rebuild(&self, meta: &Meta) -> bool {
+        matches!(self.work, Work::Event(_)) && meta.offset < self.effects_from
+    }
+
+    /// Returns the job's event for a handler that outlives this call.
+    #[cfg(feature = "tokio")]
+    pub(crate) fn deliver<E: Event>(
+        &self,
+        consumer: &Arc<str>,
+        finder: &mut Finder,
+        access: &mut Access,
+    ) -> Result<Delivered<E>, Failed> {
+        guarded(|| {
+            let (held, meta) = match &self.work {
+                Work::Event(event) => {
+                    let place = finder.find(event.offset()).map_err(Failed::Unreadable)?;
+                    let meta = place.header.meta(finder.log().shard, event.offset(), Sequence::UNKNOWN);
+                    let (memory, lock) = finder.shared_memory().ok_or(Failed::Undecodable)?;
+                    (access.hold::<E>(memory, place.at, place.len, &place.header, lock), meta)
+                }
+                Work::Letter { letter, archive } => {
+                    (access.hold_copy::<E>(archive, letter.event_type, letter.schema_version), letter.meta())
+                }
+            };
+            let held = held.ok_or(Failed::Undecodable)?;
+            Ok(Delivered::new(held, meta, Arc::clone(consumer), self.attempt(), self.is_rebuild(&meta)))
         })
     }
 
@@ -122,6 +154,6 @@ impl Job {
 /// Runs the application's code (an upcaster, the handler) and turns a panic into a failure. `body` changes no state of
 /// the engine, so a panic leaves nothing half done here.
 #[inline]
-pub(super) fn guarded(body: impl FnOnce() -> Result<(), Failed>) -> Result<(), Failed> {
+pub(super) fn guarded<T>(body: impl FnOnce() -> Result<T, Failed>) -> Result<T, Failed> {
     catch_unwind(AssertUnwindSafe(body)).unwrap_or_else(|panic| Err(Failed::Panic(panic_text(&*panic))))
 }

@@ -69,6 +69,8 @@ pub(crate) struct Driver<E: Event> {
     waiters: HandledWaiters,
     suspension: Suspension,
     requests: RequestRunner,
+    /// Changes of the position that wait until no job is in flight. Meanwhile no job is handed out.
+    seeks: Vec<(Start, Keeping<Result<(), ConsumerError>>)>,
 }
 
 impl<E: Event> std::fmt::Debug for Driver<E> {
@@ -111,6 +113,7 @@ impl<E: Event> Driver<E> {
             next_shard: 0,
             running: 0,
             is_in_place: false,
+            seeks: Vec::new(),
         })
     }
 
@@ -124,10 +127,20 @@ impl<E: Event> Driver<E> {
     /// time has come, reads the log, answers waiters, and saves. `is_idle` says that the previous step found nothing to
     /// do. Returns the work done.
     pub(crate) fn step(&mut self, now: Duration, is_idle: bool) -> Result<usize, ConsumerError> {
+        let sought = self.carry_out_seeks();
         let Self { requests, records, followers, saver, waiters, suspension, .. } = self;
         let mut context = RecordContext { followers, saver, waiters, suspension };
-        let mut work = records.write(now, is_idle, &mut context);
+        let mut work = sought + records.write(now, is_idle, &mut context);
         work += requests.carry_out(now, records, &mut context);
+        work += self.read(now)?;
+        work += usize::from(self.save_if_due(now));
+        Ok(work)
+    }
+
+    /// Does the part of [`Driver::step`] that writes no file: wakes keys whose time has come, reads the log, and answers
+    /// waiters. Returns the work done.
+    pub(crate) fn read(&mut self, now: Duration) -> Result<usize, ConsumerError> {
+        let mut work = 0;
         let is_in_place = self.is_in_place && self.admission.is_healthy();
         for follower in &mut self.followers {
             work += follower.queues.tick(now);
@@ -135,9 +148,8 @@ impl<E: Event> Driver<E> {
                 work += follower.offer(&self.settings, self.records.letters(), is_in_place)?;
             }
         }
-        // Answer waiters first: saving the position forgets the records below it.
+        // Answer waiters before a save, which forgets the records below the position.
         self.answer_waiters();
-        work += usize::from(self.save_if_due(now));
         Ok(work)
     }
 
@@ -147,7 +159,7 @@ impl<E: Event> Driver<E> {
         let is_full = self.suspension.is_full();
         let is_halted = self.suspension.is_halted() && !is_full;
         let may_run = self.running < self.settings.concurrency && !is_halted && !self.suspension.is_paused();
-        if !may_run || !self.admission.may_admit(now) {
+        if !may_run || !self.seeks.is_empty() || !self.admission.may_admit(now) {
             return Ok(None);
         }
         // Letters first: they are older than all other events of their keys.
@@ -263,7 +275,8 @@ impl<E: Event> Driver<E> {
     ) -> Result<usize, ConsumerError> {
         let mut work = 0;
         self.is_in_place = true;
-        if self.suspension.is_active() || !self.admission.is_healthy() || self.running > 0 {
+        let is_held = self.suspension.is_active() || !self.seeks.is_empty();
+        if is_held || !self.admission.is_healthy() || self.running > 0 {
             return Ok(0);
         }
         for shard in 0..self.followers.len() {
@@ -288,10 +301,26 @@ impl<E: Event> Driver<E> {
         let queues = self.followers.iter().filter_map(|follower| follower.queues.next_due()).min();
         let is_runnable =
             self.records.has_letters_to_handle() || self.followers.iter().any(|follower| follower.queues.may_run());
-        let admitted = self.admission.due().filter(|_| is_runnable);
+        // Only letters are handled while there is no room for more.
+        let is_suspended = self.suspension.is_paused() || (self.suspension.is_halted() && !self.suspension.is_full());
+        // A job in flight that uses the last place, or that a seek waits for, comes back first.
+        let has_place = self.running < self.settings.concurrency && self.seeks.is_empty();
+        let admitted = self.admission.due().filter(|_| is_runnable && has_place && !is_suspended);
         let records = self.records.due(&self.followers, &self.suspension);
         let save = self.saver.due(&self.followers, self.records.letters().durable());
         [queues, admitted, records, save, Some(self.requests.due())].into_iter().flatten().min()
+    }
+
+    /// Returns `true` if the next [`Driver::step`] or [`Driver::next_job`] may wait for the disk: files are due, or the
+    /// next event is in an older segment. The newest segment is in memory, since the shard writes it.
+    #[cfg(feature = "tokio")]
+    pub(crate) fn may_block(&self, now: Duration) -> bool {
+        !self.seeks.is_empty()
+            || self.requests.due() <= now
+            || self.records.has_letters_to_handle()
+            || self.records.due(&self.followers, &self.suspension).is_some_and(|due| due <= now)
+            || self.saver.is_due(now, &self.followers, self.records.letters().durable())
+            || (self.may_read() && self.followers.iter().any(ShardFollower::is_in_older_segment))
     }
 
     /// Returns `false` while the consumer is paused or halted.
@@ -366,8 +395,21 @@ impl<E: Event> Driver<E> {
         self.waiters.add(shard, key, offset, keeping);
     }
 
+    /// Keeps the promise when every event that is visible then is done.
+    pub(crate) fn wait_for_all(&mut self, keeping: Keeping<()>) {
+        self.waiters.add_for_all(keeping);
+    }
+
     fn answer_waiters(&mut self) {
         self.waiters.answer(&self.followers, self.records.letters());
+    }
+
+    /// Keeps the promises of [`Driver::wait_for_all`] if every event that is visible now is done. Call it after the
+    /// report was renewed: a caller looks there next.
+    pub(crate) fn answer_if_caught_up(&mut self) {
+        if self.waiters.awaits_all() && self.is_caught_up() {
+            self.waiters.answer_for_all();
+        }
     }
 
     /// Returns `true` if every event that is visible now is done.
@@ -414,6 +456,37 @@ impl<E: Event> Driver<E> {
         // The position does not pass events that are not recorded.
         records.save_position(&mut context)?;
         written
+    }
+
+    /// Sets the consumer to another position as soon as no job is in flight, unless the promise is dropped before. Until
+    /// then no job is handed out. Ends a halt.
+    pub(crate) fn seek_when_idle(&mut self, start: Start, keeping: Keeping<Result<(), ConsumerError>>) {
+        self.seeks.push((start, keeping));
+    }
+
+    /// Answers the waiters that need nothing more, and carries out changes of the position if no job is in flight.
+    #[cfg(feature = "tokio")]
+    pub(crate) fn answer_handles(&mut self) {
+        self.carry_out_seeks();
+        self.answer_waiters();
+    }
+
+    /// Carries out waiting changes of the position. Returns their number.
+    fn carry_out_seeks(&mut self) -> usize {
+        self.seeks.retain(|(_, keeping)| !keeping.is_abandoned());
+        if self.seeks.is_empty() || self.running > 0 {
+            return 0;
+        }
+        let seeks = std::mem::take(&mut self.seeks);
+        let count = seeks.len();
+        for (start, keeping) in seeks {
+            let sought = self.seek(start);
+            if !self.suspension.is_paused() {
+                self.resume();
+            }
+            keeping.keep(sought);
+        }
+        count
     }
 
     /// Sets the consumer to another position. No job may be in flight. Side effects of events below the old position do

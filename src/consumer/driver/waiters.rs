@@ -21,6 +21,8 @@ struct Waiter {
 #[derive(Default)]
 pub(super) struct HandledWaiters {
     waiters: Vec<Waiter>,
+    /// Waiters for the end of the backlog.
+    for_all: Vec<Keeping<()>>,
     watches: Arc<Watches>,
 }
 
@@ -30,7 +32,28 @@ impl HandledWaiters {
     }
 
     pub(super) fn add(&mut self, shard: usize, key: Key, offset: Offset, keeping: Keeping<Handled>) {
+        self.forget_abandoned();
         self.waiters.push(Waiter { shard, key, offset, keeping });
+    }
+
+    pub(super) fn add_for_all(&mut self, keeping: Keeping<()>) {
+        self.forget_abandoned();
+        self.for_all.push(keeping);
+    }
+
+    /// Forgets waiters that gave up: a waiter may give up and come again for ever while the consumer is paused.
+    fn forget_abandoned(&mut self) {
+        self.waiters.retain(|waiter| !waiter.keeping.is_abandoned());
+        self.for_all.retain(|keeping| !keeping.is_abandoned());
+    }
+
+    pub(super) fn awaits_all(&self) -> bool {
+        !self.for_all.is_empty()
+    }
+
+    /// Answers the waiters for the end of the backlog.
+    pub(super) fn answer_for_all(&mut self) {
+        self.for_all.drain(..).for_each(|keeping| keeping.keep(()));
     }
 
     /// Answers every waiter whose events are done.
