@@ -35,6 +35,7 @@ impl<A: Aggregate> Engine<A> {
     /// ```
     pub fn live(&self) -> LiveBuilder<A::Event> {
         let logs = self.shards.iter().map(|shard| Arc::clone(&shard.door.log)).collect();
-        LiveBuilder::new(logs, Arc::clone(&self.lock), self.config.durability != Durability::OsCache)
+        let syncs = self.config.durability != Durability::OsCache;
+        LiveBuilder::new(logs, self.config.router(), Arc::clone(&self.lock), syncs)
     }
 }

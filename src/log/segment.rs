@@ -272,8 +272,8 @@ impl ShardLog {
     pub(crate) fn end(&self) {
         // SeqCst: pairs with the load in `has_ended`. A waiter registers first and checks afterwards.
         self.ended.store(true, Ordering::SeqCst);
-        self.grown.reached(u64::MAX);
-        self.synced.reached(u64::MAX);
+        self.grown.wake_all();
+        self.synced.wake_all();
     }
 
     /// Returns `true` if nothing more will be appended: the engine was closed, or the shard has failed.
@@ -318,15 +318,8 @@ mod tests {
     /// The writer's steps one by one: at no step does the end of the log come with the sequence of another batch.
     #[test]
     fn the_end_of_the_log_has_its_own_sequence_or_none() {
-        let log = ShardLog::new(
-            (1, ShardId(0)),
-            PathBuf::new(),
-            SEGMENT_BYTES,
-            Offset(4096),
-            0,
-            VecDeque::new(),
-            &Arc::default(),
-        );
+        let (store, notifier) = ((1, ShardId(0)), Arc::default());
+        let log = ShardLog::new(store, PathBuf::new(), SEGMENT_BYTES, Offset(4096), 0, VecDeque::new(), &notifier);
         let ends = |offset, sequence| assert_eq!(log.end_and_sequence(), Some((Offset(offset), sequence)));
         ends(4096, 0);
         let mut half = begin(&log, 0, Seam { end: Offset(0), salt: 0, sequence: 0 });

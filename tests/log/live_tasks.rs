@@ -447,6 +447,33 @@ fn a_cancelled_wait_takes_no_event() {
     }
 }
 
+#[test]
+fn a_feed_or_stream_that_is_dropped_or_timed_out_leaves_no_waker_behind() {
+    let dir = tempfile::tempdir().unwrap();
+    let engine = EventLog::<Note>::open(small(dir.path()).shards(2)).unwrap();
+    let counter = Arc::new(Counter::default());
+    let mut feeds: Vec<_> = (0..10).map(|_| engine.live().start().unwrap()).collect();
+    for feed in &mut feeds {
+        assert!(poll(feed, &counter).is_pending());
+        assert!(poll(feed, &counter).is_pending(), "a second poll replaces the first waker");
+    }
+    assert_eq!(Arc::strong_count(&counter), 1 + 10 * 2, "one per feed and shard");
+    drop(feeds.split_off(3));
+    assert_eq!(Arc::strong_count(&counter), 1 + 3 * 2);
+    // Waiting as a thread takes the task's place.
+    let timed_out = feeds[0].next_until(Duration::from_millis(1));
+    assert!(matches!(timed_out, Err(LiveError::Wait(WaitError::TimedOut))));
+    assert_eq!(Arc::strong_count(&counter), 1 + 2 * 2);
+    drop(feeds);
+    assert_eq!(Arc::strong_count(&counter), 1);
+    let mut poller = poller(&engine);
+    assert!(poll(&mut poller, &counter).is_pending());
+    assert!(Arc::strong_count(&counter) > 1);
+    drop(poller);
+    until("the alarm's thread has ended", || Arc::strong_count(&counter) == 1);
+    assert_eq!(counter.get(), 0);
+}
+
 fn poller(engine: &EventLog<Note>) -> Poller<Note> {
     let retry = Retry::fixed().base(Duration::from_millis(20)).jitter(1.0, 1.0).attempts(3);
     let health = HealthPolicy::default().consecutive_max(1_000);

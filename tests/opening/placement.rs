@@ -4,6 +4,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use crate::common::bank::{Account, Money, Order, logged};
 use crate::common::{os_cache, soon, tree};
+use corelane::log::LiveFrom;
 use corelane::log::scan::Store;
 use corelane::testing::FaultyStorage;
 use corelane::view::ById;
@@ -42,7 +43,7 @@ fn publish(engine: &Engine<Account>) -> Vec<Key> {
         producer.publish(*key, deposited(*key)).unwrap();
         shared.publish(*key, deposited(*key)).with_receipt().wait().unwrap().appended().wait().unwrap();
         client.send(*key, Order::Deposit(1)).wait().unwrap();
-        crate::common::block_on(async { client.send(*key, Order::Deposit(1)).await.unwrap() });
+        crate::common::block_on(engine.shared_client().send(*key, Order::Deposit(1)).into_future()).unwrap();
     }
     let mut batch: Vec<_> = keys.iter().map(|key| (*key, deposited(*key))).collect();
     producer.publish_batch(&mut batch).unwrap();
@@ -65,6 +66,13 @@ fn every_way_to_the_log_and_back_uses_the_placement() {
         }
     }
     assert_eq!((seen, shards.len()), (keys.len() * 5, 4));
+    for key in &keys {
+        let mut feed = engine.live().key(*key).from(LiveFrom::Beginning).start().unwrap();
+        for _ in 0..5 {
+            let found = feed.next_until(soon()).unwrap().expect("the engine is open");
+            assert_eq!(found.meta.key, *key);
+        }
+    }
     for _ in 0..2 {
         for key in &keys {
             let cents = 3 * (key.0 & 0xff) + 2;

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use super::feed::Live;
 use super::shard::{FollowedShard, Wanted};
 use crate::error::{LiveError, PositionError, ReadError, WaitError};
-use crate::event::{Event, EventId, Key, ShardId, Time, TypeFilter};
+use crate::event::{Event, EventId, Key, Router, ShardId, Time, TypeFilter};
 use crate::log::position::Position;
 use crate::log::reader::{Reader, Sight};
 use crate::log::segment::ShardLog;
@@ -74,6 +74,7 @@ impl LiveFrom {
 #[must_use = "the feed begins when it is started"]
 pub struct LiveBuilder<E: Event> {
     logs: Vec<Arc<ShardLog>>,
+    router: Router,
     lock: Arc<dyn Lock>,
     /// `false` if events become durable only by `flush`.
     syncs: bool,
@@ -94,9 +95,10 @@ impl<E: Event> fmt::Debug for LiveBuilder<E> {
 
 impl<E: Event> LiveBuilder<E> {
     /// Creates a builder for a feed of these logs, all shards of one store.
-    pub(crate) fn new(logs: Vec<Arc<ShardLog>>, lock: Arc<dyn Lock>, syncs: bool) -> Self {
+    pub(crate) fn new(logs: Vec<Arc<ShardLog>>, router: Router, lock: Arc<dyn Lock>, syncs: bool) -> Self {
         Self {
             logs,
+            router,
             lock,
             syncs,
             key: None,
@@ -154,9 +156,8 @@ impl<E: Event> LiveBuilder<E> {
             return Err(WaitError::NeverDurable.into());
         }
         let types = self.types.as_ref().map_or(Ok(TypeFilter::all()), |names| TypeFilter::named::<E>(names))?;
-        let shards = self.logs.len() as u16;
         let logs: Vec<_> = match self.key {
-            Some(key) => self.logs.iter().filter(|log| log.shard == key.shard(shards)).collect(),
+            Some(key) => self.logs.iter().filter(|log| log.shard == self.router.shard(key)).collect(),
             None => self.logs.iter().collect(),
         };
         for shard in self.from.iter().filter_map(LiveFrom::shard) {

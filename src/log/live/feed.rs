@@ -128,6 +128,7 @@ impl<E: Event> Live<E> {
                 Looked::Nothing if !may_wait() => return Err(WaitError::OnEngineThread.into()),
                 Looked::Nothing | Looked::Yield if deadline.is_some_and(|at| at <= Instant::now()) => {
                     self.rest();
+                    self.shards.iter_mut().for_each(FollowedShard::leave);
                     return Err(WaitError::TimedOut.into());
                 }
                 Looked::Nothing if is_registered => {

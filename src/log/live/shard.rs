@@ -45,7 +45,7 @@ pub(super) enum TurnEnd {
 /// A shard's log, as far as a feed has read it.
 pub(super) struct FollowedShard<E: Event> {
     reader: Reader<E>,
-    /// The feed's place among the waiters of the log.
+    /// The feed's place among the waiters of the log, while it waits.
     registration: Registration,
     /// `true` if the shard has no more events for the feed.
     has_ended: bool,
@@ -160,6 +160,11 @@ impl<E: Event> FollowedShard<E> {
     /// As [`FollowedShard::register`], for a thread.
     pub(super) fn register_thread(&mut self, waker: &Waker) {
         self.reader.register_thread(&mut self.registration, waker);
+    }
+
+    /// Takes the feed out of the log's waiters.
+    pub(super) fn leave(&mut self) {
+        self.registration.leave();
     }
 
     /// Lets go of the segment: a feed that waits holds nothing.
