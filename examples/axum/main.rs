@@ -45,16 +45,16 @@ async fn command(State(app): AppState, Path(id): Path<u64>, headers: HeaderMap, 
     match timeout(LIMIT, sending).await {
         Ok(Ok(outcome)) => Ok(Json(json!({ "version": outcome.version.get(), "repeated": outcome.repeated }))),
         Ok(Err(CommandError::Rejected(refused))) => Err((StatusCode::CONFLICT, Json(json!({ "refused": refused })))),
-        Ok(Err(error)) => Err(failed(error)),
+        Ok(Err(error)) if !error.is_outcome_unknown() => Err(failed(error)),
         // It may still be carried out. With an idempotency key, it is safe to send it again.
-        Err(late) => Err((StatusCode::GATEWAY_TIMEOUT, Json(json!({ "error": late.to_string() })))),
+        Ok(Err(_)) | Err(_) => Err((StatusCode::GATEWAY_TIMEOUT, Json(json!({ "error": "no answer" })))),
     }
 }
 
 async fn player(State(app): AppState, Path(id): Path<u64>, Query(query): Query<HashMap<String, u64>>) -> Answer {
     let Some(&ms) = query.get("at") else {
-        let now = app.engine.ask(Key::new(id), |player, version| json!({ "player": player, "version": version.get() }));
-        return Ok(Json(now.await.map_err(failed)?));
+        let (player, version) = app.engine.state(Key::new(id)).await.map_err(failed)?.unwrap_or_default();
+        return Ok(Json(json!({ "player": player, "version": version.get() })));
     };
     let past = spawn_blocking(move || app.engine.state_at(Key::new(id), Time::end_of_ms(ms)));
     let past = past.await.expect("reading history does not panic").map_err(failed)?;
