@@ -171,6 +171,17 @@ impl<A: Aggregate> ClientLane<A> {
         Arc::as_ptr(&self.shared).addr()
     }
 
+    /// Returns the number of commands that can be sent now. For the lane of a shared client.
+    pub(super) fn free(&mut self) -> usize {
+        self.receive();
+        self.room.saturating_sub((self.sent - self.arrived) as usize)
+    }
+
+    /// Returns the number of answered commands at which half of those in flight are answered, at least one.
+    pub(super) fn half_answered(&self) -> u64 {
+        self.arrived + (self.sent - self.arrived).div_ceil(2).max(1)
+    }
+
     /// Takes replies out of the ring.
     pub(super) fn receive(&mut self) {
         while let Ok(reply) = self.replies.pop() {

@@ -10,6 +10,7 @@
 //! | `expected` | the version that a command may require |
 //! | `outcome` | the outcome of a command |
 //! | `shared` | the lanes of many threads and tasks |
+//! | `room` | the callers that wait for room in such a lane |
 //! | `lane` | the rings between a client and one shard |
 
 mod answer;
@@ -19,6 +20,7 @@ mod lane;
 mod named;
 mod outcome;
 mod prepared;
+mod room;
 mod sending;
 mod shared;
 

@@ -1,10 +1,8 @@
 //! The shared client: the commands of many threads and tasks, through one lane to every shard.
 //!
 //! A mutex guards each lane. It is held for one push, or for taking the replies that have arrived; the shard never takes
-//! it. Callers that wait for room form a queue. The first of them waits for the next reply, which makes room. When it
-//! has left the queue, the next one does.
+//! it. Callers that wait for room form a queue (`room`).
 
-use std::collections::BTreeMap;
 use std::future::{Future, IntoFuture};
 use std::pin::Pin;
 use std::sync::Arc;
@@ -14,6 +12,7 @@ use super::expected::ExpectedVersion;
 use super::lane::{ClientLane, CommandSlot, Ticket};
 use super::outcome::{CommandError, Outcome};
 use super::prepared::Prepared;
+use super::room::RoomQueue;
 use super::sending::IdempotencyKey;
 use crate::clock::Clock;
 use crate::error::{KeysError, Rejected, RejectedReason, WaitError};
@@ -27,8 +26,8 @@ use crate::sync::{Deadline, GaveUp, Mutex, Registration, block_on, lock, may_wai
 /// Sends commands from any number of threads and tasks, which clone it or share it by reference.
 ///
 /// Commands of all clones are pipelined through one lane to every shard, which holds up to `ring_capacity` commands in
-/// flight. While it is full, callers wait in order of arrival, so a future that waits for room must be polled or
-/// dropped. Commands for one key are carried out in the order in which they were sent.
+/// flight. While it is full, callers wait. Commands for one key are carried out in the order in which they were sent;
+/// a task that awaits [`SharedSending::submit`] before it submits the next command keeps its order.
 ///
 /// [`Engine::shared_client`](crate::Engine::shared_client) returns a shared client. It may outlive the engine; it then
 /// refuses every command. A thread that needs no other threads' help is faster with a [`Client`](crate::Client) of its
@@ -93,9 +92,7 @@ struct SharedLane<A: Aggregate> {
 
 struct Locked<A: Aggregate> {
     lane: ClientLane<A>,
-    /// The callers that wait for room, in order, each with its number.
-    waiting: BTreeMap<u64, Waker>,
-    next_number: u64,
+    queue: RoomQueue,
 }
 
 impl<A: Aggregate> Clone for SharedClient<A> {
@@ -115,7 +112,7 @@ impl<A: Aggregate> SharedClient<A> {
         let shared = |lane: ClientLane<A>| {
             let lane = lane.shared();
             let (counts, door) = (Arc::clone(&lane.shared), Arc::clone(&lane.door));
-            let locked = Mutex::new(Locked { lane, waiting: BTreeMap::new(), next_number: 0 });
+            let locked = Mutex::new(Locked { lane, queue: RoomQueue::default() });
             SharedLane { locked, counts, door }
         };
         Self(Arc::new(Shared { lanes: lanes.into_iter().map(shared).collect(), clock, router }))
@@ -151,15 +148,13 @@ impl<A: Aggregate> SharedLane<A> {
         locked.lane.claim(ticket).unwrap_or(Err(CommandError::Claimed))
     }
 
-    /// Takes a caller out of the queue for room. The next one then watches the lane.
+    /// Takes a caller out of the queue for room.
     fn leave_queue(&self, number: u64) {
         let mut locked = lock(&self.locked);
-        let waker = locked.waiting.remove(&number);
-        let first = locked.waiting.first_key_value().filter(|(first, _)| **first > number);
-        let first = first.map(|(_, waker)| waker.clone());
+        let free = locked.lane.free();
+        let wakers = locked.queue.leave(number, free);
         drop(locked);
-        drop(waker);
-        first.into_iter().for_each(wake);
+        wakers.into_iter().for_each(wake);
     }
 }
 
@@ -235,13 +230,14 @@ impl<A: Aggregate> SharedSending<A> {
         if let Some(fault) = submitting.fault.take() {
             return Err(Rejected::Keys(command.command, *fault));
         }
-        let (shared, lane) = (Arc::clone(&submitting.shared), submitting.lane);
-        let mut locked = lock(&shared.lanes[lane].locked);
-        if !locked.waiting.is_empty() {
-            return Err(shared.lanes[lane].door.full(command.command));
-        }
+        let (shared, at) = (Arc::clone(&submitting.shared), submitting.lane);
         let key = command.key;
-        let sent = locked.lane.try_send(command, true).map_err(|rejected| rejected.map(|slot| slot.command));
+        let mut locked = lock(&shared.lanes[at].locked);
+        let Locked { lane, queue } = &mut *locked;
+        if !queue.lets_in(|| lane.free()) {
+            return Err(shared.lanes[at].door.full(command.command));
+        }
+        let sent = lane.try_send(command, true).map_err(|rejected| rejected.map(|slot| slot.command));
         drop(locked);
         sent.map(|number| submitting.answer(key, number))
     }
@@ -292,7 +288,7 @@ impl<A: Aggregate> IntoFuture for SharedSending<A> {
 #[derive(Debug, Default)]
 struct Place {
     number: Option<u64>,
-    /// For the next reply, while the caller is the first in the queue.
+    /// For replies, while the caller watches the lane.
     registration: Registration,
 }
 
@@ -336,18 +332,16 @@ impl<A: Aggregate> Submitting<A> {
         SharedAnswer { shared: Arc::clone(&self.shared), state: Answering::Sent(ticket), registration }
     }
 
-    /// Sends the command if it is this caller's turn and there is room; otherwise queues the caller.
-    fn attempt(&mut self, waker: &Waker) -> Attempt<A::Command> {
+    /// Sends the command if there is room. Otherwise puts the caller to sleep, with the waker if there is one.
+    fn attempt(&mut self, waker: Option<Waker>) -> Attempt<A::Command> {
         let command = self.command.take().expect("a future is not polled after it has completed");
         if let Some(fault) = self.fault.take() {
             return Attempt::Refused(Rejected::Keys(command.command, *fault));
         }
-        let mut waker = Some(waker.clone());
         let mut locked = lock(&self.shared.lanes[self.lane].locked);
-        let first = locked.waiting.keys().next().copied();
-        let is_first = first.is_none_or(|first| self.place.number == Some(first));
-        self.command = if is_first {
-            match locked.lane.try_send(command, self.is_wanted) {
+        let Locked { lane, queue } = &mut *locked;
+        self.command = if self.place.number.is_some() || queue.lets_in(|| lane.free()) {
+            match lane.try_send(command, self.is_wanted) {
                 Ok(number) => return Attempt::Sent(number),
                 Err(Rejected::Full(command) | Rejected::StorageFull(command)) => Some(command),
                 Err(refused) => return Attempt::Refused(refused.map(|slot| slot.command)),
@@ -355,13 +349,13 @@ impl<A: Aggregate> Submitting<A> {
         } else {
             Some(command)
         };
-        let number = *self.place.number.get_or_insert(locked.next_number);
-        locked.next_number = locked.next_number.max(number + 1);
-        let replaced = waker.take().and_then(|waker| locked.waiting.insert(number, waker));
+        let Some(waker) = waker else { return Attempt::NoRoom };
+        let (must_watch, replaced) = queue.sleep(&mut self.place.number, waker);
+        let half = lane.half_answered();
         drop(locked);
         // A waker is application code, whose drop may call the engine.
         drop(replaced);
-        if is_first { Attempt::First } else { Attempt::Queued }
+        if must_watch { Attempt::Watches(half) } else { Attempt::Sleeps }
     }
 
     fn leave_queue(&mut self) {
@@ -376,10 +370,10 @@ impl<A: Aggregate> Submitting<A> {
 enum Attempt<C> {
     Sent(u64),
     Refused(Rejected<C>),
-    /// There is no room, and the caller is the first in the queue.
-    First,
-    /// Others wait before this caller.
-    Queued,
+    NoRoom,
+    /// The caller watches the lane until this number of its commands is answered.
+    Watches(u64),
+    Sleeps,
 }
 
 impl<A: Aggregate> Future for Submitting<A> {
@@ -388,16 +382,20 @@ impl<A: Aggregate> Future for Submitting<A> {
     fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
         let this = &mut *self;
         let key = this.command.as_ref().map_or(Key(0), |command| command.key);
-        let mut attempt = this.attempt(context.waker());
-        if let Attempt::First = attempt {
-            // The next reply may free room. Try once more: it may have come before the registration.
-            this.shared.lanes[this.lane].counts.register_any(&mut this.place.registration, context.waker());
-            attempt = this.attempt(context.waker());
+        let mut attempt = this.attempt(None);
+        if let Attempt::NoRoom = attempt {
+            attempt = this.attempt(Some(context.waker().clone()));
+        }
+        if let Attempt::Watches(answered) = attempt {
+            let counts = &this.shared.lanes[this.lane].counts;
+            counts.register_appended(&mut this.place.registration, answered, context.waker());
+            // Try once more: the replies may have come before the registration.
+            attempt = this.attempt(Some(context.waker().clone()));
         }
         let sent = match attempt {
             Attempt::Sent(number) => Ok(this.answer(key, number)),
             Attempt::Refused(refused) => Err(refused),
-            Attempt::First | Attempt::Queued => return Poll::Pending,
+            Attempt::NoRoom | Attempt::Watches(_) | Attempt::Sleeps => return Poll::Pending,
         };
         this.leave_queue();
         Poll::Ready(sent)

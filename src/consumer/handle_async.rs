@@ -123,7 +123,8 @@ impl<E: Event> Consumer<E> {
         answer.unwrap_or(Err(WaitError::TimedOut.into()))
     }
 
-    /// Waits until the consumer has handled or recorded every event that is visible then; see [`Consumer::drain`].
+    /// Waits until the consumer has handled or recorded every event that is visible when the future is first polled; see
+    /// [`Consumer::drain`].
     ///
     /// Cancel safety: nothing changes, and nothing of the wait remains.
     ///

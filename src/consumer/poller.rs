@@ -30,8 +30,8 @@ const TRY_AGAIN_AFTER: Duration = Duration::from_millis(1);
 /// that key is delivered. Retries, dead letters and saved positions work as with threads, but inside these calls, so
 /// call them often.
 ///
-/// Dropping it saves as [`Poller::save`] does, and blocks for that. Deliveries in flight at that time are delivered again. The attempts of
-/// an event are counted while the poller lives; the next poller counts from 1.
+/// Dropping it saves as [`Poller::save`] does, and blocks for that. Deliveries in flight at that time are delivered
+/// again. The attempts of an event are counted while the poller lives; the next poller counts from 1.
 ///
 /// ```
 /// # use corelane::envelope::Envelope;

@@ -122,7 +122,7 @@ impl<E: Event> ConsumerShared<E> {
 }
 
 impl<E: Event> ConsumerShared<E> {
-    /// Returns a promise that is kept when every event that is visible then is done.
+    /// Returns a promise that is kept once the driver has caught up.
     pub(super) fn ask_for_all(&self) -> Promise<()> {
         let (drained, keeping) = promise();
         // This promise is not needed: the driver keeps the other one.

@@ -129,7 +129,8 @@ impl Closing {
     }
 
     /// Waits for shards that make progress, and gives up after [`DROP_TIME`] on everything else: events that a full disk
-    /// keeps from being appended, consumers that do not end, and shards whose turn does not end.
+    /// keeps from being appended, consumers that do not end, shards whose turn does not end, and wakers that do not
+    /// return.
     fn close_slowly(self: &Arc<Self>, began: Instant) {
         let mut has_abandoned = false;
         let mut deadline = began + DROP_TIME;

@@ -45,7 +45,7 @@ impl<A: Aggregate> Engine<A> {
 
     /// As [`Engine::flush`], for tasks. The call itself decides what is covered, not the first poll.
     ///
-    /// Cancel safety: dropping the future ends the wait.
+    /// Cancel safety: dropping the future ends the wait; the sync that the call asked for is made all the same.
     ///
     /// # Errors
     /// `ShardFailed` with the failure of the first shard that failed.

@@ -94,8 +94,9 @@ pub type EventLog<E> = Engine<Stateless<E>>;
 ///
 /// Dropping the engine shuts it down, and **blocks** until everything accepted is appended and synced and every thread
 /// has ended. It waits as long as the shards make progress, and gives up after ten seconds on events that a full disk
-/// keeps from being appended, on consumers that do not end, and on a shard whose turn does not end. A drop that takes
-/// longer than 100 ms logs what it waits for and how long (`tracing`, level warn), and logs an error when it gives up.
+/// keeps from being appended, on consumers that do not end, on a shard whose turn does not end, and on a waker that does
+/// not return. A drop that takes longer than 100 ms logs what it waits for and how long (`tracing`, level warn), and logs
+/// an error when it gives up.
 /// To choose the time, and to learn the result, call [`Engine::shutdown`] first; in a task, call it on a thread for
 /// blocking work. A drop on one of the engine's own threads (in an inline handler or a consumer's handler) does not
 /// wait; the engine then closes in the background.

@@ -161,7 +161,7 @@ says_whose_fault!(LiveError);
 impl LiveError {
     fn fault(&self) -> Fault {
         match self {
-            // The next call goes on behind the events that were missed.
+            // The next call continues behind the events that were missed.
             Self::Lagged { .. } => Fault::Passing,
             Self::UnknownType { .. } | Self::NoTypes => Fault::Request,
             Self::Read(error) => error.fault(),

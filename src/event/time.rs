@@ -1,6 +1,6 @@
 //! Conversions of times: milliseconds, system times, and RFC 3339.
 //!
-//! A [`Time`] counts nanoseconds; most other systems count milliseconds. A millisecond is a span of a million times, so
+//! A [`Time`] counts nanoseconds; most other systems count milliseconds. A millisecond spans a million of them, so
 //! there are two conversions, one to its beginning and one to its end.
 
 use std::time::{Duration, SystemTime};

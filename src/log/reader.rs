@@ -257,7 +257,7 @@ impl<E: Event> Reader<E> {
         self.access.upcasted::<E>(archive, &ahead.header)
     }
 
-    /// Lets go of the segment at the position, so that the segment can be freed and written again.
+    /// Releases the segment at the position, so that it can be freed and written again.
     pub(super) fn release(&mut self) {
         self.segment = None;
     }

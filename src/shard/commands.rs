@@ -179,7 +179,7 @@ impl<A: Aggregate> Commands<A> {
     }
 }
 
-/// What the commands of a batch came to.
+/// The results of a batch of commands.
 #[derive(Default)]
 struct Tally {
     /// Events appended.

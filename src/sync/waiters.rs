@@ -134,7 +134,7 @@ impl WaiterList {
 
 // A waker is application code, whose clone and drop may call the engine: both happen outside the lock.
 impl Registration {
-    /// No place.
+    /// The registration of a waiter that is in no list.
     pub(crate) const NONE: Self = Self(None);
 
     fn enter(&mut self, list: &Arc<WaiterList>, target: u64, waker: &Waker) {

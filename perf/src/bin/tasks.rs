@@ -279,8 +279,7 @@ fn wake_round(engine: &Engine<Account>, waiters: u64) -> Result<f64> {
     let ((go, gone), (stopped, is_stopped)) = (channel::<()>(), channel());
     let mut stopping = Box::pin(engine.ask(Key::new(0), move |_, _| {
         // Both ends are dropped before the shard continues.
-        drop(stopped.send(()));
-        drop(gone.recv());
+        let _ended = (stopped.send(()), gone.recv());
     }));
     ensure!(stopping.as_mut().poll(&mut TaskContext::from_waker(Waker::noop())).is_pending(), "the shard stops");
     is_stopped.recv()?;

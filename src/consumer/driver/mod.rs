@@ -395,7 +395,7 @@ impl<E: Event> Driver<E> {
         self.waiters.add(shard, key, offset, keeping);
     }
 
-    /// Keeps the promise when every event that is visible then is done.
+    /// Keeps the promise once the driver has caught up: when it finds that every visible event is done.
     pub(crate) fn wait_for_all(&mut self, keeping: Keeping<()>) {
         self.waiters.add_for_all(keeping);
     }

@@ -158,7 +158,8 @@ impl SinkConsumer {
 /// The functions for tasks. They wait as futures, for every sink; deadlines need a tokio runtime with timers.
 #[cfg(feature = "tokio")]
 impl SinkConsumer {
-    /// Waits until the sink has taken in every event that is visible now; see [`SinkConsumer::drain`].
+    /// Waits until the sink has taken in every event that is visible when the future is first polled; see
+    /// [`SinkConsumer::drain`].
     ///
     /// Cancel safety: nothing changes, and nothing of the wait remains.
     ///

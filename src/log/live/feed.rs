@@ -22,7 +22,7 @@ use crate::sync::{Deadline, may_wait, thread, thread_waker};
 /// Turns after which a task that always finds something to read lets other tasks run.
 const TURNS_MAX: usize = 16;
 
-/// A live feed: events as they come, for readers that come and go. Made by [`crate::Engine::live`].
+/// A live feed: events as they come, for readers that come and go. [`crate::Engine::live`] sets one up.
 ///
 /// A feed is a blocking iterator (`for event in &mut feed`, [`Live::next_until`]), and a `futures_core::Stream` for
 /// tasks on any runtime ([`Live::next_async`] without further crates). It returns each shard's events in the order of
@@ -205,7 +205,7 @@ impl<E: Event> Live<E> {
         Ok(if self.shards.is_empty() { Looked::Ended } else { Looked::Nothing })
     }
 
-    /// Lets go of all segments. The batch is empty after a look that found nothing.
+    /// Releases all segments. The batch is empty after a look that found nothing.
     fn rest(&mut self) {
         self.shards.iter_mut().for_each(FollowedShard::rest);
     }

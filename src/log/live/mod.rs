@@ -1,6 +1,6 @@
 //! Live feeds: the events of the log as they come, for readers that come and go.
 //!
-//! One owner per feed. A feed reads the log in place with a [`super::Reader`] per shard. It is known to nobody: the
+//! One owner per feed. A feed reads the log in place with a [`super::Reader`] per shard. No other part knows it: the
 //! store keeps nothing for it and retention does not wait for it. Only while it waits do the logs have its waker.
 
 // | file | contents |

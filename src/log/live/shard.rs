@@ -38,7 +38,7 @@ pub(super) enum TurnEnd {
     CaughtUp,
     /// There may be more to read.
     More,
-    /// There will be no more events.
+    /// No more events will come.
     Ended,
 }
 
@@ -167,7 +167,7 @@ impl<E: Event> FollowedShard<E> {
         self.registration.leave();
     }
 
-    /// Lets go of the segment: a feed that waits holds nothing.
+    /// Releases the segment: a feed that waits holds nothing.
     pub(super) fn rest(&mut self) {
         self.reader.release();
     }
