@@ -89,7 +89,7 @@ mod tests {
                     // A new caller waits, or a waiting one is polled and finds no room.
                     0 => {
                         callers.push(None);
-                        sleep(&mut queue, callers.last_mut().unwrap());
+                        sleep(&mut queue, callers.last_mut().expect("it was pushed"));
                     }
                     1 if !callers.is_empty() => {
                         let at = next(callers.len() as u64) as usize;
@@ -98,7 +98,7 @@ mod tests {
                     // One sends its command, or gives up.
                     _ if !callers.is_empty() => {
                         let at = next(callers.len() as u64) as usize;
-                        queue.leave(callers.swap_remove(at).unwrap(), next(3) as usize);
+                        queue.leave(callers.swap_remove(at).expect("it waits"), next(3) as usize);
                     }
                     _ => {}
                 }
@@ -116,12 +116,15 @@ mod tests {
         let watch = numbers.each_mut().map(|number| sleep(&mut queue, number));
         assert_eq!(watch, [true, false, false, false, false, false]);
         assert!(!queue.lets_in(|| 100), "others sleep");
-        assert_eq!(queue.leave(numbers[0].unwrap(), 2).len(), 3);
-        assert!(queue.waiting[&numbers[3].unwrap()].is_none() && queue.waiting[&numbers[4].unwrap()].is_some());
-        assert_eq!(queue.leave(numbers[1].unwrap(), 1).len(), 1, "two are woken and wait for the one slot");
+        assert_eq!(queue.leave(numbers[0].expect("it waits"), 2).len(), 3);
+        assert!(
+            queue.waiting[&numbers[3].expect("it waits")].is_none()
+                && queue.waiting[&numbers[4].expect("it waits")].is_some()
+        );
+        assert_eq!(queue.leave(numbers[1].expect("it waits"), 1).len(), 1, "two are woken and wait for the one slot");
         assert!(sleep(&mut queue, &mut numbers[2]), "it found no room, so it watches");
-        assert_eq!(queue.leave(numbers[3].unwrap(), 5).len(), 0);
-        assert_eq!(queue.leave(numbers[2].unwrap(), 5).len(), 1);
+        assert_eq!(queue.leave(numbers[3].expect("it waits"), 5).len(), 0);
+        assert_eq!(queue.leave(numbers[2].expect("it waits"), 5).len(), 1);
         assert!(queue.lets_in(|| 3) && !queue.lets_in(|| 2), "woken callers keep their room");
     }
 }
