@@ -93,8 +93,8 @@ struct SharedLane<A: Aggregate> {
 
 struct Locked<A: Aggregate> {
     lane: ClientLane<A>,
-    /// The callers that wait for room, in order, each with its number.
-    waiting: BTreeMap<u64, Waker>,
+    /// The callers that wait for room, in order, each with its number. `None`: woken, and about to poll.
+    waiting: BTreeMap<u64, Option<Waker>>,
     next_number: u64,
 }
 
@@ -154,9 +154,10 @@ impl<A: Aggregate> SharedLane<A> {
     /// Takes a caller out of the queue for room. The next one then watches the lane.
     fn leave_queue(&self, number: u64) {
         let mut locked = lock(&self.locked);
+        // Wakers are application code, whose clone and drop may call the engine: neither happens under the lock.
         let waker = locked.waiting.remove(&number);
-        let first = locked.waiting.first_key_value().filter(|(first, _)| **first > number);
-        let first = first.map(|(_, waker)| waker.clone());
+        let first = locked.waiting.first_entry().filter(|first| *first.key() > number);
+        let first = first.and_then(|mut first| first.get_mut().take());
         drop(locked);
         drop(waker);
         first.into_iter().for_each(wake);
@@ -357,9 +358,9 @@ impl<A: Aggregate> Submitting<A> {
         };
         let number = *self.place.number.get_or_insert(locked.next_number);
         locked.next_number = locked.next_number.max(number + 1);
-        let replaced = waker.take().and_then(|waker| locked.waiting.insert(number, waker));
+        let replaced = locked.waiting.insert(number, waker.take());
         drop(locked);
-        // A waker is application code, whose drop may call the engine.
+        // As in `leave_queue`.
         drop(replaced);
         if is_first { Attempt::First } else { Attempt::Queued }
     }
