@@ -277,13 +277,16 @@ fn a_full_lane_of_a_failed_shard_refuses_instead_of_waiting() {
     let (mut client, shared) = (engine.client(), engine.shared_client());
     client.send(Key(2), Order::Deposit(1)).durable().wait().unwrap();
     let key = Key(1);
-    client.send(key, Order::Deposit(1)).tell().unwrap();
+    // The sync that fails waits until the shard is stopped.
+    storage.hold(true);
     storage.fail_sync(1);
+    client.send(key, Order::Deposit(1)).tell().unwrap();
     let go = stop_shard(&engine, key);
     for _ in 0..2 {
         drop(client.send(key, Order::Deposit(1)).try_ticket());
         drop(shared.send(key, Order::Deposit(1)).try_submit());
     }
+    storage.hold(false);
     until("the sync has failed", || engine.shard_metrics()[0].failure.is_some());
     let refused = client.send(key, Order::Deposit(1)).ticket();
     assert!(matches!(refused, Err(Rejected::ShardFailed(..))), "{refused:?}");
