@@ -390,7 +390,7 @@ impl<A: Aggregate> ClientLane<A> {
                 return Err(WaitError::TimedOut);
             }
             if !idle.awake() {
-                return block_until(deadline, |at, waker| self.shared.register_thread(at, number, waker), answered);
+                return block_until(deadline, |at, waker| self.shared.register_appended(at, number, waker), answered);
             }
         }
     }

@@ -36,21 +36,22 @@ impl RoomQueue {
         (*self.watcher.get_or_insert(number) == number, replaced)
     }
 
-    /// Takes a caller out. Returns the wakers to call outside the lock: if nobody watches, those of as many callers as
-    /// there are `free` slots, and of one more, which then watches.
-    pub(super) fn leave(&mut self, number: u64, free: usize) -> Vec<Waker> {
-        self.sleeping -= usize::from(self.waiting.remove(&number).flatten().is_some());
+    /// Takes a caller out. Returns its waker, which must be dropped outside the lock, and the wakers to call there: if
+    /// nobody watches, those of as many callers as there are `free` slots, and of one more, which then watches.
+    pub(super) fn leave(&mut self, number: u64, free: usize) -> (Option<Waker>, Vec<Waker>) {
+        let own = self.waiting.remove(&number).flatten();
+        self.sleeping -= usize::from(own.is_some());
         if self.watcher == Some(number) {
             self.watcher = None;
         }
         if self.watcher.is_some() || self.sleeping == 0 {
-            return Vec::new();
+            return (own, Vec::new());
         }
         let woken = self.waiting.len() - self.sleeping;
         let count = free.saturating_sub(woken) + 1;
         let wakers: Vec<_> = self.waiting.values_mut().filter_map(Option::take).take(count).collect();
         self.sleeping -= wakers.len();
-        wakers
+        (own, wakers)
     }
 }
 
@@ -98,7 +99,7 @@ mod tests {
                     // One sends its command, or gives up.
                     _ if !callers.is_empty() => {
                         let at = next(callers.len() as u64) as usize;
-                        queue.leave(callers.swap_remove(at).expect("it waits"), next(3) as usize);
+                        drop(queue.leave(callers.swap_remove(at).expect("it waits"), next(3) as usize));
                     }
                     _ => {}
                 }
@@ -116,15 +117,15 @@ mod tests {
         let watch = numbers.each_mut().map(|number| sleep(&mut queue, number));
         assert_eq!(watch, [true, false, false, false, false, false]);
         assert!(!queue.lets_in(|| 100), "others sleep");
-        assert_eq!(queue.leave(numbers[0].expect("it waits"), 2).len(), 3);
+        assert_eq!(queue.leave(numbers[0].expect("it waits"), 2).1.len(), 3);
         assert!(
             queue.waiting[&numbers[3].expect("it waits")].is_none()
                 && queue.waiting[&numbers[4].expect("it waits")].is_some()
         );
-        assert_eq!(queue.leave(numbers[1].expect("it waits"), 1).len(), 1, "two are woken and wait for the one slot");
+        assert_eq!(queue.leave(numbers[1].expect("it waits"), 1).1.len(), 1, "two are woken and wait for the one slot");
         assert!(sleep(&mut queue, &mut numbers[2]), "it found no room, so it watches");
-        assert_eq!(queue.leave(numbers[3].expect("it waits"), 5).len(), 0);
-        assert_eq!(queue.leave(numbers[2].expect("it waits"), 5).len(), 1);
+        assert_eq!(queue.leave(numbers[3].expect("it waits"), 5).1.len(), 0);
+        assert_eq!(queue.leave(numbers[2].expect("it waits"), 5).1.len(), 1);
         assert!(queue.lets_in(|| 3) && !queue.lets_in(|| 2), "woken callers keep their room");
     }
 }

@@ -152,8 +152,10 @@ impl<A: Aggregate> SharedLane<A> {
     fn leave_queue(&self, number: u64) {
         let mut locked = lock(&self.locked);
         let free = locked.lane.free();
-        let wakers = locked.queue.leave(number, free);
+        let (own, wakers) = locked.queue.leave(number, free);
         drop(locked);
+        // Wakers are application code, whose drop may call the engine.
+        drop(own);
         wakers.into_iter().for_each(wake);
     }
 }
@@ -353,7 +355,7 @@ impl<A: Aggregate> Submitting<A> {
         let (must_watch, replaced) = queue.sleep(&mut self.place.number, waker);
         let half = lane.half_answered();
         drop(locked);
-        // A waker is application code, whose drop may call the engine.
+        // As in `leave_queue`.
         drop(replaced);
         if must_watch { Attempt::Watches(half) } else { Attempt::Sleeps }
     }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::task::Waker;
 use std::time::Instant;
 
-use crate::sync::{Mutex, lock, thread};
+use crate::sync::{Mutex, lock, thread, wake};
 
 #[derive(Debug, Default)]
 struct Next {
@@ -34,7 +34,10 @@ impl Alarm {
 
     /// Wakes `waker` at `at`. Replaces an earlier alarm.
     pub(super) fn set(&self, at: Instant, waker: &Waker) {
-        lock(&self.next).at = Some((at, waker.clone()));
+        let next = (at, waker.clone());
+        let replaced = lock(&self.next).at.replace(next);
+        // Outside the lock, because dropping a waker may run application code.
+        drop(replaced);
         match &self.thread {
             Some(thread) => thread.unpark(),
             None => waker.wake_by_ref(),
@@ -62,7 +65,7 @@ fn run(next: &Mutex<Next>) {
             (due, next.at.as_ref().map(|(at, _)| *at))
         };
         match (due, at) {
-            (Some((_, waker)), _) => waker.wake(),
+            (Some((_, waker)), _) => wake(waker),
             (None, Some(at)) => thread::park_timeout(at.saturating_duration_since(Instant::now())),
             (None, None) => thread::park(),
         }

@@ -33,7 +33,8 @@ impl<A: Aggregate> Engine<A> {
     /// that stands for them. If a shard fails, the others are still flushed.
     ///
     /// # Errors
-    /// `ShardFailed` with the failure of the first shard that failed; `TimedOut` at `deadline`.
+    /// `ShardFailed` with the failure of the first shard that failed; `TimedOut` at `deadline`; `OnEngineThread` if
+    /// something is not yet durable and the thread is one that an engine waits for.
     pub fn flush(&self, deadline: impl Into<Deadline>) -> Result<(), WaitError> {
         let deadline = deadline.into().instant();
         let mut outcome = Ok(());

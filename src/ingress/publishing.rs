@@ -140,9 +140,9 @@ impl<'p, E: Event> Publishing<'p, E> {
         let (lane, shared) = (self.lane, &self.lane.shared);
         let waiting = self.waiting.get_or_insert_with(|| WaitingTask::new(lane));
         let next = shared.appended_count() + 1;
-        let last = shared.published.load(Ordering::SeqCst);
         let turn = next.saturating_add(lane.tasks_waiting.load(Ordering::Relaxed).saturating_sub(1));
-        shared.register_appended(&mut waiting.registration, turn.min(last.max(next)), context.waker());
+        // At most for the last one in the queue.
+        shared.register_appended(&mut waiting.registration, turn, context.waker());
     }
 }
 

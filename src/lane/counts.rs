@@ -84,14 +84,15 @@ impl LaneShared {
         self.waiting_durable.reached(count);
     }
 
-    /// Registers a task for the append of the `count`-th event of this lane.
+    /// Registers a task or thread for the append of the first `count` events of this lane, not counting events that are
+    /// refused.
     pub(crate) fn register_appended(&self, registration: &mut Registration, count: u64, waker: &Waker) {
-        self.waiting_appended.register(registration, count, waker);
+        self.waiting_appended.register_falling(registration, || self.at_most_published(count), waker);
     }
 
-    /// Registers a thread for the append of the `count`-th event of this lane.
-    pub(crate) fn register_thread(&self, registration: &mut Registration, count: u64, waker: &Waker) {
-        self.waiting_appended.register_own(registration, count, waker);
+    fn at_most_published(&self, count: u64) -> u64 {
+        // SeqCst: pairs with `unpublish`.
+        count.min(self.published.load(Ordering::SeqCst))
     }
 
     /// Returns `true` if the first `published` events are appended, not counting events that were refused.
@@ -103,7 +104,7 @@ impl LaneShared {
 
     /// Takes a refused event out of the count, and makes all waiters for appends check again.
     pub(crate) fn unpublish(&self) {
-        // SeqCst: pairs with the load in `is_appended`; the waiters check again afterwards.
+        // SeqCst: pairs with the loads in `is_appended` and `at_most_published`; the waiters check again afterwards.
         self.published.fetch_sub(1, Ordering::SeqCst);
         self.waiting_appended.wake_all();
     }
@@ -136,5 +137,44 @@ impl LaneShared {
         self.space.notify();
         self.waiting_appended.wake_all();
         self.waiting_durable.wake_all();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::event::{Offset, ShardId};
+    use crate::sync::Notifier;
+    use std::collections::VecDeque;
+    use std::path::PathBuf;
+
+    struct Counted(std::sync::atomic::AtomicUsize);
+
+    impl std::task::Wake for Counted {
+        fn wake(self: Arc<Self>) {
+            self.0.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
+        }
+    }
+
+    /// A flush may read the count while an event is being pushed that is refused later.
+    #[test]
+    fn a_wait_for_a_refused_event_ends_with_the_accepted_ones() {
+        let notifier = Arc::new(Notifier::default());
+        let log = ShardLog::new((1, ShardId(0)), PathBuf::new(), 8192, Offset(4096), 0, VecDeque::new(), &notifier);
+        let lane = LaneShared::new(Arc::new(log), Durability::OsCache);
+        lane.published.store(2, Ordering::SeqCst);
+        let covered = lane.published.load(Ordering::SeqCst);
+        let woken = Arc::new(Counted(0.into()));
+        let (mut before, mut registration) = (Registration::default(), Registration::default());
+        lane.register_appended(&mut before, covered, &Waker::from(Arc::clone(&woken)));
+        lane.unpublish();
+        lane.register_appended(&mut registration, covered, &Waker::from(Arc::clone(&woken)));
+        assert!(!lane.is_appended(covered));
+        lane.appended_reached(1);
+        assert!(lane.is_appended(covered));
+        // Runs once: calls what is due.
+        notifier.end();
+        notifier.run();
+        assert_eq!(woken.0.load(std::sync::atomic::Ordering::SeqCst), 2, "a waiter sleeps for ever");
     }
 }

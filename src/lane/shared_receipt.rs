@@ -101,8 +101,11 @@ impl SharedPending {
 
     fn block(&self, deadline: Option<Instant>) -> Result<Receipt, WaitError> {
         let lane = &self.receipt.lane;
-        let receipt =
-            block_until(deadline, |at, waker| lane.register_thread(at, self.target(), waker), || self.taken())?;
+        let receipt = block_until(
+            deadline,
+            |at, waker| lane.register_appended(at, self.receipt.covered, waker),
+            || self.taken(),
+        )?;
         let pending = if self.durable { receipt.durable() } else { receipt.appended() };
         pending.wait_until(Deadline::from(deadline))?;
         Ok(receipt)
@@ -115,14 +118,6 @@ impl SharedPending {
             None => self.receipt.lane.log.failure().map(|failure| Err(WaitError::from(failure.clone()))),
         }
     }
-
-    /// The count of appended events at which the shard has assigned the receipt. A refused event leaves the count again,
-    /// and makes all waiters check again.
-    fn target(&self) -> u64 {
-        let lane = &self.receipt.lane;
-        let covered = self.receipt.covered.min(lane.published.load(Ordering::SeqCst));
-        covered.max(lane.appended_count() + 1)
-    }
 }
 
 impl Future for SharedPending {
@@ -133,8 +128,8 @@ impl Future for SharedPending {
         let receipt = match this.taken() {
             Some(receipt) => receipt?,
             None => {
-                let target = this.target();
-                this.receipt.lane.register_appended(&mut this.registration, target, context.waker());
+                let receipt = &this.receipt;
+                receipt.lane.register_appended(&mut this.registration, receipt.covered, context.waker());
                 // The shard may have taken the event between the check and the registration.
                 match this.taken() {
                     Some(receipt) => receipt?,

@@ -21,6 +21,7 @@ mod role;
 mod seed;
 mod seqlock;
 mod signal;
+mod thread_waker;
 mod waiters;
 mod watermark;
 
@@ -54,11 +55,12 @@ pub(crate) use lock::lock_until;
 pub(crate) use notifier::{Notifier, wake};
 #[cfg(not(loom))]
 pub(crate) use promise::{
-    GaveUp, Keeping, Promise, block_on, block_own, block_until, promise, promise_of_shard, thread_waker, until,
+    GaveUp, Keeping, Promise, block_on, block_own, block_until, promise, promise_of_shard, until,
 };
 pub(crate) use role::{Role, may_wait, role, take_role};
 pub(crate) use seed::{Keyed, keyed, plant};
 pub(crate) use seqlock::SeqLock;
 pub(crate) use signal::Signal;
+pub(crate) use thread_waker::thread_waker;
 pub(crate) use waiters::{Registration, Waiters};
 pub(crate) use watermark::Watermark;

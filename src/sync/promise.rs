@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
-use super::{Mutex, Notifier, Registration, lock, may_wait, thread, wake};
+use super::{Mutex, Notifier, Registration, lock, may_wait, thread, thread_waker, wake};
 
 /// The reason why a wait ended without a result.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -206,15 +206,4 @@ pub(crate) fn block_on<F: Future + Unpin>(deadline: Option<Instant>, future: &mu
             None => thread::park(),
         }
     }
-}
-
-/// Returns a waker that unparks the current thread.
-pub(crate) fn thread_waker() -> Waker {
-    struct Unpark(thread::Thread);
-    impl std::task::Wake for Unpark {
-        fn wake(self: Arc<Self>) {
-            self.0.unpark();
-        }
-    }
-    Waker::from(Arc::new(Unpark(thread::current())))
 }

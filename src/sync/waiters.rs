@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::task::Waker;
 
 use super::notifier::{Notifier, Wakers, wake};
+use super::thread_waker::is_of_this_thread;
 use super::{AtomicU64, Mutex, Ordering, fence, lock};
 
 /// The value of `lowest` while no waiter is registered: no position reaches it, so `wake_all` does not use it either.
@@ -59,15 +60,29 @@ impl Waiters {
         Self { own: Arc::default(), tasks: Arc::default(), notifier: None }
     }
 
-    /// Registers a task for `target`, or moves its registration there. The caller must check the position again
-    /// afterwards.
+    /// Registers a task, or a thread that blocks on a future, for `target`, or moves its registration there. The caller
+    /// must check the position again afterwards.
     pub(crate) fn register(&self, registration: &mut Registration, target: u64, waker: &Waker) {
-        registration.enter(&self.tasks, target, waker);
+        // A thread does not wait for the wakers of tasks.
+        let list = if is_of_this_thread(waker) { &self.own } else { &self.tasks };
+        registration.enter(list, target, waker);
     }
 
-    /// As [`Waiters::register`], for a thread or for the engine's own code: the publisher calls the waker.
+    /// As [`Waiters::register`], for the engine's own code: the publisher calls the waker.
     pub(crate) fn register_own(&self, registration: &mut Registration, target: u64, waker: &Waker) {
         registration.enter(&self.own, target, waker);
+    }
+
+    /// As [`Waiters::register`], for a target that may fall. Whoever lowers it calls [`Waiters::wake_all`] afterwards.
+    pub(crate) fn register_falling(&self, registration: &mut Registration, target: impl Fn() -> u64, waker: &Waker) {
+        loop {
+            let wanted = target();
+            self.register(registration, wanted, waker);
+            // If the target fell before this, `wake_all` may have come before the registration.
+            if target() >= wanted {
+                return;
+            }
+        }
     }
 
     /// Wakes every waiter whose target is at most `position`. Call this after publishing the position.
@@ -257,6 +272,29 @@ mod models {
             publisher.join().unwrap();
             assert!(lock(&shared.0.own.by_target).wakers.is_empty(), "a waiter is left");
             assert_eq!(shared.0.own.lowest.load(Ordering::Relaxed), NONE);
+        });
+    }
+
+    /// A waiter whose target falls while it registers is woken at the lower one, as if it had known it.
+    #[test]
+    fn loom_a_waiter_for_a_falling_target_is_woken() {
+        loom::model(|| {
+            let shared = shared(Waiters::direct());
+            let target = loom::sync::Arc::new(AtomicU64::new(2));
+            let woken = Arc::new(Woken::new(&shared));
+            let (other, lowered) = (loom::sync::Arc::clone(&shared), loom::sync::Arc::clone(&target));
+            let publisher = thread::spawn(move || {
+                lowered.store(1, Ordering::SeqCst);
+                other.0.wake_all();
+                other.1.publish(1);
+                other.0.reached(1);
+            });
+            let mut registration = Registration::default();
+            let wanted = || target.load(Ordering::SeqCst);
+            shared.0.register_falling(&mut registration, wanted, &Waker::from(Arc::clone(&woken)));
+            let seen = shared.1.get() >= wanted();
+            publisher.join().unwrap();
+            assert!(seen || woken.times() > 0, "neither saw that the target was reached nor was woken");
         });
     }
 

@@ -117,6 +117,29 @@ fn a_command_dropped_before_it_is_sent_is_not_carried_out_and_the_next_caller_ge
 }
 
 #[test]
+fn a_later_command_does_not_overtake_one_that_waits_for_room() {
+    let dir = tempfile::tempdir().unwrap();
+    let engine = open(small(dir.path()).ring_capacity(2));
+    let client = engine.shared_client();
+    let key = Key(1);
+    let go = stop_shard(&engine, key);
+    let in_flight: Vec<_> = (0..2).map(|_| client.send(key, Order::Deposit(1)).try_submit().unwrap()).collect();
+    let waker = Arc::new(Counted::default());
+    let mut first = client.send(key, Order::Deposit(1)).submit();
+    assert!(waker.poll(&mut first).is_pending());
+    drop(go);
+    in_flight.into_iter().for_each(|answer| drop(answer.wait().unwrap()));
+    // There is room now, but it is the turn of the first one, which has not polled yet.
+    let mut later = client.send(key, Order::Deposit(1)).submit();
+    assert!(waker.poll(&mut later).is_pending());
+    let tried = client.send(key, Order::Deposit(1)).try_submit();
+    assert!(matches!(tried, Err(Rejected::Full(_))), "{tried:?}");
+    let (first, later) = (block_on(first).unwrap(), block_on(later).unwrap());
+    assert_eq!(later.wait().unwrap().version, Version(4));
+    assert_eq!(first.wait().unwrap().version, Version(3));
+}
+
+#[test]
 fn answers_take_no_room_and_a_command_whose_answer_is_dropped_is_carried_out() {
     let dir = tempfile::tempdir().unwrap();
     let engine = open(small(dir.path()).ring_capacity(2));
@@ -254,13 +277,16 @@ fn a_full_lane_of_a_failed_shard_refuses_instead_of_waiting() {
     let (mut client, shared) = (engine.client(), engine.shared_client());
     client.send(Key(2), Order::Deposit(1)).durable().wait().unwrap();
     let key = Key(1);
-    client.send(key, Order::Deposit(1)).tell().unwrap();
+    // The sync that fails waits until the shard is stopped.
+    storage.hold(true);
     storage.fail_sync(1);
+    client.send(key, Order::Deposit(1)).tell().unwrap();
     let go = stop_shard(&engine, key);
     for _ in 0..2 {
         drop(client.send(key, Order::Deposit(1)).try_ticket());
         drop(shared.send(key, Order::Deposit(1)).try_submit());
     }
+    storage.hold(false);
     until("the sync has failed", || engine.shard_metrics()[0].failure.is_some());
     let refused = client.send(key, Order::Deposit(1)).ticket();
     assert!(matches!(refused, Err(Rejected::ShardFailed(..))), "{refused:?}");
