@@ -142,7 +142,9 @@ impl<'c, A: Aggregate> Sending<'c, A> {
     /// arrives.
     ///
     /// # Errors
-    /// Returns the reason why the command was not carried out, or `Unanswered(TimedOut)` after the deadline.
+    /// Returns the reason why the command was not carried out. After the deadline: `NotSent(Full)` or
+    /// `NotSent(StorageFull)` if it was not sent, `Unanswered(TimedOut)` if it was not answered, `NotDurable(TimedOut)` if
+    /// it was carried out.
     pub fn wait_until(self, deadline: impl Into<Deadline>) -> Result<Outcome, CommandError<A::Rejection>> {
         let deadline = deadline.into().instant();
         let (client, ticket) = self.sent(Patience::until(deadline))?;

@@ -30,8 +30,7 @@ use crate::sync::{Deadline, GaveUp, Mutex, Registration, block_on, lock, may_wai
 /// a task that awaits [`SharedSending::submit`] before it submits the next command keeps its order.
 ///
 /// [`Engine::shared_client`](crate::Engine::shared_client) returns a shared client. It may outlive the engine; it then
-/// refuses every command. A thread that needs no other threads' help is faster with a [`Client`](crate::Client) of its
-/// own.
+/// refuses every command. A [`Client`](crate::Client) of its own is faster for a thread that sends many commands.
 ///
 /// ```
 /// # use corelane::{
@@ -256,8 +255,9 @@ impl<A: Aggregate> SharedSending<A> {
     /// that was sent is carried out, and its answer is discarded.
     ///
     /// # Errors
-    /// Returns the reason why the command was not carried out; `NotSent(Full)` or `Unanswered(TimedOut)` after the
-    /// deadline.
+    /// Returns the reason why the command was not carried out. After the deadline: `NotSent(Full)` or
+    /// `NotSent(StorageFull)` if it was not sent, `Unanswered(TimedOut)` if it was not answered, `NotDurable(TimedOut)` if
+    /// it was carried out.
     pub fn wait_until(self, deadline: impl Into<Deadline>) -> Result<Outcome, CommandError<A::Rejection>> {
         self.block(deadline.into())
     }
