@@ -66,7 +66,7 @@ impl SharedReceipt {
 }
 
 /// A wait until an event of a [`SharedProducer`](crate::SharedProducer) is appended or durable; as
-/// [`Pending`]. It returns the plain receipt.
+/// [`Pending`](super::receipt::Pending). It returns the plain receipt.
 ///
 /// Cancel safety: dropping it ends the wait and leaves nothing behind. The event is appended all the same.
 #[derive(Debug)]
@@ -85,7 +85,7 @@ impl SharedPending {
     /// Blocks the thread until the event is appended or durable, and returns the plain receipt.
     ///
     /// # Errors
-    /// As [`Pending::wait`].
+    /// As [`Pending::wait`](super::receipt::Pending::wait).
     pub fn wait(&self) -> Result<Receipt, WaitError> {
         self.block(None)
     }
