@@ -2,10 +2,11 @@
 
 use std::time::Instant;
 
+use crate::common::bank::{Account, Order};
 use crate::common::own_process::is_own_process;
-use crate::common::{Note, env_number, soon};
+use crate::common::{Note, block_on, env_number, small, soon};
 use crate::counting;
-use corelane::{Config, Durability, EventLog, Key, Pin, Retention};
+use corelane::{Config, Durability, Engine, EventLog, Key, Pin, Retention};
 
 /// The resident anonymous memory of the process in KiB. Segments are pages of files and do not count.
 fn resident_kib() -> u64 {
@@ -64,4 +65,35 @@ fn memory_does_not_grow_over_time_with_retention() {
         assert!(mappings() <= 8, "{durability:?}: {} segments mapped", mappings());
         engine.shutdown(soon()).unwrap();
     }
+}
+
+#[test]
+fn discarded_answers_leave_nothing_in_a_shared_client() {
+    if !is_own_process("memory::discarded_answers_leave_nothing_in_a_shared_client") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let config = small(dir.path()).durability(Durability::OsCache).retention(Retention::bytes(1 << 20));
+    let engine = Engine::<Account>::open(config).unwrap();
+    let client = engine.shared_client();
+    let commands = |count: u64| {
+        for n in 0..count {
+            let answer = block_on(client.send(Key(n % 10), Order::Deposit(1)).submit()).unwrap();
+            match n % 3 {
+                0 => drop(block_on(answer)),
+                // Dropped before the reply comes, as a rule.
+                1 => drop(answer),
+                // Dropped after a later reply has come.
+                _ => {
+                    block_on(client.send(Key(n % 10), Order::Nothing).into_future()).unwrap();
+                    drop(answer);
+                }
+            }
+        }
+    };
+    commands(20_000);
+    let held = counting::bytes_held();
+    commands(60_000);
+    let grown = counting::bytes_held() - held;
+    assert!(grown < 256 << 10, "{grown} bytes for 40,000 discarded answers");
 }
