@@ -206,7 +206,8 @@ impl<A: Aggregate> SharedSending<A> {
         let Self { shared, command, durable } = self;
         let (command, fault) = command.into_parts();
         let lane = shared.router.index(command.key);
-        Submitting { shared, lane, command: Some(command), fault, is_wanted: true, durable, place: Place::default() }
+        let (shared, command) = (Some(shared), Some(command));
+        Submitting { shared, lane, command, fault, is_wanted: true, durable, place: Place::default() }
     }
 
     /// Sends the command, waiting for room, and drops its answer. The metrics count rejections.
@@ -231,7 +232,7 @@ impl<A: Aggregate> SharedSending<A> {
         if let Some(fault) = submitting.fault.take() {
             return Err(Rejected::Keys(command.command, *fault));
         }
-        let (shared, at) = (Arc::clone(&submitting.shared), submitting.lane);
+        let (shared, at) = (Arc::clone(shared_of(&submitting.shared)), submitting.lane);
         let key = command.key;
         let mut locked = lock(&shared.lanes[at].locked);
         let Locked { lane, queue } = &mut *locked;
@@ -297,7 +298,8 @@ struct Place {
 /// A future that sends a command, waiting for room. It resolves to the answer.
 #[must_use = "nothing is sent until `.await`"]
 pub struct Submitting<A: Aggregate> {
-    shared: Arc<Shared<A>>,
+    /// `None` once the command is sent: the answer has it.
+    shared: Option<Arc<Shared<A>>>,
     lane: usize,
     /// `None` once the command is sent or refused.
     command: Option<CommandSlot<A::Command>>,
@@ -314,24 +316,29 @@ impl<A: Aggregate> std::fmt::Debug for Submitting<A> {
     }
 }
 
+/// Returns the client of a command that is not sent yet.
+fn shared_of<A: Aggregate>(shared: &Option<Arc<Shared<A>>>) -> &Arc<Shared<A>> {
+    shared.as_ref().expect("a future is not polled after it has completed")
+}
+
 // No field is pinned, because commands are moved.
 impl<A: Aggregate> Unpin for Submitting<A> {}
 
 impl<A: Aggregate> Submitting<A> {
     fn lane(&self) -> &SharedLane<A> {
-        &self.shared.lanes[self.lane]
+        &shared_of(&self.shared).lanes[self.lane]
     }
 
     fn why_full(&self) -> RejectedReason {
         self.lane().door.full(()).reason()
     }
 
-    /// Returns the answer to command `number` of the lane.
-    fn answer(&self, key: Key, number: u64) -> SharedAnswer<A> {
+    /// Returns the answer to the command, which was sent as number `number` of the lane.
+    fn answer(&mut self, key: Key, number: u64) -> SharedAnswer<A> {
         let (client, durable) = (Arc::as_ptr(&self.lane().counts).addr(), self.durable);
         let ticket = Ticket { key, client, lane: self.lane, number, durable };
-        let registration = Registration::default();
-        SharedAnswer { shared: Arc::clone(&self.shared), state: Answering::Sent(ticket), registration }
+        let (shared, registration) = (self.shared.take().expect("it was just sent"), Registration::default());
+        SharedAnswer { shared, state: Answering::Sent(ticket), registration }
     }
 
     /// Sends the command if there is room. Otherwise puts the caller to sleep, with the waker if there is one.
@@ -340,7 +347,7 @@ impl<A: Aggregate> Submitting<A> {
         if let Some(fault) = self.fault.take() {
             return Attempt::Refused(Rejected::Keys(command.command, *fault));
         }
-        let mut locked = lock(&self.shared.lanes[self.lane].locked);
+        let mut locked = lock(&shared_of(&self.shared).lanes[self.lane].locked);
         let Locked { lane, queue } = &mut *locked;
         self.command = if self.place.number.is_some() || queue.lets_in(|| lane.free()) {
             match lane.try_send(command, self.is_wanted) {
@@ -389,18 +396,18 @@ impl<A: Aggregate> Future for Submitting<A> {
             attempt = this.attempt(Some(context.waker().clone()));
         }
         if let Attempt::Watches(answered) = attempt {
-            let counts = &this.shared.lanes[this.lane].counts;
+            let counts = &shared_of(&this.shared).lanes[this.lane].counts;
             counts.register_appended(&mut this.place.registration, answered, context.waker());
             // Try once more: the replies may have come before the registration.
             attempt = this.attempt(Some(context.waker().clone()));
         }
         let sent = match attempt {
-            Attempt::Sent(number) => Ok(this.answer(key, number)),
+            Attempt::Sent(number) => Ok(number),
             Attempt::Refused(refused) => Err(refused),
             Attempt::NoRoom | Attempt::Watches(_) | Attempt::Sleeps => return Poll::Pending,
         };
         this.leave_queue();
-        Poll::Ready(sent)
+        Poll::Ready(sent.map(|number| this.answer(key, number)))
     }
 }
 
