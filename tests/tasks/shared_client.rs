@@ -284,8 +284,8 @@ fn a_full_lane_of_a_failed_shard_refuses_instead_of_waiting() {
     let go = stop_shard(&engine, key);
     for _ in 0..2 {
         drop(client.send(key, Order::Deposit(1)).try_ticket());
-        drop(shared.send(key, Order::Deposit(1)).try_submit());
     }
+    let in_flight = [(); 2].map(|()| shared.send(key, Order::Deposit(1)).try_submit().unwrap());
     storage.hold(false);
     until("the sync has failed", || engine.shard_metrics()[0].failure.is_some());
     let refused = client.send(key, Order::Deposit(1)).ticket();
@@ -294,6 +294,12 @@ fn a_full_lane_of_a_failed_shard_refuses_instead_of_waiting() {
     assert!(matches!(refused, Err(CommandError::NotSent(RejectedReason::ShardFailed(_)))), "{refused:?}");
     let refused = shared.send(key, Order::Deposit(1)).wait();
     assert!(matches!(refused, Err(CommandError::NotSent(RejectedReason::ShardFailed(_)))), "{refused:?}");
+    // No reply comes while the shard is stopped.
+    for answer in in_flight {
+        let unanswered = block_on(answer);
+        let is_unknown = matches!(unanswered, Err(CommandError::Unanswered(WaitError::ShardFailed(_))));
+        assert!(is_unknown, "{unanswered:?}");
+    }
     drop(go);
 }
 
