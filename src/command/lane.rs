@@ -110,6 +110,9 @@ pub(crate) struct ClientLane<A: Aggregate> {
     /// `true` if kept replies take room, which bounds their number. The answers of a shared client do not: tasks that
     /// hold answers while they send further commands would wait for each other. Each kept reply has an owner there.
     kept_take_room: bool,
+    /// The replies that nobody wants. A shared client drops them after its lock: a rejection is the application's, and its
+    /// drop may call the client.
+    pub(super) discarded: Vec<Reply<A::Rejection>>,
 }
 
 /// A command that was sent but is not settled.
@@ -157,6 +160,7 @@ impl<A: Aggregate> ClientLane<A> {
             kept,
             room,
             kept_take_room: true,
+            discarded: Vec::new(),
         }
     }
 
@@ -192,6 +196,7 @@ impl<A: Aggregate> ClientLane<A> {
                 OpenCommand::Unanswered => *command = OpenCommand::Answered(reply),
                 OpenCommand::Ignored | OpenCommand::Claimed | OpenCommand::Answered(..) => {
                     *command = OpenCommand::Claimed;
+                    self.discard(reply);
                     self.settle();
                 }
             }
@@ -288,11 +293,24 @@ impl<A: Aggregate> ClientLane<A> {
     /// Discards the answer to a command.
     pub(super) fn forget(&mut self, number: u64) {
         let has_arrived = number <= self.arrived;
-        match self.open(number) {
-            Some(command) => *command = if has_arrived { OpenCommand::Claimed } else { OpenCommand::Ignored },
-            None => drop(self.take_kept(number)),
-        }
+        let reply = match self.open(number) {
+            Some(command) => {
+                let forgotten = if has_arrived { OpenCommand::Claimed } else { OpenCommand::Ignored };
+                match std::mem::replace(command, forgotten) {
+                    OpenCommand::Answered(reply) => Some(reply),
+                    OpenCommand::Unanswered | OpenCommand::Ignored | OpenCommand::Claimed => None,
+                }
+            }
+            None => self.take_kept(number),
+        };
+        reply.into_iter().for_each(|reply| self.discard(reply));
         self.settle();
+    }
+
+    fn discard(&mut self, reply: Reply<A::Rejection>) {
+        if !self.kept_take_room {
+            self.discarded.push(reply);
+        }
     }
 
     /// Sends a command if there is room for it and for its reply. Returns its number. `wanted` says that the caller

@@ -135,25 +135,35 @@ impl<A: Aggregate> SharedClient<A> {
 }
 
 impl<A: Aggregate> SharedLane<A> {
+    /// Runs `work` under the lock. What it discards is dropped afterwards: see `ClientLane::discarded`.
+    fn locked<T>(&self, work: impl FnOnce(&mut ClientLane<A>, &mut RoomQueue) -> T) -> T {
+        let mut locked = lock(&self.locked);
+        let Locked { lane, queue } = &mut *locked;
+        let done = work(lane, queue);
+        let discarded = std::mem::take(&mut lane.discarded);
+        drop(locked);
+        drop(discarded);
+        done
+    }
+
     /// Discards an answer.
     fn forget(&self, number: u64) {
-        lock(&self.locked).lane.forget(number);
+        self.locked(|lane, _| lane.forget(number));
     }
 
     /// Claims the answer to a command that the shard has replied to.
     fn claim(&self, ticket: &Ticket) -> Result<Outcome, CommandError<A::Rejection>> {
-        let mut locked = lock(&self.locked);
-        locked.lane.receive();
-        locked.lane.claim(ticket).unwrap_or(Err(CommandError::Claimed))
+        let claimed = self.locked(|lane, _| {
+            lane.receive();
+            lane.claim(ticket)
+        });
+        claimed.unwrap_or(Err(CommandError::Claimed))
     }
 
     /// Takes a caller out of the queue for room.
     fn leave_queue(&self, number: u64) {
-        let mut locked = lock(&self.locked);
-        let free = locked.lane.free();
-        let (own, wakers) = locked.queue.leave(number, free);
-        drop(locked);
-        // Wakers are application code, whose drop may call the engine.
+        let (own, wakers) = self.locked(|lane, queue| queue.leave(number, lane.free()));
+        // Outside the lock: wakers are application code, whose drop may call the engine.
         drop(own);
         wakers.into_iter().for_each(wake);
     }
@@ -234,14 +244,14 @@ impl<A: Aggregate> SharedSending<A> {
         }
         let (shared, at) = (Arc::clone(shared_of(&submitting.shared)), submitting.lane);
         let key = command.key;
-        let mut locked = lock(&shared.lanes[at].locked);
-        let Locked { lane, queue } = &mut *locked;
-        if !queue.lets_in(|| lane.free()) {
-            return Err(shared.lanes[at].door.full(command.command));
-        }
-        let sent = lane.try_send(command, true).map_err(|rejected| rejected.map(|slot| slot.command));
-        drop(locked);
-        sent.map(|number| submitting.answer(key, number))
+        let to = &shared.lanes[at];
+        let sent = to.locked(|lane, queue| match queue.lets_in(|| lane.free()) {
+            true => lane.try_send(command, true),
+            // The callers that wait are refused too, but may not know it yet.
+            false if to.counts.enter().is_none() => Err(to.door.refusal(command)),
+            false => Err(to.door.full(command)),
+        });
+        sent.map_err(|rejected| rejected.map(|slot| slot.command)).map(|number| submitting.answer(key, number))
     }
 
     /// Sends the command and blocks the thread until the answer comes.
@@ -347,21 +357,26 @@ impl<A: Aggregate> Submitting<A> {
         if let Some(fault) = self.fault.take() {
             return Attempt::Refused(Rejected::Keys(command.command, *fault));
         }
-        let mut locked = lock(&shared_of(&self.shared).lanes[self.lane].locked);
-        let Locked { lane, queue } = &mut *locked;
-        self.command = if self.place.number.is_some() || queue.lets_in(|| lane.free()) {
-            match lane.try_send(command, self.is_wanted) {
-                Ok(number) => return Attempt::Sent(number),
-                Err(Rejected::Full(command) | Rejected::StorageFull(command)) => Some(command),
-                Err(refused) => return Attempt::Refused(refused.map(|slot| slot.command)),
-            }
-        } else {
-            Some(command)
+        let to = &shared_of(&self.shared).lanes[self.lane];
+        let (place, is_wanted) = (&mut self.place.number, self.is_wanted);
+        let (slept, back) = to.locked(|lane, queue| {
+            let command = if place.is_some() || queue.lets_in(|| lane.free()) {
+                match lane.try_send(command, is_wanted) {
+                    Ok(number) => return (Err(Attempt::Sent(number)), None),
+                    Err(Rejected::Full(command) | Rejected::StorageFull(command)) => command,
+                    Err(refused) => return (Err(Attempt::Refused(refused.map(|slot| slot.command))), None),
+                }
+            } else {
+                command
+            };
+            let Some(waker) = waker else { return (Err(Attempt::NoRoom), Some(command)) };
+            (Ok((queue.sleep(place, waker), lane.half_answered())), Some(command))
+        });
+        self.command = back;
+        let ((must_watch, replaced), half) = match slept {
+            Ok(slept) => slept,
+            Err(attempt) => return attempt,
         };
-        let Some(waker) = waker else { return Attempt::NoRoom };
-        let (must_watch, replaced) = queue.sleep(&mut self.place.number, waker);
-        let half = lane.half_answered();
-        drop(locked);
         // As in `leave_queue`.
         drop(replaced);
         if must_watch { Attempt::Watches(half) } else { Attempt::Sleeps }
@@ -391,20 +406,33 @@ impl<A: Aggregate> Future for Submitting<A> {
     fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
         let this = &mut *self;
         let key = this.command.as_ref().map_or(Key(0), |command| command.key);
+        let waker = context.waker();
         let mut attempt = this.attempt(None);
-        if let Attempt::NoRoom = attempt {
-            attempt = this.attempt(Some(context.waker().clone()));
-        }
-        if let Attempt::Watches(answered) = attempt {
+        // A registration is followed by another attempt: the replies may have come before it.
+        let mut is_registered = false;
+        let mut watches = false;
+        let sent = loop {
             let counts = &shared_of(&this.shared).lanes[this.lane].counts;
-            counts.register_appended(&mut this.place.registration, answered, context.waker());
-            // Try once more: the replies may have come before the registration.
-            attempt = this.attempt(Some(context.waker().clone()));
-        }
-        let sent = match attempt {
-            Attempt::Sent(number) => Ok(number),
-            Attempt::Refused(refused) => Err(refused),
-            Attempt::NoRoom | Attempt::Watches(_) | Attempt::Sleeps => return Poll::Pending,
+            match attempt {
+                Attempt::Sent(number) => break Ok(number),
+                Attempt::Refused(refused) => break Err(refused),
+                Attempt::NoRoom => {}
+                Attempt::Watches(answered) if !watches => {
+                    counts.register_appended(&mut this.place.registration, answered, waker);
+                    (is_registered, watches) = (true, true);
+                }
+                // The caller that watches may never be polled again: a closed lane must not wait for it.
+                Attempt::Sleeps if !is_registered => {
+                    counts.register_end(&mut this.place.registration, waker);
+                    is_registered = true;
+                    // It is the turn of others, unless the lane has closed meanwhile.
+                    if counts.enter().is_some() {
+                        return Poll::Pending;
+                    }
+                }
+                Attempt::Watches(_) | Attempt::Sleeps => return Poll::Pending,
+            }
+            attempt = this.attempt(Some(waker.clone()));
         };
         this.leave_queue();
         Poll::Ready(sent.map(|number| this.answer(key, number)))

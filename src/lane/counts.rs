@@ -90,6 +90,11 @@ impl LaneShared {
         self.waiting_appended.register_falling(registration, || self.at_most_published(count), waker);
     }
 
+    /// Registers a task for the end of the lane: its closing, or the failure of its shard.
+    pub(crate) fn register_end(&self, registration: &mut Registration, waker: &Waker) {
+        self.waiting_appended.register(registration, Waiters::END, waker);
+    }
+
     fn at_most_published(&self, count: u64) -> u64 {
         // SeqCst: pairs with `unpublish`.
         count.min(self.published.load(Ordering::SeqCst))

@@ -49,6 +49,9 @@ struct ByTarget {
 pub(crate) struct Registration(Option<(Arc<WaiterList>, (u64, u64))>);
 
 impl Waiters {
+    /// A target that only [`Waiters::wake_all`] reaches.
+    pub(crate) const END: u64 = ALL;
+
     /// Creates an empty list. `notifier` calls the wakers of tasks.
     pub(crate) fn new(notifier: &Arc<Notifier>) -> Self {
         Self { notifier: Some(Arc::clone(notifier)), ..Self::direct() }

@@ -1,16 +1,21 @@
 //! The shared client: every command is answered, in order, whatever tasks do with the answers.
 
-use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Sender, channel};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use crate::common::bank::{Account, Order, Refused};
+use crate::common::bank::{Account, ArchivedMoney, Money, Order, Refused};
 use crate::common::{block_on, poll_once, small, soon, until};
 use crate::executor::{Counted, run, task};
 use corelane::command::ExpectedVersion;
 use corelane::error::{KeysError, RejectedReason};
 use corelane::testing::FaultyStorage;
-use corelane::{CommandError, Config, Deadline, Durability, Engine, Key, Rejected, SharedClient, Version, WaitError};
+use corelane::{
+    Aggregate, Bounded, CommandError, Config, Deadline, Durability, Emit, Engine, Key, Meta, Rejected, SharedClient,
+    Version, WaitError,
+};
+use rkyv::{Archive, Deserialize, Serialize};
 
 fn open(config: Config) -> Engine<Account> {
     Engine::<Account>::open(config.durability(Durability::Periodic(Duration::from_millis(1)))).unwrap()
@@ -286,14 +291,25 @@ fn a_full_lane_of_a_failed_shard_refuses_instead_of_waiting() {
         drop(client.send(key, Order::Deposit(1)).try_ticket());
     }
     let in_flight = [(); 2].map(|()| shared.send(key, Order::Deposit(1)).try_submit().unwrap());
+    // One that watches the lane and is not polled again, and one behind it.
+    let waker = Arc::new(Counted::default());
+    let mut waiting = [(); 2].map(|()| shared.send(key, Order::Deposit(1)).submit());
+    assert!(waiting.iter_mut().all(|waiting| waker.poll(waiting).is_pending()));
     storage.hold(false);
     until("the sync has failed", || engine.shard_metrics()[0].failure.is_some());
+    until("both callers are woken", || waker.wakes() >= 2);
     let refused = client.send(key, Order::Deposit(1)).ticket();
     assert!(matches!(refused, Err(Rejected::ShardFailed(..))), "{refused:?}");
     let refused = block_on(client.send(key, Order::Deposit(1)).into_future());
     assert!(matches!(refused, Err(CommandError::NotSent(RejectedReason::ShardFailed(_)))), "{refused:?}");
     let refused = shared.send(key, Order::Deposit(1)).wait();
     assert!(matches!(refused, Err(CommandError::NotSent(RejectedReason::ShardFailed(_)))), "{refused:?}");
+    // The one behind is refused, although the first does not leave the queue.
+    let [_first, second] = waiting;
+    let waited = block_on(second);
+    assert!(matches!(waited, Err(Rejected::ShardFailed(..))), "{waited:?}");
+    let refused = shared.send(key, Order::Deposit(1)).try_submit();
+    assert!(matches!(refused, Err(Rejected::ShardFailed(..))), "{refused:?}");
     // No reply comes while the shard is stopped.
     for answer in in_flight {
         let unanswered = block_on(answer);
@@ -338,4 +354,53 @@ fn transfers_of_many_tasks_conserve_the_money_and_wrong_keys_send_nothing() {
     assert!(matches!(wrong, Err(CommandError::NotSent(RejectedReason::Keys(KeysError::NotNamed { .. })))), "{wrong:?}");
     let wrong = client.send_many(&[Key(1), Key(2)], Order::Pay(1)).expect_of(Key(2), ExpectedVersion::NoEvents).wait();
     assert!(matches!(wrong, Err(CommandError::WrongVersion { key: Key(2), .. })), "{wrong:?}");
+}
+
+static OF_REJECTIONS: OnceLock<SharedClient<Strict>> = OnceLock::new();
+static DROPPED: AtomicU64 = AtomicU64::new(0);
+
+/// Rejects `false`.
+#[derive(Archive, Serialize, Deserialize, Bounded, Debug, Clone, Default)]
+struct Strict;
+
+/// Sends a command when it is dropped.
+#[derive(Archive, Serialize, Deserialize, Bounded, Debug, Clone)]
+struct Calling {
+    n: u64,
+}
+
+impl Drop for Calling {
+    fn drop(&mut self) {
+        DROPPED.fetch_add(self.n, Ordering::SeqCst);
+        drop(OF_REJECTIONS.get().map(|client| client.send(Key(1), true).try_submit()));
+    }
+}
+
+impl Aggregate for Strict {
+    type Event = Money;
+    type Command = bool;
+    type Rejection = Calling;
+
+    fn evolve(&mut self, _event: &ArchivedMoney, _meta: &Meta) {}
+
+    fn decide(&self, is_right: bool, _emit: &mut Emit<Money>) -> Result<(), Calling> {
+        if is_right { Ok(()) } else { Err(Calling { n: 1 }) }
+    }
+}
+
+#[test]
+fn a_discarded_rejection_is_dropped_outside_the_lock_and_may_call_the_client() {
+    let dir = tempfile::tempdir().unwrap();
+    let engine = Engine::<Strict>::open(small(dir.path()).ring_capacity(8)).unwrap();
+    let client = OF_REJECTIONS.get_or_init(|| engine.shared_client());
+    for n in 0..300 {
+        let answer = block_on(client.send(Key(1), false).submit()).unwrap();
+        if n % 2 == 0 {
+            // A later reply has come, so this one is kept or waits in the lane.
+            block_on(client.send(Key(1), true).into_future()).unwrap();
+        }
+        drop(answer);
+    }
+    block_on(client.send(Key(1), true).into_future()).unwrap();
+    assert_eq!(DROPPED.load(Ordering::SeqCst), 300);
 }
